@@ -1,0 +1,68 @@
+"""How the tests run.
+
+Eight CPU devices, so that sharding is tested everywhere; no implicit rank promotion; warnings are errors (the last is
+set in pyproject.toml).
+
+Hypothesis runs the profile `ci`: the same examples every time. `--hypothesis-profile=dev` looks for new ones.
+
+Slow tests (`@pytest.mark.slow`: more than a few seconds) are skipped, except
+
+    pytest --slow              runs all of them
+    pytest --slow-sample N     runs one in N of them, rounded up
+
+The sample depends on nothing but the tests' names: it is the same on every machine and in every order of collection.
+
+No test measures time and none uses the network; a connection attempted from Python raises.
+"""
+
+import math
+import os
+import socket
+import zlib
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50, print_blob=True)
+hypothesis.settings.register_profile("dev", deadline=None, max_examples=200, print_blob=True)
+hypothesis.settings.load_profile("ci")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("slow tests")
+    group.addoption("--slow", action="store_true", help="run the slow tests too")
+    group.addoption("--slow-sample", type=int, default=0, metavar="N", help="run one slow test in N, always the same")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    slow = sorted((item for item in items if "slow" in item.keywords), key=_by_hash)
+    n = config.getoption("--slow-sample")
+    chosen = math.ceil(len(slow) / n) if n > 0 else 0
+    for item in slow[chosen:]:
+        item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+def _by_hash(item):
+    return zlib.crc32(item.nodeid.encode()), item.nodeid
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    connect = socket.socket.connect
+
+    def refuse(self, address):
+        if self.family != socket.AF_UNIX:  # processes of this machine may talk
+            raise RuntimeError(f"a test tried to connect to {address}")
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        yield
