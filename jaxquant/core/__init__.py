@@ -1,0 +1,1 @@
+"""The numerics: number types, specs, `QTensor`, quantize, dequantize, fake_quant. Needs jax and numpy, nothing else."""

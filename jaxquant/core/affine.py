@@ -1,0 +1,301 @@
+"""Affine quantization: from an array and a spec to scale, zero point and codes.
+
+    scale = (hi - lo) / (qmax - qmin)        zero_point = round(qmin - lo / scale)        asymmetric
+    scale = max(|lo|, |hi|) / qmax           no zero point                                symmetric
+    q = clip(round(x / scale) + zero_point, qmin, qmax)
+
+Jacob et al. 2018 (arXiv:1712.05877), equations 1 and 12, with round half to even throughout.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jaxquant.core.arithmetic import divide, exponent, power_of_two
+from jaxquant.core.blocks import BlockView, block_shape, negative_axes, scale_shape
+from jaxquant.core.codec import codes_of, round_to_grid
+from jaxquant.core.errors import quant_error
+from jaxquant.core.qtensor import QTensor, from_codes, scale_values
+from jaxquant.core.specs import QuantSpec
+
+__all__ = ["Encoded", "encode", "has_nan", "prepare", "quantize", "scale_zero_point"]
+
+
+def _compute_dtype(x: jax.Array) -> Any:
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+
+
+def has_nan(x: Any) -> bool:
+    """Whether a concrete array holds a NaN; False for what is only traced or not all here."""
+    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+        return False
+    return bool(jnp.any(jnp.isnan(x)))
+
+
+# -- scale and zero point ---------------------------------------------------------------------------------------------
+
+
+def _float_scale(absmax: jax.Array, qmax: float, dtype: Any) -> jax.Array:
+    """``absmax / qmax`` in the scale's dtype, never 0 or subnormal; 1 where absmax is 0."""
+    info = ml_dtypes.finfo(dtype)
+    scale = jnp.clip(divide(absmax, qmax), float(info.tiny), float(info.max)).astype(dtype)
+    return jnp.where(
+        absmax == 0, jnp.ones_like(scale), jnp.where(jnp.isnan(absmax), jnp.full_like(scale, jnp.nan), scale)
+    )
+
+
+def _e8m0_scale(absmax: jax.Array, largest_exponent: int) -> jax.Array:
+    """The power of two of OCP MX v1.0, section 6.3: 2 ** (floor(log2(absmax)) - emax), as float8_e8m0fnu."""
+    scale = power_of_two(jnp.clip(exponent(absmax) - largest_exponent, -126, 127))
+    scale = jnp.where(absmax == 0, 1.0, scale)
+    return jnp.where(jnp.isnan(absmax), jnp.nan, scale).astype(jnp.float8_e8m0fnu)
+
+
+def _e4m3_scale(absmax: jax.Array, qmax: float) -> QTensor:
+    """fp8 block scales and one float32 for the whole array, which maps the largest block scale to 448."""
+    largest = float(ml_dtypes.finfo(jnp.float8_e4m3fn).max)
+    least = float(ml_dtypes.finfo(jnp.float8_e4m3fn).smallest_subnormal)
+    top = jnp.max(absmax, keepdims=True)
+    unit = _float_scale(top, qmax * largest, jnp.float32)
+    local = jnp.clip(divide(divide(absmax, qmax), unit), least, largest)
+    local = jnp.where(absmax == 0, 1.0, local).astype(jnp.float8_e4m3fn)
+    return QTensor(local, unit, None, qtype="float8_e4m3fn", dtype=jnp.float32)
+
+
+def _affine(lo: jax.Array, hi: jax.Array, spec: QuantSpec) -> tuple[Any, jax.Array | None]:
+    """`scale_zero_point` without the checks."""
+    info, dtype = spec.type, np.dtype(spec.scale_dtype or np.float32)
+    if spec.symmetric:
+        absmax = jnp.maximum(jnp.abs(lo), jnp.abs(hi)) if info.signed else jnp.maximum(hi, 0)
+        if info.scale_format == "e8m0":
+            return _e8m0_scale(absmax, int(np.floor(np.log2(info.qmax)))), None
+        if info.scale_format == "e4m3":
+            return _e4m3_scale(absmax, info.qmax), None
+        return _float_scale(absmax, info.qmax, dtype), None
+    lo, hi = jnp.minimum(lo, 0), jnp.maximum(hi, 0)
+    steps = info.qmax - info.qmin
+    # hi - lo may overflow where hi / steps - lo / steps does not.
+    scale = _float_scale(divide(hi, steps) - divide(lo, steps), 1.0, dtype)
+    zero_point = jnp.clip(jnp.rint(info.qmin - divide(lo, scale.astype(lo.dtype))), info.qmin, info.qmax)
+    return scale, zero_point.astype(info.code_dtype)
+
+
+def scale_zero_point(lo: Any, hi: Any, spec: QuantSpec) -> tuple[Any, jax.Array | None]:
+    """Scale and zero point that make codes cover the range ``[lo, hi]``.
+
+    Symmetric: ``scale = max(|lo|, |hi|) / qmax`` and no zero point. Asymmetric: the range is first widened to contain 0;
+    ``scale = (hi - lo) / (qmax - qmin)`` and ``zero_point = round(qmin - lo / scale)``, so real 0.0 has a code of its own
+    and is exact. An empty range (both 0) gives scale 1.
+
+    Args:
+      lo, hi: float arrays of one shape (or scalars), in the units of the array to be quantized.
+      spec: the `QuantSpec`.
+
+    Returns:
+      ``(scale, zero_point)`` of that shape. The scale is float32 or ``spec.scale_dtype``; a power of two in
+      float8_e8m0fnu for mxfp8 and mxfp4; for nvfp4 a QTensor of fp8 scales with one float32. The zero point has the
+      integer dtype of the codes, or is None if ``spec.symmetric``.
+
+    Raises:
+      QuantError: if the shapes differ, a bound is NaN or infinite, or ``lo > hi`` (for concrete arrays).
+
+    Gradient: flows through ``scale`` as written.
+
+    Example:
+      >>> import jaxquant as jq
+      >>> scale, zero_point = jq.scale_zero_point(-1.0, 3.0, jq.QuantSpec("uint8", symmetric=False))
+      >>> print(scale, zero_point)
+      0.015686275 64
+
+    Source: Jacob et al. 2018 (arXiv:1712.05877), section 3; OCP Microscaling Formats v1.0, section 6.3.
+    """
+    lo, hi = jnp.asarray(lo), jnp.asarray(hi)
+    if lo.shape != hi.shape:
+        todo = "Give one lo and one hi per block"
+        raise quant_error("scale_zero_point", "lo and hi must have one shape", todo=todo, lo=lo.shape, hi=hi.shape)
+    lo, hi = (b.astype(jnp.promote_types(b.dtype, jnp.float32)) for b in (lo, hi))
+    if not isinstance(lo, jax.core.Tracer) and not isinstance(hi, jax.core.Tracer):
+        if not bool(jnp.all(jnp.isfinite(lo) & jnp.isfinite(hi))):
+            todo = "Remove NaN and inf from the data first"
+            raise quant_error("scale_zero_point", "the range must be finite", todo=todo, lo=lo, hi=hi)
+        if bool(jnp.any(lo > hi)):
+            raise quant_error("scale_zero_point", "lo must not exceed hi", todo="Swap them", lo=lo, hi=hi)
+    return _affine(lo, hi, spec)
+
+
+# -- codes --------------------------------------------------------------------------------------------------------------
+
+
+class Encoded(NamedTuple):
+    """An array as grid values (floats, before they become codes), with what takes them back."""
+
+    values: jax.Array
+    scale: Any
+    zero_point: jax.Array | None
+
+
+def _real(view: BlockView, value: jax.Array | None, dtype: Any) -> jax.Array | None:
+    return None if value is None else view.split_scale(value).astype(dtype)
+
+
+def encode(
+    x: jax.Array,
+    spec: QuantSpec,
+    axes: tuple[int, ...],
+    scale: Any = None,
+    zero_point: jax.Array | None = None,
+    key: jax.Array | None = None,
+) -> Encoded:
+    """Grid values, scale and zero point of an array; everything in `quantize` before codes are made and packed."""
+    dtype = _compute_dtype(x)
+    view = BlockView(x.shape, block_shape(x.shape, spec.granularity, spec.group_size, axes))
+    xv = view.split(x.astype(dtype))
+    if scale is None:
+
+        def roundtrip(values: jax.Array, lo: jax.Array, hi: jax.Array) -> jax.Array:
+            scale, zero_point = _affine(lo, hi, spec)
+            s, z = scale_values(scale), zero_point
+            v = divide(values, s)
+            v = v if z is None else v + z.astype(values.dtype)
+            v = round_to_grid(v, spec.type)
+            return v * s if z is None else (v - z.astype(values.dtype)) * s
+
+        lo, hi = spec.observer.range(xv, view.axes, symmetric=spec.symmetric, roundtrip=roundtrip)
+        scale, zero_point = _affine(view.join_scale(lo), view.join_scale(hi), spec)
+    s = _real(view, scale_values(scale), dtype)
+    z = _real(view, zero_point, dtype)
+    noise = None if key is None else jax.random.uniform(key, xv.shape, dtype)
+    v = divide(xv, s)
+    if z is not None and noise is None and jnp.issubdtype(zero_point.dtype, jnp.integer):
+        v = jnp.rint(v)  # so that ties go to even multiples of the scale, with a zero point as without
+    values = round_to_grid(v if z is None else v + z, spec.type, noise)
+    return Encoded(view.join(values), scale, zero_point)
+
+
+def prepare(
+    function: str,
+    x: Any,
+    spec: QuantSpec,
+    reduce_axes: Sequence[int] | int,
+    scale: Any,
+    zero_point: Any,
+    key: Any,
+) -> tuple[jax.Array, tuple[int, ...], Any, Any]:
+    """The checks shared by `quantize` and `fake_quant`: (x, negative axes, scale, zero point), broadcast to blocks."""
+    if isinstance(x, QTensor):
+        raise quant_error(function, "the array is quantized already", todo="Pass x.dequantize()", x=x)
+    if not isinstance(spec, QuantSpec):
+        raise quant_error(function, "spec must be a QuantSpec", todo="Use for example QuantSpec('int8')", spec=spec)
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        todo = "Cast it to a float dtype first, or leave it as it is"
+        raise quant_error(function, "only float arrays can be quantized", todo=todo, dtype=x.dtype, shape=x.shape)
+    if x.size == 0:
+        raise quant_error(function, "the array is empty", todo="Leave it as it is", x=x)
+    axes = negative_axes(reduce_axes, x.ndim, function=function, shape=x.shape)
+    blocks = scale_shape(x.shape, block_shape(x.shape, spec.granularity, spec.group_size, axes, function=function))
+    if spec.rounding == "stochastic" and key is None:
+        raise quant_error(function, "stochastic rounding needs a key", todo="Pass key=jax.random.key(...)", key=None)
+    if spec.rounding == "nearest" and key is not None:
+        todo = "Leave the key out, or use rounding='stochastic'"
+        raise quant_error(function, "rounding to nearest uses no key", todo=todo, rounding=spec.rounding)
+    if scale is None:
+        if zero_point is not None:
+            raise quant_error(function, "zero_point without scale", todo="Give both or neither", zero_point=zero_point)
+        return x, axes, None, None
+    if spec.symmetric != (zero_point is None):
+        todo = "Give a zero_point with an asymmetric spec and none with a symmetric one"
+        raise quant_error(function, "zero_point does not fit the spec", todo=todo, symmetric=spec.symmetric)
+    return x, axes, _per_block(function, "scale", scale, blocks), _per_block(function, "zero_point", zero_point, blocks)
+
+
+def _per_block(function: str, name: str, value: Any, blocks: tuple[int, ...]) -> Any:
+    """A given scale or zero point with one entry per block: as it is, or a scalar repeated."""
+    if value is None or (isinstance(value, QTensor) and value.shape == blocks):
+        return value
+    value = jnp.asarray(value)
+    if value.shape not in ((), blocks):
+        todo = f"Give one value per block, shape {blocks}, or a scalar"
+        raise quant_error(function, f"{name} must have one entry per block", todo=todo, **{name: value})
+    return jnp.broadcast_to(value, blocks)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "axes"), inline=True)
+def _quantize(x, scale, zero_point, key, *, spec: QuantSpec, axes: tuple[int, ...]) -> QTensor:
+    encoded = encode(x, spec, axes, scale, zero_point, key)
+    codes = codes_of(encoded.values, spec.type)
+    return from_codes(
+        codes, encoded.scale, encoded.zero_point, qtype=spec.qtype, dtype=x.dtype, minor=_minor(axes, x.ndim)
+    )
+
+
+def _minor(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """Axes to store last; () where they are last already."""
+    return () if axes == tuple(range(-len(axes), 0)) or len(axes) == ndim else axes
+
+
+def quantize(
+    x: Any,
+    spec: QuantSpec,
+    *,
+    reduce_axes: Sequence[int] | int,
+    scale: Any = None,
+    zero_point: Any = None,
+    key: jax.Array | None = None,
+) -> QTensor:
+    """Quantizes a float array: ``q = clip(round(x / scale) + zero_point, qmin, qmax)``.
+
+    Args:
+      x: float array of any shape and float dtype; computed in float32 (float64 if it is float64).
+      spec: number type, granularity and range choice.
+      reduce_axes: the axes that share a scale: for a weight, the contracted ones. Ignored by ``per_tensor``.
+      scale: use this instead of computing it: one entry per block (the array's rank), or a scalar.
+      zero_point: goes with ``scale`` if the spec is asymmetric.
+      key: a random key, for ``rounding="stochastic"`` only.
+
+    Returns:
+      A `QTensor` whose codes are stored with ``reduce_axes`` last. +-inf saturates and does not widen a range that is
+      computed here.
+
+    Raises:
+      QuantError: on NaN (in a concrete array; under ``jit``, a block with NaN gets scale NaN, so the NaN stays visible),
+        integer input, an empty array, an axis out of range, a group size that does not divide, or a scale that does not
+        fit.
+
+    Gradient: none with respect to ``x`` (codes are integers); use `fake_quant` to train.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> w = jnp.array([[0.1, -2.0], [0.2, 4.0]])
+      >>> q = jq.quantize(w, jq.QuantSpec("int8"), reduce_axes=(-2,))  # one scale per column
+      >>> q.logical_codes()
+      Array([[ 64, -64],
+             [127, 127]], dtype=int8)
+
+    Source: Jacob et al. 2018 (arXiv:1712.05877), equations 1 and 12.
+    """
+    x, axes, scale, zero_point = prepare("quantize", x, spec, reduce_axes, scale, zero_point, key)
+    given = scale is not None
+    q = _quantize(x, scale, zero_point, key, spec=spec, axes=axes)
+    # A NaN in x makes a computed scale NaN, and scales are few.
+    if has_nan(x if given else scale_values(q.scale)):
+        todo = "Find where it comes from; NaN has no code"
+        raise quant_error("quantize", "NaN cannot be quantized", todo=todo, x=x)
+    return q
+
+
+def values_with_scale(encoded: Encoded, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Real values of an `Encoded` array, rounded once to ``dtype``."""
+    compute = encoded.values.dtype
+    view = BlockView.of_scale(shape, tuple(encoded.scale.shape))
+    values = view.split(encoded.values)
+    if encoded.zero_point is not None:
+        values = values - _real(view, encoded.zero_point, compute)
+    return view.join(values * _real(view, scale_values(encoded.scale), compute)).astype(dtype)

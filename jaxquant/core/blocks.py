@@ -1,0 +1,162 @@
+"""From granularity to blocks: which elements of an array share one scale.
+
+A *block shape* has one entry per axis of the array: how many consecutive elements along that axis share a scale. The
+scale keeps the array's rank, with ``shape[i] / block[i]`` entries along axis i, so it broadcasts after a reshape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+
+from jaxquant.core.errors import quant_error
+
+__all__ = ["BlockView", "block_shape", "negative_axes", "scale_shape"]
+
+
+def negative_axes(axes: Sequence[int] | int, ndim: int, *, function: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Sorted axes counted from the end, checked against ``ndim``."""
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    for axis in axes:
+        if not isinstance(axis, int) or not -ndim <= axis < ndim:
+            raise quant_error(
+                function,
+                f"reduce_axes must be axes of a {ndim}-dimensional array",
+                todo=f"Use integers from {-ndim} to -1",
+                reduce_axes=axes,
+                shape=shape,
+            )
+    normal = sorted(axis - ndim if axis >= 0 else axis for axis in axes)
+    if len(set(normal)) != len(normal):
+        raise quant_error(function, "reduce_axes repeats an axis", todo="Name each axis once", reduce_axes=axes)
+    return tuple(normal)
+
+
+def _group_block(
+    shape: tuple[int, ...], axes: tuple[int, ...], group_size: int, function: str, path: str | None
+) -> dict[int, int]:
+    """Block sizes of the reduced axes when groups run along them in row-major order."""
+    if _aligned(shape, axes, group_size):
+        block, left = {}, group_size
+        for axis in reversed(axes):
+            block[axis] = min(left, shape[axis])
+            left = max(left // shape[axis], 1)
+        return block
+    length = math.prod(shape[a] for a in axes)
+    near = sorted((d for d in _divisors(length) if _aligned(shape, axes, d)), key=lambda d: abs(d - group_size))[:3]
+    raise quant_error(
+        function,
+        f"group_size must divide the length {length} of the reduced axes {axes} and end on an axis boundary",
+        todo=f"Use a group size such as {', '.join(map(str, sorted(near)))}, or granularity='per_channel'",
+        path=path,
+        group_size=group_size,
+        shape=shape,
+    )
+
+
+def _divisors(n: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in small]
+
+
+def _aligned(shape: tuple[int, ...], axes: tuple[int, ...], group_size: int) -> bool:
+    left = group_size
+    for axis in reversed(axes):
+        if left <= shape[axis]:
+            return shape[axis] % left == 0
+        if left % shape[axis]:
+            return False
+        left //= shape[axis]
+    return left == 1
+
+
+def block_shape(
+    shape: tuple[int, ...],
+    granularity: str,
+    group_size: int | None,
+    reduce_axes: tuple[int, ...],
+    *,
+    function: str = "quantize",
+    path: str | None = None,
+) -> tuple[int, ...]:
+    """The block shape of an array.
+
+    Args:
+      shape: the array's shape.
+      granularity: ``"per_tensor"``: one block; ``"per_channel"``: blocks span the reduced axes; ``"per_group"``:
+        ``group_size`` consecutive elements along the reduced axes, taken together in row-major order.
+      group_size: elements of a group (``"per_group"`` only).
+      reduce_axes: negative axes that share a scale.
+      function, path: who asks, for the error message.
+
+    Returns:
+      One block size per axis; each divides that axis.
+    """
+    if granularity == "per_tensor":
+        return tuple(shape)
+    ndim = len(shape)
+    if granularity == "per_channel":
+        return tuple(shape[i] if i - ndim in reduce_axes else 1 for i in range(ndim))
+    assert group_size is not None
+    if not reduce_axes:
+        raise quant_error(
+            function,
+            "per_group needs at least one reduced axis for the groups to run along",
+            todo="Name the contracted axes in reduce_axes",
+            path=path,
+            reduce_axes=reduce_axes,
+            shape=shape,
+        )
+    group = _group_block(shape, reduce_axes, group_size, function, path)
+    return tuple(group.get(i - ndim, 1) for i in range(ndim))
+
+
+def scale_shape(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the scale: blocks along each axis."""
+    return tuple(n // b for n, b in zip(shape, block, strict=True))
+
+
+class BlockView:
+    """A reshape under which an array and its per-block values broadcast against each other.
+
+    Axes whose blocks are neither whole nor single are split in two; `axes` are the axes of the view that one block
+    spans.
+    """
+
+    def __init__(self, shape: tuple[int, ...], block: tuple[int, ...]):
+        view, scale, axes = [], [], []
+        for n, b in zip(shape, block, strict=True):
+            if b in (1, n):
+                view.append(n)
+                scale.append(n // b)
+                if b == n:
+                    axes.append(len(view) - 1)
+            else:
+                view += [n // b, b]
+                scale += [n // b, 1]
+                axes.append(len(view) - 1)
+        self.shape, self.block = tuple(shape), tuple(block)
+        self.view_shape, self.scale_view_shape, self.axes = tuple(view), tuple(scale), tuple(axes)
+
+    @classmethod
+    def of_scale(cls, shape: tuple[int, ...], scale: tuple[int, ...]) -> BlockView:
+        """The view of an array of ``shape`` whose scale has shape ``scale``."""
+        return cls(shape, tuple(n // s for n, s in zip(shape, scale, strict=True)))
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """The array, viewed."""
+        return x.reshape(self.view_shape)
+
+    def split_scale(self, scale: jax.Array) -> jax.Array:
+        """A per-block value, shaped to broadcast against the view."""
+        return scale.reshape(self.scale_view_shape)
+
+    def join(self, x: jax.Array) -> jax.Array:
+        """Inverse of `split`."""
+        return x.reshape(self.shape)
+
+    def join_scale(self, scale: jax.Array) -> jax.Array:
+        """Inverse of `split_scale`."""
+        return scale.reshape(scale_shape(self.shape, self.block))

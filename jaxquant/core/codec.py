@@ -1,0 +1,106 @@
+"""Values to codes and back, for one number type, with the scale already applied.
+
+Everything here is elementwise on float32 (float64 where the caller has it) and knows nothing of blocks:
+
+- `round_to_grid`: a scaled value to the nearest value of the grid (a float);
+- `codes_of`: a grid value to its code (the integer itself, the fp8 bits, the index of a 4-bit pattern);
+- `values_of`: a code to its grid value;
+- `to_bits` / `from_bits`: a code to the unsigned bit pattern that is packed, and back.
+
+Integers round half to even after saturation; floats saturate at their largest finite value (never inf or NaN) and round
+half to even; a table rounds to the nearest entry, ties to the lower one (as bitsandbytes does).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.core.arithmetic import exponent, power_of_two
+from jaxquant.core.qtypes import QType
+
+__all__ = ["codes_of", "from_bits", "round_to_grid", "to_bits", "values_of"]
+
+
+def _round(v: jax.Array, noise: jax.Array | None) -> jax.Array:
+    """To an integer: half to even, or up with the probability of the fraction where ``noise`` is uniform on [0, 1)."""
+    return jnp.rint(v) if noise is None else jnp.floor(v + noise)
+
+
+def _table_order(qtype: QType) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(sorted grid, midpoints, code of each sorted entry), distinct values only."""
+    grid, first = np.unique(np.asarray(qtype.table, np.float32), return_index=True)
+    return grid, (grid[:-1] + grid[1:]) / np.float32(2), first.astype(np.uint8)
+
+
+def round_to_grid(v: jax.Array, qtype: QType, noise: jax.Array | None = None) -> jax.Array:
+    """The grid value for each scaled value ``v``.
+
+    Args:
+      v: float array, real values divided by their scale (and shifted by the zero point).
+      qtype: the number type; its ``qmin`` and ``qmax`` are where values saturate.
+      noise: uniform [0, 1) of v's shape for stochastic rounding, None for nearest-even.
+
+    Returns:
+      Array of v's dtype. NaN stays NaN.
+    """
+    if qtype.kind == "int":
+        # NaN passes through clip; infinities saturate.
+        return jnp.clip(_round(jnp.clip(v, qtype.qmin - 1, qtype.qmax + 1), noise), qtype.qmin, qtype.qmax)
+    v = jnp.clip(v, qtype.qmin, qtype.qmax)
+    if qtype.kind == "float":
+        quantum = power_of_two(jnp.maximum(exponent(jnp.abs(v)), qtype.min_exponent) - qtype.mantissa_bits).astype(
+            v.dtype
+        )
+        return jnp.clip(_round(v / quantum, noise) * quantum, qtype.qmin, qtype.qmax)
+    grid, middles, _ = _table_order(qtype)
+    if noise is None:
+        out = jnp.full_like(v, grid[0])
+        for middle, value in zip(middles, grid[1:], strict=True):
+            out = jnp.where(v > middle, jnp.asarray(value, v.dtype), out)
+    else:
+        out = jnp.full_like(v, grid[0])
+        for low, high in zip(grid[:-1], grid[1:], strict=True):
+            out = jnp.where(v >= low + noise * (high - low), jnp.asarray(high, v.dtype), out)
+    return jnp.where(jnp.isnan(v), v, out)
+
+
+def codes_of(values: jax.Array, qtype: QType) -> jax.Array:
+    """Codes of values that lie on the grid; dtype ``qtype.code_dtype``."""
+    if qtype.kind == "int" or not qtype.packed:
+        return values.astype(qtype.code_dtype)
+    if qtype.kind == "float":  # 4-bit floats: sign bit, then the rank of the magnitude
+        magnitudes = values_of(jnp.arange(8, dtype=jnp.uint8), qtype)
+        rank = sum((jnp.abs(values) >= magnitudes[k]).astype(jnp.uint8) for k in range(1, 8))
+        return rank + jnp.where(values < 0, jnp.uint8(8), jnp.uint8(0))
+    grid, _, code = _table_order(qtype)
+    out = jnp.full(values.shape, code[0], jnp.uint8)
+    for k in range(1, len(grid)):
+        out = jnp.where(values >= grid[k], code[k], out)
+    return out
+
+
+def values_of(codes: jax.Array, qtype: QType, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """Grid values of codes."""
+    if qtype.kind == "int" or not qtype.packed:
+        return codes.astype(dtype)
+    if qtype.kind == "table":
+        table = np.asarray(qtype.table, np.float32)
+    else:
+        table = np.arange(1 << qtype.bits, dtype=np.uint8).view(qtype.element).astype(np.float32)
+    return jnp.asarray(table, dtype).at[codes].get(mode="promise_in_bounds")
+
+
+def to_bits(codes: jax.Array, qtype: QType) -> jax.Array:
+    """The unsigned pattern of a packed type's codes: ``code - qmin`` for integers, the index otherwise."""
+    if qtype.kind == "int" and qtype.signed:
+        return (codes - jnp.int8(qtype.qmin)).astype(jnp.uint8)
+    return codes.astype(jnp.uint8)
+
+
+def from_bits(bits: jax.Array, qtype: QType) -> jax.Array:
+    """Inverse of `to_bits`."""
+    if qtype.kind == "int" and qtype.signed:
+        return bits.astype(jnp.int8) + jnp.int8(qtype.qmin)
+    return bits

@@ -1,0 +1,62 @@
+"""The one exception of the package, and the one form of its messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["QuantError", "quant_error"]
+
+
+class QuantError(ValueError):
+    """Raised for every input that jaxquant refuses.
+
+    The message always has the form
+    ``<function>[ at <path>]: <rule broken>; got <name>=<value>, shape=(..). <What to do>.``
+
+    Example:
+      >>> import jaxquant as jq
+      >>> try:
+      ...     jq.QuantSpec("int9")
+      ... except jq.QuantError as error:
+      ...     print(str(error).split(";")[0])
+      QuantSpec: unknown number type
+    """
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, np.dtype | type(None) | bool | int | float | str | tuple):
+        text = repr(value) if not isinstance(value, np.dtype) else value.name
+    elif hasattr(value, "shape") and hasattr(value, "dtype"):
+        text = f"{np.dtype(value.dtype).name}{list(value.shape)}"
+    else:
+        text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def quant_error(
+    function: str,
+    rule: str,
+    *,
+    todo: str,
+    path: str | None = None,
+    shape: tuple[int, ...] | None = None,
+    **got: Any,
+) -> QuantError:
+    """Builds (does not raise) a `QuantError` in the form its docstring gives.
+
+    Args:
+      function: the public function or class that refuses.
+      rule: the rule that is broken, as a statement.
+      todo: what the user can do about it, without the closing full stop.
+      path: the parameter's path, where there is one.
+      shape: the shape of the offending array, where there is one.
+      **got: the offending values by the name the user knows them under.
+    """
+    place = f"{function} at {path}" if path is not None else function
+    values = [f"{name}={_show(value)}" for name, value in got.items()]
+    if shape is not None:
+        values.append(f"shape={tuple(shape)}")
+    what = f"; got {', '.join(values)}" if values else ""
+    return QuantError(f"{place}: {rule}{what}. {todo}.")

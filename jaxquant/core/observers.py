@@ -1,0 +1,371 @@
+"""Range calibrators: which ``(lo, hi)`` the codes of a block should cover.
+
+Each calibrator is a small frozen dataclass with two ways to the same answer:
+
+- ``range(x, axes, ...)``: the range of the very array at hand (weights, dynamic activations);
+- ``init(shape)``, ``update(state, x, axes)``, ``result(state, ...)``: over many batches, with a plain pytree as state, so
+  that it can live inside ``jit`` and ``scan``, be merged across hosts and be saved.
+
+``axes`` are the axes of ``x`` that one block spans; results keep them with size 1. ``roundtrip(x, lo, hi)`` is supplied by
+the caller: quantize and dequantize with that range. Infinite elements never widen a range (they saturate); NaN makes
+it NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.core.errors import quant_error
+
+__all__ = ["EMA", "MSE", "AbsMax", "Entropy", "MinMax", "Observer", "Percentile"]
+
+Roundtrip = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Axes = tuple[int, ...]
+Range = tuple[jax.Array, jax.Array]
+
+
+def _finite_or_nan(x: jax.Array) -> jax.Array:
+    """Infinities to 0, everything else as it is, in at least float32."""
+    x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    return jnp.where(jnp.isinf(x), jnp.zeros_like(x), x)
+
+
+def _absmax(x: jax.Array, axes: Axes) -> jax.Array:
+    return jnp.max(jnp.abs(_finite_or_nan(x)), axis=axes, keepdims=True)
+
+
+def _minmax(x: jax.Array, axes: Axes) -> Range:
+    x = _finite_or_nan(x)
+    lo = jnp.minimum(jnp.min(x, axis=axes, keepdims=True), 0)
+    return lo, jnp.maximum(jnp.max(x, axis=axes, keepdims=True), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Observer:
+    """A range calibrator; see the module's docstring for the protocol."""
+
+    clips: ClassVar[bool] = True
+    """Whether elements of the observed array may lie outside the range."""
+
+    def init(self, shape: tuple[int, ...]) -> Any:
+        """State before any data, for ranges of the given shape."""
+        raise NotImplementedError
+
+    def update(self, state: Any, x: jax.Array, axes: Axes) -> Any:
+        """State after seeing ``x``."""
+        raise NotImplementedError
+
+    def result(self, state: Any, *, symmetric: bool, roundtrip: Roundtrip) -> Range:
+        """The range ``(lo, hi)``, with ``lo <= 0 <= hi``."""
+        raise NotImplementedError
+
+    def range(self, x: jax.Array, axes: Axes, *, symmetric: bool, roundtrip: Roundtrip) -> Range:
+        """The range of one array; `update` and `result` on it unless there is a more exact way."""
+        shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
+        return self.result(self.update(self.init(shape), x, axes), symmetric=symmetric, roundtrip=roundtrip)
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsMax(Observer):
+    """``(-max|x|, max|x|)``: nothing is clipped."""
+
+    clips: ClassVar[bool] = False
+
+    def init(self, shape):
+        return {"absmax": jnp.zeros(shape, jnp.float32)}
+
+    def update(self, state, x, axes):
+        return {"absmax": jnp.maximum(state["absmax"], _absmax(x, axes))}
+
+    def result(self, state, *, symmetric, roundtrip):
+        del symmetric, roundtrip
+        return -state["absmax"], state["absmax"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MinMax(Observer):
+    """``(min(x, 0), max(x, 0))``: nothing is clipped."""
+
+    clips: ClassVar[bool] = False
+
+    def init(self, shape):
+        return {"lo": jnp.zeros(shape, jnp.float32), "hi": jnp.zeros(shape, jnp.float32)}
+
+    def update(self, state, x, axes):
+        lo, hi = _minmax(x, axes)
+        return {"lo": jnp.minimum(state["lo"], lo), "hi": jnp.maximum(state["hi"], hi)}
+
+    def result(self, state, *, symmetric, roundtrip):
+        del symmetric, roundtrip
+        return state["lo"], state["hi"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EMA(Observer):
+    """Exponential moving average of each batch's min and max, corrected for the zero start.
+
+    After n batches ``lo = sum_i (1 - decay) decay^(n-i) lo_i / (1 - decay^n)``: the correction of Adam (Kingma & Ba
+    2015, section 3), so that one batch gives that batch's own range.
+    """
+
+    decay: float = 0.99
+    clips: ClassVar[bool] = False  # of one array; across batches it may
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise quant_error("EMA", "decay must be in [0, 1)", todo="Use for example 0.99", decay=self.decay)
+
+    def init(self, shape):
+        return {
+            "lo": jnp.zeros(shape, jnp.float32),
+            "hi": jnp.zeros(shape, jnp.float32),
+            "weight": jnp.zeros((), jnp.float32),
+        }
+
+    def update(self, state, x, axes):
+        lo, hi = _minmax(x, axes)
+        new = {"lo": lo, "hi": hi, "weight": jnp.float32(1)}
+        return jax.tree.map(lambda old, now: self.decay * old + (1 - self.decay) * now, state, new)
+
+    def result(self, state, *, symmetric, roundtrip):
+        del symmetric, roundtrip
+        weight = jnp.maximum(state["weight"], jnp.finfo(jnp.float32).tiny)
+        return state["lo"] / weight, state["hi"] / weight
+
+
+_BINS = 2048
+
+
+def _rows(x: jax.Array, axes: Axes) -> jax.Array:
+    """The elements of each block in one last axis; the leading axes keep x's rank, with size 1 at ``axes``."""
+    kept = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
+    order = tuple(i for i in range(x.ndim) if i not in axes) + tuple(axes)
+    return jnp.transpose(x, order).reshape(*kept, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Histogram(Observer):
+    """Calibrators whose state is a histogram of each block: 2048 equal bins on ``[-span, span)``.
+
+    The span of the first batch is its absmax; a wider batch doubles the span as often as needed and merges bins in
+    pairs, so the state never grows and no element is lost.
+    """
+
+    def init(self, shape):
+        return {"span": jnp.zeros(shape, jnp.float32), "counts": jnp.zeros((*shape, _BINS), jnp.float32)}
+
+    def update(self, state, x, axes):
+        x = _finite_or_nan(x)
+        absmax, span = _absmax(x, axes).astype(jnp.float32), state["span"]
+        ratio = absmax / jnp.where(span > 0, span, 1)
+        doublings = jnp.where((span > 0) & (ratio > 1), jnp.ceil(jnp.log2(jnp.maximum(ratio, 1))), 0)
+        span = jnp.where(span > 0, span * 2.0**doublings, absmax)
+        position = jnp.arange(_BINS, dtype=jnp.int32) - _BINS // 2
+        position = position.reshape((1,) * span.ndim + (-1,)) >> doublings.astype(jnp.int32)[..., None]
+        counts = _scatter(position + _BINS // 2, state["counts"])
+        width = jnp.where(span > 0, span, 1)[..., None] / (_BINS // 2)
+        found = jnp.floor(_rows(x, axes) / width).astype(jnp.int32) + _BINS // 2
+        found = jnp.clip(found, 0, _BINS - 1)
+        counts = counts + _scatter(found, jnp.ones(found.shape, jnp.float32))
+        return {"span": span + jnp.where(jnp.isnan(absmax), absmax, 0), "counts": counts}
+
+    def _centers(self, state) -> jax.Array:
+        offset = (jnp.arange(_BINS, dtype=jnp.float32) - (_BINS // 2 - 0.5)) / (_BINS // 2)
+        return state["span"][..., None] * offset.reshape((1,) * state["span"].ndim + (-1,))
+
+    def _minmax(self, state) -> Range:
+        """Outer edges of the occupied bins."""
+        edges = self._centers(state)
+        half = state["span"][..., None] / _BINS
+        seen = state["counts"] > 0
+        lo = jnp.min(jnp.where(seen, edges - half, 0), axis=-1)
+        hi = jnp.max(jnp.where(seen, edges + half, 0), axis=-1)
+        return jnp.minimum(lo, 0), jnp.maximum(hi, 0)
+
+
+def _scatter(index: jax.Array, weights: jax.Array) -> jax.Array:
+    """Histogram along the last axis: weights added at index, leading axes kept."""
+    flat_index, flat_weights = index.reshape(-1, index.shape[-1]), weights.reshape(-1, weights.shape[-1])
+    flat_index = jnp.broadcast_to(flat_index, flat_weights.shape)
+    rows = jax.vmap(lambda i, w: jnp.zeros(_BINS, jnp.float32).at[i].add(w))(flat_index, flat_weights)
+    return rows.reshape(*weights.shape[:-1], _BINS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Percentile(_Histogram):
+    """The range that holds the central ``p`` percent: of ``|x|`` if symmetric, on each side if not.
+
+    One array is sorted exactly; over batches the answer is within one bin (1/1024 of the largest magnitude).
+    """
+
+    p: float = 99.9
+
+    def __post_init__(self):
+        if not 50 < self.p <= 100:
+            raise quant_error("Percentile", "p must be in (50, 100]", todo="Use for example 99.9", p=self.p)
+
+    def range(self, x, axes, *, symmetric, roundtrip):
+        del roundtrip
+        rows = _rows(_finite_or_nan(x), axes)
+        if symmetric:
+            hi = jnp.quantile(jnp.abs(rows), self.p / 100, axis=-1)
+            return -hi, hi
+        lo, hi = (jnp.quantile(rows, q, axis=-1) for q in (1 - self.p / 100, self.p / 100))
+        return jnp.minimum(lo, 0), jnp.maximum(hi, 0)
+
+    def result(self, state, *, symmetric, roundtrip):
+        del roundtrip
+        counts, half = state["counts"], _BINS // 2
+        width = state["span"] / half
+        if symmetric:
+            counts = counts[..., half:] + jnp.flip(counts[..., :half], -1)
+            inside = jnp.cumsum(counts, -1) < self.p / 100 * jnp.sum(counts, -1, keepdims=True)
+            hi = (jnp.sum(inside, -1) + 1).astype(jnp.float32) * width
+            return -hi, hi
+        total = jnp.sum(counts, -1, keepdims=True)
+        below = jnp.cumsum(counts, -1)
+        hi = (jnp.sum(below < self.p / 100 * total, -1) + 1 - half).astype(jnp.float32) * width
+        lo = (jnp.sum(below <= (1 - self.p / 100) * total, -1) - half).astype(jnp.float32) * width
+        return jnp.minimum(lo, 0), jnp.maximum(hi, 0)
+
+
+_RATIOS = tuple(0.95**k for k in range(90))  # 1 down to 0.01
+_REFINEMENTS = 8
+
+
+def _least_error(evaluate: Callable[[jax.Array, jax.Array], Range], lo: jax.Array, hi: jax.Array, both: bool) -> Range:
+    """The clip of least squared error, per block.
+
+    Args:
+      evaluate: ``(lo, hi) -> (error, gain)``; gain is the least-squares factor ``<x, v> / <v, v>`` of the values v.
+      lo, hi: the range that clips nothing.
+      both: also search the two ends separately (asymmetric ranges).
+    """
+
+    def better(best, new_lo, new_hi):
+        error, gain = evaluate(new_lo, new_hi)
+        old_error, old_lo, old_hi, old_gain = best
+        won = error < old_error
+        return tuple(
+            jnp.where(won, new, old)
+            for new, old in zip((error, new_lo, new_hi, gain), (old_error, old_lo, old_hi, old_gain), strict=True)
+        )
+
+    ratios = jnp.asarray(_RATIOS, lo.dtype)
+    error, gain = evaluate(lo, hi)
+    best = (error, lo, hi, gain)
+    best = lax.fori_loop(1, len(_RATIOS), lambda i, b: better(b, lo * ratios[i], hi * ratios[i]), best)
+    if both:
+        for end in (0, 1):
+            start = best
+
+            def one_end(i, b, start=start, end=end):
+                return better(b, start[1] * (1 if end else ratios[i]), start[2] * (ratios[i] if end else 1))
+
+            best = lax.fori_loop(1, len(_RATIOS), one_end, best)
+    # Alternate: codes for the best scale, then the best scale for those codes. Neither step raises the error.
+    best = lax.fori_loop(0, _REFINEMENTS, lambda _, b: better(b, b[1] * b[3], b[2] * b[3]), best)
+    return best[1], best[2]
+
+
+def _evaluator(x: jax.Array, weights: jax.Array | None, axes: Axes, unit: jax.Array, roundtrip: Roundtrip):
+    """Squared error and least-squares gain, in units of each block's absmax so that nothing over- or underflows."""
+
+    def evaluate(lo, hi):
+        v = roundtrip(x, lo, hi) / unit
+        xn = x / unit
+        terms = ((xn - v) ** 2, xn * v, v * v)
+        error, xv, vv = (jnp.sum(t if weights is None else t * weights, axis=axes, keepdims=True) for t in terms)
+        return error, jnp.where(vv > 0, xv / jnp.where(vv > 0, vv, 1), 1)
+
+    return evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class MSE(_Histogram):
+    """The clip that minimises the squared error of the block.
+
+    90 clips from the full range down to 1 percent of it (ratio 0.95), then alternating least squares between codes and
+    scale; for asymmetric ranges each end is searched as well. With a symmetric signed type the whole
+    two's-complement grid is used (``narrow_range`` defaults to False): on Gaussian weights its extra code takes the
+    relative error at 2 bits from .437 to .392.
+
+    Source: the grid search is common practice (for example Banner et al. 2019, arXiv:1810.05723); the refinement is
+    Lloyd's algorithm (1982) restricted to a uniform grid.
+    """
+
+    def range(self, x, axes, *, symmetric, roundtrip):
+        x = _finite_or_nan(x)
+        absmax = _absmax(x, axes)
+        lo, hi = (-absmax, absmax) if symmetric else _minmax(x, axes)
+        unit = jnp.where(absmax > 0, absmax, 1)
+        return _least_error(_evaluator(x, None, axes, unit, roundtrip), lo, hi, both=not symmetric)
+
+    def result(self, state, *, symmetric, roundtrip):
+        lo, hi = self._minmax(state)
+        if symmetric:
+            hi = jnp.maximum(-lo, hi)
+            lo = -hi
+        unit = jnp.where(state["span"] > 0, state["span"], 1)[..., None]
+        evaluate = _evaluator(self._centers(state), state["counts"], (-1,), unit, roundtrip)
+        lo, hi = _least_error(evaluate, lo[..., None], hi[..., None], both=not symmetric)
+        return lo[..., 0], hi[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entropy(_Histogram):
+    """The clip whose quantized distribution is closest to the observed one in Kullback-Leibler divergence.
+
+    For each of 64 clips, P is the histogram with what lies outside moved to the edge bins, and Q spreads the mass of
+    each code evenly over the occupied bins that map to it.
+
+    Source: Migacz 2017, "8-bit inference with TensorRT", slides 32-38; we use bins of any number type instead of
+    128 merged ones.
+    """
+
+    def result(self, state, *, symmetric, roundtrip):
+        lo, hi = self._minmax(state)
+        if symmetric:
+            hi = jnp.maximum(-lo, hi)
+            lo = -hi
+        centers, counts = self._centers(state), state["counts"]
+        flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
+        occupied = (counts > 0).astype(jnp.float32)
+
+        def divergence(lo, hi):
+            clipped = jnp.clip(centers, lo[..., None], hi[..., None])
+            step = state["span"][..., None] / (_BINS // 2)
+            inside = (centers > lo[..., None] - step) & (centers < hi[..., None] + step)
+            edge_lo, edge_hi = jnp.argmax(inside, -1), _BINS - 1 - jnp.argmax(jnp.flip(inside, -1), -1)
+            bins = jnp.arange(_BINS).reshape((1,) * edge_lo.ndim + (-1,))
+            home = jnp.clip(bins, edge_lo[..., None], edge_hi[..., None])
+            p = _scatter(home, counts)
+            values = roundtrip(clipped, lo[..., None], hi[..., None])
+            group = jnp.cumsum(jnp.diff(values, axis=-1, prepend=values[..., :1]) != 0, axis=-1).astype(jnp.int32)
+            mass = _scatter(group, jnp.where(inside, counts, 0))
+            here = jnp.where(inside, occupied, 0)
+            cells = _scatter(group, here)
+            mean = mass / jnp.maximum(cells, 1)
+            q = jnp.take_along_axis(flat(mean), flat(group), axis=-1).reshape(counts.shape) * here
+            p_total, q_total = (jnp.maximum(jnp.sum(a, -1, keepdims=True), 1e-30) for a in (p, q))
+            p, q = p / p_total, q / q_total
+            floor = 1e-9
+            return jnp.sum(jnp.where(p > 0, p * (jnp.log(p + floor) - jnp.log(q + floor)), 0), -1)
+
+        def step(i, best):
+            error, best_lo, best_hi = best
+            ratio = 1 - i.astype(jnp.float32) / 64 * 0.95
+            new = divergence(lo * ratio, hi * ratio)
+            won = new < error
+            return jnp.where(won, new, error), jnp.where(won, lo * ratio, best_lo), jnp.where(won, hi * ratio, best_hi)
+
+        start = (jnp.full(lo.shape, math.inf, jnp.float32), lo, hi)
+        _, lo, hi = lax.fori_loop(0, 64, step, start)
+        return lo, hi

@@ -1,0 +1,260 @@
+"""`QTensor`: a quantized array, as a pytree whose law is ``x ~ (q - zero_point) * scale``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.core.blocks import BlockView
+from jaxquant.core.codec import from_bits, to_bits, values_of
+from jaxquant.core.errors import quant_error
+from jaxquant.core.packing import pack, unpack
+from jaxquant.core.qtypes import QTYPES, QType
+
+__all__ = ["QTensor", "dequantize", "from_codes", "scale_values"]
+
+
+def _stored_order(ndim: int, minor: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes of the logical array in the order in which codes are stored: the others, then ``minor``."""
+    last = tuple(axis + ndim for axis in minor)
+    return tuple(axis for axis in range(ndim) if axis not in last) + last
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.argsort(order))
+
+
+def _transpose(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    return x if order == tuple(range(x.ndim)) else jnp.transpose(x, order)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class QTensor:
+    """A quantized array.
+
+    The law is ``x ~ (q - zero_point) * scale``, with ``q`` the grid value of a code and ``scale`` and ``zero_point``
+    repeated over their blocks. Made by `quantize`, by `quantize_params` and by the checkpoint readers; the constructor
+    stores what it is given, since JAX itself calls it with tracers, shapes and None.
+
+    Static fields hold no absolute axis and no absolute shape, so that a QTensor with a leading axis on every leaf can be
+    scanned, vmapped, stacked and sliced like the float array it stands for.
+
+    There is no ``__jax_array__``: using a QTensor where a float array is expected raises instead of dequantizing
+    silently. Call `dequantize`, or use the functions in `jaxquant.ops`.
+
+    Attributes:
+      codes: uint8 bit patterns packed along the last axis for types below 8 bits, else int8, uint8 or fp8; stored with
+        the ``minor`` axes last (contraction-minor).
+      scale: positive float array of the logical rank, one entry per block; or a QTensor, where the scales are quantized
+        themselves (nvfp4, double quantization).
+      zero_point: the code of real 0, an integer array of the scale's shape, or None if symmetric.
+      qtype: name of the number type.
+      dtype: dtype of the dequantized array.
+      minor: the logical axes (negative) that are stored last, in this order.
+      length: codes in a stored row; None unless packed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> w = jnp.linspace(-1.0, 1.0, 256 * 512).reshape(256, 512)
+      >>> spec = jq.QuantSpec("int4", granularity="per_group", group_size=64)
+      >>> jq.quantize(w, spec, reduce_axes=(-2,))
+      QTensor(int4[256, 512] -> float32, group 64 on axis -2, symmetric, 72.0 KiB)
+    """
+
+    __slots__ = ("codes", "dtype", "length", "minor", "qtype", "scale", "zero_point")
+
+    def __init__(
+        self,
+        codes: Any,
+        scale: Any,
+        zero_point: Any,
+        *,
+        qtype: str,
+        dtype: Any,
+        minor: tuple[int, ...] = (),
+        length: int | None = None,
+    ):
+        self.codes, self.scale, self.zero_point = codes, scale, zero_point
+        self.qtype, self.dtype = qtype, np.dtype(dtype)
+        self.minor, self.length = tuple(minor), length
+
+    # -- pytree ----------------------------------------------------------------------------------------------------
+    def tree_flatten_with_keys(self):
+        names = ("codes", "scale", "zero_point")
+        children = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names)
+        return children, (self.qtype, self.dtype, self.minor, self.length)
+
+    def tree_flatten(self):
+        return (self.codes, self.scale, self.zero_point), (self.qtype, self.dtype, self.minor, self.length)
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        qtype, dtype, minor, length = aux
+        return cls(*children, qtype=qtype, dtype=dtype, minor=minor, length=length)
+
+    # -- what a float array would say ----------------------------------------------------------------------------------
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape, equal to the float array's."""
+        stored = tuple(self.codes.shape)
+        if self.length is not None:
+            stored = (*stored[:-1], self.length)
+        order = _inverse(_stored_order(len(stored), self.minor))
+        return tuple(stored[i] for i in order)
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the logical array."""
+        return len(self.codes.shape)
+
+    @property
+    def size(self) -> int:
+        """Elements of the logical array."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """True bytes of codes, scales and zero points, from bit widths."""
+        return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether there is no zero point."""
+        return self.zero_point is None
+
+    @property
+    def type(self) -> QType:
+        """The number type, in full."""
+        return QTYPES[self.qtype]
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """The float array this stands for; see `jaxquant.dequantize`."""
+        return dequantize(self, dtype)
+
+    def unpacked(self) -> jax.Array:
+        """Codes one per element (``type.code_dtype``), in stored order: the ``minor`` axes last."""
+        if self.length is None:
+            return self.codes
+        return from_bits(unpack(self.codes, self.type.bits, self.length), self.type)
+
+    def logical_codes(self) -> jax.Array:
+        """Codes one per element, in the logical axis order."""
+        return _transpose(self.unpacked(), _inverse(_stored_order(self.ndim, self.minor)))
+
+    def store(self, minor: tuple[int, ...]) -> QTensor:
+        """The same values with other axes stored last; ``()`` is the float array's own order."""
+        if tuple(minor) == self.minor:
+            return self
+        return from_codes(
+            self.logical_codes(), self.scale, self.zero_point, qtype=self.qtype, dtype=self.dtype, minor=minor
+        )
+
+    def __repr__(self) -> str:
+        try:
+            shape, nbytes = self.shape, self.nbytes
+            blocks = tuple(self.scale.shape)
+            per = _describe_blocks(shape, blocks)
+        except (AttributeError, TypeError, ValueError, ZeroDivisionError):  # leaves that are not arrays: specs, None
+            return f"QTensor({self.qtype}, codes={self.codes!r}, scale={self.scale!r}, zero_point={self.zero_point!r})"
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        size = f"{nbytes / 1024:.1f} KiB" if nbytes < 1 << 20 else f"{nbytes / (1 << 20):.1f} MiB"
+        return f"QTensor({self.qtype}[{', '.join(map(str, shape))}] -> {self.dtype.name}, {per}, {kind}, {size})"
+
+
+def _describe_blocks(shape: tuple[int, ...], scale: tuple[int, ...]) -> str:
+    ndim = len(shape)
+    block = [n // s for n, s in zip(shape, scale, strict=True)]
+    groups = [i for i in range(ndim) if 1 < scale[i] < shape[i]]
+    if groups:
+        sizes = " x ".join(str(block[i]) for i in groups)
+        return f"group {sizes} on {_axes(groups, ndim)}"
+    if math.prod(scale) == 1:
+        return "per tensor"
+    return f"per channel on {_axes([i for i in range(ndim) if scale[i] > 1], ndim)}"
+
+
+def _axes(axes: list[int], ndim: int) -> str:
+    return ("axis " if len(axes) == 1 else "axes ") + ", ".join(str(i - ndim) for i in axes)
+
+
+def from_codes(
+    codes: jax.Array,
+    scale: Any,
+    zero_point: jax.Array | None,
+    *,
+    qtype: str,
+    dtype: Any,
+    minor: tuple[int, ...] = (),
+) -> QTensor:
+    """A QTensor from codes in logical order, one per element.
+
+    Args:
+      codes: the array's codes (``QType.code_dtype``).
+      scale: one per block, of the array's rank; float array or QTensor.
+      zero_point: of the scale's shape, or None.
+      qtype: name of the number type.
+      dtype: dtype of the dequantized array.
+      minor: axes to store last.
+
+    Returns:
+      The `QTensor`, its codes packed if the type is narrower than a byte.
+    """
+    info = QTYPES[qtype]
+    stored = _transpose(codes, _stored_order(codes.ndim, minor))
+    length = None
+    if info.packed:
+        length = stored.shape[-1]
+        stored = pack(to_bits(stored, info), info.bits)
+    return QTensor(stored, scale, zero_point, qtype=qtype, dtype=dtype, minor=minor, length=length)
+
+
+def scale_values(scale: Any) -> jax.Array:
+    """The real scales of a QTensor's ``scale`` field, quantized or not, in at least float32."""
+    if isinstance(scale, QTensor):
+        return dequantize(scale)
+    return scale if scale.dtype == jnp.float64 else scale.astype(jnp.float32)
+
+
+def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
+    """The float array a QTensor stands for: ``(q - zero_point) * scale``.
+
+    The product is formed in float32 (float64 for a float64 tensor) and rounded once to ``dtype``.
+
+    Args:
+      q: the quantized array.
+      dtype: float dtype of the result; by default the dtype of the array that was quantized.
+
+    Returns:
+      Array of ``q.shape``.
+
+    Raises:
+      QuantError: if ``q`` is not a QTensor or ``dtype`` is not a float dtype.
+
+    Gradient: with respect to ``scale``, ``q - zero_point``; codes are integers and have none.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> q = jq.quantize(jnp.array([-1.0, 0.0, 0.5, 1.0]), jq.QuantSpec("int8"), reduce_axes=(-1,))
+      >>> jq.dequantize(q).round(3)
+      Array([-1.   ,  0.   ,  0.504,  1.   ], dtype=float32)
+
+    Source: Jacob et al. 2018 (arXiv:1712.05877), equation 1.
+    """
+    if not isinstance(q, QTensor):
+        raise quant_error("dequantize", "the operand must be a QTensor", todo="Pass what quantize returned", q=q)
+    out = np.dtype(q.dtype if dtype is None else dtype)
+    if not jnp.issubdtype(out, jnp.floating):
+        raise quant_error(
+            "dequantize", "dtype must be a float dtype", todo="Use float32, bfloat16 or float16", dtype=out
+        )
+    compute = jnp.float64 if np.dtype(q.dtype) == np.float64 else jnp.float32
+    view = BlockView.of_scale(q.shape, tuple(q.scale.shape))
+    values = view.split(values_of(q.logical_codes(), q.type, compute))
+    if q.zero_point is not None:
+        values = values - view.split_scale(q.zero_point).astype(compute)
+    values = values * view.split_scale(scale_values(q.scale)).astype(compute)
+    return view.join(values).astype(out)

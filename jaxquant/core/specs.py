@@ -1,0 +1,344 @@
+"""What to quantize and how, as small frozen values: `QuantSpec`, `OpSpec`, `Rule`.
+
+All are hashable (they can be static arguments of a jitted function) and survive a round trip through JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.core import observers
+from jaxquant.core.errors import quant_error
+from jaxquant.core.qtypes import QType, qtype_of
+
+__all__ = ["OpSpec", "QuantSpec", "Rule"]
+
+_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
+_CALIBRATORS = {
+    c.__name__: c for c in (getattr(observers, n) for n in observers.__all__) if c is not observers.Observer
+}
+
+
+class _Value:
+    """A brief ``repr``, and JSON on top of ``to_dict`` and ``from_dict``."""
+
+    def __repr__(self) -> str:
+        parts = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.default is dataclasses.MISSING:
+                parts.append(repr(value))
+            elif value != field.default:
+                parts.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def to_json(self) -> str:
+        """This value as one line of JSON."""
+        return json.dumps(self.to_dict())  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_json(cls, text: str):
+        """Inverse of `to_json`; unknown keys and wrong values raise `QuantError`."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise quant_error(cls.__name__, f"not JSON ({error})", todo="Pass what to_json returned") from None
+        return cls.from_dict(data)  # type: ignore[attr-defined]
+
+
+def _checked_keys(cls: type, data: Any) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    if not isinstance(data, dict) or not set(data) <= set(names):
+        got = sorted(data) if isinstance(data, dict) else data
+        raise quant_error(cls.__name__, "unknown fields", todo=f"Use only {', '.join(names)}", fields=tuple(got))
+    return data
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class QuantSpec(_Value):
+    """How one array is quantized. Axis-free: the operation supplies ``reduce_axes``, the axes that share a scale.
+
+    Args:
+      qtype: the number type, by name (``"int4"``) or dtype (``jnp.int8``); see `dtype_table`.
+      granularity: ``"per_tensor"``: one scale; ``"per_channel"``: one for each index of the axes that are not reduced
+        (per token, for an activation); ``"per_group"``: one per ``group_size`` elements along the reduced axes.
+      group_size: elements of a group. Fixed (32, 32, 16) for mxfp8, mxfp4 and nvfp4, which are always per group.
+      symmetric: True: no zero point. False: an integer zero point, for integer types only. A symmetric *unsigned*
+        type represents nothing below 0: negative values saturate to 0.
+      narrow_range: True: a symmetric signed type leaves out its lowest code (-127..127 rather than -128..127). None:
+        True unless the range comes from `observers.MSE`, which makes use of the extra code.
+      calibration: an observer from `jaxquant.observers`; None: AbsMax when symmetric, MinMax when not
+        (and for a symmetric unsigned type, whose range is ``[0, max(x)]``).
+      static: for an activation, True if its range comes from ``state`` and not from the very array.
+      scale_dtype: float dtype of the scales; None: float32.
+      rounding: ``"nearest"`` (half to even) or ``"stochastic"`` (up with the probability of the fraction; needs a key).
+
+    Raises:
+      QuantError: on an unknown type or a combination that has no meaning.
+
+    Example:
+      >>> import jaxquant as jq
+      >>> spec = jq.QuantSpec("int4", granularity="per_group", group_size=64)
+      >>> jq.QuantSpec.from_json(spec.to_json()) == spec
+      True
+    """
+
+    qtype: str
+    _: dataclasses.KW_ONLY
+    granularity: Literal["per_tensor", "per_channel", "per_group"] = "per_channel"
+    group_size: int | None = None
+    symmetric: bool = True
+    narrow_range: bool | None = None
+    calibration: observers.Observer | None = None
+    static: bool = False
+    scale_dtype: Any = None
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+
+    def __post_init__(self):
+        info = qtype_of(self.qtype)
+        set_ = functools.partial(object.__setattr__, self)
+        set_("qtype", info.name)
+        if info.group_size is not None:
+            if self.group_size not in (None, info.group_size) or self.granularity == "per_tensor":
+                raise self._error(
+                    f"{info.name} always has one scale per {info.group_size} elements",
+                    todo="Leave granularity and group_size out",
+                    granularity=self.granularity,
+                    group_size=self.group_size,
+                )
+            if self.scale_dtype is not None:
+                raise self._error(
+                    f"{info.name} fixes the format of its scales",
+                    todo="Leave scale_dtype out",
+                    scale_dtype=str(self.scale_dtype),
+                )
+            set_("granularity", "per_group")
+            set_("group_size", info.group_size)
+        if self.granularity not in _GRANULARITIES:
+            raise self._error(
+                "unknown granularity", todo=f"Use one of {', '.join(_GRANULARITIES)}", granularity=self.granularity
+            )
+        if (self.granularity == "per_group") != (self.group_size is not None):
+            raise self._error(
+                "group_size goes with granularity='per_group', and only with it",
+                todo="Give both or neither",
+                granularity=self.granularity,
+                group_size=self.group_size,
+            )
+        if self.group_size is not None and (
+            isinstance(self.group_size, bool)
+            or not isinstance(self.group_size, int | np.integer)
+            or self.group_size < 1
+        ):
+            raise self._error(
+                "group_size must be a positive integer", todo="Use 32, 64 or 128", group_size=self.group_size
+            )
+        if self.group_size is not None:
+            set_("group_size", int(self.group_size))
+        for name in ("symmetric", "static"):
+            if not isinstance(getattr(self, name), bool):
+                raise self._error(f"{name} must be True or False", todo="Pass a bool", **{name: getattr(self, name)})
+        if not self.symmetric and info.kind != "int":
+            raise self._error(
+                f"{info.name} has no zero point", todo="Use symmetric=True, or an integer type", symmetric=False
+            )
+        if self.narrow_range and not (self.symmetric and info.kind == "int" and info.signed):
+            raise self._error(
+                "narrow_range=True needs a symmetric signed integer type",
+                todo="Leave narrow_range out",
+                narrow_range=True,
+                symmetric=self.symmetric,
+            )
+        if self.calibration is not None and not isinstance(self.calibration, observers.Observer):
+            raise self._error(
+                "calibration must be an observer",
+                todo=f"Use None or one of {', '.join(f'{n}(...)' for n in _CALIBRATORS)} from jaxquant.observers",
+                calibration=self.calibration,
+            )
+        if self.scale_dtype is not None:
+            try:
+                dtype = np.dtype(self.scale_dtype)
+            except TypeError:
+                dtype = None
+            if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+                raise self._error(
+                    "scale_dtype must be a float dtype of 16 bits or more",
+                    todo="Use float32, bfloat16 or float16",
+                    scale_dtype=str(self.scale_dtype),
+                )
+            set_("scale_dtype", dtype.name)
+        if self.rounding not in ("nearest", "stochastic"):
+            raise self._error("unknown rounding", todo="Use 'nearest' or 'stochastic'", rounding=self.rounding)
+
+    def _error(self, rule: str, *, todo: str, **got: Any):
+        return quant_error("QuantSpec", rule, todo=todo, qtype=self.qtype, **got)
+
+    @property
+    def type(self) -> QType:
+        """The number type with this spec's ``qmin`` (narrowed where ``narrow_range`` says so)."""
+        info = qtype_of(self.qtype)
+        narrow = self.narrow_range
+        if narrow is None:
+            narrow = self.symmetric and not isinstance(self.calibration, observers.MSE)
+        if narrow and info.kind == "int" and info.signed:
+            return dataclasses.replace(info, qmin=-info.qmax)
+        return info
+
+    @property
+    def observer(self) -> observers.Observer:
+        """The calibrator in force."""
+        if self.calibration is not None:
+            return self.calibration
+        return observers.AbsMax() if self.symmetric and self.type.signed else observers.MinMax()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only; defaults left out."""
+        out: dict[str, Any] = {}
+        fixed = qtype_of(self.qtype).group_size is not None
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value == field.default or (fixed and field.name in ("granularity", "group_size")):
+                continue
+            if field.name == "calibration":
+                value = {type(value).__name__: dataclasses.asdict(value)}
+            out[field.name] = value
+        return out
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> QuantSpec:
+        """Inverse of `to_dict`."""
+        data = dict(_checked_keys(cls, data))
+        if "qtype" not in data:
+            raise quant_error("QuantSpec", "the field qtype is missing", todo="Name a number type", fields=tuple(data))
+        calibration = data.get("calibration")
+        if isinstance(calibration, dict):
+            name, arguments = next(iter(calibration.items()), (None, {}))
+            try:
+                data["calibration"] = _CALIBRATORS[name](**arguments)  # type: ignore[index]
+            except (KeyError, TypeError):
+                todo = f"Use one of {', '.join(_CALIBRATORS)}"
+                raise quant_error("QuantSpec", "unknown calibration", todo=todo, calibration=calibration) from None
+        return cls(data.pop("qtype"), **data)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class OpSpec(_Value):
+    """How one operation is quantized. A weight spec alone means weight-only.
+
+    Args:
+      weight: spec of the weight operand, or None to leave it in float.
+      act: spec of the other operand (the activation), or None.
+      grad: spec of the gradients in the backward pass, or None for the straight-through float gradient.
+
+    Raises:
+      QuantError: if a field is not a `QuantSpec` or None, the weight spec is static, or the weight is quantized to a
+        symmetric unsigned type (which would set every negative weight to 0).
+
+    Example:
+      >>> import jaxquant as jq
+      >>> jq.OpSpec(weight=jq.QuantSpec("int8"), act=jq.QuantSpec("int8"))  # W8A8, dynamic
+      OpSpec(weight=QuantSpec('int8'), act=QuantSpec('int8'))
+    """
+
+    weight: QuantSpec | None = None
+    act: QuantSpec | None = None
+    grad: QuantSpec | None = None
+
+    def __post_init__(self):
+        for name in ("weight", "act", "grad"):
+            spec = getattr(self, name)
+            if spec is not None and not isinstance(spec, QuantSpec):
+                raise quant_error("OpSpec", f"{name} must be a QuantSpec or None", todo="Wrap it", **{name: spec})
+        if self.weight is not None and self.weight.static:
+            raise quant_error(
+                "OpSpec", "a weight's range is taken from the weight", todo="Use static=True on act only", static=True
+            )
+        if self.weight is not None and self.weight.symmetric and not self.weight.type.signed:
+            raise quant_error(
+                "OpSpec",
+                "a symmetric unsigned type would set every negative weight to 0",
+                todo="Use symmetric=False, or a signed type",
+                qtype=self.weight.qtype,
+            )
+        if self.grad is not None:
+            raise quant_error(
+                "OpSpec", "quantized gradients are not implemented", todo="Leave grad out", grad=self.grad.qtype
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only."""
+        return {f.name: s.to_dict() for f in dataclasses.fields(self) if (s := getattr(self, f.name)) is not None}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> OpSpec:
+        """Inverse of `to_dict`."""
+        return cls(**{k: QuantSpec.from_dict(v) for k, v in _checked_keys(cls, data).items()})
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Rule(_Value):
+    """Which parameters get which `OpSpec`: ``re.search(pattern, path)``, the first rule that matches wins.
+
+    Args:
+      pattern: a regular expression, searched in the parameter's path (``"params/encoder/Dense_0/kernel"``).
+      spec: the `OpSpec`, or None to keep what matches in float.
+      reduce_axes: the contracted axes of the parameters that match, counted from the end; only needed where no plan
+        gives them and neither name nor shape says what kind of layer it is.
+
+    Raises:
+      QuantError: if the pattern does not compile or spec is not an OpSpec.
+
+    Example:
+      >>> import jaxquant as jq
+      >>> jq.Rule("head", None)
+      Rule('head', None)
+    """
+
+    pattern: str
+    spec: OpSpec | None
+    reduce_axes: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except (re.error, TypeError) as error:
+            todo = "Write a pattern that re.search accepts"
+            raise quant_error("Rule", f"bad regular expression ({error})", todo=todo, pattern=self.pattern) from None
+        if self.spec is not None and not isinstance(self.spec, OpSpec):
+            todo = "Use an OpSpec, such as recipes.w8a16(), or None"
+            raise quant_error("Rule", "spec must be an OpSpec or None", todo=todo, spec=self.spec)
+        if self.reduce_axes is not None:
+            axes = tuple(self.reduce_axes)
+            if not axes or not all(isinstance(a, int) and a < 0 for a in axes):
+                todo = "Count them from the end: (-2,) for a dense kernel"
+                raise quant_error("Rule", "reduce_axes must be negative axes", todo=todo, reduce_axes=axes)
+            object.__setattr__(self, "reduce_axes", axes)
+
+    def matches(self, path: str) -> bool:
+        """Whether this rule's pattern is found in ``path``."""
+        return re.search(self.pattern, path) is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only."""
+        out: dict[str, Any] = {"pattern": self.pattern, "spec": None if self.spec is None else self.spec.to_dict()}
+        if self.reduce_axes is not None:
+            out["reduce_axes"] = list(self.reduce_axes)
+        return out
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Rule:
+        """Inverse of `to_dict`."""
+        data = _checked_keys(cls, data)
+        spec, axes = data.get("spec"), data.get("reduce_axes")
+        return cls(
+            data.get("pattern", ""),
+            None if spec is None else OpSpec.from_dict(spec),
+            None if axes is None else tuple(axes),
+        )
