@@ -1,9 +1,19 @@
 """jaxquant: quantization for JAX.
 
-core        arrays in, arrays out: QuantSpec, QTensor, quantize, dequantize, fake_quant
-ops         quantized primitives: dot_general, einsum, conv_general_dilated, take
+Layers; imports point down only:
+
+    linen, nnx, io    5  Flax layers; checkpoints (loaded on first use)
+    transform         4  quantize_params, dequantize_params
+    ptq               3  quantizers: rtn
+    recipes           3  named OpSpecs
+    ops               2  quantized primitives: dot_general, einsum, conv_general_dilated, take
+    core              1  QuantSpec, QTensor, quantize, dequantize, fake_quant, observers
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jaxquant import ops, recipes
 from jaxquant.core import observers
 from jaxquant.core.affine import quantize, scale_zero_point
 from jaxquant.core.errors import QuantError
@@ -12,4 +22,38 @@ from jaxquant.core.qtensor import QTensor, dequantize
 from jaxquant.core.qtypes import dtype_table
 from jaxquant.core.specs import OpSpec, QuantSpec, Rule
 
+if TYPE_CHECKING:
+    from jaxquant import io, linen, nnx
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "OpSpec",
+    "QTensor",
+    "QuantError",
+    "QuantSpec",
+    "Rule",
+    "dequantize",
+    "dtype_table",
+    "fake_quant",
+    "io",
+    "linen",
+    "nnx",
+    "observers",
+    "ops",
+    "quantize",
+    "recipes",
+    "scale_zero_point",
+]
+
+_ON_USE = ("io", "linen", "nnx")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_USE:
+        return importlib.import_module(f"jaxquant.{name}")
+    raise AttributeError(f"module 'jaxquant' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -103,7 +103,7 @@ class QTensor:
         stored = tuple(self.codes.shape)
         if self.length is not None:
             stored = (*stored[:-1], self.length)
-        order = _inverse(_stored_order(len(stored), self.minor))
+        order = _inverse(self.stored_order)
         return tuple(stored[i] for i in order)
 
     @property
@@ -131,6 +131,11 @@ class QTensor:
         """The number type, in full."""
         return QTYPES[self.qtype]
 
+    @property
+    def stored_order(self) -> tuple[int, ...]:
+        """The logical axes in the order in which codes are stored."""
+        return _stored_order(self.ndim, self.minor)
+
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The float array this stands for; see `jaxquant.dequantize`."""
         return dequantize(self, dtype)
@@ -143,7 +148,7 @@ class QTensor:
 
     def logical_codes(self) -> jax.Array:
         """Codes one per element, in the logical axis order."""
-        return _transpose(self.unpacked(), _inverse(_stored_order(self.ndim, self.minor)))
+        return _transpose(self.unpacked(), _inverse(self.stored_order))
 
     def store(self, minor: tuple[int, ...]) -> QTensor:
         """The same values with other axes stored last; ``()`` is the float array's own order."""
@@ -168,10 +173,9 @@ class QTensor:
 def _describe_blocks(shape: tuple[int, ...], scale: tuple[int, ...]) -> str:
     ndim = len(shape)
     block = [n // s for n, s in zip(shape, scale, strict=True)]
-    groups = [i for i in range(ndim) if 1 < scale[i] < shape[i]]
-    if groups:
-        sizes = " x ".join(str(block[i]) for i in groups)
-        return f"group {sizes} on {_axes(groups, ndim)}"
+    if any(1 < scale[i] < shape[i] for i in range(ndim)):
+        groups = [i for i in range(ndim) if block[i] > 1]
+        return f"group {' x '.join(str(block[i]) for i in groups)} on {_axes(groups, ndim)}"
     if math.prod(scale) == 1:
         return "per tensor"
     return f"per channel on {_axes([i for i in range(ndim) if scale[i] > 1], ndim)}"
@@ -216,6 +220,8 @@ def scale_values(scale: Any) -> jax.Array:
     """The real scales of a QTensor's ``scale`` field, quantized or not, in at least float32."""
     if isinstance(scale, QTensor):
         return dequantize(scale)
+    if scale.dtype == jnp.float8_e8m0fnu:  # powers of two have no gradient in their own type
+        scale = jax.lax.stop_gradient(scale)
     return scale if scale.dtype == jnp.float64 else scale.astype(jnp.float32)
 
 
@@ -253,7 +259,7 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
         )
     compute = jnp.float64 if np.dtype(q.dtype) == np.float64 else jnp.float32
     view = BlockView.of_scale(q.shape, tuple(q.scale.shape))
-    values = view.split(values_of(q.logical_codes(), q.type, compute))
+    values = view.split(values_of(jax.lax.stop_gradient(q.logical_codes()), q.type, compute))
     if q.zero_point is not None:
         values = values - view.split_scale(q.zero_point).astype(compute)
     values = values * view.split_scale(scale_values(q.scale)).astype(compute)

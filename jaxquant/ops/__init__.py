@@ -1,0 +1,13 @@
+"""Quantized primitives: each operand an array or a `QTensor`, otherwise the signatures of `jax.lax` and `jax.numpy`.
+
+    dot_general, einsum, conv_general_dilated, take
+
+`jaxquant.ops.formulation` chooses how a product is computed.
+"""
+
+from jaxquant.ops.conv import conv_general_dilated
+from jaxquant.ops.dot import dot_general
+from jaxquant.ops.einsum import einsum
+from jaxquant.ops.take import take
+
+__all__ = ["conv_general_dilated", "dot_general", "einsum", "take"]

@@ -1,0 +1,127 @@
+"""`einsum` with quantized operands."""
+
+from __future__ import annotations
+
+import math
+import string
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.core.errors import quant_error
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import OpSpec
+from jaxquant.ops.dot import dot_general
+from jaxquant.ops.operands import as_array
+
+__all__ = ["einsum"]
+
+
+def _parse(subscripts: str, ndims: tuple[int, int]) -> tuple[str, str, str]:
+    """Labels of both operands and of the result; an ellipsis becomes capital or other unused letters."""
+
+    def bad(rule: str):
+        todo = "Write for example 'btd,dh->bth', or call jnp.einsum on float arrays"
+        return quant_error("einsum", rule, todo=todo, subscripts=subscripts, ndims=ndims)
+
+    text = subscripts.replace(" ", "")
+    inputs, arrow, output = text.partition("->")
+    terms = inputs.split(",")
+    if len(terms) != 2:
+        raise bad("quantized einsum takes two operands")
+    unused = [c for c in string.ascii_letters if c not in text]
+    labels, longest = [], ""
+    for term, ndim in zip(terms, ndims, strict=True):
+        left, dots, right = term.partition("...")
+        count = ndim - len(left) - len(right)
+        if count < 0 or (count and not dots):
+            raise bad("subscripts do not fit the ranks")
+        fill = "".join(unused[:count][::-1])  # aligned at the right
+        longest = max(longest, fill, key=len)
+        labels.append(left + fill + right)
+    if not arrow:
+        once = sorted(c for c in set("".join(terms)) - {"."} if "".join(terms).count(c) == 1)
+        output = "..." + "".join(once)
+    output = output.replace("...", longest)
+    named = "".join(labels)
+    if not all(c in string.ascii_letters for c in named + output) or not set(output) <= set(named):
+        raise bad("unknown subscript")
+    if any(len(set(term)) != len(term) for term in (*labels, output)):
+        raise bad("quantized einsum takes no repeated subscripts within a term")
+    return labels[0], labels[1], output
+
+
+def einsum(
+    subscripts: str,
+    *operands: Any,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: Any = None,
+    spec: OpSpec | None = None,
+    act_scale: Any = None,
+    act_zero_point: Any = None,
+) -> jax.Array:
+    """`jax.numpy.einsum` whose operands may be quantized, or are quantized on the way; see `dot_general`.
+
+    Args:
+      subscripts: as for `jax.numpy.einsum`, ellipsis included. With a QTensor or a spec: two operands, no repeated
+        subscript within one; every subscript summed over must be in both operands, or in one that is float.
+      *operands: float arrays or QTensors; the weight is the second, unless only the first is a QTensor.
+      precision, preferred_element_type, spec, act_scale, act_zero_point: as for `dot_general`.
+
+    Returns:
+      Array with the axes of the output subscripts.
+
+    Raises:
+      QuantError: on subscripts that do not fit, and as `dot_general`.
+
+    Gradient: as `dot_general`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import ops, recipes
+      >>> x, w = jnp.ones((2, 5, 8)), jnp.ones((8, 4, 3))
+      >>> ops.einsum("btd,dhk->bthk", x, w, spec=recipes.w8a8()).shape
+      (2, 5, 4, 3)
+    """
+    operands = tuple(as_array("einsum", "operand", x) for x in operands)
+    if spec is None and not any(isinstance(x, QTensor) for x in operands):
+        return jnp.einsum(subscripts, *operands, precision=precision, preferred_element_type=preferred_element_type)
+    if len(operands) != 2:
+        todo = "Split it into products of two"
+        raise quant_error("einsum", "quantized einsum takes two operands", todo=todo, operands=len(operands))
+    left, right, output = _parse(subscripts, (operands[0].ndim, operands[1].ndim))
+    sides = []
+    for x, own, other in ((operands[0], left, right), (operands[1], right, left)):
+        alone = tuple(i for i, c in enumerate(own) if c not in other and c not in output)
+        if alone:
+            if isinstance(x, QTensor):
+                todo = "Dequantize it, or sum before quantizing"
+                raise quant_error("einsum", "a QTensor cannot be summed over", todo=todo, subscripts=subscripts)
+            x = jnp.sum(x, axis=alone)
+        sides.append((x, "".join(c for i, c in enumerate(own) if i not in alone)))
+    (lhs, left), (rhs, right) = sides
+    sizes = dict(zip(left, lhs.shape, strict=True))
+    for c, n in zip(right, rhs.shape, strict=True):
+        if sizes.setdefault(c, n) != n:
+            todo = "Make them equal; quantized einsum does not broadcast"
+            raise quant_error("einsum", f"subscript {c!r} has two sizes", todo=todo, sizes=(sizes[c], n))
+    shared = [c for c in left if c in right]
+    batch, contract = [c for c in shared if c in output], [c for c in shared if c not in output]
+    numbers = tuple(
+        tuple(tuple(labels.index(c) for c in part) for labels in (left, right)) for part in (contract, batch)
+    )
+    out = dot_general(
+        lhs,
+        rhs,
+        numbers,
+        precision,
+        preferred_element_type,
+        spec=spec,
+        act_scale=act_scale,
+        act_zero_point=act_zero_point,
+    )
+    got = batch + [c for c in left if c not in shared] + [c for c in right if c not in shared]
+    assert math.prod(out.shape) == math.prod(sizes[c] for c in output)
+    return jnp.transpose(out, [got.index(c) for c in output])

@@ -1,0 +1,72 @@
+"""Named `OpSpec`s. The names say bits of weight (w) and activation (a); a16 means the activation stays in float."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxquant.core.specs import OpSpec, QuantSpec
+
+__all__ = ["fp8", "mxfp4", "mxfp8", "nf4", "nvfp4", "w4a4", "w4a8", "w4a16", "w8a8", "w8a16"]
+
+
+def _grouped(qtype: str, group_size: int | None, **kwargs: Any) -> QuantSpec:
+    if group_size is None:
+        return QuantSpec(qtype, **kwargs)
+    return QuantSpec(qtype, granularity="per_group", group_size=group_size, **kwargs)
+
+
+def w8a16(group_size: int | None = None) -> OpSpec:
+    """Weight-only int8: per output channel, or per group."""
+    return OpSpec(_grouped("int8", group_size))
+
+
+def w4a16(group_size: int | None = 64, *, symmetric: bool = True) -> OpSpec:
+    """Weight-only int4, per group of 64 by default.
+
+    Example:
+      >>> from jaxquant import recipes
+      >>> recipes.w4a16(group_size=128).weight.group_size
+      128
+    """
+    return OpSpec(_grouped("int4", group_size, symmetric=symmetric))
+
+
+def nf4(group_size: int = 64) -> OpSpec:
+    """Weight-only nf4, per group of 64 (Dettmers et al. 2023, QLoRA)."""
+    return OpSpec(_grouped("nf4", group_size))
+
+
+def w8a8(*, static: bool = False, act_symmetric: bool = True) -> OpSpec:
+    """int8 weights per output channel; int8 activations per token, or one calibrated range per tensor (``static``)."""
+    granularity = "per_tensor" if static else "per_channel"
+    return OpSpec(QuantSpec("int8"), QuantSpec("int8", granularity=granularity, symmetric=act_symmetric, static=static))
+
+
+def w4a8(group_size: int | None = 64) -> OpSpec:
+    """int4 weights per group, int8 activations per token."""
+    return OpSpec(_grouped("int4", group_size), QuantSpec("int8"))
+
+
+def w4a4(group_size: int | None = None) -> OpSpec:
+    """int4 weights and int4 activations; per group of ``group_size``, or per channel and token."""
+    return OpSpec(_grouped("int4", group_size), _grouped("int4", group_size))
+
+
+def fp8() -> OpSpec:
+    """float8_e4m3fn weights per output channel and activations per token."""
+    return OpSpec(QuantSpec("float8_e4m3fn"), QuantSpec("float8_e4m3fn"))
+
+
+def mxfp8() -> OpSpec:
+    """OCP MX fp8, weights and activations: blocks of 32 with a power-of-two scale."""
+    return OpSpec(QuantSpec("mxfp8"), QuantSpec("mxfp8"))
+
+
+def mxfp4(*, act: bool = False) -> OpSpec:
+    """OCP MX fp4 weights; activations too if ``act``."""
+    return OpSpec(QuantSpec("mxfp4"), QuantSpec("mxfp4") if act else None)
+
+
+def nvfp4(*, act: bool = False) -> OpSpec:
+    """NVIDIA fp4 weights: blocks of 16 with an fp8 scale and one float32 per tensor; activations too if ``act``."""
+    return OpSpec(QuantSpec("nvfp4"), QuantSpec("nvfp4") if act else None)
