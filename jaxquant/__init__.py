@@ -13,7 +13,7 @@ Layers; imports point down only:
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxquant import ops, recipes
+from jaxquant import ops, ptq, recipes
 from jaxquant.core import observers
 from jaxquant.core.affine import quantize, scale_zero_point
 from jaxquant.core.errors import QuantError
@@ -21,6 +21,7 @@ from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor, dequantize
 from jaxquant.core.qtypes import dtype_table
 from jaxquant.core.specs import OpSpec, QuantSpec, Rule
+from jaxquant.transform import dequantize_params, quantize_params
 
 if TYPE_CHECKING:
     from jaxquant import io, linen, nnx
@@ -34,6 +35,7 @@ __all__ = [
     "QuantSpec",
     "Rule",
     "dequantize",
+    "dequantize_params",
     "dtype_table",
     "fake_quant",
     "io",
@@ -41,7 +43,9 @@ __all__ = [
     "nnx",
     "observers",
     "ops",
+    "ptq",
     "quantize",
+    "quantize_params",
     "recipes",
     "scale_zero_point",
 ]

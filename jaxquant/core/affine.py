@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -90,9 +91,9 @@ def _affine(lo: jax.Array, hi: jax.Array, spec: QuantSpec) -> tuple[Any, jax.Arr
 def scale_zero_point(lo: Any, hi: Any, spec: QuantSpec) -> tuple[Any, jax.Array | None]:
     """Scale and zero point that make codes cover the range ``[lo, hi]``.
 
-    Symmetric: ``scale = max(|lo|, |hi|) / qmax`` and no zero point. Asymmetric: the range is first widened to contain 0;
-    ``scale = (hi - lo) / (qmax - qmin)`` and ``zero_point = round(qmin - lo / scale)``, so real 0.0 has a code of its own
-    and is exact. An empty range (both 0) gives scale 1.
+    Symmetric: ``scale = max(|lo|, |hi|) / qmax`` and no zero point. Asymmetric: the range is first widened to contain
+    0; ``scale = (hi - lo) / (qmax - qmin)`` and ``zero_point = round(qmin - lo / scale)``, so real 0.0 has a code of
+    its own and is exact. An empty range (both 0) gives scale 1.
 
     Args:
       lo, hi: float arrays of one shape (or scalars), in the units of the array to be quantized.
@@ -130,7 +131,7 @@ def scale_zero_point(lo: Any, hi: Any, spec: QuantSpec) -> tuple[Any, jax.Array 
     return _affine(lo, hi, spec)
 
 
-# -- codes --------------------------------------------------------------------------------------------------------------
+# -- codes ---------------------------------------------------------------------------------------------------------
 
 
 class Encoded(NamedTuple):
@@ -141,8 +142,8 @@ class Encoded(NamedTuple):
     zero_point: jax.Array | None
 
 
-def _real(view: BlockView, value: jax.Array | None, dtype: Any) -> jax.Array | None:
-    return None if value is None else view.split_scale(value).astype(dtype)
+def _real(view: BlockView, value: jax.Array, dtype: Any) -> jax.Array:
+    return view.split_scale(value).astype(dtype)
 
 
 def encode(
@@ -170,10 +171,10 @@ def encode(
         lo, hi = spec.observer.range(xv, view.axes, symmetric=spec.symmetric, roundtrip=roundtrip)
         scale, zero_point = _affine(view.join_scale(lo), view.join_scale(hi), spec)
     s = _real(view, scale_values(scale), dtype)
-    z = _real(view, zero_point, dtype)
+    z = None if zero_point is None else _real(view, zero_point, dtype)
     noise = None if key is None else jax.random.uniform(key, xv.shape, dtype)
     v = divide(xv, s)
-    if z is not None and noise is None and jnp.issubdtype(zero_point.dtype, jnp.integer):
+    if zero_point is not None and noise is None and jnp.issubdtype(zero_point.dtype, jnp.integer):
         v = jnp.rint(v)  # so that ties go to even multiples of the scale, with a zero point as without
     values = round_to_grid(v if z is None else v + z, spec.type, noise)
     return Encoded(view.join(values), scale, zero_point)
@@ -265,9 +266,9 @@ def quantize(
       computed here.
 
     Raises:
-      QuantError: on NaN (in a concrete array; under ``jit``, a block with NaN gets scale NaN, so the NaN stays visible),
-        integer input, an empty array, an axis out of range, a group size that does not divide, or a scale that does not
-        fit.
+      QuantError: on NaN (in a concrete array; under ``jit``, a block with NaN gets scale NaN, so the NaN stays
+        visible), integer input, an empty array, an axis out of range, a group size that does not divide, or a scale
+        that does not fit.
 
     Gradient: none with respect to ``x`` (codes are integers); use `fake_quant` to train.
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["divide", "exponent", "power_of_two"]
+__all__ = ["divide", "exponent", "power_of_two", "times_reciprocal"]
 
 
 def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
@@ -22,8 +22,16 @@ def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
     return x / jnp.where(jnp.isnan(x), x, jnp.asarray(y, x.dtype))
 
 
+def times_reciprocal(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``x * (1 / y)``, rounded twice, for y > 0: what bitsandbytes computes. Where 1 / y is subnormal, ``x / y``."""
+    reciprocal = divide(jnp.ones_like(y), y)
+    return jnp.where(y > 2.0**126, divide(x, y), x * reciprocal)
+
+
 def exponent(magnitude: jax.Array) -> jax.Array:
-    """floor(log2(magnitude)) as int32, exact, for magnitudes that are normal float32 numbers (-127 for 0)."""
+    """floor(log2(magnitude)) as int32, exact, for normal numbers; the least exponent minus 1 for 0."""
+    if magnitude.dtype == jnp.float64:
+        return (lax.bitcast_convert_type(magnitude, jnp.int64) >> 52).astype(jnp.int32) - 1023
     return (lax.bitcast_convert_type(magnitude.astype(jnp.float32), jnp.int32) >> 23) - 127
 
 

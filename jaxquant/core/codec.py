@@ -8,10 +8,13 @@ Everything here is elementwise on float32 (float64 where the caller has it) and 
 - `to_bits` / `from_bits`: a code to the unsigned bit pattern that is packed, and back.
 
 Integers round half to even after saturation; floats saturate at their largest finite value (never inf or NaN) and round
-half to even; a table rounds to the nearest entry, ties to the lower one (as bitsandbytes does).
+half to even and keep the sign of zero; a table rounds to the nearest entry, ties to the lower one (as bitsandbytes
+does).
 """
 
 from __future__ import annotations
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +28,10 @@ __all__ = ["codes_of", "from_bits", "round_to_grid", "to_bits", "values_of"]
 
 def _round(v: jax.Array, noise: jax.Array | None) -> jax.Array:
     """To an integer: half to even, or up with the probability of the fraction where ``noise`` is uniform on [0, 1)."""
-    return jnp.rint(v) if noise is None else jnp.floor(v + noise)
+    if noise is None:
+        return jnp.rint(v)
+    low = jnp.floor(v)
+    return low + (noise < v - low).astype(v.dtype)  # floor(v + noise) would round: integers could move
 
 
 def _table_order(qtype: QType) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -47,7 +53,8 @@ def round_to_grid(v: jax.Array, qtype: QType, noise: jax.Array | None = None) ->
     """
     if qtype.kind == "int":
         # NaN passes through clip; infinities saturate.
-        return jnp.clip(_round(jnp.clip(v, qtype.qmin - 1, qtype.qmax + 1), noise), qtype.qmin, qtype.qmax)
+        q = jnp.clip(_round(jnp.clip(v, qtype.qmin - 1, qtype.qmax + 1), noise), qtype.qmin, qtype.qmax)
+        return jnp.where(q == 0, jnp.zeros_like(q), q)  # integers have no -0
     v = jnp.clip(v, qtype.qmin, qtype.qmax)
     if qtype.kind == "float":
         quantum = power_of_two(jnp.maximum(exponent(jnp.abs(v)), qtype.min_exponent) - qtype.mantissa_bits).astype(
@@ -61,8 +68,8 @@ def round_to_grid(v: jax.Array, qtype: QType, noise: jax.Array | None = None) ->
             out = jnp.where(v > middle, jnp.asarray(value, v.dtype), out)
     else:
         out = jnp.full_like(v, grid[0])
-        for low, high in zip(grid[:-1], grid[1:], strict=True):
-            out = jnp.where(v >= low + noise * (high - low), jnp.asarray(high, v.dtype), out)
+        for low, high in itertools.pairwise(grid):
+            out = jnp.where(noise * (high - low) < v - low, jnp.asarray(high, v.dtype), out)
     return jnp.where(jnp.isnan(v), v, out)
 
 
@@ -73,7 +80,7 @@ def codes_of(values: jax.Array, qtype: QType) -> jax.Array:
     if qtype.kind == "float":  # 4-bit floats: sign bit, then the rank of the magnitude
         magnitudes = values_of(jnp.arange(8, dtype=jnp.uint8), qtype)
         rank = sum((jnp.abs(values) >= magnitudes[k]).astype(jnp.uint8) for k in range(1, 8))
-        return rank + jnp.where(values < 0, jnp.uint8(8), jnp.uint8(0))
+        return rank + jnp.where(jnp.signbit(values), jnp.uint8(8), jnp.uint8(0))
     grid, _, code = _table_order(qtype)
     out = jnp.full(values.shape, code[0], jnp.uint8)
     for k in range(1, len(grid)):
@@ -88,7 +95,7 @@ def values_of(codes: jax.Array, qtype: QType, dtype: jnp.dtype = jnp.float32) ->
     if qtype.kind == "table":
         table = np.asarray(qtype.table, np.float32)
     else:
-        table = np.arange(1 << qtype.bits, dtype=np.uint8).view(qtype.element).astype(np.float32)
+        table = np.arange(1 << qtype.bits, dtype=np.uint8).view(np.dtype(qtype.element)).astype(np.float32)
     return jnp.asarray(table, dtype).at[codes].get(mode="promise_in_bounds")
 
 

@@ -122,10 +122,10 @@ def fake_quant(
       QuantError: as `quantize`, except for NaN.
 
     Gradient: with respect to ``x``, 1 where ``(qmin - zero_point) * scale <= x <= (qmax - zero_point) * scale`` and 0
-      elsewhere; a range computed from ``x`` counts as constant, and where it clips nothing (absmax, minmax) the gradient
-      is the identity and no residual is kept. With respect to a given ``scale``, per element, ``q - zero_point - x / scale``
-      inside and ``q - zero_point`` outside (learned step size). With respect to a float ``zero_point``, 0 inside and
-      ``-scale`` outside.
+      elsewhere; a range computed from ``x`` counts as constant, and where it clips nothing (absmax, minmax) the
+      gradient is the identity and no residual is kept. With respect to a given ``scale``, per element,
+      ``q - zero_point - x / scale`` inside and ``q - zero_point`` outside (learned step size). With respect to a float
+      ``zero_point``, 0 inside and ``-scale`` outside.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxquant as jq

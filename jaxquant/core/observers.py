@@ -3,11 +3,11 @@
 Each calibrator is a small frozen dataclass with two ways to the same answer:
 
 - ``range(x, axes, ...)``: the range of the very array at hand (weights, dynamic activations);
-- ``init(shape)``, ``update(state, x, axes)``, ``result(state, ...)``: over many batches, with a plain pytree as state, so
-  that it can live inside ``jit`` and ``scan``, be merged across hosts and be saved.
+- ``init(shape)``, ``update(state, x, axes)``, ``result(state, ...)``: over many batches, with a plain pytree as state,
+  so that it can live inside ``jit`` and ``scan``, be merged across hosts and be saved.
 
-``axes`` are the axes of ``x`` that one block spans; results keep them with size 1. ``roundtrip(x, lo, hi)`` is supplied by
-the caller: quantize and dequantize with that range. Infinite elements never widen a range (they saturate); NaN makes
+``axes`` are the axes of ``x`` that one block spans; results keep them with size 1. ``roundtrip(x, lo, hi)`` is supplied
+by the caller: quantize and dequantize with that range. Infinite elements never widen a range (they saturate); NaN makes
 it NaN.
 """
 

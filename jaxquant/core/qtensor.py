@@ -40,8 +40,8 @@ class QTensor:
     repeated over their blocks. Made by `quantize`, by `quantize_params` and by the checkpoint readers; the constructor
     stores what it is given, since JAX itself calls it with tracers, shapes and None.
 
-    Static fields hold no absolute axis and no absolute shape, so that a QTensor with a leading axis on every leaf can be
-    scanned, vmapped, stacked and sliced like the float array it stands for.
+    Static fields hold no absolute axis and no absolute shape, so that a QTensor with a leading axis on every leaf can
+    be scanned, vmapped, stacked and sliced like the float array it stands for.
 
     There is no ``__jax_array__``: using a QTensor where a float array is expected raises instead of dequantizing
     silently. Call `dequantize`, or use the functions in `jaxquant.ops`.
@@ -166,7 +166,8 @@ class QTensor:
         except (AttributeError, TypeError, ValueError, ZeroDivisionError):  # leaves that are not arrays: specs, None
             return f"QTensor({self.qtype}, codes={self.codes!r}, scale={self.scale!r}, zero_point={self.zero_point!r})"
         kind = "symmetric" if self.symmetric else "asymmetric"
-        size = f"{nbytes / 1024:.1f} KiB" if nbytes < 1 << 20 else f"{nbytes / (1 << 20):.1f} MiB"
+        unit, power = next((u, p) for u, p in (("MiB", 20), ("KiB", 10), ("B", 0)) if nbytes >= 1 << p or p == 0)
+        size = f"{nbytes / (1 << power):.1f} {unit}" if power else f"{nbytes} B"
         return f"QTensor({self.qtype}[{', '.join(map(str, shape))}] -> {self.dtype.name}, {per}, {kind}, {size})"
 
 

@@ -197,7 +197,7 @@ def dtype_table() -> DtypeTable:
       >>> next(row for row in table if row["dtype"] == "bfloat16")["exponent"]
       '8'
       >>> [row["max"] for row in table if row["dtype"] in ("int4", "uint4", "float8_e4m3fn")]
-      ['448', '7', '15']
+      ['7', '15', '448']
 
     Source: the formats' own definitions, read from ``ml_dtypes.finfo``; OCP Microscaling Formats v1.0 (2023) for mx.
     """

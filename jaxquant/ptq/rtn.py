@@ -1,0 +1,41 @@
+"""Round to nearest: the quantizer that needs no data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxquant.core.affine import quantize
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import QuantSpec
+
+__all__ = ["rtn"]
+
+
+def rtn(w: jax.Array, spec: QuantSpec, *, reduce_axes: tuple[int, ...], stats: Any = None) -> QTensor:
+    """Each weight to the nearest code: ``quantize(w, spec, reduce_axes=reduce_axes)``.
+
+    The range is the spec's: absmax by default, the clip of least squared error with ``calibration=observers.MSE()``,
+    which is what to use at 3 and 2 bits.
+
+    Args:
+      w: float weight.
+      spec: number type, granularity, range choice.
+      reduce_axes: axes that share a scale.
+      stats: ignored; other quantizers use them.
+
+    Returns:
+      `QTensor` of w's shape.
+
+    Raises:
+      QuantError: as `quantize`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant.ptq import rtn
+      >>> rtn(jnp.eye(4), jq.QuantSpec("int8"), reduce_axes=(-2,))
+      QTensor(int8[4, 4] -> float32, per channel on axis -1, symmetric, 32 B)
+    """
+    del stats
+    return quantize(w, spec, reduce_axes=reduce_axes)

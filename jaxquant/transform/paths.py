@@ -1,0 +1,44 @@
+"""Parameter trees as ordered ``path -> leaf``: ``"params/encoder/Dense_0/kernel"``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from jaxquant.core.qtensor import QTensor
+
+__all__ = ["is_qtensor", "leaves_with_paths", "nearest", "path_of"]
+
+
+def is_qtensor(x: Any) -> bool:
+    """For ``is_leaf=``: a QTensor is one leaf."""
+    return isinstance(x, QTensor)
+
+
+def path_of(keys: Iterable[Any]) -> str:
+    """A key path of `jax.tree_util` with ``/`` between its names."""
+    names = []
+    for key in keys:
+        for field in ("key", "name", "idx"):
+            if hasattr(key, field):
+                names.append(str(getattr(key, field)))
+                break
+        else:
+            names.append(str(key))
+    return "/".join(names)
+
+
+def leaves_with_paths(tree: Any) -> tuple[dict[str, Any], Any]:
+    """Leaves by path, in tree order, and the treedef; QTensors are leaves."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
+    return {path_of(keys): leaf for keys, leaf in leaves}, treedef
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Up to three of ``names`` that resemble ``name``, for an error message."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
+    return ", ".join(map(repr, close)) if close else "no candidates"
