@@ -18,12 +18,13 @@ import jax.core
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax import lax
 
-from jaxquant.core.arithmetic import divide, exponent, power_of_two
+from jaxquant.core.arithmetic import divide, exponent, power_of_two, times_reciprocal
 from jaxquant.core.blocks import BlockView, block_shape, negative_axes, scale_shape
 from jaxquant.core.codec import codes_of, round_to_grid
 from jaxquant.core.errors import quant_error
-from jaxquant.core.qtensor import QTensor, from_codes, scale_values
+from jaxquant.core.qtensor import QTensor, cast, from_codes, scale_values
 from jaxquant.core.specs import QuantSpec
 
 __all__ = ["Encoded", "encode", "has_nan", "prepare", "quantize", "scale_zero_point"]
@@ -33,11 +34,14 @@ def _compute_dtype(x: jax.Array) -> Any:
     return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
+def _concrete(x: Any) -> bool:
+    """Whether the values of an array can be looked at: not traced, and all of it here."""
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+
+
 def has_nan(x: Any) -> bool:
     """Whether a concrete array holds a NaN; False for what is only traced or not all here."""
-    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
-        return False
-    return bool(jnp.any(jnp.isnan(x)))
+    return _concrete(x) and bool(jnp.any(jnp.isnan(x)))
 
 
 # -- scale and zero point ---------------------------------------------------------------------------------------------
@@ -65,6 +69,7 @@ def _e4m3_scale(absmax: jax.Array, qmax: float) -> QTensor:
     least = float(ml_dtypes.finfo(jnp.float8_e4m3fn).smallest_subnormal)
     top = jnp.max(absmax, keepdims=True)
     unit = _float_scale(top, qmax * largest, jnp.float32)
+    unit = jnp.maximum(unit, float(ml_dtypes.finfo(np.float32).tiny) / least)  # so that no product is subnormal
     local = jnp.clip(divide(divide(absmax, qmax), unit), least, largest)
     local = jnp.where(absmax == 0, 1.0, local).astype(jnp.float8_e4m3fn)
     return QTensor(local, unit, None, qtype="float8_e4m3fn", dtype=jnp.float32)
@@ -81,9 +86,8 @@ def _affine(lo: jax.Array, hi: jax.Array, spec: QuantSpec) -> tuple[Any, jax.Arr
             return _e4m3_scale(absmax, info.qmax), None
         return _float_scale(absmax, info.qmax, dtype), None
     lo, hi = jnp.minimum(lo, 0), jnp.maximum(hi, 0)
-    steps = info.qmax - info.qmin
-    # hi - lo may overflow where hi / steps - lo / steps does not.
-    scale = _float_scale(divide(hi, steps) - divide(lo, steps), 1.0, dtype)
+    # Halves, since hi - lo may overflow.
+    scale = _float_scale(hi * 0.5 - lo * 0.5, (info.qmax - info.qmin) * 0.5, dtype)
     zero_point = jnp.clip(jnp.rint(info.qmin - divide(lo, scale.astype(lo.dtype))), info.qmin, info.qmax)
     return scale, zero_point.astype(info.code_dtype)
 
@@ -117,6 +121,9 @@ def scale_zero_point(lo: Any, hi: Any, spec: QuantSpec) -> tuple[Any, jax.Array 
 
     Source: Jacob et al. 2018 (arXiv:1712.05877), section 3; OCP Microscaling Formats v1.0, section 6.3.
     """
+    if not isinstance(spec, QuantSpec):
+        todo = "Use for example QuantSpec('int8')"
+        raise quant_error("scale_zero_point", "spec must be a QuantSpec", todo=todo, spec=spec)
     lo, hi = jnp.asarray(lo), jnp.asarray(hi)
     if lo.shape != hi.shape:
         todo = "Give one lo and one hi per block"
@@ -146,6 +153,16 @@ def _real(view: BlockView, value: jax.Array, dtype: Any) -> jax.Array:
     return view.split_scale(value).astype(dtype)
 
 
+def _scaled(x: jax.Array, s: jax.Array, z: jax.Array | None, spec: QuantSpec, *, exact: bool) -> jax.Array:
+    """What is rounded to the grid: ``x / s + z``.
+
+    With ``exact``, for an integer ``z`` and rounding to nearest, ``x / s`` is rounded here, so that ties go to even
+    multiples of the scale, with a zero point as without. Tables multiply by the reciprocal, as bitsandbytes does.
+    """
+    v = times_reciprocal(x, s) if spec.type.kind == "table" else divide(x, s)
+    return v if z is None else (jnp.rint(v) if exact else v) + z
+
+
 def encode(
     x: jax.Array,
     spec: QuantSpec,
@@ -162,21 +179,18 @@ def encode(
 
         def roundtrip(values: jax.Array, lo: jax.Array, hi: jax.Array) -> jax.Array:
             scale, zero_point = _affine(lo, hi, spec)
-            s, z = scale_values(scale), zero_point
-            v = divide(values, s)
-            v = v if z is None else v + z.astype(values.dtype)
-            v = round_to_grid(v, spec.type)
-            return v * s if z is None else (v - z.astype(values.dtype)) * s
+            s = scale_values(scale).astype(values.dtype)
+            z = None if zero_point is None else zero_point.astype(values.dtype)
+            v = round_to_grid(_scaled(values, s, z, spec, exact=True), spec.type)
+            return v * s if z is None else (v - z) * s
 
         lo, hi = spec.observer.range(xv, view.axes, symmetric=spec.symmetric, roundtrip=roundtrip)
         scale, zero_point = _affine(view.join_scale(lo), view.join_scale(hi), spec)
     s = _real(view, scale_values(scale), dtype)
     z = None if zero_point is None else _real(view, zero_point, dtype)
     noise = None if key is None else jax.random.uniform(key, xv.shape, dtype)
-    v = divide(xv, s)
-    if zero_point is not None and noise is None and jnp.issubdtype(zero_point.dtype, jnp.integer):
-        v = jnp.rint(v)  # so that ties go to even multiples of the scale, with a zero point as without
-    values = round_to_grid(v if z is None else v + z, spec.type, noise)
+    exact = noise is None and zero_point is not None and jnp.issubdtype(zero_point.dtype, jnp.integer)
+    values = round_to_grid(_scaled(xv, s, z, spec, exact=exact), spec.type, noise)
     return Encoded(view.join(values), scale, zero_point)
 
 
@@ -194,7 +208,10 @@ def prepare(
         raise quant_error(function, "the array is quantized already", todo="Pass x.dequantize()", x=x)
     if not isinstance(spec, QuantSpec):
         raise quant_error(function, "spec must be a QuantSpec", todo="Use for example QuantSpec('int8')", spec=spec)
-    x = jnp.asarray(x)
+    try:
+        x = jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise quant_error(function, "only arrays can be quantized", todo="Pass a float array", x=x) from None
     if not jnp.issubdtype(x.dtype, jnp.floating):
         todo = "Cast it to a float dtype first, or leave it as it is"
         raise quant_error(function, "only float arrays can be quantized", todo=todo, dtype=x.dtype, shape=x.shape)
@@ -230,7 +247,7 @@ def _per_block(function: str, name: str, value: Any, blocks: tuple[int, ...]) ->
 
 @functools.partial(jax.jit, static_argnames=("spec", "axes"), inline=True)
 def _quantize(x, scale, zero_point, key, *, spec: QuantSpec, axes: tuple[int, ...]) -> QTensor:
-    encoded = encode(x, spec, axes, scale, zero_point, key)
+    encoded = encode(lax.stop_gradient(x), spec, axes, scale, zero_point, key)
     codes = codes_of(encoded.values, spec.type)
     return from_codes(
         codes, encoded.scale, encoded.zero_point, qtype=spec.qtype, dtype=x.dtype, minor=_minor(axes, x.ndim)
@@ -283,7 +300,13 @@ def quantize(
     Source: Jacob et al. 2018 (arXiv:1712.05877), equations 1 and 12.
     """
     x, axes, scale, zero_point = prepare("quantize", x, spec, reduce_axes, scale, zero_point, key)
+    if x.ndim == 0 and spec.type.packed:
+        todo = "Reshape it to (1,), or leave it as it is"
+        raise quant_error("quantize", "packed codes need an axis to be packed along", todo=todo, x=x, qtype=spec.qtype)
     given = scale is not None
+    if given and _concrete(s := scale_values(scale)) and not bool(jnp.all(jnp.isfinite(s) & (s != 0))):
+        todo = "Compute it from finite data, or leave it out"
+        raise quant_error("quantize", "the given scale must be finite and not 0", todo=todo, scale=scale)
     q = _quantize(x, scale, zero_point, key, spec=spec, axes=axes)
     # A NaN in x makes a computed scale NaN, and scales are few.
     if has_nan(x if given else scale_values(q.scale)):
@@ -299,4 +322,4 @@ def values_with_scale(encoded: Encoded, shape: tuple[int, ...], dtype: Any) -> j
     values = view.split(encoded.values)
     if encoded.zero_point is not None:
         values = values - _real(view, encoded.zero_point, compute)
-    return view.join(values * _real(view, scale_values(encoded.scale), compute)).astype(dtype)
+    return cast(view.join(values * _real(view, scale_values(encoded.scale), compute)), dtype)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["divide", "exponent", "power_of_two", "times_reciprocal"]
+__all__ = ["divide", "exponent", "power_of_two", "times_power_of_two", "times_reciprocal"]
 
 
 def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
@@ -38,3 +38,9 @@ def exponent(magnitude: jax.Array) -> jax.Array:
 def power_of_two(exponent: jax.Array) -> jax.Array:
     """``2.0 ** exponent`` as float32, exact, for exponents of normal numbers (-126 .. 127)."""
     return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """``x * 2.0 ** exponent`` in float32 for exponents 0 to 254, at most the largest finite number."""
+    half = exponent >> 1
+    return jnp.minimum(x * power_of_two(half) * power_of_two(exponent - half), jnp.finfo(jnp.float32).max)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from jaxquant.core.errors import quant_error
 
@@ -18,13 +19,14 @@ __all__ = ["BlockView", "block_shape", "negative_axes", "scale_shape"]
 
 def negative_axes(axes: Sequence[int] | int, ndim: int, *, function: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Sorted axes counted from the end, checked against ``ndim``."""
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    given = tuple(axes) if isinstance(axes, Sequence) else (axes,)
+    axes = tuple(int(axis) if isinstance(axis, np.integer) else axis for axis in given)
     for axis in axes:
-        if not isinstance(axis, int) or not -ndim <= axis < ndim:
+        if not isinstance(axis, int) or isinstance(axis, bool) or not -ndim <= axis < ndim:
             raise quant_error(
                 function,
                 f"reduce_axes must be axes of a {ndim}-dimensional array",
-                todo=f"Use integers from {-ndim} to -1",
+                todo=f"Use integers from {-ndim} to -1" if ndim else "Use ()",
                 reduce_axes=axes,
                 shape=shape,
             )

@@ -18,8 +18,11 @@ from jaxquant.core.specs import QuantSpec
 __all__ = ["fake_quant"]
 
 
-def _forward(spec, axes, x, scale, zero_point, key):
-    return values_with_scale(encode(x, spec, axes, scale, zero_point, key), x.shape, x.dtype)
+@functools.partial(jax.jit, static_argnames=("spec", "axes"), inline=True)
+def _forward(x, scale, zero_point, key, *, spec, axes):
+    """(result, scale, zero point). Compiled in eager use too: otherwise a calibrator's sums may differ in the last bit."""
+    encoded = encode(x, spec, axes, scale, zero_point, key)
+    return values_with_scale(encoded, x.shape, x.dtype), scale_values(encoded.scale), encoded.zero_point
 
 
 def _never_clips(spec: QuantSpec) -> bool:
@@ -30,15 +33,12 @@ def _never_clips(spec: QuantSpec) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _computed(spec, axes, x, key):
-    return _forward(spec, axes, x, None, None, key)
+    return _forward(x, None, None, key, spec=spec, axes=axes)[0]
 
 
 def _computed_fwd(spec, axes, x, key):
-    if _never_clips(spec):
-        return _forward(spec, axes, x, None, None, key), None
-    encoded = encode(x, spec, axes, None, None, key)
-    out = values_with_scale(encoded, x.shape, x.dtype)
-    return out, (x, scale_values(encoded.scale), encoded.zero_point)
+    out, scale, zero_point = _forward(x, None, None, key, spec=spec, axes=axes)
+    return out, None if _never_clips(spec) else (x, scale, zero_point)
 
 
 def _computed_bwd(spec, axes, residual, g):
@@ -65,11 +65,11 @@ def _bounds(spec: QuantSpec, scale: jax.Array, zero_point: jax.Array | None) -> 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _given(spec, axes, x, scale, zero_point, key):
-    return _forward(spec, axes, x, scale, zero_point, key)
+    return _forward(x, scale, zero_point, key, spec=spec, axes=axes)[0]
 
 
 def _given_fwd(spec, axes, x, scale, zero_point, key):
-    return _forward(spec, axes, x, scale, zero_point, key), (x, scale, zero_point, key)
+    return _given(spec, axes, x, scale, zero_point, key), (x, scale, zero_point, key)
 
 
 def _given_bwd(spec, axes, residual, g):

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.core.arithmetic import exponent, times_power_of_two
 from jaxquant.core.errors import quant_error
 
 __all__ = ["EMA", "MSE", "AbsMax", "Entropy", "MinMax", "Observer", "Percentile"]
@@ -82,11 +83,16 @@ class AbsMax(Observer):
         return {"absmax": jnp.zeros(shape, jnp.float32)}
 
     def update(self, state, x, axes):
-        return {"absmax": jnp.maximum(state["absmax"], _absmax(x, axes))}
+        return {"absmax": jnp.maximum(state["absmax"], _absmax(x, axes).astype(jnp.float32))}
 
     def result(self, state, *, symmetric, roundtrip):
         del symmetric, roundtrip
         return -state["absmax"], state["absmax"]
+
+    def range(self, x, axes, *, symmetric, roundtrip):
+        del symmetric, roundtrip
+        absmax = _absmax(x, axes)
+        return -absmax, absmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +105,16 @@ class MinMax(Observer):
         return {"lo": jnp.zeros(shape, jnp.float32), "hi": jnp.zeros(shape, jnp.float32)}
 
     def update(self, state, x, axes):
-        lo, hi = _minmax(x, axes)
+        lo, hi = (b.astype(jnp.float32) for b in _minmax(x, axes))
         return {"lo": jnp.minimum(state["lo"], lo), "hi": jnp.maximum(state["hi"], hi)}
 
     def result(self, state, *, symmetric, roundtrip):
         del symmetric, roundtrip
         return state["lo"], state["hi"]
+
+    def range(self, x, axes, *, symmetric, roundtrip):
+        del symmetric, roundtrip
+        return _minmax(x, axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +140,7 @@ class EMA(Observer):
         }
 
     def update(self, state, x, axes):
-        lo, hi = _minmax(x, axes)
+        lo, hi = (b.astype(jnp.float32) for b in _minmax(x, axes))
         new = {"lo": lo, "hi": hi, "weight": jnp.float32(1)}
         return jax.tree.map(lambda old, now: self.decay * old + (1 - self.decay) * now, state, new)
 
@@ -138,6 +148,10 @@ class EMA(Observer):
         del symmetric, roundtrip
         weight = jnp.maximum(state["weight"], jnp.finfo(jnp.float32).tiny)
         return state["lo"] / weight, state["hi"] / weight
+
+    def range(self, x, axes, *, symmetric, roundtrip):
+        del symmetric, roundtrip
+        return _minmax(x, axes)  # the average of one batch
 
 
 _BINS = 2048
@@ -164,11 +178,12 @@ class _Histogram(Observer):
     def update(self, state, x, axes):
         x = _finite_or_nan(x)
         absmax, span = _absmax(x, axes).astype(jnp.float32), state["span"]
-        ratio = absmax / jnp.where(span > 0, span, 1)
-        doublings = jnp.where((span > 0) & (ratio > 1), jnp.ceil(jnp.log2(jnp.maximum(ratio, 1))), 0)
-        span = jnp.where(span > 0, span * 2.0**doublings, absmax)
+        # Not ceil(log2(absmax / span)): the ratio may overflow, and so may 2 ** doublings.
+        doublings = jnp.where((span > 0) & (absmax > span), exponent(absmax) - exponent(span), 0)
+        doublings = doublings + ((span > 0) & (times_power_of_two(span, doublings) < absmax))
+        span = jnp.where(span > 0, times_power_of_two(span, doublings), absmax)
         position = jnp.arange(_BINS, dtype=jnp.int32) - _BINS // 2
-        position = position.reshape((1,) * span.ndim + (-1,)) >> doublings.astype(jnp.int32)[..., None]
+        position = position.reshape((1,) * span.ndim + (-1,)) >> jnp.minimum(doublings, 31)[..., None]
         counts = _scatter(position + _BINS // 2, state["counts"])
         width = jnp.where(span > 0, span, 1)[..., None] / (_BINS // 2)
         found = jnp.floor(_rows(x, axes) / width).astype(jnp.int32) + _BINS // 2
@@ -259,9 +274,9 @@ def _least_error(evaluate: Callable[[jax.Array, jax.Array], Range], lo: jax.Arra
         )
 
     ratios = jnp.asarray(_RATIOS, lo.dtype)
-    error, gain = evaluate(lo, hi)
-    best = (error, lo, hi, gain)
-    best = lax.fori_loop(1, len(_RATIOS), lambda i, b: better(b, lo * ratios[i], hi * ratios[i]), best)
+    # The full range is tried inside the loop too: compiled by itself, its sums could differ in the last bit.
+    best = (jnp.full_like(lo, math.inf), lo, hi, jnp.ones_like(lo))
+    best = lax.fori_loop(0, len(_RATIOS), lambda i, b: better(b, lo * ratios[i], hi * ratios[i]), best)
     if both:
         for end in (0, 1):
             start = best

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jaxquant.core.blocks import BlockView
@@ -15,7 +16,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.packing import pack, unpack
 from jaxquant.core.qtypes import QTYPES, QType
 
-__all__ = ["QTensor", "dequantize", "from_codes", "scale_values"]
+__all__ = ["QTensor", "cast", "dequantize", "from_codes", "scale_values"]
 
 
 def _stored_order(ndim: int, minor: tuple[int, ...]) -> tuple[int, ...]:
@@ -163,7 +164,7 @@ class QTensor:
             shape, nbytes = self.shape, self.nbytes
             blocks = tuple(self.scale.shape)
             per = _describe_blocks(shape, blocks)
-        except (AttributeError, TypeError, ValueError, ZeroDivisionError):  # leaves that are not arrays: specs, None
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # leaves that are not arrays
             return f"QTensor({self.qtype}, codes={self.codes!r}, scale={self.scale!r}, zero_point={self.zero_point!r})"
         kind = "symmetric" if self.symmetric else "asymmetric"
         unit, power = next((u, p) for u, p in (("MiB", 20), ("KiB", 10), ("B", 0)) if nbytes >= 1 << p or p == 0)
@@ -226,6 +227,17 @@ def scale_values(scale: Any) -> jax.Array:
     return scale if scale.dtype == jnp.float64 else scale.astype(jnp.float32)
 
 
+def cast(x: jax.Array, dtype: Any) -> jax.Array:
+    """``x.astype(dtype)``, but what overflows there becomes the largest finite number.
+
+    A code may stand for up to half a step more than the largest element, which float16 cannot always hold.
+    """
+    info = ml_dtypes.finfo(dtype)
+    if info.maxexp < ml_dtypes.finfo(x.dtype).maxexp:
+        x = jnp.clip(x, float(info.min), float(info.max))
+    return x.astype(dtype)
+
+
 def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     """The float array a QTensor stands for: ``(q - zero_point) * scale``.
 
@@ -253,10 +265,13 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     """
     if not isinstance(q, QTensor):
         raise quant_error("dequantize", "the operand must be a QTensor", todo="Pass what quantize returned", q=q)
-    out = np.dtype(q.dtype if dtype is None else dtype)
-    if not jnp.issubdtype(out, jnp.floating):
+    try:
+        out = np.dtype(q.dtype if dtype is None else dtype)
+    except TypeError:
+        out = None
+    if out is None or not jnp.issubdtype(out, jnp.floating):
         raise quant_error(
-            "dequantize", "dtype must be a float dtype", todo="Use float32, bfloat16 or float16", dtype=out
+            "dequantize", "dtype must be a float dtype", todo="Use float32, bfloat16 or float16", dtype=dtype
         )
     compute = jnp.float64 if np.dtype(q.dtype) == np.float64 else jnp.float32
     view = BlockView.of_scale(q.shape, tuple(q.scale.shape))
@@ -264,4 +279,4 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     if q.zero_point is not None:
         values = values - view.split_scale(q.zero_point).astype(compute)
     values = values * view.split_scale(scale_values(q.scale)).astype(compute)
-    return view.join(values).astype(out)
+    return cast(view.join(values), out)

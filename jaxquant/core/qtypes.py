@@ -147,7 +147,7 @@ def qtype_of(name: Any, *, function: str = "QuantSpec") -> QType:
     if not isinstance(name, str):
         try:
             key = np.dtype(name).name
-        except TypeError:
+        except (TypeError, ValueError):
             key = repr(name)
     if key not in QTYPES:
         near = difflib.get_close_matches(str(key), QTYPES, n=3) or list(QTYPES)

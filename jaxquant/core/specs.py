@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -56,8 +57,8 @@ class _Value:
 def _checked_keys(cls: type, data: Any) -> dict[str, Any]:
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if not isinstance(data, dict) or not set(data) <= set(names):
-        got = sorted(data) if isinstance(data, dict) else data
-        raise quant_error(cls.__name__, "unknown fields", todo=f"Use only {', '.join(names)}", fields=tuple(got))
+        got = {"fields": tuple(sorted(map(str, data)))} if isinstance(data, dict) else {"data": data}
+        raise quant_error(cls.__name__, "unknown fields", todo=f"Use a dict with only {', '.join(names)}", **got)
     return data
 
 
@@ -105,6 +106,10 @@ class QuantSpec(_Value):
         info = qtype_of(self.qtype)
         set_ = functools.partial(object.__setattr__, self)
         set_("qtype", info.name)
+        if self.granularity not in _GRANULARITIES:
+            raise self._error(
+                "unknown granularity", todo=f"Use one of {', '.join(_GRANULARITIES)}", granularity=self.granularity
+            )
         if info.group_size is not None:
             if self.group_size not in (None, info.group_size) or self.granularity == "per_tensor":
                 raise self._error(
@@ -121,10 +126,6 @@ class QuantSpec(_Value):
                 )
             set_("granularity", "per_group")
             set_("group_size", info.group_size)
-        if self.granularity not in _GRANULARITIES:
-            raise self._error(
-                "unknown granularity", todo=f"Use one of {', '.join(_GRANULARITIES)}", granularity=self.granularity
-            )
         if (self.granularity == "per_group") != (self.group_size is not None):
             raise self._error(
                 "group_size goes with granularity='per_group', and only with it",
@@ -145,6 +146,10 @@ class QuantSpec(_Value):
         for name in ("symmetric", "static"):
             if not isinstance(getattr(self, name), bool):
                 raise self._error(f"{name} must be True or False", todo="Pass a bool", **{name: getattr(self, name)})
+        if not isinstance(self.narrow_range, bool | None):
+            raise self._error(
+                "narrow_range must be True, False or None", todo="Leave it out", narrow_range=self.narrow_range
+            )
         if not self.symmetric and info.kind != "int":
             raise self._error(
                 f"{info.name} has no zero point", todo="Use symmetric=True, or an integer type", symmetric=False
@@ -165,7 +170,7 @@ class QuantSpec(_Value):
         if self.scale_dtype is not None:
             try:
                 dtype = np.dtype(self.scale_dtype)
-            except TypeError:
+            except (TypeError, ValueError):
                 dtype = None
             if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
                 raise self._error(
@@ -219,7 +224,7 @@ class QuantSpec(_Value):
             raise quant_error("QuantSpec", "the field qtype is missing", todo="Name a number type", fields=tuple(data))
         calibration = data.get("calibration")
         if isinstance(calibration, dict):
-            name, arguments = next(iter(calibration.items()), (None, {}))
+            name, arguments = next(iter(calibration.items())) if len(calibration) == 1 else (None, {})
             try:
                 data["calibration"] = _CALIBRATORS[name](**arguments)  # type: ignore[index]
             except (KeyError, TypeError):
@@ -315,7 +320,7 @@ class Rule(_Value):
             todo = "Use an OpSpec, such as recipes.w8a16(), or None"
             raise quant_error("Rule", "spec must be an OpSpec or None", todo=todo, spec=self.spec)
         if self.reduce_axes is not None:
-            axes = tuple(self.reduce_axes)
+            axes = tuple(self.reduce_axes) if isinstance(self.reduce_axes, Sequence) else (self.reduce_axes,)
             if not axes or not all(isinstance(a, int) and a < 0 for a in axes):
                 todo = "Count them from the end: (-2,) for a dense kernel"
                 raise quant_error("Rule", "reduce_axes must be negative axes", todo=todo, reduce_axes=axes)
@@ -336,9 +341,8 @@ class Rule(_Value):
     def from_dict(cls, data: dict[str, Any]) -> Rule:
         """Inverse of `to_dict`."""
         data = _checked_keys(cls, data)
-        spec, axes = data.get("spec"), data.get("reduce_axes")
-        return cls(
-            data.get("pattern", ""),
-            None if spec is None else OpSpec.from_dict(spec),
-            None if axes is None else tuple(axes),
-        )
+        if not {"pattern", "spec"} <= set(data):
+            todo = "Give both; the spec null keeps what matches in float"
+            raise quant_error("Rule", "the field pattern or spec is missing", todo=todo, fields=tuple(data))
+        spec = data["spec"]
+        return cls(data["pattern"], None if spec is None else OpSpec.from_dict(spec), data.get("reduce_axes"))
