@@ -3,7 +3,7 @@
 Layers; imports point down only:
 
     linen, nnx, io    5  Flax layers; checkpoints (loaded on first use)
-    transform         4  quantize_params, dequantize_params
+    transform         4  make_plan, quantize_params, quantized
     ptq               3  quantizers: rtn
     recipes           3  named OpSpecs
     ops               2  quantized primitives: dot_general, einsum, conv_general_dilated, take
@@ -21,7 +21,7 @@ from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor, dequantize
 from jaxquant.core.qtypes import dtype_table
 from jaxquant.core.specs import OpSpec, QuantSpec, Rule
-from jaxquant.transform import dequantize_params, quantize_params
+from jaxquant.transform import Plan, dequantize_params, make_plan, quantize_params, quantized
 
 if TYPE_CHECKING:
     from jaxquant import io, linen, nnx
@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "OpSpec",
+    "Plan",
     "QTensor",
     "QuantError",
     "QuantSpec",
@@ -40,12 +41,14 @@ __all__ = [
     "fake_quant",
     "io",
     "linen",
+    "make_plan",
     "nnx",
     "observers",
     "ops",
     "ptq",
     "quantize",
     "quantize_params",
+    "quantized",
     "recipes",
     "scale_zero_point",
 ]

@@ -57,7 +57,7 @@ class _Value:
 def _checked_keys(cls: type, data: Any) -> dict[str, Any]:
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if not isinstance(data, dict) or not set(data) <= set(names):
-        got = {"fields": tuple(sorted(map(str, data)))} if isinstance(data, dict) else {"data": data}
+        got: dict[str, Any] = {"fields": tuple(sorted(map(str, data)))} if isinstance(data, dict) else {"data": data}
         raise quant_error(cls.__name__, "unknown fields", todo=f"Use a dict with only {', '.join(names)}", **got)
     return data
 
@@ -296,6 +296,8 @@ class Rule(_Value):
       spec: the `OpSpec`, or None to keep what matches in float.
       reduce_axes: the contracted axes of the parameters that match, counted from the end; only needed where no plan
         gives them and neither name nor shape says what kind of layer it is.
+      dequantize: also quantize a parameter some of whose uses have no quantized form (a norm of the weight, say);
+        those run on the dequantized weight, and the plan says so. Without it such a parameter stays in float.
 
     Raises:
       QuantError: if the pattern does not compile or spec is not an OpSpec.
@@ -309,6 +311,7 @@ class Rule(_Value):
     pattern: str
     spec: OpSpec | None
     reduce_axes: tuple[int, ...] | None = None
+    dequantize: bool = False
 
     def __post_init__(self):
         try:
@@ -335,6 +338,8 @@ class Rule(_Value):
         out: dict[str, Any] = {"pattern": self.pattern, "spec": None if self.spec is None else self.spec.to_dict()}
         if self.reduce_axes is not None:
             out["reduce_axes"] = list(self.reduce_axes)
+        if self.dequantize:
+            out["dequantize"] = True
         return out
 
     @classmethod

@@ -16,7 +16,10 @@ from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor, dequantize
 from jaxquant.core.specs import QuantSpec, Rule
 from jaxquant.ptq.rtn import rtn
+from jaxquant.transform.make_plan import check_rules
 from jaxquant.transform.paths import is_qtensor, leaves_with_paths, nearest
+from jaxquant.transform.plan import Plan
+from jaxquant.transform.quantized import check_plan
 
 __all__ = ["dequantize_params", "quantize_params"]
 
@@ -27,6 +30,7 @@ class _Layer:
 
     reduce_axes: tuple[int, ...]
     contraction_minor: bool = True
+    stacked: int = 0
 
 
 def _layer_of(path: str, ndim: int) -> _Layer | None:
@@ -55,9 +59,7 @@ def _is_float(leaf: Any) -> bool:
 def _assign(leaves: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, tuple[QuantSpec, _Layer]]:
     """path -> (weight spec, layer) for every leaf that a rule quantizes; checks the rules."""
     function = "quantize_params"
-    if isinstance(rules, Rule) or not all(isinstance(rule, Rule) for rule in rules):
-        todo = "Pass a list: [Rule(pattern, spec), ...]"
-        raise quant_error(function, "rules must be a sequence of Rule", todo=todo, rules=repr(rules))
+    rules = check_rules(function, rules)
     assigned: dict[str, tuple[QuantSpec, _Layer]] = {}
     used = [False] * len(rules)
     for path, leaf in leaves.items():
@@ -106,7 +108,7 @@ def _check_weight(path: str, leaf: Any, spec: QuantSpec, layer: _Layer) -> None:
         axes = negative_axes(layer.reduce_axes, len(shape), function="quantize_params", shape=shape)
     except QuantError as error:
         raise quant_error("quantize_params", str(error), todo="Correct the rule", path=path) from None
-    block_shape(shape, spec.granularity, spec.group_size, axes, function="quantize_params", path=path)
+    block_shape(shape[layer.stacked :], spec.granularity, spec.group_size, axes, function="quantize_params", path=path)
     if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer) or not getattr(leaf, "is_fully_addressable", True):
         return
     if not bool(jnp.all(jnp.isfinite(leaf))):
@@ -119,16 +121,16 @@ def _check_weight(path: str, leaf: Any, spec: QuantSpec, layer: _Layer) -> None:
 
 def quantize_params(
     params: Any,
-    plan: Sequence[Rule],
+    plan: Plan | Sequence[Rule],
     *,
     method: Callable[..., QTensor] = rtn,
     stats: Mapping[str, Any] | None = None,
 ) -> Any:
     """Replaces the weights that rules name by `QTensor`s; the tree keeps its structure, the input is not changed.
 
-    The axes that share a scale come from the kind of layer, by Flax's parameter names: the input features of a
-    ``kernel`` of two dimensions, everything but the output features of a convolution's ``kernel``, each row of an
-    ``embedding``.
+    With a plan, all is settled. With rules, the axes that share a scale come from the kind of layer, by Flax's
+    parameter names: the input features of a ``kernel`` of two dimensions, everything but the output features of a
+    convolution's ``kernel``, each row of an ``embedding``.
     Where names and shape leave it open (``DenseGeneral``, stacked layers, other libraries), the rule says it:
     ``Rule(pattern, spec, reduce_axes=(-3, -2))``. Parameters of no such kind (biases, norms) stay in float.
 
@@ -136,7 +138,8 @@ def quantize_params(
 
     Args:
       params: a pytree of float arrays.
-      plan: rules; the first that matches a path wins, ``Rule(pattern, None)`` keeps what it matches in float.
+      plan: a `Plan` from `make_plan`, or rules: the first that matches a path wins, ``Rule(pattern, None)`` keeps what
+        it matches in float.
       method: a quantizer ``(w, spec, *, reduce_axes, stats) -> QTensor``; see `jaxquant.ptq`.
       stats: path -> what the method wants to know about the inputs of that weight.
 
@@ -155,12 +158,23 @@ def quantize_params(
       QTensor(int4[64, 32] -> float32, group 32 on axis -2, symmetric, 1.2 KiB)
     """
     leaves, treedef = leaves_with_paths(params)
-    assigned = _assign(leaves, plan)
+    if isinstance(plan, Plan):
+        check_plan("quantize_params", plan, leaves)
+        planned = [(i.path, i.spec.weight, _Layer(i.reduce_axes, i.contraction_minor, i.stacked)) for i in plan.items]
+        assigned = {path: (spec, layer) for path, spec, layer in planned if spec is not None}
+    else:
+        assigned = _assign(leaves, plan)
     for path, (spec, layer) in assigned.items():
         _check_weight(path, leaves[path], spec, layer)
     for path, (spec, layer) in assigned.items():
-        q = method(jnp.asarray(leaves[path]), spec, reduce_axes=layer.reduce_axes, stats=(stats or {}).get(path))
-        leaves[path] = q if layer.contraction_minor else q.store(())
+
+        def one(w: jax.Array, known: Any, spec: QuantSpec = spec, layer: _Layer = layer) -> QTensor:
+            q = method(w, spec, reduce_axes=layer.reduce_axes, stats=known)
+            return q if layer.contraction_minor else q.store(())
+
+        for _ in range(layer.stacked):
+            one = jax.vmap(one)
+        leaves[path] = one(jnp.asarray(leaves[path]), (stats or {}).get(path))
     return jax.tree.unflatten(treedef, leaves.values())
 
 

@@ -1,0 +1,169 @@
+"""Transposes, reshapes, slices and casts of a `QTensor`, with the values that the same view of the float array has.
+
+Codes are never touched by a transpose or a cast. The others unpack codes narrower than a byte (to one per byte) and
+move them; under ``jit`` that fuses into whatever reads them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxquant.core.qtensor import QTensor, scale_values
+
+__all__ = ["cast", "move", "reshape", "slice_along", "transpose"]
+
+
+def cast(q: QTensor, dtype: Any) -> QTensor:
+    """The same codes, dequantized to another float dtype."""
+    return QTensor(q.codes, q.scale, q.zero_point, qtype=q.qtype, dtype=np.dtype(dtype), minor=q.minor, length=q.length)
+
+
+def transpose(q: QTensor, permutation: tuple[int, ...]) -> QTensor:
+    """Axes permuted; codes stay where they are."""
+    place = {axis: i for i, axis in enumerate(permutation)}
+    minor = tuple(place[axis] - q.ndim for axis in q.stored_order)
+    minor = () if minor == tuple(range(-q.ndim, 0)) else minor
+    per_block = lambda v: None if v is None else jnp.transpose(v, permutation)  # noqa: E731
+    scale = transpose(q.scale, permutation) if isinstance(q.scale, QTensor) else per_block(q.scale)
+    return QTensor(q.codes, scale, per_block(q.zero_point), qtype=q.qtype, dtype=q.dtype, minor=minor, length=q.length)
+
+
+def _unpacked(q: QTensor, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> QTensor:
+    return QTensor(codes, scale, zero_point, qtype=q.qtype, dtype=q.dtype)
+
+
+def _per_block(q: QTensor, change: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+    return change(scale_values(q.scale)), None if q.zero_point is None else change(q.zero_point)
+
+
+def _spread(value: jax.Array, shape: tuple[int, ...], axes: list[int]) -> jax.Array:
+    """A per-block value with one entry per element along ``axes``."""
+    for axis in axes:
+        if value.shape[axis] not in (1, shape[axis]):
+            value = jnp.repeat(value, shape[axis] // value.shape[axis], axis=axis)
+    return value
+
+
+def move(q: QTensor, change: Callable[[jax.Array], jax.Array], axes: tuple[int, ...]) -> QTensor:
+    """Applies a function that moves elements along ``axes`` only (a flip, say) to codes and scales alike."""
+    shape = q.shape
+
+    def blocks(value: jax.Array) -> jax.Array:
+        value = _spread(value, shape, [a % q.ndim for a in axes])
+        full = [n if i in axes else value.shape[i] for i, n in enumerate(shape)]
+        moved = change(jnp.broadcast_to(value, full))
+        keep = [slice(0, 1) if value.shape[i] == 1 else slice(None) for i in range(q.ndim)]
+        return moved[tuple(keep)]
+
+    return _unpacked(q, change(q.logical_codes()), *_per_block(q, blocks))
+
+
+def slice_along(q: QTensor, axis: int, start: Any, size: int) -> QTensor:
+    """``size`` indices from ``start`` (which may be traced) along one axis."""
+    n = q.shape[axis]
+
+    def blocks(value: jax.Array) -> jax.Array:
+        if value.shape[axis] == 1:
+            return value
+        block = n // value.shape[axis]
+        whole = isinstance(start, int | np.integer) and start % block == 0 and size % block == 0
+        if not whole:
+            value, block = _spread(value, q.shape, [axis]), 1
+        return lax.dynamic_slice_in_dim(value, start // block, size // block, axis)
+
+    if size == n:
+        return q
+    return _unpacked(q, lax.dynamic_slice_in_dim(q.logical_codes(), start, size, axis), *_per_block(q, blocks))
+
+
+def reshape(q: QTensor, shape: tuple[int, ...]) -> QTensor:
+    """Another shape with the same elements in row-major order.
+
+    Axes are matched in runs of equal size. Within a run, scales stay one for all or one for each where they are so
+    already; blocks in between are kept where the new axes are cut on block boundaries, and spread to one per element
+    where not.
+    """
+    old = q.shape
+    if old == tuple(shape):
+        return q
+    runs = _runs(old, tuple(shape))
+
+    def blocks(value: jax.Array) -> jax.Array:
+        for before, after in runs:
+            sizes = [value.shape[i] for i in before]
+            if math.prod(sizes) == 1 or all(value.shape[i] == old[i] for i in before):
+                continue
+            whole = [old[i] for i in before]
+            if _consecutive(whole, sizes) and _blocks_of(math.prod(whole), math.prod(sizes), [shape[i] for i in after]):
+                continue
+            for i in before:
+                if value.shape[i] != old[i]:
+                    value = jnp.repeat(value, old[i] // value.shape[i], axis=i)
+        new: list[int] = []
+        for before, after in runs:
+            count = math.prod(value.shape[i] for i in before)
+            full = [shape[i] for i in after]
+            if count == 1:
+                new += [1] * len(after)
+            elif count == math.prod(full):
+                new += full
+            else:
+                found = _blocks_of(math.prod(full), count, full)
+                assert found is not None
+                new += found
+        return value.reshape(new)
+
+    return _unpacked(q, q.logical_codes().reshape(shape), *_per_block(q, blocks))
+
+
+def _consecutive(shape: list[int], blocks: list[int]) -> bool:
+    """Whether blocks are runs of consecutive elements: one per index, then one axis in any blocks, then whole axes."""
+    inner = len(blocks)
+    while inner and blocks[inner - 1] == 1:
+        inner -= 1
+    return all(b == n for b, n in zip(blocks[: inner - 1], shape, strict=False))
+
+
+def _blocks_of(total: int, count: int, sizes: list[int]) -> list[int] | None:
+    """Blocks along each new axis if ``count`` equal runs of ``total`` elements end on the axes' boundaries."""
+    left, out = total // count, []
+    for n in reversed(sizes):
+        if left >= n:
+            if left % n:
+                return None
+            out.append(1)
+            left //= n
+        else:
+            if n % left:
+                return None
+            out.append(n // left)
+            left = 1
+    return out[::-1]
+
+
+def _runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Shortest runs of old and new axes with equal products."""
+    runs: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        before, after, a, b = [], [], 1, 1
+        if i < len(old):
+            before, a, i = [i], old[i], i + 1
+        if j < len(new) and (a != 1 or not before or new[j] == 1):
+            after, b, j = [j], new[j], j + 1
+        while a != b:
+            if a < b:
+                before.append(i)
+                a, i = a * old[i], i + 1
+            else:
+                after.append(j)
+                b, j = b * new[j], j + 1
+        runs.append((before, after))
+    return runs

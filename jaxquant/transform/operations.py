@@ -1,0 +1,187 @@
+"""Handlers of the operations that have a quantized form."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant import ops
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import OpSpec
+from jaxquant.transform.interpreter import ABSENT, Interpreter, bind, handles, unsupported
+from jaxquant.transform.primitives import named, ragged_dot_p
+from jaxquant.transform.weights import TrainedTensor, Weight
+
+__all__: list[str] = []
+
+_public = functools.partial(functools.partial, named)
+
+
+def _activation(interpreter: Interpreter, weight: Weight, x: Any, axes: tuple[int, ...]) -> dict[str, Any]:
+    """How an op treats the other operand: its spec and static range. Collects statistics of it on the way."""
+    item = interpreter.items.get(weight.path)
+    if item is None:
+        return {}
+    if interpreter.collect is not None:
+        statistics = interpreter.collect(item, x, axes)
+        if statistics is not None:
+            interpreter.add_stats({weight.path: statistics})
+    if item.spec.act is None:
+        return {}
+    out: dict[str, Any] = {"spec": OpSpec(act=item.spec.act)}
+    if item.spec.act.static and weight.state is not None:
+        out["act_scale"], out["act_zero_point"] = weight.state["scale"], weight.state.get("zero_point")
+    if interpreter.collect is not None:
+        return {}  # calibration sees float activations
+    return out
+
+
+def _two_weights(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any] | None:
+    """A product of two parameters, or none at all in the places that are quantized."""
+    if sum(isinstance(v, Weight) for v in values[:2]) == 2:
+        return unsupported(interpreter, eqn, values)
+    return None
+
+
+@handles(_public("dot_general_p"))
+def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    refused = _two_weights(interpreter, eqn, values)
+    if refused is not None:
+        return refused
+    side = 0 if isinstance(values[0], Weight) else 1
+    weight, x = values[side], values[1 - side]
+    p = eqn.params
+    (contract, _) = p["dimension_numbers"]
+    if interpreter.planning:
+        interpreter.record(weight, "dot_general", tuple(contract[side]))
+        return [ABSENT]
+    operands: list[Any] = [x, x]
+    operands[side] = interpreter.operand(weight)
+    act = _activation(interpreter, weight, x, tuple(contract[1 - side]))
+    if not isinstance(operands[side], QTensor) and not act:
+        return bind(eqn, operands)
+    if side == 0 and act:  # an op takes the right operand for the weight
+        return [_swapped(eqn, interpreter, [x, operands[0]], act)]
+    out = ops.dot_general(
+        *operands,
+        p["dimension_numbers"],
+        _precision(interpreter, p["precision"]),
+        p["preferred_element_type"] or eqn.outvars[0].aval.dtype,
+        **act,
+    )
+    return [out]
+
+
+def _precision(interpreter: Interpreter, own: Any) -> Any:
+    return own if interpreter.precision is None else interpreter.precision
+
+
+def _swapped(eqn: Any, interpreter: Interpreter, operands: list[Any], act: dict[str, Any]) -> jax.Array:
+    """A dot whose weight is on the left, as one with the weight on the right."""
+    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+    out = ops.dot_general(
+        *operands,
+        ((rc, lc), (rb, lb)),
+        _precision(interpreter, eqn.params["precision"]),
+        eqn.outvars[0].aval.dtype,
+        **act,
+    )
+    batch, rows = len(lb), operands[0].ndim - len(rc) - len(rb)
+    order = [*range(batch), *range(batch + rows, out.ndim), *range(batch, batch + rows)]
+    return jnp.transpose(out, order)
+
+
+@handles(_public("conv_general_dilated_p"))
+def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    x, weight = values
+    if not isinstance(weight, Weight) or isinstance(x, Weight):
+        return unsupported(interpreter, eqn, values)
+    p = eqn.params
+    numbers = p["dimension_numbers"]
+    if interpreter.planning:
+        features = numbers.rhs_spec[0]
+        contracted = tuple(i for i in range(weight.ndim) if i != features)
+        interpreter.record(weight, "conv_general_dilated", contracted, contraction_minor=False)
+        return [ABSENT]
+    kernel = interpreter.operand(weight)
+    act = _activation(interpreter, weight, x, tuple(i for i in range(x.ndim) if i != numbers.lhs_spec[0]))
+    if not isinstance(kernel, QTensor) and not act:
+        return bind(eqn, [x, kernel])
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count", "batch_group_count")
+    out = ops.conv_general_dilated(
+        x,
+        kernel,
+        **{name: p[name] for name in names},
+        dimension_numbers=numbers,
+        precision=_precision(interpreter, p["precision"]),
+        preferred_element_type=eqn.outvars[0].aval.dtype,
+        **act,
+    )
+    return [out]
+
+
+_MODES = {
+    lax.GatherScatterMode.FILL_OR_DROP: "fill",
+    lax.GatherScatterMode.CLIP: "clip",
+    lax.GatherScatterMode.PROMISE_IN_BOUNDS: "clip",
+}
+
+
+def _row_axis(eqn: Any, ndim: int) -> int | None:
+    """The axis whose rows a gather takes, if it is what `jnp.take` makes."""
+    p, indices = eqn.params, eqn.invars[1].aval
+    d = p["dimension_numbers"]
+    if len(d.collapsed_slice_dims) != 1 or d.start_index_map != d.collapsed_slice_dims:
+        return None
+    if getattr(d, "operand_batching_dims", ()) or indices.shape[-1] != 1:
+        return None
+    (axis,), count = d.collapsed_slice_dims, len(indices.shape) - 1
+    whole = all(
+        n == s for i, (n, s) in enumerate(zip(eqn.invars[0].aval.shape, p["slice_sizes"], strict=True)) if i != axis
+    )
+    places = (*range(axis), *range(axis + count, ndim - 1 + count))
+    return axis if whole and tuple(d.offset_dims) == places and p["mode"] in _MODES else None
+
+
+@handles(_public("gather_p"))
+def _gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    weight, indices = values
+    axis = _row_axis(eqn, weight.ndim) if isinstance(weight, Weight) else None
+    if axis is None:
+        return unsupported(interpreter, eqn, values)
+    if interpreter.planning:
+        interpreter.record(weight, "take", tuple(i for i in range(weight.ndim) if i != axis))
+        return [ABSENT]
+    table = interpreter.operand(weight)
+    if isinstance(table, TrainedTensor):
+        table = table.real
+    if not isinstance(table, QTensor):
+        return bind(eqn, [table, indices])
+    mode, fill = _MODES[eqn.params["mode"]], eqn.params["fill_value"]
+    return [ops.take(table, indices[..., 0], axis=axis, mode=mode, fill_value=fill)]
+
+
+@handles(ragged_dot_p)
+def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    x, weight, sizes = values[:3]
+    p = eqn.params.get("ragged_dot_dimension_numbers")
+    plain = (
+        p is not None and p.dot_dimension_numbers == (((1,), (1,)), ((), ())) and tuple(p.lhs_ragged_dimensions) == (0,)
+    )
+    if not isinstance(weight, Weight) or isinstance(x, Weight) or not plain or tuple(p.rhs_group_dimensions) != (0,):
+        return unsupported(interpreter, eqn, values)
+    if interpreter.planning:
+        interpreter.record(weight, "ragged_dot", (1,))
+        return [ABSENT]
+    experts = interpreter.operand(weight)
+    act = _activation(interpreter, weight, x, (1,))
+    if not isinstance(experts, QTensor) and not act:
+        return bind(eqn, [x, experts, *values[2:]])
+    precision = _precision(interpreter, eqn.params["precision"])
+    return [
+        ops.ragged_dot(x, experts, sizes, precision=precision, preferred_element_type=eqn.outvars[0].aval.dtype, **act)
+    ]

@@ -1,0 +1,177 @@
+"""`Plan`: which parameters are quantized, by which operation, over which axes, and what stays in float and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.core.affine import quantize
+from jaxquant.core.errors import quant_error
+from jaxquant.core.specs import OpSpec
+
+__all__ = ["Float", "Item", "Plan"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One quantized parameter.
+
+    Attributes:
+      path: the parameter's path.
+      op: the operations it goes into, such as ``"dot_general"`` or ``"take, dot_general"``.
+      shape: the parameter's shape.
+      dtype: its float dtype, by name.
+      reduce_axes: its axes that share a scale, counted from the end.
+      spec: how it is quantized.
+      stacked: leading axes that a scan consumes; each layer of the stack is quantized on its own.
+      contraction_minor: whether codes are stored with the reduced axes last (not for convolutions).
+      dequantize: whether uses that have no quantized form may run on the dequantized weight.
+      note: what else to know, such as a second use that is computed in float.
+    """
+
+    path: str
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    reduce_axes: tuple[int, ...]
+    spec: OpSpec
+    stacked: int = 0
+    contraction_minor: bool = True
+    dequantize: bool = False
+    note: str = ""
+
+    @property
+    def nbytes(self) -> tuple[int, int]:
+        """True bytes before and after."""
+        before = math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        spec = self.spec.weight
+        if spec is None:
+            return before, before
+        leaf = jax.ShapeDtypeStruct(self.shape, np.dtype(self.dtype))
+        after = jax.eval_shape(self.stack(lambda w: quantize(w, spec, reduce_axes=self.reduce_axes)), leaf)
+        return before, after.nbytes
+
+    def stack(self, fn: Any) -> Any:
+        """A function of one layer's weight as a function of the whole stack."""
+        for _ in range(self.stacked):
+            fn = jax.vmap(fn)
+        return fn
+
+
+@dataclasses.dataclass(frozen=True)
+class Float:
+    """A parameter that stays in float, and why."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """An ordered mapping from path to `Item`, with what stays in float. Made by `make_plan`; prints as a table.
+
+    Attributes:
+      items: what is quantized, in the order of the parameters.
+      floats: what is not, with the reason.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> params = {"w": jnp.ones((64, 32)), "b": jnp.zeros(32)}
+      >>> plan = jq.make_plan(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((1, 64)),
+      ...                     rules=[jq.Rule("w", recipes.w8a16())])
+      >>> plan["w"].reduce_axes
+      (-2,)
+      >>> jq.Plan.from_json(plan.to_json()) == plan
+      True
+    """
+
+    items: tuple[Item, ...]
+    floats: tuple[Float, ...] = ()
+
+    def __getitem__(self, path: str) -> Item:
+        found = self.get(path)
+        if found is None:
+            raise KeyError(path)
+        return found
+
+    def get(self, path: str) -> Item | None:
+        """The item of a path, or None."""
+        return next((item for item in self.items if item.path == path), None)
+
+    def __contains__(self, path: object) -> bool:
+        return any(item.path == path for item in self.items)
+
+    def __iter__(self) -> Iterator[str]:
+        return (item.path for item in self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __str__(self) -> str:
+        rows = [("path", "op", "shape", "spec", "bytes before", "after")]
+        total = [0, 0]
+        for item in self.items:
+            before, after = item.nbytes
+            total = [total[0] + before, total[1] + after]
+            axes = f", reduced over {', '.join(map(str, item.reduce_axes))}"
+            rows.append(
+                (item.path, item.op, f"{list(item.shape)}{axes}", _brief(item.spec), f"{before:,}", f"{after:,}")
+            )
+        for left in self.floats:
+            size = math.prod(left.shape) * np.dtype(left.dtype).itemsize
+            total = [total[0] + size, total[1] + size]
+            rows.append(
+                (left.path, "-", f"{list(left.shape)}", f"{left.dtype}: {left.reason}", f"{size:,}", f"{size:,}")
+            )
+        ratio = f" ({total[0] / total[1]:.2f}x smaller)" if total[1] else ""
+        rows.append(("total", "", "", f"{len(self.items)} quantized{ratio}", f"{total[0]:,}", f"{total[1]:,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        lines = ["  ".join(c.rjust(w) if i > 3 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths,
+                 strict=True))) for row in rows]  # fmt: skip
+        notes = [f"{item.path}: {item.note}" for item in self.items if item.note]
+        rule = "-" * len(lines[0])
+        return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1:-1], rule, lines[-1], *notes])
+
+    def to_json(self) -> str:
+        """This plan as JSON."""
+        items = [{**dataclasses.asdict(i), "spec": i.spec.to_dict()} for i in self.items]
+        return json.dumps({"items": items, "floats": [dataclasses.asdict(f) for f in self.floats]})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Inverse of `to_json`."""
+        try:
+            data = json.loads(text)
+            items = [
+                Item(**{**i, "shape": tuple(i["shape"]), "reduce_axes": tuple(i["reduce_axes"]),
+                        "spec": OpSpec.from_dict(i["spec"])})
+                for i in data["items"]
+            ]  # fmt: skip
+            floats = [Float(**{**f, "shape": tuple(f["shape"])}) for f in data["floats"]]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise quant_error("Plan", f"not a plan ({error!r})", todo="Pass what to_json returned") from None
+        return cls(tuple(items), tuple(floats))
+
+
+def _brief(spec: OpSpec) -> str:
+    def one(s: Any) -> str:
+        group = f" g{s.group_size}" if s.group_size else {"per_tensor": " tensor"}.get(s.granularity, "")
+        return f"{s.qtype}{group}{'' if s.symmetric else ' asym'}{' static' if s.static else ''}"
+
+    parts = [f"{name} {one(s)}" for name, s in (("w", spec.weight), ("a", spec.act)) if s is not None]
+    return ", ".join(parts) or "float"
+
+
+def is_float(x: Any) -> bool:
+    """Whether a leaf is a float array (or the shape of one)."""
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)

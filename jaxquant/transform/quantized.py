@@ -1,0 +1,120 @@
+"""`quantized`: a function of params to the same function in low precision."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jaxquant.core.errors import quant_error
+from jaxquant.core.qtensor import QTensor
+from jaxquant.transform.interpreter import Interpreter
+from jaxquant.transform.paths import nearest
+from jaxquant.transform.plan import Plan
+from jaxquant.transform.trace import Traced, trace
+from jaxquant.transform.weights import Weight, dims_of
+
+__all__ = ["check_plan", "quantized", "weights_of"]
+
+
+def check_plan(function: str, plan: Plan, params: Mapping[str, Any]) -> None:
+    """Raises if the plan is for other parameters: all mismatches at once."""
+    wrong = []
+    for item in plan.items:
+        leaf = params.get(item.path)
+        if leaf is None:
+            wrong.append(f"{item.path} is missing (nearest: {nearest(item.path, params)})")
+        elif tuple(leaf.shape) != item.shape:
+            wrong.append(f"{item.path} has shape {tuple(leaf.shape)}, planned {item.shape}")
+        elif isinstance(leaf, QTensor):
+            w = item.spec.weight
+            if w is None or leaf.qtype != w.qtype or leaf.symmetric != w.symmetric:
+                wrong.append(f"{item.path} is {leaf!r}, planned {w!r}")
+    if wrong:
+        todo = "Make the plan from these params, or quantize them with it"
+        raise quant_error(function, f"params and plan do not agree: {'; '.join(wrong)}", todo=todo)
+
+
+def weights_of(traced: Traced, plan: Plan | None, state: Mapping[str, Any] | None) -> list[Any]:
+    """The inputs of the trace, planned parameters and QTensors as `Weight`s."""
+    planned = set(plan or ())
+    values: list[Any] = []
+    for path, leaf in traced.params.items():
+        if isinstance(leaf, QTensor) or path in planned:
+            entry = (state or {}).get(path)
+            values.append(Weight(path, leaf, entry, dims_of(tuple(leaf.shape)), leaf.dtype))
+        else:
+            values.append(leaf)
+    return [*values, *traced.arrays]
+
+
+def quantized(
+    fn: Callable[..., Any],
+    plan: Plan | None = None,
+    state: Mapping[str, Any] | None = None,
+    *,
+    precision: jax.lax.PrecisionLike = None,
+) -> Callable[..., Any]:
+    """``fn`` in low precision: a function with ``fn``'s own signature, as `jax.vmap` makes one.
+
+    ``fn(params, ...)`` is traced to a jaxpr and evaluated; wherever a dot_general, a convolution, an embedding lookup
+    or a ragged_dot meets a planned weight, the quantized operation runs instead. The leaf says what happens: a float
+    leaf trains (quantization-aware, straight-through gradients), a `QTensor` leaf runs on its codes; their forward
+    values agree. Everything else is evaluated as it stands. Composes with jit, grad, vmap, scan, remat and shard_map,
+    outside and inside; wrap it in `jax.jit`, since without it each call traces anew.
+
+    Args:
+      fn: any JAX function whose argument 0 is a pytree of parameters.
+      plan: from `make_plan`. None: QTensor leaves run weight-only, all else in float.
+      state: path -> ``{"scale": .., "zero_point": ..}`` for the planned activations whose range is static.
+      precision: of the quantized operations; None: each operation's own. See `jaxquant.ops.dot_general`.
+
+    Returns:
+      A function ``(params, *args, **kwargs)`` with the results of ``fn``.
+
+    Raises:
+      QuantError: when called with params that do not fit the plan, without the state that a static spec needs, or with
+        a QTensor that reaches an operation without a quantized form.
+
+    Gradient: straight-through with respect to float leaves and inputs; with respect to the scales of QTensors. Custom
+      derivative rules of functions that a planned weight enters are replaced by the derivative of their body.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> fn = lambda p, x: jnp.tanh(x @ p["w"])
+      >>> params, x = {"w": jnp.eye(4)}, jnp.ones((2, 4))
+      >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("w", recipes.w8a8())])
+      >>> qparams = jq.quantize_params(params, plan)
+      >>> run = jax.jit(jq.quantized(fn, plan))
+      >>> bool(jnp.allclose(run(qparams, x), run(params, x)))
+      True
+    """
+
+    @functools.wraps(fn)
+    def run(params: Any, *args: Any, **kwargs: Any) -> Any:
+        traced = trace("quantized", fn, params, args, kwargs)
+        if plan is not None:
+            check_plan("quantized", plan, traced.params)
+            _check_state(plan, state)
+        interpreter = Interpreter(plan, precision=precision)
+        results = interpreter.run(traced.jaxpr, weights_of(traced, plan, state))
+        return traced.rebuild([r.value() if isinstance(r, Weight) else r for r in results])
+
+    return run
+
+
+def _check_state(plan: Plan, state: Mapping[str, Any] | None) -> None:
+    needed = [i.path for i in plan.items if i.spec.act is not None and i.spec.act.static]
+    missing = [path for path in needed if path not in (state or {})]
+    if missing:
+        todo = "Calibrate: pass state=jq.act_state(plan, jq.calibrate(fn, plan, params, batches))"
+        raise quant_error("quantized", "static activation ranges are missing", todo=todo, paths=tuple(missing))
+    for path, entry in (state or {}).items():
+        if path not in plan or not isinstance(entry, Mapping) or "scale" not in entry:
+            todo = "Use what act_state returned for this plan"
+            raise quant_error(
+                "quantized", "state does not fit the plan", todo=todo, path=path, entry=type(entry).__name__
+            )

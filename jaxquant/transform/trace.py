@@ -1,0 +1,82 @@
+"""A function of params, traced to a jaxpr with one input per parameter and per array argument."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+
+from jaxquant.core.errors import quant_error
+from jaxquant.transform.paths import is_qtensor, leaves_with_paths
+
+__all__ = ["Traced", "trace"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """What `trace` returns.
+
+    Attributes:
+      jaxpr: inputs are the parameters in tree order, then the array arguments.
+      params: path -> leaf.
+      arrays: the array arguments.
+      rebuild: outputs of the jaxpr to what the function returns.
+    """
+
+    jaxpr: ClosedJaxpr
+    params: dict[str, Any]
+    arrays: list[Any]
+    rebuild: Callable[[list[Any]], Any]
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def _abstract(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_qtensor(leaf) else leaf
+
+
+def trace(function: str, fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+    """Traces ``fn(params, *args, **kwargs)``.
+
+    Arrays among the arguments become inputs; everything else (flags, strings, None, Python numbers) is a constant of
+    the trace, as written. A QTensor is traced as the float array it stands for.
+    """
+    leaves, treedef = leaves_with_paths(params)
+    if not any(_is_array(leaf) or is_qtensor(leaf) for leaf in leaves.values()):
+        todo = "Params are argument 0 of the function, as in jax.grad"
+        raise quant_error(function, "params hold no arrays", todo=todo, params=type(params).__name__)
+    flat, structure = jax.tree.flatten((args, kwargs))
+    where = [i for i, x in enumerate(flat) if _is_array(x)]
+    known = [path for path, leaf in leaves.items() if _is_array(leaf) or is_qtensor(leaf)]
+    out: dict[str, Any] = {}
+
+    def flat_fn(weights: list[Any], arrays: list[Any]) -> list[Any]:
+        filled = dict(leaves)
+        filled.update(zip(known, weights, strict=True))
+        values = list(flat)
+        for i, x in zip(where, arrays, strict=True):
+            values[i] = x
+        new_args, new_kwargs = jax.tree.unflatten(structure, values)
+        result = fn(jax.tree.unflatten(treedef, filled.values()), *new_args, **new_kwargs)
+        results, out["tree"] = jax.tree.flatten(result)
+        out["dynamic"] = [_is_array(r) or isinstance(r, int | float | complex) for r in results]
+        out["static"] = [None if d else r for r, d in zip(results, out["dynamic"], strict=True)]
+        return [r for r, d in zip(results, out["dynamic"], strict=True) if d]
+
+    arrays = [flat[i] for i in where]
+    jaxpr = jax.make_jaxpr(flat_fn)([_abstract(leaves[p]) for p in known], arrays)
+
+    def rebuild(outs: list[Any]) -> Any:
+        values, outs = list(out["static"]), list(outs)
+        for i, dynamic in enumerate(out["dynamic"]):
+            if dynamic:
+                values[i] = outs.pop(0)
+        return jax.tree.unflatten(out["tree"], values)
+
+    return Traced(jaxpr, {p: leaves[p] for p in known}, arrays, rebuild)

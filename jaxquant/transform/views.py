@@ -1,0 +1,113 @@
+"""Handlers of the primitives that only look at a weight differently."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Literal
+
+from jaxquant.transform.interpreter import Interpreter, handles, unsupported
+from jaxquant.transform.primitives import named
+from jaxquant.transform.weights import (
+    Atom,
+    View,
+    Weight,
+    cast_view,
+    flip_view,
+    reshape_dims,
+    reshape_view,
+    slice_view,
+    transpose_view,
+)
+
+__all__: list[str] = []
+
+_public = functools.partial(functools.partial, named)
+
+
+@handles(_public("transpose_p"))
+def _transpose(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    (w,) = values
+    permutation = tuple(eqn.params["permutation"])
+    return [w.seen(transpose_view(permutation), tuple(w.dims[i] for i in permutation))]
+
+
+@handles(_public("reshape_p"), _public("squeeze_p"))
+def _reshape(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    w, shape = values[0], tuple(eqn.outvars[0].aval.shape)
+    return [w.seen(reshape_view(shape), reshape_dims(w.dims, shape))]
+
+
+@handles(_public("broadcast_in_dim_p"))
+def _broadcast(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    w, shape = values[0], tuple(eqn.outvars[0].aval.shape)
+    kept = eqn.params["broadcast_dimensions"]
+    if not isinstance(w, Weight) or w.shape != tuple(shape[i] for i in kept) or _size(shape) != _size(w.shape):
+        return unsupported(interpreter, eqn, values)  # not only new axes of size 1
+    return [w.seen(reshape_view(shape), reshape_dims(w.dims, shape))]
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+@handles(_public("convert_element_type_p"))
+def _cast(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    (w,), dtype = values, eqn.params["new_dtype"]
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
+        return unsupported(interpreter, eqn, values)
+    return [w.seen(cast_view(dtype), w.dims, dtype)]
+
+
+@handles(_public("copy_p"))
+def _copy(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    return values
+
+
+@handles(_public("sharding_constraint_p"))
+def _sharding(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    # A float weight takes the constraint; codes are laid out as the caller placed them.
+    (w,), sharding = values, eqn.params["sharding"]
+    constrain = functools.partial(lax.with_sharding_constraint, shardings=sharding)
+    return [w.seen(View("sharding_constraint", constrain, lambda q: q), w.dims)]
+
+
+@handles(_public("rev_p"))
+def _flip(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    (w,) = values
+    return [w.seen(flip_view(tuple(eqn.params["dimensions"])), w.dims)]
+
+
+def _cut(w: Weight, cuts: list[tuple[int, Any, int]]) -> Weight:
+    """The weight through slices; a sliced axis is one atom of the new size."""
+    dims = list(w.dims)
+    for axis, _, size in cuts:
+        if size != w.shape[axis]:
+            axes = frozenset().union(*(atom.axes for atom in dims[axis]))
+            dims[axis] = (Atom.new(axes, size),)
+    return w.seen(slice_view(tuple(cuts)), tuple(dims))
+
+
+@handles(_public("slice_p"))
+def _slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    (w,), p = values, eqn.params
+    if p["strides"] is not None and any(s != 1 for s in p["strides"]):
+        return unsupported(interpreter, eqn, values)
+    bounds = zip(p["start_indices"], p["limit_indices"], w.shape, strict=True)
+    return [_cut(w, [(i, a, b - a) for i, (a, b, n) in enumerate(bounds) if b - a != n])]
+
+
+@handles(_public("dynamic_slice_p"))
+def _dynamic_slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    w, *starts = values
+    if not isinstance(w, Weight):
+        return unsupported(interpreter, eqn, values)
+    sizes = eqn.params["slice_sizes"]
+    starts = [int(s) if isinstance(v, Literal) else s for s, v in zip(starts, eqn.invars[1:], strict=True)]
+    return [_cut(w, [(i, starts[i], n) for i, n in enumerate(sizes) if n != w.shape[i]])]

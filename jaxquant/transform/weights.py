@@ -1,0 +1,233 @@
+"""A parameter on its way to an operation: which one, seen through which transposes, reshapes, slices and casts.
+
+A `Weight` stands in the interpreter's environment for every value that is a planned parameter or a view of one. It
+knows, for each of
+its axes, which axes of the parameter it is made of, so that the contracted axes of an operation are axes of the
+parameter: found from the trace, never guessed from names or shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.core import views
+from jaxquant.core.affine import encode
+from jaxquant.core.codec import codes_of
+from jaxquant.core.fake_quant import fake_quant
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import QuantSpec
+
+__all__ = ["Atom", "Dims", "View", "Weight", "dims_of", "reshape_dims"]
+
+_ids = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Atom:
+    """A piece of the parameter's axes: all of one axis, or a factor of it after a reshape."""
+
+    axes: frozenset[int]
+    size: int
+    id: int
+
+    @classmethod
+    def new(cls, axes: frozenset[int], size: int) -> Atom:
+        """An atom unlike any other."""
+        return cls(axes, size, next(_ids))
+
+
+Dims = tuple[tuple[Atom, ...], ...]
+
+
+def dims_of(shape: tuple[int, ...]) -> Dims:
+    """Each axis (counted from the end) as one atom."""
+    return tuple((Atom.new(frozenset({i - len(shape)}), n),) for i, n in enumerate(shape))
+
+
+def reshape_dims(dims: Dims, shape: tuple[int, ...]) -> Dims:
+    """Atoms of the axes after a row-major reshape; an atom that is cut becomes two."""
+    atoms = [atom for dim in dims for atom in dim if atom.size != 1]
+    out = []
+    for n in shape:
+        dim: list[Atom] = []
+        while n > 1:
+            atom = atoms.pop(0)
+            if n % atom.size == 0:
+                dim.append(atom)
+                n //= atom.size
+            elif atom.size % n == 0:
+                dim.append(Atom.new(atom.axes, n))
+                atoms.insert(0, Atom.new(atom.axes, atom.size // n))
+                n = 1
+            else:  # the cut falls inside both: no finer description than the union of their axes
+                merged = Atom.new(atom.axes | atoms[0].axes, atom.size * atoms[0].size)
+                atoms[0] = merged
+        out.append(tuple(dim))
+    return tuple(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """One step between the parameter and the operation, on a float array and on a QTensor."""
+
+    name: str
+    array: Callable[[jax.Array], jax.Array]
+    qtensor: Callable[[QTensor], QTensor]
+
+    def __call__(self, x: Any) -> Any:
+        return self.qtensor(x) if isinstance(x, QTensor) else self.array(x)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class TrainedTensor(QTensor):
+    """A QTensor of codes for the forward pass, with the float array that its gradient goes to."""
+
+    __slots__ = ("real",)
+
+    def __init__(self, q: QTensor, real: Any):
+        super().__init__(q.codes, q.scale, q.zero_point, qtype=q.qtype, dtype=q.dtype, minor=q.minor, length=q.length)
+        self.real = real
+
+    def tree_flatten_with_keys(self):
+        children, aux = super().tree_flatten_with_keys()
+        return (*children, (jax.tree_util.GetAttrKey("real"), self.real)), aux
+
+    def tree_flatten(self):
+        children, aux = super().tree_flatten()
+        return (*children, self.real), aux
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        *fields, real = children
+        return cls(QTensor.tree_unflatten(aux, fields), real)
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """The fake-quantized array, differentiable."""
+        return self.real.astype(self.dtype if dtype is None else dtype)
+
+
+def _trained(w: jax.Array, spec: QuantSpec, reduce_axes: tuple[int, ...], steps: tuple[View, ...]) -> TrainedTensor:
+    encoded = encode(jax.lax.stop_gradient(w), spec, reduce_axes)
+    q: Any = QTensor(
+        codes_of(encoded.values, spec.type), encoded.scale, encoded.zero_point, qtype=spec.qtype, dtype=w.dtype
+    )
+    real: Any = fake_quant(w, spec, reduce_axes=reduce_axes)
+    for step in steps:
+        q, real = step(q), step(real)
+    return TrainedTensor(q, real)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A planned parameter, or a view of one.
+
+    Attributes:
+      path: the parameter's path.
+      leaf: the array or QTensor, without its first ``stacked`` axes; None while planning.
+      state: this parameter's entry of ``state`` (static activation ranges), or None.
+      dims: atoms of each axis of the view.
+      dtype: dtype of the view.
+      stacked: leading axes of the parameter that enclosing scans have consumed.
+      steps: the views between leaf and value, first one first.
+    """
+
+    path: str
+    leaf: Any
+    state: Any
+    dims: Dims
+    dtype: Any
+    stacked: int = 0
+    steps: tuple[View, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the view."""
+        return tuple(math.prod(a.size for a in dim) for dim in self.dims)
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the view."""
+        return len(self.dims)
+
+    def seen(self, step: View, dims: Dims, dtype: Any = None) -> Weight:
+        """This weight through one more view."""
+        return dataclasses.replace(
+            self, dims=dims, steps=(*self.steps, step), dtype=self.dtype if dtype is None else dtype
+        )
+
+    def value(self) -> Any:
+        """The view itself, quantized if the leaf is: nothing trains here."""
+        x = self.leaf
+        for step in self.steps:
+            x = step(x)
+        return x
+
+    def real(self) -> jax.Array:
+        """The view in float: dequantized if need be."""
+        x = self.value()
+        return x.dequantize() if isinstance(x, QTensor) else x
+
+    def operand(self, spec: QuantSpec | None, reduce_axes: tuple[int, ...]) -> Any:
+        """What an op gets: the QTensor; or codes for the forward and floats for the gradient, if the leaf trains."""
+        if isinstance(self.leaf, QTensor) or spec is None:
+            return self.value()
+        return _trained(self.leaf, spec, reduce_axes, self.steps)
+
+    def split(self, contracted: tuple[int, ...]) -> tuple[int, ...] | str:
+        """The parameter's axes that make up the contracted axes of the view; a reason if only a part of one does."""
+        inside = {atom.id for i in contracted for atom in self.dims[i]}
+        atoms = [atom for dim in self.dims for atom in dim]
+        reduced: set[int] = set()
+        for axis in sorted({a for atom in atoms for a in atom.axes}):
+            parts = [atom for atom in atoms if axis in atom.axes and atom.size > 1]
+            hit = [atom.id in inside for atom in parts]
+            if any(hit) and not all(hit):
+                return f"only a part of axis {axis} is contracted"
+            whole = parts or [atom for atom in atoms if axis in atom.axes]
+            if all(atom.id in inside for atom in whole):
+                reduced.add(axis)
+        return tuple(sorted(reduced))
+
+
+def transpose_view(permutation: tuple[int, ...]) -> View:
+    """A transpose."""
+    return View("transpose", lambda x: jnp.transpose(x, permutation), lambda q: views.transpose(q, permutation))
+
+
+def reshape_view(shape: tuple[int, ...]) -> View:
+    """A reshape, a squeeze, or new axes of size 1."""
+    return View("reshape", lambda x: jnp.reshape(x, shape), lambda q: views.reshape(q, shape))
+
+
+def cast_view(dtype: Any) -> View:
+    """A cast to a float dtype."""
+    return View("convert_element_type", lambda x: x.astype(dtype), lambda q: views.cast(q, dtype))
+
+
+def flip_view(axes: tuple[int, ...]) -> View:
+    """A flip (the kernel of a transposed convolution)."""
+    flip = lambda x: jax.lax.rev(x, axes)  # noqa: E731
+    return View("rev", flip, lambda q: views.move(q, flip, axes))
+
+
+def slice_view(cuts: tuple[tuple[int, Any, int], ...]) -> View:
+    """Slices ``(axis, start, size)``; starts may be traced."""
+
+    def array(x: jax.Array) -> jax.Array:
+        for axis, start, size in cuts:
+            x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+        return x
+
+    def qtensor(q: QTensor) -> QTensor:
+        for axis, start, size in cuts:
+            q = views.slice_along(q, axis, start, size)
+        return q
+
+    return View("slice", array, qtensor)
