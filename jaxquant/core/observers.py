@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.core.arithmetic import exponent, times_power_of_two
+from jaxquant.core.arithmetic import exponent, power_of_two, times_power_of_two
 from jaxquant.core.errors import quant_error
 
 __all__ = ["EMA", "MSE", "AbsMax", "Entropy", "MinMax", "Observer", "Percentile"]
@@ -61,6 +61,10 @@ class Observer:
 
     def update(self, state: Any, x: jax.Array, axes: Axes) -> Any:
         """State after seeing ``x``."""
+        raise NotImplementedError
+
+    def merge(self, a: Any, b: Any) -> Any:
+        """State after what ``a`` has seen and then what ``b`` has seen: other batches, other hosts."""
         raise NotImplementedError
 
     def result(self, state: Any, *, symmetric: bool, roundtrip: Roundtrip) -> Range:
@@ -108,6 +112,9 @@ class MinMax(Observer):
         lo, hi = (b.astype(jnp.float32) for b in _minmax(x, axes))
         return {"lo": jnp.minimum(state["lo"], lo), "hi": jnp.maximum(state["hi"], hi)}
 
+    def merge(self, a, b):
+        return {"lo": jnp.minimum(a["lo"], b["lo"]), "hi": jnp.maximum(a["hi"], b["hi"])}
+
     def result(self, state, *, symmetric, roundtrip):
         del symmetric, roundtrip
         return state["lo"], state["hi"]
@@ -136,13 +143,17 @@ class EMA(Observer):
         return {
             "lo": jnp.zeros(shape, jnp.float32),
             "hi": jnp.zeros(shape, jnp.float32),
-            "weight": jnp.zeros((), jnp.float32),
+            "weight": jnp.zeros(shape, jnp.float32),
         }
 
     def update(self, state, x, axes):
         lo, hi = (b.astype(jnp.float32) for b in _minmax(x, axes))
-        new = {"lo": lo, "hi": hi, "weight": jnp.float32(1)}
-        return jax.tree.map(lambda old, now: self.decay * old + (1 - self.decay) * now, state, new)
+        new = {"lo": lo, "hi": hi, "weight": jnp.ones_like(lo)}
+        return self.merge(state, jax.tree.map(lambda now: (1 - self.decay) * now, new))
+
+    def merge(self, a, b):
+        # weight = 1 - decay^n after n batches, so what a has seen fades by decay^n = 1 - weight of b.
+        return jax.tree.map(lambda old, new: old * (1 - b["weight"]) + new, a, b)
 
     def result(self, state, *, symmetric, roundtrip):
         del symmetric, roundtrip
@@ -168,8 +179,8 @@ def _rows(x: jax.Array, axes: Axes) -> jax.Array:
 class _Histogram(Observer):
     """Calibrators whose state is a histogram of each block: 2048 equal bins on ``[-span, span)``.
 
-    The span of the first batch is its absmax; a wider batch doubles the span as often as needed and merges bins in
-    pairs, so the state never grows and no element is lost.
+    Spans are powers of two, the least above the absmax, so that a wider batch doubles the span and merges bins in
+    pairs: the state never grows and no element is lost, in whatever order batches are merged.
     """
 
     def init(self, shape):
@@ -177,19 +188,25 @@ class _Histogram(Observer):
 
     def update(self, state, x, axes):
         x = _finite_or_nan(x)
-        absmax, span = _absmax(x, axes).astype(jnp.float32), state["span"]
-        # Not ceil(log2(absmax / span)): the ratio may overflow, and so may 2 ** doublings.
-        doublings = jnp.where((span > 0) & (absmax > span), exponent(absmax) - exponent(span), 0)
-        doublings = doublings + ((span > 0) & (times_power_of_two(span, doublings) < absmax))
-        span = jnp.where(span > 0, times_power_of_two(span, doublings), absmax)
-        position = jnp.arange(_BINS, dtype=jnp.int32) - _BINS // 2
-        position = position.reshape((1,) * span.ndim + (-1,)) >> jnp.minimum(doublings, 31)[..., None]
-        counts = _scatter(position + _BINS // 2, state["counts"])
+        absmax = _absmax(x, axes).astype(jnp.float32)
+        least = jnp.maximum(exponent(absmax), -126)
+        span = times_power_of_two(power_of_two(least), jnp.ones_like(least))
+        span = jnp.where(absmax > 0, span, absmax)  # 0 stays 0, NaN stays NaN
         width = jnp.where(span > 0, span, 1)[..., None] / (_BINS // 2)
         found = jnp.floor(_rows(x, axes) / width).astype(jnp.int32) + _BINS // 2
         found = jnp.clip(found, 0, _BINS - 1)
-        counts = counts + _scatter(found, jnp.ones(found.shape, jnp.float32))
-        return {"span": span + jnp.where(jnp.isnan(absmax), absmax, 0), "counts": counts}
+        return self.merge(state, {"span": span, "counts": _scatter(found, jnp.ones(found.shape, jnp.float32))})
+
+    def merge(self, a, b):
+        span = jnp.maximum(a["span"], b["span"])
+
+        def widened(state: Any) -> jax.Array:
+            doublings = jnp.clip(exponent(span) - exponent(state["span"]), 0, 31)
+            position = jnp.arange(_BINS, dtype=jnp.int32) - _BINS // 2
+            position = position.reshape((1,) * span.ndim + (-1,)) >> doublings[..., None]
+            return _scatter(position + _BINS // 2, state["counts"])
+
+        return {"span": span, "counts": widened(a) + widened(b)}
 
     def _centers(self, state) -> jax.Array:
         offset = (jnp.arange(_BINS, dtype=jnp.float32) - (_BINS // 2 - 0.5)) / (_BINS // 2)
@@ -217,7 +234,8 @@ def _scatter(index: jax.Array, weights: jax.Array) -> jax.Array:
 class Percentile(_Histogram):
     """The range that holds the central ``p`` percent: of ``|x|`` if symmetric, on each side if not.
 
-    One array is sorted exactly; over batches the answer is within one bin (1/1024 of the largest magnitude).
+    One array is sorted exactly; over batches the answer is within one bin (1/1024 of the span, which is
+    less than twice the largest magnitude).
     """
 
     p: float = 99.9
