@@ -20,8 +20,8 @@ __all__ = ["fake_quant"]
 
 @functools.partial(jax.jit, static_argnames=("spec", "axes"), inline=True)
 def _forward(x, scale, zero_point, key, *, spec, axes):
-    """(result, scale, zero point). Compiled in eager use too: otherwise a calibrator's sums may differ in the last
-    bit.""" encoded = encode(x, spec, axes, scale, zero_point, key)
+    """(result, scale, zero point). Compiled in eager use too, or a calibrator's sums may differ in the last bit."""
+    encoded = encode(x, spec, axes, scale, zero_point, key)
     return values_with_scale(encoded, x.shape, x.dtype), scale_values(encoded.scale), encoded.zero_point
 
 

@@ -185,8 +185,11 @@ class Interpreter:
         return weight.operand(item.spec.weight, item.reduce_axes)
 
     def float_of(self, weight: Weight, op: str) -> jax.Array:
-        """Running: the weight in float, for a use that is not quantized; raises for a QTensor unless the plan allows
-        it.""" item = self.items.get(weight.path)
+        """Running: the weight in float, for a use that is not quantized.
+
+        Raises for a QTensor, unless the plan allows it.
+        """
+        item = self.items.get(weight.path)
         if isinstance(weight.leaf, QTensor) and not (item is not None and item.dequantize):
             todo = "Keep it in float with Rule(pattern, None), or allow it with Rule(pattern, spec, dequantize=True)"
             raise quant_error(
