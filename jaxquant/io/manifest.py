@@ -1,0 +1,314 @@
+"""Trees to manifest nodes and back; the grammar is in `jaxquant.io.native`.
+
+`encode` says what has to be written, `decode` gives the tree with a `SavedArray` in the place of each array; neither
+reads or writes a file. The rules for a QTensor are the same in both, so that what can be saved can be loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.packing import packed_length
+from jaxquant.core.qtensor import QTensor, scale_values
+from jaxquant.core.qtypes import QTYPES
+from jaxquant.io.patterns import NAMELESS, pattern_spec
+from jaxquant.io.safetensors import DTYPES, SafetensorsFile, TensorSpec, is_shape
+
+__all__ = ["MAX_DEPTH", "SavedArray", "decode", "encode", "stored_spec"]
+
+#: Containers inside containers, a QTensor in the place of a scale included. Deeper ones are mistakes (a list that holds
+#: itself) or attacks on the stack.
+MAX_DEPTH = 100
+_SUPPORTED = {dtype.name: dtype for dtype in (*DTYPES.values(), *NAMELESS)}
+_FIELDS = ("qtype", "dtype", "minor", "length", "codes", "scale", "zero_point")
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedArray:
+    """An array in a file, not yet read: its name there, and the dtype and shape it will have."""
+
+    name: str
+    spec: TensorSpec
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the array."""
+        return self.spec.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return self.spec.shape
+
+
+def stored_spec(spec: TensorSpec) -> TensorSpec:
+    """How the container stores an array: as it is, or as bit patterns."""
+    return pattern_spec(spec) if spec.dtype in NAMELESS else spec
+
+
+def _joined(path: tuple[str, ...]) -> str:
+    return "/".join(path) or "array"  # a tree may be a single array, and a key may be empty
+
+
+# -- the rules, in both directions -------------------------------------------------------------------------------------
+
+
+_KEYS = "all strings or all 64-bit integers"  # JAX cannot sort a mixture
+
+
+def _are_keys(keys: list[Any]) -> bool:
+    return all(isinstance(key, str) for key in keys) or all(
+        type(key) is int and -(1 << 63) <= key < 1 << 63 for key in keys
+    )
+
+
+def _check_qtensor(q: QTensor, error: Callable[..., QuantError]) -> None:
+    """Raises ``error(rule, todo=..., **got)`` unless the static fields, dtypes and shapes of ``q`` fit together."""
+    todo = "Make it with quantize, or check whoever made it"
+    if not isinstance(q.qtype, str) or q.qtype not in QTYPES:
+        raise error("unknown number type", todo=f"Use one of {', '.join(QTYPES)}", qtype=q.qtype)
+    info, codes, ndim = q.type, q.codes, len(q.codes.shape)
+    if not jnp.issubdtype(q.dtype, jnp.floating) or q.dtype.name not in _SUPPORTED:
+        raise error("dtype must be a float dtype", todo="Use float32, bfloat16 or float16", dtype=q.dtype)
+    if codes.dtype != (np.uint8 if info.packed else info.code_dtype):
+        raise error(f"not the dtype of {q.qtype} codes", todo=todo, codes=codes)
+    if not info.packed and q.length is not None:
+        raise error(f"{q.qtype} codes are not packed and have no length", todo=todo, length=q.length)
+    if info.packed:
+        if type(q.length) is not int or q.length < 0 or not ndim:
+            raise error("packed codes need their length", todo=todo, length=q.length, codes=codes)
+        if codes.shape[-1] != packed_length(q.length, info.bits):
+            rule = f"{q.length} {q.qtype} codes take {packed_length(q.length, info.bits)} bytes"
+            raise error(rule, todo=todo, length=q.length, codes=codes)
+    if not all(type(axis) is int and -ndim <= axis < 0 for axis in q.minor) or len(set(q.minor)) != len(q.minor):
+        raise error(f"minor must be different axes from -{ndim} to -1", todo=todo, minor=q.minor)
+    if not jnp.issubdtype(q.scale.dtype, jnp.floating):
+        raise error("scales must be floats", todo=todo, scale=q.scale)
+    blocks = tuple(q.scale.shape)
+    if len(blocks) != ndim or not all(n == s or (s and n % s == 0) for n, s in zip(q.shape, blocks, strict=True)):
+        raise error("there must be one scale per block, and blocks that divide the array", todo=todo, scale=blocks)
+    if q.zero_point is not None:
+        if tuple(q.zero_point.shape) != blocks:
+            raise error("zero_point must have the shape of scale", todo=todo, zero_point=q.zero_point, scale=blocks)
+        if not any(jnp.issubdtype(q.zero_point.dtype, kind) for kind in (jnp.integer, jnp.floating)):
+            raise error("zero points must be numbers", todo=todo, zero_point=q.zero_point)
+
+
+# -- to nodes ----------------------------------------------------------------------------------------------------------
+
+
+def encode(params: Any) -> tuple[Any, dict[str, tuple[Any, TensorSpec]]]:
+    """The node of a tree, and its arrays by name, each with its spec; `QuantError` if something cannot be saved."""
+    encoder = _Encoder()
+    return encoder.node(params, ()), encoder.arrays
+
+
+class _Encoder:
+    def __init__(self):
+        self.arrays: dict[str, tuple[Any, TensorSpec]] = {}
+
+    def node(self, value: Any, path: tuple[str, ...]) -> Any:
+        place = _joined(path)
+        self._check_depth(path, place)
+        if value is None:
+            return None
+        if isinstance(value, QTensor):
+            return self.qtensor(value, path, place)
+        if type(value) in (list, tuple):
+            return {type(value).__name__: [self.node(item, (*path, str(i))) for i, item in enumerate(value)]}
+        if isinstance(value, Mapping) and not _of_nnx(value):
+            keys = _checked_keys(value, place)
+            return {"dict": [[key, self.node(value[key], (*path, str(key)))] for key in keys]}
+        return self.array(value, place)
+
+    def qtensor(self, q: QTensor, path: tuple[str, ...], place: str) -> Any:
+        self._check_depth(path, place)
+        nested = isinstance(q.scale, QTensor)
+        scale = f"{place}.scale"
+        fields = {
+            "codes": self.array(q.codes, f"{place}.codes"),
+            "scale": self.qtensor(q.scale, (*path, "scale"), scale) if nested else self.array(q.scale, scale),
+            "zero_point": None if q.zero_point is None else self.array(q.zero_point, f"{place}.zero_point"),
+        }
+
+        def error(rule: str, **got: Any) -> QuantError:
+            return quant_error("save", rule, path=place, **got)
+
+        _check_qtensor(q, error)
+        values = scale_values(q.scale)
+        if not (np if isinstance(values, np.ndarray) else jnp).isfinite(values).all():
+            todo = "Look for NaN and inf in the array that was quantized"
+            raise error("scales must be finite", todo=todo, scale=q.scale)
+        static = {"qtype": q.qtype, "dtype": q.dtype.name, "minor": list(q.minor), "length": q.length}
+        return {"qtensor": static | fields}
+
+    def array(self, value: Any, place: str) -> Any:
+        spec = _checked_array(value, place)
+        name = self._unused(place)
+        self.arrays[name] = (value, spec)
+        if spec.dtype not in NAMELESS:
+            return name
+        return {"bits": {"name": name, "dtype": spec.dtype.name, "shape": list(spec.shape)}}
+
+    def _check_depth(self, path: tuple[str, ...], place: str) -> None:
+        if len(path) > MAX_DEPTH:
+            rule, todo = f"the tree is more than {MAX_DEPTH} levels deep", "Look for a container that holds itself"
+            raise quant_error("save", rule, todo=todo, path=place[:200])
+
+    def _unused(self, place: str) -> str:
+        # Half of a surrogate pair is a character to Python and not to UTF-8.
+        place = place.encode("utf-8", "backslashreplace").decode()
+        names = itertools.chain([place], (f"{place}~{n}" for n in itertools.count(2)))
+        return next(name for name in names if name not in self.arrays and name != "__metadata__")
+
+
+def _of_nnx(value: Any) -> bool:
+    return any(cls.__module__.startswith("flax.nnx") for cls in type(value).__mro__)
+
+
+def _checked_keys(value: Mapping[Any, Any], place: str) -> list[Any]:
+    keys = list(value)
+    if not _are_keys(keys):
+        rule, types = f"the keys of a dict must be {_KEYS}", tuple(sorted({type(key).__name__ for key in keys}))
+        raise quant_error("save", rule, todo="Rename the keys", path=place, types=types)
+    return sorted(keys)
+
+
+def _checked_array(value: Any, place: str) -> TensorSpec:
+    """The spec of a leaf that can be saved."""
+
+    def error(rule: str, **got: Any) -> QuantError:
+        return quant_error("save", rule, path=place, **got)
+
+    if isinstance(value, jax.core.Tracer):
+        raise error("a traced array has no values yet", todo="Call save outside jit, grad and vmap", leaf=value)
+    if not isinstance(value, jax.Array | np.ndarray | np.generic):
+        raise error("only arrays can be saved", todo=_remedy(value), leaf=value, type=type(value).__qualname__)
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        raise error("a random key is not an array", todo="Save jax.random.key_data(key)", dtype=str(value.dtype))
+    dtype = value.dtype.newbyteorder("=")
+    if dtype not in NAMELESS and dtype not in DTYPES.values():
+        raise error("this dtype cannot be saved", todo=f"Cast it to one of {', '.join(_SUPPORTED)}", dtype=str(dtype))
+    if not is_shape(value.shape):
+        raise error("too many or too large dimensions", todo="Reshape it", shape=value.shape)
+    if isinstance(value, jax.Array):
+        if value.is_deleted():
+            raise error("the array was deleted or donated", todo="Save what the function returned", dtype=dtype)
+        if not (value.is_fully_addressable or value.is_fully_replicated):
+            todo = "Gather it first, for example with jax.experimental.multihost_utils.process_allgather"
+            raise error("parts of the array are on other machines", todo=todo, dtype=dtype, shape=value.shape)
+    return TensorSpec(dtype, value.shape)
+
+
+def _remedy(value: Any) -> str:
+    if _of_nnx(value):
+        return "Pass nnx.to_pure_dict(nnx.state(model))"
+    if hasattr(value, "unbox"):
+        return "Pass flax.linen.meta.unbox(params)"
+    if isinstance(value, int | float | complex):
+        return "Make it an array with jnp.asarray"
+    return "Make the tree of dicts, lists, tuples and arrays, for example with flax.serialization.to_state_dict"
+
+
+# -- from nodes --------------------------------------------------------------------------------------------------------
+
+
+def decode(node: Any, file: SafetensorsFile) -> Any:
+    """The tree of a node, with a `SavedArray` for each array; `QuantError` if it does not fit the file's arrays."""
+    decoder = _Decoder(file)
+    tree = decoder.tree(node, ())
+    if decoder.unused:
+        name = min(decoder.unused)
+        raise decoder.error("the manifest does not mention this array", (name,), arrays=len(decoder.unused))
+    return tree
+
+
+class _Decoder:
+    def __init__(self, file: SafetensorsFile):
+        self.file, self.unused = file, dict(file.tensors)
+
+    def error(self, rule: str, path: tuple[str, ...], /, *, todo: str = "", **got: Any) -> QuantError:
+        # What would help whoever made the QTensor does not help whoever has the file.
+        todo = "The manifest does not describe this file: save it again, or remove 'jaxquant' from its metadata"
+        return self.file.error(rule, _joined(path), todo=todo, **got)
+
+    def tree(self, node: Any, path: tuple[str, ...]) -> Any:
+        self._check_depth(path)
+        if node is None:
+            return None
+        kind, content = next(iter(node.items())) if isinstance(node, dict) and len(node) == 1 else (None, None)
+        if kind == "dict":
+            return self.dict(content, path)
+        if kind in ("list", "tuple") and isinstance(content, list):
+            items = [self.tree(item, (*path, str(i))) for i, item in enumerate(content)]
+            return items if kind == "list" else tuple(items)
+        if kind == "qtensor":
+            return self.qtensor(content, path)
+        return self.array(node, path)
+
+    def dict(self, content: Any, path: tuple[str, ...]) -> dict[Any, Any]:
+        if not isinstance(content, list) or not all(isinstance(item, list) and len(item) == 2 for item in content):
+            raise self.error("a dict must be a list of [key, node]", path, node=content)
+        keys = [key for key, _ in content]
+        if not _are_keys(keys):
+            raise self.error(f"the keys of a dict must be {_KEYS}", path, keys=tuple(keys))
+        if len(set(keys)) != len(keys):
+            raise self.error("a dict has a key twice", path, keys=tuple(keys))
+        return {key: self.tree(value, (*path, str(key))) for key, value in content}
+
+    def qtensor(self, content: Any, path: tuple[str, ...]) -> QTensor:
+        if not isinstance(content, dict) or not set(_FIELDS) <= set(content):
+            raise self.error(f"a QTensor needs the fields {', '.join(_FIELDS)}", path, node=content)
+        self._check_depth(path)
+        dtype, minor, scale, zero_point = (content[name] for name in ("dtype", "minor", "scale", "zero_point"))
+        if not isinstance(dtype, str) or dtype not in _SUPPORTED:
+            raise self.error("unknown dtype", path, dtype=dtype)
+        if not isinstance(minor, list):
+            raise self.error("minor must be a list of axes", path, minor=minor)
+        inner = scale.get("qtensor") if isinstance(scale, dict) else None
+        q = QTensor(
+            self.array(content["codes"], (*path, "codes")),
+            self.array(scale, (*path, "scale")) if inner is None else self.qtensor(inner, (*path, "scale")),
+            None if zero_point is None else self.array(zero_point, (*path, "zero_point")),
+            qtype=content["qtype"],
+            dtype=_SUPPORTED[dtype],
+            minor=tuple(minor),
+            length=content["length"],
+        )
+        _check_qtensor(q, lambda rule, **got: self.error(rule, path, **got))
+        return q
+
+    def array(self, node: Any, path: tuple[str, ...]) -> SavedArray:
+        if isinstance(node, str):
+            return SavedArray(node, self._take(node, path))
+        bits = node.get("bits") if isinstance(node, dict) else None
+        if not isinstance(bits, dict) or not {"name", "dtype", "shape"} <= set(bits):
+            raise self.error("not a node of the manifest", path, node=node)
+        name, dtype, shape = bits["name"], bits["dtype"], bits["shape"]
+        if not isinstance(dtype, str) or _SUPPORTED.get(dtype) not in NAMELESS:
+            raise self.error("not a dtype that is stored as bit patterns", path, dtype=dtype)
+        if not is_shape(shape):
+            raise self.error("not the shape of an array", path, shape_in_manifest=shape)
+        spec, stored = TensorSpec(_SUPPORTED[dtype], tuple(shape)), self._take(name, path)
+        if stored != pattern_spec(spec):
+            raise self.error(f"{dtype}{shape} takes uint8{list(pattern_spec(spec).shape)}", path, array=stored)
+        return SavedArray(name, spec)
+
+    def _check_depth(self, path: tuple[str, ...]) -> None:
+        if len(path) > MAX_DEPTH:
+            raise self.error(f"the tree is more than {MAX_DEPTH} levels deep", path[:3])
+
+    def _take(self, name: Any, path: tuple[str, ...]) -> TensorSpec:
+        if not isinstance(name, str) or name not in self.unused:
+            twice = isinstance(name, str) and name in self.file.tensors
+            raise self.error("this array occurs twice" if twice else "this array is not in the file", path, name=name)
+        return self.unused.pop(name)

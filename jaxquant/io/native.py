@@ -1,0 +1,284 @@
+"""jaxquant's own checkpoints: a tree of arrays and QTensors in one safetensors file.
+
+Any reader of safetensors sees plain arrays, each at its true size:
+
+    params/Dense_0/bias                     an array, under the keys that lead to it, joined by "/"
+    params/Dense_0/kernel.codes             a QTensor's codes, as they are in memory (sub-byte codes packed in uint8)
+    params/Dense_0/kernel.scale             its scales; if they are quantized themselves (nvfp4, double quantization),
+    params/Dense_0/kernel.scale.codes         they have arrays of their own
+    params/Dense_0/kernel.scale.scale
+    params/Dense_0/kernel.zero_point        its zero points, if it has any
+
+A tree that is a single array has the name "array". Where two paths give one name ("a/b" may be one key or two), "~2",
+"~3" ... is appended. Nothing is read out of names: the structure is in the manifest, a JSON text under "jaxquant" in
+the file's ``__metadata__``:
+
+    {"version": 1, "tree": <node>, "metadata": {...}, "plan": "..."}
+
+    <node> = null                                        None
+           | "name"                                      the array of that name
+           | {"bits": {"name", "dtype", "shape"}}        an array whose dtype safetensors has no name for: int4, uint4,
+                                                         int2, uint2, float4_e2m1fn, float8_e3m4, float8_e4m3,
+                                                         float8_e4m3b11fnuz, complex128
+           | {"dict": [[key, <node>], ...]}              keys are all strings or all integers
+           | {"list": [<node>, ...]}
+           | {"tuple": [<node>, ...]}
+           | {"qtensor": {"qtype", "dtype", "minor", "length", "codes", "scale", "zero_point"}}
+                                                         the fields of a `QTensor`; the last three are nodes
+
+The array of a "bits" node is uint8: the elements, row-major, as one little-endian bit stream (two int4 to a byte, the
+first in the low half). "metadata" is the user's, "plan" the text of ``plan.to_json()`` or null. Every array of the
+file occurs in the tree exactly once. Readers ignore fields of the manifest that they do not know, and refuse versions
+that they do not know.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.io.like import fit
+from jaxquant.io.manifest import MAX_DEPTH, SavedArray, decode, encode, stored_spec
+from jaxquant.io.patterns import NAMELESS, from_patterns, to_patterns
+from jaxquant.io.safetensors import SafetensorsFile, write_safetensors
+from jaxquant.io.strict_json import parse
+
+__all__ = ["SavedMetadata", "load", "read_metadata", "save"]
+
+_KEY = "jaxquant"
+_VERSION = 1
+
+
+class SavedMetadata(NamedTuple):
+    """What a checkpoint says about itself.
+
+    Attributes:
+      metadata: the ``metadata`` given to `save`; the strings of ``__metadata__`` for a file that `save` did not write.
+      plan: the JSON text of the plan given to `save`, or None.
+    """
+
+    metadata: dict[str, Any]
+    plan: str | None
+
+
+# -- save --------------------------------------------------------------------------------------------------------------
+
+
+def save(
+    path: str | os.PathLike[str], params: Any, *, plan: Any = None, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a tree of arrays and QTensors to one safetensors file, every array at its true size, bit for bit.
+
+    The whole tree is checked before anything is written. Arrays go to the disk one by one: at no time is there a second
+    copy of the model. The file appears (or replaces an older one) only when it is complete; after any failure the older
+    one is untouched. For the layout see `jaxquant.io.native`.
+
+    Args:
+      path: the file to create or replace, usually ``*.safetensors``; its directory must exist.
+      params: dicts (with string or integer keys), lists, tuples and None, nested, with JAX arrays, NumPy arrays and
+        QTensors as leaves. Other mappings, such as flax's FrozenDict, are saved as dicts. NumPy arrays come back as JAX
+        arrays.
+      plan: an object with a ``to_json()`` method, whose text is stored; see `read_metadata`.
+      metadata: anything JSON can hold, by name: strings, numbers, booleans, None, lists and dicts of these.
+
+    Raises:
+      QuantError: on any other leaf or container (Flax state, dataclasses, Python numbers, random keys, traced, deleted
+        or remote arrays), a QTensor whose fields contradict each other or whose scales are not finite, metadata that
+        JSON would change, or a path that cannot be a file. NaN in a plain array is saved like any other value.
+      OSError: if the disk is full or the place is not writable.
+
+    Example:
+      >>> import os, tempfile
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant.io import load, save
+      >>> w = jnp.linspace(-1.0, 1.0, 32).reshape(8, 4)
+      >>> params = {"kernel": jq.quantize(w, jq.QuantSpec("int4"), reduce_axes=(-2,)), "bias": jnp.zeros(4)}
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = os.path.join(directory, "model.safetensors")
+      ...     save(path, params)
+      ...     load(path)["kernel"]
+      QTensor(int4[8, 4] -> float32, per channel on axis -1, symmetric, 32 B)
+
+    Source: the container is safetensors (https://github.com/huggingface/safetensors); the manifest is our own.
+    """
+    node, arrays = encode(params)
+    manifest = {"version": _VERSION, "tree": node, "metadata": _checked_metadata(metadata), "plan": _plan_text(plan)}
+    specs = {name: stored_spec(spec) for name, (_, spec) in arrays.items()}
+
+    def read(name: str) -> np.ndarray:
+        array = _to_host(arrays[name][0])
+        return to_patterns(array) if array.dtype in NAMELESS else array
+
+    write_safetensors(path, specs, read, {_KEY: json.dumps(manifest, separators=(",", ":"))})
+
+
+def _to_host(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array):
+        # Another handle to the same buffers. An array that was fetched once keeps what was fetched for as long as it
+        # lives, which would make a second copy of the model, leaf by leaf.
+        shards = [shard.data for shard in leaf.addressable_shards]
+        leaf = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+    return np.asarray(leaf, leaf.dtype.newbyteorder("="))
+
+
+def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    try:
+        given = dict(metadata or {})
+        if parse(json.dumps(given)) == given:
+            return given
+    except (TypeError, ValueError, RecursionError):
+        pass
+    todo = "Use dicts with string keys, lists, strings, finite numbers, booleans and None"
+    raise quant_error("save", "metadata must be what JSON can hold", todo=todo, metadata=metadata)
+
+
+def _plan_text(plan: Any) -> str | None:
+    if plan is None:
+        return None
+    text = plan.to_json() if hasattr(plan, "to_json") else None
+    if not isinstance(text, str):
+        raise quant_error("save", "plan must have a method to_json() that gives text", todo="Pass a Plan", plan=plan)
+    return text
+
+
+# -- load --------------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike[str], *, like: Any = None) -> Any:
+    """Reads what `save` wrote; also reads any other safetensors file.
+
+    The file is mapped and copied to the default device array by array. Nothing in it is trusted or executed: every size
+    is compared with the size of the file before memory is taken.
+
+    Args:
+      path: the file.
+      like: a template for the result: a pytree of arrays, `jax.ShapeDtypeStruct`s or QTensors, such as the model's
+        float parameters from `jax.eval_shape`. The file must have the template's keys and logical shapes; a saved
+        QTensor may stand for a float array. Kinds of dtype must agree (float, integer, ...), their widths need not;
+        nothing is cast. The result has the template's containers.
+
+    Returns:
+      The tree that was saved: dicts (keys in order), lists, tuples, None, QTensors and JAX arrays. A file without our
+      manifest gives a dict of its arrays, nested at each "/" of the names (flat if one name is the beginning of
+      another, as in "a" and "a/b"). Arrays of 64-bit dtypes come back as NumPy arrays where `jax_enable_x64` is off,
+      since JAX would halve their width.
+
+    Raises:
+      QuantError: if the file is truncated, damaged or contradicts itself, naming the place in it; or, with all
+        differences in one message, if it does not fit ``like``.
+      OSError: if the file cannot be opened.
+
+    Example:
+      >>> import os, tempfile
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxquant.io import load, save
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = os.path.join(directory, "model.safetensors")
+      ...     save(path, {"layer": [jnp.ones(3), None]})
+      ...     load(path, like={"layer": [jax.ShapeDtypeStruct((3,), jnp.float32), None]})
+      {'layer': [Array([1., 1., 1.], dtype=float32), None]}
+
+    Source: the container is safetensors (https://github.com/huggingface/safetensors); the manifest is our own.
+    """
+    file = SafetensorsFile(path)
+    manifest = _manifest(file)
+    tree = _by_names(file) if manifest is None else decode(manifest["tree"], file)
+
+    def read(entry: SavedArray) -> Any:
+        array = file.array(entry.name)
+        return _to_jax(from_patterns(array, entry.spec) if entry.dtype in NAMELESS else array)
+
+    if like is None:
+        return jax.tree.map(read, tree)
+    leaves, treedef = fit(tree, like, file.error)
+    return jax.tree.unflatten(treedef, [jax.tree.map(read, leaf) for leaf in leaves])
+
+
+def read_metadata(path: str | os.PathLike[str]) -> SavedMetadata:
+    """The metadata and the plan of a checkpoint, without its arrays.
+
+    Args:
+      path: a file that `save` wrote, or any other safetensors file.
+
+    Returns:
+      A `SavedMetadata`: ``metadata`` and ``plan``.
+
+    Raises:
+      QuantError: if the file is truncated, damaged or contradicts itself.
+      OSError: if the file cannot be opened.
+
+    Example:
+      >>> import os, tempfile
+      >>> import jax.numpy as jnp
+      >>> from jaxquant.io import read_metadata, save
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = os.path.join(directory, "model.safetensors")
+      ...     save(path, {"bias": jnp.zeros(4)}, metadata={"step": 100})
+      ...     read_metadata(path)
+      SavedMetadata(metadata={'step': 100}, plan=None)
+    """
+    file = SafetensorsFile(path, function="read_metadata")
+    manifest = _manifest(file)
+    if manifest is None:
+        return SavedMetadata(dict(file.metadata), None)
+    return SavedMetadata(manifest["metadata"], manifest["plan"])
+
+
+def _manifest(file: SafetensorsFile) -> dict[str, Any] | None:
+    text = file.metadata.get(_KEY)
+    if text is None:
+        return None
+
+    def error(rule: str, **got: Any) -> QuantError:
+        todo = f"Save it again, or remove {_KEY!r} from its metadata to load the bare arrays"
+        return file.error(rule, _KEY, **{"todo": todo, **got})
+
+    try:
+        manifest = parse(text)
+    except ValueError as reason:
+        raise error(f"the manifest is not JSON ({reason})") from None
+    if not isinstance(manifest, dict):
+        raise error("the manifest must be a JSON object", manifest=manifest)
+    if manifest.get("version") != _VERSION:
+        rule = f"this version of jaxquant reads version {_VERSION} of the manifest"
+        raise error(rule, todo="Update jaxquant", version=manifest.get("version"))
+    if not {"tree", "metadata", "plan"} <= set(manifest):
+        raise error("the manifest needs tree, metadata and plan", fields=tuple(manifest))
+    metadata, plan = manifest["metadata"], manifest["plan"]
+    if not isinstance(metadata, dict) or not isinstance(plan, str | None):
+        raise error("metadata must be a JSON object and plan text", metadata=metadata, plan=plan)
+    return manifest
+
+
+def _by_names(file: SafetensorsFile) -> dict[str, Any]:
+    """The arrays of a file without a manifest."""
+    flat = {name: SavedArray(name, spec) for name, spec in file.tensors.items()}
+    tree: dict[str, Any] = {}
+    for name, entry in flat.items():
+        *parents, last = name.split("/")
+        if len(parents) > MAX_DEPTH:
+            todo = "Rename the array"
+            raise file.error(f"the name is more than {MAX_DEPTH} levels deep", name, todo=todo, levels=len(parents))
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                return flat
+        if last in node:
+            return flat
+        node[last] = entry
+    return tree
+
+
+def _to_jax(array: np.ndarray) -> Any:
+    """A copy on the default device; never a view of the file, which may be replaced while the array lives."""
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        return np.array(array)
+    return jnp.array(array).block_until_ready()  # JAX copies in its own time, from a file that may be gone by then

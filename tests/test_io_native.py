@@ -1,0 +1,620 @@
+"""Trees of arrays and QTensors to files and back: every bit, at its true size, and the file whole at any time."""
+
+import collections
+import copy
+import dataclasses
+import errno
+import json
+import os
+import stat
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import flax.core
+import flax.linen as nn
+import flax.struct
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from io_files import assert_same, entry, put_together, take_apart
+
+import jaxquant as jq
+from jaxquant.core.qtypes import QTYPES
+from jaxquant.io import load, native, read_metadata, save
+from jaxquant.io.manifest import MAX_DEPTH
+from jaxquant.io.patterns import NAMELESS
+from jaxquant.io.safetensors import DTYPES, TensorSpec, write_safetensors
+
+ALL_DTYPES = [*DTYPES.values(), *NAMELESS]
+PLAN = '{"rules": ["é"]}'
+
+
+class Plan:
+    def to_json(self):
+        return PLAN
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.safetensors"
+
+
+def weights(shape=(64, 6), dtype=jnp.float32):
+    """Unequal magnitudes in every row and column."""
+    rows, columns = np.exp(-np.arange(shape[-2]) / 9.0), 1.0 + np.arange(shape[-1])
+    return jnp.asarray(np.sin(np.arange(np.prod(shape))).reshape(shape) * rows[:, None] * columns, dtype)
+
+
+def specs_of(qtype):
+    if QTYPES[qtype].group_size:
+        return [jq.QuantSpec(qtype)]
+    symmetric = (True, False) if QTYPES[qtype].kind == "int" else (True,)
+    return [
+        jq.QuantSpec(qtype, granularity=granularity, group_size=size, symmetric=s)
+        for s in symmetric
+        for granularity, size in (("per_tensor", None), ("per_channel", None), ("per_group", 16))
+    ]
+
+
+def example(dtype, shape=(3, 5)):
+    """Every bit pattern in turn, as far as the dtype has them."""
+    raw = np.arange(np.prod(shape, dtype=int) * dtype.itemsize, dtype=np.uint8)
+    if dtype == np.bool_ or NAMELESS.get(dtype, 8) < 8:
+        raw = raw % (2 if dtype == np.bool_ else 1 << NAMELESS[dtype])
+    return raw.view(dtype).reshape(shape)
+
+
+# -- round trips -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("qtype", QTYPES)
+def test_every_number_type(path, qtype):
+    params = {str(i): jq.quantize(weights(), spec, reduce_axes=-2) for i, spec in enumerate(specs_of(qtype))}
+    save(path, params)
+    again = load(path)
+    assert_same(params, again)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(again))
+    np.testing.assert_array_equal(params["0"].dequantize(), again["0"].dequantize())
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=lambda dtype: dtype.name)
+def test_every_dtype(path, dtype):
+    arrays = [example(dtype), example(dtype, ()), example(dtype, (0, 3)), example(dtype, (1, 7, 1))]
+    save(path, {"numpy": arrays, "transposed": arrays[0].T, "swapped": arrays[0].astype(dtype.newbyteorder(">"))})
+    again = load(path)
+    assert_same({"numpy": arrays, "transposed": arrays[0].T, "swapped": arrays[0]}, again)
+    if dtype.itemsize < 8:
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(again))
+        save(path, again)
+        assert_same(arrays, load(path)["numpy"])
+
+
+def test_64_bits_are_not_halved(path):
+    x = np.array([1.0 + 2.0**-40, np.pi])
+    save(path, {"x": x})
+    assert_same({"x": x}, load(path))
+    jax.config.update("jax_enable_x64", True)
+    try:
+        again = load(path)["x"]
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert isinstance(again, jax.Array)
+    assert_same(x, again)
+
+
+def test_quantized_scales_and_stacked_layers(path):
+    q = jq.quantize(weights(), jq.QuantSpec("int4", granularity="per_group", group_size=8), reduce_axes=-2)
+    double = jq.QTensor(
+        q.codes,
+        jq.quantize(q.scale, jq.QuantSpec("int8"), reduce_axes=-2),
+        None,
+        qtype=q.qtype,
+        dtype=q.dtype,
+        minor=q.minor,
+        length=q.length,
+    )
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), q, q)
+    empty = jax.tree.map(lambda leaf: leaf[:0], stacked)
+    nvfp4 = jq.quantize(weights(), jq.QuantSpec("nvfp4"), reduce_axes=-2)
+    params = {"double": double, "stacked": stacked, "empty": empty, "nvfp4": nvfp4}
+    save(path, params)
+    assert_same(params, load(path))
+    header, _ = take_apart(path.read_bytes())
+    assert {"double.codes", "double.scale.codes", "double.scale.scale", "nvfp4.scale.codes"} <= set(header)
+
+
+@pytest.mark.parametrize("depth", [MAX_DEPTH - 1, MAX_DEPTH])
+def test_what_can_be_saved_can_be_loaded_however_deep(path, depth):
+    tree = jq.quantize(weights(), jq.QuantSpec("nvfp4"), reduce_axes=-2)
+    for _ in range(depth):
+        tree = [tree]
+    if depth == MAX_DEPTH:  # the scales are one level further down
+        with pytest.raises(jq.QuantError, match="more than 100 levels deep"):
+            save(path, tree)
+    else:
+        save(path, tree)
+        assert_same(tree, load(path))
+
+
+def test_static_fields(path):
+    q = jq.quantize(weights((4, 8, 6), jnp.bfloat16), jq.QuantSpec("int3"), reduce_axes=(-3, -2))
+    assert q.minor
+    save(path, q)
+    assert_same(q, load(path))
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        None,
+        {},
+        [],
+        (),
+        jnp.ones(3),
+        {"": jnp.ones(3), "array": jnp.zeros(2)},
+        {"a": None, "b": [None, {}, ()]},
+        {0: jnp.ones(1), 10: jnp.ones(2), -2: jnp.ones(3)},
+        {"__metadata__": jnp.ones(1), "jaxquant": jnp.ones(2)},
+        {"a/b": jnp.ones(1), "a": {"b": jnp.ones(2)}},
+        {"a": [jnp.ones(1)], "a/0": jnp.ones(2), "a/0~2": jnp.ones(3)},
+        {"w": jq.quantize(jnp.ones((2, 2)), jq.QuantSpec("int8"), reduce_axes=-1), "w.codes": jnp.ones(1)},
+        {"\ud800": jnp.ones(1), "\\ud800": jnp.ones(2), "é\0\n": jnp.ones(3)},
+        {"nan": jnp.array([jnp.nan, -jnp.inf, -0.0])},
+    ],
+    ids=repr,
+)
+def test_trees(path, tree):
+    save(path, tree)
+    assert_same(tree, load(path))
+
+
+DTYPE = st.sampled_from(ALL_DTYPES)
+SHAPE = st.lists(st.integers(0, 4), max_size=3).map(tuple)
+LEAF = st.none() | st.builds(example, DTYPE, SHAPE) | st.builds(lambda d, s: jnp.zeros(s, d), st.just("float32"), SHAPE)
+KEY = st.text(st.characters(exclude_categories=()), max_size=4) | st.sampled_from(["a", "b", "a/b", "a.codes", "~2"])
+TREE = st.recursive(
+    LEAF,
+    lambda child: (
+        st.lists(child, max_size=3)
+        | st.lists(child, max_size=3).map(tuple)
+        | st.dictionaries(KEY, child, max_size=3)
+        | st.dictionaries(st.integers(-(2**62), 2**62), child, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@hypothesis.given(tree=TREE, metadata=st.dictionaries(st.text(), st.none() | st.booleans() | st.text() | st.integers()))
+def test_trees_of_all_kinds(tmp_path_factory, tree, metadata):
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    save(path, tree, metadata=metadata)
+    assert_same(tree, load(path))
+    assert read_metadata(path) == (metadata, None)
+
+
+def test_equal_trees_give_equal_files(path, tmp_path):
+    save(path, {"b": jnp.ones(2), "a": jnp.ones(1)})
+    save(tmp_path / "other", {"a": jnp.ones(1), "b": jnp.ones(2)})
+    assert path.read_bytes() == (tmp_path / "other").read_bytes()
+
+
+def test_true_size(path):
+    params = {
+        qtype: jq.quantize(weights((256, 64)), jq.QuantSpec(qtype), reduce_axes=-2)
+        for qtype in ("int2", "int3", "int4", "int8", "nvfp4")
+    }
+    params["int4 array"] = jnp.ones((33, 3), jnp.int4)
+    save(path, params)
+    nbytes = sum(q.nbytes for name, q in params.items() if name in QTYPES) + (33 * 3 + 1) // 2
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    assert header % 8 == 0
+    assert path.stat().st_size == header + nbytes
+    assert header < 3000
+
+
+def test_metadata_and_plan(path):
+    metadata = {"step": 3, "loss": 0.25, "tags": ["a", None, True], "nested": {"π": "\ud800"}}
+    save(path, {"x": jnp.ones(1)}, plan=Plan(), metadata=metadata)
+    assert read_metadata(path).metadata == metadata
+    assert read_metadata(path).plan == PLAN
+    save(str(path), {"x": jnp.ones(1)})
+    assert read_metadata(str(path)) == ({}, None)
+
+
+def test_mappings_are_saved_as_dicts(path):
+    inner = {"kernel": jnp.ones((2, 3))}
+    save(path, flax.core.freeze({"a": inner, "b": collections.OrderedDict(inner)}))
+    assert_same({"a": inner, "b": inner}, load(path))
+
+
+def test_flax_pure_dicts(path):
+    model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 2, rngs=nnx.Rngs(1)))
+    state = nnx.to_pure_dict(nnx.state(model))
+    assert list(state["layers"]) == [0, 1]
+    save(path, state)
+    assert_same(state, load(path))
+
+
+def test_the_callers_tree_is_not_changed(path):
+    swapped = np.arange(3, dtype=">f4")
+    transposed = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    q = jq.quantize(weights(), jq.QuantSpec("int4"), reduce_axes=-2)
+    params = {"b": [swapped, transposed], "a": {"q": q}, "c": (jnp.ones(2, jnp.int4),)}
+    metadata = {"tags": ["x"]}
+    before = [(id(leaf), np.asarray(leaf).tobytes(), str(leaf.dtype)) for leaf in jax.tree.leaves(params)]
+    keys, metadata_before = list(params), copy.deepcopy(metadata)
+    save(path, params, metadata=metadata)
+    assert [(id(leaf), np.asarray(leaf).tobytes(), str(leaf.dtype)) for leaf in jax.tree.leaves(params)] == before
+    assert (list(params), metadata) == (keys, metadata_before)
+    assert params["a"]["q"] is q
+
+
+def test_arrays_over_several_devices(path):
+    mesh = jax.make_mesh((8,), ("x",))
+    split, whole = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("x",), ()))
+    x = weights((64, 6))
+    q = jq.quantize(x, jq.QuantSpec("int8"), reduce_axes=-1)
+    params = {"split": jax.device_put(x, split), "everywhere": jax.device_put(x, whole), "q": q}
+    params["q split"] = jax.device_put(q, split)
+    save(path, params)
+    assert_same({"split": x, "everywhere": x, "q": q, "q split": q}, load(path))
+
+
+def test_no_second_copy_of_the_model_when_saving(path):
+    split = jax.sharding.NamedSharding(jax.make_mesh((8,), ("x",)), jax.sharding.PartitionSpec("x"))
+    params = [jax.device_put(jnp.full(1 << 20, i, jnp.float32), split) for i in range(8)]  # 4 MiB each
+    tracemalloc.start()
+    try:
+        save(path, params)
+        left, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 << 20
+    assert left < 1 << 20  # JAX has not kept what was fetched
+
+
+def test_what_was_loaded_does_not_depend_on_the_file(path):
+    params = {"x": jnp.arange(1 << 20, dtype=jnp.float32), "y": np.arange(4.0), "z": jnp.ones(3, jnp.int4)}
+    save(path, params)
+    for _ in range(5):
+        content = path.read_bytes()
+        again = load(path)
+        path.write_bytes(b"\0" * len(content))  # in place, as a careless program would
+        assert_same(params, again)
+        path.write_bytes(content)
+
+
+# -- files without a manifest ------------------------------------------------------------------------------------------
+
+
+def plain(path, names):
+    arrays = {name: np.full(2, i, np.float32) for i, name in enumerate(names)}
+    specs = {name: TensorSpec(array.dtype, array.shape) for name, array in arrays.items()}
+    write_safetensors(path, specs, arrays.__getitem__, {"format": "np"})
+    return arrays
+
+
+def test_names_become_a_tree(path):
+    arrays = plain(path, ["a/b", "a/c/0", "d.e"])
+    tree = {"a": {"b": arrays["a/b"], "c": {"0": arrays["a/c/0"]}}, "d.e": arrays["d.e"]}
+    assert_same(tree, load(path))
+    assert read_metadata(path) == ({"format": "np"}, None)
+
+
+@pytest.mark.parametrize("names", [["a", "a/b"], ["a/b", "a/b/c"], ["a/b/c", "a", "z"]])
+def test_names_that_are_no_tree_stay_flat(path, names):
+    assert_same(plain(path, names), load(path))
+
+
+def test_the_order_of_such_names_does_not_matter(path):
+    header = {"a/b": entry("F32", (2,), (0, 8)), "a": entry("F32", (1,), (8, 12))}
+    path.write_bytes(put_together(header, b"\0" * 12))
+    assert_same({"a/b": jnp.zeros(2), "a": jnp.zeros(1)}, load(path))
+
+
+def test_names_too_deep(path):
+    plain(path, ["/" * 100_000])
+    with pytest.raises(jq.QuantError, match="more than 100 levels deep; got levels=100000"):
+        load(path)
+
+
+# -- interrupted -------------------------------------------------------------------------------------------------------
+
+
+def fails_on(call, exception, then):
+    """A function that raises at its n-th call and calls ``then`` before."""
+    calls = iter(range(1, call))
+
+    def function(*args, **kwargs):
+        if next(calls, None) is None:
+            raise exception
+        return then(*args, **kwargs)
+
+    return function
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize(
+    "owner, name, call, exception",
+    [
+        (native, "_to_host", 3, KeyboardInterrupt()),
+        (native, "_to_host", 2, MemoryError()),
+        (np, "ascontiguousarray", 2, FULL),
+        (os, "fsync", 1, FULL),
+        (os, "replace", 1, PermissionError(errno.EACCES, "Permission denied")),
+    ],
+)
+def test_an_interrupted_save_leaves_the_old_file(path, monkeypatch, exists, owner, name, call, exception):
+    if exists:
+        save(path, {"old": jnp.ones(3)})
+    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    monkeypatch.setattr(owner, name, fails_on(call, exception, getattr(owner, name)))
+    with pytest.raises(type(exception)):
+        save(path, [jnp.full(1 << 12, i) for i in range(4)])
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+def test_a_disk_that_fills_up_leaves_the_old_file(path):
+    import resource
+
+    save(path, {"old": jnp.ones(3)})
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save(path, [jnp.full(1 << 12, i) for i in range(4)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert path.read_bytes() == before
+
+
+def test_an_array_that_changes_while_it_is_saved(path, monkeypatch):
+    monkeypatch.setattr(native, "_to_host", lambda leaf: np.zeros(7))
+    with pytest.raises(jq.QuantError, match="save at x: the array has changed"):
+        save(path, {"x": jnp.ones(3)})
+    assert not list(path.parent.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions and links of POSIX")
+def test_permissions_and_links(path, tmp_path):
+    mask = os.umask(0o027)
+    try:
+        save(path, {"x": jnp.ones(1)})
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    link = tmp_path / "latest"
+    link.symlink_to(path.name)
+    save(link, {"x": jnp.ones(2)})
+    assert link.is_symlink()
+    assert load(path)["x"].shape == (2,)
+
+
+def test_saving_over_what_was_loaded(path):
+    save(path, {"x": jnp.arange(5)})
+    save(path, load(path))
+    assert_same({"x": jnp.arange(5)}, load(path))
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Layer:
+    kernel: jax.Array
+
+
+@flax.struct.dataclass
+class Stats:
+    mean: jax.Array
+
+
+Pair = collections.namedtuple("Pair", "a b")
+ITSELF: list = []
+ITSELF += [ITSELF, ITSELF]
+
+
+def deep():
+    tree = jnp.ones(1)
+    for _ in range(MAX_DEPTH + 1):
+        tree = [tree]
+    return tree
+
+
+def qtensor(**fields):
+    q = jq.quantize(weights((16, 6)), jq.QuantSpec("int4", symmetric=False), reduce_axes=-2)
+    static = {name: fields.get(name, getattr(q, name)) for name in ("qtype", "dtype", "minor", "length")}
+    arrays = (fields.get(name, getattr(q, name)) for name in ("codes", "scale", "zero_point"))
+    return jq.QTensor(*arrays, **static)
+
+
+def scale_of_itself():
+    q = qtensor(zero_point=None)
+    q.scale = q
+    return q
+
+
+def deleted():
+    x = jnp.ones(2)
+    x.delete()
+    return x
+
+
+REFUSED = {
+    "float": (lambda: 1.5, "only arrays can be saved; got leaf=1.5, type='float'. Make it an array with jnp.asarray."),
+    "bool": (lambda: True, "only arrays can be saved; .* jnp.asarray"),
+    "string": (lambda: "x", "only arrays can be saved"),
+    "set": (lambda: {1, 2}, "only arrays can be saved"),
+    "abstract": (lambda: jax.ShapeDtypeStruct((2,), jnp.float32), "only arrays can be saved"),
+    "dataclass": (lambda: Layer(jnp.ones(1)), "type='Layer'. .* flax.serialization.to_state_dict"),
+    "struct": (lambda: Stats(jnp.ones(1)), "type='Stats'. .* flax.serialization.to_state_dict"),
+    "namedtuple": (lambda: Pair(jnp.ones(1), None), "type='Pair'. .* flax.serialization.to_state_dict"),
+    "nnx.State": (lambda: nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "nnx.to_pure_dict"),
+    "nnx.Module": (lambda: nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "nnx.to_pure_dict"),
+    "boxed": (lambda: nn.Partitioned(jnp.ones(1), names=("x",)), "flax.linen.meta.unbox"),
+    "key": (lambda: jax.random.key(0), "jax.random.key_data"),
+    "object array": (lambda: np.array([None]), "this dtype cannot be saved; got dtype='object'"),
+    "string array": (lambda: np.array(["x"]), "this dtype cannot be saved"),
+    "float6": (lambda: np.zeros(2, ml_dtypes.float6_e2m3fn), "this dtype cannot be saved; got dtype='float6_e2m3fn'"),
+    "deleted": (deleted, "deleted or donated"),
+    "rank": (lambda: np.zeros((1,) * 33), "too many or too large dimensions"),
+    "size": (lambda: np.zeros((0, 2**60), np.uint8), "too many or too large dimensions"),
+    "mixed keys": (lambda: {1: None, "a": None}, "must be all strings or all 64-bit integers; got types="),
+    "bool keys": (lambda: {True: None}, "all strings or all 64-bit integers"),
+    "tuple keys": (lambda: {("a",): None}, "all strings or all 64-bit integers"),
+    "huge keys": (lambda: {10**5000: None}, "all strings or all 64-bit integers"),
+    "deep": (deep, "more than 100 levels deep"),
+    "itself": (lambda: ITSELF, "more than 100 levels deep"),
+    "scale itself": (scale_of_itself, "more than 100 levels deep"),
+    "qtype": (lambda: qtensor(qtype="int9"), "unknown number type; got qtype='int9'"),
+    "dtype": (lambda: qtensor(dtype=np.int32), "dtype must be a float dtype"),
+    "codes dtype": (lambda: qtensor(codes=jnp.ones((6, 8), jnp.int8)), "not the dtype of int4 codes"),
+    "codes missing": (lambda: qtensor(codes=None), "w.codes: only arrays"),
+    "scale missing": (lambda: qtensor(scale=None), "w.scale: only arrays"),
+    "scale integer": (lambda: qtensor(scale=jnp.ones((1, 6), jnp.int32)), "scales must be floats"),
+    "scale rank": (lambda: qtensor(scale=jnp.ones(6)), "one scale per block"),
+    "scale blocks": (lambda: qtensor(scale=jnp.ones((3, 6))), "one scale per block"),
+    "scale NaN": (lambda: qtensor(scale=jnp.full((1, 6), jnp.nan)), "scales must be finite"),
+    "scale inf": (lambda: qtensor(scale=np.full((1, 6), np.inf)), "scales must be finite"),
+    "zero_point": (lambda: qtensor(zero_point=jnp.ones((1, 1), jnp.int8)), "zero_point must have the shape of scale"),
+    "zero_point bool": (lambda: qtensor(zero_point=jnp.ones((1, 6), bool)), "zero points must be numbers"),
+    "length": (lambda: qtensor(length=17), "17 int4 codes take 9 bytes; got length=17"),
+    "no length": (lambda: qtensor(length=None), "packed codes need their length"),
+    "length of int8": (
+        lambda: qtensor(qtype="int8", codes=jnp.ones((16, 6), jnp.int8)),
+        "int8 codes are not packed and have no length",
+    ),
+    "minor": (lambda: qtensor(minor=(-3,)), "minor must be different axes from -2 to -1"),
+    "minor twice": (lambda: qtensor(minor=(-1, -1)), "minor must be different axes"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_is_written(path, case):
+    make, message = REFUSED[case]
+    with pytest.raises(jq.QuantError, match=message) as error:
+        save(path, {"first": jnp.ones(3), "w": make()})
+    assert str(error.value).startswith("save at w")
+    assert not list(path.parent.iterdir())
+
+
+@pytest.mark.parametrize("qtype", ["nvfp4", "int4"])
+def test_scales_of_scales_must_be_finite(path, qtype):
+    q = jq.quantize(weights(), jq.QuantSpec("nvfp4"), reduce_axes=-2)
+    q.scale.scale = q.scale.scale * jnp.inf
+    with pytest.raises(jq.QuantError, match=r"save at w.scale: scales must be finite"):
+        save(path, {"w": q})
+
+
+def test_traced_arrays(path):
+    with pytest.raises(jq.QuantError, match=r"save at x: a traced array has no values yet; .* outside jit"):
+        jax.jit(lambda x: save(path, {"x": x}))(jnp.ones(2))
+
+
+def test_remote_arrays(path, monkeypatch):
+    x = jnp.ones(2)
+    monkeypatch.setattr(type(x), "is_fully_addressable", False)
+    monkeypatch.setattr(type(x), "is_fully_replicated", False)
+    with pytest.raises(jq.QuantError, match="save at x: parts of the array are on other machines"):
+        save(path, {"x": x})
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{1: "a"}, {"a": (1, 2)}, {"a": {2}}, {"a": float("nan")}, {"a": np.float32(1)}, {"a": ITSELF}, [1], "text"],
+    ids=lambda m: type(m).__name__,
+)
+def test_metadata_that_json_would_change(path, metadata):
+    with pytest.raises(jq.QuantError, match="save: metadata must be what JSON can hold; got metadata="):
+        save(path, {}, metadata=metadata)
+
+
+@pytest.mark.parametrize("plan", ["{}", 3, type("P", (), {"to_json": lambda self: {}})()])
+def test_plans_without_json(path, plan):
+    with pytest.raises(jq.QuantError, match=r"save: plan must have a method to_json\(\)"):
+        save(path, {}, plan=plan)
+
+
+def test_places_that_cannot_be_files(path, tmp_path):
+    with pytest.raises(jq.QuantError, match=r"save at .*missing: the directory does not exist. Create it first"):
+        save(tmp_path / "missing" / "x.safetensors", {})
+    with pytest.raises(jq.QuantError, match=r"save at .*: the path is a directory. Name a file in it"):
+        save(tmp_path, {})
+    with pytest.raises(FileNotFoundError):
+        load(path)
+
+
+def test_a_header_too_long(path, monkeypatch):
+    monkeypatch.setattr("jaxquant.io.safetensors._MAX_HEADER", 1000)
+    with pytest.raises(jq.QuantError, match="the header may have at most 1000 bytes"):
+        save(path, {}, metadata={"text": "x" * 2000})
+    assert not list(path.parent.iterdir())
+
+
+def test_import_loads_nothing_optional():
+    program = "import sys, jaxquant.io; print(*{name.partition('.')[0] for name in sys.modules})"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not set(done.stdout.split()) & {"safetensors", "flax", "optax", "torch"}
+
+
+def test_the_manifest_is_what_the_documentation_says(path):
+    params = {"layers": [{"kernel": jq.quantize(jnp.ones((4, 6)), jq.QuantSpec("int4"), reduce_axes=-2)}, None]}
+    params["table"] = jnp.ones((3, 3), jnp.int4)
+    save(path, params, plan=Plan(), metadata={"step": 1})
+    header, _ = take_apart(path.read_bytes())
+    assert json.loads(header.pop("__metadata__")["jaxquant"]) == {
+        "version": 1,
+        "metadata": {"step": 1},
+        "plan": PLAN,
+        "tree": {
+            "dict": [
+                [
+                    "layers",
+                    {
+                        "list": [
+                            {
+                                "dict": [
+                                    [
+                                        "kernel",
+                                        {
+                                            "qtensor": {
+                                                "qtype": "int4",
+                                                "dtype": "float32",
+                                                "minor": [-2],
+                                                "length": 4,
+                                                "codes": "layers/0/kernel.codes",
+                                                "scale": "layers/0/kernel.scale",
+                                                "zero_point": None,
+                                            }
+                                        },
+                                    ]
+                                ]
+                            },
+                            None,
+                        ]
+                    },
+                ],
+                ["table", {"bits": {"name": "table", "dtype": "int4", "shape": [3, 3]}}],
+            ]
+        },
+    }
+    assert header == {
+        "layers/0/kernel.scale": {"dtype": "F32", "shape": [1, 6], "data_offsets": [0, 24]},
+        "layers/0/kernel.codes": {"dtype": "U8", "shape": [6, 2], "data_offsets": [24, 36]},
+        "table": {"dtype": "U8", "shape": [5], "data_offsets": [36, 41]},
+    }
