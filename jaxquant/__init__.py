@@ -3,7 +3,7 @@
 Layers; imports point down only:
 
     linen, nnx, io    5  Flax layers; checkpoints (loaded on first use)
-    transform         4  make_plan, quantize_params, quantized
+    transform         4  make_plan, quantize_params, quantized, calibrate
     ptq               3  quantizers: rtn
     recipes           3  named OpSpecs
     ops               2  quantized primitives: dot_general, einsum, conv_general_dilated, take
@@ -21,7 +21,16 @@ from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor, dequantize
 from jaxquant.core.qtypes import dtype_table
 from jaxquant.core.specs import OpSpec, QuantSpec, Rule
-from jaxquant.transform import Plan, dequantize_params, make_plan, quantize_params, quantized
+from jaxquant.transform import (
+    Plan,
+    act_state,
+    calibrate,
+    dequantize_params,
+    make_plan,
+    quantize_params,
+    quantized,
+    statistics,
+)
 
 if TYPE_CHECKING:
     from jaxquant import io, linen, nnx
@@ -35,6 +44,8 @@ __all__ = [
     "QuantError",
     "QuantSpec",
     "Rule",
+    "act_state",
+    "calibrate",
     "dequantize",
     "dequantize_params",
     "dtype_table",
@@ -51,6 +62,7 @@ __all__ = [
     "quantized",
     "recipes",
     "scale_zero_point",
+    "statistics",
 ]
 
 _ON_USE = ("io", "linen", "nnx")

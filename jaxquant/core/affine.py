@@ -10,7 +10,7 @@ Jacob et al. 2018 (arXiv:1712.05877), equations 1 and 12, with round half to eve
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor, cast, from_codes, scale_values
 from jaxquant.core.specs import QuantSpec
 
-__all__ = ["Encoded", "encode", "has_nan", "prepare", "quantize", "scale_zero_point"]
+__all__ = ["Encoded", "encode", "has_nan", "prepare", "quantize", "roundtrip", "scale_zero_point"]
 
 
 def _compute_dtype(x: jax.Array) -> Any:
@@ -163,6 +163,19 @@ def _scaled(x: jax.Array, s: jax.Array, z: jax.Array | None, spec: QuantSpec, *,
     return v if z is None else (jnp.rint(v) if exact else v) + z
 
 
+def roundtrip(spec: QuantSpec) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """``(x, lo, hi) -> x``, quantized and dequantized with that range: what calibrators measure the error of."""
+
+    def there_and_back(values: jax.Array, lo: jax.Array, hi: jax.Array) -> jax.Array:
+        scale, zero_point = _affine(lo, hi, spec)
+        s = scale_values(scale).astype(values.dtype)
+        z = None if zero_point is None else zero_point.astype(values.dtype)
+        v = round_to_grid(_scaled(values, s, z, spec, exact=True), spec.type)
+        return v * s if z is None else (v - z) * s
+
+    return there_and_back
+
+
 def encode(
     x: jax.Array,
     spec: QuantSpec,
@@ -176,15 +189,7 @@ def encode(
     view = BlockView(x.shape, block_shape(x.shape, spec.granularity, spec.group_size, axes))
     xv = view.split(x.astype(dtype))
     if scale is None:
-
-        def roundtrip(values: jax.Array, lo: jax.Array, hi: jax.Array) -> jax.Array:
-            scale, zero_point = _affine(lo, hi, spec)
-            s = scale_values(scale).astype(values.dtype)
-            z = None if zero_point is None else zero_point.astype(values.dtype)
-            v = round_to_grid(_scaled(values, s, z, spec, exact=True), spec.type)
-            return v * s if z is None else (v - z) * s
-
-        lo, hi = spec.observer.range(xv, view.axes, symmetric=spec.symmetric, roundtrip=roundtrip)
+        lo, hi = spec.observer.range(xv, view.axes, symmetric=spec.symmetric, roundtrip=roundtrip(spec))
         scale, zero_point = _affine(view.join_scale(lo), view.join_scale(hi), spec)
     s = _real(view, scale_values(scale), dtype)
     z = None if zero_point is None else _real(view, zero_point, dtype)

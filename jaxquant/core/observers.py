@@ -89,6 +89,9 @@ class AbsMax(Observer):
     def update(self, state, x, axes):
         return {"absmax": jnp.maximum(state["absmax"], _absmax(x, axes).astype(jnp.float32))}
 
+    def merge(self, a, b):
+        return {"absmax": jnp.maximum(a["absmax"], b["absmax"])}
+
     def result(self, state, *, symmetric, roundtrip):
         del symmetric, roundtrip
         return -state["absmax"], state["absmax"]

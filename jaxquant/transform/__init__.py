@@ -3,11 +3,27 @@
 make_plan        rules and a trace -> Plan
 quantize_params  float leaves -> QTensors
 quantized        fn -> fn in low precision
+calibrate        statistics of the inputs of planned weights; act_state: static ranges from them
 """
 
+# The first three are imported for the handlers that they register with the interpreter.
+from jaxquant.transform import calls as calls
+from jaxquant.transform import operations as operations
+from jaxquant.transform import statistics
+from jaxquant.transform import views as views
+from jaxquant.transform.calibrate import act_state, calibrate
 from jaxquant.transform.make_plan import make_plan
 from jaxquant.transform.params import dequantize_params, quantize_params
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.quantized import quantized
 
-__all__ = ["Plan", "dequantize_params", "make_plan", "quantize_params", "quantized"]
+__all__ = [
+    "Plan",
+    "act_state",
+    "calibrate",
+    "dequantize_params",
+    "make_plan",
+    "quantize_params",
+    "quantized",
+    "statistics",
+]

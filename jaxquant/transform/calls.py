@@ -139,12 +139,12 @@ def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 def _unstack(interpreter: Interpreter, stats: dict[str, Any], stacked: set[str]) -> dict[str, Any]:
     """Statistics of a scan: one per layer for a stacked weight, merged over the steps for a constant one."""
 
-    def merged(value: Any) -> Any:
+    def merged(path: str, value: Any) -> Any:
         first = jax.tree.map(lambda a: a[0], value)
         rest = jax.tree.map(lambda a: a[1:], value)
-        return lax.scan(lambda total, new: (interpreter.merge(total, new), None), first, rest)[0]  # type: ignore[misc]
+        return lax.scan(lambda total, new: (interpreter.merged(path, total, new), None), first, rest)[0]
 
-    return {path: value if path in stacked else merged(value) for path, value in stats.items()}
+    return {path: value if path in stacked else merged(path, value) for path, value in stats.items()}
 
 
 @handles(_public("while_p"))

@@ -59,8 +59,7 @@ def handles(*primitives: Callable[[], Any]) -> Callable[[Handler], Handler]:
 
 @functools.cache
 def _registry() -> dict[Any, Handler]:
-    from jaxquant.transform import calls, operations, views  # noqa: F401  (they register themselves)
-
+    """Handlers by primitive. The package imports every module that registers some."""
     return {primitive(): handler for primitive, handler in _handlers}
 
 
@@ -92,8 +91,9 @@ class Interpreter:
       plan: what is quantized, or None: QTensors are, weight-only.
       precision: overrides the precision of quantized operations.
       planning: compute nothing, record uses.
-      collect: ``(item, x, axes) -> statistics`` for each planned operation's float input; None: no statistics.
-      merge: combines the statistics of two uses.
+      collect: ``(item, x) -> statistics`` of the [batch, rows, channels] input of a planned operation; None: collect
+        nothing.
+      merge: ``(path, a, b) -> statistics`` of two uses.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Interpreter:
         precision: Any = None,
         planning: bool = False,
         collect: Callable[..., Any] | None = None,
-        merge: Callable[[Any, Any], Any] | None = None,
+        merge: Callable[[str, Any, Any], Any] | None = None,
     ):
         self.items: dict[str, Item] = {item.path: item for item in plan.items} if plan is not None else {}
         self.precision, self.planning = precision, planning
@@ -121,8 +121,12 @@ class Interpreter:
     def add_stats(self, stats: dict[str, Any]) -> None:
         """Takes over the statistics of an inner trace."""
         for path, value in stats.items():
-            assert self.merge is not None
-            self.stats[path] = self.merge(self.stats[path], value) if path in self.stats else value
+            self.stats[path] = self.merged(path, self.stats[path], value) if path in self.stats else value
+
+    def merged(self, path: str, a: Any, b: Any) -> Any:
+        """Statistics of two uses of one parameter."""
+        assert self.merge is not None
+        return self.merge(path, a, b)
 
     # -- evaluation
     # -----------------------------------------------------------------------------------------------------
@@ -130,9 +134,7 @@ class Interpreter:
         """Values of the outputs; weights that are returned unchanged stay weights."""
         jaxpr, handlers = closed.jaxpr, _registry()
         consts = [ABSENT] * len(closed.consts) if self.planning else closed.consts
-        env: dict[Var, Any] = dict(
-            zip(jaxpr.constvars, consts, strict=True)
-        )
+        env: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
         if not self.planning and not any(isinstance(a, Weight) for a in args):
             return list(jaxpr_as_fun(closed)(*args))
@@ -144,7 +146,7 @@ class Interpreter:
 
         def flush() -> None:
             if pending:
-                _evaluate([jaxpr.eqns[i] for i in pending], jaxpr, env, last_use, pending[-1])
+                _evaluate([jaxpr.eqns[i] for i in pending], env, last_use, pending[-1])
                 pending.clear()
 
         for i, eqn in enumerate(jaxpr.eqns):
@@ -213,18 +215,27 @@ def unsupported(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
 def bind(eqn: Any, values: list[Any]) -> list[Any]:
     """One equation as it stands, on these values."""
     given = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, Literal)}
-    jaxpr = Jaxpr((), list(given), list(eqn.outvars), [eqn], eqn.effects)
-    return list(jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*given.values()))
+    return list(_function([eqn], list(given), list(eqn.outvars))(*given.values()))
 
 
-def _evaluate(eqns: list[Any], jaxpr: Jaxpr, env: dict[Var, Any], last_use: dict[Var, int], end: int) -> None:
+@functools.cache
+def _empty() -> Jaxpr:
+    return jax.make_jaxpr(lambda: ())().jaxpr
+
+
+def _function(eqns: list[Any], invars: list[Var], outvars: list[Var]) -> Callable[..., Any]:
+    """Equations as a function."""
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    jaxpr = _empty().replace(invars=invars, outvars=outvars, eqns=eqns, effects=effects)
+    return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))
+
+
+def _evaluate(eqns: list[Any], env: dict[Var, Any], last_use: dict[Var, int], end: int) -> None:
     """A run of equations, all at once; only what is used after it is kept."""
     made = {v for eqn in eqns for v in eqn.outvars}
     needed = list(dict.fromkeys(v for e in eqns for v in e.invars if not isinstance(v, Literal) and v not in made))
     kept = [v for eqn in eqns for v in eqn.outvars if last_use.get(v, -1) > end]
-    effects = frozenset().union(*(eqn.effects for eqn in eqns))
-    run = Jaxpr((), needed, kept, eqns, effects)
-    values = jaxpr_as_fun(ClosedJaxpr(run, ()))(*(env[v] for v in needed))
+    values = _function(eqns, needed, kept)(*(env[v] for v in needed))
     env.update(zip(kept, values, strict=True))
 
 

@@ -54,12 +54,12 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
       >>> params = {"w": jnp.ones((64, 32)), "b": jnp.zeros(32)}
       >>> print(jq.make_plan(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((1, 64)),
       ...                    rules=[jq.Rule(".*", recipes.w8a16())]))
-      path   op           shape                       spec                              bytes before  after
-      -----------------------------------------------------------------------------------------------------
-      w      dot_general  [64, 32], reduced over -2   w int8                                   8,192  2,176
-      b      -            [32]                        float32: add has no quantized form         128    128
-      -----------------------------------------------------------------------------------------------------
-      total                                           1 quantized (3.61x smaller)              8,320  2,304
+      path   op           shape                      spec                                bytes before  after
+      ------------------------------------------------------------------------------------------------------
+      w      dot_general  [64, 32], reduced over -2  w int8                                     8,192  2,176
+      b      -            [32]                       float32: add has no quantized form           128    128
+      ------------------------------------------------------------------------------------------------------
+      total                                          1 quantized (3.61x smaller)                8,320  2,304
     """
     rules = check_rules("make_plan", rules)
     traced = trace("make_plan", fn, params, args, kwargs)
@@ -128,6 +128,15 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use]) -> Item | Float:
             todo=f"Leave reduce_axes out, or give {main.reduce_axes}",
             path=path,
             reduce_axes=rule.reduce_axes,
+        )
+    act = rule.spec.act
+    if act is not None and act.static and act.granularity != "per_tensor":
+        raise quant_error(
+            "make_plan",
+            "a static activation has one range for the whole tensor",
+            todo="Use granularity='per_tensor', or static=False",
+            path=path,
+            granularity=act.granularity,
         )
     if rule.spec.weight is not None:
         w, layer = rule.spec.weight, shape[main.stacked :]

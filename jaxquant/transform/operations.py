@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jax import lax
 from jaxquant import ops
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
+from jaxquant.ops.matrix import Axes
 from jaxquant.transform.interpreter import ABSENT, Interpreter, bind, handles, unsupported
 from jaxquant.transform.primitives import named, ragged_dot_p
 from jaxquant.transform.weights import TrainedTensor, Weight
@@ -21,22 +23,22 @@ __all__: list[str] = []
 _public = functools.partial(functools.partial, named)
 
 
-def _activation(interpreter: Interpreter, weight: Weight, x: Any, axes: tuple[int, ...]) -> dict[str, Any]:
-    """How an op treats the other operand: its spec and static range. Collects statistics of it on the way."""
+def _activation(interpreter: Interpreter, weight: Weight, x: Any, rows: Callable[[Any], Any]) -> dict[str, Any]:
+    """How an op treats the other operand: its spec and static range. Calibration leaves it in float and looks at it.
+
+    ``rows`` brings it to [batch, rows, channels].
+    """
     item = interpreter.items.get(weight.path)
     if item is None:
         return {}
     if interpreter.collect is not None:
-        statistics = interpreter.collect(item, x, axes)
-        if statistics is not None:
-            interpreter.add_stats({weight.path: statistics})
+        interpreter.add_stats({weight.path: interpreter.collect(item, rows(x))})
+        return {}
     if item.spec.act is None:
         return {}
     out: dict[str, Any] = {"spec": OpSpec(act=item.spec.act)}
-    if item.spec.act.static and weight.state is not None:
+    if item.spec.act.static:
         out["act_scale"], out["act_zero_point"] = weight.state["scale"], weight.state.get("zero_point")
-    if interpreter.collect is not None:
-        return {}  # calibration sees float activations
     return out
 
 
@@ -55,25 +57,33 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
     side = 0 if isinstance(values[0], Weight) else 1
     weight, x = values[side], values[1 - side]
     p = eqn.params
-    (contract, _) = p["dimension_numbers"]
+    contract, batch = p["dimension_numbers"]
     if interpreter.planning:
         interpreter.record(weight, "dot_general", tuple(contract[side]))
         return [ABSENT]
     operands: list[Any] = [x, x]
     operands[side] = interpreter.operand(weight)
-    act = _activation(interpreter, weight, x, tuple(contract[1 - side]))
+    channels = [i for _, i in sorted(zip(contract[side], contract[1 - side], strict=True), key=weight_order(weight))]
+    rows = Axes.of(len(eqn.invars[1 - side].aval.shape), tuple(batch[1 - side]), tuple(channels))
+    act = _activation(interpreter, weight, x, rows.flatten)
     if not isinstance(operands[side], QTensor) and not act:
         return bind(eqn, operands)
     if side == 0 and act:  # an op takes the right operand for the weight
         return [_swapped(eqn, interpreter, [x, operands[0]], act)]
     out = ops.dot_general(
-        *operands,
+        operands[0],
+        operands[1],
         p["dimension_numbers"],
         _precision(interpreter, p["precision"]),
-        p["preferred_element_type"] or eqn.outvars[0].aval.dtype,
+        eqn.outvars[0].aval.dtype,
         **act,
     )
     return [out]
+
+
+def weight_order(weight: Weight) -> Callable[[tuple[int, int]], Any]:
+    """A sort key for ``(axis of the view, partner)``: the order of the axes in the parameter."""
+    return lambda pair: [min(atom.axes) for atom in weight.dims[pair[0]]]
 
 
 def _precision(interpreter: Interpreter, own: Any) -> Any:
@@ -84,7 +94,8 @@ def _swapped(eqn: Any, interpreter: Interpreter, operands: list[Any], act: dict[
     """A dot whose weight is on the left, as one with the weight on the right."""
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     out = ops.dot_general(
-        *operands,
+        operands[0],
+        operands[1],
         ((rc, lc), (rb, lb)),
         _precision(interpreter, eqn.params["precision"]),
         eqn.outvars[0].aval.dtype,
@@ -108,7 +119,8 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         interpreter.record(weight, "conv_general_dilated", contracted, contraction_minor=False)
         return [ABSENT]
     kernel = interpreter.operand(weight)
-    act = _activation(interpreter, weight, x, tuple(i for i in range(x.ndim) if i != numbers.lhs_spec[0]))
+    # The channels of a convolution's input are its features, at every place.
+    act = _activation(interpreter, weight, x, Axes.of(x.ndim, (), (numbers.lhs_spec[1],)).flatten)
     if not isinstance(kernel, QTensor) and not act:
         return bind(eqn, [x, kernel])
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count", "batch_group_count")
@@ -169,16 +181,18 @@ def _gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     x, weight, sizes = values[:3]
     p = eqn.params.get("ragged_dot_dimension_numbers")
-    plain = (
-        p is not None and p.dot_dimension_numbers == (((1,), (1,)), ((), ())) and tuple(p.lhs_ragged_dimensions) == (0,)
+    plain = p is not None and (
+        p.dot_dimension_numbers == (((1,), (1,)), ((), ()))
+        and tuple(p.lhs_ragged_dimensions) == (0,)
+        and tuple(p.rhs_group_dimensions) == (0,)
     )
-    if not isinstance(weight, Weight) or isinstance(x, Weight) or not plain or tuple(p.rhs_group_dimensions) != (0,):
+    if not isinstance(weight, Weight) or isinstance(x, Weight) or not plain:
         return unsupported(interpreter, eqn, values)
     if interpreter.planning:
         interpreter.record(weight, "ragged_dot", (1,))
         return [ABSENT]
     experts = interpreter.operand(weight)
-    act = _activation(interpreter, weight, x, (1,))
+    act = _activation(interpreter, weight, x, Axes.of(x.ndim, (), (1,)).flatten)
     if not isinstance(experts, QTensor) and not act:
         return bind(eqn, [x, experts, *values[2:]])
     precision = _precision(interpreter, eqn.params["precision"])

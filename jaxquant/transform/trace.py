@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr
 from jaxquant.core.errors import quant_error
 from jaxquant.transform.paths import is_qtensor, leaves_with_paths
 
-__all__ = ["Traced", "trace"]
+__all__ = ["Traced", "is_array", "trace"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Traced:
     rebuild: Callable[[list[Any]], Any]
 
 
-def _is_array(x: Any) -> bool:
+def is_array(x: Any) -> bool:
+    """Whether a leaf is an array (or the shape of one), and so an input of the trace."""
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
@@ -48,12 +49,12 @@ def trace(function: str, fn: Callable[..., Any], params: Any, args: tuple[Any, .
     the trace, as written. A QTensor is traced as the float array it stands for.
     """
     leaves, treedef = leaves_with_paths(params)
-    if not any(_is_array(leaf) or is_qtensor(leaf) for leaf in leaves.values()):
+    if not any(is_array(leaf) or is_qtensor(leaf) for leaf in leaves.values()):
         todo = "Params are argument 0 of the function, as in jax.grad"
         raise quant_error(function, "params hold no arrays", todo=todo, params=type(params).__name__)
     flat, structure = jax.tree.flatten((args, kwargs))
-    where = [i for i, x in enumerate(flat) if _is_array(x)]
-    known = [path for path, leaf in leaves.items() if _is_array(leaf) or is_qtensor(leaf)]
+    where = [i for i, x in enumerate(flat) if is_array(x)]
+    known = [path for path, leaf in leaves.items() if is_array(leaf) or is_qtensor(leaf)]
     out: dict[str, Any] = {}
 
     def flat_fn(weights: list[Any], arrays: list[Any]) -> list[Any]:
@@ -65,7 +66,7 @@ def trace(function: str, fn: Callable[..., Any], params: Any, args: tuple[Any, .
         new_args, new_kwargs = jax.tree.unflatten(structure, values)
         result = fn(jax.tree.unflatten(treedef, filled.values()), *new_args, **new_kwargs)
         results, out["tree"] = jax.tree.flatten(result)
-        out["dynamic"] = [_is_array(r) or isinstance(r, int | float | complex) for r in results]
+        out["dynamic"] = [is_array(r) or isinstance(r, int | float | complex) for r in results]
         out["static"] = [None if d else r for r, d in zip(results, out["dynamic"], strict=True)]
         return [r for r, d in zip(results, out["dynamic"], strict=True) if d]
 

@@ -1,0 +1,156 @@
+"""`calibrate`: statistics of the inputs of planned weights, over batches; `act_state`: static ranges from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from jaxquant.core.affine import roundtrip, scale_zero_point
+from jaxquant.core.errors import quant_error
+from jaxquant.transform.interpreter import Interpreter
+from jaxquant.transform.paths import leaves_with_paths
+from jaxquant.transform.plan import Item, Plan
+from jaxquant.transform.quantized import check_plan, weights_of
+from jaxquant.transform.statistics import ChannelAbsMax, ChannelMean, Range, Statistic
+from jaxquant.transform.trace import is_array, trace
+
+__all__ = ["act_state", "calibrate"]
+
+
+def _wanted(item: Item, collect: Mapping[str, Statistic] | None) -> Mapping[str, Statistic]:
+    """The statistics of one weight: those asked for, and the range that its activation spec needs."""
+    own = {} if item.spec.act is None else {"range": Range(item.spec.act.observer)}
+    if collect is not None:
+        return {**collect, **own}
+    return {"range": Range(), "absmax": ChannelAbsMax(), "mean": ChannelMean(), **own}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The static half of a batch: its structure, and its leaves that are no arrays."""
+
+    structure: Any
+    static: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...]) -> tuple[_Call, list[Any]]:
+        """A batch in two halves."""
+        flat, structure = jax.tree.flatten(args)
+        return cls(structure, tuple(_ARRAY if is_array(x) else x for x in flat)), [x for x in flat if is_array(x)]
+
+    def arguments(self, arrays: list[Any]) -> tuple[Any, ...]:
+        """The batch, put together."""
+        new = iter(arrays)
+        return jax.tree.unflatten(self.structure, [next(new) if x is _ARRAY else x for x in self.static])
+
+
+_ARRAY = object()
+
+
+def calibrate(
+    fn: Callable[..., Any],
+    plan: Plan,
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    collect: Mapping[str, Statistic] | None = None,
+) -> dict[str, Any]:
+    """Runs ``fn`` over batches and collects statistics of what goes into each planned weight.
+
+    One jitted pass per batch, on the float params with float activations. Memory is that of the statistics, whatever
+    the number of batches.
+
+    Args:
+      fn: the function that was planned.
+      plan: from `make_plan`.
+      params: its parameters. QTensors among them run quantized: what comes after them sees their errors.
+      batches: for each batch the tuple of fn's further arguments (a single array stands for a tuple of one).
+      collect: name -> `Statistic` from `jaxquant.statistics`, for every weight; ``{"gram": Gram()}`` for GPTQ. None:
+        the range, the absmax and the mean of each channel. The range that an activation's spec needs is always
+        collected.
+
+    Returns:
+      path -> name -> the statistic, a plain pytree; with leading axes where the weight is stacked under scan. A
+      parameter that is only looked up (``take``) has no input and is not among them.
+
+    Raises:
+      QuantError: if there are no batches, or params do not fit the plan.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.eye(4)}
+      >>> plan = jq.make_plan(fn, params, jnp.ones((1, 4)), rules=[jq.Rule("w", recipes.w8a8(static=True))])
+      >>> stats = jq.calibrate(fn, plan, params, [jnp.ones((2, 4)), -3 * jnp.ones((2, 4))])
+      >>> stats["w"]["absmax"]
+      Array([[3., 3., 3., 3.]], dtype=float32)
+      >>> jq.act_state(plan, stats)["w"]["scale"]
+      Array(0.02362205, dtype=float32)
+    """
+    wanted = {item.path: _wanted(item, collect) for item in plan.items}
+
+    def merge(path: str, a: Any, b: Any) -> Any:
+        return {name: statistic.merge(a[name], b[name]) for name, statistic in wanted[path].items()}
+
+    def collected(item: Item, x: jax.Array) -> Any:
+        return {name: statistic.of(jax.lax.stop_gradient(x)) for name, statistic in wanted[item.path].items()}
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def one(params: Any, arrays: list[Any], call: _Call) -> Any:
+        traced = trace("calibrate", fn, params, call.arguments(arrays), {})
+        interpreter = Interpreter(plan, collect=collected, merge=merge)
+        interpreter.run(traced.jaxpr, weights_of(traced, plan, None))
+        return interpreter.stats
+
+    @jax.jit
+    def both(a: Any, b: Any) -> Any:
+        return {path: merge(path, a[path], b[path]) for path in a}
+
+    check_plan("calibrate", plan, leaves_with_paths(params)[0])
+    total = None
+    for batch in batches:
+        call, arrays = _Call.of(tuple(batch) if isinstance(batch, tuple | list) else (batch,))
+        stats = one(params, arrays, call)
+        total = stats if total is None else both(total, stats)
+    if total is None:
+        todo = "Pass at least one; a generator is used up by one pass"
+        raise quant_error("calibrate", "there are no batches", todo=todo)
+    return total
+
+
+def act_state(plan: Plan, stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Static activation ranges from calibration statistics: the ``state`` of `quantized`.
+
+    Args:
+      plan: the plan that was calibrated.
+      stats: what `calibrate` returned.
+
+    Returns:
+      path -> ``{"scale": .., "zero_point": ..}`` (no zero point if symmetric) for every planned weight whose activation
+      is static: scalars, with leading axes where the weight is stacked. A plain pytree: save it beside the params, or
+      train the scales with Optax.
+
+    Raises:
+      QuantError: naming the paths whose statistics are missing.
+    """
+    static = [item for item in plan.items if item.spec.act is not None and item.spec.act.static]
+    missing = tuple(item.path for item in static if "range" not in stats.get(item.path, {}))
+    if missing:
+        todo = "Run calibrate with the plan that has the static specs"
+        raise quant_error("act_state", "there are no ranges for some static activations", todo=todo, paths=missing)
+    state = {}
+    for item in static:
+        spec = item.spec.act
+        assert spec is not None
+
+        def ranges(observed: Any, spec: Any = spec) -> Any:
+            lo, hi = spec.observer.result(observed, symmetric=spec.symmetric, roundtrip=roundtrip(spec))
+            scale, zero_point = scale_zero_point(lo[0], hi[0], spec)
+            return {"scale": scale} if zero_point is None else {"scale": scale, "zero_point": zero_point}
+
+        state[item.path] = item.stack(ranges)(stats[item.path]["range"])
+    return state
