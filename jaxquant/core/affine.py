@@ -68,6 +68,7 @@ def _e4m3_scale(absmax: jax.Array, qmax: float) -> QTensor:
     largest = float(ml_dtypes.finfo(jnp.float8_e4m3fn).max)
     least = float(ml_dtypes.finfo(jnp.float8_e4m3fn).smallest_subnormal)
     top = jnp.max(absmax, keepdims=True)
+    top = jnp.where(jnp.any(jnp.isnan(absmax)), jnp.nan, top)  # which max may drop
     unit = _float_scale(top, qmax * largest, jnp.float32)
     unit = jnp.maximum(unit, float(ml_dtypes.finfo(np.float32).tiny) / least)  # so that no product is subnormal
     local = jnp.clip(divide(divide(absmax, qmax), unit), least, largest)
@@ -189,7 +190,8 @@ def encode(
     view = BlockView(x.shape, block_shape(x.shape, spec.granularity, spec.group_size, axes))
     xv = view.split(x.astype(dtype))
     if scale is None:
-        lo, hi = spec.observer.range(xv, view.axes, symmetric=spec.symmetric, roundtrip=roundtrip(spec))
+        # Of x itself: a reduction of bfloat16 needs no copy in float32.
+        lo, hi = spec.observer.range(view.split(x), view.axes, symmetric=spec.symmetric, roundtrip=roundtrip(spec))
         scale, zero_point = _affine(view.join_scale(lo), view.join_scale(hi), spec)
     s = _real(view, scale_values(scale), dtype)
     z = None if zero_point is None else _real(view, zero_point, dtype)
