@@ -1,0 +1,78 @@
+"""A Flax NNX model, quantized from outside: jq.nnx.wrap to train it, jq.nnx.quantize to run it.
+
+The model is plain NNX and keeps NNX's own ways: nnx.jit, nnx.Optimizer, modules with state.
+
+    python examples/wrap_nnx.py
+"""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import jaxquant as jq
+from jaxquant import observers, qat
+
+INT2 = jq.OpSpec(jq.QuantSpec("int2", calibration=observers.MSE()), jq.QuantSpec("int4"))
+
+
+class MLP(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden = nnx.Linear(64, 128, rngs=rngs)
+        self.middle = nnx.Linear(128, 128, rngs=rngs)
+        self.head = nnx.Linear(128, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.middle(nnx.relu(self.hidden(x)))))
+
+
+def train(model, x, y, steps, learning_rate):
+    tx = qat.refuse_quantized(optax.adam(optax.cosine_decay_schedule(learning_rate, steps)))
+    optimizer = nnx.Optimizer(model, tx, wrt=jq.nnx.trainable)
+
+    @nnx.jit
+    def step(model, optimizer, x, y):
+        def loss(model):
+            return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+
+        grads = nnx.grad(loss, argnums=nnx.DiffState(0, jq.nnx.trainable))(model)
+        optimizer.update(model, grads)
+
+    for batch in np.random.default_rng(1).choice(len(x), (steps, 128)):
+        step(model, optimizer, x[batch], y[batch])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=600)
+    steps = parser.parse_args().steps
+
+    digits = load_digits()
+    arrays = train_test_split(digits.data / 16, digits.target, test_size=360, random_state=0)
+    train_x, test_x, train_y, test_y = (jnp.asarray(a, jnp.float32 if a.ndim > 1 else jnp.int32) for a in arrays)
+
+    def report(name, model):
+        accuracy = float((model(test_x).argmax(-1) == test_y).mean())
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        print(f"{name:<22}{accuracy:8.2%}{size:10,} bytes")
+
+    rules = [jq.Rule("head", None), jq.Rule("kernel", INT2)]
+    model = MLP(nnx.Rngs(0))
+    train(model, train_x, train_y, steps, 3e-3)
+    report("float", model)
+    report("int2 at once", jq.nnx.quantize(model, rules))
+
+    wrapped = jq.nnx.wrap(model, rules)  # float weights that compute as 2-bit ones
+    train(wrapped, train_x, train_y, steps // 2, 1e-3)
+    small = jq.nnx.quantize(wrapped)  # by the specs of its layers
+    report("int2 after training", small)
+    print(nnx.to_pure_dict(nnx.state(small))["hidden"]["kernel"])
+
+
+if __name__ == "__main__":
+    main()
