@@ -1,0 +1,733 @@
+"""Flax NNX layers that quantize, and models made of them.
+
+    QuantLinear, QuantLinearGeneral, QuantConv, QuantEmbed, QuantEinsum     Flax's layers with one more argument, spec
+    wrap(model, rules)        a model whose layers train as they will run quantized
+    quantize(model, rules)    a model whose weights are QTensors
+    functional(model)         the model as a pure function of its parameters
+
+Each layer is a subclass of Flax's own and runs Flax's own forward pass, with an operation of `jaxquant.ops` in the
+place of the one from `jax`. Constructor arguments, parameter names and shapes, values at initialization, padding,
+biases and dtypes are therefore Flax's, and a float checkpoint loads unchanged.
+
+**The weight says what happens.** A float weight with a spec trains: the forward pass computes what the quantized model
+computes, gradients go straight through. A `QTensor` in the same `nnx.Param` runs frozen; without a spec, weight-only. A
+float weight without a spec is Flax's layer. There is no Variable type for quantized weights, since it would say the
+same thing twice: graph definition, state structure and checkpoints are those of the float model, ``nnx.update(model,
+loaded)`` is all it takes to load quantized weights, and ``nnx.state(model, nnx.Param)`` leaves nothing out.
+
+**Training next to quantized weights.** `nnx.grad` refuses integers with a TypeError, but an optimizer makes moments for
+them without a word. Name the weights that train, and let the optimizer check:
+
+    wrt = jq.nnx.trainable                                                    # the Params that are float
+    grads = nnx.grad(loss, argnums=nnx.DiffState(0, wrt))(model)
+    optimizer = nnx.Optimizer(model, qat.refuse_quantized(tx), wrt=wrt)       # raises for any other wrt
+
+**Static activation ranges** (``spec.act.static``) are `QuantStat` variables of a submodule ``act_range``, which exists
+only then. As with batch statistics, an attribute says when they follow the data:
+
+    model.set_attributes(calibrating=True)
+    for x in batches:
+        model(x)              # also under nnx.jit; each layer sees what the layers before it give when quantized
+    model.set_attributes(calibrating=False)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxquant import ops
+from jaxquant.core.affine import roundtrip, scale_zero_point
+from jaxquant.core.errors import quant_error
+from jaxquant.core.fake_quant import fake_quant
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import OpSpec, QuantSpec, Rule
+from jaxquant.ptq.rtn import rtn
+from jaxquant.transform.make_plan import check_rules
+from jaxquant.transform.params import quantize_params
+from jaxquant.transform.paths import nearest
+from jaxquant.transform.plan import Item, Plan
+
+__all__ = [
+    "ActRange",
+    "QuantConv",
+    "QuantEinsum",
+    "QuantEmbed",
+    "QuantLinear",
+    "QuantLinearGeneral",
+    "QuantStat",
+    "functional",
+    "quantize",
+    "trainable",
+    "wrap",
+]
+
+
+def _get(variable: Any) -> Any:
+    """The value of a Variable, of whatever type it is."""
+    return (
+        variable.get_value() if hasattr(nnx.Variable, "get_value") else variable.value
+    )  # Flax 0.11 has only the latter
+
+
+def _set(variable: Any, value: Any) -> None:
+    """Replaces the value of a Variable."""
+    if hasattr(nnx.Variable, "set_value"):
+        variable.set_value(value)
+    else:
+        variable.value = value
+
+
+# -- static activation ranges -----------------------------------------------------------------------------------------
+
+
+class QuantStat(nnx.Variable):
+    """What a layer with a static activation range has seen of its input."""
+
+
+class ActRange(nnx.Module):
+    """The static range of one activation, and what the spec's observer needs to update it.
+
+    Args:
+      spec: the activation's `QuantSpec`, per tensor.
+      stack: leading axes, for the layers of a stack that is scanned or vmapped.
+
+    Attributes:
+      calibrating: True: every call shows its input to the observer first. Set by ``model.set_attributes``.
+      lo, hi: the range; NaN until something has been observed.
+    """
+
+    def __init__(self, spec: QuantSpec, stack: tuple[int, ...] = ()):
+        self.spec = spec
+        self.calibrating = False
+        self.lo, self.hi = (QuantStat(jnp.full(stack, jnp.nan, jnp.float32)) for _ in range(2))
+        for name, value in spec.observer.init((1,)).items():
+            setattr(self, f"seen_{name}", QuantStat(jnp.broadcast_to(value, (*stack, *value.shape))))
+
+    def __call__(self, x: jax.Array, layer: str) -> tuple[jax.Array, jax.Array | None]:
+        """Scale and zero point for an activation; NaN where nothing was observed and tracing hides it."""
+        if self.calibrating:
+            self._observe(lax.stop_gradient(x))
+        lo, hi = _get(self.lo), _get(self.hi)
+        if not isinstance(hi, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(hi))):
+            raise quant_error(
+                layer,
+                "spec.act is static and its range is not known",
+                todo="Calibrate: model.set_attributes(calibrating=True), call the model on data that is finite, then "
+                "model.set_attributes(calibrating=False); or load the QuantStat variables",
+                path="act_range",
+                hi=float(hi),
+            )
+        return scale_zero_point(lo, hi, self.spec)
+
+    def _observe(self, x: jax.Array) -> None:
+        observer, spec = self.spec.observer, self.spec
+        names = observer.init((1,))
+        seen = observer.update({n: _get(getattr(self, f"seen_{n}")) for n in names}, x.reshape(-1), (0,))
+        for name, value in seen.items():
+            _set(getattr(self, f"seen_{name}"), value)
+        lo, hi = observer.result(seen, symmetric=spec.symmetric, roundtrip=roundtrip(spec))
+        _set(self.lo, lo.reshape(()))
+        _set(self.hi, hi.reshape(()))
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+class _StandIn:
+    """A layer as Flax's forward pass is to see it: some attributes replaced, the rest its own."""
+
+    def __init__(self, layer: Any, **replaced: Any):
+        self.__dict__.update(replaced, _layer=layer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+class _Held:
+    """A value where Flax's forward pass reads a Variable."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.value
+
+
+_FLAX_OPERATIONS = (None, lax.dot_general, lax.conv_general_dilated, jnp.einsum)
+
+
+class _Quantized:
+    """What the layers share. It follows Flax's class among the bases, so that `wrap` can turn one into the other."""
+
+    __slots__ = ()
+
+    _weight_name = "kernel"
+    _op = "dot_general"
+    spec: OpSpec | None
+    promote_dtype: Callable[..., Any]
+
+    @property
+    def _weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight, without the axes of a stack of layers."""
+        return self.kernel_shape  # type: ignore[attr-defined]
+
+    @property
+    def _reduce_axes(self) -> tuple[int, ...] | None:
+        """The contracted axes of the weight, from the end; None where only a call says them."""
+        raise NotImplementedError
+
+    def _set_spec(self, spec: OpSpec | None) -> None:
+        name = type(self).__name__
+        if spec is not None and not isinstance(spec, OpSpec):
+            todo = "Use OpSpec(weight=...), a recipe such as recipes.w8a8(), or None"
+            raise quant_error(name, "spec must be an OpSpec or None", todo=todo, spec=spec)
+        act = spec.act if spec is not None and spec.act is not None and spec.act.static else None
+        if act is not None and act.granularity != "per_tensor":
+            todo = "Use granularity='per_tensor' with static=True, or static=False"
+            rule = "a static activation range is one for the whole tensor"
+            raise quant_error(name, rule, todo=todo, granularity=act.granularity)
+        self.spec = spec
+        if hasattr(self, "act_range"):
+            del self.act_range
+        if act is not None:
+            shape = _get(getattr(self, self._weight_name)).shape
+            self.act_range = ActRange(act, tuple(shape[: len(shape) - len(self._weight_shape)]))
+
+    def _weight(self) -> tuple[Any, OpSpec | None]:
+        """The weight, and what is left for the operation to quantize."""
+        weight = _get(getattr(self, self._weight_name))
+        if isinstance(weight, QTensor) and weight.shape != tuple(self._weight_shape):
+            raise quant_error(
+                type(self).__name__,
+                f"the layer needs a QTensor of shape {tuple(self._weight_shape)}",
+                todo="Load the parameters of this very model; inside nnx.scan or nnx.vmap every leaf has one more axis",
+                path=self._weight_name,
+                got=repr(weight),
+                shape=weight.shape,
+            )
+        return weight, self.spec
+
+    def _promote(self, spec: OpSpec | None, args: Sequence[Any], **kwargs: Any) -> tuple[Any, ...]:
+        """Flax's promotion of ``(inputs, weight, ...)``.
+
+        A weight that is or will be quantized only takes part in the choice of the dtype: it is quantized from the dtype
+        in which it is stored, as `quantize` does.
+        """
+        inputs, weight, *rest = args
+        if not isinstance(weight, QTensor) and (spec is None or spec.weight is None):
+            return self.promote_dtype((inputs, weight, *rest), **kwargs)
+        inputs, _, *rest = self.promote_dtype((inputs, jnp.zeros((), weight.dtype), *rest), **kwargs)
+        return inputs, weight, *rest
+
+    def _range(self, x: jax.Array) -> dict[str, Any]:
+        """The static range of the activation, as the ops take it; nothing where it is dynamic."""
+        if not hasattr(self, "act_range"):
+            return {}
+        scale, zero_point = self.act_range(x, type(self).__name__)
+        return {"act_scale": scale, "act_zero_point": zero_point}
+
+    def _with(self, **operation: Callable[..., jax.Array]) -> Any:
+        """This layer, for Flax's forward pass; a stand-in with an operation of ours where anything is quantized."""
+        weight, spec = self._weight()
+        if spec is None and not isinstance(weight, QTensor):
+            return self
+        ((name, op),) = operation.items()
+        for given in (name, f"{name}_cls"):
+            if not any(getattr(self, given, None) is known for known in _FLAX_OPERATIONS):
+                todo = f"Leave {given} out, or neither give a spec nor quantize the weight"
+                raise quant_error(
+                    type(self).__name__, f"a quantized layer has an operation of its own; {given} is given", todo=todo
+                )
+
+        def quantized(*operands: Any, preferred_element_type: Any = None, out_sharding: Any = None, **kwargs: Any):
+            if out_sharding is not None:
+                todo = "Use jax.lax.with_sharding_constraint on the result"
+                raise quant_error(
+                    type(self).__name__, "out_sharding is for float weights", todo=todo, out_sharding=str(out_sharding)
+                )
+            x = operands[1] if isinstance(operands[0], str) else operands[0]
+            dtype = x.dtype if preferred_element_type is None else preferred_element_type
+            return op(*operands, preferred_element_type=dtype, spec=spec, **self._range(x), **kwargs)
+
+        return _StandIn(
+            self,
+            promote_dtype=functools.partial(self._promote, spec),
+            **{self._weight_name: _Held(weight), name: quantized, f"{name}_cls": None},
+        )
+
+
+class QuantLinear(nnx.Linear, _Quantized):
+    """`nnx.Linear` with a quantized kernel: ``y = x @ kernel + bias`` over the last axis of x.
+
+    Args:
+      *args, **kwargs: as for `flax.nnx.Linear`.
+      spec: how the product is quantized; None: weight-only where the kernel is a QTensor, else as Flax.
+
+    Returns:
+      A module; ``kernel`` holds a float array or a QTensor of shape [in_features, out_features].
+
+    Raises:
+      QuantError: on a spec that is not an OpSpec; and when called, on a QTensor of another shape or type than layer and
+        spec have, a group size that does not divide in_features, or a static activation range that is not known.
+
+    Gradient: straight through for a float kernel and the input; see `jaxquant.ops.dot_general`.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> layer = jq.nnx.QuantLinear(4, 3, spec=recipes.w8a8(), rngs=nnx.Rngs(0))
+      >>> frozen = jq.nnx.quantize(layer)
+      >>> nnx.to_pure_dict(nnx.state(frozen))["kernel"]
+      QTensor(int8[4, 3] -> float32, per channel on axis -1, symmetric, 24 B)
+      >>> x = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
+      >>> bool(jnp.allclose(layer(x), frozen(x), atol=1e-6))
+      True
+    """
+
+    def __init__(self, *args: Any, spec: OpSpec | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._set_spec(spec)
+
+    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """The layer's output for inputs [..., in_features]."""
+        return nnx.Linear.__call__(self._with(dot_general=ops.dot_general), inputs, *args, **kwargs)
+
+    @property
+    def _weight_shape(self) -> tuple[int, ...]:
+        return self.in_features, self.out_features
+
+    @property
+    def _reduce_axes(self) -> tuple[int, ...]:
+        return (-2,)
+
+
+class QuantLinearGeneral(nnx.LinearGeneral, _Quantized):
+    """`nnx.LinearGeneral` with a quantized kernel: contracts any axes of its input, with batch axes.
+
+    Args:
+      *args, **kwargs: as for `flax.nnx.LinearGeneral`.
+      spec: as for `QuantLinear`. Scales are shared over all contracted axes of the kernel.
+
+    Returns:
+      A module; ``kernel`` holds a float array or a QTensor of shape [batch..., in_features..., out_features...].
+
+    Raises:
+      QuantError: as `QuantLinear`.
+
+    Gradient: as `QuantLinear`.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> layer = jq.nnx.QuantLinearGeneral((4, 6), (2, 3), axis=(-2, -1), spec=recipes.w8a16(), rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((5, 4, 6))).shape
+      (5, 2, 3)
+    """
+
+    def __init__(self, *args: Any, spec: OpSpec | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._set_spec(spec)
+
+    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """The layer's output; the contracted axes of the inputs are replaced by out_features at the end."""
+        return nnx.LinearGeneral.__call__(self._with(dot_general=ops.dot_general), inputs, *args, **kwargs)
+
+    @property
+    def _weight_shape(self) -> tuple[int, ...]:
+        return (*self.batch_axis.values(), *self.in_features, *self.out_features)
+
+    @property
+    def _reduce_axes(self) -> tuple[int, ...]:
+        last = -len(self.out_features)
+        return tuple(range(last - len(self.in_features), last))
+
+
+class QuantConv(nnx.Conv, _Quantized):
+    """`nnx.Conv` with a quantized kernel, in any number of spatial dimensions.
+
+    With a ``mask`` the kernel is quantized first and masked then; the product is the float one of the dequantized
+    kernel (activations are quantized as ``spec.act`` says).
+
+    Args:
+      *args, **kwargs: as for `flax.nnx.Conv`.
+      spec: as for `QuantLinear`. Kernels have one scale per output feature, activations one per image.
+
+    Returns:
+      A module; ``kernel`` holds a float array or a QTensor of shape [window..., in_features / groups, out_features].
+
+    Raises:
+      QuantError: as `QuantLinear`.
+
+    Gradient: as `QuantLinear`.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> layer = jq.nnx.QuantConv(2, 4, (3, 3), padding="VALID", spec=recipes.w8a8(), rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((1, 8, 8, 2))).shape
+      (1, 6, 6, 4)
+    """
+
+    _op = "conv_general_dilated"
+
+    def __init__(self, *args: Any, spec: OpSpec | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._set_spec(spec)
+
+    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """The convolution of inputs [..., window..., in_features]."""
+        layer = self._with(conv_general_dilated=ops.conv_general_dilated)
+        return nnx.Conv.__call__(layer, inputs, *args, **kwargs)
+
+    @property
+    def _reduce_axes(self) -> tuple[int, ...]:
+        return tuple(range(-len(self.kernel_shape), -1))
+
+    def _weight(self) -> tuple[Any, OpSpec | None]:
+        weight, spec = super()._weight()
+        if self.mask is None:
+            return weight, spec
+        if isinstance(weight, QTensor):
+            weight = weight.dequantize()
+        elif spec is not None and spec.weight is not None:
+            weight = fake_quant(weight, spec.weight, reduce_axes=self._reduce_axes)
+        return weight, OpSpec(act=None if spec is None else spec.act)
+
+
+class QuantEinsum(nnx.Einsum, _Quantized):
+    """`nnx.Einsum` with a quantized kernel.
+
+    Args:
+      *args, **kwargs: as for `flax.nnx.Einsum`.
+      spec: as for `QuantLinear`. Scales are shared over the kernel's contracted axes.
+
+    Returns:
+      A module; ``kernel`` holds a float array or a QTensor of shape kernel_shape.
+
+    Raises:
+      QuantError: as `QuantLinear`, and on subscripts that `jaxquant.ops.einsum` does not take.
+
+    Gradient: as `QuantLinear`.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> spec = recipes.w4a16(group_size=4)
+      >>> layer = jq.nnx.QuantEinsum("btd,dhk->bthk", (8, 2, 4), (2, 4), spec=spec, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((1, 3, 8))).shape
+      (1, 3, 2, 4)
+    """
+
+    def __init__(self, *args: Any, spec: OpSpec | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._set_spec(spec)
+
+    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """The einsum of the inputs with the kernel, plus the bias."""
+        return nnx.Einsum.__call__(self._with(einsum_op=ops.einsum), inputs, *args, **kwargs)
+
+    @property
+    def _reduce_axes(self) -> tuple[int, ...] | None:
+        if self.einsum_str is None:
+            return None
+        terms, _, output = self.einsum_str.partition("->")
+        before, _, after = terms.split(",")[1].partition("...")
+        first = [i - len(self.kernel_shape) for i, label in enumerate(before) if label not in output]
+        return (*first, *(i - len(after) for i, label in enumerate(after) if label not in output))
+
+
+class QuantEmbed(nnx.Embed, _Quantized):
+    """`nnx.Embed` with a quantized table: one scale per row, or per group of features.
+
+    A lookup gathers codes and dequantizes the gathered rows only. It has no activation to quantize: ``spec.act``
+    concerns `attend`.
+
+    Args:
+      *args, **kwargs: as for `flax.nnx.Embed`.
+      spec: as for `QuantLinear`.
+
+    Returns:
+      A module; ``embedding`` holds a float array or a QTensor of shape [num_embeddings, features].
+
+    Raises:
+      QuantError: as `QuantLinear`; ValueError, as Flax, on indices that are not integers.
+
+    Gradient: as `QuantLinear`.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> table = jq.nnx.quantize(jq.nnx.QuantEmbed(16, 4, spec=recipes.w8a16(), rngs=nnx.Rngs(0)))
+      >>> table(jnp.array([3, 5])).shape, table.attend(jnp.ones((2, 4))).shape
+      ((2, 4), (2, 16))
+    """
+
+    _weight_name = "embedding"
+    _op = "take, dot_general"
+
+    def __init__(self, *args: Any, spec: OpSpec | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._set_spec(spec)
+
+    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """The rows of the table at integer indices; [..., features]."""
+        table, spec = self._weight()
+        if not isinstance(table, QTensor) and (spec is None or spec.weight is None):
+            return super().__call__(inputs, *args, **kwargs)
+        _no_sharding("QuantEmbed", *args, **kwargs)
+        if not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise ValueError("Input type must be an integer or unsigned integer.")
+        if self.num_embeddings == 1:  # as in Flax: a table of one row answers every index with it
+            inputs = jnp.zeros_like(inputs)
+        rows = ops.take(table, inputs, axis=0, spec=spec)
+        return self.promote_dtype((rows,), dtype=self.dtype, inexact=False)[0]
+
+    def attend(self, query: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """The inner products of query [..., features] with every row; [..., num_embeddings]."""
+        table, spec = self._weight()
+        if not isinstance(table, QTensor) and spec is None:
+            return super().attend(query, *args, **kwargs)
+        _no_sharding("QuantEmbed", *args, **kwargs)
+        query, table = self._promote(spec, (query, table), dtype=self.dtype)
+        numbers = (((query.ndim - 1,), (1,)), ((), ()))
+        return ops.dot_general(
+            query, table, numbers, preferred_element_type=query.dtype, spec=spec, **self._range(query)
+        )
+
+    @property
+    def _weight_shape(self) -> tuple[int, ...]:
+        return self.num_embeddings, self.features
+
+    @property
+    def _reduce_axes(self) -> tuple[int, ...]:
+        return (-1,)
+
+
+def _no_sharding(layer: str, out_sharding: Any = None) -> None:
+    if out_sharding is not None:
+        todo = "Use jax.lax.with_sharding_constraint on the result"
+        raise quant_error(layer, "out_sharding is for float weights", todo=todo, out_sharding=str(out_sharding))
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+_QUANTIZED = {
+    nnx.Linear: QuantLinear,
+    nnx.LinearGeneral: QuantLinearGeneral,
+    nnx.Conv: QuantConv,
+    nnx.Einsum: QuantEinsum,
+    nnx.Embed: QuantEmbed,
+}
+
+
+def trainable(path: Any, value: Any) -> bool:
+    """A filter for `nnx.grad`, `nnx.Optimizer`, `nnx.state`, ...: the Params that hold float arrays.
+
+    Args:
+      path: ignored; filters are called with it.
+      value: a Variable.
+
+    Returns:
+      False for whatever is no `nnx.Param`, and for a Param that holds a QTensor or integers.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> layer = jq.nnx.quantize(jq.nnx.QuantLinear(4, 3, spec=recipes.w8a16(), rngs=nnx.Rngs(0)))
+      >>> list(nnx.state(layer, jq.nnx.trainable))
+      ['bias']
+    """
+    del path
+    if not isinstance(value, nnx.Param):
+        return False
+    held = _get(value)
+    return not isinstance(held, QTensor) and all(
+        jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in jax.tree.leaves(held)
+    )
+
+
+def _weights(model: nnx.Module) -> Iterator[tuple[str, Any]]:
+    """Path of the weight and layer, for every module that has a weight by Flax's names; shared modules once."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Module):
+            for name in ("kernel", "embedding"):
+                variable = getattr(node, name, None)
+                if isinstance(variable, nnx.Param) and len(getattr(_get(variable), "shape", ())) > 1:
+                    yield "/".join(map(str, (*path, name))), node
+
+
+def _first(rules: Sequence[Rule], path: str) -> Rule | None:
+    return next((rule for rule in rules if rule.matches(path)), None)
+
+
+def _checked(function: str, rules: Sequence[Rule], model: nnx.Module) -> tuple[Rule, ...]:
+    """The rules, each of which matches something: a weight, or anything at all if it keeps it float."""
+    rules = check_rules(function, rules)
+    weights = [path for path, _ in _weights(model)]
+    every = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
+    for rule in rules:
+        if not any(rule.matches(path) for path in (every if rule.spec is None else weights)):
+            todo = f"Nearest weights: {nearest(rule.pattern, weights or every)}"
+            raise quant_error(function, "a rule matches no weight", todo=todo, pattern=rule.pattern)
+    return rules
+
+
+def wrap(model: Any, rules: Sequence[Rule]) -> Any:
+    """A model whose layers compute as they will when they are quantized: for quantization-aware training.
+
+    Every `nnx.Linear`, `LinearGeneral`, `Conv`, `Embed` and `Einsum` whose weight a rule names becomes the layer of the
+    same name here, with the rule's spec. State structure and values stay as they are.
+
+    Args:
+      model: an NNX module; it is not changed. Its arrays are shared, not copied.
+      rules: searched in the paths of the weights, such as ``"encoder/dense1/kernel"``. The first that matches wins;
+        ``Rule(pattern, None)`` keeps what it matches in float.
+
+    Returns:
+      The new model, with Variables of its own.
+
+    Raises:
+      QuantError: if a rule matches no weight, or names one whose module has no quantized form (a subclass of a Flax
+        layer, `nnx.ConvTranspose`, a module of yours).
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> model = nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
+      >>> trains = jq.nnx.wrap(model, [jq.Rule("layers/0", recipes.w8a8())])
+      >>> [type(layer).__name__ for layer in trains.layers if isinstance(layer, nnx.Module)]
+      ['QuantLinear', 'Linear']
+    """
+    rules = _checked("wrap", rules, model)
+    model = nnx.clone(model)
+    for path, layer in list(_weights(model)):
+        rule = _first(rules, path)
+        if rule is None or (rule.spec is None and not isinstance(layer, _Quantized)):
+            continue
+        if not isinstance(layer, _Quantized):
+            if type(layer) not in _QUANTIZED:
+                raise quant_error(
+                    "wrap",
+                    f"{type(layer).__name__} has no quantized form",
+                    todo=f"Use one of {', '.join(q.__name__ for q in _QUANTIZED.values())} in the model, or keep it in "
+                    f"float with Rule({path!r}, None) before the other rules",
+                    path=path,
+                    pattern=rule.pattern,
+                )
+            layer.__class__ = _QUANTIZED[type(layer)]  # it is ours: nobody else has seen this copy
+        layer._set_spec(rule.spec)
+    return model
+
+
+def quantize(
+    model: Any,
+    rules: Sequence[Rule] | None = None,
+    *,
+    method: Callable[..., QTensor] = rtn,
+    stats: Mapping[str, Any] | None = None,
+) -> Any:
+    """A model whose weights are `QTensor`s: `wrap`, then `jaxquant.quantize_params` on the weights.
+
+    Kinds of layers, not names, say which axes share a scale. The weights of a stack of layers (made by `nnx.vmap`, run
+    by `nnx.scan`) are quantized one layer at a time, so that every leaf of their QTensor has the axis of the stack.
+
+    Args:
+      model: an NNX module of Flax's layers, or of the layers here; it is not changed.
+      rules: as for `wrap`; None: each layer's own spec, as after training.
+      method: a quantizer ``(w, spec, *, reduce_axes, stats) -> QTensor``; see `jaxquant.ptq`.
+      stats: path -> what the method wants to know about the inputs of that weight.
+
+    Returns:
+      The new model; everything that is not quantized shares its arrays with the old one. Weights that are QTensors
+      already stay as they are.
+
+    Raises:
+      QuantError: as `wrap` and `quantize_params`, and if no layer has a spec for its weight.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> model = nnx.Sequential(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(32, 2, rngs=nnx.Rngs(1)))
+      >>> small = jq.nnx.quantize(model, [jq.Rule("layers/2", None), jq.Rule(".*", recipes.w4a16(group_size=32))])
+      >>> nnx.to_pure_dict(nnx.state(small))["layers"][0]["kernel"]
+      QTensor(int4[64, 32] -> float32, group 32 on axis -2, symmetric, 1.2 KiB)
+    """
+    rules = () if rules is None else rules
+    model = wrap(model, rules)
+    layers = [(path, layer) for path, layer in _weights(model) if isinstance(layer, _Quantized)]
+    layers = [(path, layer) for path, layer in layers if layer.spec is not None and layer.spec.weight is not None]
+    if not layers:
+        todo = "Pass rules, such as [Rule('.*', recipes.w8a16())], or build the model with spec="
+        raise quant_error("quantize", "no layer has a spec for its weight", todo=todo, rules=repr(rules))
+    weights = {path: (getattr(layer, layer._weight_name), layer) for path, layer in layers}
+    weights = {path: held for path, held in weights.items() if not isinstance(_get(held[0]), QTensor)}
+    plan = Plan(tuple(_item(path, layer, _first(rules, path)) for path, (_, layer) in weights.items()))
+    floats = {path: _get(variable) for path, (variable, _) in weights.items()}
+    for path, q in quantize_params(floats, plan, method=method, stats=stats).items():
+        _set(weights[path][0], q)
+    return model
+
+
+def _item(path: str, layer: Any, rule: Rule | None) -> Item:
+    """How the weight of a layer is to be quantized."""
+    weight = _get(getattr(layer, layer._weight_name))
+    axes = (rule.reduce_axes if rule else None) or layer._reduce_axes
+    if axes is None:
+        todo = "Give einsum_str to the constructor, or Rule(pattern, spec, reduce_axes=(...))"
+        raise quant_error("quantize", "only a call says which axes this kernel contracts", todo=todo, path=path)
+    return Item(
+        path,
+        layer._op,
+        tuple(weight.shape),
+        weight.dtype.name,
+        axes,
+        layer.spec,
+        stacked=len(weight.shape) - len(layer._weight_shape),
+        contraction_minor=not isinstance(layer, nnx.Conv),  # a convolution reads its kernel's own order fast
+    )
+
+
+def functional(model: Any) -> tuple[Callable[..., Any], Any]:
+    """The model as a pure function, for whatever takes ``fn(params, *args)``.
+
+    Args:
+      model: an NNX module. It is not changed, neither here nor by calls.
+
+    Returns:
+      ``(fn, params)``: ``fn(params, *args, **kwargs)`` is ``model(*args, **kwargs)`` with ``params``, a nested dict of
+      arrays and QTensors, as its `nnx.Param`s. All other state (batch statistics, random keys, activation ranges) is
+      that of the model when `functional` was called; what a call changes of it is discarded.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax, jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> fn, params = jq.nnx.functional(jq.nnx.QuantLinear(4, 3, spec=recipes.w8a16(), rngs=nnx.Rngs(0)))
+      >>> params = jq.quantize_params(params, [jq.Rule("kernel", recipes.w8a16())])
+      >>> jax.jit(fn)(params, jnp.ones((2, 4))).shape
+      (2, 3)
+    """
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    rest = jax.tree.map(lambda x: x, rest)  # Variables of its own
+
+    def fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+        # Variables may only be changed under the trace in which they were made.
+        return nnx.merge(graphdef, params, jax.tree.map(lambda x: x, rest))(*args, **kwargs)
+
+    return fn, nnx.to_pure_dict(params)
