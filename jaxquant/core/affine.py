@@ -41,7 +41,8 @@ def _concrete(x: Any) -> bool:
 
 def has_nan(x: Any) -> bool:
     """Whether a concrete array holds a NaN; False for what is only traced or not all here."""
-    return _concrete(x) and bool(jnp.any(jnp.isnan(x)))
+    with jax.ensure_compile_time_eval():  # a constant stays one while something else is traced
+        return _concrete(x) and bool(jnp.any(jnp.isnan(x)))
 
 
 # -- scale and zero point ---------------------------------------------------------------------------------------------
@@ -131,10 +132,10 @@ def scale_zero_point(lo: Any, hi: Any, spec: QuantSpec) -> tuple[Any, jax.Array 
         raise quant_error("scale_zero_point", "lo and hi must have one shape", todo=todo, lo=lo.shape, hi=hi.shape)
     lo, hi = (b.astype(jnp.promote_types(b.dtype, jnp.float32)) for b in (lo, hi))
     if not isinstance(lo, jax.core.Tracer) and not isinstance(hi, jax.core.Tracer):
-        if not bool(jnp.all(jnp.isfinite(lo) & jnp.isfinite(hi))):
+        if not (np.all(np.isfinite(lo)) and np.all(np.isfinite(hi))):  # NumPy: a trace in progress stays out of it
             todo = "Remove NaN and inf from the data first"
             raise quant_error("scale_zero_point", "the range must be finite", todo=todo, lo=lo, hi=hi)
-        if bool(jnp.any(lo > hi)):
+        if np.any(np.asarray(lo) > np.asarray(hi)):
             raise quant_error("scale_zero_point", "lo must not exceed hi", todo="Swap them", lo=lo, hi=hi)
     return _affine(lo, hi, spec)
 
@@ -311,7 +312,7 @@ def quantize(
         todo = "Reshape it to (1,), or leave it as it is"
         raise quant_error("quantize", "packed codes need an axis to be packed along", todo=todo, x=x, qtype=spec.qtype)
     given = scale is not None
-    if given and _concrete(s := scale_values(scale)) and not bool(jnp.all(jnp.isfinite(s) & (s != 0))):
+    if given and _concrete(s := scale_values(scale)) and not np.all(np.isfinite(s) & (np.asarray(s) != 0)):
         todo = "Compute it from finite data, or leave it out"
         raise quant_error("quantize", "the given scale must be finite and not 0", todo=todo, scale=scale)
     q = _quantize(x, scale, zero_point, key, spec=spec, axes=axes)

@@ -1,0 +1,159 @@
+"""Training next to quantized parameters: which leaves an optimizer may see.
+
+A model in quantization-aware training has float parameters only, and any Optax transformation drives it. Once leaves
+are `QTensor`s they are no longer parameters: codes are integers (or fp8 numbers), and an optimizer that is given them
+makes moments for them without a word. The functions here say which leaves train, refuse the others, or leave them
+alone. They take any Optax transformation and need no Optax themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.core.errors import quant_error
+from jaxquant.core.qtensor import QTensor
+
+__all__ = ["check_trainable", "freeze_quantized", "refuse_quantized", "trainable"]
+
+
+def _is_qtensor(x: Any) -> bool:
+    return isinstance(x, QTensor)
+
+
+def _frozen(x: Any) -> bool:
+    """Whether a leaf (a QTensor counts as one) is none that gradients can train."""
+    return _is_qtensor(x) or not jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def _nothing(x: Any) -> jax.Array:
+    """What can be added to an array without a change: zeros, or in a type without a zero, its least number."""
+    if x.dtype == jnp.float8_e8m0fnu:
+        return jax.lax.bitcast_convert_type(jnp.zeros(x.shape, jnp.uint8), x.dtype)
+    return jnp.zeros_like(x)
+
+
+def trainable(params: Any) -> Any:
+    """A mask for `optax.masked` and its kind: True for float leaves, False for the rest.
+
+    Args:
+      params: pytree of arrays and QTensors.
+
+    Returns:
+      A pytree of bools in the structure of ``params``; every leaf of a QTensor, its scales included, is False.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import qat
+      >>> kernel = jq.quantize(jnp.ones((4, 2)), jq.QuantSpec("int8"), reduce_axes=(-2,))
+      >>> qat.trainable({"bias": jnp.zeros(2), "kernel": kernel})
+      {'bias': True, 'kernel': QTensor(int8, codes=False, scale=False, zero_point=None)}
+    """
+    return jax.tree.map(
+        lambda x: jax.tree.map(lambda _: False, x) if _is_qtensor(x) else not _frozen(x), params, is_leaf=_is_qtensor
+    )
+
+
+def check_trainable(params: Any) -> None:
+    """Raises if an optimizer could not train every leaf.
+
+    Args:
+      params: pytree of arrays and QTensors.
+
+    Raises:
+      QuantError: names the first QTensor or integer leaf. Leaves that a mask took out (`optax.masked`) do not count.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxquant import qat
+      >>> qat.check_trainable({"kernel": jnp.ones((4, 2))})
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_qtensor):
+        if jax.tree.leaves(leaf) and _frozen(leaf):
+            raise quant_error(
+                "check_trainable",
+                "quantized and integer leaves cannot be trained",
+                todo="Train the float parameters and quantize them afterwards, or keep these fixed with "
+                "qat.freeze_quantized(tx)",
+                path=jax.tree_util.keystr(path, simple=True, separator="/"),
+                got=leaf,
+            )
+
+
+def refuse_quantized(tx: Any) -> Any:
+    """The same optimizer, except that it raises on parameters it cannot train.
+
+    Args:
+      tx: an Optax transformation.
+
+    Returns:
+      An Optax transformation whose ``init`` calls `check_trainable` first. Its state is that of ``tx``.
+
+    Raises:
+      QuantError: from ``init``.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq, optax
+      >>> from jaxquant import qat
+      >>> tx = qat.refuse_quantized(optax.adam(1e-3))
+      >>> try:
+      ...     tx.init({"kernel": jq.quantize(jnp.ones((4, 2)), jq.QuantSpec("int8"), reduce_axes=(-2,))})
+      ... except jq.QuantError as error:
+      ...     print(str(error).split(";")[0])
+      check_trainable at kernel: quantized and integer leaves cannot be trained
+    """
+
+    def init(params: Any) -> Any:
+        check_trainable(params)
+        return tx.init(params)
+
+    return tx._replace(init=init)
+
+
+def freeze_quantized(tx: Any) -> Any:
+    """The same optimizer for the float leaves; QTensors and integer leaves stay as they are.
+
+    No state is made for what is frozen. Its gradients are ignored: they may be anything, such as the float0 zeros of
+    ``jax.grad(..., allow_int=True)``. Its updates are zeros, so `optax.apply_updates` leaves it unchanged.
+
+    Args:
+      tx: an Optax transformation.
+
+    Returns:
+      An Optax transformation; on parameters that are all float it is ``tx``.
+
+    Raises:
+      QuantError: from ``update``, if the parameters are not passed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant as jq, optax
+      >>> from jaxquant import qat
+      >>> kernel = jq.quantize(jnp.ones((4, 2)), jq.QuantSpec("int8"), reduce_axes=(-2,))
+      >>> params = {"bias": jnp.zeros(2), "kernel": kernel}
+      >>> tx = qat.freeze_quantized(optax.sgd(0.5))
+      >>> grads = jax.grad(lambda p: jnp.sum(p["kernel"].dequantize() + p["bias"][None]), allow_int=True)(params)
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)
+      {'bias': Array([-2., -2.], dtype=float32), 'kernel': QTensor(int8[4, 2] -> float32, per channel on axis -1, ...)}
+    """
+
+    def train_only(params: Any, tree: Any) -> Any:
+        return jax.tree.map(lambda p, x: None if _frozen(p) else x, params, tree, is_leaf=_is_qtensor)
+
+    def init(params: Any) -> Any:
+        return tx.init(train_only(params, params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if params is None:
+            todo = "Call tx.update(grads, state, params)"
+            raise quant_error("freeze_quantized", "update needs the parameters", todo=todo, params=None)
+        updates, state = tx.update(train_only(params, updates), state, train_only(params, params), **extra)
+
+        def fill(p: Any, u: Any) -> Any:
+            return jax.tree.map(_nothing, p) if _frozen(p) else u
+
+        return jax.tree.map(fill, params, updates, is_leaf=_is_qtensor), state
+
+    return tx._replace(init=init, update=update)

@@ -1,0 +1,123 @@
+"""Which leaves an optimizer may see."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxquant as jq
+from jaxquant import qat
+
+W = jnp.linspace(-1.0, 1.0, 64 * 4).reshape(64, 4)
+TYPES = ["int8", "int4", "int2", "float8_e4m3fn", "nf4", "mxfp8", "mxfp4", "nvfp4"]
+
+
+def mixed(qtype="int8"):
+    kernel = jq.quantize(W, jq.QuantSpec(qtype), reduce_axes=(-2,))
+    return {"frozen": {"bias": jnp.ones(4), "kernel": kernel}, "float": {"kernel": W}}
+
+
+@pytest.mark.parametrize("qtype", TYPES)
+def test_the_mask_is_true_for_float_leaves_alone(qtype):
+    params = {**mixed(qtype), "steps": jnp.int32(3), "none": None}
+    mask = qat.trainable(params)
+    assert jax.tree.structure(mask) == jax.tree.structure(params)
+    assert mask["frozen"]["bias"] is True
+    assert mask["float"]["kernel"] is True
+    assert mask["steps"] is False
+    assert not any(jax.tree.leaves(mask["frozen"]["kernel"]))  # fp8 codes and scales included
+
+
+@pytest.mark.parametrize("qtype", TYPES)
+def test_quantized_leaves_are_refused_by_name(qtype):
+    params = mixed(qtype)
+    tx = qat.refuse_quantized(optax.adamw(1e-3))
+    for f in (qat.check_trainable, tx.init):
+        with pytest.raises(jq.QuantError, match=r"check_trainable at frozen/kernel: .*freeze_quantized"):
+            f(params)
+    with pytest.raises(jq.QuantError, match="check_trainable at 1: "):
+        qat.check_trainable([W, jnp.arange(3)])
+
+
+def test_refusing_changes_nothing_for_float_params():
+    params = {"kernel": W, "bias": jnp.ones(4, jnp.bfloat16)}
+    tx, plain = qat.refuse_quantized(optax.adamw(1e-3)), optax.adamw(1e-3)
+    state = tx.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(plain.init(params))
+    updates, _ = tx.update(params, state, params)
+    want, _ = plain.update(params, plain.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, updates, want)
+
+
+def test_masks_take_quantized_leaves_out():
+    """optax.masked and optax.multi_transform understand the mask; what a mask took out is not refused."""
+    params = mixed()
+    state = optax.masked(qat.refuse_quantized(optax.adam(1e-3)), qat.trainable).init(params)
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert sorted(m.shape for m in moments) == [(4,), (4,), (64, 4), (64, 4)]
+    labels = jax.tree.map(lambda t: "train" if t else "fix", qat.trainable(params))
+    tx = optax.multi_transform({"train": optax.sgd(0.1), "fix": optax.set_to_zero()}, labels)
+    gradient = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    got = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(got["float"]["kernel"], W - 0.1, atol=1e-6)
+    np.testing.assert_array_equal(got["frozen"]["kernel"].codes, params["frozen"]["kernel"].codes)
+
+
+@pytest.mark.parametrize("qtype", TYPES)
+def test_frozen_leaves_stay_bit_for_bit(qtype):
+    params = {**mixed(qtype), "steps": jnp.int32(3)}
+    tx = qat.freeze_quantized(optax.adamw(1e-2))
+    state = tx.init(params)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state) if leaf.ndim)
+
+    @jax.jit
+    def step(params, state):
+        def loss(p):
+            return jnp.sum(p["frozen"]["kernel"].dequantize() * p["float"]["kernel"]) + jnp.sum(p["frozen"]["bias"])
+
+        gradient = jax.grad(loss, allow_int=True)(params)
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    new, state = step(params, state)
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    for name in ("steps", ("frozen", "kernel")):
+        before, after = (p[name] if name == "steps" else p["frozen"]["kernel"] for p in (params, new))
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            assert a.dtype == b.dtype
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert bool(jnp.all(new["frozen"]["bias"] < params["frozen"]["bias"]))
+    step(new, state)  # and again, with the state that came back
+
+
+def test_freezing_changes_nothing_for_float_params():
+    params = {"kernel": W, "bias": jnp.ones(4)}
+    tx, plain = qat.freeze_quantized(optax.adamw(1e-3)), optax.adamw(1e-3)
+    state = tx.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(plain.init(params))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        tx.update(params, state, params),
+        plain.update(params, plain.init(params), params),
+    )
+
+
+def test_extra_arguments_reach_the_optimizer():
+    tx = qat.freeze_quantized(optax.contrib.reduce_on_plateau(factor=0.5))
+    params = mixed()
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, value=jnp.float32(1))
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_freezing_needs_the_params():
+    tx = qat.freeze_quantized(optax.sgd(0.1))
+    with pytest.raises(jq.QuantError, match="freeze_quantized: update needs the parameters"):
+        tx.update({"w": W}, tx.init({"w": W}))
+
+
+def test_jax_refuses_gradients_of_integer_leaves():
+    """The first line of defence is JAX's own, and it has to stay."""
+    with pytest.raises(TypeError, match="grad requires real- or complex-valued inputs"):
+        jax.grad(lambda p: jnp.sum(p["frozen"]["kernel"].dequantize()))(mixed())
