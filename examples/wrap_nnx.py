@@ -1,4 +1,4 @@
-"""A Flax NNX model, quantized from outside: jq.nnx.wrap to train it, jq.nnx.quantize to run it.
+"""A Flax NNX model, quantized from outside: jq.nnx.wrap trains it, .quantize makes it run on QTensors.
 
 The model is plain NNX and keeps NNX's own ways: nnx.jit, nnx.Optimizer, modules with state.
 
@@ -65,13 +65,13 @@ def main():
     model = MLP(nnx.Rngs(0))
     train(model, train_x, train_y, steps, 3e-3)
     report("float", model)
-    report("int2 at once", jq.nnx.quantize(model, rules))
+    wrapped = jq.nnx.wrap(model, rules)  # the same model, whose float weights compute as 2-bit ones
+    report("int2 at once", wrapped.quantize(test_x))
 
-    wrapped = jq.nnx.wrap(model, rules)  # float weights that compute as 2-bit ones
     train(wrapped, train_x, train_y, steps // 2, 1e-3)
-    small = jq.nnx.quantize(wrapped)  # by the specs of its layers
+    small = wrapped.quantize(test_x)
     report("int2 after training", small)
-    print(nnx.to_pure_dict(nnx.state(small))["hidden"]["kernel"])
+    print(small.plan(test_x))
 
 
 if __name__ == "__main__":

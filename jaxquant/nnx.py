@@ -1,8 +1,8 @@
 """Flax NNX layers that quantize, and models made of them.
 
     QuantLinear, QuantLinearGeneral, QuantConv, QuantEmbed, QuantEinsum     Flax's layers with one more argument, spec
-    wrap(model, rules)        a model whose layers train as they will run quantized
-    quantize(model, rules)    a model whose weights are QTensors
+    wrap(model, rules)        any model, in low precision: its own code, transformed
+    quantize(model)           a model of these layers, with QTensors as weights
     functional(model)         the model as a pure function of its parameters
 
 Each layer is a subclass of Flax's own and runs Flax's own forward pass, with an operation of `jaxquant.ops` in the
@@ -50,10 +50,11 @@ from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec, Rule
 from jaxquant.ptq.rtn import rtn
-from jaxquant.transform.make_plan import check_rules
+from jaxquant.transform.make_plan import check_rules, make_plan
 from jaxquant.transform.params import quantize_params
 from jaxquant.transform.paths import nearest
 from jaxquant.transform.plan import Item, Plan
+from jaxquant.transform.quantized import quantized
 
 __all__ = [
     "ActRange",
@@ -63,6 +64,7 @@ __all__ = [
     "QuantLinear",
     "QuantLinearGeneral",
     "QuantStat",
+    "Wrapped",
     "functional",
     "quantize",
     "trainable",
@@ -165,9 +167,7 @@ _FLAX_OPERATIONS = (None, lax.dot_general, lax.conv_general_dilated, jnp.einsum)
 
 
 class _Quantized:
-    """What the layers share. It follows Flax's class among the bases, so that `wrap` can turn one into the other."""
-
-    __slots__ = ()
+    """What the layers share."""
 
     _weight_name = "kernel"
     _op = "dot_general"
@@ -524,14 +524,6 @@ def _no_sharding(layer: str, out_sharding: Any = None) -> None:
 
 # -- models -----------------------------------------------------------------------------------------------------------
 
-_QUANTIZED = {
-    nnx.Linear: QuantLinear,
-    nnx.LinearGeneral: QuantLinearGeneral,
-    nnx.Conv: QuantConv,
-    nnx.Einsum: QuantEinsum,
-    nnx.Embed: QuantEmbed,
-}
-
 
 def trainable(path: Any, value: Any) -> bool:
     """A filter for `nnx.grad`, `nnx.Optimizer`, `nnx.state`, ...: the Params that hold float arrays.
@@ -586,51 +578,109 @@ def _checked(function: str, rules: Sequence[Rule], model: nnx.Module) -> tuple[R
     return rules
 
 
-def wrap(model: Any, rules: Sequence[Rule]) -> Any:
-    """A model whose layers compute as they will when they are quantized: for quantization-aware training.
+class Wrapped(nnx.Module):
+    """A model in low precision; made by `wrap`.
 
-    Every `nnx.Linear`, `LinearGeneral`, `Conv`, `Embed` and `Einsum` whose weight a rule names becomes the layer of the
-    same name here, with the rule's spec. State structure and values stay as they are.
+    Attributes:
+      model: the model itself.
+      rules: which of its parameters are quantized, and how.
+    """
+
+    def __init__(self, model: Any, rules: Sequence[Rule]):
+        self.model = model
+        self.rules = check_rules("wrap", rules)
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """What a call with these arguments (arrays or shapes) quantizes; see `jaxquant.make_plan`."""
+        fn, params, rest = _pure(self.model)
+        return make_plan(fn, params, rest, *args, rules=self.rules, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own call in low precision. Changes of its state (batch statistics, random keys) are kept."""
+        fn, params, rest = _pure(self.model)
+        plan = make_plan(fn, params, rest, *args, rules=self.rules, **kwargs)
+        out, rest = quantized(fn, plan)(params, rest, *args, **kwargs)
+        nnx.update(self.model, rest)
+        return out
+
+    def quantize(
+        self,
+        *args: Any,
+        method: Callable[..., QTensor] = rtn,
+        stats: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Wrapped:
+        """The same with QTensors as weights; ``args`` and ``kwargs`` as for a call, from which the plan is made.
+
+        This model is not changed; what is not quantized is shared with it. ``method`` and ``stats`` as for
+        `jaxquant.quantize_params`.
+        """
+        graphdef, variables, rest = nnx.split(self.model, nnx.Param, ...)
+        params = nnx.to_pure_dict(variables)
+        qparams = quantize_params(params, self.plan(*args, **kwargs), method=method, stats=stats)
+        return Wrapped(nnx.merge(graphdef, qparams, nnx.to_pure_dict(rest)), self.rules)
+
+
+def _pure(model: Any) -> tuple[Callable[..., Any], Any, Any]:
+    """``fn(params, rest, *args) -> (result, new rest)``, with the model's params and the rest of its state."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def fn(params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
+        merged = nnx.merge(graphdef, params, rest)
+        out = merged(*args, **kwargs)
+        return out, nnx.to_pure_dict(nnx.state(merged, nnx.Not(nnx.Param)))
+
+    return fn, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+
+def wrap(model: Any, rules: Sequence[Rule]) -> Wrapped:
+    """Any NNX model in low precision: its own code, transformed by `jaxquant.quantized` at each call.
+
+    Products are found in the trace, so every way in which a parameter reaches one counts, ``x @ self.w`` included.
+    Float weights train, QTensors run; the model keeps its stateful ways: `nnx.jit`, `nnx.Optimizer`, batch statistics
+    and dropout streams work through the wrapper. Call it inside `nnx.jit`: without, each call traces anew.
 
     Args:
-      model: an NNX module; it is not changed. Its arrays are shared, not copied.
-      rules: searched in the paths of the weights, such as ``"encoder/dense1/kernel"``. The first that matches wins;
-        ``Rule(pattern, None)`` keeps what it matches in float.
+      model: an NNX module. The wrapper holds the model itself: training one trains the other.
+      rules: searched in the paths of the parameters, such as ``"encoder/dense1/kernel"``; see `jaxquant.make_plan`.
 
     Returns:
-      The new model, with Variables of its own.
+      A `Wrapped`: call it as the model; ``.plan(x)`` shows what is quantized, ``.quantize(x)`` makes QTensors.
 
     Raises:
-      QuantError: if a rule matches no weight, or names one whose module has no quantized form (a subclass of a Flax
-        layer, `nnx.ConvTranspose`, a module of yours).
+      QuantError: if rules are no rules; when called, as `jaxquant.make_plan` and `jaxquant.quantized`. Static
+        activation ranges have no place here: use `functional` with `jaxquant.calibrate`, or the layers of this module.
 
     Example:
       >>> from flax import nnx
       >>> import jax.numpy as jnp, jaxquant as jq
       >>> from jaxquant import recipes
       >>> model = nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
+      >>> x = jnp.ones((1, 8))
       >>> trains = jq.nnx.wrap(model, [jq.Rule("layers/0", recipes.w8a8())])
-      >>> [type(layer).__name__ for layer in trains.layers if isinstance(layer, nnx.Module)]
-      ['QuantLinear', 'Linear']
+      >>> small = trains.quantize(x)
+      >>> bool(jnp.allclose(trains(x), small(x), atol=1e-5))
+      True
+      >>> list(small.plan(x))
+      ['layers/0/kernel']
     """
-    rules = _checked("wrap", rules, model)
+    return Wrapped(model, rules)
+
+
+def _with_specs(model: Any, rules: Sequence[Rule]) -> Any:
+    """A copy (which shares arrays) whose layers have the specs that rules give them."""
+    rules = _checked("quantize", rules, model)
     model = nnx.clone(model)
     for path, layer in list(_weights(model)):
         rule = _first(rules, path)
-        if rule is None or (rule.spec is None and not isinstance(layer, _Quantized)):
+        if rule is None:
             continue
-        if not isinstance(layer, _Quantized):
-            if type(layer) not in _QUANTIZED:
-                raise quant_error(
-                    "wrap",
-                    f"{type(layer).__name__} has no quantized form",
-                    todo=f"Use one of {', '.join(q.__name__ for q in _QUANTIZED.values())} in the model, or keep it in "
-                    f"float with Rule({path!r}, None) before the other rules",
-                    path=path,
-                    pattern=rule.pattern,
-                )
-            layer.__class__ = _QUANTIZED[type(layer)]  # it is ours: nobody else has seen this copy
-        layer._set_spec(rule.spec)
+        if isinstance(layer, _Quantized):
+            layer._set_spec(rule.spec)
+        elif rule.spec is not None:
+            todo = "Quantize any model with jq.nnx.wrap(model, rules).quantize(x), or build it of jq.nnx layers"
+            name = type(layer).__name__
+            raise quant_error("quantize", f"{name} cannot run on a QTensor by itself", todo=todo, path=path)
     return model
 
 
@@ -641,14 +691,16 @@ def quantize(
     method: Callable[..., QTensor] = rtn,
     stats: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A model whose weights are `QTensor`s: `wrap`, then `jaxquant.quantize_params` on the weights.
+    """A model of the layers of this module whose weights are `QTensor`s.
 
-    Kinds of layers, not names, say which axes share a scale. The weights of a stack of layers (made by `nnx.vmap`, run
-    by `nnx.scan`) are quantized one layer at a time, so that every leaf of their QTensor has the axis of the stack.
+    For models of other layers, see `wrap`. Kinds of layers, not names, say which axes share a scale. The weights of a
+    stack of layers (made by `nnx.vmap`, run by `nnx.scan`) are quantized one layer at a time, so that every leaf of
+    their QTensor has the axis of the stack.
 
     Args:
-      model: an NNX module of Flax's layers, or of the layers here; it is not changed.
-      rules: as for `wrap`; None: each layer's own spec, as after training.
+      model: an NNX module of the layers here; it is not changed.
+      rules: specs that replace the layers' own, by the paths of their weights; None: each layer's own spec, as after
+        training.
       method: a quantizer ``(w, spec, *, reduce_axes, stats) -> QTensor``; see `jaxquant.ptq`.
       stats: path -> what the method wants to know about the inputs of that weight.
 
@@ -657,19 +709,19 @@ def quantize(
       already stay as they are.
 
     Raises:
-      QuantError: as `wrap` and `quantize_params`, and if no layer has a spec for its weight.
+      QuantError: as `quantize_params`; if a rule matches no weight, or one of a layer that is not of this module; if no
+        layer has a spec for its weight.
 
     Example:
       >>> from flax import nnx
       >>> import jax.numpy as jnp, jaxquant as jq
       >>> from jaxquant import recipes
-      >>> model = nnx.Sequential(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(32, 2, rngs=nnx.Rngs(1)))
-      >>> small = jq.nnx.quantize(model, [jq.Rule("layers/2", None), jq.Rule(".*", recipes.w4a16(group_size=32))])
-      >>> nnx.to_pure_dict(nnx.state(small))["layers"][0]["kernel"]
+      >>> model = jq.nnx.QuantLinear(64, 32, spec=recipes.w4a16(group_size=32), rngs=nnx.Rngs(0))
+      >>> nnx.to_pure_dict(nnx.state(jq.nnx.quantize(model)))["kernel"]
       QTensor(int4[64, 32] -> float32, group 32 on axis -2, symmetric, 1.2 KiB)
     """
     rules = () if rules is None else rules
-    model = wrap(model, rules)
+    model = _with_specs(model, rules)
     layers = [(path, layer) for path, layer in _weights(model) if isinstance(layer, _Quantized)]
     layers = [(path, layer) for path, layer in layers if layer.spec is not None and layer.spec.weight is not None]
     if not layers:
