@@ -1,6 +1,7 @@
 """Flax Linen layers that quantize: Flax's own, with one more field, ``spec``.
 
     QuantDense, QuantDenseGeneral, QuantConv, QuantEmbed, QuantEinsum
+    wrap(model, rules)        any model, in low precision: its own code, transformed
 
 Each layer is a subclass of Flax's, with Flax's constructor arguments, parameter names, initial values and dtypes: the
 variables of a model do not change when `nn.Dense` becomes `QuantDense`. What the layer computes depends on its weight:
@@ -22,8 +23,9 @@ mutable the observer sees the input, and the forward pass uses the range so far;
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -38,9 +40,12 @@ from jaxquant.core.affine import roundtrip, scale_zero_point
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.core.specs import OpSpec, QuantSpec, Rule
+from jaxquant.transform.make_plan import check_rules, make_plan
+from jaxquant.transform.plan import Plan
+from jaxquant.transform.quantized import quantized
 
-__all__ = ["QuantConv", "QuantDense", "QuantDenseGeneral", "QuantEinsum", "QuantEmbed"]
+__all__ = ["QuantConv", "QuantDense", "QuantDenseGeneral", "QuantEinsum", "QuantEmbed", "Wrapped", "wrap"]
 
 
 def _named_as_flax(cls: Any) -> Any:
@@ -431,3 +436,65 @@ class QuantEmbed(_Quantized, nn.Embed):
         query, table = self._promote(self.promote_dtype, query, self.embedding, dtype=self.dtype)
         contract = (((query.ndim - 1,), (1,)), ((), ()))
         return self._product(ops.dot_general, query, table, contract, act=query)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapped:
+    """A Linen model in low precision; made by `wrap`.
+
+    Attributes:
+      model: the model itself, unchanged.
+      rules: which of its parameters are quantized, and how.
+      state: static activation ranges, from `jaxquant.act_state`.
+    """
+
+    model: nn.Module
+    rules: tuple[Rule, ...]
+    state: Mapping[str, Any] | None = None
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's own ``init``: its tree and its values."""
+        return self.model.init(rngs, *args, **kwargs)
+
+    def plan(self, variables: Any, *args: Any, **kwargs: Any) -> Plan:
+        """What ``apply`` with these arguments (arrays or shapes) quantizes; see `jaxquant.make_plan`."""
+        return make_plan(self.model.apply, variables, *args, rules=self.rules, **kwargs)
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's own ``apply`` in low precision: float weights train, QTensors run."""
+        plan = self.plan(variables, *args, **kwargs)
+        return quantized(self.model.apply, plan, self.state)(variables, *args, **kwargs)
+
+
+def wrap(model: nn.Module, rules: Sequence[Rule], *, state: Mapping[str, Any] | None = None) -> Wrapped:
+    """Any Linen model in low precision: its own code, transformed by `jaxquant.quantized` at each ``apply``.
+
+    Products are found in the trace, so raw ``x @ w``, einsum, tied embeddings and scanned stacks count as well as
+    ``nn.Dense``. Use ``apply`` inside `jax.jit`: without, each call traces anew.
+
+    Args:
+      model: a Linen module; it is not changed.
+      rules: searched in the paths of the variables, such as ``"params/encoder/Dense_0/kernel"``; see
+        `jaxquant.make_plan`.
+      state: static activation ranges, where rules have static specs.
+
+    Returns:
+      A `Wrapped` with ``init``, ``apply`` and ``plan``.
+
+    Raises:
+      QuantError: if rules are no rules; ``plan`` and ``apply`` as `jaxquant.make_plan` and `jaxquant.quantized`.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> qmodel = jq.linen.wrap(nn.Dense(3), [jq.Rule("kernel", recipes.w8a8())])
+      >>> x = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
+      >>> variables = qmodel.init(jax.random.key(0), x)
+      >>> frozen = jq.quantize_params(variables, qmodel.plan(variables, x))
+      >>> bool(jnp.allclose(qmodel.apply(variables, x), qmodel.apply(frozen, x)))
+      True
+    """
+    if not isinstance(model, nn.Module):
+        todo = "For NNX use jq.nnx.wrap, for other functions jq.quantized"
+        raise quant_error("wrap", "the model must be a Linen module", todo=todo, model=type(model).__name__)
+    return Wrapped(model, check_rules("wrap", rules), state)
