@@ -3,7 +3,7 @@
 Layers; imports point down only:
 
     linen, nnx, io    5  Flax layers; checkpoints (loaded on first use)
-    transform         4  make_plan, quantize_params, quantized, calibrate
+    transform         4  make_plan, quantize_params, quantized, calibrate, shardings
     ptq               3  quantizers: rtn
     recipes           3  named OpSpecs
     ops               2  quantized primitives: dot_general, einsum, conv_general_dilated, take
@@ -29,6 +29,7 @@ from jaxquant.transform import (
     make_plan,
     quantize_params,
     quantized,
+    shardings,
     statistics,
 )
 
@@ -62,6 +63,7 @@ __all__ = [
     "quantized",
     "recipes",
     "scale_zero_point",
+    "shardings",
     "statistics",
 ]
 

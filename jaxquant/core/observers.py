@@ -66,15 +66,9 @@ def _extremes(x: jax.Array, axes: Axes, *binaries: _Binary) -> tuple[jax.Array, 
         return tuple(_LIBRARY[binary](x, axes) for binary in binaries)
 
     def explicit(x: jax.Array) -> tuple[jax.Array, ...]:
-        zero = jnp.zeros((), x.dtype)
-
-        def finite(binary: _Binary) -> _Binary:
-            return lambda a, b: binary(*(jnp.where(jnp.isinf(v), jnp.zeros_like(v), v) for v in (a, b)))
-
-        return tuple(
-            finite(b)(lax.expand_dims(lax.reduce(x, zero, finite(b), axes), axes), zero[(None,) * x.ndim])
-            for b in binaries
-        )
+        # Of standard reductions only: XLA cannot spread another one over devices, if the array is cut along these axes.
+        nan, finite = jnp.any(jnp.isnan(x), axis=axes, keepdims=True), jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
+        return tuple(jnp.where(nan, jnp.asarray(jnp.nan, x.dtype), v) for v in library(finite))
 
     def on_cpu(x: jax.Array) -> tuple[jax.Array, ...]:
         if x.size <= 1 << 8:
@@ -90,6 +84,11 @@ def _extremes(x: jax.Array, axes: Axes, *binaries: _Binary) -> tuple[jax.Array, 
 
 def _absmax(x: jax.Array, axes: Axes) -> jax.Array:
     return _extremes(x, axes, _larger_magnitude)[0]
+
+
+def array_absmax(x: jax.Array) -> jax.Array:
+    """The largest finite magnitude of an array, a scalar; NaN if it holds one."""
+    return _absmax(x, tuple(range(x.ndim))).reshape(())
 
 
 def _minmax(x: jax.Array, axes: Axes) -> Range:

@@ -4,10 +4,12 @@ make_plan        rules and a trace -> Plan
 quantize_params  float leaves -> QTensors
 quantized        fn -> fn in low precision
 calibrate        statistics of the inputs of planned weights; act_state: static ranges from them
+shardings        where the arrays of QTensors lie, from where the float params lie
 """
 
-# The first three are imported for the handlers that they register with the interpreter.
+# Imported for the handlers that they register with the interpreter.
 from jaxquant.transform import calls as calls
+from jaxquant.transform import manual as manual
 from jaxquant.transform import operations as operations
 from jaxquant.transform import statistics
 from jaxquant.transform import views as views
@@ -16,6 +18,7 @@ from jaxquant.transform.make_plan import make_plan
 from jaxquant.transform.params import dequantize_params, quantize_params
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.quantized import quantized
+from jaxquant.transform.shardings import shardings
 
 __all__ = [
     "Plan",
@@ -25,5 +28,6 @@ __all__ = [
     "make_plan",
     "quantize_params",
     "quantized",
+    "shardings",
     "statistics",
 ]

@@ -11,7 +11,7 @@ import jax
 
 from jaxquant.core.affine import roundtrip, scale_zero_point
 from jaxquant.core.errors import quant_error
-from jaxquant.transform.interpreter import Interpreter
+from jaxquant.transform.interpreter import Interpreter, Tally
 from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.quantized import check_plan, weights_of
@@ -31,19 +31,19 @@ def _wanted(item: Item, collect: Mapping[str, Statistic] | None) -> Mapping[str,
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """The static half of a batch: its structure, and its leaves that are no arrays."""
+    """The static half of a call: its structure, and its leaves that are no arrays."""
 
     structure: Any
     static: tuple[Any, ...]
 
     @classmethod
     def of(cls, args: tuple[Any, ...]) -> tuple[_Call, list[Any]]:
-        """A batch in two halves."""
+        """A call in two halves."""
         flat, structure = jax.tree.flatten(args)
         return cls(structure, tuple(_ARRAY if is_array(x) else x for x in flat)), [x for x in flat if is_array(x)]
 
     def arguments(self, arrays: list[Any]) -> tuple[Any, ...]:
-        """The batch, put together."""
+        """The call, put together."""
         new = iter(arrays)
         return jax.tree.unflatten(self.structure, [next(new) if x is _ARRAY else x for x in self.static])
 
@@ -75,10 +75,11 @@ def calibrate(
 
     Returns:
       path -> name -> the statistic, a plain pytree; with leading axes where the weight is stacked under scan. A
-      parameter that is only looked up (``take``) has no input and is not among them.
+      parameter that is only looked up (``take``) has no input and is not among them, and neither is one that no batch
+      has reached, in a branch that was never taken.
 
     Raises:
-      QuantError: if there are no batches, or params do not fit the plan.
+      QuantError: if there are no batches, params do not fit the plan, or a planned weight is inside of a shard_map.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
@@ -99,27 +100,30 @@ def calibrate(
     def collected(item: Item, x: jax.Array) -> Any:
         return {name: statistic.of(jax.lax.stop_gradient(x)) for name, statistic in wanted[item.path].items()}
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def one(params: Any, arrays: list[Any], call: _Call) -> Any:
-        traced = trace("calibrate", fn, params, call.arguments(arrays), {})
+    @functools.partial(jax.jit, static_argnums=1)
+    def one(arrays: list[Any], call: _Call) -> dict[str, Tally]:
+        params, args = call.arguments(arrays)
+        traced = trace("calibrate", fn, params, args, {})
         interpreter = Interpreter(plan, collect=collected, merge=merge)
         interpreter.run(traced.jaxpr, weights_of(traced, plan, None))
         return interpreter.stats
 
     @jax.jit
-    def both(a: Any, b: Any) -> Any:
-        return {path: merge(path, a[path], b[path]) for path in a}
+    def both(a: dict[str, Tally], b: dict[str, Tally]) -> dict[str, Tally]:
+        shared = {path: a[path].merge(b[path], functools.partial(merge, path)) for path in a if path in b}
+        return {**a, **b, **shared}
 
     check_plan("calibrate", plan, leaves_with_paths(params)[0])
     total = None
     for batch in batches:
-        call, arrays = _Call.of(tuple(batch) if isinstance(batch, tuple | list) else (batch,))
-        stats = one(params, arrays, call)
+        call, arrays = _Call.of((params, tuple(batch) if isinstance(batch, tuple | list) else (batch,)))
+        stats = one(arrays, call)
         total = stats if total is None else both(total, stats)
     if total is None:
         todo = "Pass at least one; a generator is used up by one pass"
         raise quant_error("calibrate", "there are no batches", todo=todo)
-    return total
+    seen = {path: tally.seen is None or bool(tally.seen.all()) for path, tally in total.items()}
+    return {path: tally.value for path, tally in total.items() if seen[path]}
 
 
 def act_state(plan: Plan, stats: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,7 +144,7 @@ def act_state(plan: Plan, stats: Mapping[str, Any]) -> dict[str, Any]:
     static = [item for item in plan.items if item.spec.act is not None and item.spec.act.static]
     missing = tuple(item.path for item in static if "range" not in stats.get(item.path, {}))
     if missing:
-        todo = "Run calibrate with the plan that has the static specs"
+        todo = "Run calibrate with this plan, over batches that reach every branch"
         raise quant_error("act_state", "there are no ranges for some static activations", todo=todo, paths=missing)
     state = {}
     for item in static:

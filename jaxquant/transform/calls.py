@@ -1,22 +1,26 @@
-"""Handlers of the primitives that hold jaxprs: jit, scan, while, cond, remat, custom derivatives, shard_map."""
+"""Handlers of the primitives that hold jaxprs: jit, scan, while, cond, remat, custom derivatives.
+
+`jax.shard_map` is in `jaxquant.transform.manual`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr
+from jax.sharding import Sharding
 
 from jaxquant.transform import primitives
-from jaxquant.transform.interpreter import ABSENT, Interpreter, handles, unsupported
+from jaxquant.transform.interpreter import ABSENT, Interpreter, Tally, handles, unsupported
 from jaxquant.transform.primitives import named, used_by
 from jaxquant.transform.weights import Weight
 
-__all__: list[str] = []
+__all__ = ["absent", "arrays_of", "closed_of", "floats", "inside"]
 
 _public = functools.partial(functools.partial, named)
 
@@ -25,34 +29,48 @@ def _traced(fn: Any) -> Any:
     return functools.partial(used_by, fn, (3,))
 
 
-def _closed(jaxpr: Any) -> ClosedJaxpr:
+def closed_of(jaxpr: Any) -> ClosedJaxpr:
+    """A jaxpr without constants, closed."""
     return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
 
 @handles(_traced(primitives.jit_call), _public("closed_call_p"), _public("call_p"))
 def _jit(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    """Entered in place: the caller's own ``jit`` is around all of it."""
-    return interpreter.run(_closed(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))), values)
+    """Entered in place: the caller's own ``jit`` is around all of it. Shardings it names become constraints."""
+    p = eqn.params
+    values = _placed(interpreter, values, p.get("in_shardings", ()))
+    results = interpreter.run(closed_of(p.get("jaxpr", p.get("call_jaxpr"))), values)
+    return _placed(interpreter, results, p.get("out_shardings", ()))
+
+
+def _placed(interpreter: Interpreter, values: list[Any], shardings: Any) -> list[Any]:
+    if interpreter.planning or not any(isinstance(s, Sharding) for s in shardings):
+        return values
+    return [
+        lax.with_sharding_constraint(v, s) if isinstance(s, Sharding) and not isinstance(v, Weight) else v
+        for v, s in zip(values, shardings, strict=True)
+    ]
 
 
 @handles(_traced(primitives.with_custom_jvp), _traced(primitives.with_custom_vjp))
 def _custom_derivative(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     """Entered in place: with a weight inside, gradients are those of the quantized body, not the custom rule's."""
-    return interpreter.run(_closed(eqn.params["call_jaxpr"]), values)
+    if interpreter.planning:
+        interpreter.own_derivatives.update(v.path for v in values if isinstance(v, Weight))
+    return interpreter.run(closed_of(eqn.params["call_jaxpr"]), values)
 
 
-# -- weights across the boundary of an inner trace
-# ---------------------------------------------------------------------------
+# -- weights across the boundary of an inner trace ---------------------------------------------------------------------
 #
 # A weight enters as its leaf (all arrays of a QTensor) and its state; inside, it is put together again.
 
 
-def _arrays(value: Any) -> Any:
+def arrays_of(value: Any) -> Any:
     """What of a value crosses: a pytree of arrays."""
     return (value.leaf, value.state) if isinstance(value, Weight) else value
 
 
-def _inside(outer: Any, arrays: Any) -> Any:
+def inside(outer: Any, arrays: Any) -> Any:
     """The value on the inside."""
     if not isinstance(outer, Weight):
         return arrays
@@ -60,142 +78,193 @@ def _inside(outer: Any, arrays: Any) -> Any:
     return dataclasses.replace(outer, leaf=leaf, state=state)
 
 
-def _floats(interpreter: Interpreter, results: list[Any], op: str) -> list[Any]:
+def floats(interpreter: Interpreter, results: list[Any], op: str) -> list[Any]:
     """Results of an inner trace: a weight that is returned from it is a use in float."""
     return [interpreter.float_of(r, f"the result of {op}") if isinstance(r, Weight) else r for r in results]
 
 
-def _absent(interpreter: Interpreter, results: list[Any], op: str) -> list[Any]:
+def absent(interpreter: Interpreter, results: list[Any], op: str) -> list[Any]:
     """Planning: the same."""
     for r in results:
         if isinstance(r, Weight):
-            interpreter.refuse(r, op, f"it is a result of {op}")
+            interpreter.refuse(r, op, f"handed out of {op} as a result")
     return [ABSENT] * len(results)
+
+
+def _entering(interpreter: Interpreter, w: Weight, op: str) -> Any:
+    """A weight that cannot go in as one: absent while planning, else in float."""
+    if interpreter.planning:
+        interpreter.refuse(w, op, f"changed from one step of a {op} to the next")
+        return ABSENT
+    return interpreter.float_of(w, f"the carry of {op}")
 
 
 @handles(_traced(primitives.checkpointed))
 def _remat(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    closed, p = _closed(eqn.params["jaxpr"]), eqn.params
+    closed, p = closed_of(eqn.params["jaxpr"]), eqn.params
     if interpreter.planning:
-        return _absent(interpreter, interpreter.run(closed, values), "remat")
+        return absent(interpreter, interpreter.run(closed, values), "remat")
 
     def body(arrays: list[Any]) -> Any:
         inner = interpreter.child()
-        results = inner.run(closed, [_inside(v, a) for v, a in zip(values, arrays, strict=True)])
-        return _floats(interpreter, results, "remat"), inner.stats
+        results = inner.run(closed, [inside(v, a) for v, a in zip(values, arrays, strict=True)])
+        return floats(interpreter, results, "remat"), inner.stats
 
     results, stats = jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(
-        [_arrays(v) for v in values]
+        [arrays_of(v) for v in values]
     )
     interpreter.add_stats(stats)
     return results
 
 
+# -- loops -------------------------------------------------------------------------------------------------------------
+
+
+class _Carry:
+    """The carry of a loop: weights that the body hands on unchanged are constants of it, and stay outside."""
+
+    def __init__(self, interpreter: Interpreter, op: str, carry: list[Any], given: list[Any], returned: list[Any]):
+        kept = [a is b for a, b in zip(given, returned, strict=True)]
+        self.fixed = [isinstance(c, Weight) and k for c, k in zip(carry, kept, strict=True)]
+        self.values = [
+            _entering(interpreter, c, op) if isinstance(c, Weight) and not f else c
+            for c, f in zip(carry, self.fixed, strict=True)
+        ]
+
+    @property
+    def start(self) -> list[Any]:
+        """The part that moves."""
+        return self.moving(self.values)
+
+    def moving(self, values: list[Any]) -> list[Any]:
+        """The part of the body's results that moves."""
+        return [v for v, f in zip(values, self.fixed, strict=True) if not f]
+
+    def full(self, moving: Iterable[Any]) -> list[Any]:
+        """The whole carry, constants put back."""
+        moving = iter(moving)
+        return [v if f else next(moving) for v, f in zip(self.values, self.fixed, strict=True)]
+
+
 def _layer(interpreter: Interpreter, w: Weight) -> Any:
-    """One layer of a stacked weight, whose first axis a scan takes. Steps so far must not have moved that axis."""
-    if any(step.name != "convert_element_type" for step in w.steps):
+    """One layer of a stacked weight, whose first axis a scan takes. Steps so far must leave that axis alone."""
+    moved = next((step for step in w.steps if step.layer is None), None)
+    if moved is not None:
         if interpreter.planning:
-            interpreter.refuse(w, "scan", f"it is stacked, and goes through {w.steps[-1].name} before a scan takes it")
+            interpreter.refuse(w, "scan", f"stacked, but its first axis goes through a {moved.name} before the scan")
             return ABSENT
-        return interpreter.float_of(w, f"{w.steps[-1].name} before scan")
-    return dataclasses.replace(w, dims=w.dims[1:], stacked=w.stacked + 1)
+        return interpreter.float_of(w, f"{moved.name} before scan")
+    steps = tuple(step.layer() for step in w.steps if step.layer is not None)
+    return dataclasses.replace(w, dims=w.dims[1:], stacked=w.stacked + 1, steps=steps)
 
 
 @handles(_public("scan_p"))
 def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     p = eqn.params
     closed, n_consts, n_carry = p["jaxpr"], p["num_consts"], p["num_carry"]
-    consts, carry, xs = values[:n_consts], values[n_consts : n_consts + n_carry], values[n_consts + n_carry :]
-    body_jaxpr = closed.jaxpr
-    # A weight that the body hands on unchanged is a constant of the loop.
-    fixed = [
-        isinstance(c, Weight) and body_jaxpr.invars[n_consts + i] is body_jaxpr.outvars[i] for i, c in enumerate(carry)
-    ]
-    if any(isinstance(c, Weight) and not f for c, f in zip(carry, fixed, strict=True)):
-        return unsupported(interpreter, eqn, values)
+    consts, xs = values[:n_consts], values[n_consts + n_carry :]
+    inputs, outputs = closed.jaxpr.invars[n_consts : n_consts + n_carry], closed.jaxpr.outvars[:n_carry]
+    carry = _Carry(interpreter, "scan", values[n_consts : n_consts + n_carry], inputs, outputs)
     xs = [_layer(interpreter, x) if isinstance(x, Weight) else x for x in xs]
     if interpreter.planning:
-        results = interpreter.run(closed, [*consts, *carry, *xs])
-        _absent(interpreter, results[n_carry:], "scan")
-        return [c if f else ABSENT for c, f in zip(carry, fixed, strict=True)] + [ABSENT] * (len(results) - n_carry)
+        results = interpreter.run(closed, [*consts, *carry.values, *xs])
+        moving = absent(interpreter, carry.moving(results[:n_carry]), "scan")
+        return carry.full(moving) + absent(interpreter, results[n_carry:], "scan")
 
     def body(state: list[Any], arrays: list[Any]) -> Any:
-        inner, moving = interpreter.child(), iter(state)
-        full = [c if f else next(moving) for c, f in zip(carry, fixed, strict=True)]
-        layers = [_inside(x, a) for x, a in zip(xs, arrays, strict=True)]
-        results = inner.run(closed, [*consts, *full, *layers])
-        out = [r for r, f in zip(results[:n_carry], fixed, strict=True) if not f]
-        return _floats(interpreter, out, "scan"), (_floats(interpreter, results[n_carry:], "scan"), inner.stats)
+        inner = interpreter.child()
+        layers = [inside(x, a) for x, a in zip(xs, arrays, strict=True)]
+        results = inner.run(closed, [*consts, *carry.full(state), *layers])
+        moving = floats(interpreter, carry.moving(results[:n_carry]), "scan")
+        return moving, (floats(interpreter, results[n_carry:], "scan"), inner.stats)
 
-    start = [c for c, f in zip(carry, fixed, strict=True) if not f]
     end, (ys, stats) = lax.scan(
-        body, start, [_arrays(x) for x in xs], length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+        body, carry.start, [arrays_of(x) for x in xs], length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
     interpreter.add_stats(_unstack(interpreter, stats, {x.path for x in xs if isinstance(x, Weight)}))
-    moving = iter(end)
-    return [c if f else next(moving) for c, f in zip(carry, fixed, strict=True)] + list(ys)
+    return carry.full(end) + list(ys)
 
 
-def _unstack(interpreter: Interpreter, stats: dict[str, Any], stacked: set[str]) -> dict[str, Any]:
+def _unstack(interpreter: Interpreter, stats: dict[str, Tally], stacked: set[str]) -> dict[str, Tally]:
     """Statistics of a scan: one per layer for a stacked weight, merged over the steps for a constant one."""
 
-    def merged(path: str, value: Any) -> Any:
-        first = jax.tree.map(lambda a: a[0], value)
-        rest = jax.tree.map(lambda a: a[1:], value)
+    def merged(path: str, tally: Tally) -> Tally:
+        first = jax.tree.map(lambda a: a[0], tally)
+        rest = jax.tree.map(lambda a: a[1:], tally)
         return lax.scan(lambda total, new: (interpreter.merged(path, total, new), None), first, rest)[0]
 
-    return {path: value if path in stacked else merged(path, value) for path, value in stats.items()}
+    return {path: tally if path in stacked else merged(path, tally) for path, tally in stats.items()}
 
 
 @handles(_public("while_p"))
 def _while(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
-    cond_consts, body_consts, carry = values[:n_cond], values[n_cond : n_cond + n_body], values[n_cond + n_body :]
+    cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
     cond, body = p["cond_jaxpr"], p["body_jaxpr"]
-    fixed = [
-        isinstance(c, Weight) and body.jaxpr.invars[n_body + i] is body.jaxpr.outvars[i] for i, c in enumerate(carry)
-    ]
-    if (
-        any(isinstance(c, Weight) and not f for c, f in zip(carry, fixed, strict=True))
-        or interpreter.collect is not None
-    ):
-        return unsupported(interpreter, eqn, values)
+    carry = _Carry(interpreter, "while", values[n_cond + n_body :], body.jaxpr.invars[n_body:], body.jaxpr.outvars)
     if interpreter.planning:
-        interpreter.run(cond, [*cond_consts, *carry])
-        interpreter.run(body, [*body_consts, *carry])
-        return [c if f else ABSENT for c, f in zip(carry, fixed, strict=True)]
+        interpreter.run(cond, [*cond_consts, *carry.values])
+        results = interpreter.run(body, [*body_consts, *carry.values])
+        return carry.full(absent(interpreter, carry.moving(results), "while"))
 
-    def full(state: list[Any]) -> list[Any]:
-        moving = iter(state)
-        return [c if f else next(moving) for c, f in zip(carry, fixed, strict=True)]
+    def test(state: tuple[list[Any], Any]) -> Any:
+        return interpreter.child().run(cond, [*cond_consts, *carry.full(state[0])])[0]
 
-    def step(state: list[Any]) -> list[Any]:
-        results = interpreter.run(body, [*body_consts, *full(state)])
-        return _floats(interpreter, [r for r, f in zip(results, fixed, strict=True) if not f], "while")
+    def step(state: list[Any]) -> tuple[list[Any], dict[str, Tally]]:
+        inner = interpreter.child()
+        if interpreter.collect is not None:  # a condition has no results but one: look at its inputs from here
+            inner.run(cond, [*cond_consts, *carry.full(state)])
+        results = inner.run(body, [*body_consts, *carry.full(state)])
+        return floats(interpreter, carry.moving(results), "while"), inner.stats
 
-    def test(state: list[Any]) -> Any:
-        return interpreter.run(cond, [*cond_consts, *full(state)])[0]
+    def counted(state: tuple[list[Any], dict[str, Tally]]) -> tuple[list[Any], dict[str, Tally]]:
+        moving, new = step(state[0])
+        return moving, {path: interpreter.merged(path, total, new[path]) for path, total in state[1].items()}
 
-    return full(lax.while_loop(test, step, [c for c, f in zip(carry, fixed, strict=True) if not f]))
+    empty = {} if interpreter.collect is None else _empty(jax.eval_shape(step, carry.start)[1])
+    end, stats = lax.while_loop(test, counted, (carry.start, empty))
+    interpreter.add_stats(stats)
+    return carry.full(end)
+
+
+def _empty(like: dict[str, Tally]) -> dict[str, Tally]:
+    return {path: Tally.none(tally) for path, tally in like.items()}
+
+
+# -- branches ----------------------------------------------------------------------------------------------------------
 
 
 @handles(_public("cond_p"))
 def _cond(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     index, *operands = values
-    if isinstance(index, Weight) or interpreter.collect is not None:
+    if isinstance(index, Weight):
         return unsupported(interpreter, eqn, values)
     branches = eqn.params["branches"]
     if interpreter.planning:
-        results = [interpreter.run(branch, operands) for branch in branches]
-        for branch_results in results:
-            _absent(interpreter, branch_results, "cond")
+        for branch in branches:
+            absent(interpreter, interpreter.run(branch, operands), "cond")
         return [ABSENT] * len(eqn.outvars)
 
     def branch_of(closed: ClosedJaxpr) -> Any:
-        return lambda: _floats(interpreter, interpreter.child().run(closed, operands), "cond")
+        def branch() -> tuple[list[Any], dict[str, Tally]]:
+            inner = interpreter.child()
+            return floats(interpreter, inner.run(closed, operands), "cond"), inner.stats
+
+        return branch
 
     chosen = [branch_of(branch) for branch in branches]
-    if jnp.issubdtype(jnp.asarray(index).dtype, jnp.bool_):
-        return list(lax.cond(index, chosen[1], chosen[0]))
-    return list(lax.switch(index, chosen))
+    if interpreter.collect is not None:
+        shapes: dict[str, Tally] = {}
+        for branch in chosen:
+            shapes.update(jax.eval_shape(branch)[1])
+        chosen = [functools.partial(_padded, branch, shapes) for branch in chosen]
+    results, stats = lax.switch(index, chosen)
+    interpreter.add_stats(stats)
+    return results
+
+
+def _padded(branch: Any, shapes: dict[str, Tally]) -> Any:
+    """A branch with the statistics of all branches: those that are not its own are empty."""
+    results, stats = branch()
+    return results, {**_empty(shapes), **{path: tally.certain() for path, tally in stats.items()}}

@@ -1,8 +1,7 @@
 """One interpreter over the jaxpr of a function of params; planning, running and calibrating are three uses of it.
 
 Runs of equations that no planned weight reaches are evaluated as they stand. An equation that a weight does reach goes
-to the
-handler of its primitive:
+to the handler of its primitive:
 
 - a *view* (transpose, reshape, slice, cast ..) yields the weight seen through one more step
   (`jaxquant.transform.views`);
@@ -22,9 +21,10 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
 
 from jaxquant.core.errors import quant_error
@@ -32,7 +32,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.weights import Weight
 
-__all__ = ["ABSENT", "Interpreter", "Use", "handles"]
+__all__ = ["ABSENT", "Interpreter", "Tally", "Use", "handles"]
 
 
 class _Absent:
@@ -84,6 +84,40 @@ class Use:
     contraction_minor: bool = True
 
 
+class Tally(NamedTuple):
+    """Statistics of the inputs of one parameter, and whether there were any.
+
+    Attributes:
+      value: what was collected; arbitrary where nothing was.
+      seen: whether something was, as an array; None: yes, for certain. Only branches and loops leave it open.
+    """
+
+    value: Any
+    seen: Any = None
+
+    def merge(self, other: Tally, merge: Callable[[Any, Any], Any]) -> Tally:
+        """Both, of which each may be empty."""
+        both = merge(self.value, other.value)
+        if self.seen is None and other.seen is None:
+            return Tally(both)
+        mine, others = (jnp.array(True) if t.seen is None else t.seen for t in (self, other))
+
+        def pick(merged: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+            here, there = (s.reshape(s.shape + (1,) * (merged.ndim - s.ndim)) for s in (mine, others))
+            return jnp.where(here & there, merged, jnp.where(here, a, b))
+
+        return Tally(jax.tree.map(pick, both, self.value, other.value), mine | others)
+
+    @classmethod
+    def none(cls, like: Tally) -> Tally:
+        """Nothing seen, in the form of another (or of its shapes)."""
+        return cls(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like.value), jnp.array(False))
+
+    def certain(self) -> Tally:
+        """The same with ``seen`` as an array, so that it has the form of one that is empty."""
+        return self if self.seen is not None else Tally(self.value, jnp.array(True))
+
+
 class Interpreter:
     """Evaluates a jaxpr some of whose inputs are `Weight`s.
 
@@ -109,7 +143,8 @@ class Interpreter:
         self.precision, self.planning = precision, planning
         self.collect, self.merge = collect, merge
         self.uses: list[Use] = []
-        self.stats: dict[str, Any] = {}
+        self.own_derivatives: set[str] = set()  # paths that enter a function with a derivative rule of its own
+        self.stats: dict[str, Tally] = {}
 
     def child(self) -> Interpreter:
         """The interpreter of an inner trace: the same, with statistics of its own."""
@@ -118,18 +153,17 @@ class Interpreter:
         other.stats = {}
         return other
 
-    def add_stats(self, stats: dict[str, Any]) -> None:
+    def add_stats(self, stats: dict[str, Tally]) -> None:
         """Takes over the statistics of an inner trace."""
-        for path, value in stats.items():
-            self.stats[path] = self.merged(path, self.stats[path], value) if path in self.stats else value
+        for path, tally in stats.items():
+            self.stats[path] = self.merged(path, self.stats[path], tally) if path in self.stats else tally
 
-    def merged(self, path: str, a: Any, b: Any) -> Any:
+    def merged(self, path: str, a: Tally, b: Tally) -> Tally:
         """Statistics of two uses of one parameter."""
         assert self.merge is not None
-        return self.merge(path, a, b)
+        return a.merge(b, functools.partial(self.merge, path))
 
-    # -- evaluation
-    # -----------------------------------------------------------------------------------------------------
+    # -- evaluation ----------------------------------------------------------------------------------------------------
     def run(self, closed: ClosedJaxpr, args: list[Any]) -> list[Any]:
         """Values of the outputs; weights that are returned unchanged stay weights."""
         jaxpr, handlers = closed.jaxpr, _registry()
@@ -166,8 +200,7 @@ class Interpreter:
         flush()
         return [read(v) for v in jaxpr.outvars]
 
-    # -- uses
-    # -----------------------------------------------------------------------------------------------------------
+    # -- uses ----------------------------------------------------------------------------------------------------------
     def record(self, weight: Weight, op: str, contracted: tuple[int, ...], *, contraction_minor: bool = True) -> None:
         """Planning: a use that can be quantized, if whole axes of the parameter are contracted."""
         found = weight.split(contracted)
@@ -179,6 +212,11 @@ class Interpreter:
         """Planning: a use that cannot be quantized."""
         self.uses.append(Use(weight.path, op, None, weight.stacked, reason))
 
+    def planned(self, weight: Weight, contracted: tuple[int, ...]) -> bool:
+        """Running: whether this is the use that the plan quantizes, and not one that contracts other axes."""
+        item = self.items.get(weight.path)
+        return item is None or weight.split(contracted) == item.reduce_axes
+
     def operand(self, weight: Weight) -> Any:
         """Running: the weight as an op's operand. Calibration runs float weights in float."""
         item = self.items.get(weight.path)
@@ -186,19 +224,41 @@ class Interpreter:
             return weight.value()
         return weight.operand(item.spec.weight, item.reduce_axes)
 
+    def real(self, weight: Weight) -> jax.Array:
+        """Running: the values of `operand` in float, differentiable."""
+        value = self.operand(weight)
+        return value.dequantize() if isinstance(value, QTensor) else value
+
     def float_of(self, weight: Weight, op: str) -> jax.Array:
         """Running: the weight in float, for a use that is not quantized.
 
-        Raises for a QTensor, unless the plan allows it.
+        Raises for a QTensor, unless the plan allows it. A float leaf that trains is fake-quantized here too, so that
+        both kinds of leaf compute the same.
         """
         item = self.items.get(weight.path)
-        if isinstance(weight.leaf, QTensor) and not (item is not None and item.dequantize):
+        allowed = item is not None and item.dequantize
+        if isinstance(weight.leaf, QTensor) and not allowed:
             todo = "Keep it in float with Rule(pattern, None), or allow it with Rule(pattern, spec, dequantize=True)"
             raise quant_error(
-                "quantized", f"a quantized weight reaches {op!r}, which has no quantized form", todo=todo,
+                "quantized", f"a quantized weight reaches {op}, which has no quantized form", todo=todo,
                 path=weight.path, weight=repr(weight.leaf),
             )  # fmt: skip
-        return weight.real()
+        return self.real(weight) if allowed else weight.real()
+
+
+_REASONS = {
+    **dict.fromkeys(("add", "add_any", "sub"), "added, not contracted"),
+    **dict.fromkeys(("mul", "div", "pow"), "multiplied elementwise, not contracted"),
+    **dict.fromkeys(("max", "min", "clamp", "select_n"), "compared elementwise, not contracted"),
+    **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "integer_pow", "square", "sqrt", "rsqrt", "abs"),
+                    "computed with (a norm, say) before it is used"),
+    "broadcast_in_dim": "repeated (broadcast), not contracted",
+    "concatenate": "joined with other arrays before it is used",
+    "gather": "indexed in a way that is not a lookup of rows",
+    "slice": "sliced with a stride",
+    "convert_element_type": "cast to a type that holds no 16-bit floats",
+    "dot_general": "multiplied with another parameter",
+}  # fmt: skip
 
 
 def unsupported(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
@@ -207,9 +267,9 @@ def unsupported(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
     if interpreter.planning:
         for value in values:
             if isinstance(value, Weight):
-                interpreter.refuse(value, op, f"{op} has no quantized form")
+                interpreter.refuse(value, op, _REASONS.get(op, f"goes into {op}, which has no quantized form"))
         return [ABSENT] * len(eqn.outvars)
-    return bind(eqn, [interpreter.float_of(v, op) if isinstance(v, Weight) else v for v in values])
+    return bind(eqn, [interpreter.float_of(v, repr(op)) if isinstance(v, Weight) else v for v in values])
 
 
 def bind(eqn: Any, values: list[Any]) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,12 +54,12 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
       >>> import jax.numpy as jnp, jaxquant as jq
       >>> from jaxquant import recipes
       >>> params = {"w": jnp.ones((64, 32)), "b": jnp.zeros(32)}
-      >>> print(jq.make_plan(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((1, 64)),
+      >>> print(jq.make_plan(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones(64),
       ...                    rules=[jq.Rule(".*", recipes.w8a16())]))
       path   op           shape                      spec                                bytes before  after
       ------------------------------------------------------------------------------------------------------
       w      dot_general  [64, 32], reduced over -2  w int8                                     8,192  2,176
-      b      -            [32]                       float32: add has no quantized form           128    128
+      b      -            [32]                       float32: added, not contracted               128    128
       ------------------------------------------------------------------------------------------------------
       total                                          1 quantized (3.61x smaller)                8,320  2,304
     """
@@ -65,14 +67,17 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
     traced = trace("make_plan", fn, params, args, kwargs)
     interpreter = Interpreter(planning=True)
     weights = [
-        Weight(path, None, None, dims_of(tuple(leaf.shape)), leaf.dtype) if is_float(leaf) else ABSENT
+        Weight(path, None, None, dims_of(tuple(leaf.shape)), leaf.dtype) if _plannable(leaf) else ABSENT
         for path, leaf in traced.params.items()
     ]
     returned = interpreter.run(traced.jaxpr, [*weights, *[ABSENT] * len(traced.arrays)])
     uses: dict[str, list[Use]] = {path: [] for path in traced.params}
+    for w in returned:
+        if isinstance(w, Weight) and w.steps:
+            interpreter.refuse(w, "return", f"returned by the function through a {w.steps[-1].name}")
     for use in interpreter.uses:
         uses[use.path].append(use)
-    handed_on = {w.path for w in returned if isinstance(w, Weight)}
+    handed_on = {w.path for w in returned if isinstance(w, Weight) and not w.steps}
     matched = [False] * len(rules)
     items, floats = [], []
     for path, leaf in traced.params.items():
@@ -85,24 +90,32 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
         shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype).name
         if not can:
             reasons = list(dict.fromkeys(use.reason for use in uses[path]))
-            why = "; ".join(reasons) or ("it is returned as it is" if path in handed_on else "it is not used")
+            unused = "returned as it is" if path in handed_on else "not used" if _plannable(leaf) else "empty"
+            why = "; ".join(reasons) or unused
             floats.append(Float(path, shape, dtype, why))
         elif not hits:
             floats.append(Float(path, shape, dtype, "no rule matches"))
         elif rules[hits[0]].spec is None:
             floats.append(Float(path, shape, dtype, f"Rule({rules[hits[0]].pattern!r}, None)"))
         else:
-            found = _item(path, leaf, rules[hits[0]], uses[path])
+            found = _item(path, leaf, rules[hits[0]], uses[path], own_derivative=path in interpreter.own_derivatives)
             (items if isinstance(found, Item) else floats).append(found)
     for rule, hit in zip(rules, matched, strict=True):
         if not hit:
             weights_seen = [p for p, u in uses.items() if any(use.reduce_axes is not None for use in u)]
             todo = f"Nearest parameters that can be quantized: {nearest(rule.pattern, weights_seen)}"
+            left = [f"{f.path} ({f.reason})" for f in floats if rule.matches(f.path)]
+            if left:
+                todo = f"It matches only what cannot be quantized: {', '.join(left[:3])}"
             raise quant_error("make_plan", "a rule matches no weight", todo=todo, pattern=rule.pattern)
     return Plan(tuple(items), tuple(floats))
 
 
-def _item(path: str, leaf: Any, rule: Rule, uses: list[Use]) -> Item | Float:
+def _plannable(leaf: Any) -> bool:
+    return is_float(leaf) and math.prod(leaf.shape) > 0
+
+
+def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: bool) -> Item | Float:
     """The plan of one parameter, or why it stays in float."""
     assert rule.spec is not None
     shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype).name
@@ -110,12 +123,12 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use]) -> Item | Float:
     cannot = list(dict.fromkeys(use.reason for use in uses if use.reduce_axes is None))
     if cannot and not rule.dequantize:
         todo = "; Rule(..., dequantize=True) quantizes it all the same"
-        return Float(path, shape, dtype, f"it also has a use where {cannot[0]}{todo}")
+        return Float(path, shape, dtype, f"also {', '.join(cannot)}{todo}")
     if len({use.stacked for use in can}) > 1:
-        return Float(path, shape, dtype, "it is used both whole and layer by layer in a scan")
+        return Float(path, shape, dtype, "used both whole and layer by layer in a scan")
     main = next((use for use in can if use.op != "take"), can[0])
     assert main.reduce_axes is not None
-    notes = [f"where {reason}, the weight is dequantized" for reason in cannot]
+    notes = [f"dequantized where it is {reason}" for reason in cannot]
     notes += [
         f"{use.op} over axes {use.reduce_axes} runs on float values: scales are shared over {main.reduce_axes}"
         for use in dict.fromkeys(can)
@@ -129,7 +142,12 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use]) -> Item | Float:
             path=path,
             reduce_axes=rule.reduce_axes,
         )
-    act = rule.spec.act
+    if own_derivative:
+        notes.append("enters a function with a derivative rule of its own, which the derivative of its body replaces")
+    spec = rule.spec
+    if all(use.op == "take" for use in can):  # indices are not quantized
+        spec = dataclasses.replace(spec, act=None)
+    act = spec.act
     if act is not None and act.static and act.granularity != "per_tensor":
         raise quant_error(
             "make_plan",
@@ -138,16 +156,21 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use]) -> Item | Float:
             path=path,
             granularity=act.granularity,
         )
-    if rule.spec.weight is not None:
-        w, layer = rule.spec.weight, shape[main.stacked :]
+    layer = shape[main.stacked :]
+    if spec.weight is not None:
+        w = spec.weight
         block_shape(layer, w.granularity, w.group_size, main.reduce_axes, function="make_plan", path=path)
+    if act is not None:
+        channels = tuple(layer[axis] for axis in main.reduce_axes)
+        axes = tuple(range(-len(channels), 0))
+        block_shape(channels, act.granularity, act.group_size, axes, function="make_plan: activation", path=path)
     return Item(
         path,
         ", ".join(dict.fromkeys(use.op for use in can)),
         shape,
         dtype,
         main.reduce_axes,
-        rule.spec,
+        spec,
         main.stacked,
         main.contraction_minor,
         rule.dequantize and bool(cannot),

@@ -14,8 +14,8 @@ from jaxquant import ops
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.matrix import Axes
-from jaxquant.transform.interpreter import ABSENT, Interpreter, bind, handles, unsupported
-from jaxquant.transform.primitives import named, ragged_dot_p
+from jaxquant.transform.interpreter import ABSENT, Interpreter, Tally, bind, handles, unsupported
+from jaxquant.transform.primitives import marked_varying, named, ragged_dot_p, varying_axes
 from jaxquant.transform.weights import TrainedTensor, Weight
 
 __all__: list[str] = []
@@ -32,13 +32,15 @@ def _activation(interpreter: Interpreter, weight: Weight, x: Any, rows: Callable
     if item is None:
         return {}
     if interpreter.collect is not None:
-        interpreter.add_stats({weight.path: interpreter.collect(item, rows(x))})
+        interpreter.add_stats({weight.path: Tally(interpreter.collect(item, rows(x)))})
         return {}
     if item.spec.act is None:
         return {}
     out: dict[str, Any] = {"spec": OpSpec(act=item.spec.act)}
     if item.spec.act.static:
-        out["act_scale"], out["act_zero_point"] = weight.state["scale"], weight.state.get("zero_point")
+        # In a shard_map the range is marked as the array is: their gradients are, too.
+        given = jax.tree.map(lambda v: marked_varying(v, varying_axes(x)), dict(weight.state))
+        out["act_scale"], out["act_zero_point"] = given["scale"], given.get("zero_point")
     return out
 
 
@@ -62,6 +64,9 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
         interpreter.record(weight, "dot_general", tuple(contract[side]))
         return [ABSENT]
     operands: list[Any] = [x, x]
+    if not interpreter.planned(weight, tuple(contract[side])):
+        operands[side] = interpreter.real(weight)
+        return bind(eqn, operands)
     operands[side] = interpreter.operand(weight)
     channels = [i for _, i in sorted(zip(contract[side], contract[1 - side], strict=True), key=weight_order(weight))]
     rows = Axes.of(len(eqn.invars[1 - side].aval.shape), tuple(batch[1 - side]), tuple(channels))
@@ -82,8 +87,11 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
 
 
 def weight_order(weight: Weight) -> Callable[[tuple[int, int]], Any]:
-    """A sort key for ``(axis of the view, partner)``: the order of the axes in the parameter."""
-    return lambda pair: [min(atom.axes) for atom in weight.dims[pair[0]]]
+    """A sort key for ``(axis of the view, partner)``: the order of the axes in the parameter.
+
+    Atoms that one axis was cut into are numbered from the outermost.
+    """
+    return lambda pair: [(min(atom.axes), atom.id) for atom in weight.dims[pair[0]]]
 
 
 def _precision(interpreter: Interpreter, own: Any) -> Any:
@@ -113,11 +121,12 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         return unsupported(interpreter, eqn, values)
     p = eqn.params
     numbers = p["dimension_numbers"]
+    contracted = tuple(i for i in range(weight.ndim) if i != numbers.rhs_spec[0])
     if interpreter.planning:
-        features = numbers.rhs_spec[0]
-        contracted = tuple(i for i in range(weight.ndim) if i != features)
         interpreter.record(weight, "conv_general_dilated", contracted, contraction_minor=False)
         return [ABSENT]
+    if not interpreter.planned(weight, contracted):
+        return bind(eqn, [x, interpreter.real(weight)])
     kernel = interpreter.operand(weight)
     # The channels of a convolution's input are its features, at every place.
     act = _activation(interpreter, weight, x, Axes.of(x.ndim, (), (numbers.lhs_spec[1],)).flatten)
@@ -173,8 +182,10 @@ def _gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         table = table.real
     if not isinstance(table, QTensor):
         return bind(eqn, [table, indices])
-    mode, fill = _MODES[eqn.params["mode"]], eqn.params["fill_value"]
-    return [ops.take(table, indices[..., 0], axis=axis, mode=mode, fill_value=fill)]
+    mode, fill, rows = _MODES[eqn.params["mode"]], eqn.params["fill_value"], indices[..., 0]
+    if mode == "fill":  # what is negative here counts from nowhere, and ops.take, like jnp.take, counts from the end
+        rows = jnp.where(rows < 0, table.shape[axis], rows)
+    return [ops.take(table, rows, axis=axis, mode=mode, fill_value=fill)]
 
 
 @handles(ragged_dot_p)
@@ -191,6 +202,8 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
     if interpreter.planning:
         interpreter.record(weight, "ragged_dot", (1,))
         return [ABSENT]
+    if not interpreter.planned(weight, (1,)):
+        return bind(eqn, [x, interpreter.real(weight), *values[2:]])
     experts = interpreter.operand(weight)
     act = _activation(interpreter, weight, x, Axes.of(x.ndim, (), (1,)).flatten)
     if not isinstance(experts, QTensor) and not act:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 
 __all__ = ["is_qtensor", "leaves_with_paths", "nearest", "path_of"]
@@ -34,7 +35,13 @@ def path_of(keys: Iterable[Any]) -> str:
 def leaves_with_paths(tree: Any) -> tuple[dict[str, Any], Any]:
     """Leaves by path, in tree order, and the treedef; QTensors are leaves."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
-    return {path_of(keys): leaf for keys, leaf in leaves}, treedef
+    by_path = {path_of(keys): leaf for keys, leaf in leaves}
+    if len(by_path) < len(leaves):
+        paths = [path_of(keys) for keys, _ in leaves]
+        twice = next(path for path in paths if paths.count(path) > 1)
+        todo = "Rename one, so that rules can tell them apart"
+        raise quant_error("params", "two parameters have one path", todo=todo, path=twice)
+    return by_path, treedef
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

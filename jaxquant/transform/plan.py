@@ -87,7 +87,7 @@ class Plan:
       >>> import jax.numpy as jnp, jaxquant as jq
       >>> from jaxquant import recipes
       >>> params = {"w": jnp.ones((64, 32)), "b": jnp.zeros(32)}
-      >>> plan = jq.make_plan(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((1, 64)),
+      >>> plan = jq.make_plan(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones(64),
       ...                     rules=[jq.Rule("w", recipes.w8a16())])
       >>> plan["w"].reduce_axes
       (-2,)

@@ -7,15 +7,17 @@ those are read off a function that is known to use them, which holds on every ve
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import primitives
+from jax.sharding import AbstractMesh, PartitionSpec
 
-__all__ = ["named", "ragged_dot_p", "used_by"]
+__all__ = ["marked_varying", "named", "pvary_p", "ragged_dot_p", "shard_map_p", "used_by", "varying_axes"]
 
 
 def named(name: str) -> Any:
@@ -60,3 +62,54 @@ def ragged_dot_p() -> Any:
     sizes = jax.ShapeDtypeStruct((2,), jnp.int32)
     arrays = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((4, 8), (2, 8, 3)))
     return jax.make_jaxpr(lax.ragged_dot)(*arrays, sizes).jaxpr.eqns[-1].primitive
+
+
+def stopped(x):
+    return lax.stop_gradient(x)
+
+
+def with_name(x):
+    return checkpoint_name(x, "x")
+
+
+def in_halves(x):
+    return lax.split(x, (2, 2))
+
+
+def behind_barrier(x):
+    return lax.optimization_barrier(x)
+
+
+@functools.cache
+def _manual() -> Any:
+    """The equation of a shard_map, on a mesh that needs no devices."""
+    by_row = PartitionSpec("i")
+    mesh = AbstractMesh((1,), ("i",))
+    add = jax.shard_map(jnp.add, mesh=mesh, in_specs=(PartitionSpec(), by_row), out_specs=by_row)
+    return jax.make_jaxpr(add)(*[jax.ShapeDtypeStruct((3,), jnp.float32)] * 2).jaxpr.eqns[0]
+
+
+def shard_map_p() -> Any:
+    """The primitive of `jax.shard_map`."""
+    return _manual().primitive
+
+
+def pvary_p() -> Any:
+    """The primitive by which a value that is equal on all devices meets one that is not, inside of a shard_map."""
+    return _manual().params["jaxpr"].eqns[0].primitive
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """Inside of a shard_map that checks: the mesh axes along which devices hold different values of ``x``."""
+    aval: Any = jax.typeof(x)
+    return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying  # the older and the newer name
+
+
+def marked_varying(x: jax.Array, names: Iterable[str]) -> jax.Array:
+    """``x`` as one whose values may differ along these mesh axes too."""
+    missing = tuple(sorted(set(names) - varying_axes(x)))
+    if not missing:
+        return x
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, missing, to="varying")
+    return getattr(lax, "pvary")(x, missing)  # noqa: B009  (its older name)

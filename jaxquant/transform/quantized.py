@@ -26,8 +26,9 @@ def check_plan(function: str, plan: Plan, params: Mapping[str, Any]) -> None:
         leaf = params.get(item.path)
         if leaf is None:
             wrong.append(f"{item.path} is missing (nearest: {nearest(item.path, params)})")
-        elif tuple(leaf.shape) != item.shape:
-            wrong.append(f"{item.path} has shape {tuple(leaf.shape)}, planned {item.shape}")
+        elif not hasattr(leaf, "shape") or tuple(leaf.shape) != item.shape:
+            got = f"has shape {tuple(leaf.shape)}" if hasattr(leaf, "shape") else f"is {leaf!r}"
+            wrong.append(f"{item.path} {got}, planned {item.shape}")
         elif isinstance(leaf, QTensor):
             w = item.spec.weight
             if w is None or leaf.qtype != w.qtype or leaf.symmetric != w.symmetric:
@@ -93,6 +94,13 @@ def quantized(
       True
     """
 
+    if plan is not None and not isinstance(plan, Plan):
+        todo = "Make one from rules: jq.make_plan(fn, params, *args, rules=rules)"
+        raise quant_error("quantized", "plan must be a Plan or None", todo=todo, plan=plan)
+    if state and plan is None:
+        todo = "Pass the plan that the state is for"
+        raise quant_error("quantized", "state needs a plan", todo=todo, paths=tuple(state))
+
     @functools.wraps(fn)
     def run(params: Any, *args: Any, **kwargs: Any) -> Any:
         traced = trace("quantized", fn, params, args, kwargs)
@@ -101,9 +109,14 @@ def quantized(
             _check_state(plan, state)
         interpreter = Interpreter(plan, precision=precision)
         results = interpreter.run(traced.jaxpr, weights_of(traced, plan, state))
-        return traced.rebuild([r.value() if isinstance(r, Weight) else r for r in results])
+        return traced.rebuild([_returned(interpreter, r) if isinstance(r, Weight) else r for r in results])
 
     return run
+
+
+def _returned(interpreter: Interpreter, weight: Weight) -> Any:
+    """A weight among the results: the leaf that was passed in, QTensor or not; a view of one is a use in float."""
+    return weight.leaf if not weight.steps else interpreter.float_of(weight, "the result of the function")
 
 
 def _check_state(plan: Plan, state: Mapping[str, Any] | None) -> None:

@@ -66,7 +66,7 @@ def trace(function: str, fn: Callable[..., Any], params: Any, args: tuple[Any, .
         new_args, new_kwargs = jax.tree.unflatten(structure, values)
         result = fn(jax.tree.unflatten(treedef, filled.values()), *new_args, **new_kwargs)
         results, out["tree"] = jax.tree.flatten(result)
-        out["dynamic"] = [is_array(r) or isinstance(r, int | float | complex) for r in results]
+        out["dynamic"] = [is_array(r) for r in results]
         out["static"] = [None if d else r for r, d in zip(results, out["dynamic"], strict=True)]
         return [r for r, d in zip(results, out["dynamic"], strict=True) if d]
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal
 
-from jaxquant.transform.interpreter import Interpreter, handles, unsupported
-from jaxquant.transform.primitives import named
+from jaxquant.transform import primitives
+from jaxquant.transform.interpreter import ABSENT, Interpreter, bind, handles, unsupported
+from jaxquant.transform.primitives import named, used_by
 from jaxquant.transform.weights import (
     Atom,
     View,
@@ -38,7 +40,10 @@ def _transpose(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 @handles(_public("reshape_p"), _public("squeeze_p"))
 def _reshape(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     w, shape = values[0], tuple(eqn.outvars[0].aval.shape)
-    return [w.seen(reshape_view(shape), reshape_dims(w.dims, shape))]
+    order = eqn.params.get("dimensions")
+    if eqn.primitive is named("reshape_p") and order is not None:  # row-major after a transpose
+        w = w.seen(transpose_view(tuple(order)), tuple(w.dims[i] for i in order))
+    return [w.seen(reshape_view(shape, w.shape), reshape_dims(w.dims, shape))]
 
 
 @handles(_public("broadcast_in_dim_p"))
@@ -47,7 +52,7 @@ def _broadcast(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[An
     kept = eqn.params["broadcast_dimensions"]
     if not isinstance(w, Weight) or w.shape != tuple(shape[i] for i in kept) or _size(shape) != _size(w.shape):
         return unsupported(interpreter, eqn, values)  # not only new axes of size 1
-    return [w.seen(reshape_view(shape), reshape_dims(w.dims, shape))]
+    return [w.seen(reshape_view(shape, w.shape), reshape_dims(w.dims, shape))]
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -65,17 +70,51 @@ def _cast(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return [w.seen(cast_view(dtype), w.dims, dtype)]
 
 
+def _traced(fn: Any) -> Any:
+    return functools.partial(used_by, fn, (3,))
+
+
 @handles(_public("copy_p"))
 def _copy(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return values
 
 
-@handles(_public("sharding_constraint_p"))
-def _sharding(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    # A float weight takes the constraint; codes are laid out as the caller placed them.
-    (w,), sharding = values, eqn.params["sharding"]
-    constrain = functools.partial(lax.with_sharding_constraint, shardings=sharding)
-    return [w.seen(View("sharding_constraint", constrain, lambda q: q), w.dims)]
+def _same_place(eqn: Any) -> View:
+    """What the equation does to a float array, and nothing to codes: they lie where the caller placed them."""
+    return View(str(eqn.primitive), lambda x: bind(eqn, [x])[0], lambda q: q, lambda: _nothing(eqn))
+
+
+def _nothing(eqn: Any) -> View:
+    """For one layer of a stack that was placed as a whole: a scan slices what lies where it lies."""
+    return View(str(eqn.primitive), lambda x: x, lambda q: q, lambda: _nothing(eqn))
+
+
+@handles(_public("sharding_constraint_p"), _traced(primitives.with_name))
+def _placed(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    (w,) = values
+    return [w.seen(_same_place(eqn), w.dims)]
+
+
+@handles(_traced(primitives.stopped), primitives.pvary_p)
+def _every_leaf(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    """Frozen weights, and weights of a shard_map that are equal on all devices: codes and scales alike."""
+    (w,) = values
+    return [w.seen(_leafwise(eqn), w.dims)]
+
+
+def _leafwise(eqn: Any) -> View:
+    apply = lambda x: eqn.primitive.bind(x, **eqn.params)  # noqa: E731
+    return View(str(eqn.primitive), apply, lambda q: jax.tree.map(apply, q), lambda: _leafwise(eqn))
+
+
+@handles(_traced(primitives.behind_barrier))
+def _barrier(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    """Orders computations and computes nothing; a weight is computed by nobody."""
+    others = [i for i, v in enumerate(values) if not isinstance(v, Weight)]
+    if others and values[others[0]] is not ABSENT:
+        for i, x in zip(others, lax.optimization_barrier([values[i] for i in others]), strict=True):
+            values[i] = x
+    return values
 
 
 @handles(_public("rev_p"))
@@ -101,6 +140,14 @@ def _slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         return unsupported(interpreter, eqn, values)
     bounds = zip(p["start_indices"], p["limit_indices"], w.shape, strict=True)
     return [_cut(w, [(i, a, b - a) for i, (a, b, n) in enumerate(bounds) if b - a != n])]
+
+
+@handles(lambda: used_by(primitives.in_halves, (4,)))
+def _split(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    (w,), axis = values, eqn.params["axis"]
+    sizes = [int(n) for n in eqn.params["sizes"]]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [_cut(w, [(axis, start, n)] if n != w.shape[axis] else []) for start, n in zip(starts, sizes, strict=True)]
 
 
 @handles(_public("dynamic_slice_p"))

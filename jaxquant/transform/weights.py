@@ -1,9 +1,8 @@
 """A parameter on its way to an operation: which one, seen through which transposes, reshapes, slices and casts.
 
 A `Weight` stands in the interpreter's environment for every value that is a planned parameter or a view of one. It
-knows, for each of
-its axes, which axes of the parameter it is made of, so that the contracted axes of an operation are axes of the
-parameter: found from the trace, never guessed from names or shapes.
+knows, for each of its axes, which axes of the parameter it is made of, so that the contracted axes of an operation are
+axes of the parameter: found from the trace, never guessed from names or shapes.
 """
 
 from __future__ import annotations
@@ -75,13 +74,23 @@ def reshape_dims(dims: Dims, shape: tuple[int, ...]) -> Dims:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """One step between the parameter and the operation, on a float array and on a QTensor."""
+    """One step between the parameter and the operation, on a float array and on a QTensor.
+
+    Attributes:
+      name: for messages.
+      array: the step on a float array.
+      qtensor: the step on a QTensor.
+      layer: makes the same step on one entry of the first axis, if the step leaves that axis alone; else None.
+    """
 
     name: str
     array: Callable[[jax.Array], jax.Array]
     qtensor: Callable[[QTensor], QTensor]
+    layer: Callable[[], View] | None = None
 
     def __call__(self, x: Any) -> Any:
+        if isinstance(x, TrainedTensor):
+            return TrainedTensor(self.qtensor(x), self.array(x.real))
         return self.qtensor(x) if isinstance(x, QTensor) else self.array(x)
 
 
@@ -118,10 +127,10 @@ def _trained(w: jax.Array, spec: QuantSpec, reduce_axes: tuple[int, ...], steps:
     q: Any = QTensor(
         codes_of(encoded.values, spec.type), encoded.scale, encoded.zero_point, qtype=spec.qtype, dtype=w.dtype
     )
-    real: Any = fake_quant(w, spec, reduce_axes=reduce_axes)
+    trained: Any = TrainedTensor(q, fake_quant(w, spec, reduce_axes=reduce_axes))
     for step in steps:
-        q, real = step(q), step(real)
-    return TrainedTensor(q, real)
+        trained = step(trained)
+    return trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,23 +207,42 @@ class Weight:
 
 def transpose_view(permutation: tuple[int, ...]) -> View:
     """A transpose."""
-    return View("transpose", lambda x: jnp.transpose(x, permutation), lambda q: views.transpose(q, permutation))
+    inner = tuple(i - 1 for i in permutation[1:])
+    return View(
+        "transpose",
+        lambda x: jnp.transpose(x, permutation),
+        lambda q: views.transpose(q, permutation),
+        (lambda: transpose_view(inner)) if permutation[:1] == (0,) else None,
+    )
 
 
-def reshape_view(shape: tuple[int, ...]) -> View:
+def reshape_view(shape: tuple[int, ...], old: tuple[int, ...]) -> View:
     """A reshape, a squeeze, or new axes of size 1."""
-    return View("reshape", lambda x: jnp.reshape(x, shape), lambda q: views.reshape(q, shape))
+    alone = shape[:1] == old[:1] and shape != ()
+    return View(
+        "reshape",
+        lambda x: jnp.reshape(x, shape),
+        lambda q: views.reshape(q, shape),
+        (lambda: reshape_view(shape[1:], old[1:])) if alone else None,
+    )
 
 
 def cast_view(dtype: Any) -> View:
     """A cast to a float dtype."""
-    return View("convert_element_type", lambda x: x.astype(dtype), lambda q: views.cast(q, dtype))
+    return View(
+        "convert_element_type",
+        lambda x: x.astype(dtype),
+        lambda q: views.cast(q, dtype),
+        lambda: cast_view(dtype),
+    )
 
 
 def flip_view(axes: tuple[int, ...]) -> View:
     """A flip (the kernel of a transposed convolution)."""
     flip = lambda x: jax.lax.rev(x, axes)  # noqa: E731
-    return View("rev", flip, lambda q: views.move(q, flip, axes))
+    inner = tuple(a - 1 for a in axes)
+    layer = None if 0 in axes else lambda: flip_view(inner)
+    return View("rev", flip, lambda q: views.move(q, flip, axes), layer)
 
 
 def slice_view(cuts: tuple[tuple[int, Any, int], ...]) -> View:
@@ -230,4 +258,6 @@ def slice_view(cuts: tuple[tuple[int, Any, int], ...]) -> View:
             q = views.slice_along(q, axis, start, size)
         return q
 
-    return View("slice", array, qtensor)
+    inner = tuple((axis - 1, start, size) for axis, start, size in cuts)
+    layer = None if any(axis == 0 for axis, _, _ in cuts) else lambda: slice_view(inner)
+    return View("slice", array, qtensor, layer)

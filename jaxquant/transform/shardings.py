@@ -1,0 +1,182 @@
+"""`shardings`: where each array of a `QTensor` lies, derived from where the float parameter lies."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.packing import packed_length
+from jaxquant.core.qtensor import QTensor, scale_values
+from jaxquant.transform.paths import is_qtensor, path_of
+from jaxquant.transform.weights import TrainedTensor
+
+__all__ = ["Cut", "leaf_specs", "shardings", "whole_blocks"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Into how many parts each axis of a float array is cut, and along which mesh axes.
+
+    Attributes:
+      entries: for each axis of the array, what a `PartitionSpec` says.
+      parts: for each axis, the number of parts.
+      names: the mesh axes of all entries.
+    """
+
+    entries: tuple[Any, ...]
+    parts: tuple[int, ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, mesh: Any, spec: PartitionSpec, ndim: int) -> Cut:
+        """From a spec, which may be shorter than the array's rank."""
+        entries = (*spec, *[None] * (ndim - len(spec)))
+        named = [() if e is None else e if isinstance(e, tuple) else (e,) for e in entries]
+        named = [tuple(n for n in names if isinstance(n, str)) for names in named]  # an axis may be unconstrained
+        parts = tuple(math.prod(mesh.shape[n] for n in names) for names in named)
+        return cls(entries, parts, tuple(n for names in named for n in names))
+
+    def spec(self, axes: Any) -> PartitionSpec:
+        """The entries of these axes; of None, nothing."""
+        return PartitionSpec(*(None if i is None else self.entries[i] for i in axes))
+
+    def local(self, q: QTensor) -> QTensor:
+        """A QTensor whose arrays have been cut: the static length of a packed row is that of a shard."""
+        length = None if q.length is None else q.length // self.parts[q.stored_order[-1]]
+        return QTensor(q.codes, q.scale, q.zero_point, qtype=q.qtype, dtype=q.dtype, minor=q.minor, length=length)
+
+
+def _per_block(value: Any, cut: Cut) -> Any:
+    """Specs of a scale or zero point: cut where whole blocks lie in each part, else on all devices."""
+    axes = [i if n > 1 and n % cut.parts[i] == 0 else None for i, n in enumerate(value.shape)]
+    if not isinstance(value, QTensor):
+        return cut.spec(axes)
+    own = Cut(tuple(cut.spec(axes)), tuple(1 if i is None else cut.parts[i] for i in axes), cut.names)
+    return leaf_specs(value, own)
+
+
+def leaf_specs(leaf: Any, cut: Cut) -> Any:
+    """A tree of `PartitionSpec`s for the arrays of a leaf."""
+    if not isinstance(leaf, QTensor):
+        return cut.spec(range(len(leaf.shape)))
+    specs = QTensor(
+        cut.spec(leaf.stored_order),
+        _per_block(leaf.scale, cut),
+        None if leaf.zero_point is None else _per_block(leaf.zero_point, cut),
+        qtype=leaf.qtype, dtype=leaf.dtype, minor=leaf.minor, length=leaf.length,
+    )  # fmt: skip
+    return TrainedTensor(specs, leaf_specs(leaf.real, cut)) if isinstance(leaf, TrainedTensor) else specs
+
+
+def whole_blocks(q: QTensor, cut: Cut) -> QTensor:
+    """The same values in a form whose every array can be cut where the float array is.
+
+    A block that straddles a boundary becomes several with one scale; packed rows whose parts are not whole bytes are
+    unpacked.
+    """
+    shape = q.shape
+
+    def split(value: jax.Array) -> jax.Array:
+        for axis, parts in enumerate(cut.parts):
+            n = value.shape[axis]
+            if n > 1 and n % parts:
+                block = math.gcd(shape[axis] // n, shape[axis] // parts)
+                value = jnp.repeat(value, shape[axis] // block // n, axis=axis)
+        return value
+
+    straddles = any(n > 1 and n % parts for n, parts in zip(q.scale.shape, cut.parts, strict=True))
+    scale = split(scale_values(q.scale)) if straddles else q.scale
+    zero_point = q.zero_point if q.zero_point is None else split(q.zero_point)
+    axis = q.stored_order[-1]
+    if q.length is not None and (q.length // cut.parts[axis]) * q.type.bits % 8 and cut.parts[axis] > 1:
+        return QTensor(q.unpacked(), scale, zero_point, qtype=q.qtype, dtype=q.dtype, minor=q.minor)
+    return QTensor(q.codes, scale, zero_point, qtype=q.qtype, dtype=q.dtype, minor=q.minor, length=q.length)
+
+
+def _derived(path: str, leaf: Any, sharding: Any) -> Any:
+    """The sharding of one leaf, or a tree of them for a QTensor."""
+    if not isinstance(leaf, QTensor):
+        return sharding
+    if isinstance(sharding, SingleDeviceSharding):
+        return jax.tree.map(lambda _: sharding, leaf)
+    if not isinstance(sharding, NamedSharding):
+        todo = "Use a jax.sharding.NamedSharding"
+        raise quant_error(
+            "shardings", "this kind of sharding names no axes", todo=todo, path=path, sharding=type(sharding).__name__
+        )
+    if len(sharding.spec) > leaf.ndim:
+        todo = "Give one entry per axis of the float parameter at most"
+        raise quant_error(
+            "shardings", "the spec has more entries than the parameter has axes", todo=todo, path=path,
+            spec=str(sharding.spec), shape=leaf.shape,
+        )  # fmt: skip
+    cut = Cut.of(sharding.mesh, sharding.spec, leaf.ndim)
+    for axis, (n, parts) in enumerate(zip(leaf.shape, cut.parts, strict=True)):
+        stored = packed_length(n, leaf.type.bits) if leaf.length is not None and leaf.stored_order[-1] == axis else n
+        if stored % parts:
+            bytes_ = f", which are {stored} bytes of packed codes" if stored != n else ""
+            raise quant_error(
+                "shardings", f"{n} elements on axis {axis - leaf.ndim}{bytes_} cannot be cut into {parts} equal parts",
+                todo="Shard another axis, or fewer ways", path=path, spec=str(sharding.spec), shape=leaf.shape,
+            )  # fmt: skip
+    specs = leaf_specs(leaf, cut)
+    return jax.tree.map(
+        lambda spec: NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind),
+        specs,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def shardings(qparams: Any, shardings: Any) -> Any:
+    """Shardings for a tree with `QTensor`s, from those of the float parameters.
+
+    The codes of a QTensor are cut along the axes along which the float array is, wherever storage has put them; scales
+    and zero points follow where every part holds whole blocks. Where a block straddles a boundary (one scale per output
+    channel of a weight that is cut along its input channels, say) they lie on all devices that share it.
+
+    Args:
+      qparams: parameters, some of them QTensors; arrays or `jax.ShapeDtypeStruct`s.
+      shardings: a `jax.sharding.NamedSharding` for each float parameter: a tree of the parameters' structure, or a
+        prefix of it, such as one sharding for all.
+
+    Returns:
+      A tree of the structure of ``qparams`` with a sharding for each array: for `jax.device_put`, ``in_shardings`` and
+      checkpoint readers.
+
+    Raises:
+      QuantError: naming the path, if the trees do not match, a spec has too many entries, or packed codes cannot be cut
+        into equal parts.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant as jq
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("model",))
+      >>> w = jq.quantize(jnp.ones((64, 32)), jq.QuantSpec("int8"), reduce_axes=(-2,))
+      >>> found = jq.shardings({"w": w}, {"w": NamedSharding(mesh, P("model", None))})["w"]
+      >>> tuple(found.codes.spec), tuple(found.scale.spec)  # codes are stored [32, 64]: contraction-minor
+      ((None, 'model'), (None, None))
+    """
+
+    def below(prefix: Any, sharding: Any, tree: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: _derived(path_of((*prefix, *keys)), leaf, sharding), tree, is_leaf=is_qtensor
+        )
+
+    is_sharding = lambda x: isinstance(x, Sharding)  # noqa: E731
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(shardings, is_leaf=is_sharding)[0]:
+        if not is_sharding(leaf):
+            todo = "Pass a tree of NamedSharding with the structure of the float params"
+            raise quant_error("shardings", "a leaf is no sharding", todo=todo, path=path_of(keys), leaf=leaf)
+    try:
+        return jax.tree_util.tree_map_with_path(below, shardings, qparams, is_leaf=is_sharding)
+    except QuantError:
+        raise
+    except ValueError as error:
+        todo = "Pass the tree of the float params' shardings, or a prefix of it"
+        raise quant_error("shardings", f"the trees do not match ({error})", todo=todo) from None
