@@ -24,6 +24,7 @@ from jaxquant.core.arithmetic import divide, exponent, power_of_two, times_recip
 from jaxquant.core.blocks import BlockView, block_shape, negative_axes, scale_shape
 from jaxquant.core.codec import codes_of, round_to_grid
 from jaxquant.core.errors import quant_error
+from jaxquant.core.observers import array_absmax
 from jaxquant.core.qtensor import QTensor, cast, from_codes, scale_values
 from jaxquant.core.specs import QuantSpec
 
@@ -64,12 +65,12 @@ def _e8m0_scale(absmax: jax.Array, largest_exponent: int) -> jax.Array:
     return jnp.where(jnp.isnan(absmax), jnp.nan, scale).astype(jnp.float8_e8m0fnu)
 
 
-def _e4m3_scale(absmax: jax.Array, qmax: float) -> QTensor:
-    """fp8 block scales and one float32 for the whole array, which maps the largest block scale to 448."""
+def _e4m3_scale(absmax: jax.Array, qmax: float, top: jax.Array | None) -> QTensor:
+    """fp8 block scales and one float32 for the whole array; ``top``, by default the largest absmax, has scale 448."""
     largest = float(ml_dtypes.finfo(jnp.float8_e4m3fn).max)
     least = float(ml_dtypes.finfo(jnp.float8_e4m3fn).smallest_subnormal)
-    top = jnp.max(absmax, keepdims=True)
-    top = jnp.where(jnp.any(jnp.isnan(absmax)), jnp.nan, top)  # which max may drop
+    top = jnp.max(absmax) if top is None else top
+    top = jnp.where(jnp.any(jnp.isnan(absmax)), jnp.nan, top).reshape((1,) * absmax.ndim)  # max may drop NaN
     unit = _float_scale(top, qmax * largest, jnp.float32)
     unit = jnp.maximum(unit, float(ml_dtypes.finfo(np.float32).tiny) / least)  # so that no product is subnormal
     local = jnp.clip(divide(divide(absmax, qmax), unit), least, largest)
@@ -77,7 +78,9 @@ def _e4m3_scale(absmax: jax.Array, qmax: float) -> QTensor:
     return QTensor(local, unit, None, qtype="float8_e4m3fn", dtype=jnp.float32)
 
 
-def _affine(lo: jax.Array, hi: jax.Array, spec: QuantSpec) -> tuple[Any, jax.Array | None]:
+def _affine(
+    lo: jax.Array, hi: jax.Array, spec: QuantSpec, top: jax.Array | None = None
+) -> tuple[Any, jax.Array | None]:
     """`scale_zero_point` without the checks."""
     info, dtype = spec.type, np.dtype(spec.scale_dtype or np.float32)
     if spec.symmetric:
@@ -85,7 +88,7 @@ def _affine(lo: jax.Array, hi: jax.Array, spec: QuantSpec) -> tuple[Any, jax.Arr
         if info.scale_format == "e8m0":
             return _e8m0_scale(absmax, int(np.floor(np.log2(info.qmax)))), None
         if info.scale_format == "e4m3":
-            return _e4m3_scale(absmax, info.qmax), None
+            return _e4m3_scale(absmax, info.qmax, top), None
         return _float_scale(absmax, info.qmax, dtype), None
     lo, hi = jnp.minimum(lo, 0), jnp.maximum(hi, 0)
     # Halves, since hi - lo may overflow.
@@ -165,11 +168,15 @@ def _scaled(x: jax.Array, s: jax.Array, z: jax.Array | None, spec: QuantSpec, *,
     return v if z is None else (jnp.rint(v) if exact else v) + z
 
 
-def roundtrip(spec: QuantSpec) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """``(x, lo, hi) -> x``, quantized and dequantized with that range: what calibrators measure the error of."""
+def roundtrip(spec: QuantSpec, top: jax.Array | None = None) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """``(x, lo, hi) -> x``, quantized and dequantized with that range: what calibrators measure the error of.
+
+    ``top`` is the largest magnitude of the whole array, for formats with a scale for all of it; by default that of the
+    ranges, which then depend on each other.
+    """
 
     def there_and_back(values: jax.Array, lo: jax.Array, hi: jax.Array) -> jax.Array:
-        scale, zero_point = _affine(lo, hi, spec)
+        scale, zero_point = _affine(lo, hi, spec, top)
         s = scale_values(scale).astype(values.dtype)
         z = None if zero_point is None else zero_point.astype(values.dtype)
         v = round_to_grid(_scaled(values, s, z, spec, exact=True), spec.type)
@@ -192,8 +199,10 @@ def encode(
     xv = view.split(x.astype(dtype))
     if scale is None:
         # Of x itself: a reduction of bfloat16 needs no copy in float32.
-        lo, hi = spec.observer.range(view.split(x), view.axes, symmetric=spec.symmetric, roundtrip=roundtrip(spec))
-        scale, zero_point = _affine(view.join_scale(lo), view.join_scale(hi), spec)
+        top = array_absmax(x) if spec.type.scale_format == "e4m3" and spec.observer.clips else None
+        step = roundtrip(spec, top)
+        lo, hi = spec.observer.range(view.split(x), view.axes, symmetric=spec.symmetric, roundtrip=step)
+        scale, zero_point = _affine(view.join_scale(lo), view.join_scale(hi), spec, top)
     s = _real(view, scale_values(scale), dtype)
     z = None if zero_point is None else _real(view, zero_point, dtype)
     noise = None if key is None else jax.random.uniform(key, xv.shape, dtype)

@@ -68,7 +68,7 @@ def round_to_grid(v: jax.Array, qtype: QType, noise: jax.Array | None = None) ->
             out = jnp.where(v > middle, jnp.asarray(value, v.dtype), out)
     else:
         out = jnp.full_like(v, grid[0])
-        for low, high in itertools.pairwise(grid):
+        for low, high in itertools.pairwise(grid.tolist()):
             out = jnp.where(noise * (high - low) < v - low, jnp.asarray(high, v.dtype), out)
     return jnp.where(jnp.isnan(v), v, out)
 
