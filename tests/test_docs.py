@@ -1,0 +1,70 @@
+"""The pages under docs/: their Python blocks run, in order and in one namespace; each module has a page."""
+
+import re
+
+import jax
+import pytest
+import snippets
+
+import jaxquant
+
+DOCS = snippets.ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+NAMES = {page: page.relative_to(DOCS).as_posix() for page in PAGES}
+NAVIGATION = (snippets.ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets.blocks(page, "python")], ids=NAMES.get)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": page.stem}
+    with jax.numpy_rank_promotion("allow"):  # the reader's JAX allows it
+        for block in snippets.blocks(page, "python"):
+            if not block.skipped:
+                snippets.run(page, block, namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES.get)
+def test_every_page_is_in_the_navigation(page):
+    assert NAMES[page] in NAVIGATION
+
+
+def test_every_module_has_a_page():
+    package = snippets.ROOT / "jaxquant"
+    modules = {file.stem for file in package.glob("[a-z]*.py")} | {
+        folder.name for folder in package.iterdir() if (folder / "__init__.py").exists()
+    }
+    programs = {"demo", "report"}  # the page on the command line is about them
+    assert modules - programs == {page.stem for page in (DOCS / "api").glob("*.md")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES.get)
+def test_names_in_text_exist(page):
+    """Every `jq.name` and `jq.module.name` on a page is one that the package has."""
+    text = page.read_text(encoding="utf-8")
+    for names in set(re.findall(r"\bjq((?:\.\w+)+)", text)):
+        value = jaxquant
+        for name in names.split(".")[1:3]:
+            value = getattr(value, name)
+
+
+def test_quoted_source_is_the_source():
+    quoted = next(block for block in snippets.blocks(DOCS / "how-it-works.md", "python") if block.skipped)
+    assert quoted.code in (snippets.ROOT / "jaxquant/transform/views.py").read_text(encoding="utf-8")
+
+
+def test_blocks_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n```python\nx = 1\n```\n\n<!-- not run -->\n```python\nx = 2\n```\n```sh\nls\n```\n")
+    first, second = snippets.blocks(page, "python")
+    assert (first.code, first.line, first.skipped) == ("x = 1\n", 3, False)
+    assert second.skipped
+    page.write_text("\n```python\nassert 1 / 0\n```\n")
+    (block,) = snippets.blocks(page, "python")
+    with pytest.raises(ZeroDivisionError) as caught:
+        snippets.run(page, block, {})
+    assert caught.tb.tb_next.tb_next.tb_lineno == 3
+    page.write_text("\n```python\nprint(1)\n```\n\n```text\n2\n```\n")
+    (block,) = snippets.blocks(page, "python")
+    with pytest.raises(AssertionError):
+        snippets.run(page, block, {})
