@@ -80,7 +80,9 @@ def test_automatic_names_count_both_kinds():
 
 
 def test_class_names():
-    for name in jq.linen.__all__:
+    layers = [name for name in jq.linen.__all__ if name.startswith("Quant")]
+    assert len(layers) == 5
+    for name in layers:
         layer = getattr(jq.linen, name)
         assert layer.__name__ == name.removeprefix("Quant")
         assert layer.__qualname__ == name
@@ -212,30 +214,40 @@ def test_convolutions_pad_and_stride_as_flax(fields):
 
 @pytest.mark.parametrize("window, shape", [((2, 2, 2), (1, 3, 3, 3, 2)), ((2,), (2, 3, 4, 2)), ((2, 2), (4, 4, 2))])
 def test_convolutions_of_any_rank_and_batch(window, shape):
-    x = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
-    variables = nn.Conv(3, window).init(KEY, x)
-    got = jq.linen.QuantConv(3, window, spec=jq.OpSpec(jq.QuantSpec("int8"))).apply(variables, x)
-    assert_close(got, nn.Conv(3, window).apply(variables, x), 0.02)
+    x = unequal(shape)
+    ours, theirs = jq.linen.QuantConv(3, window, spec=jq.OpSpec(jq.QuantSpec("int8"))), nn.Conv(3, window)
+    variables = {"params": {"kernel": unequal((*window, 2, 3), 1), "bias": jnp.ones(3)}}
+    got, want = jax.jit(lambda: [layer.apply(variables, x) for layer in (ours, theirs)])()
+    assert_close(got, want, 0.02)
 
 
 def test_a_masked_kernel_is_quantized_before_the_mask():
-    x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 5, 3)), jnp.float32)
     mask = jnp.tril(jnp.ones((2, 3, 4)))
-    variables = nn.Conv(4, 2, mask=mask).init(KEY, x)
+    x, kernel, bias = unequal((2, 5, 3)), unequal((2, 3, 4), 1), jnp.ones(4)
     spec = recipes.w4a4()
-    kernel = jq.quantize(variables["params"]["kernel"], spec.weight, reduce_axes=(-3, -2))
-    frozen = {"params": {**variables["params"], "kernel": kernel}}
-    layer = jq.linen.QuantConv(4, 2, mask=mask, spec=spec)
-    assert_close(layer.apply(frozen, x), layer.apply(variables, x), 1e-6)
-    # Weight-only, the product is Flax's own, of the dequantized kernel.
-    want = nn.Conv(4, 2, mask=mask).apply({"params": {**variables["params"], "kernel": kernel.dequantize()}}, x)
-    assert_close(jq.linen.QuantConv(4, 2, mask=mask).apply(frozen, x), want, 1e-6)
-    # A spec for the activation alone leaves the kernel in float.
-    act = jq.OpSpec(act=spec.act)
-    float_kernel = jq.linen.QuantConv(4, 2, mask=mask, spec=act).apply(variables, x)
-    assert_close(float_kernel, nn.Conv(4, 2, mask=mask).apply(variables, x), 0.3)
-    gradient = jax.grad(lambda p: jnp.sum(layer.apply({"params": p}, x)))(variables["params"])
-    assert bool(jnp.all(jnp.where(mask == 0, gradient["kernel"] == 0, True)))
+    layer, flax = jq.linen.QuantConv(4, 2, mask=mask, spec=spec), nn.Conv(4, 2, mask=mask)
+
+    @jax.jit
+    def run(kernel):
+        def apply(layer, kernel):
+            return layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+
+        q = jq.quantize(kernel, spec.weight, reduce_axes=(-3, -2))
+        return {
+            "trained": apply(layer, kernel),
+            "frozen": apply(layer, q),
+            "weight-only": apply(jq.linen.QuantConv(4, 2, mask=mask), q),
+            "dequantized": apply(flax, q.dequantize()),
+            "activation": apply(jq.linen.QuantConv(4, 2, mask=mask, spec=jq.OpSpec(act=jq.QuantSpec("int8"))), kernel),
+            "float": apply(flax, kernel),
+            "gradient": jax.grad(lambda k: jnp.sum(apply(layer, k)))(kernel),
+        }
+
+    out = run(kernel)
+    assert_close(out["frozen"], out["trained"], 1e-6)
+    assert_close(out["weight-only"], out["dequantized"], 1e-6)
+    assert_close(out["activation"], out["float"], 0.02)
+    np.testing.assert_array_equal(out["gradient"] == 0, mask == 0)
 
 
 def test_a_table_of_one_row():

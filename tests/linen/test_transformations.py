@@ -72,7 +72,13 @@ def unstack(tree):
 
 @pytest.mark.parametrize(
     "name, remat",
-    [("w8a8", False), ("w8a8", True), ("w8a16-tensor", False), ("w4a16", True), ("w8a8-static", True)],
+    [
+        ("w8a16-tensor", False),
+        ("w8a8-static", True),
+        pytest.param("w8a8", False, marks=pytest.mark.slow),
+        pytest.param("w8a8", True, marks=pytest.mark.slow),
+        pytest.param("w4a16", True, marks=pytest.mark.slow),
+    ],
 )
 def test_scan_over_stacked_params(name, remat):
     spec = SPECS[name]
@@ -157,18 +163,21 @@ def test_vmap_over_models(spec):
 
 
 @pytest.mark.parametrize("name", ["dense", "conv", "embed", "attend", "einsum"])
-@pytest.mark.parametrize("frozen", [False, True], ids=["float", "frozen"])
-def test_vmap_over_examples_and_eval_shape(name, frozen):
+def test_vmap_over_examples_and_eval_shape(name):
     case, spec = CASES[name], recipes.w8a8()
     layer, x = case.quant(spec=spec), case.inputs()
     variables = case.init(layer)
-    if frozen:
-        variables = case.freeze(variables, spec.weight)
-    apply = lambda x: layer.apply(variables, x, method=case.method)  # noqa: E731
-    want = apply(x)
-    assert_close(jax.vmap(lambda row: apply(row[None])[0])(x), want)
-    got = jax.eval_shape(apply, x)
-    assert (got.shape, got.dtype) == (want.shape, want.dtype)
+
+    @jax.jit
+    def run(leaves, x):
+        apply = lambda x: layer.apply(leaves, x, method=case.method)  # noqa: E731
+        return jax.vmap(lambda row: apply(row[None])[0])(x), apply(x)
+
+    for leaves in (variables, case.freeze(variables, spec.weight)):
+        got, want = run(leaves, x)
+        assert_close(got, want)
+        shape = jax.eval_shape(functools.partial(layer.apply, method=case.method), leaves, x)
+        assert (shape.shape, shape.dtype) == (want.shape, want.dtype)
 
 
 def test_eval_shape_of_init_and_of_abstract_weights():
