@@ -10,17 +10,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
-from jaxquant.ops.formulation import digit_count, digits_of, overflow_limit
+from jaxquant.ops.formulation import choose, digit_count, digit_matrix, on_cpu, overflow_limit, sum_of_parts
 from jaxquant.ops.matrix import Axes, Matrix, matrix
-from jaxquant.ops.operands import Operand, as_array, operand_specs, result_dtype
+from jaxquant.ops.operands import Operand, Pair, Static, precision_of, refuse_range, straight_through
 
 __all__ = ["conv_general_dilated"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Geometry:
+    """Dimension numbers and window, with nothing left to a default."""
+
+    lhs_spec: tuple[int, ...]
+    rhs_spec: tuple[int, ...]
+    out_spec: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    lhs_dilation: tuple[int, ...]
+    rhs_dilation: tuple[int, ...]
+    feature_groups: int
+    batch_groups: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,141 +42,193 @@ class _Conv:
 
     lhs: Operand
     rhs: Operand
-    numbers: lax.ConvDimensionNumbers
-    window: tuple[tuple[str, Any], ...]
+    geometry: _Geometry
     precision: Any
     dtype: Any
 
-    def __call__(self, lhs: jax.Array, rhs: jax.Array, **kwargs: Any) -> jax.Array:
-        return lax.conv_general_dilated(lhs, rhs, dimension_numbers=self.numbers, **dict(self.window), **kwargs)
+    def forward(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
+        g = self.geometry
+        left = _rows(self.lhs, lhs, lhs_static, g.lhs_spec[0])
+        right = _rows(self.rhs, rhs, rhs_static, g.rhs_spec[0])
 
-    @property
-    def feature_groups(self) -> int:
-        return dict(self.window)["feature_group_count"]
+        def in_float() -> jax.Array:
+            return self._float(self.lhs.values(lhs, lhs_static), self.rhs.values(rhs, rhs_static))
+
+        # A float kernel, scales per group, batch groups: the float convolution.
+        if left is None or not isinstance(right, Matrix) or g.batch_groups > 1:
+            return in_float()
+        # Sums that could overflow are cut along the input features, where these are in one group.
+        length, longest = right.codes.shape[2], overflow_limit(getattr(left, "reach", 127), right.reach)
+        if length > longest and (g.feature_groups > 1 or length // rhs.shape[g.rhs_spec[1]] > longest):
+            return in_float()
+        name = choose(left, right)
+        if name == "integer" and isinstance(left, Matrix):
+            return self._restored(_integer(g, left, right, lhs.shape, rhs.shape))
+        # Digits have one scale per image: too coarse where features are summed apart, and no gain for small kernels.
+        if name == "digits" and not isinstance(left, Matrix) and g.feature_groups == 1:
+            return on_cpu(lambda: self._digits(left, right, lhs.shape, rhs.shape), in_float)
+        return in_float()
+
+    def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
+        return self._float(self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static))
+
+    def _float(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        dtype, g = jnp.promote_types(lhs.dtype, rhs.dtype), self.geometry
+        out = lax.conv_general_dilated(
+            lhs.astype(dtype),
+            rhs.astype(dtype),
+            g.strides,
+            g.padding,
+            g.lhs_dilation,
+            g.rhs_dilation,
+            lax.ConvDimensionNumbers(g.lhs_spec, g.rhs_spec, g.out_spec),
+            g.feature_groups,
+            g.batch_groups,
+            self.precision,
+        )
+        return out.astype(self.dtype)
+
+    def _digits(self, x: jax.Array, rhs: Matrix, lshape: tuple[int, ...], rshape: tuple[int, ...]) -> jax.Array:
+        """A float activation as int8 digits: further images of one int8 convolution, weighted and summed afterwards."""
+        out = _integer(self.geometry, digit_matrix(x, self.precision), rhs, lshape, rshape)
+        return self._restored(sum_of_parts(out, digit_count(self.precision), 0))
+
+    def _restored(self, out: jax.Array) -> jax.Array:
+        """[images, spatial..., features] in the order and dtype that the call asks for."""
+        spec = self.geometry.out_spec
+        canonical = (spec[0], *spec[2:], spec[1])
+        if len(canonical) == 3:
+            out = out[:, 0]
+        return _reordered(out, tuple(canonical.index(i) for i in range(len(canonical)))).astype(self.dtype)
 
 
-def _rows_first(how: _Conv, x: Any, side: Operand, static: Any, *, kernel: bool) -> Matrix | jax.Array:
-    """An operand as [1, images or output features, everything else], if it is quantized."""
+def _rows(side: Operand, x: Any, static: Static, first: int) -> Matrix | jax.Array | None:
+    """An operand as [1, images or output features, everything else]; None if its scales vary within a row."""
+    axes = Axes((), (first,), tuple(i for i in range(x.ndim) if i != first))
     value = side.quantized(x, static)
     if isinstance(value, jax.Array):
-        return value
-    spec = how.numbers.rhs_spec if kernel else how.numbers.lhs_spec
-    rest = tuple(i for i in range(x.ndim) if i != spec[0])
-    canonical = matrix(value, Axes((), (spec[0],), rest))
-    if canonical is None or canonical.groups > 1 or not canonical.integer:
-        return side.real(x, static)
-    return canonical
+        return axes.flatten(value)
+    rows = matrix(value, axes)
+    return rows if rows is not None and rows.groups == 1 else None
 
 
-def _restore(codes: jax.Array, shape: tuple[int, ...], first: int) -> jax.Array:
-    """Undoes ``[1, first, rest]``."""
-    rest = tuple(n for i, n in enumerate(shape) if i != first)
-    return jnp.moveaxis(codes.reshape(shape[first], *rest), 0, first)
+def _reordered(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    """`jnp.transpose`, in as few axes as it takes.
 
-
-def _natural(x: Any, codes: jax.Array, shape: tuple[int, ...], first: int) -> jax.Array:
-    """A kernel's codes in the layout that a convolution reads fast.
-
-    XLA folds a transpose into the layout of the kernel, and then leaves the fast path; a gather it does not fold. Kernels
-    that `quantize_params` made are stored in this order already and cost nothing here.
+    XLA folds a transpose into the layout of a convolution and then leaves the fast path; the reshapes here prevent it.
     """
-    if not isinstance(x, QTensor) or not x.minor:
-        return _restore(codes, shape, first)
-    index = np.moveaxis(np.arange(math.prod(shape)).reshape(shape[first], *np.delete(shape, first)), 0, first)
-    return jnp.take(codes.reshape(-1), index.reshape(-1), mode="clip").reshape(shape)
+    runs: list[list[int]] = []
+    for axis in order:
+        if runs and axis == runs[-1][-1] + 1:
+            runs[-1].append(axis)
+        else:
+            runs.append([axis])
+    merged = sorted(runs)
+    shape = x.shape
+    x = x.reshape([math.prod(shape[i] for i in run) for run in merged])
+    return jnp.transpose(x, [merged.index(run) for run in runs]).reshape([shape[i] for i in order])
 
 
-def _along(value: jax.Array, ndim: int, axis: int) -> jax.Array:
-    """[1, n, 1] to rank ndim with n at axis."""
-    return value.reshape([-1 if i == axis else 1 for i in range(ndim)])
+def _codes(x: Matrix, shape: tuple[int, ...], spec: tuple[int, ...], *, kernel: bool) -> jax.Array:
+    """Codes as [images, spatial..., features], or [spatial..., input features, output features] for a kernel.
+
+    One spatial axis becomes two: XLA has no fast path for convolutions of rank 1.
+    """
+    rows_first = (spec[0], *(i for i in range(len(shape)) if i != spec[0]))
+    target = (*spec[2:], spec[1], spec[0]) if kernel else (spec[0], *spec[2:], spec[1])
+    codes = x.codes.reshape(-1, *(shape[i] for i in rows_first[1:]))
+    codes = _reordered(codes, tuple(rows_first.index(i) for i in target))
+    return jnp.expand_dims(codes, 0 if kernel else 1) if len(shape) == 3 else codes
 
 
-def _integer(how: _Conv, lhs: Matrix, rhs: Matrix, lshape: tuple[int, ...], kernel: jax.Array) -> jax.Array:
-    """int8 convolution with exact zero-point corrections, scaled.
+def _integer(g: _Geometry, lhs: Matrix, rhs: Matrix, lshape: tuple[int, ...], rshape: tuple[int, ...]) -> jax.Array:
+    """int8 convolution with exact zero-point corrections, scaled: [images, spatial..., features].
 
     Padding contributes real 0, that is nothing, to each of the four sums of (q_l - z_l)(q_r - z_r).
+
+    Args:
+      g: the geometry of the call.
+      lhs: images as rows; there may be more of them than lshape says.
+      rhs: output features as rows.
+      lshape, rshape: the shapes of the operands.
     """
-    batch, out_batch = how.numbers.lhs_spec[0], how.numbers.out_spec[0]
-    features, out_features = how.numbers.rhs_spec[0], how.numbers.out_spec[1]
-    ndim, conv = len(lshape), functools.partial(how, preferred_element_type=jnp.int32)
-    x = _restore(lhs.codes, lshape, batch)
-    out = conv(x, kernel)
-    lz = None if lhs.zero_point is None else _along(lhs.zero_point, ndim, out_batch)
-    rz = None if rhs.zero_point is None else _along(rhs.zero_point, ndim, out_features)
-    one_image = jnp.ones([1 if i == batch else n for i, n in enumerate(lshape)], jnp.int8)
-    one_feature = jnp.ones([how.feature_groups if i == features else n for i, n in enumerate(kernel.shape)], jnp.int8)
+    x, kernel = _codes(lhs, lshape, g.lhs_spec, kernel=False), _codes(rhs, rshape, g.rhs_spec, kernel=True)
+    last = x.ndim - 1
+    lift = (1,) * (x.ndim - len(lshape))  # for a spatial axis that was added
+    dilate = [(0, 0, d - 1) for d in (1, *lift, *g.lhs_dilation, 1)]
+    numbers = lax.ConvDimensionNumbers(
+        (0, last, *range(1, last)), (last, last - 1, *range(last - 1)), (0, last, *range(1, last))
+    )
+
+    def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(
+            lax.pad(x, jnp.int8(0), dilate),  # XLA has no fast path for dilated images
+            kernel,
+            lift + g.strides,
+            ((0, 0),) * len(lift) + g.padding,
+            rhs_dilation=lift + g.rhs_dilation,
+            dimension_numbers=numbers,
+            feature_group_count=g.feature_groups,
+            preferred_element_type=jnp.int32,
+        )
 
     def all_features(sums: jax.Array) -> jax.Array:
         """One output channel per feature group to one per output feature."""
-        each = kernel.shape[features] // how.feature_groups
-        return sums if how.feature_groups == 1 else jnp.repeat(sums, each, axis=out_features)
+        return jnp.repeat(sums, kernel.shape[-1] // g.feature_groups, axis=last)
 
-    if rz is not None:
-        out = out - rz * all_features(conv(x, one_feature))
-    if lz is not None:
-        out = out - lz * conv(one_image, kernel)
-    if lz is not None and rz is not None:
-        out = out + lz * rz * all_features(conv(one_image, one_feature))
-    out = out.astype(jnp.float32)
-    return out * _along(lhs.scale, ndim, out_batch) * _along(rhs.scale, ndim, out_features)
+    lz = None if lhs.zero_point is None else lhs.zero_point.reshape(-1, *[1] * last)
+    rz = None if rhs.zero_point is None else rhs.zero_point.reshape(*[1] * last, -1)
+
+    def exact(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        one_image, one_feature = jnp.ones_like(x[:1]), jnp.ones_like(kernel[..., : g.feature_groups])
+        out = conv(x, kernel)
+        if rz is not None:
+            out = out - rz * all_features(conv(x, one_feature))
+        if lz is not None:
+            out = out - lz * conv(one_image, kernel)
+        if lz is not None and rz is not None:
+            out = out + lz * rz * all_features(conv(one_image, one_feature))
+        return out.astype(jnp.float32)
+
+    features = kernel.shape[-2]
+    step = max(overflow_limit(lhs.reach, rhs.reach) // math.prod(kernel.shape[:-2]), 1)
+    if features <= step:
+        out = exact(x, kernel)
+    else:
+        cuts = [exact(x[..., i : i + step], kernel[..., i : i + step, :]) for i in range(0, features, step)]
+        out = functools.reduce(jnp.add, cuts)
+    return out * lhs.scale.reshape(-1, *[1] * last) * rhs.scale.reshape(*[1] * last, -1)
 
 
-def _digits(how: _Conv, x: jax.Array, rhs: Matrix, kernel: jax.Array) -> jax.Array:
-    """A float activation as int8 digits, stacked as further images of one int8 convolution."""
-    batch, count = how.numbers.lhs_spec[0], digit_count(how.precision)
-    digits, scale = digits_of(x, count, tuple(i for i in range(x.ndim) if i != batch))
-    weights = jnp.concatenate([scale.reshape(1, -1, 1) * (1 / 254) ** i for i in range(count)], axis=1)
-    stacked = jnp.concatenate(digits, axis=batch)
-    order = (batch, *(i for i in range(x.ndim) if i != batch))
-    codes = jnp.transpose(stacked, order).reshape(1, stacked.shape[batch], -1)
-    out = _integer(how, Matrix(codes, weights, None, rhs.qtype), rhs, stacked.shape, kernel)
-    axis = how.numbers.out_spec[0]
-    split = out.reshape(*out.shape[:axis], count, x.shape[batch], *out.shape[axis + 1 :])
-    return jnp.sum(split, axis=axis)
-
-
-def _forward(how: _Conv, lhs: Any, rhs: Any, lhs_static: Any, rhs_static: Any) -> jax.Array:
-    left = _rows_first(how, lhs, how.lhs, lhs_static, kernel=False)
-    right = _rows_first(how, rhs, how.rhs, rhs_static, kernel=True)
-    # A float kernel, batch groups, or a sum that could overflow: the float convolution.
-    exact = (
-        isinstance(right, Matrix)
-        and dict(how.window)["batch_group_count"] == 1
-        and right.codes.shape[2] <= overflow_limit(left.reach if isinstance(left, Matrix) else 127, right.reach)
+def _checked(
+    function: str, lhs: Any, rhs: Any, numbers: Any, precision: Any, **window: Any
+) -> tuple[tuple[int, ...], _Geometry]:
+    """The result's shape, and the geometry in full, if `lax.conv_general_dilated` accepts the call."""
+    try:
+        numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers)
+        conv = functools.partial(lax.conv_general_dilated, dimension_numbers=numbers, precision=precision, **window)
+        shape = jax.eval_shape(conv, *(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (lhs, rhs))).shape
+    except (TypeError, ValueError, RuntimeError) as error:
+        rule = str(error).strip().split("\n")[0].rstrip(".").removeprefix(f"{function} ")
+        todo = "Give the arguments that jax.lax.conv_general_dilated takes"
+        raise quant_error(function, rule, todo=todo, lhs=lhs.shape, rhs=rhs.shape, **window) from None
+    strides, padding = tuple(map(int, window["window_strides"])), window["padding"]
+    lhs_dilation, rhs_dilation = (
+        tuple(map(int, window[name] or [1] * len(strides))) for name in ("lhs_dilation", "rhs_dilation")
     )
-    if not exact or (not isinstance(left, Matrix) and left.dtype == jnp.float64):
-        return _reference(how, lhs, rhs, lhs_static, rhs_static)
-    kernel = _natural(rhs, right.codes, rhs.shape, how.numbers.rhs_spec[0])
-    if isinstance(left, Matrix):
-        return _integer(how, left, right, lhs.shape, kernel).astype(how.dtype)
-    return lax.platform_dependent(
-        cpu=lambda: _digits(how, left, right, kernel).astype(how.dtype),
-        default=lambda: _reference(how, lhs, rhs, lhs_static, rhs_static),
+    if isinstance(padding, str):
+        spatial = [[x.shape[i] for i in spec[2:]] for x, spec in zip((lhs, rhs), numbers, strict=False)]
+        reach = [(n - 1) * d + 1 for n, d in zip(spatial[1], rhs_dilation, strict=True)]
+        padding = lax.padtype_to_pads(spatial[0], reach, strides, padding)
+    return shape, _Geometry(
+        *map(tuple, numbers),
+        strides=strides,
+        padding=tuple((int(lo), int(hi)) for lo, hi in padding),
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        feature_groups=int(window["feature_group_count"]),
+        batch_groups=int(window["batch_group_count"]),
     )
-
-
-def _reference(how: _Conv, lhs: Any, rhs: Any, lhs_static: Any, rhs_static: Any) -> jax.Array:
-    """The float convolution of the same values."""
-    lhs, rhs = how.lhs.real(lhs, lhs_static), how.rhs.real(rhs, rhs_static)
-    dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
-    return how(lhs.astype(dtype), rhs.astype(dtype), precision=how.precision).astype(how.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv(how, lhs, rhs, lhs_static, rhs_static):
-    return _forward(how, lhs, rhs, lhs_static, rhs_static)
-
-
-def _conv_fwd(how, *operands):
-    return _forward(how, *operands), operands
-
-
-def _conv_bwd(how, operands, g):
-    return jax.vjp(functools.partial(_reference, how), *operands)[1](g)
-
-
-_conv.defvjp(_conv_fwd, _conv_bwd)
-_conv_jit = jax.jit(_conv, static_argnums=0, inline=True)
 
 
 def conv_general_dilated(
@@ -185,10 +250,10 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` whose operands may be quantized, or are quantized on the way.
 
-    An int8 convolution with int32 accumulation where kernel scales are per output feature (or per tensor) and activation
-    scales per image (or per tensor); weight-only with the activation as int8 digits, as in `dot_general`. Scales per
-    group along the contraction, float number types, batch groups and sums that could overflow int32 take the float
-    convolution of the dequantized operands.
+    An int8 convolution with int32 accumulation where kernel scales are per output feature (or per tensor) and
+    activation scales per image (or per tensor); weight-only with the activation as int8 digits, as in `dot_general`.
+    Scales per group along the contraction, float number types, batch groups and weight-only feature groups take the
+    float convolution of the dequantized operands.
 
     Args:
       lhs: the activation, a float array or a QTensor.
@@ -213,21 +278,19 @@ def conv_general_dilated(
       >>> ops.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=layout, spec=recipes.w8a8()).shape
       (2, 8, 8, 4)
     """
-    lhs, rhs = as_array("conv_general_dilated", "lhs", lhs), as_array("conv_general_dilated", "rhs", rhs)
-    specs = operand_specs("conv_general_dilated", lhs, rhs, spec, weight=1)
+    function = "conv_general_dilated"
+    pair = Pair.of(function, lhs, rhs, spec, weight=1)
+    lhs, rhs = pair.lhs, pair.rhs
     window = {
-        "window_strides": tuple(window_strides),
-        "padding": padding if isinstance(padding, str) else tuple(tuple(p) for p in padding),
-        "lhs_dilation": None if lhs_dilation is None else tuple(lhs_dilation),
-        "rhs_dilation": None if rhs_dilation is None else tuple(rhs_dilation),
+        "window_strides": window_strides,
+        "padding": padding,
+        "lhs_dilation": lhs_dilation,
+        "rhs_dilation": rhs_dilation,
         "feature_group_count": feature_group_count,
         "batch_group_count": batch_group_count,
     }
-    quantized = [isinstance(x, QTensor) or s is not None for x, s in zip((lhs, rhs), specs, strict=True)]
-    if not any(quantized):
-        if act_scale is not None or act_zero_point is not None:
-            todo = "Pass spec=OpSpec(act=...)"
-            raise quant_error("conv_general_dilated", "act_scale needs a spec for the activation", todo=todo, spec=spec)
+    if pair.in_float:
+        refuse_range(function, act_scale, act_zero_point)
         return lax.conv_general_dilated(
             lhs,
             rhs,
@@ -236,15 +299,10 @@ def conv_general_dilated(
             preferred_element_type=preferred_element_type,
             **window,
         )
-    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    sides = [
-        Operand(s, tuple(i - x.ndim for i in range(x.ndim) if i != dims[0]))
-        for s, x, dims in zip(specs, (lhs, rhs), (numbers.lhs_spec, numbers.rhs_spec), strict=True)
-    ]
-    static = sides[0].given("conv_general_dilated", lhs, act_scale, act_zero_point)
-    for side, x in zip(sides, (lhs, rhs), strict=True):
-        side.check_groups("conv_general_dilated", x)
-    dtype = np.dtype(result_dtype(lhs, rhs, preferred_element_type))
-    if isinstance(precision, list):
-        precision = tuple(precision)
-    return _conv_jit(_Conv(*sides, numbers, tuple(window.items()), precision, dtype), lhs, rhs, static, None)
+    dtype, precision = pair.result_dtype(preferred_element_type), precision_of(function, precision)
+    shape, geometry = _checked(function, lhs, rhs, dimension_numbers, precision, **window)
+    if 0 in lhs.shape or 0 in rhs.shape:
+        return jnp.zeros(shape, dtype)  # no values to take a range from
+    sides = pair.operands(geometry.lhs_spec[1:], geometry.rhs_spec[1:])
+    static = pair.static(sides, act_scale, act_zero_point)
+    return straight_through(_Conv(*sides, geometry, precision, dtype), lhs, rhs, *static)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.formulation import product
-from jaxquant.ops.matrix import Axes, matrix
-from jaxquant.ops.operands import Operand, as_array, operand_specs, result_dtype
+from jaxquant.ops.matrix import Axes, Matrix, matrix
+from jaxquant.ops.operands import Operand, Pair, Static, precision_of, refuse_range, straight_through
 
-__all__ = ["dot_general"]
+__all__ = ["contract", "dot_general"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,56 +31,41 @@ class _Contraction:
     precision: Any
     dtype: Any
 
+    def forward(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
+        left = _canonical(self.lhs, lhs, lhs_static, self.lhs_axes)
+        right = _canonical(self.rhs, rhs, rhs_static, self.rhs_axes)
+        if left is None or right is None:  # scales that vary within a group: only real values are left to multiply
+            return self._float(self.lhs.values(lhs, lhs_static), self.rhs.values(rhs, rhs_static))
+        shape = _result_shape(lhs, rhs, self.lhs_axes, self.rhs_axes)
+        return product(left, right, self.precision).reshape(shape).astype(self.dtype)
 
-def _forward(how: _Contraction, lhs: Any, rhs: Any, lhs_static: Any, rhs_static: Any) -> jax.Array:
-    sides = []
-    for side, axes, x, static in (
-        (how.lhs, how.lhs_axes, lhs, lhs_static),
-        (how.rhs, how.rhs_axes, rhs, rhs_static),
-    ):
-        value = side.quantized(x, static)
-        canonical = axes.flatten(value) if isinstance(value, jax.Array) else matrix(value, axes)
-        # Scales that vary within a group of the contraction: only the float values are left to multiply.
-        sides.append(axes.flatten(side.real(x, static)) if canonical is None else canonical)
-    out = product(*sides, how.precision)
-    shape = [lhs.shape[i] for i in how.lhs_axes.batch + how.lhs_axes.rows] + [rhs.shape[i] for i in how.rhs_axes.rows]
-    return out.reshape(shape).astype(how.dtype)
+    def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
+        return self._float(self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static))
 
-
-def _reference(how: _Contraction, lhs: Any, rhs: Any, lhs_static: Any, rhs_static: Any) -> jax.Array:
-    """The float product of the same values: what `_forward` equals up to rounding, and where gradients come from."""
-    lhs, rhs = how.lhs.real(lhs, lhs_static), how.rhs.real(rhs, rhs_static)
-    dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
-    numbers = ((how.lhs_axes.contract, how.rhs_axes.contract), (how.lhs_axes.batch, how.rhs_axes.batch))
-    out = lax.dot_general(lhs.astype(dtype), rhs.astype(dtype), numbers, precision=how.precision)
-    return out.astype(how.dtype)
+    def _float(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
+        numbers = ((self.lhs_axes.contract, self.rhs_axes.contract), (self.lhs_axes.batch, self.rhs_axes.batch))
+        out = lax.dot_general(lhs.astype(dtype), rhs.astype(dtype), numbers, precision=self.precision)
+        return out.astype(self.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(how, lhs, rhs, lhs_static, rhs_static):
-    return _forward(how, lhs, rhs, lhs_static, rhs_static)
+def _canonical(side: Operand, x: Any, static: Static, axes: Axes) -> Matrix | jax.Array | None:
+    value = side.quantized(x, static)
+    return axes.flatten(value) if isinstance(value, jax.Array) else matrix(value, axes)
 
 
-def _dot_fwd(how, *operands):
-    return _forward(how, *operands), operands
-
-
-def _dot_bwd(how, operands, g):
-    return jax.vjp(functools.partial(_reference, how), *operands)[1](g)
-
-
-_dot.defvjp(_dot_fwd, _dot_bwd)
-_dot_jit = jax.jit(_dot, static_argnums=0, inline=True)
+def _result_shape(lhs: Any, rhs: Any, lhs_axes: Axes, rhs_axes: Axes) -> tuple[int, ...]:
+    return tuple(lhs.shape[i] for i in lhs_axes.batch + lhs_axes.rows) + tuple(rhs.shape[i] for i in rhs_axes.rows)
 
 
 def _axes(axes: Any, ndim: int) -> tuple[int, ...]:
-    return tuple(int(a) % ndim if -ndim <= int(a) < ndim else int(a) for a in axes)
+    return tuple(i % ndim if -ndim <= i < ndim else i for i in map(operator.index, axes))
 
 
-def _check_dimensions(lhs: Any, rhs: Any, numbers: Any) -> tuple[Axes, Axes]:
+def _check_dimensions(function: str, lhs: Any, rhs: Any, numbers: Any) -> tuple[Axes, Axes]:
     def bad(rule: str):
         todo = "Give ((lhs_contract, rhs_contract), (lhs_batch, rhs_batch)) as for lax.dot_general"
-        return quant_error("dot_general", rule, todo=todo, dimension_numbers=numbers, lhs=lhs.shape, rhs=rhs.shape)
+        return quant_error(function, rule, todo=todo, dimension_numbers=numbers, lhs=lhs.shape, rhs=rhs.shape)
 
     try:
         (lc, rc), (lb, rb) = numbers
@@ -101,6 +85,37 @@ def _check_dimensions(lhs: Any, rhs: Any, numbers: Any) -> tuple[Axes, Axes]:
     pairs = sorted(zip(lc, rc, strict=True), key=lambda pair: pair[1] if keep is rhs else pair[0])
     lc, rc = (tuple(p[i] for p in pairs) for i in (0, 1))
     return Axes.of(lhs.ndim, lb, lc), Axes.of(rhs.ndim, rb, rc)
+
+
+def contract(
+    function: str,
+    lhs: Any,
+    rhs: Any,
+    numbers: Any,
+    precision: Any,
+    preferred: Any,
+    spec: OpSpec | None,
+    act_scale: Any,
+    act_zero_point: Any,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """`dot_general`, on behalf of the public function that refuses what does not fit."""
+    pair = Pair.of(function, lhs, rhs, spec)
+    lhs, rhs = pair.lhs, pair.rhs
+    if pair.in_float:
+        refuse_range(function, act_scale, act_zero_point)
+        sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
+        return lax.dot_general(lhs, rhs, numbers, precision, preferred, **sharding)
+    if out_sharding is not None:
+        todo = "Use jax.lax.with_sharding_constraint on the result"
+        raise quant_error(function, "out_sharding is for float operands", todo=todo, out_sharding=str(out_sharding))
+    axes = _check_dimensions(function, lhs, rhs, numbers)
+    dtype, precision = pair.result_dtype(preferred), precision_of(function, precision)
+    if 0 in lhs.shape or 0 in rhs.shape:
+        return jnp.zeros(_result_shape(lhs, rhs, *axes), dtype)  # no values to take a range from
+    sides = pair.operands(axes[0].contract, axes[1].contract)
+    static = pair.static(sides, act_scale, act_zero_point)
+    return straight_through(_Contraction(*sides, *axes, precision=precision, dtype=dtype), lhs, rhs, *static)
 
 
 def dot_general(
@@ -127,8 +142,9 @@ def dot_general(
       precision: weight-only products agree with the float product of the dequantized operands to 1e-4 relative by
         default, and to 1e-6 at ``HIGHEST``. Integer products are always exact to 1e-6.
       preferred_element_type: dtype of the result; by default the operands' (dequantized) dtypes, promoted.
-      spec: quantizes float operands on the way: ``spec.act`` with one scale per token, ``spec.weight`` with one per output
-        channel (or what their granularity says), both reduced over the contracted axes. A QTensor must agree with its spec.
+      spec: quantizes float operands on the way: ``spec.act`` with one scale per token, ``spec.weight`` with one per
+        output channel (or what their granularity says), both reduced over the contracted axes. A QTensor must agree
+        with its spec.
       act_scale, act_zero_point: the activation's static range, for ``spec.act.static``; the scale gets a gradient.
       out_sharding: passed on where nothing is quantized; otherwise it must be None.
 
@@ -153,31 +169,15 @@ def dot_general(
 
     Source: Jacob et al. 2018 (arXiv:1712.05877), section 2.3, for the zero-point terms.
     """
-    lhs, rhs = as_array("dot_general", "lhs", lhs), as_array("dot_general", "rhs", rhs)
-    weight = 0 if isinstance(lhs, QTensor) and not isinstance(rhs, QTensor) else 1
-    specs = operand_specs("dot_general", lhs, rhs, spec, weight=weight)
-    quantized = [isinstance(x, QTensor) or s is not None for x, s in zip((lhs, rhs), specs, strict=True)]
-    if not any(quantized):
-        if act_scale is not None or act_zero_point is not None:
-            todo = "Pass spec=OpSpec(act=...)"
-            raise quant_error("dot_general", "act_scale needs a spec for the activation", todo=todo, spec=spec)
-        sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
-        return lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type, **sharding)
-    if out_sharding is not None:
-        todo = "Use jax.lax.with_sharding_constraint on the result"
-        raise quant_error(
-            "dot_general", "out_sharding is for float operands", todo=todo, out_sharding=str(out_sharding)
-        )
-    axes = _check_dimensions(lhs, rhs, dimension_numbers)
-    sides = [
-        Operand(s, tuple(sorted(a - x.ndim for a in ax.contract)))
-        for s, ax, x in zip(specs, axes, (lhs, rhs), strict=True)
-    ]
-    static = [None, None]
-    static[1 - weight] = sides[1 - weight].given("dot_general", (lhs, rhs)[1 - weight], act_scale, act_zero_point)
-    for side, x in zip(sides, (lhs, rhs), strict=True):
-        side.check_groups("dot_general", x)
-    dtype = np.dtype(result_dtype(lhs, rhs, preferred_element_type))
-    if isinstance(precision, list):
-        precision = tuple(precision)
-    return _dot_jit(_Contraction(*sides, *axes, precision, dtype), lhs, rhs, *static)
+    return contract(
+        "dot_general",
+        lhs,
+        rhs,
+        dimension_numbers,
+        precision,
+        preferred_element_type,
+        spec,
+        act_scale,
+        act_zero_point,
+        out_sharding,
+    )

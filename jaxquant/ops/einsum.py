@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import string
 from typing import Any
 
@@ -13,19 +12,21 @@ from jax import lax
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
-from jaxquant.ops.dot import dot_general
-from jaxquant.ops.operands import as_array
+from jaxquant.ops.dot import contract
+from jaxquant.ops.operands import Pair, check_spec, refuse_range
 
 __all__ = ["einsum"]
 
 
-def _parse(subscripts: str, ndims: tuple[int, int]) -> tuple[str, str, str]:
+def _parse(subscripts: Any, ndims: tuple[int, int]) -> tuple[str, str, str]:
     """Labels of both operands and of the result; an ellipsis becomes capital or other unused letters."""
 
     def bad(rule: str):
         todo = "Write for example 'btd,dh->bth', or call jnp.einsum on float arrays"
         return quant_error("einsum", rule, todo=todo, subscripts=subscripts, ndims=ndims)
 
+    if not isinstance(subscripts, str):
+        raise bad("quantized einsum takes its subscripts as a string")
     text = subscripts.replace(" ", "")
     inputs, arrow, output = text.partition("->")
     terms = inputs.split(",")
@@ -65,8 +66,9 @@ def einsum(
     """`jax.numpy.einsum` whose operands may be quantized, or are quantized on the way; see `dot_general`.
 
     Args:
-      subscripts: as for `jax.numpy.einsum`, ellipsis included. With a QTensor or a spec: two operands, no repeated
-        subscript within one; every subscript summed over must be in both operands, or in one that is float.
+      subscripts: as for `jax.numpy.einsum`, ellipsis included. With a QTensor or a spec: a string, two operands, no
+        repeated subscript within one; every subscript summed over must be in both operands, or in the activation alone,
+        which is summed before it is quantized. Axes of size 1 do not broadcast.
       *operands: float arrays or QTensors; the weight is the second, unless only the first is a QTensor.
       precision, preferred_element_type, spec, act_scale, act_zero_point: as for `dot_general`.
 
@@ -85,20 +87,22 @@ def einsum(
       >>> ops.einsum("btd,dhk->bthk", x, w, spec=recipes.w8a8()).shape
       (2, 5, 4, 3)
     """
-    operands = tuple(as_array("einsum", "operand", x) for x in operands)
-    if spec is None and not any(isinstance(x, QTensor) for x in operands):
+    if check_spec("einsum", spec) == OpSpec() and not any(isinstance(x, QTensor) for x in operands):
+        refuse_range("einsum", act_scale, act_zero_point)
         return jnp.einsum(subscripts, *operands, precision=precision, preferred_element_type=preferred_element_type)
     if len(operands) != 2:
         todo = "Split it into products of two"
         raise quant_error("einsum", "quantized einsum takes two operands", todo=todo, operands=len(operands))
-    left, right, output = _parse(subscripts, (operands[0].ndim, operands[1].ndim))
+    pair = Pair.of("einsum", *operands, spec)
+    left, right, output = _parse(subscripts, (pair.lhs.ndim, pair.rhs.ndim))
     sides = []
-    for x, own, other in ((operands[0], left, right), (operands[1], right, left)):
+    for i, (x, own, other) in enumerate(((pair.lhs, left, right), (pair.rhs, right, left))):
         alone = tuple(i for i, c in enumerate(own) if c not in other and c not in output)
         if alone:
-            if isinstance(x, QTensor):
-                todo = "Dequantize it, or sum before quantizing"
-                raise quant_error("einsum", "a QTensor cannot be summed over", todo=todo, subscripts=subscripts)
+            if isinstance(x, QTensor) or (i == pair.weight and pair.spec.weight is not None):
+                rule = "a quantized operand cannot be summed over an axis of its own"
+                todo = "Sum it in float first, and quantize the sum"
+                raise quant_error("einsum", rule, todo=todo, subscripts=subscripts)
             x = jnp.sum(x, axis=alone)
         sides.append((x, "".join(c for i, c in enumerate(own) if i not in alone)))
     (lhs, left), (rhs, right) = sides
@@ -108,20 +112,8 @@ def einsum(
             todo = "Make them equal; quantized einsum does not broadcast"
             raise quant_error("einsum", f"subscript {c!r} has two sizes", todo=todo, sizes=(sizes[c], n))
     shared = [c for c in left if c in right]
-    batch, contract = [c for c in shared if c in output], [c for c in shared if c not in output]
-    numbers = tuple(
-        tuple(tuple(labels.index(c) for c in part) for labels in (left, right)) for part in (contract, batch)
-    )
-    out = dot_general(
-        lhs,
-        rhs,
-        numbers,
-        precision,
-        preferred_element_type,
-        spec=spec,
-        act_scale=act_scale,
-        act_zero_point=act_zero_point,
-    )
+    batch, summed = [c for c in shared if c in output], [c for c in shared if c not in output]
+    numbers = tuple(tuple(tuple(map(labels.index, part)) for labels in (left, right)) for part in (summed, batch))
+    out = contract("einsum", lhs, rhs, numbers, precision, preferred_element_type, spec, act_scale, act_zero_point)
     got = batch + [c for c in left if c not in shared] + [c for c in right if c not in shared]
-    assert math.prod(out.shape) == math.prod(sizes[c] for c in output)
     return jnp.transpose(out, [got.index(c) for c in output])

@@ -53,7 +53,7 @@ class Matrix:
 
     Attributes:
       codes: [B, R, K]; int8 for integer types (unsigned 8-bit codes are shifted by 128), else the type's own codes.
-      scale: [B or 1, R or 1, G]: real scales, one per group of K / G consecutive codes.
+      scale: [B or 1, R or 1, G]: real scales, one per group of K / G consecutive codes; float32 (float64 if it was).
       zero_point: int32 (float for some imported tensors) of the scale's shape, or None.
       qtype: the number type.
     """
@@ -82,14 +82,14 @@ class Matrix:
             return int(self.qtype.qmax - self.qtype.qmin)
         return int(max(-self.qtype.qmin, self.qtype.qmax))
 
-    def values(self, dtype: Any = jnp.float32) -> jax.Array:
+    def values(self, dtype: Any) -> jax.Array:
         """The real matrix [B, R, K]."""
         b, r, k = self.codes.shape
         split = self.codes.reshape(b, r, self.groups, k // self.groups)
-        values = values_of(split, self.qtype, jnp.float32)
+        values = values_of(split, self.qtype, dtype)
         if self.zero_point is not None:
-            values = values - self.zero_point[..., None].astype(jnp.float32)
-        return (values * self.scale[..., None]).astype(dtype).reshape(b, r, k)
+            values = values - self.zero_point[..., None].astype(dtype)
+        return (values * self.scale[..., None].astype(dtype)).reshape(b, r, k)
 
 
 def _per_group(value: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array | None:
@@ -123,7 +123,7 @@ def matrix(x: QTensor | tuple[Encoded, QType], axes: Axes) -> Matrix | None:
     else:
         (values, scale, zero_point), qtype = x
         codes, shape = codes_of(values, qtype), values.shape
-    scale = _per_group(scale_values(scale).astype(jnp.float32), shape, axes)
+    scale = _per_group(scale_values(scale), shape, axes)
     if scale is None:
         return None
     if zero_point is not None:
@@ -139,6 +139,3 @@ def matrix(x: QTensor | tuple[Encoded, QType], axes: Axes) -> Matrix | None:
         else:
             codes = codes.astype(jnp.int8)
     return Matrix(codes, scale, zero_point, qtype)
-
-
-_SHIFTED = QType("uint8 - 128", "int", 8, -128, 127)

@@ -1,16 +1,19 @@
-"""What every op does with its operands first: checks, and the split into weight and activation."""
+"""What every op does with its operands first: checks, the split into weight and activation, and the gradient rule."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any
+import functools
+import numbers
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from jaxquant.core.affine import Encoded, encode, prepare
+from jaxquant.core.affine import Encoded, encode, prepare, values_with_scale
 from jaxquant.core.blocks import block_shape, scale_shape
 from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
@@ -18,67 +21,92 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import QType
 from jaxquant.core.specs import OpSpec, QuantSpec
 
-__all__ = ["Operand", "Static", "as_array", "operand_specs", "result_dtype"]
+__all__ = [
+    "Call",
+    "Operand",
+    "Pair",
+    "Static",
+    "as_array",
+    "check_operand",
+    "check_spec",
+    "precision_of",
+    "refuse_range",
+    "straight_through",
+]
 
 Static = tuple[jax.Array, jax.Array | None] | None
 """A given activation range: (scale, zero_point), or None."""
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
 
 
 def as_array(function: str, name: str, x: Any) -> Any:
     """A jax array, or the QTensor itself."""
     if isinstance(x, QTensor):
         return x
-    if not hasattr(x, "dtype") and not np.isscalar(x) and not isinstance(x, list | tuple):
-        raise quant_error(function, f"{name} must be an array or a QTensor", todo="Convert it first", **{name: x})
-    return jnp.asarray(x)
+    try:
+        if not hasattr(x, "dtype") and not isinstance(x, numbers.Number | list | tuple):
+            raise TypeError
+        return jnp.asarray(x)
+    except TypeError:
+        raise quant_error(function, f"{name} must be an array or a QTensor", todo="Convert it", value=x) from None
 
 
-def _check_spec(function: str, name: str, x: Any, spec: QuantSpec | None) -> None:
+def check_spec(function: str, spec: Any) -> OpSpec:
+    """The spec itself, if it is an OpSpec; None stands for one that quantizes nothing."""
     if spec is None:
-        return
-    if spec.rounding != "nearest":
-        todo = "Use rounding='nearest', or call fake_quant with a key yourself"
-        raise quant_error(function, "ops round to nearest", todo=todo, rounding=spec.rounding)
-    if not isinstance(x, QTensor):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            todo = "Cast it to a float dtype, or leave its spec out"
-            raise quant_error(function, f"the {name} must be a float array to be quantized", todo=todo, **{name: x})
-        return
-    if x.qtype != spec.qtype or x.symmetric != spec.symmetric:
-        raise quant_error(
-            function,
-            f"the {name} is quantized already, and not as its spec says",
-            todo="Quantize the parameters with the spec the model runs with, or drop the spec",
-            operand=repr(x),
-            spec=repr(spec),
-        )
-
-
-def operand_specs(
-    function: str, lhs: Any, rhs: Any, spec: OpSpec | None, *, weight: int
-) -> tuple[QuantSpec | None, QuantSpec | None]:
-    """The spec of each operand, checked against it.
-
-    Args:
-      function: who asks.
-      lhs, rhs: arrays or QTensors.
-      spec: how the operation is quantized, or None.
-      weight: which operand is the weight, 0 or 1.
-    """
-    if spec is None:
-        return None, None
+        return OpSpec()
     if not isinstance(spec, OpSpec):
         todo = "Wrap it: OpSpec(weight=...) or OpSpec(weight=..., act=...)"
         raise quant_error(function, "spec must be an OpSpec", todo=todo, spec=spec)
-    specs = (spec.weight, spec.act) if weight == 0 else (spec.act, spec.weight)
-    for x, s, name in zip((lhs, rhs), specs, ("lhs", "rhs"), strict=True):
-        _check_spec(function, f"{'weight' if (name == 'lhs') == (weight == 0) else 'activation'} ({name})", x, s)
-    return specs
+    return spec
 
 
-def result_dtype(lhs: Any, rhs: Any, preferred: Any) -> Any:
-    """What the float operation would return: the preferred type, or the promotion of the operands' (dequantized) dtypes."""
-    return np.dtype(preferred) if preferred is not None else jnp.promote_types(lhs.dtype, rhs.dtype)
+def check_operand(function: str, name: str, x: Any, spec: QuantSpec | None) -> None:
+    """Raises if an operand cannot be what its spec says."""
+    if spec is None:
+        return
+    if isinstance(x, QTensor):
+        if x.qtype != spec.qtype or x.symmetric != spec.symmetric:
+            raise quant_error(
+                function,
+                f"the {name} is quantized already, and not as its spec says",
+                todo="Quantize the parameters with the spec the model runs with, or drop the spec",
+                operand=repr(x),
+                spec=repr(spec),
+            )
+    elif spec.rounding != "nearest":
+        todo = "Use rounding='nearest', or call fake_quant with a key yourself"
+        raise quant_error(function, "ops round to nearest", todo=todo, rounding=spec.rounding)
+    elif not jnp.issubdtype(x.dtype, jnp.floating):
+        todo = "Cast it to a float dtype, or leave its spec out"
+        raise quant_error(function, f"the {name} must be a float array to be quantized", todo=todo, operand=x)
+
+
+def refuse_range(function: str, act_scale: Any, act_zero_point: Any) -> None:
+    """Raises if an activation's range is given where no activation is quantized."""
+    for name, value in (("act_scale", act_scale), ("act_zero_point", act_zero_point)):
+        if value is not None:
+            todo = "Leave it out, or pass a float activation and spec=OpSpec(act=...)"
+            raise quant_error(function, f"{name} without an activation to quantize", todo=todo, **{name: value})
+
+
+def precision_of(function: str, precision: Any) -> Any:
+    """A precision that XLA knows, hashable."""
+    if precision is None:
+        return None
+    precision = tuple(precision) if isinstance(precision, list) else precision
+    try:
+        one = jax.ShapeDtypeStruct((1,), jnp.float32)
+        jax.eval_shape(lambda a: lax.dot_general(a, a, (((0,), (0,)), ((), ())), precision=precision), one)
+    except (TypeError, ValueError):
+        todo = "Use None, 'highest', a jax.lax.Precision, or a pair of them"
+        raise quant_error(function, "unknown precision", todo=todo, precision=precision) from None
+    return precision
+
+
+# -- operands ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,15 +119,12 @@ class Operand:
     def given(self, function: str, x: Any, scale: Any, zero_point: Any) -> Static:
         """The static range for this operand, one entry per block; raises if the spec wants one and there is none."""
         if self.spec is None or isinstance(x, QTensor):
-            if scale is not None:
-                todo = "Leave act_scale out"
-                raise quant_error(
-                    function, "act_scale without a float activation to quantize", todo=todo, act_scale=scale
-                )
+            refuse_range(function, scale, zero_point)
             return None
-        if self.spec.static and scale is None:
-            todo = "Calibrate and pass act_scale (and act_zero_point), or use static=False"
-            raise quant_error(function, "a static activation range is needed and none is given", todo=todo, static=True)
+        if scale is None and (self.spec.static or zero_point is not None):
+            todo = "Calibrate and pass act_scale (and act_zero_point), or use static=False without them"
+            rule = "a static activation range is needed and no act_scale is given"
+            raise quant_error(function, rule, todo=todo, static=self.spec.static, act_zero_point=zero_point)
         if scale is None:
             return None
         _, _, scale, zero_point = prepare(function, x, self.spec, self.axes, scale, zero_point, None)
@@ -117,15 +142,119 @@ class Operand:
             return x
         return encode(x, self.spec, self.axes, *(static or (None, None))), self.spec.type
 
-    def real(self, x: Any, static: Static) -> jax.Array:
-        """The same values in float, differentiable: dequantized, or fake-quantized with a straight-through gradient."""
+    def values(self, x: Any, static: Static) -> jax.Array:
+        """The values of `quantized`, in float32 (or float64), for a forward pass that multiplies floats."""
         if isinstance(x, QTensor):
             return x.dequantize(jnp.promote_types(x.dtype, jnp.float32))
         if self.spec is None:
             return x
+        encoded = encode(x, self.spec, self.axes, *(static or (None, None)))
+        return values_with_scale(encoded, x.shape, jnp.promote_types(x.dtype, jnp.float32))
+
+    def real(self, x: Any, static: Static) -> jax.Array:
+        """The same values, differentiable: dequantized, or fake-quantized with a straight-through gradient."""
+        if isinstance(x, QTensor) or self.spec is None:
+            return self.values(x, None)
         scale, zero_point = static or (None, None)
         return fake_quant(x, self.spec, reduce_axes=self.axes, scale=scale, zero_point=zero_point)
 
-    def length(self, shape: tuple[int, ...]) -> int:
-        """Elements that share a scale if it is per channel."""
-        return math.prod(shape[a] for a in self.axes)
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Both operands of a product, checked against a spec before anything is computed.
+
+    Attributes:
+      lhs, rhs: arrays or QTensors.
+      weight: which of them is the weight, 0 or 1.
+      spec: how the product is quantized.
+    """
+
+    function: str
+    lhs: Any
+    rhs: Any
+    weight: int
+    spec: OpSpec
+
+    @classmethod
+    def of(cls, function: str, lhs: Any, rhs: Any, spec: OpSpec | None, *, weight: int | None = None) -> Pair:
+        """Checks operands and spec; the weight is ``rhs`` unless told otherwise or only ``lhs`` is a QTensor."""
+        lhs, rhs = as_array(function, "lhs", lhs), as_array(function, "rhs", rhs)
+        if weight is None:
+            weight = 0 if isinstance(lhs, QTensor) and not isinstance(rhs, QTensor) else 1
+        pair = cls(function, lhs, rhs, weight, check_spec(function, spec))
+        for name, x, s in zip(("lhs", "rhs"), (lhs, rhs), pair.specs, strict=True):
+            role = "weight" if name == ("lhs", "rhs")[weight] else "activation"
+            check_operand(function, f"{role} ({name})", x, s)
+        return pair
+
+    @property
+    def specs(self) -> tuple[QuantSpec | None, QuantSpec | None]:
+        """The spec of lhs and of rhs."""
+        w, a = self.spec.weight, self.spec.act
+        return (w, a) if self.weight == 0 else (a, w)
+
+    @property
+    def in_float(self) -> bool:
+        """Whether nothing is quantized."""
+        return self.specs == (None, None) and not any(isinstance(x, QTensor) for x in (self.lhs, self.rhs))
+
+    def operands(self, lhs_axes: Iterable[int], rhs_axes: Iterable[int]) -> tuple[Operand, Operand]:
+        """How each operand is treated, from the axes of each that share a scale."""
+        lhs, rhs = (
+            Operand(spec, tuple(sorted(a - x.ndim for a in axes)))
+            for spec, x, axes in zip(self.specs, (self.lhs, self.rhs), (lhs_axes, rhs_axes), strict=True)
+        )
+        lhs.check_groups(self.function, self.lhs)
+        rhs.check_groups(self.function, self.rhs)
+        return lhs, rhs
+
+    def static(self, sides: tuple[Operand, Operand], act_scale: Any, act_zero_point: Any) -> tuple[Static, Static]:
+        """The given range of each operand: of the activation, or of none."""
+        if self.weight == 0:
+            return None, sides[1].given(self.function, self.rhs, act_scale, act_zero_point)
+        return sides[0].given(self.function, self.lhs, act_scale, act_zero_point), None
+
+    def result_dtype(self, preferred: Any) -> np.dtype:
+        """What the float operation would return: the preferred type, or the promotion of the (dequantized) dtypes."""
+        dtype = np.dtype(jnp.promote_types(self.lhs.dtype, self.rhs.dtype) if preferred is None else preferred)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            todo = "Use a float preferred_element_type, and real operands"
+            raise quant_error(self.function, "a quantized product is a float array", todo=todo, dtype=dtype)
+        return dtype
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+class Call(Protocol):
+    """The static half of a call: hashable, and the same function twice."""
+
+    def forward(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, *others: jax.Array) -> jax.Array:
+        """The result, computed fast."""
+        ...
+
+    def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, *others: jax.Array) -> jax.Array:
+        """What `forward` equals up to rounding, in differentiable float arithmetic: where gradients come from."""
+        ...
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _call(how: Call, *operands):
+    return how.forward(*operands)
+
+
+def _call_fwd(how, *operands):
+    return how.forward(*operands), operands  # nothing larger than the operands is kept
+
+
+def _call_bwd(how, operands, g):
+    return jax.vjp(how.reference, *operands)[1](g)
+
+
+_call.defvjp(_call_fwd, _call_bwd)
+_call_jit: Any = jax.jit(_call, static_argnums=0, inline=True)
+
+
+def straight_through(how: Any, *operands: Any) -> jax.Array:
+    """``how.forward(*operands)`` with the gradient of ``how.reference``; see `Call`."""
+    return _call_jit(how, *operands)

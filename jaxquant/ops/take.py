@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.core.blocks import block_shape, negative_axes
 from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor, dequantize, from_codes, scale_values
-from jaxquant.core.specs import OpSpec
-from jaxquant.ops.operands import as_array, operand_specs
+from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.ops.operands import as_array, check_operand, check_spec
 
 __all__ = ["take"]
 
@@ -25,7 +27,7 @@ def take(
     mode: str | None = None,
     fill_value: Any = None,
     spec: OpSpec | None = None,
-    reduce_axes: tuple[int, ...] = (-1,),
+    reduce_axes: Sequence[int] | int = (-1,),
 ) -> jax.Array:
     """`jax.numpy.take` from a table that may be quantized: an embedding lookup.
 
@@ -57,58 +59,75 @@ def take(
       Array([[0., 0., 1., 0.],
              [1., 0., 0., 0.]], dtype=float32)
     """
-    a, indices = as_array("take", "a", a), jnp.asarray(indices)
-    _, weight = operand_specs("take", indices, a, None if spec is None else OpSpec(weight=spec.weight), weight=1)
+    a, weight = as_array("take", "a", a), check_spec("take", spec).weight
+    check_operand("take", "table (a)", a, weight)
     if not isinstance(a, QTensor) and weight is None:
         return jnp.take(a, indices, axis=axis, mode=mode, fill_value=fill_value)
-    if not jnp.issubdtype(indices.dtype, jnp.integer):
+    indices = as_array("take", "indices", indices)
+    if isinstance(indices, QTensor) or not jnp.issubdtype(indices.dtype, jnp.integer):
         raise quant_error("take", "indices must be integers", todo="Cast them", indices=indices)
-    if axis is None or not -a.ndim <= axis < a.ndim:
+    if axis is None or isinstance(axis, bool) or not isinstance(axis, int | np.integer) or not -a.ndim <= axis < a.ndim:
         todo = f"Name one from {-a.ndim} to {a.ndim - 1}"
         raise quant_error("take", "a quantized table needs an axis to index", todo=todo, axis=axis, shape=a.shape)
-    axis %= a.ndim
+    if mode not in (None, "fill", "clip", "wrap"):
+        raise quant_error("take", "unknown mode", todo="Use 'fill', 'clip' or 'wrap'", mode=mode)
+    along: int = int(axis) % a.ndim
+    shape = a.shape[:along] + indices.shape + a.shape[along + 1 :]
+    if a.shape[along] == 0 and indices.size:
+        todo = "Pass a table with rows, or no indices"
+        raise quant_error("take", "there is nothing to index", todo=todo, axis=axis, shape=a.shape)
+    if 0 in shape:
+        return jnp.zeros(shape, a.dtype)
+    rows, inside = _resolved(indices.reshape(-1), a.shape[along], mode)
     if isinstance(a, QTensor):
-        return _take_codes(a, indices, axis, mode, fill_value)
-    assert weight is not None
-    block = block_shape(a.shape, weight.granularity, weight.group_size, tuple(reduce_axes), function="take")
-    axes = negative_axes(reduce_axes, a.ndim, function="take", shape=a.shape)
-    if block[axis] > 1 or axis - a.ndim in axes or weight.type.scale_format == "e4m3":
-        # Rows share a scale: it depends on rows that are not looked up.
-        a = fake_quant(a, weight, reduce_axes=reduce_axes)
-        return jnp.take(a, indices, axis=axis, mode=mode, fill_value=fill_value)
-    rows = jnp.take(a, indices, axis=axis, mode=mode, fill_value=fill_value)
-    # The reduced axes, in the gathered array: those after ``axis`` keep their distance from the end.
-    shift = indices.ndim - 1
-    moved = tuple(r if r + a.ndim > axis else r - shift for r in axes)
-    return fake_quant(rows, weight, reduce_axes=moved)
+        out = dequantize(_gather(a, rows, along))
+    else:
+        assert weight is not None
+        out = _fake_quantized(a, rows, along, weight, reduce_axes)
+    if mode in (None, "fill"):
+        inside = inside.reshape([-1 if i == along else 1 for i in range(a.ndim)])
+        out = jnp.where(inside, out, jnp.asarray(jnp.nan if fill_value is None else fill_value, out.dtype))
+    return out.reshape(shape)
 
 
-def _take_codes(q: QTensor, indices: jax.Array, axis: int, mode: str | None, fill_value: Any) -> jax.Array:
-    size, flat = q.shape[axis], indices.reshape(-1)
-    shape = q.shape[:axis] + indices.shape + q.shape[axis + 1 :]
-    if flat.size == 0:
-        return jnp.zeros(shape, q.dtype)
+def _resolved(indices: jax.Array, size: int, mode: str | None) -> tuple[jax.Array, jax.Array]:
+    """Indices that exist, in int32 at least, and whether each of them was meant."""
+    if indices.dtype.itemsize < 4:
+        indices = indices.astype(jnp.int32)
     if mode == "wrap":
-        flat = flat % size
-    valid = (flat >= -size) & (flat < size)
-    flat = jnp.clip(jnp.where(flat < 0, flat + size, flat) if mode in (None, "fill") else flat, 0, size - 1)
+        indices = indices % size
+    if jnp.issubdtype(indices.dtype, jnp.unsignedinteger):
+        indices = jnp.minimum(indices, np.iinfo(np.int32).max).astype(jnp.int32)
+    inside = (indices >= -size) & (indices < size)
+    if mode in (None, "fill"):
+        indices = jnp.where(indices < 0, indices + size, indices)
+    return jnp.clip(indices, 0, size - 1), inside
 
-    def rows(value: Any) -> Any:
+
+def _fake_quantized(
+    a: jax.Array, rows: jax.Array, axis: int, spec: QuantSpec, reduce_axes: Sequence[int] | int
+) -> jax.Array:
+    axes = negative_axes(reduce_axes, a.ndim, function="take", shape=a.shape)
+    block = block_shape(a.shape, spec.granularity, spec.group_size, axes, function="take")
+    # Where rows share a scale, it depends on rows that are not looked up.
+    if block[axis] > 1 or axis - a.ndim in axes or spec.type.scale_format == "e4m3":
+        return jnp.take(fake_quant(a, spec, reduce_axes=axes), rows, axis=axis, mode="clip")
+    return fake_quant(jnp.take(a, rows, axis=axis, mode="clip"), spec, reduce_axes=axes)
+
+
+def _gather(q: QTensor, rows: jax.Array, axis: int) -> QTensor:
+    """The QTensor of the rows at valid indices."""
+
+    def of_rows(value: Any) -> Any:
         """Scales or zero points of the gathered rows."""
         if value is None or value.shape[axis] == 1:
             return value
-        return jnp.take(value, flat // (size // value.shape[axis]), axis=axis, mode="clip")
+        return jnp.take(value, rows // (q.shape[axis] // value.shape[axis]), axis=axis, mode="clip")
 
-    scale, zero_point = rows(scale_values(q.scale)), rows(q.zero_point)
+    scale, zero_point = of_rows(scale_values(q.scale)), of_rows(q.zero_point)
     stored = q.stored_order.index(axis)
     if q.length is not None and stored == q.ndim - 1:  # packed along the very axis
-        codes = jnp.take(q.logical_codes(), flat, axis=axis, mode="clip")
-        got = from_codes(codes, scale, zero_point, qtype=q.qtype, dtype=q.dtype)
-    else:
-        codes = jnp.take(q.codes, flat, axis=stored, mode="clip")
-        got = QTensor(codes, scale, zero_point, qtype=q.qtype, dtype=q.dtype, minor=q.minor, length=q.length)
-    out = dequantize(got)
-    if mode in (None, "fill"):
-        keep = valid.reshape([-1 if i == axis else 1 for i in range(out.ndim)])
-        out = jnp.where(keep, out, jnp.asarray(jnp.nan if fill_value is None else fill_value, out.dtype))
-    return out.reshape(shape)
+        codes = jnp.take(q.logical_codes(), rows, axis=axis, mode="clip")
+        return from_codes(codes, scale, zero_point, qtype=q.qtype, dtype=q.dtype)
+    codes = jnp.take(q.codes, rows, axis=stored, mode="clip")
+    return QTensor(codes, scale, zero_point, qtype=q.qtype, dtype=q.dtype, minor=q.minor, length=q.length)

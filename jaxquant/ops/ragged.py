@@ -1,0 +1,140 @@
+"""`ragged_dot` with quantized operands: rows of one matrix, each times the matrix of its group."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.core.errors import quant_error
+from jaxquant.core.specs import OpSpec
+from jaxquant.ops.formulation import digit_count, digits_of, overflow_limit
+from jaxquant.ops.matrix import Axes, Matrix, matrix
+from jaxquant.ops.operands import Operand, Pair, Static, precision_of, refuse_range, straight_through
+
+__all__ = ["ragged_dot"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ragged:
+    """The static half of a `ragged_dot` call."""
+
+    lhs: Operand
+    rhs: Operand
+    precision: Any
+    dtype: Any
+
+    def forward(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, sizes: jax.Array) -> jax.Array:
+        left = self.lhs.quantized(lhs, lhs_static)
+        left = left if isinstance(left, jax.Array) else matrix(left, Axes.of(2, (), (1,)))
+        right = self.rhs.quantized(rhs, rhs_static)
+        right = right if isinstance(right, jax.Array) else matrix(right, Axes.of(3, (0,), (1,)))
+        if isinstance(right, Matrix) and right.integer and right.groups == 1:
+            reach = left.reach if isinstance(left, Matrix) else 127
+            if right.codes.shape[2] <= overflow_limit(reach, right.reach):
+                if isinstance(left, Matrix) and left.integer and left.groups == 1:
+                    return _integer(left, right, sizes).astype(self.dtype)
+                if isinstance(left, jax.Array) and left.dtype != jnp.float64:
+                    return _digits(left, right, sizes, digit_count(self.precision)).astype(self.dtype)
+        # Scales per group of channels, float number types, sums that could overflow: the float products.
+        return self._float(self.lhs.values(lhs, lhs_static), self.rhs.values(rhs, rhs_static), sizes)
+
+    def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, sizes: jax.Array) -> jax.Array:
+        return self._float(self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static), sizes)
+
+    def _float(self, lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
+        dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
+        out = lax.ragged_dot(lhs.astype(dtype), rhs.astype(dtype), sizes, precision=self.precision)
+        return out.astype(self.dtype)
+
+
+def _integer(lhs: Matrix, rhs: Matrix, sizes: jax.Array) -> jax.Array:
+    """int8 products accumulated in int32, with exact zero-point corrections; lhs [1, M, K], rhs [E, N, K]."""
+    x, experts, rows = lhs.codes[0], rhs.codes, lhs.codes.shape[1]
+    out = lax.ragged_dot(x, jnp.swapaxes(experts, 1, 2), sizes, preferred_element_type=jnp.int32)
+    mine = jnp.repeat(jnp.arange(sizes.shape[0]), sizes, total_repeat_length=rows)
+
+    def of_row(value: jax.Array) -> jax.Array:
+        """[E or 1, N or 1] of each expert to [M, N or 1] of each row's expert."""
+        return value[mine] if value.shape[0] > 1 else value
+
+    if rhs.zero_point is not None:
+        out = out - of_row(rhs.zero_point[..., 0]) * jnp.sum(x, axis=1, dtype=jnp.int32, keepdims=True)
+    if lhs.zero_point is not None:
+        sums = jnp.sum(experts, axis=2, dtype=jnp.int32)
+        if rhs.zero_point is not None:
+            sums = sums - rhs.zero_point[..., 0] * jnp.int32(experts.shape[2])
+        out = out - lhs.zero_point[0] * of_row(sums)
+    used = jnp.arange(rows)[:, None] < jnp.sum(sizes)  # rows of no group are 0
+    return jnp.where(used, out.astype(jnp.float32) * lhs.scale[0] * of_row(rhs.scale[..., 0]), 0)
+
+
+def _digits(x: jax.Array, rhs: Matrix, sizes: jax.Array, count: int) -> jax.Array:
+    """Weight-only: one int8 product for each digit of the activation."""
+    digits, scale = digits_of(x, count, 1)
+    parts = (
+        _integer(Matrix(digit[None], (scale * (1 / 254) ** i)[None], None, rhs.qtype), rhs, sizes)
+        for i, digit in enumerate(digits)
+    )
+    return sum(parts, start=jnp.zeros((), jnp.float32).reshape(1, 1))
+
+
+def ragged_dot(
+    lhs: Any,
+    rhs: Any,
+    group_sizes: Any,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: Any = None,
+    *,
+    spec: OpSpec | None = None,
+    act_scale: Any = None,
+    act_zero_point: Any = None,
+) -> jax.Array:
+    """`jax.lax.ragged_dot` whose operands may be quantized, or are quantized on the way: mixtures of experts.
+
+    Row i of ``lhs`` is multiplied by the matrix of the group it falls in; rows beyond the last group give 0. Integer
+    types with one scale per output channel of each expert run as int8 products with int32 accumulation (weight-only:
+    one for each digit of the activation, see `dot_general`); scales per group of channels, float number types and sums
+    that could overflow run as the float product of the dequantized operands.
+
+    Args:
+      lhs: [M, K], the activation: a float array or a QTensor.
+      rhs: [E, K, N], the experts: a float array or a QTensor reduced over axis -2.
+      group_sizes: integers [E]: rows of each expert, in order.
+      precision, preferred_element_type, spec, act_scale, act_zero_point: as for `dot_general`.
+
+    Returns:
+      Array [M, N].
+
+    Raises:
+      QuantError: on shapes that do not fit, and as `dot_general`.
+
+    Gradient: as `dot_general`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxquant import ops, recipes
+      >>> x, experts = jnp.ones((4, 8)), jnp.stack([jnp.ones((8, 2)), 2 * jnp.ones((8, 2))])
+      >>> ops.ragged_dot(x, experts, jnp.array([1, 3]), spec=recipes.w8a8())[:, 0]
+      Array([ 8., 16., 16., 16.], dtype=float32)
+    """
+    function = "ragged_dot"
+    pair = Pair.of(function, lhs, rhs, spec, weight=1)
+    lhs, rhs, sizes = pair.lhs, pair.rhs, jnp.asarray(group_sizes)
+    fits = lhs.ndim == 2 and rhs.ndim == 3 and lhs.shape[1] == rhs.shape[1] and sizes.shape == rhs.shape[:1]
+    if not fits or not jnp.issubdtype(sizes.dtype, jnp.integer):
+        todo = "Give lhs [M, K], rhs [E, K, N] and integer group_sizes [E]"
+        got = {"lhs": lhs.shape, "rhs": rhs.shape, "group_sizes": sizes}
+        raise quant_error(function, "the operands do not fit each other", todo=todo, **got)
+    if pair.in_float:
+        refuse_range(function, act_scale, act_zero_point)
+        return lax.ragged_dot(lhs, rhs, sizes, precision, preferred_element_type)
+    dtype, precision = pair.result_dtype(preferred_element_type), precision_of(function, precision)
+    if 0 in lhs.shape or 0 in rhs.shape:
+        return jnp.zeros((lhs.shape[0], rhs.shape[2]), dtype)
+    sides = pair.operands((1,), (1,))
+    static = pair.static(sides, act_scale, act_zero_point)
+    return straight_through(_Ragged(*sides, precision=precision, dtype=dtype), lhs, rhs, *static, sizes)

@@ -1,0 +1,217 @@
+"""Specs: values that hash, freeze, print briefly and survive JSON; and every combination that has no meaning."""
+
+import dataclasses
+import json
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxquant as jq
+from jaxquant import OpSpec, QuantError, QuantSpec, Rule
+from jaxquant.core.observers import EMA, MSE, AbsMax, Entropy, MinMax, Percentile
+from jaxquant.core.qtypes import QTYPES
+
+calibrations = st.one_of(
+    st.none(),
+    st.sampled_from([AbsMax(), MinMax(), MSE(), Entropy()]),
+    st.builds(Percentile, st.floats(51, 100)),
+    st.builds(EMA, st.floats(0, 0.99)),
+)
+
+
+@st.composite
+def quant_specs(draw, weight=False):
+    name = draw(st.sampled_from(sorted(QTYPES)))
+    info = QTYPES[name]
+    symmetric = draw(st.booleans()) if info.kind == "int" else True
+    if weight:
+        symmetric = (symmetric and info.qmin < 0) or info.kind != "int"
+    kwargs = {
+        "symmetric": symmetric,
+        "calibration": draw(calibrations),
+        "static": not weight and draw(st.booleans()),
+        "rounding": draw(st.sampled_from(["nearest", "stochastic"])),
+    }
+    if info.group_size is None:
+        kwargs["granularity"] = draw(st.sampled_from(["per_tensor", "per_channel", "per_group"]))
+        if kwargs["granularity"] == "per_group":
+            kwargs["group_size"] = draw(st.integers(1, 4096))
+        kwargs["scale_dtype"] = draw(st.sampled_from([None, "float32", "bfloat16", jnp.float16]))
+    if symmetric and info.kind == "int" and info.qmin < 0:
+        kwargs["narrow_range"] = draw(st.sampled_from([None, True, False]))
+    return QuantSpec(name, **kwargs)
+
+
+op_specs = st.builds(OpSpec, weight=st.none() | quant_specs(weight=True), act=st.none() | quant_specs())
+rules = st.builds(
+    Rule,
+    st.sampled_from([".*", "head", r"layers/\d+/", "^params/(a|b)$"]),
+    st.none() | op_specs,
+    st.none() | st.sampled_from([(-2,), (-3, -2), (-1,)]),
+)
+
+
+@given(st.one_of(quant_specs(), op_specs, rules))
+def test_json_round_trip(value):
+    text = value.to_json()
+    again = type(value).from_json(text)
+    assert again == value
+    assert hash(again) == hash(value)
+    assert again.to_json() == text
+    assert type(value).from_dict(value.to_dict()) == value
+    assert "\n" not in text
+    json.loads(text)
+
+
+@given(quant_specs())
+def test_repr_evaluates_and_pickles(spec):
+    names = {"QuantSpec": QuantSpec, **{c.__name__: c for c in (AbsMax, MinMax, MSE, Entropy, Percentile, EMA)}}
+    assert eval(repr(spec), names) == spec
+    assert pickle.loads(pickle.dumps(spec)) == spec
+
+
+@given(quant_specs())
+def test_the_type_in_force(spec):
+    info = spec.type
+    assert info.name == spec.qtype
+    full = QTYPES[spec.qtype]
+    narrow = info != full
+    if narrow:
+        assert info == dataclasses.replace(full, qmin=-full.qmax)
+    may_be_narrow = spec.symmetric and full.kind == "int" and full.qmin < 0
+    asked = spec.narrow_range
+    assert narrow == (may_be_narrow and (asked if asked is not None else not isinstance(spec.calibration, MSE)))
+    default = AbsMax() if spec.symmetric and full.qmin < 0 else MinMax()
+    assert spec.observer == (default if spec.calibration is None else spec.calibration)
+
+
+def test_frozen_hashable_and_static():
+    spec = QuantSpec("int4", granularity="per_group", group_size=np.int64(32), scale_dtype=jnp.bfloat16)
+    assert spec == QuantSpec("int4", granularity="per_group", group_size=32, scale_dtype="bfloat16")
+    assert type(spec.group_size) is int
+    assert {spec: 1}[QuantSpec.from_json(spec.to_json())] == 1
+    for value, name in ((spec, "qtype"), (OpSpec(spec), "weight"), (Rule("a", None), "pattern")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, name, None)
+    traces = []
+
+    def fn(x, spec):
+        traces.append(1)
+        return jq.fake_quant(x, spec, reduce_axes=(-1,))
+
+    jitted = jax.jit(fn, static_argnames="spec")
+    jitted(jnp.ones((2, 32)), spec=QuantSpec("int4"))
+    jitted(jnp.ones((2, 32)), spec=QuantSpec(jnp.int4))
+    assert len(traces) == 1
+
+
+def test_reprs_are_brief():
+    assert repr(QuantSpec("int8")) == "QuantSpec('int8')"
+    assert repr(QuantSpec("mxfp4")) == "QuantSpec('mxfp4', granularity='per_group', group_size=32)"
+    assert repr(OpSpec(QuantSpec("int4", calibration=MSE()))) == "OpSpec(weight=QuantSpec('int4', calibration=MSE()))"
+    assert repr(Rule("head", None)) == "Rule('head', None)"
+    assert repr(Rule("a", OpSpec(), (-2,))) == "Rule('a', OpSpec(), reduce_axes=(-2,))"
+
+
+def test_block_formats_fix_their_groups():
+    for name, size in (("mxfp8", 32), ("mxfp4", 32), ("nvfp4", 16)):
+        spec = QuantSpec(name)
+        assert (spec.granularity, spec.group_size) == ("per_group", size)
+        assert QuantSpec(name, granularity="per_group", group_size=size) == spec
+        assert json.loads(spec.to_json()) == {"qtype": name}
+
+
+def test_rules_search_the_path():
+    rule = Rule(r"layers/\d+/kernel", None)
+    assert rule.matches("params/layers/12/kernel")
+    assert not rule.matches("params/layers/a/kernel")
+    assert Rule("^params", None).matches("params/x")
+    assert not Rule("^x", None).matches("params/x")
+    assert Rule("a", None, [-2, -1]).reduce_axes == (-2, -1)
+    assert Rule("a", None, -2).reduce_axes == (-2,)
+
+
+# (call, start of the message, value named, remedy)
+BAD = [
+    (lambda: QuantSpec("int9"), "QuantSpec: unknown number type", "qtype='int9'", "int"),
+    (lambda: QuantSpec("flaot8_e4m3fn"), "QuantSpec: unknown number type", "flaot8", "float8_e4m3fn"),
+    (lambda: QuantSpec(jnp.float32), "QuantSpec: unknown number type", "float32", "Use one of"),
+    (lambda: QuantSpec(object), "QuantSpec: unknown number type", "qtype=", "Use one of"),
+    (lambda: QuantSpec({"a": 1}), "QuantSpec: unknown number type", "{'a': 1}", "Use one of"),
+    (lambda: QuantSpec("int8", granularity="channel"), "QuantSpec: unknown granularity", "'channel'", "per_channel"),
+    (lambda: QuantSpec("mxfp4", granularity="group"), "QuantSpec: unknown granularity", "'group'", "per_group"),
+    (lambda: QuantSpec("int8", granularity="per_group"), "QuantSpec: group_size goes with", "group_size=None", "both"),
+    (lambda: QuantSpec("int8", group_size=32), "QuantSpec: group_size goes with", "group_size=32", "neither"),
+    (lambda: QuantSpec("int8", granularity="per_group", group_size=0), "QuantSpec: group_size must be", "=0", "64"),
+    (lambda: QuantSpec("int8", granularity="per_group", group_size=-4), "QuantSpec: group_size must be", "=-4", "64"),
+    (lambda: QuantSpec("int8", granularity="per_group", group_size=8.0), "QuantSpec: group_size must be", "8.0", "64"),
+    (lambda: QuantSpec("int8", granularity="per_group", group_size=True), "QuantSpec: group_size must", "True", "64"),
+    (lambda: QuantSpec("mxfp4", group_size=64), "QuantSpec: mxfp4 always has one scale per 32", "=64", "Leave"),
+    (lambda: QuantSpec("nvfp4", granularity="per_tensor"), "QuantSpec: nvfp4 always has", "per_tensor", "Leave"),
+    (lambda: QuantSpec("mxfp8", scale_dtype="float32"), "QuantSpec: mxfp8 fixes the format", "float32", "Leave"),
+    (lambda: QuantSpec("nf4", symmetric=False), "QuantSpec: nf4 has no zero point", "symmetric=False", "integer"),
+    (lambda: QuantSpec("float8_e5m2", symmetric=False), "QuantSpec: float8_e5m2 has no", "symmetric=False", "integer"),
+    (lambda: QuantSpec("int8", symmetric=1), "QuantSpec: symmetric must be True or False", "symmetric=1", "bool"),
+    (lambda: QuantSpec("int8", static="yes"), "QuantSpec: static must be True or False", "'yes'", "bool"),
+    (lambda: QuantSpec("int8", narrow_range=1), "QuantSpec: narrow_range must be", "narrow_range=1", "Leave it out"),
+    (lambda: QuantSpec("uint8", narrow_range=True), "QuantSpec: narrow_range=True needs", "qtype='uint8'", "Leave"),
+    (lambda: QuantSpec("int8", symmetric=False, narrow_range=True), "QuantSpec: narrow_range=True", "False", "Leave"),
+    (lambda: QuantSpec("nf4", narrow_range=True), "QuantSpec: narrow_range=True needs", "qtype='nf4'", "Leave"),
+    (lambda: QuantSpec("int8", calibration="mse"), "QuantSpec: calibration must be an observer", "'mse'", "MSE"),
+    (lambda: QuantSpec("int8", calibration=MSE), "QuantSpec: calibration must be an observer", "MSE", "Percentile"),
+    (lambda: QuantSpec("int8", scale_dtype="int8"), "QuantSpec: scale_dtype must be a float", "int8", "bfloat16"),
+    (lambda: QuantSpec("int8", scale_dtype=jnp.float8_e4m3fn), "QuantSpec: scale_dtype must be", "float8", "bfloat16"),
+    (lambda: QuantSpec("int8", scale_dtype="nope"), "QuantSpec: scale_dtype must be", "nope", "bfloat16"),
+    (lambda: QuantSpec("int8", scale_dtype={"f": 1}), "QuantSpec: scale_dtype must be", "f", "bfloat16"),
+    (lambda: QuantSpec("int8", rounding="up"), "QuantSpec: unknown rounding", "'up'", "stochastic"),
+    (lambda: OpSpec("int8"), "OpSpec: weight must be a QuantSpec or None", "'int8'", "Wrap"),
+    (lambda: OpSpec(act=jnp.int8), "OpSpec: act must be a QuantSpec or None", "int8", "Wrap"),
+    (lambda: OpSpec(QuantSpec("int8", static=True)), "OpSpec: a weight's range is taken", "static=True", "act"),
+    (lambda: OpSpec(QuantSpec("uint4")), "OpSpec: a symmetric unsigned type", "'uint4'", "symmetric=False"),
+    (lambda: OpSpec(grad=QuantSpec("int8")), "OpSpec: quantized gradients are not", "'int8'", "Leave grad out"),
+    (lambda: Rule("(", None), "Rule: bad regular expression", "pattern='('", "re.search"),
+    (lambda: Rule(3, None), "Rule: bad regular expression", "pattern=3", "re.search"),
+    (lambda: Rule("a", QuantSpec("int8")), "Rule: spec must be an OpSpec or None", "QuantSpec('int8')", "OpSpec"),
+    (lambda: Rule("a", None, (0,)), "Rule: reduce_axes must be negative", "(0,)", "from the end"),
+    (lambda: Rule("a", None, ()), "Rule: reduce_axes must be negative", "()", "from the end"),
+    (lambda: Rule("a", None, 1.5), "Rule: reduce_axes must be negative", "1.5", "from the end"),
+    (lambda: QuantSpec.from_json("{"), "QuantSpec: not JSON", "", "to_json"),
+    (lambda: QuantSpec.from_json("3"), "QuantSpec: unknown fields", "data=3", "qtype"),
+    (lambda: QuantSpec.from_json("null"), "QuantSpec: unknown fields", "data=None", "qtype"),
+    (lambda: QuantSpec.from_json("[]"), "QuantSpec: unknown fields", "data=[]", "qtype"),
+    (lambda: QuantSpec.from_json('{"qtype": "int8", "axis": 1}'), "QuantSpec: unknown fields", "axis", "group_size"),
+    (lambda: QuantSpec.from_json("{}"), "QuantSpec: the field qtype is missing", "()", "Name"),
+    (lambda: QuantSpec.from_json('{"qtype": "int9"}'), "QuantSpec: unknown number type", "'int9'", "int"),
+    (lambda: QuantSpec.from_json('{"qtype": ["int8"]}'), "QuantSpec: unknown number type", "qtype=", "int"),
+    (lambda: QuantSpec.from_json('{"qtype": "int8", "calibration": {"Best": {}}}'), "QuantSpec: unknown calibration",
+     "Best", "MSE"),
+    (lambda: QuantSpec.from_json('{"qtype": "int8", "calibration": {}}'), "QuantSpec: unknown calibration", "{}", "MSE"),
+    (lambda: QuantSpec.from_json('{"qtype": "int8", "calibration": {"MSE": {}, "EMA": {}}}'),
+     "QuantSpec: unknown calibration", "EMA", "MSE"),
+    (lambda: QuantSpec.from_json('{"qtype": "int8", "calibration": {"EMA": {"rate": 1}}}'),
+     "QuantSpec: unknown calibration", "rate", "EMA"),
+    (lambda: QuantSpec.from_json('{"qtype": "int8", "calibration": {"EMA": {"decay": 2}}}'), "EMA: decay must be in",
+     "decay=2", "0.99"),
+    (lambda: OpSpec.from_json('{"weight": 3}'), "QuantSpec: unknown fields", "data=3", "qtype"),
+    (lambda: OpSpec.from_json('{"w": null}'), "OpSpec: unknown fields", "'w'", "weight"),
+    (lambda: Rule.from_json("{}"), "Rule: the field pattern or spec is missing", "()", "both"),
+    (lambda: Rule.from_json('{"pattern": "a"}'), "Rule: the field pattern or spec is missing", "pattern", "both"),
+    (lambda: Rule.from_json('{"pattern": "a", "spec": null, "reduce_axes": "ab"}'), "Rule: reduce_axes must be", "'a'",
+     "end"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call, start, value, remedy", BAD)
+def test_bad_specs_say_what_and_what_to_do(call, start, value, remedy):
+    with pytest.raises(QuantError) as raised:
+        call()
+    message = str(raised.value)
+    assert message.startswith(start)
+    assert value in message
+    assert remedy in message
+    assert message.endswith(".")

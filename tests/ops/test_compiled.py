@@ -1,0 +1,150 @@
+"""What the programs compile to on CPU: int8 dots on the library's path, and no float copy of a weight.
+
+Nothing here runs or is timed. `__ynn_fusion` marks what XLA:CPU hands to its library of fast kernels.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from ops_reference import MATMUL, quantized, spec_of
+
+from jaxquant import OpSpec, ops, recipes
+
+K, N = 640, 896  # no multiple of a number of rows
+FAST = "__ynn_fusion"
+
+
+@functools.cache
+def library():
+    """Whether XLA has the library here: it serves a plain int8 dot."""
+    one = jax.ShapeDtypeStruct((64, 64), jnp.int8)
+    return FAST in compiled(lambda a, b: lax.dot_general(a, b, MATMUL, preferred_element_type=jnp.int32), one, one)[0]
+
+
+@pytest.fixture(autouse=True)
+def needs_the_library():
+    if jax.default_backend() != "cpu" or not library():
+        pytest.skip(f"XLA does not serve int8 dots with {FAST} here")
+
+
+def compiled(f, *args):
+    """The optimized program as text, and the bytes of its temporaries."""
+    program = jax.jit(f).lower(*args).compile()
+    return program.as_text(), program.memory_analysis().temp_size_in_bytes
+
+
+def weight(spec, k=K, n=N):
+    return quantized(jnp.asarray(np.random.default_rng(0).standard_normal((k, n), np.float32)), spec.weight)
+
+
+def float_dots(text, sizes):
+    """Float dots that read an array with all of the sizes among its dimensions."""
+    found = []
+    for line in text.splitlines():
+        if re.search(r"= (f32|bf16)\[[^=]* dot\(", line):
+            shapes = re.findall(r"f32\[([\d,]*)\]|bf16\[([\d,]*)\]", line)
+            found += [s for pair in shapes for s in pair if set(map(str, sizes)) <= set(s.split(","))]
+    return found
+
+
+@pytest.mark.parametrize("m", [1, 2, 32, 256])
+@pytest.mark.parametrize("name", ["w8a8", "w8a16", "w4a8", "w4a16"])
+def test_dots(name, m):
+    spec = {
+        "w8a8": recipes.w8a8(),
+        "w8a16": recipes.w8a16(),
+        "w4a8": recipes.w4a8(128),
+        "w4a16": recipes.w4a16(128, symmetric=False),
+    }[name]
+    q, x = weight(spec), jax.ShapeDtypeStruct((m, K), jnp.float32)
+    text, temporaries = compiled(lambda x, q: ops.dot_general(x, q, MATMUL, spec=spec), x, q)
+    assert FAST in text
+    assert re.search(r"s32\[[\d,]*\].* (dot|fusion)\(", text)
+    assert not float_dots(text, (K, N))
+    assert not re.search(rf"(f32|bf16)\[(1,)?({K},{N}|{N},{K})\]", text)  # the float weight never exists
+    # int8 weights are read where they are; int4 ones are unpacked, a byte each. The rest are activations: digits, sums.
+    unpacked = K * N if spec.weight.qtype == "int4" else 0
+    assert temporaries <= 1.3 * unpacked + 4 * m * (K + 3 * N)
+
+
+@pytest.mark.parametrize("m, n", [(1, 64), (64, 1), (7, 3), (3, 7)])
+def test_odd_shapes(m, n):
+    """One row and one column are padded to two."""
+    for spec in (recipes.w8a8(), recipes.w8a16()):
+        x, q = jax.ShapeDtypeStruct((m, K), jnp.float32), weight(spec, K, n)
+        assert FAST in compiled(lambda x, q, spec=spec: ops.dot_general(x, q, MATMUL, spec=spec), x, q)[0]
+
+
+def test_weights_that_are_trained():
+    """The forward of quantization-aware training is the int8 dot too."""
+    x, w = jax.ShapeDtypeStruct((32, K), jnp.float32), jax.ShapeDtypeStruct((K, N), jnp.float32)
+    text, _ = compiled(lambda x, w: ops.dot_general(x, w, MATMUL, spec=recipes.w8a8()), x, w)
+    assert FAST in text
+    assert "s32[" in text
+    assert not float_dots(text, (K, N))
+
+
+def test_vectors_and_batches():
+    spec = recipes.w8a8()
+    x = jax.ShapeDtypeStruct((K,), jnp.float32)
+    text, _ = compiled(lambda x, q: ops.dot_general(x, q, (((0,), (0,)), ((), ())), spec=spec), x, weight(spec))
+    assert FAST in text
+    q = quantized(jnp.ones((4, K, 64)), spec.weight)
+    x = jax.ShapeDtypeStruct((4, 3, K), jnp.float32)
+    numbers = (((2,), (1,)), ((0,), (0,)))
+    assert FAST in compiled(lambda x, q: ops.dot_general(x, q, numbers, spec=spec), x, q)[0]
+
+
+def test_uint8_is_shifted():
+    """u8 operands fall off the path; shifted to s8 they stay on it."""
+    spec = OpSpec(spec_of("uint8", symmetric=False), spec_of("uint8", symmetric=False))
+    x = jax.ShapeDtypeStruct((32, K), jnp.float32)
+    text, _ = compiled(lambda x, q: ops.dot_general(x, q, MATMUL, spec=spec), x, weight(spec))
+    assert FAST in text
+    assert not float_dots(text, (K, N))
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW", "NWC"])
+@pytest.mark.parametrize("stored", ["contraction-minor", "as the float kernel"])
+def test_convolutions(layout, stored):
+    """Images and kernels in any order of axes, rank 1 included, and kernels in either storage."""
+    spatial = layout.replace("N", "").replace("C", "")
+    kernel = "OI" + spatial if layout == "NCHW" else spatial + "IO"
+    shapes = {"N": 2, "C": 64, "H": 16, "W": 16}
+    x = jax.ShapeDtypeStruct([shapes[c] for c in layout], jnp.float32)
+    w = jnp.ones([{"O": 32, "I": 64}.get(c, 3) for c in kernel])
+    for spec in (recipes.w8a8(), recipes.w8a16()):
+        q = quantized(w, spec.weight, [i for i, c in enumerate(kernel) if c != "O"])
+        q = q if stored == "contraction-minor" else q.store(())
+
+        def f(x, q, spec=spec):
+            numbers, strides = (layout, kernel, layout), (1,) * len(spatial)
+            return ops.conv_general_dilated(x, q, strides, "SAME", dimension_numbers=numbers, spec=spec)
+
+        text, _ = compiled(f, x, q)
+        assert FAST in text
+        assert not re.search(r"= f32\[[\d,]*\]\S* convolution\(", text)
+
+
+def test_dilated_images():
+    x = jax.ShapeDtypeStruct((2, 16, 16, 64), jnp.float32)
+    q = quantized(jnp.ones((3, 3, 64, 32)), spec_of("int8"), (0, 1, 2))
+
+    def f(x, q):
+        numbers, pads = ("NHWC", "HWIO", "NHWC"), ((2, 2), (2, 2))
+        return ops.conv_general_dilated(x, q, (1, 1), pads, (2, 2), dimension_numbers=numbers, spec=recipes.w8a8())
+
+    assert FAST in compiled(f, x, q)[0]
+
+
+def test_float_dots_are_found():
+    """The check itself: a dequantized product has what the tests above exclude."""
+    spec = recipes.w8a8()
+    x = jax.ShapeDtypeStruct((32, K), jnp.float32)
+    text, _ = compiled(lambda x, q: x @ q.dequantize(), x, weight(spec))
+    assert re.search(rf"f32\[(1,)?({K},{N}|{N},{K})\]", text)

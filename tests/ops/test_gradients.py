@@ -1,0 +1,207 @@
+"""Gradients are those of the float product of the fake-quantized or dequantized operands."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from ops_reference import INTEGER, MATMUL, error, quantized, spec_of, unequal
+
+from jaxquant import OpSpec, QTensor, QuantSpec, fake_quant, observers, ops, recipes
+
+BATCHED = (((3, 1), (2, 1)), ((0,), (0,)))  # two contracted axes, a batch axis
+SPECS = {
+    "w8a8": recipes.w8a8(),
+    "asymmetric": OpSpec(spec_of("uint8", symmetric=False), spec_of("int8", symmetric=False)),
+    "w8a16": recipes.w8a16(),
+    "w4a4 grouped": recipes.w4a4(8),
+    "mixed": OpSpec(QuantSpec("nf4"), spec_of("uint4")),  # activations below 0 are clipped
+    "fp8": recipes.fp8(),
+    "clipping": OpSpec(
+        spec_of("int4", calibration=observers.Percentile(80.0)), spec_of("int8", calibration=observers.Percentile(80.0))
+    ),
+}
+
+
+def same_leaves(got, want, bound=INTEGER):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        if a.dtype not in (jax.dtypes.float0, jnp.float8_e8m0fnu):  # powers of two: there is no 0 among them
+            assert error(np.asarray(a, np.float32), np.asarray(b, np.float32)) <= bound
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_straight_through(name):
+    """With respect to float operands: the gradient of the float product of fake-quantized operands."""
+    spec = SPECS[name]
+    x, w = unequal(0, (2, 4, 5, 8)), unequal(1, (2, 4, 8, 3))
+    g = unequal(2, (2, 5, 3))
+
+    def loss(x, w):
+        return jnp.sum(ops.dot_general(x, w, BATCHED, spec=spec) * g)
+
+    def reference(x, w):
+        x = x if spec.act is None else fake_quant(x, spec.act, reduce_axes=(1, 3))
+        w = fake_quant(w, spec.weight, reduce_axes=(1, 2))
+        return jnp.sum(lax.dot_general(x, w, BATCHED, precision="highest") * g)
+
+    got, want = jax.jit(lambda x, w: [jax.grad(f, (0, 1))(x, w) for f in (loss, reference)])(x, w)
+    same_leaves(got, want)
+    assert all(np.asarray(leaf).any() for leaf in got)
+
+
+@pytest.mark.parametrize("qtype", ["int8", "uint4", "float8_e4m3fn", "nf4", "nvfp4", "mxfp8"])
+def test_frozen_operand(qtype):
+    """x gets g @ W^T of the dequantized weight; scales get theirs; codes and zero points get none."""
+    symmetric = not qtype.startswith("u")
+    x, g = unequal(3, (5, 32)), unequal(4, (5, 4))
+    grouped = qtype in ("uint4", "nf4")
+    q = quantized(unequal(5, (32, 4)), spec_of(qtype, "per_group" if grouped else "per_channel", symmetric=symmetric))
+
+    def loss(x, q):
+        return jnp.sum(ops.dot_general(x, q, MATMUL) * g)
+
+    def reference(x, q):
+        return jnp.sum(lax.dot_general(x, q.dequantize(), MATMUL, precision="highest") * g)
+
+    both = [jax.grad(f, (0, 1), allow_int=True)(x, q) for f in (loss, reference)]
+    same_leaves(*both)
+    dx, dq = both[0]
+    assert error(dx, np.asarray(g, np.float64) @ np.asarray(q.dequantize(), np.float64).T) <= INTEGER
+    assert isinstance(dq, QTensor)
+    assert dq.codes.dtype == (q.codes.dtype if qtype.startswith(("float8", "mxfp8")) else jax.dtypes.float0)
+    assert dq.codes.dtype == jax.dtypes.float0 or not np.asarray(dq.codes, np.float32).any()
+    assert dq.zero_point is None or dq.zero_point.dtype == jax.dtypes.float0
+    if qtype in ("int8", "uint4", "nf4"):
+        assert np.asarray(dq.scale).all()
+
+
+def test_both_frozen():
+    x, w = quantized(unequal(6, (5, 32)), spec_of("int8"), (-1,)), quantized(unequal(7, (32, 4)), spec_of("int4"))
+    got = jax.grad(lambda x, w: ops.dot_general(x, w, MATMUL).sum(), (0, 1), allow_int=True)(x, w)
+    want = jax.grad(lambda x, w: (x.dequantize() @ w.dequantize()).sum(), (0, 1), allow_int=True)(x, w)
+    same_leaves(got, want)
+
+
+def test_static_scale():
+    """The gradient of the learned step size: per element q - z - x / s inside the range, q - z outside."""
+    x, w, g = unequal(8, (5, 16)), unequal(9, (16, 4)), unequal(10, (5, 4))
+    frozen = quantized(w, spec_of("int8"))
+    zero = jnp.asarray(3.0)
+    for how, given, lowest, highest in (
+        (spec_of("int4", "per_tensor", static=True), None, -8, 7),
+        (spec_of("int4", "per_tensor", static=True, symmetric=False), zero, -11, 4),  # a float zero point learns too
+    ):
+        inside = (np.asarray(x) / 0.2 > lowest) & (np.asarray(x) / 0.2 < highest)
+        assert inside.any()
+        assert not inside.all()
+        spec = OpSpec(spec_of("int8"), how)
+
+        def loss(x, w, scale, zero, spec=spec):
+            return jnp.sum(ops.dot_general(x, w, MATMUL, spec=spec, act_scale=scale, act_zero_point=zero) * g)
+
+        def reference(x, w, scale, zero, spec=spec):
+            x = fake_quant(x, spec.act, reduce_axes=(-1,), scale=scale, zero_point=zero)
+            w = w.dequantize() if isinstance(w, QTensor) else fake_quant(w, spec.weight, reduce_axes=(0,))
+            return jnp.sum(lax.dot_general(x, w, MATMUL, precision="highest") * g)
+
+        scale = jnp.asarray(0.2)
+        for weight in (w, frozen):
+            args = (x, weight, scale, given)
+            got, want = (jax.grad(f, (0, 1, 2, 3), allow_int=True)(*args) for f in (loss, reference))
+            same_leaves(got, want)
+            assert got[2] != 0
+            np.testing.assert_array_equal(got[0] != 0, inside)
+            assert given is None or got[3] != 0
+
+
+def test_static_scale_by_hand():
+    x, w = jnp.asarray([[0.5, -0.31, 9.0]]), jnp.asarray([[1.0], [-1.0], [1.0]])
+    spec = OpSpec(spec_of("int8"), spec_of("int4", "per_tensor", static=True))
+
+    def loss(s):
+        return ops.dot_general(x, w, MATMUL, spec=spec, act_scale=s)[0, 0]
+
+    # q = 2, -2, 7 (clipped) at s = 0.2: (2 - 2.5) - (-2 + 1.55) + 7
+    np.testing.assert_allclose(jax.grad(loss)(0.2), -0.5 + 0.45 + 7, rtol=1e-5)
+
+
+def test_half_precision():
+    """Gradients arrive in the operands' dtypes, within their rounding of the float32 ones."""
+    x, w = unequal(11, (5, 32), jnp.bfloat16), unequal(12, (32, 4), jnp.bfloat16)
+    wide = [v.astype(jnp.float32) for v in (x, w)]
+    for spec in (recipes.w8a8(), recipes.w4a16(8)):
+
+        def loss(x, w, spec=spec):
+            return jnp.sum(ops.dot_general(x, w, MATMUL, spec=spec).astype(jnp.float32))
+
+        got, want = jax.grad(loss, (0, 1))(x, w), jax.grad(loss, (0, 1))(*wide)
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == jnp.bfloat16
+            assert error(a.astype(jnp.float32), b) <= 2 * jnp.finfo(jnp.bfloat16).eps
+
+
+def test_einsum():
+    x, w, g = unequal(13, (2, 5, 8)), unequal(14, (8, 3, 4)), unequal(15, (2, 3, 5, 4))
+    spec = recipes.w8a8()
+
+    def loss(x, w):
+        return jnp.sum(ops.einsum("btd,dhk->bhtk", x, w, spec=spec) * g)
+
+    def reference(x, w):
+        x, w = fake_quant(x, spec.act, reduce_axes=(-1,)), fake_quant(w, spec.weight, reduce_axes=(0,))
+        return jnp.sum(jnp.einsum("btd,dhk->bhtk", x, w, precision="highest") * g)
+
+    same_leaves(*(jax.grad(f, (0, 1))(x, w) for f in (loss, reference)))
+
+
+@pytest.mark.parametrize("name", ["w8a8", "asymmetric", "w8a16", "fp8"])
+def test_convolution(name):
+    spec = SPECS[name]
+    x, k, g = unequal(16, (2, 6, 5, 3)), unequal(17, (3, 3, 3, 4)), unequal(18, (2, 3, 3, 4))
+    window = dict(window_strides=(2, 2), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def loss(x, k):
+        return jnp.sum(ops.conv_general_dilated(x, k, **window, spec=spec) * g)
+
+    def reference(x, k):
+        x = x if spec.act is None else fake_quant(x, spec.act, reduce_axes=(1, 2, 3))
+        k = k.dequantize() if isinstance(k, QTensor) else fake_quant(k, spec.weight, reduce_axes=(0, 1, 2))
+        return jnp.sum(lax.conv_general_dilated(x, k, **window, precision="highest") * g)
+
+    frozen = quantized(k, spec.weight, (0, 1, 2))
+
+    @jax.jit
+    def gradients(x, k, frozen):
+        return [[jax.grad(f, (0, 1), allow_int=True)(x, v) for v in (k, frozen)] for f in (loss, reference)]
+
+    same_leaves(*gradients(x, k, frozen))
+
+
+def test_residuals():
+    """Nothing is kept for the backward pass but the operands themselves."""
+    x, w = unequal(19, (6, 64)), unequal(20, (64, 16))
+    image, kernel = unequal(21, (2, 6, 5, 3)), unequal(22, (3, 3, 3, 4))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    for spec in (recipes.w8a8(), recipes.w4a16(16), recipes.fp8(), recipes.w4a4(16)):
+        for weight in (w, quantized(w, spec.weight)):
+            _, vjp = jax.vjp(lambda x, w, spec=spec: ops.dot_general(x, w, MATMUL, spec=spec), x, weight)
+            check_residuals(vjp, (x, weight))
+    for weight in (kernel, quantized(kernel, spec_of("int8"), (0, 1, 2))):
+        _, vjp = jax.vjp(
+            lambda x, k: ops.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=numbers, spec=recipes.w8a8()),
+            image,
+            weight,
+        )
+        check_residuals(vjp, (image, weight))
+
+
+def check_residuals(vjp, operands):
+    def nbytes(tree):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    kept = jax.tree.leaves(vjp)
+    assert kept
+    assert nbytes(kept) <= nbytes(operands)
+    assert max(leaf.size for leaf in kept) <= max(leaf.size for leaf in jax.tree.leaves(operands))

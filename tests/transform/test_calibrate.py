@@ -1,0 +1,163 @@
+"""Statistics of the inputs of weights: through every call, over batches, with their place in the tree."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from transform_cases import EVERYTHING, SPECS, close, unequal
+
+import jaxquant as jq
+from jaxquant import statistics
+
+X = unequal((4, 8), 7, 0.5)
+PAIR = {"a": unequal((8, 8), 1, 0.3), "b": unequal((8, 8), 2, 0.3)}
+STACK = {"w": unequal((3, 8, 8), 1, 0.3)}
+ALL = {"gram": statistics.Gram(), "absmax": statistics.ChannelAbsMax(), "range": statistics.Range()}
+
+
+def gathered(fn, params, batches, spec="int8"):
+    plan = jq.make_plan(fn, params, batches[0], rules=[EVERYTHING(SPECS[spec])])
+    return plan, jq.calibrate(fn, plan, params, batches, collect=ALL)
+
+
+def expected(inputs):
+    """The same statistics of the inputs themselves, as rows."""
+    x = np.concatenate([np.asarray(v, np.float64) for v in inputs])
+    return {"gram": x.T @ x, "absmax": np.abs(x).max(0), "rows": len(x), "low": x.min(), "high": x.max()}
+
+
+def agrees(stats, inputs):
+    want = expected(inputs)
+    close(stats["gram"]["gram"][0], want["gram"], 1e-5)
+    close(stats["absmax"][0], want["absmax"], 1e-6)
+    assert float(stats["gram"]["rows"]) == want["rows"]
+    lo, hi = jax.tree.leaves(stats["range"])
+    assert (float(lo[0]), float(hi[0])) == (min(want["low"], 0), max(want["high"], 0))
+
+
+def plain(p, x):
+    return jnp.tanh(x @ p["a"]) @ p["b"]
+
+
+WRAPPED = {
+    "plain": plain,
+    "jit": lambda p, x: jax.jit(plain)(p, x),
+    "remat": lambda p, x: jax.checkpoint(plain)(p, x),
+    "cond": lambda p, x: lax.cond(jnp.sum(x) < jnp.inf, lambda: plain(p, x), lambda: 2 * plain(p, x * 9)),
+    "while": lambda p, x: lax.while_loop(lambda c: c[0] < 1, lambda c: (c[0] + 1, plain(p, x)), (0, jnp.zeros((4, 8))))[1],
+    "scan": lambda p, x: lax.scan(lambda c, x: (c, plain(p, x)), 0, x.reshape(2, 2, 8))[1].reshape(4, 8),
+    "value of a gradient": lambda p, x: jax.grad(lambda x: jnp.sum(jnp.tanh(x @ p["a"]) @ p["b"]))(x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_through_calls(name):
+    batches = [X, -2 * X]
+    _, stats = gathered(WRAPPED[name], PAIR, batches)
+    agrees(stats["a"], batches)
+    if name != "value of a gradient":  # which does not need the product with b
+        agrees(stats["b"], [jnp.tanh(x @ PAIR["a"]) for x in batches])
+
+
+def test_stacked():
+    def fn(p, x):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+
+    _, stats = gathered(fn, STACK, [X, 3 * X])
+    inputs = [[X, 3 * X]]
+    for i in range(2):
+        inputs.append([jnp.tanh(x @ STACK["w"][i]) for x in inputs[-1]])
+    for i in range(3):
+        agrees(jax.tree.map(lambda a, i=i: a[i], stats["w"]), inputs[i])
+    plan, stats = gathered(fn, STACK, [X], "static")
+    assert jq.act_state(plan, stats)["w"]["scale"].shape == (3,)
+
+
+def test_a_weight_used_twice_sees_both():
+    _, stats = gathered(lambda p, x: jnp.tanh(x @ p["a"]) @ p["a"] + 0 * x @ p["b"], PAIR, [X])
+    agrees(stats["a"], [X, jnp.tanh(X @ PAIR["a"])])
+
+
+def branches(p, x):
+    return lax.cond(x[0, 0] > 0, lambda: x @ p["a"], lambda: jnp.tanh(x) @ p["b"])
+
+
+def test_each_branch_counts_when_it_is_taken():
+    up, down = jnp.abs(X), -jnp.abs(X)
+    _, stats = gathered(branches, PAIR, [up, down, 2 * down])
+    agrees(stats["a"], [up])
+    agrees(stats["b"], [jnp.tanh(down), jnp.tanh(2 * down)])
+
+
+def test_a_branch_that_is_never_taken_has_no_statistics():
+    plan, stats = gathered(branches, PAIR, [jnp.abs(X)], "static")
+    assert set(stats) == {"a"}
+    with pytest.raises(
+        jq.QuantError, match=r"act_state: there are no ranges for some .*paths=\('b',\)\. Run calibrate"
+    ):
+        jq.act_state(plan, stats)
+
+
+def test_branches_in_a_loop():
+    def fn(p, x):
+        def body(i, x):
+            return lax.cond(i % 2 == 0, lambda: jnp.tanh(x @ p["a"]), lambda: jnp.sin(x @ p["b"]))
+
+        return lax.fori_loop(0, 3, body, x)
+
+    _, stats = gathered(fn, PAIR, [X])
+    one = jnp.tanh(X @ PAIR["a"])
+    two = jnp.sin(one @ PAIR["b"])
+    agrees(stats["b"], [one])
+    agrees(stats["a"], [X, two])
+
+
+def test_a_loop_that_does_not_run():
+    def fn(p, x):
+        return lax.while_loop(lambda c: c[0] < 0, lambda c: (c[0] + 1, c[1] @ p["a"]), (0, x))[1] @ p["b"]
+
+    _, stats = gathered(fn, PAIR, [X])
+    assert set(stats) == {"b"}
+
+
+def test_the_condition_of_a_loop_is_seen():
+    def fn(p, x):
+        return lax.while_loop(lambda c: jnp.max(jnp.abs(c @ p["a"])) > 1e-3, lambda c: 0.1 * c, x) @ p["b"]
+
+    _, stats = gathered(fn, PAIR, [X])
+    close(stats["a"]["absmax"][0], jnp.max(jnp.abs(X), 0), 1e-6)
+
+
+def test_channels_are_in_the_order_of_the_weight():
+    """A weight of two contracted axes, cut from one, contracted in the other order."""
+
+    def fn(p, x):
+        return (
+            jnp.tensordot(x.reshape(4, 2, 4), p["a"].reshape(2, 4, 8).transpose(1, 0, 2), ((2, 1), (0, 1))) + x @ p["b"]
+        )
+
+    _, stats = gathered(fn, PAIR, [X])
+    agrees(stats["a"], [X])
+
+
+def test_static_arguments_and_odd_params():
+    """Batches with flags, params with None, integers, keys and functions among the leaves."""
+    params = {**PAIR, "n": 3, "none": None, "key": jax.random.key(0), "ids": jnp.arange(3), "fn": jnp.tanh}
+
+    def fn(p, x, mode, *, scale=1.0):
+        jax.random.normal(p["key"], (2,))
+        y = p["fn"](scale * x @ p["a"]) if mode == "on" else x
+        return {"y": y @ p["b"], "mode": mode, "n": p["n"], "nothing": None}
+
+    rules = [EVERYTHING(SPECS["static"])]
+    plan = jq.make_plan(fn, params, X, "on", rules=rules, scale=2.0)
+    assert {item.path for item in plan.items} == {"a", "b"}
+    state = jq.act_state(plan, jq.calibrate(functools.partial(fn, scale=2.0), plan, params, [(X, "on"), (-X, "on")]))
+    qparams = jq.quantize_params(params, plan)
+    out = jq.quantized(fn, plan, state)(qparams, X, "on", scale=2.0)
+    assert (out["mode"], out["n"], out["nothing"]) == ("on", 3, None)
+    close(out["y"], fn(params, X, "on", scale=2.0)["y"], 0.03)
+    close(jq.quantized(fn, plan, state)(params, X, "on", scale=2.0)["y"], out["y"], 1e-5)

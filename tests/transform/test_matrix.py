@@ -1,0 +1,72 @@
+"""Five frameworks, four models, five ways to quantize: the same call serves them all.
+
+The fast run takes one cell of each framework, each model and each way; ``--slow`` takes all.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from transform_cases import SPECS, check, close
+from transform_models import KEEP, MODELS, WEIGHTS
+
+import jaxquant as jq
+from jaxquant import recipes
+
+WAYS = [*SPECS, "qat"]
+FAST = {
+    ("plain", "transformer", "int4"),
+    ("linen", "transformer", "static"),
+    ("linen", "cnn", "w8a8"),
+    ("nnx", "transformer", "int8"),
+    ("nnx", "mlp", "qat"),
+    ("haiku", "mlp", "static"),
+    ("haiku", "transformer", "w8a8"),
+    ("equinox", "transformer", "qat"),
+    ("equinox", "moe", "int8"),
+    ("plain", "moe", "w8a8"),
+}
+CELLS = [
+    pytest.param(*model, way, marks=() if (*model, way) in FAST else pytest.mark.slow)
+    for model in MODELS
+    for way in WAYS
+]
+
+
+def rules(model, spec):
+    return [*KEEP[model], jq.Rule(".*", spec)]
+
+
+@pytest.mark.parametrize("framework, model, way", CELLS)
+def test_cell(framework, model, way):
+    fn, params, x = MODELS[framework, model]()
+    if way == "qat":
+        trains(fn, params, x, rules(model, recipes.w4a8(8)))
+    else:
+        plan = check(fn, params, x, rules=rules(model, SPECS[way]))
+        assert len(plan) == WEIGHTS[model], str(plan)
+
+
+def trains(fn, params, x, rules):
+    """Float params take Adam steps through the quantized function, towards what other params compute."""
+    plan = jq.make_plan(fn, params, x, rules=rules)
+    apply, tx = jq.quantized(fn, plan), optax.adam(2e-3)
+    target = fn(jax.tree.map(lambda p: 1.2 * p, params), x)
+    loss = lambda p: jnp.mean((apply(p, x) - target) ** 2)  # noqa: E731
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(p, state):
+        value, slope = jax.value_and_grad(loss)(p)
+        updates, state = tx.update(slope, state, p)
+        return optax.apply_updates(p, updates), state, value
+
+    p, losses = jax.tree.map(jnp.copy, params), []
+    state = tx.init(p)
+    for _ in range(12):
+        p, state, value = step(p, state)
+        losses.append(float(value))
+    assert losses[-1] < 0.8 * losses[0], losses
+    run = jax.jit(apply)
+    close(run(p, x), run(jq.quantize_params(p, plan), x), 1e-5)
