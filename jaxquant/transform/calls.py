@@ -78,6 +78,27 @@ def inside(outer: Any, arrays: Any) -> Any:
     return dataclasses.replace(outer, leaf=leaf, state=state)
 
 
+def handed_on(results: list[Any], given: list[Any]) -> dict[int, int]:
+    """Which results are weights that came in, unchanged: NNX hands the parameters of a module out of every transform."""
+    return {
+        i: j
+        for i, r in enumerate(results)
+        if isinstance(r, Weight)
+        for j in range(len(given) - 1, -1, -1)
+        if r is given[j]
+    }
+
+
+def _together(passed: dict[int, int], given: list[Any], rest: Iterable[Any], count: int) -> list[Any]:
+    """All results: those that were handed on, from the outside, and the rest."""
+    others = iter(rest)
+    return [given[passed[i]] if i in passed else next(others) for i in range(count)]
+
+
+def _without(passed: Iterable[int], results: list[Any]) -> list[Any]:
+    return [r for i, r in enumerate(results) if i not in passed]
+
+
 def floats(interpreter: Interpreter, results: list[Any], op: str) -> list[Any]:
     """Results of an inner trace: a weight that is returned from it is a use in float."""
     return [interpreter.float_of(r, f"the result of {op}") if isinstance(r, Weight) else r for r in results]
@@ -102,30 +123,41 @@ def _entering(interpreter: Interpreter, w: Weight, op: str) -> Any:
 @handles(_traced(primitives.checkpointed))
 def _remat(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     closed, p = closed_of(eqn.params["jaxpr"]), eqn.params
+    count = len(eqn.outvars)
     if interpreter.planning:
-        return absent(interpreter, interpreter.run(closed, values), "remat")
+        results = interpreter.run(closed, values)
+        passed = handed_on(results, values)
+        return _together(passed, values, absent(interpreter, _without(passed, results), "remat"), count)
+    passed: dict[int, int] = {}
 
     def body(arrays: list[Any]) -> Any:
-        inner = interpreter.child()
-        results = inner.run(closed, [inside(v, a) for v, a in zip(values, arrays, strict=True)])
-        return floats(interpreter, results, "remat"), inner.stats
+        inner, given = interpreter.child(), [inside(v, a) for v, a in zip(values, arrays, strict=True)]
+        results = inner.run(closed, given)
+        passed.update(handed_on(results, given))
+        return floats(interpreter, _without(passed, results), "remat"), inner.stats
 
-    results, stats = jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(
-        [arrays_of(v) for v in values]
-    )
+    rest, stats = jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])([arrays_of(v) for v in values])
     interpreter.add_stats(stats)
-    return results
+    return _together(passed, values, rest, count)
 
 
 # -- loops -------------------------------------------------------------------------------------------------------------
 
 
+def _abstract_run(body: ClosedJaxpr, before: int, carry: list[Any]) -> list[Any]:
+    """The body's results when it is planned with nothing but the weights of the carry."""
+    known = [c if isinstance(c, Weight) else ABSENT for c in carry]
+    after = [ABSENT] * (len(body.jaxpr.invars) - before - len(carry))
+    return Interpreter(planning=True).run(body, [*[ABSENT] * before, *known, *after])
+
+
 class _Carry:
     """The carry of a loop: weights that the body hands on unchanged are constants of it, and stay outside."""
 
-    def __init__(self, interpreter: Interpreter, op: str, carry: list[Any], given: list[Any], returned: list[Any]):
-        kept = [a is b for a, b in zip(given, returned, strict=True)]
-        self.fixed = [isinstance(c, Weight) and k for c, k in zip(carry, kept, strict=True)]
+    def __init__(self, interpreter: Interpreter, op: str, carry: list[Any], body: ClosedJaxpr, before: int):
+        weights = any(isinstance(c, Weight) for c in carry)
+        returned = _abstract_run(body, before, carry) if weights else carry
+        self.fixed = [isinstance(c, Weight) and r is c for c, r in zip(carry, returned, strict=False)]
         self.values = [
             _entering(interpreter, c, op) if isinstance(c, Weight) and not f else c
             for c, f in zip(carry, self.fixed, strict=True)
@@ -162,27 +194,31 @@ def _layer(interpreter: Interpreter, w: Weight) -> Any:
 def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     p = eqn.params
     closed, n_consts, n_carry = p["jaxpr"], p["num_consts"], p["num_carry"]
-    consts, xs = values[:n_consts], values[n_consts + n_carry :]
-    inputs, outputs = closed.jaxpr.invars[n_consts : n_consts + n_carry], closed.jaxpr.outvars[:n_carry]
-    carry = _Carry(interpreter, "scan", values[n_consts : n_consts + n_carry], inputs, outputs)
-    xs = [_layer(interpreter, x) if isinstance(x, Weight) else x for x in xs]
+    consts, stacks = values[:n_consts], values[n_consts + n_carry :]
+    carry = _Carry(interpreter, "scan", values[n_consts : n_consts + n_carry], closed, n_consts)
+    xs = [_layer(interpreter, x) if isinstance(x, Weight) else x for x in stacks]
+    count = len(eqn.outvars) - n_carry
     if interpreter.planning:
         results = interpreter.run(closed, [*consts, *carry.values, *xs])
         moving = absent(interpreter, carry.moving(results[:n_carry]), "scan")
-        return carry.full(moving) + absent(interpreter, results[n_carry:], "scan")
+        passed = handed_on(results[n_carry:], xs)
+        ys = absent(interpreter, _without(passed, results[n_carry:]), "scan")
+        return carry.full(moving) + _together(passed, stacks, ys, count)
+    passed: dict[int, int] = {}
 
     def body(state: list[Any], arrays: list[Any]) -> Any:
         inner = interpreter.child()
         layers = [inside(x, a) for x, a in zip(xs, arrays, strict=True)]
         results = inner.run(closed, [*consts, *carry.full(state), *layers])
         moving = floats(interpreter, carry.moving(results[:n_carry]), "scan")
-        return moving, (floats(interpreter, results[n_carry:], "scan"), inner.stats)
+        passed.update(handed_on(results[n_carry:], layers))
+        return moving, (floats(interpreter, _without(passed, results[n_carry:]), "scan"), inner.stats)
 
     end, (ys, stats) = lax.scan(
         body, carry.start, [arrays_of(x) for x in xs], length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
     interpreter.add_stats(_unstack(interpreter, stats, {x.path for x in xs if isinstance(x, Weight)}))
-    return carry.full(end) + list(ys)
+    return carry.full(end) + _together(passed, stacks, ys, count)
 
 
 def _unstack(interpreter: Interpreter, stats: dict[str, Tally], stacked: set[str]) -> dict[str, Tally]:
@@ -202,7 +238,7 @@ def _while(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
     cond, body = p["cond_jaxpr"], p["body_jaxpr"]
-    carry = _Carry(interpreter, "while", values[n_cond + n_body :], body.jaxpr.invars[n_body:], body.jaxpr.outvars)
+    carry = _Carry(interpreter, "while", values[n_cond + n_body :], body, n_body)
     if interpreter.planning:
         interpreter.run(cond, [*cond_consts, *carry.values])
         results = interpreter.run(body, [*body_consts, *carry.values])
@@ -241,15 +277,20 @@ def _cond(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     if isinstance(index, Weight):
         return unsupported(interpreter, eqn, values)
     branches = eqn.params["branches"]
+    # A weight that every branch hands on; found without computing, so that all branches agree.
+    known = [v if isinstance(v, Weight) else ABSENT for v in operands]
+    kept = [handed_on(Interpreter(planning=True).run(branch, known), known).items() for branch in branches]
+    passed = dict(functools.reduce(lambda a, b: a & b, [set(items) for items in kept]))
+    count = len(eqn.outvars)
     if interpreter.planning:
         for branch in branches:
-            absent(interpreter, interpreter.run(branch, operands), "cond")
-        return [ABSENT] * len(eqn.outvars)
+            absent(interpreter, _without(passed, interpreter.run(branch, operands)), "cond")
+        return _together(passed, operands, [ABSENT] * count, count)
 
     def branch_of(closed: ClosedJaxpr) -> Any:
         def branch() -> tuple[list[Any], dict[str, Tally]]:
             inner = interpreter.child()
-            return floats(interpreter, inner.run(closed, operands), "cond"), inner.stats
+            return floats(interpreter, _without(passed, inner.run(closed, operands)), "cond"), inner.stats
 
         return branch
 
@@ -261,7 +302,7 @@ def _cond(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         chosen = [functools.partial(_padded, branch, shapes) for branch in chosen]
     results, stats = lax.switch(index, chosen)
     interpreter.add_stats(stats)
-    return results
+    return _together(passed, operands, results, count)
 
 
 def _padded(branch: Any, shapes: dict[str, Tally]) -> Any:

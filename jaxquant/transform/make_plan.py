@@ -163,7 +163,7 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: 
     if act is not None:
         channels = tuple(layer[axis] for axis in main.reduce_axes)
         axes = tuple(range(-len(channels), 0))
-        block_shape(channels, act.granularity, act.group_size, axes, function="make_plan: activation", path=path)
+        block_shape(channels, act.granularity, act.group_size, axes, function="make_plan (activation)", path=path)
     return Item(
         path,
         ", ".join(dict.fromkeys(use.op for use in can)),

@@ -55,8 +55,12 @@ class Item:
         if spec is None:
             return before, before
         leaf = jax.ShapeDtypeStruct(self.shape, np.dtype(self.dtype))
-        after = jax.eval_shape(self.stack(lambda w: quantize(w, spec, reduce_axes=self.reduce_axes)), leaf)
-        return before, after.nbytes
+
+        def layer(w: jax.Array) -> Any:
+            q = quantize(w, spec, reduce_axes=self.reduce_axes)
+            return q if self.contraction_minor else q.store(())
+
+        return before, jax.eval_shape(self.stack(layer), leaf).nbytes
 
     def stack(self, fn: Any) -> Any:
         """A function of one layer's weight as a function of the whole stack."""

@@ -34,7 +34,7 @@ def agrees(stats, inputs):
     close(stats["gram"]["gram"][0], want["gram"], 1e-5)
     close(stats["absmax"][0], want["absmax"], 1e-6)
     assert float(stats["gram"]["rows"]) == want["rows"]
-    lo, hi = jax.tree.leaves(stats["range"])
+    hi, lo = jax.tree.leaves(stats["range"])
     assert (float(lo[0]), float(hi[0])) == (min(want["low"], 0), max(want["high"], 0))
 
 

@@ -1,0 +1,279 @@
+"""Plans: what they say, what they refuse, and that an empty one changes nothing."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from transform_cases import EVERYTHING, SPECS, unequal
+
+import jaxquant as jq
+from jaxquant import recipes
+
+X = unequal((4, 32), 7, 0.3)
+PARAMS = {
+    "dense": {"kernel": unequal((32, 48), 1, 0.3), "bias": jnp.zeros(48)},
+    "out": {"kernel": unequal((48, 8), 2, 0.3)},
+}
+RULES = [jq.Rule("dense", recipes.w4a16(8)), jq.Rule("out", recipes.w8a8())]
+
+
+def mlp(p, x):
+    return jnp.tanh(x @ p["dense"]["kernel"] + p["dense"]["bias"][None]) @ p["out"]["kernel"]
+
+
+def test_table():
+    plan = jq.make_plan(mlp, PARAMS, X, rules=RULES)
+    # 32*48 int4 in 768 bytes and 4*48 scales; 48*8 int8 and 8 scales; 48 biases
+    assert [" ".join(line.split()) for line in str(plan).splitlines()] == [
+        "path op shape spec bytes before after",
+        "-" * 105,
+        "dense/kernel dot_general [32, 48], reduced over -2 w int4 g8 6,144 1,536",
+        "out/kernel dot_general [48, 8], reduced over -2 w int8, a int8 1,536 416",
+        "dense/bias - [48] float32: added, not contracted 192 192",
+        "-" * 105,
+        "total 2 quantized (3.67x smaller) 7,872 2,144",
+    ]
+
+
+def test_json_and_lookup():
+    plan = jq.make_plan(mlp, PARAMS, X, rules=RULES)
+    assert jq.Plan.from_json(plan.to_json()) == plan
+    assert list(plan) == ["dense/kernel", "out/kernel"]
+    assert len(plan) == 2
+    assert "out/kernel" in plan
+    assert "dense/bias" not in plan
+    assert plan["out/kernel"].spec == recipes.w8a8()
+    with pytest.raises(KeyError, match="nowhere"):
+        plan["nowhere"]
+
+
+def test_shapes_will_do():
+    shapes = jax.eval_shape(lambda: (PARAMS, X))
+    assert jq.make_plan(mlp, *shapes, rules=RULES) == jq.make_plan(mlp, PARAMS, X, rules=RULES)
+
+
+def test_bytes_are_those_of_the_arrays():
+    """Stacked, packed with a remainder, a convolution that is stored in its own order."""
+    params = {"w": unequal((3, 9, 5)), "k": unequal((2, 2, 3, 5)), "n": unequal((32, 7))}
+
+    def fn(p, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = lax.conv_general_dilated(x, p["k"], (1, 1), "SAME", dimension_numbers=numbers)
+        z = lax.scan(lambda c, w: (c, jnp.ones((1, 9)) @ w), 0, p["w"])[1]
+        return y, z, jnp.ones((1, 32)) @ p["n"]
+
+    rules = [jq.Rule("n", recipes.nvfp4()), EVERYTHING(recipes.w4a16(None))]
+    plan = jq.make_plan(fn, params, jnp.ones((1, 4, 4, 3)), rules=rules)
+    assert {item.path: (item.stacked, item.contraction_minor) for item in plan.items} == {
+        "w": (1, True), "k": (0, False), "n": (0, True),
+    }  # fmt: skip
+    for path, leaf in jq.quantize_params(params, plan).items():
+        assert plan[path].nbytes == (params[path].nbytes, leaf.nbytes)
+
+
+def test_activations_of_a_lookup_are_not_quantized():
+    table = {"table": unequal((16, 32))}
+    plan = jq.make_plan(lambda p, i: p["table"][i], table, jnp.arange(3), rules=[EVERYTHING(SPECS["static"])])
+    assert plan["table"].spec == jq.OpSpec(SPECS["static"].weight)
+    assert jq.act_state(plan, jq.calibrate(lambda p, i: p["table"][i], plan, table, [jnp.arange(3)])) == {}
+
+
+def test_other_axes_run_in_float_and_the_plan_says_so():
+    fn = lambda p, x: jax.grad(lambda x: jnp.sum(jnp.tanh(x @ p["w"])))(x)  # noqa: E731
+    plan = jq.make_plan(fn, {"w": PARAMS["dense"]["kernel"]}, X, rules=[EVERYTHING(SPECS["int8"])])
+    assert plan["w"].note == "dot_general over axes (-1,) runs on float values: scales are shared over (-2,)"
+    assert f"w: {plan['w'].note}" in str(plan)
+
+
+def test_own_derivatives_are_noted():
+    @jax.custom_vjp
+    def scaled(w, x):
+        return x @ w
+
+    scaled.defvjp(lambda w, x: (x @ w, (w, x)), lambda r, g: (2 * r[1].T @ g, g @ r[0].T))
+    plan = jq.make_plan(lambda p, x: scaled(p["w"], x), {"w": unequal((32, 4))}, X, rules=[EVERYTHING(SPECS["int8"])])
+    assert plan["w"].note.startswith("enters a function with a derivative rule of its own")
+
+
+@pytest.mark.parametrize("size", [1, 32, 48])
+def test_axes_do_not_depend_on_the_batch(size):
+    plan = jq.make_plan(mlp, PARAMS, jnp.ones((size, 32)), rules=RULES)
+    assert [item.reduce_axes for item in plan.items] == [(-2,), (-2,)]
+
+
+def program(fn, *args):
+    """The compiled program without names and places."""
+    text = jax.jit(fn).lower(*args).compile().as_text()
+    text = re.sub(r",? ?metadata=\{[^}]*\}", "", text)
+    text = re.sub(r"HloModule \S+", "HloModule", text)
+    return re.sub(r"(FileNames|FunctionNames|FileLocations|StackFrames)\n(.+\n)*", "", text)
+
+
+def test_an_empty_plan_adds_nothing():
+    fn = jax.checkpoint(
+        lambda p, x: lax.scan(lambda x, _: (jax.nn.gelu(mlp(p, x)) @ jnp.ones((8, 32)), None), x, None, 3)[0]
+    )
+    assert program(jq.quantized(fn, jq.Plan(())), PARAMS, X) == program(fn, PARAMS, X)
+    grad = lambda fn: jax.grad(lambda p, x: jnp.sum(fn(p, x)))  # noqa: E731
+    assert program(grad(jq.quantized(fn, jq.Plan(()))), PARAMS, X) == program(grad(fn), PARAMS, X)
+
+
+def test_transformations_outside():
+    plan = jq.make_plan(mlp, PARAMS, X, rules=RULES)
+    qparams, run = jq.quantize_params(PARAMS, plan), jq.quantized(mlp, plan)
+    y = run(qparams, X)
+    np.testing.assert_allclose(jax.vmap(run, (None, 0))(qparams, X[:, None])[:, 0], y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.checkpoint(run)(qparams, X), y, rtol=1e-5, atol=1e-5)
+    twice = jax.tree.map(lambda a: jnp.stack([a, a]), qparams)
+    np.testing.assert_allclose(jax.vmap(run, (0, None))(twice, X)[1], y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(lax.map(lambda x: run(qparams, x[None])[0], X), y, rtol=1e-5, atol=1e-5)
+    assert jax.eval_shape(run, qparams, X).shape == y.shape
+    slope = jax.jit(jax.grad(lambda p, x: jnp.sum(jax.checkpoint(run)(p, x) ** 2)))(PARAMS, X)
+    np.testing.assert_allclose(
+        slope["out"]["kernel"],
+        jax.grad(lambda p, x: jnp.sum(run(p, x) ** 2))(PARAMS, X)["out"]["kernel"],
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def straight(x, spec, axes):
+    return jq.fake_quant(x, spec, reduce_axes=axes)
+
+
+@pytest.mark.parametrize("way", ["w8a8", "static", "int4"])
+def test_gradients_are_straight_through(way):
+    """Against the same function with the fakes written out by hand."""
+    plan = jq.make_plan(mlp, PARAMS, X, rules=[EVERYTHING(SPECS[way])])
+    state = jq.act_state(plan, jq.calibrate(mlp, plan, PARAMS, [X])) if way == "static" else None
+    spec = SPECS[way]
+
+    def act(path, x):
+        if spec.act is None:
+            return x
+        given = {} if state is None else {"scale": jnp.reshape(state[path]["scale"], (1, 1))}
+        return jq.fake_quant(x, spec.act, reduce_axes=(-1,), **given)
+
+    def by_hand(p, x):
+        w = {k: straight(p[k]["kernel"], spec.weight, (-2,)) for k in ("dense", "out")}
+        h = jnp.tanh(act("dense/kernel", x) @ w["dense"] + p["dense"]["bias"][None])
+        return act("out/kernel", h) @ w["out"]
+
+    def slope(fn):
+        return jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(fn(p, x))), argnums=(0, 1)))(PARAMS, X)
+
+    got, want = slope(jq.quantized(mlp, plan, state, precision="highest")), slope(by_hand)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.max(jnp.abs(b))))
+
+
+def plan_of(rules, params=PARAMS, fn=mlp, x=X):
+    return jq.make_plan(fn, params, x, rules=rules)
+
+
+def a_plan():
+    return plan_of(RULES)
+
+
+def other_params():
+    return {"dense": {"kernel": jnp.ones((32, 4)), "bias": 3}}
+
+
+INT8 = recipes.w8a16()
+STATIC_TOKENS = jq.OpSpec(jq.QuantSpec("int8"), jq.QuantSpec("int8", static=True))
+BAD = {
+    "a rule that matches nothing": (
+        lambda: plan_of([jq.Rule("dens/kernel", INT8)]),
+        r"^make_plan: a rule matches no weight; got pattern='dens/kernel'\. Nearest .*: 'dense/kernel', 'out/kernel'\.$",
+    ),
+    "a rule that matches a bias": (
+        lambda: plan_of([jq.Rule("bias", INT8)]),
+        r"^make_plan: a rule matches no weight; got pattern='bias'\. It matches only .*: dense/bias \(added, not contracted\)\.$",
+    ),
+    "rules that are no list": (
+        lambda: plan_of(jq.Rule(".", INT8)),
+        r"^make_plan: rules must be a sequence of Rule; got rules=",
+    ),
+    "rules of strings": (lambda: plan_of(["dense"]), r"^make_plan: rules must be a sequence of Rule; .*Pass a list"),
+    "a group that does not divide": (
+        lambda: plan_of([jq.Rule("dense", recipes.w4a16(24))]),
+        r"^make_plan at dense/kernel: group_size must divide the length 32 .*group_size=24.* such as 8, 16, 32,",
+    ),
+    "a group of activations that does not divide": (
+        lambda: plan_of(
+            [jq.Rule("dense", jq.OpSpec(act=jq.QuantSpec("int8", granularity="per_group", group_size=24)))]
+        ),
+        r"^make_plan \(activation\) at dense/kernel: group_size must divide the length 32",
+    ),
+    "other axes than the function's": (
+        lambda: plan_of([jq.Rule("dense", INT8, reduce_axes=(-1,))]),
+        r"^make_plan at dense/kernel: the rule's reduce_axes are not the axes.*reduce_axes=\(-1,\)\. Leave .* or give \(-2,\)\.$",
+    ),
+    "a static range per token": (
+        lambda: plan_of([EVERYTHING(STATIC_TOKENS)]),
+        r"^make_plan at dense/kernel: a static activation has one range .*granularity='per_channel'\. Use granularity='per_tensor'",
+    ),
+    "params without arrays": (
+        lambda: jq.make_plan(lambda p: p, {"n": 3}, rules=[]),
+        r"^make_plan: params hold no arrays; got params='dict'\. Params are argument 0",
+    ),
+    "two parameters of one path": (
+        lambda: plan_of([], {"a/b": X, "a": {"b": X}}, lambda p, x: x),
+        r"^params at a/b: two parameters have one path\. Rename one",
+    ),
+    "params of another shape": (
+        lambda: jq.quantized(mlp, a_plan())({**PARAMS, "out": {"kernel": jnp.ones((48, 9))}}, X),
+        r"^quantized: params and plan do not agree: out/kernel has shape \(48, 9\), planned \(48, 8\)\. Make the plan",
+    ),
+    "params of another model": (
+        lambda: jq.calibrate(mlp, a_plan(), {"Dense": PARAMS["dense"]}, [X]),
+        r"^calibrate: params and plan do not agree: dense/kernel is missing \(nearest: 'Dense/kernel'.*; out/kernel is missing",
+    ),
+    "a weight of another type": (
+        lambda: jq.quantized(mlp, a_plan())(jq.quantize_params(PARAMS, [EVERYTHING(INT8)]), X),
+        r"^quantized: params and plan do not agree: dense/kernel is QTensor\(int8.*, planned QuantSpec\('int4'",
+    ),
+    "a number for a weight": (
+        lambda: jq.quantize_params({"dense": {"kernel": 3, "b": X}, "out": PARAMS["out"]}, a_plan()),
+        r"^quantize_params: params and plan do not agree: dense/kernel is 3, planned \(32, 48\)",
+    ),
+    "no state": (
+        lambda: jq.quantized(mlp, plan_of([jq.Rule("out", SPECS["static"])]))(PARAMS, X),
+        r"^quantized: static activation ranges are missing; got paths=\('out/kernel',\)\. Calibrate: pass state=",
+    ),
+    "state of another plan": (
+        lambda: jq.quantized(mlp, a_plan(), {"elsewhere": {"scale": 1.0}})(PARAMS, X),
+        r"^quantized: state does not fit the plan; got path='elsewhere'|^quantized at elsewhere: state does not fit the plan",
+    ),
+    "state without a plan": (
+        lambda: jq.quantized(mlp, state={"w": 1}),
+        r"^quantized: state needs a plan; got paths=\('w',\)",
+    ),
+    "rules for a plan": (
+        lambda: jq.quantized(mlp, RULES),
+        r"^quantized: plan must be a Plan or None; got plan=.*Make one from rules",
+    ),
+    "no batches": (
+        lambda: jq.calibrate(mlp, a_plan(), PARAMS, []),
+        r"^calibrate: there are no batches\. Pass at least one",
+    ),
+    "no statistics": (
+        lambda: jq.act_state(plan_of([EVERYTHING(SPECS["static"])]), {}),
+        r"^act_state: there are no ranges for some static activations; got paths=\('dense/kernel', 'out/kernel'\)",
+    ),
+    "not a plan": (lambda: jq.Plan.from_json("{}"), r"^Plan: not a plan \(KeyError"),
+    "not JSON": (lambda: jq.Plan.from_json("x"), r"^Plan: not a plan \(JSONDecodeError"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_calls(name):
+    call, message = BAD[name]
+    with pytest.raises(jq.QuantError) as caught:
+        call()
+    text = str(caught.value)
+    assert re.search(message, text), text
+    assert text.endswith(".")
