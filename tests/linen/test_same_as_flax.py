@@ -227,11 +227,11 @@ def test_a_masked_kernel_is_quantized_before_the_mask():
     spec = recipes.w4a4()
     layer, flax = jq.linen.QuantConv(4, 2, mask=mask, spec=spec), nn.Conv(4, 2, mask=mask)
 
+    def apply(layer, kernel):
+        return layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+
     @jax.jit
     def run(kernel):
-        def apply(layer, kernel):
-            return layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
-
         q = jq.quantize(kernel, spec.weight, reduce_axes=(-3, -2))
         return {
             "trained": apply(layer, kernel),
@@ -240,14 +240,14 @@ def test_a_masked_kernel_is_quantized_before_the_mask():
             "dequantized": apply(flax, q.dequantize()),
             "activation": apply(jq.linen.QuantConv(4, 2, mask=mask, spec=jq.OpSpec(act=jq.QuantSpec("int8"))), kernel),
             "float": apply(flax, kernel),
-            "gradient": jax.grad(lambda k: jnp.sum(apply(layer, k)))(kernel),
         }
 
     out = run(kernel)
     assert_close(out["frozen"], out["trained"], 1e-6)
     assert_close(out["weight-only"], out["dequantized"], 1e-6)
     assert_close(out["activation"], out["float"], 0.02)
-    np.testing.assert_array_equal(out["gradient"] == 0, mask == 0)
+    # Not jitted: with JAX 0.6 the jitted gradient of any masked convolution has its rows in the wrong order on the CPU.
+    np.testing.assert_array_equal(jax.grad(lambda k: jnp.sum(apply(layer, k)))(kernel) == 0, mask == 0)
 
 
 def test_a_table_of_one_row():
