@@ -13,7 +13,7 @@ Layers; imports point down only:
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxquant import ops, ptq, recipes
+from jaxquant import ops, ptq, qat, recipes
 from jaxquant.core import observers
 from jaxquant.core.affine import quantize, scale_zero_point
 from jaxquant.core.errors import QuantError
@@ -58,6 +58,7 @@ __all__ = [
     "observers",
     "ops",
     "ptq",
+    "qat",
     "quantize",
     "quantize_params",
     "quantized",
