@@ -615,10 +615,15 @@ class Wrapped(nnx.Module):
         This model is not changed; what is not quantized is shared with it. ``method`` and ``stats`` as for
         `jaxquant.quantize_params`.
         """
-        graphdef, variables, rest = nnx.split(self.model, nnx.Param, ...)
-        params = nnx.to_pure_dict(variables)
-        qparams = quantize_params(params, self.plan(*args, **kwargs), method=method, stats=stats)
-        return Wrapped(nnx.merge(graphdef, qparams, nnx.to_pure_dict(rest)), self.rules)
+        graphdef, params, rest = nnx.split(self.model, nnx.Param, ...)
+        plan = self.plan(*args, **kwargs)
+        qparams = quantize_params(nnx.to_pure_dict(params), plan, method=method, stats=stats)
+        return Wrapped(nnx.merge(graphdef, qparams, _own(rest)), self.rules)
+
+
+def _own(state: Any) -> Any:
+    """The same state in new Variables, which may be changed under the trace in which they were made."""
+    return jax.tree.map(lambda x: x, state)
 
 
 def _pure(model: Any) -> tuple[Callable[..., Any], Any, Any]:
@@ -626,11 +631,11 @@ def _pure(model: Any) -> tuple[Callable[..., Any], Any, Any]:
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def fn(params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
-        merged = nnx.merge(graphdef, params, rest)
+        merged = nnx.merge(graphdef, params, _own(rest))
         out = merged(*args, **kwargs)
-        return out, nnx.to_pure_dict(nnx.state(merged, nnx.Not(nnx.Param)))
+        return out, nnx.state(merged, nnx.Not(nnx.Param))
 
-    return fn, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+    return fn, nnx.to_pure_dict(params), rest
 
 
 def wrap(model: Any, rules: Sequence[Rule]) -> Wrapped:
@@ -775,11 +780,10 @@ def functional(model: Any) -> tuple[Callable[..., Any], Any]:
       >>> jax.jit(fn)(params, jnp.ones((2, 4))).shape
       (2, 3)
     """
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    rest = jax.tree.map(lambda x: x, rest)  # Variables of its own
+    with_state, params, rest = _pure(model)
+    rest = _own(rest)
 
     def fn(params: Any, *args: Any, **kwargs: Any) -> Any:
-        # Variables may only be changed under the trace in which they were made.
-        return nnx.merge(graphdef, params, jax.tree.map(lambda x: x, rest))(*args, **kwargs)
+        return with_state(params, rest, *args, **kwargs)[0]
 
-    return fn, nnx.to_pure_dict(params)
+    return fn, params

@@ -18,6 +18,11 @@ W8 = recipes.w8a16()
 SLOW = pytest.mark.slow
 
 
+def rarely(*values):
+    """These, as slow cases of a parametrized test."""
+    return [pytest.param(v, marks=SLOW) for v in values]
+
+
 def frozen(layer, **kwargs):
     return jq.nnx.quantize(layer, **kwargs)
 
@@ -53,7 +58,7 @@ def test_without_spec_a_float_layer_is_flax_s(name):
         np.testing.assert_array_equal(ours(index), theirs(index))
 
 
-@pytest.mark.parametrize("name", ["linear", "conv", "einsum"])
+@pytest.mark.parametrize("name", ["linear", *rarely("conv", "einsum")])
 def test_no_bias(name):
     case = LAYERS[name]
     if name == "einsum":
@@ -64,10 +69,10 @@ def test_no_bias(name):
     close(layer(case.x()), frozen(layer)(case.x()), 1e-6)
 
 
-@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("x_dtype", ["bfloat16", *rarely("float32")])
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", [None, "float16"])
-@pytest.mark.parametrize("name", ["linear", pytest.param("embed", marks=SLOW)])
+@pytest.mark.parametrize("name", ["linear", *rarely("embed")])
 def test_result_dtype_is_flax_s(name, dtype, param_dtype, x_dtype):
     dtype, param_dtype, x_dtype = (None if d is None else jnp.dtype(d) for d in (dtype, param_dtype, x_dtype))
     case = LAYERS[name]
@@ -79,7 +84,7 @@ def test_result_dtype_is_flax_s(name, dtype, param_dtype, x_dtype):
         close(y.astype(np.float32), want.astype(np.float32), 0.02)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["linear", "embed", *rarely("general", "conv", "einsum")])
 def test_bfloat16_compute(name):
     case = LAYERS[name]
     layer = case.ours(dtype=jnp.bfloat16, spec=recipes.w8a8())
@@ -95,7 +100,7 @@ def test_bfloat16_compute(name):
     "preferred_element_type" not in inspect.signature(nnx.Linear.__init__).parameters,
     reason="Flax 0.11 has no such argument",
 )
-@pytest.mark.parametrize("name", ["linear", "general", "conv", "einsum"])
+@pytest.mark.parametrize("name", ["linear", "conv", *rarely("general", "einsum")])
 def test_preferred_element_type(name):
     case = LAYERS[name]
     kwargs = {"dtype": jnp.bfloat16, "preferred_element_type": jnp.float32, "use_bias": False}
@@ -182,9 +187,7 @@ def reference(layer, x, spec, scale=None):
     return x @ w + value(layer.bias)[None]
 
 
-@pytest.mark.parametrize(
-    "spec", ["w8a8", "w8a8 static", *(pytest.param(s, marks=SLOW) for s in ("w8a16", "w4a8", "nvfp4"))]
-)
+@pytest.mark.parametrize("spec", ["w8a8", "w8a8 static", *rarely("w8a16", "w4a8", "nvfp4")])
 def test_gradients_are_straight_through(spec):
     case, spec = LAYERS["linear"], SPECS[spec]
     layer = calibrated(case.ours(spec=spec), case.x() * 0.8)  # so that a static range clips
@@ -199,7 +202,7 @@ def test_gradients_are_straight_through(spec):
     assert float(jnp.abs(dx).max()) > 0
 
 
-@pytest.mark.parametrize("name", ["general", "conv", "einsum"])
+@pytest.mark.parametrize("name", ["conv", *rarely("general", "einsum")])
 def test_gradients_of_the_other_layers(name):
     """The gradient at the fake-quantized weight, by Flax's layer."""
     case = LAYERS[name]
@@ -232,8 +235,8 @@ def test_any_number_of_batch_axes(shape):
 @pytest.mark.parametrize(
     "args, kwargs, shape, axes",
     [
-        ((16, 4), {}, (3, 16), (-2,)),
-        ((16, (2, 3)), {"axis": 1}, (2, 16, 3), (-3,)),
+        pytest.param((16, 4), {}, (3, 16), (-2,), marks=SLOW),
+        pytest.param((16, (2, 3)), {"axis": 1}, (2, 16, 3), (-3,), marks=SLOW),
         (((2, 8), 4), {"axis": (1, -1)}, (3, 2, 5, 8), (-3, -2)),
         ((16, 4), {"batch_axis": {0: 3}}, (3, 5, 16), (-2,)),
     ],
@@ -253,9 +256,9 @@ def test_general_variants(args, kwargs, shape, axes):
 @pytest.mark.parametrize(
     "subscripts, kernel, x, axes",
     [
-        ("bd,df->bf", (16, 4), (3, 16), (-2,)),
+        pytest.param("bd,df->bf", (16, 4), (3, 16), (-2,), marks=SLOW),
         ("...d,df->...f", (16, 4), (2, 3, 16), (-2,)),
-        ("bhd,hdf->bf", (2, 8, 4), (3, 2, 8), (-3, -2)),
+        pytest.param("bhd,hdf->bf", (2, 8, 4), (3, 2, 8), (-3, -2), marks=SLOW),
         ("ebd,edf->ebf", (2, 16, 4), (2, 3, 16), (-2,)),  # one kernel per expert
         ("bd, fd -> bf", (4, 16), (3, 16), (-1,)),
     ],
@@ -345,7 +348,7 @@ def test_conv_kernels_are_stored_as_convolutions_read_them():
 # -- embed ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["w8a16", "nvfp4", *(pytest.param(s, marks=SLOW) for s in ("w4a16 grouped", "int2"))])
+@pytest.mark.parametrize("spec", ["w8a16", "nvfp4", *rarely("w4a16 grouped", "int2")])
 def test_lookup(spec):
     case = LAYERS["embed"]
     layer = case.ours(spec=SPECS[spec])
@@ -387,9 +390,7 @@ def test_static_range_follows_the_data_only_while_calibrating():
     assert float(value(layer.act_range.hi)) == pytest.approx(2 * peak)
 
 
-@pytest.mark.parametrize(
-    "observer", ["MinMax", "EMA", "MSE", *(pytest.param(o, marks=SLOW) for o in ("Percentile", "Entropy"))]
-)
+@pytest.mark.parametrize("observer", ["MinMax", "EMA", "MSE", *rarely("Percentile", "Entropy")])
 def test_static_range_of_every_observer(observer):
     act = jq.QuantSpec(
         "uint8" if observer == "MinMax" else "int8",

@@ -235,8 +235,10 @@ def test_a_wrapped_model_trains_and_keeps_its_state():
             self.norm = nnx.BatchNorm(8, rngs=rngs)
             self.dropout = nnx.Dropout(0.1, rngs=rngs)
             self.w = nnx.Param(jnp.linspace(-1.0, 1.0, 32).reshape(8, 4))
+            self.seen = nnx.BatchStat({"calls": jnp.zeros((), jnp.int32)})
 
         def __call__(self, x):
+            assign(self.seen, {"calls": value(self.seen)["calls"] + 1})
             return self.dropout(self.norm(self.dense(x))) @ self.w[...]
 
     model, float_model = Net(nnx.Rngs(0)), Net(nnx.Rngs(0))
@@ -254,6 +256,8 @@ def test_a_wrapped_model_trains_and_keeps_its_state():
     losses = [float(step(wrapped, optimizer)) for _ in range(20)]
     assert losses[-1] < 0.5 * losses[0]
     assert value(model.dropout.rngs.count) == count + 20
+    assert value(model.seen)["calls"] == 20
+    assert value(wrapped.quantize(X).model.seen)["calls"] == 20
     float_model(X)
     wrapped_once = jq.nnx.wrap(Net(nnx.Rngs(0)), [jq.Rule(".*", recipes.w8a8())])
     wrapped_once(X)
