@@ -8,8 +8,8 @@ from pathlib import Path
 try:
     import click
     import rich.console
-except ModuleNotFoundError as error:
-    raise SystemExit(f"jaxquant: {error.name} is not installed. Run: pip install 'jaxquant[cli]'") from None
+except ModuleNotFoundError:
+    raise SystemExit("jaxquant: the command line needs click and rich. Run: pip install 'jaxquant[cli]'") from None
 
 from jaxquant import QuantError, __version__
 
@@ -41,9 +41,9 @@ def main() -> None:
 @click.option("--qat-epochs", type=click.IntRange(1), default=15, show_default=True, help="Of training at 2 bits.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 def demo(output: Path, seed: int, epochs: int, qat_epochs: int, as_json: bool) -> None:
-    """Train, quantize and compare a small model on real data, in under a minute.
+    """Train, quantize and compare a small model.
 
-    Trains a perceptron on scikit-learn's digits and saves it; quantizes what was saved to 8, 4, 3 and 2 bits; trains it
+    In under a minute: trains a perceptron on scikit-learn's digits and saves it; quantizes what was saved to 8, 4, 3 and 2 bits; trains it
     further at 2 bits; reloads all checkpoints and compares size, accuracy and speed.
     """
     _require("demo", "flax", "optax", "sklearn", "matplotlib")
@@ -60,11 +60,12 @@ def demo(output: Path, seed: int, epochs: int, qat_epochs: int, as_json: bool) -
         click.echo(result.to_json())
         return
     console = rich.console.Console()
-    console.width = max(console.width, 108)  # the table must not be cut where output is piped
-    console.print(table(result.rows, result.settings["test_images"]))
+    console.width = max(console.width, 80)  # the table must not be cut where output is piped
+    console.print(table(result.rows, test_images=result.settings["test_images"], batch=result.settings["batch"]))
     for row in result.rows:
         click.echo(f"{row.scheme:<12}{row.checkpoint}")
     click.echo(f"{'plot':<12}{result.plot}")
+    click.echo(f"{'results':<12}{result.file}")
 
 
 if __name__ == "__main__":

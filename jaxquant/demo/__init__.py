@@ -77,11 +77,17 @@ def run(output: Path, *, seed: int, epochs: int, qat_epochs: int, console: Any) 
             rows.append(_measure(scheme, file, like, data, truth, steps.get(scheme)))
             done()
 
-    settings = {"seed": seed, "epochs": epochs, "qat_epochs": qat_epochs, "test_images": len(data.test_images)}
-    path = output / "accuracy-bytes.png"
-    plot(rows, path)
-    result = Result(rows, settings, str(path))
-    (output / "results.json").write_text(result.to_json() + "\n", encoding="utf-8")
+    settings = {
+        "seed": seed,
+        "epochs": epochs,
+        "qat_epochs": qat_epochs,
+        "batch": recipe.batch,
+        "test_images": len(data.test_images),
+    }
+    picture, file = output / "accuracy-bytes.png", output / "results.json"
+    plot(rows, picture)
+    result = Result(rows, settings, str(picture), str(file))
+    file.write_text(result.to_json() + "\n", encoding="utf-8")
     return result
 
 
@@ -99,7 +105,7 @@ def _measure(scheme: Scheme, file: Path, like: Any, data: digits.Digits, truth: 
         file_bytes=file.stat().st_size,
         accuracy=data.accuracy(logits),
         agreement=float(np.mean(np.argmax(logits, axis=-1) == truth)),
-        inference_ms=1e3 * digits.seconds(apply, params, data.test_images),
-        train_step_ms=None if step is None else 1e3 * step,
+        forward_ms=1e3 * digits.seconds(apply, params, data.test_images),
+        step_ms=None if step is None else 1e3 * step,
         checkpoint=str(file),
     )

@@ -19,8 +19,8 @@ class Row:
       file_bytes: the same with the header of the checkpoint.
       accuracy: fraction of the test images.
       agreement: fraction of the test images for which the prediction is the float model's.
-      inference_ms: for all test images in one batch.
-      train_step_ms: for one training step, or None if the scheme was not trained.
+      forward_ms: for all test images in one batch, the fastest of many runs.
+      step_ms: for the fastest training step, or None if the scheme was not trained.
       checkpoint: the file.
     """
 
@@ -32,17 +32,18 @@ class Row:
     file_bytes: int
     accuracy: float
     agreement: float
-    inference_ms: float
-    train_step_ms: float | None
+    forward_ms: float
+    step_ms: float | None
     checkpoint: str
 
 
 class Result(NamedTuple):
-    """Everything that a run leaves behind."""
+    """Everything that a run leaves behind; ``file`` has the same as JSON."""
 
     rows: list[Row]
     settings: dict[str, Any]
     plot: str
+    file: str
 
     def to_json(self) -> str:
         """The settings, the path of the plot and the table."""

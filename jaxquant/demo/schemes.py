@@ -25,11 +25,11 @@ class Scheme:
 
     @property
     def weights(self) -> str:
-        """The weights' number type and what shares a scale."""
+        """The weights' number type, and the group that shares a scale if it is not the output channel."""
         w = self.spec.weight if self.spec else None
         if w is None:
             return "float32"
-        return f"{w.qtype} / {w.group_size if w.granularity == 'per_group' else w.granularity.removeprefix('per_')}"
+        return w.qtype if w.group_size is None else f"{w.qtype} g{w.group_size}"
 
     @property
     def activations(self) -> str:
