@@ -103,7 +103,10 @@ def _every_leaf(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 
 
 def _leafwise(eqn: Any) -> View:
-    apply = lambda x: eqn.primitive.bind(x, **eqn.params)  # noqa: E731
+    def apply(x: Any) -> Any:
+        out = eqn.primitive.bind(x, **eqn.params)
+        return out[0] if eqn.primitive.multiple_results else out
+
     return View(str(eqn.primitive), apply, lambda q: jax.tree.map(apply, q), lambda: _leafwise(eqn))
 
 

@@ -8,6 +8,7 @@ axes of the parameter: found from the trace, never guessed from names or shapes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -122,15 +123,12 @@ class TrainedTensor(QTensor):
         return self.real.astype(self.dtype if dtype is None else dtype)
 
 
-def _trained(w: jax.Array, spec: QuantSpec, reduce_axes: tuple[int, ...], steps: tuple[View, ...]) -> TrainedTensor:
+@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for all weights of one shape
+def _trained(w: jax.Array, spec: QuantSpec, reduce_axes: tuple[int, ...]) -> TrainedTensor:
     encoded = encode(jax.lax.stop_gradient(w), spec, reduce_axes)
-    q: Any = QTensor(
-        codes_of(encoded.values, spec.type), encoded.scale, encoded.zero_point, qtype=spec.qtype, dtype=w.dtype
-    )
-    trained: Any = TrainedTensor(q, fake_quant(w, spec, reduce_axes=reduce_axes))
-    for step in steps:
-        trained = step(trained)
-    return trained
+    codes = codes_of(encoded.values, spec.type)
+    q = QTensor(codes, encoded.scale, encoded.zero_point, qtype=spec.qtype, dtype=w.dtype)
+    return TrainedTensor(q, fake_quant(w, spec, reduce_axes=reduce_axes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +185,10 @@ class Weight:
         """What an op gets: the QTensor; or codes for the forward and floats for the gradient, if the leaf trains."""
         if isinstance(self.leaf, QTensor) or spec is None:
             return self.value()
-        return _trained(self.leaf, spec, reduce_axes, self.steps)
+        x: Any = _trained(self.leaf, spec, reduce_axes)
+        for step in self.steps:
+            x = step(x)
+        return x
 
     def split(self, contracted: tuple[int, ...]) -> tuple[int, ...] | str:
         """The parameter's axes that make up the contracted axes of the view; a reason if only a part of one does."""
