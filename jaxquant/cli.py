@@ -43,7 +43,7 @@ def main() -> None:
 def demo(output: Path, seed: int, epochs: int, qat_epochs: int, as_json: bool) -> None:
     """Train, quantize and compare a small model.
 
-    In under a minute: trains a perceptron on scikit-learn's digits and saves it; quantizes what was saved to 8, 4, 3 and 2 bits; trains it
+    Trains a perceptron on scikit-learn's digits and saves it; quantizes what was saved to 8, 4, 3 and 2 bits; trains it
     further at 2 bits; reloads all checkpoints and compares size, accuracy and speed.
     """
     _require("demo", "flax", "optax", "sklearn", "matplotlib")
