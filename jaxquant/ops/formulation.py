@@ -149,7 +149,8 @@ def _integer(lhs: Matrix, rhs: Matrix, combine: Callable[[jax.Array], jax.Array]
     if group == k:
         return part(0, k)
     dtype = jnp.promote_types(lhs.scale.dtype, rhs.scale.dtype)
-    left, right = (jnp.zeros_like(x.codes[:, :, :1], dtype) for x in (lhs, rhs))  # zeros that vary as they do
+    # Zeros that vary over devices as the codes do; zeros_like are such in newer JAX only.
+    left, right = ((x.codes[:, :, :1] * 0).astype(dtype) for x in (lhs, rhs))
     start = combine(left + jnp.swapaxes(right, 1, 2))
     return lax.fori_loop(0, k // group, lambda i, total: total + part(i * group, group), start)
 
