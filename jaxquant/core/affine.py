@@ -255,8 +255,8 @@ def _per_block(function: str, name: str, value: Any, blocks: tuple[int, ...]) ->
     """A given scale or zero point with one entry per block: as it is, or a scalar repeated."""
     if value is None or (isinstance(value, QTensor) and value.shape == blocks):
         return value
-    value = jnp.asarray(value)
-    if value.shape not in ((), blocks):
+    value = value if isinstance(value, QTensor) else jnp.asarray(value)
+    if isinstance(value, QTensor) or value.shape not in ((), blocks):
         todo = f"Give one value per block, shape {blocks}, or a scalar"
         raise quant_error(function, f"{name} must have one entry per block", todo=todo, **{name: value})
     return jnp.broadcast_to(value, blocks)

@@ -73,7 +73,8 @@ def _extremes(x: jax.Array, axes: Axes, *binaries: _Binary) -> tuple[jax.Array, 
     def on_cpu(x: jax.Array) -> tuple[jax.Array, ...]:
         if x.size <= 1 << 8:
             return explicit(x)
-        return lax.cond(jnp.isfinite(jnp.sum(x)), library, explicit, x)
+        total = jnp.sum(lax.optimization_barrier(x))  # behind the barrier, widening a bfloat16 array is part of the sum
+        return lax.cond(jnp.isfinite(total), library, explicit, x)
 
     def elsewhere(x: jax.Array) -> tuple[jax.Array, ...]:
         return library(jnp.where(jnp.isinf(x), jnp.zeros_like(x), x))

@@ -24,7 +24,7 @@ def group(size, qtype="int8"):
 
 # (call, rule, what the message must name)
 BAD = {
-    "integer input": (lambda f: f(jnp.ones((2, 2), jnp.int32), INT8, 0), "only float arrays", ["int32", "(2, 2)", "Cast"]),
+    "integers": (lambda f: f(jnp.ones((2, 2), jnp.int32), INT8, 0), "only float arrays", ["int32", "(2, 2)", "Cast"]),
     "bool input": (lambda f: f(jnp.ones(2, bool), INT8, 0), "only float arrays", ["bool"]),
     "complex input": (lambda f: f(jnp.ones(2, jnp.complex64), INT8, 0), "only float arrays", ["complex64"]),
     "random keys": (lambda f: f(jax.random.key(0), INT8, ()), "only float arrays", ["key"]),
@@ -45,12 +45,12 @@ BAD = {
     "axis None": (lambda f: f(X, INT8, None), "reduce_axes must be axes", ["None"]),
     "axis True": (lambda f: f(X, INT8, True), "reduce_axes must be axes", ["True"]),
     "axis twice": (lambda f: f(X, INT8, (1, -1)), "reduce_axes repeats an axis", ["(1, -1)", "once"]),
-    "group does not divide": (lambda f: f(X, group(3), -1), "group_size must divide the length 8", ["=3", "2, 4", "(6, 8)"]),
+    "group does not divide": (lambda f: f(X, group(3), -1), "must divide the length 8", ["=3", "2, 4", "(6, 8)"]),
     "group larger than the axis": (lambda f: f(X, group(16), -1), "group_size must divide the length 8", ["2, 4, 8"]),
     "group across an axis boundary": (lambda f: f(jnp.ones((4, 6)), group(4), (0, 1)), "end on an axis", ["3, 6"]),
     "block format does not divide": (lambda f: f(X, QuantSpec("mxfp4"), -1), "group_size must divide", ["=32", "8"]),
-    "group without axes": (lambda f: f(X, group(4), ()), "per_group needs at least one reduced axis", ["reduce_axes=()"]),
-    "stochastic without key": (lambda f: f(X, STOCHASTIC, 0), "stochastic rounding needs a key", ["key=None", "random.key"]),
+    "group without axes": (lambda f: f(X, group(4), ()), "per_group needs at least one reduced", ["reduce_axes=()"]),
+    "stochastic without key": (lambda f: f(X, STOCHASTIC, 0), "stochastic rounding needs a key", ["key=None"]),
     "key without stochastic": (lambda f: f(X, INT8, 0, key=jax.random.key(0)), "rounding to nearest uses no key",
                                ["'nearest'", "'stochastic'"]),
     "zero point without scale": (lambda f: f(X, ASYM, 0, zero_point=3), "zero_point without scale", ["=3", "both"]),
@@ -66,8 +66,8 @@ BAD = {
     "zero point of a wrong shape": (lambda f: f(X, ASYM, -1, scale=jnp.ones((6, 1)), zero_point=jnp.ones(6, jnp.int8)),
                                     "zero_point must have one entry per block", ["int8[6]", "(6, 1)"]),
     "scale quantized in another shape": (
-        lambda f: f(X, INT8, -1, scale=jq.quantize(jnp.ones((6, 2)), INT8, reduce_axes=-1)), "scale must have one entry",
-        ["(6, 1)"]),
+        lambda f: f(X, INT8, -1, scale=jq.quantize(jnp.ones((6, 2)), INT8, reduce_axes=-1)),
+        "scale must have one entry", ["(6, 1)"]),
 }  # fmt: skip
 
 # Only quantize looks at values, and packs.

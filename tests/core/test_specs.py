@@ -190,7 +190,7 @@ BAD = [
     (lambda: QuantSpec.from_json('{"qtype": ["int8"]}'), "QuantSpec: unknown number type", "qtype=", "int"),
     (lambda: QuantSpec.from_json('{"qtype": "int8", "calibration": {"Best": {}}}'), "QuantSpec: unknown calibration",
      "Best", "MSE"),
-    (lambda: QuantSpec.from_json('{"qtype": "int8", "calibration": {}}'), "QuantSpec: unknown calibration", "{}", "MSE"),
+    (lambda: QuantSpec.from_json('{"qtype": "int8", "calibration": {}}'), "QuantSpec: unknown calibration", "{}", "MS"),
     (lambda: QuantSpec.from_json('{"qtype": "int8", "calibration": {"MSE": {}, "EMA": {}}}'),
      "QuantSpec: unknown calibration", "EMA", "MSE"),
     (lambda: QuantSpec.from_json('{"qtype": "int8", "calibration": {"EMA": {"rate": 1}}}'),
