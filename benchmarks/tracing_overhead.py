@@ -69,27 +69,29 @@ def seconds(fn: Callable[[], object], repeat: int) -> float:
     return statistics.median(times)
 
 
+def measure(name: str, fn: Callable[..., object], params: object, repeat: int) -> None:
+    """Prints one row."""
+    tokens, rules = jax.ShapeDtypeStruct((2, 16), jnp.int32), [jq.Rule(".*", recipes.w8a16())]
+    plan = jq.make_plan(fn, params, tokens, rules=rules)
+    qparams = jax.eval_shape(lambda p: jq.quantize_params(p, plan), params)
+    run = jq.quantized(fn, plan)
+    plain = seconds(lambda: jax.jit(fn).trace(params, tokens), repeat)
+    planned = seconds(lambda: jq.make_plan(fn, params, tokens, rules=rules), repeat)
+    trained = seconds(lambda: jax.jit(run).trace(params, tokens), repeat)
+    frozen = seconds(lambda: jax.jit(run).trace(qparams, tokens), repeat)
+    print(f"{name:24}{plain:14.3f}{planned:14.3f}{trained:14.3f}{frozen:14.3f}{(planned + frozen) / plain:8.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args()
-    tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
-    rules = [jq.Rule(".*", recipes.w8a16())]
-    print(f"jax {jax.__version__}; processor seconds, median of {options.repeat}; ratio = (plan + quantized) / float")
-    print(f"{'model':24}{'float trace':>14}{'make_plan':>14}{'quantized':>14}{'of QTensors':>14}{'ratio':>8}")
-    models = [("unrolled", unrolled, options.layers), ("scanned", scanned, options.layers), ("scanned", scanned, 2)]
-    for name, fn, layers in models:
-        params = params_of(layers, stacked=fn is scanned)
-        plan = jq.make_plan(fn, params, tokens, rules=rules)
-        qparams = jax.eval_shape(lambda p, plan=plan: jq.quantize_params(p, plan), params)
-        run = jq.quantized(fn, plan)
-        plain = seconds(lambda: jax.jit(fn).trace(params, tokens), options.repeat)
-        planned = seconds(lambda: jq.make_plan(fn, params, tokens, rules=rules), options.repeat)
-        trained = seconds(lambda: jax.jit(run).trace(params, tokens), options.repeat)
-        frozen = seconds(lambda: jax.jit(run).trace(qparams, tokens), options.repeat)
-        ratio = (planned + frozen) / plain
-        print(f"{name + f', {layers} layers':24}{plain:14.3f}{planned:14.3f}{trained:14.3f}{frozen:14.3f}{ratio:8.2f}")
+    print(f"jax {jax.__version__}; processor seconds, median of {options.repeat}; ratio = (plan + QTensors) / float")
+    print(f"{'model':24}{'float trace':>14}{'make_plan':>14}{'float leaves':>14}{'QTensors':>14}{'ratio':>8}")
+    for layers in (options.layers, 2):
+        measure(f"unrolled, {layers} layers", unrolled, params_of(layers, stacked=False), options.repeat)
+        measure(f"scanned, {layers} layers", scanned, params_of(layers, stacked=True), options.repeat)
 
 
 if __name__ == "__main__":

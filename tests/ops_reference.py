@@ -8,6 +8,7 @@ import string
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxquant import OpSpec, QTensor, QuantSpec, fake_quant, ops, quantize
 
@@ -16,6 +17,12 @@ MATMUL = (((1,), (0,)), ((), ()))
 INTEGER = 1e-6  # both sides integers, and everything that is multiplied in float32
 WEIGHT_ONLY = 1e-4  # a float activation at the default precision: two int8 digits
 DIGITS = 1 / (2 * 127 * 254)  # what two digits may be off by, in units of a row's largest element
+
+
+def slow_but(cases, *fast):
+    """Cases for parametrize, slow unless they are named: each compiles programs of its own."""
+    assert set(fast) <= set(cases)
+    return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def unequal(seed, shape, dtype=np.float32, *, decades=1.0):

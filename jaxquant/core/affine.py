@@ -258,7 +258,8 @@ def _per_block(function: str, name: str, value: Any, blocks: tuple[int, ...]) ->
     value = value if isinstance(value, QTensor) else jnp.asarray(value)
     if isinstance(value, QTensor) or value.shape not in ((), blocks):
         todo = f"Give one value per block, shape {blocks}, or a scalar"
-        raise quant_error(function, f"{name} must have one entry per block", todo=todo, **{name: value})
+        got: dict[str, Any] = {name: value}
+        raise quant_error(function, f"{name} must have one entry per block", todo=todo, **got)
     return jnp.broadcast_to(value, blocks)
 
 

@@ -63,7 +63,12 @@ class _Conv:
             return in_float()
         name = choose(left, right)
         if name == "integer" and isinstance(left, Matrix):
-            return self._restored(_integer(g, left, right, lhs.shape, rhs.shape))
+
+            def exact() -> jax.Array:
+                return self._restored(_integer(g, left, right, lhs.shape, rhs.shape))
+
+            # cuDNN has no convolution from int8 to int32, and XLA refuses to compile one for NVIDIA GPUs.
+            return lax.platform_dependent(cpu=exact, tpu=exact, default=in_float)
         # Digits have one scale per image: too coarse where features are summed apart, and no gain for small kernels.
         if name == "digits" and not isinstance(left, Matrix) and g.feature_groups == 1:
             return on_cpu(lambda: self._digits(left, right, lhs.shape, rhs.shape), in_float)
@@ -250,10 +255,10 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` whose operands may be quantized, or are quantized on the way.
 
-    An int8 convolution with int32 accumulation where kernel scales are per output feature (or per tensor) and
-    activation scales per image (or per tensor); weight-only with the activation as int8 digits, as in `dot_general`.
-    Scales per group along the contraction, float number types, batch groups and weight-only feature groups take the
-    float convolution of the dequantized operands.
+    On CPU and TPU an int8 convolution with int32 accumulation where kernel scales are per output feature (or per
+    tensor) and activation scales per image (or per tensor); weight-only with the activation as int8 digits, as in `dot_general`.
+    Scales per group along the contraction, float number types, batch groups, weight-only feature groups, and everything
+    on GPUs (cuDNN has no such convolution) take the float convolution of the dequantized operands.
 
     Args:
       lhs: the activation, a float array or a QTensor.

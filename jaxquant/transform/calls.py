@@ -79,7 +79,7 @@ def inside(outer: Any, arrays: Any) -> Any:
 
 
 def handed_on(results: list[Any], given: list[Any]) -> dict[int, int]:
-    """Which results are weights that came in, unchanged: NNX hands the parameters of a module out of every transform."""
+    """Which results are weights that came in, unchanged: NNX hands a module's parameters out of every transform."""
     return {
         i: j
         for i, r in enumerate(results)

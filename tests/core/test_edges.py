@@ -133,7 +133,7 @@ BROKEN = (
     QuantSpec("mxfp8"),
     QuantSpec("nvfp4"),
     QuantSpec("int8", scale_dtype="bfloat16"),
-    *(QuantSpec("int4", calibration=o) for o in OBSERVERS),
+    *(QuantSpec("int4", calibration=o) for o in OBSERVERS[2:]),
     QuantSpec("uint4", symmetric=False, calibration=jq.observers.Percentile(99.0)),
 )
 
@@ -383,7 +383,6 @@ def test_float64_scales():
     [
         QuantSpec("int8"),
         QuantSpec("uint4", symmetric=False, granularity="per_group", group_size=8),
-        QuantSpec("nvfp4"),
         QuantSpec("int3", calibration=jq.observers.MSE()),
     ],
     ids=str,

@@ -255,7 +255,7 @@ def test_inside_a_params_tree():
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_store_keeps_values(spec):
     q = jq.quantize(data((4, 16, 6)), spec, reduce_axes=(-2,))
-    for minor in ((), (-2,), (-3,), (-3, -2), (-1,), (-2, -1)):
+    for minor in ((), (-3, -2), (-1,)):
         other = q.store(minor)
         assert other.minor == minor
         assert other.shape == q.shape
@@ -276,7 +276,7 @@ def test_from_codes_keeps_every_code(qtype):
         else codes.astype(np.uint8).view(info.code_dtype)
     )
     scale = (10.0 ** rng.uniform(-3, 3, (5, 1, 3))).astype(np.float32)
-    for minor in ((), (-2,), (-3, -2)):
+    for minor in ((), (-3, -2)):
         q = from_codes(jnp.asarray(codes), jnp.asarray(scale), None, qtype=qtype, dtype="float32", minor=minor)
         np.testing.assert_array_equal(q.logical_codes(), codes)
         assert q.shape == (5, 7, 3)
@@ -295,7 +295,7 @@ def test_sub_byte_codes_are_uint8():
     """XLA never sees a 1-, 2- or 3-bit dtype."""
     for qtype, info in QTYPES.items():
         spec = QuantSpec(qtype)
-        q = jq.quantize(data((2, 32)), spec, reduce_axes=(-1,))
+        q = jax.eval_shape(lambda x, s=spec: jq.quantize(x, s, reduce_axes=(-1,)), jnp.ones((2, 32)))
         assert q.codes.dtype.itemsize == 1
         if info.bits < 8:
             assert q.codes.dtype == jnp.uint8

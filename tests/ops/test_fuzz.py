@@ -58,7 +58,7 @@ def windows(x):
     return np.stack([padded[:, i : i + x.shape[1]] for i in range(3)], axis=2)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(programs(), st.integers(0, 1000))
 def test_programs(steps, seed):
     check(steps, seed)

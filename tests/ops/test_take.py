@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops_reference import quantized, spec_of, unequal
+from ops_reference import quantized, slow_but, spec_of, unequal
 
 from jaxquant import OpSpec, QTensor, QuantSpec, fake_quant, observers, ops
 
@@ -25,7 +25,7 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", slow_but(SPECS, "asymmetric", "3 bits", "per tensor", "nf4", "nvfp4", "clipped"))
 def test_axes_and_storage(name):
     """Along each axis: the outermost, the one that is reduced (and packed), and the last."""
     table = unequal(0, SHAPE)

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from ops_reference import INTEGER, MATMUL, WEIGHT_ONLY, error, quantized, spec_of, unequal
+from ops_reference import INTEGER, MATMUL, WEIGHT_ONLY, error, quantized, slow_but, spec_of, unequal
 
 from jaxquant import OpSpec, QTensor, ops, recipes
 
@@ -37,7 +37,7 @@ def case(op):
     return (lambda x, q, s: ops.take(q, jnp.argsort(x[0])[:4], 0, spec=OpSpec(s.weight))), (1, 16), (16, 32), (-1,)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", slow_but(SPECS, "asymmetric", "w4a16 grouped"))
 @pytest.mark.parametrize("op", ["dot_general", "einsum", "conv_general_dilated", "take"])
 def test_vmap_scan_and_remat(op, name):
     """Over a stack of activations, of weights, and of both; in a scan over stacked weights; rematerialised."""
@@ -132,7 +132,7 @@ def by_output(leaf, axis):
     return P(*["d" if i == axis % leaf.ndim and leaf.shape[i] > 1 else None for i in range(leaf.ndim)])
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", slow_but(SPECS, "asymmetric", "nvfp4"))
 def test_sharded_jit(name):
     """Activations sharded over the batch, weights over output channels: the result of one device."""
     spec = SPECS[name]
@@ -167,7 +167,7 @@ def test_sharded_jit(name):
     assert not f(whole[0], weights[0], whole[1], weights[1])[0].sharding.is_fully_replicated
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", slow_but(SPECS, "asymmetric", "w4a16 grouped"))
 def test_shard_map(name):
     """Batch-sharded, output-sharded, and both halves of a gradient."""
     spec = SPECS[name]

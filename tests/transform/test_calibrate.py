@@ -47,7 +47,7 @@ WRAPPED = {
     "jit": lambda p, x: jax.jit(plain)(p, x),
     "remat": lambda p, x: jax.checkpoint(plain)(p, x),
     "cond": lambda p, x: lax.cond(jnp.sum(x) < jnp.inf, lambda: plain(p, x), lambda: 2 * plain(p, x * 9)),
-    "while": lambda p, x: lax.while_loop(lambda c: c[0] < 1, lambda c: (c[0] + 1, plain(p, x)), (0, jnp.zeros((4, 8))))[1],
+    "while": lambda p, x: lax.while_loop(lambda c: c[0] < 1, lambda c: (c[0] + 1, plain(p, x)), (0, 0 * x))[1],
     "scan": lambda p, x: lax.scan(lambda c, x: (c, plain(p, x)), 0, x.reshape(2, 2, 8))[1].reshape(4, 8),
     "value of a gradient": lambda p, x: jax.grad(lambda x: jnp.sum(jnp.tanh(x @ p["a"]) @ p["b"]))(x),
 }  # fmt: skip
