@@ -256,9 +256,10 @@ def conv_general_dilated(
     """`jax.lax.conv_general_dilated` whose operands may be quantized, or are quantized on the way.
 
     On CPU and TPU an int8 convolution with int32 accumulation where kernel scales are per output feature (or per
-    tensor) and activation scales per image (or per tensor); weight-only with the activation as int8 digits, as in `dot_general`.
-    Scales per group along the contraction, float number types, batch groups, weight-only feature groups, and everything
-    on GPUs (cuDNN has no such convolution) take the float convolution of the dequantized operands.
+    tensor) and activation scales per image (or per tensor); weight-only with the activation as int8 digits, as in
+    `dot_general`. Scales per group along the contraction, float number types, batch groups, weight-only feature
+    groups, and everything on GPUs (cuDNN has no such convolution) take the float convolution of the dequantized
+    operands.
 
     Args:
       lhs: the activation, a float array or a QTensor.
