@@ -257,9 +257,8 @@ def conv_general_dilated(
 
     On CPU and TPU an int8 convolution with int32 accumulation where kernel scales are per output feature (or per
     tensor) and activation scales per image (or per tensor); weight-only with the activation as int8 digits, as in
-    `dot_general`. Scales per group along the contraction, float number types, batch groups, weight-only feature
-    groups, and everything on GPUs (cuDNN has no such convolution) take the float convolution of the dequantized
-    operands.
+    `dot_general`. Scales per group along the contraction, float number types, batch groups, weight-only feature groups,
+    and everything on GPUs (cuDNN has no such convolution) take the float convolution of the dequantized operands.
 
     Args:
       lhs: the activation, a float array or a QTensor.

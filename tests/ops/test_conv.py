@@ -183,7 +183,7 @@ def test_static_activations():
     assert conv_error(got, left, real(k, spec.weight, (0, 1, 2)), "same") <= INTEGER
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", slow_but([jnp.bfloat16, jnp.float16], jnp.bfloat16))
 def test_half_precision(dtype):
     x, k = unequal(14, (2, 7, 6, 5), dtype, decades=0.5), unequal(15, (3, 3, 5, 4), dtype, decades=0.5)
     for spec in (recipes.w8a8(), recipes.w8a16(), recipes.nf4(5)):

@@ -14,6 +14,7 @@ from ops_reference import INTEGER, MATMUL, WEIGHT_ONLY, error, quantized, slow_b
 from jaxquant import OpSpec, QTensor, ops, recipes
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
+OPS = ["dot_general", "einsum", "conv_general_dilated", "take"]
 SPECS = {
     "w8a8": recipes.w8a8(),
     "asymmetric": OpSpec(spec_of("uint8", symmetric=False), spec_of("int8", symmetric=False)),
@@ -38,7 +39,7 @@ def case(op):
 
 
 @pytest.mark.parametrize("name", slow_but(SPECS, "asymmetric", "w4a16 grouped"))
-@pytest.mark.parametrize("op", ["dot_general", "einsum", "conv_general_dilated", "take"])
+@pytest.mark.parametrize("op", slow_but(OPS, "dot_general", "conv_general_dilated", "take"))
 def test_vmap_scan_and_remat(op, name):
     """Over a stack of activations, of weights, and of both; in a scan over stacked weights; rematerialised."""
     spec = SPECS[name]
