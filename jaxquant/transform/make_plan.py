@@ -56,12 +56,12 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
       >>> params = {"w": jnp.ones((64, 32)), "b": jnp.zeros(32)}
       >>> print(jq.make_plan(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones(64),
       ...                    rules=[jq.Rule(".*", recipes.w8a16())]))
-      path   op           shape                      spec                                bytes before  after
-      ------------------------------------------------------------------------------------------------------
-      w      dot_general  [64, 32], reduced over -2  w int8                                     8,192  2,176
-      b      -            [32]                       float32: added, not contracted               128    128
-      ------------------------------------------------------------------------------------------------------
-      total                                          1 quantized (3.61x smaller)                8,320  2,304
+      path   op           shape                      spec                            bytes before  after
+      --------------------------------------------------------------------------------------------------
+      w      dot_general  [64, 32], reduced over -2  w int8                                 8,192  2,176
+      b      -            [32]                       float32: added, not contracted           128    128
+      --------------------------------------------------------------------------------------------------
+      total                                          1 quantized (3.61x smaller)            8,320  2,304
     """
     rules = check_rules("make_plan", rules)
     traced = trace("make_plan", fn, params, args, kwargs)

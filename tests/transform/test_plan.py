@@ -74,6 +74,19 @@ def test_bytes_are_those_of_the_arrays():
         assert plan[path].nbytes == (params[path].nbytes, leaf.nbytes)
 
 
+def test_rules_alone_know_flax_layers():
+    shapes = {
+        "Conv_0/kernel": (3, 3, 8, 4),
+        "Embed_0/embedding": (16, 8),
+        "Dense_0/kernel": (32, 4),
+        "Dense_0/bias": (4,),
+    }
+    qparams = jq.quantize_params({name: unequal(shape) for name, shape in shapes.items()}, [EVERYTHING(INT8)])
+    assert {name: leaf.scale.shape for name, leaf in qparams.items() if isinstance(leaf, jq.QTensor)} == {
+        "Conv_0/kernel": (1, 1, 1, 4), "Embed_0/embedding": (16, 1), "Dense_0/kernel": (1, 4),
+    }  # fmt: skip
+
+
 def test_activations_of_a_lookup_are_not_quantized():
     table = {"table": unequal((16, 32))}
     plan = jq.make_plan(lambda p, i: p["table"][i], table, jnp.arange(3), rules=[EVERYTHING(SPECS["static"])])
@@ -187,7 +200,7 @@ STATIC_TOKENS = jq.OpSpec(jq.QuantSpec("int8"), jq.QuantSpec("int8", static=True
 BAD = {
     "a rule that matches nothing": (
         lambda: plan_of([jq.Rule("dens/kernel", INT8)]),
-        r"^make_plan: a rule matches no weight; got pattern='dens/kernel'\. Nearest .*: 'dense/kernel', 'out\.$",
+        r"^make_plan: a rule matches no weight; got pattern='dens/kernel'\. Nearest .*: 'dense/kernel', 'out/kern",
     ),
     "a rule that matches a bias": (
         lambda: plan_of([jq.Rule("bias", INT8)]),
@@ -255,6 +268,30 @@ BAD = {
     "rules for a plan": (
         lambda: jq.quantized(mlp, RULES),
         r"^quantized: plan must be a Plan or None; got plan=.*Make one from rules",
+    ),
+    "rules and a weight of no known kind": (
+        lambda: jq.quantize_params({"attention": {"kernel": jnp.ones((4, 2, 3))}}, [EVERYTHING(INT8)]),
+        r"^quantize_params at attention/kernel: neither name nor shape .*shape=\(4, 2, 3\)\. Write Rule\('\.\*', spec",
+    ),
+    "rules that match no weight": (
+        lambda: jq.quantize_params(PARAMS, [jq.Rule("bias", INT8)]),
+        r"^quantize_params: a rule matches no weight; got pattern='bias'\. Nearest weights: ",
+    ),
+    "a weight that is quantized already": (
+        lambda: jq.quantize_params(jq.quantize_params(PARAMS, [EVERYTHING(INT8)]), [EVERYTHING(INT8)]),
+        r"^quantize_params at dense/kernel: the weight is quantized already; got weight=.*QTensor\(int8",
+    ),
+    "an empty weight": (
+        lambda: jq.quantize_params({"kernel": jnp.ones((0, 4))}, [EVERYTHING(INT8)]),
+        r"^quantize_params at kernel: the weight is empty; got shape=\(0, 4\)\. Leave it",
+    ),
+    "a weight that is not finite": (
+        lambda: jq.quantize_params({"kernel": jnp.ones((2, 4)).at[1, 2].set(jnp.nan)}, [EVERYTHING(INT8)]),
+        r"^quantize_params at kernel: a weight must be finite; got nan_or_inf=1, shape=\(2, 4\)",
+    ),
+    "axes that the weight does not have": (
+        lambda: jq.quantize_params({"kernel": X}, [jq.Rule("kernel", INT8, reduce_axes=(-3,))]),
+        r"^quantize_params at kernel: quantize_params: reduce_axes must be axes of a 2-dimensional array",
     ),
     "no batches": (
         lambda: jq.calibrate(mlp, a_plan(), PARAMS, []),

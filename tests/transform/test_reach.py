@@ -266,6 +266,22 @@ CASES = {
         unequal((32, 32), 5, 0.3),
         {"a": (-2,), "b": (-2,)},
     ),
+    "convolution, contracted and transposed": (
+        lambda p, x: jax.grad(
+            lambda x: jnp.sum(
+                jnp.sin(lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+            )
+        )(x),
+        {"w": unequal((3, 3, 8, 4), 1, 0.2)},
+        IMAGES,
+        {"w": (-4, -3, -2)},
+    ),
+    "experts": (
+        lambda p, x: lax.ragged_dot(x, p["w"], jnp.array([1, 3], jnp.int32)),
+        {"w": unequal((2, 32, 8), 1, 0.2)},
+        X,
+        {"w": (-2,)},
+    ),
     "contracted and transposed": (energy_gradient, W, X, {"w": (-2,)}),
 }
 

@@ -118,6 +118,18 @@ REFUSED = {
         "only a part of axis -2 is contracted",
     ),
     "not used": (lambda p, x: x, SQUARE, "not used"),
+    "input of a convolution": (
+        lambda p, x: lax.conv_general_dilated(
+            p["w"][None], x[None], (1,), "SAME", dimension_numbers=("NWC", "OWI", "NWC")
+        ),
+        SQUARE,
+        "goes into conv_general_dilated, which has no quantized form",
+    ),
+    "input of experts": (
+        lambda p, x: lax.ragged_dot(p["w"], x[:, :, None] * x[:, None], jnp.array([4, 4, 4, 4], jnp.int32)),
+        SQUARE,
+        "goes into ragged_dot",
+    ),
     "returned": (lambda p, x: p["w"], SQUARE, "returned as it is"),
     "returned transposed": (lambda p, x: p["w"].T, SQUARE, "returned by the function through a transpose"),
     "empty": (lambda p, x: x[:, :0] @ p["w"], {"w": jnp.zeros((0, 4))}, "empty"),
