@@ -105,8 +105,8 @@ def test_weight_only():
     np.testing.assert_allclose(np.asarray(ops.dot_general(x, w, MATMUL), np.float64), exact, rtol=1e-6)
 
 
-def test_convolution_in_float_beyond_the_limit():
-    """A convolution is not split: where int32 could overflow it is computed in float."""
+def test_convolution_beyond_the_limit():
+    """Split along the input features."""
     channels = 15_000
     x = saturated((1, 9 * channels), 0).codes.reshape(1, 3, 3, channels)
     w = saturated((9 * channels, 2), 1).codes.reshape(3, 3, channels, 2)
@@ -117,3 +117,17 @@ def test_convolution_in_float_beyond_the_limit():
     got = ops.conv_general_dilated(*operands, (1, 1), "VALID", dimension_numbers=layout)
     assert 9 * channels > INT8
     np.testing.assert_allclose(np.asarray(got, np.float64).reshape(1, 2), exact, rtol=1e-6)
+
+
+def test_convolution_in_groups_beyond_the_limit():
+    """Feature groups are not split: where int32 could overflow they are computed in float."""
+    channels = INT8 + 1
+    x = saturated((1, 2 * channels), 0).codes.reshape(1, 1, 1, 2 * channels)
+    w = saturated((channels, 2), 1).codes.reshape(1, 1, channels, 2)
+    one = jnp.ones((1, 1, 1, 1))
+    operands = [QTensor(v, one, None, qtype="int8", dtype=jnp.float32) for v in (x, w)]
+    groups = np.asarray(x, np.int64).reshape(2, channels), np.asarray(w, np.int64).reshape(channels, 2)
+    exact = [groups[0][g] @ groups[1][:, g] for g in range(2)]
+    window = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2)
+    got = ops.conv_general_dilated(*operands, (1, 1), "VALID", **window)
+    np.testing.assert_allclose(np.asarray(got, np.float64).reshape(2), exact, rtol=1e-4)  # a long float sum
