@@ -38,32 +38,18 @@ def _finite_or_nan(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isinf(x), jnp.zeros_like(x), x)
 
 
-_Binary = Callable[[jax.Array, jax.Array], jax.Array]
-
-
-def _larger_magnitude(a: jax.Array, b: jax.Array) -> jax.Array:
-    return lax.max(lax.abs(a), lax.abs(b))
-
-
-_LIBRARY: dict[_Binary, Callable[[jax.Array, Axes], jax.Array]] = {
-    _larger_magnitude: lambda x, axes: jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0),
-    lax.max: lambda x, axes: jnp.max(x, axis=axes, keepdims=True, initial=0),
-    lax.min: lambda x, axes: jnp.min(x, axis=axes, keepdims=True, initial=0),
-}
-
-
-def _extremes(x: jax.Array, axes: Axes, *binaries: _Binary) -> tuple[jax.Array, ...]:
-    """Reductions of each block, 0 included: infinities count as 0, NaN gives NaN. In at least float32.
+def _extremes(x: jax.Array, axes: Axes, *reductions: Callable[..., jax.Array]) -> tuple[jax.Array, ...]:
+    """Reductions of each block (max or min, 0 included): infinities count as 0, NaN gives NaN. In at least float32.
 
     On the CPU XLA gives a reduction to a library that is fast, fuses abs and nothing else, and whose max and min drop
-    NaN. It is used where the array is finite, as a sum shows; elsewhere a reduction that says what it does.
+    NaN. It is used where the array is finite, as a sum shows; elsewhere NaN and infinities are looked for first.
     """
     x = lax.stop_gradient(x)  # a range counts as constant
     if x.dtype.itemsize < 2:
         x = x.astype(jnp.float32)
 
     def library(x: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(_LIBRARY[binary](x, axes) for binary in binaries)
+        return tuple(reduce(x, axis=axes, keepdims=True, initial=0) for reduce in reductions)
 
     def explicit(x: jax.Array) -> tuple[jax.Array, ...]:
         # Of standard reductions only: XLA cannot spread another one over devices, if the array is cut along these axes.
@@ -84,7 +70,7 @@ def _extremes(x: jax.Array, axes: Axes, *binaries: _Binary) -> tuple[jax.Array, 
 
 
 def _absmax(x: jax.Array, axes: Axes) -> jax.Array:
-    return _extremes(x, axes, _larger_magnitude)[0]
+    return _extremes(x, axes, lambda x, **how: jnp.max(jnp.abs(x), **how))[0]
 
 
 def array_absmax(x: jax.Array) -> jax.Array:
@@ -93,7 +79,7 @@ def array_absmax(x: jax.Array) -> jax.Array:
 
 
 def _minmax(x: jax.Array, axes: Axes) -> Range:
-    lo, hi = _extremes(x, axes, lax.min, lax.max)
+    lo, hi = _extremes(x, axes, jnp.min, jnp.max)
     return lo, hi
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,40 +152,72 @@ _MODES = {
 }
 
 
-def _row_axis(eqn: Any, ndim: int) -> int | None:
-    """The axis whose rows a gather takes, if it is what `jnp.take` makes."""
-    p, indices = eqn.params, eqn.invars[1].aval
-    d = p["dimension_numbers"]
-    if len(d.collapsed_slice_dims) != 1 or d.start_index_map != d.collapsed_slice_dims:
+class _Lookup(NamedTuple):
+    """A gather that takes ``size`` neighbouring rows along ``axis`` from every start, and whole rows at that.
+
+    Attributes:
+      axis: the axis of the table that is indexed.
+      column: the place of its starts in the last axis of the indices.
+      size: 1 for `jnp.take`; a batched slice has any.
+      order: the axes of the result as `jax.numpy.take` makes it, with the rows of a slice behind their start, in the
+        order of the gather's.
+    """
+
+    axis: int
+    column: int
+    size: int
+    order: tuple[int, ...]
+
+
+def _lookup(eqn: Any) -> _Lookup | None:
+    """How a gather looks up rows, or None if it does something else."""
+    p, table, indices = eqn.params, eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+    d, sizes = p["dimension_numbers"], p["slice_sizes"]
+    cut = {i for i, (n, s) in enumerate(zip(table, sizes, strict=True)) if n != s} | set(d.collapsed_slice_dims)
+    if len(cut) != 1 or getattr(d, "operand_batching_dims", ()) or p["mode"] not in _MODES:
         return None
-    if getattr(d, "operand_batching_dims", ()) or indices.shape[-1] != 1:
-        return None
-    (axis,), count = d.collapsed_slice_dims, len(indices.shape) - 1
-    whole = all(
-        n == s for i, (n, s) in enumerate(zip(eqn.invars[0].aval.shape, p["slice_sizes"], strict=True)) if i != axis
-    )
-    places = (*range(axis), *range(axis + count, ndim - 1 + count))
-    return axis if whole and tuple(d.offset_dims) == places and p["mode"] in _MODES else None
+    (axis,), count = cut, len(indices) - 1
+    if axis not in d.start_index_map or (len(d.start_index_map) > 1 and _MODES[p["mode"]] == "fill"):
+        return None  # a start along a whole axis is clipped to 0, or drops what it starts
+    offsets = iter(d.offset_dims)
+    place: dict[int, int] = {}  # of an axis of take's result in the gather's
+    batch = (i for i in range(len(eqn.outvars[0].aval.shape)) if i not in d.offset_dims)
+    place.update((axis + i, next(batch)) for i in range(count))
+    rows = 0 if d.collapsed_slice_dims else 1
+    for i in range(len(table)):
+        if i != axis:
+            place[i if i < axis else i + count - 1 + rows] = next(offsets)
+        elif rows:
+            place[axis + count] = next(offsets)
+    order = tuple(sorted(place, key=lambda i: place[i]))
+    return _Lookup(axis, d.start_index_map.index(axis), sizes[axis], order)
 
 
 @handles(_public("gather_p"))
 def _gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     weight, indices = values
-    axis = _row_axis(eqn, weight.ndim) if isinstance(weight, Weight) else None
-    if axis is None:
+    lookup = _lookup(eqn) if isinstance(weight, Weight) else None
+    if lookup is None:
         return unsupported(interpreter, eqn, values)
     if interpreter.planning:
-        interpreter.record(weight, "take", tuple(i for i in range(weight.ndim) if i != axis))
+        interpreter.record(weight, "take", tuple(i for i in range(weight.ndim) if i != lookup.axis))
         return [ABSENT]
     table = interpreter.operand(weight)
     if isinstance(table, TrainedTensor):
         table = table.real
     if not isinstance(table, QTensor):
         return bind(eqn, [table, indices])
-    mode, fill, rows = _MODES[eqn.params["mode"]], eqn.params["fill_value"], indices[..., 0]
-    if mode == "fill":  # what is negative here counts from nowhere, and ops.take, like jnp.take, counts from the end
-        rows = jnp.where(rows < 0, table.shape[axis], rows)
-    return [ops.take(table, rows, axis=axis, mode=mode, fill_value=fill)]
+    mode, fill = _MODES[eqn.params["mode"]], eqn.params["fill_value"]
+    starts, rows = indices[..., lookup.column], table.shape[lookup.axis]
+    if mode == "clip":
+        starts = jnp.clip(starts, 0, rows - lookup.size)
+    else:  # what is negative here counts from nowhere, and ops.take, like jnp.take, counts from the end
+        starts = jnp.where((starts < 0) | (starts > rows - lookup.size), rows, starts)
+    if not eqn.params["dimension_numbers"].collapsed_slice_dims:
+        every = jnp.arange(lookup.size, dtype=starts.dtype)
+        starts = starts[..., None] + every.reshape((1,) * starts.ndim + (-1,))
+    out = ops.take(table, starts, axis=lookup.axis, mode=mode, fill_value=fill)
+    return [jnp.transpose(out, lookup.order)]
 
 
 @handles(ragged_dot_p)

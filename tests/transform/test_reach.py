@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from transform_cases import check, unequal
+from transform_cases import EVERYTHING, SPECS, check, unequal
+
+import jaxquant as jq
 
 X = unequal((4, 32), 7, 0.3)
 W = {"w": unequal((32, 16), 1, 0.3)}
@@ -290,3 +292,39 @@ CASES = {
 def test_weight_only(name):
     fn, params, x, axes = CASES[name]
     check(fn, params, x, expect=axes, grad=not name.startswith("while"))
+
+
+TOKENS = jnp.array([[3, 0, 7], [30, 31, 2]])
+LOOKUPS = {
+    "rows": lambda w, t: jax.vmap(jax.vmap(lambda i: w[i]))(t),
+    "runs of rows": lambda w, t: jax.vmap(lambda i: lax.dynamic_slice_in_dim(w, i, 3))(t[0]),
+    "runs past the end": lambda w, t: jax.vmap(lambda i: lax.dynamic_slice_in_dim(w, i, 3))(t[1]),
+    "columns": lambda w, t: jnp.take(w, t % 16, axis=1),
+    "runs of columns": lambda w, t: jax.vmap(lambda i: lax.dynamic_slice_in_dim(w, i, 3, 1))(t[0]),
+    "batch behind": lambda w, t: jax.vmap(lambda i: w[i], out_axes=-1)(t[0]),
+    "columns in place": lambda w, t: jax.vmap(lambda i: w[:, i], out_axes=1)(t[0]),
+    "dropped": lambda w, t: w.at[5 * t].get(mode="fill", fill_value=0.5),
+    "runs dropped": lambda w, t: lax.gather(
+        w,
+        t[..., None],
+        lax.GatherDimensionNumbers(offset_dims=(0, 3), collapsed_slice_dims=(), start_index_map=(0,)),
+        (2, 16),
+        mode="fill",
+        fill_value=0.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+@pytest.mark.parametrize("spec", ["int8", "int4"])
+def test_lookups(name, spec):
+    axis = 0 if "columns" in name else 1
+    check(lambda p, t: jnp.sin(LOOKUPS[name](p["w"], t)), W, TOKENS, spec=spec, expect={"w": (axis - 2,)})
+
+
+def test_other_gathers_stay_float():
+    """Single elements, and a row of its own for every column."""
+    rows = jnp.arange(16)
+    for fn in (lambda w: w[rows, rows], lambda w: jax.vmap(lambda w, i: w[i], (1, 0))(w, rows)):
+        with pytest.raises(jq.QuantError, match=r"w \(indexed in a way that is not a lookup of rows\)"):
+            jq.make_plan(lambda p, fn=fn: fn(p["w"]), W, rules=[EVERYTHING(SPECS["int8"])])
