@@ -20,7 +20,7 @@ from jaxquant.core.errors import QuantError
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor, dequantize
 from jaxquant.core.qtypes import dtype_table
-from jaxquant.core.specs import OpSpec, QuantSpec, Rule
+from jaxquant.core.specs import OpRule, OpSpec, QuantSpec, Rule
 from jaxquant.transform import (
     Plan,
     act_state,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "OpRule",
     "OpSpec",
     "Plan",
     "QTensor",

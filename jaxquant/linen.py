@@ -40,8 +40,8 @@ from jaxquant.core.affine import roundtrip, scale_zero_point
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.specs import OpSpec, QuantSpec, Rule
-from jaxquant.transform.make_plan import check_rules, make_plan
+from jaxquant.core.specs import OpRule, OpSpec, QuantSpec, Rule
+from jaxquant.transform.make_plan import check_all_rules, make_plan
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.quantized import quantized
 
@@ -449,7 +449,7 @@ class Wrapped:
     """
 
     model: nn.Module
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule | OpRule, ...]
     state: Mapping[str, Any] | None = None
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -466,7 +466,7 @@ class Wrapped:
         return quantized(self.model.apply, plan, self.state)(variables, *args, **kwargs)
 
 
-def wrap(model: nn.Module, rules: Sequence[Rule], *, state: Mapping[str, Any] | None = None) -> Wrapped:
+def wrap(model: nn.Module, rules: Sequence[Rule | OpRule], *, state: Mapping[str, Any] | None = None) -> Wrapped:
     """Any Linen model in low precision: its own code, transformed by `jaxquant.quantized` at each ``apply``.
 
     Products are found in the trace, so raw ``x @ w``, einsum, tied embeddings and scanned stacks count as well as
@@ -497,4 +497,4 @@ def wrap(model: nn.Module, rules: Sequence[Rule], *, state: Mapping[str, Any] | 
     if not isinstance(model, nn.Module):
         todo = "For NNX use jq.nnx.wrap, for other functions jq.quantized"
         raise quant_error("wrap", "the model must be a Linen module", todo=todo, model=type(model).__name__)
-    return Wrapped(model, check_rules("wrap", rules), state)
+    return Wrapped(model, check_all_rules("wrap", rules), state)

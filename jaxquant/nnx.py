@@ -48,9 +48,9 @@ from jaxquant.core.affine import roundtrip, scale_zero_point
 from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.specs import OpSpec, QuantSpec, Rule
+from jaxquant.core.specs import OpRule, OpSpec, QuantSpec, Rule
 from jaxquant.ptq.rtn import rtn
-from jaxquant.transform.make_plan import check_rules, make_plan
+from jaxquant.transform.make_plan import check_all_rules, check_rules, make_plan
 from jaxquant.transform.params import quantize_params
 from jaxquant.transform.paths import nearest
 from jaxquant.transform.plan import Item, Plan
@@ -586,9 +586,9 @@ class Wrapped(nnx.Module):
       rules: which of its parameters are quantized, and how.
     """
 
-    def __init__(self, model: Any, rules: Sequence[Rule]):
+    def __init__(self, model: Any, rules: Sequence[Rule | OpRule]):
         self.model = model
-        self.rules = check_rules("wrap", rules)
+        self.rules = check_all_rules("wrap", rules)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """What a call with these arguments (arrays or shapes) quantizes; see `jaxquant.make_plan`."""
@@ -638,7 +638,7 @@ def _pure(model: Any) -> tuple[Callable[..., Any], Any, Any]:
     return fn, nnx.to_pure_dict(params), rest
 
 
-def wrap(model: Any, rules: Sequence[Rule]) -> Wrapped:
+def wrap(model: Any, rules: Sequence[Rule | OpRule]) -> Wrapped:
     """Any NNX model in low precision: its own code, transformed by `jaxquant.quantized` at each call.
 
     Products are found in the trace, so every way in which a parameter reaches one counts, ``x @ self.w`` included.

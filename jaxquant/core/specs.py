@@ -19,7 +19,7 @@ from jaxquant.core import observers
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtypes import QType, qtype_of
 
-__all__ = ["OpSpec", "QuantSpec", "Rule"]
+__all__ = ["OpRule", "OpSpec", "QuantSpec", "Rule"]
 
 _GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 _CALIBRATORS = {
@@ -287,6 +287,14 @@ class OpSpec(_Value):
         return cls(**{k: QuantSpec.from_dict(v) for k, v in _checked_keys(cls, data).items()})
 
 
+def _check_pattern(function: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        todo = "Write a pattern that re.search accepts"
+        raise quant_error(function, f"bad regular expression ({error})", todo=todo, pattern=pattern) from None
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Rule(_Value):
     """Which parameters get which `OpSpec`: ``re.search(pattern, path)``, the first rule that matches wins.
@@ -314,11 +322,7 @@ class Rule(_Value):
     dequantize: bool = False
 
     def __post_init__(self):
-        try:
-            re.compile(self.pattern)
-        except (re.error, TypeError) as error:
-            todo = "Write a pattern that re.search accepts"
-            raise quant_error("Rule", f"bad regular expression ({error})", todo=todo, pattern=self.pattern) from None
+        _check_pattern("Rule", self.pattern)
         if self.spec is not None and not isinstance(self.spec, OpSpec):
             todo = "Use an OpSpec, such as recipes.w8a16(), or None"
             raise quant_error("Rule", "spec must be an OpSpec or None", todo=todo, spec=self.spec)
@@ -350,4 +354,63 @@ class Rule(_Value):
             todo = "Give both; the spec null keeps what matches in float"
             raise quant_error("Rule", "the field pattern or spec is missing", todo=todo, fields=tuple(data))
         spec = data["spec"]
-        return cls(data["pattern"], None if spec is None else OpSpec.from_dict(spec), data.get("reduce_axes"))
+        spec = None if spec is None else OpSpec.from_dict(spec)
+        return cls(data["pattern"], spec, data.get("reduce_axes"), data.get("dequantize", False))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class OpRule(_Value):
+    """Which products of two activations get which `OpSpec`: attention scores and values, say. Without one, none do.
+
+    Such a product has no parameter to be named after. Its name is the name stack of the traced function, which Flax,
+    Haiku and `jax.named_scope` write and to which `jnp.einsum` adds its subscripts:
+    ``"Block_0/attn/bqhd,bkhd->bhqk/dot_general"``. ``re.search(pattern, name)``; the first rule that matches wins.
+
+    Args:
+      pattern: a regular expression, searched in the product's name.
+      spec: an `OpSpec` of which ``act`` is for the left operand and ``weight`` for the right one, both dynamic; each
+        is quantized over the axes that the product contracts. None keeps what matches in float.
+
+    Raises:
+      QuantError: if the pattern does not compile, spec is not an OpSpec, one of its operands is missing or static.
+
+    Example:
+      >>> import jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> jq.OpRule("bqhd,bkhd->bhqk", recipes.w8a8())
+      OpRule('bqhd,bkhd->bhqk', OpSpec(weight=QuantSpec('int8'), act=QuantSpec('int8')))
+    """
+
+    pattern: str
+    spec: OpSpec | None
+
+    def __post_init__(self):
+        _check_pattern("OpRule", self.pattern)
+        if self.spec is None:
+            return
+        if not isinstance(self.spec, OpSpec):
+            todo = "Use an OpSpec, such as recipes.w8a8(), or None"
+            raise quant_error("OpRule", "spec must be an OpSpec or None", todo=todo, spec=self.spec)
+        if self.spec.weight is None or self.spec.act is None:
+            todo = "Give both: act for the left operand, weight for the right one"
+            raise quant_error("OpRule", "both operands of a product are quantized", todo=todo, spec=self.spec)
+        if self.spec.act.static:
+            todo = "Use static=False"
+            raise quant_error("OpRule", "ranges of such a product are dynamic", todo=todo, spec=self.spec)
+
+    def matches(self, name: str) -> bool:
+        """Whether this rule's pattern is found in the name of an operation."""
+        return re.search(self.pattern, name) is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only."""
+        return {"pattern": self.pattern, "spec": None if self.spec is None else self.spec.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> OpRule:
+        """Inverse of `to_dict`."""
+        data = _checked_keys(cls, data)
+        if set(data) != {"pattern", "spec"}:
+            todo = "Give both; the spec null keeps what matches in float"
+            raise quant_error("OpRule", "the field pattern or spec is missing", todo=todo, fields=tuple(data))
+        return cls(data["pattern"], None if data["spec"] is None else OpSpec.from_dict(data["spec"]))

@@ -54,10 +54,15 @@ def _placed(interpreter: Interpreter, values: list[Any], shardings: Any) -> list
 
 @handles(_traced(primitives.with_custom_jvp), _traced(primitives.with_custom_vjp))
 def _custom_derivative(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    """Entered in place: with a weight inside, gradients are those of the quantized body, not the custom rule's."""
+    """Entered in place: gradients are those of the quantized body, not the custom rule's."""
+    products = interpreter.products
+    before = set() if products is None else set(products.met)
     if interpreter.planning:
         interpreter.own_derivatives.update(v.path for v in values if isinstance(v, Weight))
-    return interpreter.run(closed_of(eqn.params["call_jaxpr"]), values)
+    results = interpreter.run(closed_of(eqn.params["call_jaxpr"]), values)
+    if products is not None:
+        products.own_derivatives |= set(products.met) - before
+    return results
 
 
 # -- weights across the boundary of an inner trace ---------------------------------------------------------------------

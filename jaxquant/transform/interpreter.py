@@ -11,6 +11,9 @@ to the handler of its primitive:
 Any other primitive is a use that cannot be quantized: planning records it with its name, running dequantizes where the
 plan allows that and raises where it does not.
 
+Products of two activations are looked for only where a plan or its rules ask for some: then an equation that is one, or
+holds one, counts as reached too.
+
 To add a primitive, write one function ``(interpreter, equation, values) -> results`` in one of those files and register
 it with `handles`.
 """
@@ -20,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -29,10 +32,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import OpSpec
+from jaxquant.transform import primitives
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.weights import Weight
 
-__all__ = ["ABSENT", "Interpreter", "Tally", "Use", "handles"]
+__all__ = ["ABSENT", "Interpreter", "Products", "Tally", "Use", "handles", "product_name"]
 
 
 class _Absent:
@@ -84,6 +89,58 @@ class Use:
     contraction_minor: bool = True
 
 
+@dataclasses.dataclass
+class Products:
+    """Products of two activations: those that a plan quantizes, and those met so far.
+
+    Attributes:
+      specs: name -> spec; None while planning: every product is looked for.
+      met: name -> shapes of the operands, where it was met first.
+      own_derivatives: names of those inside of a function with a derivative rule of its own.
+    """
+
+    specs: dict[str, OpSpec] | None
+    met: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    own_derivatives: set[str] = dataclasses.field(default_factory=set)
+    _holding: dict[tuple[int, str], bool] = dataclasses.field(default_factory=dict)
+
+    def wanted(self, name: str) -> bool:
+        """Whether a product of this name is one of them."""
+        return self.specs is None or name in self.specs
+
+    def in_equation(self, eqn: Any, scope: str) -> bool:
+        """Whether an equation in this scope is one of them, or holds one."""
+        scope = joined(scope, eqn)
+        if eqn.primitive is primitives.named("dot_general_p"):
+            return self.wanted(product_name(scope))
+        return any(self._in_jaxpr(jaxpr, scope) for jaxpr in _jaxprs_of(eqn))
+
+    def _in_jaxpr(self, jaxpr: Jaxpr, scope: str) -> bool:
+        key = id(jaxpr), scope
+        if key not in self._holding:
+            self._holding[key] = any(self.in_equation(eqn, scope) for eqn in jaxpr.eqns)
+        return self._holding[key]
+
+
+def joined(scope: str, eqn: Any) -> str:
+    """The scope of an equation: that of the jaxpr it is in, and its own name stack."""
+    return "/".join(part for part in (scope, str(eqn.source_info.name_stack)) if part)
+
+
+def product_name(scope: str) -> str:
+    """The name of a product of two activations in this scope."""
+    return f"{scope}/dot_general" if scope else "dot_general"
+
+
+def _jaxprs_of(eqn: Any) -> Iterator[Jaxpr]:
+    for value in eqn.params.values():
+        for x in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(x, ClosedJaxpr):
+                yield x.jaxpr
+            elif isinstance(x, Jaxpr):
+                yield x
+
+
 class Tally(NamedTuple):
     """Statistics of the inputs of one parameter, and whether there were any.
 
@@ -128,6 +185,7 @@ class Interpreter:
       collect: ``(item, x) -> statistics`` of the [batch, rows, channels] input of a planned operation; None: collect
         nothing.
       merge: ``(path, a, b) -> statistics`` of two uses.
+      products: products of two activations that are looked for; None: none are.
     """
 
     def __init__(
@@ -138,10 +196,13 @@ class Interpreter:
         planning: bool = False,
         collect: Callable[..., Any] | None = None,
         merge: Callable[[str, Any, Any], Any] | None = None,
+        products: Products | None = None,
     ):
         self.items: dict[str, Item] = {item.path: item for item in plan.items} if plan is not None else {}
         self.precision, self.planning = precision, planning
         self.collect, self.merge = collect, merge
+        self.products = products
+        self.scope = ""  # of the jaxpr that runs
         self.uses: list[Use] = []
         self.own_derivatives: set[str] = set()  # paths that enter a function with a derivative rule of its own
         self.stats: dict[str, Tally] = {}
@@ -170,7 +231,7 @@ class Interpreter:
         consts = [ABSENT] * len(closed.consts) if self.planning else closed.consts
         env: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
-        if not self.planning and not any(isinstance(a, Weight) for a in args):
+        if not self.planning and self.products is None and not any(isinstance(a, Weight) for a in args):
             return list(jaxpr_as_fun(closed)(*args))
         last_use = _last_uses(jaxpr)
         pending: list[int] = []
@@ -185,7 +246,7 @@ class Interpreter:
 
         for i, eqn in enumerate(jaxpr.eqns):
             touched = any(isinstance(env.get(v), Weight) for v in eqn.invars if not isinstance(v, Literal))
-            if not touched:
+            if not touched and (self.products is None or not self.products.in_equation(eqn, self.scope)):
                 if self.planning:
                     env.update((v, ABSENT) for v in eqn.outvars)
                 else:
@@ -194,11 +255,22 @@ class Interpreter:
             flush()
             values = [read(v) for v in eqn.invars]
             handler = handlers.get(eqn.primitive, unsupported)
-            with _scope(eqn):
+            with self._entered(eqn):
                 results = handler(self, eqn, values)
             env.update(zip(eqn.outvars, results, strict=True))
         flush()
         return [read(v) for v in jaxpr.outvars]
+
+    @contextlib.contextmanager
+    def _entered(self, eqn: Any) -> Iterator[None]:
+        """In the scope of an equation, for profiles, error messages and names of products."""
+        outer, own = self.scope, str(eqn.source_info.name_stack)
+        self.scope = joined(outer, eqn)
+        try:
+            with jax.named_scope(own) if own else contextlib.nullcontext():
+                yield
+        finally:
+            self.scope = outer
 
     # -- uses ----------------------------------------------------------------------------------------------------------
     def record(self, weight: Weight, op: str, contracted: tuple[int, ...], *, contraction_minor: bool = True) -> None:
@@ -306,9 +378,3 @@ def _last_uses(jaxpr: Jaxpr) -> dict[Var, int]:
         last.update((v, i) for v in eqn.invars if not isinstance(v, Literal))
     last.update((v, len(jaxpr.eqns)) for v in jaxpr.outvars if not isinstance(v, Literal))
     return last
-
-
-def _scope(eqn: Any) -> Any:
-    """The name stack of the original equation, for profiles and error messages."""
-    name = str(eqn.source_info.name_stack)
-    return jax.named_scope(name) if name else contextlib.nullcontext()

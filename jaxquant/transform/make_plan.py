@@ -12,25 +12,36 @@ import numpy as np
 from jaxquant.core.blocks import block_shape
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.specs import Rule
-from jaxquant.transform.interpreter import ABSENT, Interpreter, Use
+from jaxquant.core.specs import OpRule, Rule
+from jaxquant.transform.interpreter import ABSENT, Interpreter, Products, Use
 from jaxquant.transform.paths import nearest
-from jaxquant.transform.plan import Float, Item, Plan, is_float
+from jaxquant.transform.plan import Float, Item, Plan, Product, is_float
 from jaxquant.transform.trace import trace
 from jaxquant.transform.weights import Weight, dims_of
 
-__all__ = ["check_rules", "make_plan"]
+__all__ = ["check_all_rules", "check_rules", "make_plan"]
 
 
 def check_rules(function: str, rules: Any) -> tuple[Rule, ...]:
-    """Rules as a tuple; raises if they are not a sequence of `Rule`."""
-    if isinstance(rules, Rule | str) or not all(isinstance(rule, Rule) for rule in rules):
+    """Rules for parameters as a tuple; raises if they are not a sequence of `Rule`."""
+    rules = check_all_rules(function, rules)
+    for rule in rules:
+        if isinstance(rule, OpRule):
+            todo = "Make a plan with it: make_plan traces the function whose products it names"
+            rule_broken = "an OpRule is for products, and here are only parameters"
+            raise quant_error(function, rule_broken, todo=todo, pattern=rule.pattern)
+    return tuple(rule for rule in rules if isinstance(rule, Rule))
+
+
+def check_all_rules(function: str, rules: Any) -> tuple[Rule | OpRule, ...]:
+    """Rules as a tuple; raises if they are not a sequence of `Rule` and `OpRule`."""
+    if isinstance(rules, Rule | OpRule | str) or not all(isinstance(rule, Rule | OpRule) for rule in rules):
         todo = "Pass a list: [Rule(pattern, spec), ...]"
         raise quant_error(function, "rules must be a sequence of Rule", todo=todo, rules=repr(rules))
     return tuple(rules)
 
 
-def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[Rule], **kwargs: Any) -> Plan:
+def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[Rule | OpRule], **kwargs: Any) -> Plan:
     """Which parameters of ``fn`` are quantized, by which operation and over which axes, according to rules.
 
     ``fn(params, *args, **kwargs)`` is traced (never run) and every parameter followed to the operations it reaches, so
@@ -41,7 +52,8 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
       params: its parameters: arrays or shapes.
       *args, **kwargs: its further arguments: arrays or shapes, and anything static.
       rules: the first whose pattern is found in a parameter's path wins; ``Rule(pattern, None)`` keeps what it
-        matches in float. A parameter that no rule matches stays in float.
+        matches in float. A parameter that no rule matches stays in float. Products of two activations stay in float
+        too, except those that an `OpRule` names.
 
     Returns:
       A `Plan`: print it.
@@ -63,9 +75,12 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
       --------------------------------------------------------------------------------------------------
       total                                          1 quantized (3.61x smaller)            8,320  2,304
     """
-    rules = check_rules("make_plan", rules)
+    every = check_all_rules("make_plan", rules)
+    rules = [rule for rule in every if isinstance(rule, Rule)]
+    op_rules = [rule for rule in every if isinstance(rule, OpRule)]
     traced = trace("make_plan", fn, params, args, kwargs)
-    interpreter = Interpreter(planning=True)
+    products = Products(None) if op_rules else None
+    interpreter = Interpreter(planning=True, products=products)
     weights = [
         Weight(path, None, None, dims_of(tuple(leaf.shape)), leaf.dtype) if _plannable(leaf) else ABSENT
         for path, leaf in traced.params.items()
@@ -108,7 +123,24 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
             if left:
                 todo = f"It matches only what cannot be quantized: {', '.join(left[:3])}"
             raise quant_error("make_plan", "a rule matches no weight", todo=todo, pattern=rule.pattern)
-    return Plan(tuple(items), tuple(floats))
+    return Plan(tuple(items), tuple(floats), () if products is None else _products(products, op_rules))
+
+
+def _products(found: Products, rules: Sequence[OpRule]) -> tuple[Product, ...]:
+    """The products of two activations that rules ask for."""
+    for rule in rules:
+        if not any(rule.matches(name) for name in found.met):
+            todo = f"Nearest products of two activations: {nearest(rule.pattern, found.met)}"
+            if not found.met:
+                todo = "The function has no products of two activations"
+            raise quant_error("make_plan", "an OpRule matches no product", todo=todo, pattern=rule.pattern)
+    products = []
+    for name, (left, right) in found.met.items():
+        spec = next((rule.spec for rule in rules if rule.matches(name)), None)
+        if spec is not None:
+            replaced = "in a function with a derivative rule of its own, which the derivative of its body replaces"
+            products.append(Product(name, (left, right), spec, replaced if name in found.own_derivatives else ""))
+    return tuple(products)
 
 
 def _plannable(leaf: Any) -> bool:

@@ -14,7 +14,7 @@ from jaxquant import ops
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.matrix import Axes
-from jaxquant.transform.interpreter import ABSENT, Interpreter, Tally, bind, handles, unsupported
+from jaxquant.transform.interpreter import ABSENT, Interpreter, Tally, bind, handles, product_name, unsupported
 from jaxquant.transform.primitives import marked_varying, named, ragged_dot_p, varying_axes
 from jaxquant.transform.weights import TrainedTensor, Weight
 
@@ -56,6 +56,8 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
     refused = _two_weights(interpreter, eqn, values)
     if refused is not None:
         return refused
+    if not any(isinstance(v, Weight) for v in values):
+        return _product(interpreter, eqn, values)
     side = 0 if isinstance(values[0], Weight) else 1
     weight, x = values[side], values[1 - side]
     p = eqn.params
@@ -84,6 +86,26 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
         **act,
     )
     return [out]
+
+
+def _product(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    """A product of two activations that the plan quantizes, or that planning has found."""
+    products, name = interpreter.products, product_name(interpreter.scope)
+    assert products is not None
+    left, right = (tuple(v.aval.shape) for v in eqn.invars)
+    products.met.setdefault(name, (left, right))
+    if products.specs is None:
+        return [ABSENT]
+    return [
+        ops.dot_general(
+            values[0],
+            values[1],
+            eqn.params["dimension_numbers"],
+            _precision(interpreter, eqn.params["precision"]),
+            eqn.outvars[0].aval.dtype,
+            spec=products.specs[name],
+        )
+    ]
 
 
 def weight_order(weight: Weight) -> Callable[[tuple[int, int]], Any]:

@@ -16,7 +16,7 @@ from jaxquant.core.affine import quantize
 from jaxquant.core.errors import quant_error
 from jaxquant.core.specs import OpSpec
 
-__all__ = ["Float", "Item", "Plan"]
+__all__ = ["Float", "Item", "Plan", "Product"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +80,30 @@ class Float:
 
 
 @dataclasses.dataclass(frozen=True)
+class Product:
+    """A product of two activations that is quantized.
+
+    Attributes:
+      name: its name, from the name stack; products of one name are quantized alike.
+      shapes: of its left and right operand, where it was planned first.
+      spec: ``act`` of the left operand, ``weight`` of the right one.
+      note: what else to know.
+    """
+
+    name: str
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    spec: OpSpec
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """An ordered mapping from path to `Item`, with what stays in float. Made by `make_plan`; prints as a table.
 
     Attributes:
       items: what is quantized, in the order of the parameters.
       floats: what is not, with the reason.
+      products: products of two activations that are quantized, where an `OpRule` asks for it.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
@@ -101,6 +119,7 @@ class Plan:
 
     items: tuple[Item, ...]
     floats: tuple[Float, ...] = ()
+    products: tuple[Product, ...] = ()
 
     def __getitem__(self, path: str) -> Item:
         found = self.get(path)
@@ -137,19 +156,25 @@ class Plan:
             rows.append(
                 (left.path, "-", f"{list(left.shape)}", f"{left.dtype}: {left.reason}", f"{size:,}", f"{size:,}")
             )
+        for product in self.products:
+            left, right = (f"{list(shape)}" for shape in product.shapes)
+            rows.append((product.name, "product", f"{left} x {right}", _product(product.spec), "-", "-"))
         ratio = f" ({total[0] / total[1]:.2f}x smaller)" if total[1] else ""
         rows.append(("total", "", "", f"{len(self.items)} quantized{ratio}", f"{total[0]:,}", f"{total[1]:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
         lines = ["  ".join(c.rjust(w) if i > 3 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths,
                  strict=True))) for row in rows]  # fmt: skip
         notes = [f"{item.path}: {item.note}" for item in self.items if item.note]
+        notes += [f"{product.name}: {product.note}" for product in self.products if product.note]
         rule = "-" * len(lines[0])
         return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1:-1], rule, lines[-1], *notes])
 
     def to_json(self) -> str:
         """This plan as JSON."""
         items = [{**dataclasses.asdict(i), "spec": i.spec.to_dict()} for i in self.items]
-        return json.dumps({"items": items, "floats": [dataclasses.asdict(f) for f in self.floats]})
+        products = [{**dataclasses.asdict(p), "spec": p.spec.to_dict()} for p in self.products]
+        floats = [dataclasses.asdict(f) for f in self.floats]
+        return json.dumps({"items": items, "floats": floats, "products": products})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -162,18 +187,27 @@ class Plan:
                 for i in data["items"]
             ]  # fmt: skip
             floats = [Float(**{**f, "shape": tuple(f["shape"])}) for f in data["floats"]]
+            products = [
+                Product(**{**p, "shapes": tuple(map(tuple, p["shapes"])), "spec": OpSpec.from_dict(p["spec"])})
+                for p in data.get("products", ())
+            ]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise quant_error("Plan", f"not a plan ({error!r})", todo="Pass what to_json returned") from None
-        return cls(tuple(items), tuple(floats))
+        return cls(tuple(items), tuple(floats), tuple(products))
+
+
+def _one(s: Any) -> str:
+    group = f" g{s.group_size}" if s.group_size else {"per_tensor": " tensor"}.get(s.granularity, "")
+    return f"{s.qtype}{group}{'' if s.symmetric else ' asym'}{' static' if s.static else ''}"
 
 
 def _brief(spec: OpSpec) -> str:
-    def one(s: Any) -> str:
-        group = f" g{s.group_size}" if s.group_size else {"per_tensor": " tensor"}.get(s.granularity, "")
-        return f"{s.qtype}{group}{'' if s.symmetric else ' asym'}{' static' if s.static else ''}"
-
-    parts = [f"{name} {one(s)}" for name, s in (("w", spec.weight), ("a", spec.act)) if s is not None]
+    parts = [f"{name} {_one(s)}" for name, s in (("w", spec.weight), ("a", spec.act)) if s is not None]
     return ", ".join(parts) or "float"
+
+
+def _product(spec: OpSpec) -> str:
+    return f"{_one(spec.act)} x {_one(spec.weight)}"
 
 
 def is_float(x: Any) -> bool:

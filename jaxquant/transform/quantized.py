@@ -10,9 +10,9 @@ import jax
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
-from jaxquant.transform.interpreter import Interpreter
+from jaxquant.transform.interpreter import Interpreter, Products
 from jaxquant.transform.paths import nearest
-from jaxquant.transform.plan import Plan
+from jaxquant.transform.plan import Plan, is_float
 from jaxquant.transform.trace import Traced, trace
 from jaxquant.transform.weights import Weight, dims_of
 
@@ -39,8 +39,13 @@ def check_plan(function: str, plan: Plan, params: Mapping[str, Any]) -> None:
 
 
 def weights_of(traced: Traced, plan: Plan | None, state: Mapping[str, Any] | None) -> list[Any]:
-    """The inputs of the trace, planned parameters and QTensors as `Weight`s."""
+    """The inputs of the trace, planned parameters and QTensors as `Weight`s.
+
+    Where products of two activations are planned, the other parameters too: their products are none of those.
+    """
     planned = set(plan or ())
+    if plan is not None and plan.products:
+        planned |= {path for path, leaf in traced.params.items() if is_float(leaf)}
     values: list[Any] = []
     for path, leaf in traced.params.items():
         if isinstance(leaf, QTensor) or path in planned:
@@ -107,11 +112,23 @@ def quantized(
         if plan is not None:
             check_plan("quantized", plan, traced.params)
             _check_state(plan, state)
-        interpreter = Interpreter(plan, precision=precision)
+        products = Products({p.name: p.spec for p in plan.products}) if plan is not None and plan.products else None
+        interpreter = Interpreter(plan, precision=precision, products=products)
         results = interpreter.run(traced.jaxpr, weights_of(traced, plan, state))
+        if products is not None:
+            _check_products(products)
         return traced.rebuild([_returned(interpreter, r) if isinstance(r, Weight) else r for r in results])
 
     return run
+
+
+def _check_products(products: Products) -> None:
+    """Raises if a planned product is not among those that were computed: names depend on the trace."""
+    assert products.specs is not None
+    missing = [name for name in products.specs if name not in products.met]
+    if missing:
+        todo = "Make the plan from the function and the kind of arguments that it runs with"
+        raise quant_error("quantized", "planned products are not computed", todo=todo, products=tuple(missing))
 
 
 def _returned(interpreter: Interpreter, weight: Weight) -> Any:
