@@ -15,10 +15,10 @@ from jaxquant.transform.interpreter import Interpreter, Tally
 from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.quantized import check_plan, weights_of
-from jaxquant.transform.statistics import ChannelAbsMax, ChannelMean, Range, Statistic
+from jaxquant.transform.statistics import ChannelAbsMax, ChannelMean, Inputs, Range, Statistic
 from jaxquant.transform.trace import is_array, trace
 
-__all__ = ["act_state", "calibrate"]
+__all__ = ["act_state", "calibrate", "merge_stats"]
 
 
 def _wanted(item: Item, collect: Mapping[str, Statistic] | None) -> Mapping[str, Statistic]:
@@ -79,7 +79,8 @@ def calibrate(
       has reached, in a branch that was never taken.
 
     Raises:
-      QuantError: if there are no batches, params do not fit the plan, or a planned weight is inside of a shard_map.
+      QuantError: if there are no batches, params do not fit the plan, a planned weight is inside of a shard_map, or a
+        statistic of channels is asked for where only a part of a weight's channels meets an input.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
@@ -94,11 +95,10 @@ def calibrate(
     """
     wanted = {item.path: _wanted(item, collect) for item in plan.items}
 
-    def merge(path: str, a: Any, b: Any) -> Any:
-        return {name: statistic.merge(a[name], b[name]) for name, statistic in wanted[path].items()}
+    merge = functools.partial(_merge, wanted)
 
-    def collected(item: Item, x: jax.Array) -> Any:
-        return {name: statistic.of(jax.lax.stop_gradient(x)) for name, statistic in wanted[item.path].items()}
+    def collected(item: Item, inputs: Inputs) -> Any:
+        return {name: _of(item, name, statistic, inputs) for name, statistic in wanted[item.path].items()}
 
     @functools.partial(jax.jit, static_argnums=1)
     def one(arrays: list[Any], call: _Call) -> dict[str, Tally]:
@@ -124,6 +124,67 @@ def calibrate(
         raise quant_error("calibrate", "there are no batches", todo=todo)
     seen = {path: tally.seen is None or bool(tally.seen.all()) for path, tally in total.items()}
     return {path: tally.value for path, tally in total.items() if seen[path]}
+
+
+def _merge(wanted: Mapping[str, Mapping[str, Statistic]], path: str, a: Any, b: Any) -> Any:
+    return {name: statistic.merge(a[name], b[name]) for name, statistic in wanted[path].items()}
+
+
+def merge_stats(
+    plan: Plan, stats: Iterable[Mapping[str, Any]], *, collect: Mapping[str, Statistic] | None = None
+) -> dict[str, Any]:
+    """Statistics of several calibrations as if one had seen all their batches: those of several hosts, say.
+
+    Hosts that calibrate on batches of their own exchange their statistics as any arrays: with
+    `jax.experimental.multihost_utils.process_allgather`, or through files.
+
+    Args:
+      plan: the plan that was calibrated.
+      stats: what `calibrate` returned, of each.
+      collect: as it was for `calibrate`.
+
+    Returns:
+      path -> name -> the statistic. A weight that only some have reached is among them.
+
+    Raises:
+      QuantError: if there are none, or they hold other statistics than ``collect`` says.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.eye(2)}
+      >>> plan = jq.make_plan(fn, params, jnp.ones((1, 2)), rules=[jq.Rule("w", recipes.w8a8(static=True))])
+      >>> hosts = [jq.calibrate(fn, plan, params, [i * jnp.ones((1, 2))]) for i in range(4)]
+      >>> jq.merge_stats(plan, hosts)["w"]["absmax"]
+      Array([[3., 3.]], dtype=float32)
+    """
+    wanted = {item.path: _wanted(item, collect) for item in plan.items}
+    total: dict[str, Any] | None = None
+    for one in stats:
+        for path, entry in one.items():
+            names = set(wanted.get(path, ()))
+            if set(entry) != names:
+                todo = "Pass the plan and the collect of the calibration"
+                rule = "statistics are others than collected"
+                got, expected = tuple(sorted(entry)), tuple(sorted(names))
+                raise quant_error("merge_stats", rule, todo=todo, path=path, got=got, names=expected)
+        if total is None:
+            total = dict(one)
+        else:
+            shared = {path: _merge(wanted, path, total[path], one[path]) for path in total if path in one}
+            total = {**total, **one, **shared}
+    if total is None:
+        raise quant_error("merge_stats", "there is nothing to merge", todo="Pass what calibrate returned, of each host")
+    return total
+
+
+def _of(item: Item, name: str, statistic: Statistic, inputs: Inputs) -> Any:
+    x = inputs.seen_by(statistic)
+    if x is None:
+        rule = f"{name} needs whole {statistic.sees}, and a use of this weight has a part of them, or flipped ones"
+        todo = "Keep the weight in float for this pass, or collect other statistics: collect={} for ranges alone"
+        raise quant_error("calibrate", rule, todo=todo, path=item.path, shape=item.shape)
+    return statistic.of(jax.lax.stop_gradient(x))
 
 
 def act_state(plan: Plan, stats: Mapping[str, Any]) -> dict[str, Any]:

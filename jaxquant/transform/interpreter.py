@@ -182,8 +182,7 @@ class Interpreter:
       plan: what is quantized, or None: QTensors are, weight-only.
       precision: overrides the precision of quantized operations.
       planning: compute nothing, record uses.
-      collect: ``(item, x) -> statistics`` of the [batch, rows, channels] input of a planned operation; None: collect
-        nothing.
+      collect: ``(item, inputs) -> statistics`` of the inputs of a planned operation; None: collect nothing.
       merge: ``(path, a, b) -> statistics`` of two uses.
       products: products of two activations that are looked for; None: none are.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,9 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.matrix import Axes
 from jaxquant.transform.interpreter import ABSENT, Interpreter, Tally, bind, handles, product_name, unsupported
+from jaxquant.transform.plan import Item
 from jaxquant.transform.primitives import marked_varying, named, ragged_dot_p, varying_axes
+from jaxquant.transform.statistics import Inputs
 from jaxquant.transform.weights import TrainedTensor, Weight
 
 __all__: list[str] = []
@@ -23,16 +26,13 @@ __all__: list[str] = []
 _public = functools.partial(functools.partial, named)
 
 
-def _activation(interpreter: Interpreter, weight: Weight, x: Any, rows: Callable[[Any], Any]) -> dict[str, Any]:
-    """How an op treats the other operand: its spec and static range. Calibration leaves it in float and looks at it.
-
-    ``rows`` brings it to [batch, rows, channels].
-    """
+def _activation(interpreter: Interpreter, weight: Weight, x: Any, inputs: Callable[[Item], Inputs]) -> dict[str, Any]:
+    """How an op treats the other operand: its spec and static range. Calibration leaves it in float and looks at it."""
     item = interpreter.items.get(weight.path)
     if item is None:
         return {}
     if interpreter.collect is not None:
-        interpreter.add_stats({weight.path: Tally(interpreter.collect(item, rows(x)))})
+        interpreter.add_stats({weight.path: Tally(interpreter.collect(item, inputs(item)))})
         return {}
     if item.spec.act is None:
         return {}
@@ -42,6 +42,17 @@ def _activation(interpreter: Interpreter, weight: Weight, x: Any, rows: Callable
         given = jax.tree.map(lambda v: marked_varying(v, varying_axes(x)), dict(weight.state))
         out["act_scale"], out["act_zero_point"] = given["scale"], given.get("zero_point")
     return out
+
+
+def _inputs(item: Item, x: jax.Array, columns: Callable[[], jax.Array] | None = None) -> Inputs:
+    """Inputs of which ``x`` are the channels, and the columns too unless those are others."""
+    whole = x.shape[-1] == _columns(item) or columns is not None
+    return Inputs(x, x if whole else None, columns if columns is not None else (lambda: x) if whole else None)
+
+
+def _columns(item: Item) -> int:
+    """How many values of the weight one output sums over."""
+    return math.prod(item.shape[axis] for axis in item.reduce_axes)
 
 
 def _two_weights(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any] | None:
@@ -72,7 +83,7 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
     operands[side] = interpreter.operand(weight)
     channels = [i for _, i in sorted(zip(contract[side], contract[1 - side], strict=True), key=weight_order(weight))]
     rows = Axes.of(len(eqn.invars[1 - side].aval.shape), tuple(batch[1 - side]), tuple(channels))
-    act = _activation(interpreter, weight, x, rows.flatten)
+    act = _activation(interpreter, weight, x, lambda item: _inputs(item, rows.flatten(x)))
     if not isinstance(operands[side], QTensor) and not act:
         return bind(eqn, operands)
     if side == 0 and act:  # an op takes the right operand for the weight
@@ -150,8 +161,7 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     if not interpreter.planned(weight, contracted):
         return bind(eqn, [x, interpreter.real(weight)])
     kernel = interpreter.operand(weight)
-    # The channels of a convolution's input are its features, at every place.
-    act = _activation(interpreter, weight, x, Axes.of(x.ndim, (), (numbers.lhs_spec[1],)).flatten)
+    act = _activation(interpreter, weight, x, lambda item: _conv_inputs(item, weight, x, p))
     if not isinstance(kernel, QTensor) and not act:
         return bind(eqn, [x, kernel])
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count", "batch_group_count")
@@ -165,6 +175,34 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         **act,
     )
     return [out]
+
+
+def _conv_inputs(item: Item, weight: Weight, x: jax.Array, p: dict[str, Any]) -> Inputs:
+    """Channels are features; columns the features of each place of the window, in the order of the kernel's axes."""
+    numbers, groups = p["dimension_numbers"], p["feature_group_count"]
+    features = Axes.of(x.ndim, (), (numbers.lhs_spec[1],)).flatten(x)
+    within = tuple(numbers.rhs_spec[1:])
+    window = tuple(weight.shape[i] for i in within)
+    if math.prod(window) != _columns(item) or any(s.name == "rev" for s in weight.steps) or p["batch_group_count"] > 1:
+        return Inputs(features, features, None)
+
+    def columns() -> jax.Array:
+        patches = lax.conv_general_dilated_patches(
+            jnp.transpose(x, numbers.lhs_spec),
+            window[1:],
+            p["window_strides"],
+            p["padding"],
+            p["lhs_dilation"],
+            p["rhs_dilation"],
+            precision=lax.Precision.HIGHEST,
+        )
+        count = patches.shape[0]
+        patches = patches.reshape(count, groups, *window, -1)  # [images, groups, features of a group, window.., places]
+        order = sorted(range(len(within)), key=lambda i: weight_order(weight)((within[i], i)))
+        patches = jnp.transpose(patches, (1, 0, patches.ndim - 1, *(2 + i for i in order)))
+        return patches.reshape(groups, -1, math.prod(window))
+
+    return Inputs(features, features, columns)
 
 
 _MODES = {
@@ -259,10 +297,18 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
     if not interpreter.planned(weight, (1,)):
         return bind(eqn, [x, interpreter.real(weight), *values[2:]])
     experts = interpreter.operand(weight)
-    act = _activation(interpreter, weight, x, Axes.of(x.ndim, (), (1,)).flatten)
+    act = _activation(interpreter, weight, x, lambda item: _inputs(item, x[None], lambda: _by_expert(x, sizes)))
     if not isinstance(experts, QTensor) and not act:
         return bind(eqn, [x, experts, *values[2:]])
     precision = _precision(interpreter, eqn.params["precision"])
     return [
         ops.ragged_dot(x, experts, sizes, precision=precision, preferred_element_type=eqn.outvars[0].aval.dtype, **act)
     ]
+
+
+def _by_expert(x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Rows of each expert [experts, rows, channels], 0 where another one works."""
+    ends = jnp.cumsum(sizes)
+    row = jnp.arange(x.shape[0])[None, :]
+    mine = (row >= (ends - sizes)[:, None]) & (row < ends[:, None])
+    return jnp.where(mine[..., None], x[None], 0)

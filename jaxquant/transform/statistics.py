@@ -1,15 +1,22 @@
 """What calibration can know about the inputs of a weight.
 
 A statistic is a small frozen dataclass with two methods over plain pytrees: ``of(x)`` for the inputs of one batch, and
-``merge(a, b)`` for two batches, two uses, two hosts. ``x`` is ``[batch, rows, channels]``: channels are what the weight
-contracts, in the order of its reduced axes; batch is 1 unless weight and input share batch axes (experts, say), and is
-kept.
+``merge(a, b)`` for two batches, two uses, two hosts. ``x`` is ``[batch, rows, channels]``. What the channels are,
+``sees`` says:
+
+- ``"values"``: none in particular, x is a bag of numbers;
+- ``"channels"``: what the weight contracts, in the order of its reduced axes; the features of a convolution's input.
+  Batch is 1 unless weight and input share batch axes (as in an einsum over experts), and is kept;
+- ``"columns"``: the same, with one column for each weight that an output sums over. For a convolution these are the
+  features of every place of its window, and batch is its feature groups; for a ragged_dot batch is its experts, with
+  rows of 0 where another expert works.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +24,35 @@ from jax import lax
 
 from jaxquant.core.observers import MinMax, Observer
 
-__all__ = ["ChannelAbsMax", "ChannelMean", "Gram", "Range", "Statistic"]
+__all__ = ["ChannelAbsMax", "ChannelMean", "Gram", "Inputs", "Range", "Statistic"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What went into one use of a weight, as [batch, rows, channels]; see the module's docstring.
+
+    Attributes:
+      values: always there.
+      channels: None if only a part of what the weight contracts meets this input.
+      columns: computed on demand; None likewise, or if they cannot be told.
+    """
+
+    values: jax.Array
+    channels: jax.Array | None
+    columns: Callable[[], jax.Array] | None
+
+    def seen_by(self, statistic: Statistic) -> jax.Array | None:
+        """What a statistic looks at, if it is there."""
+        if statistic.sees == "columns":
+            return None if self.columns is None else self.columns()
+        return self.values if statistic.sees == "values" else self.channels
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistic:
     """One kind of statistic; see the module's docstring."""
+
+    sees: ClassVar[Literal["values", "channels", "columns"]] = "values"
 
     def of(self, x: jax.Array) -> Any:
         """The statistic of one batch."""
@@ -50,6 +80,8 @@ class Range(Statistic):
 class ChannelAbsMax(Statistic):
     """``max |x|`` of each channel, [batch, channels]: what SmoothQuant uses."""
 
+    sees = "channels"
+
     def of(self, x: jax.Array) -> Any:
         return jnp.max(jnp.abs(x.astype(jnp.float32)), axis=1)
 
@@ -61,6 +93,8 @@ class ChannelAbsMax(Statistic):
 class ChannelMean(Statistic):
     """Sums of x and of ``|x|`` of each channel, [batch, channels], with the number of rows: bias correction and AWQ."""
 
+    sees = "channels"
+
     def of(self, x: jax.Array) -> Any:
         x = x.astype(jnp.float32)
         return {"sum": jnp.sum(x, axis=1), "abs_sum": jnp.sum(jnp.abs(x), axis=1), "rows": jnp.float32(x.shape[1])}
@@ -71,7 +105,13 @@ class ChannelMean(Statistic):
 
 @dataclasses.dataclass(frozen=True)
 class Gram(Statistic):
-    """``sum x^T x`` over rows, [batch, channels, channels], with the number of rows: GPTQ and what builds on it."""
+    """``sum x^T x`` over rows, [batch, columns, columns], with the number of rows: GPTQ and what builds on it.
+
+    For a weight of K contracted values per output that is K^2 floats; a convolution's input is copied once for each
+    place of its window while it is computed.
+    """
+
+    sees = "columns"
 
     def of(self, x: jax.Array) -> Any:
         x = x.astype(jnp.float32)

@@ -161,3 +161,99 @@ def test_static_arguments_and_odd_params():
     assert (out["mode"], out["n"], out["nothing"]) == ("on", 3, None)
     close(out["y"], fn(params, X, "on", scale=2.0)["y"], 0.03)
     close(jq.quantized(fn, plan, state)(params, X, "on", scale=2.0)["y"], out["y"], 1e-5)
+
+
+def columns_of(stats):
+    return np.asarray(stats["gram"]["gram"], np.float64)
+
+
+KERNELS = {
+    "NHWC": (("NHWC", "HWIO", "NHWC"), (3, 2, 4, 6), {}),
+    "NCHW": (("NCHW", "OIHW", "NCHW"), (6, 4, 3, 2), {}),
+    "strides, padding, dilations": (
+        ("NHWC", "HWIO", "NHWC"),
+        (2, 2, 4, 6),
+        {"window_strides": (2, 1), "padding": ((1, 0), (2, 1)), "lhs_dilation": (1, 2), "rhs_dilation": (2, 1)},
+    ),
+    "groups": (("NHWC", "HWIO", "NHWC"), (3, 3, 2, 6), {"feature_group_count": 2}),
+    "depthwise": (("NHWC", "HWIO", "NHWC"), (3, 3, 1, 4), {"feature_group_count": 4}),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_gram_of_a_convolution(name):
+    """An output is its weights times its column, so the outputs' sum of squares is theirs in the Gram matrix."""
+    numbers, shape, how = KERNELS[name]
+    how = {"window_strides": (1, 1), "padding": "SAME", **how}
+    x = unequal((2, 4, 5, 6) if numbers[0] == "NCHW" else (2, 5, 6, 4), 3, 0.5)
+    params = {"w": unequal(shape, 4, 0.3)}
+    fn = lambda p, x: lax.conv_general_dilated(x, p["w"], dimension_numbers=numbers, **how)  # noqa: E731
+    _, stats = gathered(fn, params, [x, 2 * x])
+    gram, out = columns_of(stats["w"]), numbers[1].index("O")
+    y = np.moveaxis(
+        np.asarray(jnp.concatenate([fn(params, x), fn(params, 2 * x)]), np.float64), numbers[2].index("C"), -1
+    )
+    w = np.moveaxis(np.asarray(params["w"], np.float64), out, 0).reshape(gram.shape[0], -1, gram.shape[-1])
+    squares = np.einsum("gok,gkl,gpl->gop", w, gram, w)
+    rows = y.reshape(-1, gram.shape[0], w.shape[1])
+    close(squares, np.einsum("rgo,rgp->gop", rows, rows), 1e-5)
+    assert float(stats["w"]["gram"]["rows"]) == len(rows)
+    assert stats["w"]["absmax"].shape == (1, 4)
+
+
+def test_gram_of_experts():
+    x, sizes = unequal((7, 8), 3, 0.5), jnp.array([3, 0, 4], jnp.int32)
+    params = {"w": unequal((3, 8, 5), 4, 0.3)}
+    _, stats = gathered(lambda p, x: lax.ragged_dot(x, p["w"], sizes), params, [x])
+    parts = [x[:3], x[:0], x[3:]]
+    close(columns_of(stats["w"]), np.stack([np.asarray(v, np.float64).T @ np.asarray(v) for v in parts]), 1e-6)
+
+
+def test_parts_of_channels_are_refused():
+    """Ranges can do without channels; what is said of each channel cannot."""
+    halves = lambda p, x: x[:, :4] @ p["a"][:4] + x[:, 4:] @ p["a"][4:]  # noqa: E731
+    plan = jq.make_plan(halves, PAIR, X, rules=[EVERYTHING(SPECS["static"])])
+    with pytest.raises(jq.QuantError, match="calibrate at a: absmax needs whole channels"):
+        jq.calibrate(halves, plan, PAIR, [X])
+    state = jq.act_state(plan, jq.calibrate(halves, plan, PAIR, [X], collect={}))
+    close(state["a"]["scale"], jnp.max(jnp.abs(X)) / 127, 1e-6)
+    turned = lambda p, x: lax.conv_transpose(  # noqa: E731
+        x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), transpose_kernel=True
+    )
+    params, x = {"w": unequal((3, 3, 4, 8), 1)}, unequal((1, 5, 5, 8), 2)
+    with pytest.raises(jq.QuantError, match="at w: gram needs whole columns"):
+        gathered(turned, params, [x])
+
+
+@pytest.mark.parametrize(
+    "observer", [None, jq.observers.Percentile(99.0), jq.observers.MSE(), jq.observers.Entropy()], ids=str
+)
+def test_statistics_of_several_hosts(observer):
+    """Each calibrates on batches of its own; merged, that is one calibration on all of them."""
+
+    def fn(p, x):
+        x = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+        return lax.cond(x[0, 0] > 0, lambda: x @ p["a"], lambda: x @ p["b"])
+
+    params = {**STACK, **PAIR}
+    act = jq.QuantSpec("int8", granularity="per_tensor", static=True, calibration=observer)
+    spec = jq.OpSpec(jq.QuantSpec("int8"), act)
+    batches = [X, -2 * X, 3 * X]
+    plan = jq.make_plan(fn, params, X, rules=[jq.Rule(".*", spec)])
+    collect = {"gram": statistics.Gram(), "mean": statistics.ChannelMean()}
+    whole = jq.calibrate(fn, plan, params, batches, collect=collect)
+    hosts = [jq.calibrate(fn, plan, params, [x], collect=collect) for x in batches]
+    assert any(set(h) != set(whole) for h in hosts)  # a host may not have reached a branch
+    merged = jq.merge_stats(plan, hosts, collect=collect)
+    assert set(merged) == set(whole)
+    for path in whole:
+        close(merged[path], whole[path], 1e-6)
+    close(jq.act_state(plan, merged), jq.act_state(plan, whole), 1e-6)
+
+
+def test_merging_refuses_other_statistics():
+    plan, stats = gathered(plain, PAIR, [X])
+    with pytest.raises(jq.QuantError, match=r"merge_stats at a: .*names=\('absmax', 'mean', 'range'\)"):
+        jq.merge_stats(plan, [stats, stats])
+    with pytest.raises(jq.QuantError, match="merge_stats: there is nothing to merge"):
+        jq.merge_stats(plan, [])
