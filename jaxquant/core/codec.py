@@ -62,7 +62,10 @@ def round_to_grid(v: jax.Array, qtype: QType, noise: jax.Array | None = None) ->
         )
         return jnp.clip(_round(v / quantum, noise) * quantum, qtype.qmin, qtype.qmax)
     grid, middles, _ = _table_order(qtype)
-    if noise is None:
+    if noise is None and len(grid) > 16:  # too many to compare with one by one
+        above = jnp.searchsorted(jnp.asarray(middles, v.dtype), v, side="left")
+        out = jnp.asarray(grid, v.dtype).at[above].get(mode="clip")
+    elif noise is None:
         out = jnp.full_like(v, grid[0])
         for middle, value in zip(middles, grid[1:], strict=True):
             out = jnp.where(v > middle, jnp.asarray(value, v.dtype), out)
@@ -75,13 +78,15 @@ def round_to_grid(v: jax.Array, qtype: QType, noise: jax.Array | None = None) ->
 
 def codes_of(values: jax.Array, qtype: QType) -> jax.Array:
     """Codes of values that lie on the grid; dtype ``qtype.code_dtype``."""
-    if qtype.kind == "int" or not qtype.packed:
+    if qtype.kind == "int" or (qtype.kind == "float" and not qtype.packed):
         return values.astype(qtype.code_dtype)
     if qtype.kind == "float":  # 4-bit floats: sign bit, then the rank of the magnitude
         magnitudes = values_of(jnp.arange(8, dtype=jnp.uint8), qtype)
         rank = sum((jnp.abs(values) >= magnitudes[k]).astype(jnp.uint8) for k in range(1, 8))
         return rank + jnp.where(jnp.signbit(values), jnp.uint8(8), jnp.uint8(0))
     grid, _, code = _table_order(qtype)
+    if len(grid) > 16:
+        return jnp.asarray(code).at[jnp.searchsorted(jnp.asarray(grid, values.dtype), values)].get(mode="clip")
     out = jnp.full(values.shape, code[0], jnp.uint8)
     for k in range(1, len(grid)):
         out = jnp.where(values >= grid[k], code[k], out)
@@ -90,7 +95,7 @@ def codes_of(values: jax.Array, qtype: QType) -> jax.Array:
 
 def values_of(codes: jax.Array, qtype: QType, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """Grid values of codes."""
-    if qtype.kind == "int" or not qtype.packed:
+    if qtype.kind == "int" or (qtype.kind == "float" and not qtype.packed):
         return codes.astype(dtype)
     if qtype.kind == "table":
         table = np.asarray(qtype.table, np.float32)

@@ -1,4 +1,4 @@
-"""`QTensor`: a quantized array, as a pytree whose law is ``x ~ (q - zero_point) * scale``."""
+"""`QTensor`: a quantized array, as a pytree whose law is ``x ~ (q - zero_point) * scale + offset``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.packing import pack, unpack
 from jaxquant.core.qtypes import QTYPES, QType
 
-__all__ = ["QTensor", "cast", "dequantize", "from_codes", "scale_values"]
+__all__ = ["LEAVES", "QTensor", "cast", "dequantize", "from_codes", "scale_values"]
+
+#: The fields of a QTensor that are arrays (or None, or a QTensor).
+LEAVES = ("codes", "scale", "zero_point", "offset", "permutation")
 
 
 def _stored_order(ndim: int, minor: tuple[int, ...]) -> tuple[int, ...]:
@@ -37,9 +40,10 @@ def _transpose(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
 class QTensor:
     """A quantized array.
 
-    The law is ``x ~ (q - zero_point) * scale``, with ``q`` the grid value of a code and ``scale`` and ``zero_point``
-    repeated over their blocks. Made by `quantize`, by `quantize_params` and by the checkpoint readers; the constructor
-    stores what it is given, since JAX itself calls it with tracers, shapes and None.
+    The law is ``x ~ (q - zero_point) * scale + offset``, with ``q`` the grid value of a code and ``scale``,
+    ``zero_point`` and ``offset`` repeated over their blocks. Made by `quantize`, by `quantize_params` and by the
+    checkpoint readers; the constructor stores what it is given, since JAX itself calls it with tracers, shapes and
+    None.
 
     Static fields hold no absolute axis and no absolute shape, so that a QTensor with a leading axis on every leaf can
     be scanned, vmapped, stacked and sliced like the float array it stands for.
@@ -50,9 +54,15 @@ class QTensor:
     Attributes:
       codes: uint8 bit patterns packed along the last axis for types below 8 bits, else int8, uint8 or fp8; stored with
         the ``minor`` axes last (contraction-minor).
-      scale: positive float array of the logical rank, one entry per block; or a QTensor, where the scales are quantized
-        themselves (nvfp4, double quantization).
-      zero_point: the code of real 0, an integer array of the scale's shape, or None if symmetric.
+      scale: float array of the logical rank, one entry per block, positive unless imported otherwise; or a QTensor,
+        where the scales are quantized themselves (nvfp4, double quantization).
+      zero_point: the code of real 0, an integer array of the scale's shape, or None. Some imported formats have floats;
+        ``q - zero_point`` is then rounded to their dtype, as the format's own library does.
+      offset: real units added to each block (formats that store minima instead of zero points), a float array of the
+        scale's shape, or None. The product is rounded to its dtype before it is added.
+      permutation: where columns were reordered to make groups consecutive (GPTQ's act-order): stored position j along
+        the last stored axis holds the logical element ``permutation[j]``. Of the logical rank, with size 1 on the other
+        axes unless the tensor is stacked; or None.
       qtype: name of the number type.
       dtype: dtype of the dequantized array.
       minor: the logical axes (negative) that are stored last, in this order.
@@ -66,13 +76,15 @@ class QTensor:
       QTensor(int4[256, 512] -> float32, group 64 on axis -2, symmetric, 72.0 KiB)
     """
 
-    __slots__ = ("codes", "dtype", "length", "minor", "qtype", "scale", "zero_point")
+    __slots__ = ("codes", "dtype", "length", "minor", "offset", "permutation", "qtype", "scale", "zero_point")
 
     def __init__(
         self,
         codes: Any,
         scale: Any,
         zero_point: Any,
+        offset: Any = None,
+        permutation: Any = None,
         *,
         qtype: str,
         dtype: Any,
@@ -80,17 +92,17 @@ class QTensor:
         length: int | None = None,
     ):
         self.codes, self.scale, self.zero_point = codes, scale, zero_point
+        self.offset, self.permutation = offset, permutation
         self.qtype, self.dtype = qtype, np.dtype(dtype)
         self.minor, self.length = tuple(minor), length
 
     # -- pytree ----------------------------------------------------------------------------------------------------
     def tree_flatten_with_keys(self):
-        names = ("codes", "scale", "zero_point")
-        children = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names)
+        children = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in LEAVES)
         return children, (self.qtype, self.dtype, self.minor, self.length)
 
     def tree_flatten(self):
-        return (self.codes, self.scale, self.zero_point), (self.qtype, self.dtype, self.minor, self.length)
+        return tuple(getattr(self, name) for name in LEAVES), (self.qtype, self.dtype, self.minor, self.length)
 
     @classmethod
     def tree_unflatten(cls, aux, children):
@@ -119,13 +131,13 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """True bytes of codes, scales and zero points, from bit widths."""
+        """True bytes of codes, scales and whatever else there is, from bit widths."""
         return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
 
     @property
     def symmetric(self) -> bool:
-        """Whether there is no zero point."""
-        return self.zero_point is None
+        """Whether there is neither zero point nor offset."""
+        return self.zero_point is None and self.offset is None
 
     @property
     def type(self) -> QType:
@@ -136,6 +148,10 @@ class QTensor:
     def stored_order(self) -> tuple[int, ...]:
         """The logical axes in the order in which codes are stored."""
         return _stored_order(self.ndim, self.minor)
+
+    def replace(self, **fields: Any) -> QTensor:
+        """A QTensor with other fields than this one."""
+        return QTensor(**{name: getattr(self, name) for name in QTensor.__slots__} | fields)
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The float array this stands for; see `jaxquant.dequantize`."""
@@ -148,16 +164,32 @@ class QTensor:
         return from_bits(unpack(self.codes, self.type.bits, self.length), self.type)
 
     def logical_codes(self) -> jax.Array:
-        """Codes one per element, in the logical axis order."""
+        """Codes one per element, in the logical axis order; a permuted axis stays permuted."""
         return _transpose(self.unpacked(), _inverse(self.stored_order))
 
     def store(self, minor: tuple[int, ...]) -> QTensor:
         """The same values with other axes stored last; ``()`` is the float array's own order."""
         if tuple(minor) == self.minor:
             return self
-        return from_codes(
-            self.logical_codes(), self.scale, self.zero_point, qtype=self.qtype, dtype=self.dtype, minor=minor
-        )
+        q = self.unpermuted()
+        return from_codes(q.logical_codes(), q.scale, q.zero_point, q.offset, qtype=q.qtype, dtype=q.dtype, minor=minor)
+
+    def unpermuted(self) -> QTensor:
+        """The same values with their elements in logical order: one scale per element where groups are scattered."""
+        if self.permutation is None:
+            return self
+        axis, n = self.stored_order[-1], self.shape[self.stored_order[-1]]
+        move = lambda x: _unpermute(x, self.permutation, axis)  # noqa: E731
+
+        def spread(value: Any) -> Any:
+            if value is None or value.shape[axis] == 1:
+                return value
+            return move(jnp.repeat(value, n // value.shape[axis], axis=axis))
+
+        scale = self.scale if self.scale.shape[axis] == 1 else spread(scale_values(self.scale))
+        rest = {"qtype": self.qtype, "dtype": self.dtype, "minor": self.minor}
+        codes = move(self.logical_codes())
+        return from_codes(codes, scale, spread(self.zero_point), spread(self.offset), **rest)
 
     def __repr__(self) -> str:
         try:
@@ -167,6 +199,7 @@ class QTensor:
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # leaves that are not arrays
             return f"QTensor({self.qtype}, codes={self.codes!r}, scale={self.scale!r}, zero_point={self.zero_point!r})"
         kind = "symmetric" if self.symmetric else "asymmetric"
+        kind += "" if self.permutation is None else ", permuted"
         unit, power = next((u, p) for u, p in (("MiB", 20), ("KiB", 10), ("B", 0)) if nbytes >= 1 << p or p == 0)
         size = f"{nbytes / (1 << power):.1f} {unit}" if power else f"{nbytes} B"
         return f"QTensor({self.qtype}[{', '.join(map(str, shape))}] -> {self.dtype.name}, {per}, {kind}, {size})"
@@ -190,18 +223,21 @@ def _axes(axes: list[int], ndim: int) -> str:
 def from_codes(
     codes: jax.Array,
     scale: Any,
-    zero_point: jax.Array | None,
+    zero_point: Any,
+    offset: Any = None,
+    permutation: Any = None,
     *,
     qtype: str,
     dtype: Any,
     minor: tuple[int, ...] = (),
 ) -> QTensor:
-    """A QTensor from codes in logical order, one per element.
+    """A QTensor from codes in logical order (but for the permutation), one per element.
 
     Args:
       codes: the array's codes (``QType.code_dtype``).
       scale: one per block, of the array's rank; float array or QTensor.
-      zero_point: of the scale's shape, or None.
+      zero_point, offset: of the scale's shape, or None.
+      permutation: the order of the codes along the last stored axis, or None; see `QTensor`.
       qtype: name of the number type.
       dtype: dtype of the dequantized array.
       minor: axes to store last.
@@ -215,7 +251,15 @@ def from_codes(
     if info.packed:
         length = stored.shape[-1]
         stored = pack(to_bits(stored, info), info.bits)
-    return QTensor(stored, scale, zero_point, qtype=qtype, dtype=dtype, minor=minor, length=length)
+    return QTensor(stored, scale, zero_point, offset, permutation, qtype=qtype, dtype=dtype, minor=minor, length=length)
+
+
+def _unpermute(x: jax.Array, permutation: jax.Array, axis: int) -> jax.Array:
+    """``y`` with ``y[permutation[j]] = x[j]`` along an axis."""
+    place = jnp.argsort(permutation, axis=axis)
+    if place.size == x.shape[axis]:
+        return jnp.take(x, place.reshape(-1), axis=axis)
+    return jnp.take_along_axis(x, place, axis=axis)
 
 
 def scale_values(scale: Any) -> jax.Array:
@@ -239,9 +283,11 @@ def cast(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
-    """The float array a QTensor stands for: ``(q - zero_point) * scale``.
+    """The float array a QTensor stands for: ``(q - zero_point) * scale + offset``.
 
-    The product is formed in float32 (float64 for a float64 tensor) and rounded once to ``dtype``.
+    It is formed in float32 (float64 for a float64 tensor) and rounded once to ``dtype``. Only where an imported format
+    has zero points or offsets in a narrower float dtype is the intermediate value rounded to that dtype first, as by
+    the format's own library.
 
     Args:
       q: the quantized array.
@@ -253,7 +299,7 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     Raises:
       QuantError: if ``q`` is not a QTensor or ``dtype`` is not a float dtype.
 
-    Gradient: with respect to ``scale``, ``q - zero_point``; codes are integers and have none.
+    Gradient: with respect to ``scale``, ``q - zero_point``; to ``offset``, 1; codes are integers and have none.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
@@ -277,6 +323,16 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     view = BlockView.of_scale(q.shape, tuple(q.scale.shape))
     values = view.split(values_of(jax.lax.stop_gradient(q.logical_codes()), q.type, compute))
     if q.zero_point is not None:
-        values = values - view.split_scale(q.zero_point).astype(compute)
+        values = _rounded(values - view.split_scale(q.zero_point).astype(compute), q.zero_point.dtype)
     values = values * view.split_scale(scale_values(q.scale)).astype(compute)
-    return cast(view.join(values), out)
+    if q.offset is not None:
+        values = _rounded(values, q.offset.dtype) + view.split_scale(q.offset).astype(compute)
+    values = cast(view.join(values), out)
+    return values if q.permutation is None else _unpermute(values, q.permutation, q.stored_order[-1])
+
+
+def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """``x`` with the precision of a narrower float dtype; XLA would leave the two casts out."""
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits >= jnp.finfo(x.dtype).bits:
+        return x
+    return jax.lax.optimization_barrier(x.astype(dtype)).astype(x.dtype)

@@ -4,7 +4,7 @@ Three kinds of grid share the law ``x ~ (grid(code) - zero_point) * scale``:
 
 - ``"int"``: the grid is the integers ``qmin .. qmax``;
 - ``"float"``: the grid is a small floating-point format (fp8, fp4), symmetric about 0;
-- ``"table"``: the grid is a list of 2**bits values in [-1, 1] (nf4, bitsandbytes' fp4).
+- ``"table"``: the grid is a list of 2**bits values in [-1, 1] (nf4, bitsandbytes' fp4 and its dynamic 8-bit map).
 
 The block formats (mxfp8, mxfp4, nvfp4) are a float grid together with a group size and a format for the scales.
 To add a number type, add one entry to ``QTYPES``; `jaxquant.core.codec` handles the kinds.
@@ -47,6 +47,21 @@ _BNB_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 _BNB_FP4 = tuple(
     float(np.float32(sign) * np.float32(v) / np.float32(12)) for sign in (1, -1) for v in _BNB_FP4_TWELFTHS
 )
+
+
+def _dynamic_map() -> tuple[float, ...]:
+    """Dettmers 2016 (arXiv:1511.04561): 2**i linear steps in each decade 10**(i - 7) .. 10**(i - 6), both signs, 0, 1.
+
+    The edges of the steps are counted from the nearer end and rounded once to float32, as in bitsandbytes' tables.
+    """
+    values = [np.float32(0), np.float32(1)]
+    for i in range(7):
+        n, low, high = 2**i, np.float32(0.1), np.float32(1)
+        step, at = np.float64((high - low) / np.float32(n)), np.arange(n + 1)
+        edges = np.where(at < (n + 1) // 2, low + step * at, high - step * (n - at)).astype(np.float32)
+        middles = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
+        values += [*middles, *-middles]
+    return tuple(sorted(map(float, values)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +147,7 @@ QTYPES: dict[str, QType] = {
         _float("float4_e2m1fn", "float4_e2m1fn"),
         QType("nf4", "table", 4, -1.0, 1.0, table=_NF4),
         QType("fp4", "table", 4, -1.0, 1.0, table=_BNB_FP4),
+        QType("dynamic8", "table", 8, min(_dynamic_map()), 1.0, table=_dynamic_map()),
         _float("mxfp8", "float8_e4m3fn", group_size=32, scale_format="e8m0"),
         _float("mxfp4", "float4_e2m1fn", group_size=32, scale_format="e8m0"),
         _float("nvfp4", "float4_e2m1fn", group_size=16, scale_format="e4m3"),
@@ -236,6 +252,17 @@ def dtype_table() -> DtypeTable:
         else:
             steps = np.diff(np.unique(np.asarray(t.table, np.float32)))
             rows.append(
-                (t.name, "4", "-", "-", "table", show(t.qmin), show(t.qmax), "-", show(float(steps.min())), scale)
+                (
+                    t.name,
+                    str(t.bits),
+                    "-",
+                    "-",
+                    "table",
+                    show(t.qmin),
+                    show(t.qmax),
+                    "-",
+                    show(float(steps.min())),
+                    scale,
+                )
             )
     return DtypeTable(columns, tuple(rows))

@@ -22,7 +22,7 @@ __all__ = ["cast", "move", "reshape", "slice_along", "transpose"]
 
 def cast(q: QTensor, dtype: Any) -> QTensor:
     """The same codes, dequantized to another float dtype."""
-    return QTensor(q.codes, q.scale, q.zero_point, qtype=q.qtype, dtype=np.dtype(dtype), minor=q.minor, length=q.length)
+    return q.replace(dtype=np.dtype(dtype))
 
 
 def transpose(q: QTensor, permutation: tuple[int, ...]) -> QTensor:
@@ -31,16 +31,24 @@ def transpose(q: QTensor, permutation: tuple[int, ...]) -> QTensor:
     minor = tuple(place[axis] - q.ndim for axis in q.stored_order)
     minor = () if minor == tuple(range(-q.ndim, 0)) else minor
     per_block = lambda v: None if v is None else jnp.transpose(v, permutation)  # noqa: E731
-    scale = transpose(q.scale, permutation) if isinstance(q.scale, QTensor) else per_block(q.scale)
-    return QTensor(q.codes, scale, per_block(q.zero_point), qtype=q.qtype, dtype=q.dtype, minor=minor, length=q.length)
+    return q.replace(
+        scale=transpose(q.scale, permutation) if isinstance(q.scale, QTensor) else per_block(q.scale),
+        zero_point=per_block(q.zero_point),
+        offset=per_block(q.offset),
+        permutation=per_block(q.permutation),
+        minor=minor,
+    )
 
 
-def _unpacked(q: QTensor, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> QTensor:
-    return QTensor(codes, scale, zero_point, qtype=q.qtype, dtype=q.dtype)
+def _unpacked(q: QTensor, codes: jax.Array, *per_block: jax.Array | None) -> QTensor:
+    """Codes one per element, with scale, zero point, offset and permutation."""
+    return QTensor(codes, *per_block, qtype=q.qtype, dtype=q.dtype)
 
 
-def _per_block(q: QTensor, change: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array | None]:
-    return change(scale_values(q.scale)), None if q.zero_point is None else change(q.zero_point)
+def _per_block(q: QTensor, change: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array | None, ...]:
+    """Scale, zero point and offset, changed."""
+    values = (scale_values(q.scale), q.zero_point, q.offset)
+    return tuple(None if value is None else change(value) for value in values)
 
 
 def _spread(value: jax.Array, shape: tuple[int, ...], axes: list[int]) -> jax.Array:
@@ -53,7 +61,7 @@ def _spread(value: jax.Array, shape: tuple[int, ...], axes: list[int]) -> jax.Ar
 
 def move(q: QTensor, change: Callable[[jax.Array], jax.Array], axes: tuple[int, ...]) -> QTensor:
     """Applies a function that moves elements along ``axes`` only (a flip, say) to codes and scales alike."""
-    shape = q.shape
+    q, shape = q.unpermuted(), q.shape
 
     def blocks(value: jax.Array) -> jax.Array:
         value = _spread(value, shape, [a % q.ndim for a in axes])
@@ -68,6 +76,10 @@ def move(q: QTensor, change: Callable[[jax.Array], jax.Array], axes: tuple[int, 
 def slice_along(q: QTensor, axis: int, start: Any, size: int) -> QTensor:
     """``size`` indices from ``start`` (which may be traced) along one axis."""
     n = q.shape[axis]
+    if size == n:
+        return q
+    if q.permutation is not None and (axis % q.ndim == q.stored_order[-1] or q.stored_order[-1] != q.ndim - 1):
+        q = q.unpermuted()
 
     def blocks(value: jax.Array) -> jax.Array:
         if value.shape[axis] == 1:
@@ -78,9 +90,9 @@ def slice_along(q: QTensor, axis: int, start: Any, size: int) -> QTensor:
             value, block = _spread(value, q.shape, [axis]), 1
         return lax.dynamic_slice_in_dim(value, start // block, size // block, axis)
 
-    if size == n:
-        return q
-    return _unpacked(q, lax.dynamic_slice_in_dim(q.logical_codes(), start, size, axis), *_per_block(q, blocks))
+    permutation = None if q.permutation is None else blocks(q.permutation)
+    codes = lax.dynamic_slice_in_dim(q.logical_codes(), start, size, axis)
+    return _unpacked(q, codes, *_per_block(q, blocks), permutation)
 
 
 def reshape(q: QTensor, shape: tuple[int, ...]) -> QTensor:
@@ -93,7 +105,7 @@ def reshape(q: QTensor, shape: tuple[int, ...]) -> QTensor:
     old = q.shape
     if old == tuple(shape):
         return q
-    runs = _runs(old, tuple(shape))
+    q, runs = q.unpermuted(), _runs(old, tuple(shape))
 
     def blocks(value: jax.Array) -> jax.Array:
         for before, after in runs:

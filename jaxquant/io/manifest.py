@@ -30,6 +30,7 @@ __all__ = ["MAX_DEPTH", "SavedArray", "decode", "encode", "stored_spec"]
 MAX_DEPTH = 100
 _SUPPORTED = {dtype.name: dtype for dtype in (*DTYPES.values(), *NAMELESS)}
 _FIELDS = ("qtype", "dtype", "minor", "length", "codes", "scale", "zero_point")
+_RARE = ("offset", "permutation")  # left out of the manifest where there is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,16 @@ def _check_qtensor(q: QTensor, error: Callable[..., QuantError]) -> None:
             raise error("zero_point must have the shape of scale", todo=todo, zero_point=q.zero_point, scale=blocks)
         if not any(jnp.issubdtype(q.zero_point.dtype, kind) for kind in (jnp.integer, jnp.floating)):
             raise error("zero points must be numbers", todo=todo, zero_point=q.zero_point)
+    if q.offset is not None and (tuple(q.offset.shape) != blocks or not jnp.issubdtype(q.offset.dtype, jnp.floating)):
+        raise error("offset must be floats of the shape of scale", todo=todo, offset=q.offset, scale=blocks)
+    if q.permutation is not None:
+        last = q.stored_order[-1] if ndim else None
+        allowed = tuple((n,) if i == last else (1, n) for i, n in enumerate(q.shape))
+        found = tuple(q.permutation.shape)
+        if len(found) != ndim or not ndim or any(n not in ok for n, ok in zip(found, allowed, strict=True)):
+            raise error("the permutation must be one of the last stored axis", todo=todo, permutation=q.permutation)
+        if not jnp.issubdtype(q.permutation.dtype, jnp.integer):
+            raise error("a permutation has integers", todo=todo, permutation=q.permutation)
 
 
 # -- to nodes ----------------------------------------------------------------------------------------------------------
@@ -139,6 +150,9 @@ class _Encoder:
             "scale": self.qtensor(q.scale, (*path, "scale"), scale) if nested else self.array(q.scale, scale),
             "zero_point": None if q.zero_point is None else self.array(q.zero_point, f"{place}.zero_point"),
         }
+        for name in _RARE:
+            if getattr(q, name) is not None:
+                fields[name] = self.array(getattr(q, name), f"{place}.{name}")
 
         def error(rule: str, **got: Any) -> QuantError:
             return quant_error("save", rule, path=place, **got)
@@ -269,7 +283,7 @@ class _Decoder:
         if not isinstance(content, dict) or not set(_FIELDS) <= set(content):
             raise self.error(f"a QTensor needs the fields {', '.join(_FIELDS)}", path, node=content)
         self._check_depth(path)
-        dtype, minor, scale, zero_point = (content[name] for name in ("dtype", "minor", "scale", "zero_point"))
+        dtype, minor, scale = (content[name] for name in ("dtype", "minor", "scale"))
         if not isinstance(dtype, str) or dtype not in _SUPPORTED:
             raise self.error("unknown dtype", path, dtype=dtype)
         if not isinstance(minor, list):
@@ -278,7 +292,10 @@ class _Decoder:
         q = QTensor(
             self.array(content["codes"], (*path, "codes")),
             self.array(scale, (*path, "scale")) if inner is None else self.qtensor(inner, (*path, "scale")),
-            None if zero_point is None else self.array(zero_point, (*path, "zero_point")),
+            *(
+                None if content.get(name) is None else self.array(content[name], (*path, name))
+                for name in ("zero_point", *_RARE)
+            ),
             qtype=content["qtype"],
             dtype=_SUPPORTED[dtype],
             minor=tuple(minor),

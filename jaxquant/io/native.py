@@ -7,7 +7,7 @@ Any reader of safetensors sees plain arrays, each at its true size:
     params/Dense_0/kernel.scale             its scales; if they are quantized themselves (nvfp4, double quantization),
     params/Dense_0/kernel.scale.codes         they have arrays of their own
     params/Dense_0/kernel.scale.scale
-    params/Dense_0/kernel.zero_point        its zero points, if it has any
+    params/Dense_0/kernel.zero_point        its zero points, if it has any; in the same way .offset and .permutation
 
 A tree that is a single array has the name "array". Where two paths give one name ("a/b" may be one key or two), "~2",
 "~3" ... is appended. Nothing is read out of names: the structure is in the manifest, a JSON text under "jaxquant" in
@@ -24,7 +24,8 @@ the file's ``__metadata__``:
            | {"list": [<node>, ...]}
            | {"tuple": [<node>, ...]}
            | {"qtensor": {"qtype", "dtype", "minor", "length", "codes", "scale", "zero_point"}}
-                                                         the fields of a `QTensor`; the last three are nodes
+                                                         the fields of a `QTensor`; the last three are nodes, and so are
+                                                         "offset" and "permutation", which are left out if None
 
 The array of a "bits" node is uint8: the elements, row-major, as one little-endian bit stream (two int4 to a byte, the
 first in the low half). "metadata" is the user's, "plan" the text of ``plan.to_json()`` or null. Every array of the

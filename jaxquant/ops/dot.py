@@ -87,6 +87,22 @@ def _check_dimensions(function: str, lhs: Any, rhs: Any, numbers: Any) -> tuple[
     return Axes.of(lhs.ndim, lb, lc), Axes.of(rhs.ndim, rb, rc)
 
 
+def _in_stored_order(lhs: Any, rhs: Any, lhs_axes: Axes, rhs_axes: Axes) -> tuple[Any, Any]:
+    """Operands whose contracted axes are in the order in which a permuted weight is stored: groups stay groups."""
+    for q, other, mine, its in ((rhs, lhs, rhs_axes, lhs_axes), (lhs, rhs, lhs_axes, rhs_axes)):
+        if not isinstance(q, QTensor) or q.permutation is None:
+            continue
+        axis = q.stored_order[-1]
+        if axis in mine.contract and q.permutation.size == q.shape[axis] and not isinstance(other, QTensor):
+            along = its.contract[mine.contract.index(axis)]
+            other = jnp.take(other, q.permutation.reshape(-1), axis=along, mode="clip")
+            q = q.replace(permutation=None)
+        else:
+            q = q.unpermuted()
+        lhs, rhs = (other, q) if mine is rhs_axes else (q, other)
+    return lhs, rhs
+
+
 def contract(
     function: str,
     lhs: Any,
@@ -110,6 +126,8 @@ def contract(
         todo = "Use jax.lax.with_sharding_constraint on the result"
         raise quant_error(function, "out_sharding is for float operands", todo=todo, out_sharding=str(out_sharding))
     axes = _check_dimensions(function, lhs, rhs, numbers)
+    lhs, rhs = _in_stored_order(lhs, rhs, *axes)
+    pair = dataclasses.replace(pair, lhs=lhs, rhs=rhs)
     dtype, precision = pair.result_dtype(preferred), precision_of(function, precision)
     if 0 in lhs.shape or 0 in rhs.shape:
         return jnp.zeros(_result_shape(lhs, rhs, *axes), dtype)  # no values to take a range from

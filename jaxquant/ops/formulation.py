@@ -43,7 +43,7 @@ def choose(lhs: Matrix | jax.Array, rhs: Matrix | jax.Array) -> str:
         return "dequantized"
     if len(quantized) == 2 and all(x.integer for x in quantized):
         return "integer"
-    if len(quantized) == 2 and all(x.qtype.kind == "float" and x.groups == 1 for x in quantized):
+    if len(quantized) == 2 and all(x.minifloat for x in quantized):
         return "minifloat"
     if len(quantized) == 1 and quantized[0].integer:
         wide = any(not isinstance(x, Matrix) and x.dtype == jnp.float64 for x in (lhs, rhs))

@@ -56,12 +56,14 @@ class Matrix:
       scale: [B or 1, R or 1, G]: real scales, one per group of K / G consecutive codes; float32 (float64 if it was).
       zero_point: int32 (float for some imported tensors) of the scale's shape, or None.
       qtype: the number type.
+      offset: real units added to each group, of the scale's shape, or None.
     """
 
     codes: jax.Array
     scale: jax.Array
     zero_point: jax.Array | None
     qtype: QType
+    offset: jax.Array | None = None
 
     @property
     def groups(self) -> int:
@@ -70,10 +72,14 @@ class Matrix:
 
     @property
     def integer(self) -> bool:
-        """Whether products of codes are exact integers."""
-        return self.qtype.kind == "int" and (
-            self.zero_point is None or jnp.issubdtype(self.zero_point.dtype, jnp.integer)
-        )
+        """Whether products of codes are exact integers, and all there is."""
+        whole = self.zero_point is None or jnp.issubdtype(self.zero_point.dtype, jnp.integer)
+        return self.qtype.kind == "int" and whole and self.offset is None
+
+    @property
+    def minifloat(self) -> bool:
+        """Whether products of codes are exact in float32, with one scale for the whole row."""
+        return self.qtype.kind == "float" and self.groups == 1 and self.zero_point is None and self.offset is None
 
     @property
     def reach(self) -> int:
@@ -89,7 +95,10 @@ class Matrix:
         values = values_of(split, self.qtype, dtype)
         if self.zero_point is not None:
             values = values - self.zero_point[..., None].astype(dtype)
-        return (values * self.scale[..., None].astype(dtype)).reshape(b, r, k)
+        values = values * self.scale[..., None].astype(dtype)
+        if self.offset is not None:
+            values = values + self.offset[..., None].astype(dtype)
+        return values.reshape(b, r, k)
 
 
 def _per_group(value: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array | None:
@@ -117,8 +126,10 @@ def _per_group(value: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Arra
 
 def matrix(x: QTensor | tuple[Encoded, QType], axes: Axes) -> Matrix | None:
     """A quantized operand in canonical form; None if its scales do not form groups along the contraction."""
+    offset = None
     if isinstance(x, QTensor):
-        qtype, scale, zero_point = x.type, x.scale, x.zero_point
+        x = x.unpermuted()
+        qtype, scale, zero_point, offset = x.type, x.scale, x.zero_point, x.offset
         codes, shape = x.logical_codes(), x.shape
     else:
         (values, scale, zero_point), qtype = x
@@ -128,6 +139,8 @@ def matrix(x: QTensor | tuple[Encoded, QType], axes: Axes) -> Matrix | None:
         return None
     if zero_point is not None:
         zero_point = _per_group(zero_point, shape, axes)
+    if offset is not None:
+        offset = _per_group(offset, shape, axes)
     codes = axes.flatten(codes)
     if qtype.kind == "int":
         if zero_point is not None and jnp.issubdtype(zero_point.dtype, jnp.integer):
@@ -138,4 +151,4 @@ def matrix(x: QTensor | tuple[Encoded, QType], axes: Axes) -> Matrix | None:
             qtype = _SHIFTED
         else:
             codes = codes.astype(jnp.int8)
-    return Matrix(codes, scale, zero_point, qtype)
+    return Matrix(codes, scale, zero_point, qtype, offset)

@@ -124,10 +124,12 @@ def _gather(q: QTensor, rows: jax.Array, axis: int) -> QTensor:
             return value
         return jnp.take(value, rows // (q.shape[axis] // value.shape[axis]), axis=axis, mode="clip")
 
-    scale, zero_point = of_rows(scale_values(q.scale)), of_rows(q.zero_point)
     stored = q.stored_order.index(axis)
+    if stored == q.ndim - 1:
+        q = q.unpermuted()
+    scale, zero_point, offset = of_rows(scale_values(q.scale)), of_rows(q.zero_point), of_rows(q.offset)
     if q.length is not None and stored == q.ndim - 1:  # packed along the very axis
         codes = jnp.take(q.logical_codes(), rows, axis=axis, mode="clip")
-        return from_codes(codes, scale, zero_point, qtype=q.qtype, dtype=q.dtype)
+        return from_codes(codes, scale, zero_point, offset, qtype=q.qtype, dtype=q.dtype)
     codes = jnp.take(q.codes, rows, axis=stored, mode="clip")
-    return QTensor(codes, scale, zero_point, qtype=q.qtype, dtype=q.dtype, minor=q.minor, length=q.length)
+    return q.replace(codes=codes, scale=scale, zero_point=zero_point, offset=offset, permutation=of_rows(q.permutation))

@@ -49,12 +49,12 @@ class Cut:
     def local(self, q: QTensor) -> QTensor:
         """A QTensor whose arrays have been cut: the static length of a packed row is that of a shard."""
         length = None if q.length is None else q.length // self.parts[q.stored_order[-1]]
-        return QTensor(q.codes, q.scale, q.zero_point, qtype=q.qtype, dtype=q.dtype, minor=q.minor, length=length)
+        return q.replace(length=length)
 
 
 def _per_block(value: Any, cut: Cut) -> Any:
     """Specs of a scale or zero point: cut where whole blocks lie in each part, else on all devices."""
-    axes = [i if n > 1 and n % cut.parts[i] == 0 else None for i, n in enumerate(value.shape)]
+    axes = [i if n > 1 and cut.parts[i] and n % cut.parts[i] == 0 else None for i, n in enumerate(value.shape)]
     if not isinstance(value, QTensor):
         return cut.spec(axes)
     own = Cut(tuple(cut.spec(axes)), tuple(1 if i is None else cut.parts[i] for i in axes), cut.names)
@@ -65,10 +65,14 @@ def leaf_specs(leaf: Any, cut: Cut) -> Any:
     """A tree of `PartitionSpec`s for the arrays of a leaf."""
     if not isinstance(leaf, QTensor):
         return cut.spec(range(len(leaf.shape)))
+    last = leaf.stored_order[-1] if leaf.ndim else None
+    whole = Cut(cut.entries, tuple(0 if i == last else n for i, n in enumerate(cut.parts)), cut.names)
     specs = QTensor(
         cut.spec(leaf.stored_order),
         _per_block(leaf.scale, cut),
         None if leaf.zero_point is None else _per_block(leaf.zero_point, cut),
+        None if leaf.offset is None else _per_block(leaf.offset, cut),
+        None if leaf.permutation is None else _per_block(leaf.permutation, whole),
         qtype=leaf.qtype, dtype=leaf.dtype, minor=leaf.minor, length=leaf.length,
     )  # fmt: skip
     return TrainedTensor(specs, leaf_specs(leaf.real, cut)) if isinstance(leaf, TrainedTensor) else specs
@@ -78,8 +82,10 @@ def whole_blocks(q: QTensor, cut: Cut) -> QTensor:
     """The same values in a form whose every array can be cut where the float array is.
 
     A block that straddles a boundary becomes several with one scale; packed rows whose parts are not whole bytes are
-    unpacked.
+    unpacked, and a permuted axis that is cut is put in order.
     """
+    if q.permutation is not None and cut.parts[q.stored_order[-1]] > 1:
+        q = q.unpermuted()
     shape = q.shape
 
     def split(value: jax.Array) -> jax.Array:
@@ -92,11 +98,12 @@ def whole_blocks(q: QTensor, cut: Cut) -> QTensor:
 
     straddles = any(n > 1 and n % parts for n, parts in zip(q.scale.shape, cut.parts, strict=True))
     scale = split(scale_values(q.scale)) if straddles else q.scale
-    zero_point = q.zero_point if q.zero_point is None else split(q.zero_point)
+    zero_point, offset = (None if value is None else split(value) for value in (q.zero_point, q.offset))
+    q = q.replace(scale=scale, zero_point=zero_point, offset=offset)
     axis = q.stored_order[-1]
     if q.length is not None and (q.length // cut.parts[axis]) * q.type.bits % 8 and cut.parts[axis] > 1:
-        return QTensor(q.unpacked(), scale, zero_point, qtype=q.qtype, dtype=q.dtype, minor=q.minor)
-    return QTensor(q.codes, scale, zero_point, qtype=q.qtype, dtype=q.dtype, minor=q.minor, length=q.length)
+        return q.replace(codes=q.unpacked(), length=None)
+    return q
 
 
 def _derived(path: str, leaf: Any, sharding: Any) -> Any:

@@ -102,7 +102,7 @@ class TrainedTensor(QTensor):
     __slots__ = ("real",)
 
     def __init__(self, q: QTensor, real: Any):
-        super().__init__(q.codes, q.scale, q.zero_point, qtype=q.qtype, dtype=q.dtype, minor=q.minor, length=q.length)
+        super().__init__(**{name: getattr(q, name) for name in QTensor.__slots__})
         self.real = real
 
     def tree_flatten_with_keys(self):

@@ -75,8 +75,16 @@ def _float_value(pattern: int, exponent_bits: int, mantissa_bits: int, bias: int
 def grid(qtype: str, narrow: bool = False) -> Grid:
     """The grid of a number type; ``narrow`` leaves out the lowest code of a signed integer."""
     qtype = _ELEMENT.get(qtype, qtype)
-    if qtype in ("nf4", "fp4"):
-        table = vectors.load(f"bnb_{qtype}_48x128_b64_bfloat16")["weight.quant_map"].astype(np.float64)
+    if qtype in ("nf4", "fp4", "dynamic8"):
+        file, name = (
+            ("bnb_blockwise8_s_1024", "code")
+            if qtype == "dynamic8"
+            else (
+                f"bnb_{qtype}_48x128_b64_bfloat16",
+                "weight.quant_map",
+            )
+        )
+        table = vectors.load(file)[name].astype(np.float64)
         values, first = np.unique(table, return_index=True)
         return Grid(values, first, is_table=True)
     if qtype in _FLOATS:
