@@ -4,7 +4,7 @@ Layers; imports point down only:
 
     linen, nnx, io    5  Flax layers; checkpoints (loaded on first use)
     transform         4  make_plan, quantize_params, quantized, calibrate, shardings
-    ptq               3  quantizers: rtn
+    ptq               3  quantizers: rtn, clipped, gptq
     recipes           3  named OpSpecs
     ops               2  quantized primitives: dot_general, einsum, conv_general_dilated, take
     core              1  QuantSpec, QTensor, quantize, dequantize, fake_quant, observers

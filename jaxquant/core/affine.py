@@ -28,7 +28,18 @@ from jaxquant.core.observers import array_absmax
 from jaxquant.core.qtensor import QTensor, cast, from_codes, scale_values
 from jaxquant.core.specs import QuantSpec
 
-__all__ = ["Encoded", "encode", "has_nan", "prepare", "quantize", "roundtrip", "scale_zero_point"]
+__all__ = [
+    "Encoded",
+    "affine",
+    "encode",
+    "has_nan",
+    "minor_axes",
+    "nearest",
+    "prepare",
+    "quantize",
+    "roundtrip",
+    "scale_zero_point",
+]
 
 
 def _compute_dtype(x: jax.Array) -> Any:
@@ -78,9 +89,7 @@ def _e4m3_scale(absmax: jax.Array, qmax: float, top: jax.Array | None) -> QTenso
     return QTensor(local, unit, None, qtype="float8_e4m3fn", dtype=jnp.float32)
 
 
-def _affine(
-    lo: jax.Array, hi: jax.Array, spec: QuantSpec, top: jax.Array | None = None
-) -> tuple[Any, jax.Array | None]:
+def affine(lo: jax.Array, hi: jax.Array, spec: QuantSpec, top: jax.Array | None = None) -> tuple[Any, jax.Array | None]:
     """`scale_zero_point` without the checks."""
     info, dtype = spec.type, np.dtype(spec.scale_dtype or np.float32)
     if spec.symmetric:
@@ -140,7 +149,7 @@ def scale_zero_point(lo: Any, hi: Any, spec: QuantSpec) -> tuple[Any, jax.Array 
             raise quant_error("scale_zero_point", "the range must be finite", todo=todo, lo=lo, hi=hi)
         if np.any(np.asarray(lo) > np.asarray(hi)):
             raise quant_error("scale_zero_point", "lo must not exceed hi", todo="Swap them", lo=lo, hi=hi)
-    return _affine(lo, hi, spec)
+    return affine(lo, hi, spec)
 
 
 # -- codes ---------------------------------------------------------------------------------------------------------
@@ -168,6 +177,11 @@ def _scaled(x: jax.Array, s: jax.Array, z: jax.Array | None, spec: QuantSpec, *,
     return v if z is None else (jnp.rint(v) if exact else v) + z
 
 
+def nearest(x: jax.Array, s: jax.Array, z: jax.Array | None, spec: QuantSpec) -> jax.Array:
+    """The grid value nearest to ``x / s + z``, for a scale and an integer zero point (or None) in x's dtype."""
+    return round_to_grid(_scaled(x, s, z, spec, exact=True), spec.type)
+
+
 def roundtrip(spec: QuantSpec, top: jax.Array | None = None) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """``(x, lo, hi) -> x``, quantized and dequantized with that range: what calibrators measure the error of.
 
@@ -176,10 +190,10 @@ def roundtrip(spec: QuantSpec, top: jax.Array | None = None) -> Callable[[jax.Ar
     """
 
     def there_and_back(values: jax.Array, lo: jax.Array, hi: jax.Array) -> jax.Array:
-        scale, zero_point = _affine(lo, hi, spec, top)
+        scale, zero_point = affine(lo, hi, spec, top)
         s = scale_values(scale).astype(values.dtype)
         z = None if zero_point is None else zero_point.astype(values.dtype)
-        v = round_to_grid(_scaled(values, s, z, spec, exact=True), spec.type)
+        v = nearest(values, s, z, spec)
         return v * s if z is None else (v - z) * s
 
     return there_and_back
@@ -202,7 +216,7 @@ def encode(
         top = array_absmax(x) if spec.type.scale_format == "e4m3" and spec.observer.clips else None
         step = roundtrip(spec, top)
         lo, hi = spec.observer.range(view.split(x), view.axes, symmetric=spec.symmetric, roundtrip=step)
-        scale, zero_point = _affine(view.join_scale(lo), view.join_scale(hi), spec, top)
+        scale, zero_point = affine(view.join_scale(lo), view.join_scale(hi), spec, top)
     s = _real(view, scale_values(scale), dtype)
     z = None if zero_point is None else _real(view, zero_point, dtype)
     noise = None if key is None else jax.random.uniform(key, xv.shape, dtype)
@@ -268,11 +282,11 @@ def _quantize(x, scale, zero_point, key, *, spec: QuantSpec, axes: tuple[int, ..
     encoded = encode(lax.stop_gradient(x), spec, axes, scale, zero_point, key)
     codes = codes_of(encoded.values, spec.type)
     return from_codes(
-        codes, encoded.scale, encoded.zero_point, qtype=spec.qtype, dtype=x.dtype, minor=_minor(axes, x.ndim)
+        codes, encoded.scale, encoded.zero_point, qtype=spec.qtype, dtype=x.dtype, minor=minor_axes(axes, x.ndim)
     )
 
 
-def _minor(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+def minor_axes(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
     """Axes to store last; () where they are last already."""
     return () if axes == tuple(range(-len(axes), 0)) or len(axes) == ndim else axes
 

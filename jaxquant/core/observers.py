@@ -312,7 +312,7 @@ _RATIOS = tuple(0.95**k for k in range(90))  # 1 down to 0.01
 _REFINEMENTS = 8
 
 
-def _least_error(evaluate: Callable[[jax.Array, jax.Array], Range], lo: jax.Array, hi: jax.Array, both: bool) -> Range:
+def least_error(evaluate: Callable[[jax.Array, jax.Array], Range], lo: jax.Array, hi: jax.Array, both: bool) -> Range:
     """The clip of least squared error, per block.
 
     Args:
@@ -378,7 +378,7 @@ class MSE(_Histogram):
         absmax = _absmax(x, axes)
         lo, hi = (-absmax, absmax) if symmetric else _minmax(x, axes)
         unit = jnp.where(absmax > 0, absmax, 1)
-        return _least_error(_evaluator(x, None, axes, unit, roundtrip), lo, hi, both=not symmetric)
+        return least_error(_evaluator(x, None, axes, unit, roundtrip), lo, hi, both=not symmetric)
 
     def result(self, state, *, symmetric, roundtrip):
         lo, hi = self._minmax(state)
@@ -387,7 +387,7 @@ class MSE(_Histogram):
             lo = -hi
         unit = jnp.where(state["span"] > 0, state["span"], 1)[..., None]
         evaluate = _evaluator(self._centers(state), state["counts"], (-1,), unit, roundtrip)
-        lo, hi = _least_error(evaluate, lo[..., None], hi[..., None], both=not symmetric)
+        lo, hi = least_error(evaluate, lo[..., None], hi[..., None], both=not symmetric)
         return lo[..., 0], hi[..., 0]
 
 

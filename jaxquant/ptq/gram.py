@@ -1,0 +1,93 @@
+"""The Gram matrix of a layer's inputs, made fit for quantizers.
+
+With ``H = sum x x^T`` over the calibration rows, the squared error of a layer's outputs is
+``sum |x^T (W - Q)|^2 = tr((W - Q)^T H (W - Q))``: all that the quantizers need to know of the data.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.core.errors import quant_error
+from jaxquant.ptq.layer import Layer
+
+__all__ = ["damped", "gram_of", "inverse_factor", "normal"]
+
+
+def gram_of(function: str, stats: Any, layer: Layer) -> tuple[Layer, jax.Array]:
+    """The Gram matrix in what `calibrate` has collected, [batch, channels, channels], and the layer with that batch.
+
+    Raises:
+      QuantError: if it is missing, of another size, or (where it is concrete) holds NaN or inf.
+    """
+    known = stats.get("gram") if isinstance(stats, dict) else None
+    gram = known.get("gram") if isinstance(known, dict) else None
+    if gram is None:
+        raise quant_error(
+            function,
+            "needs the Gram matrix of the inputs",
+            todo='Pass stats=calibrate(fn, plan, params, batches, collect={"gram": statistics.Gram()})',
+            stats=tuple(stats) if isinstance(stats, dict) else stats,
+        )
+    gram = jnp.asarray(gram)
+    if gram.ndim != 3 or gram.shape[1] != gram.shape[2] or layer.length % gram.shape[1]:
+        raise quant_error(
+            function,
+            f"the Gram matrix must be [batch, channels, channels] for {layer.length} contracted elements",
+            todo="Take the statistics of this very weight",
+            shape=gram.shape,
+        )
+    if not isinstance(gram, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(gram))):
+        todo = "Find the batch that holds NaN or inf, or inputs beyond 1e19, whose squares overflow"
+        raise quant_error(function, "the Gram matrix must be finite", todo=todo, gram=gram)
+    return layer.batched(function, gram.shape[0]), gram
+
+
+def normal(gram: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
+    """``(H, alive)``: a Gram matrix [channels, channels] with mean diagonal 1, for all contracted elements.
+
+    Only its direction matters, so that inputs of any magnitude do. Dead inputs, that no row has excited, get a diagonal
+    of 1 and nothing beside it: their weights are rounded to nearest. A convolution's inputs are known per channel: each
+    tap gets the same block, and what correlates neighbouring taps is left out.
+    """
+    gram = gram.astype(jnp.float32)
+    diagonal = jnp.diagonal(gram)
+    alive = ~(diagonal <= 0)  # NaN counts as alive, so that it spreads
+    unit = jnp.sum(jnp.where(alive, diagonal, 0)) / jnp.maximum(jnp.sum(alive), 1)
+    h = gram / jnp.where(unit > 0, unit, 1)
+    h = jnp.where(alive[:, None] & alive[None], h, 0) + jnp.diag(jnp.where(alive, 0.0, 1.0))
+    taps = layer.length // gram.shape[0]
+    if taps > 1:
+        h, alive = jnp.kron(jnp.eye(taps, dtype=h.dtype), h), jnp.tile(alive, taps)
+    return h, alive
+
+
+def damped(h: jax.Array, damping: Any) -> jax.Array:
+    """``H + damping * I``: in units of the mean diagonal, which is 1."""
+    return h + damping * jnp.eye(h.shape[0], dtype=h.dtype)
+
+
+def inverse_factor(h: jax.Array, damping: float) -> jax.Array:
+    """The upper triangular R with ``R^T R = (H + damping I)^-1``; the damping grows tenfold until H can be factored.
+
+    R is the inverse of U in ``H = U U^T``, and U the Cholesky factor of H with rows and columns in reverse order: one
+    factorization and one triangular inverse, where inverting H and factoring again takes three. After 8 attempts (a
+    damping of 1e5 where the first was 0.01) R is NaN, which only NaN in H can bring about.
+    """
+    reverse, eye = h[::-1, ::-1], jnp.eye(h.shape[0], dtype=h.dtype)
+
+    def attempt(state: Any) -> Any:
+        count, _ = state
+        return count + 1, jnp.linalg.cholesky(reverse + damping * 10.0**count * eye)
+
+    def failed(state: Any) -> jax.Array:
+        count, lower = state
+        return (count < 8) & ~jnp.all(jnp.isfinite(lower))
+
+    _, lower = lax.while_loop(failed, attempt, (jnp.float32(0), jnp.full_like(h, jnp.nan)))
+    return lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)[::-1, ::-1]

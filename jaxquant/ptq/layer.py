@@ -1,0 +1,203 @@
+"""A weight as the quantizers that use data work on it: a matrix [contracted, rows], in groups, on a grid.
+
+Every weight becomes ``[batch, contracted, rows]``, whatever its rank and axes; a column of it is one output. The scales
+become ``[batch, groups, rows]``. Batch axes are those that the weight shares with its input, such as experts, each of
+which has its own statistics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.core.affine import affine, has_nan, minor_axes, nearest, prepare, quantize
+from jaxquant.core.blocks import block_shape, scale_shape
+from jaxquant.core.codec import codes_of, values_of
+from jaxquant.core.errors import quant_error
+from jaxquant.core.qtensor import QTensor, from_codes, scale_values
+from jaxquant.core.specs import QuantSpec
+
+__all__ = ["Layer", "Steps"]
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.argsort(order))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The place of a weight's axes in ``[batch, contracted, rows]``.
+
+    Attributes:
+      shape: the weight's shape.
+      axes: its reduced axes, sorted, counted from the end.
+      spec: how it is quantized.
+      batch: independent matrices, each with statistics of its own.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    spec: QuantSpec
+    batch: int = 1
+
+    @classmethod
+    def of(cls, function: str, w: Any, spec: QuantSpec, reduce_axes: Any) -> tuple[Layer, jax.Array]:
+        """The layer of a weight, and the weight as an array; raises what `quantize` raises."""
+        w, axes, _, _ = prepare(function, w, spec, reduce_axes, None, None, None)
+        if has_nan(w):
+            todo = "Find where it comes from; NaN has no code"
+            raise quant_error(function, "NaN cannot be quantized", todo=todo, w=w)
+        if not axes:
+            todo = "Use rtn, or name the contracted axes"
+            raise quant_error(function, "needs at least one reduced axis", todo=todo, reduce_axes=axes, shape=w.shape)
+        return cls(tuple(w.shape), axes, spec), w
+
+    def batched(self, function: str, batch: int) -> Layer:
+        """This layer, with statistics for each of ``batch`` matrices."""
+        layer = dataclasses.replace(self, batch=batch)
+        if not layer._is_leading() and (layer._rows() % batch or self.spec.granularity == "per_tensor"):
+            raise quant_error(
+                function,
+                "the batch of the statistics must be the leading axes of the weight, or divide its outputs",
+                todo="Take the statistics of this very weight",
+                batch=batch,
+                shape=self.shape,
+            )
+        return layer
+
+    def _is_leading(self) -> bool:
+        """Whether the batch is leading axes of the weight; else it is groups of its outputs, as in a convolution."""
+        return math.prod(self.shape[i] for i in self._batch_axes()) == self.batch
+
+    def _rows(self) -> int:
+        return math.prod(self.shape) // self.length
+
+    def _batch_axes(self) -> tuple[int, ...]:
+        ndim, found, size = len(self.shape), [], 1
+        for i in range(ndim):
+            if size == self.batch or i - ndim in self.axes:
+                break
+            found.append(i)
+            size *= self.shape[i]
+        return tuple(found)
+
+    def _order(self) -> tuple[int, ...]:
+        ndim, batch = len(self.shape), self._batch_axes() if self._is_leading() else ()
+        reduced = tuple(a + ndim for a in self.axes)
+        return batch + reduced + tuple(i for i in range(ndim) if i not in batch + reduced)
+
+    @property
+    def length(self) -> int:
+        """Contracted elements of each output."""
+        return math.prod(self.shape[a] for a in self.axes)
+
+    @property
+    def group(self) -> int:
+        """Consecutive contracted elements that share a scale."""
+        return self.spec.group_size or self.length
+
+    @property
+    def shared(self) -> bool:
+        """Whether there is one scale for the whole array, or a factor of all scales, so that none is on its own."""
+        return self.spec.granularity == "per_tensor" or self.spec.type.scale_format == "e4m3"
+
+    def _apart(self, x: jax.Array, shape: tuple[int, ...], length: int) -> jax.Array:
+        """An array of ``shape``, with ``length`` entries along the reduced axes, as [batch, length, rows]."""
+        x = jnp.transpose(x.reshape(shape), self._order())
+        if self._is_leading():
+            return x.reshape(self.batch, length, -1)
+        return jnp.moveaxis(x.reshape(length, self.batch, -1), 0, 1)
+
+    def _together(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        order = self._order()
+        if not self._is_leading():
+            x = jnp.moveaxis(x, 0, 1)
+        return jnp.transpose(x.reshape([shape[i] for i in order]), _inverse(order))
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """The weight, or codes of its shape, as ``[batch, contracted, rows]``."""
+        return self._apart(x, self.shape, self.length)
+
+    def join(self, x: jax.Array) -> jax.Array:
+        """Inverse of `split`."""
+        return self._together(x, self.shape)
+
+    def _scale_shape(self) -> tuple[int, ...]:
+        return scale_shape(self.shape, block_shape(self.shape, self.spec.granularity, self.spec.group_size, self.axes))
+
+    def split_scale(self, scale: Any) -> jax.Array:
+        """Scales or zero points of a `QTensor` as ``[batch, groups, rows]``, in float32."""
+        scale = scale_values(scale) if isinstance(scale, QTensor) else scale.astype(jnp.float32)
+        if self.spec.granularity == "per_tensor":
+            return jnp.broadcast_to(scale.reshape(1, 1, 1), (self.batch, 1, self._rows() // self.batch))
+        return self._apart(scale, self._scale_shape(), self.length // self.group)
+
+    def join_scale(self, scale: jax.Array) -> jax.Array:
+        """Inverse of `split_scale`."""
+        if self.spec.granularity == "per_tensor":
+            return scale.reshape(-1)[0].reshape(self._scale_shape())
+        return self._together(scale, self._scale_shape())
+
+    def values(self, q: QTensor) -> tuple[jax.Array, Steps]:
+        """Grid values and steps of a weight that is quantized."""
+        scale = self.split_scale(q.scale)
+        zero = jnp.zeros_like(scale) if q.zero_point is None else self.split_scale(q.zero_point)
+        return self.split(values_of(q.logical_codes(), q.type, jnp.float32)), Steps(scale, zero)
+
+    def nearest(self, w: jax.Array) -> QTensor:
+        """The weight rounded to nearest, with the range that its spec gives."""
+        return quantize(w, self.spec, reduce_axes=self.axes)
+
+    def qtensor(self, values: jax.Array, steps: Steps, dtype: Any, scale: Any = None) -> QTensor:
+        """The `QTensor` of grid values and their steps; ``scale`` is what holds them where they are quantized."""
+        spec = self.spec
+        if not isinstance(scale, QTensor):
+            scale = self.join_scale(steps.scale).astype(stored_scale(spec))
+        zero_point = None if spec.symmetric else self.join_scale(steps.zero).astype(spec.type.code_dtype)
+        codes = codes_of(self.join(values), spec.type)
+        minor = minor_axes(self.axes, len(self.shape))
+        return from_codes(codes, scale, zero_point, qtype=spec.qtype, dtype=dtype, minor=minor)
+
+    def map(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """``fn`` of each matrix, one after the other: the working memory is that of one."""
+        if self.batch == 1:
+            return jax.tree.map(lambda x: x[None], fn(*(jax.tree.map(lambda x: x[0], a) for a in args)))
+        return jax.lax.map(lambda a: fn(*a), args)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Scales, and zero points in units of them (0 where there are none), in float32 and of one shape."""
+
+    scale: jax.Array
+    zero: jax.Array
+
+    @classmethod
+    def of_range(cls, lo: jax.Array, hi: jax.Array, spec: QuantSpec) -> Steps:
+        """The steps that cover ranges, rounded to what the spec stores."""
+        scale, zero_point = affine(lo, hi, spec)
+        scale = scale_values(scale)
+        return cls(scale, jnp.zeros_like(scale) if zero_point is None else zero_point.astype(scale.dtype))
+
+    def round(self, x: jax.Array, spec: QuantSpec) -> jax.Array:
+        """The nearest grid value of each element."""
+        return nearest(x, self.scale, None if spec.symmetric else self.zero, spec)
+
+    def real(self, values: jax.Array) -> jax.Array:
+        """What grid values stand for."""
+        return (values - self.zero) * self.scale
+
+    def __getitem__(self, index: Any) -> Steps:
+        return Steps(self.scale[index], self.zero[index])
+
+
+def stored_scale(spec: QuantSpec) -> Any:
+    """The dtype in which the scales of a spec are stored, unless they are quantized themselves."""
+    return jnp.float8_e8m0fnu if spec.type.scale_format == "e8m0" else jnp.dtype(spec.scale_dtype or jnp.float32)
