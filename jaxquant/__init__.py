@@ -3,8 +3,8 @@
 Layers; imports point down only:
 
     linen, nnx, io    5  Flax layers; checkpoints (loaded on first use)
-    transform         4  make_plan, quantize_params, quantized, calibrate, shardings
-    ptq               3  quantizers: rtn, clipped, gptq
+    transform         4  make_plan, quantize_params, quantized, calibrate, scale_pairs, precondition, shardings
+    ptq               3  quantizers: rtn, clipped, gptq; what transforms are made of: scales, bases
     recipes           3  named OpSpecs
     ops               2  quantized primitives: dot_general, einsum, conv_general_dilated, take
     core              1  QuantSpec, QTensor, quantize, dequantize, fake_quant, observers
@@ -24,13 +24,23 @@ from jaxquant.core.specs import OpRule, OpSpec, QuantSpec, Rule
 from jaxquant.transform import (
     Plan,
     act_state,
+    awq,
+    awq_bases,
     calibrate,
     dequantize_params,
+    equalize,
     make_plan,
     merge_stats,
+    precondition,
+    precondition_params,
     quantize_params,
     quantized,
+    rescale,
+    rotations,
+    scale_pairs,
     shardings,
+    smooth_bases,
+    smoothquant,
     statistics,
 )
 
@@ -48,10 +58,13 @@ __all__ = [
     "QuantSpec",
     "Rule",
     "act_state",
+    "awq",
+    "awq_bases",
     "calibrate",
     "dequantize",
     "dequantize_params",
     "dtype_table",
+    "equalize",
     "fake_quant",
     "io",
     "linen",
@@ -60,14 +73,21 @@ __all__ = [
     "nnx",
     "observers",
     "ops",
+    "precondition",
+    "precondition_params",
     "ptq",
     "qat",
     "quantize",
     "quantize_params",
     "quantized",
     "recipes",
+    "rescale",
+    "rotations",
+    "scale_pairs",
     "scale_zero_point",
     "shardings",
+    "smooth_bases",
+    "smoothquant",
     "statistics",
 ]
 

@@ -5,10 +5,18 @@ A *quantizer* is ``method(w, spec, *, reduce_axes, stats=None) -> QTensor``; `qu
     rtn      round to nearest, with the range that the spec's calibration gives
     clipped  round to nearest, with the range of least output error
     gptq     round in turn, each error made up for by the weights still to come
+
+A *basis* is a change of basis of a weight's input channels, before it is quantized; see `jaxquant.precondition`.
+
+    bases    ChannelScale, Rotation
+    scaling  smooth_scale, awq_scale: how much to scale the channels
 """
 
+from jaxquant.ptq import bases
+from jaxquant.ptq.bases import ChannelScale, Rotation
 from jaxquant.ptq.clipped import clipped
 from jaxquant.ptq.gptq import gptq
 from jaxquant.ptq.rtn import rtn
+from jaxquant.ptq.scaling import awq_scale, smooth_scale
 
-__all__ = ["clipped", "gptq", "rtn"]
+__all__ = ["ChannelScale", "Rotation", "awq_scale", "bases", "clipped", "gptq", "rtn", "smooth_scale"]

@@ -5,6 +5,9 @@ quantize_params  float leaves -> QTensors
 quantized        fn -> fn in low precision
 calibrate        statistics of the inputs of planned weights; act_state: static ranges from them;
                  merge_stats: of several hosts
+precondition     a function whose weights are multiplied in another basis; precondition_params
+scale_pairs      the per-channel scales that can move from one parameter to another; rescale
+smoothquant      scales on input channels, along such pairs (also awq, equalize) or online (.._bases, rotations)
 shardings        where the arrays of QTensors lie, from where the float params lie
 """
 
@@ -16,20 +19,34 @@ from jaxquant.transform import statistics
 from jaxquant.transform import views as views
 from jaxquant.transform.calibrate import act_state, calibrate, merge_stats
 from jaxquant.transform.make_plan import make_plan
+from jaxquant.transform.pairs import ScalePair, rescale, scale_pairs
 from jaxquant.transform.params import dequantize_params, quantize_params
 from jaxquant.transform.plan import Plan
+from jaxquant.transform.precondition import precondition, precondition_params
 from jaxquant.transform.quantized import quantized
 from jaxquant.transform.shardings import shardings
+from jaxquant.transform.smoothing import awq, awq_bases, equalize, rotations, smooth_bases, smoothquant
 
 __all__ = [
     "Plan",
+    "ScalePair",
     "act_state",
+    "awq",
+    "awq_bases",
     "calibrate",
     "dequantize_params",
+    "equalize",
     "make_plan",
     "merge_stats",
+    "precondition",
+    "precondition_params",
     "quantize_params",
     "quantized",
+    "rescale",
+    "rotations",
+    "scale_pairs",
     "shardings",
+    "smooth_bases",
+    "smoothquant",
     "statistics",
 ]

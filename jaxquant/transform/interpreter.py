@@ -185,6 +185,7 @@ class Interpreter:
       collect: ``(item, inputs) -> statistics`` of the inputs of a planned operation; None: collect nothing.
       merge: ``(path, a, b) -> statistics`` of two uses.
       products: products of two activations that are looked for; None: none are.
+      entering: ``(weight, x, channel axes of x) -> x``, applied to the input of each product with a planned weight.
     """
 
     def __init__(
@@ -196,10 +197,11 @@ class Interpreter:
         collect: Callable[..., Any] | None = None,
         merge: Callable[[str, Any, Any], Any] | None = None,
         products: Products | None = None,
+        entering: Callable[[Weight, jax.Array, tuple[int, ...]], jax.Array] | None = None,
     ):
         self.items: dict[str, Item] = {item.path: item for item in plan.items} if plan is not None else {}
         self.precision, self.planning = precision, planning
-        self.collect, self.merge = collect, merge
+        self.collect, self.merge, self.entering = collect, merge, entering
         self.products = products
         self.scope = ""  # of the jaxpr that runs
         self.uses: list[Use] = []

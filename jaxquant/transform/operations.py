@@ -82,6 +82,8 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
         return bind(eqn, operands)
     operands[side] = interpreter.operand(weight)
     channels = [i for _, i in sorted(zip(contract[side], contract[1 - side], strict=True), key=weight_order(weight))]
+    if interpreter.entering is not None:
+        operands[1 - side] = x = interpreter.entering(weight, x, tuple(channels))
     rows = Axes.of(len(eqn.invars[1 - side].aval.shape), tuple(batch[1 - side]), tuple(channels))
     act = _activation(interpreter, weight, x, lambda item: _inputs(item, rows.flatten(x)))
     if not isinstance(operands[side], QTensor) and not act:
@@ -297,6 +299,8 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
     if not interpreter.planned(weight, (1,)):
         return bind(eqn, [x, interpreter.real(weight), *values[2:]])
     experts = interpreter.operand(weight)
+    if interpreter.entering is not None:
+        x = interpreter.entering(weight, x, (1,))
     act = _activation(interpreter, weight, x, lambda item: _inputs(item, x[None], lambda: _by_expert(x, sizes)))
     if not isinstance(experts, QTensor) and not act:
         return bind(eqn, [x, experts, *values[2:]])

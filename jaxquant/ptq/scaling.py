@@ -1,0 +1,103 @@
+"""How much to scale the input channels of weights before they are quantized: SmoothQuant's rule and AWQ's search.
+
+Both give positive scales s for ``x @ w = (x / s) @ (s * w)``, one per input channel, for one weight or for several that
+share an input. Where the scales go is not decided here: `jaxquant.rescale` fuses them into neighbours,
+`jaxquant.precondition` applies them online.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import QuantSpec
+from jaxquant.ptq.rtn import rtn
+
+__all__ = ["awq_scale", "smooth_scale"]
+
+
+def smooth_scale(absmax: jax.Array, weights: Sequence[jax.Array], *, alpha: float = 0.5) -> jax.Array:
+    """``s = max|x| ** alpha / max|w| ** (1 - alpha)`` per channel: moves outliers from activations into weights.
+
+    Args:
+      absmax: of each channel of the input, [channels].
+      weights: those that share the input, each [channels, outputs].
+      alpha: 1 moves all of the activations' range into the weights, 0 the weights' into the activations.
+
+    Returns:
+      Scales [channels], at least 1e-5. A channel in which input or weights are all zero gets 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxquant.ptq import smooth_scale
+      >>> smooth_scale(jnp.array([100.0, 1.0]), [jnp.array([[1.0], [0.25]])])
+      Array([10.,  2.], dtype=float32)
+
+    Source: Xiao et al. 2022 (arXiv:2211.10438), equation 4.
+    """
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(w), axis=1) for w in weights]), axis=0)
+    alive = (absmax > 0) & (largest > 0)
+    scale = jnp.where(alive, absmax, 1.0) ** alpha / jnp.where(alive, largest, 1.0) ** (1 - alpha)
+    return jnp.where(alive, jnp.maximum(scale, 1e-5), 1.0)
+
+
+def awq_scale(
+    weights: Sequence[jax.Array],
+    specs: Sequence[QuantSpec],
+    stats: Any,
+    *,
+    method: Callable[..., QTensor] = rtn,
+    ratios: int = 20,
+) -> jax.Array:
+    """The scales of least output error among ``s = mean|x| ** r / mean|w| ** (1 - r)`` and ``mean|x| ** r``.
+
+    For each r of 0, 1 / ratios, ..: quantize ``s * w``, and take the r with the least
+    ``sum |x (w - Q(s w) / s)|^2 = tr(e^T H e)``, H being the Gram matrix of the inputs. r = 0 of the second family is
+    no scaling at all, so the result is never worse than that.
+
+    Args:
+      weights: those that share the input, each [channels, outputs].
+      specs: how each is quantized.
+      stats: of the input: ``"gram"`` and ``"mean"`` as `calibrate` collects them with ``Gram`` and ``ChannelMean``.
+      method: the quantizer to search for.
+      ratios: how many r.
+
+    Returns:
+      Scales [channels], their geometric mean of least and largest 1.
+
+    Source: Lin et al. 2023 (arXiv:2306.00978), equation 5, and the code of AutoAWQ 0.2.9 for the weights' mean
+      (normalised by the largest of each group). Differs from it: the error is that of the weights' own outputs by their
+      Gram matrix, in place of a whole module's on some tokens; both families of scales are tried.
+    """
+    gram = jnp.mean(stats["gram"]["gram"], axis=0)
+    mean = jnp.maximum(jnp.mean(stats["mean"]["abs_sum"], axis=0) / jnp.mean(stats["mean"]["rows"]), 1e-8)
+    parts = []
+    for w, spec in zip(weights, specs, strict=True):
+        size = spec.group_size or w.shape[0]
+        groups = jnp.abs(w).reshape(-1, size, w.shape[1])
+        largest = jnp.max(groups, axis=1, keepdims=True)
+        parts.append((groups / jnp.where(largest > 0, largest, 1.0)).reshape(w.shape))
+    w_mean = jnp.mean(jnp.concatenate(parts, axis=1), axis=1)
+
+    def scaled(r: jax.Array, duo: jax.Array) -> jax.Array:
+        s = mean**r / jnp.where(duo, w_mean ** (1 - r) + 1e-4, 1.0)
+        s = jnp.maximum(s, 1e-4)
+        return s / jnp.sqrt(jnp.max(s) * jnp.min(s))
+
+    def error(choice: tuple[jax.Array, jax.Array]) -> jax.Array:
+        s = scaled(*choice)[:, None]
+        total = jnp.zeros(())
+        for w, spec in zip(weights, specs, strict=True):
+            e = w - method(w * s, spec, reduce_axes=(-2,), stats=None).dequantize(jnp.float32) / s
+            total = total + jnp.sum(e * (gram @ e))
+        return total
+
+    r = jnp.arange(ratios) / ratios
+    choices = jnp.concatenate([r, r]), jnp.arange(2 * ratios) >= ratios
+    best = jnp.argmin(lax.map(error, choices))
+    return scaled(choices[0][best], choices[1][best])

@@ -1,0 +1,240 @@
+"""Scales on the input channels of planned weights, fused into their neighbours or as bases for `precondition`.
+
+smoothquant, awq, equalize       params -> params, along the pairs that `scale_pairs` has found: free at run time
+smooth_bases, awq_bases,         path -> `Basis` for every planned weight, whatever comes before it: `precondition`
+rotations                          applies them online
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.core.errors import quant_error
+from jaxquant.core.specs import QuantSpec
+from jaxquant.ptq.bases import Basis, ChannelScale, Rotation
+from jaxquant.ptq.scaling import awq_scale, smooth_scale
+from jaxquant.transform.pairs import Member, ScalePair, rescale
+from jaxquant.transform.paths import leaves_with_paths
+from jaxquant.transform.plan import Item, Plan
+
+__all__ = ["awq", "awq_bases", "equalize", "rotations", "smooth_bases", "smoothquant"]
+
+
+def _stat(function: str, stats: Mapping[str, Any], path: str, name: str) -> Any:
+    found = stats.get(path, {}).get(name)
+    if found is None:
+        kind = {"absmax": "ChannelAbsMax", "mean": "ChannelMean", "gram": "Gram"}[name]
+        todo = (
+            f'Pass collect={{"{name}": jq.statistics.{kind}(), ...}} to calibrate, over batches that reach the weight'
+        )
+        raise quant_error(function, f"there is no {name} of the inputs", todo=todo, path=path)
+    return found
+
+
+def _channels(item: Item) -> int:
+    return math.prod(item.shape[axis] for axis in item.reduce_axes)
+
+
+def _matrix(item: Item, w: jax.Array) -> jax.Array:
+    """One layer's weight as [channels, outputs]."""
+    first = tuple(range(len(item.reduce_axes)))
+    return jnp.moveaxis(w, item.reduce_axes, first).reshape(_channels(item), -1)
+
+
+def _layers(fn: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:
+    """A function of one layer as one of the whole stack; layer by layer, for the memory."""
+    for _ in stack:
+        fn = functools.partial(_mapped, fn)
+    return fn
+
+
+def _mapped(fn: Callable[..., Any], *args: Any) -> Any:
+    return jax.lax.map(lambda a: fn(*a), args)
+
+
+def _along(item: Item, member: Member, values: jax.Array) -> jax.Array:
+    """Values per input channel [.., channels] as values along one of the reduced axes (the largest over the rest)."""
+    shape = tuple(item.shape[axis] for axis in item.reduce_axes)
+    place = item.reduce_axes.index(member.axis)
+    split = values.reshape(*values.shape[:-1], *shape)
+    return jnp.max(split, axis=tuple(i - len(shape) for i in range(len(shape)) if i != place))
+
+
+def smoothquant(
+    params: Any, plan: Plan, pairs: Iterable[ScalePair], stats: Mapping[str, Any], *, alpha: float = 0.5
+) -> Any:
+    """Outliers moved from the activations into the weights: `smooth_scale` along every pair. The function stays.
+
+    Args:
+      params: float parameters.
+      plan: their plan.
+      pairs: from `scale_pairs`.
+      stats: from `calibrate`, with ``"absmax"``.
+      alpha: how much of the activations' range the weights take.
+
+    Returns:
+      The same tree.
+
+    Raises:
+      QuantError: if the statistics of a sink are missing.
+
+    Source: Xiao et al. 2022 (SmoothQuant, arXiv:2211.10438).
+    """
+    for pair in pairs:
+        leaves, _ = leaves_with_paths(params)
+        absmax, rows = [], []
+        for member in pair.sinks:
+            item = plan[member.path]
+            seen = jnp.max(_stat("smoothquant", stats, member.path, "absmax"), axis=-2)
+            absmax.append(_along(item, member, seen))
+            axes = tuple(i for i in range(-(len(item.shape) - item.stacked), 0) if i != member.axis)
+            rows.append(jnp.max(jnp.abs(jnp.asarray(leaves[member.path], jnp.float32)), axis=axes))
+        one = functools.partial(smooth_scale, alpha=alpha)
+        largest = functools.reduce(jnp.maximum, rows)
+        scale = _layers(lambda a, w, one=one: one(a, [w[:, None]]), pair.stack)(absmax[0], largest)
+        params = rescale(params, pair, scale)
+    return params
+
+
+def awq(params: Any, plan: Plan, pairs: Iterable[ScalePair], stats: Mapping[str, Any], *, ratios: int = 20) -> Any:
+    """Channels that matter scaled up before they are rounded: `awq_scale` along every pair. The function stays.
+
+    Args:
+      params: float parameters.
+      plan: their plan.
+      pairs: from `scale_pairs`. Sinks that contract several axes are left out.
+      stats: from `calibrate`, with ``"gram"`` and ``"mean"``.
+      ratios: how fine the search is.
+
+    Returns:
+      The same tree.
+
+    Raises:
+      QuantError: if the statistics of a sink are missing.
+
+    Source: Lin et al. 2023 (AWQ, arXiv:2306.00978).
+    """
+    for pair in pairs:
+        leaves, _ = leaves_with_paths(params)
+        sinks = [m for m in pair.sinks if len(plan[m.path].reduce_axes) == 1]
+        if not sinks:
+            continue
+        found = {name: _stat("awq", stats, sinks[0].path, name) for name in ("gram", "mean")}
+        items = [plan[m.path] for m in sinks]
+        specs = [_weight_spec("awq", item) for item in items]
+
+        def one(weights: list[jax.Array], known: Any, items: Any = items, specs: Any = specs) -> jax.Array:
+            matrices = [_matrix(item, w) for item, w in zip(items, weights, strict=True)]
+            return awq_scale(matrices, specs, known, ratios=ratios)
+
+        scale = jax.jit(_layers(one, pair.stack))([jnp.asarray(leaves[m.path]) for m in sinks], found)
+        params = rescale(params, pair, scale)
+    return params
+
+
+def _weight_spec(function: str, item: Item) -> QuantSpec:
+    if item.spec.weight is None:
+        raise quant_error(function, "the weight stays in float", todo="Plan it with a weight spec", path=item.path)
+    return item.spec.weight
+
+
+def equalize(params: Any, plan: Plan, pairs: Iterable[ScalePair], *, rounds: int = 10) -> Any:
+    """Ranges of channels made equal on both sides of every pair: cross-layer equalization. Needs no data.
+
+    ``s = sqrt(max|source| / max|sink|)`` per channel, where both are weights; repeated, since a weight is sink of one
+    pair and source of another. The function stays.
+
+    Args:
+      params: float parameters.
+      plan: their plan.
+      pairs: from `scale_pairs`; those whose sources are norms only are left alone.
+      rounds: how often.
+
+    Returns:
+      The same tree.
+
+    Source: Nagel et al. 2019 (Data-free quantization, arXiv:1906.04721), equations 9 to 11.
+    """
+    chosen = [(p, [m for m in p.sources if m.path in plan and m.power < 0]) for p in pairs]
+    for _ in range(rounds):
+        for pair, sources in chosen:
+            if not sources:
+                continue
+            leaves, _ = leaves_with_paths(params)
+            made = functools.reduce(jnp.maximum, [_ranges(leaves, pair, m) for m in sources])
+            used = functools.reduce(jnp.maximum, [_ranges(leaves, pair, m) for m in pair.sinks])
+            alive = (made > 0) & (used > 0)
+            scale = jnp.where(alive, jnp.sqrt(jnp.where(alive, made, 1.0) / jnp.where(alive, used, 1.0)), 1.0)
+            params = rescale(params, pair, scale)
+    return params
+
+
+def _ranges(leaves: Mapping[str, Any], pair: ScalePair, member: Member) -> jax.Array:
+    w = jnp.abs(jnp.asarray(leaves[member.path], jnp.float32))
+    return jnp.max(w, axis=tuple(i for i in range(-(w.ndim - len(pair.stack)), 0) if i != member.axis))
+
+
+def smooth_bases(params: Any, plan: Plan, stats: Mapping[str, Any], *, alpha: float = 0.5) -> dict[str, Basis]:
+    """`smooth_scale` for every planned product, to be applied online: path -> `ChannelScale`."""
+    leaves, _ = leaves_with_paths(params)
+    out: dict[str, Basis] = {}
+    for item in _products(plan):
+        absmax = jnp.max(_stat("smooth_bases", stats, item.path, "absmax"), axis=-2)
+        one = functools.partial(_smooth_one, item, alpha)
+        out[item.path] = ChannelScale(_layers(one, item.shape[: item.stacked])(absmax, jnp.asarray(leaves[item.path])))
+    return out
+
+
+def _smooth_one(item: Item, alpha: float, absmax: jax.Array, w: jax.Array) -> jax.Array:
+    return smooth_scale(absmax, [_matrix(item, w)], alpha=alpha)
+
+
+def awq_bases(params: Any, plan: Plan, stats: Mapping[str, Any], *, ratios: int = 20) -> dict[str, Basis]:
+    """`awq_scale` for every planned product, to be applied online: path -> `ChannelScale`."""
+    leaves, _ = leaves_with_paths(params)
+    out: dict[str, Basis] = {}
+    for item in _products(plan):
+        known = {name: _stat("awq_bases", stats, item.path, name) for name in ("gram", "mean")}
+        one = functools.partial(_awq_one, item, ratios)
+        w = jnp.asarray(leaves[item.path])
+        out[item.path] = ChannelScale(jax.jit(_layers(one, item.shape[: item.stacked]))(w, known))
+    return out
+
+
+def _awq_one(item: Item, ratios: int, w: jax.Array, known: Any) -> jax.Array:
+    return awq_scale([_matrix(item, w)], [_weight_spec("awq_bases", item)], known, ratios=ratios)
+
+
+def rotations(plan: Plan, key: jax.Array) -> dict[str, Basis]:
+    """A random `Rotation` for every planned product: path -> `Rotation`.
+
+    Weights get the same rotation whenever the key and their path are the same.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> params, x = {"w": jnp.ones((8, 4))}, jnp.ones((1, 8))
+      >>> plan = jq.make_plan(lambda p, x: x @ p["w"], params, x, rules=[jq.Rule("w", recipes.w8a8())])
+      >>> jq.rotations(plan, jax.random.key(0))["w"].channels
+      8
+
+    Source: Ashkboos et al. 2024 (QuaRot, arXiv:2404.00456); here every rotation is online, so the norms stay as they
+    are.
+    """
+    out: dict[str, Basis] = {}
+    for item in _products(plan):
+        own = jax.random.fold_in(key, zlib.crc32(item.path.encode()))
+        out[item.path] = Rotation.random(own, _channels(item), item.shape[: item.stacked])
+    return out
+
+
+def _products(plan: Plan) -> list[Item]:
+    """Weights that can have a basis."""
+    return [item for item in plan.items if item.op in ("dot_general", "ragged_dot")]
