@@ -13,7 +13,7 @@ def assert_same(a, b):
     if isinstance(a, jq.QTensor):
         assert isinstance(b, jq.QTensor)
         assert (a.qtype, a.dtype, a.minor, a.length, a.shape) == (b.qtype, b.dtype, b.minor, b.length, b.shape)
-        for name in ("codes", "scale", "zero_point"):
+        for name in ("codes", "scale", "zero_point", "offset", "permutation"):
             assert_same(getattr(a, name), getattr(b, name))
     elif isinstance(a, dict):
         assert type(b) is dict

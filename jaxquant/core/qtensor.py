@@ -16,7 +16,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.packing import pack, unpack
 from jaxquant.core.qtypes import QTYPES, QType
 
-__all__ = ["LEAVES", "QTensor", "cast", "dequantize", "from_codes", "scale_values"]
+__all__ = ["LEAVES", "QTensor", "cast", "dequantize", "flat", "from_codes", "scale_values"]
 
 #: The fields of a QTensor that are arrays (or None, or a QTensor).
 LEAVES = ("codes", "scale", "zero_point", "offset", "permutation")
@@ -59,7 +59,7 @@ class QTensor:
       zero_point: the code of real 0, an integer array of the scale's shape, or None. Some imported formats have floats;
         ``q - zero_point`` is then rounded to their dtype, as the format's own library does.
       offset: real units added to each block (formats that store minima instead of zero points), a float array of the
-        scale's shape, or None. The product is rounded to its dtype before it is added.
+        scale's shape, or a QTensor, or None. The product is rounded to its dtype before it is added.
       permutation: where columns were reordered to make groups consecutive (GPTQ's act-order): stored position j along
         the last stored axis holds the logical element ``permutation[j]``. Of the logical rank, with size 1 on the other
         axes unless the tensor is stacked; or None.
@@ -186,10 +186,13 @@ class QTensor:
                 return value
             return move(jnp.repeat(value, n // value.shape[axis], axis=axis))
 
-        scale = self.scale if self.scale.shape[axis] == 1 else spread(scale_values(self.scale))
+        def whole(value: Any) -> Any:
+            return value if value is None or value.shape[axis] == 1 else spread(flat(value))
+
+        scale, offset = whole(self.scale), whole(self.offset)
         rest = {"qtype": self.qtype, "dtype": self.dtype, "minor": self.minor}
         codes = move(self.logical_codes())
-        return from_codes(codes, scale, spread(self.zero_point), spread(self.offset), **rest)
+        return from_codes(codes, scale, spread(self.zero_point), offset, **rest)
 
     def __repr__(self) -> str:
         try:
@@ -262,6 +265,11 @@ def _unpermute(x: jax.Array, permutation: jax.Array, axis: int) -> jax.Array:
     return jnp.take_along_axis(x, place, axis=axis)
 
 
+def flat(value: Any) -> Any:
+    """A per-block value as an array: what it stands for where it is quantized itself."""
+    return dequantize(value) if isinstance(value, QTensor) else value
+
+
 def scale_values(scale: Any) -> jax.Array:
     """The real scales of a QTensor's ``scale`` field, quantized or not, in at least float32."""
     if isinstance(scale, QTensor):
@@ -326,7 +334,7 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
         values = _rounded(values - view.split_scale(q.zero_point).astype(compute), q.zero_point.dtype)
     values = values * view.split_scale(scale_values(q.scale)).astype(compute)
     if q.offset is not None:
-        values = _rounded(values, q.offset.dtype) + view.split_scale(q.offset).astype(compute)
+        values = _rounded(values, q.offset.dtype) + view.split_scale(scale_values(q.offset)).astype(compute)
     values = cast(view.join(values), out)
     return values if q.permutation is None else _unpermute(values, q.permutation, q.stored_order[-1])
 

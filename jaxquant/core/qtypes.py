@@ -4,7 +4,8 @@ Three kinds of grid share the law ``x ~ (grid(code) - zero_point) * scale``:
 
 - ``"int"``: the grid is the integers ``qmin .. qmax``;
 - ``"float"``: the grid is a small floating-point format (fp8, fp4), symmetric about 0;
-- ``"table"``: the grid is a list of 2**bits values in [-1, 1] (nf4, bitsandbytes' fp4 and its dynamic 8-bit map).
+- ``"table"``: the grid is a list of 2**bits values (nf4, bitsandbytes' fp4 and its dynamic 8-bit map, in [-1, 1];
+  ggml's iq4_nl, integers).
 
 The block formats (mxfp8, mxfp4, nvfp4) are a float grid together with a group size and a format for the scales.
 To add a number type, add one entry to ``QTYPES``; `jaxquant.core.codec` handles the kinds.
@@ -47,6 +48,9 @@ _BNB_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 _BNB_FP4 = tuple(
     float(np.float32(sign) * np.float32(v) / np.float32(12)) for sign in (1, -1) for v in _BNB_FP4_TWELFTHS
 )
+
+# ggml's grid for IQ4_NL and IQ4_XS (kvalues_iq4nl).
+_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 def _dynamic_map() -> tuple[float, ...]:
@@ -147,6 +151,7 @@ QTYPES: dict[str, QType] = {
         _float("float4_e2m1fn", "float4_e2m1fn"),
         QType("nf4", "table", 4, -1.0, 1.0, table=_NF4),
         QType("fp4", "table", 4, -1.0, 1.0, table=_BNB_FP4),
+        QType("iq4_nl", "table", 4, -127.0, 113.0, table=tuple(float(v) for v in _IQ4_NL)),
         QType("dynamic8", "table", 8, min(_dynamic_map()), 1.0, table=_dynamic_map()),
         _float("mxfp8", "float8_e4m3fn", group_size=32, scale_format="e8m0"),
         _float("mxfp4", "float4_e2m1fn", group_size=32, scale_format="e8m0"),

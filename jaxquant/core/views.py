@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxquant.core.qtensor import QTensor, scale_values
+from jaxquant.core.qtensor import QTensor, flat, scale_values
 
 __all__ = ["cast", "move", "reshape", "slice_along", "transpose"]
 
@@ -30,9 +30,14 @@ def transpose(q: QTensor, permutation: tuple[int, ...]) -> QTensor:
     place = {axis: i for i, axis in enumerate(permutation)}
     minor = tuple(place[axis] - q.ndim for axis in q.stored_order)
     minor = () if minor == tuple(range(-q.ndim, 0)) else minor
-    per_block = lambda v: None if v is None else jnp.transpose(v, permutation)  # noqa: E731
+
+    def per_block(value: Any) -> Any:
+        if isinstance(value, QTensor):
+            return transpose(value, permutation)
+        return None if value is None else jnp.transpose(value, permutation)
+
     return q.replace(
-        scale=transpose(q.scale, permutation) if isinstance(q.scale, QTensor) else per_block(q.scale),
+        scale=per_block(q.scale),
         zero_point=per_block(q.zero_point),
         offset=per_block(q.offset),
         permutation=per_block(q.permutation),
@@ -47,7 +52,7 @@ def _unpacked(q: QTensor, codes: jax.Array, *per_block: jax.Array | None) -> QTe
 
 def _per_block(q: QTensor, change: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array | None, ...]:
     """Scale, zero point and offset, changed."""
-    values = (scale_values(q.scale), q.zero_point, q.offset)
+    values = (scale_values(q.scale), q.zero_point, flat(q.offset))
     return tuple(None if value is None else change(value) for value in values)
 
 

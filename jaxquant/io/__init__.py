@@ -1,9 +1,11 @@
 """Checkpoints: trees of arrays and QTensors, to files and back. One file per format.
 
+gguf          files of llama.cpp (`load_gguf`, `save_gguf`)
 native        our own: one safetensors file with a manifest (`save`, `load`, `read_metadata`)
 safetensors   the container itself: named arrays in one file
 """
 
+from jaxquant.io.gguf import GGUFInfo, load_gguf, save_gguf
 from jaxquant.io.native import SavedMetadata, load, read_metadata, save
 
-__all__ = ["SavedMetadata", "load", "read_metadata", "save"]
+__all__ = ["GGUFInfo", "SavedMetadata", "load", "load_gguf", "read_metadata", "save", "save_gguf"]

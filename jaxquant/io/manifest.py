@@ -102,6 +102,8 @@ def _check_qtensor(q: QTensor, error: Callable[..., QuantError]) -> None:
             raise error("zero_point must have the shape of scale", todo=todo, zero_point=q.zero_point, scale=blocks)
         if not any(jnp.issubdtype(q.zero_point.dtype, kind) for kind in (jnp.integer, jnp.floating)):
             raise error("zero points must be numbers", todo=todo, zero_point=q.zero_point)
+    if isinstance(q.zero_point, QTensor) or isinstance(q.permutation, QTensor):
+        raise error("zero points and permutations are arrays", todo=todo, weight=repr(q))
     if q.offset is not None and (tuple(q.offset.shape) != blocks or not jnp.issubdtype(q.offset.dtype, jnp.floating)):
         raise error("offset must be floats of the shape of scale", todo=todo, offset=q.offset, scale=blocks)
     if q.permutation is not None:
@@ -143,16 +145,14 @@ class _Encoder:
 
     def qtensor(self, q: QTensor, path: tuple[str, ...], place: str) -> Any:
         self._check_depth(path, place)
-        nested = isinstance(q.scale, QTensor)
-        scale = f"{place}.scale"
         fields = {
             "codes": self.array(q.codes, f"{place}.codes"),
-            "scale": self.qtensor(q.scale, (*path, "scale"), scale) if nested else self.array(q.scale, scale),
+            "scale": self.per_block(q.scale, (*path, "scale"), f"{place}.scale"),
             "zero_point": None if q.zero_point is None else self.array(q.zero_point, f"{place}.zero_point"),
         }
         for name in _RARE:
             if getattr(q, name) is not None:
-                fields[name] = self.array(getattr(q, name), f"{place}.{name}")
+                fields[name] = self.per_block(getattr(q, name), (*path, name), f"{place}.{name}")
 
         def error(rule: str, **got: Any) -> QuantError:
             return quant_error("save", rule, path=place, **got)
@@ -164,6 +164,9 @@ class _Encoder:
             raise error("scales must be finite", todo=todo, scale=q.scale)
         static = {"qtype": q.qtype, "dtype": q.dtype.name, "minor": list(q.minor), "length": q.length}
         return {"qtensor": static | fields}
+
+    def per_block(self, value: Any, path: tuple[str, ...], place: str) -> Any:
+        return self.qtensor(value, path, place) if isinstance(value, QTensor) else self.array(value, place)
 
     def array(self, value: Any, place: str) -> Any:
         spec = _checked_array(value, place)
@@ -288,12 +291,11 @@ class _Decoder:
             raise self.error("unknown dtype", path, dtype=dtype)
         if not isinstance(minor, list):
             raise self.error("minor must be a list of axes", path, minor=minor)
-        inner = scale.get("qtensor") if isinstance(scale, dict) else None
         q = QTensor(
             self.array(content["codes"], (*path, "codes")),
-            self.array(scale, (*path, "scale")) if inner is None else self.qtensor(inner, (*path, "scale")),
+            self.per_block(scale, (*path, "scale")),
             *(
-                None if content.get(name) is None else self.array(content[name], (*path, name))
+                None if content.get(name) is None else self.per_block(content[name], (*path, name))
                 for name in ("zero_point", *_RARE)
             ),
             qtype=content["qtype"],
@@ -303,6 +305,10 @@ class _Decoder:
         )
         _check_qtensor(q, lambda rule, **got: self.error(rule, path, **got))
         return q
+
+    def per_block(self, node: Any, path: tuple[str, ...]) -> Any:
+        inner = node.get("qtensor") if isinstance(node, dict) else None
+        return self.array(node, path) if inner is None else self.qtensor(inner, path)
 
     def array(self, node: Any, path: tuple[str, ...]) -> SavedArray:
         if isinstance(node, str):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxquant.core.affine import Encoded
 from jaxquant.core.codec import codes_of, values_of
-from jaxquant.core.qtensor import QTensor, scale_values
+from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.core.qtypes import QType
 
 __all__ = ["Axes", "Matrix", "matrix"]
@@ -140,7 +140,7 @@ def matrix(x: QTensor | tuple[Encoded, QType], axes: Axes) -> Matrix | None:
     if zero_point is not None:
         zero_point = _per_group(zero_point, shape, axes)
     if offset is not None:
-        offset = _per_group(offset, shape, axes)
+        offset = _per_group(flat(offset), shape, axes)
     codes = axes.flatten(codes)
     if qtype.kind == "int":
         if zero_point is not None and jnp.issubdtype(zero_point.dtype, jnp.integer):

@@ -12,7 +12,7 @@ import numpy as np
 from jaxquant.core.blocks import block_shape, negative_axes
 from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
-from jaxquant.core.qtensor import QTensor, dequantize, from_codes, scale_values
+from jaxquant.core.qtensor import QTensor, dequantize, flat, from_codes, scale_values
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.operands import as_array, check_operand, check_spec
 
@@ -127,7 +127,7 @@ def _gather(q: QTensor, rows: jax.Array, axis: int) -> QTensor:
     stored = q.stored_order.index(axis)
     if stored == q.ndim - 1:
         q = q.unpermuted()
-    scale, zero_point, offset = of_rows(scale_values(q.scale)), of_rows(q.zero_point), of_rows(q.offset)
+    scale, zero_point, offset = of_rows(scale_values(q.scale)), of_rows(q.zero_point), of_rows(flat(q.offset))
     if q.length is not None and stored == q.ndim - 1:  # packed along the very axis
         codes = jnp.take(q.logical_codes(), rows, axis=axis, mode="clip")
         return from_codes(codes, scale, zero_point, offset, qtype=q.qtype, dtype=q.dtype)

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.packing import packed_length
-from jaxquant.core.qtensor import QTensor, scale_values
+from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.transform.paths import is_qtensor, path_of
 from jaxquant.transform.weights import TrainedTensor
 
@@ -98,7 +98,8 @@ def whole_blocks(q: QTensor, cut: Cut) -> QTensor:
 
     straddles = any(n > 1 and n % parts for n, parts in zip(q.scale.shape, cut.parts, strict=True))
     scale = split(scale_values(q.scale)) if straddles else q.scale
-    zero_point, offset = (None if value is None else split(value) for value in (q.zero_point, q.offset))
+    offset = split(flat(q.offset)) if straddles and q.offset is not None else q.offset
+    zero_point = None if q.zero_point is None else split(q.zero_point)
     q = q.replace(scale=scale, zero_point=zero_point, offset=offset)
     axis = q.stored_order[-1]
     if q.length is not None and (q.length // cut.parts[axis]) * q.type.bits % 8 and cut.parts[axis] > 1:

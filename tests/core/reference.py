@@ -87,6 +87,13 @@ def grid(qtype: str, narrow: bool = False) -> Grid:
         table = vectors.load(file)[name].astype(np.float64)
         values, first = np.unique(table, return_index=True)
         return Grid(values, first, is_table=True)
+    if qtype == "iq4_nl":  # what ggml makes of each code, with the block's scale divided out
+        unit = vectors.load("gguf_IQ4_NL")
+        blocks = unit["blocks"].reshape(-1, 18)
+        codes = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=-1)
+        values = unit["ref_dequant"].reshape(-1, 32) / blocks[:, :2].copy().view(np.float16).astype(np.float64)
+        numbers, first = np.unique(codes, return_index=True)
+        return Grid(values.reshape(-1)[first], numbers, is_table=True)
     if qtype in _FLOATS:
         exponent_bits, mantissa_bits, bias, excluded = _FLOATS[qtype]
         sign = 1 << (exponent_bits + mantissa_bits)

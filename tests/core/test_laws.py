@@ -85,6 +85,8 @@ def fake_quant_is_quantize_and_dequantize(case, x, q, run):
 
 
 def zero_is_exact(case, x, q, run):
+    if case.spec.qtype == "iq4_nl":
+        return  # a grid without 0
     assert np.all(q.y[x == 0] == 0)
 
 
@@ -135,8 +137,8 @@ def quantizing_again_changes_nothing(case, x, q, run):
     resolved = spacing < g.isolation(q.values) * q.scale
     np.testing.assert_array_equal(q.again[resolved], q.codes[resolved])
     # With a range of its own too: the largest magnitude stays what it was. (An asymmetric range may lose its last
-    # step to a tie, and the fp8 scales of nvfp4 are subnormal in places.)
-    if case.spec.symmetric and case.spec.qtype != "nvfp4" and np.all(resolved):
+    # step to a tie, the fp8 scales of nvfp4 are subnormal in places, and iq4_nl reaches further below 0 than above.)
+    if case.spec.symmetric and case.spec.qtype not in ("nvfp4", "iq4_nl") and np.all(resolved):
         np.testing.assert_array_equal(run(q.y).values, q.values)
 
 

@@ -1,0 +1,13 @@
+"""GGUF, the files of ggml and llama.cpp.
+
+container      metadata and tensors of blocks: the file itself
+parts, types   what a block consists of, and the table of all types
+legacy, k_quants, tables, ternary, microscaling   where the bits of each family of types are
+names          names and row order, between llama.cpp and Hugging Face
+read, write    `load_gguf`, `save_gguf`
+"""
+
+from jaxquant.io.gguf.read import GGUFInfo, load_gguf
+from jaxquant.io.gguf.write import save_gguf
+
+__all__ = ["GGUFInfo", "load_gguf", "save_gguf"]
