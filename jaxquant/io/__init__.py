@@ -3,9 +3,23 @@
 gguf          files of llama.cpp (`load_gguf`, `save_gguf`)
 native        our own: one safetensors file with a manifest (`save`, `load`, `read_metadata`)
 safetensors   the container itself: named arrays in one file
+sharded       several such files with an index
+hf            Hugging Face checkpoints, quantized by any library (`load_hf`)
 """
 
 from jaxquant.io.gguf import GGUFInfo, load_gguf, save_gguf
+from jaxquant.io.hf import CheckpointInfo, NameMap, load_hf
 from jaxquant.io.native import SavedMetadata, load, read_metadata, save
 
-__all__ = ["GGUFInfo", "SavedMetadata", "load", "load_gguf", "read_metadata", "save", "save_gguf"]
+__all__ = [
+    "CheckpointInfo",
+    "GGUFInfo",
+    "NameMap",
+    "SavedMetadata",
+    "load",
+    "load_gguf",
+    "load_hf",
+    "read_metadata",
+    "save",
+    "save_gguf",
+]

@@ -1,0 +1,13 @@
+"""Checkpoints of Hugging Face, by whatever library they were quantized: one file per format.
+
+load          `load_hf`: finds the format, reads each module, puts the leaves where they belong
+formats       which formats there are, and how a directory says which one it holds
+names         name maps: what a tensor is called in the model
+checkpoint    the directory; module, layout: what all readers use
+"""
+
+from jaxquant.io.hf.formats import FORMATS, UNSUPPORTED, support_table
+from jaxquant.io.hf.load import CheckpointInfo, load_hf
+from jaxquant.io.hf.names import NameMap
+
+__all__ = ["FORMATS", "UNSUPPORTED", "CheckpointInfo", "NameMap", "load_hf", "support_table"]

@@ -1,0 +1,40 @@
+"""AQLM: sums of codebook vectors. Read as floats: a QTensor has no such grid.
+
+codes      [out / og, in / ig, books]   signed, to be taken modulo the size of a book
+codebooks  [books, size, og, ig]
+scales     [out / og, 1, 1, 1]          W = scale * sum over books of codebook[code]
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxquant.io.hf.module import Format, Module
+
+__all__ = ["AQLM"]
+
+
+def read(m: Module) -> np.ndarray:
+    """The weight of one module, in the dtype of its codebooks."""
+    codes = m.array(".codes", np.int8, np.int16, np.int32, np.uint8, ndim=3)
+    books, scales = m.scales(".codebooks", ndim=4), m.scales(".scales", ndim=4)
+    if codes.shape[2] != books.shape[0]:
+        raise m.error("codes and codebooks do not fit", ".codes", todo="Check the format", books=books.shape)
+    m.check(".scales", scales.shape, (codes.shape[0], 1, 1, 1))
+    index = codes.astype(np.int64) % books.shape[1]
+    total = np.zeros((*codes.shape[:2], *books.shape[2:]), np.float32)
+    for i, book in enumerate(books.astype(np.float32)):
+        total += book[index[..., i]]
+    total *= scales.astype(np.float32)
+    rows, columns = codes.shape[0] * books.shape[2], codes.shape[1] * books.shape[3]
+    m.notes.append("dequantized: sums of codebook vectors are no grid with a scale")
+    return total.transpose(0, 2, 1, 3).reshape(rows, columns).astype(books.dtype)
+
+
+AQLM = Format(
+    "AQLM",
+    methods=("aqlm",),
+    marks={".codes": ".weight"},
+    read=read,
+    layouts="any books and groups; read as floats",
+)

@@ -1,0 +1,43 @@
+"""BitNet b1.58: ternary weights.
+
+weight        uint8 [ceil(out / 4), in]   rows i * R + r in bits 2i and 2i + 1 of row r, plus 1
+weight_scale  float [1]                   W = t / weight_scale (bitlinear) or t * weight_scale (autobitlinear)
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from jaxquant.core.qtensor import QTensor
+from jaxquant.io.hf.layout import packed, qtensor
+from jaxquant.io.hf.module import Format, Module
+
+__all__ = ["BITNET"]
+
+
+def read(m: Module) -> QTensor:
+    """The weight of one module."""
+    raw = m.array(".weight", np.uint8, ndim=2)
+    scale = m.scales(".weight_scale", np.float32, np.float16, ml_dtypes.bfloat16)
+    if scale.size != 1 or not scale.astype(np.float32).reshape(-1)[0] > 0:
+        raise m.error("there must be one positive scale", ".weight_scale", todo="Fetch it again", found=scale)
+    codes = np.concatenate([(raw >> np.uint8(2 * i)) & np.uint8(3) for i in range(4)])
+    if (codes == 3).any():
+        raise m.error("a ternary code is 0, 1 or 2", ".weight", todo="The checkpoint is damaged: fetch it again")
+    factor = scale.astype(np.float32).reshape(1, 1)
+    if m.config.get("linear_class") != "autobitlinear":
+        factor = np.float32(1) / factor
+    dtype = m.checkpoint.dtype or np.dtype(np.float32)
+    # An int2 code is its value plus 2.
+    return qtensor(packed(codes + np.uint8(1), 2), factor, bits=2, length=raw.shape[1], dtype=dtype, signed=True)
+
+
+BITNET = Format(
+    "BitNet",
+    methods=("bitnet",),
+    marks={".weight_scale": ".weight"},
+    read=read,
+    layouts="ternary, as int2",
+    keeps=(".rms_norm.weight",),
+)

@@ -1,0 +1,131 @@
+"""bitsandbytes: nf4 and fp4 with blocks over the flattened weight, and LLM.int8().
+
+    weight                                  bytes of any dtype: element 2k in the high nibble of byte k
+    weight.absmax                           float32 [blocks], or uint8 codes of it (double quantization)
+    weight.quant_map                        float32 [16], the table
+    weight.nested_absmax, nested_quant_map  float32 [ceil(blocks / 256)], [256]
+    weight.quant_state.bitsandbytes__nf4    JSON as bytes: quant_type, blocksize, dtype, shape, nested_offset ...
+
+    W = quant_map[code] * absmax[i // blocksize]
+    absmax[j] = nested_quant_map[code] * nested_absmax[j // 256] + nested_offset
+
+    weight int8 [out, in], SCB float32 [out], weight_format: W = weight * SCB / 127
+
+Blocks straddle rows where the block size does not divide the input features; they are then cut into parts that do not.
+bitsandbytes multiplies an int8 weight by SCB and then by 1/127, which is within 2 units in the last place of float32 of
+the product with SCB / 127 that a QTensor stands for.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxquant.core.qtensor import QTensor
+from jaxquant.io.hf.layout import TABLES, bytes_of, flat_blocks, packed, unpacked
+from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.safetensors import is_shape
+from jaxquant.io.strict_json import parse
+
+__all__ = ["BITSANDBYTES"]
+
+_STATE = ".weight.quant_state.bitsandbytes__"
+_DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+
+
+def read(m: Module) -> QTensor:
+    """The weight of one module."""
+    return _int8(m) if m.has(".SCB") else _four_bits(m)
+
+
+def _int8(m: Module) -> QTensor:
+    weight, scale = m.array(".weight", np.int8, ndim=2), m.scales(".SCB", np.float32, ndim=1)
+    m.check(".SCB", scale.shape, weight.shape[:1])
+    layout = m.maybe(".weight_format", np.uint8)
+    if layout is not None and layout.size and int(layout.reshape(-1)[0]) != 0:
+        rule = "the weight is tiled for one kind of GPU"
+        raise m.error(rule, ".weight_format", todo="Save it again with a newer bitsandbytes", code=int(layout.max()))
+    if m.config.get("llm_int8_threshold"):
+        m.notes.append(f"outlier threshold {m.config['llm_int8_threshold']}")
+    return QTensor(weight, scale[:, None] * np.float32(1 / 127), None, qtype="int8", dtype=m.dtype)
+
+
+def _state(m: Module) -> tuple[str, dict[str, Any]]:
+    for kind in ("nf4", "fp4"):
+        raw = m.maybe(_STATE + kind, np.uint8, ndim=1)
+        if raw is None:
+            continue
+        todo = "The checkpoint is damaged: fetch it again"
+        try:
+            state = parse(raw.tobytes())
+        except ValueError as error:
+            raise m.error(f"the quantization state is not JSON ({error})", _STATE + kind, todo=todo) from None
+        good = isinstance(state, dict) and state.get("quant_type") == kind and state.get("dtype") in _DTYPES
+        shape, block = (state.get("shape"), state.get("blocksize")) if good else (None, None)
+        if not good or not is_shape(shape) or not shape or type(block) is not int or block < 1:
+            raise m.error("the quantization state is not one of a 4-bit weight", _STATE + kind, todo=todo, state=state)
+        return kind, state
+    raise m.error("the quantization state is missing", _STATE + "nf4", todo="Fetch all files of the checkpoint again")
+
+
+def _four_bits(m: Module) -> QTensor:
+    kind, state = _state(m)
+    shape, block = tuple(state["shape"]), state["blocksize"]
+    count = math.prod(shape)
+    stream = bytes_of(m.array(".weight").reshape(-1))
+    m.check(".weight", stream.shape, (-(-count // 2),))
+    table = m.array(".weight.quant_map", np.float32)
+    if table.shape != (16,) or not np.array_equal(table, TABLES[kind]):
+        todo = "Only the tables of bitsandbytes itself can be read"
+        raise m.error(f"the table is not that of {kind}", ".weight.quant_map", todo=todo, table=table)
+    stream = stream << np.uint8(4) | stream >> np.uint8(4)
+    if shape[-1] % 2:
+        codes = packed(unpacked(stream, 4, count).reshape(shape), 4)
+    else:
+        codes = stream.reshape(*shape[:-1], shape[-1] // 2)
+    index = flat_blocks(shape, block)
+    scale = _scale(m, state, index, -(-count // block))
+    return QTensor(codes, scale, None, qtype=kind, dtype=_DTYPES[state["dtype"]], length=shape[-1])
+
+
+def _scale(m: Module, state: dict[str, Any], index: np.ndarray, blocks: int) -> Any:
+    nested = m.has(".weight.nested_absmax")
+    if not nested:
+        absmax = m.scales(".weight.absmax", np.float32, ndim=1)
+        m.check(".weight.absmax", absmax.shape, (blocks,))
+        return absmax[index]
+    codes = m.array(".weight.absmax", np.uint8, ndim=1)
+    m.check(".weight.absmax", codes.shape, (blocks,))
+    size, offset = state.get("nested_blocksize"), state.get("nested_offset")
+    if type(size) is not int or size < 1 or not isinstance(offset, int | float) or not math.isfinite(offset):
+        todo = "The checkpoint is damaged: fetch it again"
+        raise m.error(
+            "the state of the nested scales is incomplete", _STATE + state["quant_type"], todo=todo, state=state
+        )
+    scales = m.scales(".weight.nested_absmax", np.float32, ndim=1)
+    m.check(".weight.nested_absmax", scales.shape, (-(-blocks // size),))
+    table = m.scales(".weight.nested_quant_map", np.float32)
+    m.check(".weight.nested_quant_map", table.shape, (256,))
+    if not np.array_equal(table, TABLES["dynamic8"]):
+        m.notes.append("scales of an unknown table, in float32")
+        return (table[codes] * scales[np.arange(blocks) // size] + np.float32(offset))[index]
+    # The nested blocks run over the blocks: cut them where the rows of scales end.
+    inner = (index // size).astype(np.int64)
+    step = inner.shape[-1]
+    while (inner.reshape(-1, step) != inner.reshape(-1, step)[:, :1]).any():
+        step = next(d for d in range(step - 1, 0, -1) if inner.shape[-1] % d == 0)
+    outer = scales[inner[..., ::step]]
+    added = np.full(outer.shape, offset, np.float32)
+    return QTensor(codes[index], outer, None, added, qtype="dynamic8", dtype=np.float32)
+
+
+BITSANDBYTES = Format(
+    "bitsandbytes",
+    methods=("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"),
+    marks={".weight.absmax": ".weight", ".weight.quant_map": ".weight", ".SCB": ".weight"},
+    read=read,
+    layouts="nf4, fp4, nested scales, any storage dtype; LLM.int8()",
+)

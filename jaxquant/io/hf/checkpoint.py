@@ -1,0 +1,41 @@
+"""A Hugging Face directory: the tensors of all shards, and what the configuration says."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxquant.io.sharded import Checkpoint
+
+__all__ = ["HFCheckpoint"]
+
+_FLOATS = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+}
+
+
+class HFCheckpoint(Checkpoint):
+    """A checkpoint with its ``config.json``.
+
+    Attributes:
+      config: its object, or an empty one.
+      dtype: the dtype that it gives the model, or None.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, function: str = "load_hf"):
+        super().__init__(path, function=function)
+        self.config: dict[str, Any] = self.json("config.json") or {}
+        self.dtype: np.dtype | None = None
+        for place in (self.config.get("text_config"), self.config):
+            if isinstance(place, dict):
+                name = str(place.get("dtype") or place.get("torch_dtype")).removeprefix("torch.")
+                self.dtype = _FLOATS.get(name, self.dtype)
+
+    def metadata(self) -> dict[str, str]:
+        """The strings of all files' headers."""
+        return {key: text for file in self.files.values() for key, text in file.metadata.items()}

@@ -1,0 +1,236 @@
+"""compressed-tensors, as llm-compressor writes it: which tensors a module has says how it is quantized.
+
+    weight int8 [out, in], weight_scale              int-quantized, naive-quantized; (q - weight_zero_point) * scale
+    weight fp8 [out, in], weight_scale               float-quantized: per tensor, channel or block
+    weight fp8, weight_scale uint8 [out, in / 32]    mxfp8-quantized
+    weight_packed int32 [out, words], weight_scale,  pack-quantized: offset binary (code + 2**(bits - 1)), a bit stream
+      weight_shape, weight_zero_point, weight_g_idx    along the row; zero points along the rows of a column
+    weight_packed uint8 [out, in / 2], weight_scale fp8 [out, in / 16], weight_global_scale
+                                                     nvfp4-pack-quantized: e2m1 * (scale / global_scale)
+    weight_packed uint8, weight_scale uint8          mxfp4-pack-quantized: e2m1 * 2**(scale - 127)
+
+From version 0.18 on, 3-, 5-, 6- and 7-bit codes are one dense stream; before, a word held 32 // bits of them and was
+padded. The number of words tells.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxquant.core.errors import QuantError
+from jaxquant.core.qtensor import QTensor
+from jaxquant.io.hf.layout import E2M1, Grouping, bytes_of, grouping, packed, qtensor, spread, unpacked
+from jaxquant.io.hf.module import Format, Module
+
+__all__ = ["COMPRESSED_TENSORS"]
+
+_SPARSE = ("marlin-24", "sparse-24-bitmask", "sparse-bitmask")
+
+
+def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
+    groups = config.get("config_groups")
+    formats = {config.get("format")} | {g.get("format") for g in (groups or {}).values() if isinstance(g, dict)}
+    sparse = config.get("sparsity_config")
+    formats.add(sparse.get("format") if isinstance(sparse, dict) else None)
+    if found := sorted(f for f in formats if f in _SPARSE):
+        todo = "Decompress it with the compressed-tensors version that wrote it"
+        raise error(f"the 2:4 sparse format {found[0]!r} was removed from compressed-tensors", todo=todo)
+    if config.get("transform_config"):
+        todo = "Ask for a checkpoint without online transforms"
+        raise error("its activations are rotated at run time, which a weight alone cannot say", todo=todo)
+
+
+def _weights(m: Module) -> Iterator[dict[str, Any]]:
+    """The ``weights`` of the config groups: those that name the module first."""
+    groups = m.config.get("config_groups")
+    found = [g for g in (groups if isinstance(groups, dict) else {}).values() if isinstance(g, dict)]
+
+    def names(group: dict[str, Any]) -> bool:
+        for target in group.get("targets") or ():
+            if not isinstance(target, str):
+                continue
+            if target.startswith("re:"):
+                try:
+                    if re.match(target[3:], m.prefix):
+                        return True
+                except re.error:
+                    continue
+            elif m.prefix == target or m.prefix.endswith("." + target):
+                return True
+        return False
+
+    for group in sorted(found, key=lambda g: not names(g)):
+        if isinstance(group.get("weights"), dict):
+            yield group["weights"]
+
+
+def _block(weights: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Rows and columns of a block, as far as the configuration says."""
+    structure, size = weights.get("block_structure"), weights.get("group_size")
+    if isinstance(structure, str):
+        structure = [int(n) for n in re.findall(r"\d+", structure)]
+    if isinstance(structure, list) and len(structure) == 2 and all(type(n) is int and n > 0 for n in structure):
+        return structure[0], structure[1]
+    return None, size if type(size) is int and size > 0 else None
+
+
+def _spread(m: Module, suffix: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Scales or zero points as one per block of [out, in]."""
+    if values.size == 1:
+        return values.reshape(1, 1)
+    if values.ndim == 1:
+        values = values[:, None]
+    rows = 1 if values.shape[0] == shape[0] else None
+    for weights in (*_weights(m), {}):
+        block = _block(weights)
+        columns = shape[1] if values.shape[1] == 1 else block[1]
+        found = spread(values, shape, (rows or block[0], columns))
+        if found is not None:
+            return found
+    raise m.error(
+        "one value per tensor, row, group or block is needed",
+        suffix,
+        todo="Check the configuration",
+        shape=values.shape,
+        weight=shape,
+    )
+
+
+def read(m: Module) -> QTensor:
+    """The weight of one module."""
+    if m.has(".weight_packed"):
+        return _integers(m) if m.array(".weight_packed", np.int32, np.uint8).dtype == np.int32 else _fp4(m)
+    weight = m.array(".weight", np.int8, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ndim=2)
+    if m.has(".weight_scale") and m.array(".weight_scale").dtype in (np.uint8, ml_dtypes.float8_e8m0fnu):
+        scale = _spread(m, ".weight_scale", m.exponents(".weight_scale"), weight.shape)
+        return QTensor(weight, scale, None, qtype="float8_e4m3fn", dtype=m.dtype)
+    raw = m.scales(".weight_scale")
+    scale = _spread(m, ".weight_scale", raw, weight.shape)
+    zero = m.maybe(".weight_zero_point", np.int8, ml_dtypes.float8_e4m3fn)
+    if zero is not None and not zero.astype(np.float32).any():
+        zero = None
+    if zero is not None:
+        m.check(".weight_zero_point", zero.shape, raw.shape)
+        zero = _spread(m, ".weight_zero_point", zero, weight.shape)
+    qtype = "int8" if weight.dtype == np.int8 else weight.dtype.name
+    return QTensor(weight, scale, zero, qtype=qtype, dtype=raw.dtype)
+
+
+def _fp4(m: Module) -> QTensor:
+    codes = m.array(".weight_packed", np.uint8, ndim=2)
+    length = 2 * codes.shape[1]
+    if not m.has(".weight_global_scale"):
+        scale = m.exponents(".weight_scale", ndim=2)
+        m.check(".weight_scale", scale.shape, (codes.shape[0], length // 32))
+        return QTensor(codes, scale, None, qtype="mxfp4", dtype=m.dtype, length=length)
+    local = m.scales(".weight_scale", ml_dtypes.float8_e4m3fn, ndim=2)
+    m.check(".weight_scale", local.shape, (codes.shape[0], length // 16))
+    top = m.scales(".weight_global_scale", np.float32)
+    if top.size != 1 or not top.reshape(-1)[0] > 0:
+        raise m.error(
+            "there must be one positive global scale", ".weight_global_scale", todo="Fetch it again", found=top
+        )
+    unit = np.float32(1) / top.reshape(1, 1)
+    # The reference divides. Where a product with the reciprocal is not the same to the last bit of the result, for
+    # every scale and code that occurs, the quotients themselves are kept.
+    used = np.unique(local.view(np.uint8)).view(ml_dtypes.float8_e4m3fn).astype(np.float32)[:, None]
+    same = (E2M1 * (used / top.reshape(()))).astype(m.dtype) == (E2M1 * (used * unit)).astype(m.dtype)
+    if same.all():
+        scale = QTensor(local, unit, None, qtype="float8_e4m3fn", dtype=np.float32)
+    else:
+        m.notes.append("scales divided out to float32, as a reciprocal would round")
+        scale = local.astype(np.float32) / top.reshape(())
+    return QTensor(codes, scale, None, qtype="nvfp4", dtype=m.dtype, length=length)
+
+
+def _integers(m: Module) -> QTensor:
+    words = m.array(".weight_packed", np.int32, ndim=2).view(np.uint32)
+    shape = m.array(".weight_shape", np.int64, np.int32)
+    scale = m.scales(".weight_scale")
+    if shape.shape != (2,) or shape[0] != words.shape[0] or shape[1] < 1:
+        raise m.error("weight_shape does not fit weight_packed", ".weight_shape", todo="Fetch it again", found=shape)
+    out, length = int(shape[0]), int(shape[1])
+    bits, dense = _width(m, words.shape[1], length)
+    stream = _stream(words, bits, length, dense=dense)
+    zero = m.maybe(".weight_zero_point", np.int32, np.int8)
+    group, permutation = None, None
+    g_idx = m.maybe(".weight_g_idx", np.int32, np.int64, ndim=1)
+    if g_idx is not None and not (g_idx == -1).all():
+        m.check(".weight_g_idx", g_idx.shape, (length,))
+        if g_idx.min() < 0 or g_idx.max() >= scale.shape[-1]:
+            got = {"greatest": int(g_idx.max()), "groups": scale.shape[-1]}
+            raise m.error("g_idx names a group that has no scales", ".weight_g_idx", todo="Fetch it again", **got)
+        group = grouping(g_idx.astype(np.int64))
+        stream, permutation = group.stream(stream, bits, length), group.permutation
+        if permutation is not None:
+            m.notes.append("act-order: columns stored by group")
+    if zero is not None:
+        zero = _zeros(m, zero, bits, out, scale)
+    return qtensor(
+        stream,
+        _grouped(m, ".weight_scale", scale, (out, length), group),
+        zero_point=None if zero is None else _grouped(m, ".weight_zero_point", zero, (out, length), group),
+        permutation=permutation,
+        bits=bits,
+        length=length,
+        dtype=scale.dtype,
+        signed=True,
+    )
+
+
+def _grouped(m: Module, suffix: str, values: np.ndarray, shape: tuple[int, int], group: Grouping | None) -> np.ndarray:
+    return _spread(m, suffix, values, shape) if group is None else group.scale(values)
+
+
+def _width(m: Module, words: int, length: int) -> tuple[int, bool]:
+    """Bits of a code, and whether they are one dense stream."""
+    configured = [b for w in _weights(m) if type(b := w.get("num_bits")) is int and 1 <= b <= 8]
+    old = str(m.config.get("version", "")).split(".")[:2]
+    padded_first = len(old) == 2 and all(n.isdigit() for n in old) and tuple(map(int, old)) < (0, 18)
+    for bits in configured:
+        layouts = {True: -(-length * bits // 32), False: -(-length // (32 // bits))}
+        for dense in (not padded_first, padded_first):
+            if layouts[dense] == words and bits > 1:
+                return bits, dense
+    got = {"words": words, "columns": length, "num_bits": tuple(configured)}
+    raise m.error("no configured width fits weight_packed", ".weight_packed", todo="Check the configuration", **got)
+
+
+def _stream(words: np.ndarray, bits: int, length: int, *, dense: bool) -> np.ndarray:
+    """A bit stream along the last axis from words along it."""
+    stream = bytes_of(words)
+    if dense or 32 % bits == 0:
+        return stream
+    each = 32 // bits
+    codes = (words[..., None] >> (np.arange(each, dtype=np.uint32) * np.uint32(bits))) & np.uint32((1 << bits) - 1)
+    return packed(codes.astype(np.uint8).reshape(*words.shape[:-1], -1)[..., :length], bits)
+
+
+def _zeros(m: Module, zero: np.ndarray, bits: int, out: int, scale: np.ndarray) -> np.ndarray:
+    """Signed zero points of the scale's shape: packed along the rows, or one per byte."""
+    if zero.dtype == np.int8:
+        m.check(".weight_zero_point", zero.shape, scale.shape)
+        return zero
+    rows = {True: -(-out * bits // 32), False: -(-out // (32 // bits))}
+    dense = next((d for d, n in rows.items() if n == zero.shape[0]), None)
+    if dense is None or zero.ndim != 2 or zero.shape[1:] != scale.shape[1:]:
+        m.check(".weight_zero_point", zero.shape, (rows[True], *scale.shape[1:]))
+    columns = np.ascontiguousarray(zero.view(np.uint32).T)
+    codes = unpacked(_stream(columns, bits, out, dense=bool(dense)), bits, out)
+    return np.ascontiguousarray((codes.astype(np.int16) - (1 << (bits - 1))).astype(np.int8).T)
+
+
+COMPRESSED_TENSORS = Format(
+    "compressed-tensors",
+    methods=("compressed-tensors", "compressed_tensors"),
+    marks={".weight_packed": ".weight", ".weight_scale": ".weight"},
+    read=read,
+    layouts="int-, naive-, pack-quantized (dense and padded, g_idx), float-quantized, nvfp4, mxfp4, mxfp8",
+    keeps=(".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point"),
+    refuse=_refuse,
+)

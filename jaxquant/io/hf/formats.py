@@ -1,0 +1,97 @@
+"""Which formats there are, and which one a directory holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxquant.io.hf.aqlm import AQLM
+from jaxquant.io.hf.awq import AWQ
+from jaxquant.io.hf.bitnet import BITNET
+from jaxquant.io.hf.bitsandbytes import BITSANDBYTES
+from jaxquant.io.hf.checkpoint import HFCheckpoint
+from jaxquant.io.hf.compressed_tensors import COMPRESSED_TENSORS
+from jaxquant.io.hf.fp8 import FP8
+from jaxquant.io.hf.gemma import GEMMA
+from jaxquant.io.hf.gptq import GPTQ
+from jaxquant.io.hf.hqq import HQQ
+from jaxquant.io.hf.metal import METAL
+from jaxquant.io.hf.modelopt import MODELOPT
+from jaxquant.io.hf.module import Format
+from jaxquant.io.hf.mxfp4 import MXFP4
+from jaxquant.io.hf.quanto import QUANTO
+from jaxquant.io.hf.torchao import TORCHAO
+from jaxquant.io.hf.vptq import VPTQ
+
+__all__ = ["FORMATS", "UNSUPPORTED", "detect", "support_table"]
+
+FORMATS: tuple[Format, ...] = (
+    GPTQ, AWQ, BITSANDBYTES, COMPRESSED_TENSORS, FP8, MXFP4, HQQ, QUANTO, TORCHAO, METAL, GEMMA, BITNET, MODELOPT, AQLM,
+    VPTQ,
+)  # fmt: skip
+_BY_METHOD = {method: form for form in FORMATS for method in form.methods}
+
+#: What is not read, and why.
+UNSUPPORTED = {
+    "eetq": "its weights are interleaved for one kernel of CUTLASS",
+    "higgs": "its inputs are rotated and its weights tiled for one kernel (FLUTE)",
+    "spqr": "its outliers are a sparse matrix beside the weight",
+    "quark": "it has many layouts of its own; export it as fp8 or AWQ",
+    "sinq": "its weights have scales for rows and for columns",
+    "fp_quant": "its inputs are rotated",
+    "fouroversix": "its layout is not documented enough to be read exactly",
+    "nvfp4": "transformers' own nvfp4 is made at load time and has no files",
+}
+
+
+def detect(checkpoint: HFCheckpoint) -> tuple[Format | None, dict[str, Any]]:
+    """The format of a directory and its quantization configuration; None where nothing is quantized."""
+    config, method = _configuration(checkpoint)
+    if config is None:
+        return None, {}
+    method = str(method).lower().replace("_", "-")
+    if method == "auto-round":
+        method = "awq" if "awq" in str(config.get("packing_format")) else "gptq"
+    form = _BY_METHOD.get(method) or _BY_METHOD.get(method.replace("-", "_"))
+    if form is None:
+        reason = UNSUPPORTED.get(method.replace("-", "_"), "it is not known")
+        known = f"Use one of {', '.join(_BY_METHOD)}, or the float checkpoint with rules="
+        raise checkpoint.error(f"the format {method!r} is not read: {reason}", todo=known)
+    if form.refuse is not None:
+        form.refuse(config, checkpoint.error)
+    return form, config
+
+
+def _configuration(checkpoint: HFCheckpoint) -> tuple[dict[str, Any] | None, Any]:
+    """The quantization configuration, and what it says it is."""
+    places = (checkpoint.config, checkpoint.config.get("text_config"))
+    for place in (p for p in places if isinstance(p, dict)):
+        for key in ("quantization_config", "compression_config"):
+            found = place.get(key)
+            if isinstance(found, dict) and found:
+                if found.get("load_in_4bit") is True or found.get("load_in_8bit") is True:
+                    return found, "bitsandbytes"
+                return found, found.get("quant_method") or "unnamed"
+    if isinstance(found := checkpoint.config.get("quantization"), dict):
+        return found, "mlx"
+    files = (
+        ("quantize_config.json", "gptq"),
+        ("quant_config.json", "awq"),
+        ("quanto_qmap.json", "quanto"),
+        ("hf_quant_config.json", "modelopt"),
+    )
+    for name, method in files:
+        if (found := checkpoint.json(name)) is not None:
+            return found, found.get("quant_method") or method
+    return None, None
+
+
+def support_table() -> str:
+    """The formats that are read, as a Markdown table."""
+    rows = [
+        "| Format | `quant_method` | Tensors that mark a module | What is read |",
+        "| --- | --- | --- | --- |",
+    ]
+    for form in FORMATS:
+        marks = ", ".join(f"`{mark}`" for mark in form.marks) or "metadata"
+        rows.append(f"| {form.name} | {', '.join(f'`{m}`' for m in form.methods)} | {marks} | {form.layouts} |")
+    return "\n".join(rows)

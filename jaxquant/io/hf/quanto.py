@@ -1,0 +1,107 @@
+"""optimum-quanto: `quanto_qmap.json` beside the weights names the modules.
+
+    int8, float8   weight._data [out, in], weight._scale [out, 1]: q * scale
+    int4, int2     weight._data._data uint8, weight._scale, weight._shift [rows, 1]: scale * q - shift, rounded twice
+
+Where there are more than 128 input features, rows are groups of 128 of them (96, 64 or 32 if that does not divide), and
+blocks of rows share a byte, the first in the least significant bits. The file does not say how many rows make up one of
+the weight: bias, configuration, or the caller does.
+"""
+
+from __future__ import annotations
+
+import re
+
+import ml_dtypes
+import numpy as np
+
+from jaxquant.core.qtensor import QTensor
+from jaxquant.io.hf.layout import packed, qtensor
+from jaxquant.io.hf.module import Format, Module
+
+__all__ = ["QUANTO"]
+
+
+def read(m: Module) -> QTensor:
+    """The weight of one module."""
+    if m.has(".weight._data"):
+        weight = m.array(".weight._data", np.int8, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ndim=2)
+        scale = m.scales(".weight._scale")
+        scale = scale.reshape(1, 1) if scale.size == 1 else scale
+        if scale.size != 1:
+            m.check(".weight._scale", scale.shape, (weight.shape[0], 1))
+        qtype = "int8" if weight.dtype == np.int8 else weight.dtype.name
+        return QTensor(weight, scale, None, qtype=qtype, dtype=scale.dtype)
+    raw = m.array(".weight._data._data", np.uint8, ndim=2)
+    scale, shift = m.scales(".weight._scale", ndim=2), m.scales(".weight._shift", ndim=2)
+    rows, columns = scale.shape[0], raw.shape[1]
+    m.check(".weight._shift", shift.shape, scale.shape)
+    bits = 4 if raw.shape[0] == -(-rows // 2) and not _says_int2(m) else 2
+    blocks = 8 // bits
+    m.check(".weight._data._data", raw.shape, (-(-rows // blocks), columns))
+    parts = [(raw >> np.uint8(bits * i)) & np.uint8((1 << bits) - 1) for i in range(blocks)]
+    codes = np.concatenate(parts)[:rows]
+    out, length = _shape(m, rows, columns)
+    scale, shift = (v.reshape(out, -1) for v in (scale, shift))
+    stream = packed(codes.reshape(out, length), bits)
+    return qtensor(stream, scale, offset=-shift, bits=bits, length=length, dtype=scale.dtype)
+
+
+def _says_int2(m: Module) -> bool:
+    entry = m.config.get(m.prefix)
+    return isinstance(entry, dict) and entry.get("weights") == "qint2"
+
+
+def _group_of(length: int) -> int:
+    """Columns of a row of groups, for so many input features."""
+    return next((g for g in (128, 96, 64, 32) if length > 128 and length % g == 0), length)
+
+
+def _shape(m: Module, rows: int, columns: int) -> tuple[int, int]:
+    """The weight's own shape."""
+    if m.shape_given is not None:
+        out, length = m.shape_given
+        if out * length != rows * columns or _group_of(length) != columns:
+            todo = "Correct shapes"
+            raise m.error("the given shape does not fit", ".weight._scale", todo=todo, given=(out, length), rows=rows)
+        return out, length
+    if columns not in (128, 96, 64, 32):
+        return rows, columns
+    bias = m.maybe(".bias")
+    if bias is not None:
+        m.used.discard(m.prefix + ".bias")
+    outs = [len(bias)] if bias is not None and bias.ndim == 1 else _expected(m)
+    fitting = {(out, rows * columns // out) for out in outs if out and rows % out == 0}
+    fitting = {(out, length) for out, length in fitting if _group_of(length) == columns}
+    if len(fitting) != 1:
+        todo = f"Pass shapes={{{m.prefix!r}: (out_features, in_features)}}"
+        raise m.error("the file does not say the shape of this weight", ".weight._data._data", todo=todo, rows=rows)
+    return fitting.pop()
+
+
+def _expected(m: Module) -> list[int]:
+    """Output features by the configuration, for the usual names."""
+    c = m.checkpoint.config
+    heads, hidden = c.get("num_attention_heads"), c.get("hidden_size")
+    if type(heads) is not int or type(hidden) is not int or heads < 1:
+        return []
+    head = c.get("head_dim") or hidden // heads
+    wide = c.get("intermediate_size")
+    outs = {
+        r"(q_proj|query)": heads * head,
+        r"(k_proj|v_proj|key|value)": (c.get("num_key_value_heads") or heads) * head,
+        r"(o_proj|out_proj|down_proj|fc2)": hidden,
+        r"(gate_proj|up_proj|fc1)": wide,
+        r"lm_head": c.get("vocab_size"),
+    }
+    return [n for pattern, n in outs.items() if re.search(rf"(^|\.){pattern}$", m.prefix) and type(n) is int]
+
+
+QUANTO = Format(
+    "quanto",
+    methods=("quanto",),
+    marks={".weight._data": ".weight", ".weight._data._data": ".weight"},
+    read=read,
+    layouts="int8, float8, int4 and int2 in groups",
+    keeps=(".input_scale", ".output_scale"),
+)

@@ -1,0 +1,103 @@
+"""torchao's tensor subclasses, as its safetensors support flattens them.
+
+The header's metadata holds, for each parameter P.weight, {"_type", "_data", "_tensor_data_names"} as JSON; its parts
+are the tensors P._weight_PART.
+
+    Int8Tensor                 qdata int8, scale, zero_point    (q - z) * s
+    IntxUnpackedToInt8Tensor   the same in groups, 1 to 8 bits
+    Float8Tensor               qdata fp8, scale                 q * s
+
+Older repositories hold pickled subclasses, which are not opened. The int4 layouts of GPU kernels are refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxquant.core.qtensor import QTensor
+from jaxquant.io.hf.checkpoint import HFCheckpoint
+from jaxquant.io.hf.layout import packed, spread
+from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.strict_json import parse
+
+__all__ = ["TORCHAO"]
+
+_DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+
+
+def _described(checkpoint: HFCheckpoint) -> dict[str, dict[str, Any]]:
+    """What the metadata says of each parameter that is not a plain tensor."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, text in checkpoint.metadata().items():
+        if "_type" not in text or name == "tensor_names":
+            continue
+        try:
+            entry = parse(text)
+        except ValueError as error:
+            todo = "The checkpoint is damaged: fetch it again"
+            raise checkpoint.error(f"the description of a tensor is not JSON ({error})", name, todo=todo) from None
+        if isinstance(entry, dict) and entry.get("_type") not in (None, "Tensor"):
+            found[name] = entry
+    return found
+
+
+def _find(checkpoint: HFCheckpoint) -> dict[str, str]:
+    return dict.fromkeys(_described(checkpoint), "")
+
+
+def read(m: Module) -> QTensor:
+    """One parameter."""
+    entry = _described(m.checkpoint)[m.prefix]
+    kind, data = entry["_type"], entry.get("_data")
+    data = data if isinstance(data, dict) else {}
+    owner, _, name = m.prefix.rpartition(".")
+    part = lambda p: f"{owner}._{name}_{p}" if owner else f"_{name}_{p}"  # noqa: E731
+    inner = Module(m.checkpoint, part(""), "", m.config)
+    inner.used = m.used
+    if kind not in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor"):
+        todo = "Quantize the model with Int8, Intx or Float8 weight-only configs, or ask for its float weights"
+        raise m.error(f"the layout of {kind} belongs to one GPU kernel and is not read", todo=todo)
+    codes = inner.array("qdata", np.int8, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ndim=2)
+    scale = _blocks(inner, "scale", inner.scales("scale"), codes.shape)
+    zero = inner.maybe("zero_point", np.int8, np.int32)
+    if zero is not None:
+        zero = _blocks(inner, "zero_point", zero, codes.shape) if zero.any() else None
+    written = data.get("dtype")
+    dtype = _DTYPES.get(str(written.get("_data"))) if isinstance(written, dict) else None
+    dtype = scale.dtype if dtype is None else dtype
+    if codes.dtype != np.int8:
+        return QTensor(codes, scale, zero, qtype=codes.dtype.name, dtype=dtype)
+    target = data.get("target_dtype")
+    bits = str(target.get("_data")).removeprefix("int") if isinstance(target, dict) else "8"
+    if bits not in "2345678" or len(bits) != 1:
+        bits = "8"
+    n = int(bits)
+    if n == 8:
+        return QTensor(codes, scale, zero, qtype="int8", dtype=dtype)
+    half = 1 << (n - 1)
+    if codes.size and (codes.min() < -half or codes.max() >= half):
+        raise inner.error("a code is wider than its type", "qdata", todo="Fetch it again", target_dtype=f"int{n}")
+    stream = packed((codes.astype(np.int16) + half).astype(np.uint8), n)
+    return QTensor(stream, scale, zero, qtype=f"int{n}", dtype=dtype, length=codes.shape[1])
+
+
+def _blocks(m: Module, part: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    values = values.reshape(1, 1) if values.size == 1 else values
+    values = values[:, None] if values.ndim == 1 else values
+    found = spread(values, shape, (None, None))
+    if found is None:
+        raise m.error("the blocks do not divide the weight", part, todo="Check the format", shape=values.shape)
+    return found
+
+
+TORCHAO = Format(
+    "torchao",
+    methods=("torchao",),
+    marks={},
+    read=read,
+    layouts="Int8Tensor, IntxUnpackedToInt8Tensor, Float8Tensor in safetensors",
+    find=_find,
+)
