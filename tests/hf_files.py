@@ -11,7 +11,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_safetensors
 
 GOLDEN = Path(__file__).parent / "golden"
-MODELS = sorted(path.name for path in (GOLDEN / "models").iterdir())
+MODELS = sorted(path.parent.name for path in (GOLDEN / "models").glob("*/model.safetensors"))
 
 __all__ = ["GOLDEN", "MODELS", "checkpoint", "digest", "dtype_of", "of_model", "unit", "values"]
 
