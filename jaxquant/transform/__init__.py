@@ -8,6 +8,8 @@ calibrate        statistics of the inputs of planned weights; act_state: static 
 precondition     a function whose weights are multiplied in another basis; precondition_params
 scale_pairs      the per-channel scales that can move from one parameter to another; rescale
 smoothquant      scales on input channels, along such pairs (also awq, equalize) or online (.._bases, rotations)
+distill          scales and biases tuned until the outputs are those of the float function
+sensitivity      what each weight costs by candidate spec; allocate: the best choice for a budget of bytes
 shardings        where the arrays of QTensors lie, from where the float params lie
 """
 
@@ -18,23 +20,28 @@ from jaxquant.transform import operations as operations
 from jaxquant.transform import statistics
 from jaxquant.transform import views as views
 from jaxquant.transform.calibrate import act_state, calibrate, merge_stats
+from jaxquant.transform.distill import distill, relative_error
 from jaxquant.transform.make_plan import make_plan
 from jaxquant.transform.pairs import ScalePair, rescale, scale_pairs
 from jaxquant.transform.params import dequantize_params, quantize_params
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.precondition import precondition, precondition_params
 from jaxquant.transform.quantized import quantized
+from jaxquant.transform.sensitivity import Sensitivity, allocate, sensitivity
 from jaxquant.transform.shardings import shardings
 from jaxquant.transform.smoothing import awq, awq_bases, equalize, rotations, smooth_bases, smoothquant
 
 __all__ = [
     "Plan",
     "ScalePair",
+    "Sensitivity",
     "act_state",
+    "allocate",
     "awq",
     "awq_bases",
     "calibrate",
     "dequantize_params",
+    "distill",
     "equalize",
     "make_plan",
     "merge_stats",
@@ -42,9 +49,11 @@ __all__ = [
     "precondition_params",
     "quantize_params",
     "quantized",
+    "relative_error",
     "rescale",
     "rotations",
     "scale_pairs",
+    "sensitivity",
     "shardings",
     "smooth_bases",
     "smoothquant",

@@ -1,0 +1,147 @@
+"""`distill`: quantized parameters tuned until the function's outputs are those of the float one again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.core.errors import quant_error
+from jaxquant.core.qtensor import QTensor
+from jaxquant.transform.params import dequantize_params
+from jaxquant.transform.paths import is_qtensor, leaves_with_paths
+from jaxquant.transform.plan import Plan, is_float
+from jaxquant.transform.quantized import check_plan, quantized
+
+__all__ = ["Distilled", "distill", "relative_error"]
+
+
+class Distilled(NamedTuple):
+    """What `distill` yields after each batch.
+
+    Attributes:
+      params: the quantized parameters, as tuned so far.
+      loss: of this batch, before its step; an array, so that reading it is what waits for it.
+      step: how many batches there have been.
+      seconds: since the first.
+    """
+
+    params: Any
+    loss: jax.Array
+    step: int
+    seconds: float
+
+
+def relative_error(outputs: Any, targets: Any) -> jax.Array:
+    """``sum |y - t|^2 / sum |t|^2`` over all float arrays of two trees."""
+    pairs = [(y, t) for y, t in zip(jax.tree.leaves(outputs), jax.tree.leaves(targets), strict=True) if is_float(t)]
+    error = sum(jnp.sum((y - t).astype(jnp.float32) ** 2) for y, t in pairs)
+    return error / jnp.maximum(sum(jnp.sum(t.astype(jnp.float32) ** 2) for _, t in pairs), 1e-30)
+
+
+def _is_vector(path: str, leaf: Any) -> bool:
+    return max(leaf.shape, default=1) == leaf.size
+
+
+def distill(
+    fn: Callable[..., Any],
+    plan: Plan,
+    params: Any,
+    qparams: Any,
+    batches: Iterable[Any],
+    tx: Any,
+    *,
+    loss: Callable[[Any, Any], jax.Array] = relative_error,
+    floats: Callable[[str, Any], bool] = _is_vector,
+) -> Iterator[Distilled]:
+    """Trains what is real in quantized parameters: scales, and the vectors beside them (biases, gains of norms).
+
+    ``min over scales and vectors of loss(quantized fn, float fn)``, one step of ``tx`` for each batch. Codes and zero
+    points stay as they are, so the result is as large as before and runs as fast. No labels are needed, only inputs.
+    A generator: take as many steps as you like, keep the last ``params``, stop at any time.
+
+    Args:
+      fn: the function that was planned.
+      plan: its plan.
+      params: the float parameters, whose outputs are the targets.
+      qparams: what `quantize_params` made of them, by any method.
+      batches: for each step the tuple of fn's further arguments (a single array stands for a tuple of one).
+      tx: an Optax transformation.
+      loss: ``(outputs, targets) -> scalar``.
+      floats: ``(path, leaf) -> bool``: which float leaves train; by default those with one axis longer than 1.
+
+    Yields:
+      `Distilled` after each step.
+
+    Raises:
+      QuantError: if parameters do not fit the plan or nothing can be trained.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant as jq, optax
+      >>> fn = lambda p, x: jnp.tanh(x @ p["w"] + p["b"])
+      >>> params = {"w": jax.random.normal(jax.random.key(0), (8, 4)), "b": jnp.zeros((1, 4))}
+      >>> x = jax.random.normal(jax.random.key(1), (32, 8))
+      >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("w", jq.OpSpec(jq.QuantSpec("int3")))])
+      >>> qparams = jq.quantize_params(params, plan)
+      >>> *_, last = jq.distill(fn, plan, params, qparams, [x] * 50, optax.adam(0.02))
+      >>> error = lambda q: float(jq.transform.relative_error(fn(jq.dequantize_params(q), x), fn(params, x)))
+      >>> error(last.params) < 0.9 * error(qparams)
+      True
+
+    Source: Chen et al. 2024 (EfficientQAT, arXiv:2407.11062), section 3.3, trains scales end to end; Esser et al. 2020
+      (arXiv:1902.08153) for steps as parameters. Here the targets are the float model's outputs.
+    """
+    check_plan("distill", plan, leaves_with_paths(qparams)[0])
+    train, rest, treedef = _parts(plan, qparams, floats)
+    weight_only = not plan.products and all(item.spec.act is None for item in plan.items)
+    run = quantized(fn, plan)
+
+    def together(train: dict[str, jax.Array], rest: dict[str, Any]) -> Any:
+        leaves = {}
+        for path, leaf in rest.items():
+            leaves[path] = train.get(path, leaf)
+            if isinstance(leaf, QTensor) and path in train:
+                leaves[path] = _with_scale(leaf, jnp.exp(train[path]))
+        return jax.tree.unflatten(treedef, leaves.values())
+
+    def objective(train: Any, rest: Any, args: tuple[Any, ...], targets: Any) -> jax.Array:
+        new = together(train, rest)
+        return loss(fn(dequantize_params(new), *args) if weight_only else run(new, *args), targets)
+
+    @jax.jit
+    def step(train: Any, state: Any, rest: Any, params: Any, args: tuple[Any, ...]) -> tuple[Any, Any, jax.Array]:
+        value, grads = jax.value_and_grad(objective)(train, rest, args, fn(params, *args))
+        updates, state = tx.update(grads, state, train)
+        return jax.tree.map(lambda p, u: (p + u).astype(p.dtype), train, updates), state, value
+
+    state, start = tx.init(train), time.perf_counter()
+    for number, batch in enumerate(batches, 1):
+        args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+        train, state, value = step(train, state, rest, params, args)
+        yield Distilled(together(train, rest), value, number, time.perf_counter() - start)
+
+
+def _parts(plan: Plan, qparams: Any, floats: Callable[[str, Any], bool]) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """What trains (scales by their logarithms), all leaves, and the treedef."""
+    leaves, treedef = leaves_with_paths(qparams)
+    train: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        if is_qtensor(leaf):
+            scale = leaf.scale
+            if not isinstance(scale, QTensor) and scale.dtype.itemsize >= 2 and bool(jnp.all(scale > 0)):
+                train[path] = jnp.log(scale.astype(jnp.float32))
+        elif is_float(leaf) and path not in plan and floats(path, leaf):
+            train[path] = jnp.asarray(leaf)
+    if not train:
+        todo = "Pass floats=..., or quantize with scales of 16 bits or more"
+        raise quant_error("distill", "there is nothing to train", todo=todo, leaves=len(leaves))
+    return train, leaves, treedef
+
+
+def _with_scale(q: QTensor, scale: jax.Array) -> QTensor:
+    new = jax.tree.unflatten(jax.tree.structure(q), jax.tree.leaves(q))
+    new.scale = scale.astype(q.scale.dtype)
+    return new

@@ -1,0 +1,309 @@
+"""`sensitivity`: what quantizing each weight costs, by candidate; `allocate`: the best choice for a budget of bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.core.errors import quant_error
+from jaxquant.core.specs import OpSpec
+from jaxquant.ptq.rtn import rtn
+from jaxquant.transform.distill import relative_error
+from jaxquant.transform.params import dequantize_params, quantize_params
+from jaxquant.transform.paths import leaves_with_paths
+from jaxquant.transform.plan import Plan
+from jaxquant.transform.quantized import check_plan, quantized
+
+__all__ = ["Cell", "Sensitivity", "allocate", "sensitivity"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One weight under one candidate, all others in float.
+
+    Attributes:
+      path: the weight.
+      candidate: name of the spec.
+      nbytes: true bytes of the quantized weight.
+      sqnr: of the weight, ``10 log10(sum w^2 / sum (w - w_q)^2)``, in dB.
+      error: of the function's outputs, mean over batches of the loss.
+      estimate: of the same from gradients of the float function; None if it was not asked for.
+    """
+
+    path: str
+    candidate: str
+    nbytes: int
+    sqnr: float
+    error: float
+    estimate: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity:
+    """What `sensitivity` returns: a `Cell` for each weight and candidate. Prints as a table.
+
+    Attributes:
+      plan: the plan that was measured.
+      candidates: name -> spec.
+      cells: in the order of the plan, then of the candidates.
+    """
+
+    plan: Plan
+    candidates: dict[str, OpSpec]
+    cells: tuple[Cell, ...]
+
+    def __getitem__(self, key: tuple[str, str]) -> Cell:
+        return self._index[key]
+
+    @property
+    def _index(self) -> dict[tuple[str, str], Cell]:
+        return {(cell.path, cell.candidate): cell for cell in self.cells}
+
+    def uniform(self, candidate: str) -> Plan:
+        """The plan that gives every weight the same candidate."""
+        return self.choose(dict.fromkeys(self.plan, candidate))
+
+    def choose(self, choice: Mapping[str, str]) -> Plan:
+        """The plan for a choice: path -> candidate."""
+        items = tuple(dataclasses.replace(i, spec=self.candidates[choice[i.path]]) for i in self.plan.items)
+        return dataclasses.replace(self.plan, items=items)
+
+    def predicted(self, plan: Plan) -> float:
+        """The error that this table predicts for a plan of its candidates: the sum of the weights' own."""
+        names = {spec: name for name, spec in self.candidates.items()}
+        return sum(self[item.path, names[item.spec]].error for item in plan.items)
+
+    def __str__(self) -> str:
+        names = list(self.candidates)
+        width = max(len(path) for path in self.plan)
+        head = f"{'error of the outputs':<{width}}" + "".join(f"  {name:>12}" for name in names)
+        lines = [head, "-" * len(head)]
+        index = self._index
+        for path in self.plan:
+            lines.append(f"{path:<{width}}" + "".join(f"  {index[path, name].error:12.3e}" for name in names))
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """This table as JSON."""
+        return json.dumps(
+            {
+                "plan": self.plan.to_json(),
+                "candidates": {name: spec.to_dict() for name, spec in self.candidates.items()},
+                "cells": [dataclasses.asdict(cell) for cell in self.cells],
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Sensitivity:
+        """Inverse of `to_json`."""
+        try:
+            data = json.loads(text)
+            candidates = {name: OpSpec.from_dict(spec) for name, spec in data["candidates"].items()}
+            return cls(Plan.from_json(data["plan"]), candidates, tuple(Cell(**cell) for cell in data["cells"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            todo = "Pass what to_json returned"
+            raise quant_error("Sensitivity", f"not a sensitivity table ({error!r})", todo=todo) from None
+
+
+def sensitivity(
+    fn: Callable[..., Any],
+    plan: Plan,
+    params: Any,
+    batches: Iterable[Any],
+    candidates: Mapping[str, OpSpec],
+    *,
+    method: Callable[..., Any] = rtn,
+    stats: Mapping[str, Any] | None = None,
+    loss: Callable[[Any, Any], jax.Array] = relative_error,
+    probes: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Sensitivity:
+    """Quantizes one weight at a time, with each candidate, and measures what that does to the function.
+
+    Args:
+      fn: the function that was planned.
+      plan: its plan; its specs do not matter, the candidates take their place.
+      params: its float parameters.
+      batches: for each the tuple of fn's further arguments (a single array stands for a tuple of one). All are kept.
+      candidates: name -> `OpSpec`. Weights are compared by their weight spec alone unless an activation spec is there.
+      method: the quantizer.
+      stats: what it wants to know, from `calibrate`.
+      loss: ``(outputs, float outputs) -> scalar``; by default the relative squared error.
+      probes: how many backward passes the gradient estimate takes; 0 leaves it out. With y the outputs and v random
+        signs, ``E (<v, dy/dw> (w_q - w))^2`` is the squared change of the outputs, to first order.
+      progress: called with how many cells are done, and of how many.
+
+    Returns:
+      A `Sensitivity`.
+
+    Raises:
+      QuantError: if there are no batches or candidates, params do not fit the plan, or a candidate does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> fn, params = lambda p, x: x @ p["a"] + x @ p["b"], {"a": jnp.eye(4) + 0.3, "b": 0.01 * jnp.eye(4) + 0.003}
+      >>> x = jnp.linspace(-1.0, 1.0, 32).reshape(8, 4)
+      >>> int2, int8 = jq.OpSpec(jq.QuantSpec("int2")), jq.OpSpec(jq.QuantSpec("int8"))
+      >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("a|b", int8)])
+      >>> table = jq.sensitivity(fn, plan, params, [x], {"int2": int2, "int8": int8})
+      >>> table["a", "int2"].error > 100 * table["b", "int2"].error
+      True
+      >>> {item.path: item.spec.weight.qtype for item in jq.allocate(table, budget=56).items}
+      {'a': 'int8', 'b': 'int2'}
+
+    Source: Dong et al. 2019 (HAWQ, arXiv:1905.03696) for second-order estimates of a layer's share of the error; here
+      its Gauss-Newton form by random probes, beside the measured one.
+    """
+    kept = [tuple(b) if isinstance(b, tuple | list) else (b,) for b in batches]
+    if not kept or not candidates:
+        raise quant_error("sensitivity", "nothing to measure with", todo="Pass at least one batch and one candidate",
+                          batches=len(kept), candidates=len(candidates))  # fmt: skip
+    leaves = leaves_with_paths(params)[0]
+    check_plan("sensitivity", plan, leaves)
+    targets = [jax.jit(fn)(params, *args) for args in kept]
+    run = jax.jit(lambda params, args, target: loss(fn(params, *args), target))
+    grads = _probe(fn, plan, params, kept, probes) if probes else None
+    power = _power(targets)
+    cells: list[Cell] = []
+    total = len(plan) * len(candidates)
+    for item in plan.items:
+        for name, spec in candidates.items():
+            one = Plan((dataclasses.replace(item, spec=spec),))
+            new = quantize_params(params, one, method=method, stats=stats)
+            q = leaves_with_paths(new)[0][item.path]
+            changed = dequantize_params(new)
+            delta = leaves_with_paths(changed)[0][item.path] - jnp.asarray(leaves[item.path])
+            noise, signal = float(jnp.sum(delta**2)), float(jnp.sum(jnp.asarray(leaves[item.path]) ** 2))
+            if spec.act is None:
+                losses = [run(changed, args, target) for args, target in zip(kept, targets, strict=True)]
+            else:
+                low = quantized(fn, one)
+                losses = [loss(low(new, *args), target) for args, target in zip(kept, targets, strict=True)]
+            estimate = None
+            if grads is not None:
+                squares = [float(jnp.sum(g[item.path] * delta)) ** 2 for g in grads]
+                estimate = sum(squares) / len(squares) / power
+            sqnr = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else math.inf
+            cells.append(Cell(item.path, name, _nbytes(q), sqnr, float(np.mean([float(x) for x in losses])), estimate))
+            if progress is not None:
+                progress(len(cells), total)
+    return Sensitivity(plan, dict(candidates), tuple(cells))
+
+
+def _nbytes(leaf: Any) -> int:
+    return int(leaf.nbytes)
+
+
+def _power(targets: list[Any]) -> float:
+    """Mean over batches of the sum of squares of the outputs."""
+    return float(np.mean([sum(float(jnp.sum(y.astype(jnp.float32) ** 2)) for y in _floats(t)) for t in targets]))
+
+
+def _floats(tree: Any) -> list[Any]:
+    return [y for y in jax.tree.leaves(tree) if jnp.issubdtype(y.dtype, jnp.floating)]
+
+
+def _probe(
+    fn: Callable[..., Any], plan: Plan, params: Any, kept: list[tuple[Any, ...]], probes: int
+) -> list[dict[str, jax.Array]]:
+    """Gradients of random projections of the outputs: path -> array, for each probe."""
+    leaves, treedef = leaves_with_paths(params)
+    planned = {item.path: jnp.asarray(leaves[item.path]) for item in plan.items}
+
+    @jax.jit
+    def one(key: jax.Array, args: tuple[Any, ...]) -> dict[str, jax.Array]:
+        def projected(planned: dict[str, jax.Array]) -> jax.Array:
+            outs = _floats(fn(jax.tree.unflatten(treedef, {**leaves, **planned}.values()), *args))
+            keys = jax.random.split(key, len(outs))
+            return sum(
+                (jnp.sum(y * jax.random.rademacher(k, y.shape, y.dtype)) for y, k in zip(outs, keys, strict=True)),
+                start=jnp.zeros(()),
+            )
+
+        return jax.grad(projected)(planned)
+
+    return [one(jax.random.key(i), kept[i % len(kept)]) for i in range(probes)]
+
+
+# -- allocation --------------------------------------------------------------------------------------------------------
+
+
+def allocate(
+    sensitivity: Sensitivity,
+    *,
+    budget: int | None = None,
+    mean_bits: float | None = None,
+    limit: int = 200_000,
+) -> Plan:
+    """The candidate for each weight that costs the least error in total, within a budget of bytes.
+
+    Minimises ``sum_i error_i(c_i)`` subject to ``sum_i bytes_i(c_i) <= budget``: a knapsack with one choice for each
+    weight, solved by dynamic programming over the choices that no other beats in both. Exact, unless more than
+    ``limit`` partial choices are left after a weight; then some that differ little in bytes are dropped. Between equal
+    choices the candidates' order decides: the result depends on the table alone.
+
+    Args:
+      sensitivity: from `sensitivity`.
+      budget: true bytes of all planned weights together.
+      mean_bits: the same as mean bits per weight; scales count.
+      limit: partial choices to keep.
+
+    Returns:
+      A `Plan`: quantize with it.
+
+    Raises:
+      QuantError: unless exactly one of budget and mean_bits is given, or if nothing fits; the message says how much the
+        smallest choice takes.
+
+    Source: the knapsack form of mixed precision is Chen et al. 2021 (arXiv:2110.06554).
+    """
+    if (budget is None) == (mean_bits is None):
+        todo = "Pass budget=bytes or mean_bits=bits"
+        got = {"budget": budget, "mean_bits": mean_bits}
+        raise quant_error("allocate", "one of budget and mean_bits is needed", todo=todo, **got)
+    items = sensitivity.plan.items
+    if budget is None:
+        assert mean_bits is not None
+        budget = math.floor(mean_bits * sum(math.prod(i.shape) for i in items) / 8)
+    rows = [[sensitivity[item.path, name] for name in sensitivity.candidates] for item in items]
+    least = sum(min(cell.nbytes for cell in row) for row in rows)
+    if least > budget:
+        todo = f"Allow {least} bytes, or add a smaller candidate"
+        raise quant_error("allocate", "no choice fits the budget", todo=todo, budget=budget)
+    choice = _knapsack([[(c.nbytes, c.error) for c in row] for row in rows], budget, limit)
+    names = list(sensitivity.candidates)
+    return sensitivity.choose({item.path: names[k] for item, k in zip(items, choice, strict=True)})
+
+
+def _knapsack(rows: list[list[tuple[int, float]]], budget: int, limit: int) -> list[int]:
+    """One index per row, of least total error within the budget."""
+    rest = np.cumsum([min(n for n, _ in row) for row in rows][::-1])[::-1]  # what later rows take at least
+    sizes, errors = np.zeros(1, np.int64), np.zeros(1)
+    steps: list[tuple[np.ndarray, np.ndarray]] = []
+    for i, row in enumerate(rows):
+        later = int(rest[i + 1]) if i + 1 < len(rows) else 0
+        new_sizes = np.concatenate([sizes + n for n, _ in row])
+        new_errors = np.concatenate([errors + e for _, e in row])
+        before = np.tile(np.arange(len(sizes)), len(row))
+        pick = np.repeat(np.arange(len(row)), len(sizes))
+        order = np.lexsort((pick, new_errors, new_sizes))
+        order = order[new_sizes[order] + later <= budget]
+        best = np.minimum.accumulate(new_errors[order])
+        first = np.concatenate([[True], best[1:] < best[:-1]])  # what is smaller and no worse beats the rest
+        order = order[first]
+        if len(order) > limit:
+            order = order[np.unique(np.linspace(0, len(order) - 1, limit).round().astype(int))]
+        sizes, errors = new_sizes[order], new_errors[order]
+        steps.append((before[order], pick[order]))
+    at, choice = len(sizes) - 1, []
+    for before, pick in reversed(steps):
+        choice.append(int(pick[at]))
+        at = int(before[at])
+    return choice[::-1]
