@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ import jax
 import jaxquant as jq
 from jaxquant import OpSpec, QuantSpec, Rule, recipes
 from jaxquant.demo import digits
-from jaxquant.linen import QuantConv, QuantDense
 
 MSE = jq.observers.MSE
 
@@ -37,15 +35,13 @@ MSE = jq.observers.MSE
 class CNN(nn.Module):
     """Two 3x3 convolutions, 16 and 32 features, each with ReLU and 2x2 max pooling; one dense layer on top."""
 
-    spec: OpSpec | None = None
-
     @nn.compact
     def __call__(self, x: Any) -> Any:
         x = x.reshape(-1, 8, 8, 1)
         for features in (16, 32):
-            x = nn.relu(QuantConv(features, (3, 3), spec=self.spec)(x))
+            x = nn.relu(nn.Conv(features, (3, 3))(x))
             x = nn.max_pool(x, (2, 2), (2, 2))
-        return QuantDense(10, spec=self.spec)(x.reshape(x.shape[0], -1))
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
 
 
 def weight(qtype: str, group_size: int | None = None, **kwargs: Any) -> OpSpec:
@@ -77,7 +73,7 @@ WEIGHT_ONLY = (
 )
 MODELS = {
     "MLP 64-128-128-10": (
-        digits.MLP,
+        digits.MLP(),
         (
             *WEIGHT_ONLY,
             Row("int2, group 32, MSE", weight("int2", 32)),
@@ -92,7 +88,7 @@ MODELS = {
             ),
         ),
     ),
-    "CNN 16-32": (CNN, WEIGHT_ONLY),
+    "CNN 16-32": (CNN(), WEIGHT_ONLY),
 }
 
 
@@ -101,15 +97,14 @@ def nbytes(params: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, jq.QTensor)))
 
 
-def measure(
-    model: Callable[..., nn.Module], row: Row, params: Any, data: digits.Digits, seed: int
-) -> tuple[float, int]:
+def measure(model: nn.Module, row: Row, params: Any, data: digits.Digits, seed: int) -> tuple[float, int]:
     """Test accuracy and bytes of a row, from trained float parameters."""
+    quantized = digits.quantized(model, row.spec)
     if row.qat:
-        params = digits.train(model(row.spec), params, data, digits.QAT, seed=seed).params
+        params = digits.train(quantized, params, data, digits.QAT, seed=seed).params
     if row.spec is not None:
         params = jq.quantize_params(params, [Rule("kernel", row.spec)])
-    return data.accuracy(digits.logits(model(row.spec))(params, data.test_images)), nbytes(params)
+    return data.accuracy(digits.logits(quantized)(params, data.test_images)), nbytes(params)
 
 
 def machine() -> dict[str, str]:
@@ -168,7 +163,7 @@ def main() -> None:
     lines, results = [], {"seeds": args.seeds, "machine": machine()}
     for name, (model, rows) in MODELS.items():
         floats = [
-            digits.train(model(), digits.init(model(), data, seed), data, digits.FLOAT, seed=seed).params
+            digits.train(model, digits.init(model, data, seed), data, digits.FLOAT, seed=seed).params
             for seed in range(args.seeds)
         ]
         for row in rows:
@@ -179,7 +174,7 @@ def main() -> None:
             import qwix_peer
 
             results["machine"]["qwix"] = importlib.metadata.version("qwix")
-            for label, accuracies in qwix_peer.rows(model(), floats, data, qat=any(row.qat for row in rows)):
+            for label, accuracies in qwix_peer.rows(model, floats, data, qat=any(row.qat for row in rows)):
                 lines.append(summary(name, label, accuracies, None))
                 print(f"{name}: {label}: {lines[-1]['mean']}", flush=True)
     results["rows"] = lines

@@ -10,7 +10,9 @@ Slow tests (`@pytest.mark.slow`: more than a few seconds) are skipped, except
     pytest --slow              runs all of them
     pytest --slow-sample N     runs one in N of them, rounded up
 
-The sample depends on nothing but the tests' names: it is the same on every machine and in every order of collection.
+and `pytest --fast-sample N` runs one in N of the others, where even those are too many.
+
+A sample depends on nothing but the tests' names: it is the same on every machine and in every order of collection.
 
 No test measures time and none uses the network; a connection attempted from Python raises.
 """
@@ -38,16 +40,24 @@ def pytest_addoption(parser):
     group = parser.getgroup("slow tests")
     group.addoption("--slow", action="store_true", help="run the slow tests too")
     group.addoption("--slow-sample", type=int, default=0, metavar="N", help="run one slow test in N, always the same")
+    group.addoption("--fast-sample", type=int, default=0, metavar="N", help="run one fast test in N, always the same")
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"):
-        return
-    slow = sorted((item for item in items if "slow" in item.keywords), key=_by_hash)
-    n = config.getoption("--slow-sample")
-    chosen = math.ceil(len(slow) / n) if n > 0 else 0
-    for item in slow[chosen:]:
-        item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+    slow = [item for item in items if "slow" in item.keywords]
+    if not config.getoption("--slow"):
+        for item in _left_out(slow, config.getoption("--slow-sample")):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+    n = config.getoption("--fast-sample")
+    if n > 0:
+        for item in _left_out([item for item in items if "slow" not in item.keywords], n):
+            item.add_marker(pytest.mark.skip(reason=f"not among one in {n}"))
+
+
+def _left_out(items, n):
+    """All but one in n; with n = 0 all of them."""
+    items = sorted(items, key=_by_hash)
+    return items[math.ceil(len(items) / n) if n > 0 else 0 :]
 
 
 def _by_hash(item):

@@ -45,7 +45,9 @@ def run(output: Path, *, seed: int, epochs: int, qat_epochs: int, console: Any) 
 
         def train(scheme: Scheme, params: Any, recipe: digits.Recipe) -> Any:
             done = bar(f"Train {scheme.name}", recipe.epochs)
-            trained = digits.train(digits.MLP(scheme.spec), params, data, recipe, seed=seed, on_epoch=done)
+            trained = digits.train(
+                digits.quantized(digits.MLP(), scheme.spec), params, data, recipe, seed=seed, on_epoch=done
+            )
             steps[scheme] = trained.step_seconds
             return trained.params
 
@@ -93,7 +95,7 @@ def run(output: Path, *, seed: int, epochs: int, qat_epochs: int, console: Any) 
 
 def _measure(scheme: Scheme, file: Path, like: Any, data: digits.Digits, truth: np.ndarray, step: float | None) -> Row:
     params = io.load(file, like=like)
-    apply = digits.logits(digits.MLP(scheme.spec))
+    apply = digits.logits(digits.quantized(digits.MLP(), scheme.spec))
     logits = apply(params, data.test_images)
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     return Row(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -13,10 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxquant.core.specs import OpSpec
-from jaxquant.linen import QuantDense
+from jaxquant.core.specs import OpSpec, Rule
+from jaxquant.linen import wrap
 
-__all__ = ["FLOAT", "MLP", "QAT", "Digits", "Recipe", "Trained", "init", "load", "logits", "seconds", "train"]
+__all__ = [
+    "FLOAT",
+    "MLP",
+    "QAT",
+    "Digits",
+    "Model",
+    "Recipe",
+    "Trained",
+    "init",
+    "load",
+    "logits",
+    "quantized",
+    "seconds",
+    "train",
+]
 
 
 class Digits(NamedTuple):
@@ -45,15 +59,27 @@ def load() -> Digits:
 
 
 class MLP(nn.Module):
-    """64-128-128-10 with ReLU. Every layer follows ``spec``, the first and last included; None: Flax's `nn.Dense`."""
-
-    spec: OpSpec | None = None
+    """64-128-128-10 with ReLU: a plain Flax model, which knows nothing of quantization."""
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        x = nn.relu(QuantDense(128, spec=self.spec)(x))
-        x = nn.relu(QuantDense(128, spec=self.spec)(x))
-        return QuantDense(10, spec=self.spec)(x)
+        x = nn.relu(nn.Dense(128)(x))
+        x = nn.relu(nn.Dense(128)(x))
+        return nn.Dense(10)(x)
+
+
+class Model(Protocol):
+    """What is trained and run: a Linen module, or one that is wrapped."""
+
+    @property
+    def init(self) -> Callable[..., Any]: ...
+    @property
+    def apply(self) -> Callable[..., Any]: ...
+
+
+def quantized(model: nn.Module, spec: OpSpec | None) -> Model:
+    """The model with every kernel quantized, those of the first and last layer included; None: as it is."""
+    return model if spec is None else wrap(model, [Rule("kernel", spec)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +106,13 @@ class Trained(NamedTuple):
     step_seconds: float
 
 
-def init(model: nn.Module, data: Digits, seed: int) -> Any:
+def init(model: Model, data: Digits, seed: int) -> Any:
     """Fresh float parameters."""
     return model.init(jax.random.key(seed), data.train_images[:1])["params"]
 
 
 def train(
-    model: nn.Module,
+    model: Model,
     params: Any,
     data: Digits,
     recipe: Recipe,
@@ -94,10 +120,10 @@ def train(
     seed: int,
     on_epoch: Callable[[], Any] = lambda: None,
 ) -> Trained:
-    """Trains float parameters; with a model whose layers have a ``spec``, that is quantization-aware training.
+    """Trains float parameters; of a quantized model, that is quantization-aware training.
 
     Args:
-      model: a module that maps images to logits.
+      model: maps images to logits.
       params: where to start.
       data: what to train on.
       recipe: for how long, and how.
@@ -129,7 +155,7 @@ def train(
     return Trained(params, min(times))
 
 
-def logits(model: nn.Module) -> Callable[[Any, Any], jax.Array]:
+def logits(model: Model) -> Callable[[Any, Any], jax.Array]:
     """The jitted model: parameters, float or quantized, and images to logits."""
     return jax.jit(lambda params, images: model.apply({"params": params}, images))
 

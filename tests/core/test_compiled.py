@@ -11,6 +11,8 @@ import pytest
 import jaxquant as jq
 from jaxquant import QuantSpec
 
+pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="about what a newer XLA makes of a program")
+
 N = 1024
 
 

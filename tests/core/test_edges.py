@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from core import reference
 from core.cases import SCHEMES, unequal
+from double_precision import double_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,15 +25,6 @@ OBSERVERS = (
     jq.observers.MSE(),
     jq.observers.Entropy(),
 )
-
-
-def x64():
-    """A context in which JAX has float64."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64
-
-    return enable_x64()
 
 
 def roundtrip(spec, axes):
@@ -342,7 +334,7 @@ def test_float64_agrees_with_the_reference(spec):
     x[0, :3] = [np.inf, 0.0, 1.0]
     x[1, 0] = 2.0 - 2.0**-40  # in float32 this is 2, with another exponent
     x[1, 1:] = np.clip(x[1, 1:], -1.5, 1.5)
-    with x64():
+    with double_precision():
         q = jq.quantize(x, spec, reduce_axes=(-1,))
         y, fake = q.dequantize(), jq.fake_quant(x, spec, reduce_axes=(-1,))
         assert q.dtype == y.dtype == fake.dtype == jnp.float64
@@ -358,7 +350,7 @@ def test_float32_under_x64_is_as_without(spec):
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((4, 64)) * unequal(rng, (4, 64))).astype(np.float32)
     without = jq.quantize(x, spec, reduce_axes=(-1,))
-    with x64():
+    with double_precision():
         within = jq.quantize(x, spec, reduce_axes=(-1,))
         assert within.dequantize().dtype == jnp.float32
         for a, b in zip(jax.tree.leaves(without), jax.tree.leaves(within), strict=True):
@@ -367,7 +359,7 @@ def test_float32_under_x64_is_as_without(spec):
 
 
 def test_float64_scales():
-    with x64():
+    with double_precision():
         x = np.array([1.0, -3.0]) * 1e200
         q = jq.quantize(x, QuantSpec("int8", scale_dtype="float64"), reduce_axes=(-1,))
         assert q.scale.dtype == jnp.float64

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from core import reference
 from core.cases import unequal
+from double_precision import double_precision
 
 import jaxquant as jq
 from jaxquant import QuantSpec
@@ -81,7 +82,7 @@ def test_grid_values_never_move(qtype, dtype):
     """Not for any noise in [0, 1): also not for the least and the largest that a generator can return."""
     info = QTYPES[qtype]
     values = reference.grid(qtype).values
-    with jax.enable_x64(True) if dtype == "float64" else jax.default_device(None):
+    with double_precision() if dtype == "float64" else jax.default_device(None):
         eps = float(jnp.finfo(dtype).eps)
         for noise in (0.0, eps / 2, eps, 0.25, 0.5, 1 - eps, 1 - eps / 2):
             v = jnp.asarray(values, dtype)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from double_precision import double_precision
 from jax import lax
 from ops_reference import INTEGER, WEIGHT_ONLY, error, quantized, real, slow_but, spec_of, unequal
 
@@ -84,7 +85,7 @@ def conv_error(got, x, k, name):
     """Error against a float64 convolution, image by image and feature by feature."""
     window = {"window_strides": (1,) * (x.ndim - 2), **WINDOWS[name][2]}
     numbers = axes_of(name)[2]
-    with jax.enable_x64():
+    with double_precision():
         want = np.asarray(lax.conv_general_dilated(jnp.asarray(x), jnp.asarray(k), precision="highest", **window))
     spatial = tuple(numbers.out_spec[2:])
     size = np.sqrt(np.mean(want**2, axis=spatial, keepdims=True))
@@ -198,7 +199,7 @@ def test_half_precision(dtype):
 
 
 def test_float64():
-    with jax.enable_x64():
+    with double_precision():
         x, k = unequal(16, (2, 7, 6, 5), np.float64), unequal(17, (3, 3, 5, 4), np.float64)
         q = quantized(k, spec_of("int8"), (0, 1, 2))
         got = conv(x, q, "same")

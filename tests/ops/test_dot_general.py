@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from double_precision import double_precision
 from jax import lax
 from ops_reference import (
     INTEGER,
@@ -306,7 +307,7 @@ def test_mixed_dtypes():
 
 
 def test_float64():
-    with jax.enable_x64():
+    with double_precision():
         x, w = unequal(41, (5, 32), np.float64), unequal(42, (32, 6), np.float64)
         for spec in (recipes.w8a8(), recipes.w4a16(8, symmetric=False), recipes.w4a8(8), recipes.fp8(), recipes.nf4(8)):
             q = quantized(w, spec.weight)

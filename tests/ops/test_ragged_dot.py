@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from double_precision import double_precision
 from jax import lax
 from ops_reference import INTEGER, WEIGHT_ONLY, error, quantized, real, spec_of, unequal
 
@@ -69,7 +70,7 @@ def test_precision_dtypes_and_static_ranges():
     assert error(got, *product(left, real(q), SIZES)) <= INTEGER
     images = quantized(x, spec_of("uint8", symmetric=False), (1,))
     assert error(ops.ragged_dot(images, q, SIZES), *product(real(images), real(q), SIZES)) <= INTEGER
-    with jax.enable_x64():
+    with double_precision():
         x = unequal(4, (10, 16), np.float64)
         got = ops.ragged_dot(x, q, SIZES.astype(np.int32))
         assert got.dtype == np.float64
