@@ -5,6 +5,7 @@ A *quantizer* is ``method(w, spec, *, reduce_axes, stats=None) -> QTensor``; `qu
     rtn      round to nearest, with the range that the spec's calibration gives
     clipped  round to nearest, with the range of least output error
     descend  codes and scales of another quantizer, improved one at a time
+    hqq      round to nearest, with the zero point of least absolute error
     gptq     round in turn, each error made up for by the weights still to come
 
 A *basis* is a change of basis of a weight's input channels, before it is quantized; see `jaxquant.precondition`.
@@ -18,7 +19,8 @@ from jaxquant.ptq.bases import ChannelScale, Rotation
 from jaxquant.ptq.clipped import clipped
 from jaxquant.ptq.descend import descend
 from jaxquant.ptq.gptq import gptq
+from jaxquant.ptq.hqq import hqq
 from jaxquant.ptq.rtn import rtn
 from jaxquant.ptq.scaling import awq_scale, smooth_scale
 
-__all__ = ["ChannelScale", "Rotation", "awq_scale", "bases", "clipped", "descend", "gptq", "rtn", "smooth_scale"]
+__all__ = ["ChannelScale", "Rotation", "awq_scale", "bases", "clipped", "descend", "gptq", "hqq", "rtn", "smooth_scale"]

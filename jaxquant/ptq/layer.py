@@ -23,7 +23,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor, from_codes, scale_values
 from jaxquant.core.specs import QuantSpec
 
-__all__ = ["Layer", "Steps"]
+__all__ = ["Layer", "Steps", "stored_scale"]
 
 
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
