@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
@@ -31,7 +32,7 @@ from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.io.atomic import replacing
 from jaxquant.io.strict_json import parse
 
-__all__ = ["DTYPES", "SafetensorsFile", "TensorSpec", "is_shape", "write_safetensors"]
+__all__ = ["DTYPES", "SafetensorsFile", "TensorSpec", "is_shape", "write_parts", "write_safetensors"]
 
 #: The format's names.
 DTYPES: dict[str, np.dtype] = {
@@ -110,8 +111,32 @@ def write_safetensors(
       QuantError: if the header exceeds the format's 100 MB, an array is not what ``tensors`` says, or the path is no
         place for a file.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header = _header(tensors, order, metadata)
+    order = _order(tensors)
+    write_parts(path, tensors, ({name: read(name)} for name in order), metadata, function=function)
+
+
+def write_parts(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, TensorSpec],
+    parts: Iterable[Mapping[str, np.ndarray]],
+    metadata: Mapping[str, str],
+    *,
+    function: str = "save",
+) -> None:
+    """As `write_safetensors`, for arrays that are made several at a time, in any order.
+
+    Args:
+      path: the file to create or replace.
+      tensors: what will be written under each name.
+      parts: arrays by name; each name once. Nothing is kept of a part when the next one is asked for.
+      metadata: strings by name.
+      function: who asks, for the error message.
+
+    Raises:
+      QuantError: as `write_safetensors`; also if a name is missing or comes twice.
+    """
+    order = _order(tensors)
+    header, begin = _header(tensors, order, metadata)
     if len(header) > _MAX_HEADER:
         raise quant_error(
             function,
@@ -120,17 +145,29 @@ def write_safetensors(
             path=os.fsdecode(path),
             header_length=len(header),
         )
+    todo = "Do not change the parameters while they are saved"
+    start = 8 + len(header)
     with replacing(path, function=function) as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for name in order:
-            array = read(name)
-            if (array.dtype, array.shape) != tensors[name]:
-                todo = "Do not change the parameters while they are saved"
-                raise quant_error(function, "the array has changed since it was looked at", todo=todo, path=name)
-            file.write(_little_endian_bytes(array))
+        for part in parts:
+            for name, array in part.items():
+                if name not in begin or (array.dtype, array.shape) != tensors[name]:
+                    raise quant_error(function, "the array has changed since it was looked at", todo=todo, path=name)
+                file.seek(start + begin.pop(name))
+                file.write(_little_endian_bytes(array))
+        if begin:
+            raise quant_error(function, "the array is no longer there", todo=todo, path=min(begin))
 
 
-def _header(tensors: Mapping[str, TensorSpec], order: list[str], metadata: Mapping[str, str]) -> bytes:
+def _order(tensors: Mapping[str, TensorSpec]) -> list[str]:
+    """Names in the order of the data: wide elements first, so that all are aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
+def _header(
+    tensors: Mapping[str, TensorSpec], order: list[str], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The header, and where each array begins after it."""
     header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     begin = 0
     for name in order:
@@ -139,7 +176,7 @@ def _header(tensors: Mapping[str, TensorSpec], order: list[str], metadata: Mappi
         header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
+    return text + b" " * (-len(text) % 8), {name: header[name]["data_offsets"][0] for name in order}
 
 
 def _little_endian_bytes(array: np.ndarray) -> memoryview:
@@ -188,8 +225,8 @@ class SafetensorsFile:
             self.metadata = self._checked_metadata(header.pop(_METADATA, {}))
             self.tensors, self._begin = self._checked_tensors(header, size - start)
             # Nothing can be mapped where there is nothing.
-            data = np.memmap(file, np.uint8, "r", start, (size - start,)) if size > start else np.empty(0, np.uint8)
-            self._data = np.asarray(data)
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size > start else None
+            self._data = np.frombuffer(self._map or b"", np.uint8, offset=start if self._map else 0)
 
     def array(self, name: str) -> np.ndarray:
         """The array of a name: a read-only view of the file."""
@@ -199,6 +236,11 @@ class SafetensorsFile:
             todo = "The file is damaged: save it again"
             raise self.error("the bytes of a BOOL array must be 0 or 1", name, todo=todo, byte=int(data.max()))
         return data.view(spec.dtype.newbyteorder("<")).reshape(spec.shape)
+
+    def forget(self) -> None:
+        """Gives the memory of what was read back; reading it again is possible."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def error(self, rule: str, name: str | None = None, /, *, todo: str, **got: Any) -> QuantError:
         """A `QuantError` that names this file, and the place in it."""

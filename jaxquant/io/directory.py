@@ -1,0 +1,198 @@
+"""Writing a checkpoint of many tensors: everything is settled before the first byte, and an interruption costs one shard.
+
+A directory is written under another name, ``NAME.partial``, next to where it will be, and takes its name when it is
+complete. Until then it holds ``plan.json``, which says what is written and from what. Shards are written one after
+another, each whole or not at all. Whoever writes the same again finds the shards that are there and goes on; the result
+has the same bytes as one that was never interrupted. A partial directory of anything else is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.io.atomic import replacing
+from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_parts
+
+__all__ = ["SHARD_BYTES", "Layout", "Piece", "json_bytes", "lay_out", "write_directory"]
+
+SHARD_BYTES = 4 << 30
+_PLAN = "plan.json"
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tensors that are made together.
+
+    Attributes:
+      tensors: name -> what will be written.
+      make: makes them, when their turn comes.
+    """
+
+    tensors: Mapping[str, TensorSpec]
+    make: Callable[[], Mapping[str, np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which piece goes to which file.
+
+    Attributes:
+      shards: file name -> its pieces.
+      files: file name -> content, the index included.
+    """
+
+    shards: dict[str, list[Piece]]
+    files: dict[str, bytes]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors and files."""
+        tensors = sum(piece.nbytes for pieces in self.shards.values() for piece in pieces)
+        return tensors + sum(map(len, self.files.values()))
+
+
+def json_bytes(value: Any) -> bytes:
+    """The text of a JSON file."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def lay_out(pieces: Sequence[Piece], files: Mapping[str, bytes], shard_bytes: int, *, function: str) -> Layout:
+    """Fills shards in order, each up to ``shard_bytes`` or one piece; one shard needs no index."""
+    groups: list[list[Piece]] = [[]]
+    seen: set[str] = set()
+    size = 0
+    for piece in pieces:
+        if twice := seen & piece.tensors.keys():
+            todo = "Rename one of the modules"
+            raise quant_error(function, "two tensors would have one name", todo=todo, path=min(twice))
+        seen |= piece.tensors.keys()
+        if groups[-1] and size + piece.nbytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(piece)
+        size += piece.nbytes
+    if len(groups) == 1:
+        return Layout({"model.safetensors": groups[0]}, dict(files))
+    names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
+    shards = dict(zip(names, groups, strict=True))
+    place = {tensor: name for name, group in shards.items() for piece in group for tensor in piece.tensors}
+    index = {"metadata": {"total_size": sum(p.nbytes for p in pieces)}, "weight_map": place}
+    return Layout(shards, {**files, _INDEX: json_bytes(index)})
+
+
+def write_directory(
+    directory: str | os.PathLike[str],
+    layout: Layout,
+    *,
+    source: Mapping[str, Any],
+    function: str,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> None:
+    """Writes a directory, or goes on writing it.
+
+    Args:
+      directory: where; it must not exist, or be empty.
+      layout: from `lay_out`.
+      source: what the tensors are made from and how, as JSON values: a partial directory is continued if it was begun
+        with the same.
+      function: who asks, for the error messages.
+      progress: called with the bytes that are done, all bytes, and the name of what comes next.
+
+    Raises:
+      QuantError: if there is no room or no place for the directory, or a partial one of something else; before anything
+        is written.
+    """
+    target = os.path.abspath(directory)
+    partial = f"{target}.partial"
+    plan = json_bytes({"source": source, "shards": _described(layout), "files": _digests(layout.files)})
+    done = _preflight(target, partial, plan, layout, function)
+    if not os.path.isdir(partial):
+        os.mkdir(partial)
+        with replacing(os.path.join(partial, _PLAN), function=function) as file:
+            file.write(plan)
+    for name in os.listdir(partial):
+        if name.startswith(".") and name.endswith(".tmp"):  # of a process that was killed
+            os.remove(os.path.join(partial, name))
+    total, written = layout.nbytes, 0
+
+    def parts(pieces: list[Piece]) -> Iterator[Mapping[str, np.ndarray]]:
+        nonlocal written
+        for piece in pieces:
+            if progress is not None:
+                progress(written, total, next(iter(piece.tensors), ""))
+            yield piece.make()
+            written += piece.nbytes
+
+    for name, pieces in layout.shards.items():
+        if name in done:
+            written += sum(piece.nbytes for piece in pieces)
+            continue
+        specs = {tensor: spec for piece in pieces for tensor, spec in piece.tensors.items()}
+        write_parts(os.path.join(partial, name), specs, parts(pieces), {"format": "pt"}, function=function)
+    for name, content in layout.files.items():
+        with replacing(os.path.join(partial, name), function=function) as file:
+            file.write(content)
+    os.rename(partial, target)
+    os.remove(os.path.join(target, _PLAN))
+    if progress is not None:
+        progress(total, total, "")
+
+
+def _described(layout: Layout) -> dict[str, Any]:
+    return {
+        shard: {
+            name: [spec.dtype.name, list(spec.shape)] for piece in pieces for name, spec in piece.tensors.items()
+        }
+        for shard, pieces in layout.shards.items()
+    }
+
+
+def _digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+def _preflight(target: str, partial: str, plan: bytes, layout: Layout, function: str) -> set[str]:
+    """The shards that are there already; `QuantError` if writing cannot succeed."""
+
+    def error(rule: str, **got: Any) -> QuantError:
+        return quant_error(function, rule, path=target, **got)
+
+    parent = os.path.dirname(target)
+    if not os.path.isdir(parent):
+        raise error("the directory to write to does not exist", todo="Create it first", directory=parent)
+    if os.path.lexists(target) and (not os.path.isdir(target) or os.listdir(target)):
+        raise error("the destination exists", todo="Choose another, or remove it first")
+    done: set[str] = set()
+    if os.path.lexists(partial):
+        found = b""
+        with contextlib.suppress(OSError), open(os.path.join(partial, _PLAN), "rb") as file:
+            found = file.read()
+        if found != plan:
+            todo = f"Remove {partial}, or write with the settings and the source it was begun with"
+            raise error("a partial directory of something else is in the way", todo=todo)
+        for name, pieces in layout.shards.items():
+            specs = {tensor: spec for piece in pieces for tensor, spec in piece.tensors.items()}
+            path = os.path.join(partial, name)
+            if os.path.isfile(path) and SafetensorsFile(path, function=function).tensors == specs:
+                done.add(name)
+    needed = layout.nbytes - sum(piece.nbytes for name in done for piece in layout.shards[name])
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise error("the disk is too full", todo="Make room, or choose another place", needed=needed, free=free)
+    return done

@@ -1,0 +1,155 @@
+"""compressed-tensors, as vLLM and llm-compressor read and write it.
+
+    pack-quantized             integers of 2 to 8 bits: ``weight_packed`` int32 [out, words], ``weight_scale`` [out, groups],
+                               ``weight_shape``; with zero points ``weight_zero_point``, packed along out
+    int-quantized              int8 under planned int8 activations: ``weight``, ``weight_scale``
+    float-quantized            float8_e4m3fn: ``weight``, ``weight_scale``: per tensor, channel, or block
+    mxfp4-pack-quantized       ``weight_packed`` uint8 [out, in / 2], ``weight_scale`` the exponents as uint8
+
+Packed integers are unsigned, the signed code plus 2 ** (bits - 1), in one little-endian bit stream per row. Scales keep
+their dtype, which is the dtype that readers dequantize to.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import QuantSpec
+from jaxquant.io.export.integers import check_integers, check_matrix, group_size, grouped, words
+from jaxquant.io.export.layout import Layout
+
+__all__ = ["compressed_tensors"]
+
+_SCALES = (np.float32, np.float16, jnp.bfloat16)
+
+
+def compressed_tensors(act: QuantSpec | None = None) -> Layout:
+    """The layout; ``act`` is how activations are to be quantized: None, or int8 or fp8 per token."""
+    act_type = None if act is None else act.qtype
+    dynamic = act is None or (act.symmetric and not act.static and act.granularity == "per_channel")
+    if act_type not in (None, "int8", "float8_e4m3fn") or not dynamic:
+        todo = "Use QuantSpec('int8') or QuantSpec('float8_e4m3fn')"
+        raise quant_error("save_hf", "activations are int8 or fp8, symmetric, dynamic, per token", todo=todo, act=act)
+    return Layout(
+        "compressed-tensors",
+        functools.partial(_check, act_type),
+        functools.partial(_tensors, act_type),
+        functools.partial(_config, act_type),
+        functools.partial(_constants, act_type),
+    )
+
+
+def _format(act: str | None, q: QTensor) -> str:
+    if q.qtype == "mxfp4":
+        return "mxfp4-pack-quantized"
+    if q.qtype == "float8_e4m3fn":
+        return "float-quantized"
+    return "int-quantized" if act == "int8" and q.qtype == "int8" and q.zero_point is None else "pack-quantized"
+
+
+def _check(act: str | None, q: QTensor, error: Callable[..., QuantError]) -> None:
+    if q.qtype == "mxfp4":
+        check_matrix(q, error)
+    elif q.qtype == "float8_e4m3fn":
+        if len(q.shape) != 2 or q.stored_order != (0, 1):
+            raise error("the weight must be [out, in]", todo="Store it so", weight=repr(q))
+    else:
+        check_integers(q, (2, 3, 4, 5, 6, 7, 8), error)
+    if q.permutation is not None:
+        raise error("the library no longer reads reordered columns", todo="Write gptq instead", weight=repr(q))
+    if act is not None and (q.qtype != act or group_size(q) != q.shape[-1]):
+        todo = f"Quantize it to {act} per channel, or leave act out"
+        raise error("activations are quantized like the weight, per channel", todo=todo, act=act, weight=repr(q))
+    if q.qtype != "mxfp4" and not isinstance(q.scale, QTensor) and q.scale.dtype not in map(np.dtype, _SCALES):
+        raise error("scales must be float32, float16 or bfloat16", todo="Cast them", scale=q.scale)
+
+
+def _tensors(act: str | None, q: QTensor) -> dict[str, jax.Array]:
+    kind = _format(act, q)
+    if kind == "float-quantized":
+        return {"weight": q.logical_codes(), "weight_scale": q.scale.reshape(-1) if q.scale.size == 1 else q.scale}
+    if kind == "mxfp4-pack-quantized":
+        exponents = lax.bitcast_convert_type(q.scale, jnp.uint8)
+        return {"weight_packed": q.codes, "weight_scale": jnp.broadcast_to(exponents, (q.shape[0], q.scale.shape[1]))}
+    if kind == "int-quantized":
+        return {"weight": q.logical_codes(), "weight_scale": jnp.broadcast_to(q.scale, (q.shape[0], 1))}
+    codes, scale, zero, _ = grouped(q)
+    out = {"weight_packed": words(codes, q.type.bits), "weight_scale": scale}
+    return out if q.zero_point is None else out | {"weight_zero_point": words(zero.T, q.type.bits).T}
+
+
+def _constants(act: str | None, q: QTensor) -> dict[str, np.ndarray]:
+    return {"weight_shape": np.array(q.shape, np.int64)} if _format(act, q) == "pack-quantized" else {}
+
+
+def _scheme(act: str | None, q: QTensor) -> dict[str, Any]:
+    kind, size = _format(act, q), group_size(q)
+    weights = {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": False,
+        "group_size": size if size != q.shape[-1] else None,
+        "num_bits": q.type.bits,
+        "observer": "memoryless_minmax",
+        "observer_kwargs": {},
+        "strategy": "channel" if size == q.shape[-1] else "group",
+        "symmetric": q.zero_point is None,
+        "type": "int" if q.type.kind == "int" else "float",
+    }
+    if kind == "float-quantized" and q.scale.size == 1:
+        weights["strategy"] = "tensor"
+    elif kind == "float-quantized" and (size != q.shape[-1] or q.scale.shape[0] != q.shape[0]):
+        weights |= {"strategy": "block", "block_structure": [q.shape[0] // q.scale.shape[0], size], "group_size": None}
+    if kind == "mxfp4-pack-quantized":
+        weights |= {"group_size": 32, "strategy": "group", "scale_dtype": "torch.uint8"}
+    tokens = {
+        "dynamic": True,
+        "group_size": None,
+        "num_bits": 8,
+        "observer": None,
+        "strategy": "token",
+        "symmetric": True,
+        "type": "int" if act == "int8" else "float",
+    }
+    return {
+        "format": kind,
+        "input_activations": None if act is None else tokens,
+        "output_activations": None,
+        "weights": weights,
+    }
+
+
+def _config(act: str | None, weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Any]:
+    schemes: list[dict[str, Any]] = []
+    modules: list[list[str]] = []
+    for module, q in weights.items():
+        scheme = _scheme(act, q)
+        if scheme not in schemes:
+            schemes.append(scheme)
+            modules.append([])
+        modules[schemes.index(scheme)].append(module)
+    formats = {scheme["format"] for scheme in schemes}
+    targets = [["Linear"]] if len(schemes) == 1 else [[f"re:^{re.escape(m)}$" for m in names] for names in modules]
+    return {
+        "config_groups": {
+            f"group_{i}": scheme | {"targets": names}
+            for i, (scheme, names) in enumerate(zip(schemes, targets, strict=True))
+        },
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "global_compression_ratio": None,
+        "ignore": list(floats),
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "version": "0.19.0",
+    }

@@ -1,0 +1,36 @@
+"""What a layout of quantized weights is to the writers: tensors for each weight, and the config for all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.core.errors import QuantError
+from jaxquant.core.qtensor import QTensor
+
+__all__ = ["Layout"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One way to write quantized weights.
+
+    Attributes:
+      name: what users call it.
+      check: raises (through the ``error`` it is given) unless a weight can be written as it is.
+      tensors: suffix of the module's name -> array; pure, so that shapes can be had without values.
+      constants: suffix -> array that depends on nothing but the weight's shapes.
+      config: the ``quantization_config`` for weights by module, and the modules that stay in float.
+      files: further JSON files, from that config.
+    """
+
+    name: str
+    check: Callable[[QTensor, Callable[..., QuantError]], None]
+    tensors: Callable[[QTensor], dict[str, jax.Array]]
+    config: Callable[[Mapping[str, QTensor], Sequence[str]], dict[str, Any]]
+    constants: Callable[[QTensor], dict[str, np.ndarray]] = lambda q: {}
+    files: Callable[[dict[str, Any]], dict[str, dict[str, Any]]] = lambda config: {}

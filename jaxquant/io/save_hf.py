@@ -1,0 +1,154 @@
+"""`save_hf`: arrays and QTensors to a directory as Hugging Face, vLLM and the formats' own libraries read it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import QuantSpec
+from jaxquant.io.directory import SHARD_BYTES, Piece, json_bytes, lay_out, write_directory
+from jaxquant.io.export import AWQ, BITSANDBYTES, GPTQ, Layout, compressed_tensors
+from jaxquant.io.safetensors import DTYPES, TensorSpec
+
+__all__ = ["FORMATS", "Format", "export_config", "export_piece", "layout_of", "save_hf"]
+
+Format = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes"]
+FORMATS = ("compressed-tensors", "gptq", "awq", "bitsandbytes")
+_EMBEDDINGS = ("embed", "wte", "wpe", "shared")
+
+
+def save_hf(
+    directory: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    *,
+    format: Format = "compressed-tensors",
+    config: Mapping[str, Any] | None = None,
+    act: QuantSpec | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a quantized checkpoint that other libraries read to the same values; nothing is quantized anew.
+
+    A weight fits a format if its number type, groups, scales and zero points are on that format's grid:
+
+        compressed-tensors   integers of 2 to 8 bits per channel or group, with or without integer zero points; fp8
+                             per tensor, channel or block; mxfp4
+        gptq                 2, 3, 4, 8 bits, scales that float16 holds, all weights alike; also with reordered columns
+        awq                  4 bits, scales that float16 holds, one group size
+        bitsandbytes         nf4 or fp4, blocks of 32 to 4096
+
+    Args:
+      directory: where to write; it must not exist, or be empty. It appears only when it is complete.
+      params: a flat dict as `load_hf` gives it: ``<module>.weight`` -> QTensor [out, in], everything else arrays.
+      format: the layout.
+      config: the model's ``config.json``; ``quantization_config`` is added to a copy.
+      act: with compressed-tensors, how activations are to be quantized (int8 or fp8, dynamic, per token); None for
+        weights only.
+      shard_bytes: size that a file should not exceed.
+
+    Raises:
+      QuantError: if a weight does not fit the format, naming it and the reason, or there is no room; before anything is
+        written.
+      OSError: if the place is not writable.
+
+    Example:
+      >>> import os, tempfile
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> spec = jq.QuantSpec("int4", granularity="per_group", group_size=32)
+      >>> params = {"lm_head.weight": jq.quantize(jnp.eye(64), spec, reduce_axes=(-1,)), "norm.weight": jnp.ones(64)}
+      >>> with tempfile.TemporaryDirectory() as parent:
+      ...     directory = os.path.join(parent, "model")
+      ...     jq.io.save_hf(directory, params)
+      ...     sorted(os.listdir(directory))
+      ['config.json', 'model.safetensors']
+
+    Source: the layouts of compressed-tensors 0.19, gptqmodel 7.7, AutoAWQ 0.2.9 and bitsandbytes 0.50.2, whose own files
+    are written again byte for byte in the tests.
+    """
+    layout = layout_of(format, act)
+    pieces = [export_piece(layout, name, leaf) for name, leaf in params.items()]
+    weights = {name.removesuffix(".weight"): leaf for name, leaf in params.items() if isinstance(leaf, QTensor)}
+    if not weights:
+        todo = "Quantize some, or save with jq.io.save"
+        raise quant_error("save_hf", "there is no quantized weight", todo=todo, params=len(params))
+    files = export_config(layout, weights, float_modules(params), config or {})
+    written = lay_out(pieces, files, shard_bytes, function="save_hf")
+    # What is in memory has no name to be recognised by: a partial directory is never continued.
+    write_directory(directory, written, source={"memory": os.urandom(8).hex()}, function="save_hf")
+
+
+def layout_of(format: str, act: QuantSpec | None = None, *, function: str = "save_hf") -> Layout:
+    """The layout of a name."""
+    if format not in FORMATS:
+        raise quant_error(function, "unknown format", todo=f"Use one of {', '.join(FORMATS)}", format=format)
+    if format == "compressed-tensors":
+        return compressed_tensors(act)
+    if act is not None:
+        todo = "Write compressed-tensors, or leave act out"
+        raise quant_error(function, "the format says nothing about activations", todo=todo, format=format, act=act)
+    return {"gptq": GPTQ, "awq": AWQ, "bitsandbytes": BITSANDBYTES}[format]
+
+
+def float_modules(leaves: Mapping[str, Any]) -> list[str]:
+    """The modules whose weights stay in float and might be taken for linear layers."""
+    return [
+        name.removesuffix(".weight")
+        for name, leaf in leaves.items()
+        if name.endswith(".weight")
+        and not isinstance(leaf, QTensor)
+        and len(leaf.shape) == 2
+        and not any(word in name for word in _EMBEDDINGS)
+    ]
+
+
+def export_piece(layout: Layout, name: str, leaf: Any, *, function: str = "save_hf") -> Piece:
+    """The tensors of one leaf. For a QTensor of `jax.ShapeDtypeStruct`s their specs only; `make` then fails."""
+    if not isinstance(leaf, QTensor):
+        spec = _checked(name, leaf, function)
+        return Piece({name: spec}, lambda: {name: np.asarray(leaf)})
+
+    def error(rule: str, **got: Any) -> QuantError:
+        return quant_error(function, rule, path=name, **{"format": layout.name} | got)
+
+    if not name.endswith(".weight"):
+        raise error("quantized weights are named <module>.weight", todo="Rename it, or keep it in float")
+    layout.check(leaf, error)
+    prefix = name.removesuffix("weight")
+    constants = {prefix + suffix: value for suffix, value in layout.constants(leaf).items()}
+    shapes = jax.eval_shape(layout.tensors, leaf)
+    specs = {prefix + suffix: TensorSpec(np.dtype(s.dtype), s.shape) for suffix, s in shapes.items()}
+    specs |= {name: TensorSpec(value.dtype, value.shape) for name, value in constants.items()}
+
+    def make() -> dict[str, np.ndarray]:
+        arrays = _tensors(leaf, encode=layout.tensors)
+        return {prefix + suffix: np.asarray(value) for suffix, value in arrays.items()} | constants
+
+    return Piece(specs, make)
+
+
+@functools.partial(jax.jit, static_argnames="encode")
+def _tensors(q: QTensor, *, encode: Callable[[QTensor], dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    return encode(q)
+
+
+def _checked(name: str, leaf: Any, function: str) -> TensorSpec:
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or np.dtype(dtype) not in DTYPES.values():
+        todo = "Pass NumPy or JAX arrays and QTensors"
+        raise quant_error(function, "not an array that safetensors holds", todo=todo, path=name, leaf=leaf)
+    return TensorSpec(np.dtype(dtype), tuple(leaf.shape))
+
+
+def export_config(
+    layout: Layout, weights: Mapping[str, QTensor], floats: Sequence[str], config: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """``config.json`` and whatever else the layout wants, from the model's own config."""
+    quantization = layout.config(weights, floats)
+    files = {"config.json": {**config, "quantization_config": quantization}, **layout.files(quantization)}
+    return {name: json_bytes(content) for name, content in files.items()}
