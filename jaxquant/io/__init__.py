@@ -5,11 +5,13 @@ native        our own: one safetensors file with a manifest (`save`, `load`, `re
 safetensors   the container itself: named arrays in one file
 sharded       several such files with an index
 hf            Hugging Face checkpoints, quantized by any library (`load_hf`)
+save_hf       and written in the layouts of some (`save_hf`); each layout is a file of export
 """
 
 from jaxquant.io.gguf import GGUFInfo, load_gguf, save_gguf
 from jaxquant.io.hf import CheckpointInfo, NameMap, load_hf
 from jaxquant.io.native import SavedMetadata, load, read_metadata, save
+from jaxquant.io.save_hf import save_hf
 
 __all__ = [
     "CheckpointInfo",
@@ -22,4 +24,5 @@ __all__ = [
     "read_metadata",
     "save",
     "save_gguf",
+    "save_hf",
 ]

@@ -1,4 +1,4 @@
-"""Writing a checkpoint of many tensors: everything is settled before the first byte, and an interruption costs one shard.
+"""Writing a checkpoint of many tensors: all is settled before the first byte, and an interruption costs one shard.
 
 A directory is written under another name, ``NAME.partial``, next to where it will be, and takes its name when it is
 complete. Until then it holds ``plan.json``, which says what is written and from what. Shards are written one after
@@ -156,9 +156,7 @@ def write_directory(
 
 def _described(layout: Layout) -> dict[str, Any]:
     return {
-        shard: {
-            name: [spec.dtype.name, list(spec.shape)] for piece in pieces for name, spec in piece.tensors.items()
-        }
+        shard: {name: [spec.dtype.name, list(spec.shape)] for piece in pieces for name, spec in piece.tensors.items()}
         for shard, pieces in layout.shards.items()
     }
 

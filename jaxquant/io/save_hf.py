@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.specs import QuantSpec
 from jaxquant.io.directory import SHARD_BYTES, Piece, json_bytes, lay_out, write_directory
 from jaxquant.io.export import AWQ, BITSANDBYTES, GPTQ, Layout, compressed_tensors
@@ -68,8 +68,8 @@ def save_hf(
       ...     sorted(os.listdir(directory))
       ['config.json', 'model.safetensors']
 
-    Source: the layouts of compressed-tensors 0.19, gptqmodel 7.7, AutoAWQ 0.2.9 and bitsandbytes 0.50.2, whose own files
-    are written again byte for byte in the tests.
+    Source: the layouts of compressed-tensors 0.19, gptqmodel 7.7, AutoAWQ 0.2.9 and bitsandbytes 0.50.2, whose own
+    files are written again byte for byte in the tests.
     """
     layout = layout_of(format, act)
     pieces = [export_piece(layout, name, leaf) for name, leaf in params.items()]
@@ -114,7 +114,7 @@ def export_piece(layout: Layout, name: str, leaf: Any, *, function: str = "save_
         return Piece({name: spec}, lambda: {name: np.asarray(leaf)})
 
     def error(rule: str, **got: Any) -> QuantError:
-        return quant_error(function, rule, path=name, **{"format": layout.name} | got)
+        return quant_error(function, f"{rule} (format {layout.name})", path=name, **got)
 
     if not name.endswith(".weight"):
         raise error("quantized weights are named <module>.weight", todo="Rename it, or keep it in float")
@@ -126,7 +126,9 @@ def export_piece(layout: Layout, name: str, leaf: Any, *, function: str = "save_
     specs |= {name: TensorSpec(value.dtype, value.shape) for name, value in constants.items()}
 
     def make() -> dict[str, np.ndarray]:
-        arrays = _tensors(leaf, encode=layout.tensors)
+        # Outside of jit, where XLA would fuse the product and the sum of nested scales into one rounding.
+        q = leaf.replace(scale=scale_values(leaf.scale)) if isinstance(leaf.scale, QTensor) else leaf
+        arrays = _tensors(q, encode=layout.tensors)
         return {prefix + suffix: np.asarray(value) for suffix, value in arrays.items()} | constants
 
     return Piece(specs, make)

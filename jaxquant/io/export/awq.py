@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor
-from jaxquant.io.export.integers import check_half, check_integers, group_size, grouped, words
+from jaxquant.io.export.integers import check_half, check_integers, common_group_size, group_size, grouped, words
 from jaxquant.io.export.layout import Layout
 
 __all__ = ["AWQ"]
@@ -41,13 +41,14 @@ def _tensors(q: QTensor) -> dict[str, jax.Array]:
 
 
 def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Any]:
-    sizes = {group_size(q) for q in weights.values()}
-    if len(sizes) > 1:
+    size = common_group_size(weights.values())
+    if size is None or size < 0:
+        sizes = {group_size(q) for q in weights.values()}
         todo = "Quantize all weights with one group size, or write compressed-tensors"
         raise quant_error("save_hf", "one file has one group size", todo=todo, group_size=tuple(sorted(sizes)))
     return {
         "bits": 4,
-        "group_size": sizes.pop(),
+        "group_size": size,
         "modules_to_not_convert": list(floats) or None,
         "quant_method": "awq",
         "version": "gemm",

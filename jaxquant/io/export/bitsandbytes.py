@@ -1,4 +1,4 @@
-"""bitsandbytes, 4 bits: ``weight``, ``weight.absmax``, ``weight.quant_map`` and ``weight.quant_state.bitsandbytes__nf4``.
+"""bitsandbytes, 4 bits: ``weight``, ``weight.absmax``, ``weight.quant_map``, ``weight.quant_state.bitsandbytes__nf4``.
 
 Blocks run over the flattened weight; the first of two codes is in the high nibble. Scales that are quantized
 themselves are written as the float32 numbers they stand for, which is exact.

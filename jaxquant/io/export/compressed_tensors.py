@@ -1,7 +1,7 @@
 """compressed-tensors, as vLLM and llm-compressor read and write it.
 
-    pack-quantized             integers of 2 to 8 bits: ``weight_packed`` int32 [out, words], ``weight_scale`` [out, groups],
-                               ``weight_shape``; with zero points ``weight_zero_point``, packed along out
+    pack-quantized             integers of 2 to 8 bits: ``weight_packed`` int32 [out, words], ``weight_scale``
+                               [out, groups], ``weight_shape``; with zero points ``weight_zero_point``, packed along out
     int-quantized              int8 under planned int8 activations: ``weight``, ``weight_scale``
     float-quantized            float8_e4m3fn: ``weight``, ``weight_scale``: per tensor, channel, or block
     mxfp4-pack-quantized       ``weight_packed`` uint8 [out, in / 2], ``weight_scale`` the exponents as uint8

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor
-from jaxquant.io.export.integers import check_half, check_integers, group_size, grouped, words
+from jaxquant.io.export.integers import check_half, check_integers, common_group_size, group_size, grouped, words
 from jaxquant.io.export.layout import Layout
 
 __all__ = ["GPTQ"]
@@ -45,10 +45,10 @@ def _tensors(q: QTensor) -> dict[str, jax.Array]:
 
 
 def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Any]:
-    kinds = {(q.type.bits, group_size(q), q.shape[-1] == group_size(q), _symmetric(q)) for q in weights.values()}
-    sizes = {-1 if whole else size for _, size, whole, _ in kinds}
-    widths, symmetric = {bits for bits, *_ in kinds}, {sym for *_, sym in kinds}
-    if max(map(len, (sizes, widths, symmetric))) > 1:
+    widths, symmetric = {q.type.bits for q in weights.values()}, {_symmetric(q) for q in weights.values()}
+    size = common_group_size(weights.values())
+    if size is None or len(widths) > 1 or len(symmetric) > 1:
+        sizes = {group_size(q) for q in weights.values()}
         todo = "Write compressed-tensors, which has groups of modules, or quantize all weights alike"
         rule = "one file has one number of bits, one group size, and zero points everywhere or nowhere"
         raise quant_error("save_hf", rule, todo=todo, bits=tuple(sorted(widths)), group_size=tuple(sorted(sizes)))
@@ -59,7 +59,7 @@ def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, 
         "desc_act": any(q.permutation is not None for q in weights.values()),
         "dynamic": {f"-:^{re.escape(name)}$": {} for name in floats},
         "format": version,
-        "group_size": sizes.pop(),
+        "group_size": size,
         "lm_head": False,
         "pack_dtype": "int32",
         "quant_method": "gptq",

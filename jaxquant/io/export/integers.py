@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from jaxquant.core.errors import QuantError
 from jaxquant.core.packing import pack
 from jaxquant.core.qtensor import QTensor, scale_values
 
-__all__ = ["Grouped", "check_half", "check_integers", "group_size", "grouped", "words"]
+__all__ = ["Grouped", "check_half", "check_integers", "common_group_size", "group_size", "grouped", "words"]
 
 
 class Grouped(NamedTuple):
@@ -36,6 +36,19 @@ class Grouped(NamedTuple):
 def group_size(q: QTensor) -> int:
     """Input features that share a scale."""
     return q.shape[-1] // q.scale.shape[-1]
+
+
+def common_group_size(weights: Collection[QTensor]) -> int | None:
+    """The group size that all weights have, -1 if each has a single group per output; None if there is none.
+
+    A weight with one group per output fits any group size that is no smaller than its rows.
+    """
+    rows = {q.shape[-1] for q in weights if q.scale.shape[-1] == 1}
+    sizes = {group_size(q) for q in weights if q.scale.shape[-1] > 1}
+    if not sizes:
+        return rows.pop() if len(rows) == 1 else -1
+    size = sizes.pop()
+    return size if not sizes and all(n <= size for n in rows) else None
 
 
 def check_integers(q: QTensor, bits: tuple[int, ...], error: Callable[..., QuantError]) -> None:
