@@ -1,7 +1,7 @@
 """Accuracy of a real sentence encoder, all-MiniLM-L6-v2, with its 36 linear weights quantized, by scheme and method.
 
     python benchmarks/accuracy.py                        # every row
-    python benchmarks/accuracy.py --only int4 --method gptq   # rows whose scheme and method contain these
+    python benchmarks/accuracy.py --only int4 --method GPTQ   # some schemes and methods
 
 A figure is the mean cosine of quantized to float embeddings over 600 sentences (`texts.sentences`), with its standard
 error; calibration texts come from other sources. Retrieval is the share of 300 questions whose own answer comes first
@@ -21,6 +21,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -87,7 +88,7 @@ class Encoder:
         asked, answers = texts.questions(questions)
         self.asked, self.answers = self.buckets(asked), self.buckets(answers)
         self.batches = self.calibration_batches(calibration)
-        self.jitted = jax.jit(self.apply)
+        self.jitted = {self.apply: jax.jit(self.apply)}
         self.float = self.embed(self.params, self.evaluation)
         self.hits = self.retrieved(self.params)
 
@@ -117,7 +118,7 @@ class Encoder:
         """Embeddings of all sentences, in their order."""
         out = np.zeros((sum(len(places) for places, _, _ in buckets), minilm.WIDTH))
         for places, tokens, mask in buckets:
-            out[places] = np.asarray((apply or self.jitted)(params, tokens, mask))[: len(places)]
+            out[places] = np.asarray((apply or self.jitted[self.apply])(params, tokens, mask))[: len(places)]
         return out
 
     def retrieved(self, params: Any, apply: Callable[..., Any] | None = None) -> np.ndarray:
@@ -134,9 +135,9 @@ class Encoder:
 
     def measure(self, fn: Callable[..., Any], plan: jq.Plan, qparams: Any) -> dict[str, Any]:
         """The figures of one row."""
-        weight_only = fn is self.apply and all(item.spec.act is None for item in plan.items)
-        if weight_only:  # the float function on the values of the codes: one compilation serves all rows
-            params, apply = jq.dequantize_params(qparams), self.jitted
+        if all(item.spec.act is None for item in plan.items):
+            # The float function on the values of the codes: one compilation serves all rows.
+            params, apply = jq.dequantize_params(qparams), self.jitted.setdefault(fn, jax.jit(fn))
         else:
             params, apply = qparams, jax.jit(jq.quantized(fn, plan))
         cosine = np.sum(self.embed(params, self.evaluation, apply) * self.float, axis=1)
@@ -166,6 +167,12 @@ class Encoder:
         part = jq.Plan(tuple(item for item in plan.items if f"layer_{layer}/" in item.path))
         collect = {"gram": jq.statistics.Gram()}
         return jax.jit(lambda params, batches: jq.calibrate(self.apply, part, params, batches, collect=collect))
+
+    @functools.cached_property
+    def rotated(self) -> Callable[..., Any]:
+        """The function with every input rotated: the same for every scheme."""
+        plan = self.plan(recipes.w8a16())
+        return jq.precondition(self.apply, plan, rotation(self, plan))
 
     @functools.cached_property
     def grams(self) -> tuple[dict[str, Any], float]:
@@ -222,7 +229,7 @@ def online(bases: Callable[[Encoder, jq.Plan], Any], then: Callable[..., Any] = 
 
     def run(encoder: Encoder, plan: jq.Plan) -> Found:
         made = bases(encoder, plan)
-        fn = jq.precondition(encoder.apply, plan, made)
+        fn = encoder.rotated if bases is rotation else jq.precondition(encoder.apply, plan, made)
         params = jq.precondition_params(encoder.params, plan, made)
         stats, seconds = (None, 0.0) if then is jq.ptq.rtn else (turned(encoder.grams[0], made), encoder.grams[1])
         return fn, plan, jq.quantize_params(params, plan, method=then, stats=stats), seconds
@@ -313,6 +320,7 @@ METHODS: dict[str, Callable[[Encoder, jq.Plan], Found]] = {
 }
 ACTIVATIONS = ("RTN", "RTN, MSE range", "SmoothQuant, online", "rotated", "rotated, GPTQ, act-order, clipped")
 """The methods for a scheme that quantizes activations."""
+ACTIVATIONS_ONLY = ("SmoothQuant, online",)
 
 
 # -- the table
@@ -385,8 +393,8 @@ def plot(results: dict[str, Any], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="TEXT", help="schemes whose name contains this")
-    parser.add_argument("--method", default="", metavar="TEXT", help="methods whose name contains this")
+    parser.add_argument("--only", default="", metavar="TEXT", help="schemes whose name this regular expression finds")
+    parser.add_argument("--method", default="", metavar="TEXT", help="methods whose name it finds")
     parser.add_argument("--calibration", type=int, default=700, metavar="N", help="sentences to calibrate on")
     parser.add_argument("--steps", type=int, default=96, metavar="N", help="batches of 24 sentences to distill on")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
@@ -395,11 +403,12 @@ def main() -> None:
     file = args.output / "accuracy.json"
     old = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
     rows = {(row["scheme"], row["method"]): row for row in old}
-    for scheme in SCHEMES:
-        if args.only not in scheme.name:
-            continue
-        for name, method in METHODS.items():
-            if args.method not in name or (scheme.spec.act is not None and name not in ACTIVATIONS):
+    results: dict[str, Any] = {"machine": machine(), "float_retrieval": 0.0, "rows": list(rows.values())}
+    for name, method in METHODS.items():
+        for scheme in SCHEMES:
+            act = scheme.spec.act is not None
+            chosen = re.search(args.only, scheme.name) and re.search(args.method, name)
+            if not chosen or (act and name not in ACTIVATIONS) or (not act and name in ACTIVATIONS_ONLY):
                 continue
             start = time.perf_counter()
             fn, plan, qparams, before = method(encoder, encoder.plan(scheme.spec))
@@ -408,15 +417,20 @@ def main() -> None:
             found = encoder.measure(fn, plan, qparams)
             rows[scheme.name, name] = {"scheme": scheme.name, "method": name, **found, "seconds": seconds}
             print(f"{scheme.name}: {name}: {found['cosine']} ({seconds} s)", flush=True)
+            results = save(args.output, encoder, list(rows.values()))
+    print(f"\n{text(results)}")
+
+
+def save(output: Path, encoder: Encoder, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Writes what there is so far: an interrupted run keeps its rows."""
     order = {name: i for i, name in enumerate([*(s.name for s in SCHEMES), *METHODS])}
-    kept = sorted(rows.values(), key=lambda row: (order.get(row["scheme"], 99), order.get(row["method"], 99)))
+    kept = sorted(rows, key=lambda row: (order.get(row["scheme"], 99), order.get(row["method"], 99)))
     results = {"machine": machine(), "float_retrieval": round(float(encoder.hits.mean()), 4), "rows": kept}
-    table = text(results)
-    print(f"\n{table}")
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "accuracy.txt").write_text(table + "\n", encoding="utf-8")
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    plot(results, args.output / "accuracy.png")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "accuracy.txt").write_text(text(results) + "\n", encoding="utf-8")
+    (output / "accuracy.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    plot(results, output / "accuracy.png")
+    return results
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 Layers; imports point down only:
 
+    report            6  compare: where the error is, as a table and one HTML page (loaded on first use)
     linen, nnx, io    5  Flax layers; checkpoints (loaded on first use)
     transform         4  make_plan, quantize_params, quantized, calibrate, scale_pairs, precondition, shardings
     ptq               3  quantizers: rtn, clipped, gptq; what transforms are made of: scales, bases
@@ -49,6 +50,7 @@ from jaxquant.transform import (
 
 if TYPE_CHECKING:
     from jaxquant import io, linen, nnx
+    from jaxquant.report import compare
 
 __version__ = "0.1.0"
 
@@ -65,6 +67,7 @@ __all__ = [
     "awq",
     "awq_bases",
     "calibrate",
+    "compare",
     "dequantize",
     "dequantize_params",
     "distill",
@@ -101,6 +104,8 @@ _ON_USE = ("io", "linen", "nnx")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "compare":
+        return importlib.import_module("jaxquant.report").compare
     if name in _ON_USE:
         return importlib.import_module(f"jaxquant.{name}")
     raise AttributeError(f"module 'jaxquant' has no attribute {name!r}")

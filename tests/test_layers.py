@@ -43,7 +43,7 @@ OPTIONAL = {
     "optim": {"optax"},
     "linen": {"flax"},
     "nnx": {"flax"},
-    "report": {"matplotlib", "rich"},
+    "report": {"jinja2", "matplotlib"},
     "demo": {"flax", "optax", "sklearn", "matplotlib", "rich"},
     "cli": {"click", "rich"},
 }

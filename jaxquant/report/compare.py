@@ -1,0 +1,387 @@
+"""`compare`: a function with float and with quantized parameters, layer by layer and output by output."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.core.errors import quant_error
+from jaxquant.core.fake_quant import fake_quant
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import OpSpec, QuantSpec, Rule
+from jaxquant.transform import Plan, calibrate, make_plan, quantized
+from jaxquant.transform.interpreter import ABSENT, Interpreter
+from jaxquant.transform.paths import leaves_with_paths
+from jaxquant.transform.statistics import Statistic
+from jaxquant.transform.trace import trace
+from jaxquant.transform.weights import Weight, dims_of
+
+__all__ = ["Comparison", "Input", "Layer", "compare"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One quantized weight, or one layer of a stack of them.
+
+    Attributes:
+      path: the parameter; a layer of a stack has its number behind it.
+      op: where it goes.
+      kind: how it is stored, as its `QTensor` prints.
+      shape: of this layer.
+      bytes_before: of the float weight.
+      bytes_after: true bytes, with scales and zero points.
+      weight_sqnr: ``10 log10(sum w^2 / sum (w - w_q)^2)`` in dB.
+      weight_cosine: of the float and the quantized weight.
+      input_sqnr: the same for what goes into it: the errors of all layers before. None for lookups.
+      input_cosine: likewise.
+      act_sqnr: of quantizing this input, if it is quantized; None if not, or if its range is static.
+    """
+
+    path: str
+    op: str
+    kind: str
+    shape: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+    weight_sqnr: float
+    weight_cosine: float
+    input_sqnr: float | None
+    input_cosine: float | None
+    act_sqnr: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """One input, and what became of its outputs.
+
+    Attributes:
+      number: its place among all inputs.
+      label: what the caller called it.
+      error: relative squared error of its outputs.
+      cosine: of float and quantized outputs.
+      kl: ``KL(softmax(float) || softmax(quantized))`` over the last axis, mean, in nats: for logits.
+    """
+
+    number: int
+    label: str
+    error: float
+    cosine: float
+    kl: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What `compare` returns. Prints as a table; `save` writes one HTML page, `plot` a picture.
+
+    Attributes:
+      layers: in the order in which they run.
+      inputs: every input that was compared, in the order of the batches.
+      bytes_before: of all float parameters.
+      bytes_after: of all quantized ones: true bytes.
+      sqnr: of all outputs together, in dB.
+    """
+
+    layers: tuple[Layer, ...]
+    inputs: tuple[Input, ...]
+    bytes_before: int
+    bytes_after: int
+    sqnr: float
+
+    @property
+    def cosine(self) -> float:
+        """Mean over inputs."""
+        return float(np.mean([x.cosine for x in self.inputs]))
+
+    @property
+    def kl(self) -> float:
+        """Mean over inputs, in nats."""
+        return float(np.mean([x.kl for x in self.inputs]))
+
+    def worst(self, number: int = 8) -> tuple[Input, ...]:
+        """The inputs whose outputs changed most."""
+        return tuple(sorted(self.inputs, key=lambda x: (-x.error, x.number))[:number])
+
+    def __str__(self) -> str:
+        rows = [("path", "weight dB", "cosine", "input dB", "cosine", "bytes before", "after")]
+        rows += [
+            (
+                x.path,
+                _number(x.weight_sqnr, 1),
+                _number(x.weight_cosine, 5),
+                _number(x.input_sqnr, 1),
+                _number(x.input_cosine, 5),
+                f"{x.bytes_before:,}",
+                f"{x.bytes_after:,}",
+            )
+            for x in self.layers
+        ]
+        rows.append(("all parameters", "", "", "", "", f"{self.bytes_before:,}", f"{self.bytes_after:,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(7)]
+        lines = [
+            "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        ]
+        rule = "-" * len(lines[0])
+        outputs = (
+            f"outputs of {len(self.inputs)} inputs: {self.sqnr:.1f} dB, cosine {self.cosine:.5f}, KL {self.kl:.2e}"
+        )
+        worst = [
+            f"  input {x.number}{f' ({x.label})' if x.label else ''}: cosine {x.cosine:.4f}" for x in self.worst(3)
+        ]
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], outputs, "worst:", *worst])
+
+    def to_json(self) -> str:
+        """This comparison as JSON; infinite ratios (nothing changed) as null."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: plain(v) for key, v in value.items()}
+            if isinstance(value, list | tuple):
+                return [plain(v) for v in value]
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        return json.dumps(plain({**dataclasses.asdict(self), "cosine": self.cosine, "kl": self.kl}), indent=1)
+
+    def save(self, file: str | Path, *, title: str = "Quantized and float, side by side") -> None:
+        """Writes one HTML page that needs nothing else: no network, no other file. Needs Jinja2."""
+        from jaxquant.report.page import render
+
+        Path(file).write_text(render(self, title), encoding="utf-8")
+
+    def plot(self, file: str | Path) -> None:
+        """Writes a picture of the layers and the outputs; the suffix says which kind. Needs Matplotlib."""
+        from jaxquant.report.plots import plot
+
+        plot(self, Path(file))
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows(Statistic):
+    """All of the inputs."""
+
+    def of(self, x: jax.Array) -> Any:
+        return x.astype(jnp.float32)
+
+    def merge(self, a: Any, b: Any) -> Any:
+        return jnp.concatenate([a, b], axis=-2)
+
+
+def compare(
+    fn: Callable[..., Any],
+    params: Any,
+    qparams: Any,
+    batches: Iterable[Any],
+    *,
+    plan: Plan | None = None,
+    state: Any = None,
+    labels: Sequence[str] = (),
+    progress: Callable[[int], None] | None = None,
+) -> Comparison:
+    """Runs a function with float and with quantized parameters on the same inputs, and says where they part.
+
+    Weights are compared with weights, what goes into a layer with what goes into it when all weights before are
+    quantized, and the outputs of each input (each index of the first axis) with its outputs.
+
+    Args:
+      fn: a function of params.
+      params: its float parameters.
+      qparams: the same with QTensors. A float leaf of the plan is rounded as it is in training.
+      batches: for each the tuple of fn's further arguments (a single array stands for a tuple of one).
+      plan: the plan that qparams were made by; needed where activations are quantized. None: weight-only.
+      state: static activation ranges, as `quantized` takes them.
+      labels: what to call the inputs in the report: a text for each, in the order of the batches.
+      progress: called with how many batches are done.
+
+    Returns:
+      A `Comparison`.
+
+    Raises:
+      QuantError: if there are no batches, no QTensors, or parameters that do not fit the function.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant as jq
+      >>> fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> params = {"a": jax.random.normal(keys[0], (16, 16)), "b": jax.random.normal(keys[1], (16, 4))}
+      >>> x = jax.random.normal(keys[2], (8, 16))
+      >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("a|b", jq.OpSpec(jq.QuantSpec("int4")))])
+      >>> found = jq.compare(fn, params, jq.quantize_params(params, plan), [x])
+      >>> [layer.path for layer in found.layers], found.bytes_before, found.bytes_after
+      (['a', 'b'], 1280, 240)
+      >>> 10 < found.layers[1].input_sqnr < 30 and found.layers[0].input_cosine == 1.0
+      True
+    """
+    kept = [tuple(b) if isinstance(b, tuple | list) else (b,) for b in batches]
+    if not kept:
+        raise quant_error(
+            "compare", "there are no batches", todo="Pass at least one; a generator is used up by one pass"
+        )
+    leaves, changed = leaves_with_paths(params)[0], leaves_with_paths(qparams)[0]
+    if plan is None:
+        plan = _plan_of(fn, params, changed, kept[0])
+    run = quantized(fn, plan, state)
+    used = plan
+
+    @jax.jit
+    def measure(params: Any, qparams: Any, args: tuple[Any, ...]) -> Any:
+        inputs = [calibrate(fn, used, p, [args], collect={"x": _Rows()}) for p in (params, qparams)]
+        sums = {path: _input_sums(used, path, inputs[0][path]["x"], inputs[1][path]["x"]) for path in inputs[0]}
+        return sums, _output_sums(fn(params, *args), run(qparams, *args))
+
+    totals: dict[str, Any] = {}
+    rows: list[dict[str, np.ndarray]] = []
+    for number, args in enumerate(kept, 1):
+        sums, outputs = jax.device_get(measure(params, qparams, args))
+        totals = {
+            path: jax.tree.map(np.add, totals[path], sums[path]) if path in totals else sums[path] for path in sums
+        }
+        rows.append(outputs)
+        if progress is not None:
+            progress(number)
+    layers = [
+        layer
+        for path in _order(fn, plan, params, kept[0])
+        for layer in _layers(plan, path, leaves[path], changed[path], totals.get(path))
+    ]
+    joined = {name: np.concatenate([r[name] for r in rows]) for name in rows[0]}
+    inputs = [
+        Input(
+            i,
+            str(labels[i]) if i < len(labels) else "",
+            float(noise / signal) if signal > 0 else 0.0,
+            _cosine(dot, signal, other),
+            float(kl),
+        )
+        for i, (noise, signal, other, dot, kl) in enumerate(
+            zip(*(joined[k] for k in ("noise", "signal", "other", "dot", "kl")), strict=True)
+        )
+    ]
+    before, after = _all_bytes(leaves), _all_bytes(changed)
+    total = _sqnr(float(joined["signal"].sum()), float(joined["noise"].sum()))
+    return Comparison(tuple(layers), tuple(inputs), before, after, total)
+
+
+def _all_bytes(leaves: dict[str, Any]) -> int:
+    return sum(int(leaf.nbytes) for leaf in leaves.values() if hasattr(leaf, "nbytes"))
+
+
+def _plan_of(fn: Callable[..., Any], params: Any, changed: dict[str, Any], args: tuple[Any, ...]) -> Plan:
+    """The weight-only plan that the QTensors stand for."""
+    found = {path: leaf for path, leaf in changed.items() if isinstance(leaf, QTensor)}
+    if not found:
+        todo = "Pass what quantize_params returned, or the plan too if its leaves are float"
+        raise quant_error("compare", "there are no QTensors among qparams", todo=todo, leaves=len(changed))
+    rules = [
+        Rule(f"^{re.escape(path)}$", OpSpec(QuantSpec(q.qtype, symmetric=q.symmetric)), dequantize=True)
+        for path, q in found.items()
+    ]
+    return make_plan(fn, params, *args, rules=rules)
+
+
+def _order(fn: Callable[..., Any], plan: Plan, params: Any, args: tuple[Any, ...]) -> list[str]:
+    """The planned weights in the order in which they run."""
+    traced = trace("compare", fn, params, args, {})
+    interpreter = Interpreter(planning=True)
+    interpreter.run(
+        traced.jaxpr,
+        [
+            Weight(path, None, None, dims_of(tuple(leaf.shape)), leaf.dtype) if path in plan else ABSENT
+            for path, leaf in traced.params.items()
+        ]
+        + [ABSENT] * len(traced.arrays),
+    )
+    return list(dict.fromkeys([*(use.path for use in interpreter.uses), *plan]))
+
+
+def _input_sums(plan: Plan, path: str, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+    """Sums over all but the stacked axes."""
+    item = plan[path]
+    axes = tuple(range(item.stacked, x.ndim))
+    total = lambda v: jnp.sum(v, axis=axes)  # noqa: E731
+    out = {"noise": total((x - y) ** 2), "signal": total(x**2), "other": total(y**2), "dot": total(x * y)}
+    act = item.spec.act
+    if act is not None and not act.static and act.granularity != "per_tensor":
+        out["act_noise"] = total((y - fake_quant(y, act, reduce_axes=(-1,))) ** 2)
+    return out
+
+
+def _output_sums(y: Any, z: Any) -> dict[str, jax.Array]:
+    """Per input: sums over all float outputs; KL of the first of them."""
+    pairs = [
+        (jnp.atleast_1d(a).astype(jnp.float32), jnp.atleast_1d(b).astype(jnp.float32))
+        for a, b in zip(jax.tree.leaves(y), jax.tree.leaves(z), strict=True)
+        if jnp.issubdtype(a.dtype, jnp.floating)
+    ]
+    if not pairs:
+        raise quant_error("compare", "the function has no float outputs", todo="Return what argmax is taken of")
+    count = pairs[0][0].shape[0]
+    pairs = [(a, b) for a, b in pairs if a.shape[0] == count]
+
+    def each(f: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+        return sum((jnp.sum(f(a, b).reshape(count, -1), axis=1) for a, b in pairs), start=jnp.zeros(count))
+
+    p, q = (jax.nn.log_softmax(v, axis=-1).reshape(count, -1, v.shape[-1]) for v in pairs[0])
+    return {
+        "noise": each(lambda a, b: (a - b) ** 2),
+        "signal": each(lambda a, b: a**2),
+        "other": each(lambda a, b: b**2),
+        "dot": each(lambda a, b: a * b),
+        "kl": jnp.maximum(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1), axis=-1), 0.0),
+    }
+
+
+def _sqnr(signal: float, noise: float) -> float:
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def _cosine(dot: float, a: float, b: float) -> float:
+    size = math.sqrt(float(a) * float(b))
+    return min(float(dot) / size, 1.0) if size > 0 else 1.0 if a == b else 0.0
+
+
+def _layers(plan: Plan, path: str, leaf: Any, changed: Any, sums: dict[str, np.ndarray] | None) -> list[Layer]:
+    """One `Layer`, or one for each of a stack."""
+    item = plan[path]
+    w = np.asarray(leaf, np.float32)
+    q = np.asarray(changed.dequantize(jnp.float32) if isinstance(changed, QTensor) else changed, np.float32)
+    kind = repr(changed).partition("] -> ")[2] if isinstance(changed, QTensor) else str(w.dtype)
+    kind = f"{changed.qtype}, {kind.split(', ', 1)[1].rpartition(', ')[0]}" if isinstance(changed, QTensor) else kind
+    stack = w.shape[: item.stacked]
+    count = math.prod(stack)
+    out = []
+    for i in range(count):
+        at = np.unravel_index(i, stack) if stack else ()
+        a, b = w[at].astype(np.float64).ravel(), q[at].astype(np.float64).ravel()
+        one = None if sums is None else {k: float(v[at]) for k, v in sums.items()}
+        act = None if one is None or "act_noise" not in one else _sqnr(one["other"], one["act_noise"])
+        out.append(
+            Layer(
+                f"{path}[{', '.join(map(str, at))}]" if stack else path,
+                item.op,
+                kind,
+                w.shape[item.stacked :],
+                int(leaf.nbytes) // count,
+                int(changed.nbytes) // count,
+                _sqnr(float(a @ a), float((a - b) @ (a - b))),
+                _cosine(float(a @ b), float(a @ a), float(b @ b)),
+                None if one is None else _sqnr(one["signal"], one["noise"]),
+                None if one is None else _cosine(one["dot"], one["signal"], one["other"]),
+                act,
+            )
+        )
+    return out
