@@ -1,0 +1,235 @@
+"""`quantize_hf`: a checkpoint quantized tensor by tensor, however large it is.
+
+At no time is there more in memory than one tensor's codes and a slice of its float rows. Everything that can be known
+beforehand is checked before the first byte is written; `jaxquant.io.directory` has the rules for interruptions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.core.blocks import block_shape
+from jaxquant.core.errors import quant_error
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import QuantSpec, Rule
+from jaxquant.io.directory import SHARD_BYTES, Layout, Piece, lay_out, write_directory
+from jaxquant.io.save_hf import export_config, export_piece, float_modules, layout_of
+from jaxquant.io.sharded import Checkpoint
+from jaxquant.ptq.rtn import rtn
+
+__all__ = ["QuantizePlan", "plan_quantize_hf", "quantize_hf"]
+
+_FUNCTION = "quantize_hf"
+_SLICE = 1 << 24  # elements of a weight that are quantized at a time
+_LARGEST_FILE = 64 << 20
+#: Endings of files that hold weights in a form that is not taken over, or are made anew.
+_LEFT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizePlan:
+    """What `quantize_hf` would write.
+
+    Attributes:
+      weights: name of each weight that is quantized -> the QTensor it becomes, of shapes.
+      floats: names of the tensors that stay as they are.
+      left_out: files of the source that are not taken over.
+      before: bytes of the source's tensors.
+      after: bytes of all that is written.
+      layout: which tensors go to which file.
+      source: what it is made from.
+    """
+
+    weights: dict[str, QTensor]
+    floats: tuple[str, ...]
+    left_out: tuple[str, ...]
+    before: int
+    after: int
+    layout: Layout
+    source: dict[str, Any]
+
+
+def quantize_hf(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    rules: Sequence[Rule],
+    *,
+    format: str = "compressed-tensors",
+    method: Callable[..., QTensor] = rtn,
+    act: QuantSpec | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> QuantizePlan:
+    """Quantizes a float checkpoint on disk to one that other libraries read.
+
+    Weights are the tensors ``<module>.weight`` [out, in]; each row of ``in`` is quantized by itself, so that slices of
+    rows can follow one another. Names, shapes, group sizes, formats, names of files and the room on the disk are
+    checked before anything is written. The destination appears when it is complete; until then there is
+    ``DESTINATION.partial``, which a second call with the same arguments continues, to the same bytes.
+
+    Args:
+      source: a directory as for `load_hf`, of a float checkpoint; nothing in it is changed.
+      destination: must not exist, or be empty.
+      rules: the first that matches a weight's name wins; ``Rule(pattern, None)`` keeps it in float.
+      format: as for `save_hf`.
+      method: a quantizer that needs no statistics, such as `jaxquant.ptq.rtn` or `jaxquant.ptq.hqq`.
+      act: as for `save_hf`.
+      shard_bytes: size that a file should not exceed; an interruption costs at most the work on one file.
+      progress: called with the bytes written, all bytes, and the name of the tensor that comes next.
+
+    Returns:
+      The `QuantizePlan`.
+
+    Raises:
+      QuantError: before anything is written: if the source is damaged or quantized already, a rule matches no weight, a
+        group size does not divide, the format has no place for the result, or the disk is too full. Later: if a weight
+        holds NaN or inf, with its name.
+      OSError: if a file cannot be read or written.
+
+    Example:
+      >>> import os, tempfile
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> with tempfile.TemporaryDirectory() as d:
+      ...     jq.io.save(os.path.join(d, "model.safetensors"), {"proj.weight": jnp.eye(64), "norm": jnp.ones(64)})
+      ...     plan = jq.io.quantize_hf(d, os.path.join(d, "int8"), [jq.Rule("proj", jq.recipes.w8a16())])
+      ...     jq.io.load_hf(os.path.join(d, "int8"))[0]["proj.weight"]
+      QTensor(int8[64, 64] -> float32, per channel on axis -2, symmetric, 4.2 KiB)
+    """
+    plan = plan_quantize_hf(source, rules, format=format, method=method, act=act, shard_bytes=shard_bytes)
+    write_directory(destination, plan.layout, source=plan.source, function=_FUNCTION, progress=progress)
+    return plan
+
+
+def plan_quantize_hf(
+    source: str | os.PathLike[str],
+    rules: Sequence[Rule],
+    *,
+    format: str = "compressed-tensors",
+    method: Callable[..., QTensor] = rtn,
+    act: QuantSpec | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> QuantizePlan:
+    """What `quantize_hf` would do, after all of its checks; writes nothing."""
+    checkpoint = Checkpoint(source, function=_FUNCTION)
+    config = checkpoint.json("config.json") or {}
+    if "quantization_config" in config:
+        todo = "Take the float checkpoint, or convert this one"
+        raise checkpoint.error("the checkpoint is quantized already", "config.json", todo=todo)
+    specs = _assign(checkpoint, rules)
+    layout = layout_of(format, act, function=_FUNCTION)
+    leaves: dict[str, Any] = {}
+    pieces: list[Piece] = []
+    for name, stored in checkpoint.tensors.items():
+        if name not in specs:
+            leaves[name] = jax.ShapeDtypeStruct(stored.shape, stored.dtype)
+            pieces.append(Piece({name: stored}, functools.partial(_copied, checkpoint, name)))
+            continue
+        spec = specs[name]
+        quantize = functools.partial(method, spec=spec, reduce_axes=(-1,))
+        shape = jax.ShapeDtypeStruct(stored.shape, stored.dtype)
+        block_shape(stored.shape, spec.granularity, spec.group_size, (-1,), function=_FUNCTION, path=name)
+        leaves[name] = jax.eval_shape(lambda w, quantize=quantize: quantize(w), shape)
+        written = export_piece(layout, name, leaves[name], function=_FUNCTION).tensors
+        make = functools.partial(_quantized, checkpoint, name, quantize, spec, layout)
+        pieces.append(Piece(written, make))
+    weights = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, QTensor)}
+    modules = {name.removesuffix(".weight"): leaf for name, leaf in weights.items()}
+    others, left_out = _other_files(checkpoint.path)
+    files = {**others, **export_config(layout, modules, float_modules(leaves), config)}
+    described = {
+        "files": [[name, *_identity(file.path)] for name, file in checkpoint.files.items()],
+        "rules": [rule.to_dict() for rule in rules],
+        "format": format,
+        "method": repr(method) if isinstance(method, functools.partial) else getattr(method, "__name__", repr(method)),
+        "act": None if act is None else act.to_dict(),
+    }
+    arranged = lay_out(pieces, files, shard_bytes, function=_FUNCTION)
+    before = sum(spec.nbytes for spec in checkpoint.tensors.values())
+    floats = tuple(name for name in leaves if name not in weights)
+    return QuantizePlan(weights, floats, left_out, before, arranged.nbytes, arranged, described)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def _assign(checkpoint: Checkpoint, rules: Sequence[Rule]) -> dict[str, QuantSpec]:
+    """The spec of each weight that a rule quantizes; all rules that match nothing in one message."""
+    weights = [
+        name
+        for name, spec in checkpoint.tensors.items()
+        if name.endswith(".weight") and len(spec.shape) == 2 and jnp.issubdtype(spec.dtype, jnp.floating)
+    ]
+    first = {name: next((i for i, rule in enumerate(rules) if rule.matches(name)), None) for name in weights}
+    idle = [rule.pattern for rule in rules if not any(rule.matches(name) for name in weights)]
+    if idle:
+        todo = f"The weights are {', '.join(weights[:8])}{', ...' if len(weights) > 8 else ''}"
+        raise checkpoint.error("a rule matches no weight", todo=todo, patterns=tuple(idle))
+    assigned: dict[str, QuantSpec] = {}
+    for name, i in first.items():
+        if i is None:
+            continue
+        rule = rules[i]
+        if rule.spec is not None and rule.spec.weight is not None:
+            if checkpoint.tensors[name].dtype.itemsize < 2:
+                todo = "Leave it out with Rule(pattern, None)"
+                raise checkpoint.error("the weight is not a float tensor of 16 bits or more", name, todo=todo)
+            assigned[name] = rule.spec.weight
+    if not assigned:
+        raise quant_error(_FUNCTION, "the rules quantize nothing", todo="Give one with a weight spec", rules=len(rules))
+    return assigned
+
+
+def _copied(checkpoint: Checkpoint, name: str) -> Mapping[str, np.ndarray]:
+    checkpoint.files[checkpoint.place[name]].forget()  # what came before
+    return {name: checkpoint.array(name)}
+
+
+def _quantized(
+    checkpoint: Checkpoint, name: str, quantize: Callable[[Any], QTensor], spec: QuantSpec, layout: Any
+) -> Mapping[str, np.ndarray]:
+    w, file = checkpoint.array(name), checkpoint.files[checkpoint.place[name]]
+    rows = w.shape[0] if _of_the_whole(spec) else max(1, _SLICE // max(1, w.shape[1]))
+    parts = []
+    for begin in range(0, w.shape[0], rows):
+        part = jnp.array(w[begin : begin + rows])
+        file.forget()
+        if not bool(jnp.all(jnp.isfinite(part))):
+            todo = "A checkpoint with NaN or inf cannot be quantized"
+            raise checkpoint.error("a weight must be finite", name, todo=todo)
+        parts.append(jax.tree.map(np.asarray, quantize(part)))
+    q = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    del parts
+    return export_piece(layout, name, q, function=_FUNCTION).make()
+
+
+def _of_the_whole(spec: QuantSpec) -> bool:
+    """Whether a row's codes depend on the other rows."""
+    return spec.granularity == "per_tensor" or spec.type.scale_format == "e4m3" or spec.rounding != "nearest"
+
+
+def _other_files(path: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The tokenizer and whatever else lies beside the weights, and what is left out of it."""
+    taken: dict[str, bytes] = {}
+    left = []
+    for name in sorted(os.listdir(path)) if os.path.isdir(path) else []:
+        place = os.path.join(path, name)
+        if name.startswith(".") or not os.path.isfile(place) or name.endswith(".safetensors.index.json"):
+            continue
+        if name.endswith(".safetensors"):
+            continue
+        if name.endswith(_LEFT) or os.path.getsize(place) > _LARGEST_FILE:
+            left.append(name)
+            continue
+        with open(place, "rb") as file:
+            taken[name] = file.read()
+    return taken, tuple(left)

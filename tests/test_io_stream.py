@@ -1,0 +1,250 @@
+"""Quantizing checkpoints on disk: the same result as in memory, whatever happens on the way."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from jaxquant import QuantError, Rule, recipes
+from jaxquant.io import directory, stream
+from jaxquant.io.safetensors import TensorSpec, write_safetensors
+
+RULES = [Rule("lm_head", None), Rule(r"proj\.weight", recipes.w4a16(group_size=32))]
+
+
+def write(path, arrays):
+    specs = {name: TensorSpec(array.dtype, array.shape) for name, array in arrays.items()}
+    write_safetensors(path, specs, arrays.__getitem__, {"format": "pt"})
+
+
+def model(layers=4):
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"layers.{i}.proj.weight": rng.normal(size=(64, 96)) * 10.0 ** rng.normal(size=(64, 1)) for i in range(layers)
+    }
+    arrays |= {"norm.weight": rng.normal(size=96), "lm_head.weight": rng.normal(size=(10, 96))}
+    return {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays.items()}
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "source"
+    path.mkdir()
+    arrays = model()
+    names = sorted(arrays)
+    halves = {"a-1.safetensors": names[:3], "a-2.safetensors": names[3:]}
+    for file, part in halves.items():
+        write(path / file, {name: arrays[name] for name in part})
+    weight_map = {name: file for file, part in halves.items() for name in part}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (path / "config.json").write_text(json.dumps({"model_type": "test"}))
+    (path / "tokenizer.json").write_text("{}")
+    (path / "pytorch_model.bin").write_bytes(b"pickle")
+    return path
+
+
+def digests(path):
+    return {
+        str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in path.rglob("*") if p.is_file()
+    }
+
+
+def test_the_result_is_that_of_quantizing_in_memory(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "_SLICE", 96 * 24)  # slices of 24 rows, the last one shorter
+    before = digests(source)
+    plan = jq.io.quantize_hf(source, tmp_path / "out", RULES)
+    assert digests(source) == before
+    params, info = jq.io.load_hf(tmp_path / "out")
+    expected, _ = jq.io.load_hf(source, rules=RULES)
+    assert params.keys() == expected.keys()
+    for name, leaf in expected.items():
+        got = params[name]
+        if isinstance(leaf, jq.QTensor):
+            np.testing.assert_array_equal(got.logical_codes(), leaf.logical_codes())
+            np.testing.assert_array_equal(got.scale, leaf.scale)
+        else:
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(leaf))
+    assert info.model["model_type"] == "test"
+    assert plan.left_out == ("pytorch_model.bin",)
+    assert plan.weights.keys() == {f"layers.{i}.proj.weight" for i in range(4)}
+    assert set(plan.floats) == {"norm.weight", "lm_head.weight"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "tokenizer.json", "model.safetensors"}
+    written = sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
+    assert 0 <= written - plan.after < 4096  # the header of the file
+
+
+@pytest.mark.parametrize("format, spec", [("gptq", {"scale_dtype": "float16"}), ("bitsandbytes", {})])
+def test_other_formats(format, spec, source, tmp_path):
+    qtype = "nf4" if format == "bitsandbytes" else "int4"
+    weight = jq.QuantSpec(qtype, granularity="per_group", group_size=32, **spec)
+    rules = [Rule("lm_head", None), Rule("proj", jq.OpSpec(weight))]
+    jq.io.quantize_hf(source, tmp_path / "out", rules, format=format)
+    params, _ = jq.io.load_hf(tmp_path / "out")
+    assert params["layers.0.proj.weight"].qtype == qtype
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_an_interrupted_run_is_continued_to_the_same_bytes(at, source, tmp_path):
+    kwargs = {"shard_bytes": 4000}
+    jq.io.quantize_hf(source, tmp_path / "whole", RULES, **kwargs)
+    calls = []
+
+    def stop(done, total, name):
+        calls.append(name)
+        if len(calls) == at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        jq.io.quantize_hf(source, tmp_path / "out", RULES, **kwargs, progress=stop)
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out.partial").glob(".*"))
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out.partial").glob("*.safetensors")}
+    seen = []
+    jq.io.quantize_hf(source, tmp_path / "out", RULES, **kwargs, progress=lambda done, total, name: seen.append(done))
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert kept == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in kept}  # not written again
+    assert seen == sorted(seen)
+    assert not (tmp_path / "out.partial").exists()
+
+
+KILLED = """
+import os, signal, sys
+import jaxquant as jq
+from jaxquant import Rule, recipes
+at = int(sys.argv[3])
+count = 0
+write, rename = os.fsync, os.rename
+def die(*args):
+    global count
+    count += 1
+    if count == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+def fsync(*args):
+    die()
+    return write(*args)
+def renamed(*args):
+    die()
+    return rename(*args)
+os.fsync, os.rename = fsync, renamed
+rules = [Rule("lm_head", None), Rule(r"proj\\.weight", recipes.w4a16(group_size=32))]
+jq.io.quantize_hf(sys.argv[1], sys.argv[2], rules, shard_bytes=4000)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 2, 4, 6, 8])
+def test_killed_at_any_point_source_and_destination_are_sound(at, source, tmp_path):
+    before = digests(source)
+    program = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "out")]
+    done = subprocess.run([*program, str(at)], capture_output=True, text=True)
+    assert done.returncode in (-signal.SIGKILL, 0), done.stderr
+    assert digests(source) == before
+    if done.returncode:
+        assert not (tmp_path / "out").exists()
+        jq.io.quantize_hf(source, tmp_path / "out", RULES, shard_bytes=4000)
+    jq.io.quantize_hf(source, tmp_path / "whole", RULES, shard_bytes=4000)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "change, rule",
+    [
+        (lambda rules: [Rule("attention", recipes.w8a16())], "matches no weight"),
+        (lambda rules: [Rule("proj", None)], "quantize nothing"),
+        (lambda rules: [Rule("proj", recipes.w4a16(group_size=64))], "group"),
+        (lambda rules: [Rule("proj", recipes.nf4(32))], "not on the format's grid"),
+    ],
+)
+def test_all_is_checked_before_the_first_byte(change, rule, source, tmp_path):
+    with pytest.raises(QuantError, match=rule):
+        jq.io.quantize_hf(source, tmp_path / "out", change(RULES))
+    assert {p.name for p in tmp_path.iterdir()} == {"source"}
+
+
+def test_scales_that_the_format_cannot_hold_are_known_beforehand(source, tmp_path):
+    with pytest.raises(QuantError, match="float16"):
+        jq.io.quantize_hf(source, tmp_path / "out", RULES, format="gptq")
+    assert {p.name for p in tmp_path.iterdir()} == {"source"}
+
+
+def test_a_full_disk_is_known_beforehand(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and Usage())
+    with pytest.raises(QuantError, match="disk is too full"):
+        jq.io.quantize_hf(source, tmp_path / "out", RULES)
+    assert {p.name for p in tmp_path.iterdir()} == {"source"}
+
+
+class Usage:
+    free = 1000
+
+
+def test_a_partial_directory_of_something_else_is_refused(source, tmp_path):
+    def stop(*args):
+        raise Stop
+
+    with pytest.raises(Stop):
+        jq.io.quantize_hf(source, tmp_path / "out", RULES, progress=stop)
+    kept = digests(tmp_path / "out.partial")
+    with pytest.raises(QuantError, match="partial directory of something else"):
+        jq.io.quantize_hf(source, tmp_path / "out", [Rule("proj", recipes.w8a16())])
+    os.utime(source / "a-1.safetensors")  # the source has changed
+    with pytest.raises(QuantError, match="partial directory of something else"):
+        jq.io.quantize_hf(source, tmp_path / "out", RULES)
+    assert digests(tmp_path / "out.partial") == kept
+
+
+def test_a_weight_with_nan_is_named(tmp_path):
+    arrays = model(2)
+    arrays["layers.1.proj.weight"][3, 5] = np.nan
+    write(tmp_path / "model.safetensors", arrays)
+    with pytest.raises(QuantError, match=r"layers\.1\.proj\.weight.*must be finite"):
+        jq.io.quantize_hf(tmp_path, tmp_path / "out", RULES)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_source_is_refused(tmp_path):
+    golden = Path(__file__).parent / "golden" / "models" / "gptq_w4g64_sym"
+    with pytest.raises(QuantError, match="quantized already"):
+        jq.io.quantize_hf(golden, tmp_path / "out", RULES)
+
+
+MEMORY = """
+import resource, sys
+import jax.numpy as jnp
+import jaxquant as jq
+from jaxquant import Rule, recipes
+jq.quantize(jnp.ones((8, 64)), jq.QuantSpec("int4", granularity="per_group", group_size=64), reduce_axes=(-1,))
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+jq.io.quantize_hf(sys.argv[1], sys.argv[2], [Rule("proj", recipes.w4a16(group_size=64))])
+print(base * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
+    """1.3 GB of float32 in tensors of 64 MB: the peak is below three of them and 300 MB, JAX itself included."""
+    rng = np.random.default_rng(0)
+    specs = {f"{i}.proj.weight": TensorSpec(np.dtype(np.float32), (4096, 4096)) for i in range(20)}
+    one = rng.normal(size=(4096, 4096)).astype(np.float32)
+    (tmp_path / "source").mkdir()
+    write_safetensors(tmp_path / "source" / "model.safetensors", specs, lambda name: one, {})
+    program = [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path / "source"), str(tmp_path / "out")]
+    done = subprocess.run(program, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    assert done.returncode == 0, done.stderr
+    base, peak = map(int, done.stdout.split())
+    assert peak < 3 * one.nbytes + 300e6, (base, peak)
+    assert jnp.isfinite(jq.io.load_hf(tmp_path / "out")[0]["0.proj.weight"].scale).all()
