@@ -2,6 +2,7 @@
 
 make_plan        rules and a trace -> Plan
 quantize_params  float leaves -> QTensors
+quantize_sequentially  calibrate and quantize_params in turns
 quantized        fn -> fn in low precision
 calibrate        statistics of the inputs of planned weights; act_state: static ranges from them;
                  merge_stats: of several hosts
@@ -28,6 +29,7 @@ from jaxquant.transform.plan import Plan
 from jaxquant.transform.precondition import precondition, precondition_params
 from jaxquant.transform.quantized import quantized
 from jaxquant.transform.sensitivity import Sensitivity, allocate, sensitivity
+from jaxquant.transform.sequential import quantize_sequentially
 from jaxquant.transform.shardings import shardings
 from jaxquant.transform.smoothing import awq, awq_bases, equalize, rotations, smooth_bases, smoothquant
 
@@ -48,6 +50,7 @@ __all__ = [
     "precondition",
     "precondition_params",
     "quantize_params",
+    "quantize_sequentially",
     "quantized",
     "relative_error",
     "rescale",

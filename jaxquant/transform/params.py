@@ -11,6 +11,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
+from jaxquant.core.affine import has_nan
 from jaxquant.core.blocks import block_shape, negative_axes
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor, dequantize
@@ -119,6 +120,14 @@ def _check_weight(path: str, leaf: Any, spec: QuantSpec, layer: _Layer) -> None:
         )
 
 
+def _check_stats(path: str, stats: Any) -> None:
+    """Raises if what was collected of a weight's inputs holds a NaN, wherever a method could not tell: under vmap."""
+    for leaf in jax.tree.leaves(stats):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and has_nan(leaf):
+            todo = "Find the batch that holds NaN, or in which NaN arises"
+            raise quant_error("quantize_params", "the statistics hold NaN", todo=todo, path=path)
+
+
 def quantize_params(
     params: Any,
     plan: Plan | Sequence[Rule],
@@ -148,7 +157,7 @@ def quantize_params(
 
     Raises:
       QuantError: naming the path, if a rule matches no weight, the axes of a matching kernel are not known, a group
-        size does not divide, or a weight is empty, quantized already, NaN or infinite.
+        size does not divide, a weight is empty, quantized already, NaN or infinite, or its statistics hold NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
@@ -166,6 +175,7 @@ def quantize_params(
         assigned = _assign(leaves, plan)
     for path, (spec, layer) in assigned.items():
         _check_weight(path, leaves[path], spec, layer)
+        _check_stats(path, (stats or {}).get(path))
     for path, (spec, layer) in assigned.items():
 
         def one(w: jax.Array, known: Any, spec: QuantSpec = spec, layer: _Layer = layer) -> QTensor:
