@@ -20,15 +20,15 @@ def w8a16(group_size: int | None = None) -> OpSpec:
     return OpSpec(_grouped("int8", group_size))
 
 
-def w4a16(group_size: int | None = 64, *, symmetric: bool = True) -> OpSpec:
-    """Weight-only int4, per group of 64 by default.
+def w4a16(group_size: int | None = 64, *, symmetric: bool = True, two_level: bool = False) -> OpSpec:
+    """Weight-only int4, per group of 64 by default; ``two_level``: scales are integers times one float per channel.
 
     Example:
       >>> from jaxquant import recipes
       >>> recipes.w4a16(group_size=128).weight.group_size
       128
     """
-    return OpSpec(_grouped("int4", group_size, symmetric=symmetric))
+    return OpSpec(_grouped("int4", group_size, symmetric=symmetric, scale_dtype="uint4" if two_level else None))
 
 
 def nf4(group_size: int = 64) -> OpSpec:
@@ -42,9 +42,9 @@ def w8a8(*, static: bool = False, act_symmetric: bool = True) -> OpSpec:
     return OpSpec(QuantSpec("int8"), QuantSpec("int8", granularity=granularity, symmetric=act_symmetric, static=static))
 
 
-def w4a8(group_size: int | None = 64) -> OpSpec:
-    """int4 weights per group, int8 activations per token."""
-    return OpSpec(_grouped("int4", group_size), QuantSpec("int8"))
+def w4a8(group_size: int | None = 64, *, two_level: bool = False) -> OpSpec:
+    """int4 weights per group, int8 activations per token; ``two_level`` as for `w4a16`."""
+    return OpSpec(_grouped("int4", group_size, scale_dtype="uint4" if two_level else None), QuantSpec("int8"))
 
 
 def w4a4(group_size: int | None = None) -> OpSpec:

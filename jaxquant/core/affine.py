@@ -24,8 +24,9 @@ from jaxquant.core.arithmetic import divide, exponent, power_of_two, times_recip
 from jaxquant.core.blocks import BlockView, block_shape, negative_axes, scale_shape
 from jaxquant.core.codec import codes_of, round_to_grid
 from jaxquant.core.errors import quant_error
-from jaxquant.core.observers import array_absmax
+from jaxquant.core.observers import absmax_over, array_absmax
 from jaxquant.core.qtensor import QTensor, cast, from_codes, scale_values
+from jaxquant.core.qtypes import QTYPES
 from jaxquant.core.specs import QuantSpec
 
 __all__ = [
@@ -89,11 +90,28 @@ def _e4m3_scale(absmax: jax.Array, qmax: float, top: jax.Array | None) -> QTenso
     return QTensor(local, unit, None, qtype="float8_e4m3fn", dtype=jnp.float32)
 
 
+def _two_level_scale(absmax: jax.Array, qmax: float, top: jax.Array | None) -> QTensor:
+    """Integers 1 .. 15 times one float32; ``top``, by default the largest absmax, is what 15 stands for."""
+    levels = QTYPES["uint4"].qmax
+    unit = _float_scale(_largest(absmax, None) if top is None else top, qmax * levels, jnp.float32)
+    multiplier = jnp.rint(divide(divide(absmax.astype(jnp.float32), qmax), unit))
+    multiplier = jnp.where(multiplier >= 1, jnp.minimum(multiplier, levels), 1.0).astype(jnp.uint8)
+    return from_codes(multiplier, unit, None, qtype="uint4", dtype=jnp.float32)
+
+
+def _largest(absmax: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
+    """The largest along axes, which stay with size 1; NaN where there is one."""
+    nan = jnp.any(jnp.isnan(absmax), axis=axes, keepdims=True)  # max may drop it
+    return jnp.where(nan, jnp.nan, jnp.max(absmax, axis=axes, keepdims=True)).astype(jnp.float32)
+
+
 def affine(lo: jax.Array, hi: jax.Array, spec: QuantSpec, top: jax.Array | None = None) -> tuple[Any, jax.Array | None]:
     """`scale_zero_point` without the checks."""
     info, dtype = spec.type, np.dtype(spec.scale_dtype or np.float32)
     if spec.symmetric:
         absmax = jnp.maximum(jnp.abs(lo), jnp.abs(hi)) if info.signed else jnp.maximum(hi, 0)
+        if spec.two_level:
+            return _two_level_scale(absmax, info.qmax, top), None
         if info.scale_format == "e8m0":
             return _e8m0_scale(absmax, int(np.floor(np.log2(info.qmax)))), None
         if info.scale_format == "e4m3":
@@ -213,10 +231,16 @@ def encode(
     xv = view.split(x.astype(dtype))
     if scale is None:
         # Of x itself: a reduction of bfloat16 needs no copy in float32.
-        top = array_absmax(x) if spec.type.scale_format == "e4m3" and spec.observer.clips else None
-        step = roundtrip(spec, top)
-        lo, hi = spec.observer.range(view.split(x), view.axes, symmetric=spec.symmetric, roundtrip=step)
-        scale, zero_point = affine(view.join_scale(lo), view.join_scale(hi), spec, top)
+        clips, xs = spec.observer.clips, view.split(x)
+        top = array_absmax(x) if spec.type.scale_format == "e4m3" and clips else None
+        if spec.two_level and clips:
+            top = absmax_over(x, axes)
+        step = roundtrip(spec, top if top is None or top.ndim == 0 else view.split_reduced(top))
+        lo, hi = spec.observer.range(xs, view.axes, symmetric=spec.symmetric, roundtrip=step)
+        lo, hi = view.join_scale(lo), view.join_scale(hi)
+        if spec.two_level and not clips:
+            top = _largest(jnp.maximum(-lo, hi), axes)
+        scale, zero_point = affine(lo, hi, spec, top)
     s = _real(view, scale_values(scale), dtype)
     z = None if zero_point is None else _real(view, zero_point, dtype)
     noise = None if key is None else jax.random.uniform(key, xv.shape, dtype)

@@ -155,6 +155,11 @@ class BlockView:
         """A per-block value, shaped to broadcast against the view."""
         return scale.reshape(self.scale_view_shape)
 
+    def split_reduced(self, value: jax.Array) -> jax.Array:
+        """A value with size 1 along every axis that is cut into blocks, shaped likewise."""
+        cut = (b not in (1, n) for n, b in zip(self.shape, self.block, strict=True))
+        return value.reshape([s for n, c in zip(value.shape, cut, strict=True) for s in ((n, 1) if c else (n,))])
+
     def join(self, x: jax.Array) -> jax.Array:
         """Inverse of `split`."""
         return x.reshape(self.shape)

@@ -27,7 +27,7 @@ def _forward(x, scale, zero_point, key, *, spec, axes):
 
 def _never_clips(spec: QuantSpec) -> bool:
     """Whether a range computed from the array itself covers all of it, so that the mask is 1 everywhere."""
-    covers = not spec.observer.clips and spec.type.scale_format is None
+    covers = not spec.observer.clips and spec.type.scale_format is None and not spec.two_level
     return covers and (spec.type.signed or not spec.symmetric)
 
 

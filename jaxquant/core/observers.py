@@ -69,13 +69,14 @@ def _extremes(x: jax.Array, axes: Axes, *reductions: Callable[..., jax.Array]) -
     return tuple(v.astype(jnp.promote_types(v.dtype, jnp.float32)) for v in out)
 
 
-def _absmax(x: jax.Array, axes: Axes) -> jax.Array:
+def absmax_over(x: jax.Array, axes: Axes) -> jax.Array:
+    """The largest finite magnitude along axes, which stay with size 1; NaN where there is one."""
     return _extremes(x, axes, lambda x, **how: jnp.max(jnp.abs(x), **how))[0]
 
 
 def array_absmax(x: jax.Array) -> jax.Array:
     """The largest finite magnitude of an array, a scalar; NaN if it holds one."""
-    return _absmax(x, tuple(range(x.ndim))).reshape(())
+    return absmax_over(x, tuple(range(x.ndim))).reshape(())
 
 
 def _minmax(x: jax.Array, axes: Axes) -> Range:
@@ -122,7 +123,7 @@ class AbsMax(Observer):
         return {"absmax": jnp.zeros(shape, jnp.float32)}
 
     def update(self, state, x, axes):
-        return {"absmax": jnp.maximum(state["absmax"], _absmax(x, axes).astype(jnp.float32))}
+        return {"absmax": jnp.maximum(state["absmax"], absmax_over(x, axes).astype(jnp.float32))}
 
     def merge(self, a, b):
         return {"absmax": jnp.maximum(a["absmax"], b["absmax"])}
@@ -133,7 +134,7 @@ class AbsMax(Observer):
 
     def range(self, x, axes, *, symmetric, roundtrip):
         del symmetric, roundtrip
-        absmax = _absmax(x, axes)
+        absmax = absmax_over(x, axes)
         return -absmax, absmax
 
 
@@ -226,7 +227,7 @@ class _Histogram(Observer):
 
     def update(self, state, x, axes):
         x = _finite_or_nan(x)
-        absmax = _absmax(x, axes).astype(jnp.float32)
+        absmax = absmax_over(x, axes).astype(jnp.float32)
         least = jnp.maximum(exponent(absmax), -126)
         span = times_power_of_two(power_of_two(least), jnp.ones_like(least))
         span = jnp.where(absmax > 0, span, absmax)  # 0 stays 0, NaN stays NaN
@@ -375,7 +376,7 @@ class MSE(_Histogram):
 
     def range(self, x, axes, *, symmetric, roundtrip):
         x = _finite_or_nan(x)
-        absmax = _absmax(x, axes)
+        absmax = absmax_over(x, axes)
         lo, hi = (-absmax, absmax) if symmetric else _minmax(x, axes)
         unit = jnp.where(absmax > 0, absmax, 1)
         return least_error(_evaluator(x, None, axes, unit, roundtrip), lo, hi, both=not symmetric)

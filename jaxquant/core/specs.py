@@ -78,7 +78,9 @@ class QuantSpec(_Value):
       calibration: an observer from `jaxquant.observers`; None: AbsMax when symmetric, MinMax when not
         (and for a symmetric unsigned type, whose range is ``[0, max(x)]``).
       static: for an activation, True if its range comes from ``state`` and not from the very array.
-      scale_dtype: float dtype of the scales; None: float32.
+      scale_dtype: float dtype of the scales; None: float32. ``"uint4"``, for symmetric types of at most 4 bits per
+        group: two-level scales, integers 1 .. 15 times one float32 for all that ``reduce_axes`` join. A code times its
+        integer stays within 8 bits, so that a product needs no more than one integer dot.
       rounding: ``"nearest"`` (half to even) or ``"stochastic"`` (up with the probability of the fraction; needs a key).
 
     Raises:
@@ -172,10 +174,18 @@ class QuantSpec(_Value):
                 dtype = np.dtype(self.scale_dtype)
             except (TypeError, ValueError):
                 dtype = None
-            if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+            if dtype == jnp.uint4:
+                if self.granularity != "per_group" or not self.symmetric or info.kind != "int" or info.qmax > 7:
+                    raise self._error(
+                        "two-level scales ('uint4') are for symmetric integers of at most 4 bits, per group",
+                        todo="Leave scale_dtype out, or use QuantSpec('int4', granularity='per_group', ...)",
+                        granularity=self.granularity,
+                        symmetric=self.symmetric,
+                    )
+            elif dtype is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
                 raise self._error(
-                    "scale_dtype must be a float dtype of 16 bits or more",
-                    todo="Use float32, bfloat16 or float16",
+                    "scale_dtype must be a float dtype of 16 bits or more, or 'uint4'",
+                    todo="Use float32, bfloat16 or float16; 'uint4' for two-level scales",
                     scale_dtype=str(self.scale_dtype),
                 )
             set_("scale_dtype", dtype.name)
@@ -195,6 +205,11 @@ class QuantSpec(_Value):
         if narrow and info.kind == "int" and info.signed:
             return dataclasses.replace(info, qmin=-info.qmax)
         return info
+
+    @property
+    def two_level(self) -> bool:
+        """Whether scales are integers times one float for all groups that are reduced together."""
+        return self.scale_dtype == "uint4"
 
     @property
     def observer(self) -> observers.Observer:

@@ -14,7 +14,9 @@ from jax import lax
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.specs import OpSpec
-from jaxquant.ops.formulation import choose, digit_count, digit_matrix, on_cpu, overflow_limit, sum_of_parts
+from jaxquant.ops.digits import digit_count, digit_matrix, sum_of_parts
+from jaxquant.ops.integer import overflow_limit
+from jaxquant.ops.machine import int8_dots
 from jaxquant.ops.matrix import Axes, Matrix, matrix
 from jaxquant.ops.operands import Operand, Pair, Static, precision_of, refuse_range, straight_through
 
@@ -61,17 +63,19 @@ class _Conv:
         length, longest = right.codes.shape[2], overflow_limit(getattr(left, "reach", 127), right.reach)
         if length > longest and (g.feature_groups > 1 or length // rhs.shape[g.rhs_spec[1]] > longest):
             return in_float()
-        name = choose(left, right)
-        if name == "integer" and isinstance(left, Matrix):
+        if not right.integer or (isinstance(left, Matrix) and not left.integer):
+            return in_float()
+        on_cpu = int8_dots() != "none"
+        if isinstance(left, Matrix):
 
             def exact() -> jax.Array:
                 return self._restored(_integer(g, left, right, lhs.shape, rhs.shape))
 
             # cuDNN has no convolution from int8 to int32, and XLA refuses to compile one for NVIDIA GPUs.
-            return lax.platform_dependent(cpu=exact, tpu=exact, default=in_float)
+            return lax.platform_dependent(cpu=exact if on_cpu else in_float, tpu=exact, default=in_float)
         # Digits have one scale per image: too coarse where features are summed apart, and no gain for small kernels.
-        if name == "digits" and not isinstance(left, Matrix) and g.feature_groups == 1:
-            return on_cpu(lambda: self._digits(left, right, lhs.shape, rhs.shape), in_float)
+        if on_cpu and g.feature_groups == 1 and left.dtype != jnp.float64:
+            return lax.platform_dependent(cpu=lambda: self._digits(left, right, lhs.shape, rhs.shape), default=in_float)
         return in_float()
 
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:

@@ -14,7 +14,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.formulation import product
-from jaxquant.ops.matrix import Axes, Matrix, matrix
+from jaxquant.ops.matrix import Axes, Matrix, Packed, matrix, packed
 from jaxquant.ops.operands import Operand, Pair, Static, precision_of, refuse_range, straight_through
 
 __all__ = ["contract", "dot_general"]
@@ -37,7 +37,8 @@ class _Contraction:
         if left is None or right is None:  # scales that vary within a group: only real values are left to multiply
             return self._float(self.lhs.values(lhs, lhs_static), self.rhs.values(rhs, rhs_static))
         shape = _result_shape(lhs, rhs, self.lhs_axes, self.rhs_axes)
-        return product(left, right, self.precision).reshape(shape).astype(self.dtype)
+        trained = not isinstance(lhs, QTensor) and not isinstance(rhs, QTensor)
+        return product(left, right, self.precision, trained=trained).reshape(shape).astype(self.dtype)
 
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
         return self._float(self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static))
@@ -49,9 +50,9 @@ class _Contraction:
         return out.astype(self.dtype)
 
 
-def _canonical(side: Operand, x: Any, static: Static, axes: Axes) -> Matrix | jax.Array | None:
+def _canonical(side: Operand, x: Any, static: Static, axes: Axes) -> Matrix | Packed | jax.Array | None:
     value = side.quantized(x, static)
-    return axes.flatten(value) if isinstance(value, jax.Array) else matrix(value, axes)
+    return axes.flatten(value) if isinstance(value, jax.Array) else packed(value, axes) or matrix(value, axes)
 
 
 def _result_shape(lhs: Any, rhs: Any, lhs_axes: Axes, rhs_axes: Axes) -> tuple[int, ...]:

@@ -1,6 +1,8 @@
 """Quantized operands in one shape: ``[batch, rows, K]``, contraction-minor.
 
 Every contraction is brought to this form, multiplied by a formulation (`jaxquant.ops.formulation`) and brought back.
+A `Matrix` has a code per element; a `Packed` still has the bytes that a narrow weight is stored as, and is unpacked a
+block of rows at a time.
 """
 
 from __future__ import annotations
@@ -11,15 +13,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxquant.core.affine import Encoded
-from jaxquant.core.codec import codes_of, values_of
+from jaxquant.core.codec import codes_of, from_bits, values_of
+from jaxquant.core.packing import unpack
 from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.core.qtypes import QType
 
-__all__ = ["Axes", "Matrix", "matrix"]
+__all__ = ["Axes", "Matrix", "Packed", "matrix", "packed"]
 
 _SHIFTED = QType("uint8 - 128", "int", 8, -128, 127)
+_TWO_LEVEL = QType("code * multiplier", "int", 8, -128, 127)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +78,12 @@ class Matrix:
     @property
     def integer(self) -> bool:
         """Whether products of codes are exact integers, and all there is."""
-        whole = self.zero_point is None or jnp.issubdtype(self.zero_point.dtype, jnp.integer)
-        return self.qtype.kind == "int" and whole and self.offset is None
+        return _integer(self)
 
     @property
     def minifloat(self) -> bool:
         """Whether products of codes are exact in float32, with one scale for the whole row."""
-        return self.qtype.kind == "float" and self.groups == 1 and self.zero_point is None and self.offset is None
+        return _minifloat(self)
 
     @property
     def reach(self) -> int:
@@ -88,17 +92,168 @@ class Matrix:
             return int(self.qtype.qmax - self.qtype.qmin)
         return int(max(-self.qtype.qmin, self.qtype.qmax))
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[B, R, K]."""
+        b, r, k = self.codes.shape
+        return b, r, k
+
+    @property
+    def planes(self) -> int:
+        """In how many interleaved parts `int8` and `floats` return the matrix."""
+        return 1
+
     def values(self, dtype: Any) -> jax.Array:
         """The real matrix [B, R, K]."""
-        b, r, k = self.codes.shape
-        split = self.codes.reshape(b, r, self.groups, k // self.groups)
-        values = values_of(split, self.qtype, dtype)
-        if self.zero_point is not None:
-            values = values - self.zero_point[..., None].astype(dtype)
-        values = values * self.scale[..., None].astype(dtype)
-        if self.offset is not None:
-            values = values + self.offset[..., None].astype(dtype)
-        return values.reshape(b, r, k)
+        return _real(self.codes, self.scale, self.zero_point, self.offset, self.qtype, dtype)
+
+    def block(self, b: Any, nb: int, r: Any, nr: int) -> Matrix:
+        """``nb`` matrices from ``b`` (which may be traced), ``nr`` rows of each from ``r``."""
+        return _block(self, b, nb, r, nr)
+
+    def int8(self) -> list[Matrix]:
+        """The matrix, in planes: elements 0, planes, 2 planes, ... of K, then 1, planes + 1, ..."""
+        return [self]
+
+    def floats(self) -> list[jax.Array]:
+        """Its real values in float32, in planes."""
+        return [self.values(jnp.float32)]
+
+
+def _integer(x: Matrix | Packed) -> bool:
+    whole = x.zero_point is None or jnp.issubdtype(x.zero_point.dtype, jnp.integer)
+    return x.qtype.kind == "int" and whole and x.offset is None
+
+
+def _minifloat(x: Matrix | Packed) -> bool:
+    return x.qtype.kind == "float" and x.groups == 1 and x.zero_point is None and x.offset is None
+
+
+def _real(codes: jax.Array, scale: Any, zero_point: Any, offset: Any, qtype: QType, dtype: Any) -> jax.Array:
+    b, r, k = codes.shape
+    groups = scale.shape[2]
+    values = values_of(codes.reshape(b, r, groups, k // groups), qtype, dtype)
+    if zero_point is not None:
+        values = values - zero_point[..., None].astype(dtype)
+    values = values * scale[..., None].astype(dtype)
+    if offset is not None:
+        values = values + offset[..., None].astype(dtype)
+    return values.reshape(b, r, k)
+
+
+def _block(x: Any, b: Any, nb: int, r: Any, nr: int) -> Any:
+    """A block of all arrays of an operand: an axis of size 1 is one for all."""
+
+    def cut(value: Any) -> Any:
+        for axis, (start, size) in enumerate(((b, nb), (r, nr))):
+            if value.shape[axis] not in (1, size):
+                value = lax.dynamic_slice_in_dim(value, start, size, axis)
+        return value
+
+    fields = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+    return dataclasses.replace(x, **{name: cut(v) for name, v in fields.items() if isinstance(v, jax.Array)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A quantized matrix, or a stack of them, whose codes are packed: see `jaxquant.core.packing`.
+
+    Codes of 1, 2 or 4 bits are taken out in planes: a plane is one AND and one shift of the bytes. For 4 bits, the
+    even elements of K are one plane and the odd ones the other, and what they are multiplied with is cut alike.
+
+    Attributes:
+      bytes: uint8 [B, R, bytes of a row].
+      scale, zero_point, offset, qtype: as in `Matrix`.
+      multiplier: int8 or fp8 [B or 1, R or 1, G], the inner level of two-level scales, or None. If it is int8 the scale
+        is one per row.
+      length: K.
+    """
+
+    bytes: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None
+    offset: jax.Array | None
+    multiplier: jax.Array | None
+    qtype: QType
+    length: int
+
+    @property
+    def groups(self) -> int:
+        """G of the scales; multipliers in int8 are part of the codes."""
+        if self.multiplier is None or self.multiplier.dtype == jnp.int8:
+            return self.scale.shape[2]
+        return self.multiplier.shape[2]
+
+    @property
+    def integer(self) -> bool:
+        """As for `Matrix`."""
+        return _integer(self)
+
+    @property
+    def minifloat(self) -> bool:
+        """As for `Matrix`."""
+        return _minifloat(self)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[B, R, K]."""
+        return self.bytes.shape[0], self.bytes.shape[1], self.length
+
+    @property
+    def planes(self) -> int:
+        """As for `Matrix`."""
+        return _planes(self.qtype)
+
+    def block(self, b: Any, nb: int, r: Any, nr: int) -> Packed:
+        """As for `Matrix`."""
+        return _block(self, b, nb, r, nr)
+
+    def _codes(self) -> list[jax.Array]:
+        bits, n = self.qtype.bits, self.planes
+        if n == 1:
+            return [from_bits(unpack(self.bytes, bits, self.length), self.qtype)]
+        mask = jnp.uint8((1 << bits) - 1)
+        return [from_bits((self.bytes >> (bits * i)) & mask, self.qtype) for i in range(n)]
+
+    def int8(self) -> list[Matrix]:
+        """As for `Matrix`, for integer types; the multipliers of two-level scales are part of the codes."""
+        qtype = self.qtype
+        planes = [codes.astype(jnp.int8) for codes in self._codes()]
+        multiplier = self.multiplier
+        if multiplier is not None:
+            planes = [_multiplied(codes, multiplier) for codes in planes]
+            qtype = _TWO_LEVEL
+        return [Matrix(codes, self.scale, self.zero_point, qtype, self.offset) for codes in planes]
+
+    def _scale(self) -> jax.Array:
+        return self.scale if self.multiplier is None else self.scale * self.multiplier.astype(self.scale.dtype)
+
+    def floats(self) -> list[jax.Array]:
+        """As for `Matrix`."""
+        rest = (self._scale(), self.zero_point, self.offset, self.qtype)
+        return [_real(codes, *rest, jnp.float32) for codes in self._codes()]
+
+    def unpacked(self) -> Matrix:
+        """The same with a code per element."""
+        if self.qtype.kind == "int":
+            planes = self.int8()
+            codes = self._interleaved([plane.codes for plane in planes])
+            return Matrix(codes, self.scale, self.zero_point, planes[0].qtype, self.offset)
+        return Matrix(self._interleaved(self._codes()), self._scale(), self.zero_point, self.qtype, self.offset)
+
+    def _interleaved(self, planes: list[jax.Array]) -> jax.Array:
+        return planes[0] if len(planes) == 1 else jnp.stack(planes, axis=-1).reshape(self.shape)
+
+
+def _planes(qtype: QType) -> int:
+    return 8 // qtype.bits if 8 % qtype.bits == 0 else 1
+
+
+def _multiplied(codes: jax.Array, multiplier: jax.Array) -> jax.Array:
+    """int8 codes [B, R, K] times the multiplier of their group, in int8."""
+    b, r, k = codes.shape
+    groups = multiplier.shape[2]
+    return (codes.reshape(b, r, groups, k // groups) * multiplier[..., None]).reshape(b, r, k)
 
 
 def _per_group(value: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array | None:
@@ -124,6 +279,54 @@ def _per_group(value: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Arra
     return axes.flatten(value)
 
 
+def _levels(scale: Any, qtype: QType, axes: Axes) -> tuple[jax.Array, jax.Array | None]:
+    """A scale as (real scales, None), or where it is two-level as (scales per row, int8 multipliers per group).
+
+    It is if it is a QTensor of symmetric integers with one scale per row, whose products with the codes stay in int8.
+    """
+    if isinstance(scale, QTensor) and not isinstance(scale.scale, QTensor) and scale.symmetric:
+        inner = scale.type
+        per_row = all(scale.scale.shape[i] == 1 for i in axes.contract)
+        if inner.kind == "int" and qtype.kind == "int" and per_row:
+            reach = max(-qtype.qmin, qtype.qmax) * max(-inner.qmin, inner.qmax)
+            if reach <= 127:
+                return scale_values(scale.scale), scale.logical_codes().astype(jnp.int8)
+    return scale_values(scale), None
+
+
+def _stored_levels(x: QTensor, axes: Axes) -> tuple[jax.Array, jax.Array | None]:
+    """As `_levels`, and fp8 multipliers as they are stored: what is decoded by blocks."""
+    if not x.symmetric:
+        return scale_values(x.scale), None
+    if isinstance(x.scale, QTensor) and x.scale.type.kind == "float" and not x.scale.type.packed:
+        return scale_values(x.scale.scale), x.scale.logical_codes()
+    return _levels(x.scale, x.type, axes)
+
+
+def packed(x: Any, axes: Axes) -> Packed | None:
+    """A packed QTensor in canonical form, as it is stored; None if it is not packed along what is contracted."""
+    if not isinstance(x, QTensor) or x.length is None or not axes.contract or x.permutation is not None:
+        return None
+    stored, n = x.stored_order, len(axes.contract)
+    if stored[-n:] != axes.contract or x.length * x.type.bits % 8:
+        return None
+    scale, multiplier = _stored_levels(x, axes)
+    scale = _per_group(scale, x.shape, axes)
+    multiplier = None if multiplier is None else _per_group(multiplier, x.shape, axes)
+    zero_point = None if x.zero_point is None else _per_group(x.zero_point, x.shape, axes)
+    offset = None if x.offset is None else _per_group(flat(x.offset), x.shape, axes)
+    length = math.prod(x.shape[i] for i in axes.contract)
+    cuts = [v.shape[2] for v in (scale, multiplier, zero_point, offset) if v is not None]
+    if scale is None or any(length // groups % _planes(x.type) for groups in cuts):
+        return None
+    if zero_point is not None and jnp.issubdtype(zero_point.dtype, jnp.integer):
+        zero_point = zero_point.astype(jnp.int32)
+    order = [stored.index(i) for i in axes.batch + axes.rows]
+    codes = jnp.transpose(x.codes, (*order, *range(x.ndim - n, x.ndim)))
+    b, r = (math.prod(x.shape[i] for i in part) for part in (axes.batch, axes.rows))
+    return Packed(codes.reshape(b, r, -1), scale, zero_point, offset, multiplier, x.type, length)
+
+
 def matrix(x: QTensor | tuple[Encoded, QType], axes: Axes) -> Matrix | None:
     """A quantized operand in canonical form; None if its scales do not form groups along the contraction."""
     offset = None
@@ -134,14 +337,16 @@ def matrix(x: QTensor | tuple[Encoded, QType], axes: Axes) -> Matrix | None:
     else:
         (values, scale, zero_point), qtype = x
         codes, shape = codes_of(values, qtype), values.shape
-    scale = _per_group(scale_values(scale), shape, axes)
+    symmetric = zero_point is None and offset is None
+    scale, multiplier = _levels(scale, qtype, axes) if symmetric else (scale_values(scale), None)
+    scale, multiplier, zero_point, offset = (
+        None if v is None else _per_group(v, shape, axes) for v in (scale, multiplier, zero_point, flat(offset))
+    )
     if scale is None:
         return None
-    if zero_point is not None:
-        zero_point = _per_group(zero_point, shape, axes)
-    if offset is not None:
-        offset = _per_group(flat(offset), shape, axes)
     codes = axes.flatten(codes)
+    if multiplier is not None:
+        return Matrix(_multiplied(codes.astype(jnp.int8), multiplier), scale, None, _TWO_LEVEL)
     if qtype.kind == "int":
         if zero_point is not None and jnp.issubdtype(zero_point.dtype, jnp.integer):
             zero_point = zero_point.astype(jnp.int32)

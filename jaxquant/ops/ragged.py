@@ -11,7 +11,8 @@ from jax import lax
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.specs import OpSpec
-from jaxquant.ops.formulation import digit_count, digits_of, overflow_limit
+from jaxquant.ops.digits import digit_count, digits_of
+from jaxquant.ops.integer import overflow_limit
 from jaxquant.ops.matrix import Axes, Matrix, matrix
 from jaxquant.ops.operands import Operand, Pair, Static, precision_of, refuse_range, straight_through
 

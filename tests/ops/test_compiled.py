@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from ops_reference import MATMUL, quantized, spec_of
+from ops_reference import MATMUL, quantized, slow_but, spec_of
 
 from jaxquant import OpSpec, ops, recipes
+from jaxquant.ops import blockwise
 
-K, N = 640, 896  # no multiple of a number of rows
+K, N = 1024, 1280  # no multiple of a number of rows
 FAST = "__ynn_fusion"
 
 
@@ -52,24 +53,78 @@ def float_dots(text, sizes):
     return found
 
 
-@pytest.mark.parametrize("m", [1, 2, 32, 256])
-@pytest.mark.parametrize("name", ["w8a8", "w8a16", "w4a8", "w4a16"])
+SCHEMES = {
+    "w8a8": recipes.w8a8(),
+    "w8a16": recipes.w8a16(),
+    "w8a16 in groups": recipes.w8a16(128),
+    "w4a16 by channel": recipes.w4a16(None),
+    "w4a16 two-level": recipes.w4a16(128, two_level=True),
+    "w4a8 two-level": recipes.w4a8(128, two_level=True),
+    "w4a16 in groups": recipes.w4a16(128, symmetric=False),
+    "w4a8 in groups": recipes.w4a8(128),
+    "nf4": recipes.nf4(64),
+    "mxfp4": recipes.mxfp4(),
+    "nvfp4": recipes.nvfp4(),
+    "w2a16": OpSpec(spec_of("int2")),
+    "w3a16": OpSpec(spec_of("int3", "per_group", group=64)),
+}
+FEW = [("w8a8", 1), ("w8a16", 1), ("w8a16", 256), ("w4a16 two-level", 2), ("w4a8 in groups", 33), ("nf4", 1)]
+INTEGERS = ("w8a8", "w4a8 two-level")
+
+
+def check(text, temporaries, k, n, activations, stack=1):
+    """The library multiplies, the float weight never exists, and temporaries are small beside it."""
+    assert FAST in text
+    if k * n > blockwise.SMALLEST:
+        assert not re.search(rf"(f32|bf16)\[(1,|{stack},)?({k},{n}|{n},{k})\]", text)
+    assert temporaries <= 0.1 * 4 * k * n * stack + activations
+
+
+@pytest.mark.parametrize(
+    "name, m",
+    [
+        pytest.param(name, m, marks=() if (name, m) in FEW else pytest.mark.slow)
+        for name in SCHEMES
+        for m in (1, 2, 8, 32, 33, 64, 256)
+    ],
+)
 def test_dots(name, m):
-    spec = {
-        "w8a8": recipes.w8a8(),
-        "w8a16": recipes.w8a16(),
-        "w4a8": recipes.w4a8(128),
-        "w4a16": recipes.w4a16(128, symmetric=False),
-    }[name]
+    spec = SCHEMES[name]
     q, x = weight(spec), jax.ShapeDtypeStruct((m, K), jnp.float32)
     text, temporaries = compiled(lambda x, q: ops.dot_general(x, q, MATMUL, spec=spec), x, q)
-    assert FAST in text
-    assert re.search(r"s32\[[\d,]*\].* (dot|fusion)\(", text)
-    assert not float_dots(text, (K, N))
-    assert not re.search(rf"(f32|bf16)\[(1,)?({K},{N}|{N},{K})\]", text)  # the float weight never exists
-    # int8 weights are read where they are; int4 ones are unpacked, a byte each. The rest are activations: digits, sums.
-    unpacked = K * N if spec.weight.qtype == "int4" else 0
-    assert temporaries <= 1.3 * unpacked + 4 * m * (K + 3 * N)
+    # Beside a block of the weight there are activations: padded, in planes, as digits; and the products of a block.
+    check(text, temporaries, K, N, 4 * max(m, 2) * (4 * K + 3 * N))
+    if name in INTEGERS or (name in ("w8a16", "w4a16 two-level") and m <= 8):
+        assert re.search(r"s32\[[\d,]*\].* (dot|fusion)\(", text)
+        assert not float_dots(text, (K, N))
+
+
+@pytest.mark.parametrize("name", slow_but([*SCHEMES], "w4a16 two-level"))
+@pytest.mark.parametrize("k, n", [(640, 37), (768, 1000)])
+def test_odd_sizes(name, k, n):
+    """Blocks of rows that do not divide the weight; and a weight that is one block."""
+    spec = SCHEMES[name]
+    q, x = weight(spec, k, n), jax.ShapeDtypeStruct((3, k), jnp.float32)
+    text, temporaries = compiled(lambda x, q: ops.dot_general(x, q, MATMUL, spec=spec), x, q)
+    check(text, temporaries, k, n, 4 * 3 * (4 * k + 3 * n) + (1 << 19))
+
+
+@pytest.mark.parametrize("name", slow_but([*SCHEMES], "w4a16 in groups"))
+def test_stacks(name):
+    """A batch of weights, and layers of a scan: the slice of a layer is a copy of its codes."""
+    spec, e, m = SCHEMES[name], 6, 4
+    q = jax.vmap(lambda w: quantized(w, spec.weight))(jnp.ones((e, K, 256)))
+    x = jax.ShapeDtypeStruct((e, m, K), jnp.float32)
+    numbers = (((2,), (1,)), ((0,), (0,)))
+    text, temporaries = compiled(lambda x, q: ops.dot_general(x, q, numbers, spec=spec), x, q)
+    check(text, temporaries, K, 256, 4 * e * m * (4 * K + 3 * 256), e)
+
+    def layers(x, q):
+        return lax.scan(lambda x, q: (jnp.tile(ops.dot_general(x, q, MATMUL, spec=spec), (1, K // 256)), None), x, q)[0]
+
+    text, temporaries = compiled(layers, jax.ShapeDtypeStruct((m, K), jnp.float32), q)
+    layer = q.nbytes // e
+    check(text, temporaries, K, 256, 4 * m * (6 * K + 3 * 256) + layer + (1 << 18), e)
 
 
 @pytest.mark.parametrize("m, n", [(1, 64), (64, 1), (7, 3), (3, 7)])

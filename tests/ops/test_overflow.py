@@ -7,7 +7,7 @@ import pytest
 from ops_reference import INTEGER, MATMUL, check_dot, quantized, spec_of
 
 from jaxquant import OpSpec, QTensor, ops
-from jaxquant.ops.formulation import overflow_limit
+from jaxquant.ops.integer import overflow_limit
 
 INT8 = overflow_limit(128, 128)  # -128 is a code of int8
 BOTH_ASYMMETRIC = overflow_limit(255, 255)

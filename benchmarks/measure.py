@@ -1,0 +1,97 @@
+"""How the benchmarks of speed measure: one core, processor time, contestants in turn; what they print and keep.
+
+A shared machine is slower at some times than at others, so that only figures from the same minute compare: every round
+runs every contestant once, and what is reported are ratios within one run. `pin` must be called before JAX is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def pin() -> None:
+    """Keeps this process, and the threads it starts later, on one core."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def machine(packages: Sequence[str] = ()) -> dict[str, str]:
+    """What the figures depend on, without names of hosts or places."""
+    cpu, flags = platform.processor() or platform.machine(), ""
+    if (info := Path("/proc/cpuinfo")).exists():
+        lines = [line.partition(":") for line in info.read_text(encoding="utf-8").splitlines()]
+        found = {key.strip(): value.strip() for key, _, value in lines}
+        family = f" (family {found['cpu family']} model {found['model']})" if "cpu family" in found else ""
+        cpu, flags = found.get("model name", cpu) + family, found.get("flags", "")
+    wanted = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+    versions = {}
+    for name in ("jaxquant", "jax", "jaxlib", "numpy", *packages):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "source"
+    return {
+        "cpu": cpu,
+        "instructions": " ".join(name for name in wanted if name in flags.split()) or "unknown",
+        "cores": f"1 of {os.cpu_count()}",
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], rounds: int, budget: float = 0.0) -> dict[str, dict[str, float]]:
+    """Milliseconds of processor time of each contestant: median and minimum over rounds that run each in turn.
+
+    Args:
+      runs: contestants; each returns once its work is done.
+      rounds: rounds after the first, which is not counted.
+      budget: seconds of processor time at least; further rounds are run until then.
+    """
+    for run in runs.values():
+        run()
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    start = time.process_time()
+    while len(next(iter(samples.values()))) < rounds or time.process_time() - start < budget:
+        for name, run in runs.items():
+            before = time.process_time()
+            run()
+            samples[name].append(1e3 * (time.process_time() - before))
+    return {name: {"median": statistics.median(s), "min": min(s)} for name, s in samples.items()}
+
+
+def header(about: dict[str, str]) -> str:
+    """The machine in one line."""
+    return ", ".join(f"{name} {value}" for name, value in about.items())
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the first to the left."""
+    widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in (columns, *rows)
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def keep(stem: str, text: str, results: dict[str, Any], directory: Path) -> None:
+    """Writes a result as text and as JSON."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{stem}.txt").write_text(text + "\n", encoding="utf-8")
+    (directory / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

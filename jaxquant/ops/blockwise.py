@@ -1,0 +1,110 @@
+"""Products with a weight that is decoded a block of rows at a time, so that it never exists as a whole.
+
+A loop over blocks of rows unpacks a block into a temporary that stays in the cache, multiplies it, and writes its
+columns of the result. What is read from memory is the weight as it is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.ops.digits import digit_count, digit_matrix, digits
+from jaxquant.ops.integer import dot
+from jaxquant.ops.matrix import Matrix, Packed
+
+__all__ = ["BLOCKS", "LARGEST", "SMALLEST", "float_blocks", "integer_blocks"]
+
+BLOCKS, SMALLEST, LARGEST = 16, 1 << 16, 1 << 19
+"""A block is a sixteenth of the weight, but of so many elements: 256 KiB of packed 4-bit codes, 2 MiB in float32."""
+
+
+def integer_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
+    """int8 dots [B, M, K] x [B, N, K] -> [B, M, N]; a float x is written as int8 digits.
+
+    The weight's codes are exact in int8, and there is one scale per row on either side.
+    """
+    count = 1 if isinstance(x, Matrix) else digit_count(precision)
+    codes = x if isinstance(x, Matrix) else digit_matrix(x, precision)
+    if isinstance(w, Matrix):  # int8 as it is stored
+        return digits(codes, w, count)
+    parts = [
+        Matrix(codes.codes[:, :, i :: w.planes], codes.scale, codes.zero_point, codes.qtype) for i in range(w.planes)
+    ]
+
+    def multiply(block: Matrix | Packed, b: Any) -> jax.Array:
+        planes = block.int8()
+        unpacked = lax.optimization_barrier([plane.codes for plane in planes])
+        planes = [Matrix(codes, p.scale, p.zero_point, p.qtype) for codes, p in zip(unpacked, planes, strict=True)]
+        rows = [part.block(b, block.shape[0], 0, part.shape[1]) for part in parts]
+        return _sum(digits(x, plane, count) for x, plane in zip(rows, planes, strict=True))
+
+    return _by_blocks(x if isinstance(x, jax.Array) else x.codes, w, multiply)
+
+
+def float_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
+    """The float32 product of the real values, [B, M, K] x [B, N, K] -> [B, M, N].
+
+    The weight goes left, where XLA's CPU library reads it fastest; one row is off its path and is padded to two. The
+    barriers keep the decoded block in one piece (or it would be decoded once per use) and the weight on its side.
+    """
+    x = x.values(jnp.float32) if isinstance(x, Matrix) else x.astype(jnp.float32)
+    rows, columns = x.shape[1], w.shape[1]
+    padded = _two_rows(x)
+    parts = [padded[:, :, i :: w.planes] for i in range(w.planes)]
+
+    def multiply(block: Matrix | Packed, b: Any) -> jax.Array:
+        planes = lax.optimization_barrier([_two_rows(plane) for plane in block.floats()])
+        sizes = (block.shape[0], *parts[0].shape[1:])
+        xs = [part if part.shape[0] == sizes[0] else lax.dynamic_slice(part, (b, 0, 0), sizes) for part in parts]
+        out = _sum(dot(plane, x, precision=precision) for x, plane in zip(xs, planes, strict=True))
+        return jnp.swapaxes(lax.optimization_barrier(out), 1, 2)[:, :rows, :columns]
+
+    return _by_blocks(x, w, multiply)
+
+
+def _two_rows(x: jax.Array) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, 1), (0, 0))) if x.shape[1] == 1 else x
+
+
+def _sum(parts: Any) -> jax.Array:
+    """The sum of arrays."""
+    first, *others = parts
+    for other in others:
+        first = first + other
+    return first
+
+
+def _by_blocks(x: jax.Array, w: Matrix | Packed, multiply: Callable[[Any, Any], jax.Array]) -> jax.Array:
+    """``multiply`` of every block and the place of its first matrix, [nb, M, nr] each, as [B, M, N].
+
+    Blocks have one size; the last along an axis starts early, and computes some columns a second time.
+    """
+    b, n, k = w.shape
+    elements = min(max(b * n * k // BLOCKS, SMALLEST), LARGEST)
+    nr = _cut(n, max(elements // k, 1), 16)
+    nb = _cut(b, max(elements // (n * k), 1), 1)
+    steps = (-(-b // nb), -(-n // nr))
+    if steps == (1, 1):
+        return multiply(w, 0)
+    stored = w.codes if isinstance(w, Matrix) else w.bytes
+    # Zeros that vary over devices as the operands do.
+    zeros = (x[:, :, :1] * 0).astype(jnp.float32) + jnp.swapaxes(stored[:, :, :1] * 0, 1, 2).astype(jnp.float32)
+
+    def step(i: Any, out: jax.Array) -> jax.Array:
+        at_b, at_r = jnp.minimum(i // steps[1] * nb, b - nb), jnp.minimum(i % steps[1] * nr, n - nr)
+        return lax.dynamic_update_slice(out, multiply(w.block(at_b, nb, at_r, nr), at_b), (at_b, 0, at_r))
+
+    return lax.fori_loop(0, steps[0] * steps[1], step, zeros)
+
+
+def _cut(size: int, most: int, multiple: int) -> int:
+    """A block of at most about ``most``, so that few blocks of equal size cover ``size`` with little overlap."""
+    if size <= most:
+        return size
+    block = -(-size // -(-size // most))
+    return min(-(-block // multiple) * multiple, size)
