@@ -80,7 +80,7 @@ def choose(
       x: the activation.
       w: the weight.
       precision: gives the number of digits.
-      trained: whether the weight is a float array that is quantized on the way.
+      trained: whether the weight is a float array that is quantized on the way, and its real values cost nothing.
     """
     operands, wide = (x, w), any(_scale_dtype(v) == jnp.float64 for v in (x, w))
     if _both(operands, lambda v: v.minifloat) and not wide:
@@ -93,7 +93,7 @@ def choose(
         return "integer"
     if int8 != "none" and not isinstance(w, jax.Array) and w.integer and w.groups == 1:
         few = digit_count(precision) * x.shape[1] <= digit_rows(int8)
-        if isinstance(x, jax.Array) and few and not trained:
+        if isinstance(x, jax.Array) and few:
             return "digits"
     return "dequantized" if trained or isinstance(w, jax.Array) else "blocks"
 
@@ -145,7 +145,7 @@ def _dequantized(x: Matrix | jax.Array, w: Operand, precision: lax.PrecisionLike
     return dot(*values, precision=precision, preferred_element_type=dtype)
 
 
-_RUN: dict[Formulation, Callable[..., jax.Array]] = {
+_RUN: dict[str, Callable[..., jax.Array]] = {
     "integer": integer_blocks,
     "digits": integer_blocks,
     "blocks": float_blocks,
