@@ -23,7 +23,7 @@ from jaxquant.core.qtypes import QTYPES
 from jaxquant.io.patterns import NAMELESS, pattern_spec
 from jaxquant.io.safetensors import DTYPES, SafetensorsFile, TensorSpec, is_shape
 
-__all__ = ["MAX_DEPTH", "SavedArray", "decode", "encode", "stored_spec"]
+__all__ = ["MAX_DEPTH", "SavedArray", "check_qtensor", "decode", "encode", "stored_spec"]
 
 #: Containers inside containers, a QTensor in the place of a scale included. Deeper ones are mistakes (a list that holds
 #: itself) or attacks on the stack.
@@ -72,7 +72,7 @@ def _are_keys(keys: list[Any]) -> bool:
     )
 
 
-def _check_qtensor(q: QTensor, error: Callable[..., QuantError]) -> None:
+def check_qtensor(q: QTensor, error: Callable[..., QuantError]) -> None:
     """Raises ``error(rule, todo=..., **got)`` unless the static fields, dtypes and shapes of ``q`` fit together."""
     todo = "Make it with quantize, or check whoever made it"
     if not isinstance(q.qtype, str) or q.qtype not in QTYPES:
@@ -157,7 +157,7 @@ class _Encoder:
         def error(rule: str, **got: Any) -> QuantError:
             return quant_error("save", rule, path=place, **got)
 
-        _check_qtensor(q, error)
+        check_qtensor(q, error)
         values = scale_values(q.scale)
         if not (np if isinstance(values, np.ndarray) else jnp).isfinite(values).all():
             todo = "Look for NaN and inf in the array that was quantized"
@@ -303,7 +303,7 @@ class _Decoder:
             minor=tuple(minor),
             length=content["length"],
         )
-        _check_qtensor(q, lambda rule, **got: self.error(rule, path, **got))
+        check_qtensor(q, lambda rule, **got: self.error(rule, path, **got))
         return q
 
     def per_block(self, node: Any, path: tuple[str, ...]) -> Any:

@@ -34,7 +34,7 @@ def read(m: Module) -> np.ndarray:
 AQLM = Format(
     "AQLM",
     methods=("aqlm",),
-    marks={".codes": ".weight"},
+    marks={".codes": ".weight", ".codebooks": ".weight"},
     read=read,
     layouts="any books and groups; read as floats",
 )

@@ -100,7 +100,7 @@ def _fast(m: Module) -> QTensor:
 AWQ = Format(
     "AWQ",
     methods=("awq",),
-    marks={".qweight": ".weight"},
+    marks={".qweight": ".weight", ".qzeros": ".weight"},
     read=read,
     layouts="GEMM, GEMV, GEMV fast (llm-awq 2); 4 bits",
     refuse=_refuse,

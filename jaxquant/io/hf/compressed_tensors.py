@@ -33,11 +33,9 @@ _SPARSE = ("marlin-24", "sparse-24-bitmask", "sparse-bitmask")
 
 
 def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
-    groups = config.get("config_groups")
-    formats = {config.get("format")} | {g.get("format") for g in (groups or {}).values() if isinstance(g, dict)}
-    sparse = config.get("sparsity_config")
-    formats.add(sparse.get("format") if isinstance(sparse, dict) else None)
-    if found := sorted(f for f in formats if f in _SPARSE):
+    places = [config, config.get("sparsity_config"), *_groups(config)]
+    formats = [place.get("format") for place in places if isinstance(place, dict)]
+    if found := [f for f in formats if f in _SPARSE]:
         todo = "Decompress it with the compressed-tensors version that wrote it"
         raise error(f"the 2:4 sparse format {found[0]!r} was removed from compressed-tensors", todo=todo)
     if config.get("transform_config"):
@@ -45,13 +43,17 @@ def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
         raise error("its activations are rotated at run time, which a weight alone cannot say", todo=todo)
 
 
+def _groups(config: dict[str, Any]) -> list[dict[str, Any]]:
+    groups = config.get("config_groups")
+    return [g for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
+
+
 def _weights(m: Module) -> Iterator[dict[str, Any]]:
     """The ``weights`` of the config groups: those that name the module first."""
-    groups = m.config.get("config_groups")
-    found = [g for g in (groups if isinstance(groups, dict) else {}).values() if isinstance(g, dict)]
 
     def names(group: dict[str, Any]) -> bool:
-        for target in group.get("targets") or ():
+        targets = group.get("targets")
+        for target in targets if isinstance(targets, list) else ():
             if not isinstance(target, str):
                 continue
             if target.startswith("re:"):
@@ -64,7 +66,7 @@ def _weights(m: Module) -> Iterator[dict[str, Any]]:
                 return True
         return False
 
-    for group in sorted(found, key=lambda g: not names(g)):
+    for group in sorted(_groups(m.config), key=lambda g: not names(g)):
         if isinstance(group.get("weights"), dict):
             yield group["weights"]
 
@@ -162,6 +164,7 @@ def _integers(m: Module) -> QTensor:
     g_idx = m.maybe(".weight_g_idx", np.int32, np.int64, ndim=1)
     if g_idx is not None and not (g_idx == -1).all():
         m.check(".weight_g_idx", g_idx.shape, (length,))
+        m.check(".weight_scale", scale.shape, (out, *scale.shape[-1:]))
         if g_idx.min() < 0 or g_idx.max() >= scale.shape[-1]:
             got = {"greatest": int(g_idx.max()), "groups": scale.shape[-1]}
             raise m.error("g_idx names a group that has no scales", ".weight_g_idx", todo="Fetch it again", **got)
@@ -213,12 +216,12 @@ def _stream(words: np.ndarray, bits: int, length: int, *, dense: bool) -> np.nda
 
 def _zeros(m: Module, zero: np.ndarray, bits: int, out: int, scale: np.ndarray) -> np.ndarray:
     """Signed zero points of the scale's shape: packed along the rows, or one per byte."""
-    if zero.dtype == np.int8:
+    if zero.dtype == np.int8 or zero.ndim != 2:
         m.check(".weight_zero_point", zero.shape, scale.shape)
         return zero
     rows = {True: -(-out * bits // 32), False: -(-out // (32 // bits))}
     dense = next((d for d, n in rows.items() if n == zero.shape[0]), None)
-    if dense is None or zero.ndim != 2 or zero.shape[1:] != scale.shape[1:]:
+    if dense is None or zero.shape[1:] != scale.shape[1:]:
         m.check(".weight_zero_point", zero.shape, (rows[True], *scale.shape[1:]))
     columns = np.ascontiguousarray(zero.view(np.uint32).T)
     codes = unpacked(_stream(columns, bits, out, dense=bool(dense)), bits, out)

@@ -154,7 +154,7 @@ def _from_planes(words: np.ndarray, bits: int, length: int) -> np.ndarray:
 GPTQ = Format(
     "GPTQ",
     methods=("gptq",),
-    marks={".qweight": ".weight"},
+    marks={".qweight": ".weight", ".qzeros": ".weight"},
     read=read,
     layouts="versions 1 and 2, planar; 2 to 8 bits; symmetric and not; act-order; AutoRound",
     refuse=_refuse,

@@ -129,7 +129,7 @@ def _codes(raw: np.ndarray, blocks: int, width: int, rows: int) -> np.ndarray:
 HQQ = Format(
     "HQQ",
     methods=("hqq",),
-    marks={".W_q": ".weight"},
+    marks={".W_q": ".weight", ".zero": ".weight"},
     read=read,
     layouts="1 to 8 bits, both axes, float zero points",
 )

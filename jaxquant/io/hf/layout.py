@@ -6,7 +6,6 @@ words are taken over byte by byte; the others are unpacked to one code per byte,
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax.numpy as jnp
@@ -154,7 +153,7 @@ def grouping(groups: np.ndarray) -> Grouping:
     """From the group of each column."""
     order = np.argsort(groups, kind="stable")
     counts = np.bincount(groups)
-    block = functools.reduce(math.gcd, counts[counts > 0].tolist())
+    block = math.gcd(*counts[counts > 0].tolist()) or 1
     index = groups[order][::block]
     return Grouping(None if (order == np.arange(len(order))).all() else order, index)
 

@@ -19,6 +19,7 @@ from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
 from jaxquant.io.hf.module import Format, Module
 from jaxquant.io.hf.names import NameMap
+from jaxquant.io.manifest import check_qtensor
 from jaxquant.ptq.rtn import rtn
 from jaxquant.transform.paths import nearest
 from jaxquant.transform.shardings import shardings as leaf_shardings
@@ -203,13 +204,24 @@ class _Reader:
             head = head.rpartition(".")[0]
             if head in owners:
                 rest = name[len(head) :]
-                return head if rest.count(".") == 1 or rest.startswith(".weight.") else None
+                parts = () if self.form is None else self.form.parts
+                return head if rest.count(".") == 1 or rest.startswith(".weight.") or rest in parts else None
         return next((o for o in (name.rpartition("_")[0], name.rpartition("_scale_inv")[0]) if o in owners), None)
 
     def read(self, module: Module) -> Any:
         """The leaf of a module, of NumPy arrays."""
         assert self.form is not None
-        leaf = self.form.read(module)
+        with np.errstate(all="ignore"):  # what overflows is found below
+            leaf = self.form.read(module)
+        if isinstance(leaf, QTensor):
+            for q in (leaf, leaf.scale, leaf.offset):
+                if isinstance(q, QTensor):
+                    check_qtensor(q, module.error)
+        floats = [leaf.scale, leaf.zero_point, leaf.offset] if isinstance(leaf, QTensor) else [leaf]
+        for value in jax.tree.leaves(floats):
+            if _is_float(value) and not np.isfinite(value.astype(np.float32)).all():
+                todo = "The checkpoint is damaged: fetch it again"
+                raise module.error("scales and what comes of them must be finite", todo=todo, shape=value.shape)
         if isinstance(leaf, QTensor):
             return leaf if self.dtype is None else leaf.replace(dtype=self.dtype)
         return leaf if self.dtype is None else leaf.astype(self.dtype)

@@ -119,6 +119,7 @@ class Format:
         module's prefix. The first that fits counts.
       read: the leaf of one module: a QTensor of NumPy arrays, or a NumPy array.
       layouts: what it reads, for the table of supported formats.
+      parts: endings of tensors that belong to the weight although a "." is inside of them.
       keeps: endings of tensors that stay beside the weight as they are.
       find: the (prefix, target) of every quantized module, where names alone do not tell.
       refuse: looks at the configuration and raises for what is not supported; given the checkpoint's ``error``.
@@ -129,6 +130,7 @@ class Format:
     marks: Mapping[str, str]
     read: Callable[[Module], Any]
     layouts: str
+    parts: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
     find: Callable[[HFCheckpoint], dict[str, str]] | None = None
     refuse: Callable[[dict[str, Any], Callable[..., QuantError]], None] | None = None

@@ -38,7 +38,7 @@ def read(m: Module) -> QTensor:
 MXFP4 = Format(
     "mxfp4",
     methods=("mxfp4",),
-    marks={"_blocks": ""},
+    marks={"_blocks": "", "_scales": ""},
     read=read,
     layouts="experts of gpt-oss, [experts, in, out]",
     keeps=("_bias",),

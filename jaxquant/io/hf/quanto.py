@@ -100,7 +100,7 @@ def _expected(m: Module) -> list[int]:
 QUANTO = Format(
     "quanto",
     methods=("quanto",),
-    marks={".weight._data": ".weight", ".weight._data._data": ".weight"},
+    marks={".weight._data": ".weight", ".weight._data._data": ".weight", ".weight._scale": ".weight"},
     read=read,
     layouts="int8, float8, int4 and int2 in groups",
     keeps=(".input_scale", ".output_scale"),

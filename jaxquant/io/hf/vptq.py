@@ -48,7 +48,11 @@ def read(m: Module) -> np.ndarray:
     main = m.scales(".centroids.weight", ndim=2)
     residual = m.scales(".res_centroids.weight", ndim=2) if m.has(".res_centroids.weight") else None
     groups = indices.shape[0]
-    books = [b.reshape(groups, -1, vector).astype(np.float32) for b in (main, residual) if b is not None]
+    books = [b for b in (main, residual) if b is not None]
+    if min(out, length, vector, groups) < 1 or length % groups or any(b.size % (groups * vector) for b in books):
+        got = {"in_features": length, "out_features": out, "vector_len": vector, "groups": groups}
+        raise m.error("the codebooks do not fit the configuration", ".indices", todo="Check config_for_layers", **got)
+    books = [b.reshape(groups, -1, vector).astype(np.float32) for b in books]
     bits = [max(int(np.ceil(np.log2(b.shape[1]))), 0) for b in books]
     each = length // groups
     rows = -(-out // vector)
@@ -68,10 +72,11 @@ def read(m: Module) -> np.ndarray:
         perm = perm.view(np.uint16) if perm.dtype == np.int16 else perm
         m.check(".perm", perm.shape, (length,))
         full = full[:, np.argsort(perm)]
-    if m.has(".weight_scale"):
-        full = full * m.scales(".weight_scale", ndim=1).astype(np.float32)
-    if m.has(".weight_bias"):
-        full = full + m.scales(".weight_bias", ndim=1).astype(np.float32)
+    for suffix, change in ((".weight_scale", np.multiply), (".weight_bias", np.add)):
+        if m.has(suffix):
+            value = m.scales(suffix, ndim=1).astype(np.float32)
+            m.check(suffix, value.shape, (length,))
+            full = change(full, value)
     m.notes.append("dequantized: vectors of a codebook are no grid with a scale")
     return full.astype(main.dtype)
 
@@ -79,7 +84,8 @@ def read(m: Module) -> np.ndarray:
 VPTQ = Format(
     "VPTQ",
     methods=("vptq",),
-    marks={".indices": ".weight"},
+    marks={".indices": ".weight", ".centroids.weight": ".weight"},
     read=read,
+    parts=(".centroids.weight", ".res_centroids.weight"),
     layouts="one codebook with residual, permutation and normalisation; read as floats",
 )
