@@ -1,0 +1,123 @@
+"""Mixed precision against one width for all, at equal bytes, on two real models.
+
+    python benchmarks/allocation.py
+
+`jq.sensitivity` measures on calibration inputs what each weight costs at each width, `jq.allocate` spends the bytes
+that the uniform choice would take, and both are compared on inputs that neither has seen: a sentence encoder (36
+weights, groups of 64, by the cosine of its embeddings) and a digits classifier (by the relative error of its logits,
+and its accuracy). Rounding is to nearest. Prints the table, and writes it to benchmarks/results as text and JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import texts
+
+import jaxquant as jq
+from jaxquant import OpSpec, QuantSpec
+from jaxquant.demo import digits
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import minilm
+
+
+def candidates(widths: tuple[int, ...], group_size: int | None) -> dict[str, OpSpec]:
+    granularity = "per_channel" if group_size is None else "per_group"
+    made = {f"int{b}": QuantSpec(f"int{b}", granularity=granularity, group_size=group_size) for b in widths}
+    return {name: OpSpec(spec) for name, spec in made.items()}
+
+
+def choices(table: Any, uniform: str, measure: Callable[[Any], dict[str, float]], params: Any) -> list[dict[str, Any]]:
+    """The uniform choice and the mixed one of at most its bytes, measured."""
+    plain = table.uniform(uniform)
+    budget = sum(item.nbytes[1] for item in plain.items)
+    mixed = jq.allocate(table, budget=budget)
+    rows = []
+    for name, plan in ((f"all {uniform}", plain), ("allocated", mixed)):
+        used: dict[str, int] = {}
+        for item in plan.items:
+            assert item.spec.weight is not None
+            used[item.spec.weight.qtype] = used.get(item.spec.weight.qtype, 0) + 1
+        found = measure(jq.dequantize_params(jq.quantize_params(params, plan)))
+        size = sum(item.nbytes[1] for item in plan.items)
+        rows.append({"choice": name, "bytes": size, "predicted": table.predicted(plan), **found, "weights": used})
+    return rows
+
+
+def encoder(sentences: int) -> dict[str, list[dict[str, Any]]]:
+    apply, params = jax.jit(minilm.MiniLM().apply), minilm.load()
+    evaluate, calibrate = texts.sentences(sentences)
+    tokens, mask = minilm.tokenize(calibrate[:4000])
+    rows = np.flatnonzero(mask.sum(1) == 20)[:24]
+    batch = (tokens[rows, :20], mask[rows, :20])
+    unseen = minilm.tokenize(evaluate, 32)
+    reference = np.asarray(apply(params, *unseen))
+    widths = candidates((3, 4, 5, 6), 64)
+    plan = jq.make_plan(apply, params, *batch, rules=[jq.Rule(r"layer_\d/\w+/kernel", widths["int4"])])
+    table = jq.sensitivity(apply, plan, params, [batch], widths, progress=progress)
+
+    def measure(params: Any) -> dict[str, float]:
+        cosine = np.sum(np.asarray(apply(params, *unseen)) * reference, axis=1)
+        return {"cosine": round(float(cosine.mean()), 5), "error": round(float(2 * (1 - cosine.mean())), 5)}
+
+    return {f"all-MiniLM-L6-v2 near {name}": choices(table, name, measure, params) for name in ("int4",)}
+
+
+def classifier() -> dict[str, list[dict[str, Any]]]:
+    data = digits.load()
+    model = digits.MLP()
+    params = digits.train(model, digits.init(model, data, 0), data, digits.FLOAT, seed=0).params
+    fn = lambda p, x: model.apply({"params": p}, x)  # noqa: E731
+    seen, unseen = data.train_images[:256], data.test_images
+    widths = candidates((2, 3, 4, 6, 8), None)
+    plan = jq.make_plan(fn, params, seen, rules=[jq.Rule("kernel", widths["int4"])])
+    table = jq.sensitivity(fn, plan, params, [seen], widths)
+    reference = fn(params, unseen)
+
+    def measure(params: Any) -> dict[str, float]:
+        logits = fn(params, unseen)
+        error = float(jq.transform.relative_error(logits, reference))
+        return {"error": round(error, 5), "accuracy": round(data.accuracy(logits), 4)}
+
+    return {f"digits MLP near {name}": choices(table, name, measure, params) for name in ("int3", "int4")}
+
+
+def progress(done: int, total: int) -> None:
+    if done % 12 == 0:
+        print(f"  sensitivity: {done} of {total}", flush=True)
+
+
+def text(results: dict[str, list[dict[str, Any]]]) -> str:
+    lines = []
+    for model, rows in results.items():
+        lines += [model, f"  {'':<10}  {'bytes':>9}  {'error':>8}  {'predicted':>9}"]
+        for row in rows:
+            extra = ", ".join(f"{name} {row[name]}" for name in ("cosine", "accuracy") if name in row)
+            used = ", ".join(f"{n} {name}" for name, n in sorted(row["weights"].items()))
+            figures = f"{row['bytes']:>9,}  {row['error']:8.5f}  {row['predicted']:9.5f}"
+            lines.append(f"  {row['choice']:<10}  {figures}  {extra}; {used}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sentences", type=int, default=300, metavar="N", help="to evaluate on")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
+    args = parser.parse_args()
+    results = {**classifier(), **encoder(args.sentences)}
+    print(text(results))
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "allocation.txt").write_text(text(results) + "\n", encoding="utf-8")
+    (args.output / "allocation.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
