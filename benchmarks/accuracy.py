@@ -158,14 +158,6 @@ class Encoder:
         tokens, mask = minilm.tokenize(self.texts[: 24 * self.steps], 32)
         return [(tokens[i : i + 24], mask[i : i + 24]) for i in range(0, 24 * self.steps, 24)]
 
-    @functools.cache  # noqa: B019  (one encoder lives as long as the program)
-    def statistics(self, layer: int) -> Callable[..., Any]:
-        """Gram matrices of one layer's inputs, of any parameters; compiled once."""
-        plan = self.plan(recipes.w8a16())
-        part = jq.Plan(tuple(item for item in plan.items if f"layer_{layer}/" in item.path))
-        collect = {"gram": jq.statistics.Gram()}
-        return jax.jit(lambda params, batches: jq.calibrate(self.apply, part, params, batches, collect=collect))
-
     @functools.cached_property
     def hits(self) -> np.ndarray:
         """What the float model retrieves."""
@@ -266,22 +258,13 @@ def sequential(method: Callable[..., Any]) -> Callable[[Encoder, jq.Plan], Found
     """Layer by layer, each with statistics of what the quantized layers before it give."""
 
     def run(encoder: Encoder, plan: jq.Plan) -> Found:
-        qparams = encoder.params
-        for layer in range(minilm.LAYERS):
-            items = tuple(item for item in plan.items if f"layer_{layer}/" in item.path)
-            part = jq.Plan(items)
-            stats = encoder.statistics(layer)(jq.dequantize_params(qparams), encoder.batches)
-            found = jq.quantize_params(jq.dequantize_params(qparams), part, method=method, stats=stats)
-            qparams = jax.tree.map(
-                lambda old, new: new if isinstance(new, jq.QTensor) else old, qparams, found, is_leaf=is_qtensor
-            )
-        return encoder.apply, plan, qparams, 0.0
+        stages = [f"layer_{i}/" for i in range(minilm.LAYERS)]
+        made = jq.quantize_sequentially(
+            encoder.apply, plan, encoder.params, encoder.batches, method=method, stages=stages
+        )
+        return encoder.apply, plan, made, 0.0
 
     return run
-
-
-def is_qtensor(x: Any) -> bool:
-    return isinstance(x, jq.QTensor)
 
 
 def distilled(method: Callable[[Encoder, jq.Plan], Found], rate: float = 1e-3) -> Callable[..., Found]:

@@ -19,11 +19,9 @@ from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec, Rule
 from jaxquant.transform import Plan, calibrate, make_plan, quantized
-from jaxquant.transform.interpreter import ABSENT, Interpreter
 from jaxquant.transform.paths import leaves_with_paths
+from jaxquant.transform.sequential import in_order_of_use
 from jaxquant.transform.statistics import Statistic
-from jaxquant.transform.trace import trace
-from jaxquant.transform.weights import Weight, dims_of
 
 __all__ = ["Comparison", "Input", "Layer", "compare"]
 
@@ -253,7 +251,7 @@ def compare(
             progress(number)
     layers = [
         layer
-        for path in _order(fn, plan, params, kept[0])
+        for path in in_order_of_use(fn, plan, params, kept[0])
         for layer in _layers(plan, path, leaves[path], changed[path], totals.get(path))
     ]
     joined = {name: np.concatenate([r[name] for r in rows]) for name in rows[0]}
@@ -289,21 +287,6 @@ def _plan_of(fn: Callable[..., Any], params: Any, changed: dict[str, Any], args:
         for path, q in found.items()
     ]
     return make_plan(fn, params, *args, rules=rules)
-
-
-def _order(fn: Callable[..., Any], plan: Plan, params: Any, args: tuple[Any, ...]) -> list[str]:
-    """The planned weights in the order in which they run."""
-    traced = trace("compare", fn, params, args, {})
-    interpreter = Interpreter(planning=True)
-    interpreter.run(
-        traced.jaxpr,
-        [
-            Weight(path, None, None, dims_of(tuple(leaf.shape)), leaf.dtype) if path in plan else ABSENT
-            for path, leaf in traced.params.items()
-        ]
-        + [ABSENT] * len(traced.arrays),
-    )
-    return list(dict.fromkeys([*(use.path for use in interpreter.uses), *plan]))
 
 
 def _input_sums(plan: Plan, path: str, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:

@@ -22,10 +22,10 @@ from jaxquant.transform.statistics import Gram, Statistic
 from jaxquant.transform.trace import trace
 from jaxquant.transform.weights import Weight, dims_of
 
-__all__ = ["quantize_sequentially"]
+__all__ = ["in_order_of_use", "quantize_sequentially"]
 
 
-def _in_order_of_use(fn: Callable[..., Any], plan: Plan, params: Any, args: tuple[Any, ...]) -> list[str]:
+def in_order_of_use(fn: Callable[..., Any], plan: Plan, params: Any, args: tuple[Any, ...]) -> list[str]:
     """The planned paths in the order in which the function meets them."""
     traced = trace("quantize_sequentially", fn, params, args, {})
     interpreter = Interpreter(planning=True)
@@ -115,7 +115,7 @@ def quantize_sequentially(
     check_plan("quantize_sequentially", plan, leaves)
     first = batches[0]
     args = tuple(first) if isinstance(first, tuple | list) else (first,)
-    order = _in_order_of_use(fn, plan, dequantize_params(params), args)
+    order = in_order_of_use(fn, plan, dequantize_params(params), args)
     todo = [[p for p in stage if not isinstance(leaves[p], QTensor)] for stage in _staged(order, stages)]
     wanted = {"gram": Gram()} if collect is None else collect
     for paths in filter(None, todo):
