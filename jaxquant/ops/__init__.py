@@ -1,6 +1,6 @@
 """Quantized primitives: each operand an array or a `QTensor`, otherwise the signatures of `jax.lax` and `jax.numpy`.
 
-    dot_general, einsum, conv_general_dilated, ragged_dot, take
+    dot_general, einsum, conv_general_dilated, ragged_dot, take; llm_int8
 
 `jaxquant.ops.formulation` chooses how a product is computed.
 """
@@ -8,7 +8,8 @@
 from jaxquant.ops.conv import conv_general_dilated
 from jaxquant.ops.dot import dot_general
 from jaxquant.ops.einsum import einsum
+from jaxquant.ops.llm_int8 import llm_int8
 from jaxquant.ops.ragged import ragged_dot
 from jaxquant.ops.take import take
 
-__all__ = ["conv_general_dilated", "dot_general", "einsum", "ragged_dot", "take"]
+__all__ = ["conv_general_dilated", "dot_general", "einsum", "llm_int8", "ragged_dot", "take"]

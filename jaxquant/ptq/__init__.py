@@ -5,6 +5,7 @@ A *quantizer* is ``method(w, spec, *, reduce_axes, stats=None) -> QTensor``; `qu
     rtn      round to nearest, with the range that the spec's calibration gives
     clipped  round to nearest, with the range of least output error
     descend  codes and scales of another quantizer, improved one at a time
+    double_quantized  any of them, with the scales in 8 bits
     hqq      round to nearest, with the zero point of least absolute error
     gptq     round in turn, each error made up for by the weights still to come
 
@@ -18,9 +19,22 @@ from jaxquant.ptq import bases
 from jaxquant.ptq.bases import ChannelScale, Rotation
 from jaxquant.ptq.clipped import clipped
 from jaxquant.ptq.descend import descend
+from jaxquant.ptq.double import double_quantized
 from jaxquant.ptq.gptq import gptq
 from jaxquant.ptq.hqq import hqq
 from jaxquant.ptq.rtn import rtn
 from jaxquant.ptq.scaling import awq_scale, smooth_scale
 
-__all__ = ["ChannelScale", "Rotation", "awq_scale", "bases", "clipped", "descend", "gptq", "hqq", "rtn", "smooth_scale"]
+__all__ = [
+    "ChannelScale",
+    "Rotation",
+    "awq_scale",
+    "bases",
+    "clipped",
+    "descend",
+    "double_quantized",
+    "gptq",
+    "hqq",
+    "rtn",
+    "smooth_scale",
+]

@@ -1,0 +1,95 @@
+"""LLM.int8(): an int8 product, but for the few input features that are too large for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.core.arithmetic import divide
+from jaxquant.core.errors import quant_error
+from jaxquant.core.qtensor import QTensor, scale_values
+
+__all__ = ["llm_int8"]
+
+
+def _checked(x: Any, w: Any, threshold: float) -> None:
+    if not isinstance(w, QTensor) or w.qtype != "int8" or w.zero_point is not None or w.ndim != 2:
+        todo = "Pass quantize(w, QuantSpec('int8'), reduce_axes=(-2,)) of a weight [in, out]"
+        raise quant_error("llm_int8", "the weight must be a symmetric int8 QTensor of two axes", todo=todo, w=w)
+    if w.scale.shape != (1, w.shape[1]) or w.offset is not None or w.permutation is not None:
+        todo = "Quantize it with granularity='per_channel' over axis -2"
+        raise quant_error("llm_int8", "the weight must have one scale per output", todo=todo, scale=w.scale)
+    if x.ndim < 1 or x.shape[-1] != w.shape[0] or not jnp.issubdtype(x.dtype, jnp.floating):
+        todo = "Pass floats [..., in]"
+        raise quant_error("llm_int8", "x does not fit the weight", todo=todo, x=x, shape=w.shape)
+    if not threshold >= 0:
+        raise quant_error("llm_int8", "threshold must not be negative", todo="Use 6.0, or 0", threshold=threshold)
+
+
+def llm_int8(x: jax.Array, w: QTensor, bias: jax.Array | None = None, *, threshold: float = 6.0) -> jax.Array:
+    """``x @ w`` with features that hold an outlier in the dtype of x, and all others in int8.
+
+    A feature is an outlier if any ``|x| >= threshold`` in it. With O the outliers and each row of x quantized by its
+    absmax without them,
+
+        y = s_x s_w (x_q[:, not O] @ w_q[not O]) + bias + x[:, O] @ w[O]
+
+    Both products are dense, with zeros in place of the other's features, since their number is only known at run time;
+    the second is skipped where there is no outlier.
+
+    Args:
+      x: floats [..., in]; float16 in the reference.
+      w: int8 `QTensor` [in, out] with one scale per output.
+      bias: floats [out], or None.
+      threshold: magnitude from which on an element is an outlier; 0: there are none.
+
+    Returns:
+      Floats [..., out] of x's dtype.
+
+    Raises:
+      QuantError: if the weight is another kind of QTensor, or shapes do not fit.
+
+    Gradient: none through the quantized part of x; use `dot_general` with a spec to train.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant.ops.llm_int8 import llm_int8
+      >>> x = jnp.array([[0.5, 100.0, -0.25, 1.0]])
+      >>> w = jq.quantize(jnp.eye(4), jq.QuantSpec("int8"), reduce_axes=(-2,))
+      >>> print(llm_int8(x, w), llm_int8(x, w, threshold=0.0))
+      [[  0.503937  100.         -0.2519685   1.       ]] [[  0.78740156 100.           0.           0.78740156]]
+
+    Source: Dettmers et al. 2022 (arXiv:2208.07339), section 3.2; bitsandbytes, whose codes and (to the rounding of
+    float16) results these are.
+    """
+    x = jnp.asarray(x)
+    _checked(x, w, threshold)
+    rows = x.reshape(-1, x.shape[-1])
+    large = jnp.abs(rows) >= threshold if threshold else jnp.zeros(rows.shape, bool)
+    outlier = jnp.any(large, axis=0, keepdims=True)
+    codes, absmax = quantized_rows(rows, large, outlier)
+    product = lax.dot_general(codes, w.logical_codes(), (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+    scale = scale_values(w.scale)
+    y = product.astype(jnp.float32) * (absmax / 127) * scale
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)[None]
+    y = y.astype(x.dtype)
+
+    def with_outliers(y: jax.Array) -> jax.Array:
+        kept = jnp.where(outlier, rows, 0)
+        return y + jnp.matmul(kept, w.dequantize(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+
+    if threshold:
+        y = lax.cond(jnp.any(outlier), with_outliers, lambda y: y, y)
+    return y.reshape(*x.shape[:-1], w.shape[1])
+
+
+def quantized_rows(x: jax.Array, large: jax.Array, outlier: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int8 codes [rows, in], 0 in outlying features, and the absmax [rows, 1] of what is not large, in float32."""
+    left = jnp.where(large, 0, x).astype(jnp.float32)
+    absmax = jnp.max(jnp.abs(left), axis=1, keepdims=True)
+    codes = jnp.rint(left * divide(jnp.full_like(absmax, 127), jnp.where(absmax > 0, absmax, 1)))
+    return jnp.where(outlier, 0, codes).astype(jnp.int8), absmax

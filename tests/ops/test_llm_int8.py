@@ -1,0 +1,64 @@
+"""LLM.int8(): the codes and results of bitsandbytes; exact in features with outliers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ptq_cases import golden, inputs, weight
+
+import jaxquant as jq
+from jaxquant import ops
+from jaxquant.core.qtensor import from_codes
+from jaxquant.ops.llm_int8 import quantized_rows
+
+INT8 = jq.QuantSpec("int8")
+W = jq.quantize(weight(48, 6), INT8, reduce_axes=(-2,))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_results_are_those_of_bitsandbytes(threshold):
+    ref = golden(f"llm_int8_matmul_thr{threshold}")
+    x, own = jnp.asarray(ref["x"]), jq.quantize(jnp.asarray(ref["w"].T), INT8, reduce_axes=(-2,))
+    different = np.asarray(own.logical_codes(), int).T - ref["CB"]  # it multiplies by a rounded reciprocal: ties move
+    assert np.abs(different).max() <= 1
+    assert np.count_nonzero(different) <= 2
+    np.testing.assert_allclose(np.asarray(own.scale)[0] * 127, ref["SCB"], rtol=1e-6)
+    w = from_codes(jnp.asarray(ref["CB"].T), own.scale, None, qtype="int8", dtype=jnp.float16, minor=(-2,))
+    large = jnp.abs(x) >= threshold if threshold else jnp.zeros(x.shape, bool)
+    outlier = jnp.any(large, axis=0, keepdims=True)
+    codes, absmax = quantized_rows(x, large, outlier)
+    np.testing.assert_array_equal(codes, ref["CA"])
+    np.testing.assert_allclose(np.asarray(absmax)[:, 0], ref["SCA"], rtol=1e-6)
+    if threshold:
+        np.testing.assert_array_equal(np.flatnonzero(outlier), ref["outlier_cols"])
+    y = jax.jit(ops.llm_int8, static_argnames="threshold")(x, w, jnp.asarray(ref["bias"]), threshold=threshold)
+    assert y.dtype == jnp.float16
+    # Two products, each rounded to float16, in another order of summation.
+    size = np.abs(ref["out"].astype(np.float32)).max()
+    np.testing.assert_allclose(y.astype(jnp.float32), ref["out"].astype(np.float32), atol=2 * size * 2.0**-11)
+
+
+def test_features_with_outliers_are_exact():
+    x = jnp.zeros((3, 48)).at[:, 7].set(jnp.array([1e3, 0.01, -2.0]))
+    y = ops.llm_int8(x, W)
+    np.testing.assert_allclose(y, x @ W.dequantize(), rtol=1e-6)
+    np.testing.assert_allclose(ops.llm_int8(x[0], W), y[0])  # of one row without a batch
+
+
+def test_outliers_do_not_spoil_the_rest():
+    x = (inputs(32, 48) / 20).at[:, 3].mul(1e3)
+    exact = x @ W.dequantize()
+    error = lambda t: float(jnp.linalg.norm(ops.llm_int8(x, W, threshold=t) - exact))  # noqa: E731
+    assert error(6.0) < 0.2 * error(0.0)
+
+
+def test_refusals():
+    x = jnp.ones((2, 48))
+    with pytest.raises(jq.QuantError, match="llm_int8: the weight must be a symmetric int8 QTensor"):
+        ops.llm_int8(x, W.dequantize())
+    with pytest.raises(jq.QuantError, match="one scale per output"):
+        ops.llm_int8(x, jq.quantize(W.dequantize(), INT8, reduce_axes=(-1,)))
+    with pytest.raises(jq.QuantError, match="x does not fit the weight"):
+        ops.llm_int8(x[:, 1:], W)
+    with pytest.raises(jq.QuantError, match="threshold must not be negative"):
+        ops.llm_int8(x, W, threshold=-1)

@@ -1,0 +1,47 @@
+"""Double quantization: bitsandbytes' own codes and scales."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ptq_cases import golden, weight
+
+import jaxquant as jq
+from jaxquant.core.qtypes import QTYPES
+from jaxquant.ptq import double_quantized, rtn
+
+G16 = jq.QuantSpec("nf4", granularity="per_group", group_size=16)
+
+
+@pytest.mark.parametrize("qtype", ["nf4", "fp4"])
+def test_codes_are_those_of_bitsandbytes(qtype):
+    ref = golden(f"bnb_{qtype}_48x128_b64_dq_bfloat16")
+    of = jq.QuantSpec(qtype, granularity="per_group", group_size=64)
+    q = double_quantized(jnp.asarray(ref["orig"]), of, reduce_axes=(-1,))
+    pair = ref["weight"].reshape(-1)
+    codes = np.stack([pair >> 4, pair & 15], axis=-1).reshape(48, 128)
+    grid = np.asarray(QTYPES[qtype].table)  # fp4 has two codes for 0
+    np.testing.assert_array_equal(grid[np.asarray(q.logical_codes())], grid[codes])
+    np.testing.assert_allclose(np.asarray(q.scale.scale).reshape(-1), ref["weight.nested_absmax"], rtol=1e-6)
+    # bitsandbytes finds the code through a table of 65536 entries: it may be the second nearest, just off a middle.
+    table = np.asarray(QTYPES["dynamic8"].table, np.float32)
+    rank = np.argsort(np.argsort(table, kind="stable"))
+    own, theirs = np.asarray(q.scale.logical_codes()).reshape(-1), ref["weight.absmax"]
+    assert np.abs(rank[own].astype(int) - rank[theirs].astype(int)).max() <= 1
+    assert np.mean(own == theirs) > 0.98
+    near = np.asarray(q.dequantize(jnp.float32)), ref["ref_dequant"].astype(np.float32)
+    np.testing.assert_allclose(*near, rtol=0.01, atol=1e-6)
+
+
+def test_scales_take_a_quarter_and_hardly_lose():
+    w = weight(64, 32)
+    q, single = double_quantized(w, G16, reduce_axes=(-2,), group_size=32), rtn(w, G16, reduce_axes=(-2,))
+    assert q.shape == single.shape
+    assert q.nbytes < single.nbytes - 2 * single.scale.size
+    np.testing.assert_allclose(q.scale.dequantize(), single.scale, atol=0.03 * float(single.scale.max()))
+
+
+def test_refusals():
+    with pytest.raises(jq.QuantError, match="groups of 256 do not fit the scales"):
+        double_quantized(weight(48, 100), G16, reduce_axes=(-2,))
+    with pytest.raises(jq.QuantError, match="the scales are not floats"):
+        double_quantized(weight(64, 4), jq.QuantSpec("nvfp4"), reduce_axes=(-2,))
