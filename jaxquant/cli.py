@@ -1,17 +1,26 @@
-"""The command line: ``jaxquant demo``."""
+"""The command line: ``jaxquant demo | inspect | quantize | convert | compare``."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 try:
     import click
     import rich.console
+    import rich.markup
+    import rich.progress
+    import rich.table
 except ModuleNotFoundError:
     raise SystemExit("jaxquant: the command line needs click and rich. Run: pip install 'jaxquant[cli]'") from None
 
-from jaxquant import QuantError, __version__
+from jaxquant import OpSpec, QuantError, QuantSpec, Rule, __version__, files, io, ptq
+from jaxquant.io.save_hf import FORMATS
 
 __all__ = ["main"]
 
@@ -66,6 +75,226 @@ def demo(output: Path, seed: int, epochs: int, qat_epochs: int, as_json: bool) -
         click.echo(f"{row.scheme:<12}{row.checkpoint}")
     click.echo(f"{'plot':<12}{result.plot}")
     click.echo(f"{'results':<12}{result.file}")
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Refused input ends the program with its message and code 1, not with a traceback."""
+    try:
+        yield
+    except (OSError, QuantError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    raise AssertionError
+
+
+def _print(columns: Sequence[str], rows: Sequence[Sequence[str]], **options: Any) -> None:
+    """A table on standard output; not cut where output is piped."""
+    table = rich.table.Table(box=None, pad_edge=False, **options)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(rich.markup.escape, row))
+    console = rich.console.Console(highlight=False)
+    width = sum(max(len(str(row[i])) for row in (columns, *rows)) + 2 for i in range(len(columns)))
+    console.width = max(console.width, width)
+    console.print(table)
+
+
+# -- inspect -----------------------------------------------------------------------------------------------------------
+
+
+@main.command("inspect")
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--deep", is_flag=True, help="Also read the weights and say what each one is (takes their memory).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect_(path: Path, tensors: bool, deep: bool, as_json: bool) -> None:
+    """Say what a checkpoint holds: format, tensors, types, true bytes, problems.
+
+    PATH is a Hugging Face directory, a safetensors file or a GGUF file. Only headers are read, unless --deep is given.
+    """
+    with _refusals():
+        summary = files.summary(path, deep=deep)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(summary), indent=2))
+        return
+    click.echo(f"{path}: {summary.format}, {len(summary.tensors)} tensors, {_size(summary.nbytes)}")
+    kinds: dict[str, list[int]] = {}
+    for tensor in summary.tensors:
+        count = kinds.setdefault(tensor.type, [0, 0])
+        count[0] += 1
+        count[1] += tensor.nbytes
+    _print(("type", "tensors", "bytes"), [(kind, str(n), _size(size)) for kind, (n, size) in kinds.items()])
+    if tensors:
+        rows = [(t.name, t.type, "x".join(map(str, t.shape)), _size(t.nbytes)) for t in summary.tensors]
+        _print(("tensor", "type", "shape", "bytes"), rows)
+    for name, what in summary.weights.items():
+        click.echo(f"{name}  {what}")
+    for problem in summary.problems:
+        click.echo(f"problem: {problem}")
+
+
+# -- quantize ----------------------------------------------------------------------------------------------------------
+
+_KEEP = r"(^|\.)(lm_head|embed_tokens|embeddings|word_embeddings|wte|wpe|shared)\b"
+
+
+def _rules(rules: Path | None, options: dict[str, Any], keep: Sequence[str]) -> list[Rule]:
+    """Rules from a TOML file, or from the options: the embeddings and the head stay in float."""
+    if rules is not None:
+        return files.read_rules(rules)
+    weight = {name: value for name, value in options.items() if value is not None}
+    if "group_size" in weight:
+        weight["granularity"] = "per_group"
+    patterns = [*keep, _KEEP]
+    return [*(Rule(pattern, None) for pattern in patterns), Rule(r"\.weight$", OpSpec(QuantSpec.from_dict(weight)))]
+
+
+@main.command()
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--weights", "qtype", default="int4", show_default=True, help="Number type of the weights.")
+@click.option("--group-size", type=click.IntRange(1), help="Inputs that share a scale; per channel without it.")
+@click.option("--asymmetric", is_flag=True, help="With zero points (unsigned types).")
+@click.option(
+    "--scale-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the scales.  [gptq and awq: float16, else float32]",
+)
+@click.option(
+    "--method", type=click.Choice(["rtn", "hqq"]), default="rtn", show_default=True, help="How codes are chosen."
+)
+@click.option(
+    "--to", "format", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True, help="Layout of the result."
+)
+@click.option(
+    "--rules",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="TOML file with rules, instead of the options above.",
+)
+@click.option(
+    "--keep", multiple=True, metavar="PATTERN", help="Weights to leave in float, besides embeddings and head."
+)
+@click.option("--shard-size", type=click.IntRange(1), default=4096, show_default=True, help="MiB of a file at most.")
+@click.option("--dry-run", is_flag=True, help="Print what would be written, and its size; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def quantize(
+    source: Path, destination: Path, qtype: str, group_size: int | None, asymmetric: bool, scale_dtype: str | None,
+    method: str, format: str, rules: Path | None, keep: tuple[str, ...], shard_size: int, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Quantize a float checkpoint, tensor by tensor, however large.
+
+    SOURCE is a directory with safetensors files; DESTINATION must not exist. Everything that can be known is checked
+    first. An interrupted run leaves DESTINATION.partial; the same command continues it. Methods that need data (gptq)
+    are part of the Python interface, jaxquant.quantize_params.
+    """
+    if scale_dtype is None and format in ("gptq", "awq"):
+        scale_dtype = "float16"
+    options = {"qtype": qtype, "group_size": group_size, "symmetric": not asymmetric, "scale_dtype": scale_dtype}
+    arguments: dict[str, Any] = {
+        "format": format,
+        "method": {"rtn": ptq.rtn, "hqq": ptq.hqq}[method],
+        "shard_bytes": shard_size << 20,
+    }
+    with _refusals():
+        chosen = _rules(rules, options, keep)
+        if rules is None:  # of what is kept anyway, a checkpoint need not have all
+            chosen = files.without_idle_keeps(source, chosen, required=keep)
+        if dry_run:
+            plan = io.plan_quantize_hf(source, chosen, **arguments)
+        else:
+            with _progress() as progress:
+                plan = io.quantize_hf(source, destination, chosen, **arguments, progress=progress)
+    sizes = {"before": plan.before, "after": plan.after}
+    if as_json:
+        weights = {name: {"qtype": q.qtype, "shape": q.shape, "bytes": q.nbytes} for name, q in plan.weights.items()}
+        shards = {name: [t for piece in pieces for t in piece.tensors] for name, pieces in plan.layout.shards.items()}
+        rest = {"floats": plan.floats, "left_out": plan.left_out, "shards": shards, "written": not dry_run}
+        click.echo(json.dumps({"weights": weights, **sizes, **rest}, indent=2))
+        return
+    if dry_run:
+        _print(("weight", "becomes"), [(name, repr(q)) for name, q in plan.weights.items()])
+    click.echo(f"{len(plan.weights)} weights quantized, {len(plan.floats)} tensors as they are")
+    if plan.left_out:
+        click.echo(f"not taken over: {', '.join(plan.left_out)}")
+    verb = "would be written" if dry_run else "written"
+    click.echo(f"{_size(plan.before)} -> {_size(plan.after)}, {len(plan.layout.shards)} files of tensors {verb}")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on standard error: bytes, rate, time left."""
+    columns = (
+        rich.progress.BarColumn(),
+        rich.progress.DownloadColumn(binary_units=True),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("{task.description}"),
+    )
+    bar = rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True)
+    task = bar.add_task("", total=None)
+
+    def update(done: int, total: int, name: str) -> None:
+        bar.start()  # not before all checks have passed
+        bar.update(task, completed=done, total=total, description=name[-40:])
+
+    try:
+        yield update
+    finally:
+        bar.stop()
+
+
+# -- convert and compare -----------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option(
+    "--to", "format", type=click.Choice([*FORMATS, "gguf", "jaxquant"]), required=True, help="Layout of the result."
+)
+@click.option("--architecture", help="With gguf, llama.cpp's name of the model's architecture.  [from the source]")
+def convert(source: Path, destination: Path, format: str, architecture: str | None) -> None:
+    """Write a checkpoint in another layout; no weight is quantized anew.
+
+    Where the other layout has no place for a weight's codes, scales or zero points, it is refused by name. The whole
+    checkpoint is in memory meanwhile.
+    """
+    with _refusals():
+        files.convert(source, destination, format, architecture=architecture)
+    click.echo(f"{destination}: {format}")
+
+
+@main.command()
+@click.argument("first", type=click.Path(exists=True, path_type=Path))
+@click.argument("second", type=click.Path(exists=True, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def compare(first: Path, second: Path, as_json: bool) -> None:
+    """Compare the values of two checkpoints, weight by weight.
+
+    Ends with code 0 if all values are equal and with code 3 if they are not, or if one has tensors the other has not.
+    """
+    with _refusals():
+        result = files.compare(first, second)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(result), indent=2))
+    else:
+        rows = [(r.name, r.first, r.second, f"{r.largest:.3g}", f"{r.relative:.3g}") for r in result.tensors]
+        _print(("tensor", "first", "second", "largest error", "relative error"), rows)
+        for name in result.only_first:
+            click.echo(f"only in {first}: {name}")
+        for name in result.only_second:
+            click.echo(f"only in {second}: {name}")
+        click.echo("equal" if result.equal else "different")
+    if not result.equal:
+        raise SystemExit(3)
 
 
 if __name__ == "__main__":

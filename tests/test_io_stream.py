@@ -236,10 +236,13 @@ print(base * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 @pytest.mark.slow
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
-    """1.3 GB of float32 in tensors of 64 MB: the peak is below three of them and 300 MB, JAX itself included."""
+    """1.3 GB of float32 in tensors of 134 MB: the peak is below three of them and 300 MB, JAX itself included.
+
+    JAX takes most of the 300 MB and more before anything is done (``base``); the rest must not grow with the file.
+    """
     rng = np.random.default_rng(0)
-    specs = {f"{i}.proj.weight": TensorSpec(np.dtype(np.float32), (4096, 4096)) for i in range(20)}
-    one = rng.normal(size=(4096, 4096)).astype(np.float32)
+    specs = {f"{i}.proj.weight": TensorSpec(np.dtype(np.float32), (8192, 4096)) for i in range(10)}
+    one = rng.normal(size=(8192, 4096)).astype(np.float32)
     (tmp_path / "source").mkdir()
     write_safetensors(tmp_path / "source" / "model.safetensors", specs, lambda name: one, {})
     program = [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path / "source"), str(tmp_path / "out")]
@@ -247,4 +250,5 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     assert done.returncode == 0, done.stderr
     base, peak = map(int, done.stdout.split())
     assert peak < 3 * one.nbytes + 300e6, (base, peak)
+    assert peak - base < 2 * one.nbytes, (base, peak)
     assert jnp.isfinite(jq.io.load_hf(tmp_path / "out")[0]["0.proj.weight"].scale).all()

@@ -31,10 +31,11 @@ LEVELS = {
     "report": 6,
     "demo": 6,
     "cli": 6,
+    "files": 6,
     "__main__": 6,
 }
 # The programs at the top are the one place where siblings meet, in this order.
-SIBLINGS = {("demo", "report"), ("cli", "report"), ("cli", "demo"), ("__main__", "cli")}
+SIBLINGS = {("demo", "report"), ("cli", "report"), ("cli", "demo"), ("cli", "files"), ("__main__", "cli")}
 # `import jaxquant` itself stands on levels 1 to 4 and loads level 5 on use, so only programs may import it.
 TOP = max(LEVELS.values())
 

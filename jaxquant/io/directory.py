@@ -122,13 +122,12 @@ def write_directory(
     partial = f"{target}.partial"
     plan = json_bytes({"source": source, "shards": _described(layout), "files": _digests(layout.files)})
     done = _preflight(target, partial, plan, layout, function)
-    if not os.path.isdir(partial):
-        os.mkdir(partial)
-        with replacing(os.path.join(partial, _PLAN), function=function) as file:
-            file.write(plan)
+    os.makedirs(partial, exist_ok=True)
     for name in os.listdir(partial):
-        if name.startswith(".") and name.endswith(".tmp"):  # of a process that was killed
+        if _is_temporary(name):  # of a process that was killed
             os.remove(os.path.join(partial, name))
+    with replacing(os.path.join(partial, _PLAN), function=function) as file:
+        file.write(plan)
     total, written = layout.nbytes, 0
 
     def parts(pieces: list[Piece]) -> Iterator[Mapping[str, np.ndarray]]:
@@ -152,6 +151,10 @@ def write_directory(
     os.remove(os.path.join(target, _PLAN))
     if progress is not None:
         progress(total, total, "")
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
 
 
 def _described(layout: Layout) -> dict[str, Any]:
@@ -181,7 +184,8 @@ def _preflight(target: str, partial: str, plan: bytes, layout: Layout, function:
         found = b""
         with contextlib.suppress(OSError), open(os.path.join(partial, _PLAN), "rb") as file:
             found = file.read()
-        if found != plan:
+        begun = not os.path.isdir(partial) or not all(map(_is_temporary, os.listdir(partial)))
+        if begun and found != plan:
             todo = f"Remove {partial}, or write with the settings and the source it was begun with"
             raise error("a partial directory of something else is in the way", todo=todo)
         for name, pieces in layout.shards.items():
