@@ -4,6 +4,7 @@ A *quantizer* is ``method(w, spec, *, reduce_axes, stats=None) -> QTensor``; `qu
 
     rtn      round to nearest, with the range that the spec's calibration gives
     clipped  round to nearest, with the range of least output error
+    autoround  rounding and ranges learned by signed gradients
     descend  codes and scales of another quantizer, improved one at a time
     double_quantized  any of them, with the scales in 8 bits
     hqq      round to nearest, with the zero point of least absolute error
@@ -16,6 +17,7 @@ A *basis* is a change of basis of a weight's input channels, before it is quanti
 """
 
 from jaxquant.ptq import bases
+from jaxquant.ptq.autoround import autoround
 from jaxquant.ptq.bases import ChannelScale, Rotation
 from jaxquant.ptq.clipped import clipped
 from jaxquant.ptq.descend import descend
@@ -28,6 +30,7 @@ from jaxquant.ptq.scaling import awq_scale, smooth_scale
 __all__ = [
     "ChannelScale",
     "Rotation",
+    "autoround",
     "awq_scale",
     "bases",
     "clipped",
