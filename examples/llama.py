@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import jaxquant as jq
 from jaxquant import ops, recipes
 from jaxquant.core.qtensor import QTensor
-from jaxquant.io.hf.names import LLAMA
+from jaxquant.io.hf import LLAMA
 
 INT8 = jq.QuantSpec("int8")
 
@@ -180,7 +180,7 @@ def generate(model, params, prompt, count, int8=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="A Llama-style decoder on a Hugging Face directory.")
     parser.add_argument("directory")
     parser.add_argument("--prompt", default="1", help="token ids, with commas")
     parser.add_argument("--tokens", type=int, default=16)

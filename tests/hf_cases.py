@@ -64,7 +64,7 @@ def _ct_integers():
 
 def _ct_fp4(nv):
     rng = np.random.default_rng(0)
-    parts = {"weight_packed": rng.integers(0, 256, (8, 32)).astype(np.uint8)}
+    parts: dict[str, np.ndarray] = {"weight_packed": rng.integers(0, 256, (8, 32)).astype(np.uint8)}
     if nv:
         parts["weight_scale"] = rng.uniform(1, 400, (8, 4)).astype(ml_dtypes.float8_e4m3fn)
         parts["weight_global_scale"] = np.array([123.456], np.float32)

@@ -11,7 +11,7 @@ from hf_files import GOLDEN, MODELS, tensors_of
 
 import jaxquant as jq
 from jaxquant.core.qtensor import QTensor
-from jaxquant.io.hf.names import LLAMA
+from jaxquant.io.hf import LLAMA
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,8 @@ DECODERS = [name for name in MODELS if name != "mxfp4_gptoss"]  # which has an a
 
 def reference(name):
     ref = tensors_of(GOLDEN / ("base" if name == "base" else f"models/{name}") / "ref.safetensors")
-    return jnp.asarray(ref["input_ids"], jnp.int32), ref["logits_fp32" if name == "base" else "logits_fp32_dequant"]
+    keys = {"base": "logits_fp32", "gguf_Q4_0": "logits_native"}  # both computed in float32
+    return jnp.asarray(ref["input_ids"], jnp.int32), ref[keys.get(name, "logits_fp32_dequant")]
 
 
 @pytest.mark.parametrize("name", ["base", *DECODERS])
@@ -59,6 +60,20 @@ def test_logits_of_the_dequantized_weights(llama, forward, name):
         is_leaf=lambda x: isinstance(x, QTensor),
     )
     ids, wanted = reference(name)
+    np.testing.assert_allclose(forward({"params": params}, ids), wanted, atol=1e-4)
+
+
+def test_logits_of_a_gguf_file(llama, forward):
+    """The other container, through the same name map."""
+    folder = GOLDEN / "models" / "gguf_Q4_0"
+    params, _ = jq.io.load_gguf(folder / "model.gguf", names="hf")
+    params = LLAMA.apply(params)
+    params = jax.tree.map(
+        lambda x: (x.dequantize() if isinstance(x, QTensor) else x).astype(jnp.float32),
+        params,
+        is_leaf=lambda x: isinstance(x, QTensor),
+    )
+    ids, wanted = reference("gguf_Q4_0")
     np.testing.assert_allclose(forward({"params": params}, ids), wanted, atol=1e-4)
 
 

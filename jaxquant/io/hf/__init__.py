@@ -8,6 +8,18 @@ checkpoint    the directory; module, layout: what all readers use
 
 from jaxquant.io.hf.formats import FORMATS, UNSUPPORTED, support_table
 from jaxquant.io.hf.load import CheckpointInfo, load_hf
-from jaxquant.io.hf.names import NameMap
+from jaxquant.io.hf.names import BERT, GPT2, LLAMA, OPT, VIT, NameMap
 
-__all__ = ["FORMATS", "UNSUPPORTED", "CheckpointInfo", "NameMap", "load_hf", "support_table"]
+__all__ = [
+    "BERT",
+    "FORMATS",
+    "GPT2",
+    "LLAMA",
+    "OPT",
+    "UNSUPPORTED",
+    "VIT",
+    "CheckpointInfo",
+    "NameMap",
+    "load_hf",
+    "support_table",
+]

@@ -18,7 +18,7 @@ from jaxquant.core.specs import Rule
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
 from jaxquant.io.hf.module import Format, Module
-from jaxquant.io.hf.names import NameMap
+from jaxquant.io.hf.names import NameMap, nested
 from jaxquant.io.manifest import check_qtensor
 from jaxquant.ptq.rtn import rtn
 from jaxquant.transform.paths import nearest
@@ -123,7 +123,7 @@ def load_hf(
     plain = reader.plain_names()
     assigned = _assign(plain, checkpoint, rules or ())
     place = _placing(sharding)
-    targets = None if names is None else names.resolve([m.name for m in reader.modules] + plain, checkpoint)
+    targets = None if names is None else names.resolve([m.name for m in reader.modules] + plain, checkpoint.error)
     result: dict[str, Any] = {}
 
     def put(name: str, leaf: Any) -> None:
@@ -160,7 +160,7 @@ def load_hf(
         tuple(n for n in plain if n not in assigned),
         tuple(dict.fromkeys(p for m in reader.modules for p in m.problems)),
     )
-    return (result if names is None else _nested(result)), info
+    return (result if names is None else nested(result)), info
 
 
 class _Reader:
@@ -338,14 +338,3 @@ def _to_jax(array: Any) -> Any:
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return np.array(array)
     return jnp.array(array).block_until_ready()
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree

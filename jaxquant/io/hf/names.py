@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,9 +18,8 @@ import jax.numpy as jnp
 from jaxquant.core import views
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor
-from jaxquant.io.hf.checkpoint import HFCheckpoint
 
-__all__ = ["BERT", "GPT2", "LLAMA", "OPT", "VIT", "NameMap"]
+__all__ = ["BERT", "GPT2", "LLAMA", "OPT", "VIT", "NameMap", "nested"]
 
 Target = tuple[str, Callable[[Any], Any] | None] | None
 
@@ -96,8 +96,20 @@ class NameMap:
                 return None if path is None else (match.expand(path), TRANSFORMS[transform])
         return None if any(re.fullmatch(p, name) for p in self.optional) else ""
 
-    def resolve(self, names: Iterable[str], checkpoint: HFCheckpoint) -> dict[str, Target]:
-        """The target of every name; `QuantError` with all that have none, and with paths that two names have."""
+    def apply(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """A flat dict of leaves, by the names of a checkpoint, as the model's tree.
+
+        For what `load_gguf` with ``names="hf"`` returns; `load_hf` does it by itself.
+
+        Raises:
+          QuantError: with all names that do not fit.
+        """
+        targets = self.resolve(params, functools.partial(quant_error, "NameMap"))
+        flat = {t[0]: leaf if t[1] is None else t[1](leaf) for n, leaf in params.items() if (t := targets[n])}
+        return nested(flat)
+
+    def resolve(self, names: Iterable[str], error: Callable[..., QuantError]) -> dict[str, Target]:
+        """The target of every name; ``error`` with all that have none, and with paths that two names have."""
         targets: dict[str, Target] = {}
         problems: list[str] = []
         taken: dict[str, str] = {}
@@ -116,7 +128,7 @@ class NameMap:
             if inside is not None:
                 problems.append(f"{taken[path]}: goes to {path}, inside of {inside}")
         if problems:
-            raise self._error(checkpoint, problems)
+            raise self._error(error, problems)
         return targets
 
     def _nearest(self, name: str) -> str:
@@ -126,11 +138,23 @@ class NameMap:
         near = difflib.get_close_matches(re.sub(r"\d+", "0", name), plain, n=1)
         return f" (nearest pattern: {self.rows[plain.index(near[0])][0]})" if near else ""
 
-    def _error(self, checkpoint: HFCheckpoint, problems: list[str]) -> QuantError:
+    def _error(self, error: Callable[..., QuantError], problems: list[str]) -> QuantError:
         lines = "".join(f"\n  {p}" for p in problems[:50])
         more = f"\n  and {len(problems) - 50} more" if len(problems) > 50 else ""
         todo = "Add rows to the map, with the path None for what the model does not have"
-        return checkpoint.error(f"the names do not fit the map{lines}{more}\n", todo=todo, mismatches=len(problems))
+        return error(f"the names do not fit the map{lines}{more}\n", todo=todo, mismatches=len(problems))
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves by path, "/" between the keys, as a tree of dicts."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
 
 
 def _parents(path: str) -> list[str]:
