@@ -6,12 +6,17 @@ import griffe
 
 import jaxquant
 
-MARKER = "<!-- dtype-table -->"
+TABLES = {
+    "<!-- dtype-table -->": lambda: jaxquant.dtype_table().markdown(),
+    "<!-- hf-formats -->": lambda: jaxquant.io.hf.support_table(),
+}
 
 
 def on_page_markdown(markdown: str, **kwargs) -> str:
-    """The table is computed by the package, so that it cannot go stale."""
-    return markdown.replace(MARKER, jaxquant.dtype_table().markdown()) if MARKER in markdown else markdown
+    """Tables are computed by the package, so that they cannot go stale."""
+    for marker, table in TABLES.items():
+        markdown = markdown.replace(marker, table()) if marker in markdown else markdown
+    return markdown
 
 
 class Headings(griffe.Extension):

@@ -23,6 +23,8 @@ def _as_the_reader_has_it():
 @pytest.fixture(scope="module")
 def llama():
     spec = importlib.util.spec_from_file_location("llama", GOLDEN.parents[1] / "examples" / "llama.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["llama"] = module
     spec.loader.exec_module(module)
