@@ -10,6 +10,8 @@ import pytest
 import jaxquant
 from jaxquant import cli
 
+pytestmark = pytest.mark.every
+
 
 def invoke(*args):
     return click.testing.CliRunner().invoke(cli.main, args)

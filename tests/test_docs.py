@@ -8,6 +8,8 @@ import snippets
 
 import jaxquant
 
+pytestmark = pytest.mark.every
+
 DOCS = snippets.ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 NAMES = {page: page.relative_to(DOCS).as_posix() for page in PAGES}

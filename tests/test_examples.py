@@ -9,6 +9,8 @@ import jax
 import pytest
 import snippets
 
+pytestmark = pytest.mark.every
+
 EXAMPLES = snippets.ROOT / "examples"
 MODELS = {"plain_transformer", "minilm"}  # imported by an example or a benchmark, no programs
 ELSEWHERE = {"llama"}  # tested in test_llama.py

@@ -10,6 +10,8 @@ from hf_files import GOLDEN, MODELS, digest, dtype_of, tensors_of, values
 import jaxquant as jq
 from jaxquant.core.qtensor import QTensor
 
+pytestmark = pytest.mark.every
+
 FORMAT = {
     "autoround": "GPTQ",
     "awq": "AWQ",

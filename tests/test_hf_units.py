@@ -6,6 +6,8 @@ from hf_files import checkpoint, unit, values
 
 import jaxquant as jq
 
+pytestmark = pytest.mark.every
+
 
 def load(folder, tensors, config, **kwargs):
     """The weight of module "m"."""

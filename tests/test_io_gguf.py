@@ -20,6 +20,8 @@ from jaxquant.io.gguf.names import interleave, separate, to_gguf, to_hugging_fac
 from jaxquant.io.gguf.types import BY_ID, BY_NAME
 from jaxquant.io.safetensors import SafetensorsFile
 
+pytestmark = pytest.mark.every
+
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = GOLDEN / "models" / "gguf_Q4_0"
 REFUSED = sorted(kind.name for kind in BY_ID.values() if kind.refused)

@@ -11,6 +11,8 @@ import jaxquant as jq
 from jaxquant.io import load, read_metadata, save
 from jaxquant.io.manifest import MAX_DEPTH
 
+pytestmark = pytest.mark.every
+
 
 @pytest.fixture
 def path(tmp_path):

@@ -32,6 +32,8 @@ from jaxquant.io.manifest import MAX_DEPTH
 from jaxquant.io.patterns import NAMELESS
 from jaxquant.io.safetensors import DTYPES, TensorSpec, write_safetensors
 
+pytestmark = pytest.mark.every
+
 ALL_DTYPES = [*DTYPES.values(), *NAMELESS]
 PLAN = '{"rules": ["é"]}'
 

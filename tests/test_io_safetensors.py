@@ -14,6 +14,8 @@ import jaxquant as jq
 from jaxquant.io import load, read_metadata, save
 from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_safetensors
 
+pytestmark = pytest.mark.every
+
 
 @pytest.fixture
 def path(tmp_path):

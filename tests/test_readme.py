@@ -6,6 +6,8 @@ import jax
 import pytest
 import snippets
 
+pytestmark = pytest.mark.every
+
 README = snippets.ROOT / "README.md"
 PYTHON = [block for block in snippets.blocks(README, "python") if not block.skipped]
 

@@ -14,6 +14,8 @@ from jaxquant.core.codec import codes_of, from_bits, round_to_grid, to_bits, val
 from jaxquant.core.qtensor import from_codes, scale_values
 from jaxquant.core.qtypes import QTYPES, qtype_of
 
+pytestmark = pytest.mark.every
+
 FLOATS = {
     "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
     "float8_e5m2": ml_dtypes.float8_e5m2,

@@ -12,6 +12,8 @@ from jaxquant import QuantError, QuantSpec
 from jaxquant.core.blocks import block_shape
 from jaxquant.core.errors import quant_error
 
+pytestmark = pytest.mark.every
+
 X = jnp.ones((6, 8))
 INT8 = QuantSpec("int8")
 ASYM = QuantSpec("uint8", symmetric=False)

@@ -16,6 +16,8 @@ from jaxquant import OpSpec, QuantError, QuantSpec, Rule
 from jaxquant.core.observers import EMA, MSE, AbsMax, Entropy, MinMax, Percentile
 from jaxquant.core.qtypes import QTYPES
 
+pytestmark = pytest.mark.every
+
 calibrations = st.one_of(
     st.none(),
     st.sampled_from([AbsMax(), MinMax(), MSE(), Entropy()]),

@@ -10,6 +10,8 @@ from linen_cases import unequal
 import jaxquant as jq
 from jaxquant import recipes
 
+pytestmark = pytest.mark.every
+
 X = unequal((2, 32))
 W = unequal((32, 6), 1)
 B = jnp.ones(6)

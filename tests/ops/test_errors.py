@@ -9,6 +9,8 @@ from ops_reference import MATMUL, quantized, spec_of
 
 from jaxquant import OpSpec, QuantError, QuantSpec, ops, recipes
 
+pytestmark = pytest.mark.every
+
 X, W = jnp.ones((4, 16)), jnp.ones((16, 6))
 IMAGE, KERNEL = jnp.ones((2, 5, 5, 3)), jnp.ones((3, 3, 3, 4))
 Q = quantized(W, spec_of("int8"))

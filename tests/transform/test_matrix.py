@@ -16,6 +16,8 @@ from transform_models import KEEP, MODELS, WEIGHTS
 import jaxquant as jq
 from jaxquant import OpSpec, recipes
 
+pytestmark = pytest.mark.every
+
 WAYS = [*SPECS, "qat"]
 FAST = {
     ("plain", "transformer", "int4"),

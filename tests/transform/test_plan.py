@@ -12,6 +12,8 @@ from transform_cases import EVERYTHING, SPECS, unequal
 import jaxquant as jq
 from jaxquant import recipes
 
+pytestmark = pytest.mark.every
+
 X = unequal((4, 32), 7, 0.3)
 PARAMS = {
     "dense": {"kernel": unequal((32, 48), 1, 0.3), "bias": jnp.zeros(48)},
