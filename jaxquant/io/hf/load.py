@@ -185,12 +185,12 @@ class _Reader:
     def plain_names(self) -> list[str]:
         """Tensors that are part of no quantized module, or stay beside its weight."""
         keeps = () if self.form is None else (".bias", *self.form.keeps)
-        owners = {m.prefix for m in self.modules}
+        owners, weights = {m.prefix for m in self.modules}, {m.name for m in self.modules}
 
         def owned(name: str) -> bool:
             if any(name.endswith(k) and name.removesuffix(k) in owners for k in keeps):
                 return False
-            return self._owner(name, owners) is not None
+            return name in weights or self._owner(name, owners) is not None
 
         return [name for name in self.checkpoint.tensors if not owned(name)]
 
