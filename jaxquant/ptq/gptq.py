@@ -67,7 +67,8 @@ def gptq(
       block_size: elements between two updates of all that is left; does not change the result, but for the weights a
         group's scale is computed from. Fitted to the group size.
       order: ``"given"``; ``"group_aware"``: groups, and elements inside of each, by decreasing diagonal of H;
-        ``"descending"``: all elements by decreasing diagonal, which for groups needs ``static_groups``.
+        ``"descending"``: all elements by decreasing diagonal. That scatters groups, unless they are static: the result
+        then has a ``permutation``, which costs a lookup at run time.
       static_groups: take all scales from the weight as it is.
       clip: ``"spec"``: the range that the spec's calibration gives; ``"gram"``: the range of least output error, as in
         `clipped`.
@@ -95,13 +96,22 @@ def gptq(
     is the spec's (AutoGPTQ's ``sym=True`` is ``QuantSpec("uint4", symmetric=False, calibration=observers.AbsMax())``).
     The group-aware order is that of GPTQModel.
     """
-    _check(spec, damping, block_size, order, static_groups, clip)
+    _check(damping, block_size, order, static_groups, clip)
     layer, w = Layer.of("gptq", w, spec, reduce_axes)
     layer, gram = gram_of("gptq", stats, layer)
+    scattered = order == "descending" and not static_groups and layer.group < layer.length
+    if scattered and (len(layer.axes) > 1 or not layer.is_leading()):
+        raise quant_error(
+            "gptq",
+            "a descending order scatters the groups over several axes or kernels",
+            todo="Use static_groups=True, or order='group_aware', which keeps them together",
+            order=order,
+            reduce_axes=layer.axes,
+        )
     return _gptq(w, gram, layer=layer, options=_Options(float(damping), block_size, order, static_groups, clip))
 
 
-def _check(spec: QuantSpec, damping: float, block_size: int, order: str, static_groups: bool, clip: str) -> None:
+def _check(damping: float, block_size: int, order: str, static_groups: bool, clip: str) -> None:
     if order not in ("given", "group_aware", "descending"):
         raise quant_error("gptq", "unknown order", todo="Use 'given', 'group_aware' or 'descending'", order=order)
     if clip not in ("spec", "gram"):
@@ -110,14 +120,6 @@ def _check(spec: QuantSpec, damping: float, block_size: int, order: str, static_
         raise quant_error("gptq", "damping must be positive", todo="Use for example 0.01", damping=damping)
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
         raise quant_error("gptq", "block_size must be a positive integer", todo="Use 128", block_size=block_size)
-    if order == "descending" and spec.granularity == "per_group" and not static_groups:
-        raise quant_error(
-            "gptq",
-            "a descending order scatters the groups",
-            todo="Use static_groups=True, or order='group_aware', which keeps them together",
-            order=order,
-            static_groups=static_groups,
-        )
 
 
 @functools.partial(jax.jit, static_argnames=("layer", "options"))
@@ -126,15 +128,16 @@ def _gptq(w: jax.Array, gram: jax.Array, *, layer: Layer, options: _Options) -> 
     static = options.static_groups or layer.shared
     given = layer.nearest(w) if static and (options.clip == "spec" or layer.shared) else None
 
-    def one(x: jax.Array, gram: jax.Array, steps: Steps | None) -> tuple[jax.Array, Steps]:
+    def one(x: jax.Array, gram: jax.Array, steps: Steps | None) -> tuple[jax.Array, Steps, jax.Array | None]:
         h, _ = normal(gram, layer)
         if static and steps is None:
             steps = find_steps(x.reshape(-1, layer.group, x.shape[-1]), diagonal_blocks(h, layer.group), spec)
         return solve(x, h, steps, layer, options)
 
     with jax.default_matmul_precision("highest"):
-        values, steps = layer.map(one, x, gram, None if given is None else layer.values(given)[1])
-    return layer.qtensor(values, steps, w.dtype, None if given is None else given.scale)
+        known = None if given is None else layer.values(given)[1]
+        values, steps, permutation = layer.map(one, x, gram, known)
+    return layer.qtensor(values, steps, w.dtype, None if given is None else given.scale, permutation)
 
 
 def find_steps(x: jax.Array, h: jax.Array | None, spec: QuantSpec) -> Steps:
@@ -173,8 +176,13 @@ def blocking(length: int, group: int, block_size: int) -> tuple[int, int]:
     return block, -(-length // block) * block
 
 
-def solve(x: jax.Array, h: jax.Array, steps: Steps | None, layer: Layer, options: _Options) -> tuple[jax.Array, Steps]:
-    """Grid values [contracted, rows] and steps [groups, rows]; the steps as they are given, or found on the way."""
+def solve(
+    x: jax.Array, h: jax.Array, steps: Steps | None, layer: Layer, options: _Options
+) -> tuple[jax.Array, Steps, jax.Array | None]:
+    """``(values [contracted, rows], steps [groups, rows], permutation)``; steps as they are given, or found on the way.
+
+    The permutation is None, and values are in the weight's order, unless groups are scattered.
+    """
     spec, length, group, rows = layer.spec, layer.length, layer.group, x.shape[-1]
     visit, groups = _visit(jnp.diagonal(h), options.order, group)
     work, h = x[visit], h[visit][:, visit]
@@ -224,10 +232,13 @@ def solve(x: jax.Array, h: jax.Array, steps: Steps | None, layer: Layer, options
         return work, (values.reshape(unit, rows), of_unit if found is None else None)
 
     _, (values, own_steps) = lax.scan(in_unit, work, jnp.arange(padded // unit))
-    values = jnp.zeros_like(x).at[visit].set(values.reshape(padded, rows)[:length])
+    values, scattered = values.reshape(padded, rows)[:length], found is None and options.order == "descending"
+    if not scattered:
+        values = jnp.zeros_like(x).at[visit].set(values)
     if found is None:
         own_steps = jax.tree.map(lambda s: s.reshape(-1, rows)[: length // group], own_steps)
         found = jax.tree.map(lambda s: jnp.zeros_like(s).at[groups].set(s), own_steps)
     # NaN in H leaves no code to be trusted: it stays visible in the scales, which a jitted call returns.
     broken = jnp.isnan(factor[0, 0])
-    return values, Steps(jnp.where(broken, jnp.nan, found.scale), found.zero)
+    found = Steps(jnp.where(broken, jnp.nan, found.scale), found.zero)
+    return values, found, visit if scattered else None

@@ -61,7 +61,7 @@ class Layer:
     def batched(self, function: str, batch: int) -> Layer:
         """This layer, with statistics for each of ``batch`` matrices."""
         layer = dataclasses.replace(self, batch=batch)
-        if not layer._is_leading() and (layer._rows() % batch or self.spec.granularity == "per_tensor"):
+        if not layer.is_leading() and (layer._rows() % batch or self.spec.granularity == "per_tensor"):
             raise quant_error(
                 function,
                 "the batch of the statistics must be the leading axes of the weight, or divide its outputs",
@@ -71,7 +71,7 @@ class Layer:
             )
         return layer
 
-    def _is_leading(self) -> bool:
+    def is_leading(self) -> bool:
         """Whether the batch is leading axes of the weight; else it is groups of its outputs, as in a convolution."""
         return math.prod(self.shape[i] for i in self._batch_axes()) == self.batch
 
@@ -88,7 +88,7 @@ class Layer:
         return tuple(found)
 
     def _order(self) -> tuple[int, ...]:
-        ndim, batch = len(self.shape), self._batch_axes() if self._is_leading() else ()
+        ndim, batch = len(self.shape), self._batch_axes() if self.is_leading() else ()
         reduced = tuple(a + ndim for a in self.axes)
         return batch + reduced + tuple(i for i in range(ndim) if i not in batch + reduced)
 
@@ -110,13 +110,13 @@ class Layer:
     def _apart(self, x: jax.Array, shape: tuple[int, ...], length: int) -> jax.Array:
         """An array of ``shape``, with ``length`` entries along the reduced axes, as [batch, length, rows]."""
         x = jnp.transpose(x.reshape(shape), self._order())
-        if self._is_leading():
+        if self.is_leading():
             return x.reshape(self.batch, length, -1)
         return jnp.moveaxis(x.reshape(length, self.batch, -1), 0, 1)
 
     def _together(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         order = self._order()
-        if not self._is_leading():
+        if not self.is_leading():
             x = jnp.moveaxis(x, 0, 1)
         return jnp.transpose(x.reshape([shape[i] for i in order]), _inverse(order))
 
@@ -154,15 +154,30 @@ class Layer:
         """The weight rounded to nearest, with the range that its spec gives."""
         return quantize(w, self.spec, reduce_axes=self.axes)
 
-    def qtensor(self, values: jax.Array, steps: Steps, dtype: Any, scale: Any = None) -> QTensor:
-        """The `QTensor` of grid values and their steps; ``scale`` is what holds them where they are quantized."""
-        spec = self.spec
+    def qtensor(
+        self, values: jax.Array, steps: Steps, dtype: Any, scale: Any = None, permutation: jax.Array | None = None
+    ) -> QTensor:
+        """The `QTensor` of grid values and their steps.
+
+        Args:
+          values: [batch, contracted, rows], in the order of the permutation if there is one.
+          steps: [batch, groups, rows].
+          dtype: the weight's.
+          scale: what holds the scales where they are quantized themselves.
+          permutation: [batch, contracted], of a weight with a single reduced axis, or None.
+        """
+        spec, ndim = self.spec, len(self.shape)
         if not isinstance(scale, QTensor):
             scale = self.join_scale(steps.scale).astype(stored_scale(spec))
         zero_point = None if spec.symmetric else self.join_scale(steps.zero).astype(spec.type.code_dtype)
         codes = codes_of(self.join(values), spec.type)
-        minor = minor_axes(self.axes, len(self.shape))
-        return from_codes(codes, scale, zero_point, qtype=spec.qtype, dtype=dtype, minor=minor)
+        if permutation is not None:
+            (axis,) = self.axes
+            batch = self._batch_axes() if self.is_leading() else ()
+            shape = [n if i in batch or i == axis + ndim else 1 for i, n in enumerate(self.shape)]
+            permutation = permutation.reshape(shape).astype(jnp.int32)
+        minor = minor_axes(self.axes, ndim)
+        return from_codes(codes, scale, zero_point, qtype=spec.qtype, dtype=dtype, minor=minor, permutation=permutation)
 
     def map(self, fn: Callable[..., Any], *args: Any) -> Any:
         """``fn`` of each matrix, one after the other: the working memory is that of one."""

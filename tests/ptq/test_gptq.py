@@ -39,21 +39,16 @@ def test_codes_are_those_of_autogptq(name):
     calibration = FullRange(bits=bits) if symmetric else None
     how = dict(granularity="per_group", group_size=group) if group else {}
     of = jq.QuantSpec(f"uint{bits}", symmetric=False, calibration=calibration, **how)
-    order = np.arange(len(h))
-    if act and group and not static:  # groups are formed in descending order: that of a weight sorted beforehand
-        order = np.argsort(-np.diag(h), kind="stable")
-    stats = {"gram": {"gram": jnp.asarray(h[order][:, order])[None], "rows": jnp.float32(2)}}
-    visit = "descending" if act and (static or not group) else "given"
+    stats = {"gram": {"gram": jnp.asarray(h)[None], "rows": jnp.float32(2)}}
+    order = "descending" if act else "given"
     q = gptq(
-        jnp.asarray(w[order]), of, reduce_axes=(-2,), stats=stats, order=visit, static_groups=static, block_size=32
+        jnp.asarray(w), of, reduce_axes=(-2,), stats=stats, order=order, static_groups=static, block_size=32
     )  # fmt: skip
-    found = np.empty_like(w)
-    found[order] = np.asarray(q.dequantize())
-    np.testing.assert_allclose(found, ref["gptq_fakequant"].T, rtol=1e-6, atol=1e-7)
+    assert (q.permutation is None) == (name != "w4g32_act_sym")
+    np.testing.assert_allclose(q.dequantize(), ref["gptq_fakequant"].T, rtol=1e-6, atol=1e-7)
     scale = np.asarray(q.scale).T
     np.testing.assert_allclose(np.sort(scale), np.sort(ref["gptq_scale"]), rtol=1e-6)
-    codes = np.empty(w.shape, np.int64)
-    codes[order] = np.asarray(q.logical_codes())
+    codes = q.unpermuted().logical_codes()
     reference = np.rint(ref["gptq_fakequant"] / ref["gptq_scale"][:, ref["g_idx"]]) + ref["gptq_zero"][:, ref["g_idx"]]
     np.testing.assert_array_equal(codes, reference.T)
 
@@ -170,6 +165,15 @@ def test_experts_are_quantized_each_with_its_own_statistics():
         np.testing.assert_array_equal(q.dequantize()[e], alone.dequantize())
 
 
+def test_experts_have_permutations_of_their_own():
+    x, w = jnp.stack([inputs(64, K, seed) for seed in (3, 4)]), jnp.stack([W, weight(K, N, seed=5)])
+    q = gptq(w, G16, reduce_axes=(-2,), stats=gram(x), order="descending")
+    assert q.permutation.shape == (2, K, 1)
+    for e in range(2):
+        alone = gptq(w[e], G16, reduce_axes=(-2,), stats=gram(x[e]), order="descending")
+        np.testing.assert_array_equal(q.dequantize()[e], alone.dequantize())
+
+
 def test_grouped_outputs_are_quantized_each_with_its_own_statistics():
     x = jnp.stack([inputs(64, K, seed) for seed in (3, 4)])  # as of a convolution with two feature groups
     q = gptq(W, G16, reduce_axes=(-2,), stats=gram(x))
@@ -255,7 +259,6 @@ def test_damping_grows_until_the_matrix_can_be_factored():
         (W, STATS, dict(clip="mse"), "unknown clip"),
         (W, STATS, dict(damping=0), "damping must be positive"),
         (W, STATS, dict(block_size=0), "block_size must be a positive integer"),
-        (W, STATS, dict(order="descending"), "a descending order scatters the groups"),
     ],
 )
 def test_refusals(w, stats, options, message):
@@ -268,6 +271,8 @@ def test_refuses_no_reduced_axes_and_groups_that_do_not_divide():
         gptq(W, spec(4, None, True), reduce_axes=(), stats=STATS)
     with pytest.raises(jq.QuantError, match="group_size must divide"):
         gptq(W, spec(4, 32, True), reduce_axes=(-2,), stats=STATS)
+    with pytest.raises(jq.QuantError, match="a descending order scatters the groups over several axes"):
+        gptq(W.reshape(3, 16, N), G16, reduce_axes=(-3, -2), stats=STATS, order="descending")
 
 
 def test_nan_in_a_traced_gram_matrix_stays_visible():
