@@ -43,6 +43,7 @@ TOP = max(LEVELS.values())
 
 REQUIRED = {"jax", "numpy", "ml_dtypes"}
 OPTIONAL = {
+    "io": {"orbax"},
     "optim": {"optax"},
     "linen": {"flax"},
     "nnx": {"flax"},
@@ -164,6 +165,7 @@ def test_import_loads_nothing_optional():
     optional = {
         "flax",
         "optax",
+        "orbax",
         "matplotlib",
         "safetensors",
         "sklearn",

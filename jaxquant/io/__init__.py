@@ -6,12 +6,14 @@ safetensors   the container itself: named arrays in one file
 sharded       several such files with an index
 hf            Hugging Face checkpoints, quantized by any library (`load_hf`)
 save_hf       and written in the layouts of some (`save_hf`); each layout is a file of export
+orbax         Orbax checkpoints (`save_orbax`, `load_orbax`)
 stream        checkpoints larger than memory, quantized on disk (`quantize_hf`)
 """
 
 from jaxquant.io.gguf import GGUFInfo, load_gguf, save_gguf
 from jaxquant.io.hf import CheckpointInfo, NameMap, load_hf
 from jaxquant.io.native import SavedMetadata, load, read_metadata, save
+from jaxquant.io.orbax import load_orbax, save_orbax
 from jaxquant.io.save_hf import save_hf
 from jaxquant.io.stream import QuantizePlan, plan_quantize_hf, quantize_hf
 
@@ -24,10 +26,12 @@ __all__ = [
     "load",
     "load_gguf",
     "load_hf",
+    "load_orbax",
     "plan_quantize_hf",
     "quantize_hf",
     "read_metadata",
     "save",
     "save_gguf",
     "save_hf",
+    "save_orbax",
 ]

@@ -28,7 +28,7 @@ from jaxquant.ptq.rtn import rtn
 __all__ = ["QuantizePlan", "plan_quantize_hf", "quantize_hf"]
 
 _FUNCTION = "quantize_hf"
-_SLICE = 1 << 24  # elements of a weight that are quantized at a time
+_SLICE = 1 << 22  # elements of a weight that are quantized at a time
 _LARGEST_FILE = 64 << 20
 #: Endings of files that hold weights in a form that is not taken over, or are made anew.
 _LEFT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
