@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import digits_accuracy
 import jax
 import numpy as np
 import texts
@@ -29,10 +30,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import minilm
 
 
-def candidates(widths: tuple[int, ...], group_size: int | None) -> dict[str, OpSpec]:
-    granularity = "per_channel" if group_size is None else "per_group"
-    made = {f"int{b}": QuantSpec(f"int{b}", granularity=granularity, group_size=group_size) for b in widths}
-    return {name: OpSpec(spec) for name, spec in made.items()}
+def candidates(widths: tuple[int, ...], *group_sizes: int | None) -> dict[str, OpSpec]:
+    """Every width with every group size (None: per channel), by name."""
+    made = {}
+    for size in group_sizes:
+        for b in widths:
+            name = f"int{b}" if size is None else f"int{b} g{size}"
+            granularity = "per_channel" if size is None else "per_group"
+            made[name] = OpSpec(QuantSpec(f"int{b}", granularity=granularity, group_size=size))
+    return made
 
 
 def choices(table: Any, uniform: str, measure: Callable[[Any], dict[str, float]], params: Any) -> list[dict[str, Any]]:
@@ -42,10 +48,8 @@ def choices(table: Any, uniform: str, measure: Callable[[Any], dict[str, float]]
     mixed = jq.allocate(table, budget=budget)
     rows = []
     for name, plan in ((f"all {uniform}", plain), ("allocated", mixed)):
-        used: dict[str, int] = {}
-        for item in plan.items:
-            assert item.spec.weight is not None
-            used[item.spec.weight.qtype] = used.get(item.spec.weight.qtype, 0) + 1
+        names = [next(n for n, spec in table.candidates.items() if spec == item.spec) for item in plan.items]
+        used = {n: names.count(n) for n in sorted(set(names))}
         found = measure(jq.dequantize_params(jq.quantize_params(params, plan)))
         size = sum(item.nbytes[1] for item in plan.items)
         rows.append({"choice": name, "bytes": size, "predicted": table.predicted(plan), **found, "weights": used})
@@ -61,23 +65,22 @@ def encoder(sentences: int) -> dict[str, list[dict[str, Any]]]:
     unseen = minilm.tokenize(evaluate, 32)
     reference = np.asarray(apply(params, *unseen))
     widths = candidates((3, 4, 5, 6), 64)
-    plan = jq.make_plan(apply, params, *batch, rules=[jq.Rule(r"layer_\d/\w+/kernel", widths["int4"])])
+    plan = jq.make_plan(apply, params, *batch, rules=[jq.Rule(r"layer_\d/\w+/kernel", widths["int4 g64"])])
     table = jq.sensitivity(apply, plan, params, [batch], widths, progress=progress)
 
     def measure(params: Any) -> dict[str, float]:
         cosine = np.sum(np.asarray(apply(params, *unseen)) * reference, axis=1)
         return {"cosine": round(float(cosine.mean()), 5), "error": round(float(2 * (1 - cosine.mean())), 5)}
 
-    return {f"all-MiniLM-L6-v2 near {name}": choices(table, name, measure, params) for name in ("int4",)}
+    return {f"all-MiniLM-L6-v2 near {name}": choices(table, name, measure, params) for name in ("int4 g64",)}
 
 
-def classifier() -> dict[str, list[dict[str, Any]]]:
+def classifier(name: str, model: Any, *group_sizes: int | None) -> dict[str, list[dict[str, Any]]]:
     data = digits.load()
-    model = digits.MLP()
     params = digits.train(model, digits.init(model, data, 0), data, digits.FLOAT, seed=0).params
     fn = lambda p, x: model.apply({"params": p}, x)  # noqa: E731
-    seen, unseen = data.train_images[:256], data.test_images
-    widths = candidates((2, 3, 4, 6, 8), None)
+    seen, unseen = data.train_images[:512], data.test_images
+    widths = candidates((2, 3, 4, 5, 6, 7, 8), *group_sizes)
     plan = jq.make_plan(fn, params, seen, rules=[jq.Rule("kernel", widths["int4"])])
     table = jq.sensitivity(fn, plan, params, [seen], widths)
     reference = fn(params, unseen)
@@ -87,7 +90,7 @@ def classifier() -> dict[str, list[dict[str, Any]]]:
         error = float(jq.transform.relative_error(logits, reference))
         return {"error": round(error, 5), "accuracy": round(data.accuracy(logits), 4)}
 
-    return {f"digits MLP near {name}": choices(table, name, measure, params) for name in ("int3", "int4")}
+    return {f"{name} near {near}": choices(table, near, measure, params) for near in ("int3", "int4", "int5")}
 
 
 def progress(done: int, total: int) -> None:
@@ -101,7 +104,7 @@ def text(results: dict[str, list[dict[str, Any]]]) -> str:
         lines += [model, f"  {'':<10}  {'bytes':>9}  {'error':>8}  {'predicted':>9}"]
         for row in rows:
             extra = ", ".join(f"{name} {row[name]}" for name in ("cosine", "accuracy") if name in row)
-            used = ", ".join(f"{n} {name}" for name, n in sorted(row["weights"].items()))
+            used = ", ".join(f"{n} x {name}" for name, n in row["weights"].items())
             figures = f"{row['bytes']:>9,}  {row['error']:8.5f}  {row['predicted']:9.5f}"
             lines.append(f"  {row['choice']:<10}  {figures}  {extra}; {used}")
     return "\n".join(lines)
@@ -112,7 +115,11 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=300, metavar="N", help="to evaluate on")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
     args = parser.parse_args()
-    results = {**classifier(), **encoder(args.sentences)}
+    results = {
+        **classifier("digits MLP", digits.MLP(), None, 32, 16),
+        **classifier("digits CNN", digits_accuracy.CNN(), None),
+        **encoder(args.sentences),
+    }
     print(text(results))
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "allocation.txt").write_text(text(results) + "\n", encoding="utf-8")
