@@ -8,12 +8,13 @@ share an input. Where the scales go is not decided here: `jaxquant.rescale` fuse
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ptq.rtn import rtn
@@ -53,10 +54,12 @@ def awq_scale(
     *,
     method: Callable[..., QTensor] = rtn,
     ratios: int = 20,
+    families: tuple[Literal["duo", "activations"], ...] = ("duo", "activations"),
+    module: Callable[[list[jax.Array]], jax.Array] | None = None,
 ) -> jax.Array:
     """The scales of least output error among ``s = mean|x| ** r / mean|w| ** (1 - r)`` and ``mean|x| ** r``.
 
-    For each r of 0, 1 / ratios, ..: quantize ``s * w``, and take the r with the least
+    For each r of 0, 1 / ratios, ..: quantize ``s * w``, and take the s with the least
     ``sum |x (w - Q(s w) / s)|^2 = tr(e^T H e)``, H being the Gram matrix of the inputs. r = 0 of the second family is
     no scaling at all, so the result is never worse than that.
 
@@ -66,22 +69,30 @@ def awq_scale(
       stats: of the input: ``"gram"`` and ``"mean"`` as `calibrate` collects them with ``Gram`` and ``ChannelMean``.
       method: the quantizer to search for.
       ratios: how many r.
+      families: ``"duo"`` is the first of the two, ``"activations"`` the second.
+      module: outputs of the weights (of all of them, as a list) on some inputs, if the error is to be theirs: the mean
+        square of what changes. Only ``"mean"`` of the statistics is needed then.
 
     Returns:
       Scales [channels], their geometric mean of least and largest 1.
 
-    Source: Lin et al. 2023 (arXiv:2306.00978), equation 5, and the code of AutoAWQ 0.2.9 for the weights' mean
-      (normalised by the largest of each group). Differs from it: the error is that of the weights' own outputs by their
-      Gram matrix, in place of a whole module's on some tokens; both families of scales are tried.
+    Raises:
+      QuantError: if no family is given, or one that is unknown.
+
+    Source: Lin et al. 2023 (arXiv:2306.00978), equation 5, and AutoAWQ 0.2.9, whose scales this gives with
+      ``families=("duo",)`` and its ``module``. The defaults differ: both families are tried, by the error of the
+      weights' own outputs over all calibration inputs, where AutoAWQ runs a whole module on some.
     """
-    gram = jnp.mean(stats["gram"]["gram"], axis=0)
+    if not families or not set(families) <= {"duo", "activations"}:
+        todo = "Use 'duo', 'activations' or both"
+        raise quant_error("awq_scale", "unknown families of scales", todo=todo, families=tuple(families))
+    gram = jnp.mean(stats["gram"]["gram"], axis=0) if module is None else None
     mean = jnp.maximum(jnp.mean(stats["mean"]["abs_sum"], axis=0) / jnp.mean(stats["mean"]["rows"]), 1e-8)
     parts = []
     for w, spec in zip(weights, specs, strict=True):
         size = spec.group_size or w.shape[0]
         groups = jnp.abs(w).reshape(-1, size, w.shape[1])
-        largest = jnp.max(groups, axis=1, keepdims=True)
-        parts.append((groups / jnp.where(largest > 0, largest, 1.0)).reshape(w.shape))
+        parts.append((groups / (jnp.max(groups, axis=1, keepdims=True) + 1e-6)).reshape(w.shape))
     w_mean = jnp.mean(jnp.concatenate(parts, axis=1), axis=1)
 
     def scaled(r: jax.Array, duo: jax.Array) -> jax.Array:
@@ -91,13 +102,17 @@ def awq_scale(
 
     def error(choice: tuple[jax.Array, jax.Array]) -> jax.Array:
         s = scaled(*choice)[:, None]
-        total = jnp.zeros(())
-        for w, spec in zip(weights, specs, strict=True):
-            e = w - method(w * s, spec, reduce_axes=(-2,), stats=None).dequantize(jnp.float32) / s
-            total = total + jnp.sum(e * (gram @ e))
-        return total
+        rounded = [
+            method(w * s, spec, reduce_axes=(-2,), stats=None).dequantize(jnp.float32) / s
+            for w, spec in zip(weights, specs, strict=True)
+        ]
+        if module is not None:
+            return jnp.mean((module(list(weights)) - module(rounded)) ** 2)
+        assert gram is not None
+        errors = [w - q for w, q in zip(weights, rounded, strict=True)]
+        return sum((jnp.sum(e * (gram @ e)) for e in errors), start=jnp.zeros(()))
 
     r = jnp.arange(ratios) / ratios
-    choices = jnp.concatenate([r, r]), jnp.arange(2 * ratios) >= ratios
+    choices = jnp.tile(r, len(families)), jnp.repeat(jnp.array([f == "duo" for f in families]), ratios)
     best = jnp.argmin(lax.map(error, choices))
     return scaled(choices[0][best], choices[1][best])

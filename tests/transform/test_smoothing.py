@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
+import snippets
 
 import jaxquant as jq
 from jaxquant import QuantSpec, recipes
@@ -128,6 +130,25 @@ def test_awq_is_never_worse_on_the_data_it_saw(stats):
     assert output_error(scale) < output_error(jnp.ones(K))
 
 
+def test_awq_gives_the_scales_of_autoawq():
+    file = snippets.ROOT / "tests/golden/awq_search_zp1_duo1.safetensors"
+    with safetensors.safe_open(file, "np") as reference:
+        w1, w2, x, expected = (reference.get_tensor(name) for name in ("w1", "w2", "x", "best_scales"))
+    spec = QuantSpec("uint4", granularity="per_group", group_size=32, symmetric=False)
+    known = {"mean": {"abs_sum": np.abs(x).sum(1), "rows": np.float32(x.shape[1])}}
+
+    def search(ws):
+        return jq.ptq.awq_scale(
+            ws,
+            [spec, spec],
+            known,
+            families=("duo",),
+            module=lambda ws: (x[0] @ ws[0]) * jax.nn.sigmoid(x[0] @ ws[1]),
+        )
+
+    np.testing.assert_allclose(jax.jit(search)([jnp.asarray(w1.T), jnp.asarray(w2.T)]), expected, rtol=1e-4)
+
+
 def test_stacks():
     params = {"up": np.stack([PARAMS["up"], -PARAMS["up"]]), "down": RNG.normal(size=(2, H, K)).astype(np.float32) / H}
     plan = plan_of(stacked, params, recipes.w8a8())
@@ -153,6 +174,8 @@ def test_refusals(stats):
         jq.precondition_params(jq.quantize_params(PARAMS, plan), plan, one)
     with pytest.raises(jq.QuantError, match="smoothquant at down: there is no absmax of the inputs"):
         jq.smoothquant(PARAMS, plan, jq.scale_pairs(fn, plan, PARAMS, X), {})
+    with pytest.raises(jq.QuantError, match=r"awq_scale: unknown families of scales; got families=\('both',\)"):
+        jq.ptq.awq_scale([jnp.ones((2, 2))], [QuantSpec("int4")], {}, families=("both",))
     table, ids = {"t": jnp.ones((4, 3))}, jnp.zeros(2, jnp.int32)
     tied = lambda p, i: jnp.take(p["t"], i, axis=0) @ p["t"].T  # noqa: E731
     both = jq.make_plan(tied, table, ids, rules=[jq.Rule("t", recipes.w8a16())])
