@@ -1,11 +1,10 @@
-"""A Llama-style decoder (Llama, Mistral, Qwen 2 and 3) in plain Flax, on a Hugging Face directory of any format.
+"""A Llama-style decoder (Llama, Mistral, Qwen 2 and 3) in plain Flax, on a checkpoint of any format.
 
     python examples/llama.py DIRECTORY --prompt 1,5,9 --tokens 16 --cache int8
 
-The weights stay as they are in the file: `load_hf` makes QTensors of them, and `quantized` runs the model on those. A
-float checkpoint can be quantized as it is read (--weights int4). The cache of keys and values is float, or int8 with
-one scale per token and head. Keys are stored [.., token, feature] and values [.., feature, token], so that both
-products contract the last axis.
+The weights stay as they are in the file: `load_hf` (or `load_gguf`) makes QTensors of them, and `quantized` runs the
+model on those. The cache is float, or int8 with one scale per token and head; keys are stored [.., token, feature] and
+values [.., feature, token], so that both products contract the last axis.
 """
 
 import argparse
@@ -17,11 +16,16 @@ import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
-from jaxquant import ops, recipes
-from jaxquant.core.qtensor import QTensor
+from jaxquant import ops
 from jaxquant.io.hf import LLAMA
 
-INT8 = jq.QuantSpec("int8")
+INT8, ONE = jq.QuantSpec("int8"), jnp.ones((1, 1, 1, 1))
+GGUF = {
+    "num_hidden_layers": "block_count", "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "rope.dimension_count", "rope_theta": "rope.freq_base",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}  # fmt: skip
 
 
 def rope(x, positions, theta):
@@ -56,23 +60,23 @@ def extended(cache, k, v, start):
 
 
 def attention(q, cache, mask):
-    """[batch, head, group, token, feature] of queries on a cache; scales are taken out of the products."""
-    k, v, k_scale = cache["k"], cache["v"], cache.get("k_scale")
-    if k_scale is not None:
-        k, v = (QTensor(x, jnp.ones((1, 1, 1, 1)), None, qtype="int8", dtype=jnp.float32) for x in (k, v))
+    """[batch, head, group, token, feature] of queries on a cache; the scales of values go into the weights."""
+    k, v, int8 = cache["k"], cache["v"], "k_scale" in cache
+    if int8:
+        k, v = (jq.QTensor(x, s, None, qtype="int8", dtype=jnp.float32) for x, s in ((k, cache["k_scale"]), (v, ONE)))
     scores = ops.einsum("bkgtd,bksd->bkgts", q, k) / q.shape[-1] ** 0.5
-    if k_scale is not None:
-        scores = scores * jnp.swapaxes(k_scale, 2, 3)[:, :, None]
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
-    if k_scale is not None:
+    if int8:
         weights = weights * jnp.swapaxes(cache["v_scale"], 2, 3)[:, :, None]
     return ops.einsum("bkgts,bkds->bkgtd", weights, v)
 
 
-class Attention(nn.Module):
+class Part(nn.Module):
     config: dict
-    has: frozenset
+    has: frozenset  # which parameters a layer has
 
+
+class Attention(Part):
     @nn.compact
     def __call__(self, x, start, cache):
         c, size = self.config, self.config["head_dim"]
@@ -97,10 +101,7 @@ class Attention(nn.Module):
         return nn.Dense(c["hidden_size"], use_bias="self_attn/o_proj/bias" in self.has, name="o_proj")(y), cache
 
 
-class MLP(nn.Module):
-    config: dict
-    has: frozenset
-
+class MLP(Part):
     @nn.compact
     def __call__(self, x):
         dense = lambda name, size: nn.Dense(size, use_bias=f"mlp/{name}/bias" in self.has, name=name)  # noqa: E731
@@ -109,24 +110,17 @@ class MLP(nn.Module):
         return dense("down_proj", self.config["hidden_size"])(y)
 
 
-class Layer(nn.Module):
-    config: dict
-    has: frozenset
-
+class Layer(Part):
     @nn.compact
     def __call__(self, x, start, cache):
         norm = functools.partial(nn.RMSNorm, epsilon=self.config["rms_norm_eps"])
-        attention = Attention(self.config, self.has, name="self_attn")
-        y, cache = attention(norm(name="input_layernorm")(x), start, cache)
+        y, cache = Attention(self.config, self.has, name="self_attn")(norm(name="input_layernorm")(x), start, cache)
         x = x + y
         return x + MLP(self.config, self.has, name="mlp")(norm(name="post_attention_layernorm")(x)), cache
 
 
-class Llama(nn.Module):
+class Llama(Part):
     """Tokens [batch, n] from position ``start`` on -> (logits [batch, n, vocabulary], cache)."""
-
-    config: dict
-    has: frozenset
 
     @nn.compact
     def __call__(self, tokens, start, cache):
@@ -142,10 +136,17 @@ class Llama(nn.Module):
         return nn.Dense(c["vocab_size"], use_bias="lm_head/bias" in self.has, name="lm_head")(x), new
 
 
-def load(directory, rules=None):
-    """The model and its parameters: arrays in float32, weights as the file has them."""
-    params, info = jq.io.load_hf(directory, names=LLAMA, rules=rules, dtype=jnp.float32)
-    return Llama(*settings(info.model, params)), {"params": params}, info
+def load(path, rules=None):
+    """The model and its parameters: arrays in float32, weights as the directory or the GGUF file has them."""
+    if str(path).endswith(".gguf"):
+        params, info = jq.io.load_gguf(path, names="hf")
+        params = LLAMA.apply(params)
+        config = {name: info.metadata[f"{info.architecture}.{key}"].item() for name, key in GGUF.items()}
+        config["vocab_size"] = params["embed_tokens"]["embedding"].shape[0]
+    else:
+        params, info = jq.io.load_hf(path, names=LLAMA, rules=rules, dtype=jnp.float32)
+        config = info.model
+    return Llama(*settings(config, params)), {"params": params}, info
 
 
 def settings(config, params):
@@ -157,7 +158,7 @@ def settings(config, params):
     config["rope_theta"] = rotation.get("rope_theta", config.get("rope_theta", 10000.0))
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, QTensor))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, jq.QTensor))
     return config, frozenset(re.sub(r"^layers_\d+/", "", "/".join(key.key for key in path)) for path, _ in leaves)
 
 
@@ -181,17 +182,14 @@ def generate(model, params, prompt, count, int8=False):
 
 def main():
     parser = argparse.ArgumentParser(description="A Llama-style decoder on a Hugging Face directory.")
-    parser.add_argument("directory")
+    parser.add_argument("checkpoint", help="a directory, or a GGUF file")
     parser.add_argument("--prompt", default="1", help="token ids, with commas")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--cache", choices=["float", "int8"], default="float")
-    parser.add_argument("--weights", choices=["int8", "int4"], help="quantize a float checkpoint as it is read")
     args = parser.parse_args()
-    spec = {"int8": recipes.w8a16(), "int4": recipes.w4a16(group_size=32)}.get(args.weights)
-    rules = spec and [jq.Rule("embed|norm|lm_head", None), jq.Rule("weight", spec)]
-    model, params, info = load(args.directory, rules)
-    print(info)
-    prompt = jnp.array([[int(token) for token in args.prompt.split(",")]])
+    model, params, info = load(args.checkpoint)
+    print(getattr(info, "types", info))
+    prompt = jnp.array([list(map(int, args.prompt.split(",")))])
     print(*generate(model, params, prompt, args.tokens, args.cache == "int8")[0].tolist())
 
 

@@ -65,18 +65,12 @@ def test_logits_of_the_dequantized_weights(llama, forward, name):
     np.testing.assert_allclose(forward({"params": params}, ids), wanted, atol=1e-4)
 
 
-def test_logits_of_a_gguf_file(llama, forward):
-    """The other container, through the same name map."""
-    folder = GOLDEN / "models" / "gguf_Q4_0"
-    params, _ = jq.io.load_gguf(folder / "model.gguf", names="hf")
-    params = LLAMA.apply(params)
-    params = jax.tree.map(
-        lambda x: (x.dequantize() if isinstance(x, QTensor) else x).astype(jnp.float32),
-        params,
-        is_leaf=lambda x: isinstance(x, QTensor),
-    )
+def test_logits_of_a_gguf_file(llama):
+    """Without any configuration beside it, and on the codes."""
+    model, params, _ = llama.load(GOLDEN / "models" / "gguf_Q4_0" / "model.gguf")
     ids, wanted = reference("gguf_Q4_0")
-    np.testing.assert_allclose(forward({"params": params}, ids), wanted, atol=1e-4)
+    found = jax.jit(jq.quantized(model.apply))(params, ids, 0, llama.empty_cache(model.config, *ids.shape, False))[0]
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max() + 1e-4)
 
 
 FAST = ["gptq_w4g64_actorder", "bnb_nf4_dq", "ct_w4a16_g64_asym"]

@@ -14,12 +14,18 @@ from jaxquant.io.hf.module import Format, Module
 __all__ = ["AQLM"]
 
 
+_LONGEST = 256  # numbers that one code stands for; keeps what a small file can grow to within bounds
+
+
 def read(m: Module) -> np.ndarray:
     """The weight of one module, in the dtype of its codebooks."""
     codes = m.array(".codes", np.int8, np.int16, np.int32, np.uint8, ndim=3)
     books, scales = m.scales(".codebooks", ndim=4), m.scales(".scales", ndim=4)
     if codes.shape[2] != books.shape[0]:
         raise m.error("codes and codebooks do not fit", ".codes", todo="Check the format", books=books.shape)
+    if books.shape[2] * books.shape[3] > _LONGEST:
+        rule, todo = f"a codebook vector has at most {_LONGEST} numbers", "Check the format"
+        raise m.error(rule, ".codebooks", todo=todo, codebooks=books.shape)
     m.check(".scales", scales.shape, (codes.shape[0], 1, 1, 1))
     index = codes.astype(np.int64) % books.shape[1]
     total = np.zeros((*codes.shape[:2], *books.shape[2:]), np.float32)

@@ -28,29 +28,27 @@ __all__ = ["TORCHAO"]
 _DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
 
-def _described(checkpoint: HFCheckpoint) -> dict[str, dict[str, Any]]:
-    """What the metadata says of each parameter that is not a plain tensor."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, text in checkpoint.metadata().items():
-        if "_type" not in text or name == "tensor_names":
-            continue
-        try:
-            entry = parse(text)
-        except ValueError as error:
-            todo = "The checkpoint is damaged: fetch it again"
-            raise checkpoint.error(f"the description of a tensor is not JSON ({error})", name, todo=todo) from None
-        if isinstance(entry, dict) and entry.get("_type") not in (None, "Tensor"):
-            found[name] = entry
-    return found
+def _described(checkpoint: HFCheckpoint, name: str, text: str) -> dict[str, Any] | None:
+    """What the metadata says of a parameter; None if it is a plain tensor."""
+    if "_type" not in text or name == "tensor_names":
+        return None
+    try:
+        entry = parse(text)
+    except ValueError as error:
+        todo = "The checkpoint is damaged: fetch it again"
+        raise checkpoint.error(f"the description of a tensor is not JSON ({error})", name, todo=todo) from None
+    plain = not isinstance(entry, dict) or entry.get("_type") in (None, "Tensor")
+    return None if plain else entry
 
 
 def _find(checkpoint: HFCheckpoint) -> dict[str, str]:
-    return dict.fromkeys(_described(checkpoint), "")
+    return {name: "" for name, text in checkpoint.metadata().items() if _described(checkpoint, name, text)}
 
 
 def read(m: Module) -> QTensor:
     """One parameter."""
-    entry = _described(m.checkpoint)[m.prefix]
+    entry = _described(m.checkpoint, m.prefix, m.checkpoint.metadata()[m.prefix])
+    assert entry is not None
     kind, data = entry["_type"], entry.get("_data")
     data = data if isinstance(data, dict) else {}
     owner, _, name = m.prefix.rpartition(".")

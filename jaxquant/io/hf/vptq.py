@@ -19,6 +19,9 @@ from jaxquant.io.hf.module import Format, Module
 __all__ = ["VPTQ"]
 
 
+_LONGEST = 256  # numbers that one index stands for; keeps what a small file can grow to within bounds
+
+
 def _parameters(m: Module) -> dict[str, Any]:
     table = m.config.get("config_for_layers")
     own = table.get(m.prefix) if isinstance(table, dict) else None
@@ -49,7 +52,12 @@ def read(m: Module) -> np.ndarray:
     residual = m.scales(".res_centroids.weight", ndim=2) if m.has(".res_centroids.weight") else None
     groups = indices.shape[0]
     books = [b for b in (main, residual) if b is not None]
-    if min(out, length, vector, groups) < 1 or length % groups or any(b.size % (groups * vector) for b in books):
+    if (
+        min(out, length, vector, groups) < 1
+        or vector > _LONGEST
+        or length % groups
+        or any(b.size % (groups * vector) for b in books)
+    ):
         got = {"in_features": length, "out_features": out, "vector_len": vector, "groups": groups}
         raise m.error("the codebooks do not fit the configuration", ".indices", todo="Check config_for_layers", **got)
     books = [b.reshape(groups, -1, vector).astype(np.float32) for b in books]
