@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 __all__ = ["pack", "packed_length", "unpack"]
 
@@ -26,38 +27,41 @@ def _unit(bits: int) -> tuple[int, int]:
     return codes, codes * bits // 8
 
 
-def _to_multiple(x: jax.Array, multiple: int) -> jax.Array:
-    short = -x.shape[-1] % multiple
+def _to_multiple(x: jax.Array, multiple: int, axis: int = -1) -> jax.Array:
+    short = -x.shape[axis] % multiple
     if not short:
         return x
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)])
+    return jnp.pad(x, [(0, short if i == axis % x.ndim else 0) for i in range(x.ndim)])
 
 
-def pack(codes: jax.Array, bits: int) -> jax.Array:
-    """Packs unsigned codes along the last axis.
+def pack(codes: jax.Array, bits: int, axis: int = -1) -> jax.Array:
+    """Packs unsigned codes along an axis, the last one by default.
 
     Args:
-      codes: integer array [..., n] with values in ``[0, 2**bits)``.
+      codes: integer array [..., n, ...] with values in ``[0, 2**bits)``.
       bits: 1 to 8.
+      axis: the axis of n.
 
     Returns:
-      uint8 array [..., ceil(n * bits / 8)].
+      uint8 array [..., ceil(n * bits / 8), ...].
     """
     codes = codes.astype(jnp.uint8)
     if bits == 8:
         return codes
-    n = codes.shape[-1]
+    axis, n = axis % codes.ndim, codes.shape[axis]
     per_unit, unit_bytes = _unit(bits)
-    runs = _to_multiple(codes, per_unit)
-    runs = runs.reshape(*codes.shape[:-1], -1, per_unit)
-    out = [jnp.zeros(runs.shape[:-1], jnp.uint8) for _ in range(unit_bytes)]
-    for k in range(per_unit):
+    runs = _to_multiple(codes, per_unit, axis)
+    before, after = codes.shape[:axis], codes.shape[axis + 1 :]
+    runs = runs.reshape(*before, -1, per_unit, *after)
+    places = [lax.index_in_dim(runs, k, axis + 1, keepdims=False) for k in range(per_unit)]
+    out = [jnp.zeros(places[0].shape, jnp.uint8) for _ in range(unit_bytes)]
+    for k, place in enumerate(places):
         byte, shift = divmod(k * bits, 8)
-        out[byte] = out[byte] | (runs[..., k] << shift)
+        out[byte] = out[byte] | (place << shift)
         if shift + bits > 8:
-            out[byte + 1] = out[byte + 1] | (runs[..., k] >> (8 - shift))
-    packed = jnp.stack(out, axis=-1).reshape(*codes.shape[:-1], -1)
-    return packed[..., : packed_length(n, bits)]
+            out[byte + 1] = out[byte + 1] | (place >> (8 - shift))
+    packed = jnp.stack(out, axis=axis + 1).reshape(*before, -1, *after)
+    return lax.slice_in_dim(packed, 0, packed_length(n, bits), axis=axis)
 
 
 def unpack(packed: jax.Array, bits: int, length: int) -> jax.Array:

@@ -249,11 +249,13 @@ def from_codes(
       The `QTensor`, its codes packed if the type is narrower than a byte.
     """
     info = QTYPES[qtype]
-    stored = _transpose(codes, _stored_order(codes.ndim, minor))
-    length = None
+    order, length, stored = _stored_order(codes.ndim, minor), None, codes
     if info.packed:
-        length = stored.shape[-1]
-        stored = pack(to_bits(stored, info), info.bits)
+        length = codes.shape[order[-1]]
+        stored = pack(to_bits(codes, info), info.bits, order[-1])
+    if order != tuple(range(codes.ndim)):
+        # A transpose of bytes that are in memory is fast on CPUs; one that is fused into what makes them is not.
+        stored = _transpose(jax.lax.optimization_barrier(stored), order)
     return QTensor(stored, scale, zero_point, offset, permutation, qtype=qtype, dtype=dtype, minor=minor, length=length)
 
 
