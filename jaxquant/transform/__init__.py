@@ -22,6 +22,7 @@ from jaxquant.transform import statistics
 from jaxquant.transform import views as views
 from jaxquant.transform.calibrate import act_state, calibrate, merge_stats
 from jaxquant.transform.distill import distill, relative_error
+from jaxquant.transform.explain import Explanation, explain
 from jaxquant.transform.make_plan import make_plan
 from jaxquant.transform.pairs import ScalePair, rescale, scale_pairs
 from jaxquant.transform.params import dequantize_params, quantize_params
@@ -34,6 +35,7 @@ from jaxquant.transform.shardings import shardings
 from jaxquant.transform.smoothing import awq, awq_bases, equalize, rotations, smooth_bases, smoothquant
 
 __all__ = [
+    "Explanation",
     "Plan",
     "ScalePair",
     "Sensitivity",
@@ -45,6 +47,7 @@ __all__ = [
     "dequantize_params",
     "distill",
     "equalize",
+    "explain",
     "make_plan",
     "merge_stats",
     "precondition",

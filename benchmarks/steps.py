@@ -1,0 +1,207 @@
+"""Speed of whole steps: a token through a decoder, its prefill, a step of training, quantizing a weight.
+
+    python benchmarks/steps.py            # some minutes
+    python benchmarks/steps.py --short    # smaller models, under a minute
+
+One process on one core, processor time, all contestants in turn (see measure.py); ratios are float32 time over time.
+
+- *decode*: 4 layers, width 2048, one token at batch 1 against a cache of 512, stored as [heads, tokens, width of a
+  head], in float32 or, for the row that says so, in int8 with one scale per token and head.
+- *prefill*: the same layers on 256 tokens.
+- *train*: forward, backward and SGD of four dense layers of width 1024, batch 256, with quantization-aware training;
+  ``temporaries`` are the bytes that the program keeps beside parameters, input and result.
+- *quantize*: a float32 weight of 4096 x 4096, jitted, in GB of float32 per second; reduced over its last axis, and over
+  its first (the kernel of a dense layer, whose codes are transposed).
+
+Prints the tables and writes them to benchmarks/results as text and as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measure
+
+measure.pin()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax import lax  # noqa: E402
+
+import jaxquant as jq  # noqa: E402
+from jaxquant import OpSpec, QuantSpec, Rule, recipes  # noqa: E402
+
+HEAD = 64
+
+
+def run(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """The compiled function, to be timed."""
+    program = jax.jit(fn).lower(*args).compile()
+    return lambda: jax.block_until_ready(program(*args))
+
+
+def norm(x: jax.Array) -> jax.Array:
+    """To unit root mean square."""
+    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def heads(x: jax.Array) -> jax.Array:
+    """[T, D] to [H, T, 64]."""
+    return jnp.swapaxes(x.reshape(x.shape[0], -1, HEAD), 0, 1)
+
+
+def layer(p: Any, x: jax.Array, attend: Callable[..., jax.Array]) -> jax.Array:
+    """A decoder layer on [T, D]; ``attend`` takes queries, keys and values as heads."""
+    q, k, v = jnp.split(norm(x) @ p["qkv"], 3, axis=-1)
+    out = attend(heads(q), heads(k), heads(v))
+    x = x + jnp.swapaxes(out, 0, 1).reshape(x.shape) @ p["out"]
+    return x + jax.nn.gelu(norm(x) @ p["up"]) @ p["down"]
+
+
+def decode(params: Any, x: jax.Array, cache: Any) -> jax.Array:
+    """One token against a full cache; an int8 cache is a pair of QTensors per layer."""
+
+    def attend(kv: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        keys, values = kv
+        scores = jq.ops.einsum("hqd,hkd->hqk", q, keys) * HEAD**-0.5
+        own = jnp.sum(q * k, axis=-1, keepdims=True) * HEAD**-0.5
+        weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1))
+        return jq.ops.einsum("hqk,hkd->hqd", weights[..., :-1], values) + weights[..., -1:] * v
+
+    for p, kv in zip(params, cache, strict=True):
+        x = layer(p, x, functools.partial(attend, kv))
+    return x
+
+
+def prefill(params: Any, x: jax.Array) -> jax.Array:
+    """Causal attention over all tokens."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scores = jnp.einsum("hqd,hkd->hqk", q, k) * HEAD**-0.5
+        return jnp.einsum("hqk,hkd->hqd", jax.nn.softmax(jnp.where(jnp.tri(len(x), dtype=bool)[None], scores, -1e9)), v)
+
+    for p in params:
+        x = layer(p, x, attend)
+    return x
+
+
+def decoder(width: int, layers: int, tokens: int, context: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Decode and prefill in float32 and quantized."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape).astype(np.float32) * shape[-2] ** -0.5)
+
+    shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+    params = [{name: normal(*shape) for name, shape in shapes.items()} for _ in range(layers)]
+    one, many = normal(1, width), normal(tokens, width)
+    cache = [(normal(width // HEAD, context, HEAD), normal(width // HEAD, context, HEAD)) for _ in range(layers)]
+    int8 = functools.partial(jq.quantize, spec=QuantSpec("int8"), reduce_axes=(-1,))
+    small = [tuple(int8(a) for a in kv) for kv in cache]
+    specs = {
+        "W8A8": recipes.w8a8(),
+        "W8A16": recipes.w8a16(),
+        "W4A16 two-level": recipes.w4a16(128, two_level=True),
+        "W4A16 f32 group 128": recipes.w4a16(128),
+    }
+    steps = {"float32": run(decode, params, one, cache)}
+    fills = {"float32": run(prefill, params, many)}
+    for name, spec in specs.items():
+        plan = jq.make_plan(prefill, params, many, rules=[Rule(".*", spec)])
+        q = jq.quantize_params(params, plan)
+        steps[name] = run(jq.quantized(decode, plan), q, one, cache)
+        if name == "W8A8":
+            steps["W8A8, int8 cache"] = run(jq.quantized(decode, plan), q, one, small)
+        fills[name] = run(jq.quantized(prefill, plan), q, many)
+    return {"decode": measure.interleaved(steps, rounds), "prefill": measure.interleaved(fills, max(rounds // 2, 3))}
+
+
+def training(width: int, layers: int, batch: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """A step of SGD in float32 and of quantization-aware training."""
+    rng = np.random.default_rng(0)
+    params = [jnp.asarray(rng.standard_normal((width, width)).astype(np.float32) * width**-0.5) for _ in range(layers)]
+    x = jnp.asarray(rng.standard_normal((batch, width)).astype(np.float32))
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        for w in params:
+            x = jax.nn.relu(x @ w)
+        return jnp.mean(x * x)
+
+    def step(loss: Callable[..., jax.Array], params: Any, x: jax.Array) -> Any:
+        return jax.tree.map(lambda w, g: w - 0.01 * g, params, jax.grad(loss)(params, x))
+
+    losses = {"float32": loss}
+    for name, spec in {
+        "W8A8": recipes.w8a8(),
+        "W8A16": recipes.w8a16(),
+        "W4A16 f32 group 128": recipes.w4a16(128),
+        "W4A8 channel": OpSpec(QuantSpec("int4"), QuantSpec("int8")),
+    }.items():
+        losses[name] = jq.quantized(loss, jq.make_plan(loss, params, x, rules=[Rule(".*", spec)]))
+    programs = {n: jax.jit(functools.partial(step, f)).lower(params, x).compile() for n, f in losses.items()}
+    runs = {n: functools.partial(lambda p: jax.block_until_ready(p(params, x)), p) for n, p in programs.items()}
+    found = measure.interleaved(runs, rounds)
+    for name, program in programs.items():
+        found[name]["temporaries"] = program.memory_analysis().temp_size_in_bytes
+    return {"train": found}
+
+
+def quantizing(size: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Quantizing one weight."""
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((size, size)).astype(np.float32))
+    specs = {
+        "int8": recipes.w8a16().weight,
+        "int8 group 128": recipes.w8a16(128).weight,
+        "int4": QuantSpec("int4"),
+        "int4 group 128": recipes.w4a16(128).weight,
+        "int4 two-level": recipes.w4a16(128, two_level=True).weight,
+    }
+    runs = {"copy": run(lambda x: x + 1, w)}
+    for name, spec in specs.items():
+        for axis, label in ((-1, "last"), (-2, "first")):
+            runs[f"{name}, {label} axis"] = run(lambda w, s=spec, a=axis: jq.quantize(w, s, reduce_axes=(a,)), w)
+    found = measure.interleaved(runs, rounds)
+    for entry in found.values():
+        entry["GB/s"] = 4e-6 * size * size / entry["median"]
+    return {"quantize": found}
+
+
+def text(results: dict[str, Any]) -> str:
+    """The tables as they are printed."""
+    out = [f"whole steps: {results['sizes']}", measure.header(results["machine"])]
+    for title, found in results["tables"].items():
+        extra = sorted({key for entry in found.values() for key in entry} - {"median", "min"})
+        first = next(iter(found.values()))["median"]
+        columns = [title, "ms", "ratio", *extra]
+        rows = []
+        for name, entry in found.items():
+            cells = [name, f"{entry['median']:.2f}", f"{first / entry['median']:.2f}"]
+            rows.append(cells + [f"{entry[key]:,.4g}" if key == "GB/s" else f"{entry[key]:,}" for key in extra])
+        out += ["", measure.table(columns, rows)]
+    return "\n".join(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="smaller models, fewer rounds")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="rounds (default: 9)")
+    parser.add_argument("--output", type=Path, default=measure.RESULTS, metavar="DIR")
+    args = parser.parse_args()
+    width, layers, tokens, context = (512, 2, 64, 128) if args.short else (2048, 4, 256, 512)
+    dense, size, rounds = (512, 1024, 5) if args.short else (1024, 4096, args.rounds)
+    tables = decoder(width, layers, tokens, context, rounds)
+    tables |= training(dense, 4, 256, rounds) | quantizing(size, rounds)
+    sizes = f"decoder {layers} x {width}, cache {context}, prefill {tokens}; 4 x {dense} at batch 256; weight {size}"
+    results = {"sizes": sizes, "machine": measure.machine(), "tables": tables}
+    report = text(results)
+    print(report)
+    measure.keep("steps_short" if args.short else "steps", report, results, args.output)
+
+
+if __name__ == "__main__":
+    main()
