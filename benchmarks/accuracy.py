@@ -370,12 +370,12 @@ def plot(results: dict[str, Any], file: Path) -> None:
     )  # fmt: skip
     for scheme, axis in zip(shown, axes[:, 0], strict=True):
         rows = [row for row in results["rows"] if row["scheme"] == scheme.name][::-1]
-        error = [max(1 - row["cosine"], 1e-6) for row in rows]
+        error = [1 - row["cosine"] for row in rows]
         good = [row["cosine"] >= scheme.reach for row in rows]
         colours = ["#2a7f62" if g else "#8a94a6" for g in good]
         axis.barh([row["method"] for row in rows], error, color=colours, height=0.7)
         axis.axvline(1 - scheme.reach, color="#c0392b", linewidth=1.2)
-        axis.set_xscale("log")
+        axis.set_xlim(left=0)
         axis.set_title(scheme.name, loc="left", fontsize=9, fontweight="bold")
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
