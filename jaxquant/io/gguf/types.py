@@ -8,7 +8,7 @@ import numpy as np
 from jaxquant.io.gguf import k_quants, legacy, microscaling, tables, ternary
 from jaxquant.io.gguf.parts import BlockType
 
-__all__ = ["BY_ID", "BY_NAME", "PLAIN", "BlockType"]
+__all__ = ["BY_ID", "BY_NAME", "PLAIN", "BlockType", "support_table"]
 
 _CODEBOOK = "its codebook is not part of this package"
 _INTERNAL = "it is a type of intermediate results, not of files"
@@ -51,3 +51,19 @@ BY_ID = {kind.number: kind for kind in _ALL}
 BY_NAME = {kind.name: kind for kind in _ALL}
 #: The types of plain arrays by dtype.
 PLAIN = {kind.dtype: kind for kind in _ALL if kind.dtype is not None}
+
+
+def support_table() -> str:
+    """The types that are read, as a Markdown table."""
+    rows = ["| Type | Bits per weight | Becomes |", "| --- | --- | --- |"]
+    for kind in sorted(_ALL, key=lambda kind: kind.number):
+        if kind.refused:
+            becomes = f"not read: {kind.refused}"
+        elif kind.dtype is not None:
+            becomes = f"an array, {kind.dtype.name}"
+        else:
+            groups = kind.elements // kind.groups
+            scales = f", scales {kind.nested} in blocks of {kind.elements}" if kind.nested else ""
+            becomes = f"`{kind.qtype}`, groups of {groups}{scales}{', with offsets' if kind.shifted else ''}"
+        rows.append(f"| {kind.name} | {8 * kind.nbytes / kind.elements:g} | {becomes} |")
+    return "\n".join(rows)
