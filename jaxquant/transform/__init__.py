@@ -20,6 +20,7 @@ from jaxquant.transform import manual as manual
 from jaxquant.transform import operations as operations
 from jaxquant.transform import statistics
 from jaxquant.transform import views as views
+from jaxquant.transform.biases import biases, correct_bias
 from jaxquant.transform.calibrate import act_state, calibrate, merge_stats
 from jaxquant.transform.distill import distill, relative_error
 from jaxquant.transform.explain import Explanation, explain
@@ -43,7 +44,9 @@ __all__ = [
     "allocate",
     "awq",
     "awq_bases",
+    "biases",
     "calibrate",
+    "correct_bias",
     "dequantize_params",
     "distill",
     "equalize",

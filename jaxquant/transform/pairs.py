@@ -35,7 +35,7 @@ from jaxquant.transform.plan import Plan, is_float
 from jaxquant.transform.quantized import check_plan
 from jaxquant.transform.trace import trace
 
-__all__ = ["Member", "ScalePair", "rescale", "scale_pairs"]
+__all__ = ["Member", "ScalePair", "body_of", "rescale", "scale_pairs"]
 
 
 class Member(NamedTuple):
@@ -380,7 +380,7 @@ class _Scales:
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
             name = str(eqn.primitive)
-            inner = _inner(eqn)
+            inner = body_of(eqn)
             if inner is not None:
                 results = self.run(inner, values)
             elif name == "scan":
@@ -413,7 +413,7 @@ class _Scales:
         return [_Value.unscaled(v.aval.shape) for v in eqn.outvars]
 
 
-def _inner(eqn: Any) -> ClosedJaxpr | None:
+def body_of(eqn: Any) -> ClosedJaxpr | None:
     """The body of a call that is evaluated once, on the values of its operands."""
     if str(eqn.primitive) in ("scan", "while", "cond", "shard_map"):
         return None
