@@ -121,6 +121,25 @@ def test_an_interrupted_run_is_continued_to_the_same_bytes(at, source, tmp_path)
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_run_that_ended_just_before_its_end_is_complete(source, tmp_path, monkeypatch):
+    jq.io.quantize_hf(source, tmp_path / "whole", RULES)
+    remove = os.remove
+
+    def fail(path):
+        if str(path) == str(tmp_path / "out" / "plan.json"):
+            raise Stop
+        remove(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(directory.os, "remove", fail)
+        with pytest.raises(Stop):
+            jq.io.quantize_hf(source, tmp_path / "out", RULES)
+    jq.io.quantize_hf(source, tmp_path / "out", RULES)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    with pytest.raises(QuantError, match="destination exists"):
+        jq.io.quantize_hf(source, tmp_path / "out", RULES)
+
+
 KILLED = """
 import os, signal, sys
 import jaxquant as jq

@@ -121,6 +121,9 @@ def write_directory(
     target = os.path.abspath(directory)
     partial = f"{target}.partial"
     plan = json_bytes({"source": source, "shards": _described(layout), "files": _digests(layout.files)})
+    if _content(os.path.join(target, _PLAN)) == plan:  # complete, but for this file
+        os.remove(os.path.join(target, _PLAN))
+        return
     done = _preflight(target, partial, plan, layout, function)
     os.makedirs(partial, exist_ok=True)
     for name in os.listdir(partial):
@@ -153,6 +156,12 @@ def write_directory(
         progress(total, total, "")
 
 
+def _content(path: str) -> bytes | None:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read()
+    return None
+
+
 def _is_temporary(name: str) -> bool:
     return name.startswith(".") and name.endswith(".tmp")
 
@@ -181,9 +190,7 @@ def _preflight(target: str, partial: str, plan: bytes, layout: Layout, function:
         raise error("the destination exists", todo="Choose another, or remove it first")
     done: set[str] = set()
     if os.path.lexists(partial):
-        found = b""
-        with contextlib.suppress(OSError), open(os.path.join(partial, _PLAN), "rb") as file:
-            found = file.read()
+        found = _content(os.path.join(partial, _PLAN))
         begun = not os.path.isdir(partial) or not all(map(_is_temporary, os.listdir(partial)))
         if begun and found != plan:
             todo = f"Remove {partial}, or write with the settings and the source it was begun with"
