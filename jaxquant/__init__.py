@@ -53,7 +53,7 @@ from jaxquant.transform import (
 )
 
 if TYPE_CHECKING:
-    from jaxquant import io, linen, nnx
+    from jaxquant import io, linen, nnx, optim
     from jaxquant.report import compare
 
 __version__ = "0.1.0"
@@ -88,6 +88,7 @@ __all__ = [
     "nnx",
     "observers",
     "ops",
+    "optim",
     "precondition",
     "precondition_params",
     "ptq",
@@ -108,7 +109,7 @@ __all__ = [
     "statistics",
 ]
 
-_ON_USE = ("io", "linen", "nnx")
+_ON_USE = ("io", "linen", "nnx", "optim")
 
 
 def __getattr__(name: str) -> Any:
