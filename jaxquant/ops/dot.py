@@ -13,7 +13,7 @@ from jax import lax
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
-from jaxquant.ops.formulation import product
+from jaxquant.ops.formulation import is_float, product
 from jaxquant.ops.matrix import Axes, Matrix, Packed, matrix, packed
 from jaxquant.ops.operands import Operand, Pair, Static, precision_of, refuse_range, straight_through
 
@@ -38,6 +38,8 @@ class _Contraction:
             return self._float(self.lhs.values(lhs, lhs_static), self.rhs.values(rhs, rhs_static))
         shape = _result_shape(lhs, rhs, self.lhs_axes, self.rhs_axes)
         trained = not isinstance(lhs, QTensor) and not isinstance(rhs, QTensor)
+        if trained and is_float(left, right, self.precision):  # codes would only be taken back
+            return self._float(self.lhs.values(lhs, lhs_static), self.rhs.values(rhs, rhs_static))
         return product(left, right, self.precision, trained=trained).reshape(shape).astype(self.dtype)
 
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:

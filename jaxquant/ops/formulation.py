@@ -50,7 +50,7 @@ from jaxquant.ops.integer import common_group, dot
 from jaxquant.ops.machine import Int8, int8_dots
 from jaxquant.ops.matrix import Matrix, Packed
 
-__all__ = ["Formulation", "choose", "digit_rows", "product"]
+__all__ = ["Formulation", "choose", "digit_rows", "is_float", "product"]
 
 Formulation = Literal["integer", "digits", "blocks", "minifloat", "dequantized"]
 Operand = Matrix | Packed | jax.Array
@@ -96,6 +96,13 @@ def choose(
         if isinstance(x, jax.Array) and few:
             return "digits"
     return "dequantized" if trained or isinstance(w, jax.Array) else "blocks"
+
+
+def is_float(x: Operand, w: Operand, precision: lax.PrecisionLike) -> bool:
+    """Whether a product with a weight in training is the float product on every platform."""
+    if isinstance(w, jax.Array):
+        x, w = w, x
+    return all(choose(platform, x, w, precision, trained=True) == "dequantized" for platform in ("cpu", "other"))
 
 
 def _scale_dtype(x: Operand) -> Any:
