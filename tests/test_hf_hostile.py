@@ -84,6 +84,14 @@ def test_unknown_tensors_beside_a_weight(tmp_path, case):
     assert name not in tensors
 
 
+def test_empty_weights(tmp_path):
+    def empty(tensors, config):
+        tensors.update({"m.weight": np.zeros((0, 4), np.int8), "m.weight_scale": np.zeros((0, 1), np.float32)})
+
+    with pytest.raises(jq.QuantError, match=r"'m.weight': a quantized weight has elements; got shape=\(0, 4\)"):
+        jq.io.load_hf(written(tmp_path, "ct int8", empty))
+
+
 def test_codes_without_configuration(tmp_path):
     folder = checkpoint(tmp_path, {"m.weight": np.ones((4, 4), np.int8)})
     with pytest.raises(jq.QuantError, match=r"'m.weight': codes, and no configuration that says of which format"):
