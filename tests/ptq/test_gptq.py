@@ -65,7 +65,7 @@ def by_definition(w, h, scale, damping):
     return out
 
 
-@pytest.mark.parametrize("block_size", [1, 10, 128])
+@pytest.mark.parametrize("block_size", [10, 128, pytest.param(1, marks=pytest.mark.slow)])
 def test_is_optimal_brain_quantization_in_a_fixed_order_whatever_the_blocks(block_size):
     q = gptq(W, spec(4, None, True), reduce_axes=(-2,), stats=STATS, order="given", block_size=block_size)
     expected = by_definition(W, X.T @ X, np.asarray(q.scale)[0], 0.01)
@@ -224,8 +224,7 @@ def test_without_any_information_it_is_rounding_to_nearest():
     same(gptq(W, G16, reduce_axes=(-2,), stats=gram(X * 0)), rtn(W, G16, reduce_axes=(-2,)))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 20])
-@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("rows, size", [(1, 1.0), (3, 1e-12), (20, 1e12)])
 def test_singular_gram_matrices_of_any_magnitude(rows, size):
     x = X[:rows] * size
     q = gptq(W, G16, reduce_axes=(-2,), stats=gram(x))
