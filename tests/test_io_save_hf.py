@@ -261,3 +261,16 @@ def test_compressed_tensors_reads_what_we_write(tmp_path):
         compressor = BaseCompressor.get_value_from_registry(config["format"])
         got = compressor.decompress(state, scheme)["weight"]
         np.testing.assert_array_equal(got.float().numpy(), np.asarray(q.dequantize()))
+
+
+def test_bitsandbytes_reads_what_we_write(tmp_path):
+    torch = pytest.importorskip("torch")
+    library = pytest.importorskip("bitsandbytes")
+    q = quantized("nf4", group_size=64, scale_dtype=None)
+    jq.io.save_hf(tmp_path / "out", {"a.weight": q}, format="bitsandbytes")
+    file = Checkpoint(tmp_path / "out")
+    state = {name.removeprefix("a."): torch.from_numpy(np.array(file.array(name))) for name in file.tensors}
+    weight = state.pop("weight")
+    known = library.functional.QuantState.from_dict(state, device="cpu")
+    got = library.functional.dequantize_4bit(weight, known)
+    np.testing.assert_array_equal(got.numpy(), np.asarray(q.dequantize()))
