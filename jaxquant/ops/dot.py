@@ -15,7 +15,15 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.formulation import is_float, product
 from jaxquant.ops.matrix import Axes, Matrix, Packed, matrix, packed
-from jaxquant.ops.operands import Operand, Pair, Static, precision_of, refuse_range, straight_through
+from jaxquant.ops.operands import (
+    Operand,
+    Pair,
+    Static,
+    is_in_training,
+    precision_of,
+    refuse_range,
+    straight_through,
+)
 
 __all__ = ["contract", "dot_general"]
 
@@ -37,8 +45,9 @@ class _Contraction:
         if left is None or right is None:  # scales that vary within a group: only real values are left to multiply
             return self._float(self.lhs.values(lhs, lhs_static), self.rhs.values(rhs, rhs_static))
         shape = _result_shape(lhs, rhs, self.lhs_axes, self.rhs_axes)
-        trained = not isinstance(lhs, QTensor) and not isinstance(rhs, QTensor)
-        if trained and is_float(left, right, self.precision):  # codes would only be taken back
+        trained = all(is_in_training(x) for x in (lhs, rhs))
+        wide = all(jnp.finfo(x.dtype).bits >= 32 for x in (lhs, rhs))  # narrower real values are rounded, codes are not
+        if trained and wide and is_float(left, right, self.precision):  # codes would only be taken back
             return self._float(self.lhs.values(lhs, lhs_static), self.rhs.values(rhs, rhs_static))
         return product(left, right, self.precision, trained=trained).reshape(shape).astype(self.dtype)
 

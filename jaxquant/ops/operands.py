@@ -29,6 +29,7 @@ __all__ = [
     "as_array",
     "check_operand",
     "check_spec",
+    "is_in_training",
     "precision_of",
     "refuse_range",
     "straight_through",
@@ -104,6 +105,11 @@ def precision_of(function: str, precision: Any) -> Any:
         todo = "Use None, 'highest', a jax.lax.Precision, or a pair of them"
         raise quant_error(function, "unknown precision", todo=todo, precision=precision) from None
     return precision
+
+
+def is_in_training(x: Any) -> bool:
+    """Whether an operand's real values are at hand: a float array, or a QTensor made of one under `quantized`."""
+    return not isinstance(x, QTensor) or getattr(x, "real", None) is not None
 
 
 # -- operands ---------------------------------------------------------------------------------------------------------
