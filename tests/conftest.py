@@ -44,7 +44,8 @@ def pytest_addoption(parser):
     group.addoption("--fast-sample", type=int, default=0, metavar="N", help="run one fast test in N, always the same")
 
 
-FAST_SETS = 6
+FAST_SETS = 3
+collect_ignore = ["fuzz"]  # a program, which needs a fuzzer
 
 
 def pytest_collection_modifyitems(config, items):

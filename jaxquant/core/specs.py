@@ -174,7 +174,7 @@ class QuantSpec(_Value):
                 dtype = np.dtype(self.scale_dtype)
             except (TypeError, ValueError):
                 dtype = None
-            if dtype == jnp.uint4:
+            if dtype is not None and dtype == jnp.uint4:
                 if self.granularity != "per_group" or not self.symmetric or info.kind != "int" or info.qmax > 7:
                     raise self._error(
                         "two-level scales ('uint4') are for symmetric integers of at most 4 bits, per group",

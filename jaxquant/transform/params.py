@@ -123,7 +123,7 @@ def _check_weight(path: str, leaf: Any, spec: QuantSpec, layer: _Layer) -> None:
 def _check_stats(path: str, stats: Any) -> None:
     """Raises if what was collected of a weight's inputs holds a NaN, wherever a method could not tell: under vmap."""
     for leaf in jax.tree.leaves(stats):
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and has_nan(leaf):
+        if _is_float(leaf) and has_nan(leaf):
             todo = "Find the batch that holds NaN, or in which NaN arises"
             raise quant_error("quantize_params", "the statistics hold NaN", todo=todo, path=path)
 

@@ -74,13 +74,13 @@ def same_values(view, expected):
 
 
 @given(qtensors(), st.sampled_from(SHAPES))
-@settings(max_examples=60)
+@settings(max_examples=12)
 def test_reshape(q, shape):
     same_values(views.reshape(q, shape), np.asarray(q.dequantize()).reshape(shape))
 
 
 @given(qtensors(), st.randoms(use_true_random=False))
-@settings(max_examples=30)
+@settings(max_examples=10)
 def test_transpose(q, random):
     permutation = list(range(q.ndim))
     random.shuffle(permutation)
@@ -93,7 +93,7 @@ def test_transpose(q, random):
 
 
 @given(qtensors(), st.data())
-@settings(max_examples=30)
+@settings(max_examples=10)
 def test_slice(q, data):
     axis = data.draw(st.integers(0, q.ndim - 1))
     start = data.draw(st.integers(0, q.shape[axis] - 1))
@@ -104,7 +104,7 @@ def test_slice(q, data):
 
 
 @given(qtensors(), st.data())
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_move(q, data):
     axes = data.draw(st.sets(st.integers(0, q.ndim - 1), min_size=1))
     axes = tuple(sorted(a - q.ndim for a in axes) if data.draw(st.booleans()) else sorted(axes))
