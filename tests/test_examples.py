@@ -46,6 +46,7 @@ def test_examples_are_short(name):
     assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 80
 
 
+@pytest.mark.slow
 def test_wrap_linen(run):
     printed = run("wrap_linen")
     assert "QTensor(int2[64, 128] -> float32" in printed
@@ -77,6 +78,7 @@ def test_ptq(run, tmp_path):
     assert {file.stem for file in tmp_path.glob("*.safetensors")} == rows.keys() - {"float"} | {"model"}
 
 
+@pytest.mark.slow
 def test_transformer(run):
     printed = run("quantize_transformer", "--characters=2")
     assert re.search(r"params/blocks/qkv +dot_general +\[2, 64, 192\], reduced over -2 +w int8, a int8", printed)

@@ -46,7 +46,7 @@ class _Contraction:
             return self._float(self.lhs.values(lhs, lhs_static), self.rhs.values(rhs, rhs_static))
         shape = _result_shape(lhs, rhs, self.lhs_axes, self.rhs_axes)
         trained = all(is_in_training(x) for x in (lhs, rhs))
-        wide = all(jnp.finfo(x.dtype).bits >= 32 for x in (lhs, rhs))  # narrower real values are rounded, codes are not
+        wide = all(x.dtype.itemsize >= 4 for x in (lhs, rhs))  # narrower real values are rounded, codes are not
         if trained and wide and is_float(left, right, self.precision):  # codes would only be taken back
             return self._float(self.lhs.values(lhs, lhs_static), self.rhs.values(rhs, rhs_static))
         return product(left, right, self.precision, trained=trained).reshape(shape).astype(self.dtype)

@@ -226,7 +226,13 @@ def test_parts_of_channels_are_refused():
 
 
 @pytest.mark.parametrize(
-    "observer", [None, jq.observers.Percentile(99.0), jq.observers.MSE(), jq.observers.Entropy()], ids=str
+    "observer",
+    [
+        None,
+        jq.observers.Percentile(99.0),
+        *(pytest.param(o, marks=pytest.mark.slow) for o in (jq.observers.MSE(), jq.observers.Entropy())),
+    ],
+    ids=str,
 )
 def test_statistics_of_several_hosts(observer):
     """Each calibrates on batches of its own; merged, that is one calibration on all of them."""

@@ -21,15 +21,10 @@ pytestmark = pytest.mark.every
 WAYS = [*SPECS, "qat"]
 FAST = {
     ("plain", "transformer", "int4"),
-    ("linen", "transformer", "static"),
     ("linen", "cnn", "w8a8"),
-    ("nnx", "transformer", "int8"),
     ("nnx", "mlp", "qat"),
     ("haiku", "mlp", "static"),
-    ("haiku", "transformer", "w8a8"),
-    ("equinox", "transformer", "qat"),
     ("equinox", "moe", "int8"),
-    ("plain", "moe", "w8a8"),
 }
 CELLS = [
     pytest.param(*model, way, marks=() if (*model, way) in FAST else pytest.mark.slow)
