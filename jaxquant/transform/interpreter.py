@@ -110,7 +110,7 @@ class Products:
 
     def in_equation(self, eqn: Any, scope: str) -> bool:
         """Whether an equation in this scope is one of them, or holds one."""
-        scope = joined(scope, eqn)
+        scope = _joined(scope, str(eqn.source_info.name_stack))
         if eqn.primitive is primitives.named("dot_general_p"):
             return self.wanted(product_name(scope))
         return any(self._in_jaxpr(jaxpr, scope) for jaxpr in _jaxprs_of(eqn))
@@ -122,9 +122,9 @@ class Products:
         return self._holding[key]
 
 
-def joined(scope: str, eqn: Any) -> str:
+def _joined(scope: str, own: str) -> str:
     """The scope of an equation: that of the jaxpr it is in, and its own name stack."""
-    return "/".join(part for part in (scope, str(eqn.source_info.name_stack)) if part)
+    return f"{scope}/{own}" if scope and own else scope or own
 
 
 def product_name(scope: str) -> str:
@@ -266,7 +266,7 @@ class Interpreter:
     def _entered(self, eqn: Any) -> Iterator[None]:
         """In the scope of an equation, for profiles, error messages and names of products."""
         outer, own = self.scope, str(eqn.source_info.name_stack)
-        self.scope = joined(outer, eqn)
+        self.scope = _joined(outer, own)
         try:
             with jax.named_scope(own) if own else contextlib.nullcontext():
                 yield

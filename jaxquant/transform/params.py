@@ -19,7 +19,7 @@ from jaxquant.core.specs import QuantSpec, Rule
 from jaxquant.ptq.rtn import rtn
 from jaxquant.transform.make_plan import check_rules
 from jaxquant.transform.paths import is_qtensor, leaves_with_paths, nearest
-from jaxquant.transform.plan import Plan
+from jaxquant.transform.plan import Plan, is_float
 from jaxquant.transform.quantized import check_plan
 
 __all__ = ["dequantize_params", "quantize_params"]
@@ -53,10 +53,6 @@ def _layer_of(path: str, ndim: int) -> _Layer | None:
     return None
 
 
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, QTensor) or (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating))
-
-
 def _assign(leaves: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, tuple[QuantSpec, _Layer]]:
     """path -> (weight spec, layer) for every leaf that a rule quantizes; checks the rules."""
     function = "quantize_params"
@@ -69,7 +65,7 @@ def _assign(leaves: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, tuple
             if not rule.matches(path):
                 continue
             layer = None
-            if rule.spec is not None and _is_float(leaf):
+            if rule.spec is not None and is_float(leaf):
                 layer = _Layer(rule.reduce_axes) if rule.reduce_axes else _layer_of(path, len(leaf.shape))
                 if layer is None and path.split("/")[-1] == "kernel" and not won:
                     raise quant_error(
@@ -86,7 +82,7 @@ def _assign(leaves: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, tuple
             won = won or rule.spec is None or layer is not None
     for rule, hit in zip(rules, used, strict=True):
         if not hit:
-            weights = [p for p, leaf in leaves.items() if _is_float(leaf) and _layer_of(p, len(leaf.shape))]
+            weights = [p for p, leaf in leaves.items() if is_float(leaf) and _layer_of(p, len(leaf.shape))]
             raise quant_error(
                 function,
                 "a rule matches no weight",
@@ -123,7 +119,7 @@ def _check_weight(path: str, leaf: Any, spec: QuantSpec, layer: _Layer) -> None:
 def _check_stats(path: str, stats: Any) -> None:
     """Raises if what was collected of a weight's inputs holds a NaN, wherever a method could not tell: under vmap."""
     for leaf in jax.tree.leaves(stats):
-        if _is_float(leaf) and has_nan(leaf):
+        if is_float(leaf) and has_nan(leaf):
             todo = "Find the batch that holds NaN, or in which NaN arises"
             raise quant_error("quantize_params", "the statistics hold NaN", todo=todo, path=path)
 

@@ -42,24 +42,24 @@ _BACK_OUTSIDE = {value: key for key, value in _OUTSIDE.items()}
 _BACK_INSIDE = {value: key for key, value in _INSIDE.items()}
 
 
+def _renamed(name: str, outside: Mapping[str, str], layer: str, inside: Mapping[str, str], renamed: str) -> str | None:
+    """A tensor's name by the tables of stems outside of layers and inside of them; None if they have none."""
+    stem, _, kind = name.rpartition(".")
+    if stem in outside:
+        return f"{outside[stem]}.{kind}"
+    match = re.fullmatch(layer, stem)
+    found = match and inside.get(match[2])
+    return f"{renamed}.{match[1]}.{found}.{kind}" if match and found else None
+
+
 def to_hugging_face(name: str) -> str | None:
     """Hugging Face's name of a tensor; None if the table has none."""
-    stem, _, kind = name.rpartition(".")
-    if stem in _OUTSIDE:
-        return f"{_OUTSIDE[stem]}.{kind}"
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    inside = match and _INSIDE.get(match[2])
-    return f"model.layers.{match[1]}.{inside}.{kind}" if match and inside else None
+    return _renamed(name, _OUTSIDE, r"blk\.(\d+)\.(\w+)", _INSIDE, "model.layers")
 
 
 def to_gguf(name: str) -> str | None:
     """Inverse of `to_hugging_face`."""
-    stem, _, kind = name.rpartition(".")
-    if stem in _BACK_OUTSIDE:
-        return f"{_BACK_OUTSIDE[stem]}.{kind}"
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
-    inside = match and _BACK_INSIDE.get(match[2])
-    return f"blk.{match[1]}.{inside}.{kind}" if match and inside else None
+    return _renamed(name, _BACK_OUTSIDE, r"model\.layers\.(\d+)\.(.+)", _BACK_INSIDE, "blk")
 
 
 def heads_of(name: str, metadata: Mapping[str, Any]) -> int | None:
