@@ -1,6 +1,6 @@
 """What quantizing a function costs while it is traced: `make_plan`, and the first trace of `quantized(fn)`.
 
-    python benchmarks/tracing_overhead.py [--layers 48] [--repeat 5]
+    python benchmarks/tracing_overhead.py [--layers 48] [--repeat 9]
 
 Prints, for a transformer with unrolled and with scanned layers, the processor seconds to trace the float function, to
 make a plan, and to trace the quantized function with float leaves and with QTensors. Caches are cleared before each
@@ -8,12 +8,14 @@ measurement; nothing is compiled. Once jitted, none of it is repeated.
 """
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import measure
 from jax import lax
 
 import jaxquant as jq
@@ -58,15 +60,17 @@ def params_of(layers: int, *, stacked: bool):
     }
 
 
-def seconds(fn: Callable[[], object], repeat: int) -> float:
-    """Median time of a call with cold caches."""
-    times = []
+def seconds(fns: list[Callable[[], object]], repeat: int) -> list[float]:
+    """Median times of calls with cold caches, taken in turns. Each begins without garbage, and pays for its own."""
+    times: list[list[float]] = [[] for _ in fns]
     for _ in range(repeat):
-        jax.clear_caches()
-        start = time.process_time()  # of this process: others may run
-        fn()
-        times.append(time.process_time() - start)
-    return statistics.median(times)
+        for fn, taken in zip(fns, times, strict=True):
+            jax.clear_caches()
+            gc.collect()
+            start = time.process_time()  # of this process: others may run
+            fn()
+            taken.append(time.process_time() - start)
+    return [statistics.median(taken) for taken in times]
 
 
 def measure(name: str, fn: Callable[..., object], params: object, repeat: int) -> None:
@@ -75,19 +79,25 @@ def measure(name: str, fn: Callable[..., object], params: object, repeat: int) -
     plan = jq.make_plan(fn, params, tokens, rules=rules)
     qparams = jax.eval_shape(lambda p: jq.quantize_params(p, plan), params)
     run = jq.quantized(fn, plan)
-    plain = seconds(lambda: jax.jit(fn).trace(params, tokens), repeat)
-    planned = seconds(lambda: jq.make_plan(fn, params, tokens, rules=rules), repeat)
-    trained = seconds(lambda: jax.jit(run).trace(params, tokens), repeat)
-    frozen = seconds(lambda: jax.jit(run).trace(qparams, tokens), repeat)
+    plain, planned, trained, frozen = seconds(
+        [
+            lambda: jax.jit(fn).trace(params, tokens),
+            lambda: jq.make_plan(fn, params, tokens, rules=rules),
+            lambda: jax.jit(run).trace(params, tokens),
+            lambda: jax.jit(run).trace(qparams, tokens),
+        ],
+        repeat,
+    )
     print(f"{name:24}{plain:14.3f}{planned:14.3f}{trained:14.3f}{frozen:14.3f}{(planned + frozen) / plain:8.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=9)
     options = parser.parse_args()
-    print(f"jax {jax.__version__}; processor seconds, median of {options.repeat}; ratio = (plan + QTensors) / float")
+    print(measure.header(measure.machine()))
+    print(f"processor seconds, median of {options.repeat}; ratio = (plan + QTensors) / float")
     print(f"{'model':24}{'float trace':>14}{'make_plan':>14}{'float leaves':>14}{'QTensors':>14}{'ratio':>8}")
     for layers in (options.layers, 2):
         measure(f"unrolled, {layers} layers", unrolled, params_of(layers, stacked=False), options.repeat)

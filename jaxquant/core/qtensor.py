@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -22,14 +23,16 @@ __all__ = ["LEAVES", "QTensor", "cast", "dequantize", "flat", "from_codes", "sca
 LEAVES = ("codes", "scale", "zero_point", "offset", "permutation")
 
 
+@functools.cache
 def _stored_order(ndim: int, minor: tuple[int, ...]) -> tuple[int, ...]:
     """Axes of the logical array in the order in which codes are stored: the others, then ``minor``."""
     last = tuple(axis + ndim for axis in minor)
     return tuple(axis for axis in range(ndim) if axis not in last) + last
 
 
+@functools.cache
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(int(i) for i in np.argsort(order))
+    return tuple(order.index(axis) for axis in range(len(order)))
 
 
 def _transpose(x: jax.Array, order: tuple[int, ...]) -> jax.Array:

@@ -132,12 +132,15 @@ def _minifloat(x: Matrix | Packed) -> bool:
 def _real(codes: jax.Array, scale: Any, zero_point: Any, offset: Any, qtype: QType, dtype: Any) -> jax.Array:
     b, r, k = codes.shape
     groups = scale.shape[2]
-    values = values_of(codes.reshape(b, r, groups, k // groups), qtype, dtype)
+    if groups > 1:
+        codes = codes.reshape(b, r, groups, k // groups)
+        scale, zero_point, offset = (None if v is None else v[..., None] for v in (scale, zero_point, offset))
+    values = values_of(codes, qtype, dtype)
     if zero_point is not None:
-        values = values - zero_point[..., None].astype(dtype)
-    values = values * scale[..., None].astype(dtype)
+        values = values - zero_point.astype(dtype)
+    values = values * scale.astype(dtype)
     if offset is not None:
-        values = values + offset[..., None].astype(dtype)
+        values = values + offset.astype(dtype)
     return values.reshape(b, r, k)
 
 

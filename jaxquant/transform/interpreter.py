@@ -348,7 +348,7 @@ def unsupported(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
 def bind(eqn: Any, values: list[Any]) -> list[Any]:
     """One equation as it stands, on these values."""
     given = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, Literal)}
-    return list(_function([eqn], list(given), list(eqn.outvars))(*given.values()))
+    return list(jaxpr_as_fun(_jaxpr([eqn], list(given), list(eqn.outvars)))(*given.values()))
 
 
 @functools.cache
@@ -356,11 +356,10 @@ def _empty() -> Jaxpr:
     return jax.make_jaxpr(lambda: ())().jaxpr
 
 
-def _function(eqns: list[Any], invars: list[Var], outvars: list[Var]) -> Callable[..., Any]:
-    """Equations as a function."""
+def _jaxpr(eqns: list[Any], invars: list[Var], outvars: list[Var]) -> ClosedJaxpr:
+    """Equations as a jaxpr."""
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
-    jaxpr = _empty().replace(invars=invars, outvars=outvars, eqns=eqns, effects=effects)
-    return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))
+    return ClosedJaxpr(_empty().replace(invars=invars, outvars=outvars, eqns=eqns, effects=effects), ())
 
 
 def _evaluate(eqns: list[Any], env: dict[Var, Any], last_use: dict[Var, int], end: int) -> None:
@@ -368,7 +367,7 @@ def _evaluate(eqns: list[Any], env: dict[Var, Any], last_use: dict[Var, int], en
     made = {v for eqn in eqns for v in eqn.outvars}
     needed = list(dict.fromkeys(v for e in eqns for v in e.invars if not isinstance(v, Literal) and v not in made))
     kept = [v for eqn in eqns for v in eqn.outvars if last_use.get(v, -1) > end]
-    values = _function(eqns, needed, kept)(*(env[v] for v in needed))
+    values = primitives.inlined(_jaxpr(eqns, needed, kept))(*(env[v] for v in needed))
     env.update(zip(kept, values, strict=True))
 
 

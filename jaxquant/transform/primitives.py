@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import primitives
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, primitives
 from jax.sharding import AbstractMesh, PartitionSpec
 
 __all__ = ["marked_varying", "named", "pvary_p", "ragged_dot_p", "shard_map_p", "used_by", "varying_axes"]
@@ -34,6 +34,39 @@ def used_by(fn: Callable[..., Any], *shapes: tuple[int, ...]) -> Any:
 
 def jit_call(x):
     return jax.jit(jnp.sin)(x)
+
+
+@functools.cache
+def _jit_equation() -> Any:
+    """An equation of `jax.jit`, and the type of values while a jaxpr is made of a function."""
+    kinds: list[type] = []
+
+    def fn(x):
+        kinds.append(type(x))
+        return jit_call(x)
+
+    (eqn,) = jax.make_jaxpr(fn)(jax.ShapeDtypeStruct((3,), jnp.float32)).jaxpr.eqns
+    return eqn, kinds[0]
+
+
+def inlined(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
+    """`jax.extend.core.jaxpr_as_fun`, and where the results only go into another jaxpr, without a bind per equation.
+
+    A ``jit`` that is to be inlined puts its equations into the outer jaxpr as they are.
+    """
+    jaxpr = closed.jaxpr
+    eqn, kind = _jit_equation()
+    one = {"in_shardings", "in_layouts", "donated_invars", "out_shardings", "out_layouts"}
+    sizes = {name: len(jaxpr.outvars if name.startswith("out") else jaxpr.invars) for name in one}
+    own = {name: value[:1] * sizes[name] if name in one else value for name, value in eqn.params.items()}
+    call = eqn.replace(params={**own, "jaxpr": closed, "inline": True}, invars=jaxpr.invars, outvars=jaxpr.outvars)
+    outer = jaxpr_as_fun(ClosedJaxpr(jaxpr.replace(eqns=[call]), ()))
+    plain = jaxpr_as_fun(closed)
+
+    def run(*args: Any) -> list[Any]:
+        return list((outer if not jaxpr.effects and all(type(a) is kind for a in args) else plain)(*args))
+
+    return run
 
 
 def checkpointed(x):
