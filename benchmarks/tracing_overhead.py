@@ -73,7 +73,7 @@ def seconds(fns: list[Callable[[], object]], repeat: int) -> list[float]:
     return [statistics.median(taken) for taken in times]
 
 
-def measure(name: str, fn: Callable[..., object], params: object, repeat: int) -> None:
+def row(name: str, fn: Callable[..., object], params: object, repeat: int) -> None:
     """Prints one row."""
     tokens, rules = jax.ShapeDtypeStruct((2, 16), jnp.int32), [jq.Rule(".*", recipes.w8a16())]
     plan = jq.make_plan(fn, params, tokens, rules=rules)
@@ -100,8 +100,8 @@ def main() -> None:
     print(f"processor seconds, median of {options.repeat}; ratio = (plan + QTensors) / float")
     print(f"{'model':24}{'float trace':>14}{'make_plan':>14}{'float leaves':>14}{'QTensors':>14}{'ratio':>8}")
     for layers in (options.layers, 2):
-        measure(f"unrolled, {layers} layers", unrolled, params_of(layers, stacked=False), options.repeat)
-        measure(f"scanned, {layers} layers", scanned, params_of(layers, stacked=True), options.repeat)
+        row(f"unrolled, {layers} layers", unrolled, params_of(layers, stacked=False), options.repeat)
+        row(f"scanned, {layers} layers", scanned, params_of(layers, stacked=True), options.repeat)
 
 
 if __name__ == "__main__":
