@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py                        # every row
     python benchmarks/accuracy.py --only int4 --method GPTQ   # some schemes and methods
+    python benchmarks/accuracy.py --missing                   # the rows that no earlier run has found
 
 A figure is the mean cosine of quantized to float embeddings over 600 sentences (`texts.sentences`), with its standard
 error; calibration texts come from other sources. Retrieval is the share of 300 questions whose own answer comes first
@@ -294,6 +295,7 @@ METHODS: dict[str, Callable[[Encoder, jq.Plan], Found]] = {
     "RTN, MSE range": clipped,
     "RTN, Gram-weighted range": with_stats(jq.ptq.clipped),
     "HQQ": with_stats(jq.ptq.hqq),
+    "AutoRound": with_stats(jq.ptq.autoround),
     "AWQ, fused": fused_awq,
     "AWQ, online": online(awq),
     "SmoothQuant, online": online(smooth),
@@ -311,7 +313,25 @@ METHODS: dict[str, Callable[[Encoder, jq.Plan], Found]] = {
 ACTIVATIONS = ("RTN", "SmoothQuant, online", "rotated", "rotated, GPTQ, descended")
 """The methods for a scheme that quantizes activations."""
 ACTIVATIONS_ONLY = ("SmoothQuant, online",)
-ASYMMETRIC_ONLY = ("HQQ",)
+INTEGERS_ONLY = ("AutoRound",)
+ORDER = (
+    "int4 g64 asym",
+    "int3 g64 asym",
+    "int2 g64 asym",
+    "nf4 g64",
+    "W8A8 token",
+    "int4 channel asym",
+    "int8 channel",
+)
+"""Of schemes in a run: what tells the methods apart comes first."""
+
+
+def applies(method: str, scheme: Scheme) -> bool:
+    """Whether a method says anything about a scheme."""
+    assert scheme.spec.weight is not None
+    if scheme.spec.act is not None:
+        return method in ACTIVATIONS
+    return method not in ACTIVATIONS_ONLY and (scheme.spec.weight.type.kind == "int" or method not in INTEGERS_ONLY)
 
 
 # -- the table
@@ -388,6 +408,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="schemes whose name this regular expression finds")
     parser.add_argument("--method", default="", metavar="TEXT", help="methods whose name it finds")
+    parser.add_argument("--missing", action="store_true", help="leave alone rows that an earlier run has found")
     parser.add_argument("--calibration", type=int, default=700, metavar="N", help="sentences to calibrate on")
     parser.add_argument("--steps", type=int, default=96, metavar="N", help="batches of 24 sentences to distill on")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
@@ -397,23 +418,25 @@ def main() -> None:
     old = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
     rows = {(row["scheme"], row["method"]): row for row in old}
     results: dict[str, Any] = {"machine": machine(), "float_retrieval": 0.0, "rows": list(rows.values())}
-    for name, method in METHODS.items():
-        for scheme in SCHEMES:
-            act = scheme.spec.act is not None
-            chosen = re.search(args.only, scheme.name) and re.search(args.method, name)
-            if not chosen or (act and name not in ACTIVATIONS) or (not act and name in ACTIVATIONS_ONLY):
-                continue
-            assert scheme.spec.weight is not None
-            if name in ASYMMETRIC_ONLY and scheme.spec.weight.symmetric:
-                continue
-            start = time.perf_counter()
-            fn, plan, qparams, before = method(encoder, encoder.plan(scheme.spec))
-            jax.block_until_ready(qparams)
-            seconds = round(time.perf_counter() - start + before, 1)
-            found = encoder.measure(fn, plan, qparams, retrieval="4" in scheme.name.split()[0])
-            rows[scheme.name, name] = {"scheme": scheme.name, "method": name, **found, "seconds": seconds}
-            print(f"{scheme.name}: {name}: {found['cosine']} ({seconds} s)", flush=True)
-            results = save(args.output, encoder, list(rows.values()))
+    wanted = [
+        (scheme, name)
+        for scheme in sorted(SCHEMES, key=lambda s: ORDER.index(s.name))
+        for name in METHODS
+        if re.search(args.only, scheme.name) and re.search(args.method, name) and applies(name, scheme)
+    ]
+    todo = [(s, name) for s, name in wanted if not (args.missing and (s.name, name) in rows)]
+    begun = time.perf_counter()
+    for done, (scheme, name) in enumerate(todo, 1):
+        start = time.perf_counter()
+        fn, plan, qparams, before = METHODS[name](encoder, encoder.plan(scheme.spec))
+        jax.block_until_ready(qparams)
+        seconds = round(time.perf_counter() - start + before, 1)
+        found = encoder.measure(fn, plan, qparams, retrieval="4" in scheme.name.split()[0])
+        rows[scheme.name, name] = {"scheme": scheme.name, "method": name, **found, "seconds": seconds}
+        left = (time.perf_counter() - begun) / done * (len(todo) - done) / 60
+        row = f"{scheme.name}: {name}: {found['cosine']} ({seconds} s)"
+        print(f"{row}; {done} of {len(todo)}, {left:.0f} min left", flush=True)
+        results = save(args.output, encoder, list(rows.values()))
     print(f"\n{text(results)}")
 
 
