@@ -14,7 +14,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ptq.clipped import diagonal_blocks, least_ranges
-from jaxquant.ptq.gram import gram_of, inverse_factor, normal
+from jaxquant.ptq.gram import gram_of, lower_factor, normal
 from jaxquant.ptq.layer import Layer, Steps
 
 __all__ = ["Order", "gptq"]
@@ -45,14 +45,14 @@ def gptq(
 ) -> QTensor:
     """Rounds the contracted elements one after the other; those still to come take up the error of those that are done.
 
-    With H the Gram matrix of the inputs and R the upper triangular matrix with ``R^T R = (H + damping I)^-1``,
-    for each contracted element i in turn, of all outputs at once:
+    With H the Gram matrix of the inputs and L the lower triangular matrix with ``L^T L = H + damping I``, for each
+    contracted element i in turn, of all outputs at once:
 
-        q_i = nearest(w_i)        e = (w_i - q_i) / R_ii        w_j <- w_j - R_ij e   for all j > i
+        q_i = nearest(w_i + sum_{j < i} L_ij e_j / L_ii)        e_i = w_i - q_i
 
-    which minimises ``tr((W - Q)^T H (W - Q))`` over what is still free. Each block of ``block_size`` elements is
-    finished before its errors reach the rest, in one product of matrices. All is one `lax.scan`: compiling takes the
-    same time for every size.
+    which minimises ``tr(E^T H E)``, the squared length of ``L E``, over what is still free. All is one `lax.scan` over
+    blocks of ``block_size`` elements: compiling takes the same time for every size. A finished block's errors reach the
+    rest in square products of matrices, halves of halves, so that each number below the diagonal of L is used once.
 
     A group's scale is found when its turn comes, from its weights with the errors of the blocks before.
 
@@ -92,7 +92,8 @@ def gptq(
       True
 
     Source: Frantar et al. 2023 (arXiv:2210.17323), algorithm 1, and AutoGPTQ, whose codes this reproduces. Differences:
-    one Cholesky factorization instead of three; weights of dead inputs are rounded to nearest, not set to 0; the range
+    one Cholesky factorization and no inverse (that both forms are one is Chee et al. 2023, QuIP, arXiv:2307.13304);
+    weights of dead inputs are rounded to nearest, not set to 0; the range
     is the spec's (AutoGPTQ's ``sym=True`` is ``QuantSpec("uint4", symmetric=False, calibration=observers.AbsMax())``).
     The group-aware order is that of GPTQModel.
     """
@@ -185,7 +186,7 @@ def solve(
     """
     spec, length, group, rows = layer.spec, layer.length, layer.group, x.shape[-1]
     visit, groups = _visit(jnp.diagonal(h), options.order, group)
-    work, h = x[visit], h[visit][:, visit]
+    weights, h = x[visit], h[visit][:, visit]
     block, padded = blocking(length, group, options.block_size)
     spare = (0, padded - length)
     local = diagonal_blocks(h, group) if options.clip == "gram" else None
@@ -194,51 +195,79 @@ def solve(
     if steps is not None:
         table = visit // group
     elif group == length:
-        found = find_steps(work[None], local, spec)
+        found = find_steps(weights[None], local, spec)
     unit = padded if found is not None else max(group, block)  # whose steps are found at once
     table = jnp.pad(table if found is not None else table % (unit // group), spare)
-    factor = jnp.pad(inverse_factor(h, options.damping), (spare, spare))
-    factor = factor + jnp.diag(jnp.arange(padded) >= length).astype(factor.dtype)
-    work = jnp.pad(work, (spare, (0, 0)))
+    factor = lower_factor(h, options.damping)
+    if padded > length:
+        factor = jnp.pad(factor, (spare, spare)) + jnp.diag((jnp.arange(padded) >= length).astype(factor.dtype))
+    weights = jnp.pad(weights, (spare, (0, 0)))
     if local is not None:
         local = jnp.pad(local, ((0, -(-padded // group) - local.shape[0]), (0, 0), (0, 0)))
 
-    def in_unit(work: jax.Array, u: jax.Array) -> Any:
-        of_unit = found
-        if of_unit is None:
-            own, count = lax.dynamic_slice_in_dim(work, u * unit, unit), unit // group
-            weigh = None if local is None else lax.dynamic_slice_in_dim(local, u * count, count)
-            of_unit = find_steps(own.reshape(count, group, rows), weigh, spec)
+    def steps_of(state: jax.Array, start: jax.Array) -> Steps:
+        """The steps of the groups that begin here, from their weights with all errors before made up for."""
+        own, known = (lax.dynamic_slice_in_dim(a, start, unit) for a in (weights, state))
+        square = lax.dynamic_slice(factor, (start, start), (unit, unit))
+        own = own + lax.linalg.triangular_solve(square.T, known.T).T  # of transposes, as they lie in memory
+        count = unit // group
+        weigh = None if local is None else lax.dynamic_slice_in_dim(local, start // group, count)
+        return find_steps(own.reshape(count, group, rows), weigh, spec)
 
-        def in_block(work: jax.Array, b: jax.Array) -> Any:
-            start = u * unit + b * block
-            own = lax.dynamic_slice_in_dim(work, start, block)
-            upper = lax.dynamic_slice_in_dim(factor, start, block)
-            triangle = lax.dynamic_slice_in_dim(upper, start, block, 1)
-            which = lax.dynamic_slice_in_dim(table, start, block)
+    def in_block(carry: tuple[jax.Array, Steps], start: jax.Array) -> Any:
+        state, now = carry
+        if found is None and unit == block:
+            now = steps_of(state, start)
+        elif found is None:
+            now = lax.cond(start % unit == 0, lambda: steps_of(state, start), lambda: now)
+        own, known, which = (lax.dynamic_slice_in_dim(a, start, block) for a in (weights, state, table))
+        square = lax.dynamic_slice(factor, (start, start), (block, block))
 
-            def element(errors: jax.Array, each: Any) -> Any:
-                i, column, g = each
-                now, step = own[i] - column @ errors, of_unit[g]
-                value = step.round(now, spec)
-                return errors.at[i].set((now - step.real(value)) / column[i]), value
+        def element(errors: jax.Array, each: Any) -> Any:
+            i, row, g = each
+            step = now[g]
+            value = step.round(own[i] + (known[i] + row @ errors) / row[i], spec)
+            return errors.at[i].set(own[i] - step.real(value)), value
 
-            each = (jnp.arange(block), triangle.T, which)
-            errors, values = lax.scan(element, jnp.zeros_like(own), each)
-            later = jnp.arange(padded)[None] >= start + block
-            return work - jnp.where(later, upper, 0).T @ errors, values
+        errors, values = lax.scan(element, jnp.zeros_like(own), (jnp.arange(block), square, which))
+        state = lax.dynamic_update_slice_in_dim(state, errors, start, 0)
+        return (push(state, factor, start // block + 1, block), now), (values, now if found is None else None)
 
-        work, values = lax.scan(in_block, work, jnp.arange(unit // block))
-        return work, (values.reshape(unit, rows), of_unit if found is None else None)
-
-    _, (values, own_steps) = lax.scan(in_unit, work, jnp.arange(padded // unit))
+    blank = jnp.ones((unit // group, rows), weights.dtype)
+    first = Steps(blank, blank) if found is None else found
+    _, (values, own_steps) = lax.scan(in_block, (jnp.zeros_like(weights), first), jnp.arange(0, padded, block))
     values, scattered = values.reshape(padded, rows)[:length], found is None and options.order == "descending"
     if not scattered:
         values = jnp.zeros_like(x).at[visit].set(values)
     if found is None:
-        own_steps = jax.tree.map(lambda s: s.reshape(-1, rows)[: length // group], own_steps)
+        own_steps = jax.tree.map(lambda s: s[:: unit // block].reshape(-1, rows)[: length // group], own_steps)
         found = jax.tree.map(lambda s: jnp.zeros_like(s).at[groups].set(s), own_steps)
     # NaN in H leaves no code to be trusted: it stays visible in the scales, which a jitted call returns.
     broken = jnp.isnan(factor[0, 0])
     found = Steps(jnp.where(broken, jnp.nan, found.scale), found.zero)
     return values, found, visit if scattered else None
+
+
+def push(state: jax.Array, factor: jax.Array, done: jax.Array, block: int) -> jax.Array:
+    """Brings the errors of the first ``done`` blocks to those behind them, as far as that is due: ``L e``.
+
+    The rows of blocks that are done hold their errors, those behind them what has reached them. Halves of halves: if
+    2^k is the largest power of two in ``done``, the last 2^k blocks go to the next 2^k, in one square product. Before a
+    block's turn comes everything has reached it, and what is below the diagonal is multiplied once.
+    """
+    rows, power = state.shape[0], lax.population_count((done & -done) - 1)
+    for level in range((rows // block - 1).bit_length()):
+        size = block << level
+
+        def move(i: jax.Array, state: jax.Array, size: int = size) -> jax.Array:
+            end = (done + i) * block  # i is 0, but not to the compiler, which would slice ahead of the loop
+            start = jnp.minimum(end, rows - size)  # of the last rows there may be fewer: the others are masked
+            part = lax.dynamic_slice(factor, (start, end - size), (size, size))
+            part = jnp.where(start + jnp.arange(size)[:, None] >= end, part, 0)
+            new = lax.dynamic_slice_in_dim(state, start, size)
+            new = new + part @ lax.dynamic_slice_in_dim(state, end - size, size)
+            return lax.dynamic_update_slice_in_dim(state, new, start, 0)
+
+        # A loop of one round or none: unlike a branch it changes the state in place.
+        state = lax.fori_loop(0, jnp.int32(power == level), move, state)
+    return state

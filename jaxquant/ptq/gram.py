@@ -16,7 +16,7 @@ from jax import lax
 from jaxquant.core.errors import quant_error
 from jaxquant.ptq.layer import Layer
 
-__all__ = ["damped", "gram_of", "inverse_factor", "normal"]
+__all__ = ["damped", "gram_of", "lower_factor", "normal"]
 
 
 def gram_of(function: str, stats: Any, layer: Layer) -> tuple[Layer, jax.Array]:
@@ -72,12 +72,11 @@ def damped(h: jax.Array, damping: Any) -> jax.Array:
     return h + damping * jnp.eye(h.shape[0], dtype=h.dtype)
 
 
-def inverse_factor(h: jax.Array, damping: float) -> jax.Array:
-    """The upper triangular R with ``R^T R = (H + damping I)^-1``; the damping grows tenfold until H can be factored.
+def lower_factor(h: jax.Array, damping: float) -> jax.Array:
+    """The lower triangular L with ``L^T L = H + damping I``; the damping grows tenfold until H can be factored.
 
-    R is the inverse of U in ``H = U U^T``, and U the Cholesky factor of H with rows and columns in reverse order: one
-    factorization and one triangular inverse, where inverting H and factoring again takes three. After 8 attempts (a
-    damping of 1e5 where the first was 0.01) R is NaN, which only NaN in H can bring about.
+    It is the Cholesky factor of H with rows and columns in reverse order, reversed and transposed. After 8 attempts (a
+    damping of 1e5 where the first was 0.01) L is NaN, which only NaN in H can bring about.
     """
     reverse, eye = h[::-1, ::-1], jnp.eye(h.shape[0], dtype=h.dtype)
 
@@ -90,4 +89,4 @@ def inverse_factor(h: jax.Array, damping: float) -> jax.Array:
         return (count < 8) & ~jnp.all(jnp.isfinite(lower))
 
     _, lower = lax.while_loop(failed, attempt, (jnp.float32(0), jnp.full_like(h, jnp.nan)))
-    return lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)[::-1, ::-1]
+    return lower.T[::-1, ::-1]
