@@ -12,13 +12,13 @@ A *quantizer* is ``method(w, spec, *, reduce_axes, stats=None) -> QTensor``; `qu
 
 A *basis* is a change of basis of a weight's input channels, before it is quantized; see `jaxquant.precondition`.
 
-    bases    ChannelScale, Rotation
+    bases    ChannelScale, Rotation, Orthogonal
     scaling  smooth_scale, awq_scale: how much to scale the channels
 """
 
 from jaxquant.ptq import bases
 from jaxquant.ptq.autoround import autoround
-from jaxquant.ptq.bases import ChannelScale, Rotation
+from jaxquant.ptq.bases import ChannelScale, Orthogonal, Rotation
 from jaxquant.ptq.clipped import clipped
 from jaxquant.ptq.descend import descend
 from jaxquant.ptq.double import double_quantized
@@ -29,6 +29,7 @@ from jaxquant.ptq.scaling import awq_scale, smooth_scale
 
 __all__ = [
     "ChannelScale",
+    "Orthogonal",
     "Rotation",
     "autoround",
     "awq_scale",

@@ -4,7 +4,7 @@ A product does not change when its input is written in another basis and the wei
 ``x @ w = (x @ B) @ (inv(B) @ w)``; what rounding does to it does. `jaxquant.precondition` brings a model's inputs
 into a basis, `jaxquant.precondition_params` its weights. The bases are pytrees, with a leading axis on each leaf for
 weights that are stacked. They cost something for every row of the input: `ChannelScale` one product per channel,
-`Rotation` two products with small matrices.
+`Rotation` two products with small matrices, `Orthogonal` one with a matrix of the channels' size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxquant.core.errors import quant_error
 
-__all__ = ["Basis", "ChannelScale", "Rotation", "orthogonal"]
+__all__ = ["Basis", "ChannelScale", "Orthogonal", "Rotation", "orthogonal"]
 
 
 class Basis:
@@ -111,6 +111,34 @@ class Rotation(Basis):
 
     def weights(self, w: jax.Array) -> jax.Array:
         return self.inputs(w.T).T  # the inverse of an orthogonal matrix is its transpose
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Orthogonal(Basis):
+    """``B`` is any orthogonal matrix, such as `jaxquant.learn_rotations` finds; costs n^2 products for each row.
+
+    Attributes:
+      matrix: [channels, channels].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxquant.ptq import Orthogonal
+      >>> Orthogonal(jnp.array([[0.0, 1.0], [1.0, 0.0]])).inputs(jnp.array([2.0, 3.0]))
+      Array([3., 2.], dtype=float32)
+    """
+
+    matrix: jax.Array
+
+    @property
+    def channels(self) -> int:
+        return self.matrix.shape[-1]
+
+    def inputs(self, x: jax.Array) -> jax.Array:
+        return jnp.matmul(x, self.matrix.astype(x.dtype), precision="highest")
+
+    def weights(self, w: jax.Array) -> jax.Array:
+        return jnp.matmul(self.matrix.astype(w.dtype).T, w, precision="highest")
 
 
 def _is_prime(n: int) -> bool:

@@ -9,6 +9,7 @@ calibrate        statistics of the inputs of planned weights; act_state: static 
 precondition     a function whose weights are multiplied in another basis; precondition_params
 scale_pairs      the per-channel scales that can move from one parameter to another; rescale
 smoothquant      scales on input channels, along such pairs (also awq, equalize) or online (.._bases, rotations)
+rotation_groups  the orthogonal matrices that can move into parameters, and where; rotate, fold_gains
 distill          scales and biases tuned until the outputs are those of the float function
 sensitivity      what each weight costs by candidate spec; allocate: the best choice for a budget of bytes
 shardings        where the arrays of QTensors lie, from where the float params lie
@@ -24,6 +25,8 @@ from jaxquant.transform.biases import biases, correct_bias
 from jaxquant.transform.calibrate import act_state, calibrate, merge_stats
 from jaxquant.transform.distill import distill, relative_error
 from jaxquant.transform.explain import Explanation, explain
+from jaxquant.transform.fusing import RotationGroup, fold_gains, rotate, rotation_groups
+from jaxquant.transform.learning import LearnedRotations, learn_rotations
 from jaxquant.transform.make_plan import make_plan
 from jaxquant.transform.pairs import ScalePair, rescale, scale_pairs
 from jaxquant.transform.params import dequantize_params, quantize_params
@@ -37,7 +40,9 @@ from jaxquant.transform.smoothing import awq, awq_bases, equalize, rotations, sm
 
 __all__ = [
     "Explanation",
+    "LearnedRotations",
     "Plan",
+    "RotationGroup",
     "ScalePair",
     "Sensitivity",
     "act_state",
@@ -51,6 +56,8 @@ __all__ = [
     "distill",
     "equalize",
     "explain",
+    "fold_gains",
+    "learn_rotations",
     "make_plan",
     "merge_stats",
     "precondition",
@@ -60,6 +67,8 @@ __all__ = [
     "quantized",
     "relative_error",
     "rescale",
+    "rotate",
+    "rotation_groups",
     "rotations",
     "scale_pairs",
     "sensitivity",

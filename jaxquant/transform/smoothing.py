@@ -225,8 +225,8 @@ def rotations(plan: Plan, key: jax.Array) -> dict[str, Basis]:
       >>> jq.rotations(plan, jax.random.key(0))["w"].channels
       8
 
-    Source: Ashkboos et al. 2024 (QuaRot, arXiv:2404.00456); here every rotation is online, so the norms stay as they
-    are.
+    Source: Ashkboos et al. 2024 (QuaRot, arXiv:2404.00456); here every rotation is online; those of
+    `rotation_groups` are fused.
     """
     out: dict[str, Basis] = {}
     for item in _products(plan):

@@ -1,0 +1,208 @@
+"""`learn_rotations`: orthogonal matrices that make a quantized function's outputs those of the float one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.core.blocks import BlockView, block_shape
+from jaxquant.core.errors import quant_error
+from jaxquant.core.fake_quant import fake_quant
+from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.ptq.bases import Orthogonal
+from jaxquant.transform.distill import relative_error
+from jaxquant.transform.fusing import RotationGroup, rotate
+from jaxquant.transform.interpreter import Interpreter
+from jaxquant.transform.paths import leaves_with_paths
+from jaxquant.transform.plan import Plan
+from jaxquant.transform.precondition import precondition, precondition_params
+from jaxquant.transform.quantized import check_plan, weights_of
+from jaxquant.transform.trace import trace
+from jaxquant.transform.weights import Weight
+
+__all__ = ["LearnedRotations", "cayley", "learn_rotations"]
+
+Place = RotationGroup | str
+
+
+class LearnedRotations(NamedTuple):
+    """What `learn_rotations` yields after each batch.
+
+    Attributes:
+      matrices: place -> orthogonal matrix, as learned so far.
+      loss: of this batch, before its step; an array, so that reading it is what waits for it.
+      step: how many batches there have been.
+      seconds: since the first.
+    """
+
+    matrices: dict[Place, jax.Array]
+    loss: jax.Array
+    step: int
+    seconds: float
+
+
+def cayley(matrix: jax.Array, skew: jax.Array) -> jax.Array:
+    """``(I + A / 2)^-1 (I - A / 2) R``: the orthogonal matrix R turned against the skew matrix A, orthogonal again.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxquant.transform.learning import cayley
+      >>> r = cayley(jnp.eye(2), jnp.array([[0.0, 2.0], [-2.0, 0.0]]))
+      >>> bool(jnp.allclose(r, jnp.array([[0.0, -1.0], [1.0, 0.0]]), atol=1e-6))
+      True
+
+    Source: Li et al. 2020 (arXiv:2002.01113), equation 3.
+    """
+    half, eye = skew / 2, jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    turned = jnp.linalg.solve(eye + half, jnp.matmul(eye - half, matrix, precision="highest"))
+    # What rounding has left of a departure from orthogonality, squared: one step of Newton's iteration.
+    gram = jnp.matmul(turned.T, turned, precision="highest")
+    return jnp.matmul(turned, 1.5 * eye - gram / 2, precision="highest")
+
+
+class _State(NamedTuple):
+    """Running means of the skew gradient [n, n], and of its mean square."""
+
+    mean: jax.Array
+    square: jax.Array
+
+
+def _with_range(x: jax.Array, spec: QuantSpec, axes: tuple[int, ...]) -> jax.Array:
+    """Quantized and dequantized; its error is a fraction of the range, through which it has a gradient."""
+    block = block_shape(tuple(x.shape), spec.granularity, spec.group_size, tuple(a - x.ndim for a in axes))
+    view = BlockView(tuple(x.shape), block)
+    v = view.split(x)
+    if spec.symmetric:
+        size = jnp.max(jnp.abs(v), axis=view.axes, keepdims=True)
+    else:
+        size = jnp.max(v, axis=view.axes, keepdims=True) - jnp.min(v, axis=view.axes, keepdims=True)
+    error = jax.lax.stop_gradient(view.split(fake_quant(x, spec, reduce_axes=axes)) - v)
+    fraction = jax.lax.stop_gradient(error / jnp.where(size > 0, size, 1))
+    return view.join(v + size * fraction)
+
+
+def _weight(spec: QuantSpec, axes: tuple[int, ...], w: jax.Array) -> jax.Array:
+    return _with_range(w, spec, tuple(a % w.ndim for a in axes))
+
+
+def _rounding(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
+    """`quantized`, with float parameters and those gradients."""
+
+    bare = Plan(tuple(dataclasses.replace(item, spec=OpSpec()) for item in plan.items))
+
+    def entering(weight: Weight, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        spec = plan[weight.path].spec.act
+        return x if spec is None else _with_range(x, spec, tuple(a % x.ndim for a in axes))
+
+    def run(params: Any, *args: Any) -> Any:
+        leaves, treedef = leaves_with_paths(params)
+        check_plan("learn_rotations", plan, leaves)
+        for item in plan.items:
+            spec = item.spec.weight
+            if spec is not None:
+                one = functools.partial(_weight, spec, item.reduce_axes)
+                leaves[item.path] = item.stack(one)(leaves[item.path])
+        traced = trace("learn_rotations", fn, jax.tree.unflatten(treedef, leaves.values()), args, {})
+        results = Interpreter(bare, entering=entering).run(traced.jaxpr, weights_of(traced, bare, None))
+        return traced.rebuild([r.real() if isinstance(r, Weight) else r for r in results])
+
+    return run
+
+
+def learn_rotations(
+    fn: Callable[..., Any],
+    plan: Plan,
+    params: Any,
+    matrices: Mapping[Place, jax.Array],
+    batches: Iterable[Any],
+    *,
+    rate: float = 0.02,
+    loss: Callable[[Any, Any], jax.Array] = relative_error,
+) -> Iterator[LearnedRotations]:
+    """Turns orthogonal matrices, fused or online, so that the quantized function does what the float one does.
+
+    ``min over R of loss(quantized fn of params turned by R, fn of params)``, over inputs without labels. Rounding
+    passes its gradient on to what is rounded, and to its range, of which the error is a fixed fraction: what is learned
+    is mostly in which basis ranges are small where errors matter.
+
+    With G the gradient in R, ``A = G R^T - R G^T`` is how R should turn. Running means of it, in units of their root
+    mean square, go into a Cayley step, after which R is orthogonal again. A generator: take as many steps as you like,
+    keep the last ``matrices``, stop at any time.
+
+    Args:
+      fn: the function that was planned.
+      plan: its plan; its specs are what is learned for.
+      params: its float parameters.
+      matrices: where each matrix goes, and where it starts: a `RotationGroup` (fused by `rotate`; from
+        `rotation_groups`), or the path of a planned weight (online: an `Orthogonal` basis for `precondition`).
+      batches: for each the tuple of fn's further arguments (a single array stands for a tuple of one).
+      rate: by how much a matrix turns in a step: the root mean square of the angles, about.
+      loss: ``(outputs, float outputs) -> scalar``; by default the relative squared error.
+
+    Yields:
+      `LearnedRotations` after each batch.
+
+    Raises:
+      QuantError: if there are no matrices, one does not fit its place, or params do not fit the plan.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant as jq
+      >>> fn = lambda p, x: x @ p["w"]
+      >>> params = {"w": jax.random.t(jax.random.key(0), 2.0, (8, 4))}
+      >>> x = jax.random.normal(jax.random.key(1), (64, 8)) * jnp.arange(1.0, 9.0)[None]
+      >>> spec = jq.OpSpec(jq.QuantSpec("int3"), jq.QuantSpec("int3"))
+      >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("w", spec)])
+      >>> first, *_, last = jq.learn_rotations(fn, plan, params, {"w": jnp.eye(8)}, [x] * 40, rate=0.05)
+      >>> float(last.loss) < 0.7 * float(first.loss)
+      True
+
+    Source: Liu et al. 2024 (SpinQuant, arXiv:2405.16406), which learns on the task's loss; the Cayley step is that of
+      Li et al. 2020 (arXiv:2002.01113), the running means those of Adam, with one mean square for each matrix.
+    """
+    if not matrices:
+        todo = "Pass {group: group.random(key)}, or {path: matrix}"
+        raise quant_error("learn_rotations", "there is nothing to learn", todo=todo, matrices=dict(matrices))
+
+    def objective(matrices: dict[Place, jax.Array], new: Any, args: tuple[Any, ...], targets: Any) -> jax.Array:
+        online = {p: Orthogonal(m) for p, m in matrices.items() if isinstance(p, str)}
+        for place, matrix in matrices.items():
+            if isinstance(place, RotationGroup):
+                new = rotate(new, place, matrix)
+        run = fn
+        if online:
+            run, new = precondition(fn, plan, online), precondition_params(new, plan, online)
+        return loss(_rounding(run, plan)(new, *args), targets)
+
+    places = list(matrices)
+
+    @jax.jit
+    def step(number: jax.Array, now: Any, states: Any, params: Any, args: tuple[Any, ...]) -> Any:
+        targets = fn(params, *args)
+        split = lambda ms: objective(dict(zip(places, ms, strict=True)), params, args, targets)  # noqa: E731
+        value, gradients = jax.value_and_grad(split)(now)
+        moved = [_turned(m, g, s, number, rate) for m, g, s in zip(now, gradients, states, strict=True)]
+        return [m for m, _ in moved], [s for _, s in moved], value
+
+    now = [jnp.asarray(matrices[place], jnp.float32) for place in places]
+    states, start = [_State(jnp.zeros_like(m), jnp.zeros(())) for m in now], time.perf_counter()
+    for number, batch in enumerate(batches, 1):
+        args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+        now, states, value = step(jnp.float32(number), now, states, params, args)
+        yield LearnedRotations(dict(zip(places, now, strict=True)), value, number, time.perf_counter() - start)
+
+
+def _turned(
+    matrix: jax.Array, gradient: jax.Array, state: _State, number: jax.Array, rate: float
+) -> tuple[jax.Array, _State]:
+    skew = jnp.matmul(gradient, matrix.T, precision="highest")
+    skew = skew - skew.T
+    state = _State(0.9 * state.mean + 0.1 * skew, 0.99 * state.square + 0.01 * jnp.mean(skew**2))
+    mean, square = state.mean / (1 - 0.9**number), state.square / (1 - 0.99**number)
+    size = jnp.sqrt(square * len(matrix))  # the root mean square of the lengths of rows: of the angles of a step
+    return cayley(matrix, rate * mean / jnp.where(size > 0, size, 1)), state

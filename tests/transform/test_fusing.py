@@ -1,0 +1,215 @@
+"""Orthogonal matrices that move between parameters: found from the trace, and moving them changes nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hf_files import GOLDEN
+from test_llama import forward, llama  # noqa: F401
+
+import jaxquant as jq
+from jaxquant import OpSpec, QuantSpec
+from jaxquant.io.hf import LLAMA
+from jaxquant.ptq import Orthogonal
+from jaxquant.ptq.bases import orthogonal
+from jaxquant.transform.learning import cayley
+
+RNG = np.random.default_rng(0)
+INT4 = OpSpec(QuantSpec("int4"))
+
+
+def arrays(**shapes):
+    return {name: RNG.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def groups_of(fn, params, *args, rules="."):
+    """The groups as text; random matrices in all of them are shown to preserve the function."""
+    plan = jq.make_plan(fn, params, *args, rules=[jq.Rule(rules, INT4)])
+    groups = jq.rotation_groups(fn, plan, params, *args)
+    moved = params
+    for i, group in enumerate(groups):
+        moved = jq.rotate(moved, group, group.random(jax.random.key(i)))
+    expected = fn(params, *args)
+    np.testing.assert_allclose(fn(moved, *args), expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
+    return {str(group).rpartition(" (")[0] for group in groups}
+
+
+X, AB = jnp.asarray(RNG.normal(size=(2, 4)), jnp.float32), arrays(a=(4, 8), b=(8, 6), c=(1, 8))
+CHAIN = {"a[-1] -> b[-2]"}
+
+
+def normed(y):
+    return y / jnp.sqrt(jnp.mean(y**2, axis=-1, keepdims=True) + 1e-6)
+
+
+@pytest.mark.parametrize(
+    "between, passes",
+    [
+        (lambda y: y * 3.0 - 0.0 + y, True),
+        (normed, True),
+        (lambda y: y * jax.lax.rsqrt(jnp.einsum("...i,...i->...", y, y)[:, None]), True),
+        (lambda y: jnp.where(jnp.arange(2)[:, None] > 0, y, 0.0), True),
+        (lambda y: jnp.cumsum(y, axis=0), True),
+        (lambda y: jnp.concatenate([y, 2 * y]), True),
+        (lambda y: y[::-1].astype(jnp.bfloat16).astype(jnp.float32)[:1], True),
+        (lambda y: jax.lax.dynamic_update_slice(jnp.zeros((3, 8)), y, (1, 0)), True),
+        (jax.checkpoint(normed), True),
+        (lambda y: jax.nn.softmax(y @ y.T) @ y, True),
+        (jax.nn.relu, False),
+        (lambda y: y * y, False),
+        (lambda y: y + 1.0, False),
+        (lambda y: y - jnp.mean(y, axis=-1, keepdims=True), False),
+        (lambda y: y * jnp.arange(8.0)[None], False),
+        (lambda y: y[:, ::-1], False),
+        (lambda y: jnp.where(jnp.arange(8)[None] > 3, y, 0.0), False),
+        (lambda y: jnp.cumsum(y, axis=1), False),
+        (lambda y: jnp.concatenate([y[:, :4], y[:, 4:]], axis=1), False),
+        (lambda y: jax.lax.cond(y[0, 0] > 0, lambda y: y, lambda y: 2 * y, y), False),
+        (lambda y: y / y[:, :1], False),
+        (lambda y: jax.lax.dynamic_update_slice(jnp.ones((3, 8)), y, (1, 0)), False),
+        (lambda y: y * jnp.sum(y * y, axis=0, keepdims=True), False),
+    ],
+)
+def test_what_a_matrix_passes(between, passes):
+    if between(jnp.ones((2, 8))).dtype != jnp.float32 or "bfloat16" in str(jax.make_jaxpr(between)(jnp.ones((2, 8)))):
+        plan = jq.make_plan(lambda p, x: between(x @ p["a"]) @ p["b"], AB, X, rules=[jq.Rule("b", INT4)])
+        assert len(jq.rotation_groups(lambda p, x: between(x @ p["a"]) @ p["b"], plan, AB, X)) == passes
+        return
+    found = groups_of(lambda p, x: between(x @ p["a"]) @ p["b"], AB, X)
+    assert found == (CHAIN if passes else set())
+
+
+def test_biases_turn_along_and_gains_stop_it_unless_they_are_one():
+    fn = lambda p, x: (normed(x @ p["a"] + p["c"]) * p["g"]) @ p["b"]  # noqa: E731
+    assert groups_of(fn, {**AB, "g": np.full((1, 8), 2.0, np.float32)}, X) == {"a[-1], c[-1] -> b[-2]"}
+    params = {**AB, "g": np.exp(AB["c"])}
+    assert groups_of(fn, params, X) == set()
+    plan = jq.make_plan(fn, params, X, rules=[jq.Rule("b", INT4)])
+    folded = jq.fold_gains(params, jq.scale_pairs(fn, plan, params, X))
+    np.testing.assert_array_equal(folded["g"], np.ones((1, 8)))
+    np.testing.assert_allclose(fn(folded, X), fn(params, X), rtol=1e-5, atol=1e-5)
+    assert groups_of(fn, folded, X) == {"a[-1], c[-1] -> b[-2]"}
+
+
+def test_heads_are_turned_one_by_one():
+    def fn(p, x):
+        y = jnp.transpose((x @ p["a"]).reshape(2, 2, 4), (1, 0, 2))
+        y = jnp.repeat(y, 2, axis=0) * jnp.arange(1.0, 5.0)[:, None, None]  # shared by two heads each
+        return jnp.transpose(y, (1, 0, 2)).reshape(2, 16) @ p["b"]
+
+    params = {"a": AB["a"], "b": RNG.normal(size=(16, 3)).astype(np.float32)}
+    plan = jq.make_plan(fn, params, X, rules=[jq.Rule("b", INT4)])
+    assert [group.size for group in jq.rotation_groups(fn, plan, params, X)] == [4]
+    assert groups_of(fn, params, X) == CHAIN
+
+
+def decoder(p, tokens):
+    """A stack of attention and gated layers around a residual stream, scanned."""
+
+    def layer(x, w):
+        y = normed(x) * w["gain"][None]
+        q, k = (jnp.cos(y @ w[name]) for name in ("q", "k"))  # no basis may pass
+        v = (y @ w["v"]).reshape(-1, 2, 4)
+        heads = jnp.einsum("ts,shd->thd", jax.nn.softmax(q @ k.T), v).reshape(-1, 8)
+        x = x + heads @ w["o"]
+        y = normed(x)
+        return x + (jax.nn.silu(y @ w["gate"]) * (y @ w["up"])) @ w["down"], None
+
+    x, _ = jax.lax.scan(layer, p["table"][tokens], p["layers"])
+    return normed(x) @ p["head"]
+
+
+SHAPES = dict(
+    q=(8, 4), k=(8, 4), v=(8, 8), o=(8, 8), gate=(8, 6), up=(8, 6), down=(6, 8), gain=(8,)
+)  # fmt: skip
+
+
+def stacked_decoder():
+    layers = arrays(**{name: (2, *shape) for name, shape in SHAPES.items()})
+    return {**arrays(table=(10, 8), head=(8, 10)), "layers": layers}
+
+
+def test_the_residual_stream_of_a_scanned_decoder():
+    params, tokens = stacked_decoder(), jnp.arange(5)
+    fn = jax.jit(decoder)
+    plan = jq.make_plan(decoder, params, tokens, rules=[jq.Rule("head|layers/[^g]|gate", INT4)])
+    pairs = jq.scale_pairs(decoder, plan, params, tokens)
+    folded = jq.fold_gains(params, pairs)
+    residual, values = jq.rotation_groups(decoder, plan, folded, tokens)
+    if residual.size != 8:
+        residual, values = values, residual
+    turned = {f"layers/{name}" for name in ("q", "k", "v", "gate", "up")}
+    assert {path for path, _ in residual.sinks} == {*turned, "head"}
+    assert {path for path, _ in residual.others} == {"table", "layers/o", "layers/down"}
+    assert (values.sinks, values.others, values.size) == ((("layers/o", -2),), (("layers/v", -1),), 4)
+    moved = folded
+    for group in (residual, values):
+        moved = jq.rotate(moved, group, group.random(jax.random.key(3)))
+    assert not np.allclose(moved["table"], params["table"], atol=0.1)
+    expected = fn(params, tokens)
+    np.testing.assert_allclose(fn(moved, tokens), expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.slow
+def test_a_llama(llama, forward):  # noqa: F811
+    params, _ = jq.io.load_hf(GOLDEN / "base", names=LLAMA)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    model, ids = llama.load(GOLDEN / "base")[0], jnp.arange(12)[None]
+
+    def fn(params, ids):
+        return model.apply({"params": params}, ids, 0, llama.empty_cache(model.config, *ids.shape, False))[0]
+
+    with jax.numpy_rank_promotion("allow"):
+        plan = jq.make_plan(fn, params, ids, rules=[jq.Rule("proj/kernel|lm_head", INT4)])
+        folded = jq.fold_gains(params, jq.scale_pairs(fn, plan, params, ids))
+        groups = jq.rotation_groups(fn, plan, folded, ids)
+        assert sorted(group.size for group in groups) == [32, 32, 128]
+        moved = folded
+        for i, group in enumerate(groups):
+            moved = jq.rotate(moved, group, group.random(jax.random.key(i)))
+        expected = forward({"params": params}, ids)
+        np.testing.assert_allclose(
+            forward({"params": moved}, ids), expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max())
+        )
+
+
+def test_learned_matrices_stay_orthogonal_and_lower_the_error_fused_and_online():
+    """Channels of unequal size, at 4 bits in weights and activations; ``b`` is fused with a, ``d`` is online."""
+    rng = np.random.default_rng(1)
+    shapes = dict(a=(32, 64), b=(64, 48), d=(48, 6))
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    x = rng.normal(size=(256, 32)).astype(np.float32)
+    params["a"] *= np.exp(1.5 * rng.normal(size=64)).astype(np.float32)
+    fn = lambda p, x: jax.nn.relu((x @ p["a"]) @ p["b"]) @ p["d"]  # noqa: E731
+    both = OpSpec(QuantSpec("int4"), QuantSpec("int4"))
+    plan = jq.make_plan(fn, params, x, rules=[jq.Rule("b|d", both)])
+    (group,) = jq.rotation_groups(fn, plan, params, x)
+    start = {group: group.random(jax.random.key(0)), "d": jnp.asarray(orthogonal(48))}
+    first, *_, last = jq.learn_rotations(fn, plan, params, start, [x] * 60, rate=0.05)
+    assert float(last.loss) < 0.7 * float(first.loss)
+    for matrix in last.matrices.values():
+        np.testing.assert_allclose(matrix @ matrix.T, np.eye(len(matrix)), atol=1e-5)
+    bases = {"d": Orthogonal(last.matrices["d"])}
+    moved = jq.precondition_params(jq.rotate(params, group, last.matrices[group]), plan, bases)
+    run = jq.precondition(fn, plan, bases)
+    expected = fn(params, x)
+    np.testing.assert_allclose(run(moved, x), expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_a_cayley_step_is_a_rotation():
+    skew = RNG.normal(size=(6, 6)).astype(np.float32)
+    r = cayley(jnp.eye(6), skew - skew.T)
+    np.testing.assert_allclose(r @ r.T, np.eye(6), atol=1e-5)
+    assert np.linalg.det(r) == pytest.approx(1, abs=1e-4)
+
+
+def test_refusals():
+    fn = lambda p, x: (x @ p["a"]) @ p["b"]  # noqa: E731
+    plan = jq.make_plan(fn, AB, X, rules=[jq.Rule("b", INT4)])
+    (group,) = jq.rotation_groups(fn, plan, AB, X)
+    with pytest.raises(jq.QuantError, match=r"rotate: the matrix does not fit the group; got shape=\(4, 4\)"):
+        jq.rotate(AB, group, jnp.eye(4))
+    with pytest.raises(jq.QuantError, match="rotate at b: the parameter is quantized already"):
+        jq.rotate(jq.quantize_params(AB, plan), group, jnp.eye(8))
+    with pytest.raises(jq.QuantError, match="learn_rotations: there is nothing to learn"):
+        next(jq.learn_rotations(fn, plan, AB, {}, [X]))
