@@ -88,7 +88,7 @@ def test_empty_weights(tmp_path):
     def empty(tensors, config):
         tensors.update({"m.weight": np.zeros((0, 4), np.int8), "m.weight_scale": np.zeros((0, 1), np.float32)})
 
-    with pytest.raises(jq.QuantError, match=r"'m.weight': a quantized weight has elements; got shape=\(0, 4\)"):
+    with pytest.raises(jq.QuantError, match=r"'m.weight': a tensor of a quantized module has elements; got shape=\(0, 4\)"):
         jq.io.load_hf(written(tmp_path, "ct int8", empty))
 
 

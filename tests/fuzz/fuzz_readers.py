@@ -3,28 +3,44 @@
     pip install atheris
     python tests/fuzz/fuzz_readers.py gguf -runs=1000000 corpus/
 
-The first argument names the reader: gguf, safetensors, native (our manifest), index (of shards). The rest goes to
-libFuzzer: the number of executions, a directory to keep the corpus in, ``-max_len``, ``-seed``. A run fails on any
-exception but QuantError, on a crash, on a second for one file, and on a gigabyte of memory beyond the interpreter's.
+The first argument names the reader: gguf, safetensors, native (our manifest), index (of shards), hf (all formats that
+`load_hf` knows). The rest goes to libFuzzer: the number of executions, a directory to keep the corpus in, ``-max_len``,
+``-seed``. A run fails on any exception but QuantError, on a crash, on a second for one file, and on a gigabyte of
+memory beyond the interpreter's.
+
+The inputs of ``hf`` are not files but edits of sound checkpoints (those of ``tests/hf_cases.py``): the first byte
+chooses one, the others change dtypes, shapes and bytes of its tensors, drop or add some, and put other values into its
+configuration. How many checkpoints of each were tried is printed now and then.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
+import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import atheris
+import numpy as np
+
+sys.path.insert(0, os.fspath(Path(__file__).parents[1]))
 
 with atheris.instrument_imports(include=["jaxquant.io"]):
+    from hf_cases import CASES
+
     from jaxquant.core.errors import QuantError
+    from jaxquant.core.qtensor import QTensor
     from jaxquant.io.gguf.container import GGUFFile
+    from jaxquant.io.hf.load import load_hf
     from jaxquant.io.manifest import decode
     from jaxquant.io.native import read_metadata
-    from jaxquant.io.safetensors import SafetensorsFile
+    from jaxquant.io.safetensors import DTYPES, SafetensorsFile
     from jaxquant.io.sharded import Checkpoint
     from jaxquant.io.strict_json import parse
 
@@ -55,16 +71,132 @@ def _index(path: Path) -> None:
     assert set(checkpoint.place.values()) <= {"a.safetensors"}  # nothing outside of the directory
 
 
+# -- edits of checkpoints ----------------------------------------------------------------------------------------------
+
+_NAMES = list(CASES)
+_DTYPES = list(DTYPES)
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+#: Endings of tensors, and keys of configurations, of all formats.
+_ENDINGS = sorted({"." + name.partition(".")[2] for tensors, *_ in CASES.values() for name in tensors})
+_EXTRA = (
+    "bits", "group_size", "sym", "desc_act", "checkpoint_format", "packing_format", "version", "w_bit", "q_group_size",
+    "zero_point", "format", "num_bits", "strategy", "block_structure", "targets", "weights", "fmt", "weight_block_size",
+    "scale_fmt", "linear_class", "load_in_8bit", "load_in_4bit", "quant_algo", "text_config", "dtype", "torch_dtype",
+    "hidden_size", "num_attention_heads", "quantization", "quant_method", "transform_config", "sparsity_config",
+    "in_features", "out_features", "vector_lens", "config_for_layers", "module_quant_configs", "quant_config", "m",
+)  # fmt: skip
+_JUNK: tuple[Any, ...] = (
+    None, True, False, -1, 0, 1, 2, 3, 5, 8, 16, 32, 64, 128, 1 << 31, 1 << 40, 1 << 70, 2.5, 1e30, -0.0, "", "x",
+    "re:(", "re:.*", "gptq_v2", "gptq_p", "awq", "16x16", "float16", "bfloat16", "torch.float32", "autobitlinear", [],
+    [0, 0], [16, 16], [1, 32], [-1], ["Linear"], {}, {"a": 1}, {"bits": 2}, {"weights": {"num_bits": 4}}, "\udc80",
+)  # fmt: skip
+_tried: collections.Counter[str] = collections.Counter()
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) of a configuration."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield value, key
+        yield from _places(inner)
+
+
+def _edited(data: atheris.FuzzedDataProvider) -> tuple[dict[str, np.ndarray], Any, Any]:
+    """A checkpoint's tensors, configuration and metadata, after the edits that the input asks for."""
+    case = _NAMES[data.ConsumeIntInRange(0, len(_NAMES) - 1)]
+    _tried[case] += 1
+    tensors, config, *rest = CASES[case]
+    tensors, config = dict(tensors), copy.deepcopy(config)
+    metadata = dict(rest[0]) if rest else {}
+    while data.remaining_bytes() > 1 and tensors:
+        name = sorted(tensors)[data.ConsumeIntInRange(0, len(tensors) - 1)]
+        array, edit = tensors[name], data.ConsumeIntInRange(0, 9)
+        if edit == 0:
+            del tensors[name]
+        elif edit == 1:  # the same numbers, in another dtype
+            dtype = DTYPES[data.PickValueInList(_DTYPES)]
+            with np.errstate(all="ignore"):
+                tensors[name] = np.real(array).astype(np.float32).astype(dtype)
+        elif edit == 2:  # the same bytes
+            dtype = DTYPES[data.PickValueInList(_DTYPES)]
+            if array.nbytes % dtype.itemsize == 0 and dtype != np.bool_:
+                tensors[name] = np.frombuffer(array.tobytes(), dtype)
+        elif edit in (3, 4) and array.nbytes:
+            raw = bytearray(array.tobytes())
+            for _ in range(data.ConsumeIntInRange(1, 8)):
+                raw[data.ConsumeIntInRange(0, len(raw) - 1)] = data.ConsumeIntInRange(0, 255)
+            if array.dtype != np.bool_:
+                tensors[name] = np.frombuffer(bytes(raw), array.dtype).reshape(array.shape)
+        elif edit == 5 and array.ndim:  # cut or repeated along an axis
+            axis = data.ConsumeIntInRange(0, array.ndim - 1)
+            tensors[name] = (
+                np.take(array, np.arange(data.ConsumeIntInRange(0, 2 * array.shape[axis])), axis, mode="wrap")[...]
+                if array.shape[axis]
+                else array
+            )
+        elif edit == 6:  # another rank
+            shape = ((-1,), (1, -1), (-1, 1), (2, -1), (-1, 2, 1), array.shape[::-1])[data.ConsumeIntInRange(0, 5)]
+            with contextlib.suppress(ValueError):
+                tensors[name] = array.reshape(shape)
+        elif edit == 7:
+            tensors["m" + data.PickValueInList(_ENDINGS)] = array
+        elif edit == 8:
+            text = data.ConsumeUnicodeNoSurrogates(16).encode()
+            tensors[name] = np.frombuffer(array.tobytes()[:64] + text if data.ConsumeBool() else text, np.uint8)
+        else:
+            value = copy.deepcopy(data.PickValueInList(list(_JUNK)))
+            places = list(_places(config))
+            if metadata and data.ConsumeBool():
+                metadata[sorted(metadata)[data.ConsumeIntInRange(0, len(metadata) - 1)]] = json.dumps(value)
+            elif data.ConsumeBool() and places:
+                place, key = places[data.ConsumeIntInRange(0, len(places) - 1)]
+                place[key] = value
+            else:
+                inner = [config, *(p[k] for p, k in places if isinstance(p[k], dict))]
+                inner[data.ConsumeIntInRange(0, len(inner) - 1)][data.PickValueInList(list(_EXTRA))] = value
+    return tensors, config, metadata
+
+
+def _written(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """A safetensors file, without the care that is taken elsewhere to have it on the disk."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    parts, end = [], 0
+    for name, array in tensors.items():
+        begin, end = end, end + array.nbytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]
+        }  # fmt: skip
+        parts.append(array.tobytes())
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + b"".join(parts)
+
+
+def _hf(path: Path) -> None:
+    tensors, config, metadata = _edited(atheris.FuzzedDataProvider(path.read_bytes()))
+    folder = path.parent
+    (folder / "model.safetensors").write_bytes(_written(tensors, metadata))
+    (folder / "config.json").write_text(json.dumps(config))
+    if not sum(_tried.values()) % 50_000:
+        print(f"tried: {dict(_tried)}", file=sys.stderr)
+    params, _ = load_hf(folder)
+    total = sum(array.nbytes for array in tensors.values())
+    assert all(leaf.size for leaf in params.values() if isinstance(leaf, QTensor))
+    assert sum(leaf.nbytes for leaf in params.values()) <= 2048 * total + 4096  # AQLM: a byte is 256 numbers at most
+
+
 _TARGETS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "gguf": ("a.gguf", _gguf),
     "safetensors": ("a.safetensors", _safetensors),
     "native": ("a.safetensors", _native),
     "index": ("model.safetensors.index.json", _index),
+    "hf": ("edits", _hf),
 }
 
 
 def _seeds(target: str) -> list[bytes]:
     """Sound files to begin with."""
+    if target == "hf":
+        # Integers are taken from the end of the input, and range over as many bytes as they need: one byte is a case.
+        return [bytes([i]) for i in range(len(_NAMES))]
     import jax.numpy as jnp
 
     import jaxquant as jq

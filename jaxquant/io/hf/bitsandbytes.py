@@ -45,7 +45,7 @@ def _int8(m: Module) -> QTensor:
     weight, scale = m.array(".weight", np.int8, ndim=2), m.scales(".SCB", np.float32, ndim=1)
     m.check(".SCB", scale.shape, weight.shape[:1])
     layout = m.maybe(".weight_format", np.uint8)
-    if layout is not None and layout.size and int(layout.reshape(-1)[0]) != 0:
+    if layout is not None and int(layout.reshape(-1)[0]) != 0:
         rule = "the weight is tiled for one kind of GPU"
         raise m.error(rule, ".weight_format", todo="Save it again with a newer bitsandbytes", code=int(layout.max()))
     if m.config.get("llm_int8_threshold"):

@@ -97,7 +97,7 @@ def _bits(m: Module, rows: int, words: int, out: int, length: int | None) -> int
 def _groups(m: Module, g_idx: np.ndarray | None, length: int, groups: int) -> np.ndarray:
     """The group of each input feature."""
     if g_idx is not None:
-        if g_idx.size and (g_idx.min() < 0 or g_idx.max() >= groups):
+        if g_idx.min() < 0 or g_idx.max() >= groups:
             got = {"least": int(g_idx.min()), "greatest": int(g_idx.max()), "groups": groups}
             raise m.error("g_idx names a group that has no scales", ".g_idx", todo="Fetch the checkpoint again", **got)
         return g_idx.astype(np.int64)

@@ -26,6 +26,7 @@ __all__ = ["HQQ"]
 _DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 _BLOCKS = {"8bit_u8": 1, "4bit_u8": 2, "3bit_32": 10, "2bit_u8": 4, "1bit_u8": 8}
 _PACKINGS = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
+_NUMBERS = (np.bool_, np.uint8, np.int8, np.int16, np.int32, np.int64)
 _SAID = (
     ".channel_wise", ".encoded_state_dict", ".offload_meta", ".optimize", ".quant_scale", ".quant_zero", ".round_zero",
     ".stores_quant_config", ".unpack_view_dtype",
@@ -34,8 +35,8 @@ _SAID = (
 
 def _number(m: Module, suffix: str, key: str) -> Any:
     """A parameter of the module, from its tensors or from the configuration."""
-    own = m.maybe(suffix)
-    if own is not None and own.size:
+    own = m.maybe(suffix, *_NUMBERS)
+    if own is not None:
         return int(own.reshape(-1)[0])
     config = m.config.get("quant_config")
     weight = config.get("weight_quant_params") if isinstance(config, dict) else None

@@ -217,9 +217,6 @@ class _Reader:
             for q in (leaf, leaf.scale, leaf.offset):
                 if isinstance(q, QTensor):
                     check_qtensor(q, module.error)
-        if 0 in leaf.shape:
-            rule = "a quantized weight has elements"
-            raise module.error(rule, todo="The checkpoint is damaged: fetch it again", shape=leaf.shape)
         floats = [leaf.scale, leaf.zero_point, leaf.offset] if isinstance(leaf, QTensor) else [leaf]
         for value in jax.tree.leaves(floats):
             if _is_float(value) and not np.isfinite(value.astype(np.float32)).all():

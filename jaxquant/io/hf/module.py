@@ -56,7 +56,7 @@ class Module:
         return self.prefix + suffix in self.checkpoint.tensors
 
     def array(self, suffix: str, *dtypes: Any, ndim: int | tuple[int, ...] | None = None) -> np.ndarray:
-        """A tensor of one of these dtypes (any, if none is given) and of one of these ranks."""
+        """A tensor of one of these dtypes (any, if none is given) and of one of these ranks; never an empty one."""
         name = self.prefix + suffix
         if name not in self.checkpoint.tensors:
             rule = "a tensor of a quantized module is missing"
@@ -69,6 +69,9 @@ class Module:
         if ndims is not None and len(spec.shape) not in ndims:
             rule = f"the tensor must have {' or '.join(map(str, ndims))} dimensions"
             raise self.error(rule, suffix, todo="Check the format", shape=spec.shape)
+        if 0 in spec.shape:
+            rule = "a tensor of a quantized module has elements"
+            raise self.error(rule, suffix, todo="The checkpoint is damaged: fetch it again", shape=spec.shape)
         self.used.add(name)
         return self.checkpoint.array(name)
 

@@ -76,7 +76,7 @@ def read(m: Module) -> QTensor:
     if n == 8:
         return QTensor(codes, scale, zero, qtype="int8", dtype=dtype)
     half = 1 << (n - 1)
-    if codes.size and (codes.min() < -half or codes.max() >= half):
+    if codes.min() < -half or codes.max() >= half:
         raise inner.error("a code is wider than its type", "qdata", todo="Fetch it again", target_dtype=f"int{n}")
     stream = packed((codes.astype(np.int16) + half).astype(np.uint8), n)
     return QTensor(stream, scale, zero, qtype=f"int{n}", dtype=dtype, length=codes.shape[1])

@@ -70,7 +70,7 @@ def read(m: Module) -> np.ndarray:
     weight, at = np.zeros((groups, rows, each, vector), np.float32), 0
     for book, width in zip(books, bits, strict=True):
         index = (fields[..., at : at + width] << np.arange(width, dtype=np.int64)).sum(-1)
-        if index.size and index.max() >= book.shape[1]:
+        if index.max() >= book.shape[1]:
             raise m.error("an index is beyond the codebook", ".indices", todo="Fetch it again", size=book.shape[1])
         weight += np.stack([book[g][index[g]] for g in range(groups)])
         at += width
