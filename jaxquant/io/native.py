@@ -41,10 +41,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.io.arrays import to_device
 from jaxquant.io.like import fit
 from jaxquant.io.manifest import MAX_DEPTH, SavedArray, decode, encode, stored_spec
 from jaxquant.io.patterns import NAMELESS, from_patterns, to_patterns
@@ -194,7 +194,7 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Any:
 
     def read(entry: SavedArray) -> Any:
         array = file.array(entry.name)
-        return _to_jax(from_patterns(array, entry.spec) if entry.dtype in NAMELESS else array)
+        return to_device(from_patterns(array, entry.spec) if entry.dtype in NAMELESS else array)
 
     if like is None:
         return jax.tree.map(read, tree)
@@ -276,10 +276,3 @@ def _by_names(file: SafetensorsFile) -> dict[str, Any]:
             return flat
         node[last] = entry
     return tree
-
-
-def _to_jax(array: np.ndarray) -> Any:
-    """A copy on the default device; never a view of the file, which may be replaced while the array lives."""
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        return np.array(array)
-    return jnp.array(array).block_until_ready()  # JAX copies in its own time, from a file that may be gone by then

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor, from_codes
+from jaxquant.io.arrays import to_device
 from jaxquant.io.gguf.container import GGUFFile, TensorInfo
 from jaxquant.io.gguf.names import heads_of, separate, to_hugging_face
 from jaxquant.io.gguf.parts import Scales
@@ -124,14 +125,14 @@ def _leaf(file: GGUFFile, name: str, info: TensorInfo, blocks: np.ndarray, dtype
     kind = info.type
     if kind.dtype is not None:
         array = np.ascontiguousarray(blocks).view(kind.dtype.newbyteorder("<")).reshape(info.shape)
-        return _owned(array)
+        return to_device(array)
     assert kind.split is not None
     assert kind.qtype is not None
     parts = kind.split(blocks)
     rows = info.shape[:-1]
 
     def joined(values: np.ndarray) -> jax.Array:
-        return _owned(values.reshape(*rows, -1))
+        return to_device(values.reshape(*rows, -1))
 
     def scale(value: np.ndarray | Scales) -> Any:
         if isinstance(value, Scales):
@@ -155,10 +156,3 @@ def _finite(file: GGUFFile, name: str, scale: np.ndarray) -> np.ndarray:
         todo = "The file is damaged, or was made from weights with NaN or inf"
         raise file.error("scales must be finite", name, todo=todo, not_finite=bad, scales=scale.size)
     return scale
-
-
-def _owned(array: np.ndarray) -> Any:
-    """A copy on the default device; never a view of the file."""
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        return np.array(array)  # JAX would halve its width
-    return jnp.array(array).block_until_ready()

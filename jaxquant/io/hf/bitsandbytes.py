@@ -107,6 +107,7 @@ def _scale(m: Module, state: dict[str, Any], index: np.ndarray, blocks: int) -> 
         )
     scales = m.scales(".weight.nested_absmax", np.float32, ndim=1)
     m.check(".weight.nested_absmax", scales.shape, (-(-blocks // size),))
+    size = min(size, blocks)
     table = m.scales(".weight.nested_quant_map", np.float32)
     m.check(".weight.nested_quant_map", table.shape, (256,))
     if not np.array_equal(table, TABLES["dynamic8"]):

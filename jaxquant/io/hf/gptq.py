@@ -111,7 +111,7 @@ def _groups(m: Module, g_idx: np.ndarray | None, length: int, groups: int) -> np
             )
         size = length // groups
         m.notes.append(f"group size {size}, by its shapes")
-    return np.arange(length) // size
+    return np.arange(length) // min(size, length)
 
 
 def _zeros(m: Module, words: np.ndarray, bits: int, out: int, *, planar: bool, layout: str) -> np.ndarray:

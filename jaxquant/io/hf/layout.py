@@ -106,8 +106,8 @@ def qtensor(
 
 def index_of_blocks(length: int, block: int) -> np.ndarray:
     """For blocks of gcd(block, length) elements, in which block of ``block`` elements each one lies."""
-    step = math.gcd(block, length)
-    return np.arange(0, length, step) // block
+    block = min(block, length)
+    return np.arange(0, length, math.gcd(block, length)) // block
 
 
 def refined(values: np.ndarray, length: int, block: int, axis: int = -1) -> np.ndarray:
@@ -120,6 +120,7 @@ def flat_blocks(shape: tuple[int, ...], block: int) -> np.ndarray:
 
     The runs are gcd(block, shape[-1]) long, so that none of them straddles a block.
     """
+    block = min(block, math.prod(shape))
     step = math.gcd(block, shape[-1])
     return (np.arange(0, math.prod(shape), step) // block).reshape(*shape[:-1], shape[-1] // step)
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import Rule
+from jaxquant.io.arrays import to_device
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
 from jaxquant.io.hf.module import Format, Module
@@ -325,16 +326,7 @@ def _placing(sharding: Any) -> Callable[[str, Any], Any]:
     def place(path: str, leaf: Any) -> Any:
         where = of(path)
         if where is None:
-            return jax.tree.map(_to_jax, leaf)
-        return jax.device_put(leaf, leaf_shardings({path: leaf}, {path: where})[path])
+            return jax.tree.map(to_device, leaf)
+        return jax.tree.map(to_device, leaf, leaf_shardings({path: leaf}, {path: where})[path])
 
     return place
-
-
-def _to_jax(array: Any) -> Any:
-    """A copy on the default device; never a view of the file. 64-bit arrays stay NumPy's where JAX would halve them."""
-    if isinstance(array, jax.Array):
-        return array
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        return np.array(array)
-    return jnp.array(array).block_until_ready()
