@@ -88,8 +88,32 @@ def test_empty_weights(tmp_path):
     def empty(tensors, config):
         tensors.update({"m.weight": np.zeros((0, 4), np.int8), "m.weight_scale": np.zeros((0, 1), np.float32)})
 
-    with pytest.raises(jq.QuantError, match=r"'m.weight': a tensor of a quantized module has elements; got shape=\(0, 4\)"):
+    with pytest.raises(
+        jq.QuantError, match=r"'m.weight': a tensor of a quantized module has elements; got shape=\(0, 4\)"
+    ):
         jq.io.load_hf(written(tmp_path, "ct int8", empty))
+
+
+def test_what_fuzzing_found(tmp_path):
+    """Bit planes that end within 32 codes, parameters that are no integers, groups larger than any file."""
+
+    def planes(tensors, config):
+        config["quantization_config"]["bits"] = 5
+        tensors["m.qweight"], tensors["m.g_idx"] = np.zeros((10, 8), np.int32), np.zeros(64, np.int32)
+        tensors["m.qzeros"], tensors["m.scales"] = np.zeros((1, 2), np.int32), np.ones((1, 8), np.float16)
+
+    with pytest.raises(jq.QuantError, match="bit planes hold 32 codes at a time"):
+        jq.io.load_hf(written(tmp_path / "a", "gptq", planes))
+    with pytest.raises(jq.QuantError, match=r"m.nbits': the dtype must be bool or"):
+        jq.io.load_hf(written(tmp_path / "b", "hqq", lambda t, c: t.update({"m.nbits": np.complex64(3)})))
+
+    def wide(tensors, config):
+        del tensors["m.g_idx"]
+        tensors["m.qzeros"], tensors["m.scales"] = tensors["m.qzeros"][:1], tensors["m.scales"][:1]
+        config["quantization_config"]["group_size"] = 1 << 70
+
+    params, _ = jq.io.load_hf(written(tmp_path / "c", "gptq", wide))
+    assert params["m.weight"].scale.shape[1] == 1
 
 
 def test_codes_without_configuration(tmp_path):

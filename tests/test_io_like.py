@@ -136,7 +136,7 @@ def test_misfits(path, saved, wanted, message):
 
 def test_nothing_is_read_before_the_template_fits(path, monkeypatch):
     save(path, {"x": jnp.ones(3)})
-    monkeypatch.setattr("jaxquant.io.native._to_jax", lambda array: pytest.fail("an array was read"))
+    monkeypatch.setattr("jaxquant.io.native.to_device", lambda array: pytest.fail("an array was read"))
     with pytest.raises(jq.QuantError, match="x: saved as"):
         load(path, like={"x": spec((4,))})
 

@@ -349,8 +349,8 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 @pytest.mark.parametrize(
     "owner, name, call, exception",
     [
-        (native, "_to_host", 3, KeyboardInterrupt()),
-        (native, "_to_host", 2, MemoryError()),
+        (native, "to_host", 3, KeyboardInterrupt()),
+        (native, "to_host", 2, MemoryError()),
         (np, "ascontiguousarray", 2, FULL),
         (os, "fsync", 1, FULL),
         (os, "replace", 1, PermissionError(errno.EACCES, "Permission denied")),
@@ -384,7 +384,7 @@ def test_a_disk_that_fills_up_leaves_the_old_file(path):
 
 
 def test_an_array_that_changes_while_it_is_saved(path, monkeypatch):
-    monkeypatch.setattr(native, "_to_host", lambda leaf: np.zeros(7))
+    monkeypatch.setattr(native, "to_host", lambda leaf: np.zeros(7))
     with pytest.raises(jq.QuantError, match="save at x: the array has changed"):
         save(path, {"x": jnp.ones(3)})
     assert not list(path.parent.iterdir())

@@ -1,4 +1,4 @@
-"""Arrays of files to arrays of JAX: always copies, since a file may be replaced or cut while the arrays live."""
+"""Arrays between files and JAX."""
 
 from __future__ import annotations
 
@@ -7,17 +7,27 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["to_device"]
+__all__ = ["to_device", "to_host"]
 
 
 def to_device(array: Any, sharding: Any = None) -> Any:
     """A copy of an array, placed by ``sharding`` or on the default device.
 
     Without a sharding, arrays of 64 bits stay NumPy's where JAX would halve their width. `jax.device_put` alone may
-    give a view of the file, and `jnp.array` compiles a program for each new shape.
+    give a view of the file, which may be replaced while the array lives; `jnp.array` compiles a program for each shape.
     """
     if isinstance(array, jax.Array):
         return array if sharding is None else jax.device_put(array, sharding)
     if sharding is None and jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return np.array(array)
     return jax.device_put(np.array(array, array.dtype.newbyteorder("=")), sharding)
+
+
+def to_host(leaf: Any) -> np.ndarray:
+    """The array in memory, in the machine's byte order; a view where there is one."""
+    if isinstance(leaf, jax.Array):
+        # Another handle to the same buffers. An array that was fetched once keeps what was fetched for as long as it
+        # lives, which would make a second copy of the model, leaf by leaf.
+        shards = [shard.data for shard in leaf.addressable_shards]
+        leaf = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+    return np.asarray(leaf, leaf.dtype.newbyteorder("="))

@@ -44,7 +44,7 @@ import jax
 import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.io.arrays import to_device
+from jaxquant.io.arrays import to_device, to_host
 from jaxquant.io.like import fit
 from jaxquant.io.manifest import MAX_DEPTH, SavedArray, decode, encode, stored_spec
 from jaxquant.io.patterns import NAMELESS, from_patterns, to_patterns
@@ -114,19 +114,10 @@ def save(
     specs = {name: stored_spec(spec) for name, (_, spec) in arrays.items()}
 
     def read(name: str) -> np.ndarray:
-        array = _to_host(arrays[name][0])
+        array = to_host(arrays[name][0])
         return to_patterns(array) if array.dtype in NAMELESS else array
 
     write_safetensors(path, specs, read, {_KEY: json.dumps(manifest, separators=(",", ":"))})
-
-
-def _to_host(leaf: Any) -> np.ndarray:
-    if isinstance(leaf, jax.Array):
-        # Another handle to the same buffers. An array that was fetched once keeps what was fetched for as long as it
-        # lives, which would make a second copy of the model, leaf by leaf.
-        shards = [shard.data for shard in leaf.addressable_shards]
-        leaf = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
-    return np.asarray(leaf, leaf.dtype.newbyteorder("="))
 
 
 def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:

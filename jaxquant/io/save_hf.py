@@ -13,6 +13,7 @@ import numpy as np
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.specs import QuantSpec
+from jaxquant.io.arrays import to_host
 from jaxquant.io.directory import SHARD_BYTES, Piece, json_bytes, lay_out, write_directory
 from jaxquant.io.export import AWQ, BITSANDBYTES, GPTQ, Layout, compressed_tensors
 from jaxquant.io.safetensors import DTYPES, TensorSpec
@@ -45,7 +46,8 @@ def save_hf(
 
     Args:
       directory: where to write; it must not exist, or be empty. It appears only when it is complete.
-      params: a flat dict as `load_hf` gives it: ``<module>.weight`` -> QTensor [out, in], everything else arrays.
+      params: a flat dict as `load_hf` gives it: ``<module>.weight`` -> QTensor [out, in], everything else arrays. Any
+        other mapping is asked for each leaf twice, to check it and to write it, and need not keep them.
       format: the layout.
       config: the model's ``config.json``; ``quantization_config`` is added to a copy.
       act: with compressed-tensors, how activations are to be quantized (int8 or fp8, dynamic, per token); None for
@@ -72,15 +74,25 @@ def save_hf(
     files are written again byte for byte in the tests.
     """
     layout = layout_of(format, act)
-    pieces = [export_piece(layout, name, leaf) for name, leaf in params.items()]
-    weights = {name.removesuffix(".weight"): leaf for name, leaf in params.items() if isinstance(leaf, QTensor)}
+    leaves: dict[str, Any] = {}
+    pieces = []
+    for name in params:  # one at a time is in memory, if params reads its leaves when they are asked for
+        leaf = params[name]
+        pieces.append(export_piece(layout, name, leaf, functools.partial(params.__getitem__, name)))
+        leaves[name] = jax.tree.map(_without_values, leaf)
+        del leaf
+    weights = {name.removesuffix(".weight"): leaf for name, leaf in leaves.items() if isinstance(leaf, QTensor)}
     if not weights:
         todo = "Quantize some, or save with jq.io.save"
         raise quant_error("save_hf", "there is no quantized weight", todo=todo, params=len(params))
-    files = export_config(layout, weights, float_modules(params), config or {})
+    files = export_config(layout, weights, float_modules(leaves), config or {})
     written = lay_out(pieces, files, shard_bytes, function="save_hf")
     # What is in memory has no name to be recognised by: a partial directory is never continued.
     write_directory(directory, written, source={"memory": os.urandom(8).hex()}, function="save_hf")
+
+
+def _without_values(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 def layout_of(format: str, act: QuantSpec | None = None, *, function: str = "save_hf") -> Layout:
@@ -107,11 +119,18 @@ def float_modules(leaves: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def export_piece(layout: Layout, name: str, leaf: Any, *, function: str = "save_hf") -> Piece:
-    """The tensors of one leaf. For a QTensor of `jax.ShapeDtypeStruct`s their specs only; `make` then fails."""
+def export_piece(layout: Layout, name: str, leaf: Any, read: Callable[[], Any], *, function: str = "save_hf") -> Piece:
+    """The tensors of one leaf.
+
+    Args:
+      layout: from `layout_of`.
+      name: of the leaf.
+      leaf: an array or a QTensor, with or without values: only what has values can be refused for them.
+      read: gives the leaf with its values, when its turn comes.
+      function: who asks, for the error messages.
+    """
     if not isinstance(leaf, QTensor):
-        spec = _checked(name, leaf, function)
-        return Piece({name: spec}, lambda: {name: np.asarray(leaf)})
+        return Piece({name: _checked(name, leaf, function)}, lambda: {name: to_host(read())})
 
     def error(rule: str, **got: Any) -> QuantError:
         return quant_error(function, f"{rule} (format {layout.name})", path=name, **got)
@@ -121,22 +140,29 @@ def export_piece(layout: Layout, name: str, leaf: Any, *, function: str = "save_
     layout.check(leaf, error)
     prefix = name.removesuffix("weight")
     constants = {prefix + suffix: value for suffix, value in layout.constants(leaf).items()}
-    shapes = jax.eval_shape(layout.tensors, leaf)
-    specs = {prefix + suffix: TensorSpec(np.dtype(s.dtype), s.shape) for suffix, s in shapes.items()}
+    leaves, structure = jax.tree.flatten(leaf)
+    shapes = _specs(layout, structure, tuple(TensorSpec(np.dtype(x.dtype), tuple(x.shape)) for x in leaves))
+    specs = {prefix + suffix: spec for suffix, spec in shapes.items()}
     specs |= {name: TensorSpec(value.dtype, value.shape) for name, value in constants.items()}
 
     def make() -> dict[str, np.ndarray]:
-        # Outside of jit, where XLA would fuse the product and the sum of nested scales into one rounding.
-        q = leaf.replace(scale=scale_values(leaf.scale)) if isinstance(leaf.scale, QTensor) else leaf
-        arrays = _tensors(q, encode=layout.tensors)
-        return {prefix + suffix: np.asarray(value) for suffix, value in arrays.items()} | constants
+        return {prefix + suffix: value for suffix, value in _tensors(layout, read()).items()} | constants
 
     return Piece(specs, make)
 
 
-@functools.partial(jax.jit, static_argnames="encode")
-def _tensors(q: QTensor, *, encode: Callable[[QTensor], dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    return encode(q)
+def _tensors(layout: Layout, q: QTensor) -> dict[str, np.ndarray]:
+    """What a layout makes of a weight."""
+    # Outside of jit, where XLA would fuse the product and the sum of nested scales into one rounding.
+    q = q.replace(scale=scale_values(q.scale)) if isinstance(q.scale, QTensor) else q
+    return layout.tensors(jax.tree.map(to_host, q))
+
+
+@functools.lru_cache(maxsize=256)
+def _specs(layout: Layout, structure: Any, leaves: tuple[TensorSpec, ...]) -> dict[str, TensorSpec]:
+    """What a layout makes of a weight of these shapes: tried on zeros, once for all weights that are alike."""
+    zeros = jax.tree.unflatten(structure, [np.zeros(spec.shape, spec.dtype) for spec in leaves])
+    return {suffix: TensorSpec(value.dtype, value.shape) for suffix, value in _tensors(layout, zeros).items()}
 
 
 def _checked(name: str, leaf: Any, function: str) -> TensorSpec:

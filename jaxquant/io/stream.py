@@ -1,6 +1,7 @@
 """`quantize_hf`: a checkpoint quantized tensor by tensor, however large it is.
 
-At no time is there more in memory than one tensor's codes and a slice of its float rows. Everything that can be known
+At no time is there more in memory than one tensor's codes and a slice of its float rows, and JAX compiles one program
+for each width of a weight: peaks are measured in ``tests/test_io_stream.py``. Everything that can be known
 beforehand is checked before the first byte is written; `jaxquant.io.directory` has the rules for interruptions.
 """
 
@@ -13,14 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.blocks import block_shape
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec, Rule
+from jaxquant.io.arrays import to_device
 from jaxquant.io.directory import SHARD_BYTES, Layout, Piece, lay_out, write_directory
+from jaxquant.io.rules import assign
+from jaxquant.io.safetensors import TensorSpec
 from jaxquant.io.save_hf import export_config, export_piece, float_modules, layout_of
 from jaxquant.io.sharded import Checkpoint
 from jaxquant.ptq.rtn import rtn
@@ -28,7 +31,9 @@ from jaxquant.ptq.rtn import rtn
 __all__ = ["QuantizePlan", "plan_quantize_hf", "quantize_hf"]
 
 _FUNCTION = "quantize_hf"
-_SLICE = 1 << 22  # elements of a weight that are quantized at a time
+#: Elements of a weight that are quantized at a time: what XLA and the allocator take for a slice, several times its
+#: size in the pools of several threads, must be small beside what the interpreter and JAX take.
+_SLICE = 1 << 18
 _LARGEST_FILE = 64 << 20
 #: Endings of files that hold weights in a form that is not taken over, or are made anew.
 _LEFT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
@@ -123,7 +128,7 @@ def plan_quantize_hf(
     if "quantization_config" in config:
         todo = "Take the float checkpoint, or convert this one"
         raise checkpoint.error("the checkpoint is quantized already", "config.json", todo=todo)
-    specs = _assign(checkpoint, rules)
+    specs = _specs(checkpoint, rules)
     layout = layout_of(format, act, function=_FUNCTION)
     leaves: dict[str, Any] = {}
     pieces: list[Piece] = []
@@ -134,12 +139,10 @@ def plan_quantize_hf(
             continue
         spec = specs[name]
         quantize = functools.partial(method, spec=spec, reduce_axes=(-1,))
-        shape = jax.ShapeDtypeStruct(stored.shape, stored.dtype)
         block_shape(stored.shape, spec.granularity, spec.group_size, (-1,), function=_FUNCTION, path=name)
-        leaves[name] = jax.eval_shape(lambda w, quantize=quantize: quantize(w), shape)
-        written = export_piece(layout, name, leaves[name], function=_FUNCTION).tensors
-        make = functools.partial(_quantized, checkpoint, name, quantize, spec, layout)
-        pieces.append(Piece(written, make))
+        leaves[name] = _without_values(quantize, stored, _rows(stored.shape, spec))
+        read = functools.partial(_quantized, checkpoint, name, quantize, spec)
+        pieces.append(export_piece(layout, name, leaves[name], read, function=_FUNCTION))
     weights = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, QTensor)}
     modules = {name.removesuffix(".weight"): leaf for name, leaf in weights.items()}
     others, left_out = _other_files(checkpoint.path)
@@ -162,31 +165,21 @@ def _identity(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _assign(checkpoint: Checkpoint, rules: Sequence[Rule]) -> dict[str, QuantSpec]:
-    """The spec of each weight that a rule quantizes; all rules that match nothing in one message."""
-    weights = [
-        name
-        for name, spec in checkpoint.tensors.items()
-        if name.endswith(".weight") and len(spec.shape) == 2 and jnp.issubdtype(spec.dtype, jnp.floating)
-    ]
-    first = {name: next((i for i, rule in enumerate(rules) if rule.matches(name)), None) for name in weights}
-    idle = [rule.pattern for rule in rules if not any(rule.matches(name) for name in weights)]
-    if idle:
-        todo = f"The weights are {', '.join(weights[:8])}{', ...' if len(weights) > 8 else ''}"
-        raise checkpoint.error("a rule matches no weight", todo=todo, patterns=tuple(idle))
-    assigned: dict[str, QuantSpec] = {}
-    for name, i in first.items():
-        if i is None:
-            continue
-        rule = rules[i]
-        if rule.spec is not None and rule.spec.weight is not None:
-            if checkpoint.tensors[name].dtype.itemsize < 2:
-                todo = "Leave it out with Rule(pattern, None)"
-                raise checkpoint.error("the weight is not a float tensor of 16 bits or more", name, todo=todo)
-            assigned[name] = rule.spec.weight
-    if not assigned:
+def _specs(checkpoint: Checkpoint, rules: Sequence[Rule]) -> dict[str, QuantSpec]:
+    """The spec of each weight that a rule quantizes."""
+    specs: dict[str, QuantSpec] = {}
+    for name, rule in assign(checkpoint.tensors, rules, checkpoint.error).items():
+        assert rule.spec is not None
+        assert rule.spec.weight is not None
+        shape = checkpoint.tensors[name].shape
+        if len(shape) != 2 or 0 in shape or rule.reduce_axes not in (None, (-1,)):
+            got = {"shape": shape, "reduce_axes": rule.reduce_axes}
+            todo = "Leave it out with Rule(pattern, None)"
+            raise checkpoint.error("weights are [out, in], quantized along in", name, todo=todo, **got)
+        specs[name] = rule.spec.weight
+    if not specs:
         raise quant_error(_FUNCTION, "the rules quantize nothing", todo="Give one with a weight spec", rules=len(rules))
-    return assigned
+    return specs
 
 
 def _copied(checkpoint: Checkpoint, name: str) -> Mapping[str, np.ndarray]:
@@ -194,27 +187,36 @@ def _copied(checkpoint: Checkpoint, name: str) -> Mapping[str, np.ndarray]:
     return {name: checkpoint.array(name)}
 
 
-def _quantized(
-    checkpoint: Checkpoint, name: str, quantize: Callable[[Any], QTensor], spec: QuantSpec, layout: Any
-) -> Mapping[str, np.ndarray]:
+def _quantized(checkpoint: Checkpoint, name: str, quantize: Callable[[Any], QTensor], spec: QuantSpec) -> QTensor:
+    """A weight of NumPy arrays, quantized in slices of rows."""
     w, file = checkpoint.array(name), checkpoint.files[checkpoint.place[name]]
-    rows = w.shape[0] if _of_the_whole(spec) else max(1, _SLICE // max(1, w.shape[1]))
+    rows = _rows(w.shape, spec)
     parts = []
     for begin in range(0, w.shape[0], rows):
-        part = jnp.array(w[begin : begin + rows])
+        part = np.array(w[begin : begin + rows])
         file.forget()
-        if not bool(jnp.all(jnp.isfinite(part))):
+        if not np.isfinite(part).all():
             todo = "A checkpoint with NaN or inf cannot be quantized"
             raise checkpoint.error("a weight must be finite", name, todo=todo)
-        parts.append(jax.tree.map(np.asarray, quantize(part)))
-    q = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    del parts
-    return export_piece(layout, name, q, function=_FUNCTION).make()
+        count = len(part)
+        if count < rows:  # so that one program does for all weights of this width
+            part = np.concatenate([part, np.repeat(part[-1:], rows - count, 0)])
+        parts.append(jax.tree.map(lambda x, count=count: np.asarray(x)[:count], quantize(to_device(part))))
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
-def _of_the_whole(spec: QuantSpec) -> bool:
-    """Whether a row's codes depend on the other rows."""
-    return spec.granularity == "per_tensor" or spec.type.scale_format == "e4m3" or spec.rounding != "nearest"
+def _without_values(quantize: Callable[[Any], QTensor], stored: TensorSpec, rows: int) -> QTensor:
+    """What a weight becomes, of shapes; traced for a slice, and so once for all weights of a width."""
+    out, width = stored.shape
+    part = jax.eval_shape(lambda w: quantize(w), jax.ShapeDtypeStruct((rows, width), stored.dtype))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * out // rows, *x.shape[1:]), x.dtype), part)
+
+
+def _rows(shape: tuple[int, ...], spec: QuantSpec) -> int:
+    """Rows of a weight that are quantized at a time: all of them where a row's codes depend on the others."""
+    if spec.granularity == "per_tensor" or spec.type.scale_format == "e4m3" or spec.rounding != "nearest":
+        return shape[0]
+    return max(1, _SLICE // max(1, shape[1]))
 
 
 def _other_files(path: str) -> tuple[dict[str, bytes], tuple[str, ...]]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor
@@ -18,7 +17,7 @@ from jaxquant.io.export.layout import Layout
 
 __all__ = ["AWQ"]
 
-_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 
 
 def _check(q: QTensor, error: Callable[..., QuantError]) -> None:
@@ -30,14 +29,14 @@ def _check(q: QTensor, error: Callable[..., QuantError]) -> None:
     check_half(q, error)
 
 
-def _columns(values: jax.Array) -> jax.Array:
+def _columns(values: np.ndarray) -> np.ndarray:
     """int32 words of [rows, out], in the format's order."""
-    return words(values.reshape(values.shape[0], -1, 8)[..., jnp.array(_ORDER)].reshape(values.shape), 4)
+    return words(values.reshape(values.shape[0], -1, 8)[..., _ORDER].reshape(values.shape), 4)
 
 
-def _tensors(q: QTensor) -> dict[str, jax.Array]:
+def _tensors(q: QTensor) -> dict[str, np.ndarray]:
     codes, scale, zero, _ = grouped(q)
-    return {"qweight": _columns(codes.T), "qzeros": _columns(zero.T), "scales": scale.T.astype(jnp.float16)}
+    return {"qweight": _columns(codes.T), "qzeros": _columns(zero.T), "scales": scale.T.astype(np.float16)}
 
 
 def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Any]:

@@ -10,12 +10,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.core.qtensor import QTensor, scale_values
+from jaxquant.core.qtensor import QTensor
+from jaxquant.io.bits import patterns
 from jaxquant.io.export.integers import check_matrix, group_size
 from jaxquant.io.export.layout import Layout
 
@@ -33,12 +32,12 @@ def _check(q: QTensor, error: Callable[..., QuantError]) -> None:
         raise error("blocks have one of a few sizes", todo=todo, weight=repr(q))
 
 
-def _tensors(q: QTensor) -> dict[str, jax.Array]:
-    pairs = q.logical_codes().reshape(-1, 2)
+def _tensors(q: QTensor) -> dict[str, np.ndarray]:
+    pairs = patterns(q).reshape(-1, 2)
     return {
-        "weight": (pairs[:, :1] << 4 | pairs[:, 1:]).astype(jnp.uint8),
-        "weight.absmax": scale_values(q.scale).astype(jnp.float32).reshape(-1),
-        "weight.quant_map": jnp.asarray(q.type.table, jnp.float32),
+        "weight": pairs[:, :1] << np.uint8(4) | pairs[:, 1:],
+        "weight.absmax": q.scale.astype(np.float32).reshape(-1),
+        "weight.quant_map": np.asarray(q.type.table, np.float32),
     }
 
 

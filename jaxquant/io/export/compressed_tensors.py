@@ -17,10 +17,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-from jax import lax
 
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor
@@ -30,7 +28,7 @@ from jaxquant.io.export.layout import Layout
 
 __all__ = ["compressed_tensors"]
 
-_SCALES = (np.float32, np.float16, jnp.bfloat16)
+_SCALES = (np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 def compressed_tensors(act: QuantSpec | None = None) -> Layout:
@@ -74,15 +72,15 @@ def _check(act: str | None, q: QTensor, error: Callable[..., QuantError]) -> Non
         raise error("scales must be float32, float16 or bfloat16", todo="Cast them", scale=q.scale)
 
 
-def _tensors(act: str | None, q: QTensor) -> dict[str, jax.Array]:
+def _tensors(act: str | None, q: QTensor) -> dict[str, np.ndarray]:
     kind = _format(act, q)
     if kind == "float-quantized":
-        return {"weight": q.logical_codes(), "weight_scale": q.scale.reshape(-1) if q.scale.size == 1 else q.scale}
+        return {"weight": q.codes, "weight_scale": q.scale.reshape(-1) if q.scale.size == 1 else q.scale}
     if kind == "mxfp4-pack-quantized":
-        exponents = lax.bitcast_convert_type(q.scale, jnp.uint8)
-        return {"weight_packed": q.codes, "weight_scale": jnp.broadcast_to(exponents, (q.shape[0], q.scale.shape[1]))}
+        exponents = np.broadcast_to(q.scale, (q.shape[0], q.scale.shape[1])).view(np.uint8)
+        return {"weight_packed": q.codes, "weight_scale": exponents}
     if kind == "int-quantized":
-        return {"weight": q.logical_codes(), "weight_scale": jnp.broadcast_to(q.scale, (q.shape[0], 1))}
+        return {"weight": q.codes, "weight_scale": np.broadcast_to(q.scale, (q.shape[0], 1))}
     codes, scale, zero, _ = grouped(q)
     out = {"weight_packed": words(codes, q.type.bits), "weight_scale": scale}
     return out if q.zero_point is None else out | {"weight_zero_point": words(zero.T, q.type.bits).T}

@@ -11,8 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor
@@ -33,13 +32,13 @@ def _check(q: QTensor, error: Callable[..., QuantError]) -> None:
     check_half(q, error)
 
 
-def _tensors(q: QTensor) -> dict[str, jax.Array]:
+def _tensors(q: QTensor) -> dict[str, np.ndarray]:
     bits, (codes, scale, zero, group) = q.type.bits, grouped(q)
-    stored = zero - 1 if _symmetric(q) else zero
+    stored = zero - np.uint8(1) if _symmetric(q) else zero
     return {
         "qweight": words(codes, bits).T,
-        "qzeros": words(stored.T & ((1 << bits) - 1), bits),
-        "scales": scale.T.astype(jnp.float16),
+        "qzeros": words(stored.T & np.uint8((1 << bits) - 1), bits),
+        "scales": scale.T.astype(np.float16),
         "g_idx": group,
     }
 

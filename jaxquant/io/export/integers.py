@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxquant.core.errors import QuantError
-from jaxquant.core.packing import pack
 from jaxquant.core.qtensor import QTensor, scale_values
+from jaxquant.io.bits import packed, patterns
 
 __all__ = ["Grouped", "check_half", "check_integers", "common_group_size", "group_size", "grouped", "words"]
 
@@ -27,10 +26,10 @@ class Grouped(NamedTuple):
       group: int32 [in]: the group of each input feature.
     """
 
-    codes: jax.Array
-    scale: jax.Array
-    zero: jax.Array
-    group: jax.Array
+    codes: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray
+    group: np.ndarray
 
 
 def group_size(q: QTensor) -> int:
@@ -85,22 +84,20 @@ def check_half(q: QTensor, error: Callable[..., QuantError]) -> None:
 
 
 def grouped(q: QTensor) -> Grouped:
-    """The codes of a weight that passed `check_integers`."""
+    """The codes of a weight, of NumPy arrays, that passed `check_integers`."""
     low = int(q.type.qmin)
-    out, count = q.shape
-    codes = (q.logical_codes().astype(jnp.int16) - low).astype(jnp.uint8)
-    blocks = (out, q.scale.shape[-1])
-    zero = jnp.full(q.scale.shape, -low, jnp.int16) if q.zero_point is None else q.zero_point.astype(jnp.int16) - low
-    group = jnp.arange(count, dtype=jnp.int32) // group_size(q)
+    blocks = (q.shape[0], q.scale.shape[-1])
+    codes, group = patterns(q), np.arange(q.shape[1], dtype=np.int32) // group_size(q)
+    zero = np.full(blocks, -low, np.uint8) if q.zero_point is None else (q.zero_point - np.int16(low)).astype(np.uint8)
     if q.permutation is not None:
-        place = jnp.argsort(q.permutation.reshape(-1))
+        place = np.argsort(q.permutation.reshape(-1))
         codes, group = codes[:, place], group[place]
-    scale = scale_values(q.scale) if isinstance(q.scale, QTensor) else q.scale
-    return Grouped(codes, jnp.broadcast_to(scale, blocks), jnp.broadcast_to(zero.astype(jnp.uint8), blocks), group)
+    return Grouped(codes, np.broadcast_to(q.scale, blocks), np.broadcast_to(zero, blocks), group)
 
 
-def words(values: jax.Array, bits: int) -> jax.Array:
+def words(values: np.ndarray, bits: int) -> np.ndarray:
     """int32 words of the little-endian bit stream of each row: [..., ceil(n * bits / 32)]."""
-    packed: Any = pack(values, bits)
-    packed = jnp.pad(packed, [(0, 0)] * (packed.ndim - 1) + [(0, -packed.shape[-1] % 4)])
-    return lax.bitcast_convert_type(packed.reshape(*packed.shape[:-1], -1, 4), jnp.int32)
+    stream = packed(values, bits)
+    whole = np.zeros((*stream.shape[:-1], stream.shape[-1] + -stream.shape[-1] % 4), np.uint8)
+    whole[..., : stream.shape[-1]] = stream
+    return whole.view("<i4")

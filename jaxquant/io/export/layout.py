@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxquant.core.errors import QuantError
@@ -22,7 +21,7 @@ class Layout:
     Attributes:
       name: what users call it.
       check: raises (through the ``error`` it is given) unless a weight can be written as it is.
-      tensors: suffix of the module's name -> array; pure, so that shapes can be had without values.
+      tensors: suffix of the module's name -> array, of a QTensor of NumPy arrays whose scales are no QTensor.
       constants: suffix -> array that depends on nothing but the weight's shapes.
       config: the ``quantization_config`` for weights by module, and the modules that stay in float.
       files: further JSON files, from that config.
@@ -30,7 +29,7 @@ class Layout:
 
     name: str
     check: Callable[[QTensor, Callable[..., QuantError]], None]
-    tensors: Callable[[QTensor], dict[str, jax.Array]]
+    tensors: Callable[[QTensor], dict[str, np.ndarray]]
     config: Callable[[Mapping[str, QTensor], Sequence[str]], dict[str, Any]]
     constants: Callable[[QTensor], dict[str, np.ndarray]] = lambda q: {}
     files: Callable[[dict[str, Any]], dict[str, dict[str, Any]]] = lambda config: {}

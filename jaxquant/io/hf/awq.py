@@ -19,7 +19,8 @@ import numpy as np
 
 from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
-from jaxquant.io.hf.layout import bytes_of, packed, qtensor, refined, unpacked
+from jaxquant.io.bits import bytes_of, packed, unpacked
+from jaxquant.io.hf.layout import qtensor, refined
 from jaxquant.io.hf.module import Format, Module
 
 __all__ = ["AWQ"]

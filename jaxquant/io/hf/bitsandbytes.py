@@ -25,7 +25,8 @@ import ml_dtypes
 import numpy as np
 
 from jaxquant.core.qtensor import QTensor
-from jaxquant.io.hf.layout import TABLES, bytes_of, flat_blocks, packed, unpacked
+from jaxquant.io.bits import bytes_of, packed, unpacked
+from jaxquant.io.hf.layout import TABLES, flat_blocks
 from jaxquant.io.hf.module import Format, Module
 from jaxquant.io.safetensors import is_shape
 from jaxquant.io.strict_json import parse

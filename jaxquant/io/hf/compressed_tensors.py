@@ -24,7 +24,8 @@ import numpy as np
 
 from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
-from jaxquant.io.hf.layout import E2M1, Grouping, bytes_of, grouping, packed, qtensor, spread, unpacked
+from jaxquant.io.bits import bytes_of, packed, unpacked
+from jaxquant.io.hf.layout import E2M1, Grouping, grouping, qtensor, spread
 from jaxquant.io.hf.module import Format, Module
 
 __all__ = ["COMPRESSED_TENSORS"]

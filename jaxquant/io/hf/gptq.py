@@ -26,7 +26,8 @@ import numpy as np
 
 from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
-from jaxquant.io.hf.layout import bytes_of, grouping, packed, qtensor, unpacked
+from jaxquant.io.bits import bytes_of, packed, unpacked
+from jaxquant.io.hf.layout import grouping, qtensor
 from jaxquant.io.hf.module import Format, Module
 
 __all__ = ["GPTQ"]
@@ -63,6 +64,9 @@ def read(m: Module) -> QTensor:
     m.check(".qzeros", qzeros.shape, (groups, -(-out * bits // 32)))
     layout = _layout(m.config)
     planar = bits in (5, 6, 7) or (layout == "gptq_p" and bits == 3)
+    if planar and (qweight.shape[0] % bits or qzeros.shape[1] % bits):
+        got = {"in_features": length, "out_features": out, "bits": bits}
+        raise m.error("bit planes hold 32 codes at a time", ".qweight", todo="Check the configuration", **got)
     group = grouping(_groups(m, g_idx, length, groups))
     zeros = _zeros(m, qzeros, bits, out, planar=planar, layout=layout)
     stream = bytes_of(qweight.T)

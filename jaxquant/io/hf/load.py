@@ -21,6 +21,7 @@ from jaxquant.io.hf.formats import detect
 from jaxquant.io.hf.module import Format, Module
 from jaxquant.io.hf.names import NameMap, nested
 from jaxquant.io.manifest import check_qtensor
+from jaxquant.io.rules import assign
 from jaxquant.ptq.rtn import rtn
 from jaxquant.transform.paths import nearest
 from jaxquant.transform.shardings import shardings as leaf_shardings
@@ -122,7 +123,7 @@ def load_hf(
         )
     reader = _Reader(checkpoint, form, config, _checked_dtype(dtype), shapes)
     plain = reader.plain_names()
-    assigned = _assign(plain, checkpoint, rules or ())
+    assigned = assign({name: checkpoint.tensors[name] for name in plain}, rules or (), checkpoint.error)
     place = _placing(sharding)
     targets = None if names is None else names.resolve([m.name for m in reader.modules] + plain, checkpoint.error)
     result: dict[str, Any] = {}
@@ -268,35 +269,6 @@ def _checked_dtype(dtype: Any) -> np.dtype | None:
 
 
 # -- float weights, quantized as they are read ---------------------------------------------------------------------
-
-
-def _assign(names: Sequence[str], checkpoint: HFCheckpoint, rules: Sequence[Rule]) -> dict[str, Rule]:
-    """The rule of each float weight; every rule must match one."""
-    weights = {
-        n: checkpoint.tensors[n].shape
-        for n in names
-        if jnp.issubdtype(checkpoint.tensors[n].dtype, jnp.floating) and checkpoint.tensors[n].dtype.itemsize > 1
-    }
-    assigned: dict[str, Rule] = {}
-    used: set[int] = set()
-    for name, shape in weights.items():
-        for i, rule in enumerate(rules):
-            if not rule.matches(name):
-                continue
-            if rule.spec is None:
-                used.add(i)
-                break
-            if rule.reduce_axes is None and (len(shape) != 2 or not name.endswith("weight")):
-                continue  # biases and norms stay in float
-            used.add(i)
-            if rule.spec.weight is not None:
-                assigned[name] = rule
-            break
-    for i, rule in enumerate(rules):
-        if i not in used:
-            todo = f"Nearest weights: {nearest(rule.pattern, weights)}"
-            raise quant_error(_FUNCTION, "a rule matches no weight", todo=todo, pattern=rule.pattern)
-    return assigned
 
 
 def _quantized(checkpoint: HFCheckpoint, name: str, array: np.ndarray, rule: Rule, dtype: np.dtype | None) -> QTensor:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from jaxquant.core.qtensor import QTensor
-from jaxquant.io.hf.layout import bytes_of, qtensor
+from jaxquant.io.bits import bytes_of
+from jaxquant.io.hf.layout import qtensor
 from jaxquant.io.hf.module import Format, Module
 
 __all__ = ["METAL"]

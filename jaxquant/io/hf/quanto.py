@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from jaxquant.core.qtensor import QTensor
-from jaxquant.io.hf.layout import packed, qtensor
+from jaxquant.io.bits import packed
+from jaxquant.io.hf.layout import qtensor
 from jaxquant.io.hf.module import Format, Module
 
 __all__ = ["QUANTO"]

@@ -18,8 +18,9 @@ import ml_dtypes
 import numpy as np
 
 from jaxquant.core.qtensor import QTensor
+from jaxquant.io.bits import packed
 from jaxquant.io.hf.checkpoint import HFCheckpoint
-from jaxquant.io.hf.layout import packed, spread
+from jaxquant.io.hf.layout import spread
 from jaxquant.io.hf.module import Format, Module
 from jaxquant.io.strict_json import parse
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant.io.hf.layout import bytes_of
+from jaxquant.io.bits import bytes_of
 from jaxquant.io.hf.module import Format, Module
 
 __all__ = ["VPTQ"]
