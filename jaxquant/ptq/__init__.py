@@ -13,7 +13,7 @@ A *quantizer* is ``method(w, spec, *, reduce_axes, stats=None) -> QTensor``; `qu
 A *basis* is a change of basis of a weight's input channels, before it is quantized; see `jaxquant.precondition`.
 
     bases    ChannelScale, Rotation, Orthogonal
-    scaling  smooth_scale, awq_scale: how much to scale the channels
+    scaling  smooth_scale, awq_scale: how much to scale the channels; awq_clip: how far to clip the weights
 """
 
 from jaxquant.ptq import bases
@@ -25,13 +25,14 @@ from jaxquant.ptq.double import double_quantized
 from jaxquant.ptq.gptq import gptq
 from jaxquant.ptq.hqq import hqq
 from jaxquant.ptq.rtn import rtn
-from jaxquant.ptq.scaling import awq_scale, smooth_scale
+from jaxquant.ptq.scaling import awq_clip, awq_scale, smooth_scale
 
 __all__ = [
     "ChannelScale",
     "Orthogonal",
     "Rotation",
     "autoround",
+    "awq_clip",
     "awq_scale",
     "bases",
     "clipped",

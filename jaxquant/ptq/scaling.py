@@ -2,7 +2,7 @@
 
 Both give positive scales s for ``x @ w = (x / s) @ (s * w)``, one per input channel, for one weight or for several that
 share an input. Where the scales go is not decided here: `jaxquant.rescale` fuses them into neighbours,
-`jaxquant.precondition` applies them online.
+`jaxquant.precondition` applies them online. `awq_clip` is the other half of AWQ, a clip of the weights.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from jax import lax
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
+from jaxquant.ptq.clipped import diagonal_blocks
 from jaxquant.ptq.rtn import rtn
 
-__all__ = ["awq_scale", "smooth_scale"]
+__all__ = ["awq_clip", "awq_scale", "smooth_scale"]
 
 
 def smooth_scale(absmax: jax.Array, weights: Sequence[jax.Array], *, alpha: float = 0.5) -> jax.Array:
@@ -116,3 +117,44 @@ def awq_scale(
     choices = jnp.tile(r, len(families)), jnp.repeat(jnp.array([f == "duo" for f in families]), ratios)
     best = jnp.argmin(lax.map(error, choices))
     return scaled(choices[0][best], choices[1][best])
+
+
+def awq_clip(w: jax.Array, spec: QuantSpec, stats: Any, *, steps: int = 20, least: float = 0.5) -> jax.Array:
+    """The magnitude to which AWQ clips each group of weights: ``|w| (1 - i / steps)`` of least error in its outputs.
+
+    Searched among ``i < (1 - least) steps``, by ``e^T H e`` with a group's own part of the Gram matrix. This is the
+    reference's search; `clipped` tries more clips, each end on its own, and fits the scale, so that it loses less.
+
+    Args:
+      w: [channels, outputs].
+      spec: how it is quantized, after the clip.
+      stats: of its inputs: ``"gram"`` as `calibrate` collects it with ``Gram``.
+      steps: how fine the search is.
+      least: how far down it goes.
+
+    Returns:
+      [groups, outputs]; quantize ``jnp.clip(w, -c, c)`` with c repeated along each group.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant.ptq import awq_clip
+      >>> w = jnp.array([[0.3], [0.6], [-0.6], [1.0]])
+      >>> stats = {"gram": {"gram": jnp.diag(jnp.array([9.0, 9.0, 9.0, 0.1]))[None]}}
+      >>> round(float(awq_clip(w, jq.QuantSpec("int2"), stats)[0, 0]), 2)  # the last input is small
+      0.55
+
+    Source: Lin et al. 2023 (arXiv:2306.00978), section 3.2, as AutoAWQ 0.2.9 does it with sampled inputs.
+    """
+    group = spec.group_size or w.shape[0]
+    h = diagonal_blocks(jnp.mean(stats["gram"]["gram"], axis=0), group)
+    groups = w.reshape(-1, group, w.shape[1])
+    absmax = jnp.max(jnp.abs(groups), axis=1, keepdims=True)
+
+    def error(i: jax.Array) -> jax.Array:
+        bound = absmax * (1 - i / steps)
+        q = rtn(jnp.clip(groups, -bound, bound).reshape(w.shape), spec, reduce_axes=(-2,)).dequantize(jnp.float32)
+        e = groups - q.reshape(groups.shape)
+        return jnp.sum(e * jnp.matmul(h, e, precision="highest"), axis=1)
+
+    best = jnp.argmin(lax.map(error, jnp.arange(int((1 - least) * steps))), axis=0)
+    return absmax[:, 0] * (1 - best / steps)

@@ -29,7 +29,9 @@ def test_is_never_worse_than_the_full_range_by_its_own_measure(bits, group, symm
     q, nearest = clipped(W, of, reduce_axes=(-2,), stats=STATS), rtn(W, of, reduce_axes=(-2,))
     assert block_error(X, W, q, group or K) < block_error(X, W, nearest, group or K)
     assert q.scale.shape == nearest.scale.shape
-    if not group:  # with one block the measure is the error of the outputs
+    # With one block the measure is the error of the outputs. Errors of different groups may add up or cancel, which
+    # the measure does not see: on these 48 inputs they add up in one cell, where the clip is small anyway.
+    if (bits, group, symmetric) != (8, 16, False):
         assert error(X, W, q) < error(X, W, nearest)
 
 

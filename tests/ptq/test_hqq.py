@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ptq_cases import CELLS, FAST_CELLS, golden, spec, weight
+from ptq_cases import CELLS, FAST_CELLS, error, golden, inputs, spec, weight
 
 import jaxquant as jq
 from jaxquant.ptq import hqq, rtn
 
-W = weight(48, 6)
+X, W = inputs(128, 48), weight(48, 6)
 
 
 @pytest.mark.parametrize("bits, group", [(2, 16), (3, 64), (4, 64), (8, 64)])
@@ -39,6 +39,9 @@ def test_loses_no_more_than_rounding_to_nearest_by_its_own_measure(bits, group, 
 
     assert np.all(lost(q) <= lost(nearest) * (1 + 1e-5))
     assert lost(q).sum() < lost(nearest).sum()
+    # It needs no data, so that the error of the outputs, where inputs are correlated, may go either way: it is lower in
+    # 13 of these 16 cells and up to 3 percent higher in the others. A table that knows the inputs is in docs/ptq/hqq.md.
+    assert error(X, W, q) < 1.03 * error(X, W, nearest)
     assert q.zero_point is None if symmetric else q.zero_point.dtype == nearest.zero_point.dtype
 
 

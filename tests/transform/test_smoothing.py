@@ -149,6 +149,26 @@ def test_awq_gives_the_scales_of_autoawq():
     np.testing.assert_allclose(jax.jit(search)([jnp.asarray(w1.T), jnp.asarray(w2.T)]), expected, rtol=1e-4)
 
 
+def test_awq_gives_the_clips_of_autoawq_and_clipped_loses_less():
+    file = snippets.ROOT / "tests/golden/awq_search_zp1_duo1.safetensors"
+    with safetensors.safe_open(file, "np") as reference:
+        w1, x, expected = (reference.get_tensor(name) for name in ("w1", "x", "best_clip_w1"))
+    spec = QuantSpec("uint4", granularity="per_group", group_size=32, symmetric=False)
+    known, w = {"gram": {"gram": np.einsum("bri,brj->bij", x, x)}}, w1.T
+    clip = jq.ptq.awq_clip(jnp.asarray(w), spec, known)
+    np.testing.assert_allclose(clip.T, expected[..., 0], rtol=1e-5)
+
+    def lost(q):  # by each group's own outputs, which is what both search by
+        e = np.asarray(w - q.dequantize()).reshape(2, 32, -1)
+        return np.sum((np.einsum("rgi,gio->rgo", x[0].reshape(-1, 2, 32), e)) ** 2, axis=0)
+
+    bound = np.repeat(clip, 32, axis=0)
+    searched = lost(jq.ptq.rtn(np.clip(w, -bound, bound), spec, reduce_axes=(-2,)))
+    ours = lost(jq.ptq.clipped(jnp.asarray(w), spec, reduce_axes=(-2,), stats=known))
+    assert np.mean(ours <= searched * 1.001) > 0.9
+    assert ours.sum() < 0.95 * searched.sum()
+
+
 def test_stacks():
     params = {"up": np.stack([PARAMS["up"], -PARAMS["up"]]), "down": RNG.normal(size=(2, H, K)).astype(np.float32) / H}
     plan = plan_of(stacked, params, recipes.w8a8())
