@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxquant.core.specs import OpSpec, QuantSpec
 
-__all__ = ["fp8", "mxfp4", "mxfp8", "nf4", "nvfp4", "w4a4", "w4a8", "w4a16", "w8a8", "w8a16"]
+__all__ = ["fp4", "fp8", "llm_int8", "mxfp4", "mxfp8", "nf4", "nvfp4", "w4a4", "w4a8", "w4a16", "w8a8", "w8a16"]
 
 
 def _grouped(qtype: str, group_size: int | None, **kwargs: Any) -> QuantSpec:
@@ -32,8 +32,30 @@ def w4a16(group_size: int | None = 64, *, symmetric: bool = True, two_level: boo
 
 
 def nf4(group_size: int = 64) -> OpSpec:
-    """Weight-only nf4, per group of 64 (Dettmers et al. 2023, QLoRA)."""
+    """Weight-only nf4, per group of 64 (Dettmers et al. 2023, QLoRA).
+
+    Double quantization, which is a method and not a number type: ``method=jq.ptq.double_quantized``. The compute dtype
+    is the dtype of the params that are quantized.
+    """
     return OpSpec(_grouped("nf4", group_size))
+
+
+def fp4(group_size: int = 64) -> OpSpec:
+    """Weight-only fp4 as in bitsandbytes, per group of 64."""
+    return OpSpec(_grouped("fp4", group_size))
+
+
+def llm_int8(threshold: float = 6.0) -> OpSpec:
+    """int8 weights per output channel; int8 activations per token, but for features with a magnitude of ``threshold``.
+
+    Those are multiplied in the activation's own dtype (Dettmers et al. 2022, arXiv:2208.07339).
+
+    Example:
+      >>> from jaxquant import recipes
+      >>> recipes.llm_int8()
+      OpSpec(weight=QuantSpec('int8'), act=QuantSpec('int8', outliers=6.0))
+    """
+    return OpSpec(QuantSpec("int8"), QuantSpec("int8", outliers=threshold))
 
 
 def w8a8(*, static: bool = False, act_symmetric: bool = True) -> OpSpec:

@@ -263,6 +263,9 @@ def prepare(
         raise quant_error(function, "the array is quantized already", todo="Pass x.dequantize()", x=x)
     if not isinstance(spec, QuantSpec):
         raise quant_error(function, "spec must be a QuantSpec", todo="Use for example QuantSpec('int8')", spec=spec)
+    if spec.outliers is not None:
+        todo = "Leave outliers out here; ops.dot_general and einsum know what to do with them"
+        raise quant_error(function, "an array on its own has no outliers", todo=todo, outliers=spec.outliers)
     try:
         x = jnp.asarray(x)
     except (TypeError, ValueError):

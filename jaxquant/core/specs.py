@@ -81,6 +81,8 @@ class QuantSpec(_Value):
       scale_dtype: float dtype of the scales; None: float32. ``"uint4"``, for symmetric types of at most 4 bits per
         group: two-level scales, integers 1 .. 15 times one float32 for all that ``reduce_axes`` join. A code times its
         integer stays within 8 bits, so that a product needs no more than one integer dot.
+      outliers: for an activation of a product, symmetric and per token: a feature in which any magnitude reaches this
+        threshold is multiplied in float, all others by their codes (LLM.int8(); None: no feature is).
       rounding: ``"nearest"`` (half to even) or ``"stochastic"`` (up with the probability of the fraction; needs a key).
 
     Raises:
@@ -103,6 +105,7 @@ class QuantSpec(_Value):
     static: bool = False
     scale_dtype: Any = None
     rounding: Literal["nearest", "stochastic"] = "nearest"
+    outliers: float | None = None
 
     def __post_init__(self):
         info = qtype_of(self.qtype)
@@ -191,6 +194,18 @@ class QuantSpec(_Value):
             set_("scale_dtype", dtype.name)
         if self.rounding not in ("nearest", "stochastic"):
             raise self._error("unknown rounding", todo="Use 'nearest' or 'stochastic'", rounding=self.rounding)
+        if self.outliers is not None:
+            if not isinstance(self.outliers, int | float) or not self.outliers > 0:
+                raise self._error("outliers must be a positive threshold", todo="Use 6.0", outliers=self.outliers)
+            if self.static or not self.symmetric or self.granularity != "per_channel":
+                raise self._error(
+                    "outliers are for activations with a dynamic, symmetric range per token",
+                    todo="Leave outliers out, or static, symmetric and granularity",
+                    granularity=self.granularity,
+                    symmetric=self.symmetric,
+                    static=self.static,
+                )
+            set_("outliers", float(self.outliers))
 
     def _error(self, rule: str, *, todo: str, **got: Any):
         return quant_error("QuantSpec", rule, todo=todo, qtype=self.qtype, **got)
@@ -280,6 +295,9 @@ class OpSpec(_Value):
             raise quant_error(
                 "OpSpec", "a weight's range is taken from the weight", todo="Use static=True on act only", static=True
             )
+        if self.weight is not None and self.weight.outliers is not None:
+            todo = "Use outliers on act only"
+            raise quant_error("OpSpec", "a weight has no outliers", todo=todo, outliers=self.weight.outliers)
         if self.weight is not None and self.weight.symmetric and not self.weight.type.signed:
             raise quant_error(
                 "OpSpec",

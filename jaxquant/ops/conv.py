@@ -18,7 +18,7 @@ from jaxquant.ops.digits import digit_count, digit_matrix, sum_of_parts
 from jaxquant.ops.integer import overflow_limit
 from jaxquant.ops.machine import int8_dots
 from jaxquant.ops.matrix import Axes, Matrix, matrix
-from jaxquant.ops.operands import Operand, Pair, Static, precision_of, refuse_range, straight_through
+from jaxquant.ops.operands import Operand, Pair, Static, precision_of, refuse_outliers, refuse_range, straight_through
 
 __all__ = ["conv_general_dilated"]
 
@@ -289,6 +289,7 @@ def conv_general_dilated(
     """
     function = "conv_general_dilated"
     pair = Pair.of(function, lhs, rhs, spec, weight=1)
+    refuse_outliers(function, pair.spec)
     lhs, rhs = pair.lhs, pair.rhs
     window = {
         "window_strides": window_strides,

@@ -128,6 +128,9 @@ def contract(
     out_sharding: Any = None,
 ) -> jax.Array:
     """`dot_general`, on behalf of the public function that refuses what does not fit."""
+    if isinstance(spec, OpSpec) and spec.act is not None and spec.act.outliers is not None:
+        refuse_range(function, act_scale, act_zero_point)
+        return _beside_outliers(function, lhs, rhs, numbers, precision, preferred, spec)
     pair = Pair.of(function, lhs, rhs, spec)
     lhs, rhs = pair.lhs, pair.rhs
     if pair.in_float:
@@ -146,6 +149,34 @@ def contract(
     sides = pair.operands(axes[0].contract, axes[1].contract)
     static = pair.static(sides, act_scale, act_zero_point)
     return straight_through(_Contraction(*sides, *axes, precision=precision, dtype=dtype), lhs, rhs, *static)
+
+
+def _beside_outliers(
+    function: str, lhs: Any, rhs: Any, numbers: Any, precision: Any, preferred: Any, spec: OpSpec
+) -> jax.Array:
+    """The product of all features but those with an outlier by their codes, and of those in float: two products.
+
+    The range of each row is that of its magnitudes below the threshold.
+    """
+    assert spec.act is not None
+    assert spec.act.outliers is not None
+    inner = dataclasses.replace(spec, act=dataclasses.replace(spec.act, outliers=None))
+    pair = Pair.of(function, lhs, rhs, inner)
+    side = 1 - pair.weight
+    axes = _check_dimensions(function, pair.lhs, pair.rhs, numbers)[side]
+    x = (pair.lhs, pair.rhs)[side]
+    large = jnp.abs(x) >= spec.act.outliers
+    outlier = jnp.any(large, axis=axes.rows, keepdims=True)
+    absmax = jnp.max(jnp.where(large, 0, jnp.abs(x)), axis=axes.contract, keepdims=True).astype(jnp.float32)
+    scale = lax.stop_gradient(jnp.where(absmax > 0, absmax / spec.act.type.qmax, 1))
+
+    def product(x: jax.Array, spec: OpSpec, scale: Any) -> jax.Array:
+        operands = (x, pair.rhs) if side == 0 else (pair.lhs, x)
+        return contract(function, *operands, numbers, precision, preferred, spec, scale, None)
+
+    y = product(jnp.where(outlier, 0, x), inner, scale)
+    with_outliers = lambda: y + product(jnp.where(outlier, x, 0), OpSpec(spec.weight), None)  # noqa: E731
+    return lax.cond(jnp.any(outlier), with_outliers, lambda: y)
 
 
 def dot_general(
@@ -175,6 +206,7 @@ def dot_general(
       spec: quantizes float operands on the way: ``spec.act`` with one scale per token, ``spec.weight`` with one per
         output channel (or what their granularity says), both reduced over the contracted axes. A QTensor must agree
         with its spec.
+        With ``spec.act.outliers`` the features that hold one are a float product of their own.
       act_scale, act_zero_point: the activation's static range, for ``spec.act.static``; the scale gets a gradient.
       out_sharding: passed on where nothing is quantized; otherwise it must be None.
 

@@ -93,6 +93,13 @@ def refuse_range(function: str, act_scale: Any, act_zero_point: Any) -> None:
             raise quant_error(function, f"{name} without an activation to quantize", todo=todo, **{name: value})
 
 
+def refuse_outliers(function: str, spec: OpSpec) -> None:
+    """Raises if features with outliers should be left out, where an op knows no features."""
+    if spec.act is not None and spec.act.outliers is not None:
+        todo = "Use recipes.w8a8() here; dot_general and einsum have outliers"
+        raise quant_error(function, "outliers are for products of matrices", todo=todo, outliers=spec.act.outliers)
+
+
 def precision_of(function: str, precision: Any) -> Any:
     """A precision that XLA knows, hashable."""
     if precision is None:

@@ -14,7 +14,7 @@ from jaxquant.core.specs import OpSpec
 from jaxquant.ops.digits import digit_count, digits_of
 from jaxquant.ops.integer import overflow_limit
 from jaxquant.ops.matrix import Axes, Matrix, matrix
-from jaxquant.ops.operands import Operand, Pair, Static, precision_of, refuse_range, straight_through
+from jaxquant.ops.operands import Operand, Pair, Static, precision_of, refuse_outliers, refuse_range, straight_through
 
 __all__ = ["ragged_dot"]
 
@@ -124,6 +124,7 @@ def ragged_dot(
     """
     function = "ragged_dot"
     pair = Pair.of(function, lhs, rhs, spec, weight=1)
+    refuse_outliers(function, pair.spec)
     lhs, rhs, sizes = pair.lhs, pair.rhs, jnp.asarray(group_sizes)
     fits = lhs.ndim == 2 and rhs.ndim == 3 and lhs.shape[1] == rhs.shape[1] and sizes.shape == rhs.shape[:1]
     if not fits or not jnp.issubdtype(sizes.dtype, jnp.integer):

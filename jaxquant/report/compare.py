@@ -296,7 +296,7 @@ def _input_sums(plan: Plan, path: str, x: jax.Array, y: jax.Array) -> dict[str, 
     total = lambda v: jnp.sum(v, axis=axes)  # noqa: E731
     out = {"noise": total((x - y) ** 2), "signal": total(x**2), "other": total(y**2), "dot": total(x * y)}
     act = item.spec.act
-    if act is not None and not act.static and act.granularity != "per_tensor":
+    if act is not None and not act.static and act.granularity != "per_tensor" and act.outliers is None:
         out["act_noise"] = total((y - fake_quant(y, act, reduce_axes=(-1,))) ** 2)
     return out
 

@@ -197,8 +197,9 @@ class Plan:
 
 
 def _one(s: Any) -> str:
+    outliers = "" if s.outliers is None else f" below {s.outliers:g}"
     group = f" g{s.group_size}" if s.group_size else {"per_tensor": " tensor"}.get(s.granularity, "")
-    return f"{s.qtype}{group}{'' if s.symmetric else ' asym'}{' static' if s.static else ''}"
+    return f"{s.qtype}{group}{'' if s.symmetric else ' asym'}{' static' if s.static else ''}{outliers}"
 
 
 def _brief(spec: OpSpec) -> str:

@@ -1,0 +1,67 @@
+"""bitsandbytes' recipes through a plan: its codes, its results."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ptq_cases import golden
+
+import jaxquant as jq
+from jaxquant import ops, ptq, recipes
+
+
+def test_llm_int8_through_a_plan_is_that_of_bitsandbytes():
+    ref = golden("llm_int8_matmul_thr6.0")
+    x, params = jnp.asarray(ref["x"]), {"w": jnp.asarray(ref["w"].T), "b": jnp.asarray(ref["bias"])[None]}
+    fn = lambda p, x: x @ p["w"] + p["b"]  # noqa: E731
+    plan = jq.make_plan(fn, params, x, rules=[jq.Rule("w", recipes.llm_int8())])
+    assert "a int8 below 6" in str(plan)
+    assert jq.Plan.from_json(plan.to_json()) == plan
+    y = jax.jit(jq.quantized(fn, plan))(jq.quantize_params(params, plan), x)
+    assert y.dtype == jnp.float16
+    out = ref["out"].astype(np.float32)  # some of its weights' codes are one off: ties
+    np.testing.assert_allclose(y.astype(jnp.float32), out, atol=3 * np.abs(out).max() * 2.0**-11)
+    plain = jq.make_plan(fn, params, x, rules=[jq.Rule("w", recipes.w8a8())])
+    far = jax.jit(jq.quantized(fn, plain))(jq.quantize_params(params, plain), x)
+    exact = fn(jax.tree.map(lambda a: a.astype(jnp.float32), params), x.astype(jnp.float32))
+    lost = lambda y: float(jnp.linalg.norm(y.astype(jnp.float32) - exact))  # noqa: E731
+    assert lost(y) < lost(far)
+
+
+def test_features_with_outliers_train_and_contract_as_einsums_do():
+    x = jnp.linspace(-1.0, 1.0, 24).reshape(4, 6).at[1, 2].set(40.0)
+    w = jnp.linspace(-1.0, 1.0, 18).reshape(6, 3)
+    q = jq.quantize(w, jq.QuantSpec("int8"), reduce_axes=(-2,))
+    expected = ops.llm_int8(x, q)
+    np.testing.assert_allclose(ops.einsum("bi,io->bo", x, q, spec=recipes.llm_int8()), expected, rtol=1e-3, atol=1e-3)
+    dx, dw = jax.grad(lambda x, w: jnp.sum(ops.einsum("bi,io->bo", x, w, spec=recipes.llm_int8())), (0, 1))(x, w)
+    np.testing.assert_allclose(dx, jnp.broadcast_to(w.sum(1), (4, 6)), atol=0.02)
+    np.testing.assert_allclose(dw[2], jnp.full(3, x[:, 2].sum()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("qtype, recipe", [("nf4", recipes.nf4), ("fp4", recipes.fp4)])
+def test_four_bits_with_double_quantization_and_a_compute_dtype(qtype, recipe):
+    ref = golden(f"bnb_{qtype}_48x128_b64_dq_bfloat16")
+    params = {"w": jnp.asarray(ref["orig"]).astype(jnp.bfloat16).T}
+    fn, x = lambda p, x: x @ p["w"], jnp.eye(128, dtype=jnp.bfloat16)
+    plan = jq.make_plan(fn, params, x, rules=[jq.Rule("w", recipe())])
+    qparams = jq.quantize_params(params, plan, method=ptq.double_quantized)
+    assert qparams["w"].scale.qtype == "dynamic8"
+    y = jax.jit(jq.quantized(fn, plan))(qparams, x)
+    assert y.dtype == jnp.bfloat16
+    near = np.asarray(y.astype(jnp.float32)).T, ref["ref_dequant"].astype(np.float32)
+    np.testing.assert_allclose(*near, rtol=0.02, atol=1e-6)
+
+
+def test_refusals():
+    spec = recipes.llm_int8().act
+    with pytest.raises(jq.QuantError, match="outliers must be a positive threshold; got .*outliers=-1"):
+        jq.QuantSpec("int8", outliers=-1)
+    with pytest.raises(jq.QuantError, match="dynamic, symmetric range per token"):
+        jq.QuantSpec("int8", outliers=6.0, granularity="per_tensor")
+    with pytest.raises(jq.QuantError, match="OpSpec: a weight has no outliers"):
+        jq.OpSpec(spec)
+    with pytest.raises(jq.QuantError, match="quantize: an array on its own has no outliers"):
+        jq.quantize(jnp.ones((2, 2)), spec, reduce_axes=(-1,))
+    with pytest.raises(jq.QuantError, match="outliers are for products of matrices"):
+        ops.ragged_dot(jnp.ones((2, 4)), jnp.ones((1, 4, 3)), jnp.array([2]), spec=recipes.llm_int8())
