@@ -55,7 +55,7 @@ def test_four_bits_with_double_quantization_and_a_compute_dtype(qtype, recipe):
 
 def test_refusals():
     spec = recipes.llm_int8().act
-    with pytest.raises(jq.QuantError, match="outliers must be a positive threshold; got .*outliers=-1"):
+    with pytest.raises(jq.QuantError, match=r"outliers must be a positive threshold; got .*outliers=-1"):
         jq.QuantSpec("int8", outliers=-1)
     with pytest.raises(jq.QuantError, match="dynamic, symmetric range per token"):
         jq.QuantSpec("int8", outliers=6.0, granularity="per_tensor")

@@ -130,6 +130,7 @@ def quantize_params(
     *,
     method: Callable[..., QTensor] = rtn,
     stats: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """Replaces the weights that rules name by `QTensor`s; the tree keeps its structure, the input is not changed.
 
@@ -147,6 +148,7 @@ def quantize_params(
         it matches in float.
       method: a quantizer ``(w, spec, *, reduce_axes, stats) -> QTensor``; see `jaxquant.ptq`.
       stats: path -> what the method wants to know about the inputs of that weight.
+      progress: called after each weight with how many are done, and of how many.
 
     Returns:
       The same tree with QTensors in place of the weights that were quantized.
@@ -172,7 +174,7 @@ def quantize_params(
     for path, (spec, layer) in assigned.items():
         _check_weight(path, leaves[path], spec, layer)
         _check_stats(path, (stats or {}).get(path))
-    for path, (spec, layer) in assigned.items():
+    for done, (path, (spec, layer)) in enumerate(assigned.items(), 1):
 
         def one(w: jax.Array, known: Any, spec: QuantSpec = spec, layer: _Layer = layer) -> QTensor:
             q = method(w, spec, reduce_axes=layer.reduce_axes, stats=known)
@@ -181,6 +183,9 @@ def quantize_params(
         for _ in range(layer.stacked):
             one = jax.vmap(one)
         leaves[path] = one(jnp.asarray(leaves[path]), (stats or {}).get(path))
+        if progress is not None:
+            jax.block_until_ready(leaves[path])
+            progress(done, len(assigned))
     return jax.tree.unflatten(treedef, leaves.values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -58,6 +59,10 @@ def _staged(paths: Sequence[str], stages: Sequence[str] | None) -> list[list[str
     return found
 
 
+def _later(progress: Callable[[int, int], None], before: int, total: int, done: int, _: int) -> None:
+    progress(before + done, total)
+
+
 def quantize_sequentially(
     fn: Callable[..., Any],
     plan: Plan,
@@ -68,6 +73,7 @@ def quantize_sequentially(
     stages: Sequence[str] | None = None,
     collect: Mapping[str, Statistic] | None = None,
     on_stage: Callable[[Any, tuple[str, ...]], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """`calibrate` and `quantize_params` in turns, so that each weight makes up for the errors of those before it.
 
@@ -86,8 +92,8 @@ def quantize_sequentially(
         the order of the patterns. None: each weight is its own stage, in the order in which the function uses them.
         The layers of a stacked weight are always one stage.
       collect: the statistics the method needs; the Gram matrix by default.
-      on_stage: called after each stage with the params so far and the paths of the stage: to save them, or to show
-        progress.
+      on_stage: called after each stage with the params so far and the paths of the stage: to save them.
+      progress: called after each weight with how many are done, and of how many; those that were done before count.
 
     Returns:
       The params, with `QTensor`s in place of the planned weights.
@@ -118,12 +124,16 @@ def quantize_sequentially(
     order = in_order_of_use(fn, plan, dequantize_params(params), args)
     todo = [[p for p in stage if not isinstance(leaves[p], QTensor)] for stage in _staged(order, stages)]
     wanted = {"gram": Gram()} if collect is None else collect
+    done = len(order) - sum(map(len, todo))
     for paths in filter(None, todo):
         part = dataclasses.replace(plan, items=tuple(i for i in plan.items if i.path in paths), products=())
         stats = calibrate(fn, part, dequantize_params(params), batches, collect=wanted)
         now, treedef = leaves_with_paths(params)
-        new, _ = leaves_with_paths(quantize_params(dequantize_params(params), part, method=method, stats=stats))
+        told = None if progress is None else functools.partial(_later, progress, done, len(order))
+        made = quantize_params(dequantize_params(params), part, method=method, stats=stats, progress=told)
+        new, _ = leaves_with_paths(made)
         params = jax.tree.unflatten(treedef, [new[p] if p in paths else leaf for p, leaf in now.items()])
+        done += len(paths)
         if on_stage is not None:
             on_stage(params, tuple(paths))
     return params

@@ -27,9 +27,13 @@ PLAN = jq.make_plan(fn, PARAMS, X, rules=[jq.Rule("^[abc]$", SPEC)])
 
 
 def test_each_weight_in_the_order_of_use():
-    seen, last = [], []
+    seen, last, told = [], [], []
     batches = iter([X, 2 * X])
-    q = jq.quantize_sequentially(fn, PLAN, PARAMS, batches, on_stage=lambda p, s: (seen.append(s), last.append(p)))
+    q = jq.quantize_sequentially(
+        fn, PLAN, PARAMS, batches, on_stage=lambda p, s: (seen.append(s), last.append(p)),
+        progress=lambda *now: told.append(now),
+    )  # fmt: skip
+    assert told == [(1, 3), (2, 3), (3, 3)]
     assert seen == [("a",), ("b",), ("c",)]
     assert not isinstance(PARAMS["a"], jq.QTensor)
     params = dict(PARAMS)
