@@ -229,12 +229,16 @@ def quantize(
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on standard error: bytes, rate, time left."""
+def _progress(*, counted: bool = False) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on standard error: bytes and their rate (or tensors, if they are ``counted``, and the time), time left."""
+    amount = (
+        (rich.progress.MofNCompleteColumn(), rich.progress.TimeElapsedColumn())
+        if counted
+        else (rich.progress.DownloadColumn(binary_units=True), rich.progress.TransferSpeedColumn())
+    )
     columns = (
         rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(binary_units=True),
-        rich.progress.TransferSpeedColumn(),
+        *amount,
         rich.progress.TimeRemainingColumn(),
         rich.progress.TextColumn("{task.description}"),
     )
@@ -264,11 +268,11 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
 def convert(source: Path, destination: Path, format: str, architecture: str | None) -> None:
     """Write a checkpoint in another layout; no weight is quantized anew.
 
-    Where the other layout has no place for a weight's codes, scales or zero points, it is refused by name. The whole
-    checkpoint is in memory meanwhile.
+    Where the other layout has no place for a weight's codes, scales or zero points, it is refused by name, before
+    anything is written. One tensor at a time is in memory. DESTINATION must not exist; it appears when it is complete.
     """
-    with _refusals():
-        files.convert(source, destination, format, architecture=architecture)
+    with _refusals(), _progress(counted=True) as progress:
+        files.convert(source, destination, format, architecture=architecture, progress=progress)
     click.echo(f"{destination}: {format}")
 
 
@@ -281,8 +285,8 @@ def compare(first: Path, second: Path, as_json: bool) -> None:
 
     Ends with code 0 if all values are equal and with code 3 if they are not, or if one has tensors the other has not.
     """
-    with _refusals():
-        result = files.compare(first, second)
+    with _refusals(), _progress(counted=True) as progress:
+        result = files.compare(first, second, progress=progress)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result), indent=2))
     else:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,17 @@ import numpy as np
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec, Rule
-from jaxquant.io import load, load_gguf, load_hf, save, save_gguf, save_hf
+from jaxquant.io import save_gguf, save_hf
 from jaxquant.io.gguf.container import GGUFFile
+from jaxquant.io.gguf.read import GGUFLeaves
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
+from jaxquant.io.hf.leaves import HFLeaves
+from jaxquant.io.hf.load import open_hf
+from jaxquant.io.native import NativeLeaves, save_leaves
 from jaxquant.io.safetensors import SafetensorsFile
 from jaxquant.io.sharded import Checkpoint
+from jaxquant.io.slices import rows, runs_of_rows, stored_by_rows
 
 __all__ = ["Comparison", "Summary", "compare", "convert", "read_rules", "summary", "without_idle_keeps"]
 
@@ -73,12 +79,10 @@ def summary(path: Path, *, deep: bool = False) -> Summary:
         problems = []
     weights: dict[str, str] = {}
     if deep:
-        if kind == "hf":
-            info = load_hf(path)[1]
-            weights, problems = dict(info.modules), [*problems, *info.problems]
-        else:
-            leaves = _params(path)
-            weights = {n: repr(leaf) for n, leaf in leaves.items() if isinstance(leaf, QTensor)}
+        leaves = _leaves(path, "inspect")
+        weights = {n: repr(leaf) for n, leaf in leaves.items() if isinstance(leaf, QTensor)}
+        if isinstance(leaves, HFLeaves):
+            weights, problems = leaves.described, [*problems, *leaves.problems]
     return Summary(name, sum(t.nbytes for t in tensors), tensors, weights, problems)
 
 
@@ -129,36 +133,67 @@ def without_idle_keeps(source: Path, rules: Sequence[Rule], *, required: Sequenc
 # -- conversion --------------------------------------------------------------------------------------------------------
 
 
-def _params(path: Path) -> dict[str, Any]:
-    """A flat dict of a checkpoint's leaves, under Hugging Face's names where there are any."""
+def _leaves(path: Path, function: str) -> HFLeaves | GGUFLeaves | NativeLeaves:
+    """The leaves of a checkpoint, under Hugging Face's names where there are any; each is read when asked for."""
     kind = _kind(path)
     if kind == "gguf":
-        return load_gguf(path, names="hf")[0]
-    return _flat(load(path)) if kind == "jaxquant" else load_hf(path)[0]
+        return GGUFLeaves(path, names="hf", function=function)
+    return NativeLeaves(path, function=function) if kind == "jaxquant" else open_hf(path, function=function)
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, Mapping):
-        items = tree.items()
-    elif isinstance(tree, list | tuple):
-        items = enumerate(tree)
-    else:
-        return {} if tree is None else {prefix: tree}
-    return {k: v for key, value in items for k, v in _flat(value, f"{prefix}/{key}" if prefix else str(key)).items()}
+class _Watched(Mapping[str, Any]):
+    """Leaves, and how many of them were asked for."""
+
+    def __init__(self, leaves: Mapping[str, Any], passes: int, progress: Callable[[int, int, str], None] | None):
+        self._leaves, self._progress = leaves, progress
+        self._count, self._total = 0, passes * len(leaves)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._leaves)
+
+    def __len__(self) -> int:
+        return len(self._leaves)
+
+    def __getitem__(self, name: str) -> Any:
+        if self._progress is not None:
+            self._progress(self._count, self._total, name)
+        self._count += 1
+        return self._leaves[name]
 
 
-def convert(source: Path, destination: Path, format: str, *, architecture: str | None = None) -> None:
-    """Writes a checkpoint in another layout, with the same codes."""
-    kind = _kind(source)
+def convert(
+    source: Path,
+    destination: Path,
+    format: str,
+    *,
+    architecture: str | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> None:
+    """Writes a checkpoint in another layout, with the same codes.
+
+    One leaf at a time is in memory. Each is read twice: all are checked before anything is written.
+
+    Args:
+      source: a directory, a safetensors file or a GGUF file.
+      destination: must not exist, or be empty.
+      format: of `save_hf`, or ``"gguf"`` or ``"jaxquant"``.
+      architecture: with gguf, llama.cpp's name of the model's.
+      progress: called with the leaves that are done, how many there are to do, and the name of the one that comes next.
+    """
+    if format in ("gguf", "jaxquant") and os.path.lexists(destination):
+        raise quant_error(
+            "convert", "the destination exists", todo="Choose another, or remove it first", path=os.fspath(destination)
+        )
+    leaves = _leaves(source, "convert")
+    watched = _Watched(leaves, 2, progress)
+    config = leaves.checkpoint.config if isinstance(leaves, HFLeaves) else {}
     if format == "gguf":
-        metadata: dict[str, Any] = dict(GGUFFile(source).metadata) if kind == "gguf" else {}
-        config = HFCheckpoint(source).config if kind == "hf" else {}
-        save_gguf(destination, _params(source), metadata=metadata or _gguf_metadata(config, architecture), names="hf")
+        found = leaves.file.metadata if isinstance(leaves, GGUFLeaves) else _gguf_metadata(config, architecture)
+        save_gguf(destination, watched, metadata=found, names="hf")
     elif format == "jaxquant":
-        save(destination, _params(source))
+        save_leaves(destination, watched)
     else:
-        config = HFCheckpoint(source).config if kind == "hf" else {}
-        save_hf(destination, _params(source), format=format, config=config)  # type: ignore[arg-type]
+        save_hf(destination, watched, format=format, config=config)  # type: ignore[arg-type]
 
 
 _GGUF_KEYS = {
@@ -212,33 +247,49 @@ class Comparison:
 
 
 def _values(leaf: Any) -> np.ndarray:
+    # Not under jit, where a product and a sum could become one operation with one rounding.
     return np.asarray(leaf.dequantize(jnp.float32) if isinstance(leaf, QTensor) else leaf, np.float32)
+
+
+def _slices(first: Any, second: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The values of two leaves of one shape, some rows at a time; of codes that are not stored by rows, all at once."""
+    leaves = [leaf if stored_by_rows(leaf) else _values(leaf) for leaf in (first, second)]
+    for begin, end in runs_of_rows(*leaves):
+        x, y = (_values(rows(leaf, begin, end)) for leaf in leaves)
+        yield x, y
+
+
+def _difference(name: str, first: Any, second: Any) -> Difference:
+    largest = squares = size = 0.0
+    for x, y in _slices(first, second):
+        with np.errstate(invalid="ignore"):
+            apart = np.where((x == y) | (np.isnan(x) & np.isnan(y)), np.float32(0), np.abs(y - x)).astype(np.float64)
+        largest = float(np.maximum(largest, apart.max(initial=0)))
+        squares += float(np.square(apart).sum())
+        size += float(np.square(x, dtype=np.float64).sum())
+    return Difference(name, _type(first), _type(second), largest, math.sqrt(squares) / (math.sqrt(size) or 1.0))
 
 
 def _type(leaf: Any) -> str:
     return leaf.qtype if isinstance(leaf, QTensor) else np.dtype(leaf.dtype).name
 
 
-def compare(first: Path, second: Path) -> Comparison:
-    """The values of two checkpoints in float32, tensor by tensor; names must be the same, formats need not."""
-    a, b = _params(first), _params(second)
+def compare(first: Path, second: Path, *, progress: Callable[[int, int, str], None] | None = None) -> Comparison:
+    """The values of two checkpoints in float32; names must be the same, formats need not.
+
+    One tensor of each is in memory at a time. ``progress`` is as for `convert`.
+    """
+    a, b = _leaves(first, "compare"), _leaves(second, "compare")
+    watched = _Watched(a, 1, progress)
     found = []
-    for name in (n for n in a if n in b):
-        if a[name].shape != b[name].shape:
+    for name in watched:
+        if name not in b:
+            continue
+        x, y = watched[name], b[name]
+        if x.shape != y.shape:
             rule, todo = "a tensor has two shapes", "Compare checkpoints of one model"
-            raise quant_error("compare", rule, todo=todo, path=name, first=a[name].shape, second=b[name].shape)
-        x, y = _values(a[name]), _values(b[name])
-        difference = np.abs(y - x)
-        size = float(np.linalg.norm(x)) or 1.0
-        found.append(
-            Difference(
-                name,
-                _type(a[name]),
-                _type(b[name]),
-                float(difference.max(initial=0)),
-                float(np.linalg.norm(difference)) / size,
-            )
-        )
-    only_first, only_second = sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys())
+            raise quant_error("compare", rule, todo=todo, path=name, first=x.shape, second=y.shape)
+        found.append(_difference(name, x, y))
+    only_first, only_second = sorted(set(a) - set(b)), sorted(set(b) - set(a))
     equal = not only_first and not only_second and all(d.largest == 0 for d in found)
     return Comparison(found, only_first, only_second, equal)

@@ -1,14 +1,24 @@
 """The commands on checkpoints: what they print, write and refuse, and how they end."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click.testing
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from hf_cases import CASES
+from hf_files import checkpoint
 
 import jaxquant as jq
 from jaxquant import QuantError, cli, files
+from jaxquant.core.qtensor import QTensor
+from jaxquant.io import slices
+from jaxquant.io.hf.load import open_hf
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
 
@@ -119,6 +129,85 @@ def test_refusals_end_with_code_1_and_a_message(source, tmp_path):
 def test_convert_keeps_every_value(format, tmp_path):
     invoke("convert", GOLDEN / "gptq_w4g64_sym", tmp_path / "out", "--to", format)
     assert invoke("compare", GOLDEN / "gptq_w4g64_sym", tmp_path / "out").endswith("equal\n")
+
+
+def test_convert_needs_a_new_destination(tmp_path):
+    for format in ("gguf", "jaxquant", "awq"):
+        assert "destination exists" in invoke("convert", GOLDEN / "gptq_w4g64_sym", GOLDEN, "--to", format, code=1)
+
+
+def test_convert_reads_each_leaf_twice_and_says_how_far_it_is(tmp_path):
+    calls = []
+    source = GOLDEN / "gguf_Q4_0" / "model.gguf"
+    files.convert(source, tmp_path / "a.safetensors", "jaxquant", progress=lambda *args: calls.append(args))
+    count = len(jq.io.load_gguf(source)[0])
+    assert [done for done, _, _ in calls] == list(range(2 * count))
+    assert {total for _, total, _ in calls} == {2 * count}
+    params, _ = jq.io.load_gguf(source, names="hf")
+    again = jq.io.load(tmp_path / "a.safetensors")
+    assert again.keys() == params.keys()
+    for name, leaf in params.items():
+        for x, y in zip(jax.tree.leaves(leaf), jax.tree.leaves(again[name]), strict=True):
+            np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.mark.parametrize("case", ["fp8", "bnb nested", "ct pack", "mxfp4", "hqq axis 0"])
+def test_values_are_the_same_in_slices(case, tmp_path, monkeypatch):
+    """Blocks over several rows, nested scales, permutations, stacks, and codes that are not stored row by row."""
+    monkeypatch.setattr(slices, "_SLICE", 40)
+    tensors, config = CASES[case]
+    leaves = open_hf(checkpoint(tmp_path, tensors, config), function="compare")
+    leaf = next(leaves[name] for name in leaves.modules)
+    parts = [x for x, _ in files._slices(leaf, leaf)]
+    assert len(parts) > 1
+    np.testing.assert_array_equal(np.concatenate(parts), leaf.dequantize(np.float32))
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from jaxquant import files
+source, other, kind = map(Path, sys.argv[1:])
+if kind.name == "compare":
+    assert files.compare(source, other).equal
+else:
+    files.convert(source, other, kind.name)
+with open("/proc/self/status") as file:  # ru_maxrss would be the parent's
+    print(next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+@pytest.mark.parametrize("shape, count", [((512, 2048), 300), ((4096, 2048), 30), ((8192, 4096), 8)])
+def test_memory_does_not_grow_with_the_checkpoint(shape, count, tmp_path, capsys):
+    """GPTQ to compressed-tensors, to ours, to GGUF, and all compared: 3 times a tensor's float32 size and 300 MB."""
+    rng = np.random.default_rng(0)
+    out, width = shape
+    q = QTensor(
+        rng.integers(0, 256, (out, width // 2)).astype(np.uint8),
+        rng.uniform(0.5, 1, (out, width // 64)).astype(np.float16),
+        None, qtype="int4", dtype=np.float16, length=width,
+    )  # fmt: skip
+    source = tmp_path / "source"
+    config = {"model_type": "llama", "num_attention_heads": 8}
+    jq.io.save_hf(source, {f"{i}.weight": q for i in range(count)}, format="gptq", config=config)
+    lines = []
+    for kind in ("compressed-tensors", "jaxquant", "gguf"):
+        for step in (kind, "compare"):
+            program = [sys.executable, "-c", MEMORY, str(source), str(tmp_path / kind), step]
+            done = subprocess.run(program, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            lines.append((step, int(done.stdout)))
+    size = sum(path.stat().st_size for path in source.iterdir())
+    with capsys.disabled():
+        text = ", ".join(f"{step} {peak / 1e6:.0f}" for step, peak in lines)
+        print(
+            f"\n{count} tensors of {4 * out * width / 1e6:.0f} MB in float32 ({size / 1e6:.0f} MB): peaks in MB: {text}"
+        )
+    for step, peak in lines:
+        assert peak < 3 * 4 * out * width + 300e6, step
+    shutil.rmtree(tmp_path)
 
 
 def test_convert_from_gguf_to_what_vllm_reads_and_back(tmp_path):

@@ -147,12 +147,12 @@ def test_row_orders_are_inverse(heads, half, columns):
     "name", ["token_embd.weight", "output_norm.weight", "output.weight", "blk.11.attn_q.bias", "blk.0.ffn_down.weight"]
 )
 def test_names_are_inverse(name):
-    assert to_gguf(to_hugging_face(name)) == name
+    assert to_gguf(to_hugging_face(name, {}), {}) == name
 
 
 def test_names_without_a_counterpart_stay():
-    assert to_hugging_face("rope_freqs.weight") is None
-    assert to_gguf("vision.patch.weight") is None
+    assert to_hugging_face("rope_freqs.weight", {}) is None
+    assert to_gguf("vision.patch.weight", {}) is None
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-__all__ = ["to_device", "to_host"]
+from jaxquant.core.errors import quant_error
+from jaxquant.transform.shardings import shardings
+
+__all__ = ["placing", "to_device", "to_host"]
 
 
 def to_device(array: Any, sharding: Any = None) -> Any:
@@ -31,3 +35,29 @@ def to_host(leaf: Any) -> np.ndarray:
         shards = [shard.data for shard in leaf.addressable_shards]
         leaf = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
     return np.asarray(leaf, leaf.dtype.newbyteorder("="))
+
+
+def placing(sharding: Any, function: str) -> Callable[[str, Any], Any]:
+    """A function that puts the leaf of a path where it belongs.
+
+    Args:
+      sharding: None, a `jax.sharding.Sharding`, or a dict or function from paths to one or None.
+      function: who asks, for the error message.
+    """
+    if sharding is None or isinstance(sharding, jax.sharding.Sharding):
+        of: Callable[[str], Any] = lambda path: sharding  # noqa: E731
+    elif isinstance(sharding, Mapping):
+        of = sharding.get
+    elif callable(sharding):
+        of = sharding
+    else:
+        todo = "Give a Sharding, or a dict or function from names to shardings"
+        raise quant_error(function, "not a sharding", todo=todo, sharding=type(sharding).__name__)
+
+    def place(path: str, leaf: Any) -> Any:
+        where = of(path)
+        if where is None:
+            return jax.tree.map(to_device, leaf)
+        return jax.tree.map(to_device, leaf, shardings({path: leaf}, {path: where})[path])
+
+    return place

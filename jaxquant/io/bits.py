@@ -9,8 +9,9 @@ import numpy as np
 
 from jaxquant.core.packing import packed_length
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtypes import QType
 
-__all__ = ["bytes_of", "packed", "patterns", "unpacked"]
+__all__ = ["bytes_of", "packed", "patterns", "stored", "unpacked"]
 
 
 def bytes_of(words: np.ndarray) -> np.ndarray:
@@ -59,3 +60,11 @@ def patterns(q: QTensor) -> np.ndarray:
     if q.length is not None:
         return unpacked(codes, q.type.bits, q.length)
     return codes.view(np.uint8) ^ np.uint8(128) if codes.dtype == np.int8 else codes
+
+
+def stored(codes: np.ndarray, qtype: QType) -> tuple[np.ndarray, int | None]:
+    """The ``codes`` and ``length`` of a QTensor, from codes one per element."""
+    if not qtype.packed:
+        return codes, None
+    low = int(qtype.qmin) if qtype.kind == "int" else 0
+    return packed((codes.astype(np.int16) - low).astype(np.uint8), qtype.bits), codes.shape[-1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from jaxquant.core.qtypes import QTYPES
 from jaxquant.io.patterns import NAMELESS, pattern_spec
 from jaxquant.io.safetensors import DTYPES, SafetensorsFile, TensorSpec, is_shape
 
-__all__ = ["MAX_DEPTH", "SavedArray", "check_qtensor", "decode", "encode", "stored_spec"]
+__all__ = ["MAX_DEPTH", "Encoder", "SavedArray", "check_qtensor", "decode", "encode", "stored_spec"]
 
 #: Containers inside containers, a QTensor in the place of a scale included. Deeper ones are mistakes (a list that holds
 #: itself) or attacks on the stack.
@@ -121,13 +121,16 @@ def check_qtensor(q: QTensor, error: Callable[..., QuantError]) -> None:
 
 def encode(params: Any) -> tuple[Any, dict[str, tuple[Any, TensorSpec]]]:
     """The node of a tree, and its arrays by name, each with its spec; `QuantError` if something cannot be saved."""
-    encoder = _Encoder()
+    encoder = Encoder()
     return encoder.node(params, ()), encoder.arrays
 
 
-class _Encoder:
-    def __init__(self):
+class Encoder:
+    """Makes nodes, and collects their arrays under names that are not ``taken``."""
+
+    def __init__(self, taken: Collection[str] = ()):
         self.arrays: dict[str, tuple[Any, TensorSpec]] = {}
+        self._taken = taken
 
     def node(self, value: Any, path: tuple[str, ...]) -> Any:
         place = _joined(path)
@@ -185,7 +188,7 @@ class _Encoder:
         # Half of a surrogate pair is a character to Python and not to UTF-8.
         place = place.encode("utf-8", "backslashreplace").decode()
         names = itertools.chain([place], (f"{place}~{n}" for n in itertools.count(2)))
-        return next(name for name in names if name not in self.arrays and name != "__metadata__")
+        return next(n for n in names if n not in self.arrays and n not in self._taken and n != "__metadata__")
 
 
 def _of_nnx(value: Any) -> bool:

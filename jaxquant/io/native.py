@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -46,12 +46,12 @@ import numpy as np
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.io.arrays import to_device, to_host
 from jaxquant.io.like import fit
-from jaxquant.io.manifest import MAX_DEPTH, SavedArray, decode, encode, stored_spec
+from jaxquant.io.manifest import MAX_DEPTH, Encoder, SavedArray, decode, encode, stored_spec
 from jaxquant.io.patterns import NAMELESS, from_patterns, to_patterns
-from jaxquant.io.safetensors import SafetensorsFile, write_safetensors
+from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_parts, write_safetensors
 from jaxquant.io.strict_json import parse
 
-__all__ = ["SavedMetadata", "load", "read_metadata", "save"]
+__all__ = ["NativeLeaves", "SavedMetadata", "load", "read_metadata", "save", "save_leaves"]
 
 _KEY = "jaxquant"
 _VERSION = 1
@@ -110,14 +110,20 @@ def save(
     Source: the container is safetensors (https://github.com/huggingface/safetensors); the manifest is our own.
     """
     node, arrays = encode(params)
-    manifest = {"version": _VERSION, "tree": node, "metadata": _checked_metadata(metadata), "plan": _plan_text(plan)}
+    manifest = _manifest_text(node, _checked_metadata(metadata), _plan_text(plan))
     specs = {name: stored_spec(spec) for name, (_, spec) in arrays.items()}
+    write_safetensors(path, specs, lambda name: _stored(arrays[name][0]), {_KEY: manifest})
 
-    def read(name: str) -> np.ndarray:
-        array = to_host(arrays[name][0])
-        return to_patterns(array) if array.dtype in NAMELESS else array
 
-    write_safetensors(path, specs, read, {_KEY: json.dumps(manifest, separators=(",", ":"))})
+def _stored(leaf: Any) -> np.ndarray:
+    """An array as the container has it."""
+    array = to_host(leaf)
+    return to_patterns(array) if array.dtype in NAMELESS else array
+
+
+def _manifest_text(node: Any, metadata: dict[str, Any], plan: str | None) -> str:
+    manifest = {"version": _VERSION, "tree": node, "metadata": metadata, "plan": plan}
+    return json.dumps(manifest, separators=(",", ":"))
 
 
 def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -179,18 +185,73 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Any:
 
     Source: the container is safetensors (https://github.com/huggingface/safetensors); the manifest is our own.
     """
-    file = SafetensorsFile(path)
-    manifest = _manifest(file)
-    tree = _by_names(file) if manifest is None else decode(manifest["tree"], file)
-
-    def read(entry: SavedArray) -> Any:
-        array = file.array(entry.name)
-        return to_device(from_patterns(array, entry.spec) if entry.dtype in NAMELESS else array)
-
+    file, tree = _opened(path, "load")
     if like is None:
-        return jax.tree.map(read, tree)
+        return jax.tree.map(lambda entry: to_device(_array(file, entry)), tree)
     leaves, treedef = fit(tree, like, file.error)
-    return jax.tree.unflatten(treedef, [jax.tree.map(read, leaf) for leaf in leaves])
+    read = lambda leaf: jax.tree.map(lambda entry: to_device(_array(file, entry)), leaf)  # noqa: E731
+    return jax.tree.unflatten(treedef, [read(leaf) for leaf in leaves])
+
+
+def _opened(path: str | os.PathLike[str], function: str) -> tuple[SafetensorsFile, Any]:
+    """A file, and its tree with a `SavedArray` in the place of each array."""
+    file = SafetensorsFile(path, function=function)
+    manifest = _manifest(file)
+    return file, _by_names(file) if manifest is None else decode(manifest["tree"], file)
+
+
+def _array(file: SafetensorsFile, entry: SavedArray) -> np.ndarray:
+    array = file.array(entry.name)
+    return from_patterns(array, entry.spec) if entry.dtype in NAMELESS else array
+
+
+class NativeLeaves(Mapping[str, Any]):
+    """The leaves of a file by path, "/" between the keys; each is read when it is asked for, nothing is kept."""
+
+    def __init__(self, path: str | os.PathLike[str], *, function: str):
+        self.file, tree = _opened(path, function)
+        self._entries = dict(_flat(tree))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, name: str) -> Any:
+        self.file.forget()  # what came before
+        return jax.tree.map(lambda entry: _array(self.file, entry), self._entries[name])
+
+
+def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    for key, value in items:
+        yield from _flat(value, f"{path}/{key}" if path else str(key))
+    if not isinstance(tree, dict | list | tuple | None):
+        yield path, tree
+
+
+def save_leaves(path: str | os.PathLike[str], leaves: Mapping[str, Any]) -> None:
+    """`save` of a flat dict, whose leaves are asked for twice: to check them all, and then to write each."""
+    nodes: list[Any] = []
+    specs: dict[str, TensorSpec] = {}
+    for name in sorted(leaves):
+        encoder = Encoder(taken=specs)
+        nodes.append([name, encoder.node(leaves[name], (name,))])
+        specs |= {array: stored_spec(spec) for array, (_, spec) in encoder.arrays.items()}
+
+    def parts() -> Iterator[dict[str, np.ndarray]]:
+        written: set[str] = set()
+        for name in sorted(leaves):
+            encoder = Encoder(taken=written)
+            encoder.node(leaves[name], (name,))
+            yield {array: _stored(value) for array, (value, _) in encoder.arrays.items()}
+            written |= encoder.arrays.keys()
+
+    write_parts(path, specs, parts(), {_KEY: _manifest_text({"dict": nodes}, {}, None)})
 
 
 def read_metadata(path: str | os.PathLike[str]) -> SavedMetadata:

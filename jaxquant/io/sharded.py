@@ -85,6 +85,11 @@ class Checkpoint:
         """The array of a name: a read-only view of its file."""
         return self.files[self.place[name]].array(name)
 
+    def forget(self) -> None:
+        """Gives the memory of what was read back; reading it again is possible."""
+        for file in self.files.values():
+            file.forget()
+
     def json(self, name: str) -> dict[str, Any] | None:
         """The object in a JSON file of the directory; None if there is no such file."""
         path = os.path.join(self._directory, name)

@@ -17,6 +17,7 @@ Source: the format's description in the ggml repository (docs/gguf.md), and file
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -98,7 +99,8 @@ class GGUFFile:
         self.path, self._function = os.fsdecode(path), function
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            self._data = np.asarray(np.memmap(file, np.uint8, "r")) if size else np.empty(0, np.uint8)
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else None
+            self._data = np.frombuffer(self._map or b"", np.uint8)
         self._position = 0
         if self._bytes(4, "the first four bytes").tobytes() != _MAGIC:
             raise self.error("the file must begin with GGUF", todo="Check that it is a GGUF file", size=size)
@@ -115,6 +117,11 @@ class GGUFFile:
         """The bytes of a tensor, uint8 of its ``stored_shape``: a read-only view of the file."""
         info, begin = self.tensors[name], self._begin[name]
         return self._data[begin : begin + info.nbytes].reshape(info.stored_shape)
+
+    def forget(self) -> None:
+        """Gives the memory of what was read back; reading it again is possible."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def error(self, rule: str, name: str | None = None, /, *, todo: str, **got: Any) -> QuantError:
         """A `QuantError` that names this file, and the place in it."""

@@ -52,12 +52,12 @@ def _renamed(name: str, outside: Mapping[str, str], layer: str, inside: Mapping[
     return f"{renamed}.{match[1]}.{found}.{kind}" if match and found else None
 
 
-def to_hugging_face(name: str) -> str | None:
+def to_hugging_face(name: str, metadata: Mapping[str, Any]) -> str | None:
     """Hugging Face's name of a tensor; None if the table has none."""
     return _renamed(name, _OUTSIDE, r"blk\.(\d+)\.(\w+)", _INSIDE, "model.layers")
 
 
-def to_gguf(name: str) -> str | None:
+def to_gguf(name: str, metadata: Mapping[str, Any]) -> str | None:
     """Inverse of `to_hugging_face`."""
     return _renamed(name, _BACK_OUTSIDE, r"model\.layers\.(\d+)\.(.+)", _BACK_INSIDE, "blk")
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.qtensor import QTensor, from_codes
-from jaxquant.io.arrays import to_device
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtypes import QTYPES
+from jaxquant.io.arrays import placing
+from jaxquant.io.bits import stored
 from jaxquant.io.gguf.container import GGUFFile, TensorInfo
 from jaxquant.io.gguf.names import heads_of, separate, to_hugging_face
 from jaxquant.io.gguf.parts import Scales
 
-__all__ = ["GGUFInfo", "load_gguf"]
+__all__ = ["GGUFInfo", "GGUFLeaves", "load_gguf"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,11 @@ class GGUFInfo:
 
 
 def load_gguf(
-    path: str | os.PathLike[str], *, names: Literal["gguf", "hf"] = "gguf", dtype: Any = jnp.float32
+    path: str | os.PathLike[str],
+    *,
+    names: Literal["gguf", "hf"] = "gguf",
+    dtype: Any = np.float32,
+    sharding: Any = None,
 ) -> tuple[dict[str, Any], GGUFInfo]:
     """Reads a GGUF file: quantized tensors become `QTensor`s with the codes and scales of the file.
 
@@ -55,6 +61,7 @@ def load_gguf(
       names: ``"gguf"`` for the names in the file (``blk.0.attn_q.weight``), ``"hf"`` for Hugging Face's
         (``model.layers.0.self_attn.q_proj.weight``); a name without a counterpart stays as it is.
       dtype: float dtype that QTensors dequantize to, rounded once.
+      sharding: where to put each leaf as it is read, by the names in ``params``; as for `load_hf`.
 
     Returns:
       ``(params, info)``: a flat dict from names to arrays and QTensors, and a `GGUFInfo`.
@@ -78,25 +85,62 @@ def load_gguf(
 
     Source: ggml's block layouts; each family's file in ``jaxquant/io/gguf`` has them. Reference: gguf 0.19.0.
     """
-    if names not in ("gguf", "hf"):
-        raise quant_error("load_gguf", "names must be 'gguf' or 'hf'", todo="Use one of them", names=names)
-    file = GGUFFile(path)
-    _check_types(file)
-    params: dict[str, Any] = {}
-    types: dict[str, str] = {}
-    reordered = []
-    for name, info in file.tensors.items():
-        key = (to_hugging_face(name) or name) if names == "hf" else name
-        heads = heads_of(name, file.metadata)
-        blocks = file.blocks(name)
+    leaves = GGUFLeaves(path, names=names, dtype=dtype)
+    place = placing(sharding, "load_gguf")
+    params = {name: place(name, leaves[name]) for name in leaves}
+    architecture = leaves.file.metadata.get("general.architecture")
+    architecture = architecture if isinstance(architecture, str) else None
+    return params, GGUFInfo(architecture, leaves.file.metadata, leaves.types, leaves.reordered)
+
+
+class GGUFLeaves(Mapping[str, Any]):
+    """Names -> QTensors and arrays, of NumPy arrays that may be views of the file; nothing is kept.
+
+    Attributes:
+      file: the container.
+      types: name -> ggml's name of the tensor's type.
+      reordered: the tensors whose rows are brought back to Hugging Face's order.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        names: Literal["gguf", "hf"] = "gguf",
+        dtype: Any = np.float32,
+        function: str = "load_gguf",
+    ):
+        if names not in ("gguf", "hf"):
+            raise quant_error(function, "names must be 'gguf' or 'hf'", todo="Use one of them", names=names)
+        self.file, self._dtype = GGUFFile(path, function=function), np.dtype(dtype)
+        _check_types(self.file)
+        self._inside: dict[str, str] = {}
+        for name in self.file.tensors:
+            key = (to_hugging_face(name, self.file.metadata) or name) if names == "hf" else name
+            if key in self._inside:
+                todo = "Load it with names='gguf'"
+                raise self.file.error("two tensors would have one name", name, todo=todo, other=self._inside[key])
+            self._inside[key] = name
+        self.types = {key: self.file.tensors[name].type.name for key, name in self._inside.items()}
+        metadata = self.file.metadata
+        self.reordered = tuple(key for key, name in self._inside.items() if heads_of(name, metadata) is not None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._inside)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._inside
+
+    def __len__(self) -> int:
+        return len(self._inside)
+
+    def __getitem__(self, key: str) -> Any:
+        self.file.forget()  # what came before
+        name = self._inside[key]
+        info, blocks, heads = self.file.tensors[name], self.file.blocks(name), heads_of(name, self.file.metadata)
         if heads is not None:
-            blocks = _separated(file, name, info, blocks, heads)
-            reordered.append(key)
-        params[key], types[key] = _leaf(file, name, info, blocks, np.dtype(dtype)), info.type.name
-    architecture = file.metadata.get("general.architecture")
-    return params, GGUFInfo(
-        architecture if isinstance(architecture, str) else None, file.metadata, types, tuple(reordered)
-    )
+            blocks = _separated(self.file, name, info, blocks, heads)
+        return _leaf(self.file, name, info, blocks, self._dtype)
 
 
 def _check_types(file: GGUFFile) -> None:
@@ -124,30 +168,33 @@ def _separated(file: GGUFFile, name: str, info: TensorInfo, blocks: np.ndarray, 
 def _leaf(file: GGUFFile, name: str, info: TensorInfo, blocks: np.ndarray, dtype: np.dtype) -> Any:
     kind = info.type
     if kind.dtype is not None:
-        array = np.ascontiguousarray(blocks).view(kind.dtype.newbyteorder("<")).reshape(info.shape)
-        return to_device(array)
+        return np.ascontiguousarray(blocks).view(kind.dtype.newbyteorder("<")).reshape(info.shape)
     assert kind.split is not None
     assert kind.qtype is not None
     parts = kind.split(blocks)
     rows = info.shape[:-1]
 
-    def joined(values: np.ndarray) -> jax.Array:
-        return to_device(values.reshape(*rows, -1))
+    def joined(values: np.ndarray) -> np.ndarray:
+        return values.reshape(*rows, math.prod(values.shape) // math.prod(rows) if 0 not in rows else 0)
+
+    def quantized(codes: np.ndarray, scale: Any, offset: Any, qtype: str, dtype: np.dtype) -> QTensor:
+        codes, length = stored(joined(codes), QTYPES[qtype])
+        return QTensor(codes, scale, None, offset, qtype=qtype, dtype=dtype, length=length)
 
     def scale(value: np.ndarray | Scales) -> Any:
         if isinstance(value, Scales):
-            unit = _finite(file, name, value.unit)
-            return from_codes(joined(value.codes), joined(unit), None, qtype=value.qtype, dtype=jnp.float32)
+            unit = joined(_finite(file, name, value.unit))
+            return quantized(value.codes, unit, None, value.qtype, np.dtype(np.float32))
         return joined(_finite(file, name, value))
 
     scales = scale(parts.scale)
     if kind.qtype == "nvfp4":
-        whole = jnp.ones((1,) * len(info.shape), jnp.float32)
-        scales = QTensor(scales, whole, None, qtype="float8_e4m3fn", dtype=jnp.float32)
+        whole = np.ones((1,) * len(info.shape), np.float32)
+        scales = QTensor(scales, whole, None, qtype="float8_e4m3fn", dtype=np.float32)
     offset = None if parts.shift is None else scale(parts.shift)
     if offset is not None and not isinstance(offset, QTensor):
-        offset = offset.astype(jnp.float32)  # the dtype in which the sum is formed
-    return from_codes(joined(parts.codes), scales, None, offset, qtype=kind.qtype, dtype=dtype)
+        offset = offset.astype(np.float32)  # the dtype in which the sum is formed
+    return quantized(parts.codes, scales, offset, kind.qtype, dtype)
 
 
 def _finite(file: GGUFFile, name: str, scale: np.ndarray) -> np.ndarray:

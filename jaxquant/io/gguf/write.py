@@ -6,15 +6,18 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor, scale_values
+from jaxquant.io.arrays import to_host
 from jaxquant.io.gguf.container import TensorInfo, write_gguf
 from jaxquant.io.gguf.names import heads_of, interleave, to_gguf
 from jaxquant.io.gguf.parts import BlockType, Parts, Scales
 from jaxquant.io.gguf.types import BY_NAME, PLAIN
+from jaxquant.io.slices import rows, runs_of_rows, stored_by_rows
 
 __all__ = ["block_type", "save_gguf"]
 
@@ -85,14 +88,14 @@ def save_gguf(
     tensors: dict[str, TensorInfo] = {}
     source: dict[str, tuple[str, int | None]] = {}
     for key, leaf in params.items():
-        name = (to_gguf(key) or key) if names == "hf" else key
+        name = (to_gguf(key, metadata) or key) if names == "hf" else key
         if name in tensors:
             raise quant_error("save_gguf", "two tensors have one name", todo="Rename one", path=key, name=name)
         kind = block_type(leaf, key, wanted.get(key))
         tensors[name] = TensorInfo(kind, tuple(leaf.shape))
         heads = heads_of(name, metadata)
-        rows = (*tensors[name].shape, 0)[0]
-        if heads is not None and (heads == 0 or not rows or rows % (2 * heads)):
+        count = (*tensors[name].shape, 0)[0]
+        if heads is not None and (heads == 0 or not count or count % (2 * heads)):
             todo = "Add attention.head_count and attention.head_count_kv of the architecture to the metadata"
             raise quant_error("save_gguf", "the rows must be heads of an even size", todo=todo, path=key, heads=heads)
         source[name] = key, heads
@@ -100,11 +103,11 @@ def save_gguf(
     def read(name: str) -> np.ndarray:
         key, heads = source[name]
         info = tensors[name]
-        blocks = _blocks(params[key], info)
+        blocks = _in_slices(params[key], info)
         if heads is None:
             return blocks
-        rows = blocks if len(info.shape) > 1 else blocks.reshape(*info.shape, -1)
-        return interleave(rows, heads).reshape(info.stored_shape)
+        each = blocks if len(info.shape) > 1 else blocks.reshape(*info.shape, -1)
+        return interleave(each, heads).reshape(info.stored_shape)
 
     write_gguf(path, metadata, tensors, read)
 
@@ -185,6 +188,16 @@ def _check_values(q: QTensor, kind: BlockType, error: Callable[..., QuantError])
             raise error(f"each {name} must be a float16 number", todo=todo, lost=lost, of=exact.size)
 
 
+def _in_slices(leaf: Any, info: TensorInfo) -> np.ndarray:
+    """The bytes of a leaf, uint8 of ``info.stored_shape``, made of some rows at a time."""
+    if not isinstance(leaf, QTensor) or leaf.ndim < 2 or not stored_by_rows(leaf):
+        return _blocks(leaf, info)
+    leaf, out = jax.tree.map(to_host, leaf), np.empty(info.stored_shape, np.uint8)
+    for begin, end in runs_of_rows(leaf):
+        out[begin:end] = _blocks(rows(leaf, begin, end), TensorInfo(info.type, (end - begin, *info.shape[1:])))
+    return out
+
+
 def _blocks(leaf: Any, info: TensorInfo) -> np.ndarray:
     """The bytes of a leaf, uint8 of ``info.stored_shape``."""
     kind = info.type
@@ -197,7 +210,7 @@ def _blocks(leaf: Any, info: TensorInfo) -> np.ndarray:
             .reshape(info.stored_shape)
         )
     assert kind.join is not None
-    *rows, length = info.shape
+    *outer, length = info.shape
     count = length // kind.elements
     codes = np.asarray(leaf.logical_codes())
     if leaf.zero_point is not None:
@@ -208,10 +221,10 @@ def _blocks(leaf: Any, info: TensorInfo) -> np.ndarray:
         array = np.asarray(value)
         along = count * per_block // array.shape[-1]
         array = np.repeat(array, along, axis=-1)
-        repeats = [n // s for n, s in zip(rows, array.shape[:-1], strict=True)]
+        repeats = [n // s for n, s in zip(outer, array.shape[:-1], strict=True)]
         for axis, times in enumerate(repeats):
             array = np.repeat(array, times, axis=axis)
-        return array.reshape(*rows, count, per_block)
+        return array.reshape(*outer, count, per_block)
 
     def scales(value: Any) -> np.ndarray | Scales:
         if isinstance(value, QTensor):
@@ -226,4 +239,4 @@ def _blocks(leaf: Any, info: TensorInfo) -> np.ndarray:
     else:
         scale = scales(leaf.scale)
     offset = None if leaf.offset is None else scales(leaf.offset)
-    return kind.join(Parts(codes.reshape(*rows, count, kind.elements), scale, offset))
+    return kind.join(Parts(codes.reshape(*outer, count, kind.elements), scale, offset))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -15,18 +14,15 @@ import numpy as np
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import Rule
-from jaxquant.io.arrays import to_device
+from jaxquant.io.arrays import placing, to_device
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
-from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.leaves import HFLeaves
 from jaxquant.io.hf.names import NameMap, nested
-from jaxquant.io.manifest import check_qtensor
 from jaxquant.io.rules import assign
 from jaxquant.ptq.rtn import rtn
-from jaxquant.transform.paths import nearest
-from jaxquant.transform.shardings import shardings as leaf_shardings
 
-__all__ = ["CheckpointInfo", "load_hf"]
+__all__ = ["CheckpointInfo", "load_hf", "open_hf"]
 
 _FUNCTION = "load_hf"
 _CODES = tuple(
@@ -121,137 +117,41 @@ def load_hf(
         raise quant_error(
             _FUNCTION, f"the checkpoint is quantized already, as {form.name}", todo=todo, rules=len(rules)
         )
-    reader = _Reader(checkpoint, form, config, _checked_dtype(dtype), shapes)
-    plain = reader.plain_names()
-    assigned = assign({name: checkpoint.tensors[name] for name in plain}, rules or (), checkpoint.error)
-    place = _placing(sharding)
-    targets = None if names is None else names.resolve([m.name for m in reader.modules] + plain, checkpoint.error)
+    leaves = HFLeaves(checkpoint, form, config, dtype=_checked_dtype(dtype), shapes=shapes)
+    assigned = assign({name: checkpoint.tensors[name] for name in leaves.plain}, rules or (), checkpoint.error)
+    place = placing(sharding, _FUNCTION)
+    targets = None if names is None else names.resolve(leaves, checkpoint.error)
     result: dict[str, Any] = {}
-
-    def put(name: str, leaf: Any) -> None:
-        path = name
+    for name in leaves:
+        leaf, path = leaves[name], name
+        if name in assigned:
+            stored = leaf.dtype.name
+            leaf = _quantized(checkpoint, name, leaf, assigned[name])
+            leaves.described[name] = f"{leaf!r}, from {stored}"
         if targets is not None:
             target = targets[name]
             if target is None:
-                return
+                continue
             path, turn = target
-            leaf = turn(leaf) if turn is not None else leaf
+            leaf = leaf if turn is None else turn(leaf)
         result[path] = place(path, leaf)
-
-    described: dict[str, str] = {}
-    for module in reader.modules:
-        leaf = reader.read(module)
-        described[module.name] = "; ".join([_describe(leaf), *module.notes])
-        put(module.name, leaf)
-    reader.check_rest()
-    for name in plain:
-        array = checkpoint.array(name)
-        if name in assigned:
-            leaf = _quantized(checkpoint, name, array, assigned[name], reader.dtype)
-            described[name] = f"{leaf!r}, from {array.dtype.name}"
-        else:
-            leaf = array.astype(reader.dtype) if reader.dtype is not None and _is_float(array) else array
-        put(name, leaf)
     info = CheckpointInfo(
         os.fsdecode(directory),
         "float" if form is None else form.name,
         config,
         checkpoint.config,
         tuple(checkpoint.files),
-        described,
-        tuple(n for n in plain if n not in assigned),
-        tuple(dict.fromkeys(p for m in reader.modules for p in m.problems)),
+        leaves.described,
+        tuple(name for name in leaves.plain if name not in assigned),
+        leaves.problems,
     )
     return (result if names is None else nested(result)), info
 
 
-class _Reader:
-    """The modules of a checkpoint, and which tensors belong to them."""
-
-    def __init__(
-        self,
-        checkpoint: HFCheckpoint,
-        form: Format | None,
-        config: dict[str, Any],
-        dtype: np.dtype | None,
-        shapes: Mapping[str, tuple[int, int]] | None,
-    ):
-        self.checkpoint, self.form, self.dtype = checkpoint, form, dtype
-        found = {} if form is None else form.modules(checkpoint)
-        self.modules = [Module(checkpoint, p, target, config, shapes) for p, target in found.items()]
-        unknown = sorted(set(shapes or ()) - set(found))
-        if unknown:
-            todo = f"Nearest modules: {nearest(unknown[0], found)}"
-            raise quant_error(_FUNCTION, "shapes names a module that is not quantized", todo=todo, module=unknown[0])
-
-    def plain_names(self) -> list[str]:
-        """Tensors that are part of no quantized module, or stay beside its weight."""
-        keeps = () if self.form is None else (".bias", *self.form.keeps)
-        owners, weights = {m.prefix for m in self.modules}, {m.name for m in self.modules}
-
-        def owned(name: str) -> bool:
-            if any(name.endswith(k) and name.removesuffix(k) in owners for k in keeps):
-                return False
-            return name in weights or self._owner(name, owners) is not None
-
-        return [name for name in self.checkpoint.tensors if not owned(name)]
-
-    def _owner(self, name: str, owners: set[str]) -> str | None:
-        """The quantized module that a tensor belongs to, by its name."""
-        if self.form is not None and self.form.find is not None:  # torchao: P._weight_PART
-            owner, _, last = name.rpartition(".")
-            return next((o for o in owners if f"{owner}._{o.rpartition('.')[2]}_" in f"{owner}.{last}"), None)
-        head = name
-        while head:
-            head = head.rpartition(".")[0]
-            if head in owners:
-                rest = name[len(head) :]
-                parts = () if self.form is None else self.form.parts
-                return head if rest.count(".") == 1 or rest.startswith(".weight.") or rest in parts else None
-        return next((o for o in (name.rpartition("_")[0], name.rpartition("_scale_inv")[0]) if o in owners), None)
-
-    def read(self, module: Module) -> Any:
-        """The leaf of a module, of NumPy arrays."""
-        assert self.form is not None
-        with np.errstate(all="ignore"):  # what overflows is found below
-            leaf = self.form.read(module)
-        if isinstance(leaf, QTensor):
-            for q in (leaf, leaf.scale, leaf.offset):
-                if isinstance(q, QTensor):
-                    check_qtensor(q, module.error)
-        floats = [leaf.scale, leaf.zero_point, leaf.offset] if isinstance(leaf, QTensor) else [leaf]
-        for value in jax.tree.leaves(floats):
-            if _is_float(value) and not np.isfinite(value.astype(np.float32)).all():
-                todo = "The checkpoint is damaged: fetch it again"
-                raise module.error("scales and what comes of them must be finite", todo=todo, shape=value.shape)
-        if isinstance(leaf, QTensor):
-            return leaf if self.dtype is None else leaf.replace(dtype=self.dtype)
-        return leaf if self.dtype is None else leaf.astype(self.dtype)
-
-    def check_rest(self) -> None:
-        """Raises for tensors that no reader has asked for."""
-        used = {name for m in self.modules for name in m.used}
-        plain = set(self.plain_names())
-        for name in self.checkpoint.tensors:
-            if name not in used and name not in plain:
-                todo = "Check the format; a reader that ignored it could be wrong about the weight"
-                raise self.checkpoint.error("an unknown tensor beside a quantized weight", name, todo=todo)
-        for name in plain:
-            spec = self.checkpoint.tensors[name]
-            if name.endswith("weight") and spec.dtype in _CODES and name not in used:
-                rule = "codes without scales" if self.form else "codes, and no configuration that says of which format"
-                todo = "Fetch all files of the checkpoint again"
-                raise self.checkpoint.error(rule, name, todo=todo, dtype=spec.dtype.name)
-
-
-def _describe(leaf: Any) -> str:
-    if isinstance(leaf, QTensor):
-        return repr(leaf)
-    return f"{leaf.dtype.name}{list(leaf.shape)}"
-
-
-def _is_float(array: Any) -> bool:
-    return jnp.issubdtype(array.dtype, jnp.floating)
+def open_hf(directory: str | os.PathLike[str], *, function: str) -> HFLeaves:
+    """The leaves of a directory, each read when it is asked for."""
+    checkpoint = HFCheckpoint(directory, function=function)
+    return HFLeaves(checkpoint, *detect(checkpoint))
 
 
 def _checked_dtype(dtype: Any) -> np.dtype | None:
@@ -268,37 +168,9 @@ def _checked_dtype(dtype: Any) -> np.dtype | None:
     return found
 
 
-# -- float weights, quantized as they are read ---------------------------------------------------------------------
-
-
-def _quantized(checkpoint: HFCheckpoint, name: str, array: np.ndarray, rule: Rule, dtype: np.dtype | None) -> QTensor:
+def _quantized(checkpoint: HFCheckpoint, name: str, array: np.ndarray, rule: Rule) -> QTensor:
     spec = None if rule.spec is None else rule.spec.weight
     assert spec is not None
-    if not np.isfinite(array.astype(np.float32)).all():
+    if not np.isfinite(array).all():
         raise checkpoint.error("a weight must be finite", name, todo="A checkpoint with NaN or inf cannot be quantized")
-    w = jnp.asarray(array if dtype is None else array.astype(dtype))
-    return rtn(w, spec, reduce_axes=rule.reduce_axes or (-1,))
-
-
-# -- where leaves go -------------------------------------------------------------------------------------------------
-
-
-def _placing(sharding: Any) -> Callable[[str, Any], Any]:
-    """A function that puts a leaf of NumPy arrays where it belongs."""
-    if sharding is None or isinstance(sharding, jax.sharding.Sharding):
-        of: Callable[[str], Any] = lambda path: sharding  # noqa: E731
-    elif isinstance(sharding, Mapping):
-        of = sharding.get
-    elif callable(sharding):
-        of = sharding
-    else:
-        todo = "Give a Sharding, or a dict or function from names to shardings"
-        raise quant_error(_FUNCTION, "not a sharding", todo=todo, sharding=type(sharding).__name__)
-
-    def place(path: str, leaf: Any) -> Any:
-        where = of(path)
-        if where is None:
-            return jax.tree.map(to_device, leaf)
-        return jax.tree.map(to_device, leaf, leaf_shardings({path: leaf}, {path: where})[path])
-
-    return place
+    return rtn(to_device(array), spec, reduce_axes=rule.reduce_axes or (-1,))
