@@ -45,7 +45,7 @@ def pytest_addoption(parser):
 
 
 FAST_SETS = 2
-collect_ignore = ["fuzz"]  # a program, which needs a fuzzer
+collect_ignore = ["fuzz", "golden"]  # programs: they need a fuzzer, and the libraries that write the references
 
 
 def pytest_collection_modifyitems(config, items):
