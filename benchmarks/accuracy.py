@@ -9,8 +9,8 @@ error; calibration texts come from other sources. Retrieval is the share of 300 
 among all 300 answers, by the difference to float with its standard error, at 4 bits. Bytes are the 36
 weights', with scales and zero points; seconds are those of statistics and quantizing, compilation included.
 
-Prints the table, and writes it to benchmarks/results as text, JSON and a plot. Rows that were not run keep what
-an earlier run found.
+Prints the table, and writes it to benchmarks/results as text, JSON and a plot, and to docs/transforms.md. Rows that
+were not run keep what an earlier run found.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from jaxquant import OpSpec, QuantSpec, recipes
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import minilm
 
+RESULTS = Path(__file__).parent / "results"
 RULE = r"layer_\d/\w+/kernel"
 LENGTHS = (16, 40)
 """Of calibration batches, in tokens: each holds sentences of exactly that length, since statistics of padding would
@@ -357,6 +358,8 @@ def text(results: dict[str, Any]) -> str:
         f"retrieval: float {results['float_retrieval']:.4f} of questions first; change +- its standard error",
         ", ".join(f"{name} {value}" for name, value in results["machine"].items()),
     ]
+    peers = sorted({row["peer"] for row in results["rows"] if "peer" in row})
+    lines += [f"beside ours, weight-only, by accuracy_peers.py: {', '.join(peers)}"] if peers else []
     width = max(len(row["method"]) for row in results["rows"])
     for scheme in SCHEMES:
         rows = [row for row in results["rows"] if row["scheme"] == scheme.name]
@@ -372,6 +375,21 @@ def text(results: dict[str, Any]) -> str:
                 f"{row['method']:<{width}}  {row['cosine']:8.5f}  {row['cosine_error']:7.5f}  {row['worst']:7.4f}  "
                 f"{change:>16}  {row['bytes']:>10,}  {row['seconds']:>7.1f}"
             )
+    return "\n".join(lines)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Mean cosines, a row for each method and a column for each scheme."""
+    cosine = {(row["method"], row["scheme"]): row["cosine"] for row in results["rows"]}
+    peers = {row["method"] for row in results["rows"] if "peer" in row}
+    names = [name for name in METHODS if any(method == name for method, _ in cosine)]
+    lines = ["| | " + " | ".join(s.name for s in SCHEMES) + " |", "|---" * (len(SCHEMES) + 1) + "|"]
+    lines.append("| *to reach* | " + " | ".join(f"*{s.reach:.4f}*".replace("0.", ".", 1) for s in SCHEMES) + " |")
+    for name in (*names, *sorted(peers)):
+        cells = [cosine.get((name, s.name)) for s in SCHEMES]
+        digits = [5 if c is not None and c > 0.9995 else 4 for c in cells]
+        shown = ["-" if c is None else f"{c:.{d}f}".lstrip("0") for c, d in zip(cells, digits, strict=True)]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
@@ -392,14 +410,16 @@ def plot(results: dict[str, Any], file: Path) -> None:
         rows = [row for row in results["rows"] if row["scheme"] == scheme.name][::-1]
         error = [1 - row["cosine"] for row in rows]
         good = [row["cosine"] >= scheme.reach for row in rows]
-        colours = ["#2a7f62" if g else "#8a94a6" for g in good]
+        colours = [
+            "#2a7f62" if g else "#c8a15a" if "peer" in row else "#8a94a6" for g, row in zip(good, rows, strict=True)
+        ]
         axis.barh([row["method"] for row in rows], error, color=colours, height=0.7)
         axis.axvline(1 - scheme.reach, color="#c0392b", linewidth=1.2)
         axis.set_xlim(left=0)
         axis.set_title(scheme.name, loc="left", fontsize=9, fontweight="bold")
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1, 0].set_xlabel("1 - mean cosine (red: target; green: reached)", fontsize=8)
+    axes[-1, 0].set_xlabel("1 - mean cosine (red: target; green: reached; yellow: other libraries)", fontsize=8)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
@@ -411,7 +431,7 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="leave alone rows that an earlier run has found")
     parser.add_argument("--calibration", type=int, default=700, metavar="N", help="sentences to calibrate on")
     parser.add_argument("--steps", type=int, default=96, metavar="N", help="batches of 24 sentences to distill on")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()
     encoder = Encoder(args.calibration, 300, args.steps)
     file = args.output / "accuracy.json"
@@ -443,12 +463,18 @@ def main() -> None:
 def save(output: Path, encoder: Encoder, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Writes what there is so far: an interrupted run keeps its rows."""
     order = {name: i for i, name in enumerate([*(s.name for s in SCHEMES), *METHODS])}
-    kept = sorted(rows, key=lambda row: (order.get(row["scheme"], 99), order.get(row["method"], 99)))
+    kept = sorted(rows, key=lambda row: (order[row["scheme"]], order.get(row["method"], 99), row["method"]))
     results = {"machine": machine(), "float_retrieval": round(float(encoder.hits.mean()), 4), "rows": kept}
     output.mkdir(parents=True, exist_ok=True)
     (output / "accuracy.txt").write_text(text(results) + "\n", encoding="utf-8")
     (output / "accuracy.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot(results, output / "accuracy.png")
+    if output == RESULTS:
+        page = Path(__file__).parents[1] / "docs/transforms.md"
+        before, rest = page.read_text(encoding="utf-8").split("<!-- accuracy -->\n")
+        after = rest.split("<!-- end -->", 1)[1]
+        table = f"<!-- accuracy -->\n{markdown(results)}\n<!-- end -->"
+        page.write_text(before + table + after, encoding="utf-8")
     return results
 
 

@@ -144,7 +144,7 @@ def qwix() -> Peer:
 
     for scheme, (bits, group) in {**{s: (b, 64) for s, b in GROUPED.items()}, "int4 channel asym": (4, None)}.items():
         symmetric = how(f"int{bits}", group, "absmax")
-        # Its 2 and 3 bits have no zero points, and its GPTQ fails with them.
+        # Its 2 and 3 bits have no zero points, and its GPTQ fails with them (and with int3).
         spec, name = (how("int4", group, "minmax"), "") if bits == 4 else (symmetric, ", symmetric")
         yield scheme, f"qwix PTQ{name}", ptq(bits, spec)
         yield scheme, f"qwix AWQ{name}", awq(bits, spec)
@@ -185,7 +185,7 @@ def onnxruntime() -> Peer:
 PEERS = (hqq, bitsandbytes, torchao, onnxruntime, qwix)
 
 
-def rows(encoder: accuracy.Encoder, only: str) -> Iterator[dict[str, Any]]:
+def rows(encoder: accuracy.Encoder, only: str, chosen: str) -> Iterator[dict[str, Any]]:
     """The row of each library, scheme and method."""
     plan = encoder.plan(accuracy.SCHEMES[0].spec)
     leaves, treedef = leaves_with_paths(encoder.params)
@@ -200,6 +200,8 @@ def rows(encoder: accuracy.Encoder, only: str) -> Iterator[dict[str, Any]]:
             continue
         version = f"{peer.__name__} {importlib.metadata.version(peer.__name__)}"
         for scheme, name, method in found:
+            if not re.search(chosen, f"{scheme}: {name}"):
+                continue
             start = time.perf_counter()
             try:
                 made = {path: method(np.asarray(leaves[path]), stats[path]) for path in plan}
@@ -218,6 +220,7 @@ def rows(encoder: accuracy.Encoder, only: str) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="libraries whose name this regular expression finds")
+    parser.add_argument("--row", default="", metavar="TEXT", help='rows, as "scheme: name", that it finds')
     parser.add_argument("--calibration", type=int, default=700, metavar="N", help="sentences to calibrate on")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
     args = parser.parse_args()
@@ -225,7 +228,7 @@ def main() -> None:
     file = args.output / "accuracy.json"
     old = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
     kept = {(row["scheme"], row["method"]): row for row in old}
-    for row in rows(encoder, args.only):
+    for row in rows(encoder, args.only, args.row):
         kept[row["scheme"], row["method"]] = row
         accuracy.save(args.output, encoder, list(kept.values()))
 

@@ -3,9 +3,10 @@
     python benchmarks/allocation.py
 
 `jq.sensitivity` measures on calibration inputs what each weight costs at each width, `jq.allocate` spends the bytes
-that the uniform choice would take, and both are compared on inputs that neither has seen: a sentence encoder (36
-weights, groups of 64, by the cosine of its embeddings) and a digits classifier (by the relative error of its logits,
-and its accuracy). Rounding is to nearest. Prints the table, and writes it to benchmarks/results as text and JSON.
+that the uniform choice would take, `jq.refine` measures choices as a whole from there on. All are compared on inputs
+that none has seen: a sentence encoder (36 weights, groups of 64, by the cosine of its embeddings) and digits
+classifiers (by the relative error of their logits, and their accuracy). Rounding is to nearest. Prints the table, and
+writes it to benchmarks/results as text and JSON.
 """
 
 from __future__ import annotations
@@ -41,13 +42,16 @@ def candidates(widths: tuple[int, ...], *group_sizes: int | None) -> dict[str, O
     return made
 
 
-def choices(table: Any, uniform: str, measure: Callable[[Any], dict[str, float]], params: Any) -> list[dict[str, Any]]:
-    """The uniform choice and the mixed one of at most its bytes, measured."""
+def choices(
+    table: Any, uniform: str, measure: Callable[[Any], dict[str, float]], fn: Any, params: Any, batch: tuple[Any, ...]
+) -> list[dict[str, Any]]:
+    """The uniform choice and the mixed ones of at most its bytes, measured."""
     plain = table.uniform(uniform)
     budget = sum(item.nbytes[1] for item in plain.items)
     mixed = jq.allocate(table, budget=budget)
+    refined = jq.refine(fn, table, mixed, params, [batch], budget=budget)
     rows = []
-    for name, plan in ((f"all {uniform}", plain), ("allocated", mixed)):
+    for name, plan in ((f"all {uniform}", plain), ("allocated", mixed), ("refined", refined)):
         names = [next(n for n, spec in table.candidates.items() if spec == item.spec) for item in plan.items]
         used = {n: names.count(n) for n in sorted(set(names))}
         found = measure(jq.dequantize_params(jq.quantize_params(params, plan)))
@@ -72,7 +76,9 @@ def encoder(sentences: int) -> dict[str, list[dict[str, Any]]]:
         cosine = np.sum(np.asarray(apply(params, *unseen)) * reference, axis=1)
         return {"cosine": round(float(cosine.mean()), 5), "error": round(float(2 * (1 - cosine.mean())), 5)}
 
-    return {f"all-MiniLM-L6-v2 near {name}": choices(table, name, measure, params) for name in ("int4 g64",)}
+    return {
+        f"all-MiniLM-L6-v2 near {name}": choices(table, name, measure, apply, params, batch) for name in ("int4 g64",)
+    }
 
 
 def classifier(name: str, model: Any, *group_sizes: int | None) -> dict[str, list[dict[str, Any]]]:
@@ -90,7 +96,9 @@ def classifier(name: str, model: Any, *group_sizes: int | None) -> dict[str, lis
         error = float(jq.transform.relative_error(logits, reference))
         return {"error": round(error, 5), "accuracy": round(data.accuracy(logits), 4)}
 
-    return {f"{name} near {near}": choices(table, near, measure, params) for near in ("int3", "int4", "int5")}
+    return {
+        f"{name} near {near}": choices(table, near, measure, fn, params, (seen,)) for near in ("int3", "int4", "int5")
+    }
 
 
 def progress(done: int, total: int) -> None:

@@ -33,7 +33,7 @@ from jaxquant.transform.params import dequantize_params, quantize_params
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.precondition import precondition, precondition_params
 from jaxquant.transform.quantized import quantized
-from jaxquant.transform.sensitivity import Sensitivity, allocate, sensitivity
+from jaxquant.transform.sensitivity import Sensitivity, allocate, refine, sensitivity
 from jaxquant.transform.sequential import quantize_sequentially
 from jaxquant.transform.shardings import shardings
 from jaxquant.transform.smoothing import awq, awq_bases, equalize, rotations, smooth_bases, smoothquant
@@ -65,6 +65,7 @@ __all__ = [
     "quantize_params",
     "quantize_sequentially",
     "quantized",
+    "refine",
     "relative_error",
     "rescale",
     "rotate",

@@ -1,8 +1,10 @@
-"""`sensitivity`: what quantizing each weight costs, by candidate; `allocate`: the best choice for a budget of bytes."""
+"""`sensitivity`: what quantizing each weight costs, by candidate; `allocate`: the best choice for a budget of bytes;
+`refine`: a better one, by what choices cost as a whole."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +23,7 @@ from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.quantized import check_plan, quantized
 
-__all__ = ["Cell", "Sensitivity", "allocate", "sensitivity"]
+__all__ = ["Cell", "Sensitivity", "allocate", "refine", "sensitivity"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,3 +309,116 @@ def _knapsack(rows: list[list[tuple[int, float]]], budget: int, limit: int) -> l
         choice.append(int(pick[at]))
         at = int(before[at])
     return choice[::-1]
+
+
+# -- choices as a whole ------------------------------------------------------------------------------------------------
+
+
+def refine(
+    fn: Callable[..., Any],
+    sensitivity: Sensitivity,
+    plan: Plan,
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    budget: int | None = None,
+    method: Callable[..., Any] = rtn,
+    stats: Mapping[str, Any] | None = None,
+    loss: Callable[[Any, Any], jax.Array] = relative_error,
+    evaluations: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> Plan:
+    """A choice within a budget of bytes, of less error as a whole than another.
+
+    The errors of single weights do not add up exactly: some cancel. This measures whole choices: the given one, each
+    uniform one that is not larger, and, from the best of them, those that differ in one or two weights, in the order of
+    the error that the table predicts; whenever one is better, on from there. Never worse on the batches than where it
+    starts.
+
+    Args:
+      fn: the function that was planned.
+      sensitivity: what `sensitivity` returned.
+      plan: where to start, a choice of its candidates; from `allocate`.
+      params: the float parameters.
+      batches: as for `sensitivity`; all are kept.
+      budget: true bytes of all planned weights together; None: those of ``plan``.
+      method: the quantizer.
+      stats: what it wants to know, from `calibrate`.
+      loss: ``(outputs, float outputs) -> scalar``.
+      evaluations: how many choices are measured at most.
+      progress: called with how many choices have been measured, and of how many at most.
+
+    Returns:
+      A `Plan`: quantize with it.
+
+    Raises:
+      QuantError: if there are no batches, or a candidate quantizes activations, whose products are not measured here.
+    """
+    kept = [tuple(b) if isinstance(b, tuple | list) else (b,) for b in batches]
+    if not kept:
+        raise quant_error("refine", "there are no batches", todo="Pass at least one", batches=0)
+    if any(spec.act is not None for spec in sensitivity.candidates.values()):
+        todo = "Use candidates with a weight spec alone"
+        raise quant_error("refine", "a candidate quantizes activations", todo=todo)
+    leaves, treedef = leaves_with_paths(params)
+    targets = [jax.jit(fn)(params, *args) for args in kept]
+    run = jax.jit(lambda params, args, target: loss(fn(params, *args), target))
+    names, items = list(sensitivity.candidates), sensitivity.plan.items
+
+    @functools.cache
+    def value(i: int, k: int) -> jax.Array:
+        one = Plan((dataclasses.replace(items[i], spec=sensitivity.candidates[names[k]]),))
+        new = dequantize_params(quantize_params(params, one, method=method, stats=stats))
+        return leaves_with_paths(new)[0][items[i].path]
+
+    measured: dict[tuple[int, ...], float] = {}
+
+    def error(choice: tuple[int, ...]) -> float:
+        if choice not in measured:
+            new = {item.path: value(i, k) for i, (item, k) in enumerate(zip(items, choice, strict=True))}
+            tree = jax.tree.unflatten(treedef, {**leaves, **new}.values())
+            losses = [run(tree, args, target) for args, target in zip(kept, targets, strict=True)]
+            measured[choice] = float(np.mean([float(x) for x in losses]))
+            if progress is not None:
+                progress(len(measured), evaluations)
+        return measured[choice]
+
+    rows = [[sensitivity[item.path, name] for name in names] for item in items]
+    size, own = (np.array([[getattr(c, field) for c in row] for row in rows]) for field in ("nbytes", "error"))
+    at = np.arange(len(items))
+    specs = [sensitivity.candidates[name] for name in names]
+    start = tuple(specs.index(plan[item.path].spec) for item in items)
+    budget = int(size[at, list(start)].sum()) if budget is None else budget
+    uniform = [(k,) * len(items) for k in range(len(names)) if size[:, k].sum() <= budget]
+    best = min([start, *uniform[: evaluations - 1]], key=error)
+    while len(measured) < evaluations:
+        for choice in _neighbours(np.array(best), size, own, budget):
+            if len(measured) >= evaluations:
+                break
+            if choice not in measured and error(choice) < measured[best]:
+                best = choice
+                break
+        else:
+            break
+    return sensitivity.choose({item.path: names[k] for item, k in zip(items, best, strict=True)})
+
+
+def _neighbours(choice: np.ndarray, size: np.ndarray, own: np.ndarray, budget: int) -> list[tuple[int, ...]]:
+    """Choices that differ in one or two weights and fit, by predicted error."""
+    at, count = np.arange(len(choice)), size.shape[1]
+    more = (size - size[at, choice][:, None]).reshape(-1)  # of each single change
+    worse = (own - own[at, choice][:, None]).reshape(-1)
+    left = budget - int(size[at, choice].sum())
+    changes = [(k,) for k in np.flatnonzero(more <= left)]
+    one, two = np.triu_indices(len(more), 1)
+    fits = (one // count != two // count) & (more[one] + more[two] <= left)
+    changes += list(zip(one[fits], two[fits], strict=True))
+    order = sorted(changes, key=lambda change: (sum(worse[k] for k in change), change))
+    out = []
+    for change in order[:1024]:
+        new = choice.copy()
+        for k in change:
+            new[k // count] = k % count
+        if np.any(new != choice):
+            out.append(tuple(int(k) for k in new))
+    return out

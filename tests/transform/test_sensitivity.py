@@ -157,3 +157,26 @@ class _SignDescent:
     def update(self, grads, state, params=None):
         state = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state, grads)
         return jax.tree.map(lambda m: -0.003 * m / (jnp.abs(m) + 1e-8), state), state
+
+
+def test_choices_as_a_whole_are_never_worse_and_fit(table):
+    start = table.choose({"a": "int4", "b": "int4", "c": "int8"})
+    size = lambda plan: sum(item.nbytes[1] for item in plan.items)  # noqa: E731
+    told = []
+    found = jq.refine(fn, table, start, PARAMS, [X], evaluations=12, progress=lambda *now: told.append(now))
+    assert error(found) < error(start)
+    assert size(found) <= size(start)
+    assert told[-1][0] <= told[-1][1] == 12
+    assert [n for n, _ in told] == list(range(1, len(told) + 1))
+    uniform = table.uniform("int4")
+    assert error(jq.refine(fn, table, start, PARAMS, [X], budget=size(uniform), evaluations=12)) <= error(uniform)
+
+
+def test_refusals_of_refine(table):
+    with pytest.raises(jq.QuantError, match="refine: there are no batches"):
+        jq.refine(fn, table, table.uniform("int4"), PARAMS, [])
+    both = {"w8a8": OpSpec(QuantSpec("int8"), QuantSpec("int8"))}
+    cells = tuple(Cell(path, "w8a8", 1, 1.0, 1.0) for path in PARAMS)
+    acts = Sensitivity(table.plan, both, cells)
+    with pytest.raises(jq.QuantError, match="a candidate quantizes activations"):
+        jq.refine(fn, acts, acts.uniform("w8a8"), PARAMS, [X])
