@@ -18,6 +18,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec, Rule
 from jaxquant.io import save_gguf, save_hf
 from jaxquant.io.gguf.container import GGUFFile
+from jaxquant.io.gguf.names import has_names
 from jaxquant.io.gguf.read import GGUFLeaves
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
@@ -137,7 +138,7 @@ def _leaves(path: Path, function: str) -> HFLeaves | GGUFLeaves | NativeLeaves:
     """The leaves of a checkpoint, under Hugging Face's names where there are any; each is read when asked for."""
     kind = _kind(path)
     if kind == "gguf":
-        return GGUFLeaves(path, names="hf", function=function)
+        return GGUFLeaves(path, names="hf" if has_names(GGUFFile(path).metadata) else "gguf", function=function)
     return NativeLeaves(path, function=function) if kind == "jaxquant" else open_hf(path, function=function)
 
 
@@ -189,7 +190,8 @@ def convert(
     config = leaves.checkpoint.config if isinstance(leaves, HFLeaves) else {}
     if format == "gguf":
         found = leaves.file.metadata if isinstance(leaves, GGUFLeaves) else _gguf_metadata(config, architecture)
-        save_gguf(destination, watched, metadata=found, names="hf")
+        as_in_file = isinstance(leaves, GGUFLeaves) and not has_names(found)
+        save_gguf(destination, watched, metadata=found, names="gguf" if as_in_file else "hf")
     elif format == "jaxquant":
         save_leaves(destination, watched)
     else:
@@ -204,6 +206,8 @@ _GGUF_KEYS = {
     "attention.head_count": ("num_attention_heads", np.uint32),
     "attention.head_count_kv": ("num_key_value_heads", np.uint32),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", np.float32),
+    "attention.key_length": ("head_dim", np.uint32),
+    "attention.value_length": ("head_dim", np.uint32),
     "rope.freq_base": ("rope_theta", np.float32),
     "vocab_size": ("vocab_size", np.uint32),
 }
@@ -211,7 +215,8 @@ _GGUF_KEYS = {
 
 def _gguf_metadata(config: Mapping[str, Any], architecture: str | None) -> dict[str, Any]:
     """The metadata of a decoder from its ``config.json``; the tokenizer is not part of it."""
-    name = architecture or {"mistral": "llama"}.get(str(config.get("model_type")), config.get("model_type"))
+    known = {"mistral": "llama", "phi": "phi2", "gemma3_text": "gemma3"}
+    name = architecture or known.get(str(config.get("model_type")), config.get("model_type"))
     if not isinstance(name, str):
         todo = "Say which it is with --architecture, for example llama"
         raise quant_error("convert", "the architecture is not known", todo=todo, model_type=config.get("model_type"))

@@ -5,6 +5,7 @@ import json
 import struct
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -16,7 +17,7 @@ from io_files import assert_same
 import jaxquant as jq
 from jaxquant import QuantError
 from jaxquant.io.gguf.container import GGUFFile, TensorInfo, write_gguf
-from jaxquant.io.gguf.names import interleave, separate, to_gguf, to_hugging_face
+from jaxquant.io.gguf.names import ARCHITECTURES, interleave, separate, to_gguf, to_hugging_face
 from jaxquant.io.gguf.types import BY_ID, BY_NAME
 from jaxquant.io.safetensors import SafetensorsFile
 
@@ -143,16 +144,101 @@ def test_row_orders_are_inverse(heads, half, columns):
     np.testing.assert_array_equal(first[1::2], rows[half : 2 * half])
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "name", ["token_embd.weight", "output_norm.weight", "output.weight", "blk.11.attn_q.bias", "blk.0.ffn_down.weight"]
 )
-def test_names_are_inverse(name):
-    assert to_gguf(to_hugging_face(name, {}), {}) == name
+def test_names_are_inverse(name, architecture):
+    metadata = {"general.architecture": architecture}
+    assert to_gguf(to_hugging_face(name, metadata), metadata) == name
 
 
-def test_names_without_a_counterpart_stay():
-    assert to_hugging_face("rope_freqs.weight", {}) is None
-    assert to_gguf("vision.patch.weight", {}) is None
+@pytest.mark.parametrize(
+    "architecture, name, there",
+    [
+        ("llama", "blk.0.ffn_norm.weight", "model.layers.0.post_attention_layernorm.weight"),
+        ("qwen3", "blk.3.attn_k_norm.weight", "model.layers.3.self_attn.k_norm.weight"),
+        ("gemma", "blk.0.ffn_norm.weight", "model.layers.0.post_attention_layernorm.weight"),
+        ("gemma2", "blk.0.ffn_norm.weight", "model.layers.0.pre_feedforward_layernorm.weight"),
+        ("gemma3", "blk.0.post_attention_norm.weight", "model.layers.0.post_attention_layernorm.weight"),
+        ("olmo2", "blk.0.post_ffw_norm.weight", "model.layers.0.post_feedforward_layernorm.weight"),
+        ("olmo2", "blk.0.ffn_norm.weight", None),
+        ("phi2", "output_norm.bias", "model.final_layernorm.bias"),
+        ("phi3", "blk.1.attn_qkv.weight", "model.layers.1.self_attn.qkv_proj.weight"),
+        ("starcoder2", "blk.1.ffn_up.bias", "model.layers.1.mlp.c_fc.bias"),
+        ("llama", "rope_freqs.weight", None),
+        ("mamba", "token_embd.weight", None),
+    ],
+)
+def test_what_tensors_are_called(architecture, name, there):
+    assert to_hugging_face(name, {"general.architecture": architecture}) == there
+
+
+def test_the_names_are_those_of_gguf():
+    gguf = pytest.importorskip("gguf")
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    for architecture in ARCHITECTURES:
+        table = gguf.get_tensor_name_map(numbers[architecture], 2)
+        for stem in (stem.format(bid=1) for stem in gguf.TENSOR_NAMES.values()):
+            ours = to_hugging_face(f"{stem}.weight", {"general.architecture": architecture})
+            if ours is not None and (known := table.get_name(ours.removesuffix(".weight"))) is not None:
+                assert known == stem, (architecture, ours)
+
+
+HEADS = {"attention.head_count": np.uint32(4), "attention.head_count_kv": np.uint32(2)}
+
+
+@pytest.mark.parametrize(
+    "architecture, interleaved", [("llama", True), ("qwen2", False), ("olmo", True), ("phi2", False)]
+)
+def test_only_some_architectures_interleave(architecture, interleaved, tmp_path):
+    metadata = {"general.architecture": architecture} | {f"{architecture}.{k}": v for k, v in HEADS.items()}
+    rows = np.arange(32 * 3, dtype=np.float32).reshape(32, 3)
+    names = {f"model.layers.0.self_attn.{x}_proj.weight": rows for x in "qkv"}
+    jq.io.save_gguf(tmp_path / "a.gguf", names, metadata=metadata, names="hf")
+    file = GGUFFile(tmp_path / "a.gguf")
+    stored = {x: np.ascontiguousarray(file.blocks(f"blk.0.attn_{x}.weight")).view("<f4").reshape(32, 3) for x in "qkv"}
+    for x, heads in (("q", 4), ("k", 2)):
+        np.testing.assert_array_equal(stored[x], interleave(rows, heads) if interleaved else rows)
+    np.testing.assert_array_equal(stored["v"], rows)
+    params, info = jq.io.load_gguf(tmp_path / "a.gguf", names="hf")
+    assert len(info.reordered) == (2 if interleaved else 0)
+    for name in names:
+        np.testing.assert_array_equal(params[name], rows)
+
+
+def test_norms_of_gemma_are_without_the_1(tmp_path):
+    metadata = {"general.architecture": "gemma2"}
+    norm, bias = np.array([0.5, -0.25, 3.0], np.float32), np.ones(3, np.float32)
+    names = {"model.norm.weight": norm, "model.layers.0.self_attn.q_proj.bias": bias}
+    jq.io.save_gguf(tmp_path / "a.gguf", names, metadata=metadata, names="hf")
+    stored = GGUFFile(tmp_path / "a.gguf").blocks("output_norm.weight")
+    np.testing.assert_array_equal(np.ascontiguousarray(stored).view("<f4").reshape(3), norm + 1)
+    params, _ = jq.io.load_gguf(tmp_path / "a.gguf")
+    np.testing.assert_array_equal(params["output_norm.weight"], norm)
+    np.testing.assert_array_equal(params["blk.0.attn_q.bias"], bias)
+
+
+def test_names_of_unknown_architectures_are_refused(tmp_path):
+    metadata = {"general.architecture": "mamba"}
+    with pytest.raises(QuantError, match="names of the architecture are not known; got architecture='mamba'"):
+        jq.io.save_gguf(tmp_path / "a.gguf", {"x": np.ones(3, np.float32)}, metadata=metadata, names="hf")
+    jq.io.save_gguf(tmp_path / "a.gguf", {"x": np.ones(3, np.float32)}, metadata=metadata)
+    with pytest.raises(QuantError, match="names of the architecture are not known; got architecture='mamba'"):
+        jq.io.load_gguf(tmp_path / "a.gguf", names="hf")
+
+
+def test_leaves_are_put_where_they_belong():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("model",))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model", None))
+    name = "blk.0.attn_q.weight"
+    plain, _ = jq.io.load_gguf(MODEL / "model.gguf")
+    params, _ = jq.io.load_gguf(MODEL / "model.gguf", sharding={name: rows})
+    assert params[name].codes.sharding.spec == params[name].scale.sharding.spec == rows.spec
+    np.testing.assert_array_equal(params[name].codes, plain[name].codes)
+    assert len(params["output_norm.weight"].sharding.device_set) == 1
+    with pytest.raises(QuantError, match="load_gguf: not a sharding"):
+        jq.io.load_gguf(MODEL / "model.gguf", sharding=3)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -1,28 +1,47 @@
-"""Names and row order of decoders: what llama.cpp's converter changes on the way from a Hugging Face checkpoint.
+"""Names, row order and norms of decoders: what llama.cpp's converter changes on the way from a Hugging Face checkpoint.
 
     token_embd             model.embed_tokens              blk.N.attn_q, attn_k, attn_v   ...self_attn.q_proj, ...
     output_norm, output    model.norm, lm_head             blk.N.attn_output              ...self_attn.o_proj
     blk.N.attn_norm        ...input_layernorm              blk.N.ffn_gate, ffn_up, ...    ...mlp.gate_proj, ...
     blk.N.ffn_norm         ...post_attention_layernorm     blk.N.attn_q_norm, attn_k_norm ...self_attn.q_norm, ...
 
-For architectures of Llama's kind the rows of attn_q and attn_k are in another order: those of a head, of which
-Hugging Face has the first half rotated against the second, are interleaved. Both directions are here.
+and what is called otherwise in some architectures. Only architectures of the tables here have names: one name of
+llama.cpp's can mean two things (``ffn_norm`` of llama and of gemma2).
 
-Source: llama.cpp's convert_hf_to_gguf.py (``permute``) and gguf 0.19.0 (``tensor_mapping``).
+For architectures of Llama's kind the rows of attn_q and attn_k are in another order: those of a head, of which
+Hugging Face has the first half rotated against the second, are interleaved. The norms of Gemma, which multiply by 1
+plus their weight, hold the sum. Both directions are here.
+
+Source: llama.cpp's convert_hf_to_gguf.py (``permute``, ``undo_permute``, the classes of Gemma) and gguf 0.19.0
+(``tensor_mapping``), against which the tests compare the tables.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-__all__ = ["heads_of", "interleave", "separate", "to_gguf", "to_hugging_face"]
+__all__ = [
+    "ARCHITECTURES",
+    "has_names",
+    "heads_of",
+    "interleave",
+    "norm_of_gemma",
+    "separate",
+    "to_gguf",
+    "to_hugging_face",
+]
 
 #: Architectures whose converter interleaves. Verified here for llama; the others as llama.cpp has them.
-_INTERLEAVED = {"llama", "mistral3", "granite", "granitemoe", "minicpm", "baichuan", "xverse", "deepseek", "arctic"}
+_INTERLEAVED = {
+    "llama", "mistral3", "granite", "granitemoe", "minicpm", "baichuan", "xverse", "deepseek", "arctic", "deci", "olmo",
+    "internlm2", "smollm3", "arcee",
+}  # fmt: skip
+_GEMMA = {"gemma", "gemma2", "gemma3"}
 
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _INSIDE = {
@@ -38,8 +57,50 @@ _INSIDE = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_BACK_OUTSIDE = {value: key for key, value in _OUTSIDE.items()}
-_BACK_INSIDE = {value: key for key, value in _INSIDE.items()}
+_AROUND = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_LIKE_LLAMA = ("llama", "mistral3", "granite", "smollm3", "minicpm", "olmo", "qwen2", "qwen3", "stablelm", "gemma")
+#: Architecture -> what its tensors are called where that is not the above.
+ARCHITECTURES: dict[str, dict[str, str]] = {
+    **{name: {} for name in _LIKE_LLAMA},
+    "gemma2": _AROUND,
+    "gemma3": _AROUND,
+    "olmo2": {key: name for key, name in _AROUND.items() if key != "ffn_norm"},
+    "phi2": {
+        "attn_output": "self_attn.dense",
+        "ffn_up": "mlp.fc1",
+        "ffn_down": "mlp.fc2",
+        "output_norm": "model.final_layernorm",
+    },
+    "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    "starcoder2": {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+}
+
+
+def _architecture(metadata: Mapping[str, Any]) -> str:
+    found = metadata.get("general.architecture")
+    return found if isinstance(found, str) else ""
+
+
+def has_names(metadata: Mapping[str, Any]) -> bool:
+    """Whether Hugging Face's names of the architecture are known."""
+    return _architecture(metadata) in ARCHITECTURES
+
+
+@functools.cache
+def _stems(architecture: str) -> tuple[dict[str, str], dict[str, str]]:
+    """llama.cpp's stem -> Hugging Face's, outside of layers and inside of them."""
+    own = ARCHITECTURES.get(architecture)
+    if own is None:
+        return {}, {}
+    outside = _OUTSIDE | {key: name for key, name in own.items() if key in _OUTSIDE}
+    inside = _INSIDE | {key: name for key, name in own.items() if key not in _OUTSIDE}
+    if architecture == "olmo2":
+        del inside["ffn_norm"]  # what follows the attention is normalised after it
+    return outside, inside
 
 
 def _renamed(name: str, outside: Mapping[str, str], layer: str, inside: Mapping[str, str], renamed: str) -> str | None:
@@ -54,12 +115,19 @@ def _renamed(name: str, outside: Mapping[str, str], layer: str, inside: Mapping[
 
 def to_hugging_face(name: str, metadata: Mapping[str, Any]) -> str | None:
     """Hugging Face's name of a tensor; None if the table has none."""
-    return _renamed(name, _OUTSIDE, r"blk\.(\d+)\.(\w+)", _INSIDE, "model.layers")
+    outside, inside = _stems(_architecture(metadata))
+    return _renamed(name, outside, r"blk\.(\d+)\.(\w+)", inside, "model.layers")
 
 
 def to_gguf(name: str, metadata: Mapping[str, Any]) -> str | None:
     """Inverse of `to_hugging_face`."""
-    return _renamed(name, _BACK_OUTSIDE, r"model\.layers\.(\d+)\.(.+)", _BACK_INSIDE, "blk")
+    outside, inside = ({new: old for old, new in table.items()} for table in _stems(_architecture(metadata)))
+    return _renamed(name, outside, r"model\.layers\.(\d+)\.(.+)", inside, "blk")
+
+
+def norm_of_gemma(name: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether a tensor, by its name in the file, is a norm's weight plus 1."""
+    return _architecture(metadata) in _GEMMA and name.endswith("norm.weight")
 
 
 def heads_of(name: str, metadata: Mapping[str, Any]) -> int | None:
@@ -67,9 +135,9 @@ def heads_of(name: str, metadata: Mapping[str, Any]) -> int | None:
 
     0 if they are interleaved but the metadata does not say how many heads there are.
     """
-    architecture = metadata.get("general.architecture")
+    architecture = _architecture(metadata)
     match = re.fullmatch(r"blk\.(\d+)\.attn_([qk])\.(weight|bias)", name)
-    if not match or not isinstance(architecture, str) or architecture not in _INTERLEAVED:
+    if not match or architecture not in _INTERLEAVED:
         return None
     heads = metadata.get(f"{architecture}.attention.head_count")
     if match[2] == "k":

@@ -16,7 +16,7 @@ from jaxquant.core.qtypes import QTYPES
 from jaxquant.io.arrays import placing
 from jaxquant.io.bits import stored
 from jaxquant.io.gguf.container import GGUFFile, TensorInfo
-from jaxquant.io.gguf.names import heads_of, separate, to_hugging_face
+from jaxquant.io.gguf.names import ARCHITECTURES, has_names, heads_of, norm_of_gemma, separate, to_hugging_face
 from jaxquant.io.gguf.parts import Scales
 
 __all__ = ["GGUFInfo", "GGUFLeaves", "load_gguf"]
@@ -54,12 +54,14 @@ def load_gguf(
     values of ggml's own reference, bit for bit.
 
     The rows of attn_q and attn_k, which llama.cpp's converter interleaves for architectures of Llama's kind, are
-    brought back to the order that Hugging Face's rotary embedding expects.
+    brought back to the order that Hugging Face's rotary embedding expects. From the norms of Gemma the 1 is taken that
+    the converter adds.
 
     Args:
       path: the file; it is mapped, not read as a whole.
       names: ``"gguf"`` for the names in the file (``blk.0.attn_q.weight``), ``"hf"`` for Hugging Face's
-        (``model.layers.0.self_attn.q_proj.weight``); a name without a counterpart stays as it is.
+        (``model.layers.0.self_attn.q_proj.weight``), if those of the architecture are known; a name without a
+        counterpart stays as it is.
       dtype: float dtype that QTensors dequantize to, rounded once.
       sharding: where to put each leaf as it is read, by the names in ``params``; as for `load_hf`.
 
@@ -67,8 +69,9 @@ def load_gguf(
       ``(params, info)``: a flat dict from names to arrays and QTensors, and a `GGUFInfo`.
 
     Raises:
-      QuantError: if the file is damaged, has a type that is not supported (IQ1, IQ2, IQ3: their codebooks are not part
-        of this package), or a scale that is not finite; with the tensor's name.
+      QuantError: if the file is damaged, the names of the architecture are not known, or a tensor has a type that is
+        not supported (IQ1, IQ2, IQ3: their codebooks are not part of this package) or a scale that is not finite; with
+        the tensor's name.
       OSError: if it cannot be opened.
 
     Example:
@@ -114,6 +117,12 @@ class GGUFLeaves(Mapping[str, Any]):
             raise quant_error(function, "names must be 'gguf' or 'hf'", todo="Use one of them", names=names)
         self.file, self._dtype = GGUFFile(path, function=function), np.dtype(dtype)
         _check_types(self.file)
+        if names == "hf" and not has_names(self.file.metadata):
+            todo = f"Use names='gguf'; known are {', '.join(ARCHITECTURES)}"
+            found = self.file.metadata.get("general.architecture")
+            raise self.file.error(
+                "Hugging Face's names of the architecture are not known", todo=todo, architecture=found
+            )
         self._inside: dict[str, str] = {}
         for name in self.file.tensors:
             key = (to_hugging_face(name, self.file.metadata) or name) if names == "hf" else name
@@ -140,7 +149,10 @@ class GGUFLeaves(Mapping[str, Any]):
         info, blocks, heads = self.file.tensors[name], self.file.blocks(name), heads_of(name, self.file.metadata)
         if heads is not None:
             blocks = _separated(self.file, name, info, blocks, heads)
-        return _leaf(self.file, name, info, blocks, self._dtype)
+        leaf = _leaf(self.file, name, info, blocks, self._dtype)
+        if not isinstance(leaf, QTensor) and norm_of_gemma(name, self.file.metadata):
+            return leaf - np.ones((), leaf.dtype)
+        return leaf
 
 
 def _check_types(file: GGUFFile) -> None:

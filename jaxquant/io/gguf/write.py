@@ -14,7 +14,7 @@ from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.io.arrays import to_host
 from jaxquant.io.gguf.container import TensorInfo, write_gguf
-from jaxquant.io.gguf.names import heads_of, interleave, to_gguf
+from jaxquant.io.gguf.names import ARCHITECTURES, has_names, heads_of, interleave, norm_of_gemma, to_gguf
 from jaxquant.io.gguf.parts import BlockType, Parts, Scales
 from jaxquant.io.gguf.types import BY_NAME, PLAIN
 from jaxquant.io.slices import rows, runs_of_rows, stored_by_rows
@@ -57,7 +57,7 @@ def save_gguf(
       metadata: by key: NumPy scalars and arrays, bool, str, lists of str; ``general.architecture`` must be among them.
         `load_gguf` returns it. For architectures of Llama's kind the rows of attn_q and attn_k are interleaved as
         llama.cpp expects them, for which the metadata must hold the numbers of heads.
-      names: ``"hf"`` if the names in ``params`` are Hugging Face's.
+      names: ``"hf"`` if the names in ``params`` are Hugging Face's; only of architectures whose names are known.
       types: name -> type, where the one that is chosen by itself is not wanted.
 
     Raises:
@@ -81,6 +81,12 @@ def save_gguf(
         raise quant_error("save_gguf", "the metadata needs general.architecture", todo=todo, keys=tuple(metadata))
     if names not in ("gguf", "hf"):
         raise quant_error("save_gguf", "names must be 'gguf' or 'hf'", todo="Use one of them", names=names)
+    if names == "hf" and not has_names(metadata):
+        todo = f"Rename the tensors and use names='gguf'; known are {', '.join(ARCHITECTURES)}"
+        found = metadata["general.architecture"]
+        raise quant_error(
+            "save_gguf", "llama.cpp's names of the architecture are not known", todo=todo, architecture=found
+        )
     wanted = dict(types or {})
     if unknown := sorted(wanted.keys() - params.keys()):
         todo = "Use the names of params"
@@ -103,7 +109,10 @@ def save_gguf(
     def read(name: str) -> np.ndarray:
         key, heads = source[name]
         info = tensors[name]
-        blocks = _in_slices(params[key], info)
+        leaf = params[key]
+        if not isinstance(leaf, QTensor) and norm_of_gemma(name, metadata):
+            leaf = to_host(leaf) + np.ones((), leaf.dtype)
+        blocks = _in_slices(leaf, info)
         if heads is None:
             return blocks
         each = blocks if len(info.shape) > 1 else blocks.reshape(*info.shape, -1)
