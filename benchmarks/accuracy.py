@@ -213,6 +213,15 @@ def with_stats(method: Callable[..., Any]) -> Callable[[Encoder, jq.Plan], Found
     return run
 
 
+def without_stats(method: Callable[..., Any]) -> Callable[[Encoder, jq.Plan], Found]:
+    """A quantizer that needs no data."""
+
+    def run(encoder: Encoder, plan: jq.Plan) -> Found:
+        return encoder.apply, plan, jq.quantize_params(encoder.params, plan, method=method), 0.0
+
+    return run
+
+
 def fused_awq(encoder: Encoder, plan: jq.Plan) -> Found:
     """AWQ where the graph lets scales move: from values to the projection behind the attention."""
     stats, seconds = encoder.grams
@@ -295,6 +304,7 @@ METHODS: dict[str, Callable[[Encoder, jq.Plan], Found]] = {
     "RTN": rtn,
     "RTN, MSE range": clipped,
     "RTN, Gram-weighted range": with_stats(jq.ptq.clipped),
+    "RTN, double quantization": without_stats(functools.partial(jq.ptq.double_quantized, group_size=192)),
     "HQQ": with_stats(jq.ptq.hqq),
     "AutoRound": with_stats(jq.ptq.autoround),
     "AWQ, fused": fused_awq,
@@ -315,6 +325,7 @@ ACTIVATIONS = ("RTN", "SmoothQuant, online", "rotated", "rotated, GPTQ, descende
 """The methods for a scheme that quantizes activations."""
 ACTIVATIONS_ONLY = ("SmoothQuant, online",)
 INTEGERS_ONLY = ("AutoRound",)
+NF4_ONLY = ("RTN, double quantization",)
 ORDER = (
     "int4 g64 asym",
     "int3 g64 asym",
@@ -332,6 +343,8 @@ def applies(method: str, scheme: Scheme) -> bool:
     assert scheme.spec.weight is not None
     if scheme.spec.act is not None:
         return method in ACTIVATIONS
+    if method in NF4_ONLY and scheme.spec.weight.qtype != "nf4":
+        return False
     return method not in ACTIVATIONS_ONLY and (scheme.spec.weight.type.kind == "int" or method not in INTEGERS_ONLY)
 
 
