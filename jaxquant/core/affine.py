@@ -304,13 +304,28 @@ def _per_block(function: str, name: str, value: Any, blocks: tuple[int, ...]) ->
     return jnp.broadcast_to(value, blocks)
 
 
+_LARGE = 1 << 18  # elements; what is smaller stays in the cache
+
+
 @functools.partial(jax.jit, static_argnames=("spec", "axes"), inline=True)
 def _quantize(x, scale, zero_point, key, *, spec: QuantSpec, axes: tuple[int, ...]) -> QTensor:
-    encoded = encode(lax.stop_gradient(x), spec, axes, scale, zero_point, key)
-    codes = codes_of(encoded.values, spec.type)
-    return from_codes(
-        codes, encoded.scale, encoded.zero_point, qtype=spec.qtype, dtype=x.dtype, minor=minor_axes(axes, x.ndim)
-    )
+    x, minor = lax.stop_gradient(x), minor_axes(axes, x.ndim)
+    found = encode(x, spec, axes, scale, zero_point, key)
+
+    def fused(x: jax.Array) -> jax.Array:
+        return codes_of(encode(x, spec, axes, found.scale, found.zero_point, key).values, spec.type)
+
+    def apart(x: jax.Array) -> jax.Array:
+        # XLA's CPU backend would fuse this into what follows, the transpose of codes or the packing of neighbours: it
+        # would read floats column by column, or round twice, and take up to ten times as long. It fuses nothing into
+        # what comes out of a branch.
+        return lax.cond(jnp.isnan(jnp.max(scale_values(found.scale))), fused, fused, x)
+
+    if bool(minor) != spec.type.packed and x.size >= _LARGE:
+        codes = lax.platform_dependent(x, cpu=apart, default=fused)
+    else:
+        codes = codes_of(found.values, spec.type)
+    return from_codes(codes, found.scale, found.zero_point, qtype=spec.qtype, dtype=x.dtype, minor=minor)
 
 
 def minor_axes(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:

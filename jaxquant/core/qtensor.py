@@ -39,6 +39,23 @@ def _transpose(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
     return x if order == tuple(range(x.ndim)) else jnp.transpose(x, order)
 
 
+_TILE = 64
+
+
+def _transpose_by_tiles(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    """The transpose of an array that is to be written to memory.
+
+    XLA's CPU backend has a transpose that goes by tiles, and an eighth of the speed where it takes the transpose for a
+    change of layout and then copies element by element. It does not where the axis that moves is cut in two.
+    """
+    axis = next((i for i, j in enumerate(order) if i != j), None)
+    if axis is None or x.shape[axis] % _TILE:
+        return _transpose(x, order)
+    tiles = x.reshape(*x.shape[:axis], x.shape[axis] // _TILE, _TILE, *x.shape[axis + 1 :])
+    pairs = [(i,) if i < axis else (i + 1,) if i > axis else (i, i + 1) for i in order]
+    return jnp.transpose(tiles, [i for pair in pairs for i in pair]).reshape([x.shape[i] for i in order])
+
+
 @jax.tree_util.register_pytree_with_keys_class
 class QTensor:
     """A quantized array.
@@ -256,9 +273,8 @@ def from_codes(
     if info.packed:
         length = codes.shape[order[-1]]
         stored = pack(to_bits(codes, info), info.bits, order[-1])
-    if order != tuple(range(codes.ndim)):
-        # A transpose of bytes that are in memory is fast on CPUs; one that is fused into what makes them is not.
-        stored = _transpose(jax.lax.optimization_barrier(stored), order)
+    # Packing is fused into nothing: a plain transpose of its bytes is fast.
+    stored = _transpose(stored, order) if info.packed else _transpose_by_tiles(stored, order)
     return QTensor(stored, scale, zero_point, offset, permutation, qtype=qtype, dtype=dtype, minor=minor, length=length)
 
 
