@@ -121,16 +121,14 @@ def decoder(width: int, layers: int, tokens: int, context: int, rounds: int) -> 
     return {"decode": measure.interleaved(steps, rounds), "prefill": measure.interleaved(fills, max(rounds // 2, 3))}
 
 
-def training(width: int, layers: int, batch: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """A step of SGD in float32 and of quantization-aware training."""
-    rng = np.random.default_rng(0)
-    params = [jnp.asarray(rng.standard_normal((width, width)).astype(np.float32) * width**-0.5) for _ in range(layers)]
-    x = jnp.asarray(rng.standard_normal((batch, width)).astype(np.float32))
+def kept(loss: Callable[..., jax.Array], params: Any, x: jax.Array) -> int:
+    """Bytes that the backward pass is handed by the forward pass, parameters that it needs included."""
+    pull = jax.vjp(jax.jit(loss), params, x)[1]
+    return sum({id(leaf): leaf.nbytes for leaf in jax.tree.leaves(pull)}.values())
 
-    def loss(params: Any, x: jax.Array) -> jax.Array:
-        for w in params:
-            x = jax.nn.relu(x @ w)
-        return jnp.mean(x * x)
+
+def compared(title: str, loss: Callable[..., jax.Array], params: Any, x: jax.Array, rounds: int) -> dict[str, Any]:
+    """A step of SGD in float32 and of quantization-aware training."""
 
     def step(loss: Callable[..., jax.Array], params: Any, x: jax.Array) -> Any:
         return jax.tree.map(lambda w, g: w - 0.01 * g, params, jax.grad(loss)(params, x))
@@ -138,6 +136,7 @@ def training(width: int, layers: int, batch: int, rounds: int) -> dict[str, dict
     losses = {"float32": loss}
     for name, spec in {
         "W8A8": recipes.w8a8(),
+        "W8A8, int8 gradients": recipes.w8a8g8(),
         "W8A16": recipes.w8a16(),
         "W4A16 f32 group 128": recipes.w4a16(128),
         "W4A8 channel": OpSpec(QuantSpec("int4"), QuantSpec("int8")),
@@ -148,7 +147,36 @@ def training(width: int, layers: int, batch: int, rounds: int) -> dict[str, dict
     found = measure.interleaved(runs, rounds)
     for name, program in programs.items():
         found[name]["temporaries"] = program.memory_analysis().temp_size_in_bytes
-    return {"train": found}
+        found[name]["kept"] = kept(losses[name], params, x)
+    return {title: found}
+
+
+def training(width: int, layers: int, batch: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Steps of a multilayer perceptron, and of a transformer of half the width and depth."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape).astype(np.float32) * shape[0] ** -0.5)
+
+    def perceptron(params: Any, x: jax.Array) -> jax.Array:
+        for w in params:
+            x = jax.nn.relu(x @ w)
+        return jnp.mean(x * x)
+
+    def transformer(params: Any, x: jax.Array) -> jax.Array:
+        for p in params:
+            q, k, v = (a.reshape(*x.shape[:2], -1, HEAD) for a in jnp.split(jax.nn.standardize(x) @ p["qkv"], 3, axis=-1))
+            x = x + jax.nn.dot_product_attention(q, k, v).reshape(x.shape) @ p["out"]
+            x = x + jax.nn.gelu(jax.nn.standardize(x) @ p["up"]) @ p["down"]
+        return jnp.mean(x * x)
+
+    half = width // 2
+    shapes = {"qkv": (half, 3 * half), "out": (half, half), "up": (half, 4 * half), "down": (4 * half, half)}
+    blocks = [{name: normal(*shape) for name, shape in shapes.items()} for _ in range(layers // 2)]
+    dense, x = [normal(width, width) for _ in range(layers)], normal(batch, width)
+    tokens = x.reshape(2 * batch // TOKENS, TOKENS, half)
+    found = compared("train", perceptron, dense, x, rounds)
+    return found | compared("train a transformer", transformer, blocks, tokens, rounds)
 
 
 def quantizing(size: int, rounds: int) -> dict[str, dict[str, Any]]:

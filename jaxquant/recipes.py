@@ -6,7 +6,21 @@ from typing import Any
 
 from jaxquant.core.specs import OpSpec, QuantSpec
 
-__all__ = ["fp4", "fp8", "llm_int8", "mxfp4", "mxfp8", "nf4", "nvfp4", "w4a4", "w4a8", "w4a16", "w8a8", "w8a16"]
+__all__ = [
+    "fp4",
+    "fp8",
+    "llm_int8",
+    "mxfp4",
+    "mxfp8",
+    "nf4",
+    "nvfp4",
+    "w4a4",
+    "w4a8",
+    "w4a16",
+    "w8a8",
+    "w8a8g8",
+    "w8a16",
+]
 
 
 def _grouped(qtype: str, group_size: int | None, **kwargs: Any) -> QuantSpec:
@@ -62,6 +76,15 @@ def w8a8(*, static: bool = False, act_symmetric: bool = True) -> OpSpec:
     """int8 weights per output channel; int8 activations per token, or one calibrated range per tensor (``static``)."""
     granularity = "per_tensor" if static else "per_channel"
     return OpSpec(QuantSpec("int8"), QuantSpec("int8", granularity=granularity, symmetric=act_symmetric, static=static))
+
+
+def w8a8g8() -> OpSpec:
+    """`w8a8`, and int8 gradients in the backward pass: all three products of a training step are int8 dots.
+
+    The gradients are rounded to nearest, which biases those that are small in their row; compare with ``w8a8`` first.
+    """
+    int8 = QuantSpec("int8")
+    return OpSpec(int8, int8, int8)
 
 
 def w4a8(group_size: int | None = 64, *, two_level: bool = False) -> OpSpec:

@@ -307,25 +307,47 @@ def _per_block(function: str, name: str, value: Any, blocks: tuple[int, ...]) ->
 _LARGE = 1 << 18  # elements; what is smaller stays in the cache
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "axes"), inline=True)
-def _quantize(x, scale, zero_point, key, *, spec: QuantSpec, axes: tuple[int, ...]) -> QTensor:
-    x, minor = lax.stop_gradient(x), minor_axes(axes, x.ndim)
+def as_codes(
+    x: jax.Array,
+    spec: QuantSpec,
+    axes: tuple[int, ...],
+    scale: Any = None,
+    zero_point: jax.Array | None = None,
+    key: jax.Array | None = None,
+    *,
+    apart: bool = True,
+) -> QTensor:
+    """`encode`, as codes: one per element, in logical order.
+
+    XLA's CPU backend fuses rounding into whatever follows: a transpose of the codes, which then reads floats column by
+    column, packing, the backward pass, which rounds once more. It fuses nothing into what comes out of a branch.
+
+    Args:
+      x, spec, axes, scale, zero_point, key: as `encode`.
+      apart: whether a large array is rounded in such a branch.
+    """
     found = encode(x, spec, axes, scale, zero_point, key)
 
-    def fused(x: jax.Array) -> jax.Array:
+    def rounded(x: jax.Array) -> jax.Array:
         return codes_of(encode(x, spec, axes, found.scale, found.zero_point, key).values, spec.type)
 
-    def apart(x: jax.Array) -> jax.Array:
-        # XLA's CPU backend would fuse this into what follows, the transpose of codes or the packing of neighbours: it
-        # would read floats column by column, or round twice, and take up to ten times as long. It fuses nothing into
-        # what comes out of a branch.
-        return lax.cond(jnp.isnan(jnp.max(scale_values(found.scale))), fused, fused, x)
+    def branch(x: jax.Array) -> jax.Array:
+        return lax.cond(jnp.isnan(jnp.max(scale_values(found.scale))), rounded, rounded, x)
 
-    if bool(minor) != spec.type.packed and x.size >= _LARGE:
-        codes = lax.platform_dependent(x, cpu=apart, default=fused)
+    if apart and x.size >= _LARGE:
+        codes = lax.platform_dependent(x, cpu=branch, default=rounded)
     else:
         codes = codes_of(found.values, spec.type)
-    return from_codes(codes, found.scale, found.zero_point, qtype=spec.qtype, dtype=x.dtype, minor=minor)
+    return QTensor(codes, found.scale, found.zero_point, qtype=spec.qtype, dtype=x.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "axes"), inline=True)
+def _quantize(x, scale, zero_point, key, *, spec: QuantSpec, axes: tuple[int, ...]) -> QTensor:
+    minor = minor_axes(axes, x.ndim)
+    # Codes are written transposed, or packed along their rows. Packing along another axis is fast as it is.
+    apart = bool(minor) != spec.type.packed
+    q = as_codes(lax.stop_gradient(x), spec, axes, scale, zero_point, key, apart=apart)
+    return from_codes(q.codes, q.scale, q.zero_point, qtype=q.qtype, dtype=q.dtype, minor=minor)
 
 
 def minor_axes(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from jaxquant.core.blocks import BlockView
 from jaxquant.core.qtensor import scale_values
 from jaxquant.core.specs import QuantSpec
 
-__all__ = ["fake_quant"]
+__all__ = ["fake_quant", "never_clips"]
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "axes"), inline=True)
@@ -25,7 +25,7 @@ def _forward(x, scale, zero_point, key, *, spec, axes):
     return values_with_scale(encoded, x.shape, x.dtype), scale_values(encoded.scale), encoded.zero_point
 
 
-def _never_clips(spec: QuantSpec) -> bool:
+def never_clips(spec: QuantSpec) -> bool:
     """Whether a range computed from the array itself covers all of it, so that the mask is 1 everywhere."""
     covers = not spec.observer.clips and spec.type.scale_format is None and not spec.two_level
     return covers and (spec.type.signed or not spec.symmetric)
@@ -38,7 +38,7 @@ def _computed(spec, axes, x, key):
 
 def _computed_fwd(spec, axes, x, key):
     out, scale, zero_point = _forward(x, None, None, key, spec=spec, axes=axes)
-    return out, None if _never_clips(spec) else (x, scale, zero_point)
+    return out, None if never_clips(spec) else (x, scale, zero_point)
 
 
 def _computed_bwd(spec, axes, residual, g):

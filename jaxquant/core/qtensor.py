@@ -14,6 +14,7 @@ import numpy as np
 from jaxquant.core.blocks import BlockView
 from jaxquant.core.codec import from_bits, to_bits, values_of
 from jaxquant.core.errors import quant_error
+from jaxquant.core.layout import transpose, transpose_by_tiles
 from jaxquant.core.packing import pack, unpack
 from jaxquant.core.qtypes import QTYPES, QType
 
@@ -33,27 +34,6 @@ def _stored_order(ndim: int, minor: tuple[int, ...]) -> tuple[int, ...]:
 @functools.cache
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order.index(axis) for axis in range(len(order)))
-
-
-def _transpose(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
-    return x if order == tuple(range(x.ndim)) else jnp.transpose(x, order)
-
-
-_TILE = 64
-
-
-def _transpose_by_tiles(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
-    """The transpose of an array that is to be written to memory.
-
-    XLA's CPU backend has a transpose that goes by tiles, and an eighth of the speed where it takes the transpose for a
-    change of layout and then copies element by element. It does not where the axis that moves is cut in two.
-    """
-    axis = next((i for i, j in enumerate(order) if i != j), None)
-    if axis is None or x.shape[axis] % _TILE:
-        return _transpose(x, order)
-    tiles = x.reshape(*x.shape[:axis], x.shape[axis] // _TILE, _TILE, *x.shape[axis + 1 :])
-    pairs = [(i,) if i < axis else (i + 1,) if i > axis else (i, i + 1) for i in order]
-    return jnp.transpose(tiles, [i for pair in pairs for i in pair]).reshape([x.shape[i] for i in order])
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -185,7 +165,7 @@ class QTensor:
 
     def logical_codes(self) -> jax.Array:
         """Codes one per element, in the logical axis order; a permuted axis stays permuted."""
-        return _transpose(self.unpacked(), _inverse(self.stored_order))
+        return transpose(self.unpacked(), _inverse(self.stored_order))
 
     def store(self, minor: tuple[int, ...]) -> QTensor:
         """The same values with other axes stored last; ``()`` is the float array's own order."""
@@ -274,7 +254,7 @@ def from_codes(
         length = codes.shape[order[-1]]
         stored = pack(to_bits(codes, info), info.bits, order[-1])
     # Packing is fused into nothing: a plain transpose of its bytes is fast.
-    stored = _transpose(stored, order) if info.packed else _transpose_by_tiles(stored, order)
+    stored = transpose(stored, order) if info.packed else transpose_by_tiles(stored, order)
     return QTensor(stored, scale, zero_point, offset, permutation, qtype=qtype, dtype=dtype, minor=minor, length=length)
 
 

@@ -263,6 +263,12 @@ class QuantSpec(_Value):
         return cls(data.pop("qtype"), **data)
 
 
+def _is_plain(spec: QuantSpec) -> bool:
+    """Whether a spec gives integers with one scale for all that is reduced, from the array itself, without clipping."""
+    integer = spec.type.kind == "int" and spec.type.bits <= 8 and spec.granularity != "per_group"
+    return integer and not (spec.two_level or spec.static or spec.observer.clips) and spec.outliers is None
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class OpSpec(_Value):
     """How one operation is quantized. A weight spec alone means weight-only.
@@ -270,11 +276,14 @@ class OpSpec(_Value):
     Args:
       weight: spec of the weight operand, or None to leave it in float.
       act: spec of the other operand (the activation), or None.
-      grad: spec of the gradients in the backward pass, or None for the straight-through float gradient.
+      grad: spec of the gradient that comes into a `dot_general` of two integer operands, whose two products of the
+        backward pass then are integer products too; None for float ones. Rounded to nearest, with one scale per token
+        for the activation's gradient and per output channel for the weight's.
 
     Raises:
-      QuantError: if a field is not a `QuantSpec` or None, the weight spec is static, or the weight is quantized to a
-        symmetric unsigned type (which would set every negative weight to 0).
+      QuantError: if a field is not a `QuantSpec` or None, the weight spec is static, the weight is quantized to a
+        symmetric unsigned type (which would set every negative weight to 0), or ``grad`` is no symmetric integer type,
+        or goes with a weight or activation that is none or has more than one scale per channel or token.
 
     Example:
       >>> import jaxquant as jq
@@ -306,9 +315,17 @@ class OpSpec(_Value):
                 qtype=self.weight.qtype,
             )
         if self.grad is not None:
-            raise quant_error(
-                "OpSpec", "quantized gradients are not implemented", todo="Leave grad out", grad=self.grad.qtype
-            )
+            self._check_grad(self.grad)
+
+    def _check_grad(self, grad: QuantSpec) -> None:
+        """Products of integers need what does not change along the axis they sum over."""
+        if not (_is_plain(grad) and grad.symmetric and grad.type.signed and grad.rounding == "nearest"):
+            todo = "Use for example grad=QuantSpec('int8')"
+            raise quant_error("OpSpec", "grad must be a symmetric integer spec per channel", todo=todo, grad=grad)
+        if self.act is None or not _is_plain(self.act) or not (self.weight is None or _is_plain(self.weight)):
+            todo = "Leave grad out, or use integers per channel and per token, such as recipes.w8a8()"
+            rule = "quantized gradients need an integer activation, and an integer weight, with one scale per channel"
+            raise quant_error("OpSpec", rule, todo=todo, weight=self.weight, act=self.act)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only."""

@@ -13,12 +13,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.digits import digit_count, digit_matrix, sum_of_parts
 from jaxquant.ops.integer import overflow_limit
 from jaxquant.ops.machine import int8_dots
 from jaxquant.ops.matrix import Axes, Matrix, matrix
-from jaxquant.ops.operands import Operand, Pair, Static, precision_of, refuse_outliers, refuse_range, straight_through
+from jaxquant.ops.operands import (
+    Call,
+    Operand,
+    Pair,
+    Static,
+    precision_of,
+    refuse_product_specs,
+    refuse_range,
+    straight_through,
+    wide_values,
+)
 
 __all__ = ["conv_general_dilated"]
 
@@ -39,7 +50,7 @@ class _Geometry:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Conv:
+class _Conv(Call):
     """The static half of a `conv_general_dilated` call."""
 
     lhs: Operand
@@ -50,11 +61,11 @@ class _Conv:
 
     def forward(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
         g = self.geometry
-        left = _rows(self.lhs, lhs, lhs_static, g.lhs_spec[0])
-        right = _rows(self.rhs, rhs, rhs_static, g.rhs_spec[0])
+        x, kernel = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
+        left, right = _rows(x, g.lhs_spec[0]), _rows(kernel, g.rhs_spec[0])
 
         def in_float() -> jax.Array:
-            return self._float(self.lhs.values(lhs, lhs_static), self.rhs.values(rhs, rhs_static))
+            return self._float(wide_values(x), wide_values(kernel))
 
         # A float kernel, scales per group, batch groups: the float convolution.
         if left is None or not isinstance(right, Matrix) or g.batch_groups > 1:
@@ -111,13 +122,12 @@ class _Conv:
         return _reordered(out, tuple(canonical.index(i) for i in range(len(canonical)))).astype(self.dtype)
 
 
-def _rows(side: Operand, x: Any, static: Static, first: int) -> Matrix | jax.Array | None:
+def _rows(x: QTensor | jax.Array, first: int) -> Matrix | jax.Array | None:
     """An operand as [1, images or output features, everything else]; None if its scales vary within a row."""
     axes = Axes((), (first,), tuple(i for i in range(x.ndim) if i != first))
-    value = side.quantized(x, static)
-    if isinstance(value, jax.Array):
-        return axes.flatten(value)
-    rows = matrix(value, axes)
+    if isinstance(x, jax.Array):
+        return axes.flatten(x)
+    rows = matrix(x, axes)
     return rows if rows is not None and rows.groups == 1 else None
 
 
@@ -289,7 +299,7 @@ def conv_general_dilated(
     """
     function = "conv_general_dilated"
     pair = Pair.of(function, lhs, rhs, spec, weight=1)
-    refuse_outliers(function, pair.spec)
+    refuse_product_specs(function, pair.spec)
     lhs, rhs = pair.lhs, pair.rhs
     window = {
         "window_strides": window_strides,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ from jax import lax
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.specs import OpSpec
+from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.ops.backward import as_stored, lhs_gradient, rhs_gradient
 from jaxquant.ops.formulation import is_float, product
 from jaxquant.ops.matrix import Axes, Matrix, Packed, matrix, packed
 from jaxquant.ops.operands import (
+    Call,
     Operand,
     Pair,
     Static,
@@ -23,13 +26,22 @@ from jaxquant.ops.operands import (
     precision_of,
     refuse_range,
     straight_through,
+    wide_values,
 )
+from jaxquant.ops.trained import TrainedTensor
 
 __all__ = ["contract", "dot_general"]
 
 
+class _Kept(NamedTuple):
+    """Operands as the forward pass used them: what the backward pass needs, where gradients go straight through."""
+
+    lhs: QTensor | jax.Array
+    rhs: QTensor | jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
-class _Contraction:
+class _Contraction(Call):
     """The static half of a `dot_general` call."""
 
     lhs: Operand
@@ -38,17 +50,20 @@ class _Contraction:
     rhs_axes: Axes
     precision: Any
     dtype: Any
+    grad: QuantSpec | None
 
     def forward(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
-        left = _canonical(self.lhs, lhs, lhs_static, self.lhs_axes)
-        right = _canonical(self.rhs, rhs, rhs_static, self.rhs_axes)
+        return self._product(self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static))
+
+    def _product(self, lhs: QTensor | jax.Array, rhs: QTensor | jax.Array) -> jax.Array:
+        left, right = _canonical(lhs, self.lhs_axes), _canonical(rhs, self.rhs_axes)
         if left is None or right is None:  # scales that vary within a group: only real values are left to multiply
-            return self._float(self.lhs.values(lhs, lhs_static), self.rhs.values(rhs, rhs_static))
+            return self._float(wide_values(lhs), wide_values(rhs))
         shape = _result_shape(lhs, rhs, self.lhs_axes, self.rhs_axes)
         trained = all(is_in_training(x) for x in (lhs, rhs))
         wide = all(x.dtype.itemsize >= 4 for x in (lhs, rhs))  # narrower real values are rounded, codes are not
         if trained and wide and is_float(left, right, self.precision):  # codes would only be taken back
-            return self._float(self.lhs.values(lhs, lhs_static), self.rhs.values(rhs, rhs_static))
+            return self._float(wide_values(lhs), wide_values(rhs))
         return product(left, right, self.precision, trained=trained).reshape(shape).astype(self.dtype)
 
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
@@ -60,10 +75,59 @@ class _Contraction:
         out = lax.dot_general(lhs.astype(dtype), rhs.astype(dtype), numbers, precision=self.precision)
         return out.astype(self.dtype)
 
+    def keep(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> tuple[jax.Array, Any]:
+        if not (self.lhs.straight and self.rhs.straight and lhs_static is None and rhs_static is None):
+            return super().keep(lhs, rhs, lhs_static, rhs_static)
+        kept = _Kept(self.lhs.quantized(lhs, None), self.rhs.quantized(rhs, None))
+        return self._product(*kept), kept
 
-def _canonical(side: Operand, x: Any, static: Static, axes: Axes) -> Matrix | Packed | jax.Array | None:
-    value = side.quantized(x, static)
-    return axes.flatten(value) if isinstance(value, jax.Array) else packed(value, axes) or matrix(value, axes)
+    def back(self, kept: Any, g: jax.Array) -> tuple[Any, ...]:
+        if not isinstance(kept, _Kept):
+            return super().back(kept, g)
+        kept, g = lax.optimization_barrier((kept, g))  # real values are not held from the forward pass on
+        (lhs, rhs), (left, right) = kept, (self.lhs_axes, self.rhs_axes)
+        x, w = reals = [v.dequantize() if isinstance(v, QTensor) else v for v in kept]
+        dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
+        rows = (math.prod(v.shape[i] for i in axes.rows) for v, axes in ((lhs, left), (rhs, right)))
+        g = g.astype(dtype).reshape(-1, *rows)
+        codes = _integers(lhs, left)
+        if self.grad is None:
+            how, w = self.precision, as_stored(right).flatten(w.astype(dtype))
+            x = left.flatten(x.astype(dtype)) if codes is None else codes
+        else:
+            how, x, w = self.grad, codes, _integers(rhs, right, as_stored(right))
+            if x is None or w is None:
+                rule = "gradients are quantized where both operands are integers with one scale per channel or token"
+                todo = "Leave grad out of the spec, or quantize both to such"
+                raise quant_error("dot_general", rule, todo=todo, lhs=lhs, rhs=rhs)
+        found = lhs_gradient(g, w, left, lhs.shape, right, how), rhs_gradient(g, x, right, rhs.shape, how)
+        sides = zip((self.lhs, self.rhs), kept, reals, found, strict=True)
+        return *(_cotangent(side, v, real, dv) for side, v, real, dv in sides), None, None
+
+
+def _integers(x: QTensor | jax.Array, axes: Axes, form: Axes | None = None) -> Matrix | None:
+    """An operand of integers with one scale for all that is contracted, in that form; None if it is another."""
+    if not isinstance(x, QTensor) or x.type.kind != "int" or isinstance(x.scale, QTensor) or x.offset is not None:
+        return None
+    whole = x.zero_point is None or jnp.issubdtype(x.zero_point.dtype, jnp.integer)
+    one = all(x.scale.shape[i] == 1 for i in axes.contract)
+    return matrix(x, axes if form is None else form) if whole and one else None
+
+
+def _cotangent(side: Operand, x: QTensor | jax.Array, real: jax.Array, dx: jax.Array) -> Any:
+    """The gradient of an operand, in its form, from that of its real values.
+
+    In a shard_map, an operand that is the same on devices whose gradients differ gets their sum.
+    """
+    dx = dx.astype(real.dtype)
+    (dx,) = jax.vjp(lambda v: v + lax.stop_gradient(dx), real)[1](dx)
+    if isinstance(x, TrainedTensor):
+        return dx if side.spec is not None else TrainedTensor(jax.tree.map(lambda _: None, x.frozen), dx)
+    return jax.vjp(QTensor.dequantize, x)[1](dx)[0] if isinstance(x, QTensor) else dx
+
+
+def _canonical(x: QTensor | jax.Array, axes: Axes) -> Matrix | Packed | jax.Array | None:
+    return packed(x, axes) or matrix(x, axes) if isinstance(x, QTensor) else axes.flatten(x)
 
 
 def _result_shape(lhs: Any, rhs: Any, lhs_axes: Axes, rhs_axes: Axes) -> tuple[int, ...]:
@@ -148,7 +212,8 @@ def contract(
         return jnp.zeros(_result_shape(lhs, rhs, *axes), dtype)  # no values to take a range from
     sides = pair.operands(axes[0].contract, axes[1].contract)
     static = pair.static(sides, act_scale, act_zero_point)
-    return straight_through(_Contraction(*sides, *axes, precision=precision, dtype=dtype), lhs, rhs, *static)
+    how = _Contraction(*sides, *axes, precision=precision, dtype=dtype, grad=pair.spec.grad)
+    return straight_through(how, lhs, rhs, *static)
 
 
 def _beside_outliers(

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.core.affine import Encoded
-from jaxquant.core.codec import codes_of, from_bits, values_of
+from jaxquant.core.codec import from_bits, values_of
 from jaxquant.core.packing import unpack
 from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.core.qtypes import QType
@@ -330,16 +329,11 @@ def packed(x: Any, axes: Axes) -> Packed | None:
     return Packed(codes.reshape(b, r, -1), scale, zero_point, offset, multiplier, x.type, length)
 
 
-def matrix(x: QTensor | tuple[Encoded, QType], axes: Axes) -> Matrix | None:
+def matrix(x: QTensor, axes: Axes) -> Matrix | None:
     """A quantized operand in canonical form; None if its scales do not form groups along the contraction."""
-    offset = None
-    if isinstance(x, QTensor):
-        x = x.unpermuted()
-        qtype, scale, zero_point, offset = x.type, x.scale, x.zero_point, x.offset
-        codes, shape = x.logical_codes(), x.shape
-    else:
-        (values, scale, zero_point), qtype = x
-        codes, shape = codes_of(values, qtype), values.shape
+    x = x.unpermuted()
+    qtype, scale, zero_point, offset = x.type, x.scale, x.zero_point, x.offset
+    codes, shape = x.logical_codes(), x.shape
     symmetric = zero_point is None and offset is None
     scale, multiplier = _levels(scale, qtype, axes) if symmetric else (scale_values(scale), None)
     scale, multiplier, zero_point, offset = (

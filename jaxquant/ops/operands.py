@@ -6,20 +6,20 @@ import dataclasses
 import functools
 import numbers
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxquant.core.affine import Encoded, encode, prepare, values_with_scale
+from jaxquant.core.affine import as_codes, prepare
 from jaxquant.core.blocks import block_shape, scale_shape
 from jaxquant.core.errors import quant_error
-from jaxquant.core.fake_quant import fake_quant
+from jaxquant.core.fake_quant import fake_quant, never_clips
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.qtypes import QType
 from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.ops.trained import TrainedTensor
 
 __all__ = [
     "Call",
@@ -33,6 +33,7 @@ __all__ = [
     "precision_of",
     "refuse_range",
     "straight_through",
+    "wide_values",
 ]
 
 Static = tuple[jax.Array, jax.Array | None] | None
@@ -93,11 +94,14 @@ def refuse_range(function: str, act_scale: Any, act_zero_point: Any) -> None:
             raise quant_error(function, f"{name} without an activation to quantize", todo=todo, **{name: value})
 
 
-def refuse_outliers(function: str, spec: OpSpec) -> None:
-    """Raises if features with outliers should be left out, where an op knows no features."""
+def refuse_product_specs(function: str, spec: OpSpec) -> None:
+    """Raises if a spec asks for what only products of matrices have: features with outliers, quantized gradients."""
     if spec.act is not None and spec.act.outliers is not None:
         todo = "Use recipes.w8a8() here; dot_general and einsum have outliers"
         raise quant_error(function, "outliers are for products of matrices", todo=todo, outliers=spec.act.outliers)
+    if spec.grad is not None:
+        rule, todo = "gradients are quantized in dot_general and einsum only", "Leave grad out of the spec"
+        raise quant_error(function, rule, todo=todo, grad=spec.grad)
 
 
 def precision_of(function: str, precision: Any) -> Any:
@@ -115,11 +119,16 @@ def precision_of(function: str, precision: Any) -> Any:
 
 
 def is_in_training(x: Any) -> bool:
-    """Whether an operand's real values are at hand: a float array, or a QTensor made of one under `quantized`."""
-    return not isinstance(x, QTensor) or getattr(x, "real", None) is not None
+    """Whether an operand is a float array, or was made of one on the way."""
+    return not isinstance(x, QTensor) or isinstance(x, TrainedTensor)
 
 
 # -- operands ---------------------------------------------------------------------------------------------------------
+
+
+def wide_values(x: QTensor | jax.Array) -> jax.Array:
+    """The values of an operand in float32 (or float64), for a forward pass that multiplies floats."""
+    return x.dequantize(jnp.promote_types(x.dtype, jnp.float32)) if isinstance(x, QTensor) else x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,25 +158,23 @@ class Operand:
             s = self.spec
             scale_shape(x.shape, block_shape(x.shape, s.granularity, s.group_size, self.axes, function=function))
 
-    def quantized(self, x: Any, static: Static) -> QTensor | tuple[Encoded, QType] | jax.Array:
-        """The operand as the forward pass uses it: quantized if it is or if its spec says so."""
+    def quantized(self, x: Any, static: Static) -> QTensor | jax.Array:
+        """The operand as the forward pass uses it: a `TrainedTensor` if it is quantized on the way."""
+        if isinstance(x, TrainedTensor):
+            return TrainedTensor(x.frozen, None)
         if isinstance(x, QTensor) or self.spec is None:
             return x
-        return encode(x, self.spec, self.axes, *(static or (None, None))), self.spec.type
+        return TrainedTensor(as_codes(x, self.spec, self.axes, *(static or (None, None))), None)
 
-    def values(self, x: Any, static: Static) -> jax.Array:
-        """The values of `quantized`, in float32 (or float64), for a forward pass that multiplies floats."""
-        if isinstance(x, QTensor):
-            return x.dequantize(jnp.promote_types(x.dtype, jnp.float32))
-        if self.spec is None:
-            return x
-        encoded = encode(x, self.spec, self.axes, *(static or (None, None)))
-        return values_with_scale(encoded, x.shape, jnp.promote_types(x.dtype, jnp.float32))
+    @property
+    def straight(self) -> bool:
+        """Whether the gradient goes through the quantization unchanged, as far as the spec says."""
+        return self.spec is None or (never_clips(self.spec) and not self.spec.static)
 
     def real(self, x: Any, static: Static) -> jax.Array:
         """The same values, differentiable: dequantized, or fake-quantized with a straight-through gradient."""
         if isinstance(x, QTensor) or self.spec is None:
-            return self.values(x, None)
+            return wide_values(x)
         scale, zero_point = static or (None, None)
         return fake_quant(x, self.spec, reduce_axes=self.axes, scale=scale, zero_point=zero_point)
 
@@ -214,7 +221,7 @@ class Pair:
     def operands(self, lhs_axes: Iterable[int], rhs_axes: Iterable[int]) -> tuple[Operand, Operand]:
         """How each operand is treated, from the axes of each that share a scale."""
         lhs, rhs = (
-            Operand(spec, tuple(sorted(a - x.ndim for a in axes)))
+            Operand(None if isinstance(x, QTensor) else spec, tuple(sorted(a - x.ndim for a in axes)))
             for spec, x, axes in zip(self.specs, (self.lhs, self.rhs), (lhs_axes, rhs_axes), strict=True)
         )
         lhs.check_groups(self.function, self.lhs)
@@ -239,16 +246,24 @@ class Pair:
 # -- gradients --------------------------------------------------------------------------------------------------------
 
 
-class Call(Protocol):
+class Call:
     """The static half of a call: hashable, and the same function twice."""
 
     def forward(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, *others: jax.Array) -> jax.Array:
         """The result, computed fast."""
-        ...
+        raise NotImplementedError
 
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, *others: jax.Array) -> jax.Array:
         """What `forward` equals up to rounding, in differentiable float arithmetic: where gradients come from."""
-        ...
+        raise NotImplementedError
+
+    def keep(self, *operands: Any) -> tuple[jax.Array, Any]:
+        """The result, and what the backward pass needs: nothing larger than the operands."""
+        return self.forward(*operands), operands
+
+    def back(self, kept: Any, g: jax.Array) -> tuple[Any, ...]:
+        """The gradient with respect to each operand, from what was kept and the gradient of the result."""
+        return jax.vjp(self.reference, *kept)[1](g)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -257,11 +272,11 @@ def _call(how: Call, *operands):
 
 
 def _call_fwd(how, *operands):
-    return how.forward(*operands), operands  # nothing larger than the operands is kept
+    return how.keep(*operands)
 
 
-def _call_bwd(how, operands, g):
-    return jax.vjp(how.reference, *operands)[1](g)
+def _call_bwd(how, kept, g):
+    return how.back(kept, g)
 
 
 _call.defvjp(_call_fwd, _call_bwd)

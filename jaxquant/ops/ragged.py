@@ -10,17 +10,28 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.digits import digit_count, digits_of
 from jaxquant.ops.integer import overflow_limit
 from jaxquant.ops.matrix import Axes, Matrix, matrix
-from jaxquant.ops.operands import Operand, Pair, Static, precision_of, refuse_outliers, refuse_range, straight_through
+from jaxquant.ops.operands import (
+    Call,
+    Operand,
+    Pair,
+    Static,
+    precision_of,
+    refuse_product_specs,
+    refuse_range,
+    straight_through,
+    wide_values,
+)
 
 __all__ = ["ragged_dot"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ragged:
+class _Ragged(Call):
     """The static half of a `ragged_dot` call."""
 
     lhs: Operand
@@ -29,10 +40,9 @@ class _Ragged:
     dtype: Any
 
     def forward(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, sizes: jax.Array) -> jax.Array:
-        left = self.lhs.quantized(lhs, lhs_static)
-        left = left if isinstance(left, jax.Array) else matrix(left, Axes.of(2, (), (1,)))
-        right = self.rhs.quantized(rhs, rhs_static)
-        right = right if isinstance(right, jax.Array) else matrix(right, Axes.of(3, (0,), (1,)))
+        x, experts = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
+        left = matrix(x, Axes.of(2, (), (1,))) if isinstance(x, QTensor) else x
+        right = matrix(experts, Axes.of(3, (0,), (1,))) if isinstance(experts, QTensor) else experts
         if isinstance(right, Matrix) and right.integer and right.groups == 1:
             reach = left.reach if isinstance(left, Matrix) else 127
             if right.codes.shape[2] <= overflow_limit(reach, right.reach):
@@ -41,7 +51,7 @@ class _Ragged:
                 if isinstance(left, jax.Array) and left.dtype != jnp.float64:
                     return _digits(left, right, sizes, digit_count(self.precision)).astype(self.dtype)
         # Scales per group of channels, float number types, sums that could overflow: the float products.
-        return self._float(self.lhs.values(lhs, lhs_static), self.rhs.values(rhs, rhs_static), sizes)
+        return self._float(wide_values(x), wide_values(experts), sizes)
 
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, sizes: jax.Array) -> jax.Array:
         return self._float(self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static), sizes)
@@ -124,7 +134,7 @@ def ragged_dot(
     """
     function = "ragged_dot"
     pair = Pair.of(function, lhs, rhs, spec, weight=1)
-    refuse_outliers(function, pair.spec)
+    refuse_product_specs(function, pair.spec)
     lhs, rhs, sizes = pair.lhs, pair.rhs, jnp.asarray(group_sizes)
     fits = lhs.ndim == 2 and rhs.ndim == 3 and lhs.shape[1] == rhs.shape[1] and sizes.shape == rhs.shape[:1]
     if not fits or not jnp.issubdtype(sizes.dtype, jnp.integer):

@@ -178,7 +178,10 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: 
         notes.append("enters a function with a derivative rule of its own, which the derivative of its body replaces")
     spec = rule.spec
     if all(use.op == "take" for use in can):  # indices are not quantized
-        spec = dataclasses.replace(spec, act=None)
+        spec = dataclasses.replace(spec, act=None, grad=None)
+    elif spec.grad is not None and main.op != "dot_general":
+        spec = dataclasses.replace(spec, grad=None)
+        notes.append(f"gradients stay in float: the backward pass of {main.op} has no integer products")
     act = spec.act
     if act is not None and act.static and act.granularity != "per_tensor":
         raise quant_error(

@@ -15,11 +15,12 @@ from jaxquant import ops
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.matrix import Axes
+from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.interpreter import ABSENT, Interpreter, Tally, bind, handles, product_name, unsupported
 from jaxquant.transform.plan import Item
 from jaxquant.transform.primitives import marked_varying, named, ragged_dot_p, varying_axes
 from jaxquant.transform.statistics import Inputs
-from jaxquant.transform.weights import TrainedTensor, Weight
+from jaxquant.transform.weights import Weight
 
 __all__: list[str] = []
 
@@ -36,7 +37,7 @@ def _activation(interpreter: Interpreter, weight: Weight, x: Any, inputs: Callab
         return {}
     if item.spec.act is None:
         return {}
-    out: dict[str, Any] = {"spec": OpSpec(act=item.spec.act)}
+    out: dict[str, Any] = {"spec": OpSpec(act=item.spec.act, grad=item.spec.grad)}
     if item.spec.act.static:
         # In a shard_map the range is marked as the array is: their gradients are, too.
         given = jax.tree.map(lambda v: marked_varying(v, varying_axes(x)), dict(weight.state))

@@ -203,7 +203,8 @@ def _one(s: Any) -> str:
 
 
 def _brief(spec: OpSpec) -> str:
-    parts = [f"{name} {_one(s)}" for name, s in (("w", spec.weight), ("a", spec.act)) if s is not None]
+    specs = ("w", spec.weight), ("a", spec.act), ("g", spec.grad)
+    parts = [f"{name} {_one(s)}" for name, s in specs if s is not None]
     return ", ".join(parts) or "float"
 
 

@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.packing import packed_length
 from jaxquant.core.qtensor import QTensor, flat, scale_values
+from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.paths import is_qtensor, path_of
-from jaxquant.transform.weights import TrainedTensor
 
 __all__ = ["Cut", "leaf_specs", "shardings", "whole_blocks"]
 

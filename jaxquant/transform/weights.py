@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core import views
-from jaxquant.core.affine import encode
-from jaxquant.core.codec import codes_of
+from jaxquant.core.affine import as_codes
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
+from jaxquant.ops.trained import TrainedTensor
 
 __all__ = ["Atom", "Dims", "View", "Weight", "dims_of", "reshape_dims"]
 
@@ -95,39 +95,9 @@ class View:
         return self.qtensor(x) if isinstance(x, QTensor) else self.array(x)
 
 
-@jax.tree_util.register_pytree_with_keys_class
-class TrainedTensor(QTensor):
-    """A QTensor of codes for the forward pass, with the float array that its gradient goes to."""
-
-    __slots__ = ("real",)
-
-    def __init__(self, q: QTensor, real: Any):
-        super().__init__(**{name: getattr(q, name) for name in QTensor.__slots__})
-        self.real = real
-
-    def tree_flatten_with_keys(self):
-        children, aux = super().tree_flatten_with_keys()
-        return (*children, (jax.tree_util.GetAttrKey("real"), self.real)), aux
-
-    def tree_flatten(self):
-        children, aux = super().tree_flatten()
-        return (*children, self.real), aux
-
-    @classmethod
-    def tree_unflatten(cls, aux, children):
-        *fields, real = children
-        return cls(QTensor.tree_unflatten(aux, fields), real)
-
-    def dequantize(self, dtype: Any = None) -> jax.Array:
-        """The fake-quantized array, differentiable."""
-        return self.real.astype(self.dtype if dtype is None else dtype)
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for all weights of one shape
 def _trained(w: jax.Array, spec: QuantSpec, reduce_axes: tuple[int, ...]) -> TrainedTensor:
-    encoded = encode(jax.lax.stop_gradient(w), spec, reduce_axes)
-    codes = codes_of(encoded.values, spec.type)
-    q = QTensor(codes, encoded.scale, encoded.zero_point, qtype=spec.qtype, dtype=w.dtype)
+    q = as_codes(jax.lax.stop_gradient(w), spec, reduce_axes)
     return TrainedTensor(q, fake_quant(w, spec, reduce_axes=reduce_axes))
 
 

@@ -175,7 +175,7 @@ BAD = [
     (lambda: OpSpec(act=jnp.int8), "OpSpec: act must be a QuantSpec or None", "int8", "Wrap"),
     (lambda: OpSpec(QuantSpec("int8", static=True)), "OpSpec: a weight's range is taken", "static=True", "act"),
     (lambda: OpSpec(QuantSpec("uint4")), "OpSpec: a symmetric unsigned type", "'uint4'", "symmetric=False"),
-    (lambda: OpSpec(grad=QuantSpec("int8")), "OpSpec: quantized gradients are not", "'int8'", "Leave grad out"),
+    (lambda: OpSpec(grad=QuantSpec("int8")), "OpSpec: quantized gradients need", "None", "Leave grad out"),
     (lambda: Rule("(", None), "Rule: bad regular expression", "pattern='('", "re.search"),
     (lambda: Rule(3, None), "Rule: bad regular expression", "pattern=3", "re.search"),
     (lambda: Rule("a", QuantSpec("int8")), "Rule: spec must be an OpSpec or None", "QuantSpec('int8')", "OpSpec"),

@@ -1,0 +1,150 @@
+"""Gradients of a product: two more products, of the incoming gradient with either operand's values.
+
+For ``y[b, m, n] = sum_k x[b, m, k] w[b, n, k]``:
+
+    dx[b, m, k] = sum_n g[b, m, n] w[b, n, k]        dw[b, n, k] = sum_m g[b, m, n] x[b, m, k]
+
+The sum over m is over an axis that is last on neither side, for which XLA's CPU library has no product: the left
+operand is copied with that axis last, which takes a fraction of what it saves. A weight is not transposed for its own
+gradient: where it is stored as [b, k, n], so is the gradient.
+
+Where gradients are quantized, both are products of integers. What they sum over must not change the scale, and the
+scale of w belongs to a row n, that of x to a row m: the very axes. They go into g, which is quantized after that, with
+one scale for everything that one sum meets.
+
+    dx[b, m, k] = t[b, m] sum_n u[b, m, n] (c[b, n, k] - z[b, n])        t u ~ g s        w = s (c - z)
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.core.affine import as_codes
+from jaxquant.core.layout import transpose_by_tiles
+from jaxquant.core.specs import QuantSpec
+from jaxquant.ops.integer import overflow_limit
+from jaxquant.ops.matrix import Axes, Matrix
+
+__all__ = ["as_stored", "lhs_gradient", "rhs_gradient"]
+
+
+def as_stored(axes: Axes) -> Axes:
+    """The axes of a right operand for `lhs_gradient`: rows and contraction change places where they are stored so."""
+    return Axes(axes.batch, axes.contract, axes.rows) if _rows_last(axes) else axes
+
+
+def lhs_gradient(
+    g: jax.Array, w: jax.Array | Matrix, axes: Axes, shape: tuple[int, ...], rhs: Axes, how: QuantSpec | Any
+) -> jax.Array:
+    """The gradient with respect to the left operand.
+
+    Args:
+      g: the incoming gradient, [B, M, N].
+      w: the right operand by its axes `as_stored`, [B, K, N] or [B, N, K]: its values, or its integers if g is to be
+        quantized.
+      axes: of the left operand.
+      shape: of the left operand.
+      rhs: the axes of the right operand.
+      how: what quantizes g, or the precision of the float product.
+    """
+    turned = _rows_last(rhs)
+    along = (2, 2 if turned else 1)
+    if isinstance(w, Matrix):
+        scale, zero = (w.scale, w.zero_point) if turned else (_turned(w.scale), _turned(w.zero_point))
+        u, t = _quantized(g * scale, how, 2)
+        out = _integer(u, w.codes, along, 0, zero, w.reach) * t
+    else:
+        out = _dot(g, w, along, precision=how)
+    return _restored(out, axes.order, shape)
+
+
+def rhs_gradient(
+    g: jax.Array, x: jax.Array | Matrix, axes: Axes, shape: tuple[int, ...], how: QuantSpec | Any
+) -> jax.Array:
+    """The gradient with respect to the right operand, of these axes and that shape; ``x`` is [B, M, K].
+
+    Where ``how`` is a precision, an x of integers is one whose values are wanted.
+    """
+    transposed = _rows_last(axes)  # the result is [b, k, n]
+    if isinstance(how, QuantSpec):
+        assert isinstance(x, Matrix)
+        u, t = _quantized(g * x.scale, how, 1)
+        if transposed:
+            out = _integer(_with_rows_last(x.codes), u, (2, 1), 1, x.zero_point, x.reach) * t
+        else:
+            out = _integer(_with_rows_last(u), x.codes, (2, 1), 0, _turned(x.zero_point), x.reach) * _turned(t)
+    elif transposed:
+        out = _dot(_values_with_rows_last(x).astype(g.dtype), g, (2, 1), precision=how)
+    else:
+        x = x.values(g.dtype) if isinstance(x, Matrix) else x
+        out = _dot(_with_rows_last(g), x, (2, 1), precision=how)
+    return _restored(out, axes.batch + axes.contract + axes.rows if transposed else axes.order, shape)
+
+
+def _rows_last(axes: Axes) -> bool:
+    """Whether what is contracted stands before the rows."""
+    return bool(axes.rows) and bool(axes.contract) and axes.contract[0] < axes.rows[0]
+
+
+def _with_rows_last(x: jax.Array) -> jax.Array:
+    """[b, rows, k] as [b, k, rows], in memory on the CPU."""
+    return lax.platform_dependent(transpose_by_tiles(x, (0, 2, 1)), cpu=lax.optimization_barrier, default=lambda x: x)
+
+
+def _values_with_rows_last(x: jax.Array | Matrix) -> jax.Array:
+    """The same of an operand's values: codes are moved as bytes."""
+    if not isinstance(x, Matrix):
+        return _with_rows_last(x)
+    codes, (scale, zero) = _with_rows_last(x.codes), (_turned(v) for v in (x.scale, x.zero_point))
+    values = codes.astype(scale.dtype)
+    return lax.optimization_barrier((values if zero is None else values - zero.astype(scale.dtype)) * scale)
+
+
+def _turned(x: Any) -> Any:
+    return None if x is None else jnp.swapaxes(x, 1, 2)
+
+
+def _restored(x: jax.Array, order: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
+    """Matrices whose axes are those of an operand in some order, as the operand."""
+    whole = x.reshape([shape[i] for i in order])
+    return jnp.transpose(whole, [order.index(i) for i in range(len(shape))])
+
+
+def _dot(left: jax.Array, right: jax.Array, along: tuple[int, int], **how: Any) -> jax.Array:
+    return lax.dot_general(left, right, (((along[0],), (along[1],)), ((0,), (0,))), **how)
+
+
+def _quantized(g: jax.Array, spec: QuantSpec, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Integer codes of g, and their scale, which is one for all of ``axis``."""
+    q = as_codes(g, spec, (axis - g.ndim,))
+    return q.codes, q.scale
+
+
+def _integer(
+    left: jax.Array, right: jax.Array, along: tuple[int, int], own: int, zero: jax.Array | None, reach: int
+) -> jax.Array:
+    """``sum u (c - z)``, exact in int32, in float32.
+
+    Args:
+      left, right: u and c, or c and u.
+      along: the axis of each that is summed over.
+      own: which of them is u, 0 or 1.
+      zero: z, one for each place along that axis of u; or None.
+      reach: the largest magnitude of c - z.
+    """
+    operands, length, sums = (left, right), left.shape[along[0]], []
+    limit = overflow_limit(127, reach)
+    for start in range(0, length, limit):
+        stop = min(start + limit, length)
+        u, c = (lax.slice_in_dim(operands[i], start, stop, axis=along[i]) for i in (own, 1 - own))
+        out = _dot(*((u, c) if own == 0 else (c, u)), along, preferred_element_type=jnp.int32)
+        if zero is not None:
+            z = lax.slice_in_dim(zero, start, stop, axis=along[own])
+            out = out - jnp.sum(u * z, axis=along[own], keepdims=True, dtype=jnp.int32)
+        sums.append(out.astype(jnp.float32))
+    return functools.reduce(jnp.add, sums)

@@ -1,0 +1,51 @@
+"""`TrainedTensor`: the codes that a float array in training runs on, and where its gradient goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxquant.core.qtensor import QTensor
+
+__all__ = ["TrainedTensor"]
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class TrainedTensor(QTensor):
+    """A QTensor of codes for the forward pass, with the float array that its gradient goes to.
+
+    Attributes:
+      real: the fake-quantized array, differentiable; None where only its values are of interest. An op that computes
+        with the codes leaves it alone, and XLA then never computes it.
+    """
+
+    __slots__ = ("real",)
+
+    def __init__(self, q: QTensor, real: Any):
+        super().__init__(**{name: getattr(q, name) for name in QTensor.__slots__})
+        self.real = real
+
+    @property
+    def frozen(self) -> QTensor:
+        """The codes alone."""
+        return QTensor(**{name: getattr(self, name) for name in QTensor.__slots__})
+
+    def tree_flatten_with_keys(self):
+        children, aux = super().tree_flatten_with_keys()
+        return (*children, (jax.tree_util.GetAttrKey("real"), self.real)), aux
+
+    def tree_flatten(self):
+        children, aux = super().tree_flatten()
+        return (*children, self.real), aux
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        *fields, real = children
+        return cls(QTensor.tree_unflatten(aux, fields), real)
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """The fake-quantized array, differentiable if ``real`` is there."""
+        if self.real is None:
+            return super().dequantize(dtype)
+        return self.real.astype(self.dtype if dtype is None else dtype)
