@@ -22,6 +22,8 @@ __all__ = ["BLOCKS", "LARGEST", "SMALLEST", "float_blocks", "integer_blocks"]
 BLOCKS, SMALLEST, LARGEST = 16, 1 << 16, 1 << 19
 """A block is a sixteenth of the weight, but of so many elements: 256 KiB of packed 4-bit codes, 2 MiB in float32."""
 
+_FEW_ROWS = 128
+
 
 def integer_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
     """int8 dots [B, M, K] x [B, N, K] -> [B, M, N]; a float x is written as int8 digits.
@@ -49,8 +51,9 @@ def integer_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.Pre
 def float_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
     """The float32 product of the real values, [B, M, K] x [B, N, K] -> [B, M, N].
 
-    The weight goes left, where XLA's CPU library reads it fastest; one row is off its path and is padded to two. The
-    barriers keep the decoded block in one piece (or it would be decoded once per use) and the weight on its side.
+    Up to 128 rows the weight goes left, where XLA's CPU library reads it fastest; one row is off its path and is padded
+    to two. With more rows arithmetic counts, and the activation goes left. The barriers keep the decoded block in one
+    piece (or it would be decoded once per use) and the weight on its side.
     """
     x = x.values(jnp.float32) if isinstance(x, Matrix) else x.astype(jnp.float32)
     rows, columns = x.shape[1], w.shape[1]
@@ -61,6 +64,8 @@ def float_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.Preci
         planes = lax.optimization_barrier([_two_rows(plane) for plane in block.floats()])
         sizes = (block.shape[0], *parts[0].shape[1:])
         xs = [part if part.shape[0] == sizes[0] else lax.dynamic_slice(part, (b, 0, 0), sizes) for part in parts]
+        if rows > _FEW_ROWS:
+            return _sum(dot(x, plane, precision=precision) for x, plane in zip(xs, planes, strict=True))[:, :, :columns]
         out = _sum(dot(plane, x, precision=precision) for x, plane in zip(xs, planes, strict=True))
         return jnp.swapaxes(lax.optimization_barrier(out), 1, 2)[:, :rows, :columns]
 

@@ -79,6 +79,7 @@ class Use:
       stacked: leading axes that scans have consumed.
       reason: why it cannot be quantized, if so.
       contraction_minor: how the codes should be stored.
+      rows: rows of the activation, in a dot_general.
     """
 
     path: str
@@ -87,6 +88,7 @@ class Use:
     stacked: int
     reason: str = ""
     contraction_minor: bool = True
+    rows: int = 0
 
 
 @dataclasses.dataclass
@@ -274,12 +276,14 @@ class Interpreter:
             self.scope = outer
 
     # -- uses ----------------------------------------------------------------------------------------------------------
-    def record(self, weight: Weight, op: str, contracted: tuple[int, ...], *, contraction_minor: bool = True) -> None:
+    def record(
+        self, weight: Weight, op: str, contracted: tuple[int, ...], *, contraction_minor: bool = True, rows: int = 0
+    ) -> None:
         """Planning: a use that can be quantized, if whole axes of the parameter are contracted."""
         found = weight.split(contracted)
         reason = found if isinstance(found, str) else "" if found else "no axis is contracted"
         axes = None if isinstance(found, str) or not found else found
-        self.uses.append(Use(weight.path, op, axes, weight.stacked, reason, contraction_minor))
+        self.uses.append(Use(weight.path, op, axes, weight.stacked, reason, contraction_minor, rows))
 
     def refuse(self, weight: Weight, op: str, reason: str) -> None:
         """Planning: a use that cannot be quantized."""

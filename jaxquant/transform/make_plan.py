@@ -68,12 +68,12 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
       >>> params = {"w": jnp.ones((64, 32)), "b": jnp.zeros(32)}
       >>> print(jq.make_plan(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones(64),
       ...                    rules=[jq.Rule(".*", recipes.w8a16())]))
-      path   op           shape                      spec                            bytes before  after
-      --------------------------------------------------------------------------------------------------
-      w      dot_general  [64, 32], reduced over -2  w int8                                 8,192  2,176
-      b      -            [32]                       float32: added, not contracted           128    128
-      --------------------------------------------------------------------------------------------------
-      total                                          1 quantized (3.61x smaller)            8,320  2,304
+      path   op           shape                      spec                            kernel       bytes before  after
+      --------------------------------------------------------------------------------------------------...
+      w      dot_general  [64, 32], reduced over -2  w int8                          ...                8,192  2,176
+      b      -            [32]                       float32: added, not contracted  -                    128    128
+      --------------------------------------------------------------------------------------------------...
+      total                                          1 quantized (3.61x smaller)                        8,320  2,304
     """
     every = check_all_rules("make_plan", rules)
     rules = [rule for rule in every if isinstance(rule, Rule)]
@@ -210,4 +210,5 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: 
         main.contraction_minor,
         rule.dequantize and bool(cannot),
         "; ".join(notes),
+        max(use.rows for use in can if use.reduce_axes == main.reduce_axes),
     )

@@ -75,7 +75,9 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
     p = eqn.params
     contract, batch = p["dimension_numbers"]
     if interpreter.planning:
-        interpreter.record(weight, "dot_general", tuple(contract[side]))
+        shape = eqn.invars[1 - side].aval.shape
+        rows = math.prod(n for i, n in enumerate(shape) if i not in contract[1 - side] + batch[1 - side])
+        interpreter.record(weight, "dot_general", tuple(contract[side]), rows=rows)
         return [ABSENT]
     operands: list[Any] = [x, x]
     if not interpreter.planned(weight, tuple(contract[side])):

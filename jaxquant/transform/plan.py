@@ -15,6 +15,7 @@ import numpy as np
 from jaxquant.core.affine import quantize
 from jaxquant.core.errors import quant_error
 from jaxquant.core.specs import OpSpec
+from jaxquant.ops.kernel import kernel
 
 __all__ = ["Float", "Item", "Plan", "Product"]
 
@@ -34,6 +35,7 @@ class Item:
       contraction_minor: whether codes are stored with the reduced axes last (not for convolutions).
       dequantize: whether uses that have no quantized form may run on the dequantized weight.
       note: what else to know, such as a second use that is computed in float.
+      rows: rows of the activation that it is multiplied with, the most there are; 0 where it is none in a dot_general.
     """
 
     path: str
@@ -46,6 +48,16 @@ class Item:
     contraction_minor: bool = True
     dequantize: bool = False
     note: str = ""
+    rows: int = 0
+
+    @property
+    def kernel(self) -> str:
+        """What computes it on the default device; `jaxquant.explain` says what the compiled program really does."""
+        if not self.rows:
+            return "lookup" if self.op == "take" else "see explain"
+        layer = self.shape[self.stacked :]
+        length = math.prod(layer[axis] for axis in self.reduce_axes)
+        return kernel(self.rows, math.prod(layer) // length, length, self.spec, self.dtype)
 
     @property
     def nbytes(self) -> tuple[int, int]:
@@ -141,28 +153,36 @@ class Plan:
         return len(self.items)
 
     def __str__(self) -> str:
-        rows = [("path", "op", "shape", "spec", "bytes before", "after")]
+        rows = [("path", "op", "shape", "spec", "kernel", "bytes before", "after")]
         total = [0, 0]
         for item in self.items:
             before, after = item.nbytes
             total = [total[0] + before, total[1] + after]
             axes = f", reduced over {', '.join(map(str, item.reduce_axes))}"
             rows.append(
-                (item.path, item.op, f"{list(item.shape)}{axes}", _brief(item.spec), f"{before:,}", f"{after:,}")
+                (
+                    item.path,
+                    item.op,
+                    f"{list(item.shape)}{axes}",
+                    _brief(item.spec),
+                    item.kernel,
+                    f"{before:,}",
+                    f"{after:,}",
+                )
             )
         for left in self.floats:
             size = math.prod(left.shape) * np.dtype(left.dtype).itemsize
             total = [total[0] + size, total[1] + size]
             rows.append(
-                (left.path, "-", f"{list(left.shape)}", f"{left.dtype}: {left.reason}", f"{size:,}", f"{size:,}")
+                (left.path, "-", f"{list(left.shape)}", f"{left.dtype}: {left.reason}", "-", f"{size:,}", f"{size:,}")
             )
         for product in self.products:
             left, right = (f"{list(shape)}" for shape in product.shapes)
-            rows.append((product.name, "product", f"{left} x {right}", _product(product.spec), "-", "-"))
+            rows.append((product.name, "product", f"{left} x {right}", _product(product.spec), "-", "-", "-"))
         ratio = f" ({total[0] / total[1]:.2f}x smaller)" if total[1] else ""
-        rows.append(("total", "", "", f"{len(self.items)} quantized{ratio}", f"{total[0]:,}", f"{total[1]:,}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        lines = ["  ".join(c.rjust(w) if i > 3 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths,
+        rows.append(("total", "", "", f"{len(self.items)} quantized{ratio}", "", f"{total[0]:,}", f"{total[1]:,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(c.rjust(w) if i > 4 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths,
                  strict=True))) for row in rows]  # fmt: skip
         notes = [f"{item.path}: {item.note}" for item in self.items if item.note]
         notes += [f"{product.name}: {product.note}" for product in self.products if product.note]

@@ -1,0 +1,64 @@
+"""Which kernel a product runs on, before there is a program: what the plan says of each weight."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.core.affine import quantize
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import OpSpec
+from jaxquant.ops.formulation import choose
+from jaxquant.ops.matrix import Axes, Matrix, Packed, matrix, packed
+from jaxquant.ops.operands import Operand
+
+__all__ = ["kernel"]
+
+_NAMES = {
+    "integer": "int8",
+    "digits": "int8 digits",
+    "blocks": "float32 blocks",
+    "minifloat": "bfloat16",
+    "dequantized": "float32",
+}
+
+
+@functools.cache
+def kernel(rows: int, columns: int, length: int, spec: OpSpec, dtype: Any) -> str:
+    """The formulation of ``[rows, length] x [columns, length]`` on the default device, in a word or two.
+
+    Args:
+      rows: of the activation.
+      columns, length: of the weight: output channels, and what is contracted.
+      spec: how both are quantized; the weight is stored.
+      dtype: of the float arrays.
+
+    Returns:
+      ``"int8"``: a dot of int8; ``"int8 digits"``: one, with the float activation in digits; ``"float32 blocks"``:
+      float dots with blocks of the weight that are decoded in turn; ``"bfloat16"``, ``"float32"``: a dot of values.
+      What the compiled program makes of it is for `jaxquant.explain` to say.
+
+    Example:
+      >>> from jaxquant import recipes
+      >>> from jaxquant.ops.kernel import kernel
+      >>> kernel(8, 64, 64, recipes.nf4(), "float32")
+      'float32 blocks'
+    """
+    axes, found = Axes((), (0,), (1,)), []
+
+    def canonical(x: QTensor | jax.Array) -> Matrix | Packed | jax.Array | None:
+        return packed(x, axes) or matrix(x, axes) if isinstance(x, QTensor) else axes.flatten(x)
+
+    def run(x: jax.Array, w: jax.Array) -> None:
+        left = canonical(Operand(spec.act, (-1,)).quantized(x, None))
+        right = canonical(w if spec.weight is None else quantize(w, spec.weight, reduce_axes=(-1,)))
+        if left is None or right is None:
+            found.append("dequantized")
+        else:
+            found.append(choose(jax.default_backend(), left, right, None))
+
+    jax.eval_shape(run, *(jax.ShapeDtypeStruct((n, length), jnp.dtype(dtype)) for n in (rows, columns)))
+    return _NAMES[found[0]]
