@@ -165,7 +165,8 @@ def training(width: int, layers: int, batch: int, rounds: int) -> dict[str, dict
 
     def transformer(params: Any, x: jax.Array) -> jax.Array:
         for p in params:
-            q, k, v = (a.reshape(*x.shape[:2], -1, HEAD) for a in jnp.split(jax.nn.standardize(x) @ p["qkv"], 3, axis=-1))
+            fused = jnp.split(jax.nn.standardize(x) @ p["qkv"], 3, axis=-1)
+            q, k, v = (a.reshape(*x.shape[:2], -1, HEAD) for a in fused)
             x = x + jax.nn.dot_product_attention(q, k, v).reshape(x.shape) @ p["out"]
             x = x + jax.nn.gelu(jax.nn.standardize(x) @ p["up"]) @ p["down"]
         return jnp.mean(x * x)
@@ -174,7 +175,7 @@ def training(width: int, layers: int, batch: int, rounds: int) -> dict[str, dict
     shapes = {"qkv": (half, 3 * half), "out": (half, half), "up": (half, 4 * half), "down": (4 * half, half)}
     blocks = [{name: normal(*shape) for name, shape in shapes.items()} for _ in range(layers // 2)]
     dense, x = [normal(width, width) for _ in range(layers)], normal(batch, width)
-    tokens = x.reshape(2 * batch // TOKENS, TOKENS, half)
+    tokens = x.reshape(8, -1, half)
     found = compared("train", perceptron, dense, x, rounds)
     return found | compared("train a transformer", transformer, blocks, tokens, rounds)
 

@@ -31,6 +31,7 @@ __all__ = [
     "check_spec",
     "is_in_training",
     "precision_of",
+    "refuse_product_specs",
     "refuse_range",
     "straight_through",
     "wide_values",
