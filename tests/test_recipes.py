@@ -28,6 +28,7 @@ def test_llm_int8_through_a_plan_is_that_of_bitsandbytes():
     assert lost(y) < lost(far)
 
 
+@pytest.mark.slow
 def test_features_with_outliers_train_and_contract_as_einsums_do():
     x = jnp.linspace(-1.0, 1.0, 24).reshape(4, 6).at[1, 2].set(40.0)
     w = jnp.linspace(-1.0, 1.0, 18).reshape(6, 3)
@@ -39,7 +40,9 @@ def test_features_with_outliers_train_and_contract_as_einsums_do():
     np.testing.assert_allclose(dw[2], jnp.full(3, x[:, 2].sum()), rtol=1e-5)
 
 
-@pytest.mark.parametrize("qtype, recipe", [("nf4", recipes.nf4), ("fp4", recipes.fp4)])
+@pytest.mark.parametrize(
+    "qtype, recipe", [("nf4", recipes.nf4), pytest.param("fp4", recipes.fp4, marks=pytest.mark.slow)]
+)
 def test_four_bits_with_double_quantization_and_a_compute_dtype(qtype, recipe):
     ref = golden(f"bnb_{qtype}_48x128_b64_dq_bfloat16")
     params = {"w": jnp.asarray(ref["orig"]).astype(jnp.bfloat16).T}
