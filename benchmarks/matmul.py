@@ -46,7 +46,7 @@ SCHEMES: dict[str, tuple[OpSpec, lax.Precision | None]] = {
     "nf4 block 64": (recipes.nf4(64), None),
     "mxfp4": (recipes.mxfp4(), None),
 }
-# What issue 4 asks for at M = 1, 8, 32, 256, on a CPU with AMX.
+# The aims at M = 1, 8, 32, 256 on a CPU with AMX.
 WANTED = {
     "W8A8 dynamic": (5, 15, 20, 8),
     "W8A16": (5, 15, 12, 4),
