@@ -8,6 +8,7 @@ import jaxquant
 
 TABLES = {
     "<!-- dtype-table -->": lambda: jaxquant.dtype_table().markdown(),
+    "<!-- gguf-names -->": lambda: ", ".join(jaxquant.io.gguf.ARCHITECTURES),
     "<!-- gguf-types -->": lambda: jaxquant.io.gguf.support_table(),
     "<!-- hf-formats -->": lambda: jaxquant.io.hf.support_table(),
 }

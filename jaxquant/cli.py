@@ -113,7 +113,7 @@ def _print(columns: Sequence[str], rows: Sequence[Sequence[str]], **options: Any
 @main.command("inspect")
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
-@click.option("--deep", is_flag=True, help="Also read the weights and say what each one is (takes their memory).")
+@click.option("--deep", is_flag=True, help="Also read the weights, one at a time, and say what each one is.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect_(path: Path, tensors: bool, deep: bool, as_json: bool) -> None:
     """Say what a checkpoint holds: format, tensors, types, true bytes, problems.

@@ -16,7 +16,8 @@ import numpy as np
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec, Rule
-from jaxquant.io import save_gguf, save_hf
+from jaxquant.io import save_gguf
+from jaxquant.io.directory import identity
 from jaxquant.io.gguf.container import GGUFFile
 from jaxquant.io.gguf.names import has_names
 from jaxquant.io.gguf.read import GGUFLeaves
@@ -26,6 +27,7 @@ from jaxquant.io.hf.leaves import HFLeaves
 from jaxquant.io.hf.load import open_hf
 from jaxquant.io.native import NativeLeaves, save_leaves
 from jaxquant.io.safetensors import SafetensorsFile
+from jaxquant.io.save_hf import layout_of, write_hf
 from jaxquant.io.sharded import Checkpoint
 from jaxquant.io.slices import rows, runs_of_rows, stored_by_rows
 
@@ -172,7 +174,8 @@ def convert(
 ) -> None:
     """Writes a checkpoint in another layout, with the same codes.
 
-    One leaf at a time is in memory. Each is read twice: all are checked before anything is written.
+    One leaf at a time is in memory. Each is read twice: all are checked before anything is written. A directory that an
+    interruption left is continued.
 
     Args:
       source: a directory, a safetensors file or a GGUF file.
@@ -195,7 +198,8 @@ def convert(
     elif format == "jaxquant":
         save_leaves(destination, watched)
     else:
-        save_hf(destination, watched, format=format, config=config)  # type: ignore[arg-type]
+        described = {"files": identity(leaves.paths), "format": format}
+        write_hf(destination, watched, layout_of(format, function="convert"), config, source=described)
 
 
 _GGUF_KEYS = {

@@ -151,6 +151,22 @@ def test_convert_reads_each_leaf_twice_and_says_how_far_it_is(tmp_path):
             np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
+def test_an_interrupted_conversion_is_continued(tmp_path):
+    source = GOLDEN / "gptq_w4g64_sym"
+
+    def stop(done, total, name):
+        if done == total - 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.convert(source, tmp_path / "out", "awq", progress=stop)
+    assert {path.name for path in tmp_path.iterdir()} == {"out.partial"}
+    with pytest.raises(QuantError, match="partial directory of something else"):
+        files.convert(source, tmp_path / "out", "compressed-tensors")
+    files.convert(source, tmp_path / "out", "awq")
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
 @pytest.mark.parametrize("case", ["fp8", "bnb nested", "ct pack", "mxfp4", "hqq axis 0"])
 def test_values_are_the_same_in_slices(case, tmp_path, monkeypatch):
     """Blocks over several rows, nested scales, permutations, stacks, and codes that are not stored row by row."""

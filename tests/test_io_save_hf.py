@@ -137,6 +137,8 @@ def test_conversion_is_refused_where_they_do_not(name, format, rule, tmp_path):
         ("int2", {"group_size": 32}, "gptq"),
         ("uint4", {"group_size": 32, "symmetric": False}, "gptq"),
         ("uint8", {"symmetric": False}, "gptq"),
+        ("int3", {}, "gptq"),
+        ("int8", {}, "gptq"),
         ("int4", {"group_size": 32}, "awq"),
         ("uint4", {"group_size": 32, "symmetric": False}, "awq"),
         ("nf4", {"group_size": 32, "scale_dtype": None}, "bitsandbytes"),
@@ -274,3 +276,52 @@ def test_bitsandbytes_reads_what_we_write(tmp_path):
     known = library.functional.QuantState.from_dict(state, device="cpu")
     got = library.functional.dequantize_4bit(weight, known)
     np.testing.assert_array_equal(got.numpy(), np.asarray(q.dequantize()))
+
+
+@pytest.mark.parametrize(
+    "qtype, fields",
+    [
+        ("int4", {"group_size": 32}),
+        ("int8", {}),
+        ("uint4", {"group_size": 32, "symmetric": False}),
+        ("uint2", {"group_size": 64, "symmetric": False}),
+        ("permuted", {}),
+    ],
+)
+def test_gptq_is_read_by_the_arithmetic_of_its_kernels_in_torch(qtype, fields, tmp_path):
+    """Shifts of whole words and scales taken by ``g_idx``, as the PyTorch kernels of GPTQModel do it."""
+    torch = pytest.importorskip("torch")
+    q = quantized(qtype, **fields) if qtype != "permuted" else act_order()
+    jq.io.save_hf(tmp_path / "out", {"a.weight": q}, format="gptq")
+    file = Checkpoint(tmp_path / "out")
+    t = {name.removeprefix("a."): torch.from_numpy(np.array(file.array(name))) for name in file.tensors}
+    config = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    bits, mask = config["bits"], (1 << config["bits"]) - 1
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    zeros = (torch.bitwise_right_shift(t["qzeros"][:, :, None], shifts) & mask).reshape(t["scales"].shape)
+    zeros = zeros + (config["checkpoint_format"] == "gptq")
+    codes = (torch.bitwise_right_shift(t["qweight"][:, None], shifts[:, None]) & mask).reshape(-1, q.shape[0])
+    group = t["g_idx"].long()
+    got = t["scales"].float()[group] * (codes - zeros[group])
+    np.testing.assert_array_equal(got.T.numpy(), np.asarray(q.dequantize(jnp.float32)))
+
+
+def act_order():
+    params, _ = jq.io.load_hf(MODELS / "gptq_w4g64_actorder")
+    return next(leaf for leaf in params.values() if isinstance(leaf, jq.QTensor) and leaf.permutation is not None)
+
+
+def test_awq_is_read_by_the_arithmetic_of_its_kernels_in_torch(tmp_path):
+    torch = pytest.importorskip("torch")
+    q = quantized("uint4", group_size=32, symmetric=False)
+    jq.io.save_hf(tmp_path / "out", {"a.weight": q}, format="awq")
+    file = Checkpoint(tmp_path / "out")
+    t = {name.removeprefix("a."): torch.from_numpy(np.array(file.array(name))) for name in file.tensors}
+    shifts = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32)  # of columns 0 to 7 in a word
+
+    def nibbles(words):
+        return (torch.bitwise_right_shift(words[:, :, None], shifts) & 15).reshape(len(words), -1)
+
+    codes, zeros, scales = nibbles(t["qweight"]), nibbles(t["qzeros"]), t["scales"].float()
+    got = (codes - zeros.repeat_interleave(32, 0)) * scales.repeat_interleave(32, 0)
+    np.testing.assert_array_equal(got.T.numpy(), np.asarray(q.dequantize(jnp.float32)))

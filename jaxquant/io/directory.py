@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.io.atomic import replacing
 from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_parts
 
-__all__ = ["SHARD_BYTES", "Layout", "Piece", "json_bytes", "lay_out", "write_directory"]
+__all__ = ["SHARD_BYTES", "Layout", "Piece", "identity", "json_bytes", "lay_out", "write_directory"]
 
 SHARD_BYTES = 4 << 30
 _PLAN = "plan.json"
@@ -65,6 +65,12 @@ class Layout:
         """Bytes of all tensors and files."""
         tensors = sum(piece.nbytes for pieces in self.shards.values() for piece in pieces)
         return tensors + sum(map(len, self.files.values()))
+
+
+def identity(paths: Iterable[str]) -> list[list[Any]]:
+    """Name, size and time of files: what changes if one of them does."""
+    status = {os.path.basename(path): os.stat(path) for path in paths}
+    return [[name, found.st_size, found.st_mtime_ns] for name, found in status.items()]
 
 
 def json_bytes(value: Any) -> bytes:

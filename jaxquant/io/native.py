@@ -212,6 +212,11 @@ class NativeLeaves(Mapping[str, Any]):
         self.file, tree = _opened(path, function)
         self._entries = dict(_flat(tree))
 
+    @property
+    def paths(self) -> list[str]:
+        """The files they are read from."""
+        return [self.file.path]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 

@@ -18,7 +18,7 @@ from jaxquant.io.directory import SHARD_BYTES, Piece, json_bytes, lay_out, write
 from jaxquant.io.export import AWQ, BITSANDBYTES, GPTQ, Layout, compressed_tensors
 from jaxquant.io.safetensors import DTYPES, TensorSpec
 
-__all__ = ["FORMATS", "Format", "export_config", "export_piece", "layout_of", "save_hf"]
+__all__ = ["FORMATS", "Format", "export_config", "export_piece", "layout_of", "save_hf", "write_hf"]
 
 Format = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes"]
 FORMATS = ("compressed-tensors", "gptq", "awq", "bitsandbytes")
@@ -73,7 +73,21 @@ def save_hf(
     Source: the layouts of compressed-tensors 0.19, gptqmodel 7.7, AutoAWQ 0.2.9 and bitsandbytes 0.50.2, whose own
     files are written again byte for byte in the tests.
     """
-    layout = layout_of(format, act)
+    # What is in memory has no name to be recognised by: a partial directory is never continued.
+    source = {"memory": os.urandom(8).hex()}
+    write_hf(directory, params, layout_of(format, act), config or {}, source=source, shard_bytes=shard_bytes)
+
+
+def write_hf(
+    directory: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    layout: Layout,
+    config: Mapping[str, Any],
+    *,
+    source: Mapping[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """`save_hf`, for leaves that come from somewhere: ``source`` says from where, as for `write_directory`."""
     leaves: dict[str, Any] = {}
     pieces = []
     for name in params:  # one at a time is in memory, if params reads its leaves when they are asked for
@@ -85,10 +99,9 @@ def save_hf(
     if not weights:
         todo = "Quantize some, or save with jq.io.save"
         raise quant_error("save_hf", "there is no quantized weight", todo=todo, params=len(params))
-    files = export_config(layout, weights, float_modules(leaves), config or {})
+    files = export_config(layout, weights, float_modules(leaves), config)
     written = lay_out(pieces, files, shard_bytes, function="save_hf")
-    # What is in memory has no name to be recognised by: a partial directory is never continued.
-    write_directory(directory, written, source={"memory": os.urandom(8).hex()}, function="save_hf")
+    write_directory(directory, written, source=source, function="save_hf")
 
 
 def _without_values(array: Any) -> jax.ShapeDtypeStruct:

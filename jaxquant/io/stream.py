@@ -21,7 +21,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec, Rule
 from jaxquant.io.arrays import to_device
-from jaxquant.io.directory import SHARD_BYTES, Layout, Piece, lay_out, write_directory
+from jaxquant.io.directory import SHARD_BYTES, Layout, Piece, identity, lay_out, write_directory
 from jaxquant.io.rules import assign
 from jaxquant.io.safetensors import TensorSpec
 from jaxquant.io.save_hf import export_config, export_piece, float_modules, layout_of
@@ -148,7 +148,7 @@ def plan_quantize_hf(
     others, left_out = _other_files(checkpoint.path)
     files = {**others, **export_config(layout, modules, float_modules(leaves), config)}
     described = {
-        "files": [[name, *_identity(file.path)] for name, file in checkpoint.files.items()],
+        "files": identity(file.path for file in checkpoint.files.values()),
         "rules": [rule.to_dict() for rule in rules],
         "format": format,
         "method": repr(method) if isinstance(method, functools.partial) else getattr(method, "__name__", repr(method)),
@@ -158,11 +158,6 @@ def plan_quantize_hf(
     before = sum(spec.nbytes for spec in checkpoint.tensors.values())
     floats = tuple(name for name in leaves if name not in weights)
     return QuantizePlan(weights, floats, left_out, before, arranged.nbytes, arranged, described)
-
-
-def _identity(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
 
 
 def _specs(checkpoint: Checkpoint, rules: Sequence[Rule]) -> dict[str, QuantSpec]:

@@ -7,8 +7,9 @@ names          names and row order, between llama.cpp and Hugging Face
 read, write    `load_gguf`, `save_gguf`
 """
 
+from jaxquant.io.gguf.names import ARCHITECTURES
 from jaxquant.io.gguf.read import GGUFInfo, load_gguf
 from jaxquant.io.gguf.types import support_table
 from jaxquant.io.gguf.write import save_gguf
 
-__all__ = ["GGUFInfo", "load_gguf", "save_gguf", "support_table"]
+__all__ = ["ARCHITECTURES", "GGUFInfo", "load_gguf", "save_gguf", "support_table"]

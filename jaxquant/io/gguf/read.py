@@ -134,6 +134,11 @@ class GGUFLeaves(Mapping[str, Any]):
         metadata = self.file.metadata
         self.reordered = tuple(key for key, name in self._inside.items() if heads_of(name, metadata) is not None)
 
+    @property
+    def paths(self) -> list[str]:
+        """The files they are read from."""
+        return [self.file.path]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._inside)
 

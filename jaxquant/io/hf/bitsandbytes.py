@@ -51,6 +51,7 @@ def _int8(m: Module) -> QTensor:
         raise m.error(rule, ".weight_format", todo="Save it again with a newer bitsandbytes", code=int(layout.max()))
     if m.config.get("llm_int8_threshold"):
         m.notes.append(f"outlier threshold {m.config['llm_int8_threshold']}")
+    m.notes.append("SCB / 127 is one factor: within 2 units in the last place of float32")
     return QTensor(weight, scale[:, None] * np.float32(1 / 127), None, qtype="int8", dtype=m.dtype)
 
 

@@ -70,6 +70,11 @@ class HFLeaves(Mapping[str, Any]):
         """What was wrong with the weights that were read, and was put right."""
         return tuple(dict.fromkeys(p for module in self.modules.values() for p in module.problems))
 
+    @property
+    def paths(self) -> list[str]:
+        """The files they are read from."""
+        return [file.path for file in self.checkpoint.files.values()]
+
     def __iter__(self) -> Iterator[str]:
         yield from self.modules
         yield from self.plain
