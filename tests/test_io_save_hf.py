@@ -31,6 +31,7 @@ REWRITTEN = {
         None,
         ("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "load_in_4bit", "quant_method"),
     ),
+    "bnb_nf4_dq": ("bitsandbytes", None, ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "quant_method")),
 }
 
 
@@ -157,6 +158,17 @@ def test_what_we_quantize_is_read_to_the_same_values(qtype, fields, format, tmp_
     assert_same(again["a.bias"], params["a.bias"])
 
 
+def test_double_quantization_keeps_its_groups_or_is_refused(tmp_path):
+    q = jq.ptq.double_quantized(weight(64, 2048), jq.recipes.nf4(64).weight, reduce_axes=(-1,))
+    jq.io.save_hf(tmp_path / "out", {"a.weight": q}, format="bitsandbytes")
+    found = jq.io.load_hf(tmp_path / "out")[0]["a.weight"]
+    assert found.scale.qtype == "dynamic8"
+    np.testing.assert_array_equal(found.dequantize(), q.dequantize())
+    other = jq.ptq.double_quantized(weight(64, 2048), jq.recipes.nf4(64).weight, reduce_axes=(-1,), group_size=128)
+    with pytest.raises(QuantError, match="quantized scales have groups of 256"):
+        jq.io.save_hf(tmp_path / "other", {"a.weight": other}, format="bitsandbytes")
+
+
 def test_shards_have_an_index(tmp_path):
     params = {f"{i}.weight": quantized("int8", weight(seed=i)) for i in range(4)}
     jq.io.save_hf(tmp_path / "out", params, shard_bytes=9000)
@@ -265,16 +277,19 @@ def test_compressed_tensors_reads_what_we_write(tmp_path):
         np.testing.assert_array_equal(got.float().numpy(), np.asarray(q.dequantize()))
 
 
-def test_bitsandbytes_reads_what_we_write(tmp_path):
+@pytest.mark.parametrize("double", [False, True])
+def test_bitsandbytes_reads_what_we_write(double, tmp_path):
     torch = pytest.importorskip("torch")
     library = pytest.importorskip("bitsandbytes")
     q = quantized("nf4", group_size=64, scale_dtype=None)
+    if double:
+        q = jq.ptq.double_quantized(weight(64, 512), jq.recipes.nf4(64).weight, reduce_axes=(-1,))
     jq.io.save_hf(tmp_path / "out", {"a.weight": q}, format="bitsandbytes")
     file = Checkpoint(tmp_path / "out")
     state = {name.removeprefix("a."): torch.from_numpy(np.array(file.array(name))) for name in file.tensors}
-    weight = state.pop("weight")
+    codes = state.pop("weight")
     known = library.functional.QuantState.from_dict(state, device="cpu")
-    got = library.functional.dequantize_4bit(weight, known)
+    got = library.functional.dequantize_4bit(codes, known)
     np.testing.assert_array_equal(got.numpy(), np.asarray(q.dequantize()))
 
 

@@ -166,8 +166,9 @@ def export_piece(layout: Layout, name: str, leaf: Any, read: Callable[[], Any], 
 
 def _tensors(layout: Layout, q: QTensor) -> dict[str, np.ndarray]:
     """What a layout makes of a weight."""
-    # Outside of jit, where XLA would fuse the product and the sum of nested scales into one rounding.
-    q = q.replace(scale=scale_values(q.scale)) if isinstance(q.scale, QTensor) else q
+    if isinstance(q.scale, QTensor) and not layout.nested(q):
+        # Outside of jit, where XLA would fuse the product and the sum of nested scales into one rounding.
+        q = q.replace(scale=scale_values(q.scale))
     return layout.tensors(jax.tree.map(to_host, q))
 
 

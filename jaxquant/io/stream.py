@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxquant.core.blocks import block_shape
 from jaxquant.core.errors import quant_error
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.specs import QuantSpec, Rule
 from jaxquant.io.arrays import to_device
 from jaxquant.io.directory import SHARD_BYTES, Layout, Piece, identity, lay_out, write_directory
@@ -196,15 +196,20 @@ def _quantized(checkpoint: Checkpoint, name: str, quantize: Callable[[Any], QTen
         count = len(part)
         if count < rows:  # so that one program does for all weights of this width
             part = np.concatenate([part, np.repeat(part[-1:], rows - count, 0)])
-        parts.append(jax.tree.map(lambda x, count=count: np.asarray(x)[:count], quantize(to_device(part))))
+        parts.append(jax.tree.map(lambda x, count=count: np.asarray(x)[:count], _flat(quantize(to_device(part)))))
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
 def _without_values(quantize: Callable[[Any], QTensor], stored: TensorSpec, rows: int) -> QTensor:
     """What a weight becomes, of shapes; traced for a slice, and so once for all weights of a width."""
     out, width = stored.shape
-    part = jax.eval_shape(lambda w: quantize(w), jax.ShapeDtypeStruct((rows, width), stored.dtype))
+    part = jax.eval_shape(lambda w: _flat(quantize(w)), jax.ShapeDtypeStruct((rows, width), stored.dtype))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * out // rows, *x.shape[1:]), x.dtype), part)
+
+
+def _flat(q: QTensor) -> QTensor:
+    """A slice with scales in float: quantized ones would have groups and offsets of their own in each slice."""
+    return q.replace(scale=scale_values(q.scale)) if isinstance(q.scale, QTensor) else q
 
 
 def _rows(shape: tuple[int, ...], spec: QuantSpec) -> int:

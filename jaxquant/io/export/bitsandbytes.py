@@ -1,7 +1,9 @@
 """bitsandbytes, 4 bits: ``weight``, ``weight.absmax``, ``weight.quant_map``, ``weight.quant_state.bitsandbytes__nf4``.
 
-Blocks run over the flattened weight; the first of two codes is in the high nibble. Scales that are quantized
-themselves are written as the float32 numbers they stand for, which is exact.
+Blocks run over the flattened weight; the first of two codes is in the high nibble. Scales that are quantized themselves
+with the dynamic map are written so (double quantization): ``weight.absmax`` are their codes, ``weight.nested_absmax``
+one float32 for each 256 of them, ``weight.nested_quant_map`` the map; the state has the offset. Others are written as
+the float32 numbers they stand for.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.io.bits import patterns
 from jaxquant.io.export.integers import check_matrix, group_size
 from jaxquant.io.export.layout import Layout
 
 __all__ = ["BITSANDBYTES"]
 
+_NESTED_BLOCK = 256
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -30,19 +33,60 @@ def _check(q: QTensor, error: Callable[..., QuantError]) -> None:
     if group_size(q) not in _BLOCK_SIZES or q.scale.shape[0] != q.shape[0]:
         todo = f"Quantize with a group size of {', '.join(map(str, _BLOCK_SIZES))}"
         raise error("blocks have one of a few sizes", todo=todo, weight=repr(q))
+    if _nested(q):
+        _check_nested(q.scale, error)
+
+
+def _nested(q: QTensor) -> bool:
+    """Whether the scales are those of double quantization, by their structure."""
+    s = q.scale
+    return isinstance(s, QTensor) and s.qtype == "dynamic8" and s.zero_point is None and _is_array(s.offset, s.scale)
+
+
+def _is_array(*values: Any) -> bool:
+    return not any(value is None or isinstance(value, QTensor) for value in values)
+
+
+def _groups(s: QTensor) -> tuple[np.ndarray, np.ndarray]:
+    """The scale of each group of scales, and the offset of each, the first of every group."""
+    each = [np.asarray(value) for value in (s.scale, s.offset)]
+    for axis, n in enumerate(s.shape):
+        each = [np.repeat(value, n // value.shape[axis], axis) for value in each]
+    scale, offset = (value.reshape(-1)[::_NESTED_BLOCK].astype(np.float32) for value in each)
+    return scale, offset
+
+
+def _check_nested(s: QTensor, error: Callable[..., QuantError]) -> None:
+    """Raises unless the groups of scales are as the format has them."""
+    scale, offset = _groups(s)
+    places = np.arange(s.size) // _NESTED_BLOCK
+    table = np.asarray(s.type.table, np.float32)[np.asarray(s.codes).reshape(-1)]
+    same = np.array_equal(table * scale[places] + offset[0], np.asarray(scale_values(s)).reshape(-1))
+    if not same or (offset != offset[0]).any():
+        todo = f"Use jaxquant.ptq.double_quantized with groups of {_NESTED_BLOCK}, or scales in float32"
+        raise error(f"quantized scales have groups of {_NESTED_BLOCK} and one offset", todo=todo, scale=repr(s))
 
 
 def _tensors(q: QTensor) -> dict[str, np.ndarray]:
     pairs = patterns(q).reshape(-1, 2)
-    return {
+    out = {
         "weight": pairs[:, :1] << np.uint8(4) | pairs[:, 1:],
-        "weight.absmax": q.scale.astype(np.float32).reshape(-1),
         "weight.quant_map": np.asarray(q.type.table, np.float32),
+    }
+    if not _nested(q):
+        return out | {"weight.absmax": q.scale.astype(np.float32).reshape(-1)}
+    return out | {
+        "weight.absmax": q.scale.codes.reshape(-1),
+        "weight.nested_absmax": _groups(q.scale)[0],
+        "weight.nested_quant_map": np.asarray(q.scale.type.table, np.float32),
     }
 
 
 def _constants(q: QTensor) -> dict[str, np.ndarray]:
     state = {"quant_type": q.qtype, "blocksize": group_size(q), "dtype": q.dtype.name, "shape": list(q.shape)}
+    if _nested(q):
+        offset = float(_groups(q.scale)[1][0])
+        state |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
     name = f"weight.quant_state.bitsandbytes__{q.qtype}"
     return {name: np.frombuffer(json.dumps(state).encode(), np.uint8)}
 
@@ -57,7 +101,7 @@ def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, 
         "bnb_4bit_compute_dtype": dtypes.pop(),
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": kinds.pop(),
-        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_use_double_quant": any(map(_nested, weights.values())),
         "llm_int8_skip_modules": list(floats) or None,
         "load_in_4bit": True,
         "load_in_8bit": False,
@@ -65,4 +109,4 @@ def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, 
     }
 
 
-BITSANDBYTES = Layout("bitsandbytes", _check, _tensors, _config, _constants)
+BITSANDBYTES = Layout("bitsandbytes", _check, _tensors, _config, _constants, nested=_nested)

@@ -21,10 +21,11 @@ class Layout:
     Attributes:
       name: what users call it.
       check: raises (through the ``error`` it is given) unless a weight can be written as it is.
-      tensors: suffix of the module's name -> array, of a QTensor of NumPy arrays whose scales are no QTensor.
-      constants: suffix -> array that depends on nothing but the weight's shapes.
+      tensors: suffix of the module's name -> array, of a QTensor of NumPy arrays.
+      constants: suffix -> small array, made when the weight is checked.
       config: the ``quantization_config`` for weights by module, and the modules that stay in float.
       files: further JSON files, from that config.
+      nested: whether scales that are a QTensor are written as one; ``tensors`` gets all others in float.
     """
 
     name: str
@@ -33,3 +34,4 @@ class Layout:
     config: Callable[[Mapping[str, QTensor], Sequence[str]], dict[str, Any]]
     constants: Callable[[QTensor], dict[str, np.ndarray]] = lambda q: {}
     files: Callable[[dict[str, Any]], dict[str, dict[str, Any]]] = lambda config: {}
+    nested: Callable[[QTensor], bool] = lambda q: False
