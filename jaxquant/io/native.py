@@ -47,6 +47,7 @@ from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.io.arrays import to_device, to_host
 from jaxquant.io.like import fit
 from jaxquant.io.manifest import MAX_DEPTH, Encoder, SavedArray, decode, encode, stored_spec
+from jaxquant.io.mapped import Leaves
 from jaxquant.io.patterns import NAMELESS, from_patterns, to_patterns
 from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_parts, write_safetensors
 from jaxquant.io.strict_json import parse
@@ -205,26 +206,13 @@ def _array(file: SafetensorsFile, entry: SavedArray) -> np.ndarray:
     return from_patterns(array, entry.spec) if entry.dtype in NAMELESS else array
 
 
-class NativeLeaves(Mapping[str, Any]):
-    """The leaves of a file by path, "/" between the keys; each is read when it is asked for, nothing is kept."""
+class NativeLeaves(Leaves):
+    """The leaves of a file by path, "/" between the keys."""
 
     def __init__(self, path: str | os.PathLike[str], *, function: str):
         self.file, tree = _opened(path, function)
         self._entries = dict(_flat(tree))
-
-    @property
-    def paths(self) -> list[str]:
-        """The files they are read from."""
-        return [self.file.path]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
-    def __len__(self) -> int:
-        return len(self._entries)
+        super().__init__(self._entries, [self.file.path])
 
     def __getitem__(self, name: str) -> Any:
         self.file.forget()  # what came before

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO, NamedTuple
@@ -28,8 +27,9 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.errors import quant_error
 from jaxquant.io.atomic import replacing
+from jaxquant.io.mapped import MappedFile
 from jaxquant.io.strict_json import parse
 
 __all__ = ["DTYPES", "SafetensorsFile", "TensorSpec", "is_shape", "write_parts", "write_safetensors"]
@@ -187,7 +187,7 @@ def _little_endian_bytes(array: np.ndarray) -> memoryview:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-class SafetensorsFile:
+class SafetensorsFile(MappedFile):
     """A safetensors file, checked and mapped into memory.
 
     Args:
@@ -217,16 +217,14 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, function: str = "load"):
-        self.path, self._function = os.fsdecode(path), function
+        super().__init__(path, function)
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             header = self._read_header(file, size)
             start = file.tell()
             self.metadata = self._checked_metadata(header.pop(_METADATA, {}))
             self.tensors, self._begin = self._checked_tensors(header, size - start)
-            # Nothing can be mapped where there is nothing.
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size > start else None
-            self._data = np.frombuffer(self._map or b"", np.uint8, offset=start if self._map else 0)
+            self._data = self._mapped(file)[start:]
 
     def array(self, name: str) -> np.ndarray:
         """The array of a name: a read-only view of the file."""
@@ -236,16 +234,6 @@ class SafetensorsFile:
             todo = "The file is damaged: save it again"
             raise self.error("the bytes of a BOOL array must be 0 or 1", name, todo=todo, byte=int(data.max()))
         return data.view(spec.dtype.newbyteorder("<")).reshape(spec.shape)
-
-    def forget(self) -> None:
-        """Gives the memory of what was read back; reading it again is possible."""
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-
-    def error(self, rule: str, name: str | None = None, /, *, todo: str, **got: Any) -> QuantError:
-        """A `QuantError` that names this file, and the place in it."""
-        place = self.path if name is None else f"{self.path}, {name[:200]!r}"
-        return quant_error(self._function, rule, todo=todo, path=place, **got)
 
     def _read_header(self, file: BinaryIO, size: int) -> dict[str, Any]:
         prefix = file.read(8)

@@ -17,7 +17,6 @@ Source: the format's description in the ggml repository (docs/gguf.md), and file
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -25,9 +24,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.errors import quant_error
 from jaxquant.io.atomic import replacing
 from jaxquant.io.gguf.types import BY_ID, BlockType
+from jaxquant.io.mapped import MappedFile
 
 __all__ = ["GGUFFile", "TensorInfo", "write_gguf"]
 
@@ -76,7 +76,7 @@ class TensorInfo(NamedTuple):
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-class GGUFFile:
+class GGUFFile(MappedFile):
     """A GGUF file, checked and mapped into memory.
 
     Args:
@@ -96,14 +96,12 @@ class GGUFFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, function: str = "load_gguf"):
-        self.path, self._function = os.fsdecode(path), function
+        super().__init__(path, function)
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else None
-            self._data = np.frombuffer(self._map or b"", np.uint8)
+            self._data = self._mapped(file)
         self._position = 0
         if self._bytes(4, "the first four bytes").tobytes() != _MAGIC:
-            raise self.error("the file must begin with GGUF", todo="Check that it is a GGUF file", size=size)
+            raise self.error("the file must begin with GGUF", todo="Check that it is a GGUF file", size=self._data.size)
         self.version = self._number("<I", "the version")
         if self.version not in _VERSIONS:
             todo = "Convert it with the current tools of llama.cpp; big-endian files are not read"
@@ -117,16 +115,6 @@ class GGUFFile:
         """The bytes of a tensor, uint8 of its ``stored_shape``: a read-only view of the file."""
         info, begin = self.tensors[name], self._begin[name]
         return self._data[begin : begin + info.nbytes].reshape(info.stored_shape)
-
-    def forget(self) -> None:
-        """Gives the memory of what was read back; reading it again is possible."""
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-
-    def error(self, rule: str, name: str | None = None, /, *, todo: str, **got: Any) -> QuantError:
-        """A `QuantError` that names this file, and the place in it."""
-        place = self.path if name is None else f"{self.path}, {name[:200]!r}"
-        return quant_error(self._function, rule, todo=todo, path=place, **got)
 
     def _bytes(self, count: int, what: str) -> np.ndarray:
         left = self._data.size - self._position

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +17,7 @@ from jaxquant.io.bits import stored
 from jaxquant.io.gguf.container import GGUFFile, TensorInfo
 from jaxquant.io.gguf.names import ARCHITECTURES, has_names, heads_of, norm_of_gemma, separate, to_hugging_face
 from jaxquant.io.gguf.parts import Scales
+from jaxquant.io.mapped import Leaves
 
 __all__ = ["GGUFInfo", "GGUFLeaves", "load_gguf"]
 
@@ -96,8 +96,8 @@ def load_gguf(
     return params, GGUFInfo(architecture, leaves.file.metadata, leaves.types, leaves.reordered)
 
 
-class GGUFLeaves(Mapping[str, Any]):
-    """Names -> QTensors and arrays, of NumPy arrays that may be views of the file; nothing is kept.
+class GGUFLeaves(Leaves):
+    """The leaves of a file.
 
     Attributes:
       file: the container.
@@ -130,23 +130,10 @@ class GGUFLeaves(Mapping[str, Any]):
                 todo = "Load it with names='gguf'"
                 raise self.file.error("two tensors would have one name", name, todo=todo, other=self._inside[key])
             self._inside[key] = name
+        super().__init__(self._inside, [self.file.path])
         self.types = {key: self.file.tensors[name].type.name for key, name in self._inside.items()}
         metadata = self.file.metadata
         self.reordered = tuple(key for key, name in self._inside.items() if heads_of(name, metadata) is not None)
-
-    @property
-    def paths(self) -> list[str]:
-        """The files they are read from."""
-        return [self.file.path]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._inside)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._inside
-
-    def __len__(self) -> int:
-        return len(self._inside)
 
     def __getitem__(self, key: str) -> Any:
         self.file.forget()  # what came before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.module import Format, Module
 from jaxquant.io.manifest import check_qtensor
+from jaxquant.io.mapped import Leaves
 from jaxquant.transform.paths import nearest
 
 __all__ = ["HFLeaves"]
@@ -23,8 +24,8 @@ _CODES = tuple(
 )
 
 
-class HFLeaves(Mapping[str, Any]):
-    """Names -> QTensors and arrays, of NumPy arrays that may be views of the files; nothing is kept.
+class HFLeaves(Leaves):
+    """The leaves of a directory: quantized weights first.
 
     Args:
       checkpoint: the directory.
@@ -62,6 +63,7 @@ class HFLeaves(Mapping[str, Any]):
         self.modules = {module.name: module for module in modules}
         self.plain = dict.fromkeys(self._plain_names())
         self.described: dict[str, str] = {}
+        super().__init__([*self.modules, *self.plain], [file.path for file in checkpoint.files.values()])
         if not modules:
             self._check_rest()
 
@@ -69,21 +71,6 @@ class HFLeaves(Mapping[str, Any]):
     def problems(self) -> tuple[str, ...]:
         """What was wrong with the weights that were read, and was put right."""
         return tuple(dict.fromkeys(p for module in self.modules.values() for p in module.problems))
-
-    @property
-    def paths(self) -> list[str]:
-        """The files they are read from."""
-        return [file.path for file in self.checkpoint.files.values()]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self.modules
-        yield from self.plain
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.modules or name in self.plain
-
-    def __len__(self) -> int:
-        return len(self.modules) + len(self.plain)
 
     def __getitem__(self, name: str) -> Any:
         self.checkpoint.forget()  # what came before
