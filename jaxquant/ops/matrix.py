@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,49 @@ class Axes:
         return x.reshape(math.prod(x.shape[:nb]), math.prod(x.shape[nb : nb + nr]), math.prod(x.shape[nb + nr :]))
 
 
+class _Quantized:
+    """What a quantized matrix is by its scales, whether its codes are packed or not."""
+
+    scale: jax.Array
+    zero_point: jax.Array | None
+    qtype: QType
+    offset: jax.Array | None
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return self.scale.shape[2]
+
+    @property
+    def integer(self) -> bool:
+        """Whether products of codes are exact integers, and all there is."""
+        whole = self.zero_point is None or jnp.issubdtype(self.zero_point.dtype, jnp.integer)
+        return self.qtype.kind == "int" and whole and self.offset is None
+
+    @property
+    def minifloat(self) -> bool:
+        """Whether products of codes are exact in float32, with one scale for the whole row."""
+        return self.qtype.kind == "float" and self.groups == 1 and self.zero_point is None and self.offset is None
+
+    def block(self, b: Any, nb: int, r: Any, nr: int) -> Self:
+        """``nb`` matrices from ``b`` (which may be traced), ``nr`` rows of each from ``r``: of all arrays.
+
+        An axis of size 1 is one for all.
+        """
+
+        def cut(value: Any) -> Any:
+            for axis, (start, size) in enumerate(((b, nb), (r, nr))):
+                if value.shape[axis] not in (1, size):
+                    value = lax.dynamic_slice_in_dim(value, start, size, axis)
+            return value
+
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: cut(v) for name, v in fields.items() if isinstance(v, jax.Array)})
+
+
 @dataclasses.dataclass(frozen=True)
-class Matrix:
+class Matrix(_Quantized):
     """A quantized matrix, or a stack of them.
 
     Attributes:
@@ -68,21 +109,6 @@ class Matrix:
     zero_point: jax.Array | None
     qtype: QType
     offset: jax.Array | None = None
-
-    @property
-    def groups(self) -> int:
-        """G."""
-        return self.scale.shape[2]
-
-    @property
-    def integer(self) -> bool:
-        """Whether products of codes are exact integers, and all there is."""
-        return _integer(self)
-
-    @property
-    def minifloat(self) -> bool:
-        """Whether products of codes are exact in float32, with one scale for the whole row."""
-        return _minifloat(self)
 
     @property
     def reach(self) -> int:
@@ -106,10 +132,6 @@ class Matrix:
         """The real matrix [B, R, K]."""
         return _real(self.codes, self.scale, self.zero_point, self.offset, self.qtype, dtype)
 
-    def block(self, b: Any, nb: int, r: Any, nr: int) -> Matrix:
-        """``nb`` matrices from ``b`` (which may be traced), ``nr`` rows of each from ``r``."""
-        return _block(self, b, nb, r, nr)
-
     def int8(self) -> list[Matrix]:
         """The matrix, in planes: elements 0, planes, 2 planes, ... of K, then 1, planes + 1, ..."""
         return [self]
@@ -117,15 +139,6 @@ class Matrix:
     def floats(self) -> list[jax.Array]:
         """Its real values in float32, in planes."""
         return [self.values(jnp.float32)]
-
-
-def _integer(x: Matrix | Packed) -> bool:
-    whole = x.zero_point is None or jnp.issubdtype(x.zero_point.dtype, jnp.integer)
-    return x.qtype.kind == "int" and whole and x.offset is None
-
-
-def _minifloat(x: Matrix | Packed) -> bool:
-    return x.qtype.kind == "float" and x.groups == 1 and x.zero_point is None and x.offset is None
 
 
 def _real(codes: jax.Array, scale: Any, zero_point: Any, offset: Any, qtype: QType, dtype: Any) -> jax.Array:
@@ -143,21 +156,8 @@ def _real(codes: jax.Array, scale: Any, zero_point: Any, offset: Any, qtype: QTy
     return values.reshape(b, r, k)
 
 
-def _block(x: Any, b: Any, nb: int, r: Any, nr: int) -> Any:
-    """A block of all arrays of an operand: an axis of size 1 is one for all."""
-
-    def cut(value: Any) -> Any:
-        for axis, (start, size) in enumerate(((b, nb), (r, nr))):
-            if value.shape[axis] not in (1, size):
-                value = lax.dynamic_slice_in_dim(value, start, size, axis)
-        return value
-
-    fields = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
-    return dataclasses.replace(x, **{name: cut(v) for name, v in fields.items() if isinstance(v, jax.Array)})
-
-
 @dataclasses.dataclass(frozen=True)
-class Packed:
+class Packed(_Quantized):
     """A quantized matrix, or a stack of them, whose codes are packed: see `jaxquant.core.packing`.
 
     Codes of 1, 2 or 4 bits are taken out in planes: a plane is one AND and one shift of the bytes. For 4 bits, the
@@ -187,16 +187,6 @@ class Packed:
         return self.multiplier.shape[2]
 
     @property
-    def integer(self) -> bool:
-        """As for `Matrix`."""
-        return _integer(self)
-
-    @property
-    def minifloat(self) -> bool:
-        """As for `Matrix`."""
-        return _minifloat(self)
-
-    @property
     def shape(self) -> tuple[int, int, int]:
         """[B, R, K]."""
         return self.bytes.shape[0], self.bytes.shape[1], self.length
@@ -205,10 +195,6 @@ class Packed:
     def planes(self) -> int:
         """As for `Matrix`."""
         return _planes(self.qtype)
-
-    def block(self, b: Any, nb: int, r: Any, nr: int) -> Packed:
-        """As for `Matrix`."""
-        return _block(self, b, nb, r, nr)
 
     def _codes(self) -> list[jax.Array]:
         bits, n = self.qtype.bits, self.planes
