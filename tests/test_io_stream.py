@@ -226,9 +226,11 @@ def test_a_partial_directory_of_something_else_is_refused(source, tmp_path):
     assert digests(tmp_path / "out.partial") == kept
 
 
-def test_a_weight_with_nan_is_named(tmp_path):
-    arrays = model(2)
-    arrays["layers.1.proj.weight"][3, 5] = np.nan
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_a_weight_with_nan_is_named(tmp_path, bad, dtype):
+    arrays = {name: array.astype(dtype) for name, array in model(2).items()}
+    arrays["layers.1.proj.weight"][3, 5] = bad
     write(tmp_path / "model.safetensors", arrays)
     with pytest.raises(QuantError, match=r"layers\.1\.proj\.weight.*must be finite"):
         jq.io.quantize_hf(tmp_path, tmp_path / "out", RULES)
