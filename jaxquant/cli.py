@@ -157,6 +157,9 @@ def _rules(rules: Path | None, options: dict[str, Any], keep: Sequence[str]) -> 
     return [*(Rule(pattern, None) for pattern in patterns), Rule(r"\.weight$", OpSpec(QuantSpec.from_dict(weight)))]
 
 
+_METHODS = {"rtn": ptq.rtn, "hqq": ptq.hqq, "gptq": ptq.gptq}
+
+
 @main.command()
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
@@ -169,7 +172,12 @@ def _rules(rules: Path | None, options: dict[str, Any], keep: Sequence[str]) -> 
     help="Of the scales.  [gptq and awq: float16, else float32]",
 )
 @click.option(
-    "--method", type=click.Choice(["rtn", "hqq"]), default="rtn", show_default=True, help="How codes are chosen."
+    "--method", type=click.Choice([*_METHODS]), default="rtn", show_default=True, help="How codes are chosen."
+)
+@click.option(
+    "--grams",
+    type=click.Path(exists=True, path_type=Path),
+    help="For gptq: a safetensors file with the Gram matrix of the inputs of each weight, under its name.",
 )
 @click.option(
     "--to", "format", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True, help="Layout of the result."
@@ -187,20 +195,24 @@ def _rules(rules: Path | None, options: dict[str, Any], keep: Sequence[str]) -> 
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def quantize(
     source: Path, destination: Path, qtype: str, group_size: int | None, asymmetric: bool, scale_dtype: str | None,
-    method: str, format: str, rules: Path | None, keep: tuple[str, ...], shard_size: int, dry_run: bool, as_json: bool,
+    method: str, grams: Path | None, format: str, rules: Path | None, keep: tuple[str, ...], shard_size: int,
+    dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize a float checkpoint, tensor by tensor, however large.
 
     SOURCE is a directory with safetensors files; DESTINATION must not exist. Everything that can be known is checked
-    first. An interrupted run leaves DESTINATION.partial; the same command continues it. Methods that need data (gptq)
-    are part of the Python interface, jaxquant.quantize_params.
+    first. An interrupted run leaves DESTINATION.partial; the same command continues it. gptq needs to know the inputs
+    of each weight: jaxquant.calibrate collects their Gram matrices where the model runs.
     """
+    if (method == "gptq") != (grams is not None):
+        raise click.UsageError("--method gptq and --grams go together")
     if scale_dtype is None and format in ("gptq", "awq"):
         scale_dtype = "float16"
     options = {"qtype": qtype, "group_size": group_size, "symmetric": not asymmetric, "scale_dtype": scale_dtype}
     arguments: dict[str, Any] = {
         "format": format,
-        "method": {"rtn": ptq.rtn, "hqq": ptq.hqq}[method],
+        "method": _METHODS[method],
+        "grams": grams,
         "shard_bytes": shard_size << 20,
     }
     with _refusals():

@@ -84,6 +84,23 @@ def test_quantize(options, qtype, method, source, tmp_path):
     assert not isinstance(params["model.embed_tokens.weight"], jq.QTensor)
 
 
+@pytest.mark.slow
+def test_gptq_from_saved_grams(source, tmp_path):
+    x = np.random.default_rng(2).normal(size=(200, 64)) * np.linspace(0.1, 3, 64)
+    jq.io.save(tmp_path / "grams.safetensors", {"proj.weight": (x.T @ x).astype(np.float32)})
+    options = ("--weights", "int3", "--group-size", 32, "--to", "compressed-tensors")
+    error = {}
+    for method, more in (("rtn", ()), ("gptq", ("--grams", tmp_path / "grams.safetensors"))):
+        invoke("quantize", source, tmp_path / method, *options, "--method", method, *more)
+        found, before = (jq.io.load_hf(path)[0]["proj.weight"] for path in (tmp_path / method, source))
+        error[method] = np.linalg.norm(x @ (np.asarray(found.dequantize()) - np.asarray(before)).T)
+    assert error["gptq"] < 0.9 * error["rtn"]
+
+
+def test_gptq_and_grams_go_together(source, tmp_path):
+    assert "go together" in invoke("quantize", source, tmp_path / "out", "--method", "gptq", code=2)
+
+
 def test_rules_from_a_file(source, tmp_path):
     rules = tmp_path / "rules.toml"
     rules.write_text("""

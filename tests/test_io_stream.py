@@ -1,5 +1,6 @@
 """Quantizing checkpoints on disk: the same result as in memory, whatever happens on the way."""
 
+import functools
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -57,6 +59,43 @@ def digests(path):
     return {
         str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in path.rglob("*") if p.is_file()
     }
+
+
+@pytest.fixture
+def grams(tmp_path):
+    """Of inputs that are not alike."""
+    rng = np.random.default_rng(1)
+    found = {}
+    for name in (f"layers.{i}.proj.weight" for i in range(4)):
+        x = rng.normal(size=(300, 96)) @ rng.normal(size=(96, 96)) * 10.0 ** rng.normal(size=96)
+        found[name] = (x.T @ x).astype(np.float32)
+    write(tmp_path / "grams.safetensors", found)
+    return tmp_path / "grams.safetensors"
+
+
+@pytest.mark.slow
+def test_gptq_with_grams_from_disk(source, grams, tmp_path):
+    """The codes are those of the method in memory."""
+    rules = [Rule("proj", recipes.w4a16(32))]
+    jq.io.quantize_hf(source, tmp_path / "out", rules, method=jq.ptq.gptq, grams=grams)
+    params, _ = jq.io.load_hf(tmp_path / "out")
+    known = jq.io.load(grams)
+    for name, w in model().items():
+        if name in known:
+            stats = {"gram": {"gram": known[name][None]}}
+            want = jq.ptq.gptq(jax.numpy.asarray(w), rules[0].spec.weight, reduce_axes=(-1,), stats=stats)
+            np.testing.assert_array_equal(params[name].logical_codes(), want.logical_codes())
+
+
+def test_grams_are_checked_first(source, grams, tmp_path):
+    run = functools.partial(jq.io.quantize_hf, source, tmp_path / "out", RULES, method=jq.ptq.gptq)
+    with pytest.raises(QuantError, match="needs the Gram matrix"):
+        run()
+    other = tmp_path / "other.safetensors"
+    write(other, {"layers.0.proj.weight": np.eye(96, dtype=np.float32), "layers.1.proj.weight": np.eye(95)})
+    with pytest.raises(QuantError, match=r"(?s)another weight's.*layers.1.proj"):
+        run(grams=other)
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_the_result_is_that_of_quantizing_in_memory(source, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ beforehand is checked before the first byte is written; `jaxquant.io.directory` 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -69,6 +70,7 @@ def quantize_hf(
     *,
     format: str = "compressed-tensors",
     method: Callable[..., QTensor] = rtn,
+    grams: str | os.PathLike[str] | None = None,
     act: QuantSpec | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int, str], None] | None = None,
@@ -85,7 +87,10 @@ def quantize_hf(
       destination: must not exist, or be empty.
       rules: the first that matches a weight's name wins; ``Rule(pattern, None)`` keeps it in float.
       format: as for `save_hf`.
-      method: a quantizer that needs no statistics, such as `jaxquant.ptq.rtn` or `jaxquant.ptq.hqq`.
+      method: a quantizer, such as `jaxquant.ptq.rtn` or `jaxquant.ptq.hqq`; with ``grams`` one that needs statistics,
+        such as `jaxquant.ptq.gptq`.
+      grams: a safetensors file (or a directory of some) with the Gram matrix x^T x [in, in] of the inputs of each
+        weight, under the weight's name. A weight is then quantized whole, and with it is its matrix in memory.
       act: as for `save_hf`.
       shard_bytes: size that a file should not exceed; an interruption costs at most the work on one file.
       progress: called with the bytes written, all bytes, and the name of the tensor that comes next.
@@ -95,8 +100,8 @@ def quantize_hf(
 
     Raises:
       QuantError: before anything is written: if the source is damaged or quantized already, a rule matches no weight, a
-        group size does not divide, the format has no place for the result, or the disk is too full. Later: if a weight
-        holds NaN or inf, with its name.
+        group size does not divide, a Gram matrix is missing or of another size, the format has no place for the result,
+        or the disk is too full. Later: if a weight or a Gram matrix holds NaN or inf, with its name.
       OSError: if a file cannot be read or written.
 
     Example:
@@ -108,7 +113,7 @@ def quantize_hf(
       ...     jq.io.load_hf(os.path.join(d, "int8"))[0]["proj.weight"]
       QTensor(int8[64, 64] -> float32, per channel on axis -2, symmetric, 4.2 KiB)
     """
-    plan = plan_quantize_hf(source, rules, format=format, method=method, act=act, shard_bytes=shard_bytes)
+    plan = plan_quantize_hf(source, rules, format=format, method=method, grams=grams, act=act, shard_bytes=shard_bytes)
     write_directory(destination, plan.layout, source=plan.source, function=_FUNCTION, progress=progress)
     return plan
 
@@ -119,6 +124,7 @@ def plan_quantize_hf(
     *,
     format: str = "compressed-tensors",
     method: Callable[..., QTensor] = rtn,
+    grams: str | os.PathLike[str] | None = None,
     act: QuantSpec | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> QuantizePlan:
@@ -129,6 +135,7 @@ def plan_quantize_hf(
         todo = "Take the float checkpoint, or convert this one"
         raise checkpoint.error("the checkpoint is quantized already", "config.json", todo=todo)
     specs = _specs(checkpoint, rules)
+    known = None if grams is None else _grams(grams, {name: checkpoint.tensors[name].shape[1] for name in specs})
     layout = layout_of(format, act, function=_FUNCTION)
     leaves: dict[str, Any] = {}
     pieces: list[Piece] = []
@@ -140,8 +147,9 @@ def plan_quantize_hf(
         spec = specs[name]
         quantize = functools.partial(method, spec=spec, reduce_axes=(-1,))
         block_shape(stored.shape, spec.granularity, spec.group_size, (-1,), function=_FUNCTION, path=name)
-        leaves[name] = _without_values(quantize, stored, _rows(stored.shape, spec))
-        read = functools.partial(_quantized, checkpoint, name, quantize, spec)
+        rows = _rows(stored.shape, spec) if known is None else stored.shape[0]
+        leaves[name] = _without_values(quantize, stored, rows, None if known is None else known.tensors[name])
+        read = functools.partial(_quantized, checkpoint, name, quantize, rows, known)
         pieces.append(export_piece(layout, name, leaves[name], read, function=_FUNCTION))
     weights = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, QTensor)}
     modules = {name.removesuffix(".weight"): leaf for name, leaf in weights.items()}
@@ -153,6 +161,7 @@ def plan_quantize_hf(
         "format": format,
         "method": repr(method) if isinstance(method, functools.partial) else getattr(method, "__name__", repr(method)),
         "act": None if act is None else act.to_dict(),
+        "grams": None if known is None else identity(file.path for file in known.files.values()),
     }
     arranged = lay_out(pieces, files, shard_bytes, function=_FUNCTION)
     before = sum(spec.nbytes for spec in checkpoint.tensors.values())
@@ -182,11 +191,36 @@ def _copied(checkpoint: Checkpoint, name: str) -> Mapping[str, np.ndarray]:
     return {name: checkpoint.array(name)}
 
 
-def _quantized(checkpoint: Checkpoint, name: str, quantize: Callable[[Any], QTensor], spec: QuantSpec) -> QTensor:
+def _grams(path: str | os.PathLike[str], widths: Mapping[str, int]) -> Checkpoint:
+    """The Gram matrices on disk, one for each weight."""
+    found = Checkpoint(path, function=_FUNCTION)
+    for name, width in widths.items():
+        stored = found.tensors.get(name)
+        if stored is None or stored.shape != (width, width) or not np.issubdtype(stored.dtype, np.floating):
+            got = {"stored": stored, "near": difflib.get_close_matches(name, found.tensors, 3, 0.4)}
+            todo = f"Save the sum of x^T x over its inputs, float32 [{width}, {width}], under the weight's name"
+            raise found.error("a Gram matrix is missing, or is another weight's", name, todo=todo, **got)
+    return found
+
+
+def _stats(gram: Any) -> dict[str, Any]:
+    """One Gram matrix [in, in] as `jaxquant.calibrate` gives it."""
+    return {"gram": {"gram": gram[None]}}
+
+
+def _quantized(
+    checkpoint: Checkpoint, name: str, quantize: Callable[..., QTensor], rows: int, grams: Checkpoint | None
+) -> QTensor:
     """A weight of NumPy arrays, quantized in slices of rows."""
     w, file = checkpoint.array(name), checkpoint.files[checkpoint.place[name]]
-    rows = _rows(w.shape, spec)
     parts = []
+    if grams is not None:
+        gram = np.array(grams.array(name), np.float32)
+        grams.forget()
+        if not np.isfinite(gram).all():
+            todo = "Find the batch that holds NaN or inf, or inputs beyond 1e19, whose squares overflow"
+            raise grams.error("a Gram matrix must be finite", name, todo=todo)
+        quantize = functools.partial(quantize, stats=_stats(gram))
     for begin in range(0, w.shape[0], rows):
         part = np.array(w[begin : begin + rows])
         file.forget()
@@ -207,10 +241,17 @@ def _finite(part: np.ndarray) -> bool:
     return bool(np.isfinite(part).all())
 
 
-def _without_values(quantize: Callable[[Any], QTensor], stored: TensorSpec, rows: int) -> QTensor:
+def _without_values(
+    quantize: Callable[..., QTensor], stored: TensorSpec, rows: int, gram: TensorSpec | None
+) -> QTensor:
     """What a weight becomes, of shapes; traced for a slice, and so once for all weights of a width."""
     out, width = stored.shape
-    part = jax.eval_shape(lambda w: _flat(quantize(w)), jax.ShapeDtypeStruct((rows, width), stored.dtype))
+    w = jax.ShapeDtypeStruct((rows, width), stored.dtype)
+    if gram is None:
+        part = jax.eval_shape(lambda w: _flat(quantize(w)), w)
+    else:
+        h = jax.ShapeDtypeStruct(gram.shape, np.float32)
+        part = jax.eval_shape(lambda w, h: _flat(quantize(w, stats=_stats(h))), w, h)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * out // rows, *x.shape[1:]), x.dtype), part)
 
 
