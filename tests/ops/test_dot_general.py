@@ -161,6 +161,7 @@ def test_dimension_numbers(name):
         assert dot_error(got, real(x, a, numbers[0][0]), real(q), numbers) <= INTEGER, a
 
 
+@pytest.mark.slow
 def test_weight_only_dimension_numbers():
     operands = {k: (unequal(12, l), unequal(13, r), n) for k, (l, r, n) in LAYOUTS.items()}
     q = {k: quantize(w, spec_of("int8"), reduce_axes=n[0][1]) for k, (_, w, n) in operands.items()}
