@@ -54,10 +54,11 @@ def weight(dtype):
         (QuantSpec("int8"), (-2,), ["s8"]),
         (QuantSpec("int8", granularity="per_tensor"), (-1,), []),
         (QuantSpec("uint8", symmetric=False), (-1,), []),
-        (QuantSpec("int4", granularity="per_group", group_size=128), (-1,), []),
+        # The codes before neighbours are packed: fused with that, each would be rounded once per byte it goes into.
+        (QuantSpec("int4", granularity="per_group", group_size=128), (-1,), ["s8"]),
         (QuantSpec("int4", granularity="per_group", group_size=128), (-2,), []),
         (QuantSpec("float8_e4m3fn"), (-1,), []),
-        (QuantSpec("mxfp4"), (-1,), []),
+        (QuantSpec("mxfp4"), (-1,), ["u8"]),
     ],
     ids=str,
 )
