@@ -16,7 +16,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.backward import as_stored, lhs_gradient, rhs_gradient
 from jaxquant.ops.formulation import is_float, product
-from jaxquant.ops.matrix import Axes, Matrix, Packed, matrix, packed
+from jaxquant.ops.matrix import Axes, Matrix, canonical, matrix
 from jaxquant.ops.operands import (
     Call,
     Operand,
@@ -56,7 +56,7 @@ class _Contraction(Call):
         return self._product(self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static))
 
     def _product(self, lhs: QTensor | jax.Array, rhs: QTensor | jax.Array) -> jax.Array:
-        left, right = _canonical(lhs, self.lhs_axes), _canonical(rhs, self.rhs_axes)
+        left, right = canonical(lhs, self.lhs_axes), canonical(rhs, self.rhs_axes)
         if left is None or right is None:  # scales that vary within a group: only real values are left to multiply
             return self._float(wide_values(lhs), wide_values(rhs))
         shape = _result_shape(lhs, rhs, self.lhs_axes, self.rhs_axes)
@@ -124,10 +124,6 @@ def _cotangent(side: Operand, x: QTensor | jax.Array, real: jax.Array, dx: jax.A
     if isinstance(x, TrainedTensor):
         return dx if side.spec is not None else TrainedTensor(jax.tree.map(lambda _: None, x.frozen), dx)
     return jax.vjp(QTensor.dequantize, x)[1](dx)[0] if isinstance(x, QTensor) else dx
-
-
-def _canonical(x: QTensor | jax.Array, axes: Axes) -> Matrix | Packed | jax.Array | None:
-    return packed(x, axes) or matrix(x, axes) if isinstance(x, QTensor) else axes.flatten(x)
 
 
 def _result_shape(lhs: Any, rhs: Any, lhs_axes: Axes, rhs_axes: Axes) -> tuple[int, ...]:

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.affine import quantize
-from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.formulation import choose
-from jaxquant.ops.matrix import Axes, Matrix, Packed, matrix, packed
+from jaxquant.ops.matrix import Axes, canonical
 from jaxquant.ops.operands import Operand
 
 __all__ = ["kernel"]
@@ -49,12 +48,9 @@ def kernel(rows: int, columns: int, length: int, spec: OpSpec, dtype: Any) -> st
     """
     axes, found = Axes((), (0,), (1,)), []
 
-    def canonical(x: QTensor | jax.Array) -> Matrix | Packed | jax.Array | None:
-        return packed(x, axes) or matrix(x, axes) if isinstance(x, QTensor) else axes.flatten(x)
-
     def run(x: jax.Array, w: jax.Array) -> None:
-        left = canonical(Operand(spec.act, (-1,)).quantized(x, None))
-        right = canonical(w if spec.weight is None else quantize(w, spec.weight, reduce_axes=(-1,)))
+        left = canonical(Operand(spec.act, (-1,)).quantized(x, None), axes)
+        right = canonical(w if spec.weight is None else quantize(w, spec.weight, reduce_axes=(-1,)), axes)
         if left is None or right is None:
             found.append("dequantized")
         else:

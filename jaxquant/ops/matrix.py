@@ -20,7 +20,7 @@ from jaxquant.core.packing import unpack
 from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.core.qtypes import QType
 
-__all__ = ["Axes", "Matrix", "Packed", "matrix", "packed"]
+__all__ = ["Axes", "Matrix", "Packed", "canonical", "matrix", "packed"]
 
 _SHIFTED = QType("uint8 - 128", "int", 8, -128, 127)
 _TWO_LEVEL = QType("code * multiplier", "int", 8, -128, 127)
@@ -340,3 +340,8 @@ def matrix(x: QTensor, axes: Axes) -> Matrix | None:
         else:
             codes = codes.astype(jnp.int8)
     return Matrix(codes, scale, zero_point, qtype, offset)
+
+
+def canonical(x: QTensor | jax.Array, axes: Axes) -> Matrix | Packed | jax.Array | None:
+    """An operand in canonical form: packed if it is stored so, a float array flattened; None as for `matrix`."""
+    return packed(x, axes) or matrix(x, axes) if isinstance(x, QTensor) else axes.flatten(x)

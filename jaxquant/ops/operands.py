@@ -162,7 +162,7 @@ class Operand:
     def quantized(self, x: Any, static: Static) -> QTensor | jax.Array:
         """The operand as the forward pass uses it: a `TrainedTensor` if it is quantized on the way."""
         if isinstance(x, TrainedTensor):
-            return TrainedTensor(x.frozen, None)
+            return TrainedTensor(x, None)
         if isinstance(x, QTensor) or self.spec is None:
             return x
         return TrainedTensor(as_codes(x, self.spec, self.axes, *(static or (None, None))), None)
