@@ -29,7 +29,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.ptq.bases import Rotation
-from jaxquant.transform.pairs import ScalePair, body_of
+from jaxquant.transform.pairs import ScalePair, body_of, shape_of
 from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import Plan, is_float
 from jaxquant.transform.quantized import check_plan
@@ -420,10 +420,6 @@ def _zero(x: Any) -> bool:
     return np.size(x) == 1 and bool(np.all(np.asarray(x) == 0))
 
 
-def _shape(eqn: Any) -> tuple[int, ...]:
-    return tuple(eqn.outvars[0].aval.shape)
-
-
 def _other(bases: _Bases, eqn: Any, values: list[_Value]) -> list[_Value]:
     """Anything: the basis as it was."""
     for value in values:
@@ -457,7 +453,7 @@ def _pointwise(bases: _Bases, eqn: Any, values: list[_Value]) -> list[_Value]:
     """A function of each element: constant where all operands are."""
     for value in values:
         bases.fix(value)
-    shape = _shape(eqn)
+    shape = shape_of(eqn)
     constant = [all(p.constant for v in _full(values, shape) for p in v.dims[i]) for i in range(len(shape))]
     dims = tuple((_Piece(n, None, c),) if n != 1 else () for n, c in zip(shape, constant, strict=True))
     return [_Value(dims) for _ in eqn.outvars]
@@ -465,7 +461,7 @@ def _pointwise(bases: _Bases, eqn: Any, values: list[_Value]) -> list[_Value]:
 
 def _sum(bases: _Bases, eqn: Any, values: list[_Value]) -> list[_Value]:
     """All terms in one basis; zeros are in any."""
-    values = _full(values, _shape(eqn))
+    values = _full(values, shape_of(eqn))
     terms = [v for v in values if not v.nil] or values[:1]
     out = terms[0]
     for other in terms[1:]:
@@ -475,7 +471,7 @@ def _sum(bases: _Bases, eqn: Any, values: list[_Value]) -> list[_Value]:
 
 def _select(bases: _Bases, eqn: Any, values: list[_Value]) -> list[_Value]:
     (chosen,) = _sum(bases, eqn, values[1:])
-    (which,) = _full(values[:1], _shape(eqn))
+    (which,) = _full(values[:1], shape_of(eqn))
     return [_Value(_product_dims(bases, chosen, which), chosen.nil)]
 
 
@@ -499,7 +495,7 @@ def _product_dims(bases: _Bases, a: _Value, b: _Value) -> tuple[_Dim, ...]:
 
 
 def _product(bases: _Bases, eqn: Any, values: list[_Value]) -> list[_Value]:
-    a, b = _full(values, _shape(eqn))
+    a, b = _full(values, shape_of(eqn))
     return [_Value(_product_dims(bases, a, b), a.nil or b.nil)]
 
 
@@ -551,7 +547,7 @@ def _transpose(bases: _Bases, eqn: Any, values: list[_Value]) -> list[_Value]:
 
 
 def _broadcast(bases: _Bases, eqn: Any, values: list[_Value]) -> list[_Value]:
-    dims = list(_Value.plain(_shape(eqn), constant=True).dims)
+    dims = list(_Value.plain(shape_of(eqn), constant=True).dims)
     for i, dim in zip(eqn.params["broadcast_dimensions"], values[0].dims, strict=True):
         if dim:
             dims[i] = dim
@@ -563,7 +559,7 @@ def _reshape(bases: _Bases, eqn: Any, values: list[_Value]) -> list[_Value]:
         return _other(bases, eqn, values)
     pieces = [piece for dim in values[0].dims for piece in dim]
     dims = []
-    for n in _shape(eqn):
+    for n in shape_of(eqn):
         dim: list[_Piece] = []
         while n > 1:
             piece = pieces.pop(0)
@@ -585,7 +581,7 @@ def _reshape(bases: _Bases, eqn: Any, values: list[_Value]) -> list[_Value]:
 
 def _cut(bases: _Bases, eqn: Any, values: list[_Value]) -> list[_Value]:
     """Slices and paddings: the basis as it was along an axis whose size changes."""
-    dims, shape = values[0].dims, _shape(eqn)
+    dims, shape = values[0].dims, shape_of(eqn)
     changed = [i for i, n in enumerate(shape) if n != math.prod(p.size for p in dims[i])]
     bases.fix(values[0], changed)
     if str(eqn.primitive) == "pad" and not values[1].nil:
@@ -601,7 +597,7 @@ def _update(bases: _Bases, eqn: Any, values: list[_Value]) -> list[_Value]:
     changed = [i for i, (d, e) in enumerate(zip(operand.dims, update.dims, strict=True)) if size(d) != size(e)]
     bases.fix(operand, changed)
     bases.fix(update, changed)
-    plain, dims = _Value.plain(_shape(eqn)).dims, []
+    plain, dims = _Value.plain(shape_of(eqn)).dims, []
     for i, (d, e) in enumerate(zip(operand.dims, update.dims, strict=True)):
         if i in changed:
             dims.append(plain[i])
@@ -621,7 +617,7 @@ def _concatenate(bases: _Bases, eqn: Any, values: list[_Value]) -> list[_Value]:
         for i in range(len(dims)):
             if i != axis:
                 dims[i] = _joined(bases.equal(x, y) for x, y in bases.aligned(dims[i], other.dims[i]))
-    dims[axis] = _Value.plain(_shape(eqn)).dims[axis]
+    dims[axis] = _Value.plain(shape_of(eqn)).dims[axis]
     return [_Value(tuple(dims))]
 
 
@@ -632,7 +628,7 @@ def _gather(bases: _Bases, eqn: Any, values: list[_Value]) -> list[_Value]:
     sizes = [math.prod(q.size for q in dim) for dim in table.dims]
     whole = [i for i, n in enumerate(p["slice_sizes"]) if n == sizes[i] and i not in d.collapsed_slice_dims]
     bases.fix(table, [i for i in range(len(sizes)) if i not in whole])
-    out = list(_Value.plain(_shape(eqn)).dims)
+    out = list(_Value.plain(shape_of(eqn)).dims)
     batching = getattr(d, "operand_batching_dims", ())
     rest = [i for i in range(len(sizes)) if i not in d.collapsed_slice_dims and i not in batching]
     for place, i in zip(d.offset_dims, rest, strict=True):

@@ -35,7 +35,7 @@ from jaxquant.transform.plan import Plan, is_float
 from jaxquant.transform.quantized import check_plan
 from jaxquant.transform.trace import trace
 
-__all__ = ["Member", "ScalePair", "body_of", "rescale", "scale_pairs"]
+__all__ = ["Member", "ScalePair", "body_of", "rescale", "scale_pairs", "shape_of"]
 
 
 class Member(NamedTuple):
@@ -425,7 +425,8 @@ def body_of(eqn: Any) -> ClosedJaxpr | None:
     return None
 
 
-def _shape(eqn: Any) -> tuple[int, ...]:
+def shape_of(eqn: Any) -> tuple[int, ...]:
+    """The shape of an equation's first result."""
     return tuple(eqn.outvars[0].aval.shape)
 
 
@@ -452,7 +453,7 @@ def _elementwise(values: list[_Value], shape: tuple[int, ...]) -> list[_Value]:
 
 def _sum(scales: _Scales, eqn: Any, values: list[_Value]) -> list[_Value]:
     """Sums, maxima: all terms have one scale. Zeros have any."""
-    values = _elementwise(values, _shape(eqn))
+    values = _elementwise(values, shape_of(eqn))
     terms = [v for v in values if not v.nil] or values[:1]
     for other in terms[1:]:
         scales.equate(zip(terms[0].dims, other.dims, strict=True))
@@ -468,18 +469,18 @@ def _compare(scales: _Scales, eqn: Any, values: list[_Value]) -> list[_Value]:
     """Whether a value is above zero does not depend on its scale."""
     if not any(v.nil for v in values):
         _sum(scales, eqn, values)
-    return [_Value.unscaled(_shape(eqn))]
+    return [_Value.unscaled(shape_of(eqn))]
 
 
 def _product(scales: _Scales, eqn: Any, values: list[_Value]) -> list[_Value]:
-    a, b = _elementwise(values, _shape(eqn))
+    a, b = _elementwise(values, shape_of(eqn))
     if b.unknowns() and a.unknowns():
         scales.fix(b)
     return [dataclasses.replace(a if a.unknowns() else b, nil=a.nil or b.nil)]
 
 
 def _quotient(scales: _Scales, eqn: Any, values: list[_Value]) -> list[_Value]:
-    a, b = _elementwise(values, _shape(eqn))
+    a, b = _elementwise(values, shape_of(eqn))
     scales.fix(b)
     return [a]
 
@@ -512,7 +513,7 @@ def _transpose(scales: _Scales, eqn: Any, values: list[_Value]) -> list[_Value]:
 
 
 def _broadcast(scales: _Scales, eqn: Any, values: list[_Value]) -> list[_Value]:
-    dims = [_plain(n) for n in _shape(eqn)]
+    dims = [_plain(n) for n in shape_of(eqn)]
     for i, dim in zip(eqn.params["broadcast_dimensions"], values[0].dims, strict=True):
         if dim:  # an axis of size 1 is repeated: no scale along the copies
             dims[i] = dim
@@ -524,7 +525,7 @@ def _reshape(scales: _Scales, eqn: Any, values: list[_Value]) -> list[_Value]:
         return _nonlinear(scales, eqn, values)
     pieces = [piece for dim in values[0].dims for piece in dim]
     dims = []
-    for n in _shape(eqn):
+    for n in shape_of(eqn):
         dim: list[_Piece] = []
         while n > 1:
             piece = pieces.pop(0)
@@ -546,7 +547,7 @@ def _reshape(scales: _Scales, eqn: Any, values: list[_Value]) -> list[_Value]:
 
 def _cut(scales: _Scales, eqn: Any, values: list[_Value]) -> list[_Value]:
     """Slices and paddings: no scale along an axis whose size changes."""
-    dims, shape = values[0].dims, _shape(eqn)
+    dims, shape = values[0].dims, shape_of(eqn)
     changed = [i for i, n in enumerate(shape) if n != math.prod(p.size for p in dims[i])]
     scales.fix(values[0], changed)
     for other in values[1:]:
@@ -562,7 +563,7 @@ def _concatenate(scales: _Scales, eqn: Any, values: list[_Value]) -> list[_Value
         scales.fix(value, [axis])
         scales.equate((d, e) for i, (d, e) in enumerate(zip(values[0].dims, value.dims, strict=True)) if i != axis)
     dims = list(values[0].dims)
-    dims[axis] = _plain(_shape(eqn)[axis])
+    dims[axis] = _plain(shape_of(eqn)[axis])
     return [_Value(tuple(dims))]
 
 
@@ -573,7 +574,7 @@ def _gather(scales: _Scales, eqn: Any, values: list[_Value]) -> list[_Value]:
     sizes = [math.prod(q.size for q in dim) for dim in table.dims]
     whole = [i for i, n in enumerate(p["slice_sizes"]) if n == sizes[i] and i not in d.collapsed_slice_dims]
     scales.fix(table, [i for i in range(len(sizes)) if i not in whole])
-    out = [_plain(n) for n in _shape(eqn)]
+    out = [_plain(n) for n in shape_of(eqn)]
     batching = getattr(d, "operand_batching_dims", ())
     rest = [i for i in range(len(sizes)) if i not in d.collapsed_slice_dims and i not in batching]
     for place, i in zip(d.offset_dims, rest, strict=True):
@@ -635,7 +636,7 @@ def _conv(scales: _Scales, eqn: Any, values: list[_Value]) -> list[_Value]:
     scales.fix(x, n.lhs_spec[2:])
     scales.fix(kernel, n.rhs_spec[2:])
     scales.equate([(x.dims[n.lhs_spec[1]], kernel.dims[n.rhs_spec[1]])], -1)
-    dims = [_plain(size) for size in _shape(eqn)]
+    dims = [_plain(size) for size in shape_of(eqn)]
     dims[n.out_spec[0]], dims[n.out_spec[1]] = x.dims[n.lhs_spec[0]], kernel.dims[n.rhs_spec[0]]
     return [_Value(tuple(dims))]
 
@@ -644,7 +645,7 @@ def _window(scales: _Scales, eqn: Any, values: list[_Value]) -> list[_Value]:
     """Pooling: no scale along the axes of the window."""
     axes = [i for i, n in enumerate(eqn.params["window_dimensions"]) if n != 1]
     scales.fix(values[0], axes)
-    dims = [_plain(n) if i in axes else values[0].dims[i] for i, n in enumerate(_shape(eqn))]
+    dims = [_plain(n) if i in axes else values[0].dims[i] for i, n in enumerate(shape_of(eqn))]
     return [_Value(tuple(dims))]
 
 
@@ -657,7 +658,7 @@ _RULES: Mapping[str, Callable[[_Scales, Any, list[_Value]], list[_Value]]] = {
     **dict.fromkeys(("add", "add_any", "sub", "max", "min"), _sum),
     "select_n": _select,
     **dict.fromkeys(("ge", "gt", "le", "lt", "eq", "ne"), _compare),
-    "sign": lambda s, eqn, v: [_Value.unscaled(_shape(eqn))],
+    "sign": lambda s, eqn, v: [_Value.unscaled(shape_of(eqn))],
     "mul": _product,
     "div": _quotient,
     **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min"), _reduce),
