@@ -24,7 +24,7 @@ from jax import lax
 from jaxquant.core.arithmetic import exponent, power_of_two
 from jaxquant.core.qtypes import QType
 
-__all__ = ["codes_of", "from_bits", "round_to_grid", "to_bits", "values_of"]
+__all__ = ["chosen", "codes_of", "from_bits", "round_to_grid", "to_bits", "values_of"]
 
 
 def _round(v: jax.Array, noise: jax.Array | None) -> jax.Array:
@@ -100,9 +100,7 @@ def values_of(codes: jax.Array, qtype: QType, dtype: jnp.dtype = jnp.float32) ->
         return codes.astype(dtype)
     if qtype.kind == "table":
         table = np.asarray(qtype.table, np.float32).astype(dtype)
-        return (
-            _selected(codes, table) if len(table) <= 16 else jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
-        )
+        return chosen(codes, table) if len(table) <= 16 else jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
     # 4-bit floats: exponent and mantissa as those of a float32, but for the two magnitudes that are subnormal.
     bits = codes.astype(jnp.int32)
     magnitude, mantissa = bits & 7, jnp.finfo(jnp.float32).nmant
@@ -113,7 +111,7 @@ def values_of(codes: jax.Array, qtype: QType, dtype: jnp.dtype = jnp.float32) ->
     return jnp.where(bits > 7, -value, value).astype(dtype)
 
 
-def _selected(codes: jax.Array, table: np.ndarray) -> jax.Array:
+def chosen(codes: jax.Array, table: np.ndarray) -> jax.Array:
     """The entry of a short table for each code: selects, four deep, are faster than to gather."""
     found, bit = [jnp.asarray(v) for v in table], 1
     while len(found) > 1:

@@ -6,7 +6,7 @@ columns of the result. What is read from memory is the weight as it is stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jaxquant.ops.digits import digit_count, digit_matrix, digits
 from jaxquant.ops.integer import dot
 from jaxquant.ops.matrix import Matrix, Packed
 
-__all__ = ["BLOCKS", "LARGEST", "SMALLEST", "float_blocks", "integer_blocks"]
+__all__ = ["BLOCKS", "LARGEST", "SMALLEST", "by_blocks", "float_blocks", "in_branch", "integer_blocks", "total"]
 
 BLOCKS, SMALLEST, LARGEST = 16, 1 << 16, 1 << 19
 """A block is a sixteenth of the weight, but of so many elements: 256 KiB of packed 4-bit codes, 2 MiB in float32."""
@@ -38,14 +38,14 @@ def integer_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.Pre
         Matrix(codes.codes[:, :, i :: w.planes], codes.scale, codes.zero_point, codes.qtype) for i in range(w.planes)
     ]
 
-    def multiply(block: Matrix | Packed, b: Any) -> jax.Array:
+    def multiply(block: Matrix | Packed, b: Any, _: Any) -> jax.Array:
         planes = block.int8()
         unpacked = lax.optimization_barrier([plane.codes for plane in planes])
         planes = [Matrix(codes, p.scale, p.zero_point, p.qtype) for codes, p in zip(unpacked, planes, strict=True)]
         rows = [part.block(b, block.shape[0], 0, part.shape[1]) for part in parts]
-        return _sum(digits(x, plane, count) for x, plane in zip(rows, planes, strict=True))
+        return total(digits(x, plane, count) for x, plane in zip(rows, planes, strict=True))
 
-    return _by_blocks(x if isinstance(x, jax.Array) else x.codes, w, multiply)
+    return by_blocks(x if isinstance(x, jax.Array) else x.codes, w, multiply)
 
 
 def float_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
@@ -60,23 +60,40 @@ def float_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.Preci
     padded = _two_rows(x)
     parts = [padded[:, :, i :: w.planes] for i in range(w.planes)]
 
-    def multiply(block: Matrix | Packed, b: Any) -> jax.Array:
-        planes = lax.optimization_barrier([_two_rows(plane) for plane in block.floats()])
+    def multiply(block: Matrix | Packed, b: Any, _: Any) -> jax.Array:
+        planes = lax.optimization_barrier([_two_rows(plane) for plane in _floats(block)])
         sizes = (block.shape[0], *parts[0].shape[1:])
         xs = [part if part.shape[0] == sizes[0] else lax.dynamic_slice(part, (b, 0, 0), sizes) for part in parts]
         if rows > _FEW_ROWS:
-            return _sum(dot(x, plane, precision=precision) for x, plane in zip(xs, planes, strict=True))[:, :, :columns]
-        out = _sum(dot(plane, x, precision=precision) for x, plane in zip(xs, planes, strict=True))
+            return total(dot(x, plane, precision=precision) for x, plane in zip(xs, planes, strict=True))[
+                :, :, :columns
+            ]
+        out = total(dot(plane, x, precision=precision) for x, plane in zip(xs, planes, strict=True))
         return jnp.swapaxes(lax.optimization_barrier(out), 1, 2)[:, :rows, :columns]
 
-    return _by_blocks(x, w, multiply)
+    return by_blocks(x, w, multiply)
+
+
+def _floats(block: Matrix | Packed) -> list[jax.Array]:
+    """`floats`; codes that cross bytes, and scales in fp8, are decoded on their own: fused, they would be done one by one."""
+    in_fp8 = block.multiplier is not None and block.multiplier.dtype != jnp.int8
+    if not isinstance(block, Packed) or (block.planes > 1 and not in_fp8):
+        return block.floats()
+    codes, scale = in_branch(block.bytes, lambda: (block.code_planes(), block.scales))
+    planes = (Matrix(plane, scale, block.zero_point, block.qtype, block.offset) for plane in codes)
+    return [plane.values(jnp.float32) for plane in planes]
+
+
+def in_branch(about: jax.Array, compute: Callable[[], Any]) -> Any:
+    """``compute()`` out of a branch taken by an array: XLA's CPU backend fuses nothing into what comes out of one."""
+    return lax.cond(about[(0,) * about.ndim] == 0, compute, compute)
 
 
 def _two_rows(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, 1), (0, 0))) if x.shape[1] == 1 else x
 
 
-def _sum(parts: Any) -> jax.Array:
+def total(parts: Iterable[jax.Array]) -> jax.Array:
     """The sum of arrays."""
     first, *others = parts
     for other in others:
@@ -84,25 +101,28 @@ def _sum(parts: Any) -> jax.Array:
     return first
 
 
-def _by_blocks(x: jax.Array, w: Matrix | Packed, multiply: Callable[[Any, Any], jax.Array]) -> jax.Array:
-    """``multiply`` of every block and the place of its first matrix, [nb, M, nr] each, as [B, M, N].
+def by_blocks(
+    x: jax.Array, w: Matrix | Packed, multiply: Callable[[Any, Any, Any], jax.Array], largest: int = LARGEST
+) -> jax.Array:
+    """``multiply`` of every block, its first matrix and its first row, [nb, M, nr] each, as [B, M, N].
 
-    Blocks have one size; the last along an axis starts early, and computes some columns a second time.
+    Blocks have one size, of at most about ``largest`` elements; the last along an axis starts early, and computes some
+    columns a second time.
     """
     b, n, k = w.shape
-    elements = min(max(b * n * k // BLOCKS, SMALLEST), LARGEST)
+    elements = min(max(b * n * k // BLOCKS, SMALLEST), largest)
     nr = _cut(n, max(elements // k, 1), 16)
     nb = _cut(b, max(elements // (n * k), 1), 1)
     steps = (-(-b // nb), -(-n // nr))
     if steps == (1, 1):
-        return multiply(w, 0)
+        return multiply(w, 0, 0)
     stored = w.codes if isinstance(w, Matrix) else w.bytes
     # Zeros that vary over devices as the operands do.
     zeros = (x[:, :, :1] * 0).astype(jnp.float32) + jnp.swapaxes(stored[:, :, :1] * 0, 1, 2).astype(jnp.float32)
 
     def step(i: Any, out: jax.Array) -> jax.Array:
         at_b, at_r = jnp.minimum(i // steps[1] * nb, b - nb), jnp.minimum(i % steps[1] * nr, n - nr)
-        return lax.dynamic_update_slice(out, multiply(w.block(at_b, nb, at_r, nr), at_b), (at_b, 0, at_r))
+        return lax.dynamic_update_slice(out, multiply(w.block(at_b, nb, at_r, nr), at_b, at_r), (at_b, 0, at_r))
 
     return lax.fori_loop(0, steps[0] * steps[1], step, zeros)
 

@@ -21,15 +21,20 @@ from jaxquant.core.qtypes import QTYPES
 from jaxquant.ops.integer import integer
 from jaxquant.ops.matrix import Matrix
 
-__all__ = ["digit_count", "digit_matrix", "digits", "digits_of", "sum_of_parts"]
+__all__ = ["digit_count", "digit_matrix", "digits", "digits_of", "is_highest", "sum_of_parts"]
+
+
+def is_highest(precision: lax.PrecisionLike) -> bool:
+    """Whether a product is to be as exact as float32 is; None stands for JAX's default."""
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    highest = {lax.Precision.HIGHEST, "highest", "float32"}
+    return any(p in highest for p in (precision if isinstance(precision, tuple) else (precision,)))
 
 
 def digit_count(precision: lax.PrecisionLike) -> int:
     """Digits for a precision: 2 (relative error about 4e-5), or 3 at HIGHEST (below float32's own)."""
-    if precision is None:
-        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    highest = {lax.Precision.HIGHEST, "highest", "float32"}
-    return 3 if any(p in highest for p in (precision if isinstance(precision, tuple) else (precision,))) else 2
+    return 3 if is_highest(precision) else 2
 
 
 def digits_of(x: jax.Array, count: int, axes: int | tuple[int, ...]) -> tuple[list[jax.Array], jax.Array]:

@@ -45,14 +45,15 @@ from jax import lax
 
 from jaxquant.core.codec import values_of
 from jaxquant.ops.blockwise import float_blocks, integer_blocks
-from jaxquant.ops.digits import digit_count
+from jaxquant.ops.digits import digit_count, is_highest
 from jaxquant.ops.integer import common_group, dot
+from jaxquant.ops.lanes import fits, lanes
 from jaxquant.ops.machine import Int8, int8_dots
 from jaxquant.ops.matrix import Matrix, Packed
 
 __all__ = ["Formulation", "choose", "digit_rows", "is_float", "product"]
 
-Formulation = Literal["integer", "digits", "blocks", "minifloat", "dequantized"]
+Formulation = Literal["integer", "digits", "lanes", "blocks", "minifloat", "dequantized"]
 Operand = Matrix | Packed | jax.Array
 
 _SHORTEST_GROUP = 8  # off the CPU, a loop of shorter int8 dots costs more than a float dot
@@ -95,7 +96,9 @@ def choose(
         few = digit_count(precision) * x.shape[1] <= digit_rows(int8)
         if isinstance(x, jax.Array) and few:
             return "digits"
-    return "dequantized" if trained or isinstance(w, jax.Array) else "blocks"
+    if trained or isinstance(w, jax.Array):
+        return "dequantized"
+    return "lanes" if x.shape[1] == 1 and fits(w, exact=is_highest(precision)) else "blocks"
 
 
 def is_float(x: Operand, w: Operand, precision: lax.PrecisionLike) -> bool:
@@ -155,6 +158,7 @@ def _dequantized(x: Matrix | jax.Array, w: Operand, precision: lax.PrecisionLike
 _RUN: dict[str, Callable[..., jax.Array]] = {
     "integer": integer_blocks,
     "digits": integer_blocks,
+    "lanes": lanes,
     "blocks": float_blocks,
     "minifloat": _minifloat,
     "dequantized": _dequantized,

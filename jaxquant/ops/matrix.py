@@ -46,9 +46,22 @@ class Axes:
 
     def flatten(self, x: jax.Array) -> jax.Array:
         """``[batch, rows, K]``."""
-        x = jnp.transpose(x, self.order)
-        nb, nr = len(self.batch), len(self.rows)
-        return x.reshape(math.prod(x.shape[:nb]), math.prod(x.shape[nb : nb + nr]), math.prod(x.shape[nb + nr :]))
+        return jnp.transpose(x, self.order).reshape(self._sizes(x))
+
+    def flatten_scale(self, x: jax.Array) -> jax.Array:
+        """The same of an array that is stored as it is: reshaped first where that can be, to be transposed back for free.
+
+        (XLA cancels two transposes, but not around a reshape. Codes are a transpose of what is stored.)
+        """
+        parts = (self.batch, self.rows, self.contract)
+        order = sorted(range(3), key=lambda i: parts[i][:1])
+        if tuple(i for part in order for i in parts[part]) != tuple(range(x.ndim)):
+            return self.flatten(x)
+        sizes = self._sizes(x)
+        return jnp.transpose(x.reshape([sizes[i] for i in order]), [order.index(i) for i in range(3)])
+
+    def _sizes(self, x: jax.Array) -> list[int]:
+        return [math.prod(x.shape[i] for i in part) for part in (self.batch, self.rows, self.contract)]
 
 
 class _Quantized:
@@ -58,6 +71,7 @@ class _Quantized:
     zero_point: jax.Array | None
     qtype: QType
     offset: jax.Array | None
+    multiplier: Any
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
@@ -109,6 +123,7 @@ class Matrix(_Quantized):
     zero_point: jax.Array | None
     qtype: QType
     offset: jax.Array | None = None
+    multiplier: ClassVar[None] = None
 
     @property
     def reach(self) -> int:
@@ -125,15 +140,24 @@ class Matrix(_Quantized):
 
     @property
     def planes(self) -> int:
-        """In how many interleaved parts `int8` and `floats` return the matrix."""
+        """In how many interleaved parts `code_planes`, `int8` and `floats` return the matrix."""
         return 1
+
+    @property
+    def scales(self) -> jax.Array:
+        """Real scales, one for each group: [B or 1, R or 1, G]."""
+        return self.scale
 
     def values(self, dtype: Any) -> jax.Array:
         """The real matrix [B, R, K]."""
         return _real(self.codes, self.scale, self.zero_point, self.offset, self.qtype, dtype)
 
+    def code_planes(self) -> list[jax.Array]:
+        """Its codes, in planes: elements 0, planes, 2 planes, ... of K, then 1, planes + 1, ..."""
+        return [self.codes]
+
     def int8(self) -> list[Matrix]:
-        """The matrix, in planes: elements 0, planes, 2 planes, ... of K, then 1, planes + 1, ..."""
+        """The matrix, in planes."""
         return [self]
 
     def floats(self) -> list[jax.Array]:
@@ -196,7 +220,8 @@ class Packed(_Quantized):
         """As for `Matrix`."""
         return _planes(self.qtype)
 
-    def _codes(self) -> list[jax.Array]:
+    def code_planes(self) -> list[jax.Array]:
+        """As for `Matrix`."""
         bits, n = self.qtype.bits, self.planes
         if n == 1:
             return [from_bits(unpack(self.bytes, bits, self.length), self.qtype)]
@@ -206,20 +231,22 @@ class Packed(_Quantized):
     def int8(self) -> list[Matrix]:
         """As for `Matrix`, for integer types; the multipliers of two-level scales are part of the codes."""
         qtype = self.qtype
-        planes = [codes.astype(jnp.int8) for codes in self._codes()]
+        planes = [codes.astype(jnp.int8) for codes in self.code_planes()]
         multiplier = self.multiplier
         if multiplier is not None:
             planes = [_multiplied(codes, multiplier) for codes in planes]
             qtype = _TWO_LEVEL
         return [Matrix(codes, self.scale, self.zero_point, qtype, self.offset) for codes in planes]
 
-    def _scale(self) -> jax.Array:
+    @property
+    def scales(self) -> jax.Array:
+        """As for `Matrix`."""
         return self.scale if self.multiplier is None else self.scale * self.multiplier.astype(self.scale.dtype)
 
     def floats(self) -> list[jax.Array]:
         """As for `Matrix`."""
-        rest = (self._scale(), self.zero_point, self.offset, self.qtype)
-        return [_real(codes, *rest, jnp.float32) for codes in self._codes()]
+        rest = (self.scales, self.zero_point, self.offset, self.qtype)
+        return [_real(codes, *rest, jnp.float32) for codes in self.code_planes()]
 
     def unpacked(self) -> Matrix:
         """The same with a code per element."""
@@ -227,7 +254,7 @@ class Packed(_Quantized):
             planes = self.int8()
             codes = self._interleaved([plane.codes for plane in planes])
             return Matrix(codes, self.scale, self.zero_point, planes[0].qtype, self.offset)
-        return Matrix(self._interleaved(self._codes()), self._scale(), self.zero_point, self.qtype, self.offset)
+        return Matrix(self._interleaved(self.code_planes()), self.scales, self.zero_point, self.qtype, self.offset)
 
     def _interleaved(self, planes: list[jax.Array]) -> jax.Array:
         return planes[0] if len(planes) == 1 else jnp.stack(planes, axis=-1).reshape(self.shape)
@@ -264,7 +291,7 @@ def _per_group(value: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Arra
         inner.pop()
     if any(value.shape[i] != shape[i] for i in inner[:-1]):
         return None
-    return axes.flatten(value)
+    return axes.flatten_scale(value)
 
 
 def _levels(scale: Any, qtype: QType, axes: Axes) -> tuple[jax.Array, jax.Array | None]:

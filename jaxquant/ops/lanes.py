@@ -1,0 +1,178 @@
+"""Products of one row, as loops over the weight's codes that XLA fuses: for scales per group on the CPU.
+
+    y[n] = sum_l sum_c  s[n, g(c, l)] q[n, c L + l] x[c L + l]          L lanes, g the group of an element
+
+The inner sum is written out as elementwise arithmetic on arrays [rows, L], so that one fused loop reads codes, turns
+them into float32 in registers, and adds up L partial sums for each row of the weight; a dot with ones adds those. No
+float weight is written, not even a block of it, and nothing is rounded but in float32.
+
+Where a group is shorter than the lanes, its scale is selected by lane: loops over fewer lanes are not vectorized. Zero
+points and offsets are the same for all of a group: ``sum_g (o - s z) sum_{k in g} x`` is a small product of its own.
+A second row of the activation would be a second loop, and a block in float32 is about as fast as two.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxquant.core.codec import chosen, values_of
+from jaxquant.core.qtypes import QType
+from jaxquant.ops.blockwise import by_blocks, in_branch, total
+from jaxquant.ops.integer import dot
+from jaxquant.ops.matrix import Matrix, Packed
+
+__all__ = ["LANES", "fits", "lanes"]
+
+LANES = "jaxquant_lanes"
+"""What the compiled program calls these loops."""
+
+_LARGEST = 1 << 18
+_TERMS = 64
+
+
+def fits(w: Matrix | Packed, *, exact: bool) -> bool:
+    """Whether a weight has codes and groups for these loops; ``exact``: whether its values must not be rounded.
+
+    Values of a table that are no multiples of one number are rounded to 16 bits, 1e-5 of their norm for nf4.
+    """
+    grid = _grid(w.qtype)
+    return grid is not None and (not exact or grid[2]) and _lane_count(*_lengths(w)) is not None
+
+
+def lanes(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
+    """The product of the real values, [B, 1, K] x [B, N, K] -> [B, 1, N] in float32, for a weight that `fits`."""
+    del precision
+    x = x.values(jnp.float32) if isinstance(x, Matrix) else x.astype(jnp.float32)
+    parts = [x[:, :, i :: w.planes] for i in range(w.planes)]
+    # As they are stored, groups first: a loop reads them so.
+    levels = [jnp.swapaxes(v, 1, 2) for v in (w.scale, w.multiplier) if v is not None]
+
+    def multiply(block: Matrix | Packed, b: Any, r: Any) -> jax.Array:
+        nb, nr, _ = block.shape
+        xs = [part if part.shape[0] == nb else lax.dynamic_slice_in_dim(part, b, nb, 0) for part in parts]
+        cuts = [_cut(_cut(level, b, nb, 0), r, nr, 2) for level in levels]
+        with jax.named_scope(LANES):
+            return _scaled(block, cuts, xs)
+
+    out = by_blocks(x, w, multiply, _LARGEST)
+    shift = _shift(w)
+    if shift is None:
+        return out
+    sums = jnp.sum(x.reshape(x.shape[0], 1, w.groups, -1), axis=3)
+    return out + dot(jnp.pad(sums, ((0, 0), (0, 1), (0, 0))), shift)[:, :1]
+
+
+def _cut(value: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
+    """A slice; an axis of size 1 is one for all."""
+    return value if value.shape[axis] in (1, size) else lax.dynamic_slice_in_dim(value, start, size, axis)
+
+
+def _lengths(w: Matrix | Packed) -> tuple[int, int]:
+    """K and the size of a group, in one plane."""
+    return w.shape[2] // w.planes, w.shape[2] // w.planes // w.groups
+
+
+@functools.cache
+def _lane_count(length: int, group: int) -> int | None:
+    """Lanes that cut a plane and its groups evenly: 64, or as near as possible; None if there is no such number."""
+    cuts = [n for n in range(48, 129) if length % n == 0 and (group % n == 0 or (n % group == 0 and n // group <= 8))]
+    return min(cuts, key=lambda n: abs(n - 64), default=None)
+
+
+@functools.cache
+def _grid(qtype: QType) -> tuple[np.ndarray | None, float, bool] | None:
+    """A grid as whole numbers (None: the codes are those) times a unit, and whether that is exact."""
+    if qtype.kind == "int":
+        return None, 1.0, True
+    if qtype.bits > 4:
+        return None
+    with jax.ensure_compile_time_eval():
+        grid = np.asarray(values_of(jnp.arange(1 << qtype.bits, dtype=jnp.uint8), qtype), np.float64)
+    reach = np.abs(grid).max()
+    for dtype, counts in ((np.int8, np.arange(1, 128)), (np.int16, np.arange(1, 1 << 15))):
+        whole = np.rint(grid * counts[:, None] / reach)
+        errors = np.abs(whole * reach / counts[:, None] - grid).max(axis=1)
+        found = int(errors.argmin())
+        exact = bool(errors[found] <= 2**-24 * reach)
+        if exact or dtype is np.int16:
+            return whole[found].astype(dtype), float(reach / counts[found]), exact
+    raise AssertionError
+
+
+def _scaled(block: Matrix | Packed, levels: list[jax.Array], parts: list[jax.Array]) -> jax.Array:
+    """``sum_k s q x`` of a block, [nb, 1, nr]; ``levels`` are factors of the scale, [nb or 1, G, nr or 1]."""
+    grid = _grid(block.qtype)
+    length, group = _lengths(block)
+    count = _lane_count(length, group)
+    assert grid is not None
+    assert count is not None
+    codes, scale = _apart(block, levels, *grid[:2])
+    steps = length // count
+    chunk = max(n for n in range(1, _TERMS + 1) if steps % n == 0)
+    chunk = steps if chunk < _TERMS // 4 else chunk
+    lane = lax.broadcasted_iota(jnp.int32, (1, 1, count), 2)
+
+    def scale_of(scale: jax.Array, first: int) -> jax.Array:
+        """[nb, nr, 1 or lanes]: the scale of every lane of a term, whose first element is number ``first``."""
+        at = first // group
+        found = scale[:, at, :, None]
+        for i in range(1, count // group):
+            found = jnp.where(lane >= i * group, scale[:, at + i, :, None], found)
+        return found
+
+    def add(codes: list[jax.Array], parts: list[jax.Array], scale: jax.Array) -> jax.Array:
+        terms = []
+        for first in range(0, codes[0].shape[2], count):
+            at = slice(first, first + count)
+            products = (q[:, :, at].astype(jnp.float32) * x[:, :, at] for q, x in zip(codes, parts, strict=True))
+            terms.append(total(products) * scale_of(scale, first))
+        return total(terms)
+
+    def step(i: Any, out: jax.Array) -> jax.Array:
+        cut = functools.partial(
+            lax.dynamic_slice_in_dim, start_index=i * chunk * count, slice_size=chunk * count, axis=2
+        )
+        groups = max(chunk * count // group, 1)
+        at = lax.dynamic_slice_in_dim(scale, i * chunk * count // group, groups, axis=1)
+        return out + add([cut(q) for q in codes], [cut(x) for x in parts], at)
+
+    if chunk == steps:
+        sums = add(codes, parts, scale)
+    else:
+        sums = lax.fori_loop(0, steps // chunk, step, jnp.zeros((*codes[0].shape[:2], count), jnp.float32))
+    out = dot(
+        sums.reshape(1, -1, count), jnp.ones((1, 2, count), jnp.float32)
+    )  # with two rows: one is off the fast path
+    return out[0, :, 0].reshape(sums.shape[0], 1, sums.shape[1])
+
+
+def _apart(
+    block: Matrix | Packed, levels: list[jax.Array], table: np.ndarray | None, unit: float
+) -> tuple[list[jax.Array], jax.Array]:
+    """The block's codes as whole numbers in planes, and its scales, [nb or 1, G, nr or 1].
+
+    In a branch: fused into the loop, selects and conversions would be done one element at a time.
+    """
+
+    def unpacked() -> tuple[list[jax.Array], jax.Array]:
+        planes = block.code_planes()
+        scale = functools.reduce(jnp.multiply, (level.astype(jnp.float32) for level in levels))
+        return planes if table is None else [chosen(codes, table) for codes in planes], scale * unit
+
+    if isinstance(block, Matrix) and table is None:
+        return [block.codes], levels[0]
+    return in_branch(block.codes if isinstance(block, Matrix) else block.bytes, unpacked)
+
+
+def _shift(w: Matrix | Packed) -> jax.Array | None:
+    """What zero points and offsets add to each element of a group, [B or 1, N or 1, G], or None."""
+    shift = None if w.zero_point is None else -w.scales * w.zero_point.astype(jnp.float32)
+    if w.offset is None:
+        return shift
+    return w.offset if shift is None else shift + w.offset
