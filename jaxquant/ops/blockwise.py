@@ -75,7 +75,7 @@ def float_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.Preci
 
 
 def _floats(block: Matrix | Packed) -> list[jax.Array]:
-    """`floats`; codes that cross bytes, and scales in fp8, are decoded on their own: fused, they would be done one by one."""
+    """`floats`, but codes that cross bytes and scales in fp8 are decoded on their own; fused, they are slow."""
     in_fp8 = block.multiplier is not None and block.multiplier.dtype != jnp.int8
     if not isinstance(block, Packed) or (block.planes > 1 and not in_fp8):
         return block.floats()

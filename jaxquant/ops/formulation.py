@@ -8,6 +8,7 @@ returns the product ``[B, M, N]``, in float32 unless an operand is float64. On t
 | integer, one scale per row or two-level | integer, one scale per row | any | `integer` |
 | integer, groups of 1024 or more | integer, likewise | any | `integer` |
 | integer, one scale per row or two-level | float | few, see `digit_rows` | `digits` |
+| integer, or 4 bits of another kind | any | 1 | `lanes`, if `jaxquant.ops.lanes.fits` |
 | anything else that is stored quantized | any | any | `blocks` |
 | fp8 or fp4, one scale per row | the same | any | `minifloat` |
 | float64 operands; what is quantized on the way | | | `dequantized` |
@@ -19,6 +20,9 @@ returns the product ``[B, M, N]``, in float32 unless an operand is float64. On t
 `digits`
 : the same, with the activation as int8 digits, further rows of one int8 dot (`jaxquant.ops.digits`).
 
+`lanes`
+: a loop over the weight's codes that decodes and multiplies (`jaxquant.ops.lanes`).
+
 `blocks`
 : float32 dots with blocks of rows that are dequantized one at a time (`jaxquant.ops.blockwise`).
 
@@ -28,9 +32,9 @@ returns the product ``[B, M, N]``, in float32 unless an operand is float64. On t
 `dequantized`
 : a float dot of the dequantized operands.
 
-Where XLA does not serve int8 dots (`jaxquant.ops.machine`), `blocks` takes the place of `integer` and `digits`. Off the
-CPU XLA fuses the conversion into the dot, and float units are wide: products of integers are `integer`, one dot per
-group of 8 or more, and all others but `minifloat` are `dequantized`.
+Where XLA does not serve int8 dots (`jaxquant.ops.machine`), `lanes` and `blocks` take the place of `integer` and
+`digits`. Off the CPU XLA fuses the conversion into the dot, and float units are wide: products of integers are
+`integer`, one dot per group of 8 or more, and all others but `minifloat` are `dequantized`.
 """
 
 from __future__ import annotations

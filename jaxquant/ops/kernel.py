@@ -19,6 +19,7 @@ __all__ = ["kernel"]
 _NAMES = {
     "integer": "int8",
     "digits": "int8 digits",
+    "lanes": "float32 loop",
     "blocks": "float32 blocks",
     "minifloat": "bfloat16",
     "dequantized": "float32",
@@ -36,9 +37,10 @@ def kernel(rows: int, columns: int, length: int, spec: OpSpec, dtype: Any) -> st
       dtype: of the float arrays.
 
     Returns:
-      ``"int8"``: a dot of int8; ``"int8 digits"``: one, with the float activation in digits; ``"float32 blocks"``:
-      float dots with blocks of the weight that are decoded in turn; ``"bfloat16"``, ``"float32"``: a dot of values.
-      What the compiled program makes of it is for `jaxquant.explain` to say.
+      ``"int8"``: a dot of int8; ``"int8 digits"``: one, with the float activation in digits; ``"float32 loop"``: a
+      loop over the codes, for one row; ``"float32 blocks"``: float dots with blocks of the weight that are decoded in
+      turn; ``"bfloat16"``, ``"float32"``: a dot of values. What the compiled program makes of it is for
+      `jaxquant.explain` to say.
 
     Example:
       >>> from jaxquant import recipes

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxquant.core.codec import chosen, values_of
+from jaxquant.core.codec import chosen
 from jaxquant.core.qtypes import QType
 from jaxquant.ops.blockwise import by_blocks, in_branch, total
 from jaxquant.ops.integer import dot
@@ -75,7 +75,8 @@ def _cut(value: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
 
 def _lengths(w: Matrix | Packed) -> tuple[int, int]:
     """K and the size of a group, in one plane."""
-    return w.shape[2] // w.planes, w.shape[2] // w.planes // w.groups
+    groups = w.scale.shape[2] if w.multiplier is None else max(w.scale.shape[2], w.multiplier.shape[2])
+    return w.shape[2] // w.planes, w.shape[2] // w.planes // groups
 
 
 @functools.cache
@@ -92,8 +93,8 @@ def _grid(qtype: QType) -> tuple[np.ndarray | None, float, bool] | None:
         return None, 1.0, True
     if qtype.bits > 4:
         return None
-    with jax.ensure_compile_time_eval():
-        grid = np.asarray(values_of(jnp.arange(1 << qtype.bits, dtype=jnp.uint8), qtype), np.float64)
+    codes = np.arange(1 << qtype.bits, dtype=np.uint8)
+    grid = np.asarray(qtype.table if qtype.element is None else codes.view(qtype.element), np.float64)
     reach = np.abs(grid).max()
     for dtype, counts in ((np.int8, np.arange(1, 128)), (np.int16, np.arange(1, 1 << 15))):
         whole = np.rint(grid * counts[:, None] / reach)
@@ -145,7 +146,8 @@ def _scaled(block: Matrix | Packed, levels: list[jax.Array], parts: list[jax.Arr
     if chunk == steps:
         sums = add(codes, parts, scale)
     else:
-        sums = lax.fori_loop(0, steps // chunk, step, jnp.zeros((*codes[0].shape[:2], count), jnp.float32))
+        zeros = 0 * (codes[0][:, :, :count].astype(jnp.float32) + parts[0][:, :, :1])  # vary over devices as they do
+        sums = lax.fori_loop(0, steps // chunk, step, zeros)
     out = dot(
         sums.reshape(1, -1, count), jnp.ones((1, 2, count), jnp.float32)
     )  # with two rows: one is off the fast path

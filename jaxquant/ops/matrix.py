@@ -49,7 +49,7 @@ class Axes:
         return jnp.transpose(x, self.order).reshape(self._sizes(x))
 
     def flatten_scale(self, x: jax.Array) -> jax.Array:
-        """The same of an array that is stored as it is: reshaped first where that can be, to be transposed back for free.
+        """The same of an array that is stored as it is: reshaped first where it can be, and transposed back for free.
 
         (XLA cancels two transposes, but not around a reshape. Codes are a transpose of what is stored.)
         """

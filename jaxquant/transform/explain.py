@@ -13,6 +13,7 @@ import jax
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
+from jaxquant.ops.lanes import LANES
 from jaxquant.ops.machine import FAST
 
 __all__ = ["Explanation", "Use", "explain"]
@@ -25,8 +26,9 @@ class Use:
     Attributes:
       path: the weight's path.
       kernels: what it reaches: ``"int8"`` or ``"float32"`` or ``"bfloat16"``, where XLA's library of fast kernels
-        serves the product; the same with ``", plain"`` where it does not; ``"lookup"`` where rows are gathered;
-        ``"dequantized"`` where a float array of the weight's size is written first. Empty: none of these was found.
+        serves the product; the same with ``", plain"`` where it does not; ``"float32 loop"`` where one loop decodes and
+        multiplies; ``"lookup"`` where rows are gathered; ``"dequantized"`` where a float array of the weight's size is
+        written first. Empty: none of these was found.
       nbytes: bytes of codes, scales and zero points: what one use has to read.
       float_nbytes: bytes of the float weight.
     """
@@ -230,6 +232,8 @@ class _Program:
             places = [i for i, operand in enumerate(user.operands) if operand == name]
             if user.opcode in ("dot", "convolution", "ragged-dot"):
                 found.add(self._product(computation, user))
+            elif user.opcode == "multiply" and LANES in user.rest:
+                found.add("float32 loop")
             elif user.opcode == "tuple":
                 yield from ((computation, user.name, i) for i in places)
             elif user.opcode == "get-tuple-element":
