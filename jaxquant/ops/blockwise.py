@@ -101,16 +101,13 @@ def total(parts: Iterable[jax.Array]) -> jax.Array:
     return first
 
 
-def by_blocks(
-    x: jax.Array, w: Matrix | Packed, multiply: Callable[[Any, Any, Any], jax.Array], largest: int = LARGEST
-) -> jax.Array:
+def by_blocks(x: jax.Array, w: Matrix | Packed, multiply: Callable[[Any, Any, Any], jax.Array]) -> jax.Array:
     """``multiply`` of every block, its first matrix and its first row, [nb, M, nr] each, as [B, M, N].
 
-    Blocks have one size, of at most about ``largest`` elements; the last along an axis starts early, and computes some
-    columns a second time.
+    Blocks have one size; the last along an axis starts early, and computes some columns a second time.
     """
     b, n, k = w.shape
-    elements = min(max(b * n * k // BLOCKS, SMALLEST), largest)
+    elements = min(max(b * n * k // BLOCKS, SMALLEST), LARGEST)
     nr = _cut(n, max(elements // k, 1), 16)
     nb = _cut(b, max(elements // (n * k), 1), 1)
     steps = (-(-b // nb), -(-n // nr))

@@ -32,7 +32,6 @@ __all__ = ["LANES", "fits", "lanes"]
 LANES = "jaxquant_lanes"
 """What the compiled program calls these loops."""
 
-_LARGEST = 1 << 18
 _TERMS = 64
 
 
@@ -42,7 +41,7 @@ def fits(w: Matrix | Packed, *, exact: bool) -> bool:
     Values of a table that are no multiples of one number are rounded to 16 bits, 1e-5 of their norm for nf4.
     """
     grid = _grid(w.qtype)
-    return grid is not None and (not exact or grid[2]) and _lane_count(*_lengths(w)) is not None
+    return grid is not None and (not exact or grid[2]) and _lane_count(w)[0] is not None
 
 
 def lanes(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
@@ -60,7 +59,7 @@ def lanes(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLik
         with jax.named_scope(LANES):
             return _scaled(block, cuts, xs)
 
-    out = by_blocks(x, w, multiply, _LARGEST)
+    out = by_blocks(x, w, multiply)
     shift = _shift(w)
     if shift is None:
         return out
@@ -73,17 +72,16 @@ def _cut(value: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
     return value if value.shape[axis] in (1, size) else lax.dynamic_slice_in_dim(value, start, size, axis)
 
 
-def _lengths(w: Matrix | Packed) -> tuple[int, int]:
-    """K and the size of a group, in one plane."""
+def _lane_count(w: Matrix | Packed) -> tuple[int | None, int, int]:
+    """Lanes, K and the size of a group in one plane; None lanes where none cut a plane and its groups evenly.
+
+    64 lanes of several planes, or 128 of one, or as near to that as possible.
+    """
     groups = w.scale.shape[2] if w.multiplier is None else max(w.scale.shape[2], w.multiplier.shape[2])
-    return w.shape[2] // w.planes, w.shape[2] // w.planes // groups
-
-
-@functools.cache
-def _lane_count(length: int, group: int) -> int | None:
-    """Lanes that cut a plane and its groups evenly: 64, or as near as possible; None if there is no such number."""
+    length, best = w.shape[2] // w.planes, 128 if w.planes == 1 else 64
+    group = length // groups
     cuts = [n for n in range(48, 129) if length % n == 0 and (group % n == 0 or (n % group == 0 and n // group <= 8))]
-    return min(cuts, key=lambda n: abs(n - 64), default=None)
+    return min(cuts, key=lambda n: abs(n - best), default=None), length, group
 
 
 @functools.cache
@@ -109,8 +107,7 @@ def _grid(qtype: QType) -> tuple[np.ndarray | None, float, bool] | None:
 def _scaled(block: Matrix | Packed, levels: list[jax.Array], parts: list[jax.Array]) -> jax.Array:
     """``sum_k s q x`` of a block, [nb, 1, nr]; ``levels`` are factors of the scale, [nb or 1, G, nr or 1]."""
     grid = _grid(block.qtype)
-    length, group = _lengths(block)
-    count = _lane_count(length, group)
+    count, length, group = _lane_count(block)
     assert grid is not None
     assert count is not None
     codes, scale = _apart(block, levels, *grid[:2])
