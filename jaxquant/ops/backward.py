@@ -27,6 +27,7 @@ from jax import lax
 from jaxquant.core.affine import as_codes
 from jaxquant.core.layout import transpose_by_tiles
 from jaxquant.core.specs import QuantSpec
+from jaxquant.ops.floats import float_dot
 from jaxquant.ops.integer import overflow_limit
 from jaxquant.ops.matrix import Axes, Matrix
 
@@ -59,7 +60,7 @@ def lhs_gradient(
         u, t = _quantized(g * scale, how, 2)
         out = _integer(u, w.codes, along, 0, zero, w.reach) * t
     else:
-        out = _dot(g, w, along, precision=how)
+        out = float_dot(g, w, along, how)
     return _restored(out, axes.order, shape)
 
 
@@ -79,10 +80,10 @@ def rhs_gradient(
         else:
             out = _integer(_with_rows_last(u), x.codes, (2, 1), 0, _turned(x.zero_point), x.reach) * _turned(t)
     elif transposed:
-        out = _dot(_values_with_rows_last(x).astype(g.dtype), g, (2, 1), precision=how)
+        out = float_dot(_values_with_rows_last(x, g.dtype), g, (2, 1), how)
     else:
-        x = x.values(g.dtype) if isinstance(x, Matrix) else x
-        out = _dot(_with_rows_last(g), x, (2, 1), precision=how)
+        x = x.values(x.scale.dtype).astype(g.dtype) if isinstance(x, Matrix) else x
+        out = float_dot(_with_rows_last(g), x, (2, 1), how)
     return _restored(out, axes.batch + axes.contract + axes.rows if transposed else axes.order, shape)
 
 
@@ -96,13 +97,14 @@ def _with_rows_last(x: jax.Array) -> jax.Array:
     return lax.platform_dependent(transpose_by_tiles(x, (0, 2, 1)), cpu=lax.optimization_barrier, default=lambda x: x)
 
 
-def _values_with_rows_last(x: jax.Array | Matrix) -> jax.Array:
+def _values_with_rows_last(x: jax.Array | Matrix, dtype: Any) -> jax.Array:
     """The same of an operand's values: codes are moved as bytes."""
     if not isinstance(x, Matrix):
         return _with_rows_last(x)
     codes, (scale, zero) = _with_rows_last(x.codes), (_turned(v) for v in (x.scale, x.zero_point))
     values = codes.astype(scale.dtype)
-    return lax.optimization_barrier((values if zero is None else values - zero.astype(scale.dtype)) * scale)
+    values = (values if zero is None else values - zero.astype(scale.dtype)) * scale
+    return lax.optimization_barrier(values.astype(dtype))
 
 
 def _turned(x: Any) -> Any:

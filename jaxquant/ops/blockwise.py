@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.ops.digits import digit_count, digit_matrix, digits
-from jaxquant.ops.integer import dot
+from jaxquant.ops.floats import float_dot
 from jaxquant.ops.matrix import Matrix, Packed
 
 __all__ = ["BLOCKS", "LARGEST", "SMALLEST", "by_blocks", "float_blocks", "in_branch", "integer_blocks", "total"]
@@ -49,39 +49,49 @@ def integer_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.Pre
 
 
 def float_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
-    """The float32 product of the real values, [B, M, K] x [B, N, K] -> [B, M, N].
+    """The product of the real values, [B, M, K] x [B, N, K] -> [B, M, N], in x's dtype, with sums in float32.
 
     Up to 128 rows the weight goes left, where XLA's CPU library reads it fastest; one row is off its path and is padded
     to two. With more rows arithmetic counts, and the activation goes left. The barriers keep the decoded block in one
     piece (or it would be decoded once per use) and the weight on its side.
     """
-    x = x.values(jnp.float32) if isinstance(x, Matrix) else x.astype(jnp.float32)
+    x = x.values(jnp.float32) if isinstance(x, Matrix) else x
     rows, columns = x.shape[1], w.shape[1]
     padded = _two_rows(x)
     parts = [padded[:, :, i :: w.planes] for i in range(w.planes)]
 
     def multiply(block: Matrix | Packed, b: Any, _: Any) -> jax.Array:
-        planes = lax.optimization_barrier([_two_rows(plane) for plane in _floats(block)])
+        values, scale = _decoded(block, x.dtype)
+        planes = lax.optimization_barrier([_two_rows(plane) for plane in values])
         sizes = (block.shape[0], *parts[0].shape[1:])
         xs = [part if part.shape[0] == sizes[0] else lax.dynamic_slice(part, (b, 0, 0), sizes) for part in parts]
+        pairs = zip(xs, planes, strict=True)
         if rows > _FEW_ROWS:
-            return total(dot(x, plane, precision=precision) for x, plane in zip(xs, planes, strict=True))[
-                :, :, :columns
-            ]
-        out = total(dot(plane, x, precision=precision) for x, plane in zip(xs, planes, strict=True))
-        return jnp.swapaxes(lax.optimization_barrier(out), 1, 2)[:, :rows, :columns]
+            out = total(float_dot(x, plane, precision=precision) for x, plane in pairs)
+        else:
+            out = total(float_dot(plane, x, precision=precision) for x, plane in pairs)
+            out = jnp.swapaxes(lax.optimization_barrier(out), 1, 2)
+        out = out[:, :rows, :columns]
+        return out if scale is None else out * jnp.swapaxes(scale, 1, 2)
 
     return by_blocks(x, w, multiply)
 
 
-def _floats(block: Matrix | Packed) -> list[jax.Array]:
-    """`floats`, but codes that cross bytes and scales in fp8 are decoded on their own; fused, they are slow."""
+def _decoded(block: Matrix | Packed, dtype: Any) -> tuple[list[jax.Array], jax.Array | None]:
+    """Values in planes, and the scales that are left for the sums, or None.
+
+    Codes that cross bytes and scales in fp8 are decoded on their own; fused, they are slow.
+    """
     in_fp8 = block.multiplier is not None and block.multiplier.dtype != jnp.int8
-    if not isinstance(block, Packed) or (block.planes > 1 and not in_fp8):
-        return block.floats()
-    codes, scale = in_branch(block.bytes, lambda: (block.code_planes(), block.scales))
-    planes = (Matrix(plane, scale, block.zero_point, block.qtype, block.offset) for plane in codes)
-    return [plane.values(jnp.float32) for plane in planes]
+    apart = block.bytes if isinstance(block, Packed) and (block.planes == 1 or in_fp8) else None
+    if jnp.dtype(dtype).itemsize == 2 and block.one_scale:
+        return block.unscaled(dtype) if apart is None else in_branch(apart, lambda: block.unscaled(dtype))
+    if apart is None:
+        planes = block.floats()
+    else:
+        codes, scale = in_branch(apart, lambda: (block.code_planes(), block.scales))
+        planes = [Matrix(c, scale, block.zero_point, block.qtype, block.offset).values(jnp.float32) for c in codes]
+    return [plane.astype(dtype) for plane in planes], None
 
 
 def in_branch(about: jax.Array, compute: Callable[[], Any]) -> Any:

@@ -64,7 +64,8 @@ class _Contraction(Call):
         wide = all(x.dtype.itemsize >= 4 for x in (lhs, rhs))  # narrower real values are rounded, codes are not
         if trained and wide and is_float(left, right, self.precision):  # codes would only be taken back
             return self._float(wide_values(lhs), wide_values(rhs))
-        return product(left, right, self.precision, trained=trained).reshape(shape).astype(self.dtype)
+        dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
+        return product(left, right, self.precision, dtype, trained=trained).reshape(shape).astype(self.dtype)
 
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
         return self._float(self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static))

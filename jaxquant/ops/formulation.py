@@ -50,12 +50,13 @@ from jax import lax
 from jaxquant.core.codec import values_of
 from jaxquant.ops.blockwise import float_blocks, integer_blocks
 from jaxquant.ops.digits import digit_count, is_highest
+from jaxquant.ops.floats import float_dot, float_dtype, is_narrow
 from jaxquant.ops.integer import common_group, dot
 from jaxquant.ops.lanes import fits, lanes
 from jaxquant.ops.machine import Int8, int8_dots
 from jaxquant.ops.matrix import Matrix, Packed
 
-__all__ = ["Formulation", "choose", "digit_rows", "is_float", "product"]
+__all__ = ["Formulation", "choose", "digit_rows", "is_float", "product", "way"]
 
 Formulation = Literal["integer", "digits", "lanes", "blocks", "minifloat", "dequantized"]
 Operand = Matrix | Packed | jax.Array
@@ -66,17 +67,17 @@ _LONG_GROUP = 1024  # on the CPU
 _DIGIT_ROWS: dict[Int8, float] = {"tiles": float("inf"), "vectors": 48, "none": 0}
 
 
-def digit_rows(int8: Int8) -> float:
+def digit_rows(int8: Int8, *, narrow: bool) -> float:
     """Most rows of an int8 dot, digits times M, up to which `digits` is faster than `blocks` on such a machine.
 
     Tiles are faster at any number. With vectors an int8 dot is about 1.7 times as fast as a float32 dot once the
-    arithmetic counts, which two digits use up (benchmarks/matmul.py).
+    arithmetic counts, which two digits use up, and no faster than a ``narrow`` one, of bfloat16 (benchmarks/matmul.py).
     """
-    return _DIGIT_ROWS[int8]
+    return _DIGIT_ROWS[int8] / (2 if narrow else 1)
 
 
 def choose(
-    platform: str, x: Operand, w: Operand, precision: lax.PrecisionLike, *, trained: bool = False
+    platform: str, x: Operand, w: Matrix | Packed, precision: lax.PrecisionLike, *, trained: bool = False
 ) -> Formulation:
     """The formulation of a product.
 
@@ -96,20 +97,26 @@ def choose(
     int8 = int8_dots()
     if int8 != "none" and integers and _group(x, w) >= min(_LONG_GROUP, w.shape[2]):
         return "integer"
-    if int8 != "none" and not isinstance(w, jax.Array) and w.integer and w.groups == 1:
-        few = digit_count(precision) * x.shape[1] <= digit_rows(int8)
-        if isinstance(x, jax.Array) and few:
+    if int8 != "none" and isinstance(x, jax.Array) and w.integer and w.groups == 1:
+        count = digit_count(precision)
+        if count * x.shape[1] <= digit_rows(int8, narrow=not is_highest(precision) and is_narrow("cpu", x.dtype)):
             return "digits"
-    if trained or isinstance(w, jax.Array):
+    if trained:
         return "dequantized"
     return "lanes" if x.shape[1] == 1 and fits(w, exact=is_highest(precision)) else "blocks"
 
 
 def is_float(x: Operand, w: Operand, precision: lax.PrecisionLike) -> bool:
     """Whether a product with a weight in training is the float product on every platform."""
-    if isinstance(w, jax.Array):
-        x, w = w, x
+    x, w = _weight_last(x, w)
     return all(choose(platform, x, w, precision, trained=True) == "dequantized" for platform in ("cpu", "other"))
+
+
+def _weight_last(x: Operand, w: Operand) -> tuple[Operand, Matrix | Packed]:
+    """The same, but that a float array is the activation."""
+    x, w = (w, x) if isinstance(w, jax.Array) else (x, w)
+    assert not isinstance(w, jax.Array)
+    return x, w
 
 
 def _scale_dtype(x: Operand) -> Any:
@@ -124,39 +131,54 @@ def _group(*operands: Operand) -> int:
     return common_group(*(x for x in operands if not isinstance(x, jax.Array)))
 
 
-def product(x: Operand, w: Operand, precision: lax.PrecisionLike, *, trained: bool = False) -> jax.Array:
-    """[B, M, K] x [B, N, K] -> [B, M, N]; the weight is ``w``, unless only ``x`` is quantized."""
-    if isinstance(w, jax.Array) and not isinstance(x, jax.Array):
-        return jnp.swapaxes(product(w, x, precision, trained=trained), 1, 2)
-    x, whole = _unpacked(x), _unpacked(w)
-    cpu = choose("cpu", x, w, precision, trained=trained)
-    other = choose("other", x, w, precision, trained=trained)
+def way(
+    platform: str, x: Operand, w: Operand, precision: lax.PrecisionLike, dtype: Any, *, trained: bool = False
+) -> tuple[Formulation, Any]:
+    """How a product is computed, from what `choose` and `float_dtype` take: the formulation, the dtype of values."""
+    x, w = _weight_last(x, w)
+    return choose(platform, x, w, precision, trained=trained), float_dtype(platform, x, w, precision, dtype)
+
+
+def product(x: Operand, w: Operand, precision: lax.PrecisionLike, dtype: Any, *, trained: bool = False) -> jax.Array:
+    """[B, M, K] x [B, N, K] -> [B, M, N]; the weight is ``w``, unless only ``x`` is quantized.
+
+    ``dtype`` is that of the float product, by the operands' own dtypes.
+    """
+    if isinstance(w, jax.Array):
+        return jnp.swapaxes(product(w, x, precision, dtype, trained=trained), 1, 2)
+    x, whole = x if isinstance(x, jax.Array) else _unpacked(x), _unpacked(w)
+
+    def run(how: Formulation, dtype: Any, w: Matrix | Packed) -> jax.Array:
+        return _RUN[how](x.astype(dtype) if isinstance(x, jax.Array) else x, w, precision)
+
+    cpu, other = (way(platform, x, w, precision, dtype, trained=trained) for platform in ("cpu", "other"))
     if cpu == other and w is whole:
-        return _RUN[cpu](x, w, precision)
-    runs = {
-        name: functools.partial(_RUN[how], x, v, precision)
-        for name, how, v in (("cpu", cpu, w), ("default", other, whole))
-    }
-    return lax.platform_dependent(**runs)
+        return run(*cpu, w)
+    on_cpu, elsewhere = functools.partial(run, *cpu, w), functools.partial(run, *other, whole)
+    return lax.platform_dependent(cpu=on_cpu, default=elsewhere)
 
 
-def _unpacked(x: Operand) -> Matrix | jax.Array:
-    return x.unpacked() if isinstance(x, Packed) else x
+def _unpacked(w: Matrix | Packed) -> Matrix:
+    return w.unpacked() if isinstance(w, Packed) else w
 
 
 def _minifloat(x: Matrix, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
     """fp8 and fp4 values are exact in bfloat16 and so are their products in float32."""
     del precision
-    w = w.unpacked() if isinstance(w, Packed) else w
+    w = _unpacked(w)
     values = (values_of(v.codes, v.qtype, jnp.bfloat16) for v in (x, w))
     return dot(*values, preferred_element_type=jnp.float32) * x.scale * jnp.swapaxes(w.scale, 1, 2)
 
 
-def _dequantized(x: Matrix | jax.Array, w: Operand, precision: lax.PrecisionLike) -> jax.Array:
-    operands = (x, _unpacked(w))
-    dtype = jnp.float64 if any(_scale_dtype(v) == jnp.float64 for v in operands) else jnp.float32
-    values = [v.values(dtype) if isinstance(v, Matrix) else v.astype(dtype) for v in operands]
-    return dot(*values, precision=precision, preferred_element_type=dtype)
+def _dequantized(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
+    wide, w = jnp.promote_types(_scale_dtype(x), w.scale.dtype), _unpacked(w)
+    if isinstance(x, jax.Array) and x.dtype.itemsize == 2:
+        if w.one_scale:
+            (values,), scale = w.unscaled(x.dtype)
+            return float_dot(x, values) * jnp.swapaxes(scale, 1, 2)
+        return float_dot(x, w.values(wide).astype(x.dtype))
+    x = x.values(wide) if isinstance(x, Matrix) else x.astype(wide)
+    return float_dot(x, w.values(wide), precision=precision)
 
 
 _RUN: dict[str, Callable[..., jax.Array]] = {

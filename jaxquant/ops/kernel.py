@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxquant.core.affine import quantize
 from jaxquant.core.specs import OpSpec
-from jaxquant.ops.formulation import choose
+from jaxquant.ops.formulation import way
 from jaxquant.ops.matrix import Axes, canonical
 from jaxquant.ops.operands import Operand
 
@@ -20,9 +20,9 @@ _NAMES = {
     "integer": "int8",
     "digits": "int8 digits",
     "lanes": "float32 loop",
-    "blocks": "float32 blocks",
+    "blocks": "{} blocks",
     "minifloat": "bfloat16",
-    "dequantized": "float32",
+    "dequantized": "{}",
 }
 
 
@@ -38,9 +38,9 @@ def kernel(rows: int, columns: int, length: int, spec: OpSpec, dtype: Any) -> st
 
     Returns:
       ``"int8"``: a dot of int8; ``"int8 digits"``: one, with the float activation in digits; ``"float32 loop"``: a
-      loop over the codes, for one row; ``"float32 blocks"``: float dots with blocks of the weight that are decoded in
-      turn; ``"bfloat16"``, ``"float32"``: a dot of values. What the compiled program makes of it is for
-      `jaxquant.explain` to say.
+      loop over the codes, for one row; ``"float32 blocks"``, ``"bfloat16 blocks"``: float dots with blocks of the
+      weight that are decoded in turn; ``"float32"``, ``"bfloat16"``, ``"float16"``: a dot of values. What the compiled
+      program makes of it is for `jaxquant.explain` to say.
 
     Example:
       >>> from jaxquant import recipes
@@ -54,9 +54,10 @@ def kernel(rows: int, columns: int, length: int, spec: OpSpec, dtype: Any) -> st
         left = canonical(Operand(spec.act, (-1,)).quantized(x, None), axes)
         right = canonical(w if spec.weight is None else quantize(w, spec.weight, reduce_axes=(-1,)), axes)
         if left is None or right is None:
-            found.append("dequantized")
+            found.append(("dequantized", jnp.float32))
         else:
-            found.append(choose(jax.default_backend(), left, right, None))
+            found.append(way(jax.default_backend(), left, right, None, jnp.dtype(dtype)))
 
     jax.eval_shape(run, *(jax.ShapeDtypeStruct((n, length), jnp.dtype(dtype)) for n in (rows, columns)))
-    return _NAMES[found[0]]
+    formulation, multiplied = found[0]
+    return _NAMES[formulation].format(jnp.dtype(multiplied).name)

@@ -90,6 +90,11 @@ class _Quantized:
         """Whether products of codes are exact in float32, with one scale for the whole row."""
         return self.qtype.kind == "float" and self.groups == 1 and self.zero_point is None and self.offset is None
 
+    @property
+    def one_scale(self) -> bool:
+        """Whether a row is one scale times numbers that are exact in two bytes: integers up to 256, or fp8."""
+        return self.minifloat or (self.integer and self.groups == 1)
+
     def block(self, b: Any, nb: int, r: Any, nr: int) -> Self:
         """``nb`` matrices from ``b`` (which may be traced), ``nr`` rows of each from ``r``: of all arrays.
 
@@ -164,6 +169,15 @@ class Matrix(_Quantized):
         """Its real values in float32, in planes."""
         return [self.values(jnp.float32)]
 
+    def unscaled(self, dtype: Any) -> tuple[list[jax.Array], jax.Array]:
+        """Where a row has `one_scale`: what that multiplies, in planes, and the scales, [B or 1, R or 1, 1]."""
+        return [_shifted(self.codes, self.zero_point, self.qtype, dtype)], self.scale
+
+
+def _shifted(codes: jax.Array, zero_point: Any, qtype: QType, dtype: Any) -> jax.Array:
+    values = values_of(codes, qtype, dtype)
+    return values if zero_point is None else values - zero_point.astype(dtype)
+
 
 def _real(codes: jax.Array, scale: Any, zero_point: Any, offset: Any, qtype: QType, dtype: Any) -> jax.Array:
     b, r, k = codes.shape
@@ -171,10 +185,7 @@ def _real(codes: jax.Array, scale: Any, zero_point: Any, offset: Any, qtype: QTy
     if groups > 1:
         codes = codes.reshape(b, r, groups, k // groups)
         scale, zero_point, offset = (None if v is None else v[..., None] for v in (scale, zero_point, offset))
-    values = values_of(codes, qtype, dtype)
-    if zero_point is not None:
-        values = values - zero_point.astype(dtype)
-    values = values * scale.astype(dtype)
+    values = _shifted(codes, zero_point, qtype, dtype) * scale.astype(dtype)
     if offset is not None:
         values = values + offset.astype(dtype)
     return values.reshape(b, r, k)
@@ -247,6 +258,12 @@ class Packed(_Quantized):
         """As for `Matrix`."""
         rest = (self.scales, self.zero_point, self.offset, self.qtype)
         return [_real(codes, *rest, jnp.float32) for codes in self.code_planes()]
+
+    def unscaled(self, dtype: Any) -> tuple[list[jax.Array], jax.Array]:
+        """As for `Matrix`."""
+        if self.qtype.kind == "int":  # multipliers are part of the codes
+            return [_shifted(plane.codes, plane.zero_point, plane.qtype, dtype) for plane in self.int8()], self.scale
+        return [values_of(codes, self.qtype, dtype) for codes in self.code_planes()], self.scales
 
     def unpacked(self) -> Matrix:
         """The same with a code per element."""

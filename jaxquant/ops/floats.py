@@ -1,0 +1,76 @@
+"""Products in floating point: in which dtype, and how XLA is asked for them.
+
+A bfloat16 or float16 activation is multiplied as it is, with sums in float32: products of such numbers are exact there.
+The weight's values are brought to that dtype, where that is exact, integers and fp8 beside a scale that is applied to
+the sums; or where the weight is an array of that dtype by its own account (`QTensor.dtype`), as the float program has
+them: then each is off by at most 2**-8 of itself in bfloat16 (2**-11 in float16, where it is not subnormal), as
+`dequantize()` gives it. At ``precision=HIGHEST``, and everywhere else, values are float32.
+
+On the CPU this holds for bfloat16 alone, and where there are instructions for it (`jaxquant.ops.machine`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.ops.digits import is_highest
+from jaxquant.ops.machine import bfloat16_dots
+from jaxquant.ops.matrix import Matrix, Packed
+
+__all__ = ["float_dot", "float_dtype", "is_narrow"]
+
+_NARROW = (jnp.bfloat16, jnp.float16)
+_ROUNDED_ROWS = 24  # with fewer, to round a block of the weight costs more than the product gains
+
+
+def is_narrow(platform: str, dtype: Any) -> bool:
+    """Whether products in a dtype of two bytes are fast."""
+    return dtype in _NARROW if platform != "cpu" else dtype == jnp.bfloat16 and bfloat16_dots()
+
+
+def float_dtype(platform: str, x: Any, w: Matrix | Packed, precision: lax.PrecisionLike, dtype: Any) -> Any:
+    """The dtype of the values that a float product multiplies.
+
+    Args:
+      platform: what the program is lowered for, ``"cpu"`` or another.
+      x: the activation, [B, M, K].
+      w: the weight, [B, N, K].
+      precision: of the call.
+      dtype: of the float product, as the operands' own dtypes have it.
+    """
+    if not isinstance(x, jax.Array):
+        return w.scale.dtype
+    if jnp.float64 in (x.dtype, w.scale.dtype):
+        return jnp.float64
+    default = not is_highest(precision) and not isinstance(precision, lax.DotAlgorithm | lax.DotAlgorithmPreset)
+    if not (default and is_narrow(platform, x.dtype)) or (platform == "cpu" and x.shape[1] == 1):
+        return jnp.float32
+    rounded = dtype == x.dtype and (platform != "cpu" or x.shape[1] >= _ROUNDED_ROWS)
+    return x.dtype if w.one_scale or rounded else jnp.float32
+
+
+def float_dot(left: jax.Array, right: jax.Array, along: tuple[int, int] = (2, 2), precision: Any = None) -> jax.Array:
+    """The sum over an axis of each, [B, ., .] x [B, ., .], in the operands' dtype, and at least in float32.
+
+    On the CPU bfloat16 has a fast path to a float32 result alone, and one row has none.
+    """
+
+    def dot(left: jax.Array, right: jax.Array, **how: Any) -> jax.Array:
+        return lax.dot_general(left, right, (((along[0],), (along[1],)), ((0,), (0,))), **how)
+
+    def wide(left: jax.Array, right: jax.Array) -> jax.Array:
+        return dot(left.astype(jnp.float32), right.astype(jnp.float32), precision=precision)
+
+    def narrow(left: jax.Array, right: jax.Array) -> jax.Array:
+        return dot(left, right, preferred_element_type=jnp.float32)
+
+    if left.dtype not in _NARROW:
+        return dot(left, right, precision=precision)
+    rows = (x.shape[3 - axis] for x, axis in zip((left, right), along, strict=True))
+    if is_narrow("cpu", left.dtype) and min(rows) > 1:
+        return narrow(left, right)
+    return lax.platform_dependent(left, right, cpu=wide, default=narrow)
