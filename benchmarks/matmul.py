@@ -3,6 +3,7 @@
     python benchmarks/matmul.py            # K = N = 4096, M = 1, 8, 32, 256: two minutes
     python benchmarks/matmul.py --short    # K = N = 2048, M = 1, 32: under a minute
     python benchmarks/matmul.py --peers    # and qwix, AQT, PyTorch and ONNX Runtime, those of them that are installed
+    python benchmarks/matmul.py --dtype bfloat16    # activation and weight are bfloat16, results float32
 
 One process on one core, processor time, all contestants in turn (see measure.py). The table holds the time of XLA's own
 float32 product over each contestant's, from the medians of one run; ``error`` is the relative error (Frobenius norm)
@@ -15,6 +16,7 @@ Prints the table and writes it to benchmarks/results as text and as JSON, and as
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ from jaxquant import OpSpec, QuantSpec, ops, recipes  # noqa: E402
 
 MATMUL = (((1,), (0,)), ((), ()))
 FLOAT = "XLA float32"
+NARROW = "XLA bfloat16, float32 result"  # on the path of XLA's library; to a bfloat16 result it is not
+PLAIN = "XLA bfloat16"
 GROUP = QuantSpec("int4", granularity="per_group", group_size=128)
 SCHEMES: dict[str, tuple[OpSpec, lax.Precision | None]] = {
     "W8A8 dynamic": (recipes.w8a8(), None),
@@ -84,10 +88,10 @@ def ours(x: jax.Array, quantized: dict[str, Any]) -> Iterator[tuple[str, Contest
         q = quantized[name]
 
         def product(x: jax.Array, q: Any, spec: OpSpec = spec, precision: Any = precision) -> jax.Array:
-            return ops.dot_general(x, q, MATMUL, precision, spec=spec)
+            return ops.dot_general(x, q, MATMUL, precision, jnp.float32, spec=spec)
 
-        act = x if spec.act is None else jq.fake_quant(x, spec.act, reduce_axes=(-1,))
-        exact = np.asarray(act, np.float64) @ np.asarray(q.dequantize(), np.float64)
+        act = x if spec.act is None else jq.quantize(x, spec.act, reduce_axes=(-1,)).dequantize(jnp.float32)
+        exact = np.asarray(act, np.float64) @ np.asarray(q.dequantize(jnp.float32), np.float64)
         yield name, compiled(product, x, q, exact=exact)
 
 
@@ -97,21 +101,36 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="measure other libraries too")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="rounds for each M (default: 15)")
     parser.add_argument("--output", type=Path, default=measure.RESULTS, metavar="DIR")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activation and weight")
     args = parser.parse_args()
+    if args.peers and args.dtype != "float32":
+        parser.error("peers are measured in float32")
     size, rows, rounds = (2048, (1, 32), 7) if args.short else (4096, (1, 8, 32, 256), args.rounds)
     rng = np.random.default_rng(0)
     scales = np.exp(rng.normal(0, 0.3, (1, size)))  # unequal channels
     w = jnp.asarray((rng.standard_normal((size, size)) * scales * 0.02).astype(np.float32))
-    quantized = {name: jq.quantize(w, spec.weight, reduce_axes=(-2,)) for name, (spec, _) in SCHEMES.items()}
+    given = w.astype(args.dtype)
+    quantized = {name: jq.quantize(given, spec.weight, reduce_axes=(-2,)) for name, (spec, _) in SCHEMES.items()}
     peers, packages = None, ()
     if args.peers:
         import matmul_peers
 
         peers, packages = matmul_peers.prepare(np.asarray(w)), matmul_peers.PACKAGES
-    results: dict[str, Any] = {"size": size, "rounds": rounds, "machine": measure.machine(packages), "rows": {}}
+    results: dict[str, Any] = {
+        "size": size,
+        "rounds": rounds,
+        "dtype": args.dtype,
+        "machine": measure.machine(packages),
+        "rows": {},
+    }
     for m in rows:
         x = jnp.asarray(rng.standard_normal((m, size)).astype(np.float32))
-        contestants = {FLOAT: compiled(lambda x, w: x @ w, x, w), **dict(ours(x, quantized))}
+        contestants = {FLOAT: compiled(lambda x, w: x @ w, x, w)}
+        if args.dtype != "float32":
+            x = x.astype(args.dtype)
+            wide = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+            contestants |= {NARROW: compiled(wide, x, given), PLAIN: compiled(lambda x, w: x @ w, x, given)}
+        contestants |= dict(ours(x, quantized))
         if peers is not None:
             contestants |= {name: Contestant(run) for name, run in peers(np.asarray(x)).items()}
         times = measure.interleaved({name: c.run for name, c in contestants.items()}, rounds)
@@ -126,7 +145,8 @@ def main() -> None:
         print(f"M = {m} measured", flush=True)
     report = text(results)
     print(f"\n{report}")
-    stem = "matmul" + ("_short" if args.short else "") + ("_peers" if args.peers else "")
+    narrow = "_bfloat16" if args.dtype != "float32" else ""
+    stem = f"matmul{narrow}" + ("_short" if args.short else "") + ("_peers" if args.peers else "")
     measure.keep(stem, report, results, args.output)
     plot(results, args.output / f"{stem}.png")
 
@@ -149,10 +169,9 @@ def text(results: dict[str, Any]) -> str:
                 "" if temp is None else f"{100 * temp:.1f}%",
             ]
         )
-    size = results["size"]
-    about = (
-        f"[M, {size}] x [{size}, {size}]: time of XLA's float32 product / time; medians of {results['rounds']} rounds"
-    )
+    size, dtype = results["size"], results["dtype"]
+    product = f"[M, {size}] x [{size}, {size}] in {dtype}"
+    about = f"{product}: time of XLA's float32 product / time; medians of {results['rounds']} rounds"
     return "\n".join([about, measure.header(results["machine"]), "", measure.table(columns, lines)])
 
 
@@ -173,7 +192,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.set_title(f"M = {m}")
         axis.set_xlabel("times as fast as float32")
         axis.margins(x=0.15)
-    figure.suptitle(f"{results['machine']['cpu']}, one core, K = N = {results['size']}", fontsize=10)
+    figure.suptitle(
+        f"{results['machine']['cpu']}, one core, K = N = {results['size']}, {results['dtype']}", fontsize=10
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,12 +1,14 @@
 """Products in floating point: in which dtype, and how XLA is asked for them.
 
-A bfloat16 or float16 activation is multiplied as it is, with sums in float32: products of such numbers are exact there.
-The weight's values are brought to that dtype, where that is exact, integers and fp8 beside a scale that is applied to
-the sums; or where the weight is an array of that dtype by its own account (`QTensor.dtype`), as the float program has
-them: then each is off by at most 2**-8 of itself in bfloat16 (2**-11 in float16, where it is not subnormal), as
-`dequantize()` gives it. At ``precision=HIGHEST``, and everywhere else, values are float32.
+A bfloat16 or float16 activation is multiplied as it is, by values of that dtype, with sums in float32; products of two
+such numbers are exact there. A weight's values are given that dtype
 
-On the CPU this holds for bfloat16 alone, and where there are instructions for it (`jaxquant.ops.machine`).
+- where it holds them exactly: integers and fp8 with one scale per row, which is then applied to the sums;
+- where it is the weight's own dtype (`QTensor.dtype`), so that the float program has its values so too. Each is then
+  off by at most 2**-8 of itself in bfloat16, and by 2**-11 in float16 unless it is subnormal.
+
+Everywhere else, and at ``precision=HIGHEST``, values are float32. On the CPU only bfloat16 is multiplied so, where
+there are instructions for it (`jaxquant.ops.machine`), and values are rounded to it where many rows make up for that.
 """
 
 from __future__ import annotations

@@ -24,13 +24,16 @@ returns the product ``[B, M, N]``, in float32 unless an operand is float64. On t
 : a loop over the weight's codes that decodes and multiplies (`jaxquant.ops.lanes`).
 
 `blocks`
-: float32 dots with blocks of rows that are dequantized one at a time (`jaxquant.ops.blockwise`).
+: float dots with blocks of rows that are dequantized one at a time (`jaxquant.ops.blockwise`).
 
 `minifloat`
 : a bfloat16 dot, exact products, float32 accumulation.
 
 `dequantized`
 : a float dot of the dequantized operands.
+
+Float values are multiplied in float32; beside a bfloat16 or float16 activation in that dtype, with sums in float32,
+where that is fast and loses nothing that the float program would keep (`jaxquant.ops.floats`).
 
 Where XLA does not serve int8 dots (`jaxquant.ops.machine`), `lanes` and `blocks` take the place of `integer` and
 `digits`. Off the CPU XLA fuses the conversion into the dot, and float units are wide: products of integers are

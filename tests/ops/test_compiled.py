@@ -15,6 +15,7 @@ from ops_reference import MATMUL, quantized, slow_but, spec_of
 
 from jaxquant import OpSpec, ops, recipes
 from jaxquant.ops import blockwise
+from jaxquant.ops.machine import bfloat16_dots
 
 K, N = 1024, 1280  # no multiple of a number of rows
 FAST = "__ynn_fusion"
@@ -97,6 +98,21 @@ def test_dots(name, m):
     if name in INTEGERS or (name in ("w8a16", "w4a16 two-level") and m <= 8):
         assert re.search(r"s32\[[\d,]*\].* (dot|fusion)\(", text)
         assert not float_dots(text, (K, N))
+
+
+@pytest.mark.parametrize("name", slow_but([*SCHEMES], "w4a16 in groups"))
+def test_bfloat16(name):
+    """Where the machine multiplies bfloat16, weights beside such activations are that; what is integer stays so."""
+    if not bfloat16_dots():
+        pytest.skip("no fast bfloat16 dots here")
+    m, spec = 64, SCHEMES[name]
+    w = np.random.default_rng(0).standard_normal((K, N), np.float32)
+    q, x = quantized(jnp.asarray(w, jnp.bfloat16), spec.weight), jax.ShapeDtypeStruct((m, K), jnp.bfloat16)
+    text, temporaries = compiled(lambda x, q: ops.dot_general(x, q, MATMUL, spec=spec), x, q)
+    check(text, temporaries, K, N, 4 * m * (4 * K + 3 * N))
+    if spec.act is None:
+        (kind,) = set(re.findall(r"\(param_0[\w.]*: (\w+)\[[\d,]*\], param_1[\w.]*: \1\[[\d,]*\]\) -> f32", text))
+        assert kind == "bf16"
 
 
 @pytest.mark.parametrize("name", slow_but([*SCHEMES], "w4a16 two-level"))

@@ -1,0 +1,164 @@
+"""Activations in bfloat16 and float16: what is multiplied in that dtype, and what that costs in accuracy."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ops_reference import INTEGER, MATMUL, WEIGHT_ONLY, dot, dot_error, quantized, slow_but, spec_of, unequal
+
+from jaxquant import OpSpec, ops, recipes
+from jaxquant.ops import floats
+from jaxquant.ops.kernel import kernel
+from jaxquant.ops.matrix import Axes, canonical
+
+ROUNDED = 2**-8  # what rounding to bfloat16 changes a number by, at most, relative to it
+
+EXACT = {
+    "int8": recipes.w8a16(),
+    "uint8": OpSpec(spec_of("uint8", symmetric=False)),
+    "int4": recipes.w4a16(None),
+    "int4 two-level": recipes.w4a16(8, two_level=True),
+    "fp8": OpSpec(spec_of("float8_e4m3fn")),
+    "fp4": OpSpec(spec_of("float4_e2m1fn")),
+}
+GROUPS = {
+    "int4 in groups": recipes.w4a16(8, symmetric=False),
+    "int3 in groups": OpSpec(spec_of("int3", "per_group")),
+    "nf4": recipes.nf4(8),
+    "nvfp4": recipes.nvfp4(),
+}
+WIDE = jnp.float32
+
+
+def operands(spec, rows=32, dtype=jnp.bfloat16, weight=jnp.bfloat16):
+    return unequal(0, (rows, 64), dtype), quantized(unequal(1, (64, 24), weight), spec.weight)
+
+
+def product(x, q, precision=None):
+    """In float32, whatever the operands' dtypes."""
+    return jax.jit(lambda x, q: ops.dot_general(x, q, MATMUL, precision, preferred_element_type=WIDE))(x, q)
+
+
+def exact(x, q):
+    return np.asarray(x, np.float64), np.asarray(q.dequantize(WIDE), np.float64)
+
+
+@pytest.mark.parametrize("name", slow_but([*EXACT], "int8"))
+@pytest.mark.parametrize("weight", [jnp.float32, jnp.bfloat16])
+def test_one_scale_per_channel(name, weight):
+    """Codes are exact in bfloat16, products in float32: nothing is lost, whatever the weight's dtype."""
+    x, q = operands(EXACT[name], weight=weight)
+    assert dot_error(product(x, q), *exact(x, q), MATMUL) <= INTEGER
+
+
+@pytest.mark.parametrize("name", slow_but([*GROUPS], "int4 in groups"))
+def test_groups(name):
+    """Each of the weight's values is rounded to bfloat16, the weight's own dtype."""
+    x, q = operands(GROUPS[name])
+    left, right = exact(x, q)
+    off = np.abs(np.asarray(product(x, q), np.float64) - dot(left, right, MATMUL))
+    assert np.all(off <= (ROUNDED + INTEGER) * dot(np.abs(left), np.abs(right), MATMUL))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*EXACT, *GROUPS])
+@pytest.mark.parametrize("rows", [1, 2, 13, 40, 200])
+def test_rows(name, rows):
+    spec = {**EXACT, **GROUPS}[name]
+    x, q = operands(spec, rows)
+    assert dot_error(product(x, q), *exact(x, q), MATMUL) <= (WEIGHT_ONLY if name in EXACT else ROUNDED)
+    assert dot_error(product(x, q, "highest"), *exact(x, q), MATMUL) <= INTEGER
+    x = x.astype(jnp.float16)  # float32 on the CPU
+    assert dot_error(product(x, q), *exact(x, q), MATMUL) <= WEIGHT_ONLY
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*GROUPS])
+def test_a_float32_weight_is_not_rounded(name):
+    x, q = operands(GROUPS[name], weight=jnp.float32)
+    assert dot_error(product(x, q), *exact(x, q), MATMUL) <= INTEGER
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int8", "int4 in groups"])
+def test_transformations(name):
+    """Under vmap over weights, and with a weight on the left."""
+    spec = {**EXACT, **GROUPS}[name]
+    x, q = operands(spec)
+    one = product(x, q)
+    assert one.dtype == jnp.float32
+    assert ops.dot_general(x, q, MATMUL).dtype == jnp.bfloat16
+    stack = jax.tree.map(lambda v: jnp.stack([v, v]), q)
+    assert dot_error(jax.vmap(lambda q: product(x, q))(stack)[1], *exact(x, q), MATMUL) <= ROUNDED
+    turned = ops.dot_general(q, x, (((0,), (1,)), ((), ())), preferred_element_type=WIDE)
+    np.testing.assert_allclose(turned.T, one, rtol=1e-6, atol=1e-6 * float(jnp.abs(one).max()))
+
+
+@pytest.mark.parametrize("spec", slow_but([recipes.w8a16(), recipes.w8a8(), recipes.w4a16(8)], recipes.w8a16()))
+def test_training(spec):
+    """Gradients of bfloat16 operands: rounded once as operands, summed in float32, rounded once as results."""
+    x, w, g = (unequal(i, shape, jnp.bfloat16) for i, shape in enumerate(((32, 64), (64, 24), (32, 24))))
+    loss = jax.jit(jax.grad(lambda x, w: jnp.sum(ops.dot_general(x, w, MATMUL, spec=spec) * g), (0, 1)))
+    dx, dw = loss(x, w)
+    assert dx.dtype == dw.dtype == jnp.bfloat16
+    values = quantized(w, spec.weight).dequantize(WIDE)
+    left = x if spec.act is None else quantized(x, spec.act, (-1,)).dequantize(WIDE)
+    left, right, g = (np.asarray(v, np.float64) for v in (left, values, g))
+    for got, a, b in ((dx, g, right.T), (dw, left.T, g)):
+        off = np.abs(np.asarray(got, np.float64) - a @ b)
+        assert np.all(off <= ROUNDED * np.abs(a @ b) + 2 * ROUNDED * (np.abs(a) @ np.abs(b)))
+
+
+def matrices(spec, rows, dtype, weight):
+    """Operands in canonical form, without values."""
+    shapes = jax.ShapeDtypeStruct((rows, 64), dtype), jax.ShapeDtypeStruct((16, 64), weight)
+    axes, found = Axes((), (0,), (1,)), []
+
+    def run(x, w):
+        found.extend(canonical(v, axes) for v in (x, quantized(w, spec.weight, (-1,))))
+
+    jax.eval_shape(run, *shapes)
+    return found
+
+
+def chosen(platform, name, rows, dtype=jnp.bfloat16, weight=jnp.bfloat16, precision=None):
+    spec = {**EXACT, **GROUPS}[name]
+    x, w = matrices(spec, rows, dtype, weight)
+    return jnp.dtype(floats.float_dtype(platform, x, w, precision, jnp.promote_types(dtype, weight))).name
+
+
+def test_the_dtype_of_a_product(monkeypatch):
+    monkeypatch.setattr(floats, "bfloat16_dots", lambda: True)
+    for platform in ("cpu", "gpu"):
+        for weight in (jnp.float32, jnp.bfloat16):
+            assert chosen(platform, "int8", 64, weight=weight) == "bfloat16"
+        assert chosen(platform, "nf4", 64) == "bfloat16"
+        assert chosen(platform, "nf4", 64, weight=jnp.float32) == "float32"
+        assert chosen(platform, "nf4", 64, weight=jnp.float16) == "float32"
+        assert chosen(platform, "int8", 64, precision="highest") == "float32"
+        assert chosen(platform, "int8", 64, precision=jax.lax.DotAlgorithmPreset.F32_F32_F32) == "float32"
+        assert chosen(platform, "int8", 64, dtype=jnp.float32) == "float32"
+    assert chosen("gpu", "nf4", 1) == "bfloat16"
+    assert chosen("cpu", "nf4", 8) == chosen("cpu", "int8", 1) == "float32"
+    assert chosen("gpu", "int8", 64, dtype=jnp.float16) == "float16"
+    assert chosen("cpu", "int8", 64, dtype=jnp.float16) == "float32"
+    monkeypatch.setattr(floats, "bfloat16_dots", lambda: False)
+    assert chosen("cpu", "int8", 64) == "float32"
+    assert chosen("gpu", "int8", 64) == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype, letters", [(jnp.bfloat16, "bf16"), (jnp.float16, "f16")])
+def test_what_a_gpu_is_asked_for(dtype, letters):
+    x, q = operands(recipes.w4a16(8), dtype=dtype, weight=dtype)
+    program = jax.jit(lambda x, q: ops.dot_general(x, q, MATMUL)).trace(x, q).lower(lowering_platforms=("cuda",))
+    (dots,) = re.findall(r"stablehlo.dot_general.* : (.*)", program.as_text())
+    assert re.fullmatch(rf"\(tensor<[\dx]*{letters}>, tensor<[\dx]*{letters}>\) -> tensor<[\dx]*f32>.*", dots)
+
+
+def test_the_kernel_column():
+    name = "bfloat16" if floats.bfloat16_dots() and jax.default_backend() == "cpu" else "float32"
+    if jax.default_backend() == "cpu":
+        assert kernel(64, 64, 64, recipes.nf4(), "bfloat16") == f"{name} blocks"
+    assert kernel(64, 64, 64, recipes.nf4(), "float32").startswith("float32")
