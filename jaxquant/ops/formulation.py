@@ -8,6 +8,7 @@ returns the product ``[B, M, N]``, in float32 unless an operand is float64. On t
 | integer, one scale per row or two-level | integer, one scale per row | any | `integer` |
 | integer, groups of 1024 or more | integer, likewise | any | `integer` |
 | integer, one scale per row or two-level | float | few, see `digit_rows` | `digits` |
+| integer, scales along K and the same for all rows | float | likewise | `folded` |
 | integer, or 4 bits of another kind | any | 1 | `lanes`, if `jaxquant.ops.lanes.fits` |
 | anything else that is stored quantized | any | any | `blocks` |
 | fp8 or fp4, one scale per row | the same | any | `minifloat` |
@@ -19,6 +20,10 @@ returns the product ``[B, M, N]``, in float32 unless an operand is float64. On t
 
 `digits`
 : the same, with the activation as int8 digits, further rows of one int8 dot (`jaxquant.ops.digits`).
+
+`folded`
+: the same, with the scales as factors of the activation, in three digits. A cache of values with a scale per token is
+  such a weight.
 
 `lanes`
 : a loop over the weight's codes that decodes and multiplies (`jaxquant.ops.lanes`).
@@ -35,13 +40,14 @@ returns the product ``[B, M, N]``, in float32 unless an operand is float64. On t
 Float values are multiplied in float32; beside a bfloat16 or float16 activation in that dtype, with sums in float32,
 where that is fast and loses nothing that the float program would keep (`jaxquant.ops.floats`).
 
-Where XLA does not serve int8 dots (`jaxquant.ops.machine`), `lanes` and `blocks` take the place of `integer` and
-`digits`. Off the CPU XLA fuses the conversion into the dot, and float units are wide: products of integers are
-`integer`, one dot per group of 8 or more, and all others but `minifloat` are `dequantized`.
+Where XLA does not serve int8 dots (`jaxquant.ops.machine`), `lanes` and `blocks` take the place of `integer`,
+`digits` and `folded`. Off the CPU XLA fuses the conversion into the dot, and float units are wide: products of integers
+are `integer`, one dot per group of 8 or more, and all others but `minifloat` are `dequantized`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal
@@ -61,11 +67,13 @@ from jaxquant.ops.matrix import Matrix, Packed
 
 __all__ = ["Formulation", "choose", "digit_rows", "is_float", "product", "way"]
 
-Formulation = Literal["integer", "digits", "lanes", "blocks", "minifloat", "dequantized"]
+Formulation = Literal["integer", "digits", "folded", "lanes", "blocks", "minifloat", "dequantized"]
 Operand = Matrix | Packed | jax.Array
 
 _SHORTEST_GROUP = 8  # off the CPU, a loop of shorter int8 dots costs more than a float dot
 _LONG_GROUP = 1024  # on the CPU
+
+_FOLDED = lax.Precision.HIGHEST  # three digits
 
 _DIGIT_ROWS: dict[Int8, float] = {"tiles": float("inf"), "vectors": 48, "none": 0}
 
@@ -100,10 +108,13 @@ def choose(
     int8 = int8_dots()
     if int8 != "none" and integers and _group(x, w) >= min(_LONG_GROUP, w.shape[2]):
         return "integer"
-    if int8 != "none" and isinstance(x, jax.Array) and w.integer and w.groups == 1:
-        count = digit_count(precision)
-        if count * x.shape[1] <= digit_rows(int8, narrow=not is_highest(precision) and is_narrow("cpu", x.dtype)):
+    if int8 != "none" and isinstance(x, jax.Array) and w.integer:
+        narrow = not is_highest(precision) and is_narrow("cpu", x.dtype)
+        most = digit_rows(int8, narrow=narrow) / x.shape[1]
+        if w.groups == 1 and digit_count(precision) <= most:
             return "digits"
+        if isinstance(w, Matrix) and w.groups > 1 and w.scale.shape[1] == 1 and digit_count(_FOLDED) <= most:
+            return "folded"
     if trained:
         return "dequantized"
     return "lanes" if x.shape[1] == 1 and fits(w, exact=is_highest(precision)) else "blocks"
@@ -165,6 +176,25 @@ def _unpacked(w: Matrix | Packed) -> Matrix:
     return w.unpacked() if isinstance(w, Packed) else w
 
 
+def _folded(x: jax.Array, w: Matrix, precision: lax.PrecisionLike) -> jax.Array:
+    """A scale that does not depend on the row n of the weight is a factor of the activation, and codes are left:
+
+        sum_k x[m, k] (s[k] (c[n, k] - z[k]))  =  sum_k (x[m, k] s[k]) (c[n, k] - z[k])
+
+    Rows of x s have a wider range than those of x, for which two digits do; the third costs nothing at one row.
+    """
+    del precision
+    scale = _along(w.scale, w.shape[2])
+    zero_point = None if w.zero_point is None else _along(w.zero_point, w.shape[2])
+    codes = dataclasses.replace(w, scale=jnp.ones((1, 1, 1), w.scale.dtype), zero_point=zero_point)
+    return integer_blocks(x * scale, codes, _FOLDED)
+
+
+def _along(value: jax.Array, length: int) -> jax.Array:
+    """[..., G] as [..., K]."""
+    return jnp.repeat(value, length // value.shape[2], axis=2)
+
+
 def _minifloat(x: Matrix, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
     """fp8 and fp4 values are exact in bfloat16 and so are their products in float32."""
     del precision
@@ -187,6 +217,7 @@ def _dequantized(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.Preci
 _RUN: dict[str, Callable[..., jax.Array]] = {
     "integer": integer_blocks,
     "digits": integer_blocks,
+    "folded": _folded,
     "lanes": lanes,
     "blocks": float_blocks,
     "minifloat": _minifloat,

@@ -24,29 +24,38 @@ def dot(lhs: jax.Array, rhs: jax.Array, **kwargs: Any) -> jax.Array:
     return lax.dot_general(lhs, rhs, (((2,), (2,)), ((0,), (0,))), **kwargs)
 
 
-def _accumulate(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+def _accumulate(lhs: jax.Array, rhs: jax.Array, rows_last: bool) -> jax.Array:
     """int8 [B, M, K] x [B, N, K] -> int32 [B, M, N], on the path that XLA's CPU library serves.
 
     One row is off that path, so it is padded to two. The operand with many rows (the weight, at inference) goes left
     when the other has few; the barrier keeps XLA from turning transpose(dot(w, x)) back into dot(x, w), which is
-    slower.
+    slower. Not so where rhs is stored with its rows last: the path wants the left operand contraction-minor.
     """
     rows, columns = lhs.shape[1], rhs.shape[1]
-    int8 = functools.partial(dot, preferred_element_type=jnp.int32)
     if rows == 1:
         lhs = jnp.pad(lhs, ((0, 0), (0, 1), (0, 0)))
     if columns == 1:
         rhs = jnp.pad(rhs, ((0, 0), (0, 1), (0, 0)))
-    if rows <= _FEW_ROWS and rows <= columns:
-        out = jnp.swapaxes(lax.optimization_barrier(int8(rhs, lhs)), 1, 2)
+    if rows_last:
+        numbers = (((2,), (1,)), ((0,), (0,)))
+        out = lax.dot_general(lhs, jnp.swapaxes(rhs, 1, 2), numbers, preferred_element_type=jnp.int32)
+    elif rows <= _FEW_ROWS and rows <= columns:
+        out = jnp.swapaxes(lax.optimization_barrier(dot(rhs, lhs, preferred_element_type=jnp.int32)), 1, 2)
     else:
-        out = int8(lhs, rhs)
+        out = dot(lhs, rhs, preferred_element_type=jnp.int32)
     return out[:, :rows, :columns]
 
 
-def _corrected(lhs: jax.Array, rhs: jax.Array, lz: jax.Array | None, rz: jax.Array | None) -> jax.Array:
-    """sum_k (lhs - lz)(rhs - rz) in int32: exact whenever the result fits, since wrap-around cancels."""
-    out = _accumulate(lhs, rhs)
+def _corrected(
+    lhs: jax.Array, rhs: jax.Array, lz: jax.Array | None, rz: jax.Array | None, rows_last: bool
+) -> jax.Array:
+    """sum_k (lhs - lz)(rhs - rz) in int32: exact whenever the result fits, since wrap-around cancels.
+
+    ``rz`` is one per row, or where ``lz`` is None one per k for all rows.
+    """
+    out = _accumulate(lhs, rhs, rows_last)
+    if rz is not None and rz.shape[2] > 1:
+        return out - jnp.sum(lhs * rz, axis=2, keepdims=True)
     if rz is not None:
         rz = jnp.swapaxes(rz, 1, 2)
         out = out - rz * jnp.sum(lhs, axis=2, dtype=jnp.int32)[:, :, None]
@@ -79,15 +88,18 @@ def integer(lhs: Matrix, rhs: Matrix, combine: Callable[[jax.Array], jax.Array] 
     def part(start: Any, size: int) -> jax.Array:
         """Scaled product of ``size`` codes from ``start``, all in one group of either side."""
 
-        def at(x: Matrix, value: jax.Array) -> jax.Array:
-            if x.groups == 1:
+        def at(value: jax.Array) -> jax.Array:
+            if value.shape[2] == 1:
                 return value
-            return lax.dynamic_slice_in_dim(value, start // (k // x.groups), 1, axis=2)
+            run = k // value.shape[2]
+            return lax.dynamic_slice_in_dim(value, start // run, max(size // run, 1), axis=2)
 
-        codes = [x.codes if size == k else lax.dynamic_slice_in_dim(x.codes, start, size, axis=2) for x in (lhs, rhs)]
-        zeros = [None if x.zero_point is None else at(x, x.zero_point) for x in (lhs, rhs)]
-        out = _corrected(*codes, *zeros).astype(jnp.float32)
-        return combine(out * at(lhs, lhs.scale) * jnp.swapaxes(at(rhs, rhs.scale), 1, 2))
+        left, right = (
+            x.codes if size == k else lax.dynamic_slice_in_dim(x.codes, start, size, axis=2) for x in (lhs, rhs)
+        )
+        lz, rz = (None if x.zero_point is None else at(x.zero_point) for x in (lhs, rhs))
+        out = _corrected(left, right, lz, rz, rhs.rows_last).astype(jnp.float32)
+        return combine(out * at(lhs.scale) * jnp.swapaxes(at(rhs.scale), 1, 2))
 
     if group > limit:  # few, long cuts of unequal length
         cuts = [part(c + s, min(limit, group - s)) for c in range(0, k, group) for s in range(0, group, limit)]

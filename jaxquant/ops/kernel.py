@@ -19,6 +19,7 @@ __all__ = ["kernel"]
 _NAMES = {
     "integer": "int8",
     "digits": "int8 digits",
+    "folded": "int8 digits",
     "lanes": "float32 loop",
     "blocks": "{} blocks",
     "minifloat": "bfloat16",

@@ -121,6 +121,7 @@ class Matrix(_Quantized):
       zero_point: int32 (float for some imported tensors) of the scale's shape, or None.
       qtype: the number type.
       offset: real units added to each group, of the scale's shape, or None.
+      rows_last: whether the codes are those of an array [B, K, R].
     """
 
     codes: jax.Array
@@ -128,6 +129,7 @@ class Matrix(_Quantized):
     zero_point: jax.Array | None
     qtype: QType
     offset: jax.Array | None = None
+    rows_last: bool = False
     multiplier: ClassVar[None] = None
 
     @property
@@ -371,9 +373,9 @@ def matrix(x: QTensor, axes: Axes) -> Matrix | None:
     )
     if scale is None:
         return None
-    codes = axes.flatten(codes)
+    codes, rows_last = axes.flatten(codes), any(i in axes.rows for i in x.stored_order[-1:])
     if multiplier is not None:
-        return Matrix(_multiplied(codes.astype(jnp.int8), multiplier), scale, None, _TWO_LEVEL)
+        return Matrix(_multiplied(codes.astype(jnp.int8), multiplier), scale, None, _TWO_LEVEL, rows_last=rows_last)
     if qtype.kind == "int":
         if zero_point is not None and jnp.issubdtype(zero_point.dtype, jnp.integer):
             zero_point = zero_point.astype(jnp.int32)
@@ -383,7 +385,7 @@ def matrix(x: QTensor, axes: Axes) -> Matrix | None:
             qtype = _SHIFTED
         else:
             codes = codes.astype(jnp.int8)
-    return Matrix(codes, scale, zero_point, qtype, offset)
+    return Matrix(codes, scale, zero_point, qtype, offset, rows_last)
 
 
 def canonical(x: QTensor | jax.Array, axes: Axes) -> Matrix | Packed | jax.Array | None:

@@ -227,7 +227,7 @@ def test_scales_that_vary_within_a_group():
     for act in (spec_of("int8", "per_group"), spec_of("int8", "per_group", group=2, symmetric=False)):
         check_dot(x, w, numbers, spec=OpSpec(spec_of("int8"), act))
     q = quantize(w, spec_of("int8"), reduce_axes=(1,))  # scales along the contracted axes, by another op's choice
-    check_dot(x, q, numbers)  # in float, as groups of 1
+    check_dot(x, q, numbers)  # they go into the activation
     check_dot(x, q, numbers, spec=OpSpec(act=spec_of("int8")))
 
 
