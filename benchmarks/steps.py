@@ -6,7 +6,9 @@
 One process on one core, processor time, all contestants in turn (see measure.py); ratios are float32 time over time.
 
 - *decode*: 4 layers, width 2048, one token at batch 1 against a cache of 512, stored as [heads, tokens, width of a
-  head], in float32 or, for the row that says so, in int8 with one scale per token and head.
+  head], in float32 or, for the row that says so, in int8 with one scale per token and head and the values "by width".
+- *attention*: one token's attention to 2048 keys and values for each head and layer, and nothing else, with either of
+  them stored as [heads, tokens, width of a head] or as [heads, width of a head, tokens]: "by width".
 - *prefill*: the same layers on 256 tokens.
 - *train*: forward, backward and SGD of four dense layers of width 1024, batch 256, with quantization-aware training;
   ``temporaries`` are the bytes that the program keeps beside parameters, input and result.
@@ -37,6 +39,13 @@ import jaxquant as jq  # noqa: E402
 from jaxquant import OpSpec, QuantSpec, Rule, recipes  # noqa: E402
 
 HEAD = 64
+Layout = tuple[str, str]
+LAYOUTS: dict[str, Layout] = {
+    "": ("hkd", "hkd"),
+    ", keys by width": ("hdk", "hkd"),
+    ", values by width": ("hkd", "hdk"),
+    ", both by width": ("hdk", "hdk"),
+}
 
 
 def run(fn: Callable[..., Any], *args: Any) -> Callable[[], Any]:
@@ -63,19 +72,48 @@ def layer(p: Any, x: jax.Array, attend: Callable[..., jax.Array]) -> jax.Array:
     return x + jax.nn.gelu(norm(x) @ p["up"]) @ p["down"]
 
 
-def decode(params: Any, x: jax.Array, cache: Any) -> jax.Array:
-    """One token against a full cache; an int8 cache is a pair of QTensors per layer."""
+def cached(x: jax.Array, axes: str, *, int8: bool) -> Any:
+    """Keys or values [H, T, 64] with their axes, h, k and d, in this order; in int8 with one scale per token."""
+    x = jnp.einsum(f"hkd->{axes}", x)
+    return jq.quantize(x, QuantSpec("int8"), reduce_axes=(axes.index("d"),)).store(()) if int8 else x
+
+
+def decode(params: Any, x: jax.Array, cache: Any, layout: Layout = ("hkd", "hkd")) -> jax.Array:
+    """One token against a full cache of keys and values, arrays or QTensors, with these axes."""
 
     def attend(kv: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         keys, values = kv
-        scores = jq.ops.einsum("hqd,hkd->hqk", q, keys) * HEAD**-0.5
+        scores = jq.ops.einsum(f"hqd,{layout[0]}->hqk", q, keys) * HEAD**-0.5
         own = jnp.sum(q * k, axis=-1, keepdims=True) * HEAD**-0.5
         weights = jax.nn.softmax(jnp.concatenate([scores, own], axis=-1))
-        return jq.ops.einsum("hqk,hkd->hqd", weights[..., :-1], values) + weights[..., -1:] * v
+        return jq.ops.einsum(f"hqk,{layout[1]}->hqd", weights[..., :-1], values) + weights[..., -1:] * v
 
     for p, kv in zip(params, cache, strict=True):
         x = layer(p, x, functools.partial(attend, kv))
     return x
+
+
+def attention(width: int, layers: int, context: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """One token's attention to a cache, in float32 and in int8 with one scale per token, in every layout."""
+    rng = np.random.default_rng(0)
+
+    def normal(tokens: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal((width // HEAD, tokens, HEAD), np.float32))
+
+    q, cache = normal(1), [(normal(context), normal(context)) for _ in range(layers)]
+
+    def attend(layout: Layout, q: jax.Array, cache: Any) -> jax.Array:
+        for keys, values in cache:
+            weights = jax.nn.softmax(jq.ops.einsum(f"hqd,{layout[0]}->hqk", q, keys) * HEAD**-0.5)
+            q = q + jq.ops.einsum(f"hqk,{layout[1]}->hqd", weights, values)
+        return q
+
+    runs = {}
+    for int8 in (False, True):
+        for name, layout in LAYOUTS.items():
+            kept = [tuple(cached(a, axes, int8=int8) for a, axes in zip(kv, layout, strict=True)) for kv in cache]
+            runs[f"{'int8' if int8 else 'float32'}{name}"] = run(functools.partial(attend, layout), q, kept)
+    return {"attention": measure.interleaved(runs, rounds)}
 
 
 def prefill(params: Any, x: jax.Array) -> jax.Array:
@@ -101,8 +139,6 @@ def decoder(width: int, layers: int, tokens: int, context: int, rounds: int) -> 
     params = [{name: normal(*shape) for name, shape in shapes.items()} for _ in range(layers)]
     one, many = normal(1, width), normal(tokens, width)
     cache = [(normal(width // HEAD, context, HEAD), normal(width // HEAD, context, HEAD)) for _ in range(layers)]
-    int8 = functools.partial(jq.quantize, spec=QuantSpec("int8"), reduce_axes=(-1,))
-    small = [tuple(int8(a) for a in kv) for kv in cache]
     specs = {
         "W8A8": recipes.w8a8(),
         "W8A16": recipes.w8a16(),
@@ -116,7 +152,10 @@ def decoder(width: int, layers: int, tokens: int, context: int, rounds: int) -> 
         q = jq.quantize_params(params, plan)
         steps[name] = run(jq.quantized(decode, plan), q, one, cache)
         if name == "W8A8":
-            steps["W8A8, int8 cache"] = run(jq.quantized(decode, plan), q, one, small)
+            layout = LAYOUTS[", values by width"]
+            small = [tuple(cached(a, axes, int8=True) for a, axes in zip(kv, layout, strict=True)) for kv in cache]
+            turned = functools.partial(decode, layout=layout)
+            steps["W8A8, int8 cache"] = run(jq.quantized(turned, plan), q, one, small)
         fills[name] = run(jq.quantized(prefill, plan), q, many)
     return {"decode": measure.interleaved(steps, rounds), "prefill": measure.interleaved(fills, max(rounds // 2, 3))}
 
@@ -223,9 +262,10 @@ def main() -> None:
     args = parser.parse_args()
     width, layers, tokens, context = (512, 2, 64, 128) if args.short else (2048, 4, 256, 512)
     dense, size, rounds = (512, 1024, 5) if args.short else (1024, 4096, args.rounds)
-    tables = decoder(width, layers, tokens, context, rounds)
+    tables = decoder(width, layers, tokens, context, rounds) | attention(width, layers, 4 * context, rounds)
     tables |= training(dense, 4, 256, rounds) | quantizing(size, rounds)
-    sizes = f"decoder {layers} x {width}, cache {context}, prefill {tokens}; 4 x {dense} at batch 256; weight {size}"
+    sizes = f"decoder {layers} x {width}, cache {context}, attention {4 * context}, prefill {tokens}; "
+    sizes += f"4 x {dense} at batch 256; weight {size}"
     results = {"sizes": sizes, "machine": measure.machine(), "tables": tables}
     report = text(results)
     print(report)

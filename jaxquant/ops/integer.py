@@ -29,18 +29,20 @@ def _accumulate(lhs: jax.Array, rhs: jax.Array, rows_last: bool) -> jax.Array:
 
     One row is off that path, so it is padded to two. The operand with many rows (the weight, at inference) goes left
     when the other has few; the barrier keeps XLA from turning transpose(dot(w, x)) back into dot(x, w), which is
-    slower. Not so where rhs is stored with its rows last: the path wants the left operand contraction-minor.
+    slower. An operand that is stored with its rows last stays right, where the path takes it as it lies; XLA sees that
+    it lies so, but for stacks of matrices, where it is told.
     """
     rows, columns = lhs.shape[1], rhs.shape[1]
     if rows == 1:
         lhs = jnp.pad(lhs, ((0, 0), (0, 1), (0, 0)))
     if columns == 1:
         rhs = jnp.pad(rhs, ((0, 0), (0, 1), (0, 0)))
-    if rows_last:
+    few, batched = rows <= _FEW_ROWS and rows <= columns, lhs.shape[0] > 1
+    if few and not rows_last:
+        out = jnp.swapaxes(lax.optimization_barrier(dot(rhs, lhs, preferred_element_type=jnp.int32)), 1, 2)
+    elif few and batched:
         numbers = (((2,), (1,)), ((0,), (0,)))
         out = lax.dot_general(lhs, jnp.swapaxes(rhs, 1, 2), numbers, preferred_element_type=jnp.int32)
-    elif rows <= _FEW_ROWS and rows <= columns:
-        out = jnp.swapaxes(lax.optimization_barrier(dot(rhs, lhs, preferred_element_type=jnp.int32)), 1, 2)
     else:
         out = dot(lhs, rhs, preferred_element_type=jnp.int32)
     return out[:, :rows, :columns]
