@@ -162,8 +162,14 @@ def decoder(width: int, layers: int, tokens: int, context: int, rounds: int) -> 
 
 def kept(loss: Callable[..., jax.Array], params: Any, x: jax.Array) -> int:
     """Bytes that the backward pass is handed by the forward pass, parameters that it needs included."""
-    pull = jax.vjp(jax.jit(loss), params, x)[1]
-    return sum({id(leaf): leaf.nbytes for leaf in jax.tree.leaves(pull)}.values())
+    found = {}
+
+    def trace(params: Any, x: jax.Array) -> None:
+        pull = jax.vjp(jax.jit(loss), params, x)[1]
+        found.update({id(leaf): leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull)})
+
+    jax.eval_shape(trace, params, x)
+    return sum(found.values())
 
 
 def compared(title: str, loss: Callable[..., jax.Array], params: Any, x: jax.Array, rounds: int) -> dict[str, Any]:
@@ -261,11 +267,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=measure.RESULTS, metavar="DIR")
     args = parser.parse_args()
     width, layers, tokens, context = (512, 2, 64, 128) if args.short else (2048, 4, 256, 512)
-    dense, size, rounds = (512, 1024, 5) if args.short else (1024, 4096, args.rounds)
+    dense, depth, size, rounds = (512, 2, 1024, 5) if args.short else (1024, 4, 4096, args.rounds)
     tables = decoder(width, layers, tokens, context, rounds) | attention(width, layers, 4 * context, rounds)
-    tables |= training(dense, 4, 256, rounds) | quantizing(size, rounds)
+    tables |= training(dense, depth, 256, rounds) | quantizing(size, rounds)
     sizes = f"decoder {layers} x {width}, cache {context}, attention {4 * context}, prefill {tokens}; "
-    sizes += f"4 x {dense} at batch 256; weight {size}"
+    sizes += f"{depth} x {dense} at batch 256; weight {size}"
     results = {"sizes": sizes, "machine": measure.machine(), "tables": tables}
     report = text(results)
     print(report)
