@@ -1,8 +1,8 @@
 """Speed of one matrix product, activation [M, K] times weight [K, N], for every scheme, beside the alternatives.
 
     python benchmarks/matmul.py            # K = N = 4096, M = 1, 8, 32, 256: two minutes
-    python benchmarks/matmul.py --short    # K = N = 2048, M = 1, 32: under a minute
-    python benchmarks/matmul.py --peers    # and qwix, AQT, PyTorch and ONNX Runtime, those of them that are installed
+    python benchmarks/matmul.py --short    # K = N = 2048, M = 1, 32: a quarter of a minute
+    python benchmarks/matmul.py --peers    # and qwix, AQT, PyTorch, torchao and ONNX Runtime, where installed
     python benchmarks/matmul.py --dtype bfloat16    # activation and weight are bfloat16, results float32
 
 One process on one core, processor time, all contestants in turn (see measure.py). The table holds the time of XLA's own
