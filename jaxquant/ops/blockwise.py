@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.ops.digits import digit_count, digit_matrix, digits
-from jaxquant.ops.floats import float_dot
+from jaxquant.ops.floats import float_dot, is_exact
 from jaxquant.ops.matrix import Matrix, Packed
 
 __all__ = ["BLOCKS", "LARGEST", "SMALLEST", "by_blocks", "float_blocks", "in_branch", "integer_blocks", "total"]
@@ -39,9 +39,11 @@ def integer_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.Pre
     ]
 
     def multiply(block: Matrix | Packed, b: Any, _: Any) -> jax.Array:
-        planes = block.int8()
-        unpacked = lax.optimization_barrier([plane.codes for plane in planes])
-        planes = [Matrix(codes, p.scale, p.zero_point, p.qtype) for codes, p in zip(unpacked, planes, strict=True)]
+        def unpacked() -> list[jax.Array]:
+            return [plane.codes for plane in block.int8()]
+
+        codes = in_branch(block.stored, unpacked) if block.planes == 1 else lax.optimization_barrier(unpacked())
+        planes = [Matrix(c, p.scale, p.zero_point, p.qtype) for c, p in zip(codes, block.int8(), strict=True)]
         rows = [part.block(b, block.shape[0], 0, part.shape[1]) for part in parts]
         return total(digits(x, plane, count) for x, plane in zip(rows, planes, strict=True))
 
@@ -55,7 +57,11 @@ def float_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.Preci
     to two. With more rows arithmetic counts, and the activation goes left. The barriers keep the decoded block in one
     piece (or it would be decoded once per use) and the weight on its side.
     """
-    x = x.values(jnp.float32) if isinstance(x, Matrix) else x
+    factor = None
+    if isinstance(x, Matrix) and is_exact(x, w):
+        (x,), factor = x.unscaled(jnp.bfloat16)
+    elif isinstance(x, Matrix):
+        x = x.values(jnp.float32)
     rows, columns = x.shape[1], w.shape[1]
     padded = _two_rows(x)
     parts = [padded[:, :, i :: w.planes] for i in range(w.planes)]
@@ -74,7 +80,8 @@ def float_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.Preci
         out = out[:, :rows, :columns]
         return out if scale is None else out * jnp.swapaxes(scale, 1, 2)
 
-    return by_blocks(x, w, multiply)
+    out = by_blocks(x, w, multiply)
+    return out if factor is None else out * factor
 
 
 def _decoded(block: Matrix | Packed, dtype: Any) -> tuple[list[jax.Array], jax.Array | None]:
@@ -83,7 +90,7 @@ def _decoded(block: Matrix | Packed, dtype: Any) -> tuple[list[jax.Array], jax.A
     Codes that cross bytes and scales in fp8 are decoded on their own; fused, they are slow.
     """
     in_fp8 = block.multiplier is not None and block.multiplier.dtype != jnp.int8
-    apart = block.bytes if isinstance(block, Packed) and (block.planes == 1 or in_fp8) else None
+    apart = block.stored if isinstance(block, Packed) and (block.planes == 1 or in_fp8) else None
     if jnp.dtype(dtype).itemsize == 2 and block.one_scale:
         return block.unscaled(dtype) if apart is None else in_branch(apart, lambda: block.unscaled(dtype))
     if apart is None:
@@ -122,10 +129,9 @@ def by_blocks(x: jax.Array, w: Matrix | Packed, multiply: Callable[[Any, Any, An
     nb = _cut(b, max(elements // (n * k), 1), 1)
     steps = (-(-b // nb), -(-n // nr))
     if steps == (1, 1):
-        return multiply(w, 0, 0)
-    stored = w.codes if isinstance(w, Matrix) else w.bytes
+        return multiply(w.block(0, b, 0, n), 0, 0)
     # Zeros that vary over devices as the operands do.
-    zeros = (x[:, :, :1] * 0).astype(jnp.float32) + jnp.swapaxes(stored[:, :, :1] * 0, 1, 2).astype(jnp.float32)
+    zeros = (x[:, :, :1] * 0).astype(jnp.float32) + jnp.swapaxes(w.stored[:, :, :1] * 0, 1, 2).astype(jnp.float32)
 
     def step(i: Any, out: jax.Array) -> jax.Array:
         at_b, at_r = jnp.minimum(i // steps[1] * nb, b - nb), jnp.minimum(i % steps[1] * nr, n - nr)

@@ -23,7 +23,7 @@ from jaxquant.ops.digits import is_highest
 from jaxquant.ops.machine import bfloat16_dots
 from jaxquant.ops.matrix import Matrix, Packed
 
-__all__ = ["float_dot", "float_dtype", "is_narrow"]
+__all__ = ["float_dot", "float_dtype", "is_exact", "is_narrow"]
 
 _NARROW = (jnp.bfloat16, jnp.float16)
 _ROUNDED_ROWS = 24  # with fewer, to round a block of the weight costs more than the product gains
@@ -32,6 +32,11 @@ _ROUNDED_ROWS = 24  # with fewer, to round a block of the weight costs more than
 def is_narrow(platform: str, dtype: Any) -> bool:
     """Whether products in a dtype of two bytes are fast."""
     return dtype in _NARROW if platform != "cpu" else dtype == jnp.bfloat16 and bfloat16_dots()
+
+
+def is_exact(x: Matrix, w: Matrix | Packed) -> bool:
+    """Whether a CPU multiplies both in bfloat16, exactly, with a scale for each row of either side on the sums."""
+    return x.one_scale and w.one_scale and x.shape[1] > 1 and is_narrow("cpu", jnp.bfloat16)
 
 
 def float_dtype(platform: str, x: Any, w: Matrix | Packed, precision: lax.PrecisionLike, dtype: Any) -> Any:
@@ -45,7 +50,7 @@ def float_dtype(platform: str, x: Any, w: Matrix | Packed, precision: lax.Precis
       dtype: of the float product, as the operands' own dtypes have it.
     """
     if not isinstance(x, jax.Array):
-        return w.scale.dtype
+        return jnp.bfloat16 if platform == "cpu" and is_exact(x, w) else w.scale.dtype
     if jnp.float64 in (x.dtype, w.scale.dtype):
         return jnp.float64
     default = not is_highest(precision) and not isinstance(precision, lax.DotAlgorithm | lax.DotAlgorithmPreset)

@@ -11,7 +11,6 @@ returns the product ``[B, M, N]``, in float32 unless an operand is float64. On t
 | integer, scales along K and the same for all rows | float | likewise | `folded` |
 | integer, or 4 bits of another kind | any | 1 | `lanes`, if `jaxquant.ops.lanes.fits` |
 | anything else that is stored quantized | any | any | `blocks` |
-| fp8 or fp4, one scale per row | the same | any | `minifloat` |
 | float64 operands; what is quantized on the way | | | `dequantized` |
 
 `integer`
@@ -32,7 +31,8 @@ returns the product ``[B, M, N]``, in float32 unless an operand is float64. On t
 : float dots with blocks of rows that are dequantized one at a time (`jaxquant.ops.blockwise`).
 
 `minifloat`
-: a bfloat16 dot, exact products, float32 accumulation.
+: a bfloat16 dot of fp8 or fp4 with one scale per row on either side: exact products, float32 accumulation. Off the CPU,
+  and in training.
 
 `dequantized`
 : a float dot of the dequantized operands.
@@ -60,7 +60,7 @@ from jaxquant.core.codec import values_of
 from jaxquant.ops.blockwise import float_blocks, integer_blocks
 from jaxquant.ops.digits import digit_count, is_highest
 from jaxquant.ops.floats import float_dot, float_dtype, is_narrow
-from jaxquant.ops.integer import common_group, dot
+from jaxquant.ops.integer import common_group
 from jaxquant.ops.lanes import fits, lanes
 from jaxquant.ops.machine import Int8, int8_dots
 from jaxquant.ops.matrix import Matrix, Packed
@@ -100,7 +100,7 @@ def choose(
       trained: whether the weight is a float array that is quantized on the way, and its real values cost nothing.
     """
     operands, wide = (x, w), any(_scale_dtype(v) == jnp.float64 for v in (x, w))
-    if _both(operands, lambda v: v.minifloat) and not wide:
+    if _both(operands, lambda v: v.minifloat) and not wide and (trained or platform != "cpu"):
         return "minifloat"
     integers = _both(operands, lambda v: v.integer)
     if platform != "cpu" or wide:
@@ -199,8 +199,8 @@ def _minifloat(x: Matrix, w: Matrix | Packed, precision: lax.PrecisionLike) -> j
     """fp8 and fp4 values are exact in bfloat16 and so are their products in float32."""
     del precision
     w = _unpacked(w)
-    values = (values_of(v.codes, v.qtype, jnp.bfloat16) for v in (x, w))
-    return dot(*values, preferred_element_type=jnp.float32) * x.scale * jnp.swapaxes(w.scale, 1, 2)
+    left, right = (values_of(v.codes, v.qtype, jnp.bfloat16) for v in (x, w))
+    return float_dot(left, right) * x.scale * jnp.swapaxes(w.scale, 1, 2)
 
 
 def _dequantized(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:

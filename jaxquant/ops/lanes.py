@@ -14,7 +14,8 @@ A second row of the activation would be a second loop, and a block in float32 is
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ LANES = "jaxquant_lanes"
 """What the compiled program calls these loops."""
 
 _TERMS = 64
+_EXACT = 2.0**-24
 
 
 def fits(w: Matrix | Packed, *, exact: bool) -> bool:
@@ -40,8 +42,8 @@ def fits(w: Matrix | Packed, *, exact: bool) -> bool:
 
     Values of a table that are no multiples of one number are rounded to 16 bits, 1e-5 of their norm for nf4.
     """
-    grid = _grid(w.qtype)
-    return grid is not None and (not exact or grid[2]) and _lane_count(w)[0] is not None
+    numbers = _numbers(w.qtype)
+    return numbers is not None and (numbers.exact or not exact) and _lane_count(w)[0] is not None
 
 
 def lanes(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
@@ -84,33 +86,64 @@ def _lane_count(w: Matrix | Packed) -> tuple[int | None, int, int]:
     return min(cuts, key=lambda n: abs(n - best), default=None), length, group
 
 
+class _Numbers(NamedTuple):
+    """How codes become numbers that a loop turns into float32 in an instruction or two; times a unit they are values.
+
+    Attributes:
+      of: numbers of codes, or None where codes are the numbers.
+      unit: what they are multiplied by.
+      exact: whether that gives the values, and not something close.
+    """
+
+    of: Callable[[jax.Array], jax.Array] | None
+    unit: float
+    exact: bool
+
+
 @functools.cache
-def _grid(qtype: QType) -> tuple[np.ndarray | None, float, bool] | None:
-    """A grid as whole numbers (None: the codes are those) times a unit, and whether that is exact."""
+def _numbers(qtype: QType) -> _Numbers | None:
+    """Integers as they are, fp8 as float16, and 4-bit grids as whole numbers; None for the other types."""
     if qtype.kind == "int":
-        return None, 1.0, True
+        return _Numbers(None, 1.0, True)
+    if qtype.kind == "float" and qtype.bits == 8:
+        return _Numbers(functools.partial(_halves, qtype), 2.0 ** (15 - 1 + qtype.min_exponent), True)
     if qtype.bits > 4:
         return None
     codes = np.arange(1 << qtype.bits, dtype=np.uint8)
     grid = np.asarray(qtype.table if qtype.element is None else codes.view(qtype.element), np.float64)
     reach = np.abs(grid).max()
-    for dtype, counts in ((np.int8, np.arange(1, 128)), (np.int16, np.arange(1, 1 << 15))):
+
+    def nearest(counts: np.ndarray) -> tuple[np.ndarray, float, float]:
+        """Of grids of so many steps up to the largest magnitude: whole numbers, the unit, and the error."""
         whole = np.rint(grid * counts[:, None] / reach)
         errors = np.abs(whole * reach / counts[:, None] - grid).max(axis=1)
         found = int(errors.argmin())
-        exact = bool(errors[found] <= 2**-24 * reach)
-        if exact or dtype is np.int16:
-            return whole[found].astype(dtype), float(reach / counts[found]), exact
-    raise AssertionError
+        return whole[found], reach / counts[found], errors[found] / reach
+
+    whole, unit, error = nearest(np.arange(1, 128))
+    dtype = np.int8 if error <= _EXACT else np.int16
+    if dtype is np.int16:
+        whole, unit, error = nearest(np.arange(1, 1 << 15))
+    return _Numbers(functools.partial(chosen, table=whole.astype(dtype)), float(unit), bool(error <= _EXACT))
+
+
+def _halves(qtype: QType, codes: jax.Array) -> jax.Array:
+    """fp8 patterns as float16 of 2 ** (exponent bias 15 - its own) times less: its exponent and mantissa, moved."""
+    bits = codes.astype(jnp.uint16)
+    magnitude = bits & 0x7F
+    half = (magnitude << (10 - qtype.mantissa_bits)) | ((bits & 0x80) << 8)
+    if qtype.mantissa_bits == 3:  # no infinities: all ones are NaN
+        half = jnp.where(magnitude == 0x7F, jnp.uint16(0x7E00), half)
+    return lax.bitcast_convert_type(half, jnp.float16)
 
 
 def _scaled(block: Matrix | Packed, levels: list[jax.Array], parts: list[jax.Array]) -> jax.Array:
     """``sum_k s q x`` of a block, [nb, 1, nr]; ``levels`` are factors of the scale, [nb or 1, G, nr or 1]."""
-    grid = _grid(block.qtype)
+    numbers = _numbers(block.qtype)
     count, length, group = _lane_count(block)
-    assert grid is not None
+    assert numbers is not None
     assert count is not None
-    codes, scale = _apart(block, levels, *grid[:2])
+    codes, scale = _apart(block, levels, numbers)
     steps = length // count
     chunk = max(n for n in range(1, _TERMS + 1) if steps % n == 0)
     chunk = steps if chunk < _TERMS // 4 else chunk
@@ -151,22 +184,20 @@ def _scaled(block: Matrix | Packed, levels: list[jax.Array], parts: list[jax.Arr
     return out[0, :, 0].reshape(sums.shape[0], 1, sums.shape[1])
 
 
-def _apart(
-    block: Matrix | Packed, levels: list[jax.Array], table: np.ndarray | None, unit: float
-) -> tuple[list[jax.Array], jax.Array]:
-    """The block's codes as whole numbers in planes, and its scales, [nb or 1, G, nr or 1].
+def _apart(block: Matrix | Packed, levels: list[jax.Array], numbers: _Numbers) -> tuple[list[jax.Array], jax.Array]:
+    """The numbers of the block's codes in planes, and its scales, [nb or 1, G, nr or 1].
 
     In a branch: fused into the loop, selects and conversions would be done one element at a time.
     """
 
     def unpacked() -> tuple[list[jax.Array], jax.Array]:
-        planes = block.code_planes()
         scale = functools.reduce(jnp.multiply, (level.astype(jnp.float32) for level in levels))
-        return planes if table is None else [chosen(codes, table) for codes in planes], scale * unit
+        planes = block.code_planes()
+        return planes if numbers.of is None else [numbers.of(codes) for codes in planes], scale * numbers.unit
 
-    if isinstance(block, Matrix) and table is None:
+    if isinstance(block, Matrix) and numbers.of is None:
         return [block.codes], levels[0]
-    return in_branch(block.codes if isinstance(block, Matrix) else block.bytes, unpacked)
+    return in_branch(block.stored, unpacked)
 
 
 def _shift(w: Matrix | Packed) -> jax.Array | None:

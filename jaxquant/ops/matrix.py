@@ -19,6 +19,7 @@ from jaxquant.core.codec import from_bits, values_of
 from jaxquant.core.packing import unpack
 from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.core.qtypes import QType
+from jaxquant.ops.trained import TrainedTensor
 
 __all__ = ["Axes", "Matrix", "Packed", "canonical", "matrix", "packed"]
 
@@ -102,6 +103,9 @@ class _Quantized:
         """
 
         def cut(value: Any) -> Any:
+            if value.dtype.itemsize == 1 and jnp.issubdtype(value.dtype, jnp.floating):
+                # XLA's CPU backend would widen the array to cut it, or copy it outside the loop over blocks.
+                value = lax.bitcast_convert_type(lax.optimization_barrier((value, b, r))[0], jnp.uint8)
             for axis, (start, size) in enumerate(((b, nb), (r, nr))):
                 if value.shape[axis] not in (1, size):
                     value = lax.dynamic_slice_in_dim(value, start, size, axis)
@@ -116,7 +120,8 @@ class Matrix(_Quantized):
     """A quantized matrix, or a stack of them.
 
     Attributes:
-      codes: [B, R, K]; int8 for integer types (unsigned 8-bit codes are shifted by 128), else the type's own codes.
+      codes: [B, R, K]; int8 for integer types (unsigned 8-bit codes are shifted by 128), else the type's own codes. A
+        block has the patterns of fp8, in uint8.
       scale: [B or 1, R or 1, G]: real scales, one per group of K / G consecutive codes; float32 (float64 if it was).
       zero_point: int32 (float for some imported tensors) of the scale's shape, or None.
       qtype: the number type.
@@ -144,6 +149,11 @@ class Matrix(_Quantized):
         """[B, R, K]."""
         b, r, k = self.codes.shape
         return b, r, k
+
+    @property
+    def stored(self) -> jax.Array:
+        """Its codes as they are stored, [B, R, codes or bytes]."""
+        return self.codes
 
     @property
     def planes(self) -> int:
@@ -195,7 +205,7 @@ def _real(codes: jax.Array, scale: Any, zero_point: Any, offset: Any, qtype: QTy
 
 @dataclasses.dataclass(frozen=True)
 class Packed(_Quantized):
-    """A quantized matrix, or a stack of them, whose codes are packed: see `jaxquant.core.packing`.
+    """A quantized matrix, or a stack of them, as it is stored: packed (see `jaxquant.core.packing`), or in uint8.
 
     Codes of 1, 2 or 4 bits are taken out in planes: a plane is one AND and one shift of the bytes. For 4 bits, the
     even elements of K are one plane and the odd ones the other, and what they are multiplied with is cut alike.
@@ -229,6 +239,11 @@ class Packed(_Quantized):
         return self.bytes.shape[0], self.bytes.shape[1], self.length
 
     @property
+    def stored(self) -> jax.Array:
+        """As for `Matrix`."""
+        return self.bytes
+
+    @property
     def planes(self) -> int:
         """As for `Matrix`."""
         return _planes(self.qtype)
@@ -244,6 +259,9 @@ class Packed(_Quantized):
     def int8(self) -> list[Matrix]:
         """As for `Matrix`, for integer types; the multipliers of two-level scales are part of the codes."""
         qtype = self.qtype
+        if qtype.bits == 8:
+            codes, zero_point = _shifted_by_128(self.bytes, self.zero_point, self.scale)
+            return [Matrix(codes, self.scale, zero_point, _SHIFTED, self.offset)]
         planes = [codes.astype(jnp.int8) for codes in self.code_planes()]
         multiplier = self.multiplier
         if multiplier is not None:
@@ -272,11 +290,17 @@ class Packed(_Quantized):
         if self.qtype.kind == "int":
             planes = self.int8()
             codes = self._interleaved([plane.codes for plane in planes])
-            return Matrix(codes, self.scale, self.zero_point, planes[0].qtype, self.offset)
+            return dataclasses.replace(planes[0], codes=codes)
         return Matrix(self._interleaved(self.code_planes()), self.scales, self.zero_point, self.qtype, self.offset)
 
     def _interleaved(self, planes: list[jax.Array]) -> jax.Array:
         return planes[0] if len(planes) == 1 else jnp.stack(planes, axis=-1).reshape(self.shape)
+
+
+def _shifted_by_128(codes: jax.Array, zero_point: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """uint8 codes and their zero point in int8: codes of eight bits without a sign are off XLA's fast path."""
+    zero_point = jnp.full(scale.shape, -128, jnp.int32) if zero_point is None else zero_point - 128
+    return (codes ^ jnp.uint8(128)).astype(jnp.int8), zero_point
 
 
 def _planes(qtype: QType) -> int:
@@ -338,18 +362,24 @@ def _stored_levels(x: QTensor, axes: Axes) -> tuple[jax.Array, jax.Array | None]
 
 
 def packed(x: Any, axes: Axes) -> Packed | None:
-    """A packed QTensor in canonical form, as it is stored; None if it is not packed along what is contracted."""
-    if not isinstance(x, QTensor) or x.length is None or not axes.contract or x.permutation is not None:
+    """A packed QTensor, or one of unsigned codes of 8 bits, in canonical form as it is stored.
+
+    None for another, or if what is contracted is not what is stored last.
+    """
+    if not isinstance(x, QTensor) or not axes.contract or x.permutation is not None:
+        return None
+    unsigned = x.type.kind == "int" and x.codes.dtype == jnp.uint8 and not isinstance(x, TrainedTensor)
+    if x.length is None and not unsigned:
         return None
     stored, n = x.stored_order, len(axes.contract)
-    if stored[-n:] != axes.contract or x.length * x.type.bits % 8:
+    length = math.prod(x.shape[i] for i in axes.contract)
+    if stored[-n:] != axes.contract or (x.length or length) * x.type.bits % 8:
         return None
     scale, multiplier = _stored_levels(x, axes)
     scale = _per_group(scale, x.shape, axes)
     multiplier = None if multiplier is None else _per_group(multiplier, x.shape, axes)
     zero_point = None if x.zero_point is None else _per_group(x.zero_point, x.shape, axes)
     offset = None if x.offset is None else _per_group(flat(x.offset), x.shape, axes)
-    length = math.prod(x.shape[i] for i in axes.contract)
     cuts = [v.shape[2] for v in (scale, multiplier, zero_point, offset) if v is not None]
     if scale is None or any(length // groups % _planes(x.type) for groups in cuts):
         return None
@@ -380,8 +410,7 @@ def matrix(x: QTensor, axes: Axes) -> Matrix | None:
         if zero_point is not None and jnp.issubdtype(zero_point.dtype, jnp.integer):
             zero_point = zero_point.astype(jnp.int32)
         if codes.dtype == jnp.uint8 and qtype.bits == 8:  # u8 operands fall off the fast path: shift to s8
-            codes = (codes ^ jnp.uint8(128)).astype(jnp.int8)
-            zero_point = jnp.full(scale.shape, -128, jnp.int32) if zero_point is None else zero_point - 128
+            codes, zero_point = _shifted_by_128(codes, zero_point, scale)
             qtype = _SHIFTED
         else:
             codes = codes.astype(jnp.int8)

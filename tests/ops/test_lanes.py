@@ -13,6 +13,7 @@ from ops_reference import INTEGER, MATMUL, dot_error, error, quantized, real, sl
 
 import jaxquant as jq
 from jaxquant import OpSpec, ops, recipes
+from jaxquant.core.codec import values_of
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.ops import formulation, lanes
 from jaxquant.ops.matrix import Axes, canonical
@@ -31,6 +32,9 @@ SPECS = {
     "iq4_nl": spec_of("iq4_nl", "per_group", group=32),
     "mxfp4": recipes.mxfp4().weight,
     "nvfp4": recipes.nvfp4().weight,
+    "float8_e4m3fn": spec_of("float8_e4m3fn", "per_group", group=64),
+    "float8_e5m2": spec_of("float8_e5m2"),
+    "mxfp8": spec_of("mxfp8"),
     "nf4 by channel": spec_of("nf4", "per_channel"),
 }
 
@@ -72,11 +76,27 @@ def test_highest_is_exact(name):
 def test_grids_are_whole_numbers(name):
     """Whole numbers times a unit, in 16 bits: exact but for nf4."""
     qtype = QTYPES[name]
-    whole, unit, exact = lanes._grid(qtype)
-    values = np.asarray(jq.core.codec.values_of(jnp.arange(16, dtype=jnp.uint8), qtype), np.float64)
-    np.testing.assert_allclose(whole * unit, values, rtol=0, atol=(1 / 65534 if name == "nf4" else 2**-24) * qtype.qmax)
+    of, unit, exact = lanes._numbers(qtype)
+    codes = jnp.arange(16, dtype=jnp.uint8)
+    whole, values = of(codes), np.asarray(values_of(codes, qtype), np.float64)
+    np.testing.assert_allclose(
+        np.asarray(whole, np.float64) * unit, values, rtol=0, atol=(1 / 65534 if name == "nf4" else 2**-24) * qtype.qmax
+    )
     assert exact == (name != "nf4")
     assert whole.dtype == (np.int16 if qtype.kind == "table" and name != "iq4_nl" else np.int8)
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_every_pattern_of_fp8(name):
+    """As XLA converts it, and as float16 times a unit: with subnormals, infinities, NaN and the sign of zero."""
+    qtype, patterns = QTYPES[name], jnp.arange(256, dtype=jnp.uint8)
+    of, unit, _ = lanes._numbers(qtype)
+    want = np.asarray(patterns).view(qtype.code_dtype).astype(np.float32)
+    for got in (values_of(patterns, qtype), of(patterns).astype(jnp.float32) * unit):
+        np.testing.assert_array_equal(got, want)
+        finite = ~np.isnan(want)
+        np.testing.assert_array_equal(np.signbit(got)[finite], np.signbit(want)[finite])
 
 
 @pytest.mark.every
@@ -86,7 +106,7 @@ def test_what_fits():
     assert choice(quantized(jnp.ones((1024, 4)), spec_of("int4", "per_group", group=16))) == "lanes"
     assert choice(quantized(jnp.ones((104, 4)), spec_of("int4", "per_group", group=8))) == "blocks"
     assert choice(quantized(jnp.ones((1022, 4)), spec_of("int4", "per_group", group=14))) == "blocks"
-    assert choice(quantized(jnp.ones((1024, 4)), spec_of("mxfp8"))) == "blocks"
+    assert choice(quantized(jnp.ones((1024, 4)), spec_of("dynamic8", "per_group", group=64))) == "blocks"
     assert choice(quantized(jnp.ones((1024, 4)), spec_of("int8"))) == "digits"
 
 
