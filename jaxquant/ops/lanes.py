@@ -38,11 +38,12 @@ _EXACT = 2.0**-24
 
 
 def fits(w: Matrix | Packed, *, exact: bool) -> bool:
-    """Whether a weight has codes and groups for these loops; ``exact``: whether its values must not be rounded.
+    """Whether a weight has codes (stored with K last) and groups for these loops.
 
-    Values of a table that are no multiples of one number are rounded to 16 bits, 1e-5 of their norm for nf4.
+    ``exact``: and its values must not be rounded. Those of a table that are no multiples of one number are rounded to
+    16 bits, 1e-5 of their norm for nf4.
     """
-    numbers = _numbers(w.qtype)
+    numbers = None if w.rows_last else _numbers(w.qtype)
     return numbers is not None and (numbers.exact or not exact) and _lane_count(w)[0] is not None
 
 

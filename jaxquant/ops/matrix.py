@@ -73,6 +73,7 @@ class _Quantized:
     qtype: QType
     offset: jax.Array | None
     multiplier: Any
+    rows_last: bool
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
@@ -225,6 +226,7 @@ class Packed(_Quantized):
     multiplier: jax.Array | None
     qtype: QType
     length: int
+    rows_last: ClassVar[bool] = False
 
     @property
     def groups(self) -> int:

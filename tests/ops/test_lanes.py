@@ -108,6 +108,8 @@ def test_what_fits():
     assert choice(quantized(jnp.ones((1022, 4)), spec_of("int4", "per_group", group=14))) == "blocks"
     assert choice(quantized(jnp.ones((1024, 4)), spec_of("dynamic8", "per_group", group=64))) == "blocks"
     assert choice(quantized(jnp.ones((1024, 4)), spec_of("int8"))) == "digits"
+    assert choice(quantized(jnp.ones((1024, 4)), spec_of("float8_e4m3fn"))) == "lanes"
+    assert choice(quantized(jnp.ones((1024, 4)), spec_of("float8_e4m3fn"), (-1,))) == "blocks"  # rows last
 
 
 @pytest.mark.parametrize("name", ["int8", "w4 two-level"])
