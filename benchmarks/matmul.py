@@ -49,15 +49,9 @@ SCHEMES: dict[str, tuple[OpSpec, lax.Precision | None]] = {
     "W4A8 f32 group 128": (OpSpec(GROUP, QuantSpec("int8")), None),
     "nf4 block 64": (recipes.nf4(64), None),
     "mxfp4": (recipes.mxfp4(), None),
-}
-# The aims at M = 1, 8, 32, 256 on a CPU with AMX.
-WANTED = {
-    "W8A8 dynamic": (5, 15, 20, 8),
-    "W8A16": (5, 15, 12, 4),
-    "W8A16 HIGHEST": (5, 15, 8, 2.5),
-    "W4A16 two-level": (3.5, 8, 8, 2.8),
-    "W4A16 f32 group 128": (3, 4.5, 2.8, 2.5),
-    "nf4 block 64": (2, 3, 2, 2),
+    "nvfp4": (recipes.nvfp4(), None),
+    "fp8 weights": (OpSpec(QuantSpec("float8_e4m3fn")), None),
+    "fp8": (recipes.fp8(), None),
 }
 
 
@@ -80,6 +74,18 @@ def compiled(fn: Callable[..., jax.Array], *args: Any, exact: np.ndarray | None 
     return Contestant(
         lambda: jax.block_until_ready(program(*args)), error, program.memory_analysis().temp_size_in_bytes
     )
+
+
+def bare(m: int, size: int) -> Iterator[tuple[str, Contestant]]:
+    """XLA's dots of codes and nothing else, laid out as they are fastest: what there is to gain on this machine."""
+    rng = np.random.default_rng(1)
+    w, x = (jnp.asarray(rng.integers(-127, 128, (n, size)), jnp.int8) for n in (size, max(m, 2)))
+    left, right = (w, x) if m <= 48 else (x, w)
+    for dtype, result in ((jnp.int8, jnp.int32), (jnp.bfloat16, jnp.float32)):
+        dot = functools.partial(
+            lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())), preferred_element_type=result
+        )
+        yield f"XLA {jnp.dtype(dtype).name} dot, bare", compiled(dot, left.astype(dtype), right.astype(dtype))
 
 
 def ours(x: jax.Array, quantized: dict[str, Any]) -> Iterator[tuple[str, Contestant]]:
@@ -130,7 +136,7 @@ def main() -> None:
             x = x.astype(args.dtype)
             wide = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
             contestants |= {NARROW: compiled(wide, x, given), PLAIN: compiled(lambda x, w: x @ w, x, given)}
-        contestants |= dict(ours(x, quantized))
+        contestants |= dict(bare(m, size)) | dict(ours(x, quantized))
         if peers is not None:
             contestants |= {name: Contestant(run) for name, run in peers(np.asarray(x)).items()}
         times = measure.interleaved({name: c.run for name, c in contestants.items()}, rounds)

@@ -103,8 +103,8 @@ class _Quantized:
         An axis of size 1 is one for all.
         """
 
-        def cut(value: Any) -> Any:
-            if value.dtype.itemsize == 1 and jnp.issubdtype(value.dtype, jnp.floating):
+        def cut(name: str, value: jax.Array) -> jax.Array:
+            if name == "codes" and jnp.issubdtype(value.dtype, jnp.floating):
                 # XLA's CPU backend would widen the array to cut it, or copy it outside the loop over blocks.
                 value = lax.bitcast_convert_type(lax.optimization_barrier((value, b, r))[0], jnp.uint8)
             for axis, (start, size) in enumerate(((b, nb), (r, nr))):
@@ -113,7 +113,8 @@ class _Quantized:
             return value
 
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{name: cut(v) for name, v in fields.items() if isinstance(v, jax.Array)})
+        cuts = {name: cut(name, value) for name, value in fields.items() if isinstance(value, jax.Array)}
+        return dataclasses.replace(self, **cuts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,6 +64,15 @@ def test_values(name, k, n):
         assert dot_error(got, xs, ws, MATMUL) < INTEGER
 
 
+@pytest.mark.every
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "uint8"])
+def test_blocks_of_bytes(name):
+    """Three rows are multiplied by blocks: scales in fp8 beside codes in fp8, which are decoded from patterns."""
+    q, x = quantized(unequal(12, (384, 5)), SPECS[name]), unequal(13, (3, 384))
+    assert choice(q, m=3) == "blocks"
+    assert dot_error(jax.jit(product)(x, q), real(x), real(q), MATMUL) < INTEGER
+
+
 @pytest.mark.parametrize("name", ["nf4", "int4", "fp4"])
 def test_highest_is_exact(name):
     q, x = quantized(unequal(3, (384, 20)), SPECS[name]), unequal(4, (1, 384))
