@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,9 @@ from jaxquant.ops.operands import (
     wide_values,
 )
 
-__all__ = ["conv_general_dilated"]
+__all__ = ["Window", "choose", "conv_general_dilated"]
+
+Formulation = Literal["integer", "digits", "dequantized"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,32 +64,17 @@ class _Conv(Call):
     def forward(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
         g = self.geometry
         x, kernel = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
-        left, right = _rows(x, g.lhs_spec[0]), _rows(kernel, g.rhs_spec[0])
-
-        def in_float() -> jax.Array:
-            return self._float(wide_values(x), wide_values(kernel))
-
-        # A float kernel, scales per group, batch groups: the float convolution.
-        if left is None or not isinstance(right, Matrix) or g.batch_groups > 1:
-            return in_float()
-        # Sums that could overflow are cut along the input features, where these are in one group.
-        length, longest = right.codes.shape[2], overflow_limit(getattr(left, "reach", 127), right.reach)
-        if length > longest and (g.feature_groups > 1 or length // rhs.shape[g.rhs_spec[1]] > longest):
-            return in_float()
-        if not right.integer or (isinstance(left, Matrix) and not left.integer):
-            return in_float()
-        on_cpu = int8_dots() != "none"
-        if isinstance(left, Matrix):
-
-            def exact() -> jax.Array:
-                return self._restored(_integer(g, left, right, lhs.shape, rhs.shape))
-
-            # cuDNN has no convolution from int8 to int32, and XLA refuses to compile one for NVIDIA GPUs.
-            return lax.platform_dependent(cpu=exact if on_cpu else in_float, tpu=exact, default=in_float)
-        # Digits have one scale per image: too coarse where features are summed apart, and no gain for small kernels.
-        if on_cpu and g.feature_groups == 1 and left.dtype != jnp.float64:
-            return lax.platform_dependent(cpu=lambda: self._digits(left, right, lhs.shape, rhs.shape), default=in_float)
-        return in_float()
+        left: Any = _rows(x, g.lhs_spec[0])
+        right: Any = _rows(kernel, g.rhs_spec[0])
+        window = Window(g.feature_groups, g.batch_groups, math.prod(kernel.shape[i] for i in g.rhs_spec[2:]))
+        runs = {
+            "integer": lambda: self._restored(_integer(g, left, right, lhs.shape, rhs.shape)),
+            "digits": lambda: self._digits(left, right, lhs.shape, rhs.shape),
+            "dequantized": lambda: self._float(wide_values(x), wide_values(kernel)),
+        }
+        other, *rest = (choose(platform, left, right, window) for platform in ("default", "cpu", "tpu"))
+        own = {name: runs[how] for name, how in zip(("cpu", "tpu"), rest, strict=True) if how != other}
+        return lax.platform_dependent(**own, default=runs[other]) if own else runs[other]()
 
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
         return self._float(self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static))
@@ -122,13 +109,52 @@ class _Conv(Call):
         return _reordered(out, tuple(canonical.index(i) for i in range(len(canonical)))).astype(self.dtype)
 
 
+class Window(NamedTuple):
+    """What `choose` has to know of a convolution beside its operands.
+
+    Attributes:
+      feature_groups, batch_groups: as for `jax.lax.conv_general_dilated`.
+      places: of the window: products of one feature that a result sums up.
+    """
+
+    feature_groups: int = 1
+    batch_groups: int = 1
+    places: int = 1
+
+
+def choose(
+    platform: str, x: Matrix | jax.Array | None, kernel: Matrix | jax.Array | None, window: Window
+) -> Formulation:
+    """How a convolution is computed, ``"dequantized"`` being the float convolution.
+
+    Args:
+      platform: what the program is lowered for: ``"cpu"``, ``"tpu"`` or another.
+      x, kernel: images and output features as rows, floats or quantized; None where scales vary within a group.
+      window: the rest of the call.
+    """
+    if not _is_whole(kernel) or x is None or window.batch_groups > 1:
+        return "dequantized"
+    # Sums that could overflow are cut along the input features, where these are in one group.
+    longest = overflow_limit(127 if isinstance(x, jax.Array) else x.reach, kernel.reach)
+    if kernel.shape[2] > longest and (window.feature_groups > 1 or window.places > longest):
+        return "dequantized"
+    on_cpu = platform == "cpu" and int8_dots() != "none"
+    if isinstance(x, Matrix):
+        # cuDNN has no convolution from int8 to int32, and XLA refuses to compile one for NVIDIA GPUs.
+        return "integer" if _is_whole(x) and (on_cpu or platform == "tpu") else "dequantized"
+    # Digits have one scale per image: too coarse where features are summed apart, and no gain for small kernels.
+    return "digits" if on_cpu and window.feature_groups == 1 and x.dtype != jnp.float64 else "dequantized"
+
+
+def _is_whole(x: Matrix | jax.Array | None) -> TypeGuard[Matrix]:
+    """Whether an operand is integers with one scale per row."""
+    return isinstance(x, Matrix) and x.integer and x.groups == 1
+
+
 def _rows(x: QTensor | jax.Array, first: int) -> Matrix | jax.Array | None:
-    """An operand as [1, images or output features, everything else]; None if its scales vary within a row."""
+    """An operand as [1, images or output features, everything else]; None if its scales vary within a group."""
     axes = Axes((), (first,), tuple(i for i in range(x.ndim) if i != first))
-    if isinstance(x, jax.Array):
-        return axes.flatten(x)
-    rows = matrix(x, axes)
-    return rows if rows is not None and rows.groups == 1 else None
+    return axes.flatten(x) if isinstance(x, jax.Array) else matrix(x, axes)
 
 
 def _reordered(x: jax.Array, order: tuple[int, ...]) -> jax.Array:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from jaxquant.core.affine import quantize
 from jaxquant.core.specs import OpSpec
+from jaxquant.ops import conv, ragged
 from jaxquant.ops.formulation import way
-from jaxquant.ops.matrix import Axes, canonical
+from jaxquant.ops.matrix import Axes, Packed, canonical
 from jaxquant.ops.operands import Operand
 
 __all__ = ["kernel"]
@@ -28,7 +29,15 @@ _NAMES = {
 
 
 @functools.cache
-def kernel(rows: int, columns: int, length: int, spec: OpSpec, dtype: Any) -> str:
+def kernel(
+    rows: int,
+    columns: int,
+    length: int,
+    spec: OpSpec,
+    dtype: Any,
+    op: str = "dot_general",
+    window: tuple[int, ...] = (),
+) -> str:
     """The formulation of ``[rows, length] x [columns, length]`` on the default device, in a word or two.
 
     Args:
@@ -36,9 +45,11 @@ def kernel(rows: int, columns: int, length: int, spec: OpSpec, dtype: Any) -> st
       columns, length: of the weight: output channels, and what is contracted.
       spec: how both are quantized; the weight is stored.
       dtype: of the float arrays.
+      op: ``"dot_general"``, ``"conv_general_dilated"`` or ``"ragged_dot"``.
+      window: of a convolution, a `jaxquant.ops.conv.Window`.
 
     Returns:
-      ``"int8"``: a dot of int8; ``"int8 digits"``: one, with the float activation in digits; ``"float32 loop"``: a
+      ``"int8"``: a product of int8; ``"int8 digits"``: one, with the float activation in digits; ``"float32 loop"``: a
       loop over the codes, for one row; ``"float32 blocks"``, ``"bfloat16 blocks"``: float dots with blocks of the
       weight that are decoded in turn; ``"float32"``, ``"bfloat16"``, ``"float16"``: a dot of values. What the compiled
       program makes of it is for `jaxquant.explain` to say.
@@ -54,8 +65,16 @@ def kernel(rows: int, columns: int, length: int, spec: OpSpec, dtype: Any) -> st
     def run(x: jax.Array, w: jax.Array) -> None:
         left = canonical(Operand(spec.act, (-1,)).quantized(x, None), axes)
         right = canonical(w if spec.weight is None else quantize(w, spec.weight, reduce_axes=(-1,)), axes)
-        if left is None or right is None:
-            found.append(("dequantized", jnp.float32))
+        wide = jnp.promote_types(dtype, jnp.float32)
+        if op != "dot_general":
+            left, right = (v.unpacked() if isinstance(v, Packed) else v for v in (left, right))
+            if op == "ragged_dot":
+                how = ragged.choose(left, right)
+            else:
+                how = conv.choose(jax.default_backend(), left, right, conv.Window(*window))
+            found.append((how, wide))
+        elif left is None or right is None:
+            found.append(("dequantized", wide))
         else:
             found.append(way(jax.default_backend(), left, right, None, jnp.dtype(dtype)))
 

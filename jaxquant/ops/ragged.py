@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,9 @@ from jaxquant.ops.operands import (
     wide_values,
 )
 
-__all__ = ["ragged_dot"]
+__all__ = ["choose", "ragged_dot"]
+
+Formulation = Literal["integer", "digits", "dequantized"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +43,13 @@ class _Ragged(Call):
 
     def forward(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, sizes: jax.Array) -> jax.Array:
         x, experts = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
-        left = matrix(x, Axes.of(2, (), (1,))) if isinstance(x, QTensor) else x
-        right = matrix(experts, Axes.of(3, (0,), (1,))) if isinstance(experts, QTensor) else experts
-        if isinstance(right, Matrix) and right.integer and right.groups == 1:
-            reach = left.reach if isinstance(left, Matrix) else 127
-            if right.codes.shape[2] <= overflow_limit(reach, right.reach):
-                if isinstance(left, Matrix) and left.integer and left.groups == 1:
-                    return _integer(left, right, sizes).astype(self.dtype)
-                if isinstance(left, jax.Array) and left.dtype != jnp.float64:
-                    return _digits(left, right, sizes, digit_count(self.precision)).astype(self.dtype)
-        # Scales per group of channels, float number types, sums that could overflow: the float products.
+        left: Any = matrix(x, Axes.of(2, (), (1,))) if isinstance(x, QTensor) else x
+        right: Any = matrix(experts, Axes.of(3, (0,), (1,))) if isinstance(experts, QTensor) else experts
+        how = choose(left, right)
+        if how == "integer":
+            return _integer(left, right, sizes).astype(self.dtype)
+        if how == "digits":
+            return _digits(left, right, sizes, digit_count(self.precision)).astype(self.dtype)
         return self._float(wide_values(x), wide_values(experts), sizes)
 
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, sizes: jax.Array) -> jax.Array:
@@ -60,6 +59,22 @@ class _Ragged(Call):
         dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
         out = lax.ragged_dot(lhs.astype(dtype), rhs.astype(dtype), sizes, precision=self.precision)
         return out.astype(self.dtype)
+
+
+def choose(x: Matrix | jax.Array | None, experts: Matrix | jax.Array | None) -> Formulation:
+    """How a ragged product is computed, on every platform; ``"dequantized"`` is the float product.
+
+    Args:
+      x, experts: [1, M, K] and [E, N, K] if they are quantized, else float arrays; None where scales vary in a group.
+    """
+    if isinstance(experts, Matrix) and experts.integer and experts.groups == 1 and x is not None:
+        fits = experts.shape[2] <= overflow_limit(127 if isinstance(x, jax.Array) else x.reach, experts.reach)
+        if fits and isinstance(x, Matrix) and x.integer and x.groups == 1:
+            return "integer"
+        if fits and isinstance(x, jax.Array) and x.dtype != jnp.float64:
+            return "digits"
+    # Scales per group of channels, float number types, sums that could overflow.
+    return "dequantized"
 
 
 def _integer(lhs: Matrix, rhs: Matrix, sizes: jax.Array) -> jax.Array:

@@ -80,6 +80,7 @@ class Use:
       reason: why it cannot be quantized, if so.
       contraction_minor: how the codes should be stored.
       rows: rows of the activation, in a dot_general.
+      window: of a convolution, as `jaxquant.ops.conv.Window` has it.
     """
 
     path: str
@@ -89,6 +90,7 @@ class Use:
     reason: str = ""
     contraction_minor: bool = True
     rows: int = 0
+    window: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass
@@ -277,13 +279,20 @@ class Interpreter:
 
     # -- uses ----------------------------------------------------------------------------------------------------------
     def record(
-        self, weight: Weight, op: str, contracted: tuple[int, ...], *, contraction_minor: bool = True, rows: int = 0
+        self,
+        weight: Weight,
+        op: str,
+        contracted: tuple[int, ...],
+        *,
+        contraction_minor: bool = True,
+        rows: int = 0,
+        window: tuple[int, ...] = (),
     ) -> None:
         """Planning: a use that can be quantized, if whole axes of the parameter are contracted."""
         found = weight.split(contracted)
         reason = found if isinstance(found, str) else "" if found else "no axis is contracted"
         axes = None if isinstance(found, str) or not found else found
-        self.uses.append(Use(weight.path, op, axes, weight.stacked, reason, contraction_minor, rows))
+        self.uses.append(Use(weight.path, op, axes, weight.stacked, reason, contraction_minor, rows, window))
 
     def refuse(self, weight: Weight, op: str, reason: str) -> None:
         """Planning: a use that cannot be quantized."""

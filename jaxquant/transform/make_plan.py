@@ -211,4 +211,5 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: 
         rule.dequantize and bool(cannot),
         "; ".join(notes),
         max(use.rows for use in can if use.reduce_axes == main.reduce_axes),
+        main.window,
     )

@@ -161,7 +161,9 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     numbers = p["dimension_numbers"]
     contracted = tuple(i for i in range(weight.ndim) if i != numbers.rhs_spec[0])
     if interpreter.planning:
-        interpreter.record(weight, "conv_general_dilated", contracted, contraction_minor=False)
+        places = math.prod(weight.shape[i] for i in numbers.rhs_spec[2:])
+        window = (p["feature_group_count"], p["batch_group_count"], places)
+        interpreter.record(weight, "conv_general_dilated", contracted, contraction_minor=False, window=window)
         return [ABSENT]
     if not interpreter.planned(weight, contracted):
         return bind(eqn, [x, interpreter.real(weight)])

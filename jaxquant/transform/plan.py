@@ -35,7 +35,8 @@ class Item:
       contraction_minor: whether codes are stored with the reduced axes last (not for convolutions).
       dequantize: whether uses that have no quantized form may run on the dequantized weight.
       note: what else to know, such as a second use that is computed in float.
-      rows: rows of the activation that it is multiplied with, the most there are; 0 where it is none in a dot_general.
+      rows: rows of the activation that it is multiplied with in a dot_general, the most there are; or 0.
+      window: of a convolution, as `jaxquant.ops.conv.Window` has it: feature groups, batch groups, places; or empty.
     """
 
     path: str
@@ -49,15 +50,17 @@ class Item:
     dequantize: bool = False
     note: str = ""
     rows: int = 0
+    window: tuple[int, ...] = ()
 
     @property
     def kernel(self) -> str:
         """What computes it on the default device; `jaxquant.explain` says what the compiled program really does."""
-        if not self.rows:
-            return "lookup" if self.op == "take" else "see explain"
         layer = self.shape[self.stacked :]
         length = math.prod(layer[axis] for axis in self.reduce_axes)
-        return kernel(self.rows, math.prod(layer) // length, length, self.spec, self.dtype)
+        sizes = max(self.rows, 1), math.prod(layer) // length, length
+        products = [op for op in self.op.split(", ") if op != "take"]
+        names = [kernel(*sizes, self.spec, self.dtype, op, self.window) for op in products]
+        return ", ".join(dict.fromkeys(names)) or "lookup"
 
     @property
     def nbytes(self) -> tuple[int, int]:
@@ -203,7 +206,7 @@ class Plan:
             data = json.loads(text)
             items = [
                 Item(**{**i, "shape": tuple(i["shape"]), "reduce_axes": tuple(i["reduce_axes"]),
-                        "spec": OpSpec.from_dict(i["spec"])})
+                        "window": tuple(i.get("window", ())), "spec": OpSpec.from_dict(i["spec"])})
                 for i in data["items"]
             ]  # fmt: skip
             floats = [Float(**{**f, "shape": tuple(f["shape"])}) for f in data["floats"]]

@@ -11,6 +11,7 @@ from transform_cases import EVERYTHING, SPECS, unequal
 
 import jaxquant as jq
 from jaxquant import recipes
+from jaxquant.ops.machine import int8_dots
 
 pytestmark = pytest.mark.every
 
@@ -42,6 +43,28 @@ def test_table():
         rule,
         "total 2 quantized (3.67x smaller) 7,872 2,144",
     ]
+
+
+def test_kernels_of_convolutions_and_experts():
+    """What `ops.conv` and `ops.ragged` choose, by what both know."""
+    params = {"conv": jnp.ones((3, 3, 8, 16)), "depthwise": jnp.ones((3, 3, 1, 16)), "experts": jnp.ones((2, 16, 8))}
+
+    def fn(p, x):
+        window = dict(window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = lax.conv_general_dilated(x, p["conv"], **window)
+        x = lax.conv_general_dilated(x, p["depthwise"], feature_group_count=16, **window)
+        return lax.ragged_dot(x.reshape(-1, 16), p["experts"], jnp.array([3, 13]))
+
+    def kernels(spec):
+        plan = jq.make_plan(fn, params, jax.ShapeDtypeStruct((1, 4, 4, 8), jnp.float32), rules=[jq.Rule("", spec)])
+        assert jq.Plan.from_json(plan.to_json()) == plan
+        assert plan["depthwise"].window == (16, 1, 9)
+        return [item.kernel for item in plan.items]
+
+    integer, digits = ("float32", "float32") if int8_dots() == "none" else ("int8", "int8 digits")
+    assert kernels(recipes.w8a8()) == [integer, integer, "int8"]
+    assert kernels(recipes.w8a16()) == [digits, "float32", "int8 digits"]
+    assert kernels(recipes.fp8()) == ["float32"] * 3
 
 
 def test_json_and_lookup():
