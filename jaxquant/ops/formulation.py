@@ -113,7 +113,7 @@ def choose(
         most = digit_rows(int8, narrow=narrow) / x.shape[1]
         if w.groups == 1 and digit_count(precision) <= most:
             return "digits"
-        if isinstance(w, Matrix) and w.groups > 1 and w.scale.shape[1] == 1 and digit_count(_FOLDED) <= most:
+        if _folds(w) and digit_count(_FOLDED) <= most:
             return "folded"
     if trained:
         return "dequantized"
@@ -176,7 +176,13 @@ def _unpacked(w: Matrix | Packed) -> Matrix:
     return w.unpacked() if isinstance(w, Packed) else w
 
 
-def _folded(x: jax.Array, w: Matrix, precision: lax.PrecisionLike) -> jax.Array:
+def _folds(w: Matrix | Packed) -> bool:
+    """Whether a weight has a byte per code, and scales along K that are the same for all rows."""
+    in_bytes = isinstance(w, Matrix) or (w.qtype.bits == 8 and w.multiplier is None)
+    return in_bytes and w.groups > 1 and w.scale.shape[1] == 1
+
+
+def _folded(x: jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
     """A scale that does not depend on the row n of the weight is a factor of the activation, and codes are left:
 
         sum_k x[m, k] (s[k] (c[n, k] - z[k]))  =  sum_k (x[m, k] s[k]) (c[n, k] - z[k])
@@ -184,6 +190,7 @@ def _folded(x: jax.Array, w: Matrix, precision: lax.PrecisionLike) -> jax.Array:
     Rows of x s have a wider range than those of x, for which two digits do; the third costs nothing at one row.
     """
     del precision
+    w = _unpacked(w)
     scale = _along(w.scale, w.shape[2])
     zero_point = None if w.zero_point is None else _along(w.zero_point, w.shape[2])
     codes = dataclasses.replace(w, scale=jnp.ones((1, 1, 1), w.scale.dtype), zero_point=zero_point)

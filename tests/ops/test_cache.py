@@ -69,9 +69,9 @@ def test_the_formulation():
 
     _, p, kv = arrays(16, queries=2)
 
-    def chosen(name, contract=1, change=lambda q: {}):
+    def chosen(name, contract=1, change=lambda q: {}, layout="[tokens, width]"):
         def run(x, kv):
-            q = cache(kv, SPECS[name], "[tokens, width]")
+            q = cache(kv, SPECS[name], layout)
             w = canonical(q.replace(**change(q)), Axes.of(3, (0,), (contract,)))
             found.append(formulation.choose("cpu", x, w, None))
 
@@ -80,6 +80,7 @@ def test_the_formulation():
         return found[0]
 
     assert chosen("int8") == chosen("asymmetric") == "folded"
+    assert chosen("int8", 2, layout="[width, tokens]") == chosen("asymmetric", 2, layout="[width, tokens]") == "folded"
     assert chosen("int8", change=lambda q: {"scale": q.scale[:, ::8]}) == "folded"  # of eight tokens
     assert chosen("int8", 2) == "digits"
     assert chosen("int8", change=lambda q: {"zero_point": q.scale}) == "blocks"  # no integers
