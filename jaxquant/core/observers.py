@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ Roundtrip = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Axes = tuple[int, ...]
 Range = tuple[jax.Array, jax.Array]
 
+_LARGE = 1 << 18  # elements; what is smaller stays in the cache
+
 
 def _finite_or_nan(x: jax.Array) -> jax.Array:
     """Infinities to 0, everything else as it is, in at least float32."""
@@ -38,40 +40,80 @@ def _finite_or_nan(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isinf(x), jnp.zeros_like(x), x)
 
 
-def _extremes(x: jax.Array, axes: Axes, *reductions: Callable[..., jax.Array]) -> tuple[jax.Array, ...]:
+class _Extreme(NamedTuple):
+    """A reduction: of ``prepare(x)``, by ``pair`` of two elements, ``reduce`` of an array."""
+
+    prepare: Callable[[jax.Array], jax.Array]
+    pair: Callable[[jax.Array, jax.Array], jax.Array]
+    reduce: Callable[..., jax.Array]
+
+
+_ABSMAX = _Extreme(jnp.abs, jnp.maximum, jnp.max)
+_MIN = _Extreme(lambda x: x, jnp.minimum, jnp.min)
+_MAX = _Extreme(lambda x: x, jnp.maximum, jnp.max)
+
+_LONGEST_RUN = 64
+
+
+def _extremes(x: jax.Array, axes: Axes, *reductions: _Extreme) -> tuple[jax.Array, ...]:
     """Reductions of each block (max or min, 0 included): infinities count as 0, NaN gives NaN. In at least float32.
 
     On the CPU XLA gives a reduction to a library that is fast, fuses abs and nothing else, and whose max and min drop
-    NaN. It is used where the array is finite, as a sum shows; elsewhere NaN and infinities are looked for first.
+    NaN. It is used where the array is finite, as a sum shows; elsewhere NaN and infinities are looked for first, and
+    what that writes is a small part of the array.
     """
     x = lax.stop_gradient(x)  # a range counts as constant
     if x.dtype.itemsize < 2:
         x = x.astype(jnp.float32)
 
-    def library(x: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(reduce(x, axis=axes, keepdims=True, initial=0) for reduce in reductions)
+    def library(x: jax.Array, to: _Extreme) -> jax.Array:
+        return to.reduce(to.prepare(x), axis=axes, keepdims=True, initial=0)
+
+    def looked_for(x: jax.Array, to: _Extreme) -> jax.Array:
+        # Of standard reductions only: XLA cannot spread another one over devices, if the array is cut along these axes.
+        x = _folded(x, axes, to)
+        nan, finite = jnp.any(jnp.isnan(x), axis=axes, keepdims=True), jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
+        return jnp.where(nan, jnp.asarray(jnp.nan, x.dtype), library(finite, to))
 
     def explicit(x: jax.Array) -> tuple[jax.Array, ...]:
-        # Of standard reductions only: XLA cannot spread another one over devices, if the array is cut along these axes.
-        nan, finite = jnp.any(jnp.isnan(x), axis=axes, keepdims=True), jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-        return tuple(jnp.where(nan, jnp.asarray(jnp.nan, x.dtype), v) for v in library(finite))
+        return tuple(looked_for(x, to) for to in reductions)
 
     def on_cpu(x: jax.Array) -> tuple[jax.Array, ...]:
         if x.size <= 1 << 8:
             return explicit(x)
         total = jnp.sum(lax.optimization_barrier(x))  # behind the barrier, widening a bfloat16 array is part of the sum
-        return lax.cond(jnp.isfinite(total), library, explicit, x)
+        return lax.cond(jnp.isfinite(total), lambda x: tuple(library(x, to) for to in reductions), explicit, x)
 
     def elsewhere(x: jax.Array) -> tuple[jax.Array, ...]:
-        return library(jnp.where(jnp.isinf(x), jnp.zeros_like(x), x))
+        finite = jnp.where(jnp.isinf(x), jnp.zeros_like(x), x)
+        return tuple(library(finite, to) for to in reductions)
 
     out = lax.platform_dependent(x, cpu=on_cpu, default=elsewhere)
     return tuple(v.astype(jnp.promote_types(v.dtype, jnp.float32)) for v in out)
 
 
+def _folded(x: jax.Array, axes: Axes, to: _Extreme) -> jax.Array:
+    """An array of the same reductions, NaN included, without infinities, and up to 64 times smaller.
+
+    A loop takes one of each run of elements along the longest of the axes, so that no more is written. The length of
+    runs divides that axis; where it is spread over devices by whole runs, these stay where they are.
+    """
+    if x.size < _LARGE:
+        return x
+    axis = max(axes, key=lambda i: x.shape[i]) % x.ndim
+    count = max(n for n in range(1, _LONGEST_RUN + 1) if x.shape[axis] % n == 0)
+    runs = x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1 :])
+
+    def part(i: Any) -> jax.Array:
+        v = lax.dynamic_index_in_dim(runs, i, axis + 1, keepdims=False)
+        return to.prepare(jnp.where(jnp.isinf(v), jnp.zeros_like(v), v))
+
+    return lax.fori_loop(1, count, lambda i, found: to.pair(found, part(i)), part(0))
+
+
 def absmax_over(x: jax.Array, axes: Axes) -> jax.Array:
     """The largest finite magnitude along axes, which stay with size 1; NaN where there is one."""
-    return _extremes(x, axes, lambda x, **how: jnp.max(jnp.abs(x), **how))[0]
+    return _extremes(x, axes, _ABSMAX)[0]
 
 
 def array_absmax(x: jax.Array) -> jax.Array:
@@ -80,7 +122,7 @@ def array_absmax(x: jax.Array) -> jax.Array:
 
 
 def _minmax(x: jax.Array, axes: Axes) -> Range:
-    lo, hi = _extremes(x, axes, jnp.min, jnp.max)
+    lo, hi = _extremes(x, axes, _MIN, _MAX)
     return lo, hi
 
 
