@@ -53,6 +53,7 @@ _MIN = _Extreme(lambda x: x, jnp.minimum, jnp.min)
 _MAX = _Extreme(lambda x: x, jnp.maximum, jnp.max)
 
 _LONGEST_RUN = 64
+_GROUP = 256  # longer axes may be spread over devices
 
 
 def _extremes(x: jax.Array, axes: Axes, *reductions: _Extreme) -> tuple[jax.Array, ...]:
@@ -96,12 +97,15 @@ def _folded(x: jax.Array, axes: Axes, to: _Extreme) -> jax.Array:
     """An array of the same reductions, NaN included, without infinities, and up to 64 times smaller.
 
     A loop takes one of each run of elements along the longest of the axes, so that no more is written. The length of
-    runs divides that axis; where it is spread over devices by whole runs, these stay where they are.
+    runs divides that axis, and the number of runs is a multiple of 8 unless it is a group's: an array that is spread
+    over as many devices stays where it is.
     """
     if x.size < _LARGE:
         return x
     axis = max(axes, key=lambda i: x.shape[i]) % x.ndim
-    count = max(n for n in range(1, _LONGEST_RUN + 1) if x.shape[axis] % n == 0)
+    length = x.shape[axis]
+    counts = [n for n in range(1, _LONGEST_RUN + 1) if length % n == 0]
+    count = max(counts if length <= _GROUP else [n for n in counts if length // n % 8 == 0] or counts)
     runs = x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1 :])
 
     def part(i: Any) -> jax.Array:

@@ -18,14 +18,14 @@ from jaxquant.core.layout import transpose, transpose_by_tiles
 from jaxquant.core.packing import pack, unpack
 from jaxquant.core.qtypes import QTYPES, QType
 
-__all__ = ["LEAVES", "QTensor", "cast", "dequantize", "flat", "from_codes", "scale_values"]
+__all__ = ["LEAVES", "QTensor", "cast", "dequantize", "flat", "from_codes", "scale_values", "stored_order"]
 
 #: The fields of a QTensor that are arrays (or None, or a QTensor).
 LEAVES = ("codes", "scale", "zero_point", "offset", "permutation")
 
 
 @functools.cache
-def _stored_order(ndim: int, minor: tuple[int, ...]) -> tuple[int, ...]:
+def stored_order(ndim: int, minor: tuple[int, ...]) -> tuple[int, ...]:
     """Axes of the logical array in the order in which codes are stored: the others, then ``minor``."""
     last = tuple(axis + ndim for axis in minor)
     return tuple(axis for axis in range(ndim) if axis not in last) + last
@@ -147,7 +147,7 @@ class QTensor:
     @property
     def stored_order(self) -> tuple[int, ...]:
         """The logical axes in the order in which codes are stored."""
-        return _stored_order(self.ndim, self.minor)
+        return stored_order(self.ndim, self.minor)
 
     def replace(self, **fields: Any) -> QTensor:
         """A QTensor with other fields than this one."""
@@ -249,7 +249,7 @@ def from_codes(
       The `QTensor`, its codes packed if the type is narrower than a byte.
     """
     info = QTYPES[qtype]
-    order, length, stored = _stored_order(codes.ndim, minor), None, codes
+    order, length, stored = stored_order(codes.ndim, minor), None, codes
     if info.packed:
         length = codes.shape[order[-1]]
         stored = pack(to_bits(codes, info), info.bits, order[-1])

@@ -66,6 +66,22 @@ def test_quantizing_writes_codes_and_no_copy_of_the_weight(spec, axes, written, 
     assert arrays_written(functools.partial(jq.quantize, spec=spec, reduce_axes=axes), weight(dtype)) == written
 
 
+@pytest.mark.parametrize(
+    "qtype, axes, most",
+    [
+        pytest.param("int8", (-2,), 0.05),
+        pytest.param("int8", (-1,), 0.05, marks=pytest.mark.slow),
+        pytest.param("int4", (-1,), 0.05, marks=pytest.mark.slow),
+        pytest.param("int4", (-2,), 0.13, marks=pytest.mark.slow),  # packed bytes before they are transposed
+    ],
+)
+def test_temporaries_of_a_large_weight(qtype, axes, most):
+    """Beside the weight's bytes; with what is reserved for a weight that has NaN."""
+    large = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
+    program = jax.jit(functools.partial(jq.quantize, spec=QuantSpec(qtype), reduce_axes=axes)).lower(large).compile()
+    assert program.memory_analysis().temp_size_in_bytes <= most * 4 * 4096**2
+
+
 def test_the_check_itself():
     assert arrays_written(lambda x: jnp.sort(jnp.sin(x), axis=0) @ x, weight(jnp.float32))
 

@@ -1,0 +1,76 @@
+"""Codes of large arrays are written in parts, and ranges of arrays with NaN and infinities found by parts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxquant as jq
+from jaxquant import QuantSpec
+from jaxquant.core import affine
+
+CASES = [
+    (QuantSpec("int8"), (-2,)),
+    (QuantSpec("int4"), (-1,)),
+    (QuantSpec("uint8", symmetric=False), (-2,)),
+    (QuantSpec("int8", granularity="per_group", group_size=4), (-2,)),
+    (QuantSpec("int8", granularity="per_tensor"), (-2,)),
+    (QuantSpec("int3", granularity="per_group", group_size=8), (-1,)),
+    (QuantSpec("nvfp4"), (-1,)),
+    (QuantSpec("int4", granularity="per_group", group_size=16, scale_dtype="uint4"), (-1,)),
+]
+CASES = [case if i < 2 else pytest.param(*case, marks=pytest.mark.slow) for i, case in enumerate(CASES)]
+
+
+def array(axes):
+    """Shapes that no other test has: what is compiled here is cut."""
+    x = np.random.default_rng(0).standard_normal((64, 2048)).astype(np.float32) * np.linspace(0.1, 3, 2048, dtype="f")
+    return jnp.asarray(x if axes == (-2,) else x.T)
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("spec, axes", CASES)
+def test_codes(spec, axes, monkeypatch):
+    """They are those of the whole, as `fake_quant` rounds it."""
+    monkeypatch.setattr(affine, "_SEVERAL", 1)
+    x = array(axes)
+    q = jq.quantize(x, spec, reduce_axes=axes)
+    np.testing.assert_array_equal(q.dequantize(), jq.fake_quant(x, spec, reduce_axes=axes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec, axes", CASES)
+@pytest.mark.parametrize("part", [P("d", None), P(None, "d")])
+def test_sharded(spec, axes, part, monkeypatch):
+    """Nothing moves between devices but ranges."""
+    monkeypatch.setattr(affine, "_SEVERAL", 1)
+    if spec.type.scale_format == "e4m3" or spec.two_level:
+        pytest.skip("one scale for the whole array")
+    mesh = Mesh(np.array(jax.devices()), ("d",))
+    if 64 % mesh.size:
+        pytest.skip("needs a number of devices that divides the array")
+    x = jnp.tile(array(axes), (8, 1) if axes == (-2,) else (1, 8))
+    sharded = jax.device_put(x, NamedSharding(mesh, part))
+    program = jax.jit(lambda x: jq.quantize(x, spec, reduce_axes=axes)).lower(sharded).compile()
+    assert "all-gather" not in program.as_text()
+    np.testing.assert_array_equal(program(sharded).dequantize(), jq.fake_quant(x, spec, reduce_axes=axes))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_ranges(axis):
+    """Infinities count as 0, NaN gives NaN, in an array that is too large to be written once more."""
+    x = np.random.default_rng(0).standard_normal((512, 640)).astype(np.float32)
+    x[3, 5], x[7, 9], x[9, 11] = np.nan, np.inf, -np.inf
+    asymmetric = QuantSpec("uint8", symmetric=False)
+
+    @jax.jit
+    def scales(x):
+        return [jq.quantize(x, spec, reduce_axes=(axis,)).scale for spec in (QuantSpec("int8"), asymmetric)]
+
+    finite = np.where(np.isinf(x), 0, x)
+    wide = np.maximum(finite.max(axis, keepdims=True), 0) - np.minimum(finite.min(axis, keepdims=True), 0)
+    for got, want in zip(scales(x), (np.abs(finite).max(axis, keepdims=True) / 127, wide / 255), strict=True):
+        assert np.isnan(want).sum() == 1
+        np.testing.assert_allclose(got, want, rtol=1e-6)
