@@ -34,9 +34,15 @@ def is_narrow(platform: str, dtype: Any) -> bool:
     return dtype in _NARROW if platform != "cpu" else dtype == jnp.bfloat16 and bfloat16_dots()
 
 
-def is_exact(x: Matrix, w: Matrix | Packed) -> bool:
+def is_exact(x: Any, w: Matrix | Packed) -> bool:
     """Whether a CPU multiplies both in bfloat16, exactly, with a scale for each row of either side on the sums."""
-    return x.one_scale and w.one_scale and x.shape[1] > 1 and is_narrow("cpu", jnp.bfloat16)
+    return (
+        not isinstance(x, jax.Array)
+        and x.one_scale
+        and w.one_scale
+        and x.shape[1] > 1
+        and is_narrow("cpu", jnp.bfloat16)
+    )
 
 
 def float_dtype(platform: str, x: Any, w: Matrix | Packed, precision: lax.PrecisionLike, dtype: Any) -> Any:

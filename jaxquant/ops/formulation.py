@@ -37,6 +37,9 @@ returns the product ``[B, M, N]``, in float32 unless an operand is float64. On t
 `dequantized`
 : a float dot of the dequantized operands.
 
+With vectors (`jaxquant.ops.machine`) and instructions for bfloat16, `blocks` take the place of `integer` from 64 rows
+on: integers of 8 bits and their products are exact there too, with sums in float32.
+
 Float values are multiplied in float32; beside a bfloat16 or float16 activation in that dtype, with sums in float32,
 where that is fast and loses nothing that the float program would keep (`jaxquant.ops.floats`).
 
@@ -59,7 +62,7 @@ from jax import lax
 from jaxquant.core.codec import values_of
 from jaxquant.ops.blockwise import float_blocks, integer_blocks
 from jaxquant.ops.digits import digit_count, is_highest
-from jaxquant.ops.floats import float_dot, float_dtype, is_narrow
+from jaxquant.ops.floats import float_dot, float_dtype, is_exact, is_narrow
 from jaxquant.ops.integer import common_group
 from jaxquant.ops.lanes import fits, lanes
 from jaxquant.ops.machine import Int8, int8_dots
@@ -72,6 +75,8 @@ Operand = Matrix | Packed | jax.Array
 
 _SHORTEST_GROUP = 8  # off the CPU, a loop of shorter int8 dots costs more than a float dot
 _LONG_GROUP = 1024  # on the CPU
+
+_MANY_ROWS = 64  # with vectors, from here on a dot of codes in bfloat16 is faster than one of int8
 
 _FOLDED = lax.Precision.HIGHEST  # three digits
 
@@ -107,7 +112,7 @@ def choose(
         return "integer" if integers and _group(x, w) >= min(_SHORTEST_GROUP, w.shape[2]) else "dequantized"
     int8 = int8_dots()
     if int8 != "none" and integers and _group(x, w) >= min(_LONG_GROUP, w.shape[2]):
-        return "integer"
+        return "blocks" if int8 == "vectors" and x.shape[1] >= _MANY_ROWS and is_exact(x, w) else "integer"
     if int8 != "none" and isinstance(x, jax.Array) and w.integer:
         narrow = not is_highest(precision) and is_narrow("cpu", x.dtype)
         most = digit_rows(int8, narrow=narrow) / x.shape[1]

@@ -33,7 +33,8 @@ __all__ = ["LANES", "fits", "lanes"]
 LANES = "jaxquant_lanes"
 """What the compiled program calls these loops."""
 
-_TERMS = 64
+_PRODUCTS = 96  # of one loop: from 128 on LLVM compares too many addresses, and gives up on vectors
+_SHORTEST = 16  # terms of one of several loops: in shorter ones XLA cuts codes as it adds, which is slow
 _EXACT = 2.0**-24
 
 
@@ -44,7 +45,7 @@ def fits(w: Matrix | Packed, *, exact: bool) -> bool:
     16 bits, 1e-5 of their norm for nf4.
     """
     numbers = None if w.rows_last else _numbers(w.qtype)
-    return numbers is not None and (numbers.exact or not exact) and _lane_count(w)[0] is not None
+    return numbers is not None and (numbers.exact or not exact) and _cut_of(w) is not None
 
 
 def lanes(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
@@ -75,16 +76,27 @@ def _cut(value: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
     return value if value.shape[axis] in (1, size) else lax.dynamic_slice_in_dim(value, start, size, axis)
 
 
-def _lane_count(w: Matrix | Packed) -> tuple[int | None, int, int]:
-    """Lanes, K and the size of a group in one plane; None lanes where none cut a plane and its groups evenly.
+class _Cut(NamedTuple):
+    """How a plane is cut: ``lanes``, ``chunks`` of so many terms, and elements of a ``group``."""
 
-    64 lanes of several planes, or 128 of one, or as near to that as possible.
-    """
+    lanes: int
+    terms: int
+    chunks: int
+    group: int
+
+
+def _cut_of(w: Matrix | Packed) -> _Cut | None:
+    """64 lanes of several planes or 128 of one, or as near to that as cuts a plane and its groups evenly; or None."""
     groups = w.scale.shape[2] if w.multiplier is None else max(w.scale.shape[2], w.multiplier.shape[2])
     length, best = w.shape[2] // w.planes, 128 if w.planes == 1 else 64
-    group = length // groups
-    cuts = [n for n in range(48, 129) if length % n == 0 and (group % n == 0 or (n % group == 0 and n // group <= 8))]
-    return min(cuts, key=lambda n: abs(n - best), default=None), length, group
+    group, most = length // groups, _PRODUCTS // w.planes
+    for count in sorted(range(48, 129), key=lambda n: abs(n - best)):
+        if length % count == 0 and (group % count == 0 or (count % group == 0 and count // group <= 8)):
+            terms = length // count
+            chunk = max(n for n in range(1, min(terms, most) + 1) if terms % n == 0)
+            if chunk >= min(terms, _SHORTEST):
+                return _Cut(count, chunk, terms // chunk, group)
+    return None
 
 
 class _Numbers(NamedTuple):
@@ -141,13 +153,11 @@ def _halves(qtype: QType, codes: jax.Array) -> jax.Array:
 def _scaled(block: Matrix | Packed, levels: list[jax.Array], parts: list[jax.Array]) -> jax.Array:
     """``sum_k s q x`` of a block, [nb, 1, nr]; ``levels`` are factors of the scale, [nb or 1, G, nr or 1]."""
     numbers = _numbers(block.qtype)
-    count, length, group = _lane_count(block)
+    cut = _cut_of(block)
     assert numbers is not None
-    assert count is not None
+    assert cut is not None
+    count, group, size = cut.lanes, cut.group, cut.lanes * cut.terms
     codes, scale = _apart(block, levels, numbers)
-    steps = length // count
-    chunk = max(n for n in range(1, _TERMS + 1) if steps % n == 0)
-    chunk = steps if chunk < _TERMS // 4 else chunk
     lane = lax.broadcasted_iota(jnp.int32, (1, 1, count), 2)
 
     def scale_of(scale: jax.Array, first: int) -> jax.Array:
@@ -167,21 +177,17 @@ def _scaled(block: Matrix | Packed, levels: list[jax.Array], parts: list[jax.Arr
         return total(terms)
 
     def step(i: Any, out: jax.Array) -> jax.Array:
-        cut = functools.partial(
-            lax.dynamic_slice_in_dim, start_index=i * chunk * count, slice_size=chunk * count, axis=2
-        )
-        groups = max(chunk * count // group, 1)
-        at = lax.dynamic_slice_in_dim(scale, i * chunk * count // group, groups, axis=1)
-        return out + add([cut(q) for q in codes], [cut(x) for x in parts], at)
+        part = functools.partial(lax.dynamic_slice_in_dim, start_index=i * size, slice_size=size, axis=2)
+        at = lax.dynamic_slice_in_dim(scale, i * size // group, max(size // group, 1), axis=1)
+        return out + add([part(q) for q in codes], [part(x) for x in parts], at)
 
-    if chunk == steps:
+    if cut.chunks == 1:
         sums = add(codes, parts, scale)
     else:
         zeros = 0 * (codes[0][:, :, :count].astype(jnp.float32) + parts[0][:, :, :1])  # vary over devices as they do
-        sums = lax.fori_loop(0, steps // chunk, step, zeros)
-    out = dot(
-        sums.reshape(1, -1, count), jnp.ones((1, 2, count), jnp.float32)
-    )  # with two rows: one is off the fast path
+        sums = lax.fori_loop(0, cut.chunks, step, zeros)
+    ones = jnp.ones((1, 2, count), jnp.float32)  # two rows: one is off the fast path
+    out = dot(sums.reshape(1, -1, count), ones)
     return out[0, :, 0].reshape(sums.shape[0], 1, sums.shape[1])
 
 
