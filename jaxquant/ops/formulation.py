@@ -155,7 +155,8 @@ def way(
 ) -> tuple[Formulation, Any]:
     """How a product is computed, from what `choose` and `float_dtype` take: the formulation, the dtype of values."""
     x, w = _weight_last(x, w)
-    return choose(platform, x, w, precision, trained=trained), float_dtype(platform, x, w, precision, dtype)
+    how = choose(platform, x, w, precision, trained=trained)
+    return how, float_dtype(platform, x, w, precision, dtype) if how in ("blocks", "dequantized") else jnp.float32
 
 
 def product(x: Operand, w: Operand, precision: lax.PrecisionLike, dtype: Any, *, trained: bool = False) -> jax.Array:
