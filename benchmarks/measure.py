@@ -67,11 +67,19 @@ def interleaved(runs: dict[str, Callable[[], Any]], rounds: int, budget: float =
     start = time.process_time()
     while len(next(iter(samples.values()))) < rounds or time.process_time() - start < budget:
         for name, run in runs.items():
-            time.sleep(0.01)  # what the one before still frees, once its result is there, is not this one's
+            settle()
             before = time.process_time()
             run()
             samples[name].append(1e3 * (time.process_time() - before))
     return {name: {"median": statistics.median(s), "min": min(s)} for name, s in samples.items()}
+
+
+def settle() -> None:
+    """Time for what the one before still frees, and for the core to be awake: neither is the next one's."""
+    time.sleep(0.005)
+    end = time.perf_counter() + 0.005
+    while time.perf_counter() < end:
+        pass
 
 
 def header(about: dict[str, str]) -> str:

@@ -26,7 +26,7 @@ from jaxquant.ops.matrix import Matrix, Packed
 __all__ = ["float_dot", "float_dtype", "is_exact", "is_narrow"]
 
 _NARROW = (jnp.bfloat16, jnp.float16)
-_ROUNDED_ROWS = 24  # with fewer, to round a block of the weight costs more than the product gains
+_MANY_ROWS = 24  # with fewer, a block of the weight in bfloat16 costs more than the product gains
 
 
 def is_narrow(platform: str, dtype: Any) -> bool:
@@ -36,13 +36,8 @@ def is_narrow(platform: str, dtype: Any) -> bool:
 
 def is_exact(x: Any, w: Matrix | Packed) -> bool:
     """Whether a CPU multiplies both in bfloat16, exactly, with a scale for each row of either side on the sums."""
-    return (
-        not isinstance(x, jax.Array)
-        and x.one_scale
-        and w.one_scale
-        and x.shape[1] > 1
-        and is_narrow("cpu", jnp.bfloat16)
-    )
+    exact = not isinstance(x, jax.Array) and x.one_scale and w.one_scale
+    return exact and x.shape[1] >= _MANY_ROWS and is_narrow("cpu", jnp.bfloat16)
 
 
 def float_dtype(platform: str, x: Any, w: Matrix | Packed, precision: lax.PrecisionLike, dtype: Any) -> Any:
@@ -62,7 +57,7 @@ def float_dtype(platform: str, x: Any, w: Matrix | Packed, precision: lax.Precis
     default = not is_highest(precision) and not isinstance(precision, lax.DotAlgorithm | lax.DotAlgorithmPreset)
     if not (default and is_narrow(platform, x.dtype)) or (platform == "cpu" and x.shape[1] == 1):
         return jnp.float32
-    rounded = dtype == x.dtype and (platform != "cpu" or x.shape[1] >= _ROUNDED_ROWS)
+    rounded = dtype == x.dtype and (platform != "cpu" or x.shape[1] >= _MANY_ROWS)
     return x.dtype if w.one_scale or rounded else jnp.float32
 
 

@@ -76,7 +76,7 @@ Operand = Matrix | Packed | jax.Array
 _SHORTEST_GROUP = 8  # off the CPU, a loop of shorter int8 dots costs more than a float dot
 _LONG_GROUP = 1024  # on the CPU
 
-_MANY_ROWS = 64  # with vectors, from here on a dot of codes in bfloat16 is faster than one of int8
+_LONG_DOT = 64  # with vectors, from here on a dot of codes in bfloat16 is faster than one of int8
 
 _FOLDED = lax.Precision.HIGHEST  # three digits
 
@@ -112,7 +112,7 @@ def choose(
         return "integer" if integers and _group(x, w) >= min(_SHORTEST_GROUP, w.shape[2]) else "dequantized"
     int8 = int8_dots()
     if int8 != "none" and integers and _group(x, w) >= min(_LONG_GROUP, w.shape[2]):
-        return "blocks" if int8 == "vectors" and x.shape[1] >= _MANY_ROWS and is_exact(x, w) else "integer"
+        return "blocks" if int8 == "vectors" and x.shape[1] >= _LONG_DOT and is_exact(x, w) else "integer"
     if int8 != "none" and isinstance(x, jax.Array) and w.integer:
         narrow = not is_highest(precision) and is_narrow("cpu", x.dtype)
         most = digit_rows(int8, narrow=narrow) / x.shape[1]
