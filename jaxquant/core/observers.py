@@ -100,7 +100,7 @@ def _folded(x: jax.Array, axes: Axes, to: _Extreme) -> jax.Array:
     runs divides that axis, and the number of runs is a multiple of 8 unless it is a group's: an array that is spread
     over as many devices stays where it is.
     """
-    if x.size < _LARGE:
+    if x.size < _LARGE or not axes:
         return x
     axis = max(axes, key=lambda i: x.shape[i]) % x.ndim
     length = x.shape[axis]

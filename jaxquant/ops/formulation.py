@@ -111,7 +111,8 @@ def choose(
     if platform != "cpu" or wide:
         return "integer" if integers and _group(x, w) >= min(_SHORTEST_GROUP, w.shape[2]) else "dequantized"
     int8 = int8_dots()
-    if int8 != "none" and integers and _group(x, w) >= min(_LONG_GROUP, w.shape[2]):
+    whole = isinstance(x, jax.Array) or x.groups == 1 or w.shape[2] // x.groups % w.planes == 0
+    if int8 != "none" and integers and whole and _group(x, w) >= min(_LONG_GROUP, w.shape[2]):
         return "blocks" if int8 == "vectors" and x.shape[1] >= _LONG_DOT and is_exact(x, w) else "integer"
     if int8 != "none" and isinstance(x, jax.Array) and w.integer:
         narrow = not is_highest(precision) and is_narrow("cpu", x.dtype)

@@ -6,9 +6,10 @@ The inner sum is written out as elementwise arithmetic on arrays [rows, L], so t
 them into float32 in registers, and adds up L partial sums for each row of the weight; a dot with ones adds those. No
 float weight is written, not even a block of it, and nothing is rounded but in float32.
 
-Where a group is shorter than the lanes, its scale is selected by lane: loops over fewer lanes are not vectorized. Zero
-points and offsets are the same for all of a group: ``sum_g (o - s z) sum_{k in g} x`` is a small product of its own.
-A second row of the activation would be a second loop, and a block in float32 is about as fast as two.
+Where a group is shorter than the lanes, its scale is selected by lane: loops over fewer lanes are not vectorized.
+Integer zero points are subtracted from codes, exactly; those in float, and offsets, are the same for all of a group:
+``sum_g (o - s z) sum_{k in g} x`` is a small product of its own. A second row of the activation would be a second loop,
+and a block in float32 is about as fast as two.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def lanes(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLik
     if shift is None:
         return out
     sums = jnp.sum(x.reshape(x.shape[0], 1, w.groups, -1), axis=3)
+    shift = jnp.broadcast_to(shift, (x.shape[0], *shift.shape[1:]))
     return out + dot(jnp.pad(sums, ((0, 0), (0, 1), (0, 0))), shift)[:, :1]
 
 
@@ -93,7 +95,9 @@ def _cut_of(w: Matrix | Packed) -> _Cut | None:
     for count in sorted(range(48, 129), key=lambda n: abs(n - best)):
         if length % count == 0 and (group % count == 0 or (count % group == 0 and count // group <= 8)):
             terms = length // count
-            chunk = max(n for n in range(1, min(terms, most) + 1) if terms % n == 0)
+            # A chunk has whole groups, or lies in one.
+            sizes = [n for n in range(1, min(terms, most) + 1) if terms % n == 0]
+            chunk = max((n for n in sizes if n * count % group == 0 or group % (n * count) == 0), default=0)
             if chunk >= min(terms, _SHORTEST):
                 return _Cut(count, chunk, terms // chunk, group)
     return None
@@ -184,7 +188,8 @@ def _scaled(block: Matrix | Packed, levels: list[jax.Array], parts: list[jax.Arr
     if cut.chunks == 1:
         sums = add(codes, parts, scale)
     else:
-        zeros = 0 * (codes[0][:, :, :count].astype(jnp.float32) + parts[0][:, :, :1])  # vary over devices as they do
+        # Zeros that vary over devices as both operands do.
+        zeros = jnp.where(parts[0][:, :, :1] > 0, 0.0, 0.0) + 0 * codes[0][:, :, :count].astype(jnp.float32)
         sums = lax.fori_loop(0, cut.chunks, step, zeros)
     ones = jnp.ones((1, 2, count), jnp.float32)  # two rows: one is off the fast path
     out = dot(sums.reshape(1, -1, count), ones)
@@ -192,24 +197,36 @@ def _scaled(block: Matrix | Packed, levels: list[jax.Array], parts: list[jax.Arr
 
 
 def _apart(block: Matrix | Packed, levels: list[jax.Array], numbers: _Numbers) -> tuple[list[jax.Array], jax.Array]:
-    """The numbers of the block's codes in planes, and its scales, [nb or 1, G, nr or 1].
+    """The numbers of the block's codes in planes, less integer zero points, and its scales, [nb or 1, G, nr or 1].
 
     In a branch: fused into the loop, selects and conversions would be done one element at a time.
     """
+    zero_point = block.zero_point if _is_whole(block.zero_point) else None
+
+    def number(codes: jax.Array) -> jax.Array:
+        if zero_point is None:
+            return codes if numbers.of is None else numbers.of(codes)
+        groups = codes.astype(jnp.int16).reshape(*codes.shape[:2], zero_point.shape[2], -1)
+        return (groups - zero_point.astype(jnp.int16)[..., None]).reshape(codes.shape)
 
     def unpacked() -> tuple[list[jax.Array], jax.Array]:
         scale = functools.reduce(jnp.multiply, (level.astype(jnp.float32) for level in levels))
-        planes = block.code_planes()
-        return planes if numbers.of is None else [numbers.of(codes) for codes in planes], scale * numbers.unit
+        return [number(codes) for codes in block.code_planes()], scale * numbers.unit
 
-    if isinstance(block, Matrix) and numbers.of is None:
+    if isinstance(block, Matrix) and numbers.of is None and zero_point is None:
         return [block.codes], levels[0]
     return in_branch(block.stored, unpacked)
 
 
+def _is_whole(zero_point: jax.Array | None) -> bool:
+    """Whether zero points are integers: those are subtracted from codes, where nothing is lost."""
+    return zero_point is not None and jnp.issubdtype(zero_point.dtype, jnp.integer)
+
+
 def _shift(w: Matrix | Packed) -> jax.Array | None:
-    """What zero points and offsets add to each element of a group, [B or 1, N or 1, G], or None."""
-    shift = None if w.zero_point is None else -w.scales * w.zero_point.astype(jnp.float32)
+    """What float zero points and offsets add to each element of a group, [B or 1, N or 1, G], or None."""
+    zero_point = None if _is_whole(w.zero_point) else w.zero_point
+    shift = None if zero_point is None else -w.scales * zero_point.astype(jnp.float32)
     if w.offset is None:
         return shift
     return w.offset if shift is None else shift + w.offset

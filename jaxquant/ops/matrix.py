@@ -345,21 +345,25 @@ def _levels(scale: Any, qtype: QType, axes: Axes) -> tuple[jax.Array, jax.Array 
 
     It is if it is a QTensor of symmetric integers with one scale per row, whose products with the codes stay in int8.
     """
-    if isinstance(scale, QTensor) and not isinstance(scale.scale, QTensor) and scale.symmetric:
-        inner = scale.type
-        per_row = all(scale.scale.shape[i] == 1 for i in axes.contract)
-        if inner.kind == "int" and qtype.kind == "int" and per_row:
-            reach = max(-qtype.qmin, qtype.qmax) * max(-inner.qmin, inner.qmax)
-            if reach <= 127:
-                return scale_values(scale.scale), scale.logical_codes().astype(jnp.int8)
+    if _is_two_level(scale, axes) and scale.type.kind == "int" and qtype.kind == "int":
+        reach = max(-qtype.qmin, qtype.qmax) * max(-scale.type.qmin, scale.type.qmax)
+        if reach <= 127:
+            return scale_values(scale.scale), scale.logical_codes().astype(jnp.int8)
     return scale_values(scale), None
 
 
+def _is_two_level(scale: Any, axes: Axes) -> bool:
+    """Whether a scale is a multiplier per group times one number per row, and nothing added."""
+    plain = isinstance(scale, QTensor) and not isinstance(scale.scale, QTensor) and scale.symmetric
+    return plain and all(scale.scale.shape[i] == 1 for i in axes.contract)
+
+
 def _stored_levels(x: QTensor, axes: Axes) -> tuple[jax.Array, jax.Array | None]:
-    """As `_levels`, and fp8 multipliers as they are stored: what is decoded by blocks."""
+    """As `_levels`, and fp8 multipliers of codes that are no integers as they are stored: what is decoded by blocks."""
     if not x.symmetric:
         return scale_values(x.scale), None
-    if isinstance(x.scale, QTensor) and x.scale.type.kind == "float" and not x.scale.type.packed:
+    in_fp8 = _is_two_level(x.scale, axes) and x.scale.type.kind == "float" and not x.scale.type.packed
+    if in_fp8 and x.type.kind != "int":
         return scale_values(x.scale.scale), x.scale.logical_codes()
     return _levels(x.scale, x.type, axes)
 
@@ -371,7 +375,9 @@ def packed(x: Any, axes: Axes) -> Packed | None:
     """
     if not isinstance(x, QTensor) or not axes.contract or x.permutation is not None:
         return None
-    unsigned = x.type.kind == "int" and x.codes.dtype == jnp.uint8 and not isinstance(x, TrainedTensor)
+    unsigned = (
+        x.type.kind == "int" and x.type.bits == 8 and x.codes.dtype == jnp.uint8 and not isinstance(x, TrainedTensor)
+    )
     if x.length is None and not unsigned:
         return None
     stored, n = x.stored_order, len(axes.contract)

@@ -74,3 +74,28 @@ def test_ranges(axis):
     for got, want in zip(scales(x), (np.abs(finite).max(axis, keepdims=True) / 127, wide / 255), strict=True):
         assert np.isnan(want).sum() == 1
         np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.every
+def test_the_packed_axis_stays_whole(monkeypatch):
+    """With nothing reduced the longest axis is the one that codes are packed along."""
+    monkeypatch.setattr(affine, "_SEVERAL", 1)
+    x = array((-2,))
+    q = jq.quantize(x, QuantSpec("int4", granularity="per_tensor"), reduce_axes=())
+    np.testing.assert_array_equal(q.dequantize(), jq.fake_quant(x, QuantSpec("int4"), reduce_axes=(0, 1)))
+
+
+def test_each_element_a_range_of_its_own():
+    x = jnp.linspace(-1.0, 1.0, 1 << 18).reshape(512, 512)
+    np.testing.assert_allclose(jq.quantize(x, QuantSpec("int8"), reduce_axes=()).dequantize(), x, rtol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(jax.sharding, "AxisType"), reason="an older JAX")
+@pytest.mark.parametrize("part", [P("d", None), P(None, "d")])
+def test_explicit_meshes(part, monkeypatch):
+    monkeypatch.setattr(affine, "_SEVERAL", 1)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x, spec = array((-1,)), QuantSpec("int4")
+    with jax.set_mesh(mesh):
+        q = jax.jit(lambda x: jq.quantize(x, spec, reduce_axes=(-1,)))(jax.device_put(x, NamedSharding(mesh, part)))
+    np.testing.assert_array_equal(jax.device_get(q).dequantize(), jq.fake_quant(x, spec, reduce_axes=(-1,)))
