@@ -350,7 +350,7 @@ def _quantize(x, scale, zero_point, key, *, spec: QuantSpec, axes: tuple[int, ..
     apart = bool(minor) != spec.type.packed
     q = as_codes(x, spec, axes, scale, zero_point, key, apart=apart)
     q = from_codes(q.codes, q.scale, q.zero_point, qtype=q.qtype, dtype=q.dtype, minor=minor)
-    axis = _cut_axis(x, axes, stored_order(x.ndim, minor)[-1])
+    axis = _cut_axis(x, axes, stored_order(x.ndim, minor)[-1:])
     # Where transposed bytes are packed already, or codes are fp8, parts are slower.
     fast = spec.type.packed if minor == () else spec.type.kind == "int" and not spec.type.packed
     if axis is None or scale is not None or key is not None or not fast:
@@ -363,7 +363,7 @@ _PARTS, _RUN, _RUNS = 16, 16, 8
 _SEVERAL = 1 << 22  # elements; the codes of what is smaller are written at once
 
 
-def _cut_axis(x: jax.Array, axes: tuple[int, ...], last: int) -> int | None:
+def _cut_axis(x: jax.Array, axes: tuple[int, ...], last: tuple[int, ...]) -> int | None:
     """The axis by which the codes of a large array are written in parts: none that shares a scale or is stored last.
 
     Parts have a multiple of 8 runs, so that arrays that are spread over as many devices can be cut. Where shardings are
@@ -372,7 +372,7 @@ def _cut_axis(x: jax.Array, axes: tuple[int, ...], last: int) -> int | None:
     spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
     if x.size < _SEVERAL or any(axis is not None for axis in spec):
         return None
-    kept = [i for i in range(x.ndim) if i - x.ndim not in axes and i != last]
+    kept = [i for i in range(x.ndim) if i - x.ndim not in axes and i not in last]
     kept = [i for i in kept if x.shape[i] % (_PARTS * _RUN * _RUNS) == 0]
     return max(kept, key=lambda i: x.shape[i], default=None)
 
