@@ -90,7 +90,7 @@ def test_each_element_a_range_of_its_own():
     np.testing.assert_allclose(jq.quantize(x, QuantSpec("int8"), reduce_axes=()).dequantize(), x, rtol=1e-6)
 
 
-@pytest.mark.skipif(not hasattr(jax.sharding, "AxisType"), reason="an older JAX")
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="an older JAX")
 @pytest.mark.parametrize("part", [P("d", None), P(None, "d")])
 def test_explicit_meshes(part, monkeypatch):
     monkeypatch.setattr(affine, "_SEVERAL", 1)
