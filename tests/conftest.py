@@ -44,7 +44,7 @@ def pytest_addoption(parser):
     group.addoption("--fast-sample", type=int, default=0, metavar="N", help="run one fast test in N, always the same")
 
 
-FAST_SETS = 1
+FAST_SETS = 2
 collect_ignore = ["fuzz", "golden"]  # programs: they need a fuzzer, and the libraries that write the references
 
 

@@ -68,6 +68,7 @@ def test_qat(run):
     assert "nan" not in printed
 
 
+@pytest.mark.slow
 def test_ptq(run, tmp_path):
     printed = run("ptq", f"--output={tmp_path}")
     rows = {line.split()[0]: line.split() for line in printed.splitlines()[1:]}
