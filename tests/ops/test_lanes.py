@@ -109,8 +109,9 @@ def test_every_pattern_of_fp8(name):
 
 
 @pytest.mark.every
-def test_what_fits():
+def test_what_fits(monkeypatch):
     """Groups that no number of lanes cuts evenly, other numbers of rows, and codes of 8 bits that are no integers."""
+    monkeypatch.setattr(formulation, "int8_dots", lambda: "vectors")
     assert choice(quantized(jnp.ones((1024, 4)), SPECS["int4"]), m=2) == "blocks"
     assert choice(quantized(jnp.ones((1024, 4)), spec_of("int4", "per_group", group=16))) == "lanes"
     assert choice(quantized(jnp.ones((104, 4)), spec_of("int4", "per_group", group=8))) == "blocks"
