@@ -24,7 +24,7 @@ from jaxquant.core.arithmetic import divide, exponent, power_of_two, times_recip
 from jaxquant.core.blocks import BlockView, block_shape, negative_axes, scale_shape
 from jaxquant.core.codec import codes_of, round_to_grid, to_bits
 from jaxquant.core.errors import quant_error
-from jaxquant.core.layout import transpose_by_tiles
+from jaxquant.core.layout import LARGE, transpose_by_tiles
 from jaxquant.core.observers import absmax_over, array_absmax
 from jaxquant.core.packing import pack
 from jaxquant.core.qtensor import QTensor, cast, from_codes, scale_values, stored_order
@@ -306,9 +306,6 @@ def _per_block(function: str, name: str, value: Any, blocks: tuple[int, ...]) ->
     return jnp.broadcast_to(value, blocks)
 
 
-_LARGE = 1 << 18  # elements; what is smaller stays in the cache
-
-
 def as_codes(
     x: jax.Array,
     spec: QuantSpec,
@@ -336,7 +333,7 @@ def as_codes(
     def branch(x: jax.Array) -> jax.Array:
         return lax.cond(jnp.isnan(jnp.max(scale_values(found.scale))), rounded, rounded, x)
 
-    if apart and x.size >= _LARGE:
+    if apart and x.size >= LARGE:
         codes = lax.platform_dependent(x, cpu=branch, default=rounded)
     else:
         codes = codes_of(found.values, spec.type)

@@ -1,4 +1,4 @@
-"""Transposes, as XLA compiles them."""
+"""Arrays in memory: what is large, and transposes as XLA compiles them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-__all__ = ["transpose", "transpose_by_tiles"]
+__all__ = ["LARGE", "transpose", "transpose_by_tiles"]
+
+LARGE = 1 << 18
+"""Elements; what is smaller stays in the cache, and is not worth a program of its own."""
 
 _TILE = 64
 

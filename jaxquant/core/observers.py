@@ -24,14 +24,13 @@ from jax import lax
 
 from jaxquant.core.arithmetic import exponent, power_of_two, times_power_of_two
 from jaxquant.core.errors import quant_error
+from jaxquant.core.layout import LARGE
 
 __all__ = ["EMA", "MSE", "AbsMax", "Entropy", "MinMax", "Observer", "Percentile"]
 
 Roundtrip = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Axes = tuple[int, ...]
 Range = tuple[jax.Array, jax.Array]
-
-_LARGE = 1 << 18  # elements; what is smaller stays in the cache
 
 
 def _finite_or_nan(x: jax.Array) -> jax.Array:
@@ -100,7 +99,7 @@ def _folded(x: jax.Array, axes: Axes, to: _Extreme) -> jax.Array:
     runs divides that axis, and the number of runs is a multiple of 8 unless it is a group's: an array that is spread
     over as many devices stays where it is.
     """
-    if x.size < _LARGE or not axes:
+    if x.size < LARGE or not axes:
         return x
     axis = max(axes, key=lambda i: x.shape[i]) % x.ndim
     length = x.shape[axis]

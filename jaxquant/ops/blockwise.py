@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.ops.digits import digit_count, digit_matrix, digits
-from jaxquant.ops.floats import float_dot, is_exact
+from jaxquant.ops.floats import float_dot
 from jaxquant.ops.matrix import Matrix, Packed
 
 __all__ = ["BLOCKS", "LARGEST", "SMALLEST", "by_blocks", "float_blocks", "in_branch", "integer_blocks", "total"]
@@ -50,18 +50,13 @@ def integer_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.Pre
     return by_blocks(x if isinstance(x, jax.Array) else x.codes, w, multiply)
 
 
-def float_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
-    """The product of the real values, [B, M, K] x [B, N, K] -> [B, M, N], in x's dtype, with sums in float32.
+def float_blocks(x: jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
+    """The product with the real values, [B, M, K] x [B, N, K] -> [B, M, N], in x's dtype, with sums in float32.
 
     Up to 128 rows the weight goes left, where XLA's CPU library reads it fastest; one row is off its path and is padded
     to two. With more rows arithmetic counts, and the activation goes left. The barriers keep the decoded block in one
     piece (or it would be decoded once per use) and the weight on its side.
     """
-    factor = None
-    if isinstance(x, Matrix) and is_exact(x, w):
-        (x,), factor = x.unscaled(jnp.bfloat16)
-    elif isinstance(x, Matrix):
-        x = x.values(jnp.float32)
     rows, columns = x.shape[1], w.shape[1]
     padded = _two_rows(x)
     parts = [padded[:, :, i :: w.planes] for i in range(w.planes)]
@@ -80,8 +75,7 @@ def float_blocks(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.Preci
         out = out[:, :rows, :columns]
         return out if scale is None else out * jnp.swapaxes(scale, 1, 2)
 
-    out = by_blocks(x, w, multiply)
-    return out if factor is None else out * factor
+    return by_blocks(x, w, multiply)
 
 
 def _decoded(block: Matrix | Packed, dtype: Any) -> tuple[list[jax.Array], jax.Array | None]:
@@ -125,8 +119,8 @@ def by_blocks(x: jax.Array, w: Matrix | Packed, multiply: Callable[[Any, Any, An
     """
     b, n, k = w.shape
     elements = min(max(b * n * k // BLOCKS, SMALLEST), LARGEST)
-    nr = _cut(n, max(elements // k, 1), 16)
-    nb = _cut(b, max(elements // (n * k), 1), 1)
+    nr = _block_size(n, max(elements // k, 1), 16)
+    nb = _block_size(b, max(elements // (n * k), 1), 1)
     steps = (-(-b // nb), -(-n // nr))
     if steps == (1, 1):
         return multiply(w.block(0, b, 0, n), 0, 0)
@@ -140,7 +134,7 @@ def by_blocks(x: jax.Array, w: Matrix | Packed, multiply: Callable[[Any, Any, An
     return lax.fori_loop(0, steps[0] * steps[1], step, zeros)
 
 
-def _cut(size: int, most: int, multiple: int) -> int:
+def _block_size(size: int, most: int, multiple: int) -> int:
     """A block of at most about ``most``, so that few blocks of equal size cover ``size`` with little overlap."""
     if size <= most:
         return size

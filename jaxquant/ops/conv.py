@@ -16,6 +16,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.digits import digit_count, digit_matrix, sum_of_parts
+from jaxquant.ops.floats import in_own_dtype
 from jaxquant.ops.integer import overflow_limit
 from jaxquant.ops.machine import int8_dots
 from jaxquant.ops.matrix import Axes, Matrix, matrix
@@ -70,30 +71,34 @@ class _Conv(Call):
         runs = {
             "integer": lambda: self._restored(_integer(g, left, right, lhs.shape, rhs.shape)),
             "digits": lambda: self._digits(left, right, lhs.shape, rhs.shape),
-            "dequantized": lambda: self._float(wide_values(x), wide_values(kernel)),
+            "dequantized": lambda: self._float(wide_values(x), wide_values(kernel), lhs, rhs),
         }
         other, *rest = (choose(platform, left, right, window) for platform in ("default", "cpu", "tpu"))
         own = {name: runs[how] for name, how in zip(("cpu", "tpu"), rest, strict=True) if how != other}
         return lax.platform_dependent(**own, default=runs[other]) if own else runs[other]()
 
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
-        return self._float(self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static))
+        return self._float(self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static), lhs, rhs)
 
-    def _float(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        dtype, g = jnp.promote_types(lhs.dtype, rhs.dtype), self.geometry
-        out = lax.conv_general_dilated(
-            lhs.astype(dtype),
-            rhs.astype(dtype),
-            g.strides,
-            g.padding,
-            g.lhs_dilation,
-            g.rhs_dilation,
-            lax.ConvDimensionNumbers(g.lhs_spec, g.rhs_spec, g.out_spec),
-            g.feature_groups,
-            g.batch_groups,
-            self.precision,
-        )
-        return out.astype(self.dtype)
+    def _float(self, x: jax.Array, kernel: jax.Array, lhs: Any, rhs: Any) -> jax.Array:
+        """The convolution of the real values of lhs and rhs."""
+        g = self.geometry
+
+        def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return lax.conv_general_dilated(
+                x,
+                kernel,
+                g.strides,
+                g.padding,
+                g.lhs_dilation,
+                g.rhs_dilation,
+                lax.ConvDimensionNumbers(g.lhs_spec, g.rhs_spec, g.out_spec),
+                g.feature_groups,
+                g.batch_groups,
+                self.precision,
+            ).astype(self.dtype)
+
+        return in_own_dtype(conv, x, kernel, (lhs.dtype, rhs.dtype, self.dtype), self.precision)
 
     def _digits(self, x: jax.Array, rhs: Matrix, lshape: tuple[int, ...], rshape: tuple[int, ...]) -> jax.Array:
         """A float activation as int8 digits: further images of one int8 convolution, weighted and summed afterwards."""

@@ -13,6 +13,8 @@ there are instructions for it (`jaxquant.ops.machine`), and values are rounded t
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +25,7 @@ from jaxquant.ops.digits import is_highest
 from jaxquant.ops.machine import bfloat16_dots
 from jaxquant.ops.matrix import Matrix, Packed
 
-__all__ = ["float_dot", "float_dtype", "is_exact", "is_narrow"]
+__all__ = ["float_dot", "float_dtype", "in_own_dtype", "is_exact", "is_narrow", "own_dtype"]
 
 _NARROW = (jnp.bfloat16, jnp.float16)
 _MANY_ROWS = 24  # with fewer, a block of the weight in bfloat16 costs more than the product gains
@@ -35,9 +37,8 @@ def is_narrow(platform: str, dtype: Any) -> bool:
 
 
 def is_exact(x: Any, w: Matrix | Packed) -> bool:
-    """Whether a CPU multiplies both in bfloat16, exactly, with a scale for each row of either side on the sums."""
-    exact = not isinstance(x, jax.Array) and x.one_scale and w.one_scale
-    return exact and x.shape[1] >= _MANY_ROWS and is_narrow("cpu", jnp.bfloat16)
+    """Whether a product is one of numbers that bfloat16 has, with a scale for each row of either side on the sums."""
+    return not isinstance(x, jax.Array) and x.one_scale and w.one_scale
 
 
 def float_dtype(platform: str, x: Any, w: Matrix | Packed, precision: lax.PrecisionLike, dtype: Any) -> Any:
@@ -50,15 +51,50 @@ def float_dtype(platform: str, x: Any, w: Matrix | Packed, precision: lax.Precis
       precision: of the call.
       dtype: of the float product, as the operands' own dtypes have it.
     """
+    few = platform == "cpu" and x.shape[1] < _MANY_ROWS
     if not isinstance(x, jax.Array):
-        return jnp.bfloat16 if platform == "cpu" and is_exact(x, w) else w.scale.dtype
+        exact = platform == "cpu" and not few and is_exact(x, w) and bfloat16_dots()
+        return jnp.bfloat16 if exact else w.scale.dtype
     if jnp.float64 in (x.dtype, w.scale.dtype):
         return jnp.float64
-    default = not is_highest(precision) and not isinstance(precision, lax.DotAlgorithm | lax.DotAlgorithmPreset)
-    if not (default and is_narrow(platform, x.dtype)) or (platform == "cpu" and x.shape[1] == 1):
+    if not (_is_default(precision) and is_narrow(platform, x.dtype)) or (platform == "cpu" and x.shape[1] == 1):
         return jnp.float32
-    rounded = dtype == x.dtype and (platform != "cpu" or x.shape[1] >= _MANY_ROWS)
-    return x.dtype if w.one_scale or rounded else jnp.float32
+    if few:  # integers take one instruction to decode
+        return x.dtype if w.one_scale and w.integer else jnp.float32
+    return x.dtype if w.one_scale or dtype == x.dtype else jnp.float32
+
+
+def _is_default(precision: Any) -> bool:
+    return not is_highest(precision) and not isinstance(precision, lax.DotAlgorithm | lax.DotAlgorithmPreset)
+
+
+def in_own_dtype(
+    multiply: Callable[..., jax.Array], x: Any, w: Any, dtypes: tuple[Any, ...], precision: lax.PrecisionLike
+) -> jax.Array:
+    """``multiply(x, w)`` of real values, wherever no formulation but the float one is left.
+
+    Off the CPU in the dtype of the float program, if that is bfloat16 or float16; otherwise in float32 at least.
+
+    Args:
+      multiply: an operation of two arrays of one dtype.
+      x, w: real values, in float32 at least where they come from codes.
+      dtypes: of both and of the result in the float program.
+      precision: of the call.
+    """
+
+    def run(dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
+        return multiply(x.astype(dtype), w.astype(dtype))
+
+    wide, own = jnp.promote_types(x.dtype, w.dtype), own_dtype(dtypes, precision)
+    if own is None or own == wide:
+        return run(wide, x, w)
+    return lax.platform_dependent(x, w, cpu=functools.partial(run, wide), default=functools.partial(run, own))
+
+
+def own_dtype(dtypes: tuple[Any, ...], precision: lax.PrecisionLike) -> Any:
+    """bfloat16 or float16, if that is all the dtypes and the precision asks for no more; else None."""
+    own = dtypes[0]
+    return own if set(dtypes) == {own} and own in _NARROW and _is_default(precision) else None
 
 
 def float_dot(left: jax.Array, right: jax.Array, along: tuple[int, int] = (2, 2), precision: Any = None) -> jax.Array:

@@ -5,11 +5,11 @@ returns the product ``[B, M, N]``, in float32 unless an operand is float64. On t
 
 | weight | activation | rows M | formulation |
 |---|---|---|---|
-| integer, one scale per row or two-level | integer, one scale per row | any | `integer` |
+| integer, one scale per row or two-level | integer, one scale per row | any, but see below | `integer` |
 | integer, groups of 1024 or more | integer, likewise | any | `integer` |
 | integer, one scale per row or two-level | float | few, see `digit_rows` | `digits` |
 | integer, scales along K and the same for all rows | float | likewise | `folded` |
-| integer, or 4 bits of another kind | any | 1 | `lanes`, if `jaxquant.ops.lanes.fits` |
+| integer, fp8, or 4 bits of another kind | any | 1 | `lanes`, if `jaxquant.ops.lanes.fits` |
 | anything else that is stored quantized | any | any | `blocks` |
 | float64 operands; what is quantized on the way | | | `dequantized` |
 
@@ -65,7 +65,7 @@ from jaxquant.ops.digits import digit_count, is_highest
 from jaxquant.ops.floats import float_dot, float_dtype, is_exact, is_narrow
 from jaxquant.ops.integer import common_group
 from jaxquant.ops.lanes import fits, lanes
-from jaxquant.ops.machine import Int8, int8_dots
+from jaxquant.ops.machine import Int8, bfloat16_dots, int8_dots
 from jaxquant.ops.matrix import Matrix, Packed
 
 __all__ = ["Formulation", "choose", "digit_rows", "is_float", "product", "way"]
@@ -111,9 +111,10 @@ def choose(
     if platform != "cpu" or wide:
         return "integer" if integers and _group(x, w) >= min(_SHORTEST_GROUP, w.shape[2]) else "dequantized"
     int8 = int8_dots()
-    whole = isinstance(x, jax.Array) or x.groups == 1 or w.shape[2] // x.groups % w.planes == 0
-    if int8 != "none" and integers and whole and _group(x, w) >= min(_LONG_GROUP, w.shape[2]):
-        return "blocks" if int8 == "vectors" and x.shape[1] >= _LONG_DOT and is_exact(x, w) else "integer"
+    in_planes = isinstance(x, jax.Array) or x.groups == 1 or w.shape[2] // x.groups % w.planes == 0
+    if int8 != "none" and integers and in_planes and _group(x, w) >= min(_LONG_GROUP, w.shape[2]):
+        in_bfloat16 = int8 == "vectors" and x.shape[1] >= _LONG_DOT and is_exact(x, w) and bfloat16_dots()
+        return "blocks" if in_bfloat16 else "integer"
     if int8 != "none" and isinstance(x, jax.Array) and w.integer:
         narrow = not is_highest(precision) and is_narrow("cpu", x.dtype)
         most = digit_rows(int8, narrow=narrow) / x.shape[1]
@@ -170,7 +171,14 @@ def product(x: Operand, w: Operand, precision: lax.PrecisionLike, dtype: Any, *,
     x, whole = x if isinstance(x, jax.Array) else _unpacked(x), _unpacked(w)
 
     def run(how: Formulation, dtype: Any, w: Matrix | Packed) -> jax.Array:
-        return _RUN[how](x.astype(dtype) if isinstance(x, jax.Array) else x, w, precision)
+        if isinstance(x, jax.Array):
+            return _RUN[how](x.astype(dtype), w, precision)
+        if how != "blocks":
+            return _RUN[how](x, w, precision)
+        if dtype == jnp.bfloat16:
+            (numbers,), scale = x.unscaled(dtype)
+            return float_blocks(numbers, w, precision) * scale
+        return float_blocks(x.values(jnp.float32), w, precision)
 
     cpu, other = (way(platform, x, w, precision, dtype, trained=trained) for platform in ("cpu", "other"))
     if cpu == other and w is whole:

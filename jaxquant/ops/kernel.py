@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxquant.core.affine import quantize
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops import conv, ragged
+from jaxquant.ops.floats import own_dtype
 from jaxquant.ops.formulation import way
 from jaxquant.ops.matrix import Axes, Packed, canonical
 from jaxquant.ops.operands import Operand
@@ -60,7 +61,7 @@ def kernel(
       >>> kernel(8, 64, 64, recipes.nf4(), "float32")
       'float32 blocks'
     """
-    axes, found = Axes((), (0,), (1,)), []
+    axes, found, platform = Axes((), (0,), (1,)), [], jax.default_backend()
 
     def run(x: jax.Array, w: jax.Array) -> None:
         left = canonical(Operand(spec.act, (-1,)).quantized(x, None), axes)
@@ -71,12 +72,13 @@ def kernel(
             if op == "ragged_dot":
                 how = ragged.choose(left, right)
             else:
-                how = conv.choose(jax.default_backend(), left, right, conv.Window(*window))
-            found.append((how, wide))
+                how = conv.choose(platform, left, right, conv.Window(*window))
+            own = own_dtype((jnp.dtype(dtype),), None) if platform != "cpu" else None
+            found.append((how, own or wide))
         elif left is None or right is None:
             found.append(("dequantized", wide))
         else:
-            found.append(way(jax.default_backend(), left, right, None, jnp.dtype(dtype)))
+            found.append(way(platform, left, right, None, jnp.dtype(dtype)))
 
     jax.eval_shape(run, *(jax.ShapeDtypeStruct((n, length), jnp.dtype(dtype)) for n in (rows, columns)))
     formulation, multiplied = found[0]

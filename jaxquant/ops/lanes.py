@@ -46,7 +46,7 @@ def fits(w: Matrix | Packed, *, exact: bool) -> bool:
     16 bits, 1e-5 of their norm for nf4.
     """
     numbers = None if w.rows_last else _numbers(w.qtype)
-    return numbers is not None and (numbers.exact or not exact) and _cut_of(w) is not None
+    return numbers is not None and (numbers.exact or not exact) and _chunks_of(w) is not None
 
 
 def lanes(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
@@ -60,7 +60,7 @@ def lanes(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLik
     def multiply(block: Matrix | Packed, b: Any, r: Any) -> jax.Array:
         nb, nr, _ = block.shape
         xs = [part if part.shape[0] == nb else lax.dynamic_slice_in_dim(part, b, nb, 0) for part in parts]
-        cuts = [_cut(_cut(level, b, nb, 0), r, nr, 2) for level in levels]
+        cuts = [_slice(_slice(level, b, nb, 0), r, nr, 2) for level in levels]
         with jax.named_scope(LANES):
             return _scaled(block, cuts, xs)
 
@@ -73,12 +73,12 @@ def lanes(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLik
     return out + dot(jnp.pad(sums, ((0, 0), (0, 1), (0, 0))), shift)[:, :1]
 
 
-def _cut(value: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
+def _slice(value: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
     """A slice; an axis of size 1 is one for all."""
     return value if value.shape[axis] in (1, size) else lax.dynamic_slice_in_dim(value, start, size, axis)
 
 
-class _Cut(NamedTuple):
+class _Chunks(NamedTuple):
     """How a plane is cut: ``lanes``, ``chunks`` of so many terms, and elements of a ``group``."""
 
     lanes: int
@@ -87,7 +87,7 @@ class _Cut(NamedTuple):
     group: int
 
 
-def _cut_of(w: Matrix | Packed) -> _Cut | None:
+def _chunks_of(w: Matrix | Packed) -> _Chunks | None:
     """64 lanes of several planes or 128 of one, or as near to that as cuts a plane and its groups evenly; or None."""
     groups = w.scale.shape[2] if w.multiplier is None else max(w.scale.shape[2], w.multiplier.shape[2])
     length, best = w.shape[2] // w.planes, 128 if w.planes == 1 else 64
@@ -99,7 +99,7 @@ def _cut_of(w: Matrix | Packed) -> _Cut | None:
             sizes = [n for n in range(1, min(terms, most) + 1) if terms % n == 0]
             chunk = max((n for n in sizes if n * count % group == 0 or group % (n * count) == 0), default=0)
             if chunk >= min(terms, _SHORTEST):
-                return _Cut(count, chunk, terms // chunk, group)
+                return _Chunks(count, chunk, terms // chunk, group)
     return None
 
 
@@ -157,7 +157,7 @@ def _halves(qtype: QType, codes: jax.Array) -> jax.Array:
 def _scaled(block: Matrix | Packed, levels: list[jax.Array], parts: list[jax.Array]) -> jax.Array:
     """``sum_k s q x`` of a block, [nb, 1, nr]; ``levels`` are factors of the scale, [nb or 1, G, nr or 1]."""
     numbers = _numbers(block.qtype)
-    cut = _cut_of(block)
+    cut = _chunks_of(block)
     assert numbers is not None
     assert cut is not None
     count, group, size = cut.lanes, cut.group, cut.lanes * cut.terms

@@ -13,6 +13,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.digits import digit_count, digits_of
+from jaxquant.ops.floats import in_own_dtype
 from jaxquant.ops.integer import overflow_limit
 from jaxquant.ops.matrix import Axes, Matrix, matrix
 from jaxquant.ops.operands import (
@@ -50,15 +51,18 @@ class _Ragged(Call):
             return _integer(left, right, sizes).astype(self.dtype)
         if how == "digits":
             return _digits(left, right, sizes, digit_count(self.precision)).astype(self.dtype)
-        return self._float(wide_values(x), wide_values(experts), sizes)
+        return self._float(wide_values(x), wide_values(experts), sizes, lhs, rhs)
 
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, sizes: jax.Array) -> jax.Array:
-        return self._float(self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static), sizes)
+        return self._float(self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static), sizes, lhs, rhs)
 
-    def _float(self, lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
-        dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
-        out = lax.ragged_dot(lhs.astype(dtype), rhs.astype(dtype), sizes, precision=self.precision)
-        return out.astype(self.dtype)
+    def _float(self, x: jax.Array, experts: jax.Array, sizes: jax.Array, lhs: Any, rhs: Any) -> jax.Array:
+        """The product of the real values of lhs and rhs."""
+
+        def multiply(x: jax.Array, experts: jax.Array) -> jax.Array:
+            return lax.ragged_dot(x, experts, sizes, precision=self.precision).astype(self.dtype)
+
+        return in_own_dtype(multiply, x, experts, (lhs.dtype, rhs.dtype, self.dtype), self.precision)
 
 
 def choose(x: Matrix | jax.Array | None, experts: Matrix | jax.Array | None) -> Formulation:

@@ -157,6 +157,37 @@ def test_what_a_gpu_is_asked_for(dtype, letters):
     assert re.fullmatch(rf"\(tensor<[\dx]*{letters}>, tensor<[\dx]*{letters}>\) -> tensor<[\dx]*f32>.*", dots)
 
 
+@pytest.mark.parametrize("op", ["conv", "ragged"])
+def test_a_gpu_multiplies_in_the_dtype_of_the_float_program(op):
+    x, w, spec = {
+        "conv": (jnp.ones((2, 6, 5, 8)), jnp.ones((3, 3, 8, 4)), recipes.w4a16(8)),
+        "ragged": (jnp.ones((6, 16)), jnp.ones((3, 16, 4)), recipes.w4a16(8)),
+    }[op]
+
+    def multiply(x, w, **rest):
+        if op == "ragged":
+            return ops.ragged_dot(x, w, jnp.array([1, 2, 3]), **rest)
+        return ops.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), **rest)
+
+    def operands(platform, x, w, **rest):
+        def gradient(x, w):
+            return jax.grad(lambda x: multiply(x, w, **rest).astype(jnp.float32).sum())(x)
+
+        text = jax.jit(lambda x, w: (multiply(x, w, **rest), gradient(x, w))).trace(x, w)
+        products = r"(?:convolution|dot_general|ragged_dot).*: \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>"
+        found = re.findall(products, text.lower(lowering_platforms=(platform,)).as_text())
+        assert len(found) == 2
+        return {dtype for pair in found for dtype in pair}
+
+    narrow = x.astype(jnp.bfloat16)
+    q = quantized(w.astype(jnp.bfloat16), spec.weight, (-2,))
+    assert operands("cuda", narrow, q) == {"bf16"}
+    assert operands("cpu", narrow, q) == {"f32"}
+    assert operands("cuda", narrow, q, precision="highest") == {"f32"}
+    assert operands("cuda", narrow, q, preferred_element_type=jnp.float32) == {"f32"}
+    assert operands("cuda", x, q) == {"f32"}
+
+
 def test_the_kernel_column():
     name = "bfloat16" if floats.bfloat16_dots() and jax.default_backend() == "cpu" else "float32"
     if jax.default_backend() == "cpu":
