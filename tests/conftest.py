@@ -5,8 +5,8 @@ set in pyproject.toml).
 
 Hypothesis runs the profile `ci`: the same examples every time. `--hypothesis-profile=dev` looks for new ones.
 
-Slow tests (`@pytest.mark.slow`: more than a few seconds) are skipped. So are the parameter sets of a test beyond the
-first few, by a hash of their names, unless it is cheap (`@pytest.mark.every`). Except
+Slow tests (`@pytest.mark.slow`: more than a few seconds) are skipped. So are all parameter sets of a test but one, by a
+hash of their names, unless it is cheap (`@pytest.mark.every`). Except
 
     pytest --slow              runs all of them
     pytest --slow-sample N     runs one in N of them, rounded up
@@ -44,7 +44,6 @@ def pytest_addoption(parser):
     group.addoption("--fast-sample", type=int, default=0, metavar="N", help="run one fast test in N, always the same")
 
 
-FAST_SETS = 2
 collect_ignore = ["fuzz", "golden"]  # programs: they need a fuzzer, and the libraries that write the references
 
 
@@ -54,7 +53,7 @@ def pytest_collection_modifyitems(config, items):
         if hasattr(item, "callspec") and not {"slow", "every"} & set(item.keywords):
             functions.setdefault((item.path, item.cls, item.originalname), []).append(item)
     for sets in functions.values():
-        for item in sorted(sets, key=_by_hash)[FAST_SETS:]:
+        for item in sorted(sets, key=_by_hash)[1:]:
             item.add_marker(pytest.mark.slow)
     slow = [item for item in items if "slow" in item.keywords]
     if not config.getoption("--slow"):

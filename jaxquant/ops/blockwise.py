@@ -85,8 +85,8 @@ def _decoded(block: Matrix | Packed, dtype: Any) -> tuple[list[jax.Array], jax.A
     """
     in_fp8 = block.multiplier is not None and block.multiplier.dtype != jnp.int8
     apart = block.stored if isinstance(block, Packed) and (block.planes == 1 or in_fp8) else None
-    if jnp.dtype(dtype).itemsize == 2 and block.one_scale:
-        return block.unscaled(dtype) if apart is None else in_branch(apart, lambda: block.unscaled(dtype))
+    if jnp.dtype(dtype).itemsize == 2 and block.exact_in(dtype):
+        return block.numbers(dtype) if apart is None else in_branch(apart, lambda: block.numbers(dtype))
     if apart is None:
         planes = block.floats()
     else:

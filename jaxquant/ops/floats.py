@@ -3,7 +3,8 @@
 A bfloat16 or float16 activation is multiplied as it is, by values of that dtype, with sums in float32; products of two
 such numbers are exact there. A weight's values are given that dtype
 
-- where it holds them exactly: integers and fp8 with one scale per row, which is then applied to the sums;
+- where it holds them exactly: integers and fp8 with one scale per row, which is then applied to the sums, and in
+  bfloat16 also fp8 and fp4 times powers of two, the MX formats;
 - where it is the weight's own dtype (`QTensor.dtype`), so that the float program has its values so too. Each is then
   off by at most 2**-8 of itself in bfloat16, and by 2**-11 in float16 unless it is subnormal.
 
@@ -37,8 +38,8 @@ def is_narrow(platform: str, dtype: Any) -> bool:
 
 
 def is_exact(x: Any, w: Matrix | Packed) -> bool:
-    """Whether a product is one of numbers that bfloat16 has, with a scale for each row of either side on the sums."""
-    return not isinstance(x, jax.Array) and x.one_scale and w.one_scale
+    """Whether a product is one of numbers that bfloat16 has, with at most a scale for each row of either side."""
+    return not isinstance(x, jax.Array) and x.exact_in(jnp.bfloat16) and w.exact_in(jnp.bfloat16)
 
 
 def float_dtype(platform: str, x: Any, w: Matrix | Packed, precision: lax.PrecisionLike, dtype: Any) -> Any:
@@ -61,7 +62,7 @@ def float_dtype(platform: str, x: Any, w: Matrix | Packed, precision: lax.Precis
         return jnp.float32
     if few:  # integers take one instruction to decode
         return x.dtype if w.one_scale and w.integer else jnp.float32
-    return x.dtype if w.one_scale or dtype == x.dtype else jnp.float32
+    return x.dtype if w.exact_in(x.dtype) or dtype == x.dtype else jnp.float32
 
 
 def _is_default(precision: Any) -> bool:

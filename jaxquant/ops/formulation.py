@@ -31,14 +31,15 @@ returns the product ``[B, M, N]``, in float32 unless an operand is float64. On t
 : float dots with blocks of rows that are dequantized one at a time (`jaxquant.ops.blockwise`).
 
 `minifloat`
-: a bfloat16 dot of fp8 or fp4 with one scale per row on either side: exact products, float32 accumulation. Off the CPU,
-  and in training.
+: a bfloat16 dot of fp8 or fp4 with one scale per row on either side, or powers of two (the MX formats): exact products,
+  float32 accumulation. Off the CPU, and in training where a CPU has instructions for bfloat16.
 
 `dequantized`
 : a float dot of the dequantized operands.
 
 With vectors (`jaxquant.ops.machine`) and instructions for bfloat16, `blocks` take the place of `integer` from 64 rows
-on: integers of 8 bits and their products are exact there too, with sums in float32.
+on: integers of 8 bits and their products are exact there too, with sums in float32. `blocks` of MX formats on both
+sides are multiplied so from 24 rows on.
 
 Float values are multiplied in float32; beside a bfloat16 or float16 activation in that dtype, with sums in float32,
 where that is fast and loses nothing that the float program would keep (`jaxquant.ops.floats`).
@@ -59,7 +60,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.core.codec import values_of
 from jaxquant.ops.blockwise import float_blocks, integer_blocks
 from jaxquant.ops.digits import digit_count, is_highest
 from jaxquant.ops.floats import float_dot, float_dtype, is_exact, is_narrow
@@ -105,7 +105,7 @@ def choose(
       trained: whether the weight is a float array that is quantized on the way, and its real values cost nothing.
     """
     operands, wide = (x, w), any(_scale_dtype(v) == jnp.float64 for v in (x, w))
-    if _both(operands, lambda v: v.minifloat) and not wide and (trained or platform != "cpu"):
+    if _both(operands, lambda v: v.minifloat) and not wide and (platform != "cpu" or (trained and bfloat16_dots())):
         return "minifloat"
     integers = _both(operands, lambda v: v.integer)
     if platform != "cpu" or wide:
@@ -176,8 +176,8 @@ def product(x: Operand, w: Operand, precision: lax.PrecisionLike, dtype: Any, *,
         if how != "blocks":
             return _RUN[how](x, w, precision)
         if dtype == jnp.bfloat16:
-            (numbers,), scale = x.unscaled(dtype)
-            return float_blocks(numbers, w, precision) * scale
+            (numbers,), scale = x.numbers(dtype)
+            return _times(float_blocks(numbers, w, precision), scale)
         return float_blocks(x.values(jnp.float32), w, precision)
 
     cpu, other = (way(platform, x, w, precision, dtype, trained=trained) for platform in ("cpu", "other"))
@@ -218,19 +218,25 @@ def _along(value: jax.Array, length: int) -> jax.Array:
 
 
 def _minifloat(x: Matrix, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
-    """fp8 and fp4 values are exact in bfloat16 and so are their products in float32."""
+    """fp8 and fp4 values, and those times powers of two, are exact in bfloat16; their products are in float32."""
     del precision
-    w = _unpacked(w)
-    left, right = (values_of(v.codes, v.qtype, jnp.bfloat16) for v in (x, w))
-    return float_dot(left, right) * x.scale * jnp.swapaxes(w.scale, 1, 2)
+    ((left,), scale), ((right,), columns) = (v.numbers(jnp.bfloat16) for v in (x, _unpacked(w)))
+    return _times(_times(float_dot(left, right), scale), columns, turned=True)
+
+
+def _times(out: jax.Array, scale: jax.Array | None, *, turned: bool = False) -> jax.Array:
+    """Times the scales of rows, or of columns; None is 1."""
+    if scale is None:
+        return out
+    return out * (jnp.swapaxes(scale, 1, 2) if turned else scale)
 
 
 def _dequantized(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
     wide, w = jnp.promote_types(_scale_dtype(x), w.scale.dtype), _unpacked(w)
     if isinstance(x, jax.Array) and x.dtype.itemsize == 2:
-        if w.one_scale:
-            (values,), scale = w.unscaled(x.dtype)
-            return float_dot(x, values) * jnp.swapaxes(scale, 1, 2)
+        if w.exact_in(x.dtype):
+            (values,), scale = w.numbers(x.dtype)
+            return _times(float_dot(x, values), scale, turned=True)
         return float_dot(x, w.values(wide).astype(x.dtype))
     x = x.values(wide) if isinstance(x, Matrix) else x.astype(wide)
     return float_dot(x, w.values(wide), precision=precision)

@@ -74,6 +74,7 @@ class _Quantized:
     offset: jax.Array | None
     multiplier: Any
     rows_last: bool
+    power_of_two: bool
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
@@ -89,13 +90,18 @@ class _Quantized:
 
     @property
     def minifloat(self) -> bool:
-        """Whether products of codes are exact in float32, with one scale for the whole row."""
-        return self.qtype.kind == "float" and self.groups == 1 and self.zero_point is None and self.offset is None
+        """Whether a row is numbers with a short significand, as they are or times one scale: fp8, fp4, MX formats."""
+        plain = self.qtype.kind == "float" and self.zero_point is None and self.offset is None
+        return plain and (self.groups == 1 or self.power_of_two)
 
     @property
     def one_scale(self) -> bool:
         """Whether a row is one scale times numbers that are exact in two bytes: integers up to 256, or fp8."""
-        return self.minifloat or (self.integer and self.groups == 1)
+        return self.groups == 1 and (self.minifloat or self.integer)
+
+    def exact_in(self, dtype: Any) -> bool:
+        """Whether a dtype of two bytes has the `numbers` of a row."""
+        return self.one_scale or (self.minifloat and dtype == jnp.bfloat16)
 
     def block(self, b: Any, nb: int, r: Any, nr: int) -> Self:
         """``nb`` matrices from ``b`` (which may be traced), ``nr`` rows of each from ``r``: of all arrays.
@@ -129,6 +135,7 @@ class Matrix(_Quantized):
       qtype: the number type.
       offset: real units added to each group, of the scale's shape, or None.
       rows_last: whether the codes are those of an array [B, K, R].
+      power_of_two: whether every scale is one.
     """
 
     codes: jax.Array
@@ -137,6 +144,7 @@ class Matrix(_Quantized):
     qtype: QType
     offset: jax.Array | None = None
     rows_last: bool = False
+    power_of_two: bool = False
     multiplier: ClassVar[None] = None
 
     @property
@@ -183,9 +191,14 @@ class Matrix(_Quantized):
         """Its real values in float32, in planes."""
         return [self.values(jnp.float32)]
 
-    def unscaled(self, dtype: Any) -> tuple[list[jax.Array], jax.Array]:
-        """Where a row has `one_scale`: what that multiplies, in planes, and the scales, [B or 1, R or 1, 1]."""
-        return [_shifted(self.codes, self.zero_point, self.qtype, dtype)], self.scale
+    def numbers(self, dtype: Any) -> tuple[list[jax.Array], jax.Array | None]:
+        """Where a dtype has them exactly: what the scales of rows multiply, in planes, and those, [B or 1, R or 1, 1].
+
+        Or real values and None.
+        """
+        if self.one_scale:
+            return [_shifted(self.codes, self.zero_point, self.qtype, dtype)], self.scale
+        return [self.values(jnp.float32).astype(dtype)], None
 
 
 def _shifted(codes: jax.Array, zero_point: Any, qtype: QType, dtype: Any) -> jax.Array:
@@ -214,7 +227,7 @@ class Packed(_Quantized):
 
     Attributes:
       bytes: uint8 [B, R, bytes of a row].
-      scale, zero_point, offset, qtype: as in `Matrix`.
+      scale, zero_point, offset, qtype, power_of_two: as in `Matrix`.
       multiplier: int8 or fp8 [B or 1, R or 1, G], the inner level of two-level scales, or None. If it is int8 the scale
         is one per row.
       length: K.
@@ -227,6 +240,7 @@ class Packed(_Quantized):
     multiplier: jax.Array | None
     qtype: QType
     length: int
+    power_of_two: bool = False
     rows_last: ClassVar[bool] = False
 
     @property
@@ -282,8 +296,10 @@ class Packed(_Quantized):
         rest = (self.scales, self.zero_point, self.offset, self.qtype)
         return [_real(codes, *rest, jnp.float32) for codes in self.code_planes()]
 
-    def unscaled(self, dtype: Any) -> tuple[list[jax.Array], jax.Array]:
+    def numbers(self, dtype: Any) -> tuple[list[jax.Array], jax.Array | None]:
         """As for `Matrix`."""
+        if not self.one_scale:
+            return [plane.astype(dtype) for plane in self.floats()], None
         if self.qtype.kind == "int":  # multipliers are part of the codes
             return [_shifted(plane.codes, plane.zero_point, plane.qtype, dtype) for plane in self.int8()], self.scale
         return [values_of(codes, self.qtype, dtype) for codes in self.code_planes()], self.scales
@@ -294,7 +310,9 @@ class Packed(_Quantized):
             planes = self.int8()
             codes = self._interleaved([plane.codes for plane in planes])
             return dataclasses.replace(planes[0], codes=codes)
-        return Matrix(self._interleaved(self.code_planes()), self.scales, self.zero_point, self.qtype, self.offset)
+        codes = self._interleaved(self.code_planes())
+        rest = {"offset": self.offset, "power_of_two": self.power_of_two}
+        return Matrix(codes, self.scales, self.zero_point, self.qtype, **rest)
 
     def _interleaved(self, planes: list[jax.Array]) -> jax.Array:
         return planes[0] if len(planes) == 1 else jnp.stack(planes, axis=-1).reshape(self.shape)
@@ -397,14 +415,15 @@ def packed(x: Any, axes: Axes) -> Packed | None:
     order = [stored.index(i) for i in axes.batch + axes.rows]
     codes = jnp.transpose(x.codes, (*order, *range(x.ndim - n, x.ndim)))
     b, r = (math.prod(x.shape[i] for i in part) for part in (axes.batch, axes.rows))
-    return Packed(codes.reshape(b, r, -1), scale, zero_point, offset, multiplier, x.type, length)
+    rest = {"power_of_two": x.scale.dtype == jnp.float8_e8m0fnu}
+    return Packed(codes.reshape(b, r, -1), scale, zero_point, offset, multiplier, x.type, length, **rest)
 
 
 def matrix(x: QTensor, axes: Axes) -> Matrix | None:
     """A quantized operand in canonical form; None if its scales do not form groups along the contraction."""
     x = x.unpermuted()
     qtype, scale, zero_point, offset = x.type, x.scale, x.zero_point, x.offset
-    codes, shape = x.logical_codes(), x.shape
+    codes, shape, power_of_two = x.logical_codes(), x.shape, x.scale.dtype == jnp.float8_e8m0fnu
     symmetric = zero_point is None and offset is None
     scale, multiplier = _levels(scale, qtype, axes) if symmetric else (scale_values(scale), None)
     scale, multiplier, zero_point, offset = (
@@ -423,7 +442,7 @@ def matrix(x: QTensor, axes: Axes) -> Matrix | None:
             qtype = _SHIFTED
         else:
             codes = codes.astype(jnp.int8)
-    return Matrix(codes, scale, zero_point, qtype, offset, rows_last)
+    return Matrix(codes, scale, zero_point, qtype, offset, rows_last, power_of_two)
 
 
 def canonical(x: QTensor | jax.Array, axes: Axes) -> Matrix | Packed | jax.Array | None:

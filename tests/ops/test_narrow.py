@@ -22,6 +22,8 @@ EXACT = {
     "int4 two-level": recipes.w4a16(8, two_level=True),
     "fp8": OpSpec(spec_of("float8_e4m3fn")),
     "fp4": OpSpec(spec_of("float4_e2m1fn")),
+    "mxfp8": OpSpec(spec_of("mxfp8")),
+    "mxfp4": recipes.mxfp4(),
 }
 GROUPS = {
     "int4 in groups": recipes.w4a16(8, symmetric=False),
@@ -42,13 +44,17 @@ def product(x, q, precision=None):
 
 
 def exact(x, q):
-    return np.asarray(x, np.float64), np.asarray(q.dequantize(WIDE), np.float64)
+    return exact_values(x, q.dequantize(WIDE))
+
+
+def exact_values(*arrays):
+    return [np.asarray(x, np.float64) for x in arrays]
 
 
 @pytest.mark.parametrize("name", slow_but([*EXACT], "int8"))
 @pytest.mark.parametrize("weight", [jnp.float32, jnp.bfloat16])
-def test_one_scale_per_channel(name, weight):
-    """Codes are exact in bfloat16, products in float32: nothing is lost, whatever the weight's dtype."""
+def test_what_bfloat16_holds(name, weight):
+    """Codes are exact in bfloat16 (MX formats with their scales), products in float32: nothing is lost."""
     x, q = operands(EXACT[name], weight=weight)
     assert dot_error(product(x, q), *exact(x, q), MATMUL) <= INTEGER
 
@@ -79,6 +85,23 @@ def test_rows(name, rows):
 def test_a_float32_weight_is_not_rounded(name):
     x, q = operands(GROUPS[name], weight=jnp.float32)
     assert dot_error(product(x, q), *exact(x, q), MATMUL) <= INTEGER
+
+
+@pytest.mark.parametrize("spec", slow_but([recipes.mxfp8(), recipes.mxfp4(act=True)], recipes.mxfp8()))
+@pytest.mark.parametrize("rows", slow_but([8, 32, 100], 32))
+def test_mx_formats_on_both_sides(spec, rows):
+    """Powers of two leave significands short: bfloat16 has the values of float32 operands too, in training as well."""
+    x, w = unequal(0, (rows, 64)), unequal(1, (64, 24))
+    q = quantized(w, spec.weight)
+    values = quantized(x, spec.act, (-1,)).dequantize(), q.dequantize()
+    for weight in (w, q):
+        got = jax.jit(lambda x, w: ops.dot_general(x, w, MATMUL, spec=spec))(x, weight)
+        assert dot_error(got, *exact_values(*values), MATMUL) <= INTEGER
+    for dtype, scale in (("bf16", q.scale), ("f32", jnp.full(q.scale.shape, 0.3))):
+        program = jax.jit(lambda x, q: ops.dot_general(x, q, MATMUL, spec=spec)).trace(x, q.replace(scale=scale))
+        text = program.lower(lowering_platforms=("cuda",)).as_text()
+        (found,) = re.findall(r"stablehlo.dot_general.* : (.*)", text)
+        assert re.fullmatch(rf"\(tensor<[\dx]*{dtype}>, tensor<[\dx]*{dtype}>\) -> tensor<[\dx]*f32>.*", found)
 
 
 @pytest.mark.slow
