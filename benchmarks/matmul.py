@@ -4,8 +4,9 @@
     python benchmarks/matmul.py --short    # K = N = 2048, M = 1, 32: a quarter of a minute
     python benchmarks/matmul.py --peers    # and qwix, AQT, PyTorch, torchao and ONNX Runtime, where installed
     python benchmarks/matmul.py --dtype bfloat16    # activation and weight are bfloat16, results float32
+    python benchmarks/matmul.py --cores 2    # on two cores
 
-One process on one core, processor time, all contestants in turn (see measure.py). The table holds the time of XLA's own
+One process on one core, processor time (on more, time of the wall), all contestants in turn (see measure.py). The table holds the time of XLA's own
 float32 product over each contestant's, from the medians of one run; ``error`` is the relative error (Frobenius norm)
 against the exact product of the dequantized operands, and ``temp`` the temporaries of the compiled program at the
 largest M up to 32, in percent of the float weight's bytes. The peers' weights are prepared outside of what is measured.
@@ -52,6 +53,7 @@ SCHEMES: dict[str, tuple[OpSpec, lax.Precision | None]] = {
     "nvfp4": (recipes.nvfp4(), None),
     "fp8 weights": (OpSpec(QuantSpec("float8_e4m3fn")), None),
     "fp8": (recipes.fp8(), None),
+    "mxfp8": (recipes.mxfp8(), None),
 }
 
 
@@ -102,7 +104,8 @@ def ours(x: jax.Array, quantized: dict[str, Any]) -> Iterator[tuple[str, Contest
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how, parents=[measure.CORES])
     parser.add_argument("--short", action="store_true", help="a smaller weight, fewer rows, fewer rounds")
     parser.add_argument("--peers", action="store_true", help="measure other libraries too")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="rounds for each M (default: 15)")
@@ -152,7 +155,8 @@ def main() -> None:
     report = text(results)
     print(f"\n{report}")
     narrow = "_bfloat16" if args.dtype != "float32" else ""
-    stem = f"matmul{narrow}" + ("_short" if args.short else "") + ("_peers" if args.peers else "")
+    cores = f"_{args.cores}_cores" if args.cores > 1 else ""
+    stem = f"matmul{narrow}{cores}" + ("_short" if args.short else "") + ("_peers" if args.peers else "")
     measure.keep(stem, report, results, args.output)
     plot(results, args.output / f"{stem}.png")
 
@@ -199,7 +203,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("times as fast as float32")
         axis.margins(x=0.15)
     figure.suptitle(
-        f"{results['machine']['cpu']}, one core, K = N = {results['size']}, {results['dtype']}", fontsize=10
+        f"{results['machine']['cpu']}, cores {results['machine']['cores']}, K = N = {results['size']}, {results['dtype']}",
+        fontsize=10,
     )
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -2,7 +2,7 @@
 
     pip install qwix aqtp torch torchao onnx onnxruntime
 
-Each is used as its documentation says for inference: weights prepared once, float32 in and out, one thread.
+Each is used as its documentation says for inference: weights prepared once, float32 in and out, as many threads as cores.
 
 Of torchao 0.18 what runs on a CPU is here: int8, compiled by `torch.compile` (which needs a C++ compiler), and its
 prototype of 4-bit weights between casts to bfloat16, the dtype in which it is fast: 100 times as fast as in float32.
@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import measure
 import numpy as np
 
 PACKAGES = ("qwix", "aqtp", "torch", "torchao", "onnx", "onnxruntime")
@@ -101,7 +102,7 @@ def _torch(w: np.ndarray) -> Prepared:
 def _linear(w: np.ndarray, dtype: Any = None) -> Any:
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(measure.cores())
     linear = torch.nn.Linear(*w.shape, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.from_numpy(np.ascontiguousarray(w.T)))
@@ -148,7 +149,7 @@ def _onnxruntime(w: np.ndarray) -> Prepared:
 
     k, n = w.shape
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = measure.cores(), 1
     options.log_severity_level = 3
 
     def session(nodes: list[Any], initializers: dict[str, np.ndarray]) -> Any:

@@ -2,10 +2,12 @@
 
 A shared machine is slower at some times than at others, so that only figures from the same minute compare: every round
 runs every contestant once, and what is reported are ratios within one run. `pin` must be called before JAX is imported.
+On more cores than one (``--cores``) the time is that of the wall, and a round less sure.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -18,15 +20,28 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
+CORES = argparse.ArgumentParser(add_help=False)
+"""A parent of the command lines that have ``--cores``."""
+CORES.add_argument("--cores", type=int, default=1, metavar="N", help="cores to use (default: 1)")
+
+
+def cores() -> int:
+    """How many this command line asks for."""
+    return CORES.parse_known_args()[0].cores
+
 
 def pin() -> None:
-    """Keeps this process, and the threads it starts later, on one core."""
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
+    """Keeps this process, and the threads it starts later, on one core, or as many as are asked for."""
+    if cores() == 1:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = "1"
+        os.environ[name] = str(cores())
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        there = sorted(os.sched_getaffinity(0))
+        if not 1 <= cores() <= len(there):
+            CORES.error(f"--cores: from 1 to {len(there)}")
+        os.sched_setaffinity(0, there[-cores() :])
 
 
 def machine(packages: Sequence[str] = ()) -> dict[str, str]:
@@ -47,31 +62,36 @@ def machine(packages: Sequence[str] = ()) -> dict[str, str]:
     return {
         "cpu": cpu,
         "instructions": " ".join(name for name in wanted if name in flags.split()) or "unknown",
-        "cores": f"1 of {os.cpu_count()}",
+        "cores": f"{cores()} of {os.cpu_count()}",
         "python": platform.python_version(),
         **versions,
     }
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], rounds: int, budget: float = 0.0) -> dict[str, dict[str, float]]:
-    """Milliseconds of processor time of each contestant: median and minimum over rounds that run each in turn.
+    """Milliseconds of each contestant, `clock` time: median and minimum over rounds that run each in turn.
 
     Args:
       runs: contestants; each returns once its work is done.
       rounds: rounds after the first, which is not counted.
-      budget: seconds of processor time at least; further rounds are run until then.
+      budget: seconds at least; further rounds are run until then.
     """
     for run in runs.values():
         run()
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    start = time.process_time()
-    while len(next(iter(samples.values()))) < rounds or time.process_time() - start < budget:
+    start = clock()
+    while len(next(iter(samples.values()))) < rounds or clock() - start < budget:
         for name, run in runs.items():
             settle()
-            before = time.process_time()
+            before = clock()
             run()
-            samples[name].append(1e3 * (time.process_time() - before))
+            samples[name].append(1e3 * (clock() - before))
     return {name: {"median": statistics.median(s), "min": min(s)} for name, s in samples.items()}
+
+
+def clock() -> float:
+    """Seconds: of the processor on one core, else of the wall."""
+    return time.process_time() if cores() == 1 else time.perf_counter()
 
 
 def settle() -> None:

@@ -37,9 +37,9 @@ returns the product ``[B, M, N]``, in float32 unless an operand is float64. On t
 `dequantized`
 : a float dot of the dequantized operands.
 
-With vectors (`jaxquant.ops.machine`) and instructions for bfloat16, `blocks` take the place of `integer` from 64 rows
-on: integers of 8 bits and their products are exact there too, with sums in float32. `blocks` of MX formats on both
-sides are multiplied so from 24 rows on.
+With vectors (`jaxquant.ops.machine`) and instructions for bfloat16, on one core, `blocks` take the place of `integer`
+from 64 rows on: integers of 8 bits and their products are exact there too, with sums in float32. `blocks` of MX formats
+on both sides are multiplied so from 24 rows on, on any number of cores.
 
 Float values are multiplied in float32; beside a bfloat16 or float16 activation in that dtype, with sums in float32,
 where that is fast and loses nothing that the float program would keep (`jaxquant.ops.floats`).
@@ -65,7 +65,7 @@ from jaxquant.ops.digits import digit_count, is_highest
 from jaxquant.ops.floats import float_dot, float_dtype, is_exact, is_narrow
 from jaxquant.ops.integer import common_group
 from jaxquant.ops.lanes import fits, lanes
-from jaxquant.ops.machine import Int8, bfloat16_dots, int8_dots
+from jaxquant.ops.machine import Int8, bfloat16_dots, cores, int8_dots
 from jaxquant.ops.matrix import Matrix, Packed
 
 __all__ = ["Formulation", "choose", "digit_rows", "is_float", "product", "way"]
@@ -83,13 +83,15 @@ _FOLDED = lax.Precision.HIGHEST  # three digits
 _DIGIT_ROWS: dict[Int8, float] = {"tiles": float("inf"), "vectors": 48, "none": 0}
 
 
-def digit_rows(int8: Int8, *, narrow: bool) -> float:
+def digit_rows(int8: Int8, *, narrow: bool, whole: bool = False) -> float:
     """Most rows of an int8 dot, digits times M, up to which `digits` is faster than `blocks` on such a machine.
 
     Tiles are faster at any number. With vectors an int8 dot is about 1.7 times as fast as a float32 dot once the
     arithmetic counts, which two digits use up, and no faster than a ``narrow`` one, of bfloat16 (benchmarks/matmul.py).
+    A ``whole`` weight is one dot in digits, which cores share better than a loop over blocks: twice as many rows.
     """
-    return _DIGIT_ROWS[int8] / (2 if narrow else 1)
+    shared = 2 if whole and not narrow and cores() > 1 else 1
+    return shared * _DIGIT_ROWS[int8] / (2 if narrow else 1)
 
 
 def choose(
@@ -113,11 +115,12 @@ def choose(
     int8 = int8_dots()
     in_planes = isinstance(x, jax.Array) or x.groups == 1 or w.shape[2] // x.groups % w.planes == 0
     if int8 != "none" and integers and in_planes and _group(x, w) >= min(_LONG_GROUP, w.shape[2]):
-        in_bfloat16 = int8 == "vectors" and x.shape[1] >= _LONG_DOT and is_exact(x, w) and bfloat16_dots()
+        alone = int8 == "vectors" and cores() == 1  # several cores share one dot better than a loop
+        in_bfloat16 = alone and x.shape[1] >= _LONG_DOT and is_exact(x, w) and bfloat16_dots()
         return "blocks" if in_bfloat16 else "integer"
     if int8 != "none" and isinstance(x, jax.Array) and w.integer:
         narrow = not is_highest(precision) and is_narrow("cpu", x.dtype)
-        most = digit_rows(int8, narrow=narrow) / x.shape[1]
+        most = digit_rows(int8, narrow=narrow, whole=isinstance(w, Matrix)) / x.shape[1]
         if w.groups == 1 and digit_count(precision) <= most:
             return "digits"
         if _folds(w) and digit_count(_FOLDED) <= most:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["FAST", "Int8", "bfloat16_dots", "int8_dots", "served"]
+__all__ = ["FAST", "Int8", "bfloat16_dots", "cores", "int8_dots", "served"]
 
 FAST = "__ynn_fusion"
 """What XLA:CPU writes into a program where it hands an operation to its library of fast kernels."""
@@ -73,6 +74,11 @@ def bfloat16_dots() -> bool:
     """
     program = _probe(jnp.bfloat16, jnp.float32)
     return program is not None and any(name in program for name in _BFLOAT16)
+
+
+def cores() -> int:
+    """How many this process may use, which XLA:CPU has as many threads for."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _BFLOAT16 = (b"+avx512bf16", b"+amx-bf16", b"+bf16")
