@@ -6,10 +6,11 @@
     python benchmarks/matmul.py --dtype bfloat16    # activation and weight are bfloat16, results float32
     python benchmarks/matmul.py --cores 2    # on two cores
 
-One process on one core, processor time (on more, time of the wall), all contestants in turn (see measure.py). The table holds the time of XLA's own
-float32 product over each contestant's, from the medians of one run; ``error`` is the relative error (Frobenius norm)
-against the exact product of the dequantized operands, and ``temp`` the temporaries of the compiled program at the
-largest M up to 32, in percent of the float weight's bytes. The peers' weights are prepared outside of what is measured.
+One process on one core, processor time (on more, time of the wall), all contestants in turn (see measure.py). The table
+holds the time of XLA's own float32 product over each contestant's, from the medians of one run; ``error`` is the
+relative error (Frobenius norm) against the exact product of the dequantized operands, and ``temp`` the temporaries of
+the compiled program at the largest M up to 32, in percent of the float weight's bytes. The peers' weights are prepared
+outside of what is measured.
 
 Prints the table and writes it to benchmarks/results as text and as JSON, and as a plot if matplotlib is there.
 """
@@ -202,10 +203,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.set_title(f"M = {m}")
         axis.set_xlabel("times as fast as float32")
         axis.margins(x=0.15)
-    figure.suptitle(
-        f"{results['machine']['cpu']}, cores {results['machine']['cores']}, K = N = {results['size']}, {results['dtype']}",
-        fontsize=10,
-    )
+    about, size, dtype = results["machine"], results["size"], results["dtype"]
+    figure.suptitle(f"{about['cpu']}, cores {about['cores']}, K = N = {size}, {dtype}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -2,7 +2,8 @@
 
     pip install qwix aqtp torch torchao onnx onnxruntime
 
-Each is used as its documentation says for inference: weights prepared once, float32 in and out, as many threads as cores.
+Each is used as its documentation says for inference: weights prepared once, float32 in and out, a
+thread for each core.
 
 Of torchao 0.18 what runs on a CPU is here: int8, compiled by `torch.compile` (which needs a C++ compiler), and its
 prototype of 4-bit weights between casts to bfloat16, the dtype in which it is fast: 100 times as fast as in float32.

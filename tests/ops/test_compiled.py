@@ -100,9 +100,8 @@ def test_dots(name, m):
     text, temporaries = compiled(lambda x, q: ops.dot_general(x, q, MATMUL, spec=spec), x, q)
     # Beside a block of the weight there are activations: padded, in planes, as digits; and the products of a block.
     check(text, temporaries, K, N, 4 * max(m, 2) * (4 * K + 3 * N))
-    if (
-        name in INTEGERS and m >= 64 and int8_dots() == "vectors" and bfloat16_dots() and cores() == 1
-    ):  # codes, by blocks
+    by_blocks = int8_dots() == "vectors" and bfloat16_dots() and cores() == 1
+    if name in INTEGERS and m >= 64 and by_blocks:  # of codes, in bfloat16
         assert re.search(r"bf16\[[\d,]*\].*= |= bf16\[", text)
         assert "s32[" not in "".join(line for line in text.splitlines() if " dot(" in line)
     elif name in INTEGERS or (name in ("w8a16", "w4a16 two-level") and m <= 8):
