@@ -88,7 +88,8 @@ def digit_rows(int8: Int8, *, narrow: bool, whole: bool = False) -> float:
 
     Tiles are faster at any number. With vectors an int8 dot is about 1.7 times as fast as a float32 dot once the
     arithmetic counts, which two digits use up, and no faster than a ``narrow`` one, of bfloat16 (benchmarks/matmul.py).
-    A ``whole`` weight is one dot in digits, which cores share better than a loop over blocks: twice as many rows.
+    A ``whole`` weight is one dot in digits, which cores share better than the loop over blocks that it would be
+    otherwise: twice as many rows.
     """
     shared = 2 if whole and not narrow and cores() > 1 else 1
     return shared * _DIGIT_ROWS[int8] / (2 if narrow else 1)
@@ -120,7 +121,7 @@ def choose(
         return "blocks" if in_bfloat16 else "integer"
     if int8 != "none" and isinstance(x, jax.Array) and w.integer:
         narrow = not is_highest(precision) and is_narrow("cpu", x.dtype)
-        most = digit_rows(int8, narrow=narrow, whole=isinstance(w, Matrix)) / x.shape[1]
+        most = digit_rows(int8, narrow=narrow, whole=isinstance(w, Matrix) and not trained) / x.shape[1]
         if w.groups == 1 and digit_count(precision) <= most:
             return "digits"
         if _folds(w) and digit_count(_FOLDED) <= most:

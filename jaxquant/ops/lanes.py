@@ -64,7 +64,7 @@ def lanes(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLik
         with jax.named_scope(LANES):
             return _scaled(block, cuts, xs)
 
-    out = by_blocks(x, w, multiply, jnp.float32)
+    out = by_blocks(x, w, multiply)
     shift = _shift(w)
     if shift is None:
         return out

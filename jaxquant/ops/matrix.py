@@ -310,9 +310,8 @@ class Packed(_Quantized):
             planes = self.int8()
             codes = self._interleaved([plane.codes for plane in planes])
             return dataclasses.replace(planes[0], codes=codes)
-        codes = self._interleaved(self.code_planes())
-        rest = {"offset": self.offset, "power_of_two": self.power_of_two}
-        return Matrix(codes, self.scales, self.zero_point, self.qtype, **rest)
+        codes, rest = self._interleaved(self.code_planes()), (self.zero_point, self.qtype, self.offset)
+        return Matrix(codes, self.scales, *rest, power_of_two=self.power_of_two)
 
     def _interleaved(self, planes: list[jax.Array]) -> jax.Array:
         return planes[0] if len(planes) == 1 else jnp.stack(planes, axis=-1).reshape(self.shape)
@@ -415,8 +414,8 @@ def packed(x: Any, axes: Axes) -> Packed | None:
     order = [stored.index(i) for i in axes.batch + axes.rows]
     codes = jnp.transpose(x.codes, (*order, *range(x.ndim - n, x.ndim)))
     b, r = (math.prod(x.shape[i] for i in part) for part in (axes.batch, axes.rows))
-    rest = {"power_of_two": x.scale.dtype == jnp.float8_e8m0fnu}
-    return Packed(codes.reshape(b, r, -1), scale, zero_point, offset, multiplier, x.type, length, **rest)
+    power_of_two = x.scale.dtype == jnp.float8_e8m0fnu
+    return Packed(codes.reshape(b, r, -1), scale, zero_point, offset, multiplier, x.type, length, power_of_two)
 
 
 def matrix(x: QTensor, axes: Axes) -> Matrix | None:

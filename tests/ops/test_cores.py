@@ -55,5 +55,18 @@ def test_the_product(count, spec, bound):
         assert dot_error(got, np.asarray(left), np.asarray(real(q)), MATMUL) <= bound
 
 
+@pytest.mark.every
+def test_a_weight_in_training_is_one_float_dot_already(count):
+    found = []
+
+    def run(x, w):
+        right = canonical(Operand(recipes.w8a16().weight, (-2,)).quantized(w, None), Axes((), (1,), (0,)))
+        found.append(formulation.choose("cpu", Axes((), (0,), (1,)).flatten(x), right, None, trained=True))
+
+    for rows in (24, 25):
+        jax.eval_shape(run, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, 256), (256, 64))))
+    assert found == ["digits", "dequantized"]
+
+
 def test_a_process_has_cores():
     assert machine.cores() >= 1
