@@ -8,6 +8,7 @@ On more cores than one (``--cores``) the time is that of the wall, and a round l
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -25,6 +26,7 @@ CORES = argparse.ArgumentParser(add_help=False)
 CORES.add_argument("--cores", type=int, default=1, metavar="N", help="cores to use (default: 1)")
 
 
+@functools.cache
 def cores() -> int:
     """How many this command line asks for."""
     return CORES.parse_known_args()[0].cores

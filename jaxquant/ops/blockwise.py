@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.ops.digits import digit_count, digit_matrix, digits
-from jaxquant.ops.floats import float_dot
-from jaxquant.ops.matrix import Matrix, Packed
+from jaxquant.ops.floats import float_dot, scaled
+from jaxquant.ops.matrix import Matrix, Packed, slice_of
 
 __all__ = ["BLOCKS", "LARGEST", "SMALLEST", "by_blocks", "float_blocks", "in_branch", "integer_blocks", "total"]
 
@@ -67,8 +67,7 @@ def float_blocks(x: jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike)
     def multiply(block: Matrix | Packed, b: Any, _: Any) -> jax.Array:
         values, scale = _decoded(block, x.dtype)
         planes = lax.optimization_barrier([_two_rows(plane) for plane in values])
-        sizes = (block.shape[0], *parts[0].shape[1:])
-        xs = [part if part.shape[0] == sizes[0] else lax.dynamic_slice(part, (b, 0, 0), sizes) for part in parts]
+        xs = [slice_of(part, b, block.shape[0], 0) for part in parts]
         pairs = zip(xs, planes, strict=True)
         if rows > _FEW_ROWS:
             out = total(float_dot(x, plane, precision=precision) for x, plane in pairs)
@@ -76,7 +75,7 @@ def float_blocks(x: jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike)
             out = total(float_dot(plane, x, precision=precision) for x, plane in pairs)
             out = jnp.swapaxes(lax.optimization_barrier(out), 1, 2)
         out = out[:, :rows, :columns]
-        return out if scale is None else out * jnp.swapaxes(scale, 1, 2)
+        return scaled(out, None, scale)
 
     return by_blocks(x, w, multiply, LARGEST if rows > _FEW_ROWS else 2 * LARGEST)
 

@@ -26,7 +26,7 @@ from jaxquant.ops.digits import is_highest
 from jaxquant.ops.machine import bfloat16_dots
 from jaxquant.ops.matrix import Matrix, Packed
 
-__all__ = ["float_dot", "float_dtype", "in_own_dtype", "is_exact", "is_narrow", "own_dtype"]
+__all__ = ["float_dot", "float_dtype", "in_own_dtype", "is_narrow", "own_dtype", "scaled"]
 
 _NARROW = (jnp.bfloat16, jnp.float16)
 _MANY_ROWS = 24  # with fewer, a block of the weight in bfloat16 costs more than the product gains
@@ -35,11 +35,6 @@ _MANY_ROWS = 24  # with fewer, a block of the weight in bfloat16 costs more than
 def is_narrow(platform: str, dtype: Any) -> bool:
     """Whether products in a dtype of two bytes are fast."""
     return dtype in _NARROW if platform != "cpu" else dtype == jnp.bfloat16 and bfloat16_dots()
-
-
-def is_exact(x: Any, w: Matrix | Packed) -> bool:
-    """Whether a product is one of numbers that bfloat16 has, with at most a scale for each row of either side."""
-    return not isinstance(x, jax.Array) and x.exact_in(jnp.bfloat16) and w.exact_in(jnp.bfloat16)
 
 
 def float_dtype(platform: str, x: Any, w: Matrix | Packed, precision: lax.PrecisionLike, dtype: Any) -> Any:
@@ -54,8 +49,8 @@ def float_dtype(platform: str, x: Any, w: Matrix | Packed, precision: lax.Precis
     """
     few = platform == "cpu" and x.shape[1] < _MANY_ROWS
     if not isinstance(x, jax.Array):
-        exact = platform == "cpu" and not few and is_exact(x, w) and bfloat16_dots()
-        return jnp.bfloat16 if exact else w.scale.dtype
+        exact = x.exact_in(jnp.bfloat16) and w.exact_in(jnp.bfloat16)
+        return jnp.bfloat16 if platform == "cpu" and not few and exact and bfloat16_dots() else w.scale.dtype
     if jnp.float64 in (x.dtype, w.scale.dtype):
         return jnp.float64
     if not (_is_default(precision) and is_narrow(platform, x.dtype)) or (platform == "cpu" and x.shape[1] == 1):
@@ -96,6 +91,12 @@ def own_dtype(dtypes: tuple[Any, ...], precision: lax.PrecisionLike) -> Any:
     """bfloat16 or float16, if that is all the dtypes and the precision asks for no more; else None."""
     own = dtypes[0]
     return own if set(dtypes) == {own} and own in _NARROW and _is_default(precision) else None
+
+
+def scaled(out: jax.Array, rows: jax.Array | None, columns: jax.Array | None) -> jax.Array:
+    """Sums [B, M, N] times the scales [., M or 1, 1] of the activation and [., N or 1, 1] of the weight; None is 1."""
+    out = out if rows is None else out * rows
+    return out if columns is None else out * jnp.swapaxes(columns, 1, 2)
 
 
 def float_dot(left: jax.Array, right: jax.Array, along: tuple[int, int] = (2, 2), precision: Any = None) -> jax.Array:

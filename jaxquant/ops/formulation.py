@@ -62,7 +62,7 @@ from jax import lax
 
 from jaxquant.ops.blockwise import float_blocks, integer_blocks
 from jaxquant.ops.digits import digit_count, is_highest
-from jaxquant.ops.floats import float_dot, float_dtype, is_exact, is_narrow
+from jaxquant.ops.floats import float_dot, float_dtype, is_narrow, scaled
 from jaxquant.ops.integer import common_group
 from jaxquant.ops.lanes import fits, lanes
 from jaxquant.ops.machine import Int8, bfloat16_dots, cores, int8_dots
@@ -117,8 +117,8 @@ def choose(
     in_planes = isinstance(x, jax.Array) or x.groups == 1 or w.shape[2] // x.groups % w.planes == 0
     if int8 != "none" and integers and in_planes and _group(x, w) >= min(_LONG_GROUP, w.shape[2]):
         alone = int8 == "vectors" and cores() == 1  # several cores share one dot better than a loop
-        in_bfloat16 = alone and x.shape[1] >= _LONG_DOT and is_exact(x, w) and bfloat16_dots()
-        return "blocks" if in_bfloat16 else "integer"
+        exact = _both(operands, lambda v: v.exact_in(jnp.bfloat16))
+        return "blocks" if alone and x.shape[1] >= _LONG_DOT and exact and bfloat16_dots() else "integer"
     if int8 != "none" and isinstance(x, jax.Array) and w.integer:
         narrow = not is_highest(precision) and is_narrow("cpu", x.dtype)
         most = digit_rows(int8, narrow=narrow, whole=isinstance(w, Matrix) and not trained) / x.shape[1]
@@ -181,7 +181,7 @@ def product(x: Operand, w: Operand, precision: lax.PrecisionLike, dtype: Any, *,
             return _RUN[how](x, w, precision)
         if dtype == jnp.bfloat16:
             (numbers,), scale = x.numbers(dtype)
-            return _times(float_blocks(numbers, w, precision), scale)
+            return scaled(float_blocks(numbers, w, precision), scale, None)
         return float_blocks(x.values(jnp.float32), w, precision)
 
     cpu, other = (way(platform, x, w, precision, dtype, trained=trained) for platform in ("cpu", "other"))
@@ -224,15 +224,8 @@ def _along(value: jax.Array, length: int) -> jax.Array:
 def _minifloat(x: Matrix, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
     """fp8 and fp4 values, and those times powers of two, are exact in bfloat16; their products are in float32."""
     del precision
-    ((left,), scale), ((right,), columns) = (v.numbers(jnp.bfloat16) for v in (x, _unpacked(w)))
-    return _times(_times(float_dot(left, right), scale), columns, turned=True)
-
-
-def _times(out: jax.Array, scale: jax.Array | None, *, turned: bool = False) -> jax.Array:
-    """Times the scales of rows, or of columns; None is 1."""
-    if scale is None:
-        return out
-    return out * (jnp.swapaxes(scale, 1, 2) if turned else scale)
+    ((left,), rows), ((right,), columns) = (v.numbers(jnp.bfloat16) for v in (x, _unpacked(w)))
+    return scaled(float_dot(left, right), rows, columns)
 
 
 def _dequantized(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
@@ -240,7 +233,7 @@ def _dequantized(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.Preci
     if isinstance(x, jax.Array) and x.dtype.itemsize == 2:
         if w.exact_in(x.dtype):
             (values,), scale = w.numbers(x.dtype)
-            return _times(float_dot(x, values), scale, turned=True)
+            return scaled(float_dot(x, values), None, scale)
         return float_dot(x, w.values(wide).astype(x.dtype))
     x = x.values(wide) if isinstance(x, Matrix) else x.astype(wide)
     return float_dot(x, w.values(wide), precision=precision)

@@ -27,7 +27,7 @@ from jaxquant.core.codec import chosen
 from jaxquant.core.qtypes import QType
 from jaxquant.ops.blockwise import by_blocks, in_branch, total
 from jaxquant.ops.integer import dot
-from jaxquant.ops.matrix import Matrix, Packed
+from jaxquant.ops.matrix import Matrix, Packed, slice_of
 
 __all__ = ["LANES", "fits", "lanes"]
 
@@ -59,8 +59,8 @@ def lanes(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLik
 
     def multiply(block: Matrix | Packed, b: Any, r: Any) -> jax.Array:
         nb, nr, _ = block.shape
-        xs = [part if part.shape[0] == nb else lax.dynamic_slice_in_dim(part, b, nb, 0) for part in parts]
-        cuts = [_slice(_slice(level, b, nb, 0), r, nr, 2) for level in levels]
+        xs = [slice_of(part, b, nb, 0) for part in parts]
+        cuts = [slice_of(slice_of(level, b, nb, 0), r, nr, 2) for level in levels]
         with jax.named_scope(LANES):
             return _scaled(block, cuts, xs)
 
@@ -71,11 +71,6 @@ def lanes(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLik
     sums = jnp.sum(x.reshape(x.shape[0], 1, w.groups, -1), axis=3)
     shift = jnp.broadcast_to(shift, (x.shape[0], *shift.shape[1:]))
     return out + dot(jnp.pad(sums, ((0, 0), (0, 1), (0, 0))), shift)[:, :1]
-
-
-def _slice(value: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
-    """A slice; an axis of size 1 is one for all."""
-    return value if value.shape[axis] in (1, size) else lax.dynamic_slice_in_dim(value, start, size, axis)
 
 
 class _Chunks(NamedTuple):

@@ -21,7 +21,7 @@ from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.core.qtypes import QType
 from jaxquant.ops.trained import TrainedTensor
 
-__all__ = ["Axes", "Matrix", "Packed", "canonical", "matrix", "packed"]
+__all__ = ["Axes", "Matrix", "Packed", "canonical", "matrix", "packed", "slice_of"]
 
 _SHIFTED = QType("uint8 - 128", "int", 8, -128, 127)
 _TWO_LEVEL = QType("code * multiplier", "int", 8, -128, 127)
@@ -114,13 +114,17 @@ class _Quantized:
                 # XLA's CPU backend would widen the array to cut it, or copy it outside the loop over blocks.
                 value = lax.bitcast_convert_type(lax.optimization_barrier((value, b, r))[0], jnp.uint8)
             for axis, (start, size) in enumerate(((b, nb), (r, nr))):
-                if value.shape[axis] not in (1, size):
-                    value = lax.dynamic_slice_in_dim(value, start, size, axis)
+                value = slice_of(value, start, size, axis)
             return value
 
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         cuts = {name: cut(name, value) for name, value in fields.items() if isinstance(value, jax.Array)}
         return dataclasses.replace(self, **cuts)
+
+
+def slice_of(value: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
+    """A slice of an axis; one of size 1 is one for all."""
+    return value if value.shape[axis] in (1, size) else lax.dynamic_slice_in_dim(value, start, size, axis)
 
 
 @dataclasses.dataclass(frozen=True)

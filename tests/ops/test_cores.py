@@ -22,13 +22,13 @@ def count(request, monkeypatch):
     jax.clear_caches()
 
 
-def chosen(spec, rows):
+def chosen(spec, rows, *, trained=False):
     found = []
 
     def run(x, w):
         left = canonical(Operand(spec.act, (-1,)).quantized(x, None), Axes((), (0,), (1,)))
-        right = canonical(quantized(w, spec.weight), Axes((), (1,), (0,)))
-        found.append(formulation.choose("cpu", left, right, None))
+        weight = Operand(spec.weight, (-2,)).quantized(w, None) if trained else quantized(w, spec.weight)
+        found.append(formulation.choose("cpu", left, canonical(weight, Axes((), (1,), (0,))), None, trained=trained))
 
     jax.eval_shape(run, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, 256), (256, 64))))
     return found[0]
@@ -57,15 +57,7 @@ def test_the_product(count, spec, bound):
 
 @pytest.mark.every
 def test_a_weight_in_training_is_one_float_dot_already(count):
-    found = []
-
-    def run(x, w):
-        right = canonical(Operand(recipes.w8a16().weight, (-2,)).quantized(w, None), Axes((), (1,), (0,)))
-        found.append(formulation.choose("cpu", Axes((), (0,), (1,)).flatten(x), right, None, trained=True))
-
-    for rows in (24, 25):
-        jax.eval_shape(run, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, 256), (256, 64))))
-    assert found == ["digits", "dequantized"]
+    assert [chosen(recipes.w8a16(), rows, trained=True) for rows in (24, 25)] == ["digits", "dequantized"]
 
 
 def test_a_process_has_cores():
