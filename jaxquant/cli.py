@@ -20,9 +20,15 @@ except ModuleNotFoundError:
     raise SystemExit("jaxquant: the command line needs click and rich. Run: pip install 'jaxquant[cli]'") from None
 
 from jaxquant import OpSpec, QuantError, QuantSpec, Rule, __version__, files, io, ptq
+from jaxquant.core.errors import printable
 from jaxquant.io.save_hf import FORMATS
 
 __all__ = ["main"]
+
+
+def _say(text: str) -> None:
+    """A line on standard output; names come from files that nobody vouches for."""
+    click.echo(printable(text))
 
 
 def _require(extra: str, *modules: str) -> None:
@@ -83,7 +89,7 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except (OSError, QuantError) as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException("\n".join(map(printable, str(error).split("\n")))) from error
 
 
 def _size(nbytes: float) -> str:
@@ -100,9 +106,9 @@ def _print(columns: Sequence[str], rows: Sequence[Sequence[str]], **options: Any
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*map(rich.markup.escape, row))
+        table.add_row(*(rich.markup.escape(printable(cell)) for cell in row))
     console = rich.console.Console(highlight=False)
-    width = sum(max(len(str(row[i])) for row in (columns, *rows)) + 2 for i in range(len(columns)))
+    width = sum(max(len(printable(row[i])) for row in (columns, *rows)) + 2 for i in range(len(columns)))
     console.width = max(console.width, width)
     console.print(table)
 
@@ -125,7 +131,7 @@ def inspect_(path: Path, tensors: bool, deep: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(summary), indent=2))
         return
-    click.echo(f"{path}: {summary.format}, {len(summary.tensors)} tensors, {_size(summary.nbytes)}")
+    _say(f"{path}: {summary.format}, {len(summary.tensors)} tensors, {_size(summary.nbytes)}")
     kinds: dict[str, list[int]] = {}
     for tensor in summary.tensors:
         count = kinds.setdefault(tensor.type, [0, 0])
@@ -136,9 +142,9 @@ def inspect_(path: Path, tensors: bool, deep: bool, as_json: bool) -> None:
         rows = [(t.name, t.type, "x".join(map(str, t.shape)), _size(t.nbytes)) for t in summary.tensors]
         _print(("tensor", "type", "shape", "bytes"), rows)
     for name, what in summary.weights.items():
-        click.echo(f"{name}  {what}")
+        _say(f"{name}  {what}")
     for problem in summary.problems:
-        click.echo(f"problem: {problem}")
+        _say(f"problem: {problem}")
 
 
 # -- quantize ----------------------------------------------------------------------------------------------------------
@@ -228,16 +234,24 @@ def quantize(
     if as_json:
         weights = {name: {"qtype": q.qtype, "shape": q.shape, "bytes": q.nbytes} for name, q in plan.weights.items()}
         shards = {name: [t for piece in pieces for t in piece.tensors] for name, pieces in plan.layout.shards.items()}
-        rest = {"floats": plan.floats, "left_out": plan.left_out, "shards": shards, "written": not dry_run}
+        rest = {
+            "floats": plan.floats,
+            "left_out": plan.left_out,
+            "links": plan.links,
+            "shards": shards,
+            "written": not dry_run,
+        }
         click.echo(json.dumps({"weights": weights, **sizes, **rest}, indent=2))
         return
     if dry_run:
         _print(("weight", "becomes"), [(name, repr(q)) for name, q in plan.weights.items()])
-    click.echo(f"{len(plan.weights)} weights quantized, {len(plan.floats)} tensors as they are")
+    _say(f"{len(plan.weights)} weights quantized, {len(plan.floats)} tensors as they are")
     if plan.left_out:
-        click.echo(f"not taken over: {', '.join(plan.left_out)}")
+        _say(f"not taken over: {', '.join(plan.left_out)}")
+    for name, place in plan.links.items():
+        _say(f"{name} is a link: what was taken is {place}")
     verb = "would be written" if dry_run else "written"
-    click.echo(f"{_size(plan.before)} -> {_size(plan.after)}, {len(plan.layout.shards)} files of tensors {verb}")
+    _say(f"{_size(plan.before)} -> {_size(plan.after)}, {len(plan.layout.shards)} files of tensors {verb}")
 
 
 @contextlib.contextmanager
@@ -252,14 +266,14 @@ def _progress(*, counted: bool = False) -> Iterator[Callable[[int, int, str], No
         rich.progress.BarColumn(),
         *amount,
         rich.progress.TimeRemainingColumn(),
-        rich.progress.TextColumn("{task.description}"),
+        rich.progress.TextColumn("{task.description}", markup=False),
     )
     bar = rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True)
     task = bar.add_task("", total=None)
 
     def update(done: int, total: int, name: str) -> None:
         bar.start()  # not before all checks have passed
-        bar.update(task, completed=done, total=total, description=name[-40:])
+        bar.update(task, completed=done, total=total, description=printable(name)[-40:])
 
     try:
         yield update
@@ -285,7 +299,7 @@ def convert(source: Path, destination: Path, format: str, architecture: str | No
     """
     with _refusals(), _progress(counted=True) as progress:
         files.convert(source, destination, format, architecture=architecture, progress=progress)
-    click.echo(f"{destination}: {format}")
+    _say(f"{destination}: {format}")
 
 
 @main.command()
@@ -305,10 +319,10 @@ def compare(first: Path, second: Path, as_json: bool) -> None:
         rows = [(r.name, r.first, r.second, f"{r.largest:.3g}", f"{r.relative:.3g}") for r in result.tensors]
         _print(("tensor", "first", "second", "largest error", "relative error"), rows)
         for name in result.only_first:
-            click.echo(f"only in {first}: {name}")
+            _say(f"only in {first}: {name}")
         for name in result.only_second:
-            click.echo(f"only in {second}: {name}")
-        click.echo("equal" if result.equal else "different")
+            _say(f"only in {second}: {name}")
+        _say("equal" if result.equal else "different")
     if not result.equal:
         raise SystemExit(3)
 

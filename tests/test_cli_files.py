@@ -19,6 +19,7 @@ from jaxquant import QuantError, cli, files
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io import slices
 from jaxquant.io.hf.load import open_hf
+from jaxquant.io.safetensors import TensorSpec, write_safetensors
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
 
@@ -269,3 +270,37 @@ def test_compare_says_how_far_apart(source, tmp_path):
     output = invoke("compare", source, tmp_path / "other.safetensors", code=3)
     assert "only in" in output
     assert "more" in output
+
+
+HOSTILE = {"a\x1b]0;PWNED\x07\x1b[2J[red].weight": (8, 32), "b\nproblem: none\x9b.weight": (8, 32)}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect", "SOURCE", "--tensors"],
+        ["inspect", "SOURCE", "--deep"],
+        ["inspect", "SOURCE", "--json"],
+        ["quantize", "SOURCE", "OUT", "--weights", "int8", "--dry-run"],
+        ["quantize", "SOURCE", "OUT", "--weights", "int8"],
+        ["quantize", "SOURCE", "OUT", "--group-size", "7"],
+        ["quantize", "SOURCE", "OUT", "--rules", "RULES"],
+        ["compare", "SOURCE", "OTHER"],
+        ["convert", "SOURCE", "OUT", "--to", "jaxquant"],
+        ["convert", "SOURCE", "OUT", "--to", "gguf", "--architecture", "llama"],
+    ],
+    ids=lambda command: " ".join(command),
+)
+def test_names_that_a_terminal_would_act_on_are_escaped(command, tmp_path):
+    for place, names in ("source", HOSTILE), ("other", {f"{name}\r": shape for name, shape in HOSTILE.items()}):
+        (tmp_path / place).mkdir()
+        specs = {name: TensorSpec(np.dtype(np.float32), shape) for name, shape in names.items()}
+        path = tmp_path / place / "model.safetensors"
+        write_safetensors(path, specs, lambda name, specs=specs: np.ones(specs[name].shape, np.float32), {})
+    (tmp_path / "rules").write_text('[[rule]]\npattern = "b\\u001b"\nkeep = true')
+    places = {"SOURCE": "source", "OUT": "out", "OTHER": "other", "RULES": "rules"}
+    words = [str(tmp_path / places[word]) if word in places else word for word in command]
+    result = click.testing.CliRunner().invoke(cli.main, words)
+    assert result.output.strip()
+    assert all(line.isprintable() for line in result.output.split("\n"))
+    assert not any(line.startswith("problem: none") for line in result.output.split("\n"))

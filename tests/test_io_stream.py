@@ -18,7 +18,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import QuantError, Rule, recipes
-from jaxquant.io import directory, stream
+from jaxquant.io import atomic, stream
 from jaxquant.io.safetensors import TensorSpec, write_safetensors
 
 RULES = [Rule("lm_head", None), Rule(r"proj\.weight", recipes.w4a16(group_size=32))]
@@ -170,7 +170,7 @@ def test_a_run_that_ended_just_before_its_end_is_complete(source, tmp_path, monk
         remove(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(directory.os, "remove", fail)
+        patch.setattr(os, "remove", fail)
         with pytest.raises(Stop):
             jq.io.quantize_hf(source, tmp_path / "out", RULES)
     jq.io.quantize_hf(source, tmp_path / "out", RULES)
@@ -240,7 +240,7 @@ def test_scales_that_the_format_cannot_hold_are_known_beforehand(source, tmp_pat
 
 
 def test_a_full_disk_is_known_beforehand(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and Usage())
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and Usage())
     with pytest.raises(QuantError, match="disk is too full"):
         jq.io.quantize_hf(source, tmp_path / "out", RULES)
     assert {p.name for p in tmp_path.iterdir()} == {"source"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["QuantError", "quant_error"]
+__all__ = ["QuantError", "printable", "quant_error"]
 
 
 class QuantError(ValueError):
@@ -25,13 +25,34 @@ class QuantError(ValueError):
     """
 
 
+def printable(text: str) -> str:
+    r"""Text with an escape in the place of every character that is not printed: the names of a file are not trusted.
+
+    A terminal acts on some characters (ESC, C1 codes, carriage returns, directions of writing) and would show a name
+    with a line feed as two lines. What is printed, the backslash included, stays as it is.
+
+    Example:
+      >>> from jaxquant.core.errors import printable
+      >>> print(printable("a\x1b[2J\nproblem: none"))
+      a\x1b[2J\nproblem: none
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _lines(text: str) -> str:
+    """A text of several lines, which stay lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def _show(value: Any) -> str:
     if isinstance(value, np.dtype | type(None) | bool | int | float | str | tuple):
         text = repr(value) if not isinstance(value, np.dtype) else value.name
     elif hasattr(value, "shape") and hasattr(value, "dtype"):
         text = f"{np.dtype(value.dtype).name}{list(value.shape)}"
     else:
-        text = repr(value)
+        text = printable(repr(value))
     return text if len(text) <= 200 else text[:197] + "..."
 
 
@@ -48,15 +69,15 @@ def quant_error(
 
     Args:
       function: the public function or class that refuses.
-      rule: the rule that is broken, as a statement.
+      rule: the rule that is broken, as a statement. It may have several lines; names in it go through `printable`.
       todo: what the user can do about it, without the closing full stop.
       path: the parameter's path, where there is one.
       shape: the shape of the offending array, where there is one.
       **got: the offending values by the name the user knows them under.
     """
-    place = f"{function} at {path}" if path is not None else function
+    place = f"{function} at {printable(path)}" if path is not None else function
     values = [f"{name}={_show(value)}" for name, value in got.items()]
     if shape is not None:
         values.append(f"shape={tuple(shape)}")
     what = f"; got {', '.join(values)}" if values else ""
-    return QuantError(f"{place}: {rule}{what}. {todo}.")
+    return QuantError(f"{place}: {_lines(rule)}{what}. {_lines(todo)}.")

@@ -2,8 +2,9 @@
 
 A directory is written under another name, ``NAME.partial``, next to where it will be, and takes its name when it is
 complete. Until then it holds ``plan.json``, which says what is written and from what. Shards are written one after
-another, each whole or not at all. Whoever writes the same again finds the shards that are there and goes on; the result
-has the same bytes as one that was never interrupted. A partial directory of anything else is refused.
+another, each whole or not at all. One writer at a time has the directory, by a lock that ends with its process. Whoever
+writes the same again finds the shards that are there and goes on; the result has the same bytes as one that was never
+interrupted. A partial directory of anything else is refused.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.io.atomic import replacing
+from jaxquant.core.errors import quant_error
+from jaxquant.io.atomic import check_room, claimed, is_temporary, replacing
 from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_parts
 
 __all__ = ["SHARD_BYTES", "Layout", "Piece", "identity", "json_bytes", "lay_out", "write_directory"]
@@ -121,19 +121,35 @@ def write_directory(
       progress: called with the bytes that are done, all bytes, and the name of what comes next.
 
     Raises:
-      QuantError: if there is no room or no place for the directory, or a partial one of something else; before anything
-        is written.
+      QuantError: if there is no room or no place for the directory, a partial one of something else, or another writer
+        of it; before anything is written.
     """
     target = os.path.abspath(directory)
     partial = f"{target}.partial"
     plan = json_bytes({"source": source, "shards": _described(layout), "files": _digests(layout.files)})
     if _content(os.path.join(target, _PLAN)) == plan:  # complete, but for this file
-        os.remove(os.path.join(target, _PLAN))
+        _remove_plan(target)
         return
+    _check_destination(target, function)
+    with claimed(partial, function=function, target=target):
+        _write(target, partial, plan, layout, function, progress)
+    if progress is not None:
+        progress(layout.nbytes, layout.nbytes, "")
+
+
+def _write(
+    target: str,
+    partial: str,
+    plan: bytes,
+    layout: Layout,
+    function: str,
+    progress: Callable[[int, int, str], None] | None,
+) -> None:
+    """Fills the partial directory, which is ours, and gives it its name."""
+    _check_destination(target, function)  # again: it may have been written while the partial one was another's
     done = _preflight(target, partial, plan, layout, function)
-    os.makedirs(partial, exist_ok=True)
     for name in os.listdir(partial):
-        if _is_temporary(name):  # of a process that was killed
+        if is_temporary(name):  # of a process that was killed: the directory is ours
             os.remove(os.path.join(partial, name))
     with replacing(os.path.join(partial, _PLAN), function=function) as file:
         file.write(plan)
@@ -157,19 +173,18 @@ def write_directory(
         with replacing(os.path.join(partial, name), function=function) as file:
             file.write(content)
     os.rename(partial, target)
-    os.remove(os.path.join(target, _PLAN))
-    if progress is not None:
-        progress(total, total, "")
+    _remove_plan(target)
+
+
+def _remove_plan(target: str) -> None:
+    with contextlib.suppress(FileNotFoundError):  # whoever finds the directory complete removes it too
+        os.remove(os.path.join(target, _PLAN))
 
 
 def _content(path: str) -> bytes | None:
     with contextlib.suppress(OSError), open(path, "rb") as file:
         return file.read()
     return None
-
-
-def _is_temporary(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".tmp")
 
 
 def _described(layout: Layout) -> dict[str, Any]:
@@ -183,31 +198,27 @@ def _digests(files: Mapping[str, bytes]) -> dict[str, str]:
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
-def _preflight(target: str, partial: str, plan: bytes, layout: Layout, function: str) -> set[str]:
-    """The shards that are there already; `QuantError` if writing cannot succeed."""
-
-    def error(rule: str, **got: Any) -> QuantError:
-        return quant_error(function, rule, path=target, **got)
-
+def _check_destination(target: str, function: str) -> None:
     parent = os.path.dirname(target)
     if not os.path.isdir(parent):
-        raise error("the directory to write to does not exist", todo="Create it first", directory=parent)
+        rule, todo = "the directory to write to does not exist", "Create it first"
+        raise quant_error(function, rule, todo=todo, path=target, directory=parent)
     if os.path.lexists(target) and (not os.path.isdir(target) or os.listdir(target)):
-        raise error("the destination exists", todo="Choose another, or remove it first")
+        raise quant_error(function, "the destination exists", todo="Choose another, or remove it first", path=target)
+
+
+def _preflight(target: str, partial: str, plan: bytes, layout: Layout, function: str) -> set[str]:
+    """The shards that are there already; `QuantError` if writing cannot succeed."""
+    begun = not all(map(is_temporary, os.listdir(partial)))
+    if begun and _content(os.path.join(partial, _PLAN)) != plan:
+        todo = f"Remove {partial}, or write with the settings and the source it was begun with"
+        raise quant_error(function, "a partial directory of something else is in the way", todo=todo, path=target)
     done: set[str] = set()
-    if os.path.lexists(partial):
-        found = _content(os.path.join(partial, _PLAN))
-        begun = not os.path.isdir(partial) or not all(map(_is_temporary, os.listdir(partial)))
-        if begun and found != plan:
-            todo = f"Remove {partial}, or write with the settings and the source it was begun with"
-            raise error("a partial directory of something else is in the way", todo=todo)
-        for name, pieces in layout.shards.items():
-            specs = {tensor: spec for piece in pieces for tensor, spec in piece.tensors.items()}
-            path = os.path.join(partial, name)
-            if os.path.isfile(path) and SafetensorsFile(path, function=function).tensors == specs:
-                done.add(name)
+    for name, pieces in layout.shards.items():
+        specs = {tensor: spec for piece in pieces for tensor, spec in piece.tensors.items()}
+        path = os.path.join(partial, name)
+        if os.path.isfile(path) and SafetensorsFile(path, function=function).tensors == specs:
+            done.add(name)
     needed = layout.nbytes - sum(piece.nbytes for name in done for piece in layout.shards[name])
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise error("the disk is too full", todo="Make room, or choose another place", needed=needed, free=free)
+    check_room(partial, needed, function=function, path=target)
     return done

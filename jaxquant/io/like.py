@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant.core.errors import QuantError
+from jaxquant.core.errors import QuantError, printable
 from jaxquant.core.qtensor import QTensor
 
 __all__ = ["fit"]
@@ -63,7 +63,7 @@ def _key(entry: Any) -> str:
 
 
 def _shown(path: tuple[str, ...]) -> str:
-    return "/".join(path) or "(the whole tree)"
+    return printable("/".join(path)) or "(the whole tree)"
 
 
 def _nearest(path: tuple[str, ...], others: Collection[tuple[str, ...]], count: int) -> str:

@@ -147,7 +147,8 @@ def write_parts(
         )
     todo = "Do not change the parameters while they are saved"
     start = 8 + len(header)
-    with replacing(path, function=function) as file:
+    nbytes = start + sum(spec.nbytes for spec in tensors.values())
+    with replacing(path, nbytes=nbytes, function=function) as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for part in parts:
             for name, array in part.items():

@@ -47,7 +47,8 @@ class QuantizePlan:
     Attributes:
       weights: name of each weight that is quantized -> the QTensor it becomes, of shapes.
       floats: names of the tensors that stay as they are.
-      left_out: files of the source that are not taken over.
+      left_out: files and directories of the source that are not taken over.
+      links: files of the source that are links -> where they lead; what is there is taken.
       before: bytes of the source's tensors.
       after: bytes of all that is written.
       layout: which tensors go to which file.
@@ -57,6 +58,7 @@ class QuantizePlan:
     weights: dict[str, QTensor]
     floats: tuple[str, ...]
     left_out: tuple[str, ...]
+    links: dict[str, str]
     before: int
     after: int
     layout: Layout
@@ -154,6 +156,8 @@ def plan_quantize_hf(
     weights = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, QTensor)}
     modules = {name.removesuffix(".weight"): leaf for name, leaf in weights.items()}
     others, left_out = _other_files(checkpoint.path)
+    read = [*(file.path for file in checkpoint.files.values()), *(os.path.join(checkpoint.path, n) for n in others)]
+    links = {os.path.basename(path): os.path.realpath(path) for path in read if os.path.islink(path)}
     files = {**others, **export_config(layout, modules, float_modules(leaves), config)}
     described = {
         "files": identity(file.path for file in checkpoint.files.values()),
@@ -166,7 +170,7 @@ def plan_quantize_hf(
     arranged = lay_out(pieces, files, shard_bytes, function=_FUNCTION)
     before = sum(spec.nbytes for spec in checkpoint.tensors.values())
     floats = tuple(name for name in leaves if name not in weights)
-    return QuantizePlan(weights, floats, left_out, before, arranged.nbytes, arranged, described)
+    return QuantizePlan(weights, floats, left_out, links, before, arranged.nbytes, arranged, described)
 
 
 def _specs(checkpoint: Checkpoint, rules: Sequence[Rule]) -> dict[str, QuantSpec]:
@@ -268,16 +272,17 @@ def _rows(shape: tuple[int, ...], spec: QuantSpec) -> int:
 
 
 def _other_files(path: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """The tokenizer and whatever else lies beside the weights, and what is left out of it."""
+    """The tokenizer and whatever else lies beside the weights, and what is left out of it.
+
+    Links are followed to files, and to nothing else: not to directories and not to devices.
+    """
     taken: dict[str, bytes] = {}
     left = []
     for name in sorted(os.listdir(path)) if os.path.isdir(path) else []:
         place = os.path.join(path, name)
-        if name.startswith(".") or not os.path.isfile(place) or name.endswith(".safetensors.index.json"):
+        if name.startswith(".") or name.endswith((".safetensors", ".safetensors.index.json")):
             continue
-        if name.endswith(".safetensors"):
-            continue
-        if name.endswith(_LEFT) or os.path.getsize(place) > _LARGEST_FILE:
+        if not os.path.isfile(place) or name.endswith(_LEFT) or os.path.getsize(place) > _LARGEST_FILE:
             left.append(name)
             continue
         with open(place, "rb") as file:

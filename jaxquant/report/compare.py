@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.core.errors import quant_error
+from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec, Rule
@@ -135,7 +135,7 @@ class Comparison:
         worst = [
             f"  input {x.number}{f' ({x.label})' if x.label else ''}: cosine {x.cosine:.4f}" for x in self.worst(3)
         ]
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], outputs, "worst:", *worst])
+        return "\n".join(map(printable, [lines[0], rule, *lines[1:-1], rule, lines[-1], outputs, "worst:", *worst]))
 
     def to_json(self) -> str:
         """This comparison as JSON; infinite ratios (nothing changed) as null."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxquant.core.errors import quant_error
+from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.ops.lanes import LANES
 from jaxquant.ops.machine import FAST
@@ -76,7 +76,7 @@ class Explanation:
             for row in rows
         ]
         end = [] if self.temporaries is None else [f"temporaries: {self.temporaries:,} bytes"]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *end])
+        return "\n".join(map(printable, [lines[0], "-" * len(lines[0]), *lines[1:], *end]))
 
 
 def explain(fn: Callable[..., Any], params: Any, *args: Any) -> Explanation:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.affine import quantize
-from jaxquant.core.errors import quant_error
+from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.kernel import kernel
 
@@ -190,7 +190,7 @@ class Plan:
         notes = [f"{item.path}: {item.note}" for item in self.items if item.note]
         notes += [f"{product.name}: {product.note}" for product in self.products if product.note]
         rule = "-" * len(lines[0])
-        return "\n".join(line.rstrip() for line in [lines[0], rule, *lines[1:-1], rule, lines[-1], *notes])
+        return "\n".join(printable(line.rstrip()) for line in [lines[0], rule, *lines[1:-1], rule, lines[-1], *notes])
 
     def to_json(self) -> str:
         """This plan as JSON."""

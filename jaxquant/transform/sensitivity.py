@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.core.errors import quant_error
+from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.specs import OpSpec
 from jaxquant.ptq.rtn import rtn
 from jaxquant.transform.distill import relative_error
@@ -90,7 +90,7 @@ class Sensitivity:
         index = self._index
         for path in self.plan:
             lines.append(f"{path:<{width}}" + "".join(f"  {index[path, name].error:12.3e}" for name in names))
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def to_json(self) -> str:
         """This table as JSON."""

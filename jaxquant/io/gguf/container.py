@@ -251,7 +251,8 @@ def write_gguf(
         head += [_packed_string(name), struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes)]
         head.append(struct.pack("<IQ", info.type.number, offset))
         offset += info.nbytes + -info.nbytes % alignment
-    with replacing(path, function=function) as file:
+    nbytes = sum(map(len, head)) + alignment + offset
+    with replacing(path, nbytes=nbytes, function=function) as file:
         _write_aligned(file, b"".join(head), alignment)
         for name, info in tensors.items():
             blocks = read(name)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxquant.core.errors import quant_error
+from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import Rule
 from jaxquant.io.arrays import placing, to_device
@@ -59,7 +59,7 @@ class CheckpointInfo:
         lines = [f"{self.directory}: {self.format}, {len(self.files)} file{'s' if len(self.files) > 1 else ''}"]
         lines += [f"  {name.ljust(width)}  {what}" for name, what in self.modules.items()]
         lines.append(f"  {len(self.floats)} tensors as they are")
-        return "\n".join([*lines, *(f"  problem: {text}" for text in self.problems)])
+        return "\n".join(map(printable, [*lines, *(f"  problem: {text}" for text in self.problems)]))
 
 
 def load_hf(

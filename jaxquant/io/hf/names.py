@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxquant.core import views
-from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.errors import QuantError, printable, quant_error
 from jaxquant.core.qtensor import QTensor
 
 __all__ = ["BERT", "GPT2", "LLAMA", "OPT", "VIT", "NameMap", "nested"]
@@ -139,7 +139,7 @@ class NameMap:
         return f" (nearest pattern: {self.rows[plain.index(near[0])][0]})" if near else ""
 
     def _error(self, error: Callable[..., QuantError], problems: list[str]) -> QuantError:
-        lines = "".join(f"\n  {p}" for p in problems[:50])
+        lines = "".join(f"\n  {printable(p)}" for p in problems[:50])
         more = f"\n  and {len(problems) - 50} more" if len(problems) > 50 else ""
         todo = "Add rows to the map, with the path None for what the model does not have"
         return error(f"the names do not fit the map{lines}{more}\n", todo=todo, mismatches=len(problems))
