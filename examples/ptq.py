@@ -66,9 +66,9 @@ def main():
         plan = jq.make_plan(MODEL.apply, params, test_x, rules=[jq.Rule("kernel", spec)])
         jq.io.save(args.output / f"{name}.safetensors", jq.quantize_params(params, plan), plan=plan)
 
-        qparams = jq.io.load(args.output / f"{name}.safetensors", like=params)
-        logits = jax.jit(jq.quantized(MODEL.apply, plan))(qparams, test_x)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(qparams))
+        saved = jq.io.load_model(args.output / f"{name}.safetensors", like=params)
+        logits = jax.jit(jq.quantized(MODEL.apply, saved.plan))(saved.params, test_x)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(saved.params))
         accuracy, same = (float((logits.argmax(-1) == other).mean()) for other in (test_y, reference.argmax(-1)))
         print(f"{name:<8}{size:>9,}{accuracy:>10.2%}{same:>19.2%}")
 

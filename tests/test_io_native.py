@@ -10,8 +10,10 @@ import stat
 import subprocess
 import sys
 import tracemalloc
+import types
 from pathlib import Path
 
+import equinox as eqx
 import flax.core
 import flax.linen as nn
 import flax.struct
@@ -21,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from io_files import assert_same, entry, put_together, take_apart
@@ -30,7 +33,7 @@ from jaxquant.core.qtypes import QTYPES
 from jaxquant.io import load, native, read_metadata, save
 from jaxquant.io.manifest import MAX_DEPTH
 from jaxquant.io.patterns import NAMELESS
-from jaxquant.io.safetensors import DTYPES, TensorSpec, write_safetensors
+from jaxquant.io.safetensors import DTYPES, SafetensorsFile, TensorSpec, write_safetensors
 
 pytestmark = pytest.mark.every
 
@@ -411,6 +414,133 @@ def test_saving_over_what_was_loaded(path):
     assert_same({"x": jnp.arange(5)}, load(path))
 
 
+# -- instances of classes that JAX knows, and how a model runs ---------------------------------------------------------
+
+
+Pair = collections.namedtuple("Pair", "a b")
+Empty = collections.namedtuple("Empty", ())
+
+
+@flax.struct.dataclass
+class Stats:
+    mean: jax.Array
+    name: str = flax.struct.field(pytree_node=False)
+
+
+@jax.tree_util.register_pytree_node_class
+class Bare(collections.UserList):
+    """Registered without names: JAX counts its children."""
+
+    def tree_flatten(self):
+        return self.data, None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(children)
+
+
+def quantized_tree():
+    return {"w": jq.quantize(weights((16, 6)), jq.QuantSpec("int4"), reduce_axes=-2), "b": jnp.arange(6.0)}
+
+
+CONTAINERS = {
+    "dataclass": (lambda w, b: Stats({"w": w, "b": b}, "n"), lambda w, b: {"mean": {"b": b, "w": w}}),
+    "named tuple": (lambda w, b: Pair(w, [b, None]), lambda w, b: {"a": w, "b": [b, None]}),
+    "empty": (lambda w, b: [w, b, Empty()], lambda w, b: [w, b, {}]),
+    "counted": (lambda w, b: Bare([w, (b,)]), lambda w, b: {0: w, 1: (b,)}),
+    "boxed": (lambda w, b: nn.Partitioned({"w": w, "b": b}, names=("x",)), lambda w, b: {"value": {"w": w, "b": b}}),
+    "equinox": (
+        lambda w, b: eqx.tree_at(lambda m: (m.weight, m.bias), eqx.nn.Linear(6, 16, key=jax.random.key(0)), (w, b)),
+        lambda w, b: {"bias": b, "weight": w},
+    ),
+    "nnx.State": (
+        lambda w, b: nnx.State({"layer": {"bias": nnx.Param(b), "kernel": nnx.Param(w)}}),
+        lambda w, b: {"layer": {"bias": {"value": b}, "kernel": {"value": w}}},
+    ),
+    "optax": (
+        lambda w, b: optax.ScaleByAdamState(jnp.zeros((), jnp.int32), {"w": w}, {"w": b}),
+        lambda w, b: {"count": jnp.zeros((), jnp.int32), "mu": {"w": w}, "nu": {"w": b}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONTAINERS)
+def test_registered_classes_are_saved_under_the_names_of_their_key_paths(path, case):
+    make, named = CONTAINERS[case]
+    leaves = quantized_tree()
+    tree = make(leaves["w"], leaves["b"])
+    save(path, tree)
+    assert_same(load(path), named(leaves["w"], leaves["b"]))
+    like = load(path, like=tree)
+    assert jax.tree.structure(like) == jax.tree.structure(tree)  # the class, and its static fields
+    assert_same(jax.tree.leaves(like), jax.tree.leaves(tree))
+    shapes = make(jax.ShapeDtypeStruct((16, 6), jnp.float32), jax.ShapeDtypeStruct((6,), jnp.float32))
+    assert jax.tree.structure(load(path, like=shapes)) == jax.tree.structure(tree)
+
+
+def test_names_on_disk_are_the_paths_of_the_plan(path):
+    graph, state = nnx.split(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+    fn, x = (lambda s, x: nnx.merge(graph, s)(x)), jnp.linspace(-1.0, 1.0, 8)[None]
+    plan = jq.make_plan(fn, state, x, rules=[jq.Rule("kernel", jq.recipes.w8a16())])
+    qstate = jq.quantize_params(state, plan)
+    save(path, qstate, plan=plan)
+    assert {name.removesuffix(".codes") for name in SafetensorsFile(path).tensors} > set(plan)
+    model = jq.io.load_model(path, like=state)
+    np.testing.assert_array_equal(jq.quantized(fn, model.plan)(model.params, x), jq.quantized(fn, plan)(qstate, x))
+
+
+def static_model():
+    fn, x = (lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]), weights((4, 32))
+    params = {"v": weights((16, 8)), "w": weights((32, 16))}
+    plan = jq.make_plan(fn, params, x, rules=[jq.Rule(".", jq.recipes.w8a8(static=True))])
+    return fn, x, jq.quantize_params(params, plan), plan, jq.act_state(plan, jq.calibrate(fn, plan, params, [x]))
+
+
+def test_a_model_runs_as_it_was_saved(path):
+    fn, x, qparams, plan, state = static_model()
+    jq.io.save(path, qparams, plan=plan, state=state, metadata={"step": 3})
+    model = jq.io.load_model(path)
+    assert model.plan == plan
+    assert_same(model.params, qparams)
+    assert_same(model.state, state)
+    assert read_metadata(path).metadata == {"step": 3}
+    np.testing.assert_array_equal(
+        jq.quantized(fn, model.plan, model.state)(model.params, x), jq.quantized(fn, plan, state)(qparams, x)
+    )
+
+
+def test_weights_without_their_plan_are_loaded_with_a_warning(path):
+    _, _, qparams, plan, state = static_model()
+    jq.io.save(path, qparams, plan=plan, state=state)
+    with pytest.warns(UserWarning, match=r"says how its activations are quantized.* Use load_model"):
+        assert_same(load(path), qparams)
+    fn, x = (lambda p, x: x @ p["w"]), weights((4, 32))
+    plan = jq.make_plan(fn, qparams, x, rules=[jq.Rule("w", jq.recipes.w8a16())])
+    jq.io.save(path, qparams, plan=plan)
+    assert_same(load(path), qparams)  # weights say all there is to say: no warning
+    jq.io.save(path, qparams)
+    model = jq.io.load_model(path)
+    assert (model.plan, model.state) == (None, None)
+
+
+def test_state_needs_its_plan_and_a_name_of_its_own(path):
+    _, _, qparams, plan, state = static_model()
+    with pytest.raises(jq.QuantError, match="save: state is of no use without its plan"):
+        jq.io.save(path, qparams, state=state)
+    params = {"state": state}  # the same names
+    jq.io.save(path, params, plan=plan, state=state)
+    model = jq.io.load_model(path)
+    assert_same(model.params, params)
+    assert_same(model.state, state)
+
+
+def test_a_plan_of_somebody_else_is_refused_by_load_model_alone(path):
+    save(path, {"w": jnp.ones(2)}, plan=types.SimpleNamespace(to_json=lambda: '{"theirs": 1}'))
+    assert_same(load(path), {"w": jnp.ones(2)})
+    with pytest.raises(jq.QuantError, match="not a plan"):
+        jq.io.load_model(path)
+
+
 # -- refused -----------------------------------------------------------------------------------------------------------
 
 
@@ -419,12 +549,16 @@ class Layer:
     kernel: jax.Array
 
 
-@flax.struct.dataclass
-class Stats:
-    mean: jax.Array
+@jax.tree_util.register_pytree_with_keys_class
+class Twice(collections.namedtuple("Twice", "a b")):
+    def tree_flatten_with_keys(self):
+        return [(jax.tree_util.GetAttrKey("a"), child) for child in self], None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
 
 
-Pair = collections.namedtuple("Pair", "a b")
 ITSELF: list = []
 ITSELF += [ITSELF, ITSELF]
 
@@ -461,12 +595,12 @@ REFUSED = {
     "string": (lambda: "x", "only arrays can be saved"),
     "set": (lambda: {1, 2}, "only arrays can be saved"),
     "abstract": (lambda: jax.ShapeDtypeStruct((2,), jnp.float32), "only arrays can be saved"),
-    "dataclass": (lambda: Layer(jnp.ones(1)), "type='Layer'. .* flax.serialization.to_state_dict"),
-    "struct": (lambda: Stats(jnp.ones(1)), "type='Stats'. .* flax.serialization.to_state_dict"),
-    "namedtuple": (lambda: Pair(jnp.ones(1), None), "type='Pair'. .* flax.serialization.to_state_dict"),
-    "nnx.State": (lambda: nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "nnx.to_pure_dict"),
-    "nnx.Module": (lambda: nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "nnx.to_pure_dict"),
-    "boxed": (lambda: nn.Partitioned(jnp.ones(1), names=("x",)), "flax.linen.meta.unbox"),
+    "dataclass": (lambda: Layer(jnp.ones(1)), "type='Layer'. Register its class with JAX"),
+    "function in a module": (
+        lambda: eqx.nn.MLP(2, 2, 2, 1, key=jax.random.key(0)).activation,
+        "arrays of the module alone",
+    ),
+    "key twice": (lambda: Twice(jnp.ones(1), jnp.ones(1)), "a container has a key twice; got type='Twice'"),
     "key": (lambda: jax.random.key(0), "jax.random.key_data"),
     "object array": (lambda: np.array([None]), "this dtype cannot be saved; got dtype='object'"),
     "string array": (lambda: np.array(["x"]), "this dtype cannot be saved"),

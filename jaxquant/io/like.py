@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxquant.core.errors import QuantError, printable
 from jaxquant.core.qtensor import QTensor
+from jaxquant.transform.paths import key_of
 
 __all__ = ["fit"]
 
@@ -54,12 +55,7 @@ def fit(saved: Any, like: Any, error: Callable[..., QuantError]) -> tuple[list[A
 
 def _leaves(tree: Any) -> tuple[list[tuple[tuple[str, ...], Any]], Any]:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, QTensor))
-    return [(tuple(map(_key, path)), leaf) for path, leaf in leaves], treedef
-
-
-def _key(entry: Any) -> str:
-    """The key itself of an entry of a path; the kinds of entries call it by different names."""
-    return str(next(getattr(entry, name) for name in ("key", "idx", "name") if hasattr(entry, name)))
+    return [(tuple(str(key_of(entry)) for entry in path), leaf) for path, leaf in leaves], treedef
 
 
 def _shown(path: tuple[str, ...]) -> str:

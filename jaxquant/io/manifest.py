@@ -22,6 +22,7 @@ from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.io.patterns import NAMELESS, pattern_spec
 from jaxquant.io.safetensors import DTYPES, SafetensorsFile, TensorSpec, is_shape
+from jaxquant.transform.paths import key_of
 
 __all__ = ["MAX_DEPTH", "Encoder", "SavedArray", "check_qtensor", "decode", "encode", "stored_spec"]
 
@@ -141,9 +142,10 @@ class Encoder:
             return self.qtensor(value, path, place)
         if type(value) in (list, tuple):
             return {type(value).__name__: [self.node(item, (*path, str(i))) for i, item in enumerate(value)]}
-        if isinstance(value, Mapping) and not _of_nnx(value):
-            keys = _checked_keys(value, place)
-            return {"dict": [[key, self.node(value[key], (*path, str(key)))] for key in keys]}
+        children = value if isinstance(value, Mapping) else _children(value, place)
+        if children is not None:
+            keys = _checked_keys(children, place)
+            return {"dict": [[key, self.node(children[key], (*path, str(key)))] for key in keys]}
         return self.array(value, place)
 
     def qtensor(self, q: QTensor, path: tuple[str, ...], place: str) -> Any:
@@ -191,8 +193,16 @@ class Encoder:
         return next(n for n in names if n not in self.arrays and n not in self._taken and n != "__metadata__")
 
 
-def _of_nnx(value: Any) -> bool:
-    return any(cls.__module__.startswith("flax.nnx") for cls in type(value).__mro__)
+def _children(value: Any, place: str) -> dict[Any, Any] | None:
+    """What an instance of a class that is registered with JAX holds, by the names of its key paths; None of a leaf."""
+    found = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda node: node is not value)[0]
+    if any(not path for path, _ in found):
+        return None
+    children = {key_of(path[0]): child for path, child in found}
+    if len(children) != len(found):
+        todo = "Give its children different keys where it is registered"
+        raise quant_error("save", "a container has a key twice", todo=todo, path=place, type=type(value).__qualname__)
+    return children
 
 
 def _checked_keys(value: Mapping[Any, Any], place: str) -> list[Any]:
@@ -230,26 +240,28 @@ def _checked_array(value: Any, place: str) -> TensorSpec:
 
 
 def _remedy(value: Any) -> str:
-    if _of_nnx(value):
-        return "Pass nnx.to_pure_dict(nnx.state(model))"
-    if hasattr(value, "unbox"):
-        return "Pass flax.linen.meta.unbox(params)"
     if isinstance(value, int | float | complex):
         return "Make it an array with jnp.asarray"
-    return "Make the tree of dicts, lists, tuples and arrays, for example with flax.serialization.to_state_dict"
+    if callable(value):
+        return "Save the arrays of the module alone, for example nnx.state(model) or equinox.filter(model, is_array)"
+    return "Register its class with JAX (jax.tree_util.register_dataclass), or make it of dicts, lists and arrays"
 
 
 # -- from nodes --------------------------------------------------------------------------------------------------------
 
 
-def decode(node: Any, file: SafetensorsFile) -> Any:
-    """The tree of a node, with a `SavedArray` for each array; `QuantError` if it does not fit the file's arrays."""
+def decode(file: SafetensorsFile, *roots: tuple[Any, tuple[str, ...]]) -> list[Any]:
+    """The tree of each root, a node and its path, with a `SavedArray` for each array of the file.
+
+    Raises:
+      QuantError: if the nodes do not fit the file's arrays.
+    """
     decoder = _Decoder(file)
-    tree = decoder.tree(node, ())
+    trees = [decoder.tree(node, path) for node, path in roots]
     if decoder.unused:
         name = min(decoder.unused)
         raise decoder.error("the manifest does not mention this array", (name,), arrays=len(decoder.unused))
-    return tree
+    return trees
 
 
 class _Decoder:

@@ -13,7 +13,7 @@ A tree that is a single array has the name "array". Where two paths give one nam
 "~3" ... is appended. Nothing is read out of names: the structure is in the manifest, a JSON text under "jaxquant" in
 the file's ``__metadata__``:
 
-    {"version": 1, "tree": <node>, "metadata": {...}, "plan": "..."}
+    {"version": 1, "tree": <node>, "state": <node>, "metadata": {...}, "plan": "..."}
 
     <node> = null                                        None
            | "name"                                      the array of that name
@@ -28,22 +28,25 @@ the file's ``__metadata__``:
                                                          "offset" and "permutation", which are left out if None
 
 The array of a "bits" node is uint8: the elements, row-major, as one little-endian bit stream (two int4 to a byte, the
-first in the low half). "metadata" is the user's, "plan" the text of ``plan.to_json()`` or null. Every array of the
-file occurs in the tree exactly once. Readers ignore fields of the manifest that they do not know, and refuse versions
-that they do not know.
+first in the low half). "metadata" is the user's, "plan" the text of ``plan.to_json()`` or null. "state" has what a
+plan needs besides the parameters, under names that begin with "state"; it is left out if there is none. Every array of
+the file occurs in the tree or the state exactly once. Readers ignore fields of the manifest that they do not know, and
+refuse versions that they do not know.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.errors import QuantError, printable, quant_error
 from jaxquant.io.arrays import to_device, to_host
 from jaxquant.io.like import fit
 from jaxquant.io.manifest import MAX_DEPTH, Encoder, SavedArray, decode, encode, stored_spec
@@ -51,8 +54,9 @@ from jaxquant.io.mapped import Leaves
 from jaxquant.io.patterns import NAMELESS, from_patterns, to_patterns
 from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_parts, write_safetensors
 from jaxquant.io.strict_json import parse
+from jaxquant.transform.plan import Plan
 
-__all__ = ["NativeLeaves", "SavedMetadata", "load", "read_metadata", "save", "save_leaves"]
+__all__ = ["NativeLeaves", "SavedMetadata", "SavedModel", "load", "load_model", "read_metadata", "save", "save_leaves"]
 
 _KEY = "jaxquant"
 _VERSION = 1
@@ -70,11 +74,30 @@ class SavedMetadata(NamedTuple):
     plan: str | None
 
 
+class SavedModel(NamedTuple):
+    """A model as it was saved, and how it runs: ``jq.quantized(fn, plan, state)(params, ...)``.
+
+    Attributes:
+      params: the parameters.
+      plan: the `jaxquant.Plan` given to `save`, or None.
+      state: the ``state`` given to `save`, or None.
+    """
+
+    params: Any
+    plan: Plan | None
+    state: Any
+
+
 # -- save --------------------------------------------------------------------------------------------------------------
 
 
 def save(
-    path: str | os.PathLike[str], params: Any, *, plan: Any = None, metadata: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str],
+    params: Any,
+    *,
+    plan: Any = None,
+    state: Any = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a tree of arrays and QTensors to one safetensors file, every array at its true size, bit for bit.
 
@@ -85,15 +108,19 @@ def save(
     Args:
       path: the file to create or replace, usually ``*.safetensors``; its directory must exist.
       params: dicts (with string or integer keys), lists, tuples and None, nested, with JAX arrays, NumPy arrays and
-        QTensors as leaves. Other mappings, such as flax's FrozenDict, are saved as dicts. NumPy arrays come back as JAX
-        arrays.
-      plan: an object with a ``to_json()`` method, whose text is stored; see `read_metadata`.
+        QTensors as leaves. Other mappings, such as flax's FrozenDict, are saved as dicts, and so is an instance of any
+        class that is registered with JAX (a dataclass, a named tuple, a module of Equinox, a state of NNX): under the
+        names of its key paths, without its static fields. ``load(path, like=...)`` gives the class back. NumPy arrays
+        come back as JAX arrays.
+      plan: an object with a ``to_json()`` method, whose text is stored, such as a `jaxquant.Plan`; see `load_model`.
+      state: what the plan needs besides the parameters, such as static ranges; a tree like ``params``.
       metadata: anything JSON can hold, by name: strings, numbers, booleans, None, lists and dicts of these.
 
     Raises:
-      QuantError: on any other leaf or container (Flax state, dataclasses, Python numbers, random keys, traced, deleted
-        or remote arrays), a QTensor whose fields contradict each other or whose scales are not finite, metadata that
-        JSON would change, or a path that cannot be a file. NaN in a plain array is saved like any other value.
+      QuantError: on any other leaf or container (Python numbers, functions, classes that JAX does not know, random
+        keys, traced, deleted or remote arrays), state without a plan, a QTensor whose fields contradict each other or
+        whose scales are not finite, metadata that JSON would change, a path that cannot be a file or that somebody else
+        is writing, or a disk that is too full. NaN in a plain array is saved like any other value.
       OSError: if the disk is full or the place is not writable.
 
     Example:
@@ -111,7 +138,16 @@ def save(
     Source: the container is safetensors (https://github.com/huggingface/safetensors); the manifest is our own.
     """
     node, arrays = encode(params)
-    manifest = _manifest_text(node, _checked_metadata(metadata), _plan_text(plan))
+    text = _plan_text(plan)
+    more = {}
+    if state is not None:
+        if text is None:
+            todo = "Pass the plan that the state belongs to"
+            raise quant_error("save", "state is of no use without its plan", todo=todo, plan=plan)
+        encoder = Encoder(taken=arrays)
+        more["state"] = encoder.node(state, ("state",))
+        arrays |= encoder.arrays
+    manifest = _manifest_text(node, _checked_metadata(metadata), text, **more)
     specs = {name: stored_spec(spec) for name, (_, spec) in arrays.items()}
     write_safetensors(path, specs, lambda name: _stored(arrays[name][0]), {_KEY: manifest})
 
@@ -122,8 +158,8 @@ def _stored(leaf: Any) -> np.ndarray:
     return to_patterns(array) if array.dtype in NAMELESS else array
 
 
-def _manifest_text(node: Any, metadata: dict[str, Any], plan: str | None) -> str:
-    manifest = {"version": _VERSION, "tree": node, "metadata": metadata, "plan": plan}
+def _manifest_text(node: Any, metadata: dict[str, Any], plan: str | None, **more: Any) -> str:
+    manifest = {"version": _VERSION, "tree": node, **more, "metadata": metadata, "plan": plan}
     return json.dumps(manifest, separators=(",", ":"))
 
 
@@ -184,21 +220,86 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Any:
       ...     load(path, like={"layer": [jax.ShapeDtypeStruct((3,), jnp.float32), None]})
       {'layer': [Array([1., 1., 1.], dtype=float32), None]}
 
+    A file that says how its activations are quantized gives a `UserWarning`: its weights alone compute something else.
+
     Source: the container is safetensors (https://github.com/huggingface/safetensors); the manifest is our own.
     """
-    file, tree = _opened(path, "load")
-    if like is None:
-        return jax.tree.map(lambda entry: to_device(_array(file, entry)), tree)
-    leaves, treedef = fit(tree, like, file.error)
-    read = lambda leaf: jax.tree.map(lambda entry: to_device(_array(file, entry)), leaf)  # noqa: E731
-    return jax.tree.unflatten(treedef, [read(leaf) for leaf in leaves])
+    file = _File(path, "load")
+    if file.runs_otherwise():
+        text = f"load: {file.path} says how its activations are quantized, and this gives its weights alone"
+        warnings.warn(f"{printable(text)}. Use load_model, and run what it returns with its plan.", stacklevel=2)
+    return file.params(like)
 
 
-def _opened(path: str | os.PathLike[str], function: str) -> tuple[SafetensorsFile, Any]:
-    """A file, and its tree with a `SavedArray` in the place of each array."""
-    file = SafetensorsFile(path, function=function)
-    manifest = _manifest(file)
-    return file, _by_names(file) if manifest is None else decode(manifest["tree"], file)
+def load_model(path: str | os.PathLike[str], *, like: Any = None) -> SavedModel:
+    """Reads what `save` wrote with everything that it takes to run it.
+
+    Args:
+      path: the file.
+      like: a template for the parameters; see `load`.
+
+    Returns:
+      A `SavedModel`: ``params``, ``plan`` and ``state``, the last two None where none was saved.
+
+    Raises:
+      QuantError: as `load`; also if the plan is not one of jaxquant's.
+      OSError: if the file cannot be opened.
+
+    Example:
+      >>> import os, tempfile
+      >>> import jax, jax.numpy as jnp, jaxquant as jq
+      >>> fn, x = (lambda p, x: x @ p["w"]), jnp.linspace(-1.0, 1.0, 64).reshape(2, 32)
+      >>> params = {"w": jnp.sin(jnp.arange(512.0)).reshape(32, 16)}
+      >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("w", jq.recipes.w8a8(static=True))])
+      >>> state = jq.act_state(plan, jq.calibrate(fn, plan, params, [x]))
+      >>> qparams = jq.quantize_params(params, plan)
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = os.path.join(directory, "model.safetensors")
+      ...     jq.io.save(path, qparams, plan=plan, state=state)
+      ...     model = jq.io.load_model(path)
+      >>> y = jq.quantized(fn, model.plan, model.state)(model.params, x)
+      >>> bool((y == jq.quantized(fn, plan, state)(qparams, x)).all())
+      True
+    """
+    file = _File(path, "load_model")
+    return SavedModel(file.params(like), None if file.plan is None else Plan.from_json(file.plan), file.state())
+
+
+class _File(SafetensorsFile):
+    """A file of ours, or any other: its tree and its state have a `SavedArray` in the place of each array."""
+
+    def __init__(self, path: str | os.PathLike[str], function: str):
+        super().__init__(path, function=function)
+        manifest = _manifest(self)
+        if manifest is None:
+            self.tree, self._state, self.plan = _by_names(self), None, None
+        else:
+            self.tree, self._state = decode(self, (manifest["tree"], ()), (manifest.get("state"), ("state",)))
+            self.plan = manifest["plan"]
+
+    def read(self, tree: Any) -> Any:
+        """The arrays of a tree, on the default device."""
+        return jax.tree.map(lambda entry: to_device(_array(self, entry)), tree)
+
+    def params(self, like: Any) -> Any:
+        """The tree, in the containers of a template if there is one."""
+        if like is None:
+            return self.read(self.tree)
+        leaves, treedef = fit(self.tree, like, self.error)
+        return jax.tree.unflatten(treedef, [self.read(leaf) for leaf in leaves])
+
+    def state(self) -> Any:
+        """The state; None if there is none."""
+        return self.read(self._state)
+
+    def runs_otherwise(self) -> bool:
+        """Whether the parameters without the plan compute something else than with it."""
+        if self.plan is None:
+            return False
+        with contextlib.suppress(QuantError):  # a plan of somebody else's
+            plan = Plan.from_json(self.plan)
+            return bool(plan.products) or any(item.spec.act is not None for item in plan.items)
+        return False
 
 
 def _array(file: SafetensorsFile, entry: SavedArray) -> np.ndarray:
@@ -210,8 +311,8 @@ class NativeLeaves(Leaves):
     """The leaves of a file by path, "/" between the keys."""
 
     def __init__(self, path: str | os.PathLike[str], *, function: str):
-        self.file, tree = _opened(path, function)
-        self._entries = dict(_flat(tree))
+        self.file = _File(path, function)
+        self._entries = dict(_flat(self.file.tree))
         super().__init__(self._entries, [self.file.path])
 
     def __getitem__(self, name: str) -> Any:

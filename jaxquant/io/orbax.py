@@ -94,7 +94,7 @@ def load_orbax(directory: str | os.PathLike[str], *, shardings: Any = None) -> A
     with library.Checkpointer(library.CompositeCheckpointHandler()) as checkpointer:
         manifest = checkpointer.restore(place, library.args.Composite(jaxquant=library.args.JsonRestore())).jaxquant
         source = _Arrays(place, manifest)
-        tree = decode(manifest["tree"], source)  # type: ignore[arg-type]
+        (tree,) = decode(source, (manifest["tree"], ()))  # type: ignore[arg-type]
         where = None if shardings is None else dict(_named(tree, shardings, source))
         wanted = {
             source.keys[name]: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=_default(where, name))

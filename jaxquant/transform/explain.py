@@ -12,9 +12,9 @@ from typing import Any
 import jax
 
 from jaxquant.core.errors import printable, quant_error
-from jaxquant.core.qtensor import QTensor
 from jaxquant.ops.lanes import LANES
 from jaxquant.ops.machine import FAST
+from jaxquant.transform.paths import is_qtensor, path_of
 
 __all__ = ["Explanation", "Use", "explain"]
 
@@ -104,7 +104,6 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any) -> Explanation:
       >>> found["w"].nbytes, round(found["w"].limit, 1)
       (2176, 3.8)
     """
-    is_qtensor = lambda x: isinstance(x, QTensor)  # noqa: E731
     leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)[0]
     weights = {tuple(path): leaf for path, leaf in leaves if is_qtensor(leaf)}
     if not weights:
@@ -120,7 +119,7 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any) -> Explanation:
     memory = compiled.memory_analysis()
     uses = tuple(
         Use(
-            "/".join(_key(k) for k in path),
+            path_of(path),
             tuple(sorted(program.kernels(numbers[path], leaf.size))),
             leaf.nbytes,
             leaf.size * leaf.dtype.itemsize,
@@ -128,10 +127,6 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any) -> Explanation:
         for path, leaf in weights.items()
     )
     return Explanation(uses, getattr(memory, "temp_size_in_bytes", None))
-
-
-def _key(key: Any) -> str:
-    return str(next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)))
 
 
 def _parameter_numbers(params: Any) -> dict[tuple[Any, ...], int]:

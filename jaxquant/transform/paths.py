@@ -11,7 +11,7 @@ import jax
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 
-__all__ = ["is_qtensor", "leaves_with_paths", "nearest", "path_of"]
+__all__ = ["is_qtensor", "key_of", "leaves_with_paths", "nearest", "path_of"]
 
 
 def is_qtensor(x: Any) -> bool:
@@ -19,17 +19,14 @@ def is_qtensor(x: Any) -> bool:
     return isinstance(x, QTensor)
 
 
+def key_of(entry: Any) -> Any:
+    """The key itself of an entry of a key path of `jax.tree_util`; the kinds of entries call it by different names."""
+    return next((getattr(entry, field) for field in ("key", "name", "idx") if hasattr(entry, field)), str(entry))
+
+
 def path_of(keys: Iterable[Any]) -> str:
     """A key path of `jax.tree_util` with ``/`` between its names."""
-    names = []
-    for key in keys:
-        for field in ("key", "name", "idx"):
-            if hasattr(key, field):
-                names.append(str(getattr(key, field)))
-                break
-        else:
-            names.append(str(key))
-    return "/".join(names)
+    return "/".join(str(key_of(entry)) for entry in keys)
 
 
 def leaves_with_paths(tree: Any) -> tuple[dict[str, Any], Any]:
