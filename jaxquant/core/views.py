@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxquant.core.qtensor import QTensor, flat, scale_values
 
-__all__ = ["cast", "move", "reshape", "slice_along", "transpose"]
+__all__ = ["by_layer", "cast", "move", "reshape", "slice_along", "transpose"]
 
 
 def cast(q: QTensor, dtype: Any) -> QTensor:
@@ -98,6 +98,20 @@ def slice_along(q: QTensor, axis: int, start: Any, size: int) -> QTensor:
     permutation = None if q.permutation is None else blocks(q.permutation)
     codes = lax.dynamic_slice_in_dim(q.logical_codes(), start, size, axis)
     return _unpacked(q, codes, *_per_block(q, blocks), permutation)
+
+
+def by_layer(q: QTensor) -> QTensor:
+    """The same values with the first axis first in every array, so that a scan can take its entries one by one."""
+    n = q.shape[0]
+    if q.ndim > 1 and q.stored_order[0] == 0 and all(leaf.shape[:1] == (n,) for leaf in jax.tree.leaves(q)):
+        return q
+    q = q.unpermuted()
+
+    def blocks(value: jax.Array) -> jax.Array:
+        value = _spread(value, q.shape, [0])
+        return jnp.broadcast_to(value, (n, *value.shape[1:]))
+
+    return _unpacked(q, q.logical_codes(), *_per_block(q, blocks))
 
 
 def reshape(q: QTensor, shape: tuple[int, ...]) -> QTensor:

@@ -15,6 +15,8 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr
 from jax.sharding import Sharding
 
+from jaxquant.core import views
+from jaxquant.core.qtensor import QTensor
 from jaxquant.transform import primitives
 from jaxquant.transform.interpreter import ABSENT, Interpreter, Tally, handles, unsupported
 from jaxquant.transform.primitives import named, used_by
@@ -191,8 +193,11 @@ def _layer(interpreter: Interpreter, w: Weight) -> Any:
             interpreter.refuse(w, "scan", f"stacked, but its first axis goes through a {moved.name} before the scan")
             return ABSENT
         return interpreter.float_of(w, f"{moved.name} before scan")
+    if not interpreter.planning and not interpreter.by_layer(w):
+        return interpreter.float_of(w, "a scan over its layers")
     steps = tuple(step.layer() for step in w.steps if step.layer is not None)
-    return dataclasses.replace(w, dims=w.dims[1:], stacked=w.stacked + 1, steps=steps)
+    leaf = views.by_layer(w.leaf) if type(w.leaf) is QTensor else w.leaf
+    return dataclasses.replace(w, leaf=leaf, dims=w.dims[1:], stacked=w.stacked + 1, steps=steps)
 
 
 @handles(_public("scan_p"))

@@ -299,16 +299,30 @@ class Interpreter:
         self.uses.append(Use(weight.path, op, None, weight.stacked, reason))
 
     def planned(self, weight: Weight, contracted: tuple[int, ...]) -> bool:
-        """Running: whether this is the use that the plan quantizes, and not one that contracts other axes."""
+        """Running: whether this is a use that the plan quantizes, and not one that contracts other axes.
+
+        A stack that is planned layer by layer may be used whole: its codes are the same. Only statistics and static
+        ranges of activations, of which there is one for each layer, are those of the layers alone.
+        """
         item = self.items.get(weight.path)
-        return item is None or weight.split(contracted) == item.reduce_axes
+        if item is None:
+            return True
+        if weight.split(contracted) != item.reduce_axes:
+            return False
+        act = item.spec.act
+        return weight.stacked == item.stacked or (self.collect is None and not (act is not None and act.static))
+
+    def by_layer(self, weight: Weight) -> bool:
+        """Running: whether layers of this stack are quantized one by one, so that a scan can take them so."""
+        item = self.items.get(weight.path)
+        return item is None or weight.stacked < item.stacked
 
     def operand(self, weight: Weight) -> Any:
         """Running: the weight as an op's operand. Calibration runs float weights in float."""
         item = self.items.get(weight.path)
         if item is None or self.collect is not None:
             return weight.value()
-        return weight.operand(item.spec.weight, item.reduce_axes)
+        return weight.operand(item.spec.weight, item.reduce_axes, item.stacked)
 
     def real(self, weight: Weight) -> jax.Array:
         """Running: the values of `operand` in float, differentiable."""

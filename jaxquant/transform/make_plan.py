@@ -12,7 +12,7 @@ import numpy as np
 from jaxquant.core.blocks import block_shape
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.specs import OpRule, Rule
+from jaxquant.core.specs import OpRule, OpSpec, Rule
 from jaxquant.transform.interpreter import ABSENT, Interpreter, Products, Use
 from jaxquant.transform.paths import nearest
 from jaxquant.transform.plan import Float, Item, Plan, Product, is_float
@@ -147,6 +147,19 @@ def _plannable(leaf: Any) -> bool:
     return is_float(leaf) and math.prod(leaf.shape) > 0
 
 
+def _unlike(use: Use, main: Use, spec: OpSpec) -> str:
+    """What to know of a use whose scales are those of another one; nothing, if it runs on codes all the same."""
+    if use.stacked > main.stacked:
+        return f"dequantized where a scan takes it layer by layer ({use.op}): its scales are those of the whole"
+    if use.op == "take":
+        return ""
+    if use.reduce_axes != main.reduce_axes:
+        return f"{use.op} over axes {use.reduce_axes} runs on float values: scales are shared over {main.reduce_axes}"
+    if use.stacked < main.stacked and spec.act is not None and spec.act.static:
+        return f"{use.op} of the whole stack runs on float values: static ranges are those of its layers"
+    return ""
+
+
 def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: bool) -> Item | Float:
     """The plan of one parameter, or why it stays in float."""
     assert rule.spec is not None
@@ -156,16 +169,14 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: 
     if cannot and not rule.dequantize:
         todo = "; Rule(..., dequantize=True) quantizes it all the same"
         return Float(path, shape, dtype, f"also {', '.join(cannot)}{todo}")
-    if len({use.stacked for use in can}) > 1:
-        return Float(path, shape, dtype, "used both whole and layer by layer in a scan")
-    main = next((use for use in can if use.op != "take"), can[0])
+    mixed = len({use.stacked for use in can}) > 1
+    if mixed and not rule.dequantize:
+        todo = "; Rule(..., dequantize=True) quantizes it all the same"
+        return Float(path, shape, dtype, f"used both whole and layer by layer in a scan{todo}")
+    main = max([use for use in can if use.op != "take"] or can, key=lambda use: use.stacked)
     assert main.reduce_axes is not None
     notes = [f"dequantized where it is {reason}" for reason in cannot]
-    notes += [
-        f"{use.op} over axes {use.reduce_axes} runs on float values: scales are shared over {main.reduce_axes}"
-        for use in dict.fromkeys(can)
-        if use.op != "take" and use.reduce_axes != main.reduce_axes
-    ]
+    notes += [note for use in dict.fromkeys(can) if (note := _unlike(use, main, rule.spec))]
     if rule.reduce_axes is not None and tuple(sorted(rule.reduce_axes)) != main.reduce_axes:
         raise quant_error(
             "make_plan",
@@ -208,8 +219,8 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: 
         spec,
         main.stacked,
         main.contraction_minor,
-        rule.dequantize and bool(cannot),
+        rule.dequantize and (mixed or bool(cannot)),
         "; ".join(notes),
-        max(use.rows for use in can if use.reduce_axes == main.reduce_axes),
+        max(use.rows for use in can if (use.reduce_axes, use.stacked) == (main.reduce_axes, main.stacked)),
         main.window,
     )

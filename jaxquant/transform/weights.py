@@ -95,7 +95,7 @@ class View:
         return self.qtensor(x) if isinstance(x, QTensor) else self.array(x)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for all weights of one shape
+@functools.partial(jax.jit, static_argnames=("spec", "reduce_axes"))  # traced once for all weights of one shape
 def _trained(w: jax.Array, spec: QuantSpec, reduce_axes: tuple[int, ...]) -> TrainedTensor:
     q = as_codes(jax.lax.stop_gradient(w), spec, reduce_axes)
     return TrainedTensor(q, fake_quant(w, spec, reduce_axes=reduce_axes))
@@ -151,11 +151,17 @@ class Weight:
         x = self.value()
         return x.dequantize() if isinstance(x, QTensor) else x
 
-    def operand(self, spec: QuantSpec | None, reduce_axes: tuple[int, ...]) -> Any:
-        """What an op gets: the QTensor; or codes for the forward and floats for the gradient, if the leaf trains."""
+    def operand(self, spec: QuantSpec | None, reduce_axes: tuple[int, ...], stacked: int = 0) -> Any:
+        """What an op gets: the QTensor; or codes for the forward and floats for the gradient, if the leaf trains.
+
+        ``stacked``: leading axes of the parameter whose layers are quantized one by one, seen from a scan or not.
+        """
         if isinstance(self.leaf, QTensor) or spec is None:
             return self.value()
-        x: Any = _trained(self.leaf, spec, reduce_axes)
+        one = functools.partial(_trained, spec=spec, reduce_axes=reduce_axes)
+        for _ in range(stacked - self.stacked):
+            one = jax.vmap(one)
+        x: Any = one(self.leaf)
         for step in self.steps:
             x = step(x)
         return x
