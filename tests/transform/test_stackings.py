@@ -9,8 +9,6 @@ from transform_cases import check, close, unequal
 
 import jaxquant as jq
 
-pytestmark = pytest.mark.every
-
 SQUARE = {"w": unequal((4, 4), 1)}
 STACK = {"w": unequal((3, 4, 4), 2)}
 X = unequal((2, 4), 3)
@@ -85,6 +83,7 @@ def test_one_set_of_scales(name):
     assert plan["w"].dequantize
 
 
+@pytest.mark.every
 @pytest.mark.parametrize(("fn", "axes"), [(whole_norm, (-2, -1)), (whole_product, (-3, -2, -1))])
 def test_the_scales_are_those_of_the_plan(fn, axes):
     """In training too: values by hand, of a weight with one scale for each layer, or one for the stack."""
