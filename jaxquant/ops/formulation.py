@@ -62,7 +62,7 @@ from jax import lax
 
 from jaxquant.ops.blockwise import float_blocks, integer_blocks
 from jaxquant.ops.digits import digit_count, is_highest
-from jaxquant.ops.floats import float_dot, float_dtype, is_narrow, scaled
+from jaxquant.ops.floats import float_dot, float_dtype, scaled
 from jaxquant.ops.integer import common_group
 from jaxquant.ops.lanes import fits, lanes
 from jaxquant.ops.machine import Int8, bfloat16_dots, cores, int8_dots
@@ -81,18 +81,23 @@ _LONG_DOT = 64  # with vectors, from here on a dot of codes in bfloat16 is faste
 _FOLDED = lax.Precision.HIGHEST  # three digits
 
 _DIGIT_ROWS: dict[Int8, float] = {"tiles": float("inf"), "vectors": 48, "none": 0}
+_DIGIT_ROWS_BESIDE_BFLOAT16 = 24
 
 
-def digit_rows(int8: Int8, *, narrow: bool, whole: bool = False) -> float:
+def digit_rows(int8: Int8, *, exact: bool, whole: bool = False) -> float:
     """Most rows of an int8 dot, digits times M, up to which `digits` is faster than `blocks` on such a machine.
 
     Tiles are faster at any number. With vectors an int8 dot is about 1.7 times as fast as a float32 dot once the
-    arithmetic counts, which two digits use up, and no faster than a ``narrow`` one, of bfloat16 (benchmarks/matmul.py).
-    A ``whole`` weight is one dot in digits, which cores share better than the loop over blocks that it would be
-    otherwise: twice as many rows.
+    arithmetic counts, which two digits use up (benchmarks/matmul.py). A ``whole`` weight is one dot in digits, which
+    cores share better than the loop over blocks that it would be otherwise: twice as many rows.
+
+    An activation that is ``exact`` in bfloat16 needs no digits: products with codes are exact in `blocks`, and as fast
+    where a machine multiplies bfloat16, with tiles or without. So it has digits only at the few rows where reading the
+    weight is all that counts, the same on every machine, so that all are equally accurate at many.
     """
-    shared = 2 if whole and not narrow and cores() > 1 else 1
-    return shared * _DIGIT_ROWS[int8] / (2 if narrow else 1)
+    if exact:
+        return min(_DIGIT_ROWS[int8], _DIGIT_ROWS_BESIDE_BFLOAT16)
+    return _DIGIT_ROWS[int8] * (2 if whole and cores() > 1 else 1)
 
 
 def choose(
@@ -120,8 +125,8 @@ def choose(
         exact = _both(operands, lambda v: v.exact_in(jnp.bfloat16))
         return "blocks" if alone and x.shape[1] >= _LONG_DOT and exact and bfloat16_dots() else "integer"
     if int8 != "none" and isinstance(x, jax.Array) and w.integer:
-        narrow = not is_highest(precision) and is_narrow("cpu", x.dtype)
-        most = digit_rows(int8, narrow=narrow, whole=isinstance(w, Matrix) and not trained) / x.shape[1]
+        exact = not is_highest(precision) and x.dtype == jnp.bfloat16
+        most = digit_rows(int8, exact=exact, whole=isinstance(w, Matrix) and not trained) / x.shape[1]
         if w.groups == 1 and digit_count(precision) <= most:
             return "digits"
         if _folds(w) and digit_count(_FOLDED) <= most:

@@ -9,7 +9,7 @@ import pytest
 from ops_reference import INTEGER, MATMUL, WEIGHT_ONLY, dot, dot_error, quantized, slow_but, spec_of, unequal
 
 from jaxquant import OpSpec, ops, recipes
-from jaxquant.ops import floats
+from jaxquant.ops import floats, formulation
 from jaxquant.ops.kernel import kernel
 from jaxquant.ops.matrix import Axes, canonical
 
@@ -43,7 +43,7 @@ def product(x, q, precision=None):
     return jax.jit(lambda x, q: ops.dot_general(x, q, MATMUL, precision, preferred_element_type=WIDE))(x, q)
 
 
-def exact(x, q):
+def exact_operands(x, q):
     return exact_values(x, q.dequantize(WIDE))
 
 
@@ -56,14 +56,37 @@ def exact_values(*arrays):
 def test_what_bfloat16_holds(name, weight):
     """Codes are exact in bfloat16 (MX formats with their scales), products in float32: nothing is lost."""
     x, q = operands(EXACT[name], weight=weight)
-    assert dot_error(product(x, q), *exact(x, q), MATMUL) <= INTEGER
+    assert dot_error(product(x, q), *exact_operands(x, q), MATMUL) <= INTEGER
+
+
+@pytest.fixture(params=["tiles", "vectors", "none"])
+def machine(request, monkeypatch):
+    """A processor with such instructions for int8, and either with or without those for bfloat16."""
+    monkeypatch.setattr(formulation, "int8_dots", lambda: request.param)
+    jax.clear_caches()  # of programs for another machine
+    yield request.param
+    jax.clear_caches()
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_no_digits_where_bfloat16_is_exact(machine, bfloat16, monkeypatch):
+    """Digits at few rows, where reading the weight is all that counts; at many they would only lose accuracy."""
+    for module in (formulation, floats):
+        monkeypatch.setattr(module, "bfloat16_dots", lambda: bfloat16)
+    for name in ("int8", "int4", "int4 two-level"):
+        for rows, exact in ((12, machine == "none"), (13, True), (40, True)):
+            x, w = matrices(EXACT[name], rows, jnp.bfloat16, jnp.bfloat16)
+            assert formulation.choose("cpu", x, w, None) == ("blocks" if exact else "digits")
+    x, q = operands(EXACT["int8"])
+    assert dot_error(product(x, q), *exact_operands(x, q), MATMUL) <= INTEGER
 
 
 @pytest.mark.parametrize("name", slow_but([*GROUPS], "int4 in groups"))
 def test_groups(name):
     """Each of the weight's values is rounded to bfloat16, the weight's own dtype."""
     x, q = operands(GROUPS[name])
-    left, right = exact(x, q)
+    left, right = exact_operands(x, q)
     off = np.abs(np.asarray(product(x, q), np.float64) - dot(left, right, MATMUL))
     assert np.all(off <= (ROUNDED + INTEGER) * dot(np.abs(left), np.abs(right), MATMUL))
 
@@ -74,17 +97,17 @@ def test_groups(name):
 def test_rows(name, rows):
     spec = {**EXACT, **GROUPS}[name]
     x, q = operands(spec, rows)
-    assert dot_error(product(x, q), *exact(x, q), MATMUL) <= (WEIGHT_ONLY if name in EXACT else ROUNDED)
-    assert dot_error(product(x, q, "highest"), *exact(x, q), MATMUL) <= INTEGER
+    assert dot_error(product(x, q), *exact_operands(x, q), MATMUL) <= (WEIGHT_ONLY if name in EXACT else ROUNDED)
+    assert dot_error(product(x, q, "highest"), *exact_operands(x, q), MATMUL) <= INTEGER
     x = x.astype(jnp.float16)  # float32 on the CPU
-    assert dot_error(product(x, q), *exact(x, q), MATMUL) <= WEIGHT_ONLY
+    assert dot_error(product(x, q), *exact_operands(x, q), MATMUL) <= WEIGHT_ONLY
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*GROUPS])
 def test_a_float32_weight_is_not_rounded(name):
     x, q = operands(GROUPS[name], weight=jnp.float32)
-    assert dot_error(product(x, q), *exact(x, q), MATMUL) <= INTEGER
+    assert dot_error(product(x, q), *exact_operands(x, q), MATMUL) <= INTEGER
 
 
 @pytest.mark.parametrize("spec", slow_but([recipes.mxfp8(), recipes.mxfp4(act=True)], recipes.mxfp8()))
@@ -114,7 +137,7 @@ def test_transformations(name):
     assert one.dtype == jnp.float32
     assert ops.dot_general(x, q, MATMUL).dtype == jnp.bfloat16
     stack = jax.tree.map(lambda v: jnp.stack([v, v]), q)
-    assert dot_error(jax.vmap(lambda q: product(x, q))(stack)[1], *exact(x, q), MATMUL) <= ROUNDED
+    assert dot_error(jax.vmap(lambda q: product(x, q))(stack)[1], *exact_operands(x, q), MATMUL) <= ROUNDED
     turned = ops.dot_general(q, x, (((0,), (1,)), ((), ())), preferred_element_type=WIDE)
     np.testing.assert_allclose(turned.T, one, rtol=1e-6, atol=1e-6 * float(jnp.abs(one).max()))
 
