@@ -160,18 +160,6 @@ def decoder(width: int, layers: int, tokens: int, context: int, rounds: int) -> 
     return {"decode": measure.interleaved(steps, rounds), "prefill": measure.interleaved(fills, max(rounds // 2, 3))}
 
 
-def kept(loss: Callable[..., jax.Array], params: Any, x: jax.Array) -> int:
-    """Bytes that the backward pass is handed by the forward pass, parameters that it needs included."""
-    found = {}
-
-    def trace(params: Any, x: jax.Array) -> None:
-        pull = jax.vjp(jax.jit(loss), params, x)[1]
-        found.update({id(leaf): leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull)})
-
-    jax.eval_shape(trace, params, x)
-    return sum(found.values())
-
-
 def compared(title: str, loss: Callable[..., jax.Array], params: Any, x: jax.Array, rounds: int) -> dict[str, Any]:
     """A step of SGD in float32 and of quantization-aware training."""
 
@@ -192,7 +180,6 @@ def compared(title: str, loss: Callable[..., jax.Array], params: Any, x: jax.Arr
     found = measure.interleaved(runs, rounds)
     for name, program in programs.items():
         found[name]["temporaries"] = program.memory_analysis().temp_size_in_bytes
-        found[name]["kept"] = kept(losses[name], params, x)
     return {title: found}
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from jaxquant.core.affine import encode, prepare, values_with_scale
 from jaxquant.core.arithmetic import divide
@@ -31,29 +33,32 @@ def never_clips(spec: QuantSpec) -> bool:
     return covers and (spec.type.signed or not spec.symmetric)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _computed(spec, axes, x, key):
-    return _forward(x, None, None, key, spec=spec, axes=axes)[0]
+    """(result, scale, zero point), the two in order that they are computed once."""
+    return _forward(x, None, None, key, spec=spec, axes=axes)
 
 
-def _computed_fwd(spec, axes, x, key):
-    out, scale, zero_point = _forward(x, None, None, key, spec=spec, axes=axes)
-    return out, None if never_clips(spec) else (x, scale, zero_point)
+def _computed_jvp(spec, axes, primals, tangents):
+    (x, key), (dx, _) = primals, tangents
+    out = _, scale, zero_point = _computed(spec, axes, x, key)
+    if not never_clips(spec):
+        view = BlockView.of_scale(x.shape, scale.shape)
+        inside = _inside(view, view.split(x), spec, scale, zero_point)
+        dx = jax.checkpoint(functools.partial(_masked, view), prevent_cse=False)(inside, dx)  # keeps the mask alone
+    return out, (dx, *(None if v is None else _constant(v) for v in (scale, zero_point)))
 
 
-def _computed_bwd(spec, axes, residual, g):
-    del axes
-    if residual is None:
-        return g, None
-    x, scale, zero_point = residual
-    lo, hi = _bounds(spec, scale, zero_point)
-    view = BlockView.of_scale(x.shape, scale.shape)
-    xv = view.split(x)
-    inside = (xv >= view.split_scale(lo)) & (xv <= view.split_scale(hi))
-    return view.join(jnp.where(inside, view.split(g), 0)), None
+def _masked(view: BlockView, inside: jax.Array, x: jax.Array) -> jax.Array:
+    return view.join(jnp.where(inside, view.split(x), 0))
 
 
-_computed.defvjp(_computed_fwd, _computed_bwd)
+def _constant(x: jax.Array) -> Any:
+    """The tangent of what counts as constant."""
+    return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0)
+
+
+_computed.defjvp(_computed_jvp)
 
 
 def _bounds(spec: QuantSpec, scale: jax.Array, zero_point: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -63,36 +68,46 @@ def _bounds(spec: QuantSpec, scale: jax.Array, zero_point: jax.Array | None) -> 
     return jnp.minimum(a, b), jnp.maximum(a, b)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _inside(view: BlockView, x: jax.Array, spec: QuantSpec, scale: jax.Array, zero_point: jax.Array | None) -> Any:
+    """Where the elements of a viewed array lie in the range of their block."""
+    lo, hi = (view.split_scale(b) for b in _bounds(spec, scale, zero_point))
+    return (x >= lo) & (x <= hi)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _given(spec, axes, x, scale, zero_point, key):
     return _forward(x, scale, zero_point, key, spec=spec, axes=axes)[0]
 
 
-def _given_fwd(spec, axes, x, scale, zero_point, key):
-    return _given(spec, axes, x, scale, zero_point, key), (x, scale, zero_point, key)
+def _given_jvp(spec, axes, primals, tangents):
+    moved = [t if isinstance(t, jax.Array) and t.dtype != jax.dtypes.float0 else None for t in tangents[:3]]
+    # Computed anew in the backward pass, which is handed the arguments.
+    tangent = jax.checkpoint(functools.partial(_given_tangent, spec, axes), prevent_cse=False)
+    return _given(spec, axes, *primals), tangent(*primals, *moved)
 
 
-def _given_bwd(spec, axes, residual, g):
-    x, scale, zero_point, key = residual
+def _given_tangent(spec, axes, x, scale, zero_point, key, dx, ds, dz):
+    """Rounding has derivative 1 in its argument, and none of second order; what is outside is as the formula has it."""
+    fixed = lax.stop_gradient((x, scale, zero_point))
+    encoded = encode(fixed[0], spec, axes, *fixed[1:], key)
     view = BlockView.of_scale(x.shape, scale.shape)
-    lo, hi = (view.split_scale(b) for b in _bounds(spec, scale, zero_point))
-    encoded = encode(x, spec, axes, scale, zero_point, key)
-    xv, gv, values = view.split(x.astype(encoded.values.dtype)), view.split(g), view.split(encoded.values)
+    xv, values = view.split(fixed[0].astype(encoded.values.dtype)), view.split(encoded.values)
+    inside = _inside(view, xv, spec, *fixed[1:])
     s = view.split_scale(scale).astype(values.dtype)
     z = 0 if zero_point is None else view.split_scale(zero_point).astype(values.dtype)
-    inside = (xv >= lo) & (xv <= hi)
-    dx = view.join(jnp.where(inside, gv, 0).astype(g.dtype))
-    # Inside, d/ds [(round(x / s) + z - z) s] = q - z - x / s; outside, the code is constant: q - z.
-    slope = values - z - jnp.where(inside, divide(xv, s), 0)
-    ds = view.join_scale(jnp.sum(gv.astype(slope.dtype) * slope, axis=view.axes, keepdims=True)).astype(scale.dtype)
-    dz = None
-    if zero_point is not None and jnp.issubdtype(zero_point.dtype, jnp.floating):
-        outside = jnp.where(inside, 0, -s * gv.astype(s.dtype))
-        dz = view.join_scale(jnp.sum(outside, axis=view.axes, keepdims=True)).astype(zero_point.dtype)
-    return dx, ds, dz, None
+    out = jnp.zeros_like(values)
+    if dx is not None:
+        out += jnp.where(inside, view.split(dx), 0)
+    if ds is not None:
+        # Inside, d/ds [(round(x / s) + z - z) s] = q - z - x / s; outside, the code is constant: q - z.
+        slope = jnp.where(inside, lax.stop_gradient(values - z - divide(xv, s)), values - z)
+        out += slope * view.split_scale(ds).astype(values.dtype)
+    if dz is not None:
+        out += jnp.where(inside, 0, -s * view.split_scale(dz).astype(values.dtype))
+    return view.join(out).astype(x.dtype)
 
 
-_given.defvjp(_given_fwd, _given_bwd)
+_given.defjvp(_given_jvp, symbolic_zeros=True)
 
 
 def fake_quant(
@@ -125,7 +140,8 @@ def fake_quant(
       elsewhere; a range computed from ``x`` counts as constant, and where it clips nothing (absmax, minmax) the
       gradient is the identity and no residual is kept. With respect to a given ``scale``, per element,
       ``q - zero_point - x / scale`` inside and ``q - zero_point`` outside (learned step size). With respect to a float
-      ``zero_point``, 0 inside and ``-scale`` outside.
+      ``zero_point``, 0 inside and ``-scale`` outside. Of every order and in both modes (`jax.jvp`, `jax.hessian`):
+      rounding has derivative 1, which is constant.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxquant as jq
@@ -140,5 +156,5 @@ def fake_quant(
     """
     x, axes, scale, zero_point = prepare("fake_quant", x, spec, reduce_axes, scale, zero_point, key)
     if scale is None:
-        return _computed(spec, axes, x, key)
+        return _computed(spec, axes, x, key)[0]
     return _given(spec, axes, x, scale_values(scale), zero_point, key)

@@ -28,9 +28,9 @@ from jaxquant.ops.operands import (
     precision_of,
     refuse_product_specs,
     refuse_range,
-    straight_through,
     wide_values,
 )
+from jaxquant.ops.tangents import straight_through
 
 __all__ = ["Window", "choose", "conv_general_dilated"]
 

@@ -25,19 +25,19 @@ from jaxquant.ops.operands import (
     is_in_training,
     precision_of,
     refuse_range,
-    straight_through,
     wide_values,
 )
+from jaxquant.ops.tangents import straight_through
 from jaxquant.ops.trained import TrainedTensor
 
 __all__ = ["contract", "dot_general"]
 
 
 class _Kept(NamedTuple):
-    """Operands as the forward pass used them: what the backward pass needs, where gradients go straight through."""
+    """Codes of what was quantized on the way, where gradients go straight through; None for the other operands."""
 
-    lhs: QTensor | jax.Array
-    rhs: QTensor | jax.Array
+    lhs: Any
+    rhs: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +79,15 @@ class _Contraction(Call):
     def keep(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> tuple[jax.Array, Any]:
         if not (self.lhs.straight and self.rhs.straight and lhs_static is None and rhs_static is None):
             return super().keep(lhs, rhs, lhs_static, rhs_static)
-        kept = _Kept(self.lhs.quantized(lhs, None), self.rhs.quantized(rhs, None))
-        return self._product(*kept), kept
+        used = [side.quantized(x, None) for side, x in ((self.lhs, lhs), (self.rhs, rhs))]
+        codes = (None if q is x or isinstance(x, QTensor) else q for q, x in zip(used, (lhs, rhs), strict=True))
+        return self._product(*used), _Kept(*codes)
 
-    def back(self, kept: Any, g: jax.Array) -> tuple[Any, ...]:
+    def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
         if not isinstance(kept, _Kept):
-            return super().back(kept, g)
+            return super().back(kept, operands, g)
+        sides = (self.lhs, self.rhs)
+        kept = tuple(s.quantized(x, None) if k is None else k for s, k, x in zip(sides, kept, operands, strict=False))
         kept, g = lax.optimization_barrier((kept, g))  # real values are not held from the forward pass on
         (lhs, rhs), (left, right) = kept, (self.lhs_axes, self.rhs_axes)
         x, w = reals = [v.dequantize() if isinstance(v, QTensor) else v for v in kept]
@@ -102,8 +105,8 @@ class _Contraction(Call):
                 todo = "Leave grad out of the spec, or quantize both to such"
                 raise quant_error("dot_general", rule, todo=todo, lhs=lhs, rhs=rhs)
         found = lhs_gradient(g, w, left, lhs.shape, right, how), rhs_gradient(g, x, right, rhs.shape, how)
-        sides = zip((self.lhs, self.rhs), kept, reals, found, strict=True)
-        return *(_cotangent(side, v, real, dv) for side, v, real, dv in sides), None, None
+        parts = zip(sides, kept, reals, found, strict=True)
+        return *(_cotangent(side, v, real, dv) for side, v, real, dv in parts), None, None
 
 
 def _integers(x: QTensor | jax.Array, axes: Axes, form: Axes | None = None) -> Matrix | None:
@@ -283,7 +286,9 @@ def dot_general(
         without ``act_scale``.
 
     Gradient: that of the float product of the dequantized (or fake-quantized) operands: straight through for float
-      operands, with respect to the scales for QTensors.
+      operands, with respect to the scales for QTensors. So are derivatives of higher order, and those of `jax.jvp`,
+      `jax.linearize` and `jax.hessian`. With ``spec.grad`` gradients are rounded on the way back, and so is what
+      depends on them linearly in derivatives of those; rounding itself has derivative 1. Forward mode rounds none.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import numbers
 from collections.abc import Iterable
 from typing import Any
@@ -33,7 +32,6 @@ __all__ = [
     "precision_of",
     "refuse_product_specs",
     "refuse_range",
-    "straight_through",
     "wide_values",
 ]
 
@@ -248,7 +246,7 @@ class Pair:
 
 
 class Call:
-    """The static half of a call: hashable, and the same function twice."""
+    """The static half of a call: hashable, and the same function twice. A `jaxquant.ops.tangents.Rule`."""
 
     def forward(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, *others: jax.Array) -> jax.Array:
         """The result, computed fast."""
@@ -259,31 +257,10 @@ class Call:
         raise NotImplementedError
 
     def keep(self, *operands: Any) -> tuple[jax.Array, Any]:
-        """The result, and what the backward pass needs: nothing larger than the operands."""
-        return self.forward(*operands), operands
+        """The result, and what the backward pass needs beside the operands."""
+        return self.forward(*operands), None
 
-    def back(self, kept: Any, g: jax.Array) -> tuple[Any, ...]:
+    def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
         """The gradient with respect to each operand, from what was kept and the gradient of the result."""
-        return jax.vjp(self.reference, *kept)[1](g)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _call(how: Call, *operands):
-    return how.forward(*operands)
-
-
-def _call_fwd(how, *operands):
-    return how.keep(*operands)
-
-
-def _call_bwd(how, kept, g):
-    return how.back(kept, g)
-
-
-_call.defvjp(_call_fwd, _call_bwd)
-_call_jit: Any = jax.jit(_call, static_argnums=0, inline=True)
-
-
-def straight_through(how: Any, *operands: Any) -> jax.Array:
-    """``how.forward(*operands)`` with the gradient of ``how.reference``; see `Call`."""
-    return _call_jit(how, *operands)
+        del kept
+        return jax.vjp(self.reference, *operands)[1](g)

@@ -84,8 +84,9 @@ def quantized(
       QuantError: when called with params that do not fit the plan, without the state that a static spec needs, or with
         a QTensor that reaches an operation without a quantized form.
 
-    Gradient: straight-through with respect to float leaves and inputs; with respect to the scales of QTensors. Custom
-      derivative rules of functions that a planned weight enters are replaced by the derivative of their body.
+    Gradient: straight-through with respect to float leaves and inputs; with respect to the scales of QTensors; of every
+      order, in forward and reverse mode. Custom derivative rules of functions that a planned weight enters are replaced
+      by the derivative of their body.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxquant as jq

@@ -1,0 +1,248 @@
+"""Derivatives of a product: one linear map, with a transpose of its own, as a primitive.
+
+`jax.custom_vjp` has no forward mode, and derivatives of second order go through the bodies of its rules, where rounding
+has derivative 0. `jax.custom_jvp` has all of that, but JAX transposes its tangents by itself: real values would be kept
+for the backward pass instead of codes, and the products of the backward pass could not be those of integers.
+
+So the tangent is one equation, ``dy = L(operands) d(operands)``, of a primitive that knows
+
+- how it is computed: forwards as the tangent of the float product, transposed by `Rule.back` from what was kept;
+- how it depends on the operands: as the tangent of the float product does, whose derivatives JAX knows to every order.
+
+The operands are inputs of the equation for the second of these alone. A compiled program that takes first derivatives
+does not hold them: nothing reads them there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.core
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+__all__ = ["Rule", "straight_through"]
+
+
+class Rule(Protocol):
+    """A function of operands (pytrees), with the derivatives of another one. Hashable."""
+
+    def keep(self, *operands: Any) -> tuple[jax.Array, Any]:
+        """The result, and what of its computation the backward pass needs beside the operands: a pytree of arrays."""
+        ...
+
+    def reference(self, *operands: Any) -> jax.Array:
+        """What the result equals up to rounding, in arithmetic that JAX differentiates."""
+        ...
+
+    def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
+        """The gradient with respect to each operand, from what was kept and the gradient of the result."""
+        ...
+
+
+Leaves = Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tangent:
+    """The linear map from tangents of some leaves of the operands to that of the result, or its transpose.
+
+    Attributes:
+      rule: whose tangent it is.
+      kept, operands: the trees of both.
+      places: the leaves of the operands that have tangents.
+      transposed: whether it is the transpose.
+    """
+
+    rule: Rule
+    kept: Any
+    operands: Any
+    places: tuple[int, ...]
+    transposed: bool = False
+
+    def transpose(self) -> _Tangent:
+        """From cotangents to cotangents."""
+        return dataclasses.replace(self, transposed=not self.transposed)
+
+    def fast(self, kept: Leaves, operands: Leaves, tangents: Leaves) -> list[Any]:
+        """The map as it is computed."""
+        if not self.transposed:
+            return self.plain(operands, tangents)
+        whole = jax.tree.unflatten(self.operands, operands)
+        found = self.rule.back(jax.tree.unflatten(self.kept, kept), whole, *tangents)
+        leaves = self.operands.flatten_up_to(found)
+        return [jnp.zeros_like(operands[i]) if leaves[i] is None else leaves[i] for i in self.places]
+
+    def plain(self, operands: Leaves, tangents: Leaves) -> list[Any]:
+        """The map of the reference, differentiable in the operands too."""
+
+        def reference(*leaves: Any) -> jax.Array:
+            changed = dict(zip(self.places, leaves, strict=True))
+            return self.rule.reference(
+                *jax.tree.unflatten(self.operands, [changed.get(i, x) for i, x in enumerate(operands)])
+            )
+
+        at = [operands[i] for i in self.places]
+        if self.transposed:
+            return list(jax.vjp(reference, *at)[1](*tangents))
+        return [jax.jvp(reference, at, list(tangents))[1]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batched:
+    """A map under `jax.vmap`.
+
+    Attributes:
+      inner: the map of one example.
+      kept, operands, tangents: the axis of the examples in each leaf; None: the same for all.
+      results: likewise; None: summed over the examples, as it is for what is the same for all.
+    """
+
+    inner: Any
+    kept: tuple[int | None, ...]
+    operands: tuple[int | None, ...]
+    tangents: tuple[int | None, ...]
+    results: tuple[int | None, ...]
+
+    def transpose(self) -> _Batched:
+        """From cotangents to cotangents."""
+        inner = self.inner.transpose()
+        return dataclasses.replace(self, inner=inner, tangents=self.results, results=self.tangents)
+
+    def fast(self, kept: Leaves, operands: Leaves, tangents: Leaves) -> list[Any]:
+        """The map as it is computed."""
+        axes = list(self.kept), list(self.operands), list(self.tangents)
+        return self._summed(jax.vmap(self.inner.fast, axes, self._axes)(list(kept), list(operands), list(tangents)))
+
+    def plain(self, operands: Leaves, tangents: Leaves) -> list[Any]:
+        """The map of the reference."""
+        axes = list(self.operands), list(self.tangents)
+        return self._summed(jax.vmap(self.inner.plain, axes, self._axes)(list(operands), list(tangents)))
+
+    @property
+    def _axes(self) -> list[int]:
+        return [axis or 0 for axis in self.results]
+
+    def _summed(self, results: list[Any]) -> list[Any]:
+        return [jnp.sum(r, axis=0) if axis is None else r for r, axis in zip(results, self.results, strict=True)]
+
+
+# -- the primitive -----------------------------------------------------------------------------------------------------
+#
+# Its arguments are the leaves of what was kept, those of the operands, and tangents; ``sizes`` says how many of each.
+
+_tangent_p = Primitive("straight_through_tangent")
+_tangent_p.multiple_results = True
+
+
+def _split(args: Sequence[Any], sizes: tuple[int, int]) -> tuple[list[Any], list[Any], list[Any]]:
+    first, second = sizes
+    return list(args[:first]), list(args[first : first + second]), list(args[first + second :])
+
+
+def _fast(*args: Any, of: Any, sizes: tuple[int, int], results: Any) -> list[Any]:
+    del results
+    return of.fast(*_split(args, sizes))
+
+
+@functools.partial(jax.jit, static_argnames=("of", "sizes"))
+def _compiled(*args: Any, of: Any, sizes: tuple[int, int]) -> list[Any]:
+    return of.fast(*_split(args, sizes))
+
+
+@_tangent_p.def_impl
+def _run(*args: Any, of: Any, sizes: tuple[int, int], results: Any) -> list[Any]:
+    del results
+    return _compiled(*args, of=of, sizes=sizes)
+
+
+@_tangent_p.def_abstract_eval
+def _shapes(*args: Any, of: Any, sizes: tuple[int, int], results: tuple[Any, ...]) -> tuple[Any, ...]:
+    del args, of, sizes
+    return results
+
+
+def _jvp(primals: Any, tangents: Any, *, of: Any, sizes: tuple[int, int], results: Any) -> tuple[Any, Any]:
+    kept, operands, given = _split(primals, sizes)
+    _, moved, added = _split(tangents, sizes)
+    out = _tangent_p.bind(*primals, of=of, sizes=sizes, results=results)
+    terms = []
+    if any(type(t) is not ad.Zero for t in added):
+        added = [ad.instantiate_zeros(t) for t in added]
+        terms.append(_tangent_p.bind(*kept, *operands, *added, of=of, sizes=sizes, results=results))
+    places = [i for i, t in enumerate(moved) if type(t) is not ad.Zero]
+    if places:
+
+        def plain(*leaves: Any) -> list[Any]:
+            changed = dict(zip(places, leaves, strict=True))
+            return of.plain([changed.get(i, x) for i, x in enumerate(operands)], given)
+
+        terms.append(jax.jvp(plain, [operands[i] for i in places], [moved[i] for i in places])[1])
+    return out, [functools.reduce(jnp.add, term) for term in zip(*terms, strict=True)]
+
+
+def _transpose(cotangents: Any, *args: Any, of: Any, sizes: tuple[int, int], results: Any) -> list[Any]:
+    kept, operands, given = _split(args, sizes)
+    g = [ad.instantiate_zeros(c) for c in cotangents]
+    unknown = [ad.is_undefined_primal(x) for x in given]
+    shapes = tuple(x.aval if u else jax.typeof(x) for x, u in zip(given, unknown, strict=True))
+    found = _tangent_p.bind(*kept, *operands, *g, of=of.transpose(), sizes=sizes, results=shapes)
+    return [None] * sum(sizes) + [c if u else None for c, u in zip(found, unknown, strict=True)]
+
+
+def _batch(args: Any, dims: Any, *, of: Any, sizes: tuple[int, int], results: tuple[Any, ...]) -> tuple[Any, Any]:
+    size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+    axes = (0,) * len(results)
+    kept, operands, given = map(tuple, _split(dims, sizes))
+    of = _Batched(of, kept, operands, given, axes)
+    out = _tangent_p.bind(*args, of=of, sizes=sizes, results=tuple(_unmapped(size, 0, r) for r in results))
+    return out, axes
+
+
+_unmapped: Callable[..., Any] = getattr(jax.extend.core, "unmapped_aval", None) or getattr(jax.core, "unmapped_aval")  # noqa: B009
+ad.primitive_jvps[_tangent_p] = _jvp
+ad.primitive_transposes[_tangent_p] = _transpose
+batching.primitive_batchers[_tangent_p] = _batch
+mlir.register_lowering(_tangent_p, mlir.lower_fun(_fast, multiple_results=True))
+
+
+# -- functions ---------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _keep(rule: Rule, *operands: Any) -> tuple[jax.Array, Any]:
+    return rule.keep(*operands)
+
+
+def _keep_jvp(rule: Rule, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    out, kept = _keep(rule, *primals)
+    operands, tree = jax.tree.flatten(primals)
+    moved = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
+    places = tuple(i for i, t in enumerate(moved) if not isinstance(t, SymbolicZero) and t.dtype != jax.dtypes.float0)
+    leaves, kept_tree = jax.tree.flatten(kept)
+    of, shape = _Tangent(rule, kept_tree, tree, places), jax.typeof(out)
+    given = [moved[i] for i in places]
+    (dy,) = _tangent_p.bind(*leaves, *operands, *given, of=of, sizes=(len(leaves), len(operands)), results=(shape,))
+    return (out, kept), (dy, jax.tree.map(_zeros, kept))
+
+
+def _zeros(x: jax.Array) -> Any:
+    """The tangent of what was kept, which nothing reads."""
+    return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0)
+
+
+_keep.defjvp(_keep_jvp, symbolic_zeros=True)
+_jit: Any = jax.jit(lambda rule, *operands: _keep(rule, *operands)[0], static_argnums=0, inline=True)
+
+
+def straight_through(rule: Any, *operands: Any) -> jax.Array:
+    """The result of a `Rule`'s ``keep``, with the derivatives of its ``reference``, of every order, in both modes."""
+    return _jit(rule, *operands)
