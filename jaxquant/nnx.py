@@ -45,12 +45,13 @@ from jax import lax
 
 from jaxquant import ops
 from jaxquant.core.affine import roundtrip, scale_zero_point
-from jaxquant.core.errors import quant_error
+from jaxquant.core.errors import Refusals, quant_error
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpRule, OpSpec, QuantSpec, Rule
 from jaxquant.ptq.rtn import rtn
 from jaxquant.transform.make_plan import check_all_rules, check_rules, make_plan
+from jaxquant.transform.misfits import fitted
 from jaxquant.transform.params import quantize_params
 from jaxquant.transform.paths import nearest
 from jaxquant.transform.plan import Item, Plan
@@ -675,18 +676,29 @@ def wrap(model: Any, rules: Sequence[Rule | OpRule]) -> Wrapped:
 def _with_specs(model: Any, rules: Sequence[Rule]) -> Any:
     """A copy (which shares arrays) whose layers have the specs that rules give them."""
     rules = _checked("quantize", rules, model)
-    model = nnx.clone(model)
+    model, refusals = nnx.clone(model), Refusals("quantize")
     for path, layer in list(_weights(model)):
         rule = _first(rules, path)
         if rule is None:
             continue
         if isinstance(layer, _Quantized):
-            layer._set_spec(rule.spec)
+            with refusals.gather():
+                layer._set_spec(_fitted(path, layer, rule))
         elif rule.spec is not None:
             todo = "Quantize any model with jq.nnx.wrap(model, rules).quantize(x), or build it of jq.nnx layers"
             name = type(layer).__name__
-            raise quant_error("quantize", f"{name} cannot run on a QTensor by itself", todo=todo, path=path)
+            with refusals.gather():
+                raise quant_error("quantize", f"{name} cannot run on a QTensor by itself", todo=todo, path=path)
+    refusals.close()
     return model
+
+
+def _fitted(path: str, layer: Any, rule: Rule) -> OpSpec | None:
+    """The rule's spec, for this layer if it is a misfit and the rule says what then."""
+    axes = rule.reduce_axes or layer._reduce_axes
+    if rule.misfit is None or rule.spec is None or axes is None:
+        return rule.spec
+    return fitted("quantize", path, rule, rule.spec, layer._weight_shape, tuple(sorted(axes)))[0]
 
 
 def quantize(

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxquant.core.errors import quant_error
+from jaxquant.core.errors import QuantError, quant_error
 
-__all__ = ["BlockView", "block_shape", "negative_axes", "scale_shape"]
+__all__ = ["BlockView", "block_shape", "group_error", "groups_fit", "negative_axes", "scale_shape"]
 
 
 def negative_axes(axes: Sequence[int] | int, ndim: int, *, function: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -40,30 +40,42 @@ def _group_block(
     shape: tuple[int, ...], axes: tuple[int, ...], group_size: int, function: str, path: str | None
 ) -> dict[int, int]:
     """Block sizes of the reduced axes when groups run along them in row-major order."""
-    if _aligned(shape, axes, group_size):
+    if groups_fit(shape, axes, group_size):
         block, left = {}, group_size
         for axis in reversed(axes):
             block[axis] = min(left, shape[axis])
             left = max(left // shape[axis], 1)
         return block
+    raise group_error(function, shape, axes, group_size, path=path)
+
+
+def group_error(
+    function: str,
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    group_size: int,
+    *,
+    path: str | None,
+    todo: str = "granularity='per_channel'",
+    fixed: bool = False,
+) -> QuantError:
+    """What is wrong with groups that do not fit, and which sizes would (unless the size is fixed), or what else."""
     length = math.prod(shape[a] for a in axes)
-    near = sorted((d for d in _divisors(length) if _aligned(shape, axes, d)), key=lambda d: abs(d - group_size))[:3]
-    raise quant_error(
+    fitting = [d for d in range(2, length + 1) if length % d == 0 and groups_fit(shape, axes, d)]
+    near = sorted(sorted(fitting, key=lambda d: abs(d - group_size))[:3])
+    sizes = f"a group size such as {', '.join(map(str, near))}, or " if near not in ([], [length]) and not fixed else ""
+    return quant_error(
         function,
         f"group_size must divide the length {length} of the reduced axes {axes} and end on an axis boundary",
-        todo=f"Use a group size such as {', '.join(map(str, sorted(near)))}, or granularity='per_channel'",
+        todo=f"Use {sizes}{todo}",
         path=path,
         group_size=group_size,
         shape=shape,
     )
 
 
-def _divisors(n: int) -> list[int]:
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return small + [n // d for d in small]
-
-
-def _aligned(shape: tuple[int, ...], axes: tuple[int, ...], group_size: int) -> bool:
+def groups_fit(shape: tuple[int, ...], axes: tuple[int, ...], group_size: int) -> bool:
+    """Whether groups of this size, along the axes in row-major order, all end where an axis does."""
     left = group_size
     for axis in reversed(axes):
         if left <= shape[axis]:

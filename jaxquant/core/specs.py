@@ -356,9 +356,11 @@ class Rule(_Value):
         gives them and neither name nor shape says what kind of layer it is.
       dequantize: also quantize a parameter some of whose uses have no quantized form (a norm of the weight, say);
         those run on the dequantized weight, and the plan says so. Without it such a parameter stays in float.
+      misfit: of a parameter whose contracted axes no group of the spec's size divides, ``"per_channel"`` takes one
+        scale per channel instead, ``"float"`` leaves it in float; the plan says of which. None: it is an error.
 
     Raises:
-      QuantError: if the pattern does not compile or spec is not an OpSpec.
+      QuantError: if the pattern does not compile, spec is not an OpSpec, or misfit is another word.
 
     Example:
       >>> import jaxquant as jq
@@ -370,9 +372,12 @@ class Rule(_Value):
     spec: OpSpec | None
     reduce_axes: tuple[int, ...] | None = None
     dequantize: bool = False
+    misfit: Literal["per_channel", "float"] | None = None
 
     def __post_init__(self):
         _check_pattern("Rule", self.pattern)
+        if self.misfit not in (None, "per_channel", "float"):
+            raise quant_error("Rule", "unknown misfit", todo="Use 'per_channel', 'float' or None", misfit=self.misfit)
         if self.spec is not None and not isinstance(self.spec, OpSpec):
             todo = "Use an OpSpec, such as recipes.w8a16(), or None"
             raise quant_error("Rule", "spec must be an OpSpec or None", todo=todo, spec=self.spec)
@@ -394,6 +399,8 @@ class Rule(_Value):
             out["reduce_axes"] = list(self.reduce_axes)
         if self.dequantize:
             out["dequantize"] = True
+        if self.misfit is not None:
+            out["misfit"] = self.misfit
         return out
 
     @classmethod
@@ -405,7 +412,7 @@ class Rule(_Value):
             raise quant_error("Rule", "the field pattern or spec is missing", todo=todo, fields=tuple(data))
         spec = data["spec"]
         spec = None if spec is None else OpSpec.from_dict(spec)
-        return cls(data["pattern"], spec, data.get("reduce_axes"), data.get("dequantize", False))
+        return cls(data["pattern"], spec, data.get("reduce_axes"), data.get("dequantize", False), data.get("misfit"))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -18,16 +18,16 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxquant.core.blocks import block_shape
-from jaxquant.core.errors import quant_error
+from jaxquant.core.errors import Refusals, quant_error
 from jaxquant.core.qtensor import QTensor, scale_values
-from jaxquant.core.specs import QuantSpec, Rule
+from jaxquant.core.specs import OpSpec, QuantSpec, Rule
 from jaxquant.io.directory import SHARD_BYTES, Layout, Piece, identity, lay_out, write_directory
 from jaxquant.io.rules import assign
 from jaxquant.io.safetensors import TensorSpec
 from jaxquant.io.save_hf import export_config, export_piece, float_modules, layout_of
 from jaxquant.io.sharded import Checkpoint
 from jaxquant.ptq.rtn import rtn
+from jaxquant.transform.misfits import fitted
 
 __all__ = ["QuantizePlan", "plan_quantize_hf", "quantize_hf"]
 
@@ -148,7 +148,6 @@ def plan_quantize_hf(
             continue
         spec = specs[name]
         quantize = functools.partial(method, spec=spec, reduce_axes=(-1,))
-        block_shape(stored.shape, spec.granularity, spec.group_size, (-1,), function=_FUNCTION, path=name)
         rows = _rows(stored.shape, spec) if known is None else stored.shape[0]
         leaves[name] = _without_values(quantize, stored, rows, None if known is None else known.tensors[name])
         read = functools.partial(_quantized, checkpoint, name, quantize, rows, known)
@@ -176,6 +175,7 @@ def plan_quantize_hf(
 def _specs(checkpoint: Checkpoint, rules: Sequence[Rule]) -> dict[str, QuantSpec]:
     """The spec of each weight that a rule quantizes."""
     specs: dict[str, QuantSpec] = {}
+    refusals = Refusals(_FUNCTION)
     for name, rule in assign(checkpoint.tensors, rules, checkpoint.error).items():
         assert rule.spec is not None
         assert rule.spec.weight is not None
@@ -183,8 +183,14 @@ def _specs(checkpoint: Checkpoint, rules: Sequence[Rule]) -> dict[str, QuantSpec
         if len(shape) != 2 or 0 in shape or rule.reduce_axes not in (None, (-1,)):
             got = {"shape": shape, "reduce_axes": rule.reduce_axes}
             todo = "Leave it out with Rule(pattern, None)"
-            raise checkpoint.error("weights are [out, in], quantized along in", name, todo=todo, **got)
-        specs[name] = rule.spec.weight
+            with refusals.gather():
+                raise checkpoint.error("weights are [out, in], quantized along in", name, todo=todo, **got)
+            continue
+        with refusals.gather():
+            spec, _ = fitted(_FUNCTION, name, rule, OpSpec(weight=rule.spec.weight), shape, (-1,))
+            if spec is not None and spec.weight is not None:
+                specs[name] = spec.weight
+    refusals.close()
     if not specs:
         raise quant_error(_FUNCTION, "the rules quantize nothing", todo="Give one with a weight spec", rules=len(rules))
     return specs

@@ -13,10 +13,14 @@ import jax.core
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.core.errors import quant_error
+from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.ptq.layer import Layer
 
-__all__ = ["damped", "gram_of", "lower_factor", "normal"]
+__all__ = ["NeedsStatisticsError", "damped", "gram_of", "lower_factor", "normal"]
+
+
+class NeedsStatisticsError(QuantError):
+    """Raised by a quantizer that looks at a layer's inputs, where it is given none."""
 
 
 def gram_of(function: str, stats: Any, layer: Layer) -> tuple[Layer, jax.Array]:
@@ -28,12 +32,13 @@ def gram_of(function: str, stats: Any, layer: Layer) -> tuple[Layer, jax.Array]:
     known = stats.get("gram") if isinstance(stats, dict) else None
     gram = known.get("gram") if isinstance(known, dict) else None
     if gram is None:
-        raise quant_error(
+        error = quant_error(
             function,
             "needs the Gram matrix of the inputs",
             todo='Pass stats=calibrate(fn, plan, params, batches, collect={"gram": statistics.Gram()})',
             stats=tuple(stats) if isinstance(stats, dict) else stats,
         )
+        raise NeedsStatisticsError(str(error))
     gram = jnp.asarray(gram)
     if gram.ndim != 3 or gram.shape[1] != gram.shape[2] or layer.length % gram.shape[1]:
         raise quant_error(

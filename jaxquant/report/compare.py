@@ -19,6 +19,7 @@ from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec, Rule
 from jaxquant.transform import Plan, calibrate, make_plan, quantized
+from jaxquant.transform.batches import arguments
 from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.sequential import in_order_of_use
 from jaxquant.transform.statistics import Statistic
@@ -222,7 +223,7 @@ def compare(
       >>> 10 < found.layers[1].input_sqnr < 30 and found.layers[0].input_cosine == 1.0
       True
     """
-    kept = [tuple(b) if isinstance(b, tuple | list) else (b,) for b in batches]
+    kept = list(arguments("compare", batches, fn))
     if not kept:
         raise quant_error(
             "compare", "there are no batches", todo="Pass at least one; a generator is used up by one pass"

@@ -11,6 +11,7 @@ import jax
 
 from jaxquant.core.affine import roundtrip, scale_zero_point
 from jaxquant.core.errors import quant_error
+from jaxquant.transform.batches import arguments
 from jaxquant.transform.interpreter import Interpreter, Tally
 from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import Item, Plan
@@ -115,8 +116,8 @@ def calibrate(
 
     check_plan("calibrate", plan, leaves_with_paths(params)[0])
     total = None
-    for batch in batches:
-        call, arrays = _Call.of((params, tuple(batch) if isinstance(batch, tuple | list) else (batch,)))
+    for args in arguments("calibrate", batches, fn):
+        call, arrays = _Call.of((params, args))
         stats = one(arrays, call)
         total = stats if total is None else both(total, stats)
     if total is None:

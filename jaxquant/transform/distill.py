@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
+from jaxquant.transform.batches import arguments
 from jaxquant.transform.params import dequantize_params
 from jaxquant.transform.paths import is_qtensor, leaves_with_paths
 from jaxquant.transform.plan import Plan, is_float
@@ -118,8 +119,7 @@ def distill(
         return jax.tree.map(lambda p, u: (p + u).astype(p.dtype), train, updates), state, value
 
     state, start = tx.init(train), time.perf_counter()
-    for number, batch in enumerate(batches, 1):
-        args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    for number, args in enumerate(arguments("distill", batches, fn), 1):
         train, state, value = step(train, state, rest, params, args)
         yield Distilled(together(train, rest), value, number, time.perf_counter() - start)
 

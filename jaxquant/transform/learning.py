@@ -16,6 +16,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ptq.bases import Orthogonal
+from jaxquant.transform.batches import arguments
 from jaxquant.transform.distill import relative_error
 from jaxquant.transform.fusing import RotationGroup, rotate
 from jaxquant.transform.interpreter import Interpreter
@@ -191,8 +192,7 @@ def learn_rotations(
 
     now = [jnp.asarray(matrices[place], jnp.float32) for place in places]
     states, start = [_State(jnp.zeros_like(m), jnp.zeros(())) for m in now], time.perf_counter()
-    for number, batch in enumerate(batches, 1):
-        args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    for number, args in enumerate(arguments("learn_rotations", batches, fn), 1):
         now, states, value = step(jnp.float32(number), now, states, params, args)
         yield LearnedRotations(dict(zip(places, now, strict=True)), value, number, time.perf_counter() - start)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant.core.blocks import block_shape
-from jaxquant.core.errors import quant_error
+from jaxquant.core.errors import Refusals, quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpRule, OpSpec, Rule
 from jaxquant.transform.interpreter import ABSENT, Interpreter, Products, Use
+from jaxquant.transform.misfits import fitted
 from jaxquant.transform.paths import nearest
 from jaxquant.transform.plan import Float, Item, Plan, Product, is_float
 from jaxquant.transform.trace import trace
@@ -60,7 +60,7 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
 
     Raises:
       QuantError: if a rule matches nothing that can be quantized, or a group size does not divide the contracted axes;
-        the message names the nearest paths or sizes.
+        the message names all rules and parameters of which that is so, with the nearest paths or sizes.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
@@ -94,7 +94,7 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
         uses[use.path].append(use)
     handed_on = {w.path for w in returned if isinstance(w, Weight) and not w.steps}
     matched = [False] * len(rules)
-    items, floats = [], []
+    items, floats, refusals = [], [], Refusals("make_plan")
     for path, leaf in traced.params.items():
         if not is_float(leaf) and not isinstance(leaf, QTensor):
             continue
@@ -113,8 +113,10 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
         elif rules[hits[0]].spec is None:
             floats.append(Float(path, shape, dtype, f"Rule({rules[hits[0]].pattern!r}, None)"))
         else:
-            found = _item(path, leaf, rules[hits[0]], uses[path], own_derivative=path in interpreter.own_derivatives)
-            (items if isinstance(found, Item) else floats).append(found)
+            own = path in interpreter.own_derivatives
+            with refusals.gather():
+                found = _item(path, leaf, rules[hits[0]], uses[path], own_derivative=own)
+                (items if isinstance(found, Item) else floats).append(found)
     for rule, hit in zip(rules, matched, strict=True):
         if not hit:
             weights_seen = [p for p, u in uses.items() if any(use.reduce_axes is not None for use in u)]
@@ -122,18 +124,22 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
             left = [f"{f.path} ({f.reason})" for f in floats if rule.matches(f.path)]
             if left:
                 todo = f"It matches only what cannot be quantized: {', '.join(left[:3])}"
-            raise quant_error("make_plan", "a rule matches no weight", todo=todo, pattern=rule.pattern)
-    return Plan(tuple(items), tuple(floats), () if products is None else _products(products, op_rules))
+            with refusals.gather():
+                raise quant_error("make_plan", "a rule matches no weight", todo=todo, pattern=rule.pattern)
+    planned = () if products is None else _products(products, op_rules, refusals)
+    refusals.close()
+    return Plan(tuple(items), tuple(floats), planned)
 
 
-def _products(found: Products, rules: Sequence[OpRule]) -> tuple[Product, ...]:
+def _products(found: Products, rules: Sequence[OpRule], refusals: Refusals) -> tuple[Product, ...]:
     """The products of two activations that rules ask for."""
     for rule in rules:
         if not any(rule.matches(name) for name in found.met):
             todo = f"Nearest products of two activations: {nearest(rule.pattern, found.met)}"
             if not found.met:
                 todo = "The function has no products of two activations"
-            raise quant_error("make_plan", "an OpRule matches no product", todo=todo, pattern=rule.pattern)
+            with refusals.gather():
+                raise quant_error("make_plan", "an OpRule matches no product", todo=todo, pattern=rule.pattern)
     products = []
     for name, (left, right) in found.met.items():
         spec = next((rule.spec for rule in rules if rule.matches(name)), None)
@@ -189,6 +195,7 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: 
         notes.append("enters a function with a derivative rule of its own, which the derivative of its body replaces")
     spec = rule.spec
     if all(use.op == "take" for use in can):  # indices are not quantized
+        notes.append("only looked up: methods that look at inputs round it to nearest, since it has none")
         spec = dataclasses.replace(spec, act=None, grad=None)
     elif spec.grad is not None and main.op != "dot_general":
         spec = dataclasses.replace(spec, grad=None)
@@ -202,14 +209,10 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: 
             path=path,
             granularity=act.granularity,
         )
-    layer = shape[main.stacked :]
-    if spec.weight is not None:
-        w = spec.weight
-        block_shape(layer, w.granularity, w.group_size, main.reduce_axes, function="make_plan", path=path)
-    if act is not None:
-        channels = tuple(layer[axis] for axis in main.reduce_axes)
-        axes = tuple(range(-len(channels), 0))
-        block_shape(channels, act.granularity, act.group_size, axes, function="make_plan (activation)", path=path)
+    spec, note = fitted("make_plan", path, rule, spec, shape[main.stacked :], main.reduce_axes)
+    if spec is None:
+        return Float(path, shape, dtype, note)
+    notes += [note] if note else []
     return Item(
         path,
         ", ".join(dict.fromkeys(use.op for use in can)),

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 
 from jaxquant.core.affine import has_nan
 from jaxquant.core.blocks import block_shape, negative_axes
-from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.errors import QuantError, Refusals, printable, quant_error
 from jaxquant.core.qtensor import QTensor, dequantize
 from jaxquant.core.specs import QuantSpec, Rule
+from jaxquant.ptq.gram import NeedsStatisticsError
 from jaxquant.ptq.rtn import rtn
 from jaxquant.transform.make_plan import check_rules
+from jaxquant.transform.misfits import fitted
 from jaxquant.transform.paths import is_qtensor, leaves_with_paths, nearest
 from jaxquant.transform.plan import Plan, is_float
 from jaxquant.transform.quantized import check_plan
@@ -27,21 +29,28 @@ __all__ = ["dequantize_params", "quantize_params"]
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """What kind of layer a parameter belongs to: which axes it contracts and how its codes are stored."""
+    """What kind of layer a parameter belongs to: which axes it contracts, how its codes are stored, and whether it has
+    no inputs, since it is only looked up.
+    """
 
     reduce_axes: tuple[int, ...]
     contraction_minor: bool = True
     stacked: int = 0
+    lookup: bool = False
 
 
-def _layer_of(path: str, ndim: int) -> _Layer | None:
-    """The kind of layer, from Flax's parameter names; None where they leave it open.
+def _layer_of(path: str, leaves: Mapping[str, Any]) -> _Layer | None:
+    """The kind of layer, from Flax's parameter names and the shapes beside it; None where they leave it open.
 
     Dense: a 2-dimensional ``kernel``. Embed: a 2-dimensional ``embedding``, one scale per row, for lookup and tied
     attention alike. Conv: a ``kernel`` of 3 to 5 dimensions in a module with "conv" in its name; stored in its own axis
-    order, which is the one a convolution reads fast.
+    order, which is the one a convolution reads fast. Any other ``kernel`` with a ``bias``, which has the shape of the
+    outputs: those are the kernel's last axes, or (a stack) its first one and its last ones. Attention: the kernels of
+    ``query``, ``key``, ``value`` and ``out``.
     """
     *modules, name = path.split("/")
+    shape = tuple(leaves[path].shape)
+    ndim = len(shape)
     if name == "embedding" and ndim == 2:
         return _Layer((-1,))
     if name != "kernel":
@@ -50,7 +59,41 @@ def _layer_of(path: str, ndim: int) -> _Layer | None:
         return _Layer((-2,))
     if 3 <= ndim <= 5 and modules and "conv" in modules[-1].lower():
         return _Layer(tuple(range(-ndim, -1)), contraction_minor=False)
-    return None
+    bias = leaves.get("/".join([*modules, "bias"]))
+    if ndim > 2 and bias is not None and hasattr(bias, "shape"):
+        return _beside(shape, tuple(bias.shape))
+    return _attention(modules, leaves) if ndim == 3 and modules else None
+
+
+def _beside(shape: tuple[int, ...], bias: tuple[int, ...]) -> _Layer | None:
+    """The kind of a kernel with a bias of this shape: outputs last, or stacked; None if it is neither, or may be both.
+
+    A bias of one dimension leaves open whether its kernel is a convolution's; the axes are the same.
+    """
+    outputs = 0 < len(bias) < len(shape) and shape[-len(bias) :] == bias
+    inner = bias[1:]
+    stacked = bool(inner) and shape[0] == bias[0] and len(inner) < len(shape) - 1 and shape[-len(inner) :] == inner
+    if outputs == stacked:
+        return None
+    if outputs:
+        return _Layer(tuple(range(-len(shape), -len(bias))))
+    return _Layer(tuple(range(1 - len(shape), -len(inner))), stacked=1)
+
+
+def _attention(modules: Sequence[str], leaves: Mapping[str, Any]) -> _Layer | None:
+    """The kernels [features, heads, channels] and [heads, channels, features] of an attention without biases."""
+    found = {}
+    for part in ("query", "key", "value", "out"):
+        leaf = leaves.get("/".join([*modules[:-1], part, "kernel"]))
+        if leaf is None or len(leaf.shape) != 3:
+            return None
+        found[part] = tuple(leaf.shape)
+    query, key, value, out = found.values()
+    if modules[-1] not in found or query[1:] != key[1:] or value[1:] != out[:2]:
+        return None
+    if len({shape[0] for shape in found.values()}) == 1:  # as many heads as features, or layers of a stack
+        return None
+    return _Layer((-3, -2) if modules[-1] == "out" else (-3,))
 
 
 def _assign(leaves: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, tuple[QuantSpec, _Layer]]:
@@ -58,6 +101,7 @@ def _assign(leaves: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, tuple
     function = "quantize_params"
     rules = check_rules(function, rules)
     assigned: dict[str, tuple[QuantSpec, _Layer]] = {}
+    refusals = Refusals(function)
     used = [False] * len(rules)
     for path, leaf in leaves.items():
         won = False
@@ -66,31 +110,50 @@ def _assign(leaves: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, tuple
                 continue
             layer = None
             if rule.spec is not None and is_float(leaf):
-                layer = _Layer(rule.reduce_axes) if rule.reduce_axes else _layer_of(path, len(leaf.shape))
+                layer = _Layer(rule.reduce_axes) if rule.reduce_axes else _layer_of(path, leaves)
                 if layer is None and path.split("/")[-1] == "kernel" and not won:
-                    raise quant_error(
-                        function,
-                        "neither name nor shape says which axes this kernel contracts",
-                        todo=f"Write Rule({rule.pattern!r}, spec, reduce_axes=(...)) with the contracted axes, "
-                        "counted from the end",
-                        path=path,
-                        shape=leaf.shape,
-                    )
+                    won = used[i] = True
+                    with refusals.gather():
+                        raise quant_error(
+                            function,
+                            "neither name nor shape says which axes this kernel contracts",
+                            todo="Pass a plan: make_plan(fn, params, *args, rules=rules) finds them in it. Or "
+                            f"write Rule({rule.pattern!r}, spec, reduce_axes=(...)), counted from the end",
+                            path=path,
+                            shape=leaf.shape,
+                        )
             used[i] = used[i] or rule.spec is None or layer is not None
             if not won and layer is not None and rule.spec is not None and rule.spec.weight is not None:
-                assigned[path] = (rule.spec.weight, layer)
+                with refusals.gather():
+                    spec = _fitted(path, leaf, rule, layer)
+                    if spec is not None:
+                        assigned[path] = (spec, layer)
             won = won or rule.spec is None or layer is not None
     for rule, hit in zip(rules, used, strict=True):
         if not hit:
-            weights = [p for p, leaf in leaves.items() if is_float(leaf) and _layer_of(p, len(leaf.shape))]
-            raise quant_error(
-                function,
-                "a rule matches no weight",
-                todo=f"Nearest weights: {nearest(rule.pattern, weights or leaves)}. For a parameter that is not named "
-                "as Flax names it, give the rule reduce_axes",
-                pattern=rule.pattern,
-            )
+            weights = [p for p, leaf in leaves.items() if is_float(leaf) and _layer_of(p, leaves)]
+            todo = f"Nearest weights: {nearest(rule.pattern, weights or leaves)}. For a parameter that is not named as "
+            todo += "Flax names it, give the rule reduce_axes"
+            with refusals.gather():
+                raise quant_error(function, "a rule matches no weight", todo=todo, pattern=rule.pattern)
+    refusals.close()
     return assigned
+
+
+def _axes(path: str, shape: tuple[int, ...], layer: _Layer) -> tuple[int, ...]:
+    try:
+        return negative_axes(layer.reduce_axes, len(shape), function="quantize_params", shape=shape)
+    except QuantError as error:
+        raise quant_error("quantize_params", str(error), todo="Correct the rule", path=path) from None
+
+
+def _fitted(path: str, leaf: Any, rule: Rule, layer: _Layer) -> QuantSpec | None:
+    """The weight's spec for a layer of this shape; None: it stays in float."""
+    assert rule.spec is not None
+    shape = tuple(leaf.shape)
+    weight_only = dataclasses.replace(rule.spec, act=None, grad=None)
+    spec, _ = fitted("quantize_params", path, rule, weight_only, shape[layer.stacked :], _axes(path, shape, layer))
+    return None if spec is None else spec.weight
 
 
 def _check_weight(path: str, leaf: Any, spec: QuantSpec, layer: _Layer) -> None:
@@ -101,10 +164,7 @@ def _check_weight(path: str, leaf: Any, spec: QuantSpec, layer: _Layer) -> None:
     if math.prod(shape) == 0:
         todo = "Leave it in float with Rule(pattern, None)"
         raise quant_error("quantize_params", "the weight is empty", todo=todo, path=path, shape=shape)
-    try:
-        axes = negative_axes(layer.reduce_axes, len(shape), function="quantize_params", shape=shape)
-    except QuantError as error:
-        raise quant_error("quantize_params", str(error), todo="Correct the rule", path=path) from None
+    axes = _axes(path, shape, layer)
     block_shape(shape[layer.stacked :], spec.granularity, spec.group_size, axes, function="quantize_params", path=path)
     if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer) or not getattr(leaf, "is_fully_addressable", True):
         return
@@ -124,6 +184,30 @@ def _check_stats(path: str, stats: Any) -> None:
             raise quant_error("quantize_params", "the statistics hold NaN", todo=todo, path=path)
 
 
+def _quantized(
+    path: str, leaf: Any, spec: QuantSpec, layer: _Layer, method: Callable[..., QTensor], stats: Any
+) -> QTensor:
+    """One weight, or each of a stack, by a method; a lookup, which has no inputs, to nearest if that looks at them."""
+
+    def by(method: Callable[..., QTensor]) -> QTensor:
+        def one(w: jax.Array, known: Any) -> QTensor:
+            q = method(w, spec, reduce_axes=layer.reduce_axes, stats=known)
+            return q if layer.contraction_minor else q.store(())
+
+        for _ in range(layer.stacked):
+            one = jax.vmap(one)
+        return one(jnp.asarray(leaf), stats)
+
+    try:
+        return by(method)
+    except NeedsStatisticsError as error:
+        if layer.lookup and stats is None:
+            return by(rtn)
+        raise QuantError(f"quantize_params at {printable(path)}: {error}") from None
+    except QuantError as error:
+        raise QuantError(f"quantize_params at {printable(path)}: {error}") from None
+
+
 def quantize_params(
     params: Any,
     plan: Plan | Sequence[Rule],
@@ -136,17 +220,19 @@ def quantize_params(
 
     With a plan, all is settled. With rules, the axes that share a scale come from the kind of layer, by Flax's
     parameter names: the input features of a ``kernel`` of two dimensions, everything but the output features of a
-    convolution's ``kernel``, each row of an ``embedding``.
-    Where names and shape leave it open (``DenseGeneral``, stacked layers, other libraries), the rule says it:
-    ``Rule(pattern, spec, reduce_axes=(-3, -2))``. Parameters of no such kind (biases, norms) stay in float.
+    convolution's ``kernel``, each row of an ``embedding``. A ``kernel`` with a ``bias`` has its outputs where the bias
+    has them (``DenseGeneral``, stacked layers), and so have those of an attention.
+    Where names and shapes leave it open (``DenseGeneral`` without a bias, other libraries), pass a plan, or let the
+    rule say it: ``Rule(pattern, spec, reduce_axes=(-3, -2))``. Parameters of no such kind (biases, norms) stay float.
 
-    All weights are checked before the first is quantized.
+    All weights are checked before the first is quantized, and all that is wrong with any is said at once.
 
     Args:
       params: a pytree of float arrays.
       plan: a `Plan` from `make_plan`, or rules: the first that matches a path wins, ``Rule(pattern, None)`` keeps what
         it matches in float.
-      method: a quantizer ``(w, spec, *, reduce_axes, stats) -> QTensor``; see `jaxquant.ptq`.
+      method: a quantizer ``(w, spec, *, reduce_axes, stats) -> QTensor``; see `jaxquant.ptq`. One that looks at inputs
+        rounds to nearest what a plan knows to be only looked up: there are none.
       stats: path -> what the method wants to know about the inputs of that weight.
       progress: called after each weight with how many are done, and of how many.
 
@@ -164,25 +250,29 @@ def quantize_params(
       >>> jq.quantize_params(params, [jq.Rule(".*", recipes.w4a16(group_size=32))])["Dense_0"]["kernel"]
       QTensor(int4[64, 32] -> float32, group 32 on axis -2, symmetric, 1.2 KiB)
     """
+    if not callable(method):
+        todo = "Pass a function, such as method=jq.ptq.gptq"
+        raise quant_error("quantize_params", "method must be a quantizer", todo=todo, method=method)
     leaves, treedef = leaves_with_paths(params)
     if isinstance(plan, Plan):
         check_plan("quantize_params", plan, leaves)
-        planned = [(i.path, i.spec.weight, _Layer(i.reduce_axes, i.contraction_minor, i.stacked)) for i in plan.items]
-        assigned = {path: (spec, layer) for path, spec, layer in planned if spec is not None}
+        assigned = {
+            i.path: (i.spec.weight, _Layer(i.reduce_axes, i.contraction_minor, i.stacked, i.lookup))
+            for i in plan.items
+            if i.spec.weight is not None
+        }
     else:
         assigned = _assign(leaves, plan)
+    refusals = Refusals("quantize_params")
     for path, (spec, layer) in assigned.items():
-        _check_weight(path, leaves[path], spec, layer)
-        _check_stats(path, (stats or {}).get(path))
-    for done, (path, (spec, layer)) in enumerate(assigned.items(), 1):
-
-        def one(w: jax.Array, known: Any, spec: QuantSpec = spec, layer: _Layer = layer) -> QTensor:
-            q = method(w, spec, reduce_axes=layer.reduce_axes, stats=known)
-            return q if layer.contraction_minor else q.store(())
-
-        for _ in range(layer.stacked):
-            one = jax.vmap(one)
-        leaves[path] = one(jnp.asarray(leaves[path]), (stats or {}).get(path))
+        with refusals.gather():
+            _check_weight(path, leaves[path], spec, layer)
+            _check_stats(path, (stats or {}).get(path))
+    refusals.close()
+    known = {path: (stats or {}).get(path) for path in assigned}
+    # What a method misses should show before it has worked for long.
+    for done, path in enumerate(sorted(assigned, key=lambda path: known[path] is not None), 1):
+        leaves[path] = _quantized(path, leaves[path], *assigned[path], method, known[path])
         if progress is not None:
             jax.block_until_ready(leaves[path])
             progress(done, len(assigned))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.affine import quantize
+from jaxquant.core.blocks import block_shape, scale_shape
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.kernel import kernel
@@ -53,6 +54,11 @@ class Item:
     window: tuple[int, ...] = ()
 
     @property
+    def lookup(self) -> bool:
+        """Whether it is only looked up, and so has no inputs."""
+        return self.op == "take"
+
+    @property
     def kernel(self) -> str:
         """What computes it on the default device; `jaxquant.explain` says what the compiled program really does."""
         layer = self.shape[self.stacked :]
@@ -61,6 +67,13 @@ class Item:
         products = [op for op in self.op.split(", ") if op != "take"]
         names = [kernel(*sizes, self.spec, self.dtype, op, self.window) for op in products]
         return ", ".join(dict.fromkeys(names)) or "lookup"
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Of the scales, one for each block: those of each layer, if the weight is stacked."""
+        spec, stack, layer = self.spec.weight, self.shape[: self.stacked], self.shape[self.stacked :]
+        assert spec is not None
+        return (*stack, *scale_shape(layer, block_shape(layer, spec.granularity, spec.group_size, self.reduce_axes)))
 
     @property
     def nbytes(self) -> tuple[int, int]:

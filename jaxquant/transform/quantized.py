@@ -33,8 +33,12 @@ def check_plan(function: str, plan: Plan, params: Mapping[str, Any]) -> None:
             w = item.spec.weight
             if w is None or leaf.qtype != w.qtype or leaf.symmetric != w.symmetric:
                 wrong.append(f"{item.path} is {leaf!r}, planned {w!r}")
+            elif tuple(leaf.scale.shape) != item.scale_shape:
+                has = f"{leaf!r}, scales of shape {tuple(leaf.scale.shape)}"
+                shared = f"{w!r} over axes {item.reduce_axes}, scales of shape {item.scale_shape}"
+                wrong.append(f"{item.path} is {has}, planned {shared}")
     if wrong:
-        todo = "Make the plan from these params, or quantize them with it"
+        todo = "Make the plan from these params, or quantize the float ones with it"
         raise quant_error(function, f"params and plan do not agree: {'; '.join(wrong)}", todo=todo)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.specs import OpSpec
 from jaxquant.ptq.rtn import rtn
+from jaxquant.transform.batches import arguments
 from jaxquant.transform.distill import relative_error
 from jaxquant.transform.params import dequantize_params, quantize_params
 from jaxquant.transform.paths import leaves_with_paths
@@ -163,7 +164,7 @@ def sensitivity(
     Source: Dong et al. 2019 (HAWQ, arXiv:1905.03696) for second-order estimates of a layer's share of the error; here
       its Gauss-Newton form by random probes, beside the measured one.
     """
-    kept = [tuple(b) if isinstance(b, tuple | list) else (b,) for b in batches]
+    kept = list(arguments("sensitivity", batches, fn))
     if not kept or not candidates:
         raise quant_error("sensitivity", "nothing to measure with", todo="Pass at least one batch and one candidate",
                           batches=len(kept), candidates=len(candidates))  # fmt: skip
@@ -354,7 +355,7 @@ def refine(
     Raises:
       QuantError: if there are no batches, or a candidate quantizes activations, whose products are not measured here.
     """
-    kept = [tuple(b) if isinstance(b, tuple | list) else (b,) for b in batches]
+    kept = list(arguments("refine", batches, fn))
     if not kept:
         raise quant_error("refine", "there are no batches", todo="Pass at least one", batches=0)
     if any(spec.act is not None for spec in sensitivity.candidates.values()):

@@ -13,6 +13,7 @@ import jax
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.ptq.gptq import gptq
+from jaxquant.transform.batches import arguments
 from jaxquant.transform.calibrate import calibrate
 from jaxquant.transform.interpreter import ABSENT, Interpreter
 from jaxquant.transform.params import dequantize_params, quantize_params
@@ -114,14 +115,12 @@ def quantize_sequentially(
 
     Source: Frantar et al. 2023 (arXiv:2210.17323), section 4, where the stages are the blocks of a transformer.
     """
-    batches = list(batches)
+    batches = list(arguments("quantize_sequentially", batches, fn))
     if not batches:
         raise quant_error("quantize_sequentially", "there are no batches", todo="Pass at least one")
     leaves = leaves_with_paths(params)[0]
     check_plan("quantize_sequentially", plan, leaves)
-    first = batches[0]
-    args = tuple(first) if isinstance(first, tuple | list) else (first,)
-    order = in_order_of_use(fn, plan, dequantize_params(params), args)
+    order = in_order_of_use(fn, plan, dequantize_params(params), batches[0])
     todo = [[p for p in stage if not isinstance(leaves[p], QTensor)] for stage in _staged(order, stages)]
     wanted = {"gram": Gram()} if collect is None else collect
     done = len(order) - sum(map(len, todo))
