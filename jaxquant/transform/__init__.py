@@ -17,6 +17,7 @@ shardings        where the arrays of QTensors lie, from where the float params l
 
 # Imported for the handlers that they register with the interpreter.
 from jaxquant.transform import calls as calls
+from jaxquant.transform import joined as joined
 from jaxquant.transform import manual as manual
 from jaxquant.transform import operations as operations
 from jaxquant.transform import statistics

@@ -20,7 +20,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.transform import primitives
 from jaxquant.transform.interpreter import ABSENT, Interpreter, Tally, handles, unsupported
 from jaxquant.transform.primitives import named, used_by
-from jaxquant.transform.weights import Weight
+from jaxquant.transform.weights import Joined, Weight
 
 __all__ = ["absent", "arrays_of", "closed_of", "floats", "inside"]
 
@@ -36,12 +36,12 @@ def closed_of(jaxpr: Any) -> ClosedJaxpr:
     return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
 
-@handles(_traced(primitives.jit_call), _public("closed_call_p"), _public("call_p"))
+@handles(_traced(primitives.jit_call), _public("closed_call_p"), _public("call_p"), joined=True)
 def _jit(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     """Entered in place: the caller's own ``jit`` is around all of it. Shardings it names become constraints."""
     p = eqn.params
     values = _placed(interpreter, values, p.get("in_shardings", ()))
-    results = interpreter.run(closed_of(p.get("jaxpr", p.get("call_jaxpr"))), values)
+    results = interpreter.run_in_place(closed_of(p.get("jaxpr", p.get("call_jaxpr"))), values)
     return _placed(interpreter, results, p.get("out_shardings", ()))
 
 
@@ -49,22 +49,28 @@ def _placed(interpreter: Interpreter, values: list[Any], shardings: Any) -> list
     if interpreter.planning or not any(isinstance(s, Sharding) for s in shardings):
         return values
     return [
-        lax.with_sharding_constraint(v, s) if isinstance(s, Sharding) and not isinstance(v, Weight) else v
+        lax.with_sharding_constraint(v, s) if isinstance(s, Sharding) and not isinstance(v, Weight | Joined) else v
         for v, s in zip(values, shardings, strict=True)
     ]
 
 
-@handles(_traced(primitives.with_custom_jvp), _traced(primitives.with_custom_vjp))
+@handles(_traced(primitives.with_custom_jvp), _traced(primitives.with_custom_vjp), joined=True)
 def _custom_derivative(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     """Entered in place: gradients are those of the quantized body, not the custom rule's."""
     products = interpreter.products
     before = set() if products is None else set(products.met)
     if interpreter.planning:
-        interpreter.own_derivatives.update(v.path for v in values if isinstance(v, Weight))
-    results = interpreter.run(closed_of(eqn.params["call_jaxpr"]), values)
+        interpreter.own_derivatives.update(v.path for v in _weights(values))
+    results = interpreter.run_in_place(closed_of(eqn.params["call_jaxpr"]), values)
     if products is not None:
         products.own_derivatives |= set(products.met) - before
     return results
+
+
+def _weights(values: Iterable[Any]) -> list[Weight]:
+    """The weights among values, those in joined ones too."""
+    every = (v.parts if isinstance(v, Joined) else (v,) for v in values)
+    return [part for parts in every for part in parts if isinstance(part, Weight)]
 
 
 # -- weights across the boundary of an inner trace ---------------------------------------------------------------------
@@ -74,11 +80,16 @@ def _custom_derivative(interpreter: Interpreter, eqn: Any, values: list[Any]) ->
 
 def arrays_of(value: Any) -> Any:
     """What of a value crosses: a pytree of arrays."""
+    if isinstance(value, Joined):
+        return [arrays_of(part) for part in value.parts]
     return (value.leaf, value.state) if isinstance(value, Weight) else value
 
 
 def inside(outer: Any, arrays: Any) -> Any:
     """The value on the inside."""
+    if isinstance(outer, Joined):
+        parts = tuple(inside(part, a) for part, a in zip(outer.parts, arrays, strict=True))
+        return dataclasses.replace(outer, parts=parts)
     if not isinstance(outer, Weight):
         return arrays
     leaf, state = arrays
@@ -127,7 +138,7 @@ def _entering(interpreter: Interpreter, w: Weight, op: str) -> Any:
     return interpreter.float_of(w, f"the carry of {op}")
 
 
-@handles(_traced(primitives.checkpointed))
+@handles(_traced(primitives.checkpointed), joined=True)
 def _remat(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     closed, p = closed_of(eqn.params["jaxpr"]), eqn.params
     count = len(eqn.outvars)
@@ -158,10 +169,15 @@ def _abstract_run(body: ClosedJaxpr, before: int, carry: list[Any]) -> list[Any]
     return Interpreter(planning=True).run(body, [*[ABSENT] * before, *known, *after])
 
 
+def _whole(interpreter: Interpreter, values: list[Any]) -> list[Any]:
+    return [interpreter.whole(v) if isinstance(v, Joined) else v for v in values]
+
+
 class _Carry:
     """The carry of a loop: weights that the body hands on unchanged are constants of it, and stay outside."""
 
     def __init__(self, interpreter: Interpreter, op: str, carry: list[Any], body: ClosedJaxpr, before: int):
+        carry = _whole(interpreter, carry)
         weights = any(isinstance(c, Weight) for c in carry)
         returned = _abstract_run(body, before, carry) if weights else carry
         self.fixed = [isinstance(c, Weight) and r is c for c, r in zip(carry, returned, strict=False)]
@@ -200,11 +216,11 @@ def _layer(interpreter: Interpreter, w: Weight) -> Any:
     return dataclasses.replace(w, leaf=leaf, dims=w.dims[1:], stacked=w.stacked + 1, steps=steps)
 
 
-@handles(_public("scan_p"))
+@handles(_public("scan_p"), joined=True)
 def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     p = eqn.params
     closed, n_consts, n_carry = p["jaxpr"], p["num_consts"], p["num_carry"]
-    consts, stacks = values[:n_consts], values[n_consts + n_carry :]
+    consts, stacks = values[:n_consts], _whole(interpreter, values[n_consts + n_carry :])
     carry = _Carry(interpreter, "scan", values[n_consts : n_consts + n_carry], closed, n_consts)
     xs = [_layer(interpreter, x) if isinstance(x, Weight) else x for x in stacks]
     count = len(eqn.outvars) - n_carry
@@ -242,7 +258,7 @@ def _unstack(interpreter: Interpreter, stats: dict[str, Tally], stacked: set[str
     return {path: tally if path in stacked else merged(path, tally) for path, tally in stats.items()}
 
 
-@handles(_public("while_p"))
+@handles(_public("while_p"), joined=True)
 def _while(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
@@ -281,14 +297,14 @@ def _empty(like: dict[str, Tally]) -> dict[str, Tally]:
 # -- branches ----------------------------------------------------------------------------------------------------------
 
 
-@handles(_public("cond_p"))
+@handles(_public("cond_p"), joined=True)
 def _cond(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     index, *operands = values
     if isinstance(index, Weight):
         return unsupported(interpreter, eqn, values)
     branches = eqn.params["branches"]
     # A weight that every branch hands on; found without computing, so that all branches agree.
-    known = [v if isinstance(v, Weight) else ABSENT for v in operands]
+    known = [v if isinstance(v, Weight | Joined) else ABSENT for v in operands]
     kept = [handed_on(Interpreter(planning=True).run(branch, known), known).items() for branch in branches]
     passed = dict(functools.reduce(lambda a, b: a & b, [set(items) for items in kept]))
     count = len(eqn.outvars)

@@ -35,9 +35,9 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.transform import primitives
 from jaxquant.transform.plan import Item, Plan
-from jaxquant.transform.weights import Weight
+from jaxquant.transform.weights import Joined, Weight
 
-__all__ = ["ABSENT", "Interpreter", "Products", "Tally", "Use", "handles", "product_name"]
+__all__ = ["ABSENT", "Interpreter", "Products", "Tally", "Use", "handler_of", "handles", "product_name"]
 
 
 class _Absent:
@@ -49,13 +49,19 @@ ABSENT = _Absent()
 """Stands for every value that is not a weight while planning, when nothing is computed."""
 
 Handler = Callable[["Interpreter", Any, list[Any]], list[Any]]
+_take_joined: set[Handler] = set()
 _handlers: list[tuple[Callable[[], Any], Handler]] = []
 
 
-def handles(*primitives: Callable[[], Any]) -> Callable[[Handler], Handler]:
-    """Registers a handler for primitives, given as functions that return them (some need a trace to be found)."""
+def handles(*primitives: Callable[[], Any], joined: bool = False) -> Callable[[Handler], Handler]:
+    """Registers a handler for primitives, given as functions that return them (some need a trace to be found).
+
+    ``joined``: it takes `Joined` values as they are; of others, `jaxquant.transform.joined` makes weights before.
+    """
 
     def register(handler: Handler) -> Handler:
+        if joined:
+            _take_joined.add(handler)
         _handlers.extend((primitive, handler) for primitive in primitives)
         return handler
 
@@ -66,6 +72,11 @@ def handles(*primitives: Callable[[], Any]) -> Callable[[Handler], Handler]:
 def _registry() -> dict[Any, Handler]:
     """Handlers by primitive. The package imports every module that registers some."""
     return {primitive(): handler for primitive, handler in _handlers}
+
+
+def handler_of(primitive: Any) -> Handler:
+    """What treats an equation of this primitive that a weight reaches."""
+    return _registry().get(primitive, unsupported)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +92,7 @@ class Use:
       contraction_minor: how the codes should be stored.
       rows: rows of the activation, in a dot_general.
       window: of a convolution, as `jaxquant.ops.conv.Window` has it.
+      note: what else to know of it.
     """
 
     path: str
@@ -91,6 +103,7 @@ class Use:
     contraction_minor: bool = True
     rows: int = 0
     window: tuple[int, ...] = ()
+    note: str = ""
 
 
 @dataclasses.dataclass
@@ -231,12 +244,16 @@ class Interpreter:
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
     def run(self, closed: ClosedJaxpr, args: list[Any]) -> list[Any]:
-        """Values of the outputs; weights that are returned unchanged stay weights."""
-        jaxpr, handlers = closed.jaxpr, _registry()
+        """Values of the outputs; weights that are returned unchanged stay weights, joined ones are values."""
+        return [self.whole(v) if isinstance(v, Joined) else v for v in self.run_in_place(closed, args)]
+
+    def run_in_place(self, closed: ClosedJaxpr, args: list[Any]) -> list[Any]:
+        """The same of a call whose equations might stand in the place of it: joined weights stay what they are."""
+        jaxpr = closed.jaxpr
         consts = [ABSENT] * len(closed.consts) if self.planning else closed.consts
         env: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
-        if not self.planning and self.products is None and not any(isinstance(a, Weight) for a in args):
+        if not self.planning and self.products is None and not any(isinstance(a, Weight | Joined) for a in args):
             return list(jaxpr_as_fun(closed)(*args))
         last_use = _last_uses(jaxpr)
         pending: list[int] = []
@@ -250,7 +267,7 @@ class Interpreter:
                 pending.clear()
 
         for i, eqn in enumerate(jaxpr.eqns):
-            touched = any(isinstance(env.get(v), Weight) for v in eqn.invars if not isinstance(v, Literal))
+            touched = any(isinstance(env.get(v), Weight | Joined) for v in eqn.invars if not isinstance(v, Literal))
             if not touched and (self.products is None or not self.products.in_equation(eqn, self.scope)):
                 if self.planning:
                     env.update((v, ABSENT) for v in eqn.outvars)
@@ -259,7 +276,9 @@ class Interpreter:
                 continue
             flush()
             values = [read(v) for v in eqn.invars]
-            handler = handlers.get(eqn.primitive, unsupported)
+            handler = handler_of(eqn.primitive)
+            if handler not in _take_joined and any(isinstance(v, Joined) for v in values):
+                handler = handler_of(Joined)
             with self._entered(eqn):
                 results = handler(self, eqn, values)
             env.update(zip(eqn.outvars, results, strict=True))
@@ -311,6 +330,16 @@ class Interpreter:
             return False
         act = item.spec.act
         return weight.stacked == item.stacked or (self.collect is None and not (act is not None and act.static))
+
+    def whole(self, joined: Joined) -> Any:
+        """Joined weights as one value: in float, for a use that is not quantized."""
+        if self.planning:
+            for part in joined.parts:
+                if isinstance(part, Weight):
+                    self.refuse(part, "concatenate", _REASONS["concatenate"])
+            return ABSENT
+        parts = [self.float_of(p, "'concatenate'") if isinstance(p, Weight) else p for p in joined.parts]
+        return jax.lax.concatenate(parts, joined.axis)
 
     def by_layer(self, weight: Weight) -> bool:
         """Running: whether layers of this stack are quantized one by one, so that a scan can take them so."""

@@ -183,6 +183,7 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: 
     assert main.reduce_axes is not None
     notes = [f"dequantized where it is {reason}" for reason in cannot]
     notes += [note for use in dict.fromkeys(can) if (note := _unlike(use, main, rule.spec))]
+    notes += dict.fromkeys(use.note for use in can if use.note)
     if rule.reduce_axes is not None and tuple(sorted(rule.reduce_axes)) != main.reduce_axes:
         raise quant_error(
             "make_plan",

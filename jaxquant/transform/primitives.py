@@ -17,7 +17,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, primitives
 from jax.sharding import AbstractMesh, PartitionSpec
 
-__all__ = ["marked_varying", "named", "pvary_p", "ragged_dot_p", "shard_map_p", "used_by", "varying_axes"]
+__all__ = [
+    "marked_varying",
+    "named",
+    "pvary_p",
+    "ragged_dot_p",
+    "shard_map_p",
+    "stack_p",
+    "unstack_p",
+    "used_by",
+    "varying_axes",
+]
 
 
 def named(name: str) -> Any:
@@ -107,6 +117,22 @@ def with_name(x):
 
 def in_halves(x):
     return lax.split(x, (2, 2))
+
+
+def _newer(name: str, fn: Callable[..., Any]) -> Any:
+    """The primitive of this name that newer versions trace ``fn`` to; None where there is none."""
+    last = jax.make_jaxpr(fn)(jax.ShapeDtypeStruct((2, 2), jnp.float32)).jaxpr.eqns[-1].primitive
+    return last if str(last) == name else None
+
+
+def stack_p() -> Any:
+    """The primitive of `jax.numpy.stack`; None where that is new axes and a concatenation."""
+    return _newer("stack", lambda x: jnp.stack([x, x]))
+
+
+def unstack_p() -> Any:
+    """The primitive of `jax.numpy.unstack`; None where that is slices and reshapes."""
+    return _newer("unstack", jnp.unstack)
 
 
 def behind_barrier(x):

@@ -145,6 +145,14 @@ def _slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return [_cut(w, [(i, a, b - a) for i, (a, b, n) in enumerate(bounds) if b - a != n])]
 
 
+@handles(primitives.unstack_p)
+def _unstack(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    """Each index of an axis, by a slice and a reshape."""
+    (w,), axis, shape = values, eqn.params["axis"], tuple(eqn.outvars[0].aval.shape)
+    rows = [_cut(w, [(axis, i, 1)] if w.shape[axis] > 1 else []) for i in range(w.shape[axis])]
+    return [row.seen(reshape_view(shape, row.shape), reshape_dims(row.dims, shape)) for row in rows]
+
+
 @handles(lambda: used_by(primitives.in_halves, (4,)))
 def _split(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     (w,), axis = values, eqn.params["axis"]

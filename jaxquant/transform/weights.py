@@ -24,7 +24,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ops.trained import TrainedTensor
 
-__all__ = ["Atom", "Dims", "View", "Weight", "dims_of", "reshape_dims"]
+__all__ = ["Atom", "Dims", "Joined", "View", "Weight", "dims_of", "reshape_dims"]
 
 _ids = itertools.count()
 
@@ -180,6 +180,21 @@ class Weight:
             if all(atom.id in inside for atom in whole):
                 reduced.add(axis)
         return tuple(sorted(reduced))
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Weights, and maybe arrays, side by side: what a concatenation of them gives (`jaxquant.transform.joined`).
+
+    Attributes:
+      parts: `Weight`s and other values.
+      axis: along which they are joined.
+      sizes: of each along that axis.
+    """
+
+    parts: tuple[Any, ...]
+    axis: int
+    sizes: tuple[int, ...]
 
 
 def transpose_view(permutation: tuple[int, ...]) -> View:

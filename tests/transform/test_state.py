@@ -105,7 +105,7 @@ REFUSED = {
         "repeated (broadcast), not contracted",
     ),
     "joined": (
-        lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], 1),
+        lambda p, x: x @ jnp.tanh(jnp.concatenate([p["w"], p["w"]], 1)),
         SQUARE,
         "joined with other arrays before it is used",
     ),

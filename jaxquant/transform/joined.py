@@ -1,0 +1,213 @@
+"""Weights side by side: a concatenation, and what is done with it, as if it were done with each of them by itself.
+
+``x @ concatenate([a, b], 1)`` is ``concatenate([x @ a, x @ b], 1)``, and along the contracted axis it is a sum. So
+weights that are joined before they are used (the gates of a recurrent cell, say) need no common scales, and each is
+planned, trained, calibrated and quantized on its own. What has no such form runs on the joined floats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.transform.interpreter import ABSENT, Interpreter, bind, handler_of, handles
+from jaxquant.transform.primitives import in_halves, named, stack_p, used_by
+from jaxquant.transform.weights import Joined, Weight, reshape_dims, reshape_view
+
+__all__: list[str] = []
+
+_public = functools.partial(functools.partial, named)
+_NOTE = "joined with other weights before a product: multiplied one after the other"
+
+
+@handles(_public("concatenate_p"))
+def _concatenate(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    axis = eqn.params["dimension"]
+    return [Joined(tuple(values), axis, tuple(v.aval.shape[axis] for v in eqn.invars))]
+
+
+@handles(stack_p)
+def _stack(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    """A concatenation along a new axis."""
+    axis = eqn.params["axis"]
+    shape = tuple(eqn.invars[0].aval.shape)
+    values = [interpreter.whole(v) if isinstance(v, Joined) else v for v in values]
+    parts = tuple(_reshaped(interpreter, v, (*shape[:axis], 1, *shape[axis:])) for v in values)
+    return [Joined(parts, axis, (1,) * len(parts))]
+
+
+def _reshaped(interpreter: Interpreter, part: Any, shape: tuple[int, ...]) -> Any:
+    if isinstance(part, Weight):
+        return part.seen(reshape_view(shape, part.shape), reshape_dims(part.dims, shape))
+    return part if interpreter.planning else jnp.reshape(part, shape)
+
+
+@handles(lambda: Joined)
+def _by_parts(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    """Any equation that a concatenation reaches, in whose place this is the handler."""
+    places = [i for i, v in enumerate(values) if isinstance(v, Joined)]
+    rule = _rules().get(eqn.primitive)
+    if rule is not None and len(places) == 1:
+        found = rule(interpreter, eqn, values, places[0])
+        if found is not None:
+            return found
+    values = [interpreter.whole(v) if isinstance(v, Joined) else v for v in values]
+    return _evaluated(interpreter, eqn, values)
+
+
+def _evaluated(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    """An equation on weights, or on none."""
+    if any(isinstance(v, Weight) for v in values):
+        return handler_of(eqn.primitive)(interpreter, eqn, values)
+    return [ABSENT] * len(eqn.outvars) if interpreter.planning else bind(eqn, values)
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+def _of_each(
+    interpreter: Interpreter, eqn: Any, values: list[Any], place: int, other: int | None, out: int | None
+) -> list[Any]:
+    """The equation for each part: concatenated along ``out``, or summed.
+
+    ``other``: the axis of the other operand that lies beside the joined one, and is cut like it; None: it is not.
+    """
+    joined, before = values[place], len(interpreter.uses)
+    outs, start = [], 0
+    for part, size in zip(joined.parts, joined.sizes, strict=True):
+        own = list(values)
+        own[place] = part
+        if other is not None and not interpreter.planning:
+            own[1 - place] = lax.slice_in_dim(values[1 - place], start, start + size, axis=other)
+        outs += _evaluated(interpreter, eqn, own)
+        start += size
+    if interpreter.planning:
+        interpreter.uses[before:] = [dataclasses.replace(use, note=_NOTE) for use in interpreter.uses[before:]]
+        return [ABSENT]
+    if out is not None:
+        return [lax.concatenate(outs, out)]
+    wide = jnp.promote_types(outs[0].dtype, jnp.float32)
+    return [functools.reduce(jax.lax.add, [y.astype(wide) for y in outs]).astype(outs[0].dtype)]
+
+
+def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any], side: int) -> list[Any] | None:
+    if isinstance(values[1 - side], Weight):
+        return None
+    contract, batch = eqn.params["dimension_numbers"]
+    axis = values[side].axis
+    if axis in contract[side]:
+        return _of_each(interpreter, eqn, values, side, contract[1 - side][tuple(contract[side]).index(axis)], None)
+    if axis in batch[side]:
+        place = tuple(batch[side]).index(axis)
+        return _of_each(interpreter, eqn, values, side, batch[1 - side][place], place)
+    free = [
+        [i for i in range(len(v.aval.shape)) if i not in (*contract[s], *batch[s])] for s, v in enumerate(eqn.invars)
+    ]
+    out = len(batch[side]) + free[side].index(axis) + (len(free[0]) if side == 1 else 0)
+    return _of_each(interpreter, eqn, values, side, None, out)
+
+
+def _conv(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) -> list[Any] | None:
+    p = eqn.params
+    numbers = p["dimension_numbers"]
+    if place != 1 or isinstance(values[0], Weight) or p["feature_group_count"] > 1 or p["batch_group_count"] > 1:
+        return None
+    if values[1].axis == numbers.rhs_spec[0]:
+        return _of_each(interpreter, eqn, values, 1, None, numbers.out_spec[1])
+    if values[1].axis == numbers.rhs_spec[1]:
+        return _of_each(interpreter, eqn, values, 1, numbers.lhs_spec[1], None)
+    return None
+
+
+# -- views -------------------------------------------------------------------------------------------------------------
+
+
+def _elementwise(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) -> list[Any]:
+    joined = values[place]
+    parts = tuple(_evaluated(interpreter, eqn, [part])[0] for part in joined.parts)
+    return [dataclasses.replace(joined, parts=parts)]
+
+
+def _transpose(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) -> list[Any]:
+    (same,) = _elementwise(interpreter, eqn, values, place)
+    return [dataclasses.replace(same, axis=tuple(eqn.params["permutation"]).index(same.axis))]
+
+
+def _reshape(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) -> list[Any] | None:
+    """A reshape, or new axes of size 1, that leaves the joined axis alone."""
+    old, new = tuple(eqn.invars[place].aval.shape), tuple(eqn.outvars[0].aval.shape)
+    joined, kept = values[place], eqn.params.get("broadcast_dimensions")
+    lead, n = math.prod(old[: joined.axis]), old[joined.axis]
+    axes = [i for i, m in enumerate(new) if m == n and math.prod(new[:i]) == lead]
+    ordered = kept is None or list(kept) == sorted(kept)
+    permuted = eqn.primitive is named("reshape_p") and eqn.params["dimensions"] is not None
+    if len(axes) != 1 or math.prod(new) != math.prod(old) or not ordered or permuted:
+        return None
+    (axis,) = axes
+
+    shapes = [(*new[:axis], size, *new[axis + 1 :]) for size in joined.sizes]
+    parts = tuple(_reshaped(interpreter, part, shape) for part, shape in zip(joined.parts, shapes, strict=True))
+    return [Joined(parts, axis, joined.sizes)]
+
+
+def _taken(joined: Joined, low: int, high: int) -> Any:
+    """The parts from ``low`` to ``high`` along the joined axis, if those are whole parts; else None."""
+    starts = list(itertools.accumulate(joined.sizes, initial=0))
+    if low not in starts or high not in starts or low == high:
+        return None
+    first, last = starts.index(low), starts.index(high)
+    parts, sizes = joined.parts[first:last], joined.sizes[first:last]
+    return parts[0] if len(parts) == 1 else Joined(parts, joined.axis, sizes)
+
+
+def _slice(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) -> list[Any] | None:
+    joined, p = values[place], eqn.params
+    bounds = list(zip(p["start_indices"], p["limit_indices"], strict=True))
+    others = [b == (0, n) for b, n in zip(bounds, eqn.invars[place].aval.shape, strict=True)]
+    if not all(whole for i, whole in enumerate(others) if i != joined.axis) or p["strides"] is not None:
+        return None
+    taken = _taken(joined, *bounds[joined.axis])
+    return None if taken is None else [taken]
+
+
+def _split(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) -> list[Any] | None:
+    joined, ends = values[place], list(itertools.accumulate(map(int, eqn.params["sizes"]), initial=0))
+    if eqn.params["axis"] != joined.axis:
+        return None
+    taken = [_taken(joined, *bounds) for bounds in itertools.pairwise(ends)]
+    return None if any(part is None for part in taken) else taken
+
+
+def _again(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) -> list[Any] | None:
+    """A concatenation of a concatenation."""
+    joined, axis = values[place], eqn.params["dimension"]
+    if joined.axis != axis:
+        return None
+    sizes = [(v.aval.shape[axis],) for v in eqn.invars]
+    parts = [(v,) for v in values]
+    parts[place], sizes[place] = joined.parts, joined.sizes
+    return [Joined(sum(parts, ()), axis, sum(sizes, ()))]
+
+
+@functools.cache
+def _rules() -> dict[Any, Callable[[Interpreter, Any, list[Any], int], list[Any] | None]]:
+    found = {
+        named("dot_general_p"): _dot_general,
+        named("conv_general_dilated_p"): _conv,
+        named("convert_element_type_p"): _elementwise,
+        named("copy_p"): _elementwise,
+        named("transpose_p"): _transpose,
+        named("slice_p"): _slice,
+        used_by(in_halves, (4,)): _split,
+        named("concatenate_p"): _again,
+    }
+    found.update(dict.fromkeys(map(named, ("reshape_p", "squeeze_p", "broadcast_in_dim_p")), _reshape))
+    return found
