@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant.core.affine import quantize
-from jaxquant.core.specs import OpSpec
+from jaxquant.core.abstract import abstract
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops import conv, ragged
 from jaxquant.ops.floats import own_dtype
 from jaxquant.ops.formulation import way
 from jaxquant.ops.matrix import Axes, Packed, canonical
-from jaxquant.ops.operands import Operand
+from jaxquant.ops.trained import TrainedTensor
 
 __all__ = ["kernel"]
 
@@ -63,9 +64,9 @@ def kernel(
     """
     axes, found, platform = Axes((), (0,), (1,)), [], jax.default_backend()
 
-    def run(x: jax.Array, w: jax.Array) -> None:
-        left = canonical(Operand(spec.act, (-1,)).quantized(x, None), axes)
-        right = canonical(w if spec.weight is None else quantize(w, spec.weight, reduce_axes=(-1,)), axes)
+    def run(x: Any, w: Any) -> None:
+        left = canonical(TrainedTensor(x, None) if isinstance(x, QTensor) else x, axes)
+        right = canonical(w, axes)
         wide = jnp.promote_types(dtype, jnp.float32)
         if op != "dot_general":
             left, right = (v.unpacked() if isinstance(v, Packed) else v for v in (left, right))
@@ -80,6 +81,11 @@ def kernel(
         else:
             found.append(way(platform, left, right, None, jnp.dtype(dtype)))
 
-    jax.eval_shape(run, *(jax.ShapeDtypeStruct((n, length), jnp.dtype(dtype)) for n in (rows, columns)))
+    def operand(size: int, spec: QuantSpec | None, *, stored: bool) -> Any:
+        if spec is None:
+            return jax.ShapeDtypeStruct((size, length), jnp.dtype(dtype))
+        return abstract((size, length), jnp.dtype(dtype), spec, (-1,), stored=stored)
+
+    jax.eval_shape(run, operand(rows, spec.act, stored=False), operand(columns, spec.weight, stored=True))
     formulation, multiplied = found[0]
     return _NAMES[formulation].format(jnp.dtype(multiplied).name)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.core.affine import quantize
+from jaxquant.core.abstract import abstract
 from jaxquant.core.blocks import block_shape, scale_shape
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.specs import OpSpec
@@ -82,13 +82,9 @@ class Item:
         spec = self.spec.weight
         if spec is None:
             return before, before
-        leaf = jax.ShapeDtypeStruct(self.shape, np.dtype(self.dtype))
-
-        def layer(w: jax.Array) -> Any:
-            q = quantize(w, spec, reduce_axes=self.reduce_axes)
-            return q if self.contraction_minor else q.store(())
-
-        return before, jax.eval_shape(self.stack(layer), leaf).nbytes
+        minor = None if self.contraction_minor else ()
+        layer = abstract(self.shape[self.stacked :], np.dtype(self.dtype), spec, self.reduce_axes, minor=minor)
+        return before, math.prod(self.shape[: self.stacked]) * layer.nbytes
 
     def stack(self, fn: Any) -> Any:
         """A function of one layer's weight as a function of the whole stack."""
