@@ -67,7 +67,7 @@ def test_autoround_stores_plain_zero_points(tmp_path):
 
 
 def test_modules_of_different_widths(tmp_path):
-    """The shapes tell, where the configuration gives one width for all."""
+    """The configuration tells; where it is wrong and the shapes allow one width only, they do."""
     tensors, _ = unit("gptq_zero_v1_v2")
     named = {f"m{b}.{n}": tensors[f"b{b}.{n}"] for b in (2, 3, 4, 8) for n in ("qweight", "scales", "g_idx")}
     named |= {f"m{b}.qzeros": tensors[f"b{b}.qzeros_v1"] for b in (2, 3, 4, 8)}
@@ -75,7 +75,9 @@ def test_modules_of_different_widths(tmp_path):
     params, info = jq.io.load_hf(checkpoint(tmp_path, named, {"quantization_config": config}))
     for bits in (2, 3, 4, 8):
         np.testing.assert_array_equal(values(params[f"m{bits}.weight"], np.float16), tensors[f"b{bits}.ref_dequant"])
-    assert "8 bits, by its shapes" in info.modules["m8.weight"]
+    assert info.problems == tuple(
+        f"m{bits}.weight has {bits} bits by its shapes, though the configuration says 4" for bits in (2, 3)
+    )
 
 
 @pytest.mark.parametrize("storage", [np.uint8, BF16, np.float32])

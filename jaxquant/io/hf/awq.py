@@ -20,8 +20,9 @@ import numpy as np
 from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of, packed, unpacked
-from jaxquant.io.hf.layout import qtensor, refined
+from jaxquant.io.hf.layout import block_size, qtensor, refined
 from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.stated import overridden
 
 __all__ = ["AWQ"]
 
@@ -29,17 +30,22 @@ _PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the nibble that holds each colum
 
 
 def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
-    bits = config.get("bits", config.get("w_bit", 4))
+    _check_bits(config, error)
     version = str(config.get("version", config.get("format", "gemm"))).lower()
-    if bits != 4:
-        raise error("AWQ has 4-bit codes only", todo="Check the configuration", bits=bits)
     if version not in ("gemm", "gemv", "gemv_fast", "llm-awq"):
         todo = "Convert it from the checkpoint that the kernel's layout was made from"
         raise error(f"the layout {version!r} is that of one GPU kernel and cannot be read", todo=todo)
 
 
+def _check_bits(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
+    bits = config.get("bits", config.get("w_bit", 4))
+    if bits != 4:
+        raise error("AWQ has 4-bit codes only", todo="Check the configuration", bits=bits)
+
+
 def read(m: Module) -> QTensor:
     """The weight of one module."""
+    _check_bits(m.config, m.error)
     if m.has(".qweight") and m.array(".qweight").dtype == np.int16:
         return _fast(m)
     qweight = m.array(".qweight", np.int32, ndim=2)
@@ -71,10 +77,12 @@ def _columns(words: np.ndarray, out: int) -> np.ndarray:
 
 
 def _group_size(m: Module, length: int, groups: int | None) -> int:
-    size = m.config.get("group_size", m.config.get("q_group_size", 128))
+    size = m.config.get("group_size", m.config.get("q_group_size"))
+    if size is None and groups is not None:
+        size = block_size(length, groups)
     size = length if size == -1 else size
     if type(size) is not int or size < 1 or (groups is not None and -(-length // size) != groups):
-        rule = "the group size does not fit the shapes"
+        rule = "the group size is not stated, or does not fit the shapes"
         raise m.error(rule, ".scales", todo="Check the configuration", group_size=size, groups=groups, columns=length)
     return size
 
@@ -105,4 +113,5 @@ AWQ = Format(
     read=read,
     layouts="GEMM, GEMV, GEMV fast (llm-awq 2); 4 bits",
     refuse=_refuse,
+    stated=overridden,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -35,6 +36,11 @@ class HFCheckpoint(Checkpoint):
             if isinstance(place, dict):
                 name = str(place.get("dtype") or place.get("torch_dtype")).removeprefix("torch.")
                 self.dtype = _FLOATS.get(name, self.dtype)
+
+    @functools.cached_property
+    def owners(self) -> frozenset[str]:
+        """What the names of the tensors are without their last part."""
+        return frozenset(name.rpartition(".")[0] for name in self.tensors)
 
     def metadata(self) -> dict[str, str]:
         """The strings of all files' headers."""

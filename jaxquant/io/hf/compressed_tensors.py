@@ -16,7 +16,7 @@ padded. The number of words tells.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -27,6 +27,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of, packed, unpacked
 from jaxquant.io.hf.layout import E2M1, Grouping, grouping, qtensor, spread
 from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.stated import matches
 
 __all__ = ["COMPRESSED_TENSORS"]
 
@@ -49,27 +50,29 @@ def _groups(config: dict[str, Any]) -> list[dict[str, Any]]:
     return [g for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
 
 
-def _weights(m: Module) -> Iterator[dict[str, Any]]:
-    """The ``weights`` of the config groups: those that name the module first."""
+def _weights(m: Module) -> list[dict[str, Any]]:
+    """The ``weights`` of the config groups that can be the module's.
 
-    def names(group: dict[str, Any]) -> bool:
-        targets = group.get("targets")
-        for target in targets if isinstance(targets, list) else ():
-            if not isinstance(target, str):
-                continue
-            if target.startswith("re:"):
-                try:
-                    if re.match(target[3:], m.prefix):
-                        return True
-                except re.error:
-                    continue
-            elif m.prefix == target or m.prefix.endswith("." + target):
-                return True
-        return False
+    A target that is the module's name counts before an expression that matches it, and that before the name of a class,
+    which may be that of any module. If no group names it, every group may be meant.
+    """
+    named: dict[str, list[dict[str, Any]]] = {"name": [], "expression": [], "class": [], "": []}
+    for group in _groups(m.config):
+        targets, weights = group.get("targets"), group.get("weights")
+        if isinstance(weights, dict):
+            texts = [t for t in targets if isinstance(t, str)] if isinstance(targets, list) else []
+            for kind in {_names(m, target) for target in texts} or {""}:
+                named[kind].append(weights)
+    return next((found[:1] if kind == "expression" else found for kind, found in named.items() if found), [])
 
-    for group in sorted(_groups(m.config), key=lambda g: not names(g)):
-        if isinstance(group.get("weights"), dict):
-            yield group["weights"]
+
+def _names(m: Module, target: str) -> str:
+    """How a target names the module: by its "name", by an "expression", perhaps by its "class", or not ("")."""
+    if target.startswith("re:"):
+        return "expression" if matches(re.match, target[3:], m.prefix, m.checkpoint.error) else ""
+    if m.prefix == target or m.prefix.endswith("." + target):
+        return "name"
+    return "class" if "." not in target and target not in m.checkpoint.owners else ""
 
 
 def _block(weights: dict[str, Any]) -> tuple[int | None, int | None]:
@@ -89,19 +92,14 @@ def _spread(m: Module, suffix: str, values: np.ndarray, shape: tuple[int, ...]) 
     if values.ndim == 1:
         values = values[:, None]
     rows = 1 if values.shape[0] == shape[0] else None
-    for weights in (*_weights(m), {}):
-        block = _block(weights)
-        columns = shape[1] if values.shape[1] == 1 else block[1]
-        found = spread(values, shape, (rows or block[0], columns))
-        if found is not None:
-            return found
-    raise m.error(
-        "one value per tensor, row, group or block is needed",
-        suffix,
-        todo="Check the configuration",
-        shape=values.shape,
-        weight=shape,
-    )
+    blocks = {_block(weights) for weights in _weights(m)} or {(None, None)}
+    tried = [spread(values, shape, (rows or r, shape[1] if values.shape[1] == 1 else c)) for r, c in blocks]
+    found = [value for value in tried if value is not None]
+    if found and all(np.array_equal(value, found[0]) for value in found):
+        return found[0]
+    rule = "one value per tensor, row, group or block is needed, by the configuration of the module"
+    got = {"shape": values.shape, "weight": shape, "blocks": tuple(blocks)}
+    raise m.error(rule, suffix, todo="Check group_size and block_structure in its config group", **got)
 
 
 def read(m: Module) -> QTensor:
@@ -196,13 +194,17 @@ def _width(m: Module, words: int, length: int) -> tuple[int, bool]:
     configured = [b for w in _weights(m) if type(b := w.get("num_bits")) is int and 1 <= b <= 8]
     old = str(m.config.get("version", "")).split(".")[:2]
     padded_first = len(old) == 2 and all(n.isdigit() for n in old) and tuple(map(int, old)) < (0, 18)
+    found: dict[int, bool] = {}
     for bits in configured:
         layouts = {True: -(-length * bits // 32), False: -(-length // (32 // bits))}
-        for dense in (not padded_first, padded_first):
+        for dense in (padded_first, not padded_first):
             if layouts[dense] == words and bits > 1:
-                return bits, dense
+                found[bits] = dense
+    if len(found) == 1:
+        return found.popitem()
     got = {"words": words, "columns": length, "num_bits": tuple(configured)}
-    raise m.error("no configured width fits weight_packed", ".weight_packed", todo="Check the configuration", **got)
+    rule = f"{'several configured widths fit' if found else 'no configured width fits'} weight_packed"
+    raise m.error(rule, ".weight_packed", todo="Check the targets and num_bits of the config groups", **got)
 
 
 def _stream(words: np.ndarray, bits: int, length: int, *, dense: bool) -> np.ndarray:

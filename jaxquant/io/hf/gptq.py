@@ -27,12 +27,12 @@ import numpy as np
 from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of, packed, unpacked
-from jaxquant.io.hf.layout import grouping, qtensor
+from jaxquant.io.hf.layout import block_size, grouping, qtensor
 from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.stated import overridden
 
 __all__ = ["GPTQ"]
 
-_WIDTHS = (4, 8, 3, 2, 5, 6, 7)
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
 
@@ -82,20 +82,30 @@ def read(m: Module) -> QTensor:
 
 
 def _bits(m: Module, rows: int, words: int, out: int, length: int | None) -> int:
-    """The width that the shapes allow; the configured one where several do. Modules may differ."""
+    """The stated width, or the only one that the shapes allow."""
 
     def fits(bits: int) -> bool:
         inside = rows * 32 % bits == 0 if length is None else rows == -(-length * bits // 32)
         return inside and words == -(-out * bits // 32)
 
-    configured = m.config.get("bits")
-    for bits in (configured, *_WIDTHS):
-        if type(bits) is int and bits in _PLANES and fits(bits):
-            if bits != configured:
-                m.notes.append(f"{bits} bits, by its shapes")
-            return bits
-    got = {"qweight_rows": rows, "qzeros_columns": words, "out_features": out, "bits": configured}
-    raise m.error("no width of codes fits the shapes", ".qweight", todo="Check the configuration", **got)
+    stated = m.config.get("bits")
+    if type(stated) is int and stated in _PLANES and fits(stated):
+        return stated
+    found = [bits for bits in _PLANES if fits(bits)]
+    if len(found) == 1:
+        _by_shapes(m, f"{found[0]} bits", stated)
+        return found[0]
+    got = {"qweight_rows": rows, "qzeros_columns": words, "out_features": out, "bits": stated}
+    rule = f"{'several widths fit' if found else 'no width of codes fits'} the shapes"
+    raise m.error(rule, ".qweight", todo="Check the configuration", **got)
+
+
+def _by_shapes(m: Module, what: str, stated: Any) -> None:
+    """Says that a parameter comes from the shapes: a problem where the configuration states another one."""
+    if stated is None:
+        m.notes.append(f"{what}, by its shapes")
+    else:
+        m.problems.append(f"{m.name} has {what} by its shapes, though the configuration says {stated}")
 
 
 def _groups(m: Module, g_idx: np.ndarray | None, length: int, groups: int) -> np.ndarray:
@@ -104,17 +114,21 @@ def _groups(m: Module, g_idx: np.ndarray | None, length: int, groups: int) -> np
         if g_idx.min() < 0 or g_idx.max() >= groups:
             got = {"least": int(g_idx.min()), "greatest": int(g_idx.max()), "groups": groups}
             raise m.error("g_idx names a group that has no scales", ".g_idx", todo="Fetch the checkpoint again", **got)
-        return g_idx.astype(np.int64)
-    size = m.config.get("group_size")
-    size = length if size in (None, -1) else size
+        if g_idx.any() or groups == 1:
+            return g_idx.astype(np.int64)
+        m.notes.append("g_idx is 0 throughout: groups are consecutive")
+    elif m.config.get("desc_act") is True and groups > 1:
+        rule = "the configuration says act-order, whose groups g_idx names, and there is none"
+        raise m.error(rule, ".g_idx", todo="Fetch all files of the checkpoint again", groups=groups)
+    stated = m.config.get("group_size")
+    size = length if stated == -1 else stated
     if type(size) is not int or size < 1 or -(-length // size) != groups:
-        if length % groups:
-            rule = "the group size does not fit the shapes"
-            raise m.error(
-                rule, ".scales", todo="Check the configuration", group_size=size, groups=groups, columns=length
-            )
-        size = length // groups
-        m.notes.append(f"group size {size}, by its shapes")
+        size = block_size(length, groups)
+        if size is None:
+            rule = "the group size is not stated, or does not fit the shapes, and they allow several"
+            got = {"group_size": stated, "groups": groups, "columns": length}
+            raise m.error(rule, ".scales", todo="Correct group_size in the configuration", **got)
+        _by_shapes(m, f"groups of {size}", stated)
     return np.arange(length) // min(size, length)
 
 
@@ -162,4 +176,5 @@ GPTQ = Format(
     read=read,
     layouts="versions 1 and 2, planar; 2 to 8 bits; symmetric and not; act-order; AutoRound",
     refuse=_refuse,
+    stated=overridden,
 )

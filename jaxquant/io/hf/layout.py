@@ -20,6 +20,7 @@ __all__ = [
     "E2M1",
     "TABLES",
     "Grouping",
+    "block_size",
     "flat_blocks",
     "grouping",
     "index_of_blocks",
@@ -65,6 +66,19 @@ def index_of_blocks(length: int, block: int) -> np.ndarray:
     return np.arange(0, length, math.gcd(block, length)) // block
 
 
+def block_size(length: int, count: int) -> int | None:
+    """Elements of each of ``count`` blocks along ``length``, where the shapes leave no doubt.
+
+    Blocks are equal parts or powers of two, the last one short. None if the parts are not equal, or if a power of two
+    gives as many: 192 in two blocks are 96 and 96, or 128 and 64.
+    """
+    if count < 1 or length % count:
+        return None
+    equal = length // count
+    power = 1 << (equal - 1).bit_length()  # the least that is not below equal parts
+    return None if power != equal and count > 1 and -(-length // power) == count else equal
+
+
 def refined(values: np.ndarray, length: int, block: int, axis: int = -1) -> np.ndarray:
     """Per-block values, the last block being short, as values of blocks that divide ``length`` exactly."""
     return values if length % block == 0 else np.take(values, index_of_blocks(length, block), axis)
@@ -81,21 +95,21 @@ def flat_blocks(shape: tuple[int, ...], block: int) -> np.ndarray:
 
 
 def spread(values: np.ndarray, shape: tuple[int, ...], block: tuple[int | None, ...]) -> np.ndarray | None:
-    """Per-block values for an array of ``shape``; None if their shape fits neither ``block`` nor equal parts.
+    """Per-block values for an array of ``shape``; None if their shape does not fit ``block``.
 
     Args:
       values: one entry per block along each axis.
       shape: the shape of the array.
-      block: elements of a block along each axis; None: as many as equal parts have.
+      block: elements of a block along each axis; None: by `block_size`.
     """
     if len(values.shape) != len(shape):
         return None
     for axis, (n, size) in enumerate(zip(shape, block, strict=True)):
         count = values.shape[axis]
-        if size is not None and count == -(-n // size):
-            values = refined(values, n, size, axis)
-        elif not count or n % count:
+        size = block_size(n, count) if size is None else size
+        if size is None or count != -(-n // size):
             return None
+        values = refined(values, n, size, axis)
     return values
 
 

@@ -55,7 +55,7 @@ class HFLeaves(Leaves):
     ):
         self.checkpoint, self.form, self._dtype = checkpoint, form, dtype
         found = {} if form is None else form.modules(checkpoint)
-        modules = [Module(checkpoint, p, target, config, shapes) for p, target in found.items()]
+        modules = [] if form is None else [form.module(checkpoint, p, t, config, shapes) for p, t in found.items()]
         unknown = sorted(set(shapes or ()) - set(found))
         if unknown:
             todo = f"Nearest modules: {nearest(unknown[0], found)}"

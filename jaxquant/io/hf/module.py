@@ -21,7 +21,7 @@ class Module:
     Attributes:
       prefix: what their names begin with (``"model.layers.0.mlp.up_proj"``).
       target: what follows it in the name of the weight: ``".weight"``, or nothing.
-      config: the quantization configuration.
+      config: the quantization configuration, as far as it concerns the module.
       used: the names that have been taken; whatever belongs to the module and is not among them at the end is an error.
       notes: what is worth saying about it.
       problems: what is wrong with it and was put right.
@@ -126,6 +126,8 @@ class Format:
       keeps: endings of tensors that stay beside the weight as they are.
       find: the (prefix, target) of every quantized module, where names alone do not tell.
       refuse: looks at the configuration and raises for what is not supported; given the checkpoint's ``error``.
+      stated: the configuration of one module, by its prefix, where modules may differ; None if it says that the module
+        stays in float.
     """
 
     name: str
@@ -137,6 +139,22 @@ class Format:
     keeps: tuple[str, ...] = ()
     find: Callable[[HFCheckpoint], dict[str, str]] | None = None
     refuse: Callable[[dict[str, Any], Callable[..., QuantError]], None] | None = None
+    stated: Callable[[HFCheckpoint, dict[str, Any], str], dict[str, Any] | None] | None = None
+
+    def module(
+        self,
+        checkpoint: HFCheckpoint,
+        prefix: str,
+        target: str,
+        config: dict[str, Any],
+        shapes: Mapping[str, tuple[int, int]] | None = None,
+    ) -> Module:
+        """A module with its own configuration. Its tensors decide whether it is quantized, whatever that says."""
+        own = config if self.stated is None else self.stated(checkpoint, config, prefix)
+        module = Module(checkpoint, prefix, target, config if own is None else own, shapes)
+        if own is None:
+            module.problems.append(f"{module.name} has codes, though the configuration leaves it in float")
+        return module
 
     def modules(self, checkpoint: HFCheckpoint) -> dict[str, str]:
         """The prefix of every quantized module, and what its weight is called after that."""
