@@ -237,6 +237,5 @@ COMPRESSED_TENSORS = Format(
     marks={".weight_packed": ".weight", ".weight_scale": ".weight"},
     read=read,
     layouts="int-, naive-, pack-quantized (dense and padded, g_idx), float-quantized, nvfp4, mxfp4, mxfp8",
-    keeps=(".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point"),
     refuse=_refuse,
 )

@@ -58,8 +58,10 @@ def read(m: Module) -> QTensor:
     else:
         scale = scale[..., None] if scale.ndim == weight.ndim - 1 else scale
         found = spread(scale, weight.shape, block)
-        if found is None:
+        if found is None and any(block):
             found = spread(scale, weight.shape, (None,) * weight.ndim)
+            if found is not None:
+                m.by_shapes(f"scales {list(scale.shape)} of equal blocks", f"weight_block_size={blocks}")
     if found is None:
         got = {"shape": scale.shape, "weight": weight.shape, "weight_block_size": blocks}
         raise m.error("the scales fit no blocks of the weight", suffix, todo="Check the configuration", **got)
@@ -72,6 +74,5 @@ FP8 = Format(
     marks={".weight_scale_inv": ".weight", ".weight_scale": ".weight", "_scale_inv": ""},
     read=read,
     layouts="blocks (ragged too), rows, tensors; float32 or exponents; fp4 experts",
-    keeps=(".activation_scale", ".input_scale", ".input_scale_ub", "_activation_scale"),
     refuse=_refuse,
 )

@@ -19,6 +19,7 @@ import numpy as np
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.hf.layout import qtensor
 from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.stated import matches
 
 __all__ = ["GEMMA"]
 
@@ -41,11 +42,8 @@ def _bits(m: Module) -> Any:
     """The first entry of the table of patterns that matches the module, or the configuration's own."""
     table = m.config.get("module_quant_configs")
     for pattern, entry in table.items() if isinstance(table, dict) else ():
-        try:
-            if isinstance(entry, dict) and re.search(pattern, m.prefix):
-                return entry.get("num_bits", entry.get("bits"))
-        except re.error:
-            continue
+        if isinstance(entry, dict) and matches(re.search, pattern, m.prefix, m.checkpoint.error):
+            return entry.get("num_bits", entry.get("bits"))
     return m.config.get("num_bits", m.config.get("bits"))
 
 
@@ -55,5 +53,5 @@ GEMMA = Format(
     marks={".weight_scale": ".weight"},
     read=read,
     layouts="int2, int4, int8 per row",
-    keeps=(".input_activation_scale", ".output_activation_scale"),
+    zero_is_off=True,
 )

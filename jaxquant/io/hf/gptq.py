@@ -93,19 +93,11 @@ def _bits(m: Module, rows: int, words: int, out: int, length: int | None) -> int
         return stated
     found = [bits for bits in _PLANES if fits(bits)]
     if len(found) == 1:
-        _by_shapes(m, f"{found[0]} bits", stated)
+        m.by_shapes(f"{found[0]} bits", stated)
         return found[0]
     got = {"qweight_rows": rows, "qzeros_columns": words, "out_features": out, "bits": stated}
     rule = f"{'several widths fit' if found else 'no width of codes fits'} the shapes"
     raise m.error(rule, ".qweight", todo="Check the configuration", **got)
-
-
-def _by_shapes(m: Module, what: str, stated: Any) -> None:
-    """Says that a parameter comes from the shapes: a problem where the configuration states another one."""
-    if stated is None:
-        m.notes.append(f"{what}, by its shapes")
-    else:
-        m.problems.append(f"{m.name} has {what} by its shapes, though the configuration says {stated}")
 
 
 def _groups(m: Module, g_idx: np.ndarray | None, length: int, groups: int) -> np.ndarray:
@@ -128,7 +120,7 @@ def _groups(m: Module, g_idx: np.ndarray | None, length: int, groups: int) -> np
             rule = "the group size is not stated, or does not fit the shapes, and they allow several"
             got = {"group_size": stated, "groups": groups, "columns": length}
             raise m.error(rule, ".scales", todo="Correct group_size in the configuration", **got)
-        _by_shapes(m, f"groups of {size}", stated)
+        m.by_shapes(f"groups of {size}", stated)
     return np.arange(length) // min(size, length)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import packed
+from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.layout import qtensor
 from jaxquant.io.hf.module import Format, Module
 
@@ -42,6 +43,18 @@ def _number(m: Module, suffix: str, key: str) -> Any:
     config = m.config.get("quant_config")
     weight = config.get("weight_quant_params") if isinstance(config, dict) else None
     return weight.get(key) if isinstance(weight, dict) else None
+
+
+def _stated(_: HFCheckpoint, config: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The configuration of one module: by its tag, the end of its name without the number of the layer."""
+    parts = prefix.split(".")
+    tags = [".".join(part for part in parts[i:] if not part.isdigit()) for i in range(len(parts))]
+    for place in ("dynamic_config", "quant_config"):
+        table = config.get(place)
+        own = next((table[tag] for tag in tags if tag in table), None) if isinstance(table, dict) else None
+        if isinstance(own, dict):
+            return config | {"quant_config": own if "weight_quant_params" in own else {"weight_quant_params": own}}
+    return config
 
 
 def _text(m: Module, suffix: str) -> str | None:
@@ -133,5 +146,6 @@ HQQ = Format(
     methods=("hqq",),
     marks={".W_q": ".weight", ".zero": ".weight"},
     read=read,
+    stated=_stated,
     layouts="1 to 8 bits, both axes, float zero points",
 )

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxquant.core.qtensor import QTensor
+from jaxquant.io.hf import activations
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.module import Format, Module
 from jaxquant.io.manifest import check_qtensor
@@ -31,15 +32,18 @@ class HFLeaves(Leaves):
       checkpoint: the directory.
       form: the format of its quantized modules, or None.
       config: their configuration.
-      dtype: float dtype for arrays and for what QTensors dequantize to; None for that of the checkpoint.
+      dtype: float dtype for arrays and for what QTensors dequantize to; None for that of the checkpoint. What describes
+        activations keeps its own.
       shapes: (out, in) of modules whose file does not say it.
 
     Attributes:
       modules: name of each quantized weight -> its tensors.
       plain: names of the tensors that are part of no quantized weight, in order.
+      activations: those of them that describe activations.
       described: what each quantized weight that was read is.
 
     Raises:
+      QuantError: if what describes activations is not finite, or a scale not positive.
       QuantError: on reading a leaf: if it is damaged; tensors that no reader takes are found when the last quantized
         weight was read.
     """
@@ -62,6 +66,8 @@ class HFLeaves(Leaves):
             raise checkpoint.error("shapes names a module that is not quantized", unknown[0], todo=todo)
         self.modules = {module.name: module for module in modules}
         self.plain = dict.fromkeys(self._plain_names())
+        self.activations = dict.fromkeys(n for n in self.plain if form and activations.describes_activations(n))
+        activations.check(checkpoint, self.activations, zero=form is not None and form.zero_is_off)
         self.described: dict[str, str] = {}
         super().__init__([*self.modules, *self.plain], [file.path for file in checkpoint.files.values()])
         if not modules:
@@ -76,7 +82,8 @@ class HFLeaves(Leaves):
         self.checkpoint.forget()  # what came before
         if name not in self.modules:
             array = self.checkpoint.array(name)
-            return array.astype(self._dtype) if self._dtype is not None and _is_float(array) else array
+            as_it_is = self._dtype is None or not _is_float(array) or name in self.activations
+            return array if as_it_is else array.astype(self._dtype)
         module = self.modules[name]
         leaf = self._read(module)
         if name not in self.described:
@@ -111,6 +118,8 @@ class HFLeaves(Leaves):
 
         def owned(name: str) -> bool:
             if any(name.endswith(k) and name.removesuffix(k) in owners for k in keeps):
+                return False
+            if name not in self.modules and activations.describes_activations(name):
                 return False
             return name in self.modules or self._owner(name, owners) is not None
 

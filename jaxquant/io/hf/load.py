@@ -43,6 +43,8 @@ class CheckpointInfo:
       modules: name of each quantized weight -> what it is, and what is worth saying about it.
       floats: names of the tensors that are what they were in the file.
       problems: what is wrong with the checkpoint and was put right.
+      activations: names of the tensors that describe activations: static scales and zero points of inputs, outputs and
+        of the cache of keys and values. They are in the result under these names, as they are in the file.
     """
 
     directory: str
@@ -53,12 +55,14 @@ class CheckpointInfo:
     modules: dict[str, str]
     floats: tuple[str, ...]
     problems: tuple[str, ...]
+    activations: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         width = max(map(len, self.modules), default=0)
         lines = [f"{self.directory}: {self.format}, {len(self.files)} file{'s' if len(self.files) > 1 else ''}"]
         lines += [f"  {name.ljust(width)}  {what}" for name, what in self.modules.items()]
-        lines.append(f"  {len(self.floats)} tensors as they are")
+        what = f", of which {len(self.activations)} describe activations" if self.activations else ""
+        lines.append(f"  {len(self.floats)} tensors as they are{what}")
         return "\n".join(map(printable, [*lines, *(f"  problem: {text}" for text in self.problems)]))
 
 
@@ -91,11 +95,13 @@ def load_hf(
     Returns:
       ``(params, info)``. Without ``names``, params is a flat dict from names in the file to arrays; a quantized module
       is one `QTensor` of shape [out, in] under ``<module>.weight``, with all that belongs to it inside. Tensors that
-      describe activations (``input_scale`` and the like) stay as they are. ``info`` is a `CheckpointInfo`.
+      describe activations (``input_scale``, ``k_scale`` and the like) stay as they are, and ``info.activations`` names
+      them. ``info`` is a `CheckpointInfo`.
 
     Raises:
-      QuantError: if the format is not supported (with the reason), or a file is damaged: tensors that are missing,
-        unknown, of a wrong dtype or shape, or scales that are not finite; with file and tensor.
+      QuantError: if the format is not supported (with the reason), if the configuration and the shapes leave open how
+        a module is quantized, or if a file is damaged: tensors that are missing, unknown, of a wrong dtype or shape, or
+        scales that the format excludes, such as NaN; with file and tensor.
 
     Example:
       >>> import os, tempfile
@@ -144,6 +150,7 @@ def load_hf(
         leaves.described,
         tuple(name for name in leaves.plain if name not in assigned),
         leaves.problems,
+        tuple(leaves.activations),
     )
     return (result if names is None else nested(result)), info
 

@@ -106,6 +106,13 @@ class Module:
             rule = f"the tensor must have the shape {list(wanted)}, by the other tensors of its module"
             raise self.error(rule, suffix, todo="Check the format and its configuration", shape=tuple(found))
 
+    def by_shapes(self, what: str, stated: Any) -> None:
+        """Says that a parameter comes from the shapes: a problem where the configuration states another one."""
+        if stated is None:
+            self.notes.append(f"{what}, by its shapes")
+        else:
+            self.problems.append(f"{self.name} has {what} by its shapes, though the configuration says {stated}")
+
     def error(self, rule: str, suffix: str | None = None, /, *, todo: str, **got: Any) -> QuantError:
         """A `QuantError` that names the file and the tensor (by default the weight)."""
         return self.checkpoint.error(rule, self.prefix + (self.target if suffix is None else suffix), todo=todo, **got)
@@ -123,7 +130,8 @@ class Format:
       read: the leaf of one module: a QTensor of NumPy arrays, or a NumPy array.
       layouts: what it reads, for the table of supported formats.
       parts: endings of tensors that belong to the weight although a "." is inside of them.
-      keeps: endings of tensors that stay beside the weight as they are.
+      keeps: endings of tensors that stay beside the weight as they are, with biases and what describes activations.
+      zero_is_off: whether an activation scale of 0 means that the activation is not quantized.
       find: the (prefix, target) of every quantized module, where names alone do not tell.
       refuse: looks at the configuration and raises for what is not supported; given the checkpoint's ``error``.
       stated: the configuration of one module, by its prefix, where modules may differ; None if it says that the module
@@ -137,6 +145,7 @@ class Format:
     layouts: str
     parts: tuple[str, ...] = ()
     keeps: tuple[str, ...] = ()
+    zero_is_off: bool = False
     find: Callable[[HFCheckpoint], dict[str, str]] | None = None
     refuse: Callable[[dict[str, Any], Callable[..., QuantError]], None] | None = None
     stated: Callable[[HFCheckpoint, dict[str, Any], str], dict[str, Any] | None] | None = None

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxquant.core import views
 from jaxquant.core.errors import QuantError, printable, quant_error
 from jaxquant.core.qtensor import QTensor
+from jaxquant.io.hf.activations import NAMES
 
 __all__ = ["BERT", "GPT2", "LLAMA", "OPT", "VIT", "NameMap", "nested"]
 
@@ -172,13 +173,7 @@ def _norm(pattern: str, path: str) -> list[tuple[str, str | None, str]]:
     return [(rf"{pattern}\.weight", f"{path}/scale", "as it is"), (rf"{pattern}\.bias", f"{path}/bias", "as it is")]
 
 
-_ACTIVATION = (
-    r".*\.(input|output)_(scale|zero_point|global_scale)",
-    r".*\.(k|v)_scale",
-    r".*\.(input|output)_activation_scale",
-    r".*\.activation_scale",
-    r".*rotary_emb\.inv_freq",
-)
+_ACTIVATION = (rf".*{NAMES}", r".*rotary_emb\.inv_freq")
 
 #: Llama, Mistral, Qwen and the many that are built like them.
 LLAMA = NameMap(

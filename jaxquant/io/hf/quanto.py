@@ -37,7 +37,7 @@ def read(m: Module) -> QTensor:
     scale, shift = m.scales(".weight._scale", ndim=2), m.scales(".weight._shift", ndim=2)
     rows, columns = scale.shape[0], raw.shape[1]
     m.check(".weight._shift", shift.shape, scale.shape)
-    bits = 4 if raw.shape[0] == -(-rows // 2) and not _says_int2(m) else 2
+    bits = _bits(m, raw.shape[0], rows)
     blocks = 8 // bits
     m.check(".weight._data._data", raw.shape, (-(-rows // blocks), columns))
     parts = [(raw >> np.uint8(bits * i)) & np.uint8((1 << bits) - 1) for i in range(blocks)]
@@ -48,9 +48,18 @@ def read(m: Module) -> QTensor:
     return qtensor(stream, scale, offset=-shift, bits=bits, length=length, dtype=scale.dtype)
 
 
-def _says_int2(m: Module) -> bool:
+def _bits(m: Module, packed_rows: int, rows: int) -> int:
+    """The width that the configuration states, or the only one that the shapes allow."""
     entry = m.config.get(m.prefix)
-    return isinstance(entry, dict) and entry.get("weights") == "qint2"
+    stated = (entry if isinstance(entry, dict) else m.config).get("weights")
+    said = {"qint4": 4, "int4": 4, "qint2": 2, "int2": 2}.get(str(stated))
+    fitting = [bits for bits in (4, 2) if packed_rows == -(-rows * bits // 8)]
+    if said is None and len(fitting) == 2:
+        rule, todo = "int4 and int2 both fit the shapes", "Add quanto_qmap.json, which says which of them it is"
+        raise m.error(rule, ".weight._data._data", todo=todo, rows=rows, packed_rows=packed_rows)
+    if said is None and not fitting:
+        m.check(".weight._data._data", (packed_rows,), (-(-rows * 4 // 8),))
+    return said or fitting[0]
 
 
 def _group_of(length: int) -> int:
@@ -104,5 +113,4 @@ QUANTO = Format(
     marks={".weight._data": ".weight", ".weight._data._data": ".weight", ".weight._scale": ".weight"},
     read=read,
     layouts="int8, float8, int4 and int2 in groups",
-    keeps=(".input_scale", ".output_scale"),
 )

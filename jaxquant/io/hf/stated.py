@@ -1,9 +1,9 @@
 """What a configuration states of one module, where modules may differ.
 
-    dynamic       GPTQModel: {"+:regex": {"bits": 8, ...}, "-:regex": {}}; the first that matches the beginning of the
-                  module's name counts. "+:" may be left out; "-:" leaves the module in float
-    extra_config  AutoRound: {name or regex: {"bits": 8, ...}}; the module's own name counts before expressions, which
-                  may match anywhere; 16 bits or more leave it in float
+dynamic       GPTQModel: {"+:regex": {"bits": 8, ...}, "-:regex": {}}; the first that matches the beginning of the
+              module's name counts. "+:" may be left out; "-:" leaves the module in float
+extra_config  AutoRound: {name or regex: {"bits": 8, ...}}; the module's own name counts before expressions, which
+              may match anywhere; 16 bits or more leave it in float
 """
 
 from __future__ import annotations

@@ -60,10 +60,11 @@ def read(m: Module) -> QTensor:
         todo = "Quantize the model with Int8, Intx or Float8 weight-only configs, or ask for its float weights"
         raise m.error(f"the layout of {kind} belongs to one GPU kernel and is not read", todo=todo)
     codes = inner.array("qdata", np.int8, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ndim=2)
-    scale = _blocks(inner, "scale", inner.scales("scale"), codes.shape)
+    block = data.get("block_size")
+    scale = _blocks(inner, "scale", inner.scales("scale"), codes.shape, block)
     zero = inner.maybe("zero_point", np.int8, np.int32)
     if zero is not None:
-        zero = _blocks(inner, "zero_point", zero, codes.shape) if zero.any() else None
+        zero = _blocks(inner, "zero_point", zero, codes.shape, block) if zero.any() else None
     written = data.get("dtype")
     dtype = _DTYPES.get(str(written.get("_data"))) if isinstance(written, dict) else None
     dtype = scale.dtype if dtype is None else dtype
@@ -71,24 +72,29 @@ def read(m: Module) -> QTensor:
         return QTensor(codes, scale, zero, qtype=codes.dtype.name, dtype=dtype)
     target = data.get("target_dtype")
     bits = str(target.get("_data")).removeprefix("int") if isinstance(target, dict) else "8"
-    if bits not in "2345678" or len(bits) != 1:
-        bits = "8"
-    n = int(bits)
+    if bits not in ("1", "2", "3", "4", "5", "6", "7", "8"):
+        raise m.error("target_dtype is no integer type of 1 to 8 bits", todo="Check the format", target_dtype=target)
+    n = max(int(bits), 2)
+    half = 1 << (n - 1)
+    if zero is not None and (zero.min() < -half or zero.max() >= half):
+        got = {"least": int(zero.min()), "greatest": int(zero.max()), "target_dtype": f"int{n}"}
+        raise inner.error("a zero point is no code of the type", "zero_point", todo="Fetch it again", **got)
     if n == 8:
         return QTensor(codes, scale, zero, qtype="int8", dtype=dtype)
-    half = 1 << (n - 1)
     if codes.min() < -half or codes.max() >= half:
         raise inner.error("a code is wider than its type", "qdata", todo="Fetch it again", target_dtype=f"int{n}")
     stream = packed((codes.astype(np.int16) + half).astype(np.uint8), n)
     return QTensor(stream, scale, zero, qtype=f"int{n}", dtype=dtype, length=codes.shape[1])
 
 
-def _blocks(m: Module, part: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _blocks(m: Module, part: str, values: np.ndarray, shape: tuple[int, ...], block: Any) -> np.ndarray:
     values = values.reshape(1, 1) if values.size == 1 else values
     values = values[:, None] if values.ndim == 1 else values
-    found = spread(values, shape, (None, None))
+    said = isinstance(block, list) and len(block) == len(shape) and all(type(n) is int and n > 0 for n in block)
+    found = spread(values, shape, tuple(block) if said else (None,) * len(shape))
     if found is None:
-        raise m.error("the blocks do not divide the weight", part, todo="Check the format", shape=values.shape)
+        got = {"shape": values.shape, "block_size": block, "weight": shape}
+        raise m.error("the values fit no blocks of the weight", part, todo="Check the format", **got)
     return found
 
 
