@@ -27,6 +27,9 @@ def read(m: Module) -> np.ndarray:
         rule, todo = f"a codebook vector has at most {_LONGEST} numbers", "Check the format"
         raise m.error(rule, ".codebooks", todo=todo, codebooks=books.shape)
     m.check(".scales", scales.shape, (codes.shape[0], 1, 1, 1))
+    if int(codes.max()) >= books.shape[1] or int(codes.min()) < -books.shape[1]:
+        got = {"least": int(codes.min()), "greatest": int(codes.max()), "size": books.shape[1]}
+        raise m.error("a code is beyond its codebook", ".codes", todo="Fetch it again", **got)
     index = codes.astype(np.int64) % books.shape[1]
     total = np.zeros((*codes.shape[:2], *books.shape[2:]), np.float32)
     for i, book in enumerate(books.astype(np.float32)):

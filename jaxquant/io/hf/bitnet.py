@@ -20,13 +20,11 @@ __all__ = ["BITNET"]
 def read(m: Module) -> QTensor:
     """The weight of one module."""
     raw = m.array(".weight", np.uint8, ndim=2)
-    scale = m.scales(".weight_scale", np.float32, np.float16, ml_dtypes.bfloat16)
-    if scale.size != 1 or not scale.astype(np.float32).reshape(-1)[0] > 0:
-        raise m.error("there must be one positive scale", ".weight_scale", todo="Fetch it again", found=scale)
+    scale = m.unit(".weight_scale", np.float32, np.float16, ml_dtypes.bfloat16)
     codes = np.concatenate([(raw >> np.uint8(2 * i)) & np.uint8(3) for i in range(4)])
     if (codes == 3).any():
         raise m.error("a ternary code is 0, 1 or 2", ".weight", todo="The checkpoint is damaged: fetch it again")
-    factor = scale.astype(np.float32).reshape(1, 1)
+    factor = scale.astype(np.float32)
     if m.config.get("linear_class") != "autobitlinear":
         factor = np.float32(1) / factor
     dtype = m.checkpoint.dtype or np.dtype(np.float32)

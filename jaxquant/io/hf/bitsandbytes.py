@@ -43,7 +43,7 @@ def read(m: Module) -> QTensor:
 
 
 def _int8(m: Module) -> QTensor:
-    weight, scale = m.array(".weight", np.int8, ndim=2), m.scales(".SCB", np.float32, ndim=1)
+    weight, scale = m.array(".weight", np.int8, ndim=2), m.magnitudes(".SCB", np.float32, ndim=1)
     m.check(".SCB", scale.shape, weight.shape[:1])
     layout = m.maybe(".weight_format", np.uint8)
     if layout is not None and int(layout.reshape(-1)[0]) != 0:
@@ -96,7 +96,7 @@ def _four_bits(m: Module) -> QTensor:
 def _scale(m: Module, state: dict[str, Any], index: np.ndarray, blocks: int) -> Any:
     nested = m.has(".weight.nested_absmax")
     if not nested:
-        absmax = m.scales(".weight.absmax", np.float32, ndim=1)
+        absmax = m.magnitudes(".weight.absmax", np.float32, ndim=1)
         m.check(".weight.absmax", absmax.shape, (blocks,))
         return absmax[index]
     codes = m.array(".weight.absmax", np.uint8, ndim=1)
@@ -107,7 +107,7 @@ def _scale(m: Module, state: dict[str, Any], index: np.ndarray, blocks: int) -> 
         raise m.error(
             "the state of the nested scales is incomplete", _STATE + state["quant_type"], todo=todo, state=state
         )
-    scales = m.scales(".weight.nested_absmax", np.float32, ndim=1)
+    scales = m.magnitudes(".weight.nested_absmax", np.float32, ndim=1)
     m.check(".weight.nested_absmax", scales.shape, (-(-blocks // size),))
     size = min(size, blocks)
     table = m.scales(".weight.nested_quant_map", np.float32)

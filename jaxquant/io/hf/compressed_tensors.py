@@ -110,7 +110,7 @@ def read(m: Module) -> QTensor:
     if m.has(".weight_scale") and m.array(".weight_scale").dtype in (np.uint8, ml_dtypes.float8_e8m0fnu):
         scale = _spread(m, ".weight_scale", m.exponents(".weight_scale"), weight.shape)
         return QTensor(weight, scale, None, qtype="float8_e4m3fn", dtype=m.dtype)
-    raw = m.scales(".weight_scale")
+    raw = m.scales(".weight_scale") if weight.dtype == np.int8 else m.magnitudes(".weight_scale")
     scale = _spread(m, ".weight_scale", raw, weight.shape)
     zero = m.maybe(".weight_zero_point", np.int8, ml_dtypes.float8_e4m3fn)
     if zero is not None and not zero.astype(np.float32).any():
@@ -129,14 +129,10 @@ def _fp4(m: Module) -> QTensor:
         scale = m.exponents(".weight_scale", ndim=2)
         m.check(".weight_scale", scale.shape, (codes.shape[0], length // 32))
         return QTensor(codes, scale, None, qtype="mxfp4", dtype=m.dtype, length=length)
-    local = m.scales(".weight_scale", ml_dtypes.float8_e4m3fn, ndim=2)
+    local = m.magnitudes(".weight_scale", ml_dtypes.float8_e4m3fn, ndim=2)
     m.check(".weight_scale", local.shape, (codes.shape[0], length // 16))
-    top = m.scales(".weight_global_scale", np.float32)
-    if top.size != 1 or not top.reshape(-1)[0] > 0:
-        raise m.error(
-            "there must be one positive global scale", ".weight_global_scale", todo="Fetch it again", found=top
-        )
-    unit = np.float32(1) / top.reshape(1, 1)
+    top = m.unit(".weight_global_scale")
+    unit = np.float32(1) / top
     # The reference divides. Where a product with the reciprocal is not the same to the last bit of the result, for
     # every scale and code that occurs, the quotients themselves are kept.
     used = np.unique(local.view(np.uint8)).view(ml_dtypes.float8_e4m3fn).astype(np.float32)[:, None]
@@ -221,7 +217,10 @@ def _zeros(m: Module, zero: np.ndarray, bits: int, out: int, scale: np.ndarray) 
     """Signed zero points of the scale's shape: packed along the rows, or one per byte."""
     if zero.dtype == np.int8 or zero.ndim != 2:
         m.check(".weight_zero_point", zero.shape, scale.shape)
-        return zero
+        if zero.min() < -(1 << (bits - 1)) or zero.max() >= 1 << (bits - 1):
+            got = {"least": int(zero.min()), "greatest": int(zero.max()), "num_bits": bits}
+            raise m.error("a zero point is no code of the type", ".weight_zero_point", todo="Fetch it again", **got)
+        return zero.astype(np.int8)
     rows = {True: -(-out * bits // 32), False: -(-out // (32 // bits))}
     dense = next((d for d, n in rows.items() if n == zero.shape[0]), None)
     if dense is None or zero.shape[1:] != scale.shape[1:]:

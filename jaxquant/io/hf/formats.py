@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxquant.core.errors import QuantError
 from jaxquant.io.hf.aqlm import AQLM
 from jaxquant.io.hf.awq import AWQ
 from jaxquant.io.hf.bitnet import BITNET
@@ -48,7 +49,9 @@ def detect(checkpoint: HFCheckpoint) -> tuple[Format | None, dict[str, Any]]:
     config, method = _configuration(checkpoint)
     if config is None:
         return None, {}
-    method = str(method).lower().replace("_", "-")
+    if not isinstance(method, str) or not method:
+        raise _unnamed(checkpoint, config, method)
+    method = method.lower().replace("_", "-")
     if method == "auto-round":
         method = "awq" if "awq" in str(config.get("packing_format")) else "gptq"
     form = _BY_METHOD.get(method) or _BY_METHOD.get(method.replace("-", "_"))
@@ -67,14 +70,18 @@ def _configuration(checkpoint: HFCheckpoint) -> tuple[dict[str, Any] | None, Any
     for place in (p for p in places if isinstance(p, dict)):
         for key in ("quantization_config", "compression_config"):
             found = place.get(key)
-            if isinstance(found, dict) and found:
+            if not isinstance(found, dict | None):
+                rule = f"{key} must be a JSON object"
+                raise checkpoint.error(rule, "config.json", todo="Correct the configuration", found=found)
+            if found:
                 if found.get("load_in_4bit") is True or found.get("load_in_8bit") is True:
                     return found, "bitsandbytes"
-                return found, found.get("quant_method") or "unnamed"
+                return found, found.get("quant_method")
     if isinstance(found := checkpoint.config.get("quantization"), dict):
         return found, "mlx"
     files = (
         ("quantize_config.json", "gptq"),
+        ("quantization_config.json", None),
         ("quant_config.json", "awq"),
         ("quanto_qmap.json", "quanto"),
         ("hf_quant_config.json", "modelopt"),
@@ -83,6 +90,18 @@ def _configuration(checkpoint: HFCheckpoint) -> tuple[dict[str, Any] | None, Any
         if (found := checkpoint.json(name)) is not None:
             return found, found.get("quant_method") or method
     return None, None
+
+
+def _unnamed(checkpoint: HFCheckpoint, config: dict[str, Any], method: Any) -> QuantError:
+    """The error for a configuration that does not say of which format it is, with those that it could be of."""
+    able = [form for form in FORMATS if form.modules(checkpoint)] or FORMATS
+    meant = ", ".join(f"{form.methods[0]!r} ({form.name})" for form in able)
+    rule = "the quantization configuration has no quant_method, the key that names its format"
+    if method:
+        rule = "quant_method, the key that names the format, must be text"
+    by = "By the names of its tensors it" if able is not FORMATS else "It"
+    todo = f"Add it to the configuration. {by} could be {meant}"
+    return checkpoint.error(rule, todo=todo, quant_method=method, keys=tuple(config)[:20])
 
 
 def support_table() -> str:

@@ -40,7 +40,7 @@ def read(m: Module) -> QTensor:
     suffix = _scale_name(m)
     weight = m.array(m.target, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, np.uint8, np.int8, ndim=(2, 3))
     powers = m.array(suffix).dtype in (np.uint8, ml_dtypes.float8_e8m0fnu)
-    scale = m.exponents(suffix) if powers else m.scales(suffix)
+    scale = m.exponents(suffix) if powers else m.magnitudes(suffix)
     if weight.dtype.itemsize == 1 and weight.dtype in (np.uint8, np.int8):
         shape = (*weight.shape[:-1], 2 * weight.shape[-1])
         if not powers:

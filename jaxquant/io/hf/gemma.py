@@ -27,7 +27,7 @@ __all__ = ["GEMMA"]
 def read(m: Module) -> QTensor:
     """The weight of one module."""
     weight = m.array(".weight", np.uint8, np.int8, ndim=2)
-    scale = m.scales(".weight_scale", np.float32, np.float16, ml_dtypes.bfloat16, ndim=2)
+    scale = m.magnitudes(".weight_scale", np.float32, np.float16, ml_dtypes.bfloat16, ndim=2)
     m.check(".weight_scale", scale.shape, (weight.shape[0], 1))
     dtype = m.checkpoint.dtype or np.dtype(np.float32)
     if weight.dtype == np.int8:

@@ -102,6 +102,10 @@ class HFLeaves(Leaves):
             for q in (leaf, leaf.scale, leaf.offset):
                 if isinstance(q, QTensor):
                     check_qtensor(q, module.error)
+            codes = leaf.codes
+            if _is_float(codes) and (bad := int((~np.isfinite(codes.astype(np.float16))).sum())):
+                todo = "The checkpoint is damaged: fetch it again"
+                raise module.error("the codes of a weight must be finite", todo=todo, bad=bad)
         floats = [leaf.scale, leaf.zero_point, leaf.offset] if isinstance(leaf, QTensor) else [leaf]
         for value in jax.tree.leaves(floats):
             if _is_float(value) and not np.isfinite(value.astype(np.float32)).all():

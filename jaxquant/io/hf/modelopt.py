@@ -53,16 +53,11 @@ def read(m: Module) -> QTensor:
     if algorithm not in (None, "MIXED_PRECISION") and ("NVFP4" in str(algorithm)) != (weight.dtype == np.uint8):
         m.problems.append(f"{m.name} has codes in {weight.dtype.name}, though the configuration says {algorithm}")
     if weight.dtype == np.uint8:
-        local = m.scales(".weight_scale", ml_dtypes.float8_e4m3fn, ndim=2)
+        local = m.magnitudes(".weight_scale", ml_dtypes.float8_e4m3fn, ndim=2)
         m.check(".weight_scale", local.shape, (weight.shape[0], weight.shape[1] // 8))
-        unit = m.scales(".weight_scale_2", np.float32)
-        if unit.size != 1:
-            raise m.error(
-                "there must be one scale for the weight", ".weight_scale_2", todo="Fetch it again", found=unit
-            )
-        scale = QTensor(local, unit.reshape(1, 1), None, qtype="float8_e4m3fn", dtype=np.float32)
+        scale = QTensor(local, m.unit(".weight_scale_2"), None, qtype="float8_e4m3fn", dtype=np.float32)
         return QTensor(weight, scale, None, qtype="nvfp4", dtype=m.dtype, length=2 * weight.shape[1])
-    scale = m.scales(".weight_scale")
+    scale = m.magnitudes(".weight_scale")
     scale = scale.reshape(1, 1) if scale.size == 1 else scale.reshape(len(scale), -1)
     found = spread(scale, weight.shape, (_BLOCK, _BLOCK) if "PB" in str(algorithm) else (None, None))
     if found is None:

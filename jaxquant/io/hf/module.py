@@ -87,6 +87,22 @@ class Module:
             raise self.error("scales must be finite", suffix, todo="The checkpoint is damaged: fetch it again", bad=bad)
         return value
 
+    def magnitudes(self, suffix: str, *dtypes: Any, ndim: int | tuple[int, ...] | None = None) -> np.ndarray:
+        """A tensor of scales that come from largest magnitudes: finite and not negative."""
+        value = self.scales(suffix, *dtypes, ndim=ndim)
+        if (bad := int((value < 0).sum())) > 0:
+            todo = "The checkpoint is damaged: fetch it again"
+            raise self.error("scales of this format are not negative", suffix, todo=todo, bad=bad)
+        return value
+
+    def unit(self, suffix: str, *dtypes: Any) -> np.ndarray:
+        """The one scale of a whole weight, of shape [1, 1]: finite and positive."""
+        value = self.scales(suffix, *(dtypes or (np.float32,)))
+        if value.size != 1 or not value.astype(np.float32).reshape(-1)[0] > 0:
+            rule = "there must be one positive scale for the whole weight"
+            raise self.error(rule, suffix, todo="The checkpoint is damaged: fetch it again", found=value)
+        return value.reshape(1, 1)
+
     def exponents(self, suffix: str, ndim: int | tuple[int, ...] | None = None) -> np.ndarray:
         """A tensor of powers of two, stored as biased exponents in a byte."""
         value = self.array(suffix, np.uint8, ml_dtypes.float8_e8m0fnu, ndim=ndim).view(ml_dtypes.float8_e8m0fnu)

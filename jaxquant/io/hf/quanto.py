@@ -27,7 +27,7 @@ def read(m: Module) -> QTensor:
     """The weight of one module."""
     if m.has(".weight._data"):
         weight = m.array(".weight._data", np.int8, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ndim=2)
-        scale = m.scales(".weight._scale")
+        scale = m.magnitudes(".weight._scale")
         scale = scale.reshape(1, 1) if scale.size == 1 else scale
         if scale.size != 1:
             m.check(".weight._scale", scale.shape, (weight.shape[0], 1))

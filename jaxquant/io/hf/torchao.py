@@ -61,7 +61,7 @@ def read(m: Module) -> QTensor:
         raise m.error(f"the layout of {kind} belongs to one GPU kernel and is not read", todo=todo)
     codes = inner.array("qdata", np.int8, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ndim=2)
     block = data.get("block_size")
-    scale = _blocks(inner, "scale", inner.scales("scale"), codes.shape, block)
+    scale = _blocks(inner, "scale", inner.magnitudes("scale"), codes.shape, block)
     zero = inner.maybe("zero_point", np.int8, np.int32)
     if zero is not None:
         zero = _blocks(inner, "zero_point", zero, codes.shape, block) if zero.any() else None

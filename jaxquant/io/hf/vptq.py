@@ -79,6 +79,8 @@ def read(m: Module) -> np.ndarray:
     if perm is not None:
         perm = perm.view(np.uint16) if perm.dtype == np.int16 else perm
         m.check(".perm", perm.shape, (length,))
+        if not np.array_equal(np.sort(perm), np.arange(length)):
+            raise m.error("perm must name every column once", ".perm", todo="The checkpoint is damaged: fetch it again")
         full = full[:, np.argsort(perm)]
     for suffix, change in ((".weight_scale", np.multiply), (".weight_bias", np.add)):
         if m.has(suffix):
