@@ -158,8 +158,9 @@ def test_what_we_quantize_is_read_to_the_same_values(qtype, fields, format, tmp_
     assert_same(again["a.bias"], params["a.bias"])
 
 
-def test_double_quantization_keeps_its_groups_or_is_refused(tmp_path):
-    q = jq.ptq.double_quantized(weight(64, 2048), jq.recipes.nf4(64).weight, reduce_axes=(-1,))
+@pytest.mark.parametrize("shape", [(64, 2048), (67, 320)])
+def test_double_quantization_keeps_its_groups_or_is_refused(tmp_path, shape):
+    q = jq.ptq.double_quantized(weight(*shape), jq.recipes.nf4(64).weight, reduce_axes=(-1,))
     jq.io.save_hf(tmp_path / "out", {"a.weight": q}, format="bitsandbytes")
     found = jq.io.load_hf(tmp_path / "out")[0]["a.weight"]
     assert found.scale.qtype == "dynamic8"

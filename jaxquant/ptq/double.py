@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.core.arithmetic import times_reciprocal
-from jaxquant.core.blocks import BlockView
 from jaxquant.core.codec import codes_of, round_to_grid
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor, from_codes
@@ -38,7 +39,8 @@ def double_quantized(
     Args:
       w, spec, reduce_axes, stats: go to ``method``.
       method: the quantizer; its result must have float scales.
-      group_size: scales that share a t, counted along the reduced axes first, then from output to output.
+      group_size: scales that share a t, counted along the reduced axes first, then from output to output. The last
+        group may be short; where groups end inside of rows of scales, t is repeated for each part.
       qtype: number type of the scales' codes; bitsandbytes' dynamic map by default, which nf4 and fp4 come with.
 
     Returns:
@@ -46,8 +48,7 @@ def double_quantized(
       gave, as in bitsandbytes.
 
     Raises:
-      QuantError: as ``method``; if the scales are quantized already, or groups end neither where rows of scales do nor
-        inside of them evenly.
+      QuantError: as ``method``; if the scales are quantized already, or ``group_size`` is not positive.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
@@ -59,6 +60,9 @@ def double_quantized(
 
     Source: Dettmers et al. 2023 (QLoRA, arXiv:2305.14314), section 3, "Double Quantization".
     """
+    if type(group_size) is not int or group_size < 1:
+        todo = "Use for example 256"
+        raise quant_error("double_quantized", "group_size must be a positive integer", todo=todo, group_size=group_size)
     q = method(w, spec, reduce_axes=reduce_axes, stats=stats)
     if isinstance(q.scale, QTensor) or q.scale.dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
         todo = "Leave double_quantized out"
@@ -67,24 +71,29 @@ def double_quantized(
 
 
 def _quantized(q: QTensor, group_size: int, qtype: str) -> QTensor:
+    """The scales as codes, in groups along their stored order, the last of which may be short."""
     scale, order, info = q.scale.astype(jnp.float32), q.stored_order, QTYPES[qtype]
-    left, block = min(group_size, scale.size), [1] * scale.ndim
-    for axis in reversed(order):
-        n = scale.shape[axis]
-        if (left % n if left >= n else n % left) != 0:
-            raise quant_error(
-                "double_quantized",
-                f"groups of {group_size} do not fit the scales {tuple(scale.shape)}",
-                todo=f"Use a group size that {n} divides, or that divides {n}",
-                group_size=group_size,
-            )
-        block[axis] = min(left, n)
-        left //= block[axis]
-    mean = jnp.mean(scale)
-    view = BlockView(scale.shape, tuple(block))
-    x = view.split(scale - mean)
-    absmax = jnp.max(jnp.abs(x), axis=view.axes, keepdims=True)
+    group_size = min(group_size, scale.size)
+    groups, mean = -(-scale.size // group_size), jnp.mean(scale)
+    x = jnp.transpose(scale - mean, order).reshape(-1)
+    x = jnp.pad(x, (0, groups * group_size - scale.size)).reshape(groups, group_size)
+    absmax = jnp.max(jnp.abs(x), axis=1, keepdims=True)
     outer = jnp.where(absmax > 0, absmax / info.qmax, 1)
-    codes = codes_of(view.join(round_to_grid(times_reciprocal(x, outer), info)), info)
-    outer = view.join_scale(outer)
+    codes = codes_of(round_to_grid(times_reciprocal(x, outer), info), info).reshape(-1)[: scale.size]
+    shape = tuple(scale.shape[axis] for axis in order)
+    index = (np.arange(scale.size) // group_size).reshape(shape)
+    index = index[tuple(slice(None, None, n) for n in _blocks(shape, group_size))]
+    back = tuple(np.argsort(order).tolist())
+    codes, outer = (jnp.transpose(v, back) for v in (codes.reshape(shape), outer.reshape(-1)[index]))
     return from_codes(codes, outer, None, jnp.broadcast_to(mean, outer.shape), qtype=qtype, dtype=jnp.float32)
+
+
+def _blocks(shape: tuple[int, ...], group_size: int) -> list[int]:
+    """For groups over a flattened array: the largest blocks that lie within one group and divide the array evenly."""
+    left, block = group_size, [1] * len(shape)
+    for axis in reversed(range(len(shape))):
+        block[axis] = math.gcd(left, shape[axis])
+        if block[axis] < shape[axis]:
+            break
+        left //= block[axis]
+    return block

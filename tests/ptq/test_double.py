@@ -40,8 +40,25 @@ def test_scales_take_a_quarter_and_hardly_lose():
     np.testing.assert_allclose(q.scale.dequantize(), single.scale, atol=0.03 * float(single.scale.max()))
 
 
+@pytest.mark.parametrize("shape, size", [((48, 100), 256), ((16 * 5, 103), 256), ((16, 300), 256), ((64, 6), 7)])
+def test_groups_over_all_scales_in_their_order(shape, size):
+    """The last group is short, and groups end inside of rows."""
+    w = weight(*shape)
+    q, single = double_quantized(w, G16, reduce_axes=(-2,), group_size=size), rtn(w, G16, reduce_axes=(-2,))
+    scale = np.asarray(single.scale, np.float32).T  # the reduced axis is stored last
+    mean = scale.mean(dtype=np.float64)
+    flat, table = scale.reshape(-1) - mean, np.asarray(QTYPES["dynamic8"].table, np.float64)
+    expected = np.empty_like(flat)
+    for start in range(0, flat.size, size):
+        part = flat[start : start + size]
+        most = np.abs(part).max()
+        expected[start : start + size] = most * table[np.abs(part[:, None] / most - table).argmin(1)] if most else 0
+    found = np.asarray(q.scale.dequantize()).T.reshape(-1)
+    np.testing.assert_allclose(found, expected + mean, atol=2e-6 * np.abs(scale).max())
+
+
 def test_refusals():
-    with pytest.raises(jq.QuantError, match="groups of 256 do not fit the scales"):
-        double_quantized(weight(48, 100), G16, reduce_axes=(-2,))
+    with pytest.raises(jq.QuantError, match="group_size must be a positive integer"):
+        double_quantized(weight(48, 100), G16, reduce_axes=(-2,), group_size=0)
     with pytest.raises(jq.QuantError, match="the scales are not floats"):
         double_quantized(weight(64, 4), jq.QuantSpec("nvfp4"), reduce_axes=(-2,))
