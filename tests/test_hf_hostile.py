@@ -134,7 +134,7 @@ def test_codes_without_scales(tmp_path):
         ({"quant_method": "eetq"}, "the format 'eetq' is not read: its weights are interleaved"),
         ({"quant_method": "higgs"}, "the format 'higgs' is not read: its inputs are rotated"),
         ({"quant_method": "newest"}, "the format 'newest' is not read: it is not known"),
-        ({"bits": 4}, "the format 'unnamed' is not read"),
+        ({"bits": 4}, "the quantization configuration has no quant_method, the key that names its format"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "the layout 'marlin' is that of one GPU kernel"),
         ({"quant_method": "awq", "version": "exllama"}, "the layout 'exllama' is that of one GPU kernel"),
         ({"quant_method": "awq", "bits": 3}, "AWQ has 4-bit codes only; got bits=3"),

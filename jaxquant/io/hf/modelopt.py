@@ -33,8 +33,8 @@ def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
 
 def _said(config: dict[str, Any]) -> dict[str, Any]:
     """What hf_quant_config.json has under "quantization", and config.json by itself."""
-    inner = config.get("quantization")
-    return config | inner if isinstance(inner, dict) else config
+    outer, inner = {k: v for k, v in config.items() if k != "quantization"}, config.get("quantization")
+    return outer | inner if isinstance(inner, dict) else outer
 
 
 def _stated(_: HFCheckpoint, config: dict[str, Any], prefix: str) -> dict[str, Any]:
