@@ -40,18 +40,14 @@ def test_dequantizes_to_the_reference(name):
     for module, ref in wanted.items():
         w = values(leaf_of(module), dtype_of(ref["dtype"]))
         assert list(w.shape) == ref["shape"]
-        if name != "bnb_int8":  # two roundings in float32; see below
-            assert digest(w) == ref["sha256"], module
+        assert digest(w) == ref["sha256"], module
     for key, ref in tensors_of(folder / "ref.safetensors").items():
         kind, _, module = key.partition(".")
         if kind not in ("dequant", "dequant_rows16"):
             continue
         w = values(leaf_of(module), ref.dtype)
         w = w[:16] if kind == "dequant_rows16" else w
-        if name == "bnb_int8":  # q * SCB, rounded, times 1/127, rounded, against q * (SCB / 127): 3 roundings of 2^-24
-            np.testing.assert_allclose(w, ref, rtol=3 * 2.0**-24)
-        else:
-            np.testing.assert_array_equal(w, ref)
+        np.testing.assert_array_equal(w, ref)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,10 +1,16 @@
 """Single tensors that the original libraries packed, as checkpoints of one module."""
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from hf_files import checkpoint, unit, values
 
 import jaxquant as jq
+from jaxquant.core import views
+from jaxquant.core.qtensor import QTensor, scale_values
+
+BF16 = ml_dtypes.bfloat16
 
 pytestmark = pytest.mark.every
 
@@ -31,6 +37,28 @@ def test_bitsandbytes(tmp_path, kind, nested):
     assert q.qtype == kind
     assert isinstance(q.scale, type(q)) == nested
     np.testing.assert_array_equal(values(q, t["ref_dequant"].dtype), t["ref_dequant"])
+
+
+def test_llm_int8(tmp_path):
+    """Two products, each rounded to float32, and then the dtype that is asked for; traced or not, constants or not."""
+    t, _ = unit("bnb_int8_24x40")
+    config = {"dtype": "float16", "quantization_config": {"load_in_8bit": True}}
+    q, _ = load(tmp_path / "a", only(t, "weight", "SCB"), config)
+    one = t["weight"].astype(np.float32) * (t["SCB"] * np.float32(1 / 127))[:, None]
+    assert np.mean(one != t["ref_dequant"]) > 0.2
+    for w in (q.dequantize(), jax.jit(QTensor.dequantize)(q), jax.jit(lambda: q.dequantize())()):
+        np.testing.assert_array_equal(w, t["ref_dequant"])
+    for dtype in (np.float16, BF16):
+        np.testing.assert_array_equal(q.dequantize(dtype), t[f"ref_dequant_{np.dtype(dtype).name}"])
+    transposed = views.transpose(q, (1, 0))
+    np.testing.assert_array_equal(transposed.dequantize(), t["ref_dequant"].T)
+    x = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
+    y = jq.ops.einsum("bi,oi->bo", x, q)
+    np.testing.assert_array_equal(y, jq.ops.einsum("bi,oi->bo", x, q.replace(scale=scale_values(q.scale))))
+    jq.io.save(tmp_path / "q.safetensors", {"w": q, "wt": transposed})
+    again = jq.io.load(tmp_path / "q.safetensors")
+    np.testing.assert_array_equal(again["w"].dequantize(), t["ref_dequant"])
+    np.testing.assert_array_equal(again["wt"].dequantize(), t["ref_dequant"].T)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -16,7 +16,7 @@ from jaxquant.core.codec import from_bits, to_bits, values_of
 from jaxquant.core.errors import quant_error
 from jaxquant.core.layout import transpose, transpose_by_tiles
 from jaxquant.core.packing import pack, unpack
-from jaxquant.core.qtypes import QTYPES, QType
+from jaxquant.core.qtypes import FACTOR, QTYPES, QType
 
 __all__ = ["LEAVES", "QTensor", "cast", "dequantize", "flat", "from_codes", "scale_values", "stored_order"]
 
@@ -34,6 +34,10 @@ def stored_order(ndim: int, minor: tuple[int, ...]) -> tuple[int, ...]:
 @functools.cache
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order.index(axis) for axis in range(len(order)))
+
+
+def _type(name: str) -> QType:
+    return FACTOR if name == FACTOR.name else QTYPES[name]
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -55,7 +59,8 @@ class QTensor:
       codes: uint8 bit patterns packed along the last axis for types below 8 bits, else int8, uint8 or fp8; stored with
         the ``minor`` axes last (contraction-minor).
       scale: float array of the logical rank, one entry per block, positive unless imported otherwise; or a QTensor,
-        where the scales are quantized themselves (nvfp4, double quantization).
+        where the scales are quantized themselves (nvfp4, double quantization), or the product of two factors that are
+        multiplied one after the other, each product rounded (LLM.int8(); ``qtype="float32"``).
       zero_point: the code of real 0, an integer array of the scale's shape, or None. Some imported formats have floats;
         ``q - zero_point`` is then rounded to their dtype, as the format's own library does.
       offset: real units added to each block (formats that store minima instead of zero points), a float array of the
@@ -142,7 +147,7 @@ class QTensor:
     @property
     def type(self) -> QType:
         """The number type, in full."""
-        return QTYPES[self.qtype]
+        return _type(self.qtype)
 
     @property
     def stored_order(self) -> tuple[int, ...]:
@@ -248,7 +253,7 @@ def from_codes(
     Returns:
       The `QTensor`, its codes packed if the type is narrower than a byte.
     """
-    info = QTYPES[qtype]
+    info = _type(qtype)
     order, length, stored = stored_order(codes.ndim, minor), None, codes
     if info.packed:
         length = codes.shape[order[-1]]
@@ -280,6 +285,15 @@ def scale_values(scale: Any) -> jax.Array:
     return scale if scale.dtype == jnp.float64 else scale.astype(jnp.float32)
 
 
+def _factors(scale: Any) -> tuple[jax.Array, ...]:
+    """What grid values are multiplied by, one after the other."""
+    if not isinstance(scale, QTensor) or scale.qtype != FACTOR.name:
+        return (scale_values(scale),)
+    # Of two constants XLA would make one.
+    first = jax.lax.optimization_barrier(jax.lax.stop_gradient(scale.logical_codes()))
+    return first, jnp.broadcast_to(scale_values(scale.scale), first.shape)
+
+
 def cast(x: jax.Array, dtype: Any) -> jax.Array:
     """``x.astype(dtype)``, but what overflows there becomes the largest finite number.
 
@@ -295,8 +309,8 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     """The float array a QTensor stands for: ``(q - zero_point) * scale + offset``.
 
     It is formed in float32 (float64 for a float64 tensor) and rounded once to ``dtype``. Only where an imported format
-    has zero points or offsets in a narrower float dtype is the intermediate value rounded to that dtype first, as by
-    the format's own library.
+    has zero points or offsets in a narrower float dtype is the intermediate value rounded to that dtype first, and
+    where its scale has two factors, to float32 between them, as by the format's own library.
 
     Args:
       q: the quantized array.
@@ -333,7 +347,8 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     values = view.split(values_of(jax.lax.stop_gradient(q.logical_codes()), q.type, compute))
     if q.zero_point is not None:
         values = _rounded(values - view.split_scale(q.zero_point).astype(compute), q.zero_point.dtype)
-    values = values * view.split_scale(scale_values(q.scale)).astype(compute)
+    for factor in _factors(q.scale):
+        values = values * view.split_scale(factor).astype(compute)
     if q.offset is not None:
         values = _rounded(values, q.offset.dtype) + view.split_scale(scale_values(q.offset)).astype(compute)
     values = cast(view.join(values), out)

@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxquant.core.errors import quant_error
 
-__all__ = ["QTYPES", "DtypeTable", "QType", "dtype_table", "qtype_of"]
+__all__ = ["FACTOR", "QTYPES", "DtypeTable", "QType", "dtype_table", "qtype_of"]
 
 # Dettmers et al. 2023 (QLoRA), appendix E: quantiles of a normal distribution, normalised to [-1, 1].
 _NF4 = (
@@ -113,7 +113,7 @@ class QType:
         """
         if self.kind == "int":
             return np.dtype(np.int8 if self.signed else np.uint8)
-        return np.dtype(self.element) if self.bits == 8 and self.element else np.dtype(np.uint8)
+        return np.dtype(self.element) if self.bits >= 8 and self.element else np.dtype(np.uint8)
 
     @property
     def packed(self) -> bool:
@@ -158,6 +158,10 @@ QTYPES: dict[str, QType] = {
         _float("nvfp4", "float4_e2m1fn", group_size=16, scale_format="e4m3"),
     )
 }
+
+
+#: Numbers as they are: the type of a scale that is the product of two factors, not one that arrays are quantized to.
+FACTOR = _float("float32", "float32")
 
 
 def qtype_of(name: Any, *, function: str = "QuantSpec") -> QType:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.packing import packed_length
 from jaxquant.core.qtensor import QTensor, scale_values
-from jaxquant.core.qtypes import QTYPES
+from jaxquant.core.qtypes import FACTOR, QTYPES
 from jaxquant.io.patterns import NAMELESS, pattern_spec
 from jaxquant.io.safetensors import DTYPES, SafetensorsFile, TensorSpec, is_shape
 from jaxquant.transform.paths import key_of
@@ -76,8 +77,10 @@ def _are_keys(keys: list[Any]) -> bool:
 def check_qtensor(q: QTensor, error: Callable[..., QuantError]) -> None:
     """Raises ``error(rule, todo=..., **got)`` unless the static fields, dtypes and shapes of ``q`` fit together."""
     todo = "Make it with quantize, or check whoever made it"
-    if not isinstance(q.qtype, str) or q.qtype not in QTYPES:
+    if not isinstance(q.qtype, str) or q.qtype not in (*QTYPES, FACTOR.name):
         raise error("unknown number type", todo=f"Use one of {', '.join(QTYPES)}", qtype=q.qtype)
+    if q.qtype == FACTOR.name and not (q.symmetric and q.permutation is None and math.prod(q.scale.shape) == 1):
+        raise error("a scale of two factors has one of all, and nothing added", todo=todo, scale=q.scale)
     info, codes, ndim = q.type, q.codes, len(q.codes.shape)
     if not jnp.issubdtype(q.dtype, jnp.floating) or q.dtype.name not in _SUPPORTED:
         raise error("dtype must be a float dtype", todo="Use float32, bfloat16 or float16", dtype=q.dtype)

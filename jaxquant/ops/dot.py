@@ -13,6 +13,7 @@ from jax import lax
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtypes import FACTOR
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.backward import as_stored, lhs_gradient, rhs_gradient
 from jaxquant.ops.formulation import is_float, product
@@ -111,7 +112,9 @@ class _Contraction(Call):
 
 def _integers(x: QTensor | jax.Array, axes: Axes, form: Axes | None = None) -> Matrix | None:
     """An operand of integers with one scale for all that is contracted, in that form; None if it is another."""
-    if not isinstance(x, QTensor) or x.type.kind != "int" or isinstance(x.scale, QTensor) or x.offset is not None:
+    if not isinstance(x, QTensor) or x.type.kind != "int" or x.offset is not None:
+        return None
+    if isinstance(x.scale, QTensor) and x.scale.qtype != FACTOR.name:
         return None
     whole = x.zero_point is None or jnp.issubdtype(x.zero_point.dtype, jnp.integer)
     one = all(x.scale.shape[i] == 1 for i in axes.contract)

@@ -12,8 +12,8 @@
     weight int8 [out, in], SCB float32 [out], weight_format: W = weight * SCB / 127
 
 Blocks straddle rows where the block size does not divide the input features; they are then cut into parts that do not.
-bitsandbytes multiplies an int8 weight by SCB and then by 1/127, which is within 2 units in the last place of float32 of
-the product with SCB / 127 that a QTensor stands for.
+An int8 weight is multiplied by SCB, rounded to float32, and then by 1/127: its scale has these two factors. The result
+is float32, whatever the dtype of the model.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def _int8(m: Module) -> QTensor:
         raise m.error(rule, ".weight_format", todo="Save it again with a newer bitsandbytes", code=int(layout.max()))
     if m.config.get("llm_int8_threshold"):
         m.notes.append(f"outlier threshold {m.config['llm_int8_threshold']}")
-    m.notes.append("SCB / 127 is one factor: within 2 units in the last place of float32")
-    return QTensor(weight, scale[:, None] * np.float32(1 / 127), None, qtype="int8", dtype=m.dtype)
+    factors = QTensor(scale[:, None], np.full((1, 1), 1 / 127, np.float32), None, qtype="float32", dtype=np.float32)
+    return QTensor(weight, factors, None, qtype="int8", dtype=np.float32)
 
 
 def _state(m: Module) -> tuple[str, dict[str, Any]]:
