@@ -162,6 +162,11 @@ class QTensor:
         """The float array this stands for; see `jaxquant.dequantize`."""
         return dequantize(self, dtype)
 
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        """No conversion by NumPy, which would make an array of one Python object of it."""
+        todo = "Call .dequantize() for its values, or keep it with jaxquant.io.save"
+        raise quant_error("QTensor", "this is no array", todo=todo, tensor=repr(self))
+
     def unpacked(self) -> jax.Array:
         """Codes one per element (``type.code_dtype``), in stored order: the ``minor`` axes last."""
         if self.length is None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from typing import Any, Literal
 
 import ml_dtypes
@@ -163,6 +164,27 @@ QTYPES: dict[str, QType] = {
 #: Numbers as they are: the type of a scale that is the product of two factors, not one that arrays are quantized to.
 FACTOR = _float("float32", "float32")
 
+_FP8, _FP4 = ("float8_e4m3fn", "float8_e5m2"), ("float4_e2m1fn", "mxfp4", "nvfp4")
+_OTHER_NAMES = {
+    "fp8": _FP8, "f8": _FP8, "float8": _FP8, "e4m3": _FP8[:1], "f8e4m3": _FP8[:1], "fp8e4m3": _FP8[:1],
+    "e5m2": _FP8[1:], "f8e5m2": _FP8[1:], "fp8e5m2": _FP8[1:], "float4": _FP4, "f4": _FP4, "e2m1": _FP4[:1],
+    "fp4e2m1": _FP4[:1], "mxfp6": ("mxfp8", "mxfp4"), "nvfp8": ("mxfp8", "nvfp4"),
+    **dict.fromkeys(("bf16", "bfloat16", "fp16", "f16", "float16", "half"), (*_FP8, "int8")),
+    **dict.fromkeys(("fp32", "f32", "float32", "fp64", "float64"), (*_FP8, "int8")),
+}  # fmt: skip
+
+
+def _nearest(name: str) -> list[str]:
+    """Types that a name may mean: by what others call them, by bits, by spelling."""
+    word = name.lower().replace("_", "").replace("-", "").removesuffix("fn")
+    if word in _OTHER_NAMES:
+        return list(_OTHER_NAMES[word])
+    integer = re.match(r"(u?)(?:int|i|q|w)(\d+)", name.lower())
+    if integer:
+        sign, bits = integer.groups()
+        return [f"{sign}int{n}" for n in sorted(range(2, 9), key=lambda n: abs(n - int(bits)))[:2]]
+    return difflib.get_close_matches(name.lower(), QTYPES, n=3)
+
 
 def qtype_of(name: Any, *, function: str = "QuantSpec") -> QType:
     """The `QType` of a name (``"int4"``) or of a dtype (``jnp.int4``); `QuantError` if there is none."""
@@ -175,7 +197,7 @@ def qtype_of(name: Any, *, function: str = "QuantSpec") -> QType:
         except (TypeError, ValueError):
             key = repr(name)
     if key not in QTYPES:
-        near = difflib.get_close_matches(str(key), QTYPES, n=3) or list(QTYPES)
+        near = _nearest(str(key)) or list(QTYPES)
         raise quant_error(function, "unknown number type", todo=f"Use one of {', '.join(near)}", qtype=key)
     return QTYPES[key]
 

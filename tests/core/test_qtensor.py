@@ -1,6 +1,7 @@
 """QTensor: a pytree that behaves as the float array it stands for, and never pretends to be one."""
 
 import copy
+import io
 import math
 import pickle
 
@@ -107,7 +108,9 @@ def test_is_no_array():
     """Using it as a float array raises instead of dequantizing silently."""
     q, x = jq.quantize(data(), QuantSpec("int8"), reduce_axes=(-2,)), jnp.ones((2, 32))
     assert not hasattr(q, "__jax_array__")
-    assert not hasattr(q, "__array__")
+    for convert in (np.asarray, np.array, lambda q: np.asarray(q, np.float32), lambda q: np.save(io.BytesIO(), q)):
+        with pytest.raises(jq.QuantError, match=r"QTensor: this is no array; got tensor='QTensor\(.*\.dequantize\(\)"):
+            convert(q)
     for use in (
         lambda: jnp.asarray(q),
         lambda: jnp.sum(q),

@@ -141,6 +141,14 @@ def test_rules_search_the_path():
 # (call, start of the message, value named, remedy)
 BAD = [
     (lambda: QuantSpec("int9"), "QuantSpec: unknown number type", "qtype='int9'", "int"),
+    (lambda: QuantSpec("fp8"), "QuantSpec: unknown number type", "'fp8'", "one of float8_e4m3fn, float8_e5m2."),
+    (lambda: QuantSpec("E4M3"), "QuantSpec: unknown number type", "'E4M3'", "one of float8_e4m3fn."),
+    (lambda: QuantSpec("int1"), "QuantSpec: unknown number type", "'int1'", "one of int2, int3."),
+    (lambda: QuantSpec("uint16"), "QuantSpec: unknown number type", "'uint16'", "one of uint8, uint7."),
+    (lambda: QuantSpec("float4"), "QuantSpec: unknown number type", "'float4'", "float4_e2m1fn, mxfp4, nvfp4."),
+    (lambda: QuantSpec("q4_0"), "QuantSpec: unknown number type", "'q4_0'", "one of int4, int3."),
+    (lambda: QuantSpec("bf16"), "QuantSpec: unknown number type", "'bf16'", "float8_e4m3fn, float8_e5m2, int8."),
+    (lambda: QuantSpec("iq4_xs"), "QuantSpec: unknown number type", "'iq4_xs'", "iq4_nl"),
     (lambda: QuantSpec("flaot8_e4m3fn"), "QuantSpec: unknown number type", "flaot8", "float8_e4m3fn"),
     (lambda: QuantSpec(jnp.float32), "QuantSpec: unknown number type", "float32", "Use one of"),
     (lambda: QuantSpec(object), "QuantSpec: unknown number type", "qtype=", "Use one of"),
