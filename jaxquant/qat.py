@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 
-__all__ = ["check_trainable", "freeze_quantized", "refuse_quantized", "trainable"]
+__all__ = ["check_trainable", "freeze_quantized", "merge", "refuse_quantized", "split", "trainable"]
 
 
 def _is_qtensor(x: Any) -> bool:
@@ -56,6 +56,57 @@ def trainable(params: Any) -> Any:
     )
 
 
+def split(params: Any) -> tuple[Any, Any]:
+    """The leaves that train and those that do not, each in the structure of ``params`` with None for the others.
+
+    Gradients are taken with respect to the former: they are float arrays, and any optimizer takes them.
+
+    Args:
+      params: pytree of arrays and QTensors.
+
+    Returns:
+      ``(trained, frozen)``, which `merge` puts together again.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import qat
+      >>> kernel = jq.quantize(jnp.ones((4, 2)), jq.QuantSpec("int8"), reduce_axes=(-2,))
+      >>> trained, frozen = qat.split({"bias": jnp.zeros((1, 2)), "kernel": kernel})
+      >>> loss = lambda p: jnp.sum(p["kernel"].dequantize() + p["bias"])
+      >>> jax.grad(lambda trained: loss(qat.merge(trained, frozen)))(trained)
+      {'bias': Array([[4., 4.]], dtype=float32), 'kernel': None}
+    """
+
+    def part(frozen: bool) -> Any:
+        return jax.tree.map(lambda x: x if _frozen(x) == frozen else None, params, is_leaf=_is_qtensor)
+
+    return part(False), part(True)
+
+
+def merge(trained: Any, frozen: Any) -> Any:
+    """The parameters of which `split` made these two.
+
+    Args:
+      trained: leaves that train, and None.
+      frozen: the others, and None.
+
+    Returns:
+      A pytree in the structure of both.
+
+    Raises:
+      QuantError: if a leaf is in both.
+    """
+
+    def whole(keys: Any, t: Any, f: Any) -> Any:
+        if t is not None and f is not None:
+            todo = "Pass what split returned, or new values in the same structure"
+            path = jax.tree_util.keystr(keys, simple=True, separator="/")
+            raise quant_error("merge", "a leaf both trains and is frozen", todo=todo, path=path, trained=t, frozen=f)
+        return f if t is None else t
+
+    return jax.tree_util.tree_map_with_path(whole, trained, frozen, is_leaf=lambda x: x is None or _is_qtensor(x))
+
+
 def check_trainable(params: Any) -> None:
     """Raises if an optimizer could not train every leaf.
 
@@ -76,23 +127,24 @@ def check_trainable(params: Any) -> None:
                 "check_trainable",
                 "quantized and integer leaves cannot be trained",
                 todo="Train the float parameters and quantize them afterwards, or keep these fixed with "
-                "qat.freeze_quantized(tx)",
+                "qat.freeze_quantized(tx) or qat.split(params)",
                 path=jax.tree_util.keystr(path, simple=True, separator="/"),
                 got=leaf,
             )
 
 
 def refuse_quantized(tx: Any) -> Any:
-    """The same optimizer, except that it raises on parameters it cannot train.
+    """The same optimizer, except that it raises on parameters it cannot train, and on gradients that are none.
 
     Args:
       tx: an Optax transformation.
 
     Returns:
-      An Optax transformation whose ``init`` calls `check_trainable` first. Its state is that of ``tx``.
+      An Optax transformation whose ``init`` calls `check_trainable` first, and whose ``update`` looks for the float0
+      zeros that ``jax.grad(..., allow_int=True)`` gives for integers. Its state is that of ``tx``.
 
     Raises:
-      QuantError: from ``init``.
+      QuantError: from ``init`` and ``update``.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq, optax
@@ -109,7 +161,19 @@ def refuse_quantized(tx: Any) -> Any:
         check_trainable(params)
         return tx.init(params)
 
-    return tx._replace(init=init)
+    def update(updates: Any, *args: Any, **extra: Any) -> Any:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
+            if getattr(leaf, "dtype", None) == jax.dtypes.float0:
+                raise quant_error(
+                    "refuse_quantized",
+                    "integers have no gradients",
+                    todo="Take gradients of the float parameters alone (qat.split), or use qat.freeze_quantized(tx)",
+                    path=jax.tree_util.keystr(path, simple=True, separator="/"),
+                    got=leaf,
+                )
+        return tx.update(updates, *args, **extra)
+
+    return tx._replace(init=init, update=update)
 
 
 def freeze_quantized(tx: Any) -> Any:

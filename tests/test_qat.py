@@ -121,3 +121,38 @@ def test_jax_refuses_gradients_of_integer_leaves():
     """The first line of defence is JAX's own, and it has to stay."""
     with pytest.raises(TypeError, match="grad requires real- or complex-valued inputs"):
         jax.grad(lambda p: jnp.sum(p["frozen"]["kernel"].dequantize()))(mixed())
+
+
+@pytest.mark.parametrize("qtype", TYPES)
+def test_split_and_merge(qtype):
+    """Any optimizer trains the one half; both together are the parameters, bit for bit."""
+    params = {**mixed(qtype), "steps": jnp.int32(3), "none": None}
+    trained, frozen = qat.split(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {jnp.dtype(jnp.float32)}
+    assert trained["frozen"]["kernel"] is None
+    assert frozen["float"]["kernel"] is None
+    same = qat.merge(trained, frozen)
+    assert jax.tree.structure(same) == jax.tree.structure(params)
+    assert all(a is b for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(params), strict=True))
+
+    def loss(trained):
+        p = qat.merge(trained, frozen)
+        return jnp.sum((p["frozen"]["kernel"].dequantize() + p["float"]["kernel"]) ** 2) + jnp.sum(p["frozen"]["bias"])
+
+    tx = optax.adam(0.1)
+    grads = jax.grad(loss)(trained)
+    updates, _ = tx.update(grads, tx.init(trained), trained)
+    after = qat.merge(optax.apply_updates(trained, updates), frozen)
+    np.testing.assert_allclose(after["frozen"]["bias"], 0.9, rtol=1e-5)  # a first step of Adam is the learning rate
+    want = 2 * (params["frozen"]["kernel"].dequantize() + W)
+    np.testing.assert_allclose(grads["float"]["kernel"], want, rtol=1e-6)
+    with pytest.raises(jq.QuantError, match="merge at float/kernel: a leaf both trains and is frozen"):
+        qat.merge(trained, params)
+
+
+def test_gradients_of_integers_are_named():
+    params = mixed()
+    tx = qat.refuse_quantized(optax.sgd(0.1))
+    grads = jax.grad(lambda p: jnp.sum(p["frozen"]["kernel"].dequantize()), allow_int=True)(params)
+    with pytest.raises(jq.QuantError, match=r"frozen/kernel/codes: integers have no gradients.*qat.split"):
+        tx.update(grads, optax.sgd(0.1).init(W))

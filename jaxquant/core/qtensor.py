@@ -15,13 +15,42 @@ from jaxquant.core.blocks import BlockView
 from jaxquant.core.codec import from_bits, to_bits, values_of
 from jaxquant.core.errors import quant_error
 from jaxquant.core.layout import transpose, transpose_by_tiles
-from jaxquant.core.packing import pack, unpack
+from jaxquant.core.packing import pack, packed_length, unpack
 from jaxquant.core.qtypes import FACTOR, QTYPES, QType
 
-__all__ = ["LEAVES", "QTensor", "cast", "dequantize", "flat", "from_codes", "scale_values", "stored_order"]
+__all__ = ["FIELDS", "LEAVES", "QTensor", "cast", "dequantize", "flat", "from_codes", "scale_values", "stored_order"]
 
 #: The fields of a QTensor that are arrays (or None, or a QTensor).
 LEAVES = ("codes", "scale", "zero_point", "offset", "permutation")
+
+
+#: What the constructor takes.
+FIELDS = (*LEAVES, "qtype", "dtype", "minor", "length")
+
+
+@functools.cache
+def _own_dtype(qtype: str) -> np.dtype | None:
+    """The dtype of fp8 codes; None for other types."""
+    info = QTYPES.get(qtype) if isinstance(qtype, str) else None
+    return info.code_dtype if info is not None and info.kind == "float" and not info.packed else None
+
+
+def _viewed(x: Any, old: np.dtype | None, new: np.dtype | None) -> Any:
+    """An array (or its shape) of one dtype as one of another of as many bytes; whatever else there is as it is."""
+    if old is None or new is None or getattr(x, "dtype", None) != old:
+        return x
+    if isinstance(x, np.ndarray):
+        return x.view(new)
+    if isinstance(x, jax.Array):
+        return jax.lax.bitcast_convert_type(x, new)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, new, sharding=x.sharding)
+    return x
+
+
+def _patterns(codes: Any, qtype: str) -> Any:
+    """Codes as they are stored."""
+    return _viewed(codes, _own_dtype(qtype), np.dtype(np.uint8))
 
 
 @functools.cache
@@ -52,6 +81,10 @@ class QTensor:
     Static fields hold no absolute axis and no absolute shape, so that a QTensor with a leading axis on every leaf can
     be scanned, vmapped, stacked and sliced like the float array it stands for.
 
+    Arithmetic by `jax.tree.map` reaches codes and scales apart. Where it changes the dtype of the codes, what uses the
+    result raises. ``a + a``, ``-a`` and ``a * 2`` of integers do not: pass ``is_leaf=lambda x: isinstance(x, QTensor)``
+    there.
+
     There is no ``__jax_array__``: using a QTensor where a float array is expected raises instead of dequantizing
     silently. Call `dequantize`, or use the functions in `jaxquant.ops`.
 
@@ -81,7 +114,7 @@ class QTensor:
       QTensor(int4[256, 512] -> float32, group 64 on axis -2, symmetric, 72.0 KiB)
     """
 
-    __slots__ = ("codes", "dtype", "length", "minor", "offset", "permutation", "qtype", "scale", "zero_point")
+    __slots__ = ("dtype", "length", "minor", "offset", "permutation", "qtype", "scale", "stored", "zero_point")
 
     def __init__(
         self,
@@ -96,29 +129,35 @@ class QTensor:
         minor: tuple[int, ...] = (),
         length: int | None = None,
     ):
-        self.codes, self.scale, self.zero_point = codes, scale, zero_point
+        self.stored, self.scale, self.zero_point = _patterns(codes, qtype), scale, zero_point
         self.offset, self.permutation = offset, permutation
         self.qtype, self.dtype = qtype, np.dtype(dtype)
         self.minor, self.length = tuple(minor), length
 
     # -- pytree ----------------------------------------------------------------------------------------------------
     def tree_flatten_with_keys(self):
-        children = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in LEAVES)
-        return children, (self.qtype, self.dtype, self.minor, self.length)
+        children, aux = QTensor.tree_flatten(self)
+        return tuple((jax.tree_util.GetAttrKey(n), x) for n, x in zip(LEAVES, children, strict=True)), aux
 
     def tree_flatten(self):
-        return tuple(getattr(self, name) for name in LEAVES), (self.qtype, self.dtype, self.minor, self.length)
+        children = (self.stored, self.scale, self.zero_point, self.offset, self.permutation)
+        return children, (self.qtype, self.dtype, self.minor, self.length)
 
     @classmethod
     def tree_unflatten(cls, aux, children):
         qtype, dtype, minor, length = aux
         return cls(*children, qtype=qtype, dtype=dtype, minor=minor, length=length)
 
+    @property
+    def codes(self) -> Any:
+        """The codes in their own dtype. Those of fp8 are a leaf of uint8 patterns, which no arithmetic leaves such."""
+        return _viewed(self.stored, np.dtype(np.uint8), _own_dtype(self.qtype))
+
     # -- what a float array would say ----------------------------------------------------------------------------------
     @property
     def shape(self) -> tuple[int, ...]:
         """The logical shape, equal to the float array's."""
-        stored = tuple(self.codes.shape)
+        stored = tuple(self.stored.shape)
         if self.length is not None:
             stored = (*stored[:-1], self.length)
         order = _inverse(self.stored_order)
@@ -127,7 +166,7 @@ class QTensor:
     @property
     def ndim(self) -> int:
         """Rank of the logical array."""
-        return len(self.codes.shape)
+        return len(self.stored.shape)
 
     @property
     def size(self) -> int:
@@ -156,7 +195,7 @@ class QTensor:
 
     def replace(self, **fields: Any) -> QTensor:
         """A QTensor with other fields than this one."""
-        return QTensor(**{name: getattr(self, name) for name in QTensor.__slots__} | fields)
+        return QTensor(**{name: getattr(self, name) for name in FIELDS} | fields)
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The float array this stands for; see `jaxquant.dequantize`."""
@@ -167,8 +206,32 @@ class QTensor:
         todo = "Call .dequantize() for its values, or keep it with jaxquant.io.save"
         raise quant_error("QTensor", "this is no array", todo=todo, tensor=repr(self))
 
+    def checked(self) -> QTensor:
+        """Itself; raises if its leaves are not those of a QTensor any more: arithmetic has reached them.
+
+        Asked where values are made of codes, since JAX builds trees of anything: shapes, shardings, gradients, flags.
+        """
+        codes, scale = self.stored, self.scale
+        if self.qtype == FACTOR.name:
+            dtype = np.dtype(np.float32)
+        else:
+            dtype = self.type.code_dtype if self.type.kind == "int" and self.length is None else np.dtype(np.uint8)
+        fits = codes.dtype == dtype and len(codes.shape) == len(scale.shape)
+        fits = fits and (self.length is None or codes.shape[-1:] == (packed_length(self.length, self.type.bits),))
+        if not fits or not all(n % s == 0 for n, s in zip(self.shape, scale.shape, strict=True)):
+            raise quant_error(
+                "QTensor",
+                f"its leaves are no {self.qtype} codes and scales: something has computed with them",
+                todo="Dequantize, compute, and quantize anew; let jax.tree.map treat it as a leaf with "
+                "is_leaf=lambda x: isinstance(x, QTensor)",
+                codes=codes,
+                scale=scale,
+            )
+        return self
+
     def unpacked(self) -> jax.Array:
         """Codes one per element (``type.code_dtype``), in stored order: the ``minor`` axes last."""
+        self.checked()
         if self.length is None:
             return self.codes
         return from_bits(unpack(self.codes, self.type.bits, self.length), self.type)
@@ -210,7 +273,7 @@ class QTensor:
             blocks = tuple(self.scale.shape)
             per = _describe_blocks(shape, blocks)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # leaves that are not arrays
-            return f"QTensor({self.qtype}, codes={self.codes!r}, scale={self.scale!r}, zero_point={self.zero_point!r})"
+            return f"QTensor({self.qtype}, codes={self.stored!r}, scale={self.scale!r}, zero_point={self.zero_point!r})"
         kind = "symmetric" if self.symmetric else "asymmetric"
         kind += "" if self.permutation is None else ", permuted"
         unit, power = next((u, p) for u, p in (("MiB", 20), ("KiB", 10), ("B", 0)) if nbytes >= 1 << p or p == 0)
@@ -347,6 +410,7 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
         raise quant_error(
             "dequantize", "dtype must be a float dtype", todo="Use float32, bfloat16 or float16", dtype=dtype
         )
+    q.checked()
     compute = jnp.float64 if np.dtype(q.dtype) == np.float64 else jnp.float32
     view = BlockView.of_scale(q.shape, tuple(q.scale.shape))
     values = view.split(values_of(jax.lax.stop_gradient(q.logical_codes()), q.type, compute))

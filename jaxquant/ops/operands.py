@@ -45,7 +45,7 @@ Static = tuple[jax.Array, jax.Array | None] | None
 def as_array(function: str, name: str, x: Any) -> Any:
     """A jax array, or the QTensor itself."""
     if isinstance(x, QTensor):
-        return x
+        return x.checked()
     try:
         if not hasattr(x, "dtype") and not isinstance(x, numbers.Number | list | tuple):
             raise TypeError

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import FIELDS, QTensor
 
 __all__ = ["TrainedTensor"]
 
@@ -23,13 +23,13 @@ class TrainedTensor(QTensor):
     __slots__ = ("real",)
 
     def __init__(self, q: QTensor, real: Any):
-        super().__init__(**{name: getattr(q, name) for name in QTensor.__slots__})
+        super().__init__(**{name: getattr(q, name) for name in FIELDS})
         self.real = real
 
     @property
     def frozen(self) -> QTensor:
         """The codes alone."""
-        return QTensor(**{name: getattr(self, name) for name in QTensor.__slots__})
+        return QTensor(**{name: getattr(self, name) for name in FIELDS})
 
     def tree_flatten_with_keys(self):
         children, aux = super().tree_flatten_with_keys()

@@ -70,8 +70,7 @@ def test_frozen_operand(qtype):
     dx, dq = both[0]
     assert error(dx, np.asarray(g, np.float64) @ np.asarray(q.dequantize(), np.float64).T) <= INTEGER
     assert isinstance(dq, QTensor)
-    assert dq.codes.dtype == (q.codes.dtype if qtype.startswith(("float8", "mxfp8")) else jax.dtypes.float0)
-    assert dq.codes.dtype == jax.dtypes.float0 or not np.asarray(dq.codes, np.float32).any()
+    assert dq.codes.dtype == jax.dtypes.float0
     assert dq.zero_point is None or dq.zero_point.dtype == jax.dtypes.float0
     if qtype in ("int8", "uint4", "nf4"):
         assert np.asarray(dq.scale).all()
