@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxquant.core.indices import clamped
 from jaxquant.core.qtensor import QTensor, flat, scale_values
 
 __all__ = ["by_layer", "cast", "move", "reshape", "slice_along", "transpose"]
@@ -79,10 +80,11 @@ def move(q: QTensor, change: Callable[[jax.Array], jax.Array], axes: tuple[int, 
 
 
 def slice_along(q: QTensor, axis: int, start: Any, size: int) -> QTensor:
-    """``size`` indices from ``start`` (which may be traced) along one axis."""
+    """``size`` indices from ``start`` (which may be traced) along one axis; see `jaxquant.core.indices.clamped`."""
     n = q.shape[axis]
     if size == n:
         return q
+    start = clamped(start, size, n)
     if q.permutation is not None and (axis % q.ndim == q.stored_order[-1] or q.stored_order[-1] != q.ndim - 1):
         q = q.unpermuted()
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.indices import widened
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.digits import digit_count, digits_of
@@ -168,4 +169,5 @@ def ragged_dot(
         return jnp.zeros((lhs.shape[0], rhs.shape[2]), dtype)
     sides = pair.operands((1,), (1,))
     static = pair.static(sides, act_scale, act_zero_point)
-    return straight_through(_Ragged(*sides, precision=precision, dtype=dtype), lhs, rhs, *static, sizes)
+    how = _Ragged(*sides, precision=precision, dtype=dtype)
+    return straight_through(how, lhs, rhs, *static, widened(sizes))

@@ -12,6 +12,7 @@ import numpy as np
 from jaxquant.core.blocks import block_shape, negative_axes
 from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
+from jaxquant.core.indices import widened
 from jaxquant.core.qtensor import QTensor, dequantize, flat, from_codes, scale_values
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.operands import as_array, check_operand, check_spec
@@ -92,12 +93,10 @@ def take(
 
 def _resolved(indices: jax.Array, size: int, mode: str | None) -> tuple[jax.Array, jax.Array]:
     """Indices that exist, in int32 at least, and whether each of them was meant."""
-    if indices.dtype.itemsize < 4:
-        indices = indices.astype(jnp.int32)
     if mode == "wrap":
-        indices = indices % size
-    if jnp.issubdtype(indices.dtype, jnp.unsignedinteger):
-        indices = jnp.minimum(indices, np.iinfo(np.int32).max).astype(jnp.int32)
+        indices = widened(indices) if indices.dtype.itemsize < 4 else indices
+        indices = indices % np.asarray(size, indices.dtype)
+    indices = widened(indices)
     inside = (indices >= -size) & (indices < size)
     if mode in (None, "fill"):
         indices = jnp.where(indices < 0, indices + size, indices)

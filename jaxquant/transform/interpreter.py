@@ -287,11 +287,11 @@ class Interpreter:
 
     @contextlib.contextmanager
     def _entered(self, eqn: Any) -> Iterator[None]:
-        """In the scope of an equation, for profiles, error messages and names of products."""
+        """In the scope of an equation, for profiles, error messages and names of products, and under its mesh."""
         outer, own = self.scope, str(eqn.source_info.name_stack)
         self.scope = _joined(outer, own)
         try:
-            with jax.named_scope(own) if own else contextlib.nullcontext():
+            with eqn.ctx.manager, jax.named_scope(own) if own else contextlib.nullcontext():
                 yield
         finally:
             self.scope = outer

@@ -10,15 +10,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from jaxquant import ops
+from jaxquant.core.indices import widened
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.matrix import Axes
 from jaxquant.ops.trained import TrainedTensor
-from jaxquant.transform.interpreter import ABSENT, Interpreter, Tally, bind, handles, product_name, unsupported
+from jaxquant.transform.calls import arrays_of, inside
+from jaxquant.transform.interpreter import ABSENT, Interpreter, Tally, handles, product_name, unsupported
 from jaxquant.transform.plan import Item
-from jaxquant.transform.primitives import marked_varying, named, ragged_dot_p, varying_axes
+from jaxquant.transform.primitives import (
+    automatic,
+    explicit_sharding,
+    marked_varying,
+    named,
+    ragged_dot_p,
+    varying_axes,
+)
 from jaxquant.transform.statistics import Inputs
 from jaxquant.transform.weights import Weight
 
@@ -56,6 +66,41 @@ def _columns(item: Item) -> int:
     return math.prod(item.shape[axis] for axis in item.reduce_axes)
 
 
+Handler = Callable[[Interpreter, Any, list[Any]], list[Any]]
+
+
+def _partitioned(handler: Handler) -> Handler:
+    """A handler that runs with automatic axes on a mesh of explicit ones.
+
+    What computes with codes has reshapes and products of its own, for which the program names no shardings. The results
+    are placed where the program's own equation places them.
+    """
+
+    @functools.wraps(handler)
+    def run(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+        placed = [explicit_sharding(v.aval) for v in eqn.outvars]
+        if interpreter.planning or None in placed:
+            return handler(interpreter, eqn, values)
+        if "out_sharding" in eqn.params:
+            eqn = eqn.replace(params={**eqn.params, "out_sharding": None})
+
+        def body(arrays: list[Any]) -> tuple[list[Any], dict[str, Tally]]:
+            inner = interpreter.child()
+            results = handler(inner, eqn, [inside(v, a) for v, a in zip(values, arrays, strict=True)])
+            return results, inner.stats
+
+        results, stats = automatic(body, (placed, PartitionSpec()))([arrays_of(v) for v in values])
+        interpreter.add_stats(stats)
+        return results
+
+    return run
+
+
+def _as_it_stands(eqn: Any, values: list[Any]) -> list[Any]:
+    """The primitive on these values, under the mesh that is set now: an equation would bring its own."""
+    return [eqn.primitive.bind(*values, **eqn.params)]
+
+
 def _two_weights(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any] | None:
     """A product of two parameters, or none at all in the places that are quantized."""
     if sum(isinstance(v, Weight) for v in values[:2]) == 2:
@@ -64,6 +109,7 @@ def _two_weights(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
 
 
 @handles(_public("dot_general_p"))
+@_partitioned
 def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     refused = _two_weights(interpreter, eqn, values)
     if refused is not None:
@@ -82,7 +128,7 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
     operands: list[Any] = [x, x]
     if not interpreter.planned(weight, tuple(contract[side])):
         operands[side] = interpreter.real(weight)
-        return bind(eqn, operands)
+        return _as_it_stands(eqn, operands)
     operands[side] = interpreter.operand(weight)
     channels = [i for _, i in sorted(zip(contract[side], contract[1 - side], strict=True), key=weight_order(weight))]
     if interpreter.entering is not None:
@@ -90,7 +136,7 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
     rows = Axes.of(len(eqn.invars[1 - side].aval.shape), tuple(batch[1 - side]), tuple(channels))
     act = _activation(interpreter, weight, x, lambda item: _inputs(item, rows.flatten(x)))
     if not isinstance(operands[side], QTensor) and not act:
-        return bind(eqn, operands)
+        return _as_it_stands(eqn, operands)
     if side == 0 and act:  # an op takes the right operand for the weight
         return [_swapped(eqn, interpreter, [x, operands[0]], act)]
     out = ops.dot_general(
@@ -153,6 +199,7 @@ def _swapped(eqn: Any, interpreter: Interpreter, operands: list[Any], act: dict[
 
 
 @handles(_public("conv_general_dilated_p"))
+@_partitioned
 def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     x, weight = values
     if not isinstance(weight, Weight) or isinstance(x, Weight):
@@ -166,11 +213,11 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         interpreter.record(weight, "conv_general_dilated", contracted, contraction_minor=False, window=window)
         return [ABSENT]
     if not interpreter.planned(weight, contracted):
-        return bind(eqn, [x, interpreter.real(weight)])
+        return _as_it_stands(eqn, [x, interpreter.real(weight)])
     kernel = interpreter.operand(weight)
     act = _activation(interpreter, weight, x, lambda item: _conv_inputs(item, weight, x, p))
     if not isinstance(kernel, QTensor) and not act:
-        return bind(eqn, [x, kernel])
+        return _as_it_stands(eqn, [x, kernel])
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count", "batch_group_count")
     out = ops.conv_general_dilated(
         x,
@@ -261,6 +308,7 @@ def _lookup(eqn: Any) -> _Lookup | None:
 
 
 @handles(_public("gather_p"))
+@_partitioned
 def _gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     weight, indices = values
     lookup = _lookup(eqn) if isinstance(weight, Weight) else None
@@ -272,10 +320,10 @@ def _gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     table = interpreter.operand(weight)
     if isinstance(table, TrainedTensor):
         table = table.real
-    if not isinstance(table, QTensor):
-        return bind(eqn, [table, indices])
+    if not isinstance(table, QTensor):  # in float; XLA has no scatter by some narrow dtypes, for the gradient
+        return _as_it_stands(eqn, [table, widened(indices)])
     mode, fill = _MODES[eqn.params["mode"]], eqn.params["fill_value"]
-    starts, rows = indices[..., lookup.column], table.shape[lookup.axis]
+    starts, rows = widened(indices[..., lookup.column]), table.shape[lookup.axis]
     if mode == "clip":
         starts = jnp.clip(starts, 0, rows - lookup.size)
     else:  # what is negative here counts from nowhere, and ops.take, like jnp.take, counts from the end
@@ -288,6 +336,7 @@ def _gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 
 
 @handles(ragged_dot_p)
+@_partitioned
 def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     x, weight, sizes = values[:3]
     p = eqn.params.get("ragged_dot_dimension_numbers")
@@ -302,13 +351,13 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
         interpreter.record(weight, "ragged_dot", (1,))
         return [ABSENT]
     if not interpreter.planned(weight, (1,)):
-        return bind(eqn, [x, interpreter.real(weight), *values[2:]])
+        return _as_it_stands(eqn, [x, interpreter.real(weight), *values[2:]])
     experts = interpreter.operand(weight)
     if interpreter.entering is not None:
         x = interpreter.entering(weight, x, (1,))
     act = _activation(interpreter, weight, x, lambda item: _inputs(item, x[None], lambda: _by_expert(x, sizes)))
     if not isinstance(experts, QTensor) and not act:
-        return bind(eqn, [x, experts, *values[2:]])
+        return _as_it_stands(eqn, [x, experts, *values[2:]])
     precision = _precision(interpreter, eqn.params["precision"])
     return [
         ops.ragged_dot(x, experts, sizes, precision=precision, preferred_element_type=eqn.outvars[0].aval.dtype, **act)
@@ -317,6 +366,7 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
 
 def _by_expert(x: jax.Array, sizes: jax.Array) -> jax.Array:
     """Rows of each expert [experts, rows, channels], 0 where another one works."""
+    sizes = widened(sizes)
     ends = jnp.cumsum(sizes)
     row = jnp.arange(x.shape[0])[None, :]
     mine = (row >= (ends - sizes)[:, None]) & (row < ends[:, None])

@@ -22,7 +22,9 @@ from jaxquant.transform.make_plan import check_rules
 from jaxquant.transform.misfits import fitted
 from jaxquant.transform.paths import is_qtensor, leaves_with_paths, nearest
 from jaxquant.transform.plan import Plan, is_float
+from jaxquant.transform.primitives import automatic
 from jaxquant.transform.quantized import check_plan
+from jaxquant.transform.shardings import explicit_of, shardings
 
 __all__ = ["dequantize_params", "quantize_params"]
 
@@ -196,7 +198,12 @@ def _quantized(
 
         for _ in range(layer.stacked):
             one = jax.vmap(one)
-        return one(jnp.asarray(leaf), stats)
+        w = jnp.asarray(leaf)
+        placed = explicit_of(w)
+        if placed is None:
+            return one(w, stats)
+        like = jax.eval_shape(one, jax.ShapeDtypeStruct(w.shape, w.dtype), stats)
+        return automatic(one, shardings(like, placed))(w, stats)
 
     try:
         return by(method)
@@ -295,4 +302,11 @@ def dequantize_params(params: Any) -> Any:
       Array([[1., 0.],
              [0., 1.]], dtype=float32)
     """
-    return jax.tree.map(lambda x: dequantize(x) if is_qtensor(x) else x, params, is_leaf=is_qtensor)
+
+    def in_float(x: Any) -> Any:
+        if not is_qtensor(x):
+            return x
+        placed = explicit_of(x)
+        return dequantize(x) if placed is None else automatic(dequantize, placed)(x)
+
+    return jax.tree.map(in_float, params, is_leaf=is_qtensor)

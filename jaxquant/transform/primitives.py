@@ -7,21 +7,26 @@ those are read off a function that is known to use them, which holds on every ve
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun, primitives
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, primitives
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 __all__ = [
+    "automatic",
+    "explicit_sharding",
     "marked_varying",
     "named",
     "pvary_p",
     "ragged_dot_p",
+    "reshard_p",
     "shard_map_p",
     "stack_p",
     "unstack_p",
@@ -35,10 +40,29 @@ def named(name: str) -> Any:
     return getattr(primitives, name)
 
 
+def _traced(fn: Callable[..., Any], *args: Any) -> Jaxpr:
+    """The jaxpr of a function of shapes, by a trace of its own: outside of any mesh or trace, and with `jax.jit`.
+
+    What is found is kept for the whole process, so it must not depend on where it was asked for first. Meshes and
+    traces belong to a thread.
+    """
+
+    def trace() -> Jaxpr:
+        with jax.disable_jit(False):
+            return jax.make_jaxpr(fn)(*args).jaxpr
+
+    with ThreadPoolExecutor(1) as outside:
+        return outside.submit(trace).result()
+
+
+def _floats(*shapes: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+
 @functools.cache
 def used_by(fn: Callable[..., Any], *shapes: tuple[int, ...]) -> Any:
     """The primitive of the only equation that ``fn`` traces to, on float32 arguments of the given shapes."""
-    (eqn,) = jax.make_jaxpr(fn)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).jaxpr.eqns
+    (eqn,) = _traced(fn, *_floats(*shapes)).eqns
     return eqn.primitive
 
 
@@ -55,7 +79,7 @@ def _jit_equation() -> Any:
         kinds.append(type(x))
         return jit_call(x)
 
-    (eqn,) = jax.make_jaxpr(fn)(jax.ShapeDtypeStruct((3,), jnp.float32)).jaxpr.eqns
+    (eqn,) = _traced(fn, *_floats((3,))).eqns
     return eqn, kinds[0]
 
 
@@ -69,6 +93,8 @@ def inlined(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
     one = {"in_shardings", "in_layouts", "donated_invars", "out_shardings", "out_layouts"}
     sizes = {name: len(jaxpr.outvars if name.startswith("out") else jaxpr.invars) for name in one}
     own = {name: value[:1] * sizes[name] if name in one else value for name, value in eqn.params.items()}
+    if "ctx_mesh" in own:  # the mesh that is set here, and not where the equation was made
+        own["ctx_mesh"] = jax.sharding.get_abstract_mesh()
     call = eqn.replace(params={**own, "jaxpr": closed, "inline": True}, invars=jaxpr.invars, outvars=jaxpr.outvars)
     outer = jaxpr_as_fun(ClosedJaxpr(jaxpr.replace(eqns=[call]), ()))
     plain = jaxpr_as_fun(closed)
@@ -103,8 +129,7 @@ with_custom_jvp.defjvp(lambda p, t: (jnp.sin(p[0]), t[0]))
 def ragged_dot_p() -> Any:
     """The primitive of `jax.lax.ragged_dot`."""
     sizes = jax.ShapeDtypeStruct((2,), jnp.int32)
-    arrays = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((4, 8), (2, 8, 3)))
-    return jax.make_jaxpr(lax.ragged_dot)(*arrays, sizes).jaxpr.eqns[-1].primitive
+    return _traced(lax.ragged_dot, *_floats((4, 8), (2, 8, 3)), sizes).eqns[-1].primitive
 
 
 def stopped(x):
@@ -121,7 +146,7 @@ def in_halves(x):
 
 def _newer(name: str, fn: Callable[..., Any]) -> Any:
     """The primitive of this name that newer versions trace ``fn`` to; None where there is none."""
-    last = jax.make_jaxpr(fn)(jax.ShapeDtypeStruct((2, 2), jnp.float32)).jaxpr.eqns[-1].primitive
+    last = _traced(fn, *_floats((2, 2))).eqns[-1].primitive
     return last if str(last) == name else None
 
 
@@ -145,7 +170,32 @@ def _manual() -> Any:
     by_row = PartitionSpec("i")
     mesh = AbstractMesh((1,), ("i",))
     add = jax.shard_map(jnp.add, mesh=mesh, in_specs=(PartitionSpec(), by_row), out_specs=by_row)
-    return jax.make_jaxpr(add)(*[jax.ShapeDtypeStruct((3,), jnp.float32)] * 2).jaxpr.eqns[0]
+    return _traced(add, *_floats((3,), (3,))).eqns[0]
+
+
+def _of_sharding(name: str) -> Callable[..., Any]:
+    """A function of `jax.sharding`, which older versions had elsewhere."""
+    if hasattr(jax.sharding, name):
+        return getattr(jax.sharding, name)
+    return getattr(importlib.import_module("jax.experimental.shard"), name)
+
+
+def automatic(fn: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
+    """``fn`` with automatic axes in the place of the mesh's explicit ones, and results that are placed as given."""
+    return _of_sharding("auto_axes")(fn, out_sharding=out_sharding)
+
+
+def reshard_p() -> Any:
+    """The primitive of `jax.sharding.reshard`."""
+    mesh = AbstractMesh((1,), ("i",), axis_types=(AxisType.Explicit,))
+    return used_by(lambda x: _of_sharding("reshard")(x, NamedSharding(mesh, PartitionSpec("i"))), (3,))
+
+
+def explicit_sharding(aval: Any) -> NamedSharding | None:
+    """The sharding that is part of a type, where the mesh has explicit axes; else None."""
+    sharding = getattr(aval, "sharding", None)
+    explicit = isinstance(sharding, NamedSharding) and AxisType.Explicit in (sharding.mesh.axis_types or ())
+    return sharding if explicit else None
 
 
 def shard_map_p() -> Any:

@@ -15,8 +15,9 @@ from jaxquant.core.packing import packed_length
 from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.paths import is_qtensor, path_of
+from jaxquant.transform.primitives import explicit_sharding
 
-__all__ = ["Cut", "leaf_specs", "shardings", "whole_blocks"]
+__all__ = ["Cut", "explicit_of", "leaf_specs", "shardings", "whole_blocks"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,18 @@ def whole_blocks(q: QTensor, cut: Cut) -> QTensor:
     if q.length is not None and (q.length // cut.parts[axis]) * q.type.bits % 8 and cut.parts[axis] > 1:
         return q.replace(codes=q.unpacked(), length=None)
     return q
+
+
+def explicit_of(leaf: Any) -> NamedSharding | None:
+    """Where an array, or the one that a QTensor stands for, lies on a mesh of explicit axes; None on any other."""
+    if not isinstance(leaf, QTensor):
+        return None if isinstance(leaf, jax.ShapeDtypeStruct) else explicit_sharding(jax.typeof(leaf))
+    placed = explicit_of(leaf.codes)
+    if placed is None:
+        return None
+    stored = (*placed.spec, *(None,) * (leaf.ndim - len(placed.spec)))
+    axes = (stored[leaf.stored_order.index(axis)] for axis in range(leaf.ndim))
+    return NamedSharding(placed.mesh, PartitionSpec(*axes))
 
 
 def _derived(path: str, leaf: Any, sharding: Any) -> Any:

@@ -12,6 +12,7 @@ from jax.extend.core import ClosedJaxpr
 
 from jaxquant.core.errors import quant_error
 from jaxquant.transform.paths import is_qtensor, leaves_with_paths
+from jaxquant.transform.shardings import explicit_of
 
 __all__ = ["Traced", "is_array", "trace"]
 
@@ -39,7 +40,10 @@ def is_array(x: Any) -> bool:
 
 
 def _abstract(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_qtensor(leaf) else leaf
+    """The float array that a QTensor stands for, on a mesh of explicit axes where its codes are; any other leaf."""
+    if not is_qtensor(leaf):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=explicit_of(leaf))
 
 
 def trace(function: str, fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:

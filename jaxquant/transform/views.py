@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxquant.transform import primitives
 from jaxquant.transform.interpreter import ABSENT, Interpreter, bind, handles, unsupported
@@ -93,6 +95,21 @@ def _nothing(eqn: Any) -> View:
 def _placed(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     (w,) = values
     return [w.seen(_same_place(eqn), w.dims)]
+
+
+@handles(primitives.reshard_p)
+def _resharded(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    """Where an array goes on a mesh of explicit axes; operations run with automatic ones, and constrain it there.
+
+    JAX runs some operations with automatic axes itself: then every array of the leaf goes over to those.
+    """
+    (w,), placed = values, eqn.params["dst_sharding"]
+    if not interpreter.planning and AxisType.Explicit not in (placed.mesh.axis_types or ()):
+        params = {**eqn.params, "dst_sharding": placed.update(spec=PartitionSpec())}
+        cast = lambda x: eqn.primitive.bind(x, **params)  # noqa: E731
+        return [dataclasses.replace(w, leaf=jax.tree.map(cast, w.leaf), state=jax.tree.map(cast, w.state))]
+    place = lambda x: lax.with_sharding_constraint(x, placed.spec)  # noqa: E731
+    return [w.seen(View("reshard", place, lambda q: q, lambda: _nothing(eqn)), w.dims)]
 
 
 @handles(_traced(primitives.stopped), primitives.pvary_p)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxquant.core import views
 from jaxquant.core.affine import as_codes
 from jaxquant.core.fake_quant import fake_quant
+from jaxquant.core.indices import clamped
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ops.trained import TrainedTensor
@@ -242,7 +243,7 @@ def slice_view(cuts: tuple[tuple[int, Any, int], ...]) -> View:
 
     def array(x: jax.Array) -> jax.Array:
         for axis, start, size in cuts:
-            x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+            x = jax.lax.dynamic_slice_in_dim(x, clamped(start, size, x.shape[axis]), size, axis)
         return x
 
     def qtensor(q: QTensor) -> QTensor:
