@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
-from jaxquant.core.arithmetic import divide, exponent, power_of_two, times_reciprocal
+from jaxquant.core.arithmetic import divide, exponent, power_of_two, promoted, times_reciprocal
 from jaxquant.core.blocks import BlockView, block_shape, negative_axes, scale_shape
 from jaxquant.core.codec import codes_of, round_to_grid, to_bits
 from jaxquant.core.errors import quant_error
@@ -63,12 +63,12 @@ def has_nan(x: Any) -> bool:
 # -- scale and zero point ---------------------------------------------------------------------------------------------
 
 
-def _float_scale(absmax: jax.Array, qmax: float, dtype: Any) -> jax.Array:
+def _float_scale(absmax: jax.Array, qmax: float | jax.Array, dtype: Any) -> jax.Array:
     """``absmax / qmax`` in the scale's dtype, never 0 or subnormal; 1 where absmax is 0."""
     info = ml_dtypes.finfo(dtype)
     scale = jnp.clip(divide(absmax, qmax), float(info.tiny), float(info.max)).astype(dtype)
     return jnp.where(
-        absmax == 0, jnp.ones_like(scale), jnp.where(jnp.isnan(absmax), jnp.full_like(scale, jnp.nan), scale)
+        absmax == 0, jnp.ones_like(scale), jnp.where(jnp.isnan(absmax), np.asarray(np.nan, scale.dtype), scale)
     )
 
 
@@ -120,8 +120,9 @@ def affine(lo: jax.Array, hi: jax.Array, spec: QuantSpec, top: jax.Array | None 
             return _e4m3_scale(absmax, info.qmax, top), None
         return _float_scale(absmax, info.qmax, dtype), None
     lo, hi = jnp.minimum(lo, 0), jnp.maximum(hi, 0)
-    # Halves, since hi - lo may overflow.
-    scale = _float_scale(hi * 0.5 - lo * 0.5, (info.qmax - info.qmin) * 0.5, dtype)
+    # Halves where hi - lo may overflow; not elsewhere, since the half of the smallest normal number is flushed to 0.
+    half = jnp.where(jnp.maximum(hi, -lo) > 1, jnp.asarray(0.5, lo.dtype), jnp.asarray(1, lo.dtype))
+    scale = _float_scale(hi * half - lo * half, (info.qmax - info.qmin) * half, dtype)
     zero_point = jnp.clip(jnp.rint(info.qmin - divide(lo, scale.astype(lo.dtype))), info.qmin, info.qmax)
     return scale, zero_point.astype(info.code_dtype)
 
@@ -162,7 +163,7 @@ def scale_zero_point(lo: Any, hi: Any, spec: QuantSpec) -> tuple[Any, jax.Array 
     if lo.shape != hi.shape:
         todo = "Give one lo and one hi per block"
         raise quant_error("scale_zero_point", "lo and hi must have one shape", todo=todo, lo=lo.shape, hi=hi.shape)
-    lo, hi = (b.astype(jnp.promote_types(b.dtype, jnp.float32)) for b in (lo, hi))
+    lo, hi = (b.astype(promoted(b.dtype, jnp.float32)) for b in (lo, hi))
     if not isinstance(lo, jax.core.Tracer) and not isinstance(hi, jax.core.Tracer):
         if not (np.all(np.isfinite(lo)) and np.all(np.isfinite(hi))):  # NumPy: a trace in progress stays out of it
             todo = "Remove NaN and inf from the data first"

@@ -5,11 +5,13 @@ XLA is free to rewrite float arithmetic, and does: these say what they compute, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["divide", "exponent", "power_of_two", "times_power_of_two", "times_reciprocal"]
+__all__ = ["divide", "exponent", "power_of_two", "promoted", "times_power_of_two", "times_reciprocal"]
 
 
 def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
@@ -44,3 +46,9 @@ def times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """``x * 2.0 ** exponent`` in float32 for exponents 0 to 254, at most the largest finite number."""
     half = exponent >> 1
     return jnp.minimum(x * power_of_two(half) * power_of_two(exponent - half), jnp.finfo(jnp.float32).max)
+
+
+def promoted(a: Any, b: Any) -> Any:
+    """The dtype that holds both: JAX's own choice, which ``jax_numpy_dtype_promotion="strict"`` forbids to ask for."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(a, b)

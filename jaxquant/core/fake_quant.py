@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from jaxquant.core.affine import encode, prepare, values_with_scale
-from jaxquant.core.arithmetic import divide
+from jaxquant.core.arithmetic import divide, promoted
 from jaxquant.core.blocks import BlockView
 from jaxquant.core.qtensor import scale_values
 from jaxquant.core.specs import QuantSpec
@@ -44,7 +44,7 @@ def _computed_jvp(spec, axes, primals, tangents):
     out = _, scale, zero_point = _computed(spec, axes, x, key)
     if not never_clips(spec):
         view = BlockView.of_scale(x.shape, scale.shape)
-        inside = _inside(view, view.split(x), spec, scale, zero_point)
+        inside = _inside(view, view.split(x.astype(promoted(x.dtype, scale.dtype))), spec, scale, zero_point)
         dx = jax.checkpoint(functools.partial(_masked, view), prevent_cse=False)(inside, dx)  # keeps the mask alone
     return out, (dx, *(None if v is None else _constant(v) for v in (scale, zero_point)))
 

@@ -20,9 +20,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from jaxquant.core.arithmetic import exponent, power_of_two, times_power_of_two
+from jaxquant.core.arithmetic import exponent, power_of_two, promoted, times_power_of_two
 from jaxquant.core.errors import quant_error
 from jaxquant.core.layout import LARGE
 
@@ -73,7 +74,7 @@ def _extremes(x: jax.Array, axes: Axes, *reductions: _Extreme) -> tuple[jax.Arra
         # Of standard reductions only: XLA cannot spread another one over devices, if the array is cut along these axes.
         x = _folded(x, axes, to)
         nan, finite = jnp.any(jnp.isnan(x), axis=axes, keepdims=True), jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-        return jnp.where(nan, jnp.asarray(jnp.nan, x.dtype), library(finite, to))
+        return jnp.where(nan, np.asarray(np.nan, x.dtype), library(finite, to))
 
     def explicit(x: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(looked_for(x, to) for to in reductions)
@@ -89,7 +90,7 @@ def _extremes(x: jax.Array, axes: Axes, *reductions: _Extreme) -> tuple[jax.Arra
         return tuple(library(finite, to) for to in reductions)
 
     out = lax.platform_dependent(x, cpu=on_cpu, default=elsewhere)
-    return tuple(v.astype(jnp.promote_types(v.dtype, jnp.float32)) for v in out)
+    return tuple(v.astype(promoted(v.dtype, jnp.float32)) for v in out)
 
 
 def _folded(x: jax.Array, axes: Axes, to: _Extreme) -> jax.Array:

@@ -57,7 +57,7 @@ def lhs_gradient(
     along = (2, 2 if turned else 1)
     if isinstance(w, Matrix):
         scale, zero = (w.scale, w.zero_point) if turned else (_turned(w.scale), _turned(w.zero_point))
-        u, t = _quantized(g * scale, how, 2)
+        u, t = _quantized(g.astype(scale.dtype) * scale, how, 2)
         out = _integer(u, w.codes, along, 0, zero, w.reach) * t
     else:
         out = float_dot(g, w, along, how)
@@ -74,7 +74,7 @@ def rhs_gradient(
     transposed = _rows_last(axes)  # the result is [b, k, n]
     if isinstance(how, QuantSpec):
         assert isinstance(x, Matrix)
-        u, t = _quantized(g * x.scale, how, 1)
+        u, t = _quantized(g.astype(x.scale.dtype) * x.scale, how, 1)
         if transposed:
             out = _integer(_with_rows_last(x.codes), u, (2, 1), 1, x.zero_point, x.reach) * t
         else:

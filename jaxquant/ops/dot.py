@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.core.arithmetic import promoted
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import FACTOR
@@ -65,14 +66,14 @@ class _Contraction(Call):
         wide = all(x.dtype.itemsize >= 4 for x in (lhs, rhs))  # narrower real values are rounded, codes are not
         if trained and wide and is_float(left, right, self.precision):  # codes would only be taken back
             return self._float(wide_values(lhs), wide_values(rhs))
-        dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
+        dtype = promoted(lhs.dtype, rhs.dtype)
         return product(left, right, self.precision, dtype, trained=trained).reshape(shape).astype(self.dtype)
 
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
         return self._float(self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static))
 
     def _float(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
+        dtype = promoted(lhs.dtype, rhs.dtype)
         numbers = ((self.lhs_axes.contract, self.rhs_axes.contract), (self.lhs_axes.batch, self.rhs_axes.batch))
         out = lax.dot_general(lhs.astype(dtype), rhs.astype(dtype), numbers, precision=self.precision)
         return out.astype(self.dtype)
@@ -92,7 +93,7 @@ class _Contraction(Call):
         kept, g = lax.optimization_barrier((kept, g))  # real values are not held from the forward pass on
         (lhs, rhs), (left, right) = kept, (self.lhs_axes, self.rhs_axes)
         x, w = reals = [v.dequantize() if isinstance(v, QTensor) else v for v in kept]
-        dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
+        dtype = promoted(lhs.dtype, rhs.dtype)
         rows = (math.prod(v.shape[i] for i in axes.rows) for v, axes in ((lhs, left), (rhs, right)))
         g = g.astype(dtype).reshape(-1, *rows)
         codes = _integers(lhs, left)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.core.arithmetic import promoted
 from jaxquant.ops.digits import is_highest
 from jaxquant.ops.machine import bfloat16_dots
 from jaxquant.ops.matrix import Matrix, Packed
@@ -81,7 +82,7 @@ def in_own_dtype(
     def run(dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
         return multiply(x.astype(dtype), w.astype(dtype))
 
-    wide, own = jnp.promote_types(x.dtype, w.dtype), own_dtype(dtypes, precision)
+    wide, own = promoted(x.dtype, w.dtype), own_dtype(dtypes, precision)
     if own is None or own == wide:
         return run(wide, x, w)
     return lax.platform_dependent(x, w, cpu=functools.partial(run, wide), default=functools.partial(run, own))

@@ -60,6 +60,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.core.arithmetic import promoted
 from jaxquant.ops.blockwise import float_blocks, integer_blocks
 from jaxquant.ops.digits import digit_count, is_highest
 from jaxquant.ops.floats import float_dot, float_dtype, scaled
@@ -234,7 +235,7 @@ def _minifloat(x: Matrix, w: Matrix | Packed, precision: lax.PrecisionLike) -> j
 
 
 def _dequantized(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
-    wide, w = jnp.promote_types(_scale_dtype(x), w.scale.dtype), _unpacked(w)
+    wide, w = promoted(_scale_dtype(x), w.scale.dtype), _unpacked(w)
     if isinstance(x, jax.Array) and x.dtype.itemsize == 2:
         if w.exact_in(x.dtype):
             (values,), scale = w.numbers(x.dtype)

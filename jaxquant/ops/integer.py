@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.core.arithmetic import promoted
 from jaxquant.ops.matrix import Matrix, Packed
 
 __all__ = ["common_group", "dot", "integer", "overflow_limit"]
@@ -108,7 +109,7 @@ def integer(lhs: Matrix, rhs: Matrix, combine: Callable[[jax.Array], jax.Array] 
         return functools.reduce(jnp.add, cuts)
     if group == k:
         return part(0, k)
-    dtype = jnp.promote_types(lhs.scale.dtype, rhs.scale.dtype)
+    dtype = promoted(lhs.scale.dtype, rhs.scale.dtype)
     # Zeros that vary over devices as the codes do; zeros_like are such in newer JAX only.
     left, right = ((x.codes[:, :, :1] * 0).astype(dtype) for x in (lhs, rhs))
     start = combine(left + jnp.swapaxes(right, 1, 2))

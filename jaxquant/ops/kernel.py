@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.abstract import abstract
+from jaxquant.core.arithmetic import promoted
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops import conv, ragged
@@ -67,7 +68,7 @@ def kernel(
     def run(x: Any, w: Any) -> None:
         left = canonical(TrainedTensor(x, None) if isinstance(x, QTensor) else x, axes)
         right = canonical(w, axes)
-        wide = jnp.promote_types(dtype, jnp.float32)
+        wide = promoted(dtype, jnp.float32)
         if op != "dot_general":
             left, right = (v.unpacked() if isinstance(v, Packed) else v for v in (left, right))
             if op == "ragged_dot":

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from jaxquant.core.affine import as_codes, prepare
+from jaxquant.core.arithmetic import promoted
 from jaxquant.core.blocks import block_shape, scale_shape
 from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant, never_clips
@@ -127,7 +128,7 @@ def is_in_training(x: Any) -> bool:
 
 def wide_values(x: QTensor | jax.Array) -> jax.Array:
     """The values of an operand in float32 (or float64), for a forward pass that multiplies floats."""
-    return x.dequantize(jnp.promote_types(x.dtype, jnp.float32)) if isinstance(x, QTensor) else x
+    return x.dequantize(promoted(x.dtype, jnp.float32)) if isinstance(x, QTensor) else x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +236,7 @@ class Pair:
 
     def result_dtype(self, preferred: Any) -> np.dtype:
         """What the float operation would return: the preferred type, or the promotion of the (dequantized) dtypes."""
-        dtype = np.dtype(jnp.promote_types(self.lhs.dtype, self.rhs.dtype) if preferred is None else preferred)
+        dtype = np.dtype(promoted(self.lhs.dtype, self.rhs.dtype) if preferred is None else preferred)
         if not jnp.issubdtype(dtype, jnp.floating):
             todo = "Use a float preferred_element_type, and real operands"
             raise quant_error(self.function, "a quantized product is a float array", todo=todo, dtype=dtype)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.core.arithmetic import promoted
 from jaxquant.transform.interpreter import ABSENT, Interpreter, bind, handler_of, handles
 from jaxquant.transform.primitives import in_halves, named, stack_p, used_by
 from jaxquant.transform.weights import Joined, Weight, reshape_dims, reshape_view
@@ -94,7 +95,7 @@ def _of_each(
         return [ABSENT]
     if out is not None:
         return [lax.concatenate(outs, out)]
-    wide = jnp.promote_types(outs[0].dtype, jnp.float32)
+    wide = promoted(outs[0].dtype, jnp.float32)
     return [functools.reduce(jax.lax.add, [y.astype(wide) for y in outs]).astype(outs[0].dtype)]
 
 

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
+from jaxquant.core.arithmetic import promoted
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.transform.paths import leaves_with_paths
@@ -156,7 +157,7 @@ def rescale(params: Any, pair: ScalePair, scale: jax.Array) -> Any:
         w = jnp.asarray(leaves[member.path])
         shape = [*w.shape[: member.stacked], *[1] * (w.ndim - member.stacked)]
         shape[member.axis] = pair.channels
-        factor = jnp.asarray(scale, jnp.promote_types(w.dtype, jnp.float32)).reshape(shape)
+        factor = jnp.asarray(scale, promoted(w.dtype, jnp.float32)).reshape(shape)
         leaves[member.path] = (w * factor if member.power > 0 else w / factor).astype(w.dtype)
     return jax.tree.unflatten(treedef, leaves.values())
 
