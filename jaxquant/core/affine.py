@@ -1,7 +1,8 @@
 """Affine quantization: from an array and a spec to scale, zero point and codes.
 
     scale = (hi - lo) / (qmax - qmin)        zero_point = round(qmin - lo / scale)        asymmetric
-    scale = max(|lo|, |hi|) / qmax           no zero point                                symmetric
+    scale = max(|lo|, |hi|) / qmax           no zero point                                symmetric, narrow range
+    scale = max(-lo / (1/2 - qmin), hi / (qmax + 1/2))                                    symmetric, whole range
     q = clip(round(x / scale) + zero_point, qmin, qmax)
 
 Jacob et al. 2018 (arXiv:1712.05877), equations 1 and 12, with round half to even throughout.
@@ -40,6 +41,7 @@ __all__ = [
     "nearest",
     "prepare",
     "quantize",
+    "reach",
     "roundtrip",
     "scale_zero_point",
 ]
@@ -107,18 +109,33 @@ def _largest(absmax: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
     return jnp.where(nan, jnp.nan, jnp.max(absmax, axis=axes, keepdims=True)).astype(jnp.float32)
 
 
+def reach(lo: jax.Array, hi: jax.Array, spec: QuantSpec) -> tuple[jax.Array, float]:
+    """``(magnitude, steps)`` of a symmetric type: the scale that covers the range is magnitude / steps.
+
+    A grid that is narrow, or no integers, ends at qmax. A whole one, of few codes, has a step for every two halves: the
+    ends of the range lie half a step beyond the last codes, and are rounded by no more than other values are.
+    """
+    info = spec.type
+    if not info.signed:
+        return jnp.maximum(hi, 0), info.qmax
+    if not spec.whole_range:
+        return jnp.maximum(jnp.abs(lo), jnp.abs(hi)), info.qmax
+    above, below = info.qmax + 0.5, 0.5 - info.qmin
+    return jnp.maximum(jnp.maximum(-lo, 0) * (above / below), jnp.maximum(hi, 0)), above
+
+
 def affine(lo: jax.Array, hi: jax.Array, spec: QuantSpec, top: jax.Array | None = None) -> tuple[Any, jax.Array | None]:
     """`scale_zero_point` without the checks."""
     info, dtype = spec.type, np.dtype(spec.scale_dtype or np.float32)
     if spec.symmetric:
-        absmax = jnp.maximum(jnp.abs(lo), jnp.abs(hi)) if info.signed else jnp.maximum(hi, 0)
+        absmax, steps = reach(lo, hi, spec)
         if spec.two_level:
-            return _two_level_scale(absmax, info.qmax, top), None
+            return _two_level_scale(absmax, steps, top), None
         if info.scale_format == "e8m0":
             return _e8m0_scale(absmax, int(np.floor(np.log2(info.qmax)))), None
         if info.scale_format == "e4m3":
             return _e4m3_scale(absmax, info.qmax, top), None
-        return _float_scale(absmax, info.qmax, dtype), None
+        return _float_scale(absmax, steps, dtype), None
     lo, hi = jnp.minimum(lo, 0), jnp.maximum(hi, 0)
     # Halves where hi - lo may overflow; not elsewhere, since the half of the smallest normal number is flushed to 0.
     half = jnp.where(jnp.maximum(hi, -lo) > 1, jnp.asarray(0.5, lo.dtype), jnp.asarray(1, lo.dtype))
@@ -130,9 +147,12 @@ def affine(lo: jax.Array, hi: jax.Array, spec: QuantSpec, top: jax.Array | None 
 def scale_zero_point(lo: Any, hi: Any, spec: QuantSpec) -> tuple[Any, jax.Array | None]:
     """Scale and zero point that make codes cover the range ``[lo, hi]``.
 
-    Symmetric: ``scale = max(|lo|, |hi|) / qmax`` and no zero point. Asymmetric: the range is first widened to contain
-    0; ``scale = (hi - lo) / (qmax - qmin)`` and ``zero_point = round(qmin - lo / scale)``, so real 0.0 has a code of
-    its own and is exact. An empty range (both 0) gives scale 1.
+    Symmetric: no zero point, and ``scale = max(|lo|, |hi|) / qmax`` where the lowest code is left out
+    (``narrow_range``, the default at 7 and 8 bits), so that the ends are exact. With the whole range, the default of
+    fewer bits, ``scale = max(-lo / (1/2 - qmin), hi / (qmax + 1/2))``: at 4 bits ``-lo / 8.5`` or ``hi / 7.5``. Steps
+    are smaller then, and still no element is off by more than half of one. Asymmetric: the range is first widened to
+    contain 0; ``scale = (hi - lo) / (qmax - qmin)`` and ``zero_point = round(qmin - lo / scale)``, so real 0.0 has a
+    code of its own and is exact. An empty range (both 0) gives scale 1.
 
     Args:
       lo, hi: float arrays of one shape (or scalars), in the units of the array to be quantized.
@@ -242,7 +262,7 @@ def encode(
         lo, hi = spec.observer.range(xs, view.axes, symmetric=spec.symmetric, roundtrip=step)
         lo, hi = view.join_scale(lo), view.join_scale(hi)
         if spec.two_level and not clips:
-            top = _largest(jnp.maximum(-lo, hi), axes)
+            top = _largest(reach(lo, hi, spec)[0], axes)
         scale, zero_point = affine(lo, hi, spec, top)
     s = _real(view, scale_values(scale), dtype)
     z = None if zero_point is None else _real(view, zero_point, dtype)

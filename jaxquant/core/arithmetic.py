@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["divide", "exponent", "power_of_two", "promoted", "times_power_of_two", "times_reciprocal"]
+__all__ = ["divide", "exponent", "power_of_two", "promoted", "times_power_of_two", "times_reciprocal", "two_sum"]
 
 
 def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
@@ -52,3 +52,13 @@ def promoted(a: Any, b: Any) -> Any:
     """The dtype that holds both: JAX's own choice, which ``jax_numpy_dtype_promotion="strict"`` forbids to ask for."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(a, b)
+
+
+def two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``a + b``, rounded, and what rounding took away, exactly.
+
+    Source: Knuth, The Art of Computer Programming, volume 2, section 4.2.2, theorem B.
+    """
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)

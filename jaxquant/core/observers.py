@@ -8,7 +8,7 @@ Each calibrator is a small frozen dataclass with two ways to the same answer:
 
 ``axes`` are the axes of ``x`` that one block spans; results keep them with size 1. ``roundtrip(x, lo, hi)`` is supplied
 by the caller: quantize and dequantize with that range. Infinite elements never widen a range (they saturate); NaN makes
-it NaN.
+it NaN. ``counted`` says which elements count, as a boolean array of x's shape or one that broadcasts to it; None: all.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ __all__ = ["EMA", "MSE", "AbsMax", "Entropy", "MinMax", "Observer", "Percentile"
 Roundtrip = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Axes = tuple[int, ...]
 Range = tuple[jax.Array, jax.Array]
+
+
+def _only(x: jax.Array, counted: jax.Array | None) -> jax.Array:
+    """0, which no range leaves out, in place of what does not count."""
+    return x if counted is None else jnp.where(counted, x, jnp.zeros_like(x))
 
 
 def _finite_or_nan(x: jax.Array) -> jax.Array:
@@ -141,8 +146,8 @@ class Observer:
         """State before any data, for ranges of the given shape."""
         raise NotImplementedError
 
-    def update(self, state: Any, x: jax.Array, axes: Axes) -> Any:
-        """State after seeing ``x``."""
+    def update(self, state: Any, x: jax.Array, axes: Axes, counted: jax.Array | None = None) -> Any:
+        """State after seeing ``x``, or what of it counts."""
         raise NotImplementedError
 
     def merge(self, a: Any, b: Any) -> Any:
@@ -168,8 +173,9 @@ class AbsMax(Observer):
     def init(self, shape):
         return {"absmax": jnp.zeros(shape, jnp.float32)}
 
-    def update(self, state, x, axes):
-        return {"absmax": jnp.maximum(state["absmax"], absmax_over(x, axes).astype(jnp.float32))}
+    def update(self, state, x, axes, counted=None):
+        absmax = absmax_over(_only(x, counted), axes).astype(jnp.float32)
+        return {"absmax": jnp.maximum(state["absmax"], absmax)}
 
     def merge(self, a, b):
         return {"absmax": jnp.maximum(a["absmax"], b["absmax"])}
@@ -193,8 +199,8 @@ class MinMax(Observer):
     def init(self, shape):
         return {"lo": jnp.zeros(shape, jnp.float32), "hi": jnp.zeros(shape, jnp.float32)}
 
-    def update(self, state, x, axes):
-        lo, hi = (b.astype(jnp.float32) for b in _minmax(x, axes))
+    def update(self, state, x, axes, counted=None):
+        lo, hi = (b.astype(jnp.float32) for b in _minmax(_only(x, counted), axes))
         return {"lo": jnp.minimum(state["lo"], lo), "hi": jnp.maximum(state["hi"], hi)}
 
     def merge(self, a, b):
@@ -207,6 +213,31 @@ class MinMax(Observer):
     def range(self, x, axes, *, symmetric, roundtrip):
         del symmetric, roundtrip
         return _minmax(x, axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeRange(MinMax):
+    """``(min(x, 0), max(x, 0))`` of a grid from -qmax - 1 to qmax, whose ends are half a step beyond the last codes.
+
+    A block that has an end on a code instead, and all else on codes too (weights that were quantized before, three
+    values, one), would not come out as it went in. Where an end on a code has less than a quarter of the error, the
+    range is that much wider. Over batches it is not: a range has no blocks to look at. The default of whole grids.
+    """
+
+    qmax: float = 7
+
+    def range(self, x, axes, *, symmetric, roundtrip):
+        lo, hi = _minmax(x, axes)
+        wider = lo * ((self.qmax + 1.5) / (self.qmax + 1)), hi * ((self.qmax + 0.5) / self.qmax)
+        finite = _finite_or_nan(x)
+        largest = jnp.maximum(-lo, hi)
+        unit = jnp.where(largest > 0, largest, 1)
+
+        def error(lo: jax.Array, hi: jax.Array) -> jax.Array:
+            return jnp.sum(((roundtrip(finite, lo, hi) - finite) / unit) ** 2, axis=axes, keepdims=True)
+
+        on_codes = 4 * error(*wider) < error(lo, hi)
+        return jnp.where(on_codes, wider[0], lo), jnp.where(on_codes, wider[1], hi)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,9 +262,12 @@ class EMA(Observer):
             "weight": jnp.zeros(shape, jnp.float32),
         }
 
-    def update(self, state, x, axes):
-        lo, hi = (b.astype(jnp.float32) for b in _minmax(x, axes))
-        new = {"lo": lo, "hi": hi, "weight": jnp.ones_like(lo)}
+    def update(self, state, x, axes, counted=None):
+        lo, hi = (b.astype(jnp.float32) for b in _minmax(_only(x, counted), axes))
+        seen = jnp.ones_like(lo) if x.size else jnp.zeros_like(lo)  # a batch without elements is none
+        if counted is not None:
+            seen = jnp.any(jnp.broadcast_to(counted, x.shape), axis=axes, keepdims=True).astype(jnp.float32)
+        new = {"lo": lo, "hi": hi, "weight": seen}
         return self.merge(state, jax.tree.map(lambda now: (1 - self.decay) * now, new))
 
     def merge(self, a, b):
@@ -251,13 +285,53 @@ class EMA(Observer):
 
 
 _BINS = 2048
+_LIMB = 20  # bits of the lower half of a count
 
 
 def _rows(x: jax.Array, axes: Axes) -> jax.Array:
     """The elements of each block in one last axis; the leading axes keep x's rank, with size 1 at ``axes``."""
     kept = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
     order = tuple(i for i in range(x.ndim) if i not in axes) + tuple(axes)
-    return jnp.transpose(x, order).reshape(*kept, -1)
+    return jnp.transpose(x, order).reshape(*kept, math.prod(x.shape[i] for i in axes))
+
+
+class _Limbs(NamedTuple):
+    """Exact counts, ``high * 2**20 + low``, as int32."""
+
+    low: jax.Array
+    high: jax.Array
+
+    @classmethod
+    def of(cls, counts: jax.Array, rest: jax.Array) -> _Limbs:
+        """Of a float32 and what it lacks."""
+        high = jnp.floor(counts * 2.0**-_LIMB)
+        return cls((counts - high * 2.0**_LIMB + rest).astype(jnp.int32), high.astype(jnp.int32)).carried()
+
+    def carried(self) -> _Limbs:
+        """The same with the lower half from 0 to 2**20."""
+        return _Limbs(self.low & ((1 << _LIMB) - 1), self.high + (self.low >> _LIMB))
+
+    def real(self) -> jax.Array:
+        """The nearest float32, or its neighbour."""
+        return self.high.astype(jnp.float32) * 2.0**_LIMB + self.low.astype(jnp.float32)
+
+    def split(self) -> dict[str, jax.Array]:
+        """Inverse of `of`."""
+        counts = self.real()
+        near = _Limbs.of(counts, jnp.zeros_like(counts))
+        rest = (self.high - near.high) * (1 << _LIMB) + (self.low - near.low)
+        return {"counts": counts, "rest": rest.astype(jnp.float32)}
+
+    def map(self, fn: Callable[[jax.Array], jax.Array]) -> _Limbs:
+        """``fn`` of both halves."""
+        return _Limbs(fn(self.low), fn(self.high))
+
+    def flipped(self) -> _Limbs:
+        """Bins from the last to the first."""
+        return self.map(lambda half: jnp.flip(half, -1))
+
+    def __add__(self, other: Any) -> _Limbs:
+        return _Limbs(self.low + other.low, self.high + other.high).carried()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,14 +339,21 @@ class _Histogram(Observer):
     """Calibrators whose state is a histogram of each block: 2048 equal bins on ``[-span, span)``.
 
     Spans are powers of two, the least above the absmax, so that a wider batch doubles the span and merges bins in
-    pairs: the state never grows and no element is lost, in whatever order batches are merged.
+    pairs: the state never grows and no element is lost, in whatever order batches are merged. A float32 that counts by
+    ones stops at 2**24, and an int32 turns negative at 2**31: a count is the nearest float32 (``counts``) and what that
+    lacks (``rest``), together exact up to 2**50 elements.
     """
 
     def init(self, shape):
-        return {"span": jnp.zeros(shape, jnp.float32), "counts": jnp.zeros((*shape, _BINS), jnp.float32)}
+        bins = (*shape, _BINS)
+        return {
+            "span": jnp.zeros(shape, jnp.float32),
+            "counts": jnp.zeros(bins, jnp.float32),
+            "rest": jnp.zeros(bins, jnp.float32),
+        }
 
-    def update(self, state, x, axes):
-        x = _finite_or_nan(x)
+    def update(self, state, x, axes, counted=None):
+        x = _finite_or_nan(_only(x, counted))
         absmax = absmax_over(x, axes).astype(jnp.float32)
         least = jnp.maximum(exponent(absmax), -126)
         span = times_power_of_two(power_of_two(least), jnp.ones_like(least))
@@ -280,22 +361,35 @@ class _Histogram(Observer):
         width = jnp.where(span > 0, span, 1)[..., None] / (_BINS // 2)
         found = jnp.floor(_rows(x, axes) / width).astype(jnp.int32) + _BINS // 2
         found = jnp.clip(found, 0, _BINS - 1)
-        return self.merge(state, {"span": span, "counts": _scatter(found, jnp.ones(found.shape, jnp.float32))})
+        every = jnp.ones(found.shape, jnp.uint32)
+        if counted is not None:
+            every = _rows(jnp.broadcast_to(counted, x.shape), axes).astype(jnp.uint32)
+        count = _scatter(found, every)  # of one array: less than 2**32
+        limbs = _Limbs(count & ((1 << _LIMB) - 1), count >> _LIMB).map(lambda half: half.astype(jnp.int32))
+        return self.merge(state, {"span": span, **limbs.split()})
 
     def merge(self, a, b):
         span = jnp.maximum(a["span"], b["span"])
 
-        def widened(state: Any) -> jax.Array:
+        def widened(state: Any) -> _Limbs:
             doublings = jnp.clip(exponent(span) - exponent(state["span"]), 0, 31)
             position = jnp.arange(_BINS, dtype=jnp.int32) - _BINS // 2
             position = position.reshape((1,) * span.ndim + (-1,)) >> doublings[..., None]
-            return _scatter(position + _BINS // 2, state["counts"])
+            # 1024 lower halves in one bin stay below 2**30.
+            return self._limbs(state).map(lambda half: _scatter(position + _BINS // 2, half))
 
-        return {"span": span, "counts": widened(a) + widened(b)}
+        return {"span": span, **(widened(a) + widened(b)).split()}
+
+    def _limbs(self, state) -> _Limbs:
+        return _Limbs.of(state["counts"], state["rest"])
 
     def _centers(self, state) -> jax.Array:
         offset = (jnp.arange(_BINS, dtype=jnp.float32) - (_BINS // 2 - 0.5)) / (_BINS // 2)
         return state["span"][..., None] * offset.reshape((1,) * state["span"].ndim + (-1,))
+
+    def _shares(self, state) -> jax.Array:
+        """The part of all elements that is in each bin."""
+        return state["counts"] / jnp.maximum(jnp.sum(state["counts"], -1, keepdims=True), 1)
 
     def _minmax(self, state) -> Range:
         """Outer edges of the occupied bins."""
@@ -310,10 +404,22 @@ class _Histogram(Observer):
 
 def _scatter(index: jax.Array, weights: jax.Array) -> jax.Array:
     """Histogram along the last axis: weights added at index, leading axes kept."""
-    flat_index, flat_weights = index.reshape(-1, index.shape[-1]), weights.reshape(-1, weights.shape[-1])
+    flat_index, flat_weights = (a.reshape(math.prod(a.shape[:-1]), a.shape[-1]) for a in (index, weights))
     flat_index = jnp.broadcast_to(flat_index, flat_weights.shape)
-    rows = jax.vmap(lambda i, w: jnp.zeros(_BINS, jnp.float32).at[i].add(w))(flat_index, flat_weights)
+    rows = jax.vmap(lambda i, w: jnp.zeros(_BINS, w.dtype).at[i].add(w))(flat_index, flat_weights)
     return rows.reshape(*weights.shape[:-1], _BINS)
+
+
+def _quantile(rows: jax.Array, q: float) -> jax.Array:
+    """The quantile of each row, between two neighbours. NaN where there is one.
+
+    Which two is computed while tracing: in float32 the place of a quantile among 2**24 elements is not exact.
+    """
+    ordered, place = jnp.sort(rows, axis=-1), q * (rows.shape[-1] - 1)
+    below = min(max(math.floor(place), 0), rows.shape[-1] - 1)
+    left, right = ordered[..., below], ordered[..., min(below + 1, rows.shape[-1] - 1)]
+    value = left * (1 - (place - below)) + right * (place - below)
+    return jnp.where(jnp.isnan(ordered[..., -1]), jnp.nan, value)  # NaN is sorted to the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,24 +440,28 @@ class Percentile(_Histogram):
         del roundtrip
         rows = _rows(_finite_or_nan(x), axes)
         if symmetric:
-            hi = jnp.quantile(jnp.abs(rows), self.p / 100, axis=-1)
+            hi = _quantile(jnp.abs(rows), self.p / 100)
             return -hi, hi
-        lo, hi = (jnp.quantile(rows, q, axis=-1) for q in (1 - self.p / 100, self.p / 100))
+        lo, hi = (_quantile(rows, q) for q in ((100 - self.p) / 100, self.p / 100))
         return jnp.minimum(lo, 0), jnp.maximum(hi, 0)
 
     def result(self, state, *, symmetric, roundtrip):
         del roundtrip
-        counts, half = state["counts"], _BINS // 2
-        width = state["span"] / half
+        middle, width = _BINS // 2, state["span"] / (_BINS // 2)
+        limbs = self._limbs(state)
+
+        def bins_inside(limbs: _Limbs) -> jax.Array:
+            """How many bins, from the first on, leave no more than 1 - p behind them (what is small is exact)."""
+            sums = limbs.flipped().map(lambda half: lax.cumsum(half, half.ndim - 1))  # 2048 halves: less than 2**31
+            rest = sums.carried().flipped().real()
+            return jnp.maximum(jnp.sum(rest > (100 - self.p) / 100 * rest[..., :1], -1), 1)
+
         if symmetric:
-            counts = counts[..., half:] + jnp.flip(counts[..., :half], -1)
-            inside = jnp.cumsum(counts, -1) < self.p / 100 * jnp.sum(counts, -1, keepdims=True)
-            hi = (jnp.sum(inside, -1) + 1).astype(jnp.float32) * width
+            both = limbs.map(lambda half: half[..., middle:]) + limbs.flipped().map(lambda half: half[..., middle:])
+            hi = bins_inside(both).astype(jnp.float32) * width
             return -hi, hi
-        total = jnp.sum(counts, -1, keepdims=True)
-        below = jnp.cumsum(counts, -1)
-        hi = (jnp.sum(below < self.p / 100 * total, -1) + 1 - half).astype(jnp.float32) * width
-        lo = (jnp.sum(below <= (1 - self.p / 100) * total, -1) - half).astype(jnp.float32) * width
+        hi = (bins_inside(limbs) - middle).astype(jnp.float32) * width
+        lo = (middle - bins_inside(limbs.flipped())).astype(jnp.float32) * width
         return jnp.minimum(lo, 0), jnp.maximum(hi, 0)
 
 
@@ -423,17 +533,14 @@ class MSE(_Histogram):
     def range(self, x, axes, *, symmetric, roundtrip):
         x = _finite_or_nan(x)
         absmax = absmax_over(x, axes)
-        lo, hi = (-absmax, absmax) if symmetric else _minmax(x, axes)
+        lo, hi = _minmax(x, axes)
         unit = jnp.where(absmax > 0, absmax, 1)
         return least_error(_evaluator(x, None, axes, unit, roundtrip), lo, hi, both=not symmetric)
 
     def result(self, state, *, symmetric, roundtrip):
         lo, hi = self._minmax(state)
-        if symmetric:
-            hi = jnp.maximum(-lo, hi)
-            lo = -hi
         unit = jnp.where(state["span"] > 0, state["span"], 1)[..., None]
-        evaluate = _evaluator(self._centers(state), state["counts"], (-1,), unit, roundtrip)
+        evaluate = _evaluator(self._centers(state), self._shares(state), (-1,), unit, roundtrip)
         lo, hi = least_error(evaluate, lo[..., None], hi[..., None], both=not symmetric)
         return lo[..., 0], hi[..., 0]
 
@@ -454,7 +561,7 @@ class Entropy(_Histogram):
         if symmetric:
             hi = jnp.maximum(-lo, hi)
             lo = -hi
-        centers, counts = self._centers(state), state["counts"]
+        centers, counts = self._centers(state), self._shares(state)
         flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
         occupied = (counts > 0).astype(jnp.float32)
 

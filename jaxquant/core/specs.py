@@ -73,10 +73,14 @@ class QuantSpec(_Value):
       group_size: elements of a group. Fixed (32, 32, 16) for mxfp8, mxfp4 and nvfp4, which are always per group.
       symmetric: True: no zero point. False: an integer zero point, for integer types only. A symmetric *unsigned*
         type represents nothing below 0: negative values saturate to 0.
-      narrow_range: True: a symmetric signed type leaves out its lowest code (-127..127 rather than -128..127). None:
-        True unless the range comes from `observers.MSE`, which makes use of the extra code.
+      narrow_range: True: a symmetric signed type leaves out its lowest code (-127..127 rather than -128..127), and
+        the largest magnitude has the code qmax. False: the whole range, its ends half a step beyond the last codes (see
+        `scale_zero_point`), or on them for a block that is on codes altogether, so that what was quantized before stays
+        as it is. None: True at 7 and 8 bits, unless the range comes from `observers.MSE`; False below, where the code
+        more counts: the relative error of normal weights in groups of 128 falls from .117 to .105 at 4 bits, from .274
+        to .221 at 3, from .766 to .507 at 2 (benchmarks/narrow_range.py).
       calibration: an observer from `jaxquant.observers`; None: AbsMax when symmetric, MinMax when not
-        (and for a symmetric unsigned type, whose range is ``[0, max(x)]``).
+        (and for a symmetric unsigned type, whose range is ``[0, max(x)]``); for a whole range both ends on their own.
       static: for an activation, True if its range comes from ``state`` and not from the very array.
       scale_dtype: float dtype of the scales; None: float32. ``"uint4"``, for symmetric types of at most 4 bits per
         group: two-level scales, integers 1 .. 15 times one float32 for all that ``reduce_axes`` join. A code times its
@@ -216,10 +220,15 @@ class QuantSpec(_Value):
         info = qtype_of(self.qtype)
         narrow = self.narrow_range
         if narrow is None:
-            narrow = self.symmetric and not isinstance(self.calibration, observers.MSE)
+            narrow = self.symmetric and info.bits > 6 and not isinstance(self.calibration, observers.MSE)
         if narrow and info.kind == "int" and info.signed:
             return dataclasses.replace(info, qmin=-info.qmax)
         return info
+
+    @property
+    def whole_range(self) -> bool:
+        """Whether a symmetric type has one code more below 0 than above, which its range makes use of."""
+        return self.symmetric and self.type.kind == "int" and self.type.qmin < -self.type.qmax < 0
 
     @property
     def two_level(self) -> bool:
@@ -231,6 +240,8 @@ class QuantSpec(_Value):
         """The calibrator in force."""
         if self.calibration is not None:
             return self.calibration
+        if self.whole_range:
+            return observers.WholeRange(self.type.qmax)
         return observers.AbsMax() if self.symmetric and self.type.signed else observers.MinMax()
 
     def to_dict(self) -> dict[str, Any]:

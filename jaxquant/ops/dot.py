@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.core.affine import reach
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
@@ -237,7 +238,8 @@ def _beside_outliers(
     large = jnp.abs(x) >= spec.act.outliers
     outlier = jnp.any(large, axis=axes.rows, keepdims=True)
     absmax = jnp.max(jnp.where(large, 0, jnp.abs(x)), axis=axes.contract, keepdims=True).astype(jnp.float32)
-    scale = lax.stop_gradient(jnp.where(absmax > 0, absmax / spec.act.type.qmax, 1))
+    magnitude, steps = reach(-absmax, absmax, spec.act)
+    scale = lax.stop_gradient(jnp.where(magnitude > 0, magnitude / steps, 1))
 
     def product(x: jax.Array, spec: OpSpec, scale: Any) -> jax.Array:
         operands = (x, pair.rhs) if side == 0 else (pair.lhs, x)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxquant.core.affine import affine, quantize, roundtrip
 from jaxquant.core.errors import quant_error
-from jaxquant.core.observers import AbsMax, MinMax, array_absmax, least_error
+from jaxquant.core.observers import MinMax, array_absmax, least_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ptq.gram import gram_of, normal
@@ -49,10 +49,9 @@ def least_ranges(
       Two arrays of x's rank, 1 long on ``axes``.
     """
     full = h.shape[-1] == h.shape[-2] and x.shape[-2] > 1
-    base = AbsMax() if spec.symmetric else MinMax()
     positive = tuple(a % x.ndim for a in axes)
     step = roundtrip(spec, top)
-    lo, hi = base.range(x, positive, symmetric=spec.symmetric, roundtrip=step)
+    lo, hi = MinMax().range(x, positive, symmetric=spec.symmetric, roundtrip=step)
     absmax = jnp.maximum(-lo, hi)
     unit = jnp.where(absmax > 0, absmax, 1)
 

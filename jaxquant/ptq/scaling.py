@@ -140,7 +140,7 @@ def awq_clip(w: jax.Array, spec: QuantSpec, stats: Any, *, steps: int = 20, leas
       >>> from jaxquant.ptq import awq_clip
       >>> w = jnp.array([[0.3], [0.6], [-0.6], [1.0]])
       >>> stats = {"gram": {"gram": jnp.diag(jnp.array([9.0, 9.0, 9.0, 0.1]))[None]}}
-      >>> round(float(awq_clip(w, jq.QuantSpec("int2"), stats)[0, 0]), 2)  # the last input is small
+      >>> round(float(awq_clip(w, jq.QuantSpec("int2", narrow_range=True), stats)[0, 0]), 2)  # the last input is small
       0.55
 
     Source: Lin et al. 2023 (arXiv:2306.00978), section 3.2, as AutoAWQ 0.2.9 does it with sampled inputs.

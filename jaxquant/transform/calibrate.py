@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.core
+import jax.numpy as jnp
 
 from jaxquant.core.affine import roundtrip, scale_zero_point
 from jaxquant.core.errors import quant_error
-from jaxquant.transform.batches import arguments
-from jaxquant.transform.interpreter import Interpreter, Tally
+from jaxquant.transform.interpreter import Interpreter, Misfit, Tally
+from jaxquant.transform.masks import Mask, with_masks
 from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.quantized import check_plan, weights_of
 from jaxquant.transform.statistics import ChannelAbsMax, ChannelMean, Inputs, Range, Statistic
 from jaxquant.transform.trace import is_array, trace
 
-__all__ = ["act_state", "calibrate", "merge_stats"]
+__all__ = ["Calibration", "Collect", "act_state", "calibrate", "merge_stats"]
 
 
-def _wanted(item: Item, collect: Mapping[str, Statistic] | None) -> Mapping[str, Statistic]:
-    """The statistics of one weight: those asked for, and the range that its activation spec needs."""
-    own = {} if item.spec.act is None else {"range": Range(item.spec.act.observer)}
-    if collect is not None:
-        return {**collect, **own}
-    return {"range": Range(), "absmax": ChannelAbsMax(), "mean": ChannelMean(), **own}
+Collect = Mapping[str, Statistic]
+
+
+def _wanted(function: str, plan: Plan, collect: Collect | None) -> dict[str, Collect]:
+    """path -> the statistics of one weight: those asked for, and the range that its activation spec needs."""
+    if collect is None:
+        collect = {"range": Range(), "absmax": ChannelAbsMax(), "mean": ChannelMean()}
+    todo = 'Pass a dict of names and statistics, such as collect={"gram": jq.statistics.Gram()}'
+    if not isinstance(collect, Mapping):
+        raise quant_error(function, "collect must be a dict of statistics by name", todo=todo, collect=collect)
+    for name, statistic in collect.items():
+        if not isinstance(name, str) or not isinstance(statistic, Statistic):
+            got: dict[str, Any] = {"name": name, "statistic": statistic}
+            raise quant_error(function, "collect must hold names and statistics", todo=todo, **got)
+    own = {i.path: {} if i.spec.act is None else {"range": Range(i.spec.act.observer)} for i in plan.items}
+    return {path: {**collect, **ranges} for path, ranges in own.items()}
+
+
+def _check_counts(function: str, wanted: Mapping[str, Collect]) -> None:
+    """Raises if a statistic, of a user's own, knows nothing of masks."""
+    for path, statistics in wanted.items():
+        for name, statistic in statistics.items():
+            parts = [statistic.of, *([statistic.observer.update] if isinstance(statistic, Range) else [])]
+            if any("counted" not in inspect.signature(part).parameters for part in parts):
+                todo = "Give its method an argument counted=None: which rows count"
+                raise quant_error(function, f"{name} takes no mask", todo=todo, path=path, statistic=statistic)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +76,152 @@ class _Call:
 _ARRAY = object()
 
 
+_NEVER = 2**31 - 1
+
+
+class _Found(NamedTuple):
+    """Statistics by name, and the number of the first batch in which an input that counts was NaN or infinite."""
+
+    statistics: Any
+    broken: jax.Array
+
+
+class Calibration:
+    """The pass over one batch, compiled once for all sets of weights that it collects the inputs of.
+
+    Args:
+      function: who asks, for errors.
+      fn, plan, collect: as for `calibrate`.
+      stages: the paths that are collected at a time; None: all, always. What has the same statistics, and is never
+        collected at one time, shares the place of its results, so that memory is that of the largest stage.
+    """
+
+    def __init__(
+        self,
+        function: str,
+        fn: Callable[..., Any],
+        plan: Plan,
+        collect: Collect | None,
+        stages: Sequence[Sequence[str]] | None = None,
+    ):
+        self.function, self.fn, self.plan, self.stages = function, fn, plan, stages
+        self.wanted = _wanted(function, plan, collect)
+        self.keys = {path: path for path in self.wanted}
+        self._known = {path: path for path in self.wanted}  # one of the paths of each key
+        self._shared = stages is None
+        self.one = jax.jit(self._one, static_argnums=1)
+        self.both = jax.jit(self._both)
+
+    def _one(self, arrays: list[Any], call: _Call, mask: Any, number: Any, active: dict[str, Any] | None) -> Any:
+        params, args = call.arguments(arrays)
+        misfits: dict[str, str] = {}
+
+        def collected(item: Item, inputs: Callable[[], Inputs]) -> dict[str, Tally]:
+            try:
+                tally = self._tally(item, inputs(), number, active)
+            except Misfit as misfit:
+                misfits.setdefault(item.path, str(misfit))
+                return {}
+            return {self.keys[item.path]: tally}
+
+        traced = trace(self.function, self.fn, params, args, {})
+        interpreter = Interpreter(self.plan, collect=collected, merge=self._merge, keys=self.keys, mask=mask)
+        interpreter.run(traced.jaxpr, weights_of(traced, self.plan, None))
+        if misfits:
+            todo = "Keep the weight in float for this pass, or collect other statistics: collect={} for ranges alone"
+            if mask is not None:
+                todo = "Calibrate without a mask, on batches that hold no padding"
+            whys = dict.fromkeys(misfits.values())
+            rule = next(iter(whys)) if len(whys) == 1 else "; ".join(f"{p}: {why}" for p, why in misfits.items())
+            raise quant_error(self.function, rule, todo=todo, path=", ".join(misfits))
+        return interpreter.stats
+
+    def _tally(self, item: Item, inputs: Inputs, number: Any, active: dict[str, Any] | None) -> Tally:
+        def of() -> _Found:
+            found = {name: _of(name, s, inputs) for name, s in self.wanted[item.path].items()}
+            return _Found(found, jnp.where(inputs.values.broken(), number, _NEVER))
+
+        seen = inputs.values.seen()
+        if active is None:
+            return Tally(of(), seen)
+        now = active[item.path]
+        none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of))
+        return Tally(jax.lax.cond(now, of, lambda: none), now if seen is None else now & seen)
+
+    def _merge(self, key: str, a: _Found, b: _Found) -> _Found:
+        merged = _merged(self.wanted[self._known[key]], a.statistics, b.statistics)
+        return _Found(merged, jnp.minimum(a.broken, b.broken))
+
+    def _both(self, a: dict[str, Tally], b: dict[str, Tally]) -> dict[str, Tally]:
+        shared = {key: a[key].merge(b[key], functools.partial(self._merge, key)) for key in a if key in b}
+        return {**a, **b, **shared}
+
+    def _share(self, arrays: list[Any], call: _Call, mask: Any) -> None:
+        """Gives what has the same statistics, and is never collected at one time, one key."""
+        assert self.stages is not None
+        every = {path: jnp.array(True) for path in self.wanted}
+        tallies = jax.eval_shape(functools.partial(self._one, call=call), arrays, mask=mask, number=0, active=every)
+        keys: dict[str, str] = {}
+        for stage in self.stages:
+            count: collections.Counter[str] = collections.Counter()
+            for path in stage:
+                if path in tallies:
+                    kind = repr((jax.tree.map(lambda a: (a.shape, a.dtype), tallies[path]), self.wanted[path]))
+                    keys[path] = f"{kind} {count[kind]}"
+                    count[kind] += 1
+        self.keys.update(keys)
+        self._known = {key: path for path, key in self.keys.items()}
+        self._shared = True
+
+    def __call__(self, params: Any, batches: Iterable[Any], mask: Mask, paths: Sequence[str] | None = None) -> Any:
+        """path -> name -> statistic, over all batches; of these paths, if only a stage is collected."""
+        if mask is not None:
+            _check_counts(self.function, self.wanted)
+        total, active = None, None
+        if paths is not None:
+            active = {path: jnp.array(path in paths) for path in self.wanted}
+        for number, (args, counted) in enumerate(with_masks(self.function, batches, mask, self.fn)):
+            call, arrays = _Call.of((params, args))
+            if not self._shared:
+                self._share(arrays, call, counted)
+            stats = self.one(arrays, call, counted, jnp.int32(number), active)
+            total = stats if total is None else self.both(total, stats)
+        if total is None:
+            todo = "Pass at least one; a generator is used up by one pass"
+            raise quant_error(self.function, "there are no batches", todo=todo)
+        named = {path: total[key] for path, key in self.keys.items() if key in total}
+        if paths is not None:
+            named = {path: tally for path, tally in named.items() if path in paths}
+        return self._checked(named)
+
+    def _checked(self, named: dict[str, Tally]) -> dict[str, Any]:
+        """What was seen of each path; raises where that is nothing at all, or no number."""
+        reached = {path: tally for path, tally in named.items() if tally.seen is None or _all(tally.seen)}
+        broken = {p: int(jnp.min(t.value.broken)) for p, t in reached.items() if _is_here(t.value.broken)}
+        broken = tuple(f"{path} (batch {number})" for path, number in broken.items() if number != _NEVER)
+        if broken:
+            todo = "Find where they arise: the first path is the first that is used; a mask leaves out rows of padding"
+            rule = f"inputs of planned weights hold NaN or inf: {', '.join(broken)}"
+            raise quant_error(self.function, rule, todo=todo, weights=len(broken))
+        return {path: tally.value.statistics for path, tally in reached.items()}
+
+
+def _is_here(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+
+
+def _all(seen: jax.Array) -> bool:
+    return not _is_here(seen) or bool(seen.all())
+
+
 def calibrate(
     fn: Callable[..., Any],
     plan: Plan,
     params: Any,
     batches: Iterable[Any],
     *,
-    collect: Mapping[str, Statistic] | None = None,
+    collect: Collect | None = None,
+    mask: Mask = None,
 ) -> dict[str, Any]:
     """Runs ``fn`` over batches and collects statistics of what goes into each planned weight.
 
@@ -73,15 +236,23 @@ def calibrate(
       collect: name -> `Statistic` from `jaxquant.statistics`, for every weight; ``{"gram": Gram()}`` for GPTQ. None:
         the range, the absmax and the mean of each channel. The range that an activation's spec needs is always
         collected.
+      mask: which rows count, where batches hold padding: a function of the batch's arguments, or an iterable with one
+        array for each batch. A boolean array, True where there is data, whose axes are the first axes of every planned
+        weight's input (``[batch]``, ``[batch, length]``), or all of them are its first one, in the same order
+        (``x.reshape(-1, channels)``). Of a convolution, those windows count of which nothing is left out. Rows that do
+        not count have no effect, whatever is in them.
 
     Returns:
       path -> name -> the statistic, a plain pytree; with leading axes where the weight is stacked under scan. A
-      parameter that is only looked up (``take``) has no input and is not among them, and neither is one that no batch
-      has reached, in a branch that was never taken.
+      parameter that is only looked up (``take``) has no input and is not among them, and neither is one that no row
+      has reached: in a branch that was never taken, in batches without rows or in which nothing counts. A batch without
+      rows has no effect.
 
     Raises:
-      QuantError: if there are no batches, params do not fit the plan, a planned weight is inside of a shard_map, or a
-        statistic of channels is asked for where only a part of a weight's channels meets an input.
+      QuantError: if there are no batches, collect is no dict of statistics, params do not fit the plan, a planned
+        weight is inside of a shard_map. Naming all weights it is true of: if an input that counts holds NaN or inf, a
+        statistic of channels is asked for where only a part of a weight's channels meets an input, or the mask does not
+        fit an input (in a scan over the length, say, or in a ragged_dot, which knows rows by expert).
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
@@ -94,41 +265,13 @@ def calibrate(
       >>> jq.act_state(plan, stats)["w"]["scale"]
       Array(0.02362205, dtype=float32)
     """
-    wanted = {item.path: _wanted(item, collect) for item in plan.items}
-
-    merge = functools.partial(_merge, wanted)
-
-    def collected(item: Item, inputs: Inputs) -> Any:
-        return {name: _of(item, name, statistic, inputs) for name, statistic in wanted[item.path].items()}
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def one(arrays: list[Any], call: _Call) -> dict[str, Tally]:
-        params, args = call.arguments(arrays)
-        traced = trace("calibrate", fn, params, args, {})
-        interpreter = Interpreter(plan, collect=collected, merge=merge)
-        interpreter.run(traced.jaxpr, weights_of(traced, plan, None))
-        return interpreter.stats
-
-    @jax.jit
-    def both(a: dict[str, Tally], b: dict[str, Tally]) -> dict[str, Tally]:
-        shared = {path: a[path].merge(b[path], functools.partial(merge, path)) for path in a if path in b}
-        return {**a, **b, **shared}
-
+    calibration = Calibration("calibrate", fn, plan, collect)
     check_plan("calibrate", plan, leaves_with_paths(params)[0])
-    total = None
-    for args in arguments("calibrate", batches, fn):
-        call, arrays = _Call.of((params, args))
-        stats = one(arrays, call)
-        total = stats if total is None else both(total, stats)
-    if total is None:
-        todo = "Pass at least one; a generator is used up by one pass"
-        raise quant_error("calibrate", "there are no batches", todo=todo)
-    seen = {path: tally.seen is None or bool(tally.seen.all()) for path, tally in total.items()}
-    return {path: tally.value for path, tally in total.items() if seen[path]}
+    return calibration(params, batches, mask)
 
 
-def _merge(wanted: Mapping[str, Mapping[str, Statistic]], path: str, a: Any, b: Any) -> Any:
-    return {name: statistic.merge(a[name], b[name]) for name, statistic in wanted[path].items()}
+def _merged(wanted: Collect, a: Any, b: Any) -> Any:
+    return {name: statistic.merge(a[name], b[name]) for name, statistic in wanted.items()}
 
 
 def merge_stats(
@@ -159,7 +302,7 @@ def merge_stats(
       >>> jq.merge_stats(plan, hosts)["w"]["absmax"]
       Array([[3., 3.]], dtype=float32)
     """
-    wanted = {item.path: _wanted(item, collect) for item in plan.items}
+    wanted = _wanted("merge_stats", plan, collect)
     total: dict[str, Any] | None = None
     for one in stats:
         for path, entry in one.items():
@@ -172,20 +315,20 @@ def merge_stats(
         if total is None:
             total = dict(one)
         else:
-            shared = {path: _merge(wanted, path, total[path], one[path]) for path in total if path in one}
+            shared = {path: _merged(wanted[path], total[path], one[path]) for path in total if path in one}
             total = {**total, **one, **shared}
     if total is None:
         raise quant_error("merge_stats", "there is nothing to merge", todo="Pass what calibrate returned, of each host")
     return total
 
 
-def _of(item: Item, name: str, statistic: Statistic, inputs: Inputs) -> Any:
-    x = inputs.seen_by(statistic)
-    if x is None:
-        rule = f"{name} needs whole {statistic.sees}, and a use of this weight has a part of them, or flipped ones"
-        todo = "Keep the weight in float for this pass, or collect other statistics: collect={} for ranges alone"
-        raise quant_error("calibrate", rule, todo=todo, path=item.path, shape=item.shape)
-    return statistic.of(jax.lax.stop_gradient(x))
+def _of(name: str, statistic: Statistic, inputs: Inputs) -> Any:
+    rows = inputs.seen_by(statistic)
+    if rows is None:
+        whole = f"{name} needs whole {statistic.sees}"
+        raise Misfit(f"{whole}, and a use of this weight has a part of them, or flipped ones")
+    x = jax.lax.stop_gradient(rows.values)
+    return statistic.of(x) if rows.counted is None else statistic.of(x, rows.counted)
 
 
 def act_state(plan: Plan, stats: Mapping[str, Any]) -> dict[str, Any]:

@@ -243,19 +243,20 @@ def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     end, (ys, stats) = lax.scan(
         body, carry.start, [arrays_of(x) for x in xs], length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
-    interpreter.add_stats(_unstack(interpreter, stats, {x.path for x in xs if isinstance(x, Weight)}))
+    interpreter.add_stats(_unstack(interpreter, stats, [x.path for x in xs if isinstance(x, Weight)]))
     return carry.full(end) + _together(passed, stacks, ys, count)
 
 
-def _unstack(interpreter: Interpreter, stats: dict[str, Tally], stacked: set[str]) -> dict[str, Tally]:
+def _unstack(interpreter: Interpreter, stats: dict[str, Tally], stacked: list[str]) -> dict[str, Tally]:
     """Statistics of a scan: one per layer for a stacked weight, merged over the steps for a constant one."""
+    by_layer = {interpreter.key(path) for path in stacked if path in interpreter.items}
 
-    def merged(path: str, tally: Tally) -> Tally:
+    def merged(key: str, tally: Tally) -> Tally:
         first = jax.tree.map(lambda a: a[0], tally)
         rest = jax.tree.map(lambda a: a[1:], tally)
-        return lax.scan(lambda total, new: (interpreter.merged(path, total, new), None), first, rest)[0]
+        return lax.scan(lambda total, new: (interpreter.merged(key, total, new), None), first, rest)[0]
 
-    return {path: tally if path in stacked else merged(path, tally) for path, tally in stats.items()}
+    return {key: tally if key in by_layer else merged(key, tally) for key, tally in stats.items()}
 
 
 @handles(_public("while_p"), joined=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
-from jaxquant.transform.batches import arguments
+from jaxquant.transform.masks import Mask, masked, with_masks
 from jaxquant.transform.params import dequantize_params
 from jaxquant.transform.paths import is_qtensor, leaves_with_paths
 from jaxquant.transform.plan import Plan, is_float
@@ -57,6 +57,7 @@ def distill(
     *,
     loss: Callable[[Any, Any], jax.Array] = relative_error,
     floats: Callable[[str, Any], bool] = _is_vector,
+    mask: Mask = None,
 ) -> Iterator[Distilled]:
     """Trains what is real in quantized parameters: scales, and the vectors beside them (biases, gains of norms).
 
@@ -73,6 +74,8 @@ def distill(
       tx: an Optax transformation.
       loss: ``(outputs, targets) -> scalar``.
       floats: ``(path, leaf) -> bool``: which float leaves train; by default those with one axis longer than 1.
+      mask: which rows of the outputs count, as for `calibrate`: outputs and targets are 0 in all others before the loss
+        sees them. Every float output begins with the mask's axes.
 
     Yields:
       `Distilled` after each step.
@@ -108,19 +111,22 @@ def distill(
                 leaves[path] = _with_scale(leaf, jnp.exp(train[path]))
         return jax.tree.unflatten(treedef, leaves.values())
 
-    def objective(train: Any, rest: Any, args: tuple[Any, ...], targets: Any) -> jax.Array:
+    def objective(train: Any, rest: Any, args: tuple[Any, ...], targets: Any, counted: Any) -> jax.Array:
         new = together(train, rest)
-        return loss(fn(dequantize_params(new), *args) if weight_only else run(new, *args), targets)
+        outputs = fn(dequantize_params(new), *args) if weight_only else run(new, *args)
+        return loss(*masked("distill", counted, outputs, targets))
 
     @jax.jit
-    def step(train: Any, state: Any, rest: Any, params: Any, args: tuple[Any, ...]) -> tuple[Any, Any, jax.Array]:
-        value, grads = jax.value_and_grad(objective)(train, rest, args, fn(params, *args))
+    def step(
+        train: Any, state: Any, rest: Any, params: Any, args: tuple[Any, ...], counted: Any
+    ) -> tuple[Any, Any, jax.Array]:
+        value, grads = jax.value_and_grad(objective)(train, rest, args, fn(params, *args), counted)
         updates, state = tx.update(grads, state, train)
         return jax.tree.map(lambda p, u: (p + u).astype(p.dtype), train, updates), state, value
 
     state, start = tx.init(train), time.perf_counter()
-    for number, args in enumerate(arguments("distill", batches, fn), 1):
-        train, state, value = step(train, state, rest, params, args)
+    for number, (args, counted) in enumerate(with_masks("distill", batches, mask, fn), 1):
+        train, state, value = step(train, state, rest, params, args, counted)
         yield Distilled(together(train, rest), value, number, time.perf_counter() - start)
 
 

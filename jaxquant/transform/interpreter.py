@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +37,7 @@ from jaxquant.transform import primitives
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.weights import Joined, Weight
 
-__all__ = ["ABSENT", "Interpreter", "Products", "Tally", "Use", "handler_of", "handles", "product_name"]
+__all__ = ["ABSENT", "Interpreter", "Misfit", "Products", "Tally", "Use", "handler_of", "handles", "product_name"]
 
 
 class _Absent:
@@ -158,12 +158,16 @@ def _jaxprs_of(eqn: Any) -> Iterator[Jaxpr]:
                 yield x
 
 
+class Misfit(Exception):
+    """Why the inputs of a weight cannot be collected; calibration gathers these and names them all."""
+
+
 class Tally(NamedTuple):
     """Statistics of the inputs of one parameter, and whether there were any.
 
     Attributes:
       value: what was collected; arbitrary where nothing was.
-      seen: whether something was, as an array; None: yes, for certain. Only branches and loops leave it open.
+      seen: whether something was, as an array; None: yes, for certain. Branches, loops and masks leave it open.
     """
 
     value: Any
@@ -199,8 +203,10 @@ class Interpreter:
       plan: what is quantized, or None: QTensors are, weight-only.
       precision: overrides the precision of quantized operations.
       planning: compute nothing, record uses.
-      collect: ``(item, inputs) -> statistics`` of the inputs of a planned operation; None: collect nothing.
-      merge: ``(path, a, b) -> statistics`` of two uses.
+      collect: ``(item, () -> inputs) -> {key: Tally}`` of a planned operation; None: collect nothing.
+      merge: ``(key, a, b) -> statistics`` of two uses.
+      keys: path -> the key under which its statistics go; None: each path is its own.
+      mask: which rows of the inputs count, as `jaxquant.transform.masks` has it; None: all.
       products: products of two activations that are looked for; None: none are.
       entering: ``(weight, x, channel axes of x) -> x``, applied to the input of each product with a planned weight.
     """
@@ -213,13 +219,15 @@ class Interpreter:
         planning: bool = False,
         collect: Callable[..., Any] | None = None,
         merge: Callable[[str, Any, Any], Any] | None = None,
+        keys: Mapping[str, str] | None = None,
+        mask: Any = None,
         products: Products | None = None,
         entering: Callable[[Weight, jax.Array, tuple[int, ...]], jax.Array] | None = None,
     ):
         self.items: dict[str, Item] = {item.path: item for item in plan.items} if plan is not None else {}
         self.precision, self.planning = precision, planning
         self.collect, self.merge, self.entering = collect, merge, entering
-        self.products = products
+        self.keys, self.mask, self.products = keys, mask, products
         self.scope = ""  # of the jaxpr that runs
         self.uses: list[Use] = []
         self.own_derivatives: set[str] = set()  # paths that enter a function with a derivative rule of its own
@@ -233,14 +241,18 @@ class Interpreter:
         return other
 
     def add_stats(self, stats: dict[str, Tally]) -> None:
-        """Takes over the statistics of an inner trace."""
-        for path, tally in stats.items():
-            self.stats[path] = self.merged(path, self.stats[path], tally) if path in self.stats else tally
+        """Takes over statistics of an operation, or of an inner trace."""
+        for key, tally in stats.items():
+            self.stats[key] = self.merged(key, self.stats[key], tally) if key in self.stats else tally
 
-    def merged(self, path: str, a: Tally, b: Tally) -> Tally:
+    def merged(self, key: str, a: Tally, b: Tally) -> Tally:
         """Statistics of two uses of one parameter."""
         assert self.merge is not None
-        return a.merge(b, functools.partial(self.merge, path))
+        return a.merge(b, functools.partial(self.merge, key))
+
+    def key(self, path: str) -> str:
+        """What the statistics of a parameter are kept under."""
+        return path if self.keys is None else self.keys[path]
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
     def run(self, closed: ClosedJaxpr, args: list[Any]) -> list[Any]:

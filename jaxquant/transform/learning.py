@@ -16,10 +16,10 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ptq.bases import Orthogonal
-from jaxquant.transform.batches import arguments
 from jaxquant.transform.distill import relative_error
 from jaxquant.transform.fusing import RotationGroup, rotate
 from jaxquant.transform.interpreter import Interpreter
+from jaxquant.transform.masks import Mask, masked, with_masks
 from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.precondition import precondition, precondition_params
@@ -125,6 +125,7 @@ def learn_rotations(
     *,
     rate: float = 0.02,
     loss: Callable[[Any, Any], jax.Array] = relative_error,
+    mask: Mask = None,
 ) -> Iterator[LearnedRotations]:
     """Turns orthogonal matrices, fused or online, so that the quantized function does what the float one does.
 
@@ -145,6 +146,8 @@ def learn_rotations(
       batches: for each the tuple of fn's further arguments (a single array stands for a tuple of one).
       rate: by how much a matrix turns in a step: the root mean square of the angles, about.
       loss: ``(outputs, float outputs) -> scalar``; by default the relative squared error.
+      mask: which rows of the outputs count, as for `calibrate`: outputs and targets are 0 in all others before the loss
+        sees them. Every float output begins with the mask's axes.
 
     Yields:
       `LearnedRotations` after each batch.
@@ -170,7 +173,9 @@ def learn_rotations(
         todo = "Pass {group: group.random(key)}, or {path: matrix}"
         raise quant_error("learn_rotations", "there is nothing to learn", todo=todo, matrices=dict(matrices))
 
-    def objective(matrices: dict[Place, jax.Array], new: Any, args: tuple[Any, ...], targets: Any) -> jax.Array:
+    def objective(
+        matrices: dict[Place, jax.Array], new: Any, args: tuple[Any, ...], targets: Any, counted: Any
+    ) -> jax.Array:
         online = {p: Orthogonal(m) for p, m in matrices.items() if isinstance(p, str)}
         for place, matrix in matrices.items():
             if isinstance(place, RotationGroup):
@@ -178,22 +183,22 @@ def learn_rotations(
         run = fn
         if online:
             run, new = precondition(fn, plan, online), precondition_params(new, plan, online)
-        return loss(_rounding(run, plan)(new, *args), targets)
+        return loss(*masked("learn_rotations", counted, _rounding(run, plan)(new, *args), targets))
 
     places = list(matrices)
 
     @jax.jit
-    def step(number: jax.Array, now: Any, states: Any, params: Any, args: tuple[Any, ...]) -> Any:
+    def step(number: jax.Array, now: Any, states: Any, params: Any, args: tuple[Any, ...], counted: Any) -> Any:
         targets = fn(params, *args)
-        split = lambda ms: objective(dict(zip(places, ms, strict=True)), params, args, targets)  # noqa: E731
+        split = lambda ms: objective(dict(zip(places, ms, strict=True)), params, args, targets, counted)  # noqa: E731
         value, gradients = jax.value_and_grad(split)(now)
         moved = [_turned(m, g, s, number, rate) for m, g, s in zip(now, gradients, states, strict=True)]
         return [m for m, _ in moved], [s for _, s in moved], value
 
     now = [jnp.asarray(matrices[place], jnp.float32) for place in places]
     states, start = [_State(jnp.zeros_like(m), jnp.zeros(())) for m in now], time.perf_counter()
-    for number, args in enumerate(arguments("learn_rotations", batches, fn), 1):
-        now, states, value = step(jnp.float32(number), now, states, params, args)
+    for number, (args, counted) in enumerate(with_masks("learn_rotations", batches, mask, fn), 1):
+        now, states, value = step(jnp.float32(number), now, states, params, args, counted)
         yield LearnedRotations(dict(zip(places, now, strict=True)), value, number, time.perf_counter() - start)
 
 

@@ -35,9 +35,9 @@ def _shard_map(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[An
         values = [_shard(v, v.leaf, cut) if isinstance(v, Weight) else v for v, cut in zip(values, cuts, strict=True)]
         return absent(interpreter, interpreter.run(closed, values), "shard_map")
     if interpreter.collect is not None:
-        path = next(v.path for v in values if isinstance(v, Weight))
+        paths = tuple(v.path for v in values if isinstance(v, Weight))
         todo = "Calibrate the same function without its shard_map, with this plan"
-        raise quant_error("calibrate", "in a shard_map each device sees a part of the inputs", todo=todo, path=path)
+        raise quant_error("calibrate", "in a shard_map each device sees a part of the inputs", todo=todo, paths=paths)
     arrays, specs = [], []
     for value, cut, spec in zip(values, cuts, p["in_specs"], strict=True):
         if isinstance(value, Weight):

@@ -19,7 +19,8 @@ from jaxquant.core.specs import OpSpec
 from jaxquant.ops.matrix import Axes
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.calls import arrays_of, inside
-from jaxquant.transform.interpreter import ABSENT, Interpreter, Tally, handles, product_name, unsupported
+from jaxquant.transform.interpreter import ABSENT, Interpreter, Misfit, Tally, handles, product_name, unsupported
+from jaxquant.transform.masks import along
 from jaxquant.transform.plan import Item
 from jaxquant.transform.primitives import (
     automatic,
@@ -29,7 +30,7 @@ from jaxquant.transform.primitives import (
     ragged_dot_p,
     varying_axes,
 )
-from jaxquant.transform.statistics import Inputs
+from jaxquant.transform.statistics import Inputs, Rows
 from jaxquant.transform.weights import Weight
 
 __all__: list[str] = []
@@ -43,7 +44,7 @@ def _activation(interpreter: Interpreter, weight: Weight, x: Any, inputs: Callab
     if item is None:
         return {}
     if interpreter.collect is not None:
-        interpreter.add_stats({weight.path: Tally(interpreter.collect(item, inputs(item)))})
+        interpreter.add_stats(interpreter.collect(item, functools.partial(inputs, item)))
         return {}
     if item.spec.act is None:
         return {}
@@ -55,10 +56,28 @@ def _activation(interpreter: Interpreter, weight: Weight, x: Any, inputs: Callab
     return out
 
 
-def _inputs(item: Item, x: jax.Array, columns: Callable[[], jax.Array] | None = None) -> Inputs:
-    """Inputs of which ``x`` are the channels, and the columns too unless those are others."""
-    whole = x.shape[-1] == _columns(item) or columns is not None
-    return Inputs(x, x if whole else None, columns if columns is not None else (lambda: x) if whole else None)
+def _inputs(item: Item, rows: Rows, columns: Callable[[], Rows] | None = None) -> Inputs:
+    """Inputs of which the rows are the channels, and the columns too unless those are others."""
+    whole = rows.values.shape[-1] == _columns(item) or columns is not None
+    return Inputs(rows, rows if whole else None, columns if columns is not None else (lambda: rows) if whole else None)
+
+
+def _rows(interpreter: Interpreter, item: Item, x: jax.Array, axes: Axes) -> Rows:
+    """An activation in rows, with those that the mask lets count."""
+    if interpreter.mask is None:
+        return Rows(axes.flatten(x))
+    return Rows(axes.flatten(x), axes.flatten(_counted(interpreter, item, x, axes.contract))[..., 0])
+
+
+def _counted(interpreter: Interpreter, item: Item, x: jax.Array, contracted: tuple[int, ...]) -> jax.Array:
+    """The mask along an activation, as an array of its shape."""
+    mask = along(interpreter.mask, x.shape)
+    shapes = f"{tuple(x.shape)}, the mask {tuple(interpreter.mask.shape)}"
+    if mask is None:
+        raise Misfit(f"its input does not begin with the axes of the mask: it has shape {shapes}")
+    if any(mask.shape[i] > 1 for i in contracted):
+        raise Misfit(f"it contracts an axis of the mask: its input has shape {shapes}")
+    return jnp.broadcast_to(mask, x.shape)
 
 
 def _columns(item: Item) -> int:
@@ -134,7 +153,7 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
     if interpreter.entering is not None:
         operands[1 - side] = x = interpreter.entering(weight, x, tuple(channels))
     rows = Axes.of(len(eqn.invars[1 - side].aval.shape), tuple(batch[1 - side]), tuple(channels))
-    act = _activation(interpreter, weight, x, lambda item: _inputs(item, rows.flatten(x)))
+    act = _activation(interpreter, weight, x, lambda item: _inputs(item, _rows(interpreter, item, x, rows)))
     if not isinstance(operands[side], QTensor) and not act:
         return _as_it_stands(eqn, operands)
     if side == 0 and act:  # an op takes the right operand for the weight
@@ -215,7 +234,7 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     if not interpreter.planned(weight, contracted):
         return _as_it_stands(eqn, [x, interpreter.real(weight)])
     kernel = interpreter.operand(weight)
-    act = _activation(interpreter, weight, x, lambda item: _conv_inputs(item, weight, x, p))
+    act = _activation(interpreter, weight, x, lambda item: _conv_inputs(interpreter, item, weight, x, p))
     if not isinstance(kernel, QTensor) and not act:
         return _as_it_stands(eqn, [x, kernel])
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count", "batch_group_count")
@@ -231,30 +250,38 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return [out]
 
 
-def _conv_inputs(item: Item, weight: Weight, x: jax.Array, p: dict[str, Any]) -> Inputs:
-    """Channels are features; columns the features of each place of the window, in the order of the kernel's axes."""
+def _conv_inputs(interpreter: Interpreter, item: Item, weight: Weight, x: jax.Array, p: dict[str, Any]) -> Inputs:
+    """Channels are features; columns the features of each place of the window, in the order of the kernel's axes.
+
+    A window counts if the mask leaves out nothing of it; what pads the image counts.
+    """
     numbers, groups = p["dimension_numbers"], p["feature_group_count"]
-    features = Axes.of(x.ndim, (), (numbers.lhs_spec[1],)).flatten(x)
+    features = _rows(interpreter, item, x, Axes.of(x.ndim, (), (numbers.lhs_spec[1],)))
     within = tuple(numbers.rhs_spec[1:])
     window = tuple(weight.shape[i] for i in within)
     if math.prod(window) != _columns(item) or any(s.name == "rev" for s in weight.steps) or p["batch_group_count"] > 1:
         return Inputs(features, features, None)
 
-    def columns() -> jax.Array:
+    around = (p["window_strides"], p["padding"], p["lhs_dilation"], p["rhs_dilation"])
+
+    def columns() -> Rows:
         patches = lax.conv_general_dilated_patches(
             jnp.transpose(x, numbers.lhs_spec),
             window[1:],
-            p["window_strides"],
-            p["padding"],
-            p["lhs_dilation"],
-            p["rhs_dilation"],
+            *around,
             precision=lax.Precision.HIGHEST,
         )
         count = patches.shape[0]
         patches = patches.reshape(count, groups, *window, -1)  # [images, groups, features of a group, window.., places]
         order = sorted(range(len(within)), key=lambda i: weight_order(weight)((within[i], i)))
         patches = jnp.transpose(patches, (1, 0, patches.ndim - 1, *(2 + i for i in order)))
-        return patches.reshape(groups, -1, math.prod(window))
+        patches = patches.reshape(groups, patches.shape[1] * patches.shape[2], math.prod(window))
+        if interpreter.mask is None:
+            return Rows(patches)
+        counted = jnp.transpose(_counted(interpreter, item, x, (numbers.lhs_spec[1],)), numbers.lhs_spec)[:, :1]
+        ones = jnp.ones((1, 1, *window[1:]), jnp.float32)
+        left_out = lax.conv_general_dilated((~counted).astype(jnp.float32), ones, *around)
+        return Rows(patches, jnp.broadcast_to(left_out.reshape(1, left_out.size) == 0, patches.shape[:2]))
 
     return Inputs(features, features, columns)
 
@@ -355,13 +382,19 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
     experts = interpreter.operand(weight)
     if interpreter.entering is not None:
         x = interpreter.entering(weight, x, (1,))
-    act = _activation(interpreter, weight, x, lambda item: _inputs(item, x[None], lambda: _by_expert(x, sizes)))
+    act = _activation(interpreter, weight, x, lambda item: _ragged_inputs(interpreter, item, x, sizes))
     if not isinstance(experts, QTensor) and not act:
         return _as_it_stands(eqn, [x, experts, *values[2:]])
     precision = _precision(interpreter, eqn.params["precision"])
     return [
         ops.ragged_dot(x, experts, sizes, precision=precision, preferred_element_type=eqn.outvars[0].aval.dtype, **act)
     ]
+
+
+def _ragged_inputs(interpreter: Interpreter, item: Item, x: jax.Array, sizes: jax.Array) -> Inputs:
+    if interpreter.mask is not None:
+        raise Misfit("a ragged_dot has its rows in the order of the experts, which the mask does not know")
+    return _inputs(item, Rows(x[None]), lambda: Rows(_by_expert(x, sizes)))
 
 
 def _by_expert(x: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -17,8 +17,8 @@ import numpy as np
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.specs import OpSpec
 from jaxquant.ptq.rtn import rtn
-from jaxquant.transform.batches import arguments
 from jaxquant.transform.distill import relative_error
+from jaxquant.transform.masks import Mask, masked, with_masks
 from jaxquant.transform.params import dequantize_params, quantize_params
 from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import Plan
@@ -126,6 +126,7 @@ def sensitivity(
     stats: Mapping[str, Any] | None = None,
     loss: Callable[[Any, Any], jax.Array] = relative_error,
     probes: int = 0,
+    mask: Mask = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sensitivity:
     """Quantizes one weight at a time, with each candidate, and measures what that does to the function.
@@ -141,6 +142,8 @@ def sensitivity(
       loss: ``(outputs, float outputs) -> scalar``; by default the relative squared error.
       probes: how many backward passes the gradient estimate takes; 0 leaves it out. With y the outputs and v random
         signs, ``E (<v, dy/dw> (w_q - w))^2`` is the squared change of the outputs, to first order.
+      mask: which rows of the outputs count, as for `calibrate`: outputs and targets are 0 in all others before the loss
+        sees them. Every float output begins with the mask's axes.
       progress: called with how many cells are done, and of how many.
 
     Returns:
@@ -164,15 +167,17 @@ def sensitivity(
     Source: Dong et al. 2019 (HAWQ, arXiv:1905.03696) for second-order estimates of a layer's share of the error; here
       its Gauss-Newton form by random probes, beside the measured one.
     """
-    kept = list(arguments("sensitivity", batches, fn))
+    kept, counted = _kept("sensitivity", batches, mask, fn)
     if not kept or not candidates:
         raise quant_error("sensitivity", "nothing to measure with", todo="Pass at least one batch and one candidate",
                           batches=len(kept), candidates=len(candidates))  # fmt: skip
     leaves = leaves_with_paths(params)[0]
     check_plan("sensitivity", plan, leaves)
-    targets = [jax.jit(fn)(params, *args) for args in kept]
-    run = jax.jit(lambda params, args, target: loss(fn(params, *args), target))
-    grads = _probe(fn, plan, params, kept, probes) if probes else None
+    given = list(zip(kept, _targets("sensitivity", fn, params, kept, counted), counted, strict=True))
+    targets = [target for _, target, _ in given]
+    compared = lambda y, target, only: loss(*masked("sensitivity", only, y, target))  # noqa: E731
+    run = jax.jit(lambda params, args, target, only: compared(fn(params, *args), target, only))
+    grads = _probe(fn, plan, params, kept, counted, probes) if probes else None
     power = _power(targets)
     cells: list[Cell] = []
     total = len(plan) * len(candidates)
@@ -185,10 +190,10 @@ def sensitivity(
             delta = leaves_with_paths(changed)[0][item.path] - jnp.asarray(leaves[item.path])
             noise, signal = float(jnp.sum(delta**2)), float(jnp.sum(jnp.asarray(leaves[item.path]) ** 2))
             if spec.act is None:
-                losses = [run(changed, args, target) for args, target in zip(kept, targets, strict=True)]
+                losses = [run(changed, *batch) for batch in given]
             else:
                 low = quantized(fn, one)
-                losses = [loss(low(new, *args), target) for args, target in zip(kept, targets, strict=True)]
+                losses = [compared(low(new, *args), target, only) for args, target, only in given]
             estimate = None
             if grads is not None:
                 squares = [float(jnp.sum(g[item.path] * delta)) ** 2 for g in grads]
@@ -198,6 +203,22 @@ def sensitivity(
             if progress is not None:
                 progress(len(cells), total)
     return Sensitivity(plan, dict(candidates), tuple(cells))
+
+
+def _kept(
+    function: str, batches: Iterable[Any], mask: Mask, fn: Callable[..., Any]
+) -> tuple[list[tuple[Any, ...]], list[Any]]:
+    """The arguments of all batches, and their masks."""
+    found = list(with_masks(function, batches, mask, fn))
+    return [args for args, _ in found], [counted for _, counted in found]
+
+
+def _targets(
+    function: str, fn: Callable[..., Any], params: Any, kept: list[tuple[Any, ...]], counted: list[Any]
+) -> list[Any]:
+    """The outputs of the float function, with 0 in what does not count."""
+    run = jax.jit(lambda params, args, only: masked(function, only, fn(params, *args))[0])
+    return [run(params, args, only) for args, only in zip(kept, counted, strict=True)]
 
 
 def _nbytes(leaf: Any) -> int:
@@ -214,16 +235,17 @@ def _floats(tree: Any) -> list[Any]:
 
 
 def _probe(
-    fn: Callable[..., Any], plan: Plan, params: Any, kept: list[tuple[Any, ...]], probes: int
+    fn: Callable[..., Any], plan: Plan, params: Any, kept: list[tuple[Any, ...]], counted: list[Any], probes: int
 ) -> list[dict[str, jax.Array]]:
     """Gradients of random projections of the outputs: path -> array, for each probe."""
     leaves, treedef = leaves_with_paths(params)
     planned = {item.path: jnp.asarray(leaves[item.path]) for item in plan.items}
 
     @jax.jit
-    def one(key: jax.Array, args: tuple[Any, ...]) -> dict[str, jax.Array]:
+    def one(key: jax.Array, args: tuple[Any, ...], only: Any) -> dict[str, jax.Array]:
         def projected(planned: dict[str, jax.Array]) -> jax.Array:
-            outs = _floats(fn(jax.tree.unflatten(treedef, {**leaves, **planned}.values()), *args))
+            found = fn(jax.tree.unflatten(treedef, {**leaves, **planned}.values()), *args)
+            outs = _floats(masked("sensitivity", only, found)[0])
             keys = jax.random.split(key, len(outs))
             return sum(
                 (jnp.sum(y * jax.random.rademacher(k, y.shape, y.dtype)) for y, k in zip(outs, keys, strict=True)),
@@ -232,7 +254,7 @@ def _probe(
 
         return jax.grad(projected)(planned)
 
-    return [one(jax.random.key(i), kept[i % len(kept)]) for i in range(probes)]
+    return [one(jax.random.key(i), kept[i % len(kept)], counted[i % len(kept)]) for i in range(probes)]
 
 
 # -- allocation --------------------------------------------------------------------------------------------------------
@@ -327,6 +349,7 @@ def refine(
     stats: Mapping[str, Any] | None = None,
     loss: Callable[[Any, Any], jax.Array] = relative_error,
     evaluations: int = 64,
+    mask: Mask = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """A choice within a budget of bytes, of less error as a whole than another.
@@ -347,6 +370,7 @@ def refine(
       stats: what it wants to know, from `calibrate`.
       loss: ``(outputs, float outputs) -> scalar``.
       evaluations: how many choices are measured at most.
+      mask: which rows of the outputs count, as it was for `sensitivity`.
       progress: called with how many choices have been measured, and of how many at most.
 
     Returns:
@@ -355,15 +379,15 @@ def refine(
     Raises:
       QuantError: if there are no batches, or a candidate quantizes activations, whose products are not measured here.
     """
-    kept = list(arguments("refine", batches, fn))
+    kept, counted = _kept("refine", batches, mask, fn)
     if not kept:
         raise quant_error("refine", "there are no batches", todo="Pass at least one", batches=0)
     if any(spec.act is not None for spec in sensitivity.candidates.values()):
         todo = "Use candidates with a weight spec alone"
         raise quant_error("refine", "a candidate quantizes activations", todo=todo)
     leaves, treedef = leaves_with_paths(params)
-    targets = [jax.jit(fn)(params, *args) for args in kept]
-    run = jax.jit(lambda params, args, target: loss(fn(params, *args), target))
+    given = list(zip(kept, _targets("refine", fn, params, kept, counted), counted, strict=True))
+    run = jax.jit(lambda params, args, target, only: loss(*masked("refine", only, fn(params, *args), target)))
     names, items = list(sensitivity.candidates), sensitivity.plan.items
 
     @functools.cache
@@ -378,7 +402,7 @@ def refine(
         if choice not in measured:
             new = {item.path: value(i, k) for i, (item, k) in enumerate(zip(items, choice, strict=True))}
             tree = jax.tree.unflatten(treedef, {**leaves, **new}.values())
-            losses = [run(tree, args, target) for args, target in zip(kept, targets, strict=True)]
+            losses = [run(tree, *batch) for batch in given]
             measured[choice] = float(np.mean([float(x) for x in losses]))
             if progress is not None:
                 progress(len(measured), evaluations)

@@ -14,8 +14,9 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.ptq.gptq import gptq
 from jaxquant.transform.batches import arguments
-from jaxquant.transform.calibrate import calibrate
+from jaxquant.transform.calibrate import Calibration
 from jaxquant.transform.interpreter import ABSENT, Interpreter
+from jaxquant.transform.masks import Mask
 from jaxquant.transform.params import dequantize_params, quantize_params
 from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import Plan, is_float
@@ -73,14 +74,14 @@ def quantize_sequentially(
     method: Callable[..., QTensor] = gptq,
     stages: Sequence[str] | None = None,
     collect: Mapping[str, Statistic] | None = None,
+    mask: Mask = None,
     on_stage: Callable[[Any, tuple[str, ...]], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """`calibrate` and `quantize_params` in turns, so that each weight makes up for the errors of those before it.
 
     The weights of a stage are calibrated on the function with all earlier stages quantized (to real values: activations
-    stay in float), then quantized. Each stage runs the batches once, and compiles as much of the function as lies
-    before its weights.
+    stay in float), then quantized. Each stage runs the batches once. The function is compiled once for all stages.
 
     Args:
       fn: the function that was planned.
@@ -93,6 +94,7 @@ def quantize_sequentially(
         the order of the patterns. None: each weight is its own stage, in the order in which the function uses them.
         The layers of a stacked weight are always one stage.
       collect: the statistics the method needs; the Gram matrix by default.
+      mask: which rows count, as for `calibrate`.
       on_stage: called after each stage with the params so far and the paths of the stage: to save them.
       progress: called after each weight with how many are done, and of how many; those that were done before count.
 
@@ -116,6 +118,7 @@ def quantize_sequentially(
     Source: Frantar et al. 2023 (arXiv:2210.17323), section 4, where the stages are the blocks of a transformer.
     """
     batches = list(arguments("quantize_sequentially", batches, fn))
+    mask = mask if mask is None or callable(mask) or hasattr(mask, "shape") else list(mask)
     if not batches:
         raise quant_error("quantize_sequentially", "there are no batches", todo="Pass at least one")
     leaves = leaves_with_paths(params)[0]
@@ -124,9 +127,13 @@ def quantize_sequentially(
     todo = [[p for p in stage if not isinstance(leaves[p], QTensor)] for stage in _staged(order, stages)]
     wanted = {"gram": Gram()} if collect is None else collect
     done = len(order) - sum(map(len, todo))
-    for paths in filter(None, todo):
-        part = dataclasses.replace(plan, items=tuple(i for i in plan.items if i.path in paths), products=())
-        stats = calibrate(fn, part, dequantize_params(params), batches, collect=wanted)
+    todo = [paths for paths in todo if paths]
+    items = {item.path: item for item in plan.items}
+    rest = dataclasses.replace(plan, items=tuple(items[path] for paths in todo for path in paths), products=())
+    calibration = Calibration("calibrate", fn, rest, wanted, todo)
+    for paths in todo:
+        part = dataclasses.replace(rest, items=tuple(items[path] for path in paths))
+        stats = calibration(dequantize_params(params), batches, mask, paths)
         now, treedef = leaves_with_paths(params)
         told = None if progress is None else functools.partial(_later, progress, done, len(order))
         made = quantize_params(dequantize_params(params), part, method=method, stats=stats, progress=told)

@@ -42,10 +42,10 @@ def _channels(item: Item) -> int:
     return math.prod(item.shape[axis] for axis in item.reduce_axes)
 
 
-def _matrix(item: Item, w: jax.Array) -> jax.Array:
+def _matrix(axes: tuple[int, ...], w: jax.Array) -> jax.Array:
     """One layer's weight as [channels, outputs]."""
-    first = tuple(range(len(item.reduce_axes)))
-    return jnp.moveaxis(w, item.reduce_axes, first).reshape(_channels(item), -1)
+    channels = math.prod(w.shape[axis] for axis in axes)
+    return jnp.moveaxis(w, axes, tuple(range(len(axes)))).reshape(channels, -1)
 
 
 def _layers(fn: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:
@@ -127,16 +127,29 @@ def awq(params: Any, plan: Plan, pairs: Iterable[ScalePair], stats: Mapping[str,
         if not sinks:
             continue
         found = {name: _stat("awq", stats, sinks[0].path, name) for name in ("gram", "mean")}
-        items = [plan[m.path] for m in sinks]
-        specs = [_weight_spec("awq", item) for item in items]
-
-        def one(weights: list[jax.Array], known: Any, items: Any = items, specs: Any = specs) -> jax.Array:
-            matrices = [_matrix(item, w) for item, w in zip(items, weights, strict=True)]
-            return awq_scale(matrices, specs, known, ratios=ratios)
-
-        scale = jax.jit(_layers(one, pair.stack))([jnp.asarray(leaves[m.path]) for m in sinks], found)
+        how = tuple((plan[m.path].reduce_axes, _weight_spec("awq", plan[m.path])) for m in sinks)
+        weights = [jnp.asarray(leaves[m.path]) for m in sinks]
+        scale = _awq_scales(weights, found, how=how, stack=pair.stack, ratios=ratios)
         params = rescale(params, pair, scale)
     return params
+
+
+@functools.partial(jax.jit, static_argnames=("how", "stack", "ratios"))
+def _awq_scales(
+    weights: list[jax.Array],
+    known: Any,
+    *,
+    how: tuple[tuple[tuple[int, ...], QuantSpec], ...],
+    stack: tuple[int, ...],
+    ratios: int,
+) -> jax.Array:
+    """`awq_scale` of each layer, of weights with these axes and specs: compiled once for all of one shape."""
+
+    def one(weights: list[jax.Array], known: Any) -> jax.Array:
+        matrices = [_matrix(axes, w) for (axes, _), w in zip(how, weights, strict=True)]
+        return awq_scale(matrices, [spec for _, spec in how], known, ratios=ratios)
+
+    return _layers(one, stack)(weights, known)
 
 
 def _weight_spec(function: str, item: Item) -> QuantSpec:
@@ -187,13 +200,13 @@ def smooth_bases(params: Any, plan: Plan, stats: Mapping[str, Any], *, alpha: fl
     out: dict[str, Basis] = {}
     for item in _products(plan):
         absmax = jnp.max(_stat("smooth_bases", stats, item.path, "absmax"), axis=-2)
-        one = functools.partial(_smooth_one, item, alpha)
+        one = functools.partial(_smooth_one, item.reduce_axes, alpha)
         out[item.path] = ChannelScale(_layers(one, item.shape[: item.stacked])(absmax, jnp.asarray(leaves[item.path])))
     return out
 
 
-def _smooth_one(item: Item, alpha: float, absmax: jax.Array, w: jax.Array) -> jax.Array:
-    return smooth_scale(absmax, [_matrix(item, w)], alpha=alpha)
+def _smooth_one(axes: tuple[int, ...], alpha: float, absmax: jax.Array, w: jax.Array) -> jax.Array:
+    return smooth_scale(absmax, [_matrix(axes, w)], alpha=alpha)
 
 
 def awq_bases(params: Any, plan: Plan, stats: Mapping[str, Any], *, ratios: int = 20) -> dict[str, Basis]:
@@ -202,14 +215,10 @@ def awq_bases(params: Any, plan: Plan, stats: Mapping[str, Any], *, ratios: int 
     out: dict[str, Basis] = {}
     for item in _products(plan):
         known = {name: _stat("awq_bases", stats, item.path, name) for name in ("gram", "mean")}
-        one = functools.partial(_awq_one, item, ratios)
-        w = jnp.asarray(leaves[item.path])
-        out[item.path] = ChannelScale(jax.jit(_layers(one, item.shape[: item.stacked]))(w, known))
+        how, w = ((item.reduce_axes, _weight_spec("awq_bases", item)),), jnp.asarray(leaves[item.path])
+        scale = _awq_scales([w], known, how=how, stack=item.shape[: item.stacked], ratios=ratios)
+        out[item.path] = ChannelScale(scale)
     return out
-
-
-def _awq_one(item: Item, ratios: int, w: jax.Array, known: Any) -> jax.Array:
-    return awq_scale([_matrix(item, w)], [_weight_spec("awq_bases", item)], known, ratios=ratios)
 
 
 def rotations(plan: Plan, key: jax.Array) -> dict[str, Basis]:

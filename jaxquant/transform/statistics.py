@@ -1,8 +1,8 @@
 """What calibration can know about the inputs of a weight.
 
 A statistic is a small frozen dataclass with two methods over plain pytrees: ``of(x)`` for the inputs of one batch, and
-``merge(a, b)`` for two batches, two uses, two hosts. ``x`` is ``[batch, rows, channels]``. What the channels are,
-``sees`` says:
+``merge(a, b)`` for two batches, two uses, two hosts. ``x`` is ``[batch, rows, channels]``. With a mask it is
+``of(x, counted)``, with the rows that count as a boolean array ``[batch, rows]``. What the channels are, ``sees`` says:
 
 - ``"values"``: none in particular, x is a bag of numbers;
 - ``"channels"``: what the weight contracts, in the order of its reduced axes; the features of a convolution's input.
@@ -22,9 +22,29 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.core.arithmetic import two_sum
 from jaxquant.core.observers import MinMax, Observer
 
-__all__ = ["ChannelAbsMax", "ChannelMean", "Gram", "Inputs", "Range", "Statistic"]
+__all__ = ["ChannelAbsMax", "ChannelMean", "Gram", "Inputs", "Range", "Rows", "Statistic"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of numbers [batch, rows, channels], and which of them count, [batch, rows]; None: all do."""
+
+    values: jax.Array
+    counted: jax.Array | None = None
+
+    def seen(self) -> jax.Array | None:
+        """Whether any row counts, as an array; None: yes, for certain."""
+        if self.values.size == 0:
+            return jnp.array(False)
+        return None if self.counted is None else jnp.any(self.counted)
+
+    def broken(self) -> jax.Array:
+        """Whether a row that counts holds NaN or inf."""
+        bad = ~jnp.isfinite(self.values)
+        return jnp.any(bad if self.counted is None else bad & self.counted[..., None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +57,11 @@ class Inputs:
       columns: computed on demand; None likewise, or if they cannot be told.
     """
 
-    values: jax.Array
-    channels: jax.Array | None
-    columns: Callable[[], jax.Array] | None
+    values: Rows
+    channels: Rows | None
+    columns: Callable[[], Rows] | None
 
-    def seen_by(self, statistic: Statistic) -> jax.Array | None:
+    def seen_by(self, statistic: Statistic) -> Rows | None:
         """What a statistic looks at, if it is there."""
         if statistic.sees == "columns":
             return None if self.columns is None else self.columns()
@@ -54,13 +74,33 @@ class Statistic:
 
     sees: ClassVar[Literal["values", "channels", "columns"]] = "values"
 
-    def of(self, x: jax.Array) -> Any:
-        """The statistic of one batch."""
+    def of(self, x: jax.Array, counted: jax.Array | None = None) -> Any:
+        """The statistic of one batch: of all rows, or of those that count."""
         raise NotImplementedError
 
     def merge(self, a: Any, b: Any) -> Any:
         """The statistic of both."""
         raise NotImplementedError
+
+
+def _only(x: jax.Array, counted: jax.Array | None) -> jax.Array:
+    """x in float32, with 0 in rows that do not count, whatever is in them."""
+    x = x.astype(jnp.float32)
+    return x if counted is None else jnp.where(counted[..., None], x, 0.0)
+
+
+def _number(x: jax.Array, counted: jax.Array | None) -> jax.Array:
+    """How many rows count: the mean over the batch."""
+    return jnp.float32(x.shape[1]) if counted is None else jnp.sum(counted.astype(jnp.float32)) / x.shape[0]
+
+
+def _added(a: Any, b: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """Sums of sums, with ``rest``: what they lack of the exact sum, so that one more still counts beyond 2**24."""
+    out, rest = {}, {}
+    for name in names:
+        total, lost = two_sum(a[name], b[name])
+        out[name], rest[name] = two_sum(total, lost + (a["rest"][name] + b["rest"][name]))
+    return {**out, "rest": rest}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +109,12 @@ class Range(Statistic):
 
     observer: Observer = MinMax()  # noqa: RUF009  (frozen)
 
-    def of(self, x: jax.Array) -> Any:
-        return self.observer.update(self.observer.init((1,)), x.reshape(-1), (0,))
+    def of(self, x: jax.Array, counted: jax.Array | None = None) -> Any:
+        first, flat = self.observer.init((1,)), x.reshape(x.size)
+        if counted is None:
+            return self.observer.update(first, flat, (0,))
+        each = jnp.broadcast_to(counted[..., None], x.shape).reshape(x.size)
+        return self.observer.update(first, flat, (0,), each)
 
     def merge(self, a: Any, b: Any) -> Any:
         return self.observer.merge(a, b)
@@ -82,8 +126,8 @@ class ChannelAbsMax(Statistic):
 
     sees = "channels"
 
-    def of(self, x: jax.Array) -> Any:
-        return jnp.max(jnp.abs(x.astype(jnp.float32)), axis=1)
+    def of(self, x: jax.Array, counted: jax.Array | None = None) -> Any:
+        return jnp.max(jnp.abs(_only(x, counted)), axis=1, initial=0)
 
     def merge(self, a: Any, b: Any) -> Any:
         return jnp.maximum(a, b)
@@ -95,12 +139,16 @@ class ChannelMean(Statistic):
 
     sees = "channels"
 
-    def of(self, x: jax.Array) -> Any:
-        x = x.astype(jnp.float32)
-        return {"sum": jnp.sum(x, axis=1), "abs_sum": jnp.sum(jnp.abs(x), axis=1), "rows": jnp.float32(x.shape[1])}
+    def of(self, x: jax.Array, counted: jax.Array | None = None) -> Any:
+        rows, x = _number(x, counted), _only(x, counted)
+        found = {"sum": jnp.sum(x, axis=1), "abs_sum": jnp.sum(jnp.abs(x), axis=1), "rows": rows}
+        return {**found, "rest": jax.tree.map(jnp.zeros_like, found)}
 
     def merge(self, a: Any, b: Any) -> Any:
-        return jax.tree.map(jnp.add, a, b)
+        return _added(a, b, ("sum", "abs_sum", "rows"))
+
+
+_RUN = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +156,25 @@ class Gram(Statistic):
     """``sum x^T x`` over rows, [batch, columns, columns], with the number of rows: GPTQ and what builds on it.
 
     For a weight of K contracted values per output that is K^2 floats; a convolution's input is copied once for each
-    place of its window while it is computed.
+    place of its window while it is computed. Many rows are summed in runs, since a product that adds them one by one
+    in float32 adds nothing more once it is 2**24 times as large as what is added.
     """
 
     sees = "columns"
 
-    def of(self, x: jax.Array) -> Any:
-        x = x.astype(jnp.float32)
-        gram = jnp.einsum("brc,brd->bcd", x, x, precision=lax.Precision.HIGHEST)
-        return {"gram": gram, "rows": jnp.float32(x.shape[1])}
+    def of(self, x: jax.Array, counted: jax.Array | None = None) -> Any:
+        rows, x = _number(x, counted), _only(x, counted)
+        whole = x.shape[1] // _RUN * _RUN
+        gram = _squared(x[:, whole:])
+        if whole:
+            runs = x[:, :whole].reshape(x.shape[0], -1, _RUN, x.shape[2])
+            gram = lax.fori_loop(0, runs.shape[1], lambda i, total: total + _squared(runs[:, i]), gram)
+        found = {"gram": gram, "rows": rows}
+        return {**found, "rest": {"rows": jnp.zeros_like(rows)}}
 
     def merge(self, a: Any, b: Any) -> Any:
-        return jax.tree.map(jnp.add, a, b)
+        return {"gram": a["gram"] + b["gram"], **_added(a, b, ("rows",))}
+
+
+def _squared(x: jax.Array) -> jax.Array:
+    return jnp.einsum("brc,brd->bcd", x, x, precision=lax.Precision.HIGHEST)

@@ -175,6 +175,21 @@ def _scale(spec, top, steps, r):
     return np.where(top == 0, 1.0, _to_dtype(r(top / steps), np.dtype(spec.scale_dtype or np.float32)))
 
 
+def _whole_scale(spec, ids, x, lo, hi, g, r):
+    """Ends half a step beyond the last codes, or on them, where that has less than a quarter of the squared error."""
+    above, below = g.values[-1] + 0.5, 0.5 - g.values[0]
+
+    def candidate(lo, hi):
+        return _scale(spec, np.maximum(r(r(-lo) * r(above / below)), hi), above, r)
+
+    def error(scale):
+        away = r(g.values[g.nearest(r(x / scale))] * scale) - x
+        return _over_blocks(ids, away**2, np.add, 0.0)
+
+    tight, wide = candidate(lo, hi), candidate(r(lo * r(below / (below - 0.5))), r(hi * r(above / (above - 0.5))))
+    return np.where(4 * error(wide) < error(tight), wide, tight)
+
+
 @np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore")
 def quantize(x, spec, axes, *, compute=np.float32) -> Result:
     """What `jaxquant.quantize` and `dequantize` should give, for the default range choices."""
@@ -197,6 +212,8 @@ def quantize(x, spec, axes, *, compute=np.float32) -> Result:
         fp8 = grid("float8_e4m3fn")
         local = fp8.values[fp8.nearest(np.maximum(r(r(absmax / qmax) / unit), 2.0**-9))]
         scale = _F32(np.where(absmax == 0, 1.0, local) * unit)
+    elif spec.symmetric and info.kind == "int" and qmin < -qmax:
+        scale = _whole_scale(spec, ids, finite, lo, hi, g, r)
     elif spec.symmetric:
         scale = _scale(spec, absmax if qmin < 0 else hi, qmax, r)
     else:

@@ -428,7 +428,9 @@ def test_lists_and_scalars():
     scalar = jq.quantize(-2.0, QuantSpec("int8"), reduce_axes=())
     assert (scalar.shape, scalar.scale.shape, int(scalar.codes)) == ((), (), -127)
     assert float(scalar.dequantize()) == -2.0
-    assert float(jq.fake_quant(-2.0, QuantSpec("int4", granularity="per_tensor"), reduce_axes=())) == -2.0
+    assert float(jq.fake_quant(-2.0, QuantSpec("int4", granularity="per_tensor"), reduce_axes=())) == pytest.approx(
+        -2.0, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("axes", [0, (0,), (-2,), [-2], np.int64(0), (np.int32(0),)])

@@ -401,3 +401,61 @@ def test_large_arrays_take_the_same_values(axes, dtype):
 def test_bad_settings(make, message):
     with pytest.raises(QuantError, match=message):
         make()
+
+
+# -- counts -----------------------------------------------------------------------------------------------------------
+
+
+def doubled(observer, state, times):
+    """The state merged with itself, over and over: 2**times as many elements."""
+    return jax.jit(lambda s: jax.lax.fori_loop(0, times, lambda _, s: observer.merge(s, s), s))(state)
+
+
+@pytest.mark.parametrize("observer", HISTOGRAMS, ids=str)
+def test_one_more_counts_beyond_float32_and_int32(observer):
+    """2**40 elements and then three: every count is exact, in the pair that holds it."""
+    first = doubled(observer, stream(observer, [np.float32([[0.25], [0.25], [0.75]])], shape=(1, 1)), 40)
+    more = stream(observer, [np.float32([[0.25], [0.75], [-0.9]])], shape=(1, 1))
+    state = jax.vmap(lambda a, b: observer.merge(a, b))(*(jax.tree.map(lambda v: v[None], s) for s in (first, more)))
+    exact = np.asarray(state["counts"], np.float64) + np.asarray(state["rest"], np.float64)
+    assert sorted(exact[exact > 0]) == [1, 2**40 + 1, 2**41 + 1]
+
+
+def test_percentiles_of_very_many():
+    """99.9999 percent of 2**36 elements leave out less than one in 2**19, and no more."""
+    small, large = (stream(Percentile(), [np.full((1, 1), v, np.float32)], shape=(1, 1)) for v in (0.5, 0.999))
+    for power, outside in ((16, True), (17, False)):  # 2**-20 and 2**-19 of all, against 1e-6
+        state = Percentile().merge(doubled(Percentile(), small, 36), doubled(Percentile(), large, power))
+        hi = Percentile(99.9999).result(state, symmetric=True, roundtrip=STEP)[1]
+        np.testing.assert_allclose(hi, [[0.5 if outside else 1.0]], atol=2e-3)
+        lo, hi = Percentile(99.9999).result(state, symmetric=False, roundtrip=STEP)
+        np.testing.assert_array_equal(lo, [[0]])
+        np.testing.assert_allclose(hi, [[0.5 if outside else 1.0]], atol=2e-3)
+
+
+def test_one_large_array():
+    """Three quarters zeros of 2**25 elements, in one batch and, exactly, in one array."""
+    x = jnp.concatenate([jnp.zeros(3 << 23, jnp.float16), jnp.ones(1 << 23, jnp.float16)])
+    observer = Percentile(70.0)
+    state = jax.jit(lambda x: observer.update(observer.init((1,)), x, (0,)))(x)
+    assert sorted(np.asarray(state["counts"])[0, [1024, 1536]].tolist()) == [1 << 23, 3 << 23]
+    assert np.all(np.asarray(observer.result(state, symmetric=True, roundtrip=STEP)[1]) <= 2 / 1024)
+
+
+@pytest.mark.parametrize("observer", ALL, ids=str)
+def test_what_does_not_count(observer):
+    """The state is that of the elements that count, whatever the others hold."""
+    x = np.random.default_rng(0).standard_normal((40, 3)).astype(np.float32)
+    counted = np.random.default_rng(1).random((40, 3)) < 0.5
+    dirty = np.where(counted, x, np.float32(np.nan))
+    dirty[0][~counted[0]] = 1e30
+    found = observer.update(observer.init((1, 3)), jnp.asarray(dirty), (0,), jnp.asarray(counted))
+    for i in range(3):
+        alone = observer.update(observer.init((1, 1)), jnp.asarray(x[counted[:, i], i : i + 1]), (0,))
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a[:, i : i + 1], b), found, alone)
+    before = observer.update(observer.init((1, 3)), jnp.asarray(x), (0,))
+    for empty in (
+        observer.update(before, jnp.zeros((0, 3)), (0,)),
+        observer.update(before, jnp.asarray(dirty), (0,), jnp.zeros((40, 3), bool)),
+    ):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), empty, before)

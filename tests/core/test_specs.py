@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import jaxquant as jq
 from jaxquant import OpSpec, QuantError, QuantSpec, Rule
-from jaxquant.core.observers import EMA, MSE, AbsMax, Entropy, MinMax, Percentile
+from jaxquant.core.observers import EMA, MSE, AbsMax, Entropy, MinMax, Percentile, WholeRange
 from jaxquant.core.qtypes import QTYPES
 
 pytestmark = pytest.mark.every
@@ -87,8 +87,11 @@ def test_the_type_in_force(spec):
         assert info == dataclasses.replace(full, qmin=-full.qmax)
     may_be_narrow = spec.symmetric and full.kind == "int" and full.qmin < 0
     asked = spec.narrow_range
-    assert narrow == (may_be_narrow and (asked if asked is not None else not isinstance(spec.calibration, MSE)))
+    unasked = full.bits > 6 and not isinstance(spec.calibration, MSE)
+    assert narrow == (may_be_narrow and (asked if asked is not None else unasked))
     default = AbsMax() if spec.symmetric and full.qmin < 0 else MinMax()
+    if may_be_narrow and not narrow:
+        default = WholeRange(full.qmax)
     assert spec.observer == (default if spec.calibration is None else spec.calibration)
 
 

@@ -21,18 +21,19 @@ def weight(shape=(128, 12), decades=1.0):
 
 
 def test_the_law_by_hand():
-    """scale = multiplier * unit, unit = absmax of the channel / 7 / 15; codes round to nearest and saturate."""
+    """scale = multiplier * unit, unit = range of the channel / 7.5 / 15; codes round to nearest and saturate."""
     w = np.asarray(weight())
     q = jq.quantize(w, SPEC, reduce_axes=(-2,))
-    absmax = np.abs(w.reshape(4, 32, 12)).max(axis=1)
-    unit = (absmax.max(axis=0) / np.float32(105)).astype(np.float32)
+    groups = w.reshape(4, 32, 12)
+    reach = np.maximum(groups.max(axis=1), -groups.min(axis=1) * np.float32(7.5 / 8.5))
+    unit = (reach.max(axis=0) / np.float32(112.5)).astype(np.float32)
     np.testing.assert_allclose(np.asarray(q.scale.scale)[0], unit, rtol=1e-6)
     multiplier = np.asarray(q.scale.logical_codes())
     assert multiplier.min() >= 1
     assert multiplier.max() == 15
-    np.testing.assert_array_equal(multiplier, np.clip(np.rint(absmax / 7 / unit), 1, 15))
+    np.testing.assert_array_equal(multiplier, np.clip(np.rint(reach / np.float32(7.5) / unit), 1, 15))
     scale = np.repeat(multiplier * unit, 32, axis=0)
-    np.testing.assert_array_equal(np.asarray(q.logical_codes()), np.clip(np.rint(w / scale), -7, 7))
+    np.testing.assert_array_equal(np.asarray(q.logical_codes()), np.clip(np.rint(w / scale), -8, 7))
     np.testing.assert_allclose(np.asarray(q.dequantize()), np.asarray(q.logical_codes()) * scale, rtol=1e-6)
 
 

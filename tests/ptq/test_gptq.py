@@ -60,7 +60,7 @@ def by_definition(w, h, scale, damping):
     out = np.empty_like(w)
     for i in range(len(w)):
         inverse = np.linalg.inv(h[i:, i:])
-        out[i] = np.clip(np.rint(w[i] / scale), -7, 7) * scale
+        out[i] = np.clip(np.rint(w[i] / scale), -8, 7) * scale
         w[i:] -= inverse[:, :1] * ((w[i] - out[i]) / inverse[0, 0])
     return out
 

@@ -1,0 +1,96 @@
+"""How often methods compile: once for each shape, not for each weight."""
+
+import contextlib
+from typing import Any
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import pytest
+from transform_cases import unequal
+
+import jaxquant as jq
+from jaxquant import recipes, statistics
+
+X = unequal((16, 8), 7, 0.5)
+COLLECT = {"gram": statistics.Gram(), "mean": statistics.ChannelMean(), "absmax": statistics.ChannelAbsMax()}
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list that grows by one with each program that XLA compiles."""
+    found: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def chain(count, features):
+    """A chain of weights of one shape, its plan and statistics."""
+
+    def fn(p, x):
+        x = x @ jnp.eye(8, features)
+        for i in range(count):
+            x = jnp.tanh(x * p[f"g{i}"][None]) @ p[f"w{i}"]
+        return x
+
+    params = {f"w{i}": unequal((features, features), i + 1, 0.3) for i in range(count)}
+    params |= {f"g{i}": jnp.ones(features) for i in range(count)}
+    plan = jq.make_plan(fn, params, X, rules=[jq.Rule("w", recipes.w4a16(4))])
+    return fn, params, plan, jq.calibrate(fn, plan, params, [X], collect=COLLECT)
+
+
+def method(name):
+    quantizer = getattr(jq.ptq, name)
+    return lambda fn, params, plan, stats: jq.quantize_params(params, plan, method=quantizer, stats=stats)
+
+
+WAYS = {
+    "awq_bases": lambda fn, params, plan, stats: jq.awq_bases(params, plan, stats),
+    "smooth_bases": lambda fn, params, plan, stats: jq.smooth_bases(params, plan, stats),
+    "awq": lambda fn, params, plan, stats: jq.awq(params, plan, jq.scale_pairs(fn, plan, params, X), stats),
+    "smoothquant": lambda fn, params, plan, stats: jq.smoothquant(
+        params, plan, jq.scale_pairs(fn, plan, params, X), stats
+    ),
+    "sequential": lambda fn, params, plan, stats: jq.quantize_sequentially(fn, plan, params, [X, X]),
+    **{name: method(name) for name in ("rtn", "gptq", "clipped", "hqq", "autoround", "descend")},
+}
+SIZES = {name: 4 * (i + 3) for i, name in enumerate(WAYS)}  # a shape of its own, so that nothing is compiled before
+
+
+@pytest.mark.parametrize("way", [w if w in ("awq_bases", "sequential") else pytest.param(w, marks=pytest.mark.slow)
+                                 for w in WAYS])  # fmt: skip
+def test_four_weights_are_compiled_as_two_are(way):
+    """A chain of four has no more programs than a chain of two, but for those of the function itself."""
+    chains = [chain(count, SIZES[way]) for count in (2, 4)]
+    counts = []
+    for one in chains:
+        with compilations() as found:
+            jax.block_until_ready(jax.tree.leaves(WAYS[way](*one)))
+        counts.append(len(found))
+    assert counts[0] > 0
+    # The pass over the function, and what adds up batches, is one program for each function.
+    assert counts[1] <= (2 if way == "sequential" else 0), counts
+
+
+@pytest.mark.parametrize("stages", [None, pytest.param(["w[01]", "w"], marks=pytest.mark.slow)])
+def test_results_do_not_share(stages):
+    """What shares its place is never collected at one time: as with a plan of each stage alone."""
+    fn, params, plan, _ = chain(4, 8)
+    got = jq.quantize_sequentially(fn, plan, params, [X, -2 * X], stages=stages)
+    want: dict[str, Any] = dict(params)
+    for names in [["w0", "w1"], ["w2", "w3"]] if stages else [[f"w{i}"] for i in range(4)]:
+        part = jq.Plan(tuple(item for item in plan.items if item.path in names))
+        floats = jq.dequantize_params(want)
+        stats = jq.calibrate(fn, part, floats, [X, -2 * X], collect={"gram": statistics.Gram()})
+        made = jq.quantize_params(floats, part, method=jq.ptq.gptq, stats=stats)
+        want |= {name: made[name] for name in names}
+    for path in plan:
+        assert jnp.array_equal(got[path].codes, want[path].codes)
