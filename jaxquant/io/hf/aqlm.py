@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.module import Format, Module, Naming
 
 __all__ = ["AQLM"]
 
@@ -43,7 +43,7 @@ def read(m: Module) -> np.ndarray:
 AQLM = Format(
     "AQLM",
     methods=("aqlm",),
-    marks={".codes": ".weight", ".codebooks": ".weight"},
+    names=(Naming(marks=(".codes", ".codebooks")),),
     read=read,
     layouts="any books and groups; read as floats",
 )

@@ -21,7 +21,7 @@ from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of, packed, unpacked
 from jaxquant.io.hf.layout import block_size, qtensor, refined
-from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.module import Format, Module, Naming
 from jaxquant.io.hf.stated import overridden
 
 __all__ = ["AWQ"]
@@ -109,7 +109,7 @@ def _fast(m: Module) -> QTensor:
 AWQ = Format(
     "AWQ",
     methods=("awq",),
-    marks={".qweight": ".weight", ".qzeros": ".weight"},
+    names=(Naming(marks=(".qweight", ".qzeros")),),
     read=read,
     layouts="GEMM, GEMV, GEMV fast (llm-awq 2); 4 bits",
     refuse=_refuse,

@@ -12,7 +12,7 @@ import numpy as np
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import packed
 from jaxquant.io.hf.layout import qtensor
-from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.module import Format, Module, Naming
 
 __all__ = ["BITNET"]
 
@@ -35,8 +35,7 @@ def read(m: Module) -> QTensor:
 BITNET = Format(
     "BitNet",
     methods=("bitnet",),
-    marks={".weight_scale": ".weight"},
+    names=(Naming(marks=(".weight_scale",), keeps=(".bias", ".rms_norm.weight")),),
     read=read,
     layouts="ternary, as int2",
-    keeps=(".rms_norm.weight",),
 )

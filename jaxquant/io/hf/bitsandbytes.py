@@ -11,6 +11,8 @@
 
     weight int8 [out, in], SCB float32 [out], weight_format: W = weight * SCB / 127
 
+A parameter NAME has NAME.absmax, NAME.quant_map and so on.
+
 Blocks straddle rows where the block size does not divide the input features; they are then cut into parts that do not.
 An int8 weight is multiplied by SCB, rounded to float32, and then by 1/127: its scale has these two factors. The result
 is float32, whatever the dtype of the model.
@@ -27,7 +29,7 @@ import numpy as np
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of, packed, unpacked
 from jaxquant.io.hf.layout import TABLES, flat_blocks
-from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.module import RANKS, Format, Module, Naming
 from jaxquant.io.safetensors import is_shape
 from jaxquant.io.strict_json import parse
 
@@ -43,15 +45,17 @@ def read(m: Module) -> QTensor:
 
 
 def _int8(m: Module) -> QTensor:
-    weight, scale = m.array(".weight", np.int8, ndim=2), m.magnitudes(".SCB", np.float32, ndim=1)
+    weight, scale = m.array(".weight", np.int8, ndim=RANKS), m.magnitudes(".SCB", np.float32, ndim=1)
     m.check(".SCB", scale.shape, weight.shape[:1])
+    scale = scale.reshape(-1, *(1,) * (weight.ndim - 1))
     layout = m.maybe(".weight_format", np.uint8)
     if layout is not None and int(layout.reshape(-1)[0]) != 0:
         rule = "the weight is tiled for one kind of GPU"
         raise m.error(rule, ".weight_format", todo="Save it again with a newer bitsandbytes", code=int(layout.max()))
     if m.config.get("llm_int8_threshold"):
         m.notes.append(f"outlier threshold {m.config['llm_int8_threshold']}")
-    factors = QTensor(scale[:, None], np.full((1, 1), 1 / 127, np.float32), None, qtype="float32", dtype=np.float32)
+    ones = (1,) * weight.ndim
+    factors = QTensor(scale, np.full(ones, 1 / 127, np.float32), None, qtype="float32", dtype=np.float32)
     return QTensor(weight, factors, None, qtype="int8", dtype=np.float32)
 
 
@@ -128,7 +132,23 @@ def _scale(m: Module, state: dict[str, Any], index: np.ndarray, blocks: int) -> 
 BITSANDBYTES = Format(
     "bitsandbytes",
     methods=("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"),
-    marks={".weight.absmax": ".weight", ".weight.quant_map": ".weight", ".SCB": ".weight"},
+    names=(
+        Naming(marks=(".weight.absmax", ".weight.quant_map", ".SCB")),
+        Naming(
+            "",
+            (".absmax", ".quant_map"),
+            tensors={
+                ".weight": "",
+                ".weight.absmax": ".absmax",
+                ".weight.quant_map": ".quant_map",
+                ".weight.nested_absmax": ".nested_absmax",
+                ".weight.nested_quant_map": ".nested_quant_map",
+                _STATE + "nf4": ".quant_state.bitsandbytes__nf4",
+                _STATE + "fp4": ".quant_state.bitsandbytes__fp4",
+            },
+            keeps=("_bias",),
+        ),
+    ),
     read=read,
     layouts="nf4, fp4, nested scales, any storage dtype; LLM.int8()",
 )

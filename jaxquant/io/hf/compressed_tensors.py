@@ -9,6 +9,9 @@
                                                      nvfp4-pack-quantized: e2m1 * (scale / global_scale)
     weight_packed uint8, weight_scale uint8          mxfp4-pack-quantized: e2m1 * 2**(scale - 127)
 
+Stacked experts have these shapes behind an axis of experts, and one global scale for each or for all of them; kernels
+of convolutions are [out, in, ..] with a scale per output. A parameter NAME has NAME_packed, NAME_scale and so on.
+
 From version 0.18 on, 3-, 5-, 6- and 7-bit codes are one dense stream; before, a word held 32 // bits of them and was
 padded. The number of words tells.
 """
@@ -25,8 +28,8 @@ import numpy as np
 from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of, packed, unpacked
-from jaxquant.io.hf.layout import E2M1, Grouping, grouping, qtensor, spread
-from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.layout import E2M1, Grouping, aligned, grouping, qtensor, spread
+from jaxquant.io.hf.module import RANKS, Format, Module, Naming
 from jaxquant.io.hf.stated import matches
 
 __all__ = ["COMPRESSED_TENSORS"]
@@ -86,15 +89,16 @@ def _block(weights: dict[str, Any]) -> tuple[int | None, int | None]:
 
 
 def _spread(m: Module, suffix: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Scales or zero points as one per block of [out, in]."""
-    if values.size == 1:
-        return values.reshape(1, 1)
-    if values.ndim == 1:
-        values = values[:, None]
-    rows = 1 if values.shape[0] == shape[0] else None
-    blocks = {_block(weights) for weights in _weights(m)} or {(None, None)}
-    tried = [spread(values, shape, (rows or r, shape[1] if values.shape[1] == 1 else c)) for r, c in blocks]
-    found = [value for value in tried if value is not None]
+    """Scales or zero points as one per block of [.., out, in], or of a kernel [out, in, ..]."""
+    full = aligned(values, shape, out_first=not m.is_parameter)
+    if full is not None and full.size == 1:
+        return full
+    blocks = {_block(weights) for weights in _weights(m)} if len(shape) < 4 else set()  # a kernel has one per output
+    blocks = blocks or {(None, None)}
+    found: list[np.ndarray] = []
+    if full is not None and all(n in (1, size) for n, size in zip(full.shape, shape[:-2], strict=False)):
+        tried = [spread(full, shape, _sizes(full.shape, shape, rows, columns)) for rows, columns in blocks]
+        found = [value for value in tried if value is not None]
     if found and all(np.array_equal(value, found[0]) for value in found):
         return found[0]
     rule = "one value per tensor, row, group or block is needed, by the configuration of the module"
@@ -102,11 +106,20 @@ def _spread(m: Module, suffix: str, values: np.ndarray, shape: tuple[int, ...]) 
     raise m.error(rule, suffix, todo="Check group_size and block_structure in its config group", **got)
 
 
+def _sizes(
+    counts: tuple[int, ...], shape: tuple[int, ...], rows: int | None, columns: int | None
+) -> tuple[int | None, ...]:
+    """Elements of a block along each axis, as `spread` takes them."""
+    *stack, out, length = zip(counts, shape, strict=True)
+    last = (1 if out[0] == out[1] else rows, length[1] if length[0] == 1 else columns)
+    return (*(size if n == 1 else None for n, size in stack), *last)
+
+
 def read(m: Module) -> QTensor:
-    """The weight of one module."""
+    """One weight."""
     if m.has(".weight_packed"):
         return _integers(m) if m.array(".weight_packed", np.int32, np.uint8).dtype == np.int32 else _fp4(m)
-    weight = m.array(".weight", np.int8, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ndim=2)
+    weight = m.array(".weight", np.int8, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ndim=RANKS)
     if m.has(".weight_scale") and m.array(".weight_scale").dtype in (np.uint8, ml_dtypes.float8_e8m0fnu):
         scale = _spread(m, ".weight_scale", m.exponents(".weight_scale"), weight.shape)
         return QTensor(weight, scale, None, qtype="float8_e4m3fn", dtype=m.dtype)
@@ -123,41 +136,45 @@ def read(m: Module) -> QTensor:
 
 
 def _fp4(m: Module) -> QTensor:
-    codes = m.array(".weight_packed", np.uint8, ndim=2)
-    length = 2 * codes.shape[1]
+    codes = m.array(".weight_packed", np.uint8, ndim=RANKS)
+    length = 2 * codes.shape[-1]
     if not m.has(".weight_global_scale"):
-        scale = m.exponents(".weight_scale", ndim=2)
-        m.check(".weight_scale", scale.shape, (codes.shape[0], length // 32))
+        scale = m.exponents(".weight_scale", ndim=codes.ndim)
+        m.check(".weight_scale", scale.shape, (*codes.shape[:-1], length // 32))
         return QTensor(codes, scale, None, qtype="mxfp4", dtype=m.dtype, length=length)
-    local = m.magnitudes(".weight_scale", ml_dtypes.float8_e4m3fn, ndim=2)
-    m.check(".weight_scale", local.shape, (codes.shape[0], length // 16))
-    top = m.unit(".weight_global_scale")
+    local = m.magnitudes(".weight_scale", ml_dtypes.float8_e4m3fn, ndim=codes.ndim)
+    m.check(".weight_scale", local.shape, (*codes.shape[:-1], length // 16))
+    top = m.unit(".weight_global_scale", stack=codes.shape[:-2])
     unit = np.float32(1) / top
     # The reference divides. Where a product with the reciprocal is not the same to the last bit of the result, for
     # every scale and code that occurs, the quotients themselves are kept.
-    used = np.unique(local.view(np.uint8)).view(ml_dtypes.float8_e4m3fn).astype(np.float32)[:, None]
-    same = (E2M1 * (used / top.reshape(()))).astype(m.dtype) == (E2M1 * (used * unit)).astype(m.dtype)
+    used = np.unique(local.view(np.uint8)).view(ml_dtypes.float8_e4m3fn).astype(np.float32)[:, None, None]
+    tops, units = top.reshape(-1), unit.reshape(-1)
+    same = (E2M1[:, None] * (used / tops)).astype(m.dtype) == (E2M1[:, None] * (used * units)).astype(m.dtype)
     if same.all():
         scale = QTensor(local, unit, None, qtype="float8_e4m3fn", dtype=np.float32)
     else:
         m.notes.append("scales divided out to float32, as a reciprocal would round")
-        scale = local.astype(np.float32) / top.reshape(())
+        scale = local.astype(np.float32) / top
     return QTensor(codes, scale, None, qtype="nvfp4", dtype=m.dtype, length=length)
 
 
 def _integers(m: Module) -> QTensor:
-    words = m.array(".weight_packed", np.int32, ndim=2).view(np.uint32)
-    shape = m.array(".weight_shape", np.int64, np.int32)
+    words = m.array(".weight_packed", np.int32, ndim=RANKS).view(np.uint32)
+    given = m.array(".weight_shape", np.int64, np.int32)
     scale = m.scales(".weight_scale")
-    if shape.shape != (2,) or shape[0] != words.shape[0] or shape[1] < 1:
-        raise m.error("weight_shape does not fit weight_packed", ".weight_shape", todo="Fetch it again", found=shape)
-    out, length = int(shape[0]), int(shape[1])
-    bits, dense = _width(m, words.shape[1], length)
+    shape = tuple(int(n) for n in given.reshape(-1))
+    if len(shape) != words.ndim or shape[:-1] != words.shape[:-1] or shape[-1] < 1:
+        raise m.error("weight_shape does not fit weight_packed", ".weight_shape", todo="Fetch it again", found=given)
+    out, length = shape[-2], shape[-1]
+    bits, dense = _width(m, words.shape[-1], length)
     stream = _stream(words, bits, length, dense=dense)
     zero = m.maybe(".weight_zero_point", np.int32, np.int8)
     group, permutation = None, None
     g_idx = m.maybe(".weight_g_idx", np.int32, np.int64, ndim=1)
     if g_idx is not None and not (g_idx == -1).all():
+        if len(shape) > 2:
+            raise m.error("reordered columns of stacked weights are not read", ".weight_g_idx", todo="Leave them out")
         m.check(".weight_g_idx", g_idx.shape, (length,))
         m.check(".weight_scale", scale.shape, (out, *scale.shape[-1:]))
         if g_idx.min() < 0 or g_idx.max() >= scale.shape[-1]:
@@ -171,8 +188,8 @@ def _integers(m: Module) -> QTensor:
         zero = _zeros(m, zero, bits, out, scale)
     return qtensor(
         stream,
-        _grouped(m, ".weight_scale", scale, (out, length), group),
-        zero_point=None if zero is None else _grouped(m, ".weight_zero_point", zero, (out, length), group),
+        _grouped(m, ".weight_scale", scale, shape, group),
+        zero_point=None if zero is None else _grouped(m, ".weight_zero_point", zero, shape, group),
         permutation=permutation,
         bits=bits,
         length=length,
@@ -181,7 +198,7 @@ def _integers(m: Module) -> QTensor:
     )
 
 
-def _grouped(m: Module, suffix: str, values: np.ndarray, shape: tuple[int, int], group: Grouping | None) -> np.ndarray:
+def _grouped(m: Module, suffix: str, values: np.ndarray, shape: tuple[int, ...], group: Grouping | None) -> np.ndarray:
     return _spread(m, suffix, values, shape) if group is None else group.scale(values)
 
 
@@ -215,25 +232,43 @@ def _stream(words: np.ndarray, bits: int, length: int, *, dense: bool) -> np.nda
 
 def _zeros(m: Module, zero: np.ndarray, bits: int, out: int, scale: np.ndarray) -> np.ndarray:
     """Signed zero points of the scale's shape: packed along the rows, or one per byte."""
-    if zero.dtype == np.int8 or zero.ndim != 2:
+    if zero.dtype == np.int8 or zero.ndim < 2:
         m.check(".weight_zero_point", zero.shape, scale.shape)
         if zero.min() < -(1 << (bits - 1)) or zero.max() >= 1 << (bits - 1):
             got = {"least": int(zero.min()), "greatest": int(zero.max()), "num_bits": bits}
             raise m.error("a zero point is no code of the type", ".weight_zero_point", todo="Fetch it again", **got)
         return zero.astype(np.int8)
     rows = {True: -(-out * bits // 32), False: -(-out // (32 // bits))}
-    dense = next((d for d, n in rows.items() if n == zero.shape[0]), None)
-    if dense is None or zero.shape[1:] != scale.shape[1:]:
-        m.check(".weight_zero_point", zero.shape, (rows[True], *scale.shape[1:]))
-    columns = np.ascontiguousarray(zero.view(np.uint32).T)
+    dense = next((d for d, n in rows.items() if n == zero.shape[-2]), None)
+    wanted = (*scale.shape[:-2], rows[True if dense is None else dense], *scale.shape[-1:])
+    m.check(".weight_zero_point", zero.shape, wanted)
+    columns = np.ascontiguousarray(np.swapaxes(zero.view(np.uint32), -1, -2))
     codes = unpacked(_stream(columns, bits, out, dense=bool(dense)), bits, out)
-    return np.ascontiguousarray((codes.astype(np.int16) - (1 << (bits - 1))).astype(np.int8).T)
+    signed = (codes.astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
+    return np.ascontiguousarray(np.swapaxes(signed, -1, -2))
 
 
 COMPRESSED_TENSORS = Format(
     "compressed-tensors",
     methods=("compressed-tensors", "compressed_tensors"),
-    marks={".weight_packed": ".weight", ".weight_scale": ".weight"},
+    names=(
+        Naming(marks=(".weight_packed", ".weight_scale")),
+        Naming(
+            "",
+            ("_packed",),
+            words=("_scale",),
+            tensors={
+                ".weight": "",
+                ".weight_packed": "_packed",
+                ".weight_shape": "_shape",
+                ".weight_scale": "_scale",
+                ".weight_zero_point": "_zero_point",
+                ".weight_g_idx": "_g_idx",
+                ".weight_global_scale": "_global_scale",
+            },
+            keeps=("_bias",),
+        ),
+    ),
     read=read,
     layouts="int-, naive-, pack-quantized (dense and padded, g_idx), float-quantized, nvfp4, mxfp4, mxfp8",
     refuse=_refuse,

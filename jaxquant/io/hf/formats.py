@@ -111,6 +111,6 @@ def support_table() -> str:
         "| --- | --- | --- | --- |",
     ]
     for form in FORMATS:
-        marks = ", ".join(f"`{mark}`" for mark in form.marks) or "metadata"
+        marks = ", ".join(f"`{mark}`" for naming in form.names for mark in naming.marks + naming.words) or "metadata"
         rows.append(f"| {form.name} | {', '.join(f'`{m}`' for m in form.methods)} | {marks} | {form.layouts} |")
     return "\n".join(rows)

@@ -1,12 +1,15 @@
 """fp8 with one scale per block (DeepSeek, transformers' fine-grained fp8), per row (FBGEMM) or per tensor.
 
-    weight            fp8 [out, in]
+    weight            fp8 [out, in], also of stacked experts or a convolution
     weight_scale_inv  float32, or a byte with the exponent: [ceil(out / rows), ceil(in / columns)], a row or a scalar
+      or weight_scale, or scale (DeepSeek's own files)
 
     W = weight * weight_scale_inv, in spite of the name.
 
-``weight_block_size`` gives rows and columns of a block; the last ones may be short. Experts may be packed e2m1 codes
-with exponents per 32 under the same names.
+``weight_block_size`` gives rows and columns of a block; the last ones may be short. Without it, the shapes tell, or the
+checkpoint is refused: blocks are mostly 128 x 128, or 32 columns where scales are exponents. Experts may be packed e2m1
+codes with exponents per 32 under the same names. Fused experts are parameters: NAME and NAME_scale_inv or NAME_scale;
+those of FBGEMM (Llama 4) are [experts, in, out] with one scale per output.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ import numpy as np
 
 from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
-from jaxquant.io.hf.layout import spread
-from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.layout import aligned, in_blocks, in_unstated_blocks
+from jaxquant.io.hf.module import RANKS, Format, Module, Naming
 
 __all__ = ["FP8"]
+
+_SCALE = ".weight_scale_inv"
 
 
 def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
@@ -31,47 +36,56 @@ def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
         raise error("the fp8 variant of AMD's older GPUs is not read", todo=todo, fmt=config["fmt"])
 
 
-def _scale_name(m: Module) -> str:
-    return next(s for s in (f"{m.target}_scale_inv", f"{m.target}_scale") if m.has(s))
-
-
 def read(m: Module) -> QTensor:
-    """The weight of one module."""
-    suffix = _scale_name(m)
-    weight = m.array(m.target, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, np.uint8, np.int8, ndim=(2, 3))
-    powers = m.array(suffix).dtype in (np.uint8, ml_dtypes.float8_e8m0fnu)
-    scale = m.exponents(suffix) if powers else m.magnitudes(suffix)
-    if weight.dtype.itemsize == 1 and weight.dtype in (np.uint8, np.int8):
+    """One weight."""
+    weight = m.array(".weight", ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, np.uint8, np.int8, ndim=RANKS)
+    powers = m.array(_SCALE).dtype in (np.uint8, ml_dtypes.float8_e8m0fnu)
+    scale = m.exponents(_SCALE) if powers else m.magnitudes(_SCALE)
+    if weight.dtype in (np.uint8, np.int8):
         shape = (*weight.shape[:-1], 2 * weight.shape[-1])
         if not powers:
             raise m.error(
-                "fp4 codes need scales that are exponents", suffix, todo="Check the format", scale=scale.dtype
+                "fp4 codes need scales that are exponents", _SCALE, todo="Check the format", scale=scale.dtype
             )
-        m.check(suffix, scale.shape, (*shape[:-1], shape[-1] // 32))
+        m.check(_SCALE, scale.shape, (*shape[:-1], shape[-1] // 32))
         return QTensor(weight.view(np.uint8), scale, None, qtype="mxfp4", dtype=m.dtype, length=shape[-1])
+    if m.is_parameter and m.config.get("quant_method") == "fbgemm_fp8":
+        scale = _of_outputs(m, scale, weight.shape)
     blocks = m.config.get("weight_block_size")
-    block: tuple[int | None, ...] = (None,) * weight.ndim
+    values = aligned(scale, weight.shape, out_first=not m.is_parameter)
+    found, stated = None, False
     if isinstance(blocks, list) and len(blocks) == 2 and all(type(n) is int and n > 0 for n in blocks):
-        block = (*block[:-2], *blocks)
-    if scale.size == 1:
-        found: np.ndarray | None = scale.reshape((1,) * weight.ndim)
-    else:
-        scale = scale[..., None] if scale.ndim == weight.ndim - 1 else scale
-        found = spread(scale, weight.shape, block)
-        if found is None and any(block):
-            found = spread(scale, weight.shape, (None,) * weight.ndim)
-            if found is not None:
-                m.by_shapes(f"scales {list(scale.shape)} of equal blocks", f"weight_block_size={blocks}")
+        stated = True
+        found = None if values is None else in_blocks(values, weight.shape, [(blocks[0], blocks[1])])
+    if found is None and values is not None:
+        found = in_unstated_blocks(values, weight.shape, (128, 32) if powers else (128,))
+        if found is not None and stated:
+            m.by_shapes(f"scales {list(scale.shape)} of equal blocks", f"weight_block_size={blocks}")
     if found is None:
         got = {"shape": scale.shape, "weight": weight.shape, "weight_block_size": blocks}
-        raise m.error("the scales fit no blocks of the weight", suffix, todo="Check the configuration", **got)
+        raise m.error("the scales fit no blocks of the weight", _SCALE, todo="Check the configuration", **got)
     return QTensor(weight, found, None, qtype=weight.dtype.name, dtype=m.dtype)
+
+
+def _of_outputs(m: Module, scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Scales of FBGEMM's experts [experts, in, out]: one per output, as [experts, 1, out] or [experts, out, 1]."""
+    rows = (*shape[:-2], shape[-1])
+    if len(shape) != 3 or scale.shape not in ((*rows, 1), (rows[0], 1, rows[1])):
+        rule = "there must be one scale for each output of each expert"
+        raise m.error(rule, _SCALE, todo="Check the format", shape=scale.shape, weight=shape)
+    return scale.reshape(rows[0], 1, rows[1])
 
 
 FP8 = Format(
     "fp8",
     methods=("fp8", "fbgemm_fp8", "mxfp8", "finegrained_fp8"),
-    marks={".weight_scale_inv": ".weight", ".weight_scale": ".weight", "_scale_inv": ""},
+    names=(
+        Naming(marks=(".weight_scale_inv",)),
+        Naming(marks=(".weight_scale",), tensors={_SCALE: ".weight_scale"}),
+        Naming(words=(".scale",), tensors={_SCALE: ".scale"}),
+        Naming("", ("_scale_inv",), tensors={".weight": "", _SCALE: "_scale_inv"}, keeps=("_bias",)),
+        Naming("", words=("_scale",), tensors={".weight": "", _SCALE: "_scale"}, keeps=("_bias",)),
+    ),
     read=read,
     layouts="blocks (ragged too), rows, tensors; float32 or exponents; fp4 experts",
     refuse=_refuse,

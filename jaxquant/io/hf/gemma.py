@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.hf.layout import qtensor
-from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.module import Format, Module, Naming
 from jaxquant.io.hf.stated import matches
 
 __all__ = ["GEMMA"]
@@ -50,7 +50,7 @@ def _bits(m: Module) -> Any:
 GEMMA = Format(
     "Gemma",
     methods=("gemma",),
-    marks={".weight_scale": ".weight"},
+    names=(Naming(marks=(".weight_scale",)),),
     read=read,
     layouts="int2, int4, int8 per row",
     zero_is_off=True,

@@ -28,7 +28,7 @@ from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of, packed, unpacked
 from jaxquant.io.hf.layout import block_size, grouping, qtensor
-from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.module import Format, Module, Naming
 from jaxquant.io.hf.stated import overridden
 
 __all__ = ["GPTQ"]
@@ -164,7 +164,7 @@ def _from_planes(words: np.ndarray, bits: int, length: int) -> np.ndarray:
 GPTQ = Format(
     "GPTQ",
     methods=("gptq",),
-    marks={".qweight": ".weight", ".qzeros": ".weight"},
+    names=(Naming(marks=(".qweight", ".qzeros")),),
     read=read,
     layouts="versions 1 and 2, planar; 2 to 8 bits; symmetric and not; act-order; AutoRound",
     refuse=_refuse,

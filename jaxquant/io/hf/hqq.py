@@ -21,7 +21,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import packed
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.layout import qtensor
-from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.module import Format, Module, Naming
 
 __all__ = ["HQQ"]
 
@@ -144,7 +144,7 @@ def _codes(raw: np.ndarray, blocks: int, width: int, rows: int) -> np.ndarray:
 HQQ = Format(
     "HQQ",
     methods=("hqq",),
-    marks={".W_q": ".weight", ".zero": ".weight"},
+    names=(Naming(marks=(".W_q", ".zero")),),
     read=read,
     stated=_stated,
     layouts="1 to 8 bits, both axes, float zero points",

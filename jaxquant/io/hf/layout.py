@@ -6,7 +6,9 @@ words are taken over byte by byte; the others are unpacked to one code per byte,
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -20,9 +22,12 @@ __all__ = [
     "E2M1",
     "TABLES",
     "Grouping",
+    "aligned",
     "block_size",
     "flat_blocks",
     "grouping",
+    "in_blocks",
+    "in_unstated_blocks",
     "index_of_blocks",
     "qtensor",
     "refined",
@@ -94,6 +99,37 @@ def flat_blocks(shape: tuple[int, ...], block: int) -> np.ndarray:
     return (np.arange(0, math.prod(shape), step) // block).reshape(*shape[:-1], shape[-1] // step)
 
 
+def aligned(values: np.ndarray, shape: tuple[int, ...], *, out_first: bool = True) -> np.ndarray | None:
+    """Per-block values with one axis for each of the weight's; None where it is not clear which.
+
+    Axes that are missing are the last ones, and have one block: [out] or [out, 1] for a kernel [out, in, 3, 3],
+    [experts] for [experts, out, in].
+
+    Args:
+      values: one entry per block.
+      shape: the shape of the weight.
+      out_first: whether the weight is [.., out, in]. Experts may be [experts, in, out], and [experts, out] then belongs
+        to the axis of that length; to none if both have it.
+    """
+    if values.size == 1:
+        return values.reshape((1,) * len(shape))
+    if values.ndim > len(shape):
+        values = values.reshape([n for n in values.shape if n != 1])
+    if values.ndim == len(shape):
+        return values
+    if values.ndim > len(shape) or any(n not in (1, m) for n, m in zip(values.shape[:-1], shape, strict=False)):
+        return None
+    at, n = values.ndim - 1, values.shape[-1]
+    if not out_first and at and n != 1:
+        axes = [axis for axis in range(at, len(shape)) if shape[axis] == n]
+        if len(axes) != 1:
+            return None
+        at = axes[0]
+    elif len(shape) > 2 and n not in (1, shape[at]):
+        return None
+    return values.reshape(*values.shape[:-1], *(n if axis == at else 1 for axis in range(values.ndim - 1, len(shape))))
+
+
 def spread(values: np.ndarray, shape: tuple[int, ...], block: tuple[int | None, ...]) -> np.ndarray | None:
     """Per-block values for an array of ``shape``; None if their shape does not fit ``block``.
 
@@ -111,6 +147,40 @@ def spread(values: np.ndarray, shape: tuple[int, ...], block: tuple[int | None, 
             return None
         values = refined(values, n, size, axis)
     return values
+
+
+def in_blocks(values: np.ndarray, shape: tuple[int, ...], sizes: Iterable[tuple[int, int]]) -> np.ndarray | None:
+    """Values of blocks of the last two axes as `spread` gives them; None if they are not of just one of these sizes.
+
+    An axis may also have one value, or one for each element.
+    """
+    found: dict[tuple[int | None, ...], np.ndarray] = {}
+    for size in sizes:
+        block: list[int | None] = [None] * len(shape)
+        for axis, n in zip((-2, -1), size, strict=True):
+            if values.shape[axis] not in (1, shape[axis]):
+                block[axis] = n
+        counts = [-(-n // b) if b else m for n, m, b in zip(shape, values.shape, block, strict=True)]
+        stacked = all(m in (1, n) for n, m in zip(shape[:-2], values.shape, strict=False))
+        if stacked and tuple(counts) == values.shape and (one := spread(values, shape, tuple(block))) is not None:
+            found[tuple(block)] = one
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+def in_unstated_blocks(values: np.ndarray, shape: tuple[int, ...], usual: Sequence[int]) -> np.ndarray | None:
+    """The same where nothing states the size: None if the shapes leave it open.
+
+    Args:
+      values: one entry per block.
+      shape: the shape of the weight.
+      usual: sizes that blocks of this kind have, the last of them short or not. Others are equal parts, or powers of
+        two where there are as many.
+    """
+    sizes = []
+    for n, count in zip(shape[-2:], values.shape[-2:], strict=True):
+        equal = n // count
+        sizes.append({*usual, equal, 1 << (equal - 1).bit_length()} if n % count == 0 else {*usual})
+    return in_blocks(values, shape, itertools.product(*sizes))
 
 
 class Grouping:

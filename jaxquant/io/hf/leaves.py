@@ -7,22 +7,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.hf import activations
+from jaxquant.io.hf.activations import describes_activations
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.unclaimed import check_unclaimed, weights_of
 from jaxquant.io.manifest import check_qtensor
 from jaxquant.io.mapped import Leaves
 from jaxquant.transform.paths import nearest
 
 __all__ = ["HFLeaves"]
-
-_CODES = tuple(
-    np.dtype(d) for d in (np.int8, np.uint8, np.uint32, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, np.int32)
-)
 
 
 class HFLeaves(Leaves):
@@ -43,9 +40,9 @@ class HFLeaves(Leaves):
       described: what each quantized weight that was read is.
 
     Raises:
-      QuantError: if what describes activations is not finite, or a scale not positive.
-      QuantError: on reading a leaf: if it is damaged; tensors that no reader takes are found when the last quantized
-        weight was read.
+      QuantError: if what describes activations is not finite, or a scale not positive; if there are codes that are part
+        of no quantized weight; on reading a leaf: if it is damaged; tensors of a quantized weight that no reader takes
+        are found when the last one was read.
     """
 
     def __init__(
@@ -55,23 +52,22 @@ class HFLeaves(Leaves):
         config: dict[str, Any],
         *,
         dtype: np.dtype | None = None,
-        shapes: Mapping[str, tuple[int, int]] | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ):
         self.checkpoint, self.form, self._dtype = checkpoint, form, dtype
         found = {} if form is None else form.modules(checkpoint)
-        modules = [] if form is None else [form.module(checkpoint, p, t, config, shapes) for p, t in found.items()]
+        modules = [] if form is None else [form.module(checkpoint, p, n, config, shapes) for p, n in found.items()]
         unknown = sorted(set(shapes or ()) - set(found))
         if unknown:
             todo = f"Nearest modules: {nearest(unknown[0], found)}"
             raise checkpoint.error("shapes names a module that is not quantized", unknown[0], todo=todo)
         self.modules = {module.name: module for module in modules}
         self.plain = dict.fromkeys(self._plain_names())
-        self.activations = dict.fromkeys(n for n in self.plain if form and activations.describes_activations(n))
+        self.activations = dict.fromkeys(n for n in self.plain if form and describes_activations(n))
         activations.check(checkpoint, self.activations, zero=form is not None and form.zero_is_off)
+        check_unclaimed(checkpoint, form, [name for name in self.plain if name not in self.activations])
         self.described: dict[str, str] = {}
         super().__init__([*self.modules, *self.plain], [file.path for file in checkpoint.files.values()])
-        if not modules:
-            self._check_rest()
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -116,46 +112,40 @@ class HFLeaves(Leaves):
         return leaf if self._dtype is None else leaf.astype(self._dtype)
 
     def _plain_names(self) -> list[str]:
-        """Tensors that are part of no quantized module, or stay beside its weight."""
-        keeps = () if self.form is None else (".bias", *self.form.keeps)
-        owners = {module.prefix for module in self.modules.values()}
+        """Tensors that are part of no quantized weight, or stay beside it."""
+        owners = {module.prefix: module for module in self.modules.values()}
+        beside = {module.prefix + ending for module in owners.values() for ending in module.naming.keeps}
 
         def owned(name: str) -> bool:
-            if any(name.endswith(k) and name.removesuffix(k) in owners for k in keeps):
+            if name in beside or (name not in self.modules and describes_activations(name)):
                 return False
-            if name not in self.modules and activations.describes_activations(name):
-                return False
-            return name in self.modules or self._owner(name, owners) is not None
+            return name in self.modules or self._owned(name, owners)
 
         return [name for name in self.checkpoint.tensors if not owned(name)]
 
-    def _owner(self, name: str, owners: set[str]) -> str | None:
-        """The quantized module that a tensor belongs to, by its name."""
+    def _owned(self, name: str, owners: Mapping[str, Module]) -> bool:
+        """Whether a tensor is part of one of the quantized weights, by its name."""
         if self.form is not None and self.form.find is not None:  # torchao: P._weight_PART
             owner, _, last = name.rpartition(".")
-            return next((o for o in owners if f"{owner}._{o.rpartition('.')[2]}_" in f"{owner}.{last}"), None)
+            return any(f"{owner}._{o.rpartition('.')[2]}_" in f"{owner}.{last}" for o in owners)
+        parts = () if self.form is None else self.form.parts
         head = name
         while head:
             head = head.rpartition(".")[0]
             if head in owners:
                 rest = name[len(head) :]
-                parts = () if self.form is None else self.form.parts
-                return head if rest.count(".") == 1 or rest.startswith(".weight.") or rest in parts else None
-        return next((o for o in (name.rpartition("_")[0], name.rpartition("_scale_inv")[0]) if o in owners), None)
+                below = owners[head].is_parameter or rest.count(".") == 1
+                return below or rest.startswith(".weight.") or rest in parts
+        heads = (*weights_of(name), name.rpartition("_")[0])
+        return any(head in owners and owners[head].is_parameter for head in heads)
 
     def _check_rest(self) -> None:
-        """Raises for tensors that no reader has asked for."""
+        """Raises for tensors of quantized weights that no reader has asked for."""
         used = {name for module in self.modules.values() for name in module.used}
         for name in self.checkpoint.tensors:
             if name not in used and name not in self.plain:
                 todo = "Check the format; a reader that ignored it could be wrong about the weight"
                 raise self.checkpoint.error("an unknown tensor beside a quantized weight", name, todo=todo)
-        for name in self.plain:
-            spec = self.checkpoint.tensors[name]
-            if name.endswith("weight") and spec.dtype in _CODES and name not in used:
-                rule = "codes without scales" if self.form else "codes, and no configuration that says of which format"
-                todo = "Fetch all files of the checkpoint again"
-                raise self.checkpoint.error(rule, name, todo=todo, dtype=spec.dtype.name)
 
 
 def _is_float(array: Any) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from jaxquant.core.errors import printable, quant_error
@@ -25,9 +24,6 @@ from jaxquant.ptq.rtn import rtn
 __all__ = ["CheckpointInfo", "load_hf", "open_hf"]
 
 _FUNCTION = "load_hf"
-_CODES = tuple(
-    np.dtype(d) for d in (np.int8, np.uint8, np.uint32, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, np.int32)
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +69,7 @@ def load_hf(
     names: NameMap | None = None,
     dtype: Any = None,
     sharding: Any = None,
-    shapes: Mapping[str, tuple[int, int]] | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[dict[str, Any], CheckpointInfo]:
     """Reads a Hugging Face directory, whatever library quantized it; codes are taken over unchanged.
 
@@ -90,7 +86,8 @@ def load_hf(
       dtype: float dtype for arrays and for what QTensors dequantize to; by default that of the checkpoint.
       sharding: where to put each leaf as it is read: a `jax.sharding.Sharding`, or a dict or function from the names in
         the result ("/" between the keys) to one or None. Arrays of a QTensor follow as in `jaxquant.shardings`.
-      shapes: (out, in) of modules whose file does not say it (quanto, int4 and int2).
+      shapes: (out, in), or the shape of a convolution's kernel, of modules whose file does not say it (quanto, int4 and
+        int2).
 
     Returns:
       ``(params, info)``. Without ``names``, params is a flat dict from names in the file to arrays; a quantized module

@@ -14,7 +14,7 @@ import numpy as np
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of
 from jaxquant.io.hf.layout import qtensor
-from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.module import Format, Module, Naming
 
 __all__ = ["METAL"]
 
@@ -46,7 +46,7 @@ def read(m: Module) -> QTensor:
 METAL = Format(
     "MLX / metal",
     methods=("metal", "mlx"),
-    marks={".scales": ".weight"},
+    names=(Naming(marks=(".scales",)),),
     read=read,
     layouts="affine, 2 to 8 bits",
 )

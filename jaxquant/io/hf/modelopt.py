@@ -1,7 +1,12 @@
 """NVIDIA ModelOpt: `hf_quant_config.json` beside the weights, or quant_method "modelopt".
 
 NVFP4   weight uint8 [out, in / 2], weight_scale fp8 [out, in / 16], weight_scale_2 float32: e2m1 * (s * s2)
-FP8     weight fp8 [out, in], weight_scale float32
+FP8     weight fp8 [out, in], weight_scale float32: for the weight, for each row, or for blocks of 128 x 128
+MXFP8   the same, weight_scale uint8 [out, in / 32]: the exponents
+
+Fused experts are parameters: NAME [experts, out, in] or, where the model multiplies it so, [experts, in, out];
+NAME_weight_scale and NAME_weight_scale_2. Packed codes and their scales keep the order of the axes: [experts, in / 2,
+out] and [experts, in / 16, out].
 """
 
 from __future__ import annotations
@@ -15,8 +20,8 @@ import numpy as np
 from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.hf.checkpoint import HFCheckpoint
-from jaxquant.io.hf.layout import spread
-from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.layout import aligned, in_blocks, in_unstated_blocks
+from jaxquant.io.hf.module import RANKS, Format, Module, Naming
 
 __all__ = ["MODELOPT"]
 
@@ -46,20 +51,22 @@ def _stated(_: HFCheckpoint, config: dict[str, Any], prefix: str) -> dict[str, A
 
 
 def read(m: Module) -> QTensor:
-    """The weight of one module."""
+    """One weight."""
     _refuse(m.config, m.error)
     algorithm = m.config.get("quant_algo")
-    weight = m.array(".weight", np.uint8, ml_dtypes.float8_e4m3fn, ndim=2)
+    weight = m.array(".weight", np.uint8, ml_dtypes.float8_e4m3fn, ndim=RANKS)
     if algorithm not in (None, "MIXED_PRECISION") and ("NVFP4" in str(algorithm)) != (weight.dtype == np.uint8):
         m.problems.append(f"{m.name} has codes in {weight.dtype.name}, though the configuration says {algorithm}")
     if weight.dtype == np.uint8:
-        local = m.magnitudes(".weight_scale", ml_dtypes.float8_e4m3fn, ndim=2)
-        m.check(".weight_scale", local.shape, (weight.shape[0], weight.shape[1] // 8))
-        scale = QTensor(local, m.unit(".weight_scale_2"), None, qtype="float8_e4m3fn", dtype=np.float32)
-        return QTensor(weight, scale, None, qtype="nvfp4", dtype=m.dtype, length=2 * weight.shape[1])
-    scale = m.magnitudes(".weight_scale")
-    scale = scale.reshape(1, 1) if scale.size == 1 else scale.reshape(len(scale), -1)
-    found = spread(scale, weight.shape, (_BLOCK, _BLOCK) if "PB" in str(algorithm) else (None, None))
+        return _nvfp4(m, weight)
+    powers = m.has(".weight_scale") and m.array(".weight_scale").dtype in (np.uint8, ml_dtypes.float8_e8m0fnu)
+    scale = m.exponents(".weight_scale") if powers else m.magnitudes(".weight_scale")
+    values = aligned(scale, weight.shape, out_first=not m.is_parameter)
+    found = None
+    if values is not None and (powers or "PB" in str(algorithm)):
+        found = in_blocks(values, weight.shape, [(1, 32) if powers else (_BLOCK, _BLOCK)])
+    elif values is not None:
+        found = in_unstated_blocks(values, weight.shape, (_BLOCK,))
     if found is None:
         raise m.error(
             "the scales fit no blocks of the weight", ".weight_scale", todo="Check the format", scale=scale.shape
@@ -67,12 +74,34 @@ def read(m: Module) -> QTensor:
     return QTensor(weight, found, None, qtype="float8_e4m3fn", dtype=m.dtype)
 
 
+def _nvfp4(m: Module, codes: np.ndarray) -> QTensor:
+    local = m.magnitudes(".weight_scale", ml_dtypes.float8_e4m3fn, ndim=codes.ndim)
+    *stack, rows, columns = codes.shape
+    transposed = m.is_parameter and codes.ndim == 3 and local.shape == (*stack, rows // 8, columns)
+    if not transposed:
+        m.check(".weight_scale", local.shape, (*stack, rows, columns // 8))
+    unit = m.unit(".weight_scale_2", stack=tuple(stack))
+    scale = QTensor(local, unit, None, qtype="float8_e4m3fn", dtype=np.float32)
+    if transposed:
+        codes = np.ascontiguousarray(np.swapaxes(codes, 1, 2))
+        return QTensor(codes, scale, None, qtype="nvfp4", dtype=m.dtype, minor=(-2,), length=2 * rows)
+    return QTensor(codes, scale, None, qtype="nvfp4", dtype=m.dtype, length=2 * columns)
+
+
 MODELOPT = Format(
     "ModelOpt",
     methods=("modelopt", "modelopt_fp4", "modelopt_fp8"),
-    marks={".weight_scale": ".weight"},
+    names=(
+        Naming(marks=(".weight_scale",)),
+        Naming(
+            "",
+            ("_weight_scale",),
+            tensors={".weight": "", ".weight_scale": "_weight_scale", ".weight_scale_2": "_weight_scale_2"},
+            keeps=("_bias",),
+        ),
+    ),
     read=read,
-    layouts="NVFP4, FP8",
+    layouts="NVFP4, FP8, MXFP8; fused experts",
     refuse=_refuse,
     stated=_stated,
 )

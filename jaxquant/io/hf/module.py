@@ -1,9 +1,13 @@
-"""One quantized module of a checkpoint: its tensors by suffix, checked as they are taken."""
+"""One quantized weight of a checkpoint: its tensors by suffix, checked as they are taken.
+
+Readers ask for tensors by what they are called beside ``<module>.weight``. A parameter without a module of its own (the
+fused experts of a layer) has other names for the same things: the table of a format, one `Naming` per row, says which.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -11,16 +15,51 @@ import numpy as np
 
 from jaxquant.core.errors import QuantError
 from jaxquant.io.hf.checkpoint import HFCheckpoint
+from jaxquant.io.hf.layout import aligned
 
-__all__ = ["Format", "Module"]
+__all__ = ["RANKS", "Format", "Module", "Naming"]
+
+#: Dimensions that a weight may have: linear layers, stacked experts, convolutions.
+RANKS = (2, 3, 4, 5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """A row of a format's table: what the tensors of one weight are called.
+
+    Attributes:
+      weight: what follows the prefix in the name of the weight: ``".weight"``, or nothing for a parameter.
+      marks: endings that make what comes before them the prefix of a quantized weight.
+      words: endings that do so only beside codes, because other parameters are called so, too.
+      tensors: what readers ask for -> ending of its name. What is not listed is called as it is asked for.
+      keeps: endings of tensors that stay beside the weight as they are, with what describes activations.
+    """
+
+    weight: str = ".weight"
+    marks: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    keeps: tuple[str, ...] = (".bias",)
+
+    def claims(self, name: str, checkpoint: HFCheckpoint) -> str | None:
+        """The prefix of the weight that this tensor makes a quantized one; None if it does not."""
+        for mark in self.marks:
+            if name.endswith(mark):
+                return name[: -len(mark)]
+        for word in self.words:
+            prefix = name[: -len(word)]
+            codes = checkpoint.tensors.get(prefix + self.tensors.get(".weight", self.weight))
+            if name.endswith(word) and codes is not None and len(codes.shape) > 1:
+                return prefix
+        return None
 
 
 class Module:
-    """The tensors under one prefix.
+    """The tensors of one weight.
 
     Attributes:
       prefix: what their names begin with (``"model.layers.0.mlp.up_proj"``).
-      target: what follows it in the name of the weight: ``".weight"``, or nothing.
+      naming: what follows it.
       config: the quantization configuration, as far as it concerns the module.
       used: the names that have been taken; whatever belongs to the module and is not among them at the end is an error.
       notes: what is worth saying about it.
@@ -31,11 +70,11 @@ class Module:
         self,
         checkpoint: HFCheckpoint,
         prefix: str,
-        target: str,
+        naming: Naming,
         config: dict[str, Any],
-        shapes: Mapping[str, tuple[int, int]] | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ):
-        self.checkpoint, self.prefix, self.target, self.config = checkpoint, prefix, target, config
+        self.checkpoint, self.prefix, self.naming, self.config = checkpoint, prefix, naming, config
         self.shape_given = (shapes or {}).get(prefix)
         self.used: set[str] = set()
         self.notes: list[str] = []
@@ -44,7 +83,16 @@ class Module:
     @property
     def name(self) -> str:
         """The name of the weight."""
-        return self.prefix + self.target
+        return self.prefix + self.naming.weight
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is a parameter without a module of its own: its axes may be [.., in, out]."""
+        return not self.naming.weight
+
+    def named(self, suffix: str) -> str:
+        """The name of a tensor."""
+        return self.prefix + self.naming.tensors.get(suffix, suffix)
 
     @property
     def dtype(self) -> np.dtype:
@@ -53,11 +101,11 @@ class Module:
 
     def has(self, suffix: str) -> bool:
         """Whether there is such a tensor."""
-        return self.prefix + suffix in self.checkpoint.tensors
+        return self.named(suffix) in self.checkpoint.tensors
 
     def array(self, suffix: str, *dtypes: Any, ndim: int | tuple[int, ...] | None = None) -> np.ndarray:
         """A tensor of one of these dtypes (any, if none is given) and of one of these ranks; never an empty one."""
-        name = self.prefix + suffix
+        name = self.named(suffix)
         if name not in self.checkpoint.tensors:
             rule = "a tensor of a quantized module is missing"
             raise self.error(rule, suffix, todo="Fetch all files of the checkpoint again")
@@ -95,13 +143,15 @@ class Module:
             raise self.error("scales of this format are not negative", suffix, todo=todo, bad=bad)
         return value
 
-    def unit(self, suffix: str, *dtypes: Any) -> np.ndarray:
-        """The one scale of a whole weight, of shape [1, 1]: finite and positive."""
+    def unit(self, suffix: str, *dtypes: Any, stack: tuple[int, ...] = ()) -> np.ndarray:
+        """The one scale of a whole weight, or one of each in a stack, of shape [.., 1, 1]: finite and positive."""
         value = self.scales(suffix, *(dtypes or (np.float32,)))
-        if value.size != 1 or not value.astype(np.float32).reshape(-1)[0] > 0:
-            rule = "there must be one positive scale for the whole weight"
+        full = aligned(value, (*stack, 1, 1))
+        fits = full is not None and all(n in (1, size) for n, size in zip(full.shape, (*stack, 1, 1), strict=True))
+        if full is None or not fits or not (full.astype(np.float32) > 0).all():
+            rule = f"there must be one positive scale for the whole weight{', or for each expert' if stack else ''}"
             raise self.error(rule, suffix, todo="The checkpoint is damaged: fetch it again", found=value)
-        return value.reshape(1, 1)
+        return full
 
     def exponents(self, suffix: str, ndim: int | tuple[int, ...] | None = None) -> np.ndarray:
         """A tensor of powers of two, stored as biased exponents in a byte."""
@@ -114,7 +164,7 @@ class Module:
 
     def skip(self, *suffixes: str) -> None:
         """Tensors that say nothing that is not known."""
-        self.used.update(self.prefix + s for s in suffixes if self.has(s))
+        self.used.update(self.named(s) for s in suffixes if self.has(s))
 
     def check(self, suffix: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
         """Raises unless a tensor has the shape that the others imply."""
@@ -131,7 +181,7 @@ class Module:
 
     def error(self, rule: str, suffix: str | None = None, /, *, todo: str, **got: Any) -> QuantError:
         """A `QuantError` that names the file and the tensor (by default the weight)."""
-        return self.checkpoint.error(rule, self.prefix + (self.target if suffix is None else suffix), todo=todo, **got)
+        return self.checkpoint.error(rule, self.name if suffix is None else self.named(suffix), todo=todo, **got)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,14 +191,12 @@ class Format:
     Attributes:
       name: for messages and tables.
       methods: values of ``quant_method`` that mean it.
-      marks: ending of a tensor's name that makes its module a quantized one -> what the weight is called after the
-        module's prefix. The first that fits counts.
+      names: what the tensors of a weight may be called; the first row that claims a tensor counts.
       read: the leaf of one module: a QTensor of NumPy arrays, or a NumPy array.
       layouts: what it reads, for the table of supported formats.
       parts: endings of tensors that belong to the weight although a "." is inside of them.
-      keeps: endings of tensors that stay beside the weight as they are, with biases and what describes activations.
       zero_is_off: whether an activation scale of 0 means that the activation is not quantized.
-      find: the (prefix, target) of every quantized module, where names alone do not tell.
+      find: the prefix of every quantized weight, where names alone do not tell.
       refuse: looks at the configuration and raises for what is not supported; given the checkpoint's ``error``.
       stated: the configuration of one module, by its prefix, where modules may differ; None if it says that the module
         stays in float.
@@ -156,13 +204,12 @@ class Format:
 
     name: str
     methods: tuple[str, ...]
-    marks: Mapping[str, str]
+    names: tuple[Naming, ...]
     read: Callable[[Module], Any]
     layouts: str
     parts: tuple[str, ...] = ()
-    keeps: tuple[str, ...] = ()
     zero_is_off: bool = False
-    find: Callable[[HFCheckpoint], dict[str, str]] | None = None
+    find: Callable[[HFCheckpoint], Iterable[str]] | None = None
     refuse: Callable[[dict[str, Any], Callable[..., QuantError]], None] | None = None
     stated: Callable[[HFCheckpoint, dict[str, Any], str], dict[str, Any] | None] | None = None
 
@@ -170,25 +217,25 @@ class Format:
         self,
         checkpoint: HFCheckpoint,
         prefix: str,
-        target: str,
+        naming: Naming,
         config: dict[str, Any],
-        shapes: Mapping[str, tuple[int, int]] | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> Module:
         """A module with its own configuration. Its tensors decide whether it is quantized, whatever that says."""
         own = config if self.stated is None else self.stated(checkpoint, config, prefix)
-        module = Module(checkpoint, prefix, target, config if own is None else own, shapes)
+        module = Module(checkpoint, prefix, naming, config if own is None else own, shapes)
         if own is None:
             module.problems.append(f"{module.name} has codes, though the configuration leaves it in float")
         return module
 
-    def modules(self, checkpoint: HFCheckpoint) -> dict[str, str]:
-        """The prefix of every quantized module, and what its weight is called after that."""
+    def modules(self, checkpoint: HFCheckpoint) -> dict[str, Naming]:
+        """The prefix of every quantized weight, and what its tensors are called."""
         if self.find is not None:
-            return self.find(checkpoint)
-        found: dict[str, str] = {}
+            return dict.fromkeys(self.find(checkpoint), self.names[0])
+        found: dict[str, Naming] = {}
         for name in checkpoint.tensors:
-            for mark, target in self.marks.items():
-                if name.endswith(mark):
-                    found.setdefault(name[: -len(mark)], target)
+            for naming in self.names:
+                if (prefix := naming.claims(name, checkpoint)) is not None:
+                    found.setdefault(prefix, naming)
                     break
         return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from jaxquant.core.qtensor import QTensor
-from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.module import Format, Module, Naming
 
 __all__ = ["MXFP4"]
 
@@ -38,8 +38,7 @@ def read(m: Module) -> QTensor:
 MXFP4 = Format(
     "mxfp4",
     methods=("mxfp4",),
-    marks={"_blocks": "", "_scales": ""},
+    names=(Naming("", ("_blocks", "_scales"), keeps=("_bias",)),),
     read=read,
     layouts="experts of gpt-oss, [experts, in, out]",
-    keeps=("_bias",),
 )

@@ -5,11 +5,13 @@
 
 Where there are more than 128 input features, rows are groups of 128 of them (96, 64 or 32 if that does not divide), and
 blocks of rows share a byte, the first in the least significant bits. The file does not say how many rows make up one of
-the weight: bias, configuration, or the caller does.
+the weight: bias, configuration, or the caller does. Kernels of convolutions [out, in, ..] are the same, in groups of
+what follows the first axis; without groups, codes keep their axes.
 """
 
 from __future__ import annotations
 
+import math
 import re
 
 import ml_dtypes
@@ -17,8 +19,8 @@ import numpy as np
 
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import packed
-from jaxquant.io.hf.layout import qtensor
-from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.layout import flat_blocks, qtensor
+from jaxquant.io.hf.module import RANKS, Format, Module, Naming
 
 __all__ = ["QUANTO"]
 
@@ -26,26 +28,31 @@ __all__ = ["QUANTO"]
 def read(m: Module) -> QTensor:
     """The weight of one module."""
     if m.has(".weight._data"):
-        weight = m.array(".weight._data", np.int8, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ndim=2)
+        weight = m.array(".weight._data", np.int8, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ndim=RANKS)
         scale = m.magnitudes(".weight._scale")
-        scale = scale.reshape(1, 1) if scale.size == 1 else scale
+        ones = (1,) * (weight.ndim - 1)
+        scale = scale.reshape(1, *ones) if scale.size == 1 else scale
         if scale.size != 1:
-            m.check(".weight._scale", scale.shape, (weight.shape[0], 1))
+            m.check(".weight._scale", scale.shape, (weight.shape[0], *ones))
         qtype = "int8" if weight.dtype == np.int8 else weight.dtype.name
         return QTensor(weight, scale, None, qtype=qtype, dtype=scale.dtype)
-    raw = m.array(".weight._data._data", np.uint8, ndim=2)
-    scale, shift = m.scales(".weight._scale", ndim=2), m.scales(".weight._shift", ndim=2)
-    rows, columns = scale.shape[0], raw.shape[1]
+    raw = m.array(".weight._data._data", np.uint8, ndim=RANKS)
+    scale, shift = m.scales(".weight._scale", ndim=raw.ndim), m.scales(".weight._shift", ndim=raw.ndim)
+    rows, columns = scale.shape[0], math.prod(raw.shape[1:])
     m.check(".weight._shift", shift.shape, scale.shape)
+    m.check(".weight._scale", scale.shape, (rows, *(1,) * (raw.ndim - 1)))
     bits = _bits(m, raw.shape[0], rows)
     blocks = 8 // bits
-    m.check(".weight._data._data", raw.shape, (-(-rows // blocks), columns))
+    m.check(".weight._data._data", raw.shape, (-(-rows // blocks), *raw.shape[1:]))
     parts = [(raw >> np.uint8(bits * i)) & np.uint8((1 << bits) - 1) for i in range(blocks)]
     codes = np.concatenate(parts)[:rows]
-    out, length = _shape(m, rows, columns)
-    scale, shift = (v.reshape(out, -1) for v in (scale, shift))
-    stream = packed(codes.reshape(out, length), bits)
-    return qtensor(stream, scale, offset=-shift, bits=bits, length=length, dtype=scale.dtype)
+    shape = _shape(m, rows, columns) if raw.ndim == 2 else codes.shape
+    index = flat_blocks(shape, columns)
+    if raw.ndim > 2:  # a kernel without groups
+        index = index[..., :1]
+    scale, shift = (v.reshape(-1)[index] for v in (scale, shift))
+    stream = packed(codes.reshape(shape), bits)
+    return qtensor(stream, scale, offset=-shift, bits=bits, length=shape[-1], dtype=scale.dtype)
 
 
 def _bits(m: Module, packed_rows: int, rows: int) -> int:
@@ -67,19 +74,19 @@ def _group_of(length: int) -> int:
     return next((g for g in (128, 96, 64, 32) if length > 128 and length % g == 0), length)
 
 
-def _shape(m: Module, rows: int, columns: int) -> tuple[int, int]:
+def _shape(m: Module, rows: int, columns: int) -> tuple[int, ...]:
     """The weight's own shape."""
     if m.shape_given is not None:
-        out, length = m.shape_given
-        if out * length != rows * columns or _group_of(length) != columns:
-            todo = "Correct shapes"
-            raise m.error("the given shape does not fit", ".weight._scale", todo=todo, given=(out, length), rows=rows)
-        return out, length
+        out, *rest = m.shape_given
+        if not rest or out * math.prod(rest) != rows * columns or _group_of(math.prod(rest)) != columns:
+            todo, given = "Correct shapes", tuple(m.shape_given)
+            raise m.error("the given shape does not fit", ".weight._scale", todo=todo, given=given, rows=rows)
+        return out, *rest
     if columns not in (128, 96, 64, 32):
         return rows, columns
     bias = m.maybe(".bias")
     if bias is not None:
-        m.used.discard(m.prefix + ".bias")
+        m.used.discard(m.named(".bias"))
     outs = [len(bias)] if bias is not None and bias.ndim == 1 else _expected(m)
     fitting = {(out, rows * columns // out) for out in outs if out and rows % out == 0}
     fitting = {(out, length) for out, length in fitting if _group_of(length) == columns}
@@ -110,7 +117,21 @@ def _expected(m: Module) -> list[int]:
 QUANTO = Format(
     "quanto",
     methods=("quanto",),
-    marks={".weight._data": ".weight", ".weight._data._data": ".weight", ".weight._scale": ".weight"},
+    names=(
+        Naming(marks=(".weight._data._data", ".weight._data", ".weight._scale")),
+        Naming(
+            "",
+            ("._data._data", "._data", "._scale"),
+            tensors={
+                ".weight._data._data": "._data._data",
+                ".weight._data": "._data",
+                ".weight._scale": "._scale",
+                ".weight._shift": "._shift",
+                ".bias": "_bias",
+            },
+            keeps=("_bias",),
+        ),
+    ),
     read=read,
     layouts="int8, float8, int4 and int2 in groups",
 )

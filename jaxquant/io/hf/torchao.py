@@ -20,8 +20,8 @@ import numpy as np
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import packed
 from jaxquant.io.hf.checkpoint import HFCheckpoint
-from jaxquant.io.hf.layout import spread
-from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.layout import aligned, spread
+from jaxquant.io.hf.module import RANKS, Format, Module, Naming
 from jaxquant.io.strict_json import parse
 
 __all__ = ["TORCHAO"]
@@ -42,8 +42,8 @@ def _described(checkpoint: HFCheckpoint, name: str, text: str) -> dict[str, Any]
     return None if plain else entry
 
 
-def _find(checkpoint: HFCheckpoint) -> dict[str, str]:
-    return {name: "" for name, text in checkpoint.metadata().items() if _described(checkpoint, name, text)}
+def _find(checkpoint: HFCheckpoint) -> list[str]:
+    return [name for name, text in checkpoint.metadata().items() if _described(checkpoint, name, text)]
 
 
 def read(m: Module) -> QTensor:
@@ -54,12 +54,12 @@ def read(m: Module) -> QTensor:
     data = data if isinstance(data, dict) else {}
     owner, _, name = m.prefix.rpartition(".")
     part = lambda p: f"{owner}._{name}_{p}" if owner else f"_{name}_{p}"  # noqa: E731
-    inner = Module(m.checkpoint, part(""), "", m.config)
+    inner = Module(m.checkpoint, part(""), m.naming, m.config)
     inner.used = m.used
     if kind not in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor"):
         todo = "Quantize the model with Int8, Intx or Float8 weight-only configs, or ask for its float weights"
         raise m.error(f"the layout of {kind} belongs to one GPU kernel and is not read", todo=todo)
-    codes = inner.array("qdata", np.int8, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ndim=2)
+    codes = inner.array("qdata", np.int8, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ndim=RANKS)
     block = data.get("block_size")
     scale = _blocks(inner, "scale", inner.magnitudes("scale"), codes.shape, block)
     zero = inner.maybe("zero_point", np.int8, np.int32)
@@ -84,14 +84,13 @@ def read(m: Module) -> QTensor:
     if codes.min() < -half or codes.max() >= half:
         raise inner.error("a code is wider than its type", "qdata", todo="Fetch it again", target_dtype=f"int{n}")
     stream = packed((codes.astype(np.int16) + half).astype(np.uint8), n)
-    return QTensor(stream, scale, zero, qtype=f"int{n}", dtype=dtype, length=codes.shape[1])
+    return QTensor(stream, scale, zero, qtype=f"int{n}", dtype=dtype, length=codes.shape[-1])
 
 
 def _blocks(m: Module, part: str, values: np.ndarray, shape: tuple[int, ...], block: Any) -> np.ndarray:
-    values = values.reshape(1, 1) if values.size == 1 else values
-    values = values[:, None] if values.ndim == 1 else values
+    full = aligned(values, shape)
     said = isinstance(block, list) and len(block) == len(shape) and all(type(n) is int and n > 0 for n in block)
-    found = spread(values, shape, tuple(block) if said else (None,) * len(shape))
+    found = None if full is None else spread(full, shape, tuple(block) if said else (None,) * len(shape))
     if found is None:
         got = {"shape": values.shape, "block_size": block, "weight": shape}
         raise m.error("the values fit no blocks of the weight", part, todo="Check the format", **got)
@@ -101,7 +100,7 @@ def _blocks(m: Module, part: str, values: np.ndarray, shape: tuple[int, ...], bl
 TORCHAO = Format(
     "torchao",
     methods=("torchao",),
-    marks={},
+    names=(Naming(""),),
     read=read,
     layouts="Int8Tensor, IntxUnpackedToInt8Tensor, Float8Tensor in safetensors",
     find=_find,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxquant.io.bits import bytes_of
-from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.module import Format, Module, Naming
 
 __all__ = ["VPTQ"]
 
@@ -94,7 +94,7 @@ def read(m: Module) -> np.ndarray:
 VPTQ = Format(
     "VPTQ",
     methods=("vptq",),
-    marks={".indices": ".weight", ".centroids.weight": ".weight"},
+    names=(Naming(marks=(".indices", ".centroids.weight")),),
     read=read,
     parts=(".centroids.weight", ".res_centroids.weight"),
     layouts="one codebook with residual, permutation and normalisation; read as floats",
