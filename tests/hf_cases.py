@@ -114,6 +114,13 @@ def _metal():
     return tensors, {"quantization_config": {"quant_method": "metal", "group_size": meta["group_size"], "bits": 4}}
 
 
+def _mlx(mode):
+    rng = np.random.default_rng(0)
+    scales = rng.integers(100, 126, (2, 8, 2 if mode != "nvfp4" else 4)).astype(np.uint8)
+    words = rng.integers(0, 1 << 30, (2, 8, 16 if mode == "mxfp8" else 8)).astype(np.uint32) & 0x3F3F3F3F
+    return _named({"weight": words, "scales": scales}), {"quantization": {"mode": mode, "m": True}}
+
+
 def _gemma():
     tensors, _ = _pick("gemma_w4", "weight", "weight_scale", "input_activation_scale")
     return tensors, {"quantization_config": {"quant_method": "gemma", "module_quant_configs": {"m": {"num_bits": 4}}}}
@@ -171,6 +178,8 @@ CASES = {
     "quanto": _quanto(),
     "torchao": _torchao("torchao_int3_g32"),
     "metal": _metal(),
+    "mlx mxfp8": _mlx("mxfp8"),
+    "mlx nvfp4": _mlx("nvfp4"),
     "gemma": _gemma(),
     "bitnet": _bitnet(),
     "modelopt": _modelopt(),

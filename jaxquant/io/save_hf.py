@@ -192,5 +192,6 @@ def export_config(
 ) -> dict[str, bytes]:
     """``config.json`` and whatever else the layout wants, from the model's own config."""
     quantization = layout.config(weights, floats)
-    files = {"config.json": {**config, "quantization_config": quantization}, **layout.files(quantization)}
+    rest = {key: value for key, value in config.items() if key != "quantization"}  # MLX's, of what this was made from
+    files = {"config.json": {**rest, "quantization_config": quantization}, **layout.files(quantization)}
     return {name: json_bytes(content) for name, content in files.items()}

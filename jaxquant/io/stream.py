@@ -22,6 +22,8 @@ from jaxquant.core.errors import Refusals, quant_error
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.specs import OpSpec, QuantSpec, Rule
 from jaxquant.io.directory import SHARD_BYTES, Layout, Piece, identity, lay_out, write_directory
+from jaxquant.io.hf.checkpoint import HFCheckpoint
+from jaxquant.io.hf.formats import detect
 from jaxquant.io.rules import assign
 from jaxquant.io.safetensors import TensorSpec
 from jaxquant.io.save_hf import export_config, export_piece, float_modules, layout_of
@@ -131,9 +133,9 @@ def plan_quantize_hf(
     shard_bytes: int = SHARD_BYTES,
 ) -> QuantizePlan:
     """What `quantize_hf` would do, after all of its checks; writes nothing."""
-    checkpoint = Checkpoint(source, function=_FUNCTION)
-    config = checkpoint.json("config.json") or {}
-    if "quantization_config" in config:
+    checkpoint = HFCheckpoint(source, function=_FUNCTION)
+    config = checkpoint.config
+    if "quantization_config" in config or detect(checkpoint)[0] is not None:
         todo = "Take the float checkpoint, or convert this one"
         raise checkpoint.error("the checkpoint is quantized already", "config.json", todo=todo)
     specs = _specs(checkpoint, rules)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from jaxquant.core.errors import QuantError
 from jaxquant.io.hf.aqlm import AQLM
 from jaxquant.io.hf.awq import AWQ
@@ -66,8 +68,11 @@ def detect(checkpoint: HFCheckpoint) -> tuple[Format | None, dict[str, Any]]:
 
 def _configuration(checkpoint: HFCheckpoint) -> tuple[dict[str, Any] | None, Any]:
     """The quantization configuration, and what it says it is."""
-    places = (checkpoint.config, checkpoint.config.get("text_config"))
-    for place in (p for p in places if isinstance(p, dict)):
+    places = [p for p in (checkpoint.config, checkpoint.config.get("text_config")) if isinstance(p, dict)]
+    for place in places:
+        if (found := _of_mlx(checkpoint, place)) is not None:
+            return found, "mlx"
+    for place in places:
         for key in ("quantization_config", "compression_config"):
             found = place.get(key)
             if not isinstance(found, dict | None):
@@ -77,8 +82,6 @@ def _configuration(checkpoint: HFCheckpoint) -> tuple[dict[str, Any] | None, Any
                 if found.get("load_in_4bit") is True or found.get("load_in_8bit") is True:
                     return found, "bitsandbytes"
                 return found, found.get("quant_method")
-    if isinstance(found := checkpoint.config.get("quantization"), dict):
-        return found, "mlx"
     files = (
         ("quantize_config.json", "gptq"),
         ("quantization_config.json", None),
@@ -90,6 +93,22 @@ def _configuration(checkpoint: HFCheckpoint) -> tuple[dict[str, Any] | None, Any
         if (found := checkpoint.json(name)) is not None:
             return found, found.get("quant_method") or method
     return None, None
+
+
+def _of_mlx(checkpoint: HFCheckpoint, place: dict[str, Any]) -> dict[str, Any] | None:
+    """MLX's configuration: it has no name of a method, and "quantization" may have a copy or an older one beside it."""
+    own, other = place.get("quantization"), place.get("quantization_config")
+    words = (np.uint32, np.int32)
+    there = any(
+        name.endswith(".scales") and weight is not None and weight.dtype in words
+        for name in checkpoint.tensors
+        for weight in [checkpoint.tensors.get(f"{name.removesuffix('.scales')}.weight")]
+    )
+    for found in (own, other):
+        alone = found is own and other in (None, own)
+        if isinstance(found, dict) and found and "quant_method" not in found and (there or alone):
+            return found
+    return None
 
 
 def _unnamed(checkpoint: HFCheckpoint, config: dict[str, Any], method: Any) -> QuantError:
