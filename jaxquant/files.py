@@ -18,9 +18,9 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec, Rule
 from jaxquant.io import save_gguf
 from jaxquant.io.directory import identity
-from jaxquant.io.gguf.container import GGUFFile
 from jaxquant.io.gguf.names import has_names
 from jaxquant.io.gguf.read import GGUFLeaves
+from jaxquant.io.gguf.split import GGUFModel
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
 from jaxquant.io.hf.leaves import HFLeaves
@@ -69,11 +69,14 @@ def summary(path: Path, *, deep: bool = False) -> Summary:
     """What a checkpoint holds, from its headers; with ``deep`` its weights are read too."""
     kind = _kind(path)
     if kind == "gguf":
-        file = GGUFFile(path, function="inspect")
+        file = GGUFModel(path, function="inspect")
         tensors = [Tensor(name, info.type.name, info.shape, info.nbytes) for name, info in file.tensors.items()]
         unread = sorted({i.type.name for i in file.tensors.values() if i.type.refused})
         problems = [f"tensors of type {name} cannot be read" for name in unread]
-        name = f"GGUF {file.version}, {file.metadata.get('general.architecture', 'no architecture')}"
+        kind = file.metadata.get("general.type", "model")
+        words = [f"GGUF {file.version}", str(file.metadata.get("general.architecture", "no architecture"))]
+        words += ([] if kind == "model" else [str(kind)]) + ([f"{n} parts"] if (n := len(file.files)) > 1 else [])
+        name = ", ".join(words)
     else:
         checkpoint = HFCheckpoint(path, function="inspect")
         tensors = [Tensor(n, s.dtype.name, s.shape, s.nbytes) for n, s in checkpoint.tensors.items()]
@@ -140,7 +143,8 @@ def _leaves(path: Path, function: str) -> HFLeaves | GGUFLeaves | NativeLeaves:
     """The leaves of a checkpoint, under Hugging Face's names where there are any; each is read when asked for."""
     kind = _kind(path)
     if kind == "gguf":
-        return GGUFLeaves(path, names="hf" if has_names(GGUFFile(path).metadata) else "gguf", function=function)
+        known = has_names(GGUFModel(path, function=function).metadata)
+        return GGUFLeaves(path, names="hf" if known else "gguf", function=function)
     return NativeLeaves(path, function=function) if kind == "jaxquant" else open_hf(path, function=function)
 
 

@@ -10,6 +10,7 @@ The index is not trusted: it may name files of its own directory only, and index
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ __all__ = ["Checkpoint", "read_json"]
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MAX_JSON = 256_000_000
+#: A file that is one of several, by its name.
+_PART = re.compile(r".*-(\d+)-of-(\d+)\.safetensors", re.DOTALL)
 
 
 def read_json(path: str | os.PathLike[str], *, function: str) -> dict[str, Any]:
@@ -70,6 +73,9 @@ class Checkpoint:
             self._directory, weight_map = self.path, self._weight_map()
         else:
             self._directory, weight_map = os.path.dirname(self.path), os.path.basename(self.path)
+        if isinstance(weight_map, str) and (part := _PART.fullmatch(weight_map)) and int(part[2]) > 1:
+            rule = f"the file is one of {int(part[2])} parts, by its name"
+            raise self.error(rule, weight_map, todo=f"Name the directory of all parts and of {_INDEX}")
         names = [weight_map] if isinstance(weight_map, str) else sorted(set(weight_map.values()))
         self.files = {name: SafetensorsFile(os.path.join(self._directory, name), function=function) for name in names}
         todo = "The checkpoint is damaged, or of two models: fetch it again"

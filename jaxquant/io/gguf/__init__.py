@@ -1,6 +1,7 @@
 """GGUF, the files of ggml and llama.cpp.
 
 container      metadata and tensors of blocks: the file itself
+split          the parts of a model that is in several files
 parts, types   what a block consists of, and the table of all types
 legacy, k_quants, tables, ternary, microscaling   where the bits of each family of types are
 names          names and row order, between llama.cpp and Hugging Face

@@ -14,9 +14,10 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.io.arrays import placing
 from jaxquant.io.bits import stored
-from jaxquant.io.gguf.container import GGUFFile, TensorInfo
+from jaxquant.io.gguf.container import TensorInfo
 from jaxquant.io.gguf.names import ARCHITECTURES, has_names, heads_of, norm_of_gemma, separate, to_hugging_face
 from jaxquant.io.gguf.parts import Scales
+from jaxquant.io.gguf.split import GGUFModel
 from jaxquant.io.mapped import Leaves
 
 __all__ = ["GGUFInfo", "GGUFLeaves", "load_gguf"]
@@ -28,12 +29,17 @@ class GGUFInfo:
 
     Attributes:
       architecture: ``general.architecture``, or None.
-      metadata: by key: NumPy scalars and arrays, str, lists of str; what `save_gguf` takes.
+      kind: ``general.type``, such as ``"mmproj"`` for the encoder of images of a model; ``"model"`` if it says nothing.
+      files: the file, or all parts of one that is split.
+      metadata: by key: NumPy scalars and arrays, str, lists of str; what `save_gguf` takes. Of a split file that of the
+        first part, without the keys that number the parts.
       types: tensor -> ggml's name of its type, by the names of ``params``.
       reordered: the tensors whose rows were brought back to Hugging Face's order.
     """
 
     architecture: str | None
+    kind: str
+    files: tuple[str, ...]
     metadata: dict[str, Any]
     types: dict[str, str]
     reordered: tuple[str, ...]
@@ -58,7 +64,8 @@ def load_gguf(
     the converter adds.
 
     Args:
-      path: the file; it is mapped, not read as a whole.
+      path: the file, or any part of one that is split (``model-00001-of-00003.gguf``), of which all are read: they must
+        lie beside one another. Files are mapped, not read as a whole.
       names: ``"gguf"`` for the names in the file (``blk.0.attn_q.weight``), ``"hf"`` for Hugging Face's
         (``model.layers.0.self_attn.q_proj.weight``), if those of the architecture are known; a name without a
         counterpart stays as it is.
@@ -69,7 +76,8 @@ def load_gguf(
       ``(params, info)``: a flat dict from names to arrays and QTensors, and a `GGUFInfo`.
 
     Raises:
-      QuantError: if the file is damaged, the names of the architecture are not known, or a tensor has a type that is
+      QuantError: if the file is damaged, a part of it is missing or of another model, it holds an adapter or statistics
+        and no model, the names of the architecture are not known, or a tensor has a type that is
         not supported (IQ1, IQ2, IQ3: their codebooks are not part of this package) or a scale that is not finite; with
         the tensor's name.
       OSError: if it cannot be opened.
@@ -93,14 +101,15 @@ def load_gguf(
     params = {name: place(name, leaves[name]) for name in leaves}
     architecture = leaves.file.metadata.get("general.architecture")
     architecture = architecture if isinstance(architecture, str) else None
-    return params, GGUFInfo(architecture, leaves.file.metadata, leaves.types, leaves.reordered)
+    kind, files = str(leaves.file.metadata.get("general.type", "model")), tuple(leaves.file.paths)
+    return params, GGUFInfo(architecture, kind, files, leaves.file.metadata, leaves.types, leaves.reordered)
 
 
 class GGUFLeaves(Leaves):
     """The leaves of a file.
 
     Attributes:
-      file: the container.
+      file: the container, of one file or of parts.
       types: name -> ggml's name of the tensor's type.
       reordered: the tensors whose rows are brought back to Hugging Face's order.
     """
@@ -115,7 +124,8 @@ class GGUFLeaves(Leaves):
     ):
         if names not in ("gguf", "hf"):
             raise quant_error(function, "names must be 'gguf' or 'hf'", todo="Use one of them", names=names)
-        self.file, self._dtype = GGUFFile(path, function=function), np.dtype(dtype)
+        self.file, self._dtype = GGUFModel(path, function=function), np.dtype(dtype)
+        _check_kind(self.file)
         _check_types(self.file)
         if names == "hf" and not has_names(self.file.metadata):
             todo = f"Use names='gguf'; known are {', '.join(ARCHITECTURES)}"
@@ -130,7 +140,7 @@ class GGUFLeaves(Leaves):
                 todo = "Load it with names='gguf'"
                 raise self.file.error("two tensors would have one name", name, todo=todo, other=self._inside[key])
             self._inside[key] = name
-        super().__init__(self._inside, [self.file.path])
+        super().__init__(self._inside, self.file.paths)
         self.types = {key: self.file.tensors[name].type.name for key, name in self._inside.items()}
         metadata = self.file.metadata
         self.reordered = tuple(key for key, name in self._inside.items() if heads_of(name, metadata) is not None)
@@ -147,7 +157,23 @@ class GGUFLeaves(Leaves):
         return leaf
 
 
-def _check_types(file: GGUFFile) -> None:
+#: What ``general.type`` may say that holds no weights of a model.
+_NOT_WEIGHTS = {
+    "adapter": "an adapter, which is added to a model that is in another file",
+    "imatrix": "statistics of the activations of a model that is in another file",
+}
+
+
+def _check_kind(file: GGUFModel) -> None:
+    """Raises for files that hold something else than weights."""
+    kind = file.metadata.get("general.type", "model")
+    what = _NOT_WEIGHTS.get(kind) if isinstance(kind, str) else None
+    if what is not None:
+        todo = "Read the model; llama.cpp merges an adapter into one"
+        raise file.error(f"the file holds {what}", "general.type", todo=todo, type=kind)
+
+
+def _check_types(file: GGUFModel) -> None:
     refused = {name: info.type for name, info in file.tensors.items() if info.type.refused}
     if refused:
         name, kind = next(iter(refused.items()))
@@ -158,7 +184,7 @@ def _check_types(file: GGUFFile) -> None:
         )
 
 
-def _separated(file: GGUFFile, name: str, info: TensorInfo, blocks: np.ndarray, heads: int) -> np.ndarray:
+def _separated(file: GGUFModel, name: str, info: TensorInfo, blocks: np.ndarray, heads: int) -> np.ndarray:
     """The blocks of a tensor with interleaved rows, in Hugging Face's order."""
     rows = info.shape[0] if info.shape else 0
     if not heads or rows % (2 * heads):
@@ -169,7 +195,7 @@ def _separated(file: GGUFFile, name: str, info: TensorInfo, blocks: np.ndarray, 
     return separate(blocks, heads)
 
 
-def _leaf(file: GGUFFile, name: str, info: TensorInfo, blocks: np.ndarray, dtype: np.dtype) -> Any:
+def _leaf(file: GGUFModel, name: str, info: TensorInfo, blocks: np.ndarray, dtype: np.dtype) -> Any:
     kind = info.type
     if kind.dtype is not None:
         return np.ascontiguousarray(blocks).view(kind.dtype.newbyteorder("<")).reshape(info.shape)
@@ -201,7 +227,7 @@ def _leaf(file: GGUFFile, name: str, info: TensorInfo, blocks: np.ndarray, dtype
     return quantized(parts.codes, scales, offset, kind.qtype, dtype)
 
 
-def _finite(file: GGUFFile, name: str, scale: np.ndarray) -> np.ndarray:
+def _finite(file: GGUFModel, name: str, scale: np.ndarray) -> np.ndarray:
     bad = int(np.count_nonzero(~np.isfinite(scale.astype(np.float32))))
     if bad:
         todo = "The file is damaged, or was made from weights with NaN or inf"

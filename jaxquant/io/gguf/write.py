@@ -79,6 +79,9 @@ def save_gguf(
     if not isinstance(metadata.get("general.architecture"), str):
         todo = "Give the one of the file the model came from, or llama.cpp's name for it"
         raise quant_error("save_gguf", "the metadata needs general.architecture", todo=todo, keys=tuple(metadata))
+    if parts := tuple(key for key in metadata if key.startswith("split.")):
+        todo = "Leave these keys out: what is written is one file"
+        raise quant_error("save_gguf", "the metadata says that the file is one of several parts", todo=todo, keys=parts)
     if names not in ("gguf", "hf"):
         raise quant_error("save_gguf", "names must be 'gguf' or 'hf'", todo="Use one of them", names=names)
     if names == "hf" and not has_names(metadata):

@@ -48,6 +48,9 @@ UNSUPPORTED = {
 
 def detect(checkpoint: HFCheckpoint) -> tuple[Format | None, dict[str, Any]]:
     """The format of a directory and its quantization configuration; None where nothing is quantized."""
+    if "jaxquant" in checkpoint.metadata() and any(name.endswith(".codes") for name in checkpoint.tensors):
+        todo = "Read it with jq.io.load"
+        raise checkpoint.error("the file is one of jaxquant's own, with quantized weights", todo=todo)
     config, method = _configuration(checkpoint)
     if config is None:
         return None, {}
