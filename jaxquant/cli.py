@@ -246,6 +246,8 @@ def quantize(
     if dry_run:
         _print(("weight", "becomes"), [(name, repr(q)) for name, q in plan.weights.items()])
     _say(f"{len(plan.weights)} weights quantized, {len(plan.floats)} tensors as they are")
+    for name, why in plan.skipped.items():
+        _say(f"{name} stays in float: {why}")
     if plan.left_out:
         _say(f"not taken over: {', '.join(plan.left_out)}")
     for name, place in plan.links.items():

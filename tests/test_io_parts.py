@@ -237,3 +237,44 @@ def test_our_own_codes_are_not_plain_arrays(tmp_path):
     jq.io.save(tmp_path / "model.safetensors", {"proj.weight": q})
     with pytest.raises(QuantError, match=r"jaxquant's own.*jq\.io\.load"):
         jq.io.load_hf(tmp_path)
+
+
+# -- damaged files -----------------------------------------------------------------------------------------------------
+
+
+def damaged(content, seed):
+    """Copies with a few bits turned, most of them in the header; and cut ones."""
+    rng = np.random.default_rng(seed)
+    for _ in range(60):
+        raw = bytearray(content)
+        for _ in range(rng.integers(1, 5)):
+            at = rng.integers(0, len(raw) if rng.random() < 0.3 else min(len(raw), 400))
+            raw[at] ^= 1 << rng.integers(0, 8)
+        yield bytes(raw)
+    for _ in range(20):
+        yield content[: rng.integers(0, len(content))]
+
+
+@pytest.mark.parametrize("kind", ["gguf", "split", "native", "safetensors"])
+def test_turned_bits_and_cut_files_are_refused_or_read(kind, tmp_path):
+    """No other exception, no warning, and no more memory than the file gives reason for."""
+    if kind in ("gguf", "split"):
+        path = split(tmp_path)[0] if kind == "split" else part(tmp_path / "a.gguf", ARRAYS, METADATA)
+        read = lambda: jq.io.load_gguf(path)[0]  # noqa: E731
+    elif kind == "native":
+        path = tmp_path / "a.safetensors"
+        spec = jq.QuantSpec("int4", granularity="per_group", group_size=16)
+        q = jq.quantize(ARRAYS["token_embd.weight"], spec, reduce_axes=(-1,))
+        jq.io.save(path, {"q": q, "b": [np.ones(3, np.float32), None]})
+        read = lambda: jq.io.load(path)  # noqa: E731
+    else:
+        path = checkpoint(tmp_path / "in", {"a.weight": np.ones((4, 8), np.float32)}, {}) / "model.safetensors"
+        read = lambda: jq.io.load_hf(tmp_path / "in")[0]  # noqa: E731
+    refused = 0
+    for content in damaged(path.read_bytes(), seed=0):
+        path.write_bytes(content)
+        try:
+            read()
+        except QuantError:
+            refused += 1
+    assert refused >= 20  # the cut ones, at least

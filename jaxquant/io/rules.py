@@ -2,48 +2,138 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
 from jaxquant.core.errors import QuantError
-from jaxquant.core.specs import Rule
+from jaxquant.core.specs import QuantSpec, Rule
+from jaxquant.io.experts import experts_of, is_experts
 from jaxquant.io.safetensors import TensorSpec
 from jaxquant.transform.paths import nearest
 
-__all__ = ["assign"]
+__all__ = ["Assigned", "Assignment", "assign"]
+
+_NO_WEIGHT = re.compile(r"bias|norm|(^|\.)ln_", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assigned:
+    """How a weight is quantized.
+
+    Attributes:
+      spec: of each matrix in it.
+      reduce_axes: the contracted axes.
+      rule: the one that says so.
+      stack: matrices that lie one after another along the first axis of a weight with two axes.
+    """
+
+    spec: QuantSpec
+    reduce_axes: tuple[int, ...]
+    rule: Rule
+    stack: int = 1
+
+    def whole(self, shape: tuple[int, ...]) -> QuantSpec:
+        """The spec with which the whole weight is quantized at once: no scale reaches from one matrix to another."""
+        if self.stack == 1 or self.reduce_axes != (-2,) or self.spec.granularity != "per_channel":
+            return self.spec
+        return dataclasses.replace(self.spec, granularity="per_group", group_size=shape[0] // self.stack)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """What `assign` found.
+
+    Attributes:
+      weights: name of each weight that is quantized -> how.
+      skipped: name of each tensor that a quantizing rule matches and that stays in float -> why.
+    """
+
+    weights: dict[str, Assigned]
+    skipped: dict[str, str]
 
 
 def assign(
-    tensors: Mapping[str, TensorSpec], rules: Sequence[Rule], error: Callable[..., QuantError]
-) -> dict[str, Rule]:
+    tensors: Mapping[str, TensorSpec],
+    rules: Sequence[Rule],
+    error: Callable[..., QuantError],
+    config: Mapping[str, Any],
+) -> Assignment:
     """The rule of each weight that one quantizes: the first that matches its name.
 
-    A weight is a tensor of floats of 16 bits or more: a matrix whose name ends in "weight", or anything that a rule
-    gives ``reduce_axes`` for. A rule that keeps tensors in float may name any of them.
+    A weight is a tensor of floats of 16 bits or more: a matrix whose name ends in "weight", the experts of a family of
+    models whose layout is known, or anything that a rule gives ``reduce_axes`` for. A rule that keeps tensors in float
+    may name any of them.
+
+    Args:
+      tensors: what is in the checkpoint.
+      rules: the first that matches counts.
+      error: makes the errors.
+      config: the model's ``config.json``, for the layout of experts.
 
     Raises:
-      QuantError: made by ``error``, with all rules that match nothing.
+      QuantError: with all rules that match nothing; with all experts whose layout is not known.
     """
     floats = {
         name: spec.shape
         for name, spec in tensors.items()
         if jnp.issubdtype(spec.dtype, jnp.floating) and spec.dtype.itemsize > 1
     }
-    assigned: dict[str, Rule] = {}
+    weights: dict[str, Assigned] = {}
+    skipped: dict[str, str] = {}
+    unknown: dict[str, str] = {}
     used: set[int] = set()
     for name, shape in floats.items():
         for i, rule in enumerate(rules):
             if not rule.matches(name):
                 continue
-            if rule.spec is not None and rule.reduce_axes is None and not (len(shape) == 2 and name.endswith("weight")):
-                continue  # biases and norms stay in float
+            if rule.spec is None or rule.spec.weight is None:
+                used.add(i)
+                skipped.pop(name, None)
+                break
+            if rule.reduce_axes is not None:
+                found: Assigned | str = Assigned(rule.spec.weight, rule.reduce_axes, rule)
+            elif is_experts(name, shape, config):
+                where = experts_of(name, shape, config)
+                if isinstance(where, str):
+                    unknown[name] = where
+                    used.add(i)
+                    break
+                found = Assigned(rule.spec.weight, (where.axis,), rule, where.stack)
+            else:
+                found = _matrix(rule, rule.spec.weight, name, shape)
+            if isinstance(found, str):
+                if found:
+                    skipped.setdefault(name, found)
+                continue  # another rule may keep it
             used.add(i)
-            if rule.spec is not None and rule.spec.weight is not None:
-                assigned[name] = rule
+            skipped.pop(name, None)
+            weights[name] = found
             break
+    if unknown:
+        name, why = next(iter(unknown.items()))
+        todo = (
+            "Say it with Rule(pattern, spec, reduce_axes=(-1,)) for [experts, out, in] or (-2,) for [experts, in, out], "
+            "or keep them in float with Rule(pattern, None)"
+        )
+        got = {"shape": floats[name], "experts": tuple(unknown)[:20], "of": len(unknown)}
+        raise error(f"a rule matches weights of experts, and {why}", name, todo=todo, **got)
     idle = tuple(rule.pattern for i, rule in enumerate(rules) if i not in used)
     if idle:
         todo = f"Nearest weights: {nearest(idle[0], floats)}"
-        raise error("a rule matches no weight", todo=todo, pattern=idle[0] if len(idle) == 1 else idle)
-    return assigned
+        got = {} if not skipped else {"stay_in_float": tuple(skipped.items())[:5]}
+        raise error("a rule matches no weight", todo=todo, pattern=idle[0] if len(idle) == 1 else idle, **got)
+    return Assignment(weights, skipped)
+
+
+def _matrix(rule: Rule, spec: QuantSpec, name: str, shape: tuple[int, ...]) -> Assigned | str:
+    """How a tensor that is not of experts is quantized; why it is not, or nothing if it is no weight at all."""
+    if len(shape) == 2 and name.endswith("weight"):
+        return Assigned(spec, (-1,), rule)
+    if len(shape) < 2 or _NO_WEIGHT.search(name):
+        return ""
+    what = f"it has {len(shape)} axes" if len(shape) > 2 else "its name does not end in weight"
+    return f"{what}, and the rule gives no reduce_axes"

@@ -16,6 +16,7 @@ from jaxquant.core.specs import QuantSpec
 from jaxquant.io.arrays import to_host
 from jaxquant.io.directory import SHARD_BYTES, Piece, json_bytes, lay_out, write_directory
 from jaxquant.io.export import AWQ, BITSANDBYTES, GPTQ, Layout, compressed_tensors
+from jaxquant.io.export.integers import is_stack
 from jaxquant.io.safetensors import DTYPES, TensorSpec
 
 __all__ = ["FORMATS", "Format", "export_config", "export_piece", "layout_of", "save_hf", "write_hf"]
@@ -148,18 +149,24 @@ def export_piece(layout: Layout, name: str, leaf: Any, read: Callable[[], Any], 
     def error(rule: str, **got: Any) -> QuantError:
         return quant_error(function, f"{rule} (format {layout.name})", path=name, **got)
 
-    if not name.endswith(".weight"):
-        raise error("quantized weights are named <module>.weight", todo="Rename it, or keep it in float")
+    stacked = is_stack(leaf)
+    if not name.endswith(".weight") and not (stacked and layout.stacks):
+        todo = "Rename it, or keep it in float" if layout.stacks else "Write compressed-tensors, or keep it in float"
+        raise error("quantized weights are named <module>.weight, but for experts", todo=todo, weight=repr(leaf))
     layout.check(leaf, error)
-    prefix = name.removesuffix("weight")
-    constants = {prefix + suffix: value for suffix, value in layout.constants(leaf).items()}
+
+    def named(suffix: str) -> str:
+        """The name of a tensor: what belongs to a parameter without a module of its own begins with "_"."""
+        return name.removesuffix("weight") + suffix if name.endswith(".weight") else name + suffix[len("weight") :]
+
+    constants = {named(suffix): value for suffix, value in layout.constants(leaf).items()}
     leaves, structure = jax.tree.flatten(leaf)
     shapes = _specs(layout, structure, tuple(TensorSpec(np.dtype(x.dtype), tuple(x.shape)) for x in leaves))
-    specs = {prefix + suffix: spec for suffix, spec in shapes.items()}
+    specs = {named(suffix): spec for suffix, spec in shapes.items()}
     specs |= {name: TensorSpec(value.dtype, value.shape) for name, value in constants.items()}
 
     def make() -> dict[str, np.ndarray]:
-        return {prefix + suffix: value for suffix, value in _tensors(layout, read()).items()} | constants
+        return {named(suffix): value for suffix, value in _tensors(layout, read()).items()} | constants
 
     return Piece(specs, make)
 

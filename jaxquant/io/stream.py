@@ -10,21 +10,24 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
 import numpy as np
 
 from jaxquant.core.errors import Refusals, quant_error
+from jaxquant.core.packing import packed_length
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.specs import OpSpec, QuantSpec, Rule
+from jaxquant.io.bits import packed, patterns
 from jaxquant.io.directory import SHARD_BYTES, Layout, Piece, identity, lay_out, write_directory
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
-from jaxquant.io.rules import assign
+from jaxquant.io.rules import Assigned, Assignment, assign
 from jaxquant.io.safetensors import TensorSpec
 from jaxquant.io.save_hf import export_config, export_piece, float_modules, layout_of
 from jaxquant.io.sharded import Checkpoint
@@ -49,6 +52,7 @@ class QuantizePlan:
     Attributes:
       weights: name of each weight that is quantized -> the QTensor it becomes, of shapes.
       floats: names of the tensors that stay as they are.
+      skipped: those of them that a quantizing rule matches -> why they stay so.
       left_out: files and directories of the source that are not taken over.
       links: files of the source that are links -> where they lead; what is there is taken.
       before: bytes of the source's tensors.
@@ -59,6 +63,7 @@ class QuantizePlan:
 
     weights: dict[str, QTensor]
     floats: tuple[str, ...]
+    skipped: dict[str, str]
     left_out: tuple[str, ...]
     links: dict[str, str]
     before: int
@@ -81,20 +86,25 @@ def quantize_hf(
 ) -> QuantizePlan:
     """Quantizes a float checkpoint on disk to one that other libraries read.
 
-    Weights are the tensors ``<module>.weight`` [out, in]; each row of ``in`` is quantized by itself, so that slices of
-    rows can follow one another. Names, shapes, group sizes, formats, names of files and the room on the disk are
+    Weights are the tensors ``<module>.weight`` [out, in], and the experts of families of models whose layout is known
+    (``jaxquant/io/experts.py``): [experts, out, in] or [experts, in, out]. Each row of ``in`` of each expert is
+    quantized by itself, so that slices of rows can follow one another. Stacked experts keep their names and axes; of
+    the formats compressed-tensors holds them. What a rule matches and does not quantize is in the plan's ``skipped``.
+    Names, shapes, group sizes, formats, names of files and the room on the disk are
     checked before anything is written. The destination appears when it is complete; until then there is
     ``DESTINATION.partial``, which a second call with the same arguments continues, to the same bytes.
 
     Args:
       source: a directory as for `load_hf`, of a float checkpoint; nothing in it is changed.
       destination: must not exist, or be empty.
-      rules: the first that matches a weight's name wins; ``Rule(pattern, None)`` keeps it in float.
+      rules: the first that matches a weight's name wins; ``Rule(pattern, None)`` keeps it in float. For experts of
+        other models, and kernels [in, out], a rule says the contracted axis: ``reduce_axes=(-1,)`` or ``(-2,)``.
       format: as for `save_hf`.
       method: a quantizer, such as `jaxquant.ptq.rtn` or `jaxquant.ptq.hqq`; with ``grams`` one that needs statistics,
         such as `jaxquant.ptq.gptq`.
       grams: a safetensors file (or a directory of some) with the Gram matrix x^T x [in, in] of the inputs of each
-        weight, under the weight's name. A weight is then quantized whole, and with it is its matrix in memory.
+        weight, under the weight's name; [experts, in, in] of experts. A weight is then quantized whole, and with it is
+        its matrix in memory.
       act: as for `save_hf`.
       shard_bytes: size that a file should not exceed; an interruption costs at most the work on one file.
       progress: called with the bytes written, all bytes, and the name of the tensor that comes next.
@@ -103,7 +113,8 @@ def quantize_hf(
       The `QuantizePlan`.
 
     Raises:
-      QuantError: before anything is written: if the source is damaged or quantized already, a rule matches no weight, a
+      QuantError: before anything is written: if the source is damaged or quantized already, a rule matches no weight or
+        experts whose layout is not known, a
         group size does not divide, a Gram matrix is missing or of another size, the format has no place for the result,
         or the disk is too full. Later: if a weight or a Gram matrix holds NaN or inf, with its name.
       OSError: if a file cannot be read or written.
@@ -138,21 +149,22 @@ def plan_quantize_hf(
     if "quantization_config" in config or detect(checkpoint)[0] is not None:
         todo = "Take the float checkpoint, or convert this one"
         raise checkpoint.error("the checkpoint is quantized already", "config.json", todo=todo)
-    specs = _specs(checkpoint, rules)
-    known = None if grams is None else _grams(grams, {name: checkpoint.tensors[name].shape[1] for name in specs})
+    assignment = _assignment(checkpoint, rules)
+    lies = {name: _lies(checkpoint.tensors[name].shape, how) for name, how in assignment.weights.items()}
+    known = None if grams is None else _grams(grams, lies)
     layout = layout_of(format, act, function=_FUNCTION)
     leaves: dict[str, Any] = {}
     pieces: list[Piece] = []
     for name, stored in checkpoint.tensors.items():
-        if name not in specs:
+        if name not in lies:
             leaves[name] = jax.ShapeDtypeStruct(stored.shape, stored.dtype)
             pieces.append(Piece({name: stored}, functools.partial(_copied, checkpoint, name)))
             continue
-        spec = specs[name]
-        quantize = functools.partial(method, spec=spec, reduce_axes=(-1,))
-        rows = _rows(stored.shape, spec) if known is None else stored.shape[0]
-        leaves[name] = _without_values(quantize, stored, rows, None if known is None else known.tensors[name])
-        read = functools.partial(_quantized, checkpoint, name, quantize, rows, known)
+        how, lie = assignment.weights[name], lies[name]
+        quantize = functools.partial(method, spec=how.spec, reduce_axes=(-1,))
+        rows = lie.rows(how.spec) if known is None else lie.out
+        leaves[name] = _without_values(quantize, stored, lie, rows, with_gram=known is not None)
+        read = functools.partial(_quantized, checkpoint, name, quantize, lie, rows, known)
         pieces.append(export_piece(layout, name, leaves[name], read, function=_FUNCTION))
     weights = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, QTensor)}
     modules = {name.removesuffix(".weight"): leaf for name, leaf in weights.items()}
@@ -171,31 +183,70 @@ def plan_quantize_hf(
     arranged = lay_out(pieces, files, shard_bytes, function=_FUNCTION)
     before = sum(spec.nbytes for spec in checkpoint.tensors.values())
     floats = tuple(name for name in leaves if name not in weights)
-    return QuantizePlan(weights, floats, left_out, links, before, arranged.nbytes, arranged, described)
+    skipped = assignment.skipped
+    return QuantizePlan(weights, floats, skipped, left_out, links, before, arranged.nbytes, arranged, described)
 
 
-def _specs(checkpoint: Checkpoint, rules: Sequence[Rule]) -> dict[str, QuantSpec]:
-    """The spec of each weight that a rule quantizes."""
-    specs: dict[str, QuantSpec] = {}
+def _assignment(checkpoint: HFCheckpoint, rules: Sequence[Rule]) -> Assignment:
+    """How each weight that a rule quantizes is quantized."""
+    assignment = assign(checkpoint.tensors, rules, checkpoint.error, checkpoint.config)
+    weights: dict[str, Assigned] = {}
+    skipped = dict(assignment.skipped)
     refusals = Refusals(_FUNCTION)
-    for name, rule in assign(checkpoint.tensors, rules, checkpoint.error).items():
-        assert rule.spec is not None
-        assert rule.spec.weight is not None
+    for name, how in assignment.weights.items():
         shape = checkpoint.tensors[name].shape
-        if len(shape) != 2 or 0 in shape or rule.reduce_axes not in (None, (-1,)):
-            got = {"shape": shape, "reduce_axes": rule.reduce_axes}
-            todo = "Leave it out with Rule(pattern, None)"
-            with refusals.gather():
-                raise checkpoint.error("weights are [out, in], quantized along in", name, todo=todo, **got)
-            continue
         with refusals.gather():
-            spec, _ = fitted(_FUNCTION, name, rule, OpSpec(weight=rule.spec.weight), shape, (-1,))
+            if len(shape) not in (2, 3) or 0 in shape or how.reduce_axes not in ((-1,), (-2,)):
+                rule = "weights are matrices or stacks of matrices, quantized along one of their last two axes"
+                got = {"shape": shape, "reduce_axes": how.reduce_axes}
+                raise checkpoint.error(rule, name, todo="Leave it out with Rule(pattern, None)", **got)
+            one = (shape[0] // how.stack, *shape[1:])
+            spec, why = fitted(_FUNCTION, name, how.rule, OpSpec(weight=how.spec), one, how.reduce_axes)
             if spec is not None and spec.weight is not None:
-                specs[name] = spec.weight
+                weights[name] = dataclasses.replace(how, spec=spec.weight)
+            else:
+                skipped[name] = why
     refusals.close()
-    if not specs:
+    assignment = Assignment(weights, skipped)
+    if not weights:
         raise quant_error(_FUNCTION, "the rules quantize nothing", todo="Give one with a weight spec", rules=len(rules))
-    return specs
+    return assignment
+
+
+class _Lies(NamedTuple):
+    """How the matrices lie in a weight.
+
+    Attributes:
+      shape: of the weight.
+      stack: how many matrices it is made of.
+      out, width: of a matrix; what is contracted has ``width`` elements.
+      turned: whether each lies as [in, out].
+    """
+
+    shape: tuple[int, ...]
+    stack: int
+    out: int
+    width: int
+    turned: bool
+
+    def rows(self, spec: QuantSpec) -> int:
+        """Rows that are quantized at a time: all of a matrix where a row's codes depend on the others."""
+        if spec.granularity == "per_tensor" or spec.type.scale_format == "e4m3" or spec.rounding != "nearest":
+            return self.out
+        rows = max(1, _SLICE // max(1, self.width))
+        return rows if self.stack == 1 else min(rows, self.out)
+
+    def matrices(self, w: np.ndarray) -> Iterator[np.ndarray]:
+        """Each matrix, [out, in]."""
+        for matrix in w.reshape(self.stack, -1, self.shape[-1]):
+            yield np.ascontiguousarray(matrix.T) if self.turned else matrix
+
+
+def _lies(shape: tuple[int, ...], how: Assigned) -> _Lies:
+    stack = how.stack if len(shape) == 2 else shape[0]
+    rows, columns = math.prod(shape[:-1]) // stack, shape[-1]
+    turned = how.reduce_axes == (-2,)
+    return _Lies(shape, stack, columns if turned else rows, rows if turned else columns, turned)
 
 
 def _copied(checkpoint: Checkpoint, name: str) -> Mapping[str, np.ndarray]:
@@ -203,14 +254,15 @@ def _copied(checkpoint: Checkpoint, name: str) -> Mapping[str, np.ndarray]:
     return {name: checkpoint.array(name)}
 
 
-def _grams(path: str | os.PathLike[str], widths: Mapping[str, int]) -> Checkpoint:
-    """The Gram matrices on disk, one for each weight."""
+def _grams(path: str | os.PathLike[str], lies: Mapping[str, _Lies]) -> Checkpoint:
+    """The Gram matrices on disk, one for each weight, or stacked as its experts are."""
     found = Checkpoint(path, function=_FUNCTION)
-    for name, width in widths.items():
+    for name, lie in lies.items():
         stored = found.tensors.get(name)
-        if stored is None or stored.shape != (width, width) or not np.issubdtype(stored.dtype, np.floating):
+        wanted = (lie.width, lie.width) if len(lie.shape) == 2 and lie.stack == 1 else (lie.stack, lie.width, lie.width)
+        if stored is None or stored.shape != wanted or not np.issubdtype(stored.dtype, np.floating):
             got = {"stored": stored, "near": difflib.get_close_matches(name, found.tensors, 3, 0.4)}
-            todo = f"Save the sum of x^T x over its inputs, float32 [{width}, {width}], under the weight's name"
+            todo = f"Save the sum of x^T x over its inputs, float32 {list(wanted)}, under the weight's name"
             raise found.error("a Gram matrix is missing, or is another weight's", name, todo=todo, **got)
     return found
 
@@ -221,18 +273,41 @@ def _stats(gram: Any) -> dict[str, Any]:
 
 
 def _quantized(
-    checkpoint: Checkpoint, name: str, quantize: Callable[..., QTensor], rows: int, grams: Checkpoint | None
+    checkpoint: Checkpoint,
+    name: str,
+    quantize: Callable[..., QTensor],
+    lie: _Lies,
+    rows: int,
+    grams: Checkpoint | None,
 ) -> QTensor:
-    """A weight of NumPy arrays, quantized in slices of rows."""
-    w, file = checkpoint.array(name), checkpoint.files[checkpoint.place[name]]
-    parts = []
-    if grams is not None:
-        gram = np.array(grams.array(name), np.float32)
-        grams.forget()
-        if not np.isfinite(gram).all():
-            todo = "Find the batch that holds NaN or inf, or inputs beyond 1e19, whose squares overflow"
-            raise grams.error("a Gram matrix must be finite", name, todo=todo)
-        quantize = functools.partial(quantize, stats=_stats(gram))
+    """A weight of NumPy arrays, quantized matrix by matrix."""
+    file, done = checkpoint.files[checkpoint.place[name]], []
+    for i, w in enumerate(lie.matrices(checkpoint.array(name))):
+        file.forget()
+        each = quantize
+        if grams is not None:
+            each = functools.partial(quantize, stats=_stats(_gram(grams, name, i, lie)))
+        q = _matrix(checkpoint, name, w, each, rows)
+        done.append(_turned(q, lie) if lie.turned else q)
+    if lie.stack == 1 and len(lie.shape) == 2:
+        return done[0]
+    leaves = jax.tree.map(lambda *x: np.stack(x), *done)
+    return leaves if len(lie.shape) == 3 else jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), leaves)
+
+
+def _gram(grams: Checkpoint, name: str, i: int, lie: _Lies) -> np.ndarray:
+    """The Gram matrix of one of the matrices of a weight."""
+    gram = np.array(grams.array(name).reshape(lie.stack, lie.width, lie.width)[i], np.float32)
+    grams.forget()
+    if not np.isfinite(gram).all():
+        todo = "Find the batch that holds NaN or inf, or inputs beyond 1e19, whose squares overflow"
+        raise grams.error("a Gram matrix must be finite", name, todo=todo)
+    return gram
+
+
+def _matrix(checkpoint: Checkpoint, name: str, w: np.ndarray, quantize: Callable[..., QTensor], rows: int) -> QTensor:
+    """A matrix [out, in] of NumPy arrays, quantized in slices of rows."""
+    file, parts = checkpoint.files[checkpoint.place[name]], []
     for begin in range(0, w.shape[0], rows):
         part = np.array(w[begin : begin + rows])
         file.forget()
@@ -246,6 +321,15 @@ def _quantized(
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
+def _turned(q: QTensor, lie: _Lies) -> QTensor:
+    """A matrix [out, in] as [in, out], with the codes stored so."""
+    codes = patterns(q).T if q.length is not None else q.codes.T
+    fields = {key: None if (x := getattr(q, key)) is None else x.T for key in ("scale", "zero_point", "offset")}
+    if q.length is None:
+        return q.replace(codes=np.ascontiguousarray(codes), **fields)
+    return q.replace(codes=packed(np.ascontiguousarray(codes), q.type.bits), length=lie.out, **fields)
+
+
 def _finite(part: np.ndarray) -> bool:
     """Whether all are finite; of bfloat16 by the bits of the exponent, which is seven times as fast."""
     if part.dtype == ml_dtypes.bfloat16:
@@ -254,29 +338,38 @@ def _finite(part: np.ndarray) -> bool:
 
 
 def _without_values(
-    quantize: Callable[..., QTensor], stored: TensorSpec, rows: int, gram: TensorSpec | None
+    quantize: Callable[..., QTensor], stored: TensorSpec, lie: _Lies, rows: int, *, with_gram: bool
 ) -> QTensor:
     """What a weight becomes, of shapes; traced for a slice, and so once for all weights of a width."""
-    out, width = stored.shape
-    w = jax.ShapeDtypeStruct((rows, width), stored.dtype)
-    if gram is None:
-        part = jax.eval_shape(lambda w: _flat(quantize(w)), w)
-    else:
-        h = jax.ShapeDtypeStruct(gram.shape, np.float32)
+    w = jax.ShapeDtypeStruct((rows, lie.width), stored.dtype)
+    if with_gram:
+        h = jax.ShapeDtypeStruct((lie.width, lie.width), np.float32)
         part = jax.eval_shape(lambda w, h: _flat(quantize(w, stats=_stats(h))), w, h)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] * out // rows, *x.shape[1:]), x.dtype), part)
+    else:
+        part = jax.eval_shape(lambda w: _flat(quantize(w)), w)
+
+    def whole(x: jax.ShapeDtypeStruct, last: int | None = None) -> jax.ShapeDtypeStruct:
+        shape = (x.shape[0] * lie.out // rows, *x.shape[1:])
+        if lie.turned:
+            shape = shape[::-1] if last is None else (lie.width, last)
+        return jax.ShapeDtypeStruct(_stacked(shape, lie), x.dtype)
+
+    result = jax.tree.map(whole, part)
+    if part.length is None or not lie.turned:
+        return result
+    return result.replace(codes=whole(part.codes, packed_length(lie.out, part.type.bits)), length=lie.out)
+
+
+def _stacked(shape: tuple[int, ...], lie: _Lies) -> tuple[int, ...]:
+    """The shape of an array of all matrices, from that of one."""
+    if len(lie.shape) == 3:
+        return (lie.stack, *shape)
+    return (lie.stack * shape[0], *shape[1:])
 
 
 def _flat(q: QTensor) -> QTensor:
     """A slice with scales in float: quantized ones would have groups and offsets of their own in each slice."""
     return q.replace(scale=scale_values(q.scale)) if isinstance(q.scale, QTensor) else q
-
-
-def _rows(shape: tuple[int, ...], spec: QuantSpec) -> int:
-    """Rows of a weight that are quantized at a time: all of them where a row's codes depend on the others."""
-    if spec.granularity == "per_tensor" or spec.type.scale_format == "e4m3" or spec.rounding != "nearest":
-        return shape[0]
-    return max(1, _SLICE // max(1, shape[1]))
 
 
 def _other_files(path: str) -> tuple[dict[str, bytes], tuple[str, ...]]:

@@ -23,7 +23,8 @@ import numpy as np
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
-from jaxquant.io.export.integers import check_integers, check_matrix, group_size, grouped, words
+from jaxquant.io.bits import patterns
+from jaxquant.io.export.integers import check_integers, check_matrix, check_stack, group_size, grouped, is_stack, words
 from jaxquant.io.export.layout import Layout
 
 __all__ = ["compressed_tensors"]
@@ -44,6 +45,7 @@ def compressed_tensors(act: QuantSpec | None = None) -> Layout:
         functools.partial(_tensors, act_type),
         functools.partial(_config, act_type),
         functools.partial(_constants, act_type),
+        stacks=True,
     )
 
 
@@ -56,7 +58,9 @@ def _format(act: str | None, q: QTensor) -> str:
 
 
 def _check(act: str | None, q: QTensor, error: Callable[..., QuantError]) -> None:
-    if q.qtype == "mxfp4":
+    if is_stack(q):
+        _check_stacked(q, act, error)
+    elif q.qtype == "mxfp4":
         check_matrix(q, error)
     elif q.qtype == "float8_e4m3fn":
         if len(q.shape) != 2 or q.stored_order != (0, 1):
@@ -72,7 +76,35 @@ def _check(act: str | None, q: QTensor, error: Callable[..., QuantError]) -> Non
         raise error("scales must be float32, float16 or bfloat16", todo="Cast them", scale=q.scale)
 
 
+def _check_stacked(q: QTensor, act: str | None, error: Callable[..., QuantError]) -> None:
+    check_stack(q, error)
+    grid = q.qtype in ("mxfp4", "float8_e4m3fn") or q.type.kind == "int"
+    if not grid or q.offset is not None or (q.qtype == "mxfp4" and _turned(q)) or act is not None:
+        todo = "Quantize them to integers or fp8, weights only (mxfp4 where they are [experts, out, in])"
+        raise error("experts of this kind have no layout", todo=todo, act=act, weight=repr(q))
+
+
+def _turned(q: QTensor) -> bool:
+    """Whether the groups of a stack are along the last axis but one: matrices [in, out]."""
+    return q.scale.shape[-2] != q.shape[-2] and not (q.scale.shape[-2] == 1 == q.scale.shape[-1])
+
+
+def _stacked(act: str | None, q: QTensor) -> dict[str, np.ndarray]:
+    """The tensors of a stack: scales have all axes of the weight."""
+    if q.qtype == "float8_e4m3fn":
+        return {"weight": q.codes, "weight_scale": q.scale}
+    if q.qtype == "mxfp4":
+        return {"weight_packed": q.codes, "weight_scale": q.scale.view(np.uint8)}
+    out = {"weight_packed": words(patterns(q), q.type.bits), "weight_scale": q.scale}
+    if q.zero_point is None:
+        return out
+    middle = 0 if q.type.signed else 1 << (q.type.bits - 1)
+    return out | {"weight_zero_point": (np.asarray(q.zero_point, np.int16) - middle).astype(np.int8)}
+
+
 def _tensors(act: str | None, q: QTensor) -> dict[str, np.ndarray]:
+    if is_stack(q):
+        return _stacked(act, q)
     kind = _format(act, q)
     if kind == "float-quantized":
         return {"weight": q.codes, "weight_scale": q.scale.reshape(-1) if q.scale.size == 1 else q.scale}
@@ -91,22 +123,23 @@ def _constants(act: str | None, q: QTensor) -> dict[str, np.ndarray]:
 
 
 def _scheme(act: str | None, q: QTensor) -> dict[str, Any]:
-    kind, size = _format(act, q), group_size(q)
+    axis = -2 if is_stack(q) and _turned(q) else -1
+    kind, size, width = _format(act, q), q.shape[axis] // q.scale.shape[axis], q.shape[axis]
     weights = {
         "actorder": None,
         "block_structure": None,
         "dynamic": False,
-        "group_size": size if size != q.shape[-1] else None,
+        "group_size": size if size != width else None,
         "num_bits": q.type.bits,
         "observer": "memoryless_minmax",
         "observer_kwargs": {},
-        "strategy": "channel" if size == q.shape[-1] else "group",
+        "strategy": "channel" if size == width else "group",
         "symmetric": q.zero_point is None,
         "type": "int" if q.type.kind == "int" else "float",
     }
     if kind == "float-quantized" and q.scale.size == 1:
         weights["strategy"] = "tensor"
-    elif kind == "float-quantized" and (size != q.shape[-1] or q.scale.shape[0] != q.shape[0]):
+    elif kind == "float-quantized" and not is_stack(q) and (size != width or q.scale.shape[0] != q.shape[0]):
         weights |= {"strategy": "block", "block_structure": [q.shape[0] // q.scale.shape[0], size], "group_size": None}
     if kind == "mxfp4-pack-quantized":
         weights |= {"group_size": 32, "strategy": "group", "scale_dtype": "torch.uint8"}
@@ -137,7 +170,9 @@ def _config(act: str | None, weights: Mapping[str, QTensor], floats: Sequence[st
             modules.append([])
         modules[schemes.index(scheme)].append(module)
     formats = {scheme["format"] for scheme in schemes}
-    targets = [["Linear"]] if len(schemes) == 1 else [[f"re:^{re.escape(m)}$" for m in names] for names in modules]
+    named = [[f"re:^{re.escape(m)}$" for m in names] for names in modules]
+    stacks = [f"re:^{re.escape(m)}$" for m, q in weights.items() if is_stack(q)]  # which are no Linear
+    targets = [["Linear", *stacks]] if len(schemes) == 1 else named
     return {
         "config_groups": {
             f"group_{i}": scheme | {"targets": names}

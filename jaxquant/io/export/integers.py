@@ -13,7 +13,17 @@ from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.io.bits import packed, patterns
 
-__all__ = ["Grouped", "check_half", "check_integers", "common_group_size", "group_size", "grouped", "words"]
+__all__ = [
+    "Grouped",
+    "check_half",
+    "check_integers",
+    "check_stack",
+    "common_group_size",
+    "group_size",
+    "grouped",
+    "is_stack",
+    "words",
+]
 
 
 class Grouped(NamedTuple):
@@ -67,6 +77,19 @@ def check_matrix(q: QTensor, error: Callable[..., QuantError]) -> None:
     if len(q.shape) != 2 or q.stored_order != (0, 1) or q.scale.shape[0] not in (1, q.shape[0]):
         todo = "Store the weight as [out, in], quantized along its last axis"
         raise error("the weight must be [out, in], with groups along in", todo=todo, weight=repr(q))
+
+
+def is_stack(q: QTensor) -> bool:
+    """Whether ``q`` holds several matrices, or one as [in, out]: the weights of experts, in their families' layouts."""
+    return len(q.shape) == 3 or (len(q.shape) == 2 and q.scale.shape[0] not in (1, q.shape[0]))
+
+
+def check_stack(q: QTensor, error: Callable[..., QuantError]) -> None:
+    """Raises unless ``q`` is [.., out, in] or [.., in, out], stored so, with groups along one of the last two axes."""
+    along = [axis for axis in (-1, -2) if q.scale.shape[axis] != q.shape[axis]]
+    if q.stored_order != tuple(range(len(q.shape))) or len(along) > 1:
+        todo = "Store it in the order of its axes, quantized along one of the last two"
+        raise error("experts have groups along one of their last two axes", todo=todo, weight=repr(q))
 
 
 def check_half(q: QTensor, error: Callable[..., QuantError]) -> None:

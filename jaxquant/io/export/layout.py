@@ -25,6 +25,7 @@ class Layout:
       constants: suffix -> small array, made when the weight is checked.
       config: the ``quantization_config`` for weights by module, and the modules that stay in float.
       files: further JSON files, from that config.
+      stacks: whether there is a place for experts, stacked in one tensor.
       nested: whether scales that are a QTensor are written as one; ``tensors`` gets all others in float.
     """
 
@@ -34,4 +35,5 @@ class Layout:
     config: Callable[[Mapping[str, QTensor], Sequence[str]], dict[str, Any]]
     constants: Callable[[QTensor], dict[str, np.ndarray]] = lambda q: {}
     files: Callable[[dict[str, Any]], dict[str, dict[str, Any]]] = lambda config: {}
+    stacks: bool = False
     nested: Callable[[QTensor], bool] = lambda q: False

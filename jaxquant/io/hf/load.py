@@ -18,7 +18,7 @@ from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
 from jaxquant.io.hf.leaves import HFLeaves
 from jaxquant.io.hf.names import NameMap, nested
-from jaxquant.io.rules import assign
+from jaxquant.io.rules import Assigned, assign
 from jaxquant.ptq.rtn import rtn
 
 __all__ = ["CheckpointInfo", "load_hf", "open_hf"]
@@ -41,6 +41,7 @@ class CheckpointInfo:
       problems: what is wrong with the checkpoint and was put right.
       activations: names of the tensors that describe activations: static scales and zero points of inputs, outputs and
         of the cache of keys and values. They are in the result under these names, as they are in the file.
+      skipped: names of tensors that a quantizing rule matches and that stay as they are -> why.
     """
 
     directory: str
@@ -52,6 +53,7 @@ class CheckpointInfo:
     floats: tuple[str, ...]
     problems: tuple[str, ...]
     activations: tuple[str, ...] = ()
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         width = max(map(len, self.modules), default=0)
@@ -59,6 +61,7 @@ class CheckpointInfo:
         lines += [f"  {name.ljust(width)}  {what}" for name, what in self.modules.items()]
         what = f", of which {len(self.activations)} describe activations" if self.activations else ""
         lines.append(f"  {len(self.floats)} tensors as they are{what}")
+        lines += [f"  {name} stays in float: {why}" for name, why in self.skipped.items()]
         return "\n".join(map(printable, [*lines, *(f"  problem: {text}" for text in self.problems)]))
 
 
@@ -81,7 +84,8 @@ def load_hf(
     Args:
       directory: with ``config.json`` and safetensors files, in shards or not.
       rules: quantize the weights of a float checkpoint as they are read, by the names that they have in it: contracted
-        along the last axis, as ``torch.nn.Linear`` and embeddings are, unless a rule gives ``reduce_axes``.
+        along the last axis, as ``torch.nn.Linear`` and embeddings are, experts as the family of the model has them,
+        unless a rule gives ``reduce_axes``. ``info.skipped`` has what a rule matches and does not quantize.
       names: what each tensor is called in the model, and how it is turned: see `jaxquant.io.NameMap`.
       dtype: float dtype for arrays and for what QTensors dequantize to; by default that of the checkpoint.
       sharding: where to put each leaf as it is read: a `jax.sharding.Sharding`, or a dict or function from the names in
@@ -121,7 +125,9 @@ def load_hf(
             _FUNCTION, f"the checkpoint is quantized already, as {form.name}", todo=todo, rules=len(rules)
         )
     leaves = HFLeaves(checkpoint, form, config, dtype=_checked_dtype(dtype), shapes=shapes)
-    assigned = assign({name: checkpoint.tensors[name] for name in leaves.plain}, rules or (), checkpoint.error)
+    plain = {name: checkpoint.tensors[name] for name in leaves.plain}
+    assignment = assign(plain, rules or (), checkpoint.error, checkpoint.config)
+    assigned = assignment.weights
     place = placing(sharding, _FUNCTION)
     targets = None if names is None else names.resolve(leaves, checkpoint.error)
     result: dict[str, Any] = {}
@@ -148,6 +154,7 @@ def load_hf(
         tuple(name for name in leaves.plain if name not in assigned),
         leaves.problems,
         tuple(leaves.activations),
+        assignment.skipped,
     )
     return (result if names is None else nested(result)), info
 
@@ -172,9 +179,7 @@ def _checked_dtype(dtype: Any) -> np.dtype | None:
     return found
 
 
-def _quantized(checkpoint: HFCheckpoint, name: str, array: np.ndarray, rule: Rule) -> QTensor:
-    spec = None if rule.spec is None else rule.spec.weight
-    assert spec is not None
+def _quantized(checkpoint: HFCheckpoint, name: str, array: np.ndarray, how: Assigned) -> QTensor:
     if not np.isfinite(array).all():
         raise checkpoint.error("a weight must be finite", name, todo="A checkpoint with NaN or inf cannot be quantized")
-    return rtn(to_device(array), spec, reduce_axes=rule.reduce_axes or (-1,))
+    return rtn(to_device(array), how.whole(array.shape), reduce_axes=how.reduce_axes)
