@@ -149,7 +149,7 @@ def export_piece(layout: Layout, name: str, leaf: Any, read: Callable[[], Any], 
     def error(rule: str, **got: Any) -> QuantError:
         return quant_error(function, f"{rule} (format {layout.name})", path=name, **got)
 
-    stacked = is_stack(leaf)
+    stacked = is_stack(leaf) or "experts" in name  # a matrix of all experts, too
     if not name.endswith(".weight") and not (stacked and layout.stacks):
         todo = "Rename it, or keep it in float" if layout.stacks else "Write compressed-tensors, or keep it in float"
         raise error("quantized weights are named <module>.weight, but for experts", todo=todo, weight=repr(leaf))
