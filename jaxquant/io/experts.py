@@ -1,4 +1,4 @@
-"""How the experts of a model lie in a checkpoint: which axis of their weights is contracted, by the family of the model.
+"""How the experts of a model lie in a checkpoint: which axis is contracted, by the family of the model.
 
     [experts, out, in]       most families, as transformers fuses them; granite and jetmoe; MLX's switch_mlp
     [experts, in, out]       llama4, gpt_oss, aria, and the files of qwen3_vl_moe

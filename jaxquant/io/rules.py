@@ -116,7 +116,7 @@ def assign(
     if unknown:
         name, why = next(iter(unknown.items()))
         todo = (
-            "Say it with Rule(pattern, spec, reduce_axes=(-1,)) for [experts, out, in] or (-2,) for [experts, in, out], "
+            "Write Rule(pattern, spec, reduce_axes=(-1,)) for [experts, out, in] or (-2,) for [experts, in, out], "
             "or keep them in float with Rule(pattern, None)"
         )
         got = {"shape": floats[name], "experts": tuple(unknown)[:20], "of": len(unknown)}
