@@ -97,7 +97,7 @@ def _spread(m: Module, suffix: str, values: np.ndarray, shape: tuple[int, ...]) 
     blocks = blocks or {(None, None)}
     found: list[np.ndarray] = []
     if full is not None and all(n in (1, size) for n, size in zip(full.shape, shape[:-2], strict=False)):
-        tried = [spread(full, shape, _sizes(full.shape, shape, rows, columns)) for rows, columns in blocks]
+        tried = [spread(full, shape, _sizes(m, full.shape, shape, rows, columns)) for rows, columns in blocks]
         found = [value for value in tried if value is not None]
     if found and all(np.array_equal(value, found[0]) for value in found):
         return found[0]
@@ -107,11 +107,14 @@ def _spread(m: Module, suffix: str, values: np.ndarray, shape: tuple[int, ...]) 
 
 
 def _sizes(
-    counts: tuple[int, ...], shape: tuple[int, ...], rows: int | None, columns: int | None
+    m: Module, counts: tuple[int, ...], shape: tuple[int, ...], rows: int | None, columns: int | None
 ) -> tuple[int | None, ...]:
     """Elements of a block along each axis, as `spread` takes them."""
     *stack, out, length = zip(counts, shape, strict=True)
-    last = (1 if out[0] == out[1] else rows, length[1] if length[0] == 1 else columns)
+    if m.is_parameter and length[0] == length[1] and out[0] != out[1]:  # [.., in, out]: groups are of rows
+        last = (rows or columns, 1)
+    else:
+        last = (1 if out[0] == out[1] else rows, length[1] if length[0] == 1 else columns)
     return (*(size if n == 1 else None for n, size in stack), *last)
 
 
