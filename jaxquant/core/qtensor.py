@@ -28,8 +28,7 @@ LEAVES = ("codes", "scale", "zero_point", "offset", "permutation")
 FIELDS = (*LEAVES, "qtype", "dtype", "minor", "length")
 
 
-@functools.cache
-def _own_dtype(qtype: str) -> np.dtype | None:
+def _own_dtype(qtype: Any) -> np.dtype | None:
     """The dtype of fp8 codes; None for other types."""
     info = QTYPES.get(qtype) if isinstance(qtype, str) else None
     return info.code_dtype if info is not None and info.kind == "float" and not info.packed else None
