@@ -128,5 +128,5 @@ def test_what_a_rule_matches_and_leaves_is_said(tmp_path):
 @pytest.mark.parametrize("format", ["gptq", "awq", "bitsandbytes"])
 def test_formats_without_experts_refuse_them(format, tmp_path):
     checkpoint(tmp_path / "in", weights(turned=False), {"model_type": "qwen3_moe"})
-    with pytest.raises(QuantError, match="experts.*named <module>.weight, but for experts"):
+    with pytest.raises(QuantError, match=r"experts.*named <module>.weight, but for experts"):
         jq.io.plan_quantize_hf(tmp_path / "in", [Rule(".*", int4(**GROUPS, scale_dtype="float16"))], format=format)

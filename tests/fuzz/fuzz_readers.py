@@ -3,10 +3,12 @@
     pip install atheris
     python tests/fuzz/fuzz_readers.py gguf -runs=1000000 corpus/
 
-The first argument names the reader: gguf, safetensors, native (our manifest), index (of shards), hf (all formats that
-`load_hf` knows). The rest goes to libFuzzer: the number of executions, a directory to keep the corpus in, ``-max_len``,
-``-seed``. A run fails on any exception but QuantError, on a crash, on a second for one file, and on a gigabyte of
-memory beyond the interpreter's.
+The first argument names the reader: gguf, split (a GGUF model in parts), safetensors, native (our manifest), index (of
+shards), hf (all formats that `load_hf` knows). The rest goes to libFuzzer: the number of executions, a directory to
+keep the corpus in, ``-max_len``, ``-seed``. A run fails on any exception but QuantError, on a crash, on a second for
+one file, and on a gigabyte of memory beyond the interpreter's.
+
+The first byte of an input of ``split`` says which part of a sound model the rest takes the place of.
 
 The inputs of ``hf`` are not files but edits of sound checkpoints (those of ``tests/hf_cases.py``): the first byte
 chooses one, the others change dtypes, shapes and bytes of its tensors, drop or add some, and put other values into its
@@ -53,6 +55,21 @@ def _gguf(path: Path) -> None:
     leaves = GGUFLeaves(path, names="hf")
     for name in leaves:
         assert leaves[name].nbytes <= 4 * path.stat().st_size  # codes of 2 bits may take a byte, scales 4
+
+
+_PARTS: list[bytes] = []  # of a sound model
+
+
+def _split(path: Path) -> None:
+    data = path.read_bytes() or b"\0"
+    parts = [*_PARTS]
+    parts[data[0] % len(parts)] = data[1:]
+    names = [path.parent / f"m-{i + 1:05}-of-{len(parts):05}.gguf" for i in range(len(parts))]
+    for name, part in zip(names, parts, strict=True):
+        name.write_bytes(part)
+    leaves = GGUFLeaves(names[data[0] % len(parts)], names="hf")
+    for name in leaves:
+        assert leaves[name].nbytes <= 4 * sum(map(len, parts))
 
 
 def _safetensors(path: Path) -> None:
@@ -187,6 +204,7 @@ def _hf(path: Path) -> None:
 
 _TARGETS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "gguf": ("a.gguf", _gguf),
+    "split": ("part", _split),
     "safetensors": ("a.safetensors", _safetensors),
     "native": ("a.safetensors", _native),
     "index": ("model.safetensors.index.json", _index),
@@ -199,6 +217,15 @@ def _seeds(target: str) -> list[bytes]:
     if target == "hf":
         # Integers are taken from the end of the input, and range over as many bytes as they need: one byte is a case.
         return [bytes([i]) for i in range(len(_NAMES))]
+    if target == "split":
+        zeros = np.zeros(TensorInfo(BY_NAME["F32"], (2, 32)).stored_shape, np.uint8)
+        for i, names in enumerate(([], ["token_embd.weight", "output.weight"], ["output_norm.weight"])):
+            own = {"general.architecture": "llama", "tokens": ["a", "b"]} if i == 0 else {}
+            numbers = {"split.no": np.uint16(i), "split.count": np.uint16(3), "split.tensors.count": np.int32(3)}
+            infos = {name: TensorInfo(BY_NAME["F32"], (2, 32)) for name in names}
+            write_gguf(_PLACE / "sound", own | numbers, infos, lambda _: zeros)
+            _PARTS.append((_PLACE / "sound").read_bytes())
+        return [bytes([i]) + part for i, part in enumerate(_PARTS)]
     import jax.numpy as jnp
 
     import jaxquant as jq
