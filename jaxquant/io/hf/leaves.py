@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -102,11 +101,10 @@ class HFLeaves(Leaves):
             if _is_float(codes) and (bad := int((~np.isfinite(codes.astype(np.float16))).sum())):
                 todo = "The checkpoint is damaged: fetch it again"
                 raise module.error("the codes of a weight must be finite", todo=todo, bad=bad)
-        floats = [leaf.scale, leaf.zero_point, leaf.offset] if isinstance(leaf, QTensor) else [leaf]
-        for value in jax.tree.leaves(floats):
-            if _is_float(value) and not np.isfinite(value.astype(np.float32)).all():
-                todo = "The checkpoint is damaged: fetch it again"
-                raise module.error("scales and what comes of them must be finite", todo=todo, shape=value.shape)
+        parts = [leaf.scale, leaf.zero_point, leaf.offset] if isinstance(leaf, QTensor) else [leaf]
+        if not all(map(_is_finite, parts)):
+            todo = "The checkpoint is damaged: fetch it again"
+            raise module.error("scales and what comes of them must be finite", todo=todo, shape=leaf.shape)
         if isinstance(leaf, QTensor):
             return leaf if self._dtype is None else leaf.replace(dtype=self._dtype)
         return leaf if self._dtype is None else leaf.astype(self._dtype)
@@ -146,6 +144,13 @@ class HFLeaves(Leaves):
             if name not in used and name not in self.plain:
                 todo = "Check the format; a reader that ignored it could be wrong about the weight"
                 raise self.checkpoint.error("an unknown tensor beside a quantized weight", name, todo=todo)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether all numbers of an array are finite, or of the arrays that a QTensor has."""
+    if isinstance(value, QTensor):
+        return all(map(_is_finite, (value.codes, value.scale, value.zero_point, value.offset)))
+    return value is None or not _is_float(value) or bool(np.isfinite(value.astype(np.float32)).all())
 
 
 def _is_float(array: Any) -> bool:
