@@ -11,6 +11,7 @@ Jacob et al. 2018 (arXiv:1712.05877), equations 1 and 12, with round half to eve
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from jaxquant.core.arithmetic import divide, exponent, power_of_two, promoted, t
 from jaxquant.core.blocks import BlockView, block_shape, negative_axes, scale_shape
 from jaxquant.core.codec import codes_of, round_to_grid, to_bits
 from jaxquant.core.errors import quant_error
-from jaxquant.core.layout import LARGE, transpose_by_tiles
+from jaxquant.core.layout import LARGE, number, transpose_by_tiles
 from jaxquant.core.observers import absmax_over, array_absmax
 from jaxquant.core.packing import pack
 from jaxquant.core.qtensor import QTensor, cast, from_codes, scale_values, stored_order
@@ -354,7 +355,7 @@ def as_codes(
     def branch(x: jax.Array) -> jax.Array:
         return lax.cond(jnp.isnan(jnp.max(scale_values(found.scale))), rounded, rounded, x)
 
-    if apart and x.size >= LARGE:
+    if apart and number(x.size) >= LARGE:
         codes = lax.platform_dependent(x, cpu=branch, default=rounded)
     else:
         codes = codes_of(found.values, spec.type)
@@ -385,10 +386,10 @@ def _cut_axis(x: jax.Array, axes: tuple[int, ...], last: tuple[int, ...]) -> int
     """The axis by which the codes of a large array are written in parts: none that shares a scale or is stored last.
 
     Parts have a multiple of 8 runs, so that arrays that are spread over as many devices can be cut. Where shardings are
-    part of the types, as on explicit meshes, arrays are not cut.
+    part of the types, as on explicit meshes, or a size is a symbol, arrays are not cut.
     """
     spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
-    if x.size < _SEVERAL or any(axis is not None for axis in spec):
+    if not _SEVERAL <= number(x.size) < math.inf or any(axis is not None for axis in spec):
         return None
     kept = [i for i in range(x.ndim) if i - x.ndim not in axes and i not in last]
     kept = [i for i in kept if x.shape[i] % (_PARTS * _RUN * _RUNS) == 0]

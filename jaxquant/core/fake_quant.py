@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import zero_from_primal
 
 from jaxquant.core.affine import encode, prepare, values_with_scale
 from jaxquant.core.arithmetic import divide, promoted
 from jaxquant.core.blocks import BlockView
+from jaxquant.core.layout import number
 from jaxquant.core.qtensor import scale_values
 from jaxquant.core.specs import QuantSpec
 
@@ -46,16 +49,20 @@ def _computed_jvp(spec, axes, primals, tangents):
         view = BlockView.of_scale(x.shape, scale.shape)
         inside = _inside(view, view.split(x.astype(promoted(x.dtype, scale.dtype))), spec, scale, zero_point)
         dx = jax.checkpoint(functools.partial(_masked, view), prevent_cse=False)(inside, dx)  # keeps the mask alone
-    return out, (dx, *(None if v is None else _constant(v) for v in (scale, zero_point)))
+    return out, (dx, *(None if v is None else constant(v) for v in (scale, zero_point)))
 
 
 def _masked(view: BlockView, inside: jax.Array, x: jax.Array) -> jax.Array:
     return view.join(jnp.where(inside, view.split(x), 0))
 
 
-def _constant(x: jax.Array) -> Any:
+def constant(x: jax.Array) -> Any:
     """The tangent of what counts as constant."""
-    return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0)
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.zeros_like(x)
+    if math.inf in map(number, x.shape):  # NumPy has no array of such a shape
+        return zero_from_primal(x, symbolic_zeros=True)
+    return np.zeros(x.shape, jax.dtypes.float0)
 
 
 _computed.defjvp(_computed_jvp)

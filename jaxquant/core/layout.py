@@ -1,18 +1,29 @@
-"""Arrays in memory: what is large, and transposes as XLA compiles them."""
+"""Arrays in memory: what is large, and transposes as XLA compiles them.
+
+A size may be a symbol, where a program is exported for every batch (`jax.export.symbolic_shape`). It counts as many.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
-__all__ = ["LARGE", "transpose", "transpose_by_tiles"]
+__all__ = ["LARGE", "number", "transpose", "transpose_by_tiles"]
 
 LARGE = 1 << 18
 """Elements; what is smaller stays in the cache, and is not worth a program of its own."""
 
 _TILE = 64
+
+
+def number(size: Any) -> float:
+    """A size to compare with others: itself, or infinity if it is a symbol and so not known."""
+    return math.inf if is_symbolic_dim(size) else size
 
 
 def transpose(x: jax.Array, order: Sequence[int]) -> jax.Array:
@@ -27,7 +38,7 @@ def transpose_by_tiles(x: jax.Array, order: Sequence[int]) -> jax.Array:
     change of layout and then copies element by element. It does not where the axis that moves is cut in two.
     """
     axis = next((i for i, j in enumerate(order) if i != j), None)
-    if axis is None or x.shape[axis] % _TILE:
+    if axis is None or x.shape[axis] % _TILE != 0:
         return transpose(x, order)
     tiles = x.reshape(*x.shape[:axis], x.shape[axis] // _TILE, _TILE, *x.shape[axis + 1 :])
     places = [(i,) if i < axis else (i + 1,) if i > axis else (i, i + 1) for i in order]

@@ -25,7 +25,7 @@ from jax import lax
 
 from jaxquant.core.arithmetic import exponent, power_of_two, promoted, times_power_of_two
 from jaxquant.core.errors import quant_error
-from jaxquant.core.layout import LARGE
+from jaxquant.core.layout import LARGE, number
 
 __all__ = ["EMA", "MSE", "AbsMax", "Entropy", "MinMax", "Observer", "Percentile"]
 
@@ -85,7 +85,7 @@ def _extremes(x: jax.Array, axes: Axes, *reductions: _Extreme) -> tuple[jax.Arra
         return tuple(looked_for(x, to) for to in reductions)
 
     def on_cpu(x: jax.Array) -> tuple[jax.Array, ...]:
-        if x.size <= 1 << 8:
+        if number(x.size) <= 1 << 8:
             return explicit(x)
         total = jnp.sum(lax.optimization_barrier(x))  # behind the barrier, widening a bfloat16 array is part of the sum
         return lax.cond(jnp.isfinite(total), lambda x: tuple(library(x, to) for to in reductions), explicit, x)
@@ -105,7 +105,7 @@ def _folded(x: jax.Array, axes: Axes, to: _Extreme) -> jax.Array:
     runs divides that axis, and the number of runs is a multiple of 8 unless it is a group's: an array that is spread
     over as many devices stays where it is.
     """
-    if x.size < LARGE or not axes:
+    if not LARGE <= number(x.size) < math.inf or not axes:
         return x
     axis = max(axes, key=lambda i: x.shape[i]) % x.ndim
     length = x.shape[axis]

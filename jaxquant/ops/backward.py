@@ -18,6 +18,7 @@ one scale for everything that one sum meets.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.affine import as_codes
-from jaxquant.core.layout import transpose_by_tiles
+from jaxquant.core.layout import number, transpose_by_tiles
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ops.floats import float_dot
 from jaxquant.ops.integer import overflow_limit
@@ -130,7 +131,7 @@ def _quantized(g: jax.Array, spec: QuantSpec, axis: int) -> tuple[jax.Array, jax
 def _integer(
     left: jax.Array, right: jax.Array, along: tuple[int, int], own: int, zero: jax.Array | None, reach: int
 ) -> jax.Array:
-    """``sum u (c - z)``, exact in int32, in float32.
+    """``sum u (c - z)``, exact in int32, in float32; of a length that is a symbol, and could overflow, all in float32.
 
     Args:
       left, right: u and c, or c and u.
@@ -140,6 +141,10 @@ def _integer(
       reach: the largest magnitude of c - z.
     """
     operands, length, sums = (left, right), left.shape[along[0]], []
+    if number(length) == math.inf:
+        u, c = (operands[i].astype(jnp.float32) for i in (own, 1 - own))
+        out = _dot(*((u, c) if own == 0 else (c, u)), along)
+        return out if zero is None else out - jnp.sum(u * zero, axis=along[own], keepdims=True)
     limit = overflow_limit(127, reach)
     for start in range(0, length, limit):
         stop = min(start + limit, length)

@@ -6,6 +6,7 @@ columns of the result. What is read from memory is the weight as it is stored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.core.layout import number
 from jaxquant.ops.digits import digit_count, digit_matrix, digits
 from jaxquant.ops.floats import float_dot, scaled
 from jaxquant.ops.matrix import Matrix, Packed, slice_of
@@ -61,7 +63,7 @@ def float_blocks(x: jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike)
     piece (or it would be decoded once per use) and the weight on its side.
     """
     rows, columns = x.shape[1], w.shape[1]
-    padded = _two_rows(x)
+    many, padded = number(rows) > _FEW_ROWS, _two_rows(x)
     parts = [padded[:, :, i :: w.planes] for i in range(w.planes)]
 
     def multiply(block: Matrix | Packed, b: Any, _: Any) -> jax.Array:
@@ -69,7 +71,7 @@ def float_blocks(x: jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike)
         planes = lax.optimization_barrier([_two_rows(plane) for plane in values])
         xs = [slice_of(part, b, block.shape[0], 0) for part in parts]
         pairs = zip(xs, planes, strict=True)
-        if rows > _FEW_ROWS:
+        if many:
             out = total(float_dot(x, plane, precision=precision) for x, plane in pairs)
         else:
             out = total(float_dot(plane, x, precision=precision) for x, plane in pairs)
@@ -77,7 +79,7 @@ def float_blocks(x: jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike)
         out = out[:, :rows, :columns]
         return scaled(out, None, scale)
 
-    return by_blocks(x, w, multiply, LARGEST if rows > _FEW_ROWS else 2 * LARGEST)
+    return by_blocks(x, w, multiply, LARGEST if many else 2 * LARGEST)
 
 
 def _decoded(block: Matrix | Packed, dtype: Any) -> tuple[list[jax.Array], jax.Array | None]:
@@ -120,9 +122,11 @@ def by_blocks(
     """``multiply`` of every block, its first matrix and its first row, [nb, M, nr] each, as [B, M, N].
 
     Blocks have one size, of ``largest`` elements at most; the last along an axis starts early, and computes some
-    columns a second time.
+    columns a second time. A weight with a size that is a symbol is one block.
     """
     b, n, k = w.shape
+    if math.inf in map(number, w.shape):
+        return multiply(w.block(0, b, 0, n), 0, 0)
     elements = min(max(b * n * k // BLOCKS, SMALLEST), largest)
     nr = _block_size(n, max(elements // k, 1), 16)
     nb = _block_size(b, max(elements // (n * k), 1), 1)

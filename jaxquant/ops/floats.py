@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.arithmetic import promoted
+from jaxquant.core.layout import number
 from jaxquant.ops.digits import is_highest
 from jaxquant.ops.machine import bfloat16_dots
 from jaxquant.ops.matrix import Matrix, Packed
@@ -48,7 +49,7 @@ def float_dtype(platform: str, x: Any, w: Matrix | Packed, precision: lax.Precis
       precision: of the call.
       dtype: of the float product, as the operands' own dtypes have it.
     """
-    few = platform == "cpu" and x.shape[1] < _MANY_ROWS
+    few = platform == "cpu" and number(x.shape[1]) < _MANY_ROWS
     if not isinstance(x, jax.Array):
         exact = x.exact_in(jnp.bfloat16) and w.exact_in(jnp.bfloat16)
         return jnp.bfloat16 if platform == "cpu" and not few and exact and bfloat16_dots() else w.scale.dtype
@@ -118,6 +119,6 @@ def float_dot(left: jax.Array, right: jax.Array, along: tuple[int, int] = (2, 2)
     if left.dtype not in _NARROW:
         return dot(left, right, precision=precision)
     rows = (x.shape[3 - axis] for x, axis in zip((left, right), along, strict=True))
-    if is_narrow("cpu", left.dtype) and min(rows) > 1:
+    if is_narrow("cpu", left.dtype) and min(map(number, rows)) > 1:
         return narrow(left, right)
     return lax.platform_dependent(left, right, cpu=wide, default=narrow)

@@ -44,6 +44,9 @@ on both sides are multiplied so from 24 rows on, on any number of cores.
 Float values are multiplied in float32; beside a bfloat16 or float16 activation in that dtype, with sums in float32,
 where that is fast and loses nothing that the float program would keep (`jaxquant.ops.floats`).
 
+Rows whose number is a symbol, in a program that is exported for every batch, count as many. Where K is one, products
+of integers are float products too.
+
 Where XLA does not serve int8 dots (`jaxquant.ops.machine`), `lanes` and `blocks` take the place of `integer`,
 `digits` and `folded`. Off the CPU XLA fuses the conversion into the dot, and float units are wide: products of integers
 are `integer`, one dot per group of 8 or more, and all others but `minifloat` are `dequantized`.
@@ -53,6 +56,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -61,6 +65,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.arithmetic import promoted
+from jaxquant.core.layout import number
 from jaxquant.ops.blockwise import float_blocks, integer_blocks
 from jaxquant.ops.digits import digit_count, is_highest
 from jaxquant.ops.floats import float_dot, float_dtype, scaled
@@ -113,24 +118,26 @@ def choose(
       precision: gives the number of digits.
       trained: whether the weight is a float array that is quantized on the way, and its real values cost nothing.
     """
-    operands, wide = (x, w), any(_scale_dtype(v) == jnp.float64 for v in (x, w))
+    operands, rows, length = (x, w), number(x.shape[1]), number(w.shape[2])
+    wide = any(_scale_dtype(v) == jnp.float64 for v in (x, w))
     if _both(operands, lambda v: v.minifloat) and not wide and (platform != "cpu" or (trained and bfloat16_dots())):
         return "minifloat"
-    integers = _both(operands, lambda v: v.integer)
+    bounded = length < math.inf  # or a sum of products could overflow
+    integers = bounded and _both(operands, lambda v: v.integer)
     if platform != "cpu" or wide:
-        return "integer" if integers and _group(x, w) >= min(_SHORTEST_GROUP, w.shape[2]) else "dequantized"
+        return "integer" if integers and _group(x, w) >= min(_SHORTEST_GROUP, length) else "dequantized"
     int8 = int8_dots()
     in_planes = isinstance(x, jax.Array) or x.groups == 1 or w.shape[2] // x.groups % w.planes == 0
-    if int8 != "none" and integers and in_planes and _group(x, w) >= min(_LONG_GROUP, w.shape[2]):
+    if int8 != "none" and integers and in_planes and _group(x, w) >= min(_LONG_GROUP, length):
         alone = int8 == "vectors" and cores() == 1  # several cores share one dot better than a loop
         exact = _both(operands, lambda v: v.exact_in(jnp.bfloat16))
-        return "blocks" if alone and x.shape[1] >= _LONG_DOT and exact and bfloat16_dots() else "integer"
-    if int8 != "none" and isinstance(x, jax.Array) and w.integer:
+        return "blocks" if alone and rows >= _LONG_DOT and exact and bfloat16_dots() else "integer"
+    if int8 != "none" and isinstance(x, jax.Array) and w.integer and bounded:
         exact = not is_highest(precision) and x.dtype == jnp.bfloat16
-        most = digit_rows(int8, exact=exact, whole=isinstance(w, Matrix) and not trained) / x.shape[1]
-        if w.groups == 1 and digit_count(precision) <= most:
+        most = digit_rows(int8, exact=exact, whole=isinstance(w, Matrix) and not trained)
+        if w.groups == 1 and digit_count(precision) * rows <= most:
             return "digits"
-        if _folds(w) and digit_count(_FOLDED) <= most:
+        if _folds(w) and digit_count(_FOLDED) * rows <= most:
             return "folded"
     if trained:
         return "dequantized"

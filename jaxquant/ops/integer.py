@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.arithmetic import promoted
+from jaxquant.core.layout import number
 from jaxquant.ops.matrix import Matrix, Packed
 
 __all__ = ["common_group", "dot", "integer", "overflow_limit"]
@@ -38,7 +39,7 @@ def _accumulate(lhs: jax.Array, rhs: jax.Array, rows_last: bool) -> jax.Array:
         lhs = jnp.pad(lhs, ((0, 0), (0, 1), (0, 0)))
     if columns == 1:
         rhs = jnp.pad(rhs, ((0, 0), (0, 1), (0, 0)))
-    few, batched = rows <= _FEW_ROWS and rows <= columns, lhs.shape[0] > 1
+    few, batched = number(rows) <= min(_FEW_ROWS, number(columns)), lhs.shape[0] != 1
     if few and not rows_last:
         out = jnp.swapaxes(lax.optimization_barrier(dot(rhs, lhs, preferred_element_type=jnp.int32)), 1, 2)
     elif few and batched:
@@ -76,7 +77,8 @@ def overflow_limit(lhs_reach: int, rhs_reach: int) -> int:
 
 def common_group(*operands: Matrix | Packed) -> int:
     """The longest run of K within which no operand changes its scale."""
-    return math.gcd(*(x.shape[2] // x.groups for x in operands))
+    runs = [x.shape[2] // x.groups for x in operands if x.groups != 1]
+    return math.gcd(*runs) if runs else operands[0].shape[2]
 
 
 def integer(lhs: Matrix, rhs: Matrix, combine: Callable[[jax.Array], jax.Array] = lambda out: out) -> jax.Array:

@@ -30,10 +30,12 @@ _NAMES = {
     "dequantized": "{}",
 }
 
+_MANY = 1 << 20  # rows: more than any choice depends on
+
 
 @functools.cache
 def kernel(
-    rows: int,
+    rows: int | None,
     columns: int,
     length: int,
     spec: OpSpec,
@@ -44,7 +46,7 @@ def kernel(
     """The formulation of ``[rows, length] x [columns, length]`` on the default device, in a word or two.
 
     Args:
-      rows: of the activation.
+      rows: of the activation; None where they are not known, and count as many.
       columns, length: of the weight: output channels, and what is contracted.
       spec: how both are quantized; the weight is stored.
       dtype: of the float arrays.
@@ -87,6 +89,7 @@ def kernel(
             return jax.ShapeDtypeStruct((size, length), jnp.dtype(dtype))
         return abstract((size, length), jnp.dtype(dtype), spec, (-1,), stored=stored)
 
-    jax.eval_shape(run, operand(rows, spec.act, stored=False), operand(columns, spec.weight, stored=True))
+    most = _MANY if rows is None else rows
+    jax.eval_shape(run, operand(most, spec.act, stored=False), operand(columns, spec.weight, stored=True))
     formulation, multiplied = found[0]
     return _NAMES[formulation].format(jnp.dtype(multiplied).name)

@@ -213,7 +213,7 @@ def _shifted(codes: jax.Array, zero_point: Any, qtype: QType, dtype: Any) -> jax
 def _real(codes: jax.Array, scale: Any, zero_point: Any, offset: Any, qtype: QType, dtype: Any) -> jax.Array:
     b, r, k = codes.shape
     groups = scale.shape[2]
-    if groups > 1:
+    if groups != 1:
         codes = codes.reshape(b, r, groups, k // groups)
         scale, zero_point, offset = (None if v is None else v[..., None] for v in (scale, zero_point, offset))
     values = _shifted(codes, zero_point, qtype, dtype) * scale.astype(dtype)

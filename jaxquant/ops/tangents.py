@@ -24,10 +24,11 @@ import jax
 import jax.core
 import jax.extend
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from jaxquant.core.fake_quant import constant
 
 __all__ = ["Rule", "straight_through"]
 
@@ -231,12 +232,7 @@ def _keep_jvp(rule: Rule, primals: Any, tangents: Any) -> tuple[Any, Any]:
     of, shape = _Tangent(rule, kept_tree, tree, places), jax.typeof(out)
     given = [moved[i] for i in places]
     (dy,) = _tangent_p.bind(*leaves, *operands, *given, of=of, sizes=(len(leaves), len(operands)), results=(shape,))
-    return (out, kept), (dy, jax.tree.map(_zeros, kept))
-
-
-def _zeros(x: jax.Array) -> Any:
-    """The tangent of what was kept, which nothing reads."""
-    return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0)
+    return (out, kept), (dy, jax.tree.map(constant, kept))  # nothing reads what was kept
 
 
 _keep.defjvp(_keep_jvp, symbolic_zeros=True)

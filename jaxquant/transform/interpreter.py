@@ -90,7 +90,7 @@ class Use:
       stacked: leading axes that scans have consumed.
       reason: why it cannot be quantized, if so.
       contraction_minor: how the codes should be stored.
-      rows: rows of the activation, in a dot_general.
+      rows: rows of the activation, in a dot_general; a number or a symbol.
       window: of a convolution, as `jaxquant.ops.conv.Window` has it.
       note: what else to know of it.
     """
@@ -101,7 +101,7 @@ class Use:
     stacked: int
     reason: str = ""
     contraction_minor: bool = True
-    rows: int = 0
+    rows: Any = 0
     window: tuple[int, ...] = ()
     note: str = ""
 
@@ -316,7 +316,7 @@ class Interpreter:
         contracted: tuple[int, ...],
         *,
         contraction_minor: bool = True,
-        rows: int = 0,
+        rows: Any = 0,
         window: tuple[int, ...] = (),
     ) -> None:
         """Planning: a use that can be quantized, if whole axes of the parameter are contracted."""

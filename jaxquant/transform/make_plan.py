@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxquant.core.errors import Refusals, quant_error
+from jaxquant.core.layout import number
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpRule, OpSpec, Rule
 from jaxquant.transform.interpreter import ABSENT, Interpreter, Products, Use
@@ -145,8 +146,14 @@ def _products(found: Products, rules: Sequence[OpRule], refusals: Refusals) -> t
         spec = next((rule.spec for rule in rules if rule.matches(name)), None)
         if spec is not None:
             replaced = "in a function with a derivative rule of its own, which the derivative of its body replaces"
-            products.append(Product(name, (left, right), spec, replaced if name in found.own_derivatives else ""))
+            note = replaced if name in found.own_derivatives else ""
+            products.append(Product(name, (_sizes(left), _sizes(right)), spec, note))
     return tuple(products)
+
+
+def _sizes(shape: tuple[Any, ...]) -> tuple[int | str, ...]:
+    """A shape, with the names of sizes that are symbols."""
+    return tuple(str(n) if number(n) == math.inf else n for n in shape)
 
 
 def _plannable(leaf: Any) -> bool:
@@ -214,6 +221,8 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: 
     if spec is None:
         return Float(path, shape, dtype, note)
     notes += [note] if note else []
+    alike = (use for use in can if (use.reduce_axes, use.stacked) == (main.reduce_axes, main.stacked))
+    most = max(number(use.rows) for use in alike)
     return Item(
         path,
         ", ".join(dict.fromkeys(use.op for use in can)),
@@ -225,6 +234,6 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: 
         main.contraction_minor,
         rule.dequantize and (mixed or bool(cannot)),
         "; ".join(notes),
-        max(use.rows for use in can if (use.reduce_axes, use.stacked) == (main.reduce_axes, main.stacked)),
+        None if most == math.inf else int(most),
         main.window,
     )

@@ -36,7 +36,8 @@ class Item:
       contraction_minor: whether codes are stored with the reduced axes last (not for convolutions).
       dequantize: whether uses that have no quantized form may run on the dequantized weight.
       note: what else to know, such as a second use that is computed in float.
-      rows: rows of the activation that it is multiplied with in a dot_general, the most there are; or 0.
+      rows: rows of the activation that it is multiplied with in a dot_general, the most there are; or 0. None where
+        the function was planned for a size that is a symbol: they count as many.
       window: of a convolution, as `jaxquant.ops.conv.Window` has it: feature groups, batch groups, places; or empty.
     """
 
@@ -50,7 +51,7 @@ class Item:
     contraction_minor: bool = True
     dequantize: bool = False
     note: str = ""
-    rows: int = 0
+    rows: int | None = 0
     window: tuple[int, ...] = ()
 
     @property
@@ -63,10 +64,11 @@ class Item:
         """What computes it on the default device; `jaxquant.explain` says what the compiled program really does."""
         layer = self.shape[self.stacked :]
         length = math.prod(layer[axis] for axis in self.reduce_axes)
-        sizes = max(self.rows, 1), math.prod(layer) // length, length
+        sizes = self.rows if self.rows is None else max(self.rows, 1), math.prod(layer) // length, length
         products = [op for op in self.op.split(", ") if op != "take"]
         names = [kernel(*sizes, self.spec, self.dtype, op, self.window) for op in products]
-        return ", ".join(dict.fromkeys(names)) or "lookup"
+        unknown = " (rows unknown)" if names and self.rows is None else ""
+        return ", ".join(dict.fromkeys(names)) + unknown or "lookup"
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
@@ -109,13 +111,13 @@ class Product:
 
     Attributes:
       name: its name, from the name stack; products of one name are quantized alike.
-      shapes: of its left and right operand, where it was planned first.
+      shapes: of its left and right operand, where it was planned first; a size that is a symbol by its name.
       spec: ``act`` of the left operand, ``weight`` of the right one.
       note: what else to know.
     """
 
     name: str
-    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    shapes: tuple[tuple[int | str, ...], tuple[int | str, ...]]
     spec: OpSpec
     note: str = ""
 
@@ -189,7 +191,7 @@ class Plan:
                 (left.path, "-", f"{list(left.shape)}", f"{left.dtype}: {left.reason}", "-", f"{size:,}", f"{size:,}")
             )
         for product in self.products:
-            left, right = (f"{list(shape)}" for shape in product.shapes)
+            left, right = (f"[{', '.join(map(str, shape))}]" for shape in product.shapes)
             rows.append((product.name, "product", f"{left} x {right}", _product(product.spec), "-", "-", "-"))
         ratio = f" ({total[0] / total[1]:.2f}x smaller)" if total[1] else ""
         rows.append(("total", "", "", f"{len(self.items)} quantized{ratio}", "", f"{total[0]:,}", f"{total[1]:,}"))
