@@ -144,7 +144,7 @@ def _integer(
     if number(length) == math.inf:
         u, c = (operands[i].astype(jnp.float32) for i in (own, 1 - own))
         out = _dot(*((u, c) if own == 0 else (c, u)), along)
-        return out if zero is None else out - jnp.sum(u * zero, axis=along[own], keepdims=True)
+        return out if zero is None else out - jnp.sum(u * zero.astype(u.dtype), axis=along[own], keepdims=True)
     limit = overflow_limit(127, reach)
     for start in range(0, length, limit):
         stop = min(start + limit, length)
