@@ -118,7 +118,7 @@ class Calibration:
 
         def collected(item: Item, inputs: Callable[[], Inputs]) -> dict[str, Tally]:
             try:
-                tally = self._tally(item, inputs(), number, active)
+                tally = self._tally(item, inputs(), active)
             except Misfit as misfit:
                 misfits.setdefault(item.path, str(misfit))
                 return {}
@@ -134,12 +134,17 @@ class Calibration:
             whys = dict.fromkeys(misfits.values())
             rule = next(iter(whys)) if len(whys) == 1 else "; ".join(f"{p}: {why}" for p, why in misfits.items())
             raise quant_error(self.function, rule, todo=todo, path=", ".join(misfits))
-        return interpreter.stats
 
-    def _tally(self, item: Item, inputs: Inputs, number: Any, active: dict[str, Any] | None) -> Tally:
+        def numbered(tally: Tally) -> Tally:
+            broken = jnp.where(tally.value.broken == _NEVER, _NEVER, number)
+            return tally._replace(value=tally.value._replace(broken=broken))
+
+        return {key: numbered(tally) for key, tally in interpreter.stats.items()}
+
+    def _tally(self, item: Item, inputs: Inputs, active: dict[str, Any] | None) -> Tally:
         def of() -> _Found:
             found = {name: _of(name, s, inputs) for name, s in self.wanted[item.path].items()}
-            return _Found(found, jnp.where(inputs.values.broken(), number, _NEVER))
+            return _Found(found, jnp.where(inputs.values.broken(), 0, _NEVER))  # of which batch is said at the end
 
         seen = inputs.values.seen()
         if active is None:

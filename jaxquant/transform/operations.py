@@ -103,12 +103,14 @@ def _partitioned(handler: Handler) -> Handler:
         if "out_sharding" in eqn.params:
             eqn = eqn.replace(params={**eqn.params, "out_sharding": None})
 
-        def body(arrays: list[Any]) -> tuple[list[Any], dict[str, Tally]]:
+        def body(arrays: list[Any], mask: Any) -> tuple[list[Any], dict[str, Tally]]:
             inner = interpreter.child()
+            inner.mask = mask
             results = handler(inner, eqn, [inside(v, a) for v, a in zip(values, arrays, strict=True)])
             return results, inner.stats
 
-        results, stats = automatic(body, (placed, PartitionSpec()))([arrays_of(v) for v in values])
+        arrays = [arrays_of(v) for v in values]
+        results, stats = automatic(body, (placed, PartitionSpec()))(arrays, interpreter.mask)
         interpreter.add_stats(stats)
         return results
 
