@@ -1,0 +1,297 @@
+"""Compares random programs of weights, frozen and in training, with the float program of the same values.
+
+    python tests/fuzz/fuzz_transform.py --seconds 60 --seed 1
+    python tests/fuzz/fuzz_transform.py --only 1:37
+
+A program looks at a weight through views (transposes, reshapes, reversals, splits, casts, slices and layers of stacks with
+starts of every integer dtype, negative and out of range), and contracts it in a random layout, or looks up rows by
+indices of any dtype and mode, at top level or under jit, remat, vmap, a branch or a scan over layers; some on a mesh. It
+is a function of the seed and its number. The float program on the dequantized leaves is right: the frozen program and the
+training one must agree with it, and so must the gradients with respect to the weight and the input.
+
+A QuantError while the program is planned is an answer and is counted. Anything else is a finding: another exception, other
+values, or the end of the process, for which programs run in a child that says which one it begins. Findings are printed
+with what reruns them, and the program ends with code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import subprocess
+import sys
+import time
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxquant as jq
+
+INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32")
+SPECS = {
+    "int8": jq.QuantSpec("int8"),
+    "int8 tensor": jq.QuantSpec("int8", granularity="per_tensor"),
+    "uint8": jq.QuantSpec("uint8", symmetric=False),
+    "int4 g2": jq.QuantSpec("int4", granularity="per_group", group_size=2),
+    "int3": jq.QuantSpec("int3"),
+    "nf4 g4": jq.QuantSpec("nf4", granularity="per_group", group_size=4),
+    "fp8": jq.QuantSpec("float8_e4m3fn"),
+}
+
+
+class Program:
+    """One random program: ``fn(params, x, start)``."""
+
+    def __init__(self, seed: int, number: int):
+        self.rng = np.random.default_rng((seed, number))
+        self.text: list[str] = []
+        self.name = self.pick(list(SPECS))
+        self.around = self.pick(["nothing", "jit", "remat", "vmap", "cond", "scan"])
+        self.start = np.asarray(self.integer(), self.pick(INTEGERS))
+        self.lookup = self.rng.random() < 0.3
+        self.mesh = self.rng.random() < 0.15 and not self.lookup and self.around != "vmap"
+        self.fn = self.of_rows() if self.lookup else self.of_product()
+
+    def pick(self, choices):
+        return choices[int(self.rng.integers(len(choices)))]
+
+    def integer(self):
+        return int(self.rng.integers(-12, 13)) % 13 if self.rng.random() < 0.5 else int(self.rng.integers(0, 100))
+
+    def say(self, text, fn):
+        self.text.append(text)
+        return fn
+
+    # -- views: functions of an array and a start, and the shape that they leave ----------------------------------------
+
+    def view(self, shape):
+        axis = int(self.rng.integers(len(shape)))
+        n = shape[axis]
+        kind = self.pick(["transpose", "rev", "reshape", "cast", "slice", "dynamic", "index", "split", "new axis"])
+        if kind == "transpose":
+            order = tuple(int(i) for i in self.rng.permutation(len(shape)))
+            return self.say(f"transpose {order}", lambda w, s: w.transpose(order)), tuple(shape[i] for i in order)
+        if kind == "rev":
+            return self.say(f"rev {axis}", lambda w, s: lax.rev(w, (axis,))), shape
+        if kind == "reshape" and n % 2 == 0:
+            new = (*shape[:axis], n // 2, 2, *shape[axis + 1 :])
+            return self.say(f"reshape {new}", lambda w, s: w.reshape(new)), new
+        if kind == "cast":
+            dtype = self.pick([jnp.bfloat16, jnp.float32])
+            return self.say(f"cast {dtype.__name__}", lambda w, s: w.astype(dtype).astype(jnp.float32)), shape
+        if kind == "slice" and n >= 4:
+            size = n // 2
+            begin = int(self.rng.integers(0, n - size + 1))
+            cut = lambda w, s: lax.slice_in_dim(w, begin, begin + size, axis=axis)  # noqa: E731
+            return self.say(f"slice {begin}:{begin + size} of {axis}", cut), (*shape[:axis], size, *shape[axis + 1 :])
+        if kind == "dynamic" and n >= 4:
+            size, negative = n // 2, bool(self.rng.random() < 0.5)
+            cut = lambda w, s: lax.dynamic_slice_in_dim(w, -s if negative else s, size, axis)  # noqa: E731
+            said = f"dynamic slice of {size} along {axis}, {'minus ' if negative else ''}start"
+            return self.say(said, cut), (*shape[:axis], size, *shape[axis + 1 :])
+        if kind == "index" and len(shape) > 2:
+            one = lambda w, s: lax.dynamic_index_in_dim(w, s, axis, keepdims=False)  # noqa: E731
+            return self.say(f"index along {axis}", one), (*shape[:axis], *shape[axis + 1 :])
+        if kind == "split" and n % 2 == 0 and n >= 4:
+            half = int(self.rng.integers(2))
+            cut = lambda w, s: jnp.split(w, 2, axis)[half]  # noqa: E731
+            return self.say(f"half {half} of {axis}", cut), (*shape[:axis], n // 2, *shape[axis + 1 :])
+        if kind == "new axis":
+            new = (*shape[:axis], 1, *shape[axis:])
+            return self.say(f"new axis {axis}", lambda w, s: jnp.expand_dims(w, axis)), new
+        return None, shape
+
+    # -- programs --------------------------------------------------------------------------------------------------------
+
+    def of_product(self):
+        self.shape = tuple(int(n) for n in self.rng.choice([4, 6, 8], int(self.rng.integers(2, 4))))
+        shape, views = self.shape, []
+        if self.around == "scan":
+            self.shape = (3, *self.shape)
+        for _ in range(int(self.rng.integers(0, 4))):
+            step, shape = self.view(shape)
+            views += [step] if step else []
+        count = int(self.rng.integers(1, len(shape)))
+        contracted = tuple(int(i) for i in self.rng.permutation(len(shape))[:count])
+        entering = (3, *(shape[i] for i in contracted))
+        order = tuple(int(i) for i in self.rng.permutation(len(entering)))
+        places = tuple(order.index(i + 1) for i in range(count))
+        left = bool(self.rng.random() < 0.3)
+        self.text.append(
+            f"contract {contracted} of {shape}, input in order {order}, weight {'left' if left else 'right'}"
+        )
+        self.x = self.normal(*(entering[i] for i in order))
+
+        def one(w, x, s):
+            for step in views:
+                w = step(w, s)
+            if left:
+                return lax.dot_general(w, x, ((contracted, places), ((), ())))
+            return lax.dot_general(x, w, ((places, contracted), ((), ())))
+
+        return self.wrapped(one)
+
+    def of_rows(self):
+        rows = int(self.pick([5, 40, 130, 300]))
+        self.shape, axis = ((rows, 4), 0) if self.rng.random() < 0.7 else ((4, rows), 1)
+        if self.around == "scan":
+            self.shape = (3, *self.shape)
+        dtype, mode = self.pick(INTEGERS), self.pick(["fill", "clip", "wrap", "index", "in bounds"])
+        most = min(np.iinfo(dtype).max, rows + 20 if mode in ("fill", "clip", "wrap") else rows - 1)
+        least = max(np.iinfo(dtype).min, -rows - 20) if mode in ("fill", "clip", "wrap") else 0
+        indices = jnp.asarray(self.rng.integers(least, most + 1, (2, 3)), dtype)
+        self.text.append(f"lookup of {dtype} {mode} along {axis} of {self.shape}")
+        self.x = self.normal(1)
+
+        def one(w, x, s):
+            if mode == "in bounds":
+                out = jnp.moveaxis(w, axis, 0).at[indices].get(mode="promise_in_bounds")
+            elif mode == "index":
+                out = jnp.moveaxis(w, axis, 0)[indices]
+            else:
+                out = jnp.take(w, indices, axis=axis, mode=mode, fill_value=0.5 if mode == "fill" else None)
+            return out * x[0]
+
+        return self.wrapped(one)
+
+    def wrapped(self, one):
+        around = self.around
+        self.text.append(f"under {around}")
+        if around == "jit":
+            return lambda p, x, s: jax.jit(one)(p["w"], x, s)
+        if around == "remat":
+            return lambda p, x, s: jax.checkpoint(one)(p["w"], x, s)
+        if around == "vmap":
+            return lambda p, x, s: jax.vmap(lambda x: one(p["w"], x, s))(jnp.stack([x, 2 * x]))
+        if around == "cond":
+            return lambda p, x, s: lax.cond(s > 3, lambda: one(p["w"], x, s), lambda: 2 * one(p["w"], x, s))
+        if around == "scan":
+            return lambda p, x, s: lax.scan(lambda c, w: (c, one(w, x, s)), 0, p["w"])[1]
+        return lambda p, x, s: one(p["w"], x, s)
+
+    def normal(self, *shape):
+        x = self.rng.normal(size=shape)
+        for axis, n in enumerate(shape):
+            x *= np.exp(np.linspace(-0.5, 0.5, n)).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        return jnp.asarray(x, jnp.float32)
+
+
+def run(seed: int, number: int) -> tuple[str, str]:
+    """How one program ended, and what to say of it."""
+    program = Program(seed, number)
+    said = f"{program.name}: w{list(program.shape)}, start {program.start!r}, " + "; ".join(program.text)
+    params, args = {"w": program.normal(*program.shape)}, (program.x, jnp.asarray(program.start))
+    try:
+        program.fn(params, *args)
+    except Exception as error:
+        return "no program of JAX", f"{said}: {error!r}"
+    rule = jq.Rule("w", jq.OpSpec(weight=SPECS[program.name]))
+    try:
+        plan = jq.make_plan(program.fn, params, *args, rules=[rule])
+    except jq.QuantError:
+        return "refused", said
+    qparams = jq.quantize_params(params, plan)
+    if program.mesh:
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("d",))
+        axis = next((i for i, n in enumerate(program.shape) if n % 2 == 0), None)
+        if axis is not None:
+            spec = PartitionSpec(*("d" if i == axis else None for i in range(len(program.shape))))
+            params = {"w": jax.device_put(params["w"], NamedSharding(mesh, spec))}
+    values = jq.dequantize_params(qparams)
+    quantized = jq.quantized(program.fn, plan)
+
+    def loss(f):
+        return lambda p, x: jnp.sum(jnp.sin(0.1 * f(p, x, args[1])))
+
+    right = np.asarray(jax.jit(program.fn)(values, *args), np.float64)
+    largest = np.abs(right).max(initial=1e-3)
+    for kind, leaves in ("frozen", qparams), ("training", params):
+        got = np.asarray(jax.jit(quantized)(leaves, *args), np.float64)
+        if got.shape != right.shape or not np.allclose(
+            got, right, rtol=0, atol=1e-2 * largest if "bf" in said else 5e-4 * largest
+        ):
+            return "finding", f"{said}: {kind} is {np.abs(got - right).max() / largest:.1e} of the largest value off"
+    wanted = jax.jit(jax.grad(loss(program.fn), argnums=(0, 1)))(values, args[0])
+    found = jax.jit(jax.grad(loss(quantized), argnums=(0, 1)))(params, args[0])
+    other = jax.jit(jax.grad(loss(quantized), argnums=1))(qparams, args[0])
+    pairs = [
+        ("weight", found[0]["w"], wanted[0]["w"]),
+        ("input", found[1], wanted[1]),
+        ("frozen input", other, wanted[1]),
+    ]
+    for kind, a, b in pairs:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        if not np.allclose(a, b, rtol=0, atol=1e-2 * np.abs(b).max(initial=1e-3)):
+            return (
+                "finding",
+                f"{said}: the gradient of the {kind} is {np.abs(a - b).max():.1e} off, of {np.abs(b).max():.1e}",
+            )
+    return "agreed", said
+
+
+def child(seed: int, first: int, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    number = first
+    while time.monotonic() < end:
+        print(f"begin {number}", flush=True)
+        try:
+            how, said = run(seed, number)
+        except Exception as error:
+            how, said = "finding", f"{error!r}"[:600]
+        print(f"end {number}\t{how}\t{said}".replace("\n", " "), flush=True)
+        number += 1
+        if number % 200 == 0:  # compiled programs are not kept for ever
+            jax.clear_caches()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", metavar="SEED:NUMBER", help="one program again")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        seed, number = map(int, args.only.split(":"))
+        how, said = run(seed, number)
+        print(how, said, sep=": ")
+        return how == "finding"
+    if args.child is not None:
+        child(args.seed, args.child, args.seconds)
+        return 0
+    counts: collections.Counter[str] = collections.Counter()
+    findings: list[str] = []
+    end, first = time.monotonic() + args.seconds, 0
+    while (left := end - time.monotonic()) > 0:
+        command = [sys.executable, __file__, "--seed", str(args.seed), "--child", str(first), "--seconds", str(left)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        begun = None
+        for line in process.stdout:
+            if line.startswith("begin "):
+                begun = int(line.split()[1])
+            elif line.startswith("end "):
+                place, how, said = line.rstrip("\n").split("\t", 2)
+                counts[how] += 1
+                if how == "finding":
+                    findings.append(f"--only {args.seed}:{place.split()[1]}  {said}")
+                    print(findings[-1], flush=True)
+                first, begun = int(place.split()[1]) + 1, None
+        if process.wait() != 0 or begun is not None:
+            counts["died"] += 1
+            findings.append(f"--only {args.seed}:{begun}  the process ended with {process.returncode}")
+            print(findings[-1], flush=True)
+            first = (first if begun is None else begun) + 1
+    print(f"seed {args.seed}: " + ", ".join(f"{n} {how}" for how, n in counts.most_common()))
+    return bool(findings)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
