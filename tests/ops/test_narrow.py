@@ -222,7 +222,7 @@ def test_a_gpu_multiplies_in_the_dtype_of_the_float_program(op):
         text = jax.jit(lambda x, w: (multiply(x, w, **rest), gradient(x, w))).trace(x, w)
         products = r"(?:convolution|dot_general|ragged_dot).*: \(tensor<[\dx]*(\w+)>, tensor<[\dx]*(\w+)>"
         found = re.findall(products, text.lower(lowering_platforms=(platform,)).as_text())
-        assert len(found) == 2
+        assert len(found) >= 2  # and what only the compiler sees that nothing reads
         return {dtype for pair in found for dtype in pair}
 
     narrow = x.astype(jnp.bfloat16)

@@ -79,8 +79,8 @@ def test_a_lookup_has_no_inputs(method):
     stats = jq.calibrate(fn, plan, PARAMS, [IDS], collect={"gram": jq.statistics.Gram()})
     q = jq.quantize_params(PARAMS, plan, method=method, stats=stats)
     group = np.asarray(PARAMS["table"]).reshape(20, 2, 16)
-    step = np.abs(group).max(-1, keepdims=True) / 7
-    nearest = np.rint(group / step) * step
+    step = np.maximum(group.max(-1, keepdims=True) / 7.5, -group.min(-1, keepdims=True) / 8.5)
+    nearest = np.clip(np.rint(group / step), -8, 7) * step
     assert np.abs(np.asarray(q["table"].dequantize()).reshape(group.shape) - nearest).max() <= 1e-6
     assert np.any(
         np.asarray(q["kernel"].dequantize()) != np.asarray(jq.quantize_params(PARAMS, plan)["kernel"].dequantize())
