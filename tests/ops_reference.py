@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxquant import OpSpec, QTensor, QuantSpec, fake_quant, ops, quantize
+from jaxquant.core.arithmetic import promoted
 
 MATMUL = (((1,), (0,)), ((), ()))
 
@@ -43,9 +44,9 @@ def spec_of(qtype, granularity="per_channel", *, group=8, symmetric=True, **kwar
 def real(x, spec=None, axes=(), scale=None, zero_point=None):
     """The float64 values that an operand of an op stands for."""
     if isinstance(x, QTensor):
-        x = x.dequantize(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.dequantize(promoted(x.dtype, jnp.float32))
     elif spec is not None:
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(promoted(x.dtype, jnp.float32))
         x = fake_quant(x, spec, reduce_axes=axes, scale=scale, zero_point=zero_point)
     return np.asarray(x, np.float64)
 

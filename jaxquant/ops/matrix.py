@@ -111,7 +111,7 @@ class _Quantized:
 
         def cut(name: str, value: jax.Array) -> jax.Array:
             if name == "codes" and jnp.issubdtype(value.dtype, jnp.floating):
-                # XLA's CPU backend would widen the array to cut it, or copy it outside the loop over blocks. The patterns
+                # XLA's CPU backend would widen the array to cut it, or copy it outside the loop over blocks. Patterns
                 # are what a QTensor has stored.
                 value = lax.optimization_barrier((lax.bitcast_convert_type(value, jnp.uint8), b, r))[0]
             for axis, (start, size) in enumerate(((b, nb), (r, nr))):

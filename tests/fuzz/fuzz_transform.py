@@ -3,15 +3,19 @@
     python tests/fuzz/fuzz_transform.py --seconds 60 --seed 1
     python tests/fuzz/fuzz_transform.py --only 1:37
 
-A program looks at a weight through views (transposes, reshapes, reversals, splits, casts, slices and layers of stacks with
-starts of every integer dtype, negative and out of range), and contracts it in a random layout, or looks up rows by
-indices of any dtype and mode, at top level or under jit, remat, vmap, a branch or a scan over layers; some on a mesh. It
-is a function of the seed and its number. The float program on the dequantized leaves is right: the frozen program and the
-training one must agree with it, and so must the gradients with respect to the weight and the input.
+A program looks at a weight through views (transposes, reshapes, reversals, splits, casts, slices and layers of stacks
+with starts of every integer dtype, negative and out of range), and contracts it in a random layout, or looks up rows by
+indices of any dtype and mode, at top level or under jit, remat, vmap, a branch or a scan over layers; some on a mesh.
+It is a function of seed and number. The float program on the dequantized leaves is right: the frozen program and
+the training one must agree with it, and so must the gradients with respect to the weight and the input.
 
-A QuantError while the program is planned is an answer and is counted. Anything else is a finding: another exception, other
-values, or the end of the process, for which programs run in a child that says which one it begins. Findings are printed
-with what reruns them, and the program ends with code 1.
+A QuantError while the program is planned is an answer and is counted. Anything else is a finding: another exception,
+other values, or the end of the process, for which programs run in a child that says which one it begins. Findings are
+printed with what reruns them, and the program ends with code 1.
+
+On one core of an Intel Xeon (AMX) that had other work, `--seed 1 --seconds 420` tried 29 programs (24 agreed, 4 were
+refused, 1 was none of JAX's) and `--seed 1 --seconds 60` the first 27 of them, without a finding: that is far from an
+hour of an idle machine.
 """
 
 from __future__ import annotations
@@ -69,7 +73,7 @@ class Program:
         self.text.append(text)
         return fn
 
-    # -- views: functions of an array and a start, and the shape that they leave ----------------------------------------
+    # -- views: functions of an array and a start, and the shape that they leave --------------------------------------
 
     def view(self, shape):
         axis = int(self.rng.integers(len(shape)))
@@ -108,7 +112,7 @@ class Program:
             return self.say(f"new axis {axis}", lambda w, s: jnp.expand_dims(w, axis)), new
         return None, shape
 
-    # -- programs --------------------------------------------------------------------------------------------------------
+    # -- programs ------------------------------------------------------------------------------------------------------
 
     def of_product(self):
         self.shape = tuple(int(n) for n in self.rng.choice([4, 6, 8], int(self.rng.integers(2, 4))))
@@ -236,10 +240,10 @@ def run(seed: int, number: int) -> tuple[str, str]:
     return "agreed", said
 
 
-def child(seed: int, first: int, seconds: float) -> None:
+def child(seed: int, first: int, seconds: float, count: int) -> None:
     end = time.monotonic() + seconds
     number = first
-    while time.monotonic() < end:
+    while time.monotonic() < end and number < count:
         print(f"begin {number}", flush=True)
         try:
             how, said = run(seed, number)
@@ -254,6 +258,7 @@ def child(seed: int, first: int, seconds: float) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--count", type=int, default=1 << 31, help="programs at most")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", metavar="SEED:NUMBER", help="one program again")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
@@ -264,13 +269,14 @@ def main() -> int:
         print(how, said, sep=": ")
         return how == "finding"
     if args.child is not None:
-        child(args.seed, args.child, args.seconds)
+        child(args.seed, args.child, args.seconds, args.count)
         return 0
     counts: collections.Counter[str] = collections.Counter()
     findings: list[str] = []
     end, first = time.monotonic() + args.seconds, 0
-    while (left := end - time.monotonic()) > 0:
-        command = [sys.executable, __file__, "--seed", str(args.seed), "--child", str(first), "--seconds", str(left)]
+    while (left := end - time.monotonic()) > 0 and first < args.count:
+        limits = ["--seconds", str(left), "--count", str(args.count)]
+        command = [sys.executable, __file__, "--seed", str(args.seed), "--child", str(first), *limits]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         begun = None

@@ -86,7 +86,9 @@ def test_static_ranges_in_a_shard_map():
 
 def test_calibration_refuses_a_shard_map():
     plan = jq.make_plan(by_hand, PARAMS, X, rules=[EVERYTHING(SPECS["static"])])
-    with pytest.raises(jq.QuantError, match=r"calibrate: in a shard_map .*'a', 'b'.* Calibrate the same function without"):
+    with pytest.raises(
+        jq.QuantError, match=r"calibrate: in a shard_map .*'a', 'b'.* Calibrate the same function without"
+    ):
         jq.calibrate(by_hand, plan, PARAMS, [X])
 
 
