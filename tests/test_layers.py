@@ -21,6 +21,7 @@ PACKAGE = "jaxquant"
 # An import may go from a higher number to a lower one, or stay inside its own package.
 LEVELS = {
     "core": 1,
+    "programs": 2,
     "ops": 2,
     "recipes": 3,
     "qat": 3,

@@ -18,7 +18,7 @@ from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec, Rule
-from jaxquant.transform import Plan, calibrate, make_plan, quantized
+from jaxquant.transform import Explanation, Plan, calibrate, make_plan, quantized
 from jaxquant.transform.batches import arguments
 from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.sequential import in_order_of_use
@@ -150,11 +150,20 @@ class Comparison:
 
         return json.dumps(plain({**dataclasses.asdict(self), "cosine": self.cosine, "kl": self.kl}), indent=1)
 
-    def save(self, file: str | Path, *, title: str = "Quantized and float, side by side") -> None:
-        """Writes one HTML page that needs nothing else: no network, no other file. Needs Jinja2."""
+    def save(
+        self,
+        file: str | Path,
+        *,
+        title: str = "Quantized and float, side by side",
+        explanation: Explanation | None = None,
+    ) -> None:
+        """Writes one HTML page that needs nothing else: no network, no other file. Needs Jinja2.
+
+        With what `jaxquant.explain` found for a target, it shows what the program costs there, too.
+        """
         from jaxquant.report.page import render
 
-        Path(file).write_text(render(self, title), encoding="utf-8")
+        Path(file).write_text(render(self, title, explanation), encoding="utf-8")
 
     def plot(self, file: str | Path) -> None:
         """Writes a picture of the layers and the outputs; the suffix says which kind. Needs Matplotlib."""

@@ -44,7 +44,7 @@ class Axis(NamedTuple):
         return round(100 * min(max((value - self.low) / (self.high - self.low), 0.0), 1.0), 2)
 
 
-def render(found: Any, title: str) -> str:
+def render(found: Any, title: str, explanation: Any = None) -> str:
     """The page's text."""
     layers = found.layers
     values = [
@@ -57,6 +57,7 @@ def render(found: Any, title: str) -> str:
     )
     environment.filters["bytes"] = _bytes
     environment.filters["small"] = _small
+    environment.filters["time"] = _time
     template = environment.from_string(
         resources.files("jaxquant.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     )
@@ -70,6 +71,7 @@ def render(found: Any, title: str) -> str:
         worst=found.worst(12),
         kinds=sorted({x.kind for x in layers}),
         saved=found.bytes_before / max(found.bytes_after, 1),
+        explanation=explanation,
         outputs="unchanged" if math.isinf(found.sqnr) else f"{found.sqnr:.1f} dB",
     )
 
@@ -128,6 +130,10 @@ def _histogram(errors: list[float]) -> dict[str, Any]:
 def _bytes(n: int) -> str:
     unit, power = next((u, p) for u, p in (("GiB", 30), ("MiB", 20), ("KiB", 10), ("B", 0)) if n >= 1 << p or p == 0)
     return f"{n / (1 << power):.1f} {unit}" if power else f"{n} B"
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e6:,.1f}"
 
 
 def _small(value: float) -> str:

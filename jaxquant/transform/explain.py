@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+import json
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,9 +13,19 @@ import jax
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.ops.lanes import LANES
 from jaxquant.ops.machine import FAST
+from jaxquant.programs.chips import Chip
+from jaxquant.programs.compilers import compiled, compiled_for, version
+from jaxquant.programs.costs import Collective, collectives, cycles, products, unestimated
+from jaxquant.programs.hlo import Program
+from jaxquant.programs.weights import Reached, reached
 from jaxquant.transform.paths import is_qtensor, path_of
 
 __all__ = ["Explanation", "Use", "explain"]
+
+_WIDTH = 80
+_SCHEDULES = (
+    "set LIBTPU_INIT_ARGS=--xla_jf_dump_static_llo_profile_to=DIRECTORY before JAX starts (slow for large loops)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,18 +34,27 @@ class Use:
 
     Attributes:
       path: the weight's path.
-      kernels: what it reaches: ``"int8"`` or ``"float32"`` or ``"bfloat16"``, where XLA's library of fast kernels
-        serves the product; the same with ``", plain"`` where it does not; ``"float32 loop"`` where one loop decodes and
-        multiplies; ``"lookup"`` where rows are gathered; ``"dequantized"`` where a float array of the weight's size is
-        written first. Empty: none of these was found.
+      kernels: what it reaches. A product is named by its type, ``"int8"``, ``"float32"`` or ``"bfloat16"``; on a CPU
+        with ``", plain"`` where XLA's library of fast kernels does not serve it. ``"float32 loop"``: a loop decodes and
+        multiplies. ``"lookup"``: rows are gathered. ``"dequantized"``: a float array of the weight's size is written
+        first. A kernel that is written by hand has its own name. Empty: none of these was found.
       nbytes: bytes of codes, scales and zero points: what one use has to read.
       float_nbytes: bytes of the float weight.
+      written: bytes that the program writes to memory of what it makes of the weight before it multiplies.
+      seconds: what the compiler estimates for the steps that the weight goes through, or None: the longer of their
+        cycles, and of reading the weight once and moving what was written twice. Steps that several weights share count
+        for each.
+      floor: seconds below which no program for the target can be: reading the weight once at the bandwidth of its
+        memory, or its products at the peak of their number type, whichever takes longer; None where there is no target.
     """
 
     path: str
     kernels: tuple[str, ...]
     nbytes: int
     float_nbytes: int
+    written: int = 0
+    seconds: float | None = None
+    floor: float | None = None
 
     @property
     def limit(self) -> float:
@@ -45,16 +63,53 @@ class Use:
 
 
 @dataclasses.dataclass(frozen=True)
+class Target:
+    """What a program was compiled for, where that is not the machine at hand.
+
+    Attributes:
+      name: the chip.
+      topology: the slice, as its compiler has it.
+      devices: how many the program runs on.
+      compiler: whose estimates these are, with the version of its package.
+      memory: bytes of one device.
+    """
+
+    name: str
+    topology: str
+    devices: int
+    compiler: str
+    memory: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Explanation:
     """What `explain` found; prints as a table.
 
+    Every time in it is an estimate, of the compiler that ``target`` names or of the chip's published figures. None was
+    measured.
+
     Attributes:
       uses: one per quantized weight, in the order of the parameters.
-      temporaries: bytes of the program's temporary arrays, or None where XLA does not say.
+      temporaries: bytes of the program's temporary arrays on one device, or None where XLA does not say.
+      target: what it was compiled for; None for the machine at hand.
+      arguments, results: bytes on one device.
+      seconds: what the compiler estimates for the whole program: the longer of its cycles, and of reading arguments and
+        writing results once and temporaries twice; None without a target, or where it cannot be told.
+      floor: seconds below which no program for the target can be: arguments and results at the bandwidth of its memory,
+        or all products at the peak of their number types; None without a target.
+      collectives: transfers between devices.
+      missing: why ``seconds`` is None although there is a target; else empty.
     """
 
     uses: tuple[Use, ...]
     temporaries: int | None
+    target: Target | None = None
+    arguments: int = 0
+    results: int = 0
+    seconds: float | None = None
+    floor: float | None = None
+    collectives: tuple[Collective, ...] = ()
+    missing: str = ""
 
     def __getitem__(self, path: str) -> Use:
         for use in self.uses:
@@ -62,24 +117,77 @@ class Explanation:
                 return use
         raise KeyError(path)
 
-    def floor(self, bandwidth: float) -> float:
+    @property
+    def fits(self) -> bool | None:
+        """Whether arguments, results and temporaries fit in the memory of one device; None without a target."""
+        if self.target is None:
+            return None
+        return self.arguments + self.results + (self.temporaries or 0) <= self.target.memory
+
+    def reading(self, bandwidth: float) -> float:
         """Seconds that reading every weight once takes, at so many bytes a second."""
         return sum(use.nbytes for use in self.uses) / bandwidth
 
+    def to_json(self) -> str:
+        """All of it as JSON."""
+        return json.dumps(dataclasses.asdict(self) | {"fits": self.fits})
+
     def __str__(self) -> str:
-        rows = [("path", "kernel", "bytes read", "limit")]
+        timed = self.target is not None
+        head = ("path", "kernel", "read", "written", *(("estimate", "floor") if timed else ("limit",)))
+        rows = [head]
         for use in self.uses:
-            rows.append((use.path, ", ".join(use.kernels) or "not found", f"{use.nbytes:,}", f"{use.limit:.2f}x"))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+            last = (_time(use.seconds), _time(use.floor)) if timed else (f"{use.limit:.2f}x",)
+            kernel = ", ".join(use.kernels) or "not found"
+            rows.append((use.path, kernel, _size(use.nbytes), _size(use.written), *last))
+        rows = [tuple(map(printable, row)) for row in rows]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        spare = _WIDTH - sum(widths[1:]) - 2 * (len(head) - 1)
+        widths[0] = min(widths[0], max(spare, 12))
         lines = [
-            "  ".join(c.rjust(w) if i > 1 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                c.rjust(w) if i > 1 else _shortened(c, w).ljust(w)
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in rows
         ]
-        end = [] if self.temporaries is None else [f"temporaries: {self.temporaries:,} bytes"]
-        return "\n".join(map(printable, [lines[0], "-" * len(lines[0]), *lines[1:], *end]))
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *self._totals()])
+
+    def _totals(self) -> list[str]:
+        lines = [] if self.temporaries is None else [f"temporaries: {self.temporaries:,} bytes"]
+        target = self.target
+        if target is None:
+            return lines
+        lines.append(f"arguments: {self.arguments:,} bytes; results: {self.results:,} bytes")
+        for c in self.collectives:
+            lines.append(f"{c.kind} of {c.dtype}: {c.nbytes:,.0f} bytes in {c.count:g} runs")
+        lines.append(f"whole program: {_time(self.seconds)} estimated; floor {_time(self.floor)}")
+        if self.missing:
+            lines.append(f"no estimate: {self.missing}")
+        if not self.fits:
+            lines.append(f"does not fit in the memory of one device, {target.memory:,.0f} bytes")
+        devices = "one device" if target.devices == 1 else f"each of {target.devices} devices"
+        lines.append(f"for {devices} of {target.name} ({target.topology}), by {target.compiler}; nothing was run")
+        return lines
 
 
-def explain(fn: Callable[..., Any], params: Any, *args: Any) -> Explanation:
+def _shortened(text: str, width: int) -> str:
+    return text if len(text) <= width else f"...{text[len(text) - width + 3 :]}"
+
+
+def _size(n: float) -> str:
+    unit, power = next((u, p) for u, p in (("GiB", 30), ("MiB", 20), ("KiB", 10), ("B", 0)) if n >= 1 << p or p == 0)
+    return f"{n / (1 << power):.1f} {unit}" if power else f"{n:.0f} B"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    unit, factor = next((u, f) for u, f in (("s", 1.0), ("ms", 1e3), ("us", 1e6)) if seconds * f >= 1 or u == "us")
+    return f"{seconds * factor:.1f} {unit}"
+
+
+def explain(fn: Callable[..., Any], params: Any, *args: Any, target: str | None = None) -> Explanation:
     """Compiles ``fn(params, *args)`` and says, for each quantized weight, which kernel runs and what it reads.
 
     The answer is read from the optimized program: weights are followed from the parameter that holds their codes to the
@@ -89,12 +197,17 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any) -> Explanation:
       fn: a function of params and args, such as ``jq.quantized(model.apply, plan)``; jitted or not.
       params: a tree with QTensors; shapes (`jax.ShapeDtypeStruct`) will do.
       args: the other arguments, or their shapes.
+      target: the accelerator to compile for: ``"tpu v5e"``, ``"tpu v5p"``, ``"tpu v6e"``, ``"tpu v7x"``, ``"h100"`` or
+        ``"a100"``, or a slice of chips, ``"tpu v5e:4x4"``. None has to be there; its compiler has (``pip install
+        jaxquant[aot-tpu]`` or ``[aot-gpu]``). By default the devices at hand. Arguments with a `NamedSharding` are
+        sharded so over the target, whatever devices its mesh has: an `jax.sharding.AbstractMesh` will do.
 
     Returns:
-      An `Explanation`.
+      An `Explanation`. With a target it has estimates of the time: the compiler's own for a TPU, where it gives one for
+      every step; for a GPU, whose compiler gives none, what moving its arguments, results and temporaries takes.
 
     Raises:
-      QuantError: if no leaf of params is a QTensor.
+      QuantError: if no leaf of params is a QTensor, if the target is not known, or if its compiler is not installed.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
@@ -113,20 +226,81 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any) -> Explanation:
     def called(params: Any, *args: Any) -> Any:
         return fn(params, *args)
 
-    compiled: Any = jax.jit(called, keep_unused=True).lower(params, *args).compile()
-    program = _Program(compiled.as_text())
+    found = None if target is None else compiled_for("explain", target, called, (params, *args))
+    executable = compiled(called, (params, *args)) if found is None else found.executable
+    program = Program(executable.as_text())
+    library = FAST if found is None and jax.default_backend() == "cpu" else ""
     numbers = _parameter_numbers(params)
-    memory = compiled.memory_analysis()
+    if found is not None:
+        weights = dict(zip(weights, _local(found.args[0]), strict=True))
+    chip = None if found is None else found.where.chip
     uses = tuple(
-        Use(
-            path_of(path),
-            tuple(sorted(program.kernels(numbers[path], leaf.size))),
-            leaf.nbytes,
-            leaf.size * leaf.dtype.itemsize,
-        )
+        _use(path, leaf, reached(program, numbers[path], leaf.size, loop=LANES, library=library), chip)
         for path, leaf in weights.items()
     )
-    return Explanation(uses, getattr(memory, "temp_size_in_bytes", None))
+    memory = executable.memory_analysis()
+    temporaries = getattr(memory, "temp_size_in_bytes", None)
+    if found is None or chip is None:
+        return Explanation(uses, temporaries)
+    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    moved = (arguments + results + 2 * temporaries) / chip.bandwidth
+    seconds, missing = _estimate(program, chip, moved)
+    return Explanation(
+        uses,
+        temporaries,
+        Target(
+            chip.name, found.where.topology, found.devices, f"{chip.compiler} ({version(found.where)})", chip.memory
+        ),
+        arguments,
+        results,
+        seconds,
+        max((arguments + results) / chip.bandwidth, _arithmetic(program, chip)),
+        tuple(collectives(program)),
+        missing,
+    )
+
+
+def _local(params: Any) -> list[Any]:
+    """The QTensors of shapes with shardings, as one device has them."""
+    local = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype), params)
+    return [leaf for leaf in jax.tree.leaves(local, is_leaf=is_qtensor) if is_qtensor(leaf)]
+
+
+def _use(path: tuple[Any, ...], leaf: Any, found: Reached, chip: Chip | None) -> Use:
+    float_nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize
+    use = Use(path_of(path), tuple(sorted(found.kernels)), leaf.nbytes, float_nbytes, int(found.written))
+    if chip is None:
+        return use
+    moved = (leaf.nbytes + 2 * found.written) / chip.bandwidth
+    seconds = max(found.cycles / chip.clock, moved) if chip.clock and found.cycles is not None else None
+    floor = max(leaf.nbytes / chip.bandwidth, sum(p.operations * n / chip.peak(p.dtype) for p, n in found.products))
+    return dataclasses.replace(use, seconds=_finite(seconds), floor=_finite(floor))
+
+
+def _finite(seconds: float | None) -> float | None:
+    """NaN, of loops of unknown length, as None."""
+    return None if seconds is None or math.isnan(seconds) else seconds
+
+
+def _estimate(program: Program, chip: Chip, moved: float) -> tuple[float | None, str]:
+    """Seconds, and why there are none."""
+    if chip.clock is None:
+        return moved, ""
+    if steps := unestimated(program):
+        names = ", ".join(steps[:3]) + (", ..." if len(steps) > 3 else "")
+        return None, f"{chip.compiler} gives none for {names}; {_SCHEDULES}"
+    total = cycles(program)
+    if total is None:
+        return None, f"{chip.compiler} gives none in this program"
+    if math.isnan(total):
+        return None, "the program has a loop whose length depends on values"
+    return max(total / chip.clock, moved), ""
+
+
+def _arithmetic(program: Program, chip: Chip) -> float:
+    """Seconds of all products at the peaks of their number types; loops of unknown length count once."""
+    found = ((product, program.times.get(name, 0.0)) for name, _, product in products(program))
+    return sum(p.operations * (1.0 if math.isnan(n) else n) / chip.peak(p.dtype) for p, n in found)
 
 
 def _parameter_numbers(params: Any) -> dict[tuple[Any, ...], int]:
@@ -136,136 +310,3 @@ def _parameter_numbers(params: Any) -> dict[tuple[Any, ...], int]:
         if path and getattr(path[-1], "name", None) == "codes":
             found.setdefault(tuple(path[:-1]), i)
     return found
-
-
-# -- the optimized program as text ------------------------------------------------------------------------------------
-
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.-]+) = (.*?) ([\w-]+)\((.*)$")
-_FLOATS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "f64": "float64"}
-_PASSED_ON = ("tuple", "get-tuple-element", "parameter", "bitcast", "while", "conditional", "call", "opt-barrier")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    name: str
-    type: str
-    opcode: str
-    operands: tuple[str, ...]
-    rest: str
-
-    @property
-    def elements(self) -> int:
-        """Of its largest array."""
-        return max(math.prod(map(int, s.split(","))) if s else 1 for s in re.findall(r"\[([\d,]*)\]", self.type))
-
-    def called(self) -> list[str]:
-        """The computations it runs: of a conditional in the order of its branches."""
-        found = re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)", self.rest)
-        for branches in re.findall(r"branch_computations=\{([^}]*)\}", self.rest):
-            found += [name.strip(" %") for name in branches.split(",")]
-        return found
-
-
-class _Program:
-    """Computations and the instructions that use each value."""
-
-    def __init__(self, text: str):
-        self.computations: dict[str, dict[str, _Instruction]] = {}
-        self.roots: dict[str, str] = {}
-        self.callers: dict[str, list[tuple[str, _Instruction]]] = collections.defaultdict(list)
-        self.users: dict[tuple[str, str], list[_Instruction]] = collections.defaultdict(list)
-        self.entry = ""
-        current: dict[str, _Instruction] = {}
-        name = ""
-        for line in text.splitlines():
-            if head := re.match(r"^(ENTRY )?%([\w.-]+) \(", line):
-                name, current = head[2], {}
-                self.computations[name] = current
-                self.entry = name if head[1] else self.entry
-            elif found := _INSTRUCTION.match(line):
-                root, own, kind, opcode, rest = found.groups()
-                operands, _, attributes = rest.partition(")")
-                values = tuple(re.findall(r"%([\w.-]+)", operands)) or (operands,)
-                instruction = _Instruction(own, kind, opcode, values, attributes)
-                current[own] = instruction
-                if root:
-                    self.roots[name] = own
-                for operand in set(values):
-                    self.users[name, operand].append(instruction)
-                for called in instruction.called():
-                    self.callers[called].append((name, instruction))
-
-    def kernels(self, number: int, size: int) -> set[str]:
-        """What the values of a parameter of the program, ``size`` weights in codes, are multiplied by."""
-        found: set[str] = set()
-        seen: set[tuple[str, str, int | None]] = set()
-        todo: list[tuple[str, str, int | None]] = [(self.entry, self._parameter(self.entry, number), None)]
-        while todo:
-            place = todo.pop()
-            if place in seen or not place[1]:
-                continue
-            seen.add(place)
-            for step in self._onward(*place, size, found):
-                todo.append(step)
-        return found
-
-    def _parameter(self, computation: str, number: int) -> str:
-        for instruction in self.computations[computation].values():
-            if instruction.opcode == "parameter" and instruction.operands[0] == str(number):
-                return instruction.name
-        return ""
-
-    def _onward(
-        self, computation: str, name: str, index: int | None, size: int, found: set[str]
-    ) -> Iterator[tuple[str, str, int | None]]:
-        """Where a value goes next; ``index`` is its place if it is an element of a tuple."""
-        if self.roots.get(computation) == name:
-            for caller, instruction in self.callers[computation]:
-                if computation not in re.findall(r"condition=%?([\w.-]+)", instruction.rest):
-                    yield caller, instruction.name, index
-        for user in self.users[computation, name]:
-            places = [i for i, operand in enumerate(user.operands) if operand == name]
-            if user.opcode in ("dot", "convolution", "ragged-dot"):
-                found.add(self._product(computation, user))
-            elif user.opcode == "multiply" and LANES in user.rest:
-                found.add("float32 loop")
-            elif user.opcode == "tuple":
-                yield from ((computation, user.name, i) for i in places)
-            elif user.opcode == "get-tuple-element":
-                if index is None or f"index={index}" == (re.findall(r"index=\d+", user.rest) or [""])[0]:
-                    yield computation, user.name, None
-            elif user.called() and user.opcode not in ("reduce", "reduce-window", "scatter", "sort", "map"):
-                for k, body in enumerate(user.called()):
-                    for i in places:
-                        if user.opcode == "conditional" and i != k + 1 and user.operands[0] != name:
-                            continue
-                        at = 0 if user.opcode in ("while", "conditional") else i
-                        yield body, self._parameter(body, at), index
-                if user.opcode == "while":
-                    yield computation, user.name, index
-            elif user.opcode == "gather":
-                found.add("lookup")
-            elif user.opcode != "reduce":
-                yield computation, user.name, index if user.opcode in _PASSED_ON else None
-            floats = re.match(r"(f32|bf16|f16|f64)\[", user.type)
-            written = computation not in self._fused() and user.opcode not in _PASSED_ON
-            product = user.opcode in ("dot", "convolution") or self._multiplies(user)
-            if floats and written and not product and user.elements >= size:
-                found.add("dequantized")
-
-    def _fused(self) -> set[str]:
-        """Computations whose instructions write nothing: bodies of fusions."""
-        return {name for name, uses in self.callers.items() if any(user.opcode == "fusion" for _, user in uses)}
-
-    def _multiplies(self, fusion: _Instruction) -> bool:
-        bodies = (self.computations.get(name, {}) for name in fusion.called())
-        return any(i.opcode in ("dot", "convolution") for body in bodies for i in body.values())
-
-    def _product(self, computation: str, product: _Instruction) -> str:
-        types = []
-        for operand in product.operands:
-            kind = self.computations[computation].get(operand)
-            types.append(re.match(r"\w*", kind.type)[0] if kind else "")  # pyright: ignore[reportOptionalSubscript]
-        name = next((_FLOATS[t] for t in types if t in _FLOATS), "int8" if "s8" in types else types[0])
-        served = any(FAST in user.rest for _, user in self.callers[computation])
-        return name if served else f"{name}, plain"

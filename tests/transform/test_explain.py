@@ -52,10 +52,10 @@ def test_kernels():
     use = found["two-level"]
     assert use.nbytes == params["two-level"].nbytes
     assert use.limit == 4 * SIZE * SIZE / use.nbytes
-    assert found.floor(1e9) == sum(use.nbytes for use in found.uses) / 1e9
+    assert found.reading(1e9) == sum(use.nbytes for use in found.uses) / 1e9
     assert found.temporaries > 4 * SIZE * SIZE  # the dequantized weight
     lines = str(found).splitlines()
-    assert lines[0].split() == ["path", "kernel", "bytes", "read", "limit"]
+    assert lines[0].split() == ["path", "kernel", "read", "written", "limit"]
     assert any(line.startswith("unused") and "not found" in line for line in lines)
     with pytest.raises(KeyError):
         found["bias"]

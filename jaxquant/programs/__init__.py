@@ -1,0 +1,8 @@
+"""Compiled programs, and what can be read from them without running them.
+
+chips      the accelerators that programs are compiled for, and what they can do at most
+compilers  compiles a function for one of them, where there is none
+hlo        the optimized program: its instructions, who calls and who uses what, how often loops run
+costs      what a program costs by its own text: cycles, arithmetic, collectives
+weights    where the codes of a weight go, and what multiplies them
+"""

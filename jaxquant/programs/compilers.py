@@ -1,0 +1,126 @@
+"""Compiles a function for an accelerator that need not be there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from jaxquant.core.errors import quant_error
+from jaxquant.programs.chips import Slice, slice_of_chips
+
+__all__ = ["Compiled", "compiled", "compiled_for", "version"]
+
+_EXTRAS = {"tpu": "aot-tpu", "cuda": "aot-gpu"}
+_PACKAGES = {"tpu": "libtpu", "cuda": "jax-cuda12-plugin"}
+
+
+class Compiled(NamedTuple):
+    """A program for a target.
+
+    Attributes:
+      executable: what `jax.stages.Lowered.compile` returned.
+      where: the slice of chips.
+      devices: how many of it the program runs on.
+      args: the shapes of its arguments, with their shardings over the target.
+    """
+
+    executable: Any
+    where: Slice
+    devices: int
+    args: tuple[Any, ...]
+
+
+def compiled(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """``fn(*args)``, compiled for the devices at hand; every argument is one of the program."""
+    return jax.jit(fn, keep_unused=True).lower(*args).compile()
+
+
+def compiled_for(function: str, target: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> Compiled:
+    """``fn(*args)``, compiled for a target.
+
+    Arguments are arrays or shapes. Those with a `NamedSharding`, of a mesh of whatever devices or of none
+    (`jax.sharding.AbstractMesh`), are sharded so over the target's; all others are on each of them.
+
+    Args:
+      function: the public function, for errors.
+      target: see `slice_of_chips`.
+      fn, args: as in `compiled`.
+    """
+    meshes = {_axes(sharding.mesh) for sharding in map(_sharding, jax.tree.leaves(args)) if sharding is not None}
+    if len(meshes) > 1:
+        todo = "Shard all arguments over one mesh"
+        raise quant_error(function, "arguments are sharded over several meshes", todo=todo, meshes=sorted(meshes))
+    axes = meshes.pop() if meshes else (("chip", 1),)
+    sizes = tuple(size for _, size in axes)
+    count = math.prod(sizes)
+    where = slice_of_chips(function, target, count)
+    mesh = Mesh(np.asarray(_devices(function, where)[:count]).reshape(sizes), tuple(name for name, _ in axes))
+
+    def placed(x: Any) -> Any:
+        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+            x = jax.eval_shape(lambda: jax.numpy.asarray(x))
+        sharding = _sharding(x)
+        spec = PartitionSpec() if sharding is None else sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    args = jax.tree.map(placed, args)
+    return Compiled(compiled(fn, args), where, count, args)
+
+
+def version(where: Slice) -> str:
+    """The package of the compiler, with its version."""
+    package = _PACKAGES[where.chip.platform]
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return package
+
+
+def _sharding(x: Any) -> NamedSharding | None:
+    sharding: Sharding | None = getattr(x, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
+
+
+def _axes(mesh: Any) -> tuple[tuple[str, int], ...]:
+    return tuple(mesh.shape.items())
+
+
+@contextlib.contextmanager
+def _shared_libtpu() -> Iterator[None]:
+    """While libtpu is loaded to compile only, it takes no lock: that is for those who hold the devices."""
+    name = "ALLOW_MULTIPLE_LIBTPU_LOAD"
+    if name in os.environ or "tpu" in os.environ.get("JAX_PLATFORMS", ""):
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+@functools.cache
+def _devices(function: str, where: Slice) -> list[Any]:
+    """Descriptions of the devices of a slice, from the compiler's own library."""
+    from jax.experimental import topologies
+
+    chip = where.chip
+    options = {} if chip.description is None else {"target_config": chip.description, "topology": where.topology}
+    name = where.topology if chip.description is None else chip.family
+    try:
+        with _shared_libtpu():
+            return list(topologies.get_topology_desc(name, platform=chip.platform, **options).devices)
+    except Exception as e:
+        extra = _EXTRAS[chip.platform]
+        rule = f"the compiler for {chip.name} does not answer: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
+        todo = f"Install it with 'pip install jaxquant[{extra}]', and name a slice that exists"
+        raise quant_error(function, rule, todo=todo, topology=where.topology) from e
