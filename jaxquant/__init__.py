@@ -22,6 +22,7 @@ from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor, dequantize
 from jaxquant.core.qtypes import dtype_table
 from jaxquant.core.specs import OpRule, OpSpec, QuantSpec, Rule
+from jaxquant.core.targets import lay_out
 from jaxquant.transform import (
     Plan,
     act_state,
@@ -88,6 +89,7 @@ __all__ = [
     "fake_quant",
     "fold_gains",
     "io",
+    "lay_out",
     "learn_rotations",
     "linen",
     "make_plan",

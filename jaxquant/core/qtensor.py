@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,62 @@ from jaxquant.core.layout import transpose, transpose_by_tiles
 from jaxquant.core.packing import pack, packed_length, unpack
 from jaxquant.core.qtypes import FACTOR, QTYPES, QType
 
-__all__ = ["FIELDS", "LEAVES", "QTensor", "cast", "dequantize", "flat", "from_codes", "scale_values", "stored_order"]
+__all__ = [
+    "FIELDS",
+    "LEAVES",
+    "Layout",
+    "QTensor",
+    "cast",
+    "dequantize",
+    "flat",
+    "from_codes",
+    "scale_values",
+    "stored_order",
+]
 
 #: The fields of a QTensor that are arrays (or None, or a QTensor).
 LEAVES = ("codes", "scale", "zero_point", "offset", "permutation")
 
 
 #: What the constructor takes.
-FIELDS = (*LEAVES, "qtype", "dtype", "minor", "length")
+FIELDS = (*LEAVES, "qtype", "dtype", "minor", "length", "split")
+
+
+Layout = Literal["packed", "elements"]
+"""How codes of a few bits lie in memory; see `QTensor.laid_out`."""
+
+
+def _to_int4(codes: jax.Array, qtype: QType) -> jax.Array:
+    """Codes of up to 4 bits as int4."""
+    if qtype.kind == "float":
+        codes = (codes ^ jnp.uint8(8)).astype(jnp.int8) - jnp.int8(8)
+    elif not (qtype.kind == "int" and qtype.signed):
+        codes = codes.astype(jnp.int8) - jnp.int8(8)
+    return codes.astype(jnp.int4)
+
+
+def _from_int4(stored: jax.Array, qtype: QType) -> jax.Array:
+    """Inverse of `_to_int4`."""
+    codes = stored.astype(jnp.int8)
+    if qtype.kind == "float":
+        return codes.astype(jnp.uint8) & jnp.uint8(15)
+    return codes if qtype.kind == "int" and qtype.signed else (codes + jnp.int8(8)).astype(jnp.uint8)
+
+
+def _block_rows(n: int, groups: int) -> int:
+    """Elements of a block along an axis of n: 128 if that is some groups, else one.
+
+    A TPU keeps 4-bit arrays in tiles of 64 rows by 128 columns; shorter blocks would be padded or copied when they are
+    sliced, and a product sums fastest over 128 at a time.
+    """
+    group = n // groups
+    return 128 if 128 % group == 0 and n % 128 == 0 else group
+
+
+def _nbytes(leaf: Any) -> int:
+    """Bytes of an array, of 4-bit types two elements each."""
+    size, dtype = math.prod(leaf.shape), np.dtype(leaf.dtype)
+    return -(-size // 2) if dtype in (jnp.int4, jnp.uint4) else size * dtype.itemsize
 
 
 def _own_dtype(qtype: Any) -> np.dtype | None:
@@ -89,7 +137,9 @@ class QTensor:
 
     Attributes:
       codes: uint8 bit patterns packed along the last axis for types below 8 bits, else int8, uint8 or fp8; stored with
-        the ``minor`` axes last (contraction-minor).
+        the ``minor`` axes last (contraction-minor). Or one code per element: in int8 or uint8, which views make; in
+        int4, of which a TPU has two in a byte (`laid_out`), as a signed code, the pattern of a 4-bit float, or 8 less
+        than any other code.
       scale: float array of the logical rank, one entry per block, positive unless imported otherwise; or a QTensor,
         where the scales are quantized themselves (nvfp4, double quantization), or the product of two factors that are
         multiplied one after the other, each product rounded (LLM.int8(); ``qtype="float32"``).
@@ -104,6 +154,7 @@ class QTensor:
       dtype: dtype of the dequantized array.
       minor: the logical axes (negative) that are stored last, in this order.
       length: codes in a stored row; None unless packed.
+      split: the logical axis (negative) that is stored as two, blocks of whole groups and their elements; or None.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
@@ -113,7 +164,7 @@ class QTensor:
       QTensor(int4[256, 512] -> float32, group 64 on axis -2, symmetric, 72.0 KiB)
     """
 
-    __slots__ = ("dtype", "length", "minor", "offset", "permutation", "qtype", "scale", "stored", "zero_point")
+    __slots__ = ("dtype", "length", "minor", "offset", "permutation", "qtype", "scale", "split", "stored", "zero_point")
 
     def __init__(
         self,
@@ -127,11 +178,12 @@ class QTensor:
         dtype: Any,
         minor: tuple[int, ...] = (),
         length: int | None = None,
+        split: int | None = None,
     ):
         self.stored, self.scale, self.zero_point = _patterns(codes, qtype), scale, zero_point
         self.offset, self.permutation = offset, permutation
         self.qtype, self.dtype = qtype, np.dtype(dtype)
-        self.minor, self.length = tuple(minor), length
+        self.minor, self.length, self.split = tuple(minor), length, split
 
     # -- pytree ----------------------------------------------------------------------------------------------------
     def tree_flatten_with_keys(self):
@@ -140,12 +192,12 @@ class QTensor:
 
     def tree_flatten(self):
         children = (self.stored, self.scale, self.zero_point, self.offset, self.permutation)
-        return children, (self.qtype, self.dtype, self.minor, self.length)
+        return children, (self.qtype, self.dtype, self.minor, self.length, self.split)
 
     @classmethod
     def tree_unflatten(cls, aux, children):
-        qtype, dtype, minor, length = aux
-        return cls(*children, qtype=qtype, dtype=dtype, minor=minor, length=length)
+        qtype, dtype, minor, length, split = aux
+        return cls(*children, qtype=qtype, dtype=dtype, minor=minor, length=length, split=split)
 
     @property
     def codes(self) -> Any:
@@ -157,6 +209,9 @@ class QTensor:
     def shape(self) -> tuple[int, ...]:
         """The logical shape, equal to the float array's."""
         stored = tuple(self.stored.shape)
+        if self.split is not None:
+            at = len(stored) + self.split
+            return (*stored[: at - 1], stored[at - 1] * stored[at], *stored[at + 1 :])
         if self.length is not None:
             stored = (*stored[:-1], self.length)
         order = _inverse(self.stored_order)
@@ -165,7 +220,7 @@ class QTensor:
     @property
     def ndim(self) -> int:
         """Rank of the logical array."""
-        return len(self.stored.shape)
+        return len(self.stored.shape) - (self.split is not None)
 
     @property
     def size(self) -> int:
@@ -175,7 +230,7 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """True bytes of codes, scales and whatever else there is, from bit widths."""
-        return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
+        return sum(_nbytes(leaf) for leaf in jax.tree.leaves(self))
 
     @property
     def symmetric(self) -> bool:
@@ -215,7 +270,7 @@ class QTensor:
             dtype = np.dtype(np.float32)
         else:
             dtype = self.type.code_dtype if self.type.kind == "int" and self.length is None else np.dtype(np.uint8)
-        fits = codes.dtype == dtype and len(codes.shape) == len(scale.shape)
+        fits = (codes.dtype == dtype or self.in_int4) and self.ndim == len(scale.shape)
         fits = fits and (self.length is None or codes.shape[-1:] == (packed_length(self.length, self.type.bits),))
         if not fits or not all(n % s == 0 for n, s in zip(self.shape, scale.shape, strict=True)):
             raise quant_error(
@@ -228,11 +283,18 @@ class QTensor:
             )
         return self
 
+    @property
+    def in_int4(self) -> bool:
+        """Whether the codes are an array of int4."""
+        return self.length is None and self.stored.dtype == jnp.int4 and self.type.packed and self.type.bits <= 4
+
     def unpacked(self) -> jax.Array:
         """Codes one per element (``type.code_dtype``), in stored order: the ``minor`` axes last."""
         self.checked()
+        if self.in_int4:
+            return _from_int4(self.stored if self.split is None else self.stored.reshape(self.shape), self.type)
         if self.length is None:
-            return self.codes
+            return self.codes.reshape(self.shape) if self.split is not None else self.codes
         return from_bits(unpack(self.codes, self.type.bits, self.length), self.type)
 
     def logical_codes(self) -> jax.Array:
@@ -245,6 +307,61 @@ class QTensor:
             return self
         q = self.unpermuted()
         return from_codes(q.logical_codes(), q.scale, q.zero_point, q.offset, qtype=q.qtype, dtype=q.dtype, minor=minor)
+
+    def laid_out(self, layout: Layout, minor: tuple[int, ...] | None = None) -> QTensor:
+        """The same values, to the bit, with codes as a platform reads them fastest.
+
+        Args:
+          layout: ``"packed"``: codes of fewer than 8 bits are bytes, packed along the last of the ``minor`` axes; for
+            CPUs, and as files have them. ``"elements"``: one code per element in the array's own order, up to 4 bits in
+            int4, and an axis with groups is two, blocks and their elements: a group, or as many as make 128 elements;
+            for TPUs and GPUs. Codes of 8 bits without groups stay as they are.
+          minor: the axes to store last where they are packed; by default those that share scales, or what it is if
+            they are packed already.
+
+        Returns:
+          The `QTensor`. Where groups are scattered (GPTQ's act-order) it stays as it is.
+        """
+        if self.lies(layout) and minor in (None, self.minor):
+            return self
+        rest = {"qtype": self.qtype, "dtype": self.dtype}
+        if layout == "packed":
+            minor = self._shared_axes() if minor is None else tuple(minor)
+            return from_codes(self.logical_codes(), self.scale, self.zero_point, self.offset, **rest, minor=minor)
+        split = self._group_axis()
+        codes = self.logical_codes()
+        if self.type.packed and self.type.bits <= 4:
+            codes = _to_int4(codes, self.type)
+        if split is not None:
+            at, rows = self.ndim + split, _block_rows(self.shape[split], self.scale.shape[split])
+            codes = codes.reshape(*codes.shape[:at], -1, rows, *codes.shape[at + 1 :])
+        return QTensor(codes, self.scale, self.zero_point, self.offset, **rest, split=split)
+
+    @property
+    def layout(self) -> Layout:
+        """How codes lie; see `laid_out`."""
+        one_each = self.length is None and (self.type.packed or self.split is not None)
+        return "elements" if one_each else "packed"
+
+    def lies(self, layout: Layout) -> bool:
+        """Whether codes lie so already, or have no other way to lie."""
+        if self.permutation is not None or (not self.type.packed and self._group_axis() is None):
+            return True
+        return self.layout == layout and (layout == "packed" or (not self.minor and self.split == self._group_axis()))
+
+    def _shared_axes(self) -> tuple[int, ...]:
+        """The axes along which elements share scales; the last but one where all do."""
+        found = tuple(i - self.ndim for i, (n, s) in enumerate(zip(self.shape, self.scale.shape, strict=True)) if s < n)
+        return found if 0 < len(found) < self.ndim else (-2,) if self.ndim > 1 else ()
+
+    def _group_axis(self) -> int | None:
+        """The axis whose elements share scales in groups, counted from the end; None if there is not one such."""
+        found = [i - self.ndim for i, (n, s) in enumerate(zip(self.shape, self.scale.shape, strict=True)) if 1 < s < n]
+        return found[0] if len(found) == 1 else None
+
+    def whole(self) -> QTensor:
+        """The same with no axis split."""
+        return self if self.split is None else self.replace(codes=self.stored.reshape(self.shape), split=None)
 
     def unpermuted(self) -> QTensor:
         """The same values with their elements in logical order: one scale per element where groups are scattered."""
@@ -277,6 +394,7 @@ class QTensor:
         kind += "" if self.permutation is None else ", permuted"
         unit, power = next((u, p) for u, p in (("MiB", 20), ("KiB", 10), ("B", 0)) if nbytes >= 1 << p or p == 0)
         size = f"{nbytes / (1 << power):.1f} {unit}" if power else f"{nbytes} B"
+        size += ", one code per element" if self.layout == "elements" else ""
         return f"QTensor({self.qtype}[{', '.join(map(str, shape))}] -> {self.dtype.name}, {per}, {kind}, {size})"
 
 

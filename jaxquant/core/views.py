@@ -28,6 +28,7 @@ def cast(q: QTensor, dtype: Any) -> QTensor:
 
 def transpose(q: QTensor, permutation: tuple[int, ...]) -> QTensor:
     """Axes permuted; codes stay where they are."""
+    q = q.whole()
     place = {axis: i for i, axis in enumerate(permutation)}
     minor = tuple(place[axis] - q.ndim for axis in q.stored_order)
     minor = () if minor == tuple(range(-q.ndim, 0)) else minor

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.targets import Platform, check_target, lay_out
 from jaxquant.transform.shardings import shardings
 
-__all__ = ["placing", "to_device", "to_host"]
+__all__ = ["PackedLeaves", "placing", "to_device", "to_host"]
 
 
 def to_device(array: Any, sharding: Any = None) -> Any:
@@ -37,13 +38,31 @@ def to_host(leaf: Any) -> np.ndarray:
     return np.asarray(leaf, leaf.dtype.newbyteorder("="))
 
 
-def placing(sharding: Any, function: str) -> Callable[[str, Any], Any]:
+class PackedLeaves(Mapping[str, Any]):
+    """Parameters by name, with codes as files have them; each when it is asked for."""
+
+    def __init__(self, params: Mapping[str, Any]):
+        self._params = params
+
+    def __getitem__(self, name: str) -> Any:
+        return lay_out(self._params[name], "cpu")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+
+def placing(sharding: Any, function: str, target: Platform | None = None) -> Callable[[str, Any], Any]:
     """A function that puts the leaf of a path where it belongs.
 
     Args:
       sharding: None, a `jax.sharding.Sharding`, or a dict or function from paths to one or None.
       function: who asks, for the error message.
+      target: what codes are laid out for; by default where they go.
     """
+    check_target(function, target)
     if sharding is None or isinstance(sharding, jax.sharding.Sharding):
         of: Callable[[str], Any] = lambda path: sharding  # noqa: E731
     elif isinstance(sharding, Mapping):
@@ -57,7 +76,7 @@ def placing(sharding: Any, function: str) -> Callable[[str, Any], Any]:
     def place(path: str, leaf: Any) -> Any:
         where = of(path)
         if where is None:
-            return jax.tree.map(to_device, leaf)
-        return jax.tree.map(to_device, leaf, shardings({path: leaf}, {path: where})[path])
+            return lay_out(jax.tree.map(to_device, leaf), target)
+        return lay_out(jax.tree.map(to_device, leaf, shardings({path: leaf}, {path: where})[path]), target)
 
     return place

@@ -47,6 +47,7 @@ import jax
 import numpy as np
 
 from jaxquant.core.errors import QuantError, printable, quant_error
+from jaxquant.core.targets import Platform, check_target, lay_out
 from jaxquant.io.arrays import to_device, to_host
 from jaxquant.io.like import fit
 from jaxquant.io.manifest import MAX_DEPTH, Encoder, SavedArray, decode, encode, stored_spec
@@ -54,6 +55,7 @@ from jaxquant.io.mapped import Leaves
 from jaxquant.io.patterns import NAMELESS, from_patterns, to_patterns
 from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_parts, write_safetensors
 from jaxquant.io.strict_json import parse
+from jaxquant.transform.paths import is_qtensor
 from jaxquant.transform.plan import Plan
 
 __all__ = ["NativeLeaves", "SavedMetadata", "SavedModel", "load", "load_model", "read_metadata", "save", "save_leaves"]
@@ -186,7 +188,7 @@ def _plan_text(plan: Any) -> str | None:
 # -- load --------------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | os.PathLike[str], *, like: Any = None) -> Any:
+def load(path: str | os.PathLike[str], *, like: Any = None, target: Platform | None = None) -> Any:
     """Reads what `save` wrote; also reads any other safetensors file.
 
     The file is mapped and copied to the default device array by array. Nothing in it is trusted or executed: every size
@@ -198,6 +200,8 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Any:
         float parameters from `jax.eval_shape`. The file must have the template's keys and logical shapes; a saved
         QTensor may stand for a float array. Kinds of dtype must agree (float, integer, ...), their widths need not;
         nothing is cast. The result has the template's containers.
+      target: the platform that codes are laid out for, ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default where they go. See
+        `jaxquant.lay_out`.
 
     Returns:
       The tree that was saved: dicts (keys in order), lists, tuples, None, QTensors and JAX arrays. A file without our
@@ -224,19 +228,20 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Any:
 
     Source: the container is safetensors (https://github.com/huggingface/safetensors); the manifest is our own.
     """
-    file = _File(path, "load")
+    check_target("load", target)
+    file = _File(path, "load", target)
     if file.runs_otherwise():
         text = f"load: {file.path} says how its activations are quantized, and this gives its weights alone"
         warnings.warn(f"{printable(text)}. Use load_model, and run what it returns with its plan.", stacklevel=2)
     return file.params(like)
 
 
-def load_model(path: str | os.PathLike[str], *, like: Any = None) -> SavedModel:
+def load_model(path: str | os.PathLike[str], *, like: Any = None, target: Platform | None = None) -> SavedModel:
     """Reads what `save` wrote with everything that it takes to run it.
 
     Args:
       path: the file.
-      like: a template for the parameters; see `load`.
+      like, target: as for `load`.
 
     Returns:
       A `SavedModel`: ``params``, ``plan`` and ``state``, the last two None where none was saved.
@@ -261,15 +266,17 @@ def load_model(path: str | os.PathLike[str], *, like: Any = None) -> SavedModel:
       >>> bool((y == jq.quantized(fn, plan, state)(qparams, x)).all())
       True
     """
-    file = _File(path, "load_model")
+    check_target("load_model", target)
+    file = _File(path, "load_model", target)
     return SavedModel(file.params(like), None if file.plan is None else Plan.from_json(file.plan), file.state())
 
 
 class _File(SafetensorsFile):
     """A file of ours, or any other: its tree and its state have a `SavedArray` in the place of each array."""
 
-    def __init__(self, path: str | os.PathLike[str], function: str):
+    def __init__(self, path: str | os.PathLike[str], function: str, target: Platform | None = None):
         super().__init__(path, function=function)
+        self._target: Platform | None = target
         manifest = _manifest(self)
         if manifest is None:
             self.tree, self._state, self.plan = _by_names(self), None, None
@@ -278,8 +285,12 @@ class _File(SafetensorsFile):
             self.plan = manifest["plan"]
 
     def read(self, tree: Any) -> Any:
-        """The arrays of a tree, on the default device."""
-        return jax.tree.map(lambda entry: to_device(_array(self, entry)), tree)
+        """The arrays of a tree, on the default device, QTensors one after the other as the target has them."""
+
+        def one(leaf: Any) -> Any:
+            return lay_out(jax.tree.map(lambda entry: to_device(_array(self, entry)), leaf), self._target)
+
+        return jax.tree.map(one, tree, is_leaf=is_qtensor)
 
     def params(self, like: Any) -> Any:
         """The tree, in the containers of a template if there is one."""

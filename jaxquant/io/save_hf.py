@@ -13,7 +13,7 @@ import numpy as np
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.specs import QuantSpec
-from jaxquant.io.arrays import to_host
+from jaxquant.io.arrays import PackedLeaves, to_host
 from jaxquant.io.directory import SHARD_BYTES, Piece, json_bytes, lay_out, write_directory
 from jaxquant.io.export import AWQ, BITSANDBYTES, GPTQ, Layout, compressed_tensors
 from jaxquant.io.export.integers import is_stack
@@ -76,7 +76,8 @@ def save_hf(
     """
     # What is in memory has no name to be recognised by: a partial directory is never continued.
     source = {"memory": os.urandom(8).hex()}
-    write_hf(directory, params, layout_of(format, act), config or {}, source=source, shard_bytes=shard_bytes)
+    leaves = PackedLeaves(params)
+    write_hf(directory, leaves, layout_of(format, act), config or {}, source=source, shard_bytes=shard_bytes)
 
 
 def write_hf(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import FACTOR
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.backward import as_stored, lhs_gradient, rhs_gradient
+from jaxquant.ops.decoded import decoded_dot, fits
 from jaxquant.ops.formulation import is_float, product
 from jaxquant.ops.matrix import Axes, Matrix, canonical, matrix
 from jaxquant.ops.operands import (
@@ -59,6 +61,12 @@ class _Contraction(Call):
         return self._product(self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static))
 
     def _product(self, lhs: QTensor | jax.Array, rhs: QTensor | jax.Array) -> jax.Array:
+        portable = functools.partial(self._canonical_product, lhs, rhs)
+        if not fits(lhs) and not fits(rhs):
+            return portable()
+        return lax.platform_dependent(cpu=portable, default=functools.partial(self._decoded_product, lhs, rhs))
+
+    def _canonical_product(self, lhs: QTensor | jax.Array, rhs: QTensor | jax.Array) -> jax.Array:
         left, right = canonical(lhs, self.lhs_axes), canonical(rhs, self.rhs_axes)
         if left is None or right is None:  # scales that vary within a group: only real values are left to multiply
             return self._float(wide_values(lhs), wide_values(rhs))
@@ -69,6 +77,12 @@ class _Contraction(Call):
             return self._float(wide_values(lhs), wide_values(rhs))
         dtype = promoted(lhs.dtype, rhs.dtype)
         return product(left, right, self.precision, dtype, trained=trained).reshape(shape).astype(self.dtype)
+
+    def _decoded_product(self, lhs: Any, rhs: Any) -> jax.Array:
+        dtype, weight_first = promoted(lhs.dtype, rhs.dtype), not fits(rhs)
+        sides = (lhs, self.lhs_axes), (rhs, self.rhs_axes)
+        (x, x_axes), (w, w_axes) = reversed(sides) if weight_first else sides
+        return decoded_dot(x, w, x_axes, w_axes, self.precision, dtype, weight_first=weight_first).astype(self.dtype)
 
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
         return self._float(self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static))

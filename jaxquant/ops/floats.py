@@ -104,21 +104,28 @@ def scaled(out: jax.Array, rows: jax.Array | None, columns: jax.Array | None) ->
 def float_dot(left: jax.Array, right: jax.Array, along: tuple[int, int] = (2, 2), precision: Any = None) -> jax.Array:
     """The sum over an axis of each, [B, ., .] x [B, ., .], in the operands' dtype, and at least in float32.
 
-    On the CPU bfloat16 has a fast path to a float32 result alone, and one row has none.
+    On the CPU bfloat16 has a fast path to a float32 result alone, and one row has none. A TPU multiplies one row in its
+    vector units, and two, which one is padded to, in its matrix unit in a tenth of the time.
     """
 
-    def dot(left: jax.Array, right: jax.Array, **how: Any) -> jax.Array:
-        return lax.dot_general(left, right, (((along[0],), (along[1],)), ((0,), (0,))), **how)
+    def dot(left: jax.Array, right: jax.Array) -> jax.Array:
+        numbers = (((along[0],), (along[1],)), ((0,), (0,)))
+        if left.dtype in _NARROW:
+            return lax.dot_general(left, right, numbers, preferred_element_type=jnp.float32)
+        return lax.dot_general(left, right, numbers, precision=precision)
 
     def wide(left: jax.Array, right: jax.Array) -> jax.Array:
-        return dot(left.astype(jnp.float32), right.astype(jnp.float32), precision=precision)
+        return dot(left.astype(promoted(left.dtype, jnp.float32)), right.astype(promoted(right.dtype, jnp.float32)))
 
-    def narrow(left: jax.Array, right: jax.Array) -> jax.Array:
-        return dot(left, right, preferred_element_type=jnp.float32)
+    def padded(left: jax.Array, right: jax.Array) -> jax.Array:
+        pairs = zip((left, right), along, lone, strict=True)
+        left, right = (jnp.pad(x, [(0, 0), *[(0, int(one and i != axis)) for i in (1, 2)]]) for x, axis, one in pairs)
+        return dot(left, right)[:, : rows[0], : rows[1]]
 
-    if left.dtype not in _NARROW:
-        return dot(left, right, precision=precision)
-    rows = (x.shape[3 - axis] for x, axis in zip((left, right), along, strict=True))
-    if is_narrow("cpu", left.dtype) and min(map(number, rows)) > 1:
-        return narrow(left, right)
-    return lax.platform_dependent(left, right, cpu=wide, default=narrow)
+    rows = tuple(x.shape[3 - axis] for x, axis in zip((left, right), along, strict=True))
+    lone = tuple(number(n) == 1 for n in rows)
+    on_tpu = padded if any(lone) else dot
+    on_cpu = dot if left.dtype not in _NARROW or (is_narrow("cpu", left.dtype) and not any(lone)) else wide
+    if on_cpu is on_tpu is dot:
+        return dot(left, right)
+    return lax.platform_dependent(left, right, cpu=on_cpu, tpu=on_tpu, default=dot)

@@ -123,6 +123,8 @@ def _gather(q: QTensor, rows: jax.Array, axis: int) -> QTensor:
             return value
         return jnp.take(value, rows // (q.shape[axis] // value.shape[axis]), axis=axis, mode="clip")
 
+    if q.split == axis - q.ndim:
+        q = q.whole()
     stored = q.stored_order.index(axis)
     if stored == q.ndim - 1:
         q = q.unpermuted()
@@ -130,5 +132,6 @@ def _gather(q: QTensor, rows: jax.Array, axis: int) -> QTensor:
     if q.length is not None and stored == q.ndim - 1:  # packed along the very axis
         codes = jnp.take(q.logical_codes(), rows, axis=axis, mode="clip")
         return from_codes(codes, scale, zero_point, offset, qtype=q.qtype, dtype=q.dtype)
+    stored += q.split is not None and q.ndim + q.split < axis
     codes = jnp.take(q.codes, rows, axis=stored, mode="clip")
     return q.replace(codes=codes, scale=scale, zero_point=zero_point, offset=offset, permutation=of_rows(q.permutation))

@@ -15,7 +15,8 @@ from jaxquant.ops.lanes import LANES
 from jaxquant.ops.machine import FAST
 from jaxquant.programs.chips import Chip
 from jaxquant.programs.compilers import compiled, compiled_for, version
-from jaxquant.programs.costs import Collective, collectives, cycles, products, unestimated
+from jaxquant.programs.costs import Collective
+from jaxquant.programs.estimates import estimate
 from jaxquant.programs.hlo import Program
 from jaxquant.programs.weights import Reached, reached
 from jaxquant.transform.paths import is_qtensor, path_of
@@ -23,9 +24,6 @@ from jaxquant.transform.paths import is_qtensor, path_of
 __all__ = ["Explanation", "Use", "explain"]
 
 _WIDTH = 80
-_SCHEDULES = (
-    "set LIBTPU_INIT_ARGS=--xla_jf_dump_static_llo_profile_to=DIRECTORY before JAX starts (slow for large loops)"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +133,7 @@ class Explanation:
     def __str__(self) -> str:
         timed = self.target is not None
         head = ("path", "kernel", "read", "written", *(("estimate", "floor") if timed else ("limit",)))
-        rows = [head]
+        rows: list[tuple[str, ...]] = [head]
         for use in self.uses:
             last = (_time(use.seconds), _time(use.floor)) if timed else (f"{use.limit:.2f}x",)
             kernel = ", ".join(use.kernels) or "not found"
@@ -238,25 +236,20 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, target: str | None 
         _use(path, leaf, reached(program, numbers[path], leaf.size, loop=LANES, library=library), chip)
         for path, leaf in weights.items()
     )
-    memory = executable.memory_analysis()
-    temporaries = getattr(memory, "temp_size_in_bytes", None)
     if found is None or chip is None:
-        return Explanation(uses, temporaries)
-    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes
-    moved = (arguments + results + 2 * temporaries) / chip.bandwidth
-    seconds, missing = _estimate(program, chip, moved)
+        return Explanation(uses, getattr(executable.memory_analysis(), "temp_size_in_bytes", None))
+    costs = estimate(found, program)
+    compiler = f"{chip.compiler} ({version(found.where)})"
     return Explanation(
         uses,
-        temporaries,
-        Target(
-            chip.name, found.where.topology, found.devices, f"{chip.compiler} ({version(found.where)})", chip.memory
-        ),
-        arguments,
-        results,
-        seconds,
-        max((arguments + results) / chip.bandwidth, _arithmetic(program, chip)),
-        tuple(collectives(program)),
-        missing,
+        costs.temporaries,
+        Target(chip.name, found.where.topology, found.devices, compiler, chip.memory),
+        costs.arguments,
+        costs.results,
+        costs.seconds,
+        costs.floor,
+        costs.collectives,
+        costs.missing,
     )
 
 
@@ -280,27 +273,6 @@ def _use(path: tuple[Any, ...], leaf: Any, found: Reached, chip: Chip | None) ->
 def _finite(seconds: float | None) -> float | None:
     """NaN, of loops of unknown length, as None."""
     return None if seconds is None or math.isnan(seconds) else seconds
-
-
-def _estimate(program: Program, chip: Chip, moved: float) -> tuple[float | None, str]:
-    """Seconds, and why there are none."""
-    if chip.clock is None:
-        return moved, ""
-    if steps := unestimated(program):
-        names = ", ".join(steps[:3]) + (", ..." if len(steps) > 3 else "")
-        return None, f"{chip.compiler} gives none for {names}; {_SCHEDULES}"
-    total = cycles(program)
-    if total is None:
-        return None, f"{chip.compiler} gives none in this program"
-    if math.isnan(total):
-        return None, "the program has a loop whose length depends on values"
-    return max(total / chip.clock, moved), ""
-
-
-def _arithmetic(program: Program, chip: Chip) -> float:
-    """Seconds of all products at the peaks of their number types; loops of unknown length count once."""
-    found = ((product, program.times.get(name, 0.0)) for name, _, product in products(program))
-    return sum(p.operations * (1.0 if math.isnan(n) else n) / chip.peak(p.dtype) for p, n in found)
 
 
 def _parameter_numbers(params: Any) -> dict[tuple[Any, ...], int]:

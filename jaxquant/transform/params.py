@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxquant.core.affine import has_nan
 from jaxquant.core.blocks import block_shape, negative_axes
 from jaxquant.core.errors import QuantError, Refusals, printable, quant_error
-from jaxquant.core.qtensor import QTensor, dequantize
+from jaxquant.core.qtensor import Layout, QTensor, dequantize
 from jaxquant.core.specs import QuantSpec, Rule
+from jaxquant.core.targets import Platform, check_target, layout_for
 from jaxquant.ptq.gram import NeedsStatisticsError
 from jaxquant.ptq.rtn import rtn
 from jaxquant.transform.make_plan import check_rules
@@ -187,13 +188,21 @@ def _check_stats(path: str, stats: Any) -> None:
 
 
 def _quantized(
-    path: str, leaf: Any, spec: QuantSpec, layer: _Layer, method: Callable[..., QTensor], stats: Any
+    path: str,
+    leaf: Any,
+    spec: QuantSpec,
+    layer: _Layer,
+    method: Callable[..., QTensor],
+    stats: Any,
+    layout: Layout,
 ) -> QTensor:
     """One weight, or each of a stack, by a method; a lookup, which has no inputs, to nearest if that looks at them."""
 
     def by(method: Callable[..., QTensor]) -> QTensor:
         def one(w: jax.Array, known: Any) -> QTensor:
             q = method(w, spec, reduce_axes=layer.reduce_axes, stats=known)
+            if layout == "elements":
+                return q.laid_out(layout)
             return q if layer.contraction_minor else q.store(())
 
         for _ in range(layer.stacked):
@@ -221,6 +230,7 @@ def quantize_params(
     *,
     method: Callable[..., QTensor] = rtn,
     stats: Mapping[str, Any] | None = None,
+    target: Platform | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """Replaces the weights that rules name by `QTensor`s; the tree keeps its structure, the input is not changed.
@@ -241,6 +251,8 @@ def quantize_params(
       method: a quantizer ``(w, spec, *, reduce_axes, stats) -> QTensor``; see `jaxquant.ptq`. One that looks at inputs
         rounds to nearest what a plan knows to be only looked up: there are none.
       stats: path -> what the method wants to know about the inputs of that weight.
+      target: the platform that the codes will be read on, ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default the one where
+        the arrays are. It decides how codes lie in memory (`QTensor.laid_out`), and no value.
       progress: called after each weight with how many are done, and of how many.
 
     Returns:
@@ -260,6 +272,7 @@ def quantize_params(
     if not callable(method):
         todo = "Pass a function, such as method=jq.ptq.gptq"
         raise quant_error("quantize_params", "method must be a quantizer", todo=todo, method=method)
+    check_target("quantize_params", target)
     leaves, treedef = leaves_with_paths(params)
     if isinstance(plan, Plan):
         check_plan("quantize_params", plan, leaves)
@@ -279,7 +292,8 @@ def quantize_params(
     known = {path: (stats or {}).get(path) for path in assigned}
     # What a method misses should show before it has worked for long.
     for done, path in enumerate(sorted(assigned, key=lambda path: known[path] is not None), 1):
-        leaves[path] = _quantized(path, leaves[path], *assigned[path], method, known[path])
+        layout = layout_for(target, leaves[path])
+        leaves[path] = _quantized(path, leaves[path], *assigned[path], method, known[path], layout)
         if progress is not None:
             jax.block_until_ready(leaves[path])
             progress(done, len(assigned))

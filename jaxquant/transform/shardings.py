@@ -68,13 +68,16 @@ def leaf_specs(leaf: Any, cut: Cut) -> Any:
         return cut.spec(range(len(leaf.shape)))
     last = leaf.stored_order[-1] if leaf.ndim else None
     whole = Cut(cut.entries, tuple(0 if i == last else n for i, n in enumerate(cut.parts)), cut.names)
+    stored: list[int | None] = list(leaf.stored_order)
+    if leaf.split is not None:  # whole groups lie in each part
+        stored.insert(leaf.ndim + leaf.split + 1, None)
     specs = QTensor(
-        cut.spec(leaf.stored_order),
+        cut.spec(stored),
         _per_block(leaf.scale, cut),
         None if leaf.zero_point is None else _per_block(leaf.zero_point, cut),
         None if leaf.offset is None else _per_block(leaf.offset, cut),
         None if leaf.permutation is None else _per_block(leaf.permutation, whole),
-        qtype=leaf.qtype, dtype=leaf.dtype, minor=leaf.minor, length=leaf.length,
+        qtype=leaf.qtype, dtype=leaf.dtype, minor=leaf.minor, length=leaf.length, split=leaf.split,
     )  # fmt: skip
     return TrainedTensor(specs, leaf_specs(leaf.real, cut)) if isinstance(leaf, TrainedTensor) else specs
 
@@ -87,6 +90,8 @@ def whole_blocks(q: QTensor, cut: Cut) -> QTensor:
     """
     if q.permutation is not None and cut.parts[q.stored_order[-1]] > 1:
         q = q.unpermuted()
+    if q.split is not None and q.stored.shape[q.ndim + q.split] % cut.parts[q.ndim + q.split]:
+        q = q.whole()
     shape = q.shape
 
     def split(value: jax.Array) -> jax.Array:
@@ -115,7 +120,9 @@ def explicit_of(leaf: Any) -> NamedSharding | None:
     placed = explicit_of(leaf.codes)
     if placed is None:
         return None
-    stored = (*placed.spec, *(None,) * (leaf.ndim - len(placed.spec)))
+    stored = [*placed.spec, *(None,) * (len(leaf.stored.shape) - len(placed.spec))]
+    if leaf.split is not None:
+        del stored[leaf.ndim + leaf.split + 1]
     axes = (stored[leaf.stored_order.index(axis)] for axis in range(leaf.ndim))
     return NamedSharding(placed.mesh, PartitionSpec(*axes))
 
@@ -140,6 +147,13 @@ def _derived(path: str, leaf: Any, sharding: Any) -> Any:
     cut = Cut.of(sharding.mesh, sharding.spec, leaf.ndim)
     for axis, (n, parts) in enumerate(zip(leaf.shape, cut.parts, strict=True)):
         stored = packed_length(n, leaf.type.bits) if leaf.length is not None and leaf.stored_order[-1] == axis else n
+        blocks = leaf.stored.shape[axis] if leaf.split == axis - leaf.ndim else n
+        if blocks % parts:
+            raise quant_error(
+                "shardings", f"{blocks} {'blocks' if blocks != n else 'elements'} on axis {axis - leaf.ndim} cannot be "
+                f"cut into {parts} equal parts",
+                todo="Shard another axis, or fewer ways", path=path, spec=str(sharding.spec), shape=leaf.shape,
+            )  # fmt: skip
         if stored % parts:
             bytes_ = f", which are {stored} bytes of packed codes" if stored != n else ""
             raise quant_error(

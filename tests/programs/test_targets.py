@@ -6,6 +6,7 @@ Needs the compilers (extras ``aot-tpu`` and ``aot-gpu``); the tests of one that 
 import importlib.util
 import json
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,10 @@ def weight(spec, shape=(K, N)):
     return jax.eval_shape(make)
 
 
+def explained(*args, **kwargs) -> Any:
+    return jq.explain(*args, **kwargs)
+
+
 def product(spec):
     return lambda p, x: ops.dot_general(x, p["w"], MATMUL, spec=spec)
 
@@ -45,7 +50,7 @@ def x(rows=M):
 @needs_tpu
 def test_a_product_on_a_tpu():
     spec = recipes.w8a8()
-    found = jq.explain(product(spec), {"w": weight(spec)}, x(), target="TPU  v5e")
+    found = explained(product(spec), {"w": weight(spec)}, x(), target="TPU  v5e")
     use, chip = found["w"], CHIPS["tpu v5e"]
     assert use.kernels == ("int8",)
     assert use.written == 0
@@ -71,7 +76,7 @@ def test_a_longer_path_is_cut_to_the_width_of_a_terminal():
     spec = recipes.w8a16()
     path = "params/decoder/layers_of_the_second_half/feed_forward/up_projection/kernel/of_the_model"
     fn = lambda p, x: ops.dot_general(x, p[path], MATMUL, spec=spec)  # noqa: E731
-    found = jq.explain(fn, {path: weight(spec)}, x(), target="tpu v6e")
+    found = explained(fn, {path: weight(spec)}, x(), target="tpu v6e")
     assert found[path].path == path
     head, rule, row, *_ = str(found).splitlines()
     assert max(map(len, (head, rule, row))) <= 80
@@ -86,7 +91,7 @@ def test_stacked_layers_are_read_once_each():
     def fn(p, x):
         return jax.lax.scan(lambda x, q: (ops.dot_general(x, q, MATMUL, spec=spec), None), x, p["layers"])[0]
 
-    use = jq.explain(fn, {"layers": layers}, x(4096), target="tpu v5e")["layers"]
+    use = explained(fn, {"layers": layers}, x(4096), target="tpu v5e")["layers"]
     assert use.kernels == ("bfloat16",)
     assert use.floor == pytest.approx(5 * 2 * 4096 * K * K / 197e12)
     assert use.seconds > use.floor
@@ -103,7 +108,7 @@ def test_a_mesh_of_shapes_alone():
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(*axes)))
 
     q = q.replace(codes=place(q.codes, "model", "data"), scale=place(q.scale, None, "model"))
-    found = jq.explain(product(spec), {"w": q}, place(x(64), "data"), target="tpu v5e")
+    found = explained(product(spec), {"w": q}, place(x(64), "data"), target="tpu v5e")
     assert found.target.devices == 16
     assert found.target.topology == "v5e:4x4"
     gathered = {c.dtype: c.nbytes for c in found.collectives if c.kind == "all-gather"}
@@ -116,7 +121,7 @@ def test_a_mesh_of_shapes_alone():
 @pytest.mark.parametrize("target", ["h100", "a100"])
 def test_a_product_on_a_gpu(target):
     spec = recipes.w8a8()
-    found = jq.explain(product(spec), {"w": weight(spec)}, x(64), target=target)
+    found = explained(product(spec), {"w": weight(spec)}, x(64), target=target)
     assert found["w"].kernels == ("int8",)
     moved = found.arguments + found.results + 2 * found.temporaries
     assert found.seconds == pytest.approx(moved / CHIPS[target].bandwidth)

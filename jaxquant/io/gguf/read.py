@@ -12,6 +12,7 @@ import numpy as np
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import QTYPES
+from jaxquant.core.targets import Platform
 from jaxquant.io.arrays import placing
 from jaxquant.io.bits import stored
 from jaxquant.io.gguf.container import TensorInfo
@@ -51,6 +52,7 @@ def load_gguf(
     names: Literal["gguf", "hf"] = "gguf",
     dtype: Any = np.float32,
     sharding: Any = None,
+    target: Platform | None = None,
 ) -> tuple[dict[str, Any], GGUFInfo]:
     """Reads a GGUF file: quantized tensors become `QTensor`s with the codes and scales of the file.
 
@@ -71,6 +73,8 @@ def load_gguf(
         counterpart stays as it is.
       dtype: float dtype that QTensors dequantize to, rounded once.
       sharding: where to put each leaf as it is read, by the names in ``params``; as for `load_hf`.
+      target: the platform that codes are laid out for, ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default where they go. See
+        `jaxquant.lay_out`.
 
     Returns:
       ``(params, info)``: a flat dict from names to arrays and QTensors, and a `GGUFInfo`.
@@ -97,7 +101,7 @@ def load_gguf(
     Source: ggml's block layouts; each family's file in ``jaxquant/io/gguf`` has them. Reference: gguf 0.19.0.
     """
     leaves = GGUFLeaves(path, names=names, dtype=dtype)
-    place = placing(sharding, "load_gguf")
+    place = placing(sharding, "load_gguf", target)
     params = {name: place(name, leaves[name]) for name in leaves}
     architecture = leaves.file.metadata.get("general.architecture")
     architecture = architecture if isinstance(architecture, str) else None

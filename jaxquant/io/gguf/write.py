@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor, scale_values
-from jaxquant.io.arrays import to_host
+from jaxquant.io.arrays import PackedLeaves, to_host
 from jaxquant.io.gguf.container import TensorInfo, write_gguf
 from jaxquant.io.gguf.names import ARCHITECTURES, has_names, heads_of, interleave, norm_of_gemma, to_gguf
 from jaxquant.io.gguf.parts import BlockType, Parts, Scales
@@ -94,6 +94,7 @@ def save_gguf(
     if unknown := sorted(wanted.keys() - params.keys()):
         todo = "Use the names of params"
         raise quant_error("save_gguf", "types names tensors that are not there", todo=todo, names=tuple(unknown))
+    params = PackedLeaves(params)
     tensors: dict[str, TensorInfo] = {}
     source: dict[str, tuple[str, int | None]] = {}
     for key, leaf in params.items():

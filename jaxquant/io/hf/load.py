@@ -13,6 +13,7 @@ import numpy as np
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import Rule
+from jaxquant.core.targets import Platform
 from jaxquant.io.arrays import placing, to_device
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
@@ -72,6 +73,7 @@ def load_hf(
     names: NameMap | None = None,
     dtype: Any = None,
     sharding: Any = None,
+    target: Platform | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[dict[str, Any], CheckpointInfo]:
     """Reads a Hugging Face directory, whatever library quantized it; codes are taken over unchanged.
@@ -90,6 +92,8 @@ def load_hf(
       dtype: float dtype for arrays and for what QTensors dequantize to; by default that of the checkpoint.
       sharding: where to put each leaf as it is read: a `jax.sharding.Sharding`, or a dict or function from the names in
         the result ("/" between the keys) to one or None. Arrays of a QTensor follow as in `jaxquant.shardings`.
+      target: the platform that codes are laid out for, ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default where they go. See
+        `jaxquant.lay_out`.
       shapes: (out, in), or the shape of a convolution's kernel, of modules whose file does not say it (quanto, int4 and
         int2).
 
@@ -128,7 +132,7 @@ def load_hf(
     plain = {name: checkpoint.tensors[name] for name in leaves.plain}
     assignment = assign(plain, rules or (), checkpoint.error, checkpoint.config)
     assigned = assignment.weights
-    place = placing(sharding, _FUNCTION)
+    place = placing(sharding, _FUNCTION, target)
     targets = None if names is None else names.resolve(leaves, checkpoint.error)
     result: dict[str, Any] = {}
     for name in leaves:
@@ -138,10 +142,10 @@ def load_hf(
             leaf = _quantized(checkpoint, name, leaf, assigned[name])
             leaves.described[name] = f"{leaf!r}, from {stored}"
         if targets is not None:
-            target = targets[name]
-            if target is None:
+            renamed = targets[name]
+            if renamed is None:
                 continue
-            path, turn = target
+            path, turn = renamed
             leaf = leaf if turn is None else turn(leaf)
         result[path] = place(path, leaf)
     info = CheckpointInfo(

@@ -1,0 +1,80 @@
+"""Which layout of codes a platform reads fastest."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, get_args
+
+import jax
+import jax.core
+
+from jaxquant.core.errors import quant_error
+from jaxquant.core.qtensor import Layout, QTensor
+
+__all__ = ["Platform", "check_target", "lay_out", "layout_for", "platform_of"]
+
+Platform = Literal["cpu", "tpu", "gpu"]
+"""What codes are laid out for."""
+
+_LAYOUTS: dict[str, Layout] = {"cpu": "packed", "tpu": "elements", "gpu": "elements"}
+
+
+def check_target(function: str, target: Any) -> None:
+    """Raises if a target is no platform."""
+    if target is not None and target not in get_args(Platform):
+        todo = "Use 'cpu', 'tpu' or 'gpu', or leave it out for where the arrays are"
+        raise quant_error(function, "target is no platform that codes are laid out for", todo=todo, target=target)
+
+
+def platform_of(x: Any) -> str:
+    """Where an array is, or would be made."""
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+        platform = next(iter(x.devices())).platform
+    else:
+        platform = jax.default_backend()
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def layout_for(target: Platform | None, x: Any) -> Layout:
+    """The layout for a target, or for where an array is."""
+    return _LAYOUTS.get(target or platform_of(x), "packed")
+
+
+def lay_out(params: Any, target: Platform | None = None) -> Any:
+    """The same parameters with codes as a platform reads them fastest.
+
+    Where codes lie is a matter of the platform. A CPU reads bytes whose bits are packed along what is contracted; the
+    compilers of TPUs and GPUs decode within the product only what has one code per element, and write a float weight to
+    memory otherwise. `quantize_params` and the checkpoint readers lay codes out for where they go; this does it for
+    parameters that go somewhere else. It is done once, before the first step, one weight at a time, and changes no
+    value. Under `jax.eval_shape` it plans for a machine that is not there.
+
+    Args:
+      params: a tree with QTensors.
+      target: ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default where each array is.
+
+    Returns:
+      The tree; QTensors whose columns are permuted (GPTQ's act-order) stay as they are.
+
+    Raises:
+      QuantError: if the target is none of these.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> w = jq.quantize(jnp.eye(64), jq.QuantSpec("int4", granularity="per_group", group_size=32), reduce_axes=(-2,))
+      >>> jq.lay_out({"w": w}, "tpu")["w"]
+      QTensor(int4[64, 64] -> float32, group 32 on axis -2, symmetric, 2.5 KiB, one code per element)
+    """
+    check_target("lay_out", target)
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, QTensor) or x.lies(layout := layout_for(target, x.stored)):
+            return x
+        return _laid_out(x, layout)
+
+    return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, QTensor))
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _laid_out(q: QTensor, layout: Layout) -> QTensor:
+    return q.laid_out(layout)

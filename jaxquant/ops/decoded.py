@@ -1,0 +1,282 @@
+"""Products on TPUs and GPUs with a weight that has one code per element: the float program's dot, of decoded codes.
+
+    y = sum_{b, k}  x[.., b, k]  ((c[b, k, n] - z[g(b, k), n]) s[g(b, k), n])
+
+Decoding is elementwise, so that XLA fuses it into the product's operand and writes no float weight to memory. For that
+nothing may stand between decoding and the product. An axis with groups is stored as two, blocks of rows and the rows of
+a block (`QTensor.laid_out`); the activation's axis is cut alike, and the product sums over both. A reshape of the
+codes, or of scales that are repeated, would be written to memory first. Where a block holds several groups, its scales
+are selected by row. Scales are applied in float32, since the vector units of many TPUs have no bfloat16, and values are
+rounded to the activation's dtype as by `jaxquant.ops.floats`.
+
+Where values are exact in that dtype but for one scale per channel, codes are multiplied, and the scale is applied to
+the sums. With few rows so is that of each group: one dot for each, all in one batched dot, whose results are few.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.core.arithmetic import promoted
+from jaxquant.core.codec import values_of
+from jaxquant.core.layout import number
+from jaxquant.core.qtensor import QTensor, flat, scale_values
+from jaxquant.ops.digits import is_highest
+from jaxquant.ops.matrix import Axes
+from jaxquant.ops.trained import TrainedTensor
+
+__all__ = ["decoded_dot", "fits"]
+
+_NARROW = (jnp.bfloat16, jnp.float16)
+_TPU_ROWS, _TPU_GROUP = 16, 128  # up to so many rows, from such groups on, a batched dot is faster on a TPU
+
+
+def fits(w: Any) -> bool:
+    """Whether an operand is a stored weight with one code per element, and groups along one axis at most."""
+    if not isinstance(w, QTensor) or isinstance(w, TrainedTensor):
+        return False
+    if w.layout != "elements" or w.permutation is not None:
+        return False
+    cut = [i - w.ndim for i, (n, s) in enumerate(zip(w.shape, w.scale.shape, strict=True)) if 1 < s < n]
+    return cut == ([] if w.split is None else [w.split])
+
+
+class _Numbers(NamedTuple):
+    """Axes of a dot, of the left operand and of the right one."""
+
+    contract: tuple[tuple[int, ...], tuple[int, ...]]
+    batch: tuple[tuple[int, ...], tuple[int, ...]]
+
+    def free(self, side: int, ndim: int) -> list[int]:
+        """The other axes of an operand."""
+        return [i for i in range(ndim) if i not in (*self.contract[side], *self.batch[side])]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """A product, the weight on the right, with the weight's axis of groups cut in two on both sides.
+
+    Attributes:
+      x: the activation's values or codes.
+      rows: its scales, or None.
+      w: the weight.
+      numbers: the axes of x and of the weight's codes.
+      at: the axis of the weight's blocks in its codes; None where it has no groups.
+      multiplied: the dtype of values.
+      precision: of the call.
+    """
+
+    x: jax.Array
+    rows: jax.Array | None
+    w: QTensor
+    numbers: _Numbers
+    at: int | None
+    multiplied: Any
+    precision: Any
+
+    @property
+    def wide(self) -> Any:
+        """The dtype of sums, and of what becomes of scales."""
+        return promoted(self.multiplied, jnp.float32)
+
+    @property
+    def group(self) -> int:
+        """Elements that share a scale along the axis of groups."""
+        assert self.w.split is not None
+        return self.w.shape[self.w.split] // self.w.scale.shape[self.w.split]
+
+    def run(self) -> jax.Array:
+        """[batch, rows of x, rows of the weight], before the scales of x."""
+        if self.at is None or self.at not in self.numbers.contract[1]:
+            return self._one_dot()
+        rows = math.prod(number(self.x.shape[i]) for i in self.numbers.free(0, self.x.ndim))
+        others = [i if i < self.at else i - 1 for i in self.numbers.contract[1] if i not in (self.at, self.at + 1)]
+        apart = all(self.w.scale.shape[i] == 1 for i in others)  # scales change along the axis of groups alone
+        exact = self.w.type.kind in ("int", "float") and self.w.symmetric and apart
+        on_tpu = exact and rows <= _TPU_ROWS and self.group >= _TPU_GROUP
+        on_gpu = exact and self.w.type.kind == "int" and rows <= self.group // 4  # results no larger than the weight
+        if not (on_tpu or on_gpu):
+            return self._one_dot()
+
+        def batched() -> jax.Array:
+            return self._batched_dot().astype(self.wide if self.rows is not None else self.multiplied)
+
+        how = {True: batched, False: self._one_dot}
+        return lax.platform_dependent(tpu=how[on_tpu], default=how[on_gpu])
+
+    def _one_dot(self) -> jax.Array:
+        values, columns = self._values()
+        result = self.multiplied if columns is None and self.rows is None else self.wide
+        x = self.x.astype(self.multiplied)
+        out = _dot(x, values, self.numbers, self.precision, result)
+        if columns is None:
+            return out
+        return out * _over_result(columns, self.numbers, 1, out.ndim)
+
+    def _values(self) -> tuple[jax.Array, jax.Array | None]:
+        """The weight's values, and scales that are left for the sums, or None."""
+        w, scale, zero_point = self.w, scale_values(self.w.scale).astype(self.wide), self.w.zero_point
+        whole = zero_point is None or jnp.issubdtype(zero_point.dtype, jnp.integer)
+        contracted = self.numbers.contract[1] if self.at is None else ()
+        one = self.at is None and all(scale.shape[i] == 1 for i in contracted) and w.offset is None and whole
+        if one and w.type.kind in ("int", "float"):
+            if zero_point is None:
+                return _grid(w, self.multiplied), scale
+            return (_grid(w, self.wide) - zero_point.astype(self.wide)).astype(self.multiplied), scale
+        values = _grid(w, self.wide)
+        if zero_point is not None:
+            values = values - self._by_row(zero_point.astype(self.wide))
+        values = values * self._by_row(scale)
+        if w.offset is not None:
+            values = values + self._by_row(flat(w.offset).astype(self.wide))
+        return values.astype(self.multiplied), None
+
+    def _by_row(self, value: jax.Array) -> jax.Array:
+        """A value per group, against blocks of rows."""
+        if self.at is None:
+            return value
+        size = self.w.stored.shape[self.at + 1]
+        groups = size // self.group
+        if value.shape[self.at] == 1 or groups == 1:
+            return jnp.expand_dims(value, self.at + 1)
+        parts = value.reshape(*value.shape[: self.at], -1, groups, *value.shape[self.at + 1 :])
+        row = lax.broadcasted_iota(jnp.int32, [size if i == self.at + 1 else 1 for i in range(parts.ndim)], self.at + 1)
+        found = lax.slice_in_dim(parts, 0, 1, axis=self.at + 1)
+        for i in range(1, groups):
+            found = jnp.where(row // self.group == i, lax.slice_in_dim(parts, i, i + 1, axis=self.at + 1), found)
+        return found
+
+    def _batched_dot(self) -> jax.Array:
+        """One dot for each group, their scales, and the sum."""
+        assert self.at is not None
+        (xc, wc), (xb, wb) = self.numbers
+        place = wc.index(self.at)
+        cut = xc[place]
+        x, codes = self._regrouped(self.x, cut), self._regrouped(_grid(self.w, None), self.at)
+        integers = x.dtype == jnp.int8
+        multiplied = jnp.int8 if integers else self.multiplied
+        rest = [i for i in range(len(xc)) if i != place]
+        numbers = _Numbers((tuple(xc[i] for i in rest), tuple(wc[i] for i in rest)), ((*xb, cut), (*wb, self.at)))
+        sums = jnp.int32 if integers else self.wide
+        out = _dot(x.astype(multiplied), codes.astype(multiplied), numbers, self.precision, sums, at_least=2)
+        scale = jnp.expand_dims(scale_values(self.w.scale).astype(self.wide), self.at + 1)
+        return jnp.sum(out * _over_result(scale, numbers, 1, out.ndim), axis=len(xb))
+
+    def _regrouped(self, x: jax.Array, at: int) -> jax.Array:
+        """Blocks of rows as groups. (Free where a block is one; elsewhere on a GPU.)"""
+        return x.reshape(*x.shape[:at], -1, self.group, *x.shape[at + 2 :])
+
+
+def decoded_dot(
+    x: QTensor | jax.Array,
+    w: QTensor,
+    x_axes: Axes,
+    w_axes: Axes,
+    precision: Any,
+    dtype: Any,
+    *,
+    weight_first: bool,
+) -> jax.Array:
+    """The product, [batch, rows of the left, rows of the right], in ``dtype`` or in float32 at least.
+
+    Args:
+      x: the activation.
+      w: a weight that `fits`.
+      x_axes, w_axes: of both.
+      precision: of the call.
+      dtype: of the float product, by the operands' own dtypes.
+      weight_first: whether the weight is the left operand.
+    """
+    multiplied = dtype if dtype in _NARROW and not is_highest(precision) else promoted(dtype, jnp.float32)
+    values: Any = x
+    rows = None
+    if isinstance(x, QTensor) and not (x.symmetric and all(x.scale.shape[i] == 1 for i in x_axes.contract)):
+        values = x.dequantize(multiplied)  # exact for the MX formats
+    elif isinstance(x, QTensor):
+        rows = scale_values(x.scale)
+        integers = x.type.kind == "int"
+        values = x.logical_codes() if integers else values_of(x.logical_codes(), x.type, multiplied)
+    at = None if w.split is None else w.ndim + w.split
+    values, numbers = _aligned(values, w, x_axes, w_axes, at)
+    out = _Product(values, rows, w, numbers, at, multiplied, precision).run()
+    batch, x_rows = ([x.shape[i] for i in part] for part in (x_axes.batch, x_axes.rows))
+    w_rows = [w.shape[i] for i in w_axes.rows]
+    out = out.reshape(*batch, *x_rows, *w_rows)
+    if rows is not None:
+        own = [rows.shape[i] for i in x_axes.batch + x_axes.rows]
+        out = out * jnp.transpose(rows, x_axes.order).reshape(own + [1] * len(w_rows))
+    if not weight_first:
+        return out
+    n, m = len(batch), len(x_rows)
+    return jnp.transpose(out, (*range(n), *range(n + m, out.ndim), *range(n, n + m)))
+
+
+def _grid(w: QTensor, dtype: Any) -> jax.Array:
+    """Grid values of codes as they are stored: an axis of groups in two. In a dtype, or None: as they are."""
+    info = w.type
+    if not w.in_int4:
+        codes = w.whole().logical_codes()
+        values = codes if dtype is None and info.kind == "int" else values_of(codes, info, dtype or jnp.float32)
+        return values.reshape(w.stored.shape)
+    if info.kind == "float":
+        values = lax.bitcast_convert_type(w.stored, jnp.dtype(info.element))
+        return values if dtype is None else values.astype(dtype)
+    if info.kind == "int" and info.signed:
+        return w.stored if dtype is None else w.stored.astype(dtype)
+    if info.kind == "int":
+        return w.stored.astype(dtype or jnp.int8) + 8
+    return values_of((w.stored.astype(jnp.int8) + 8).astype(jnp.uint8), info, dtype or jnp.float32)
+
+
+def _aligned(x: jax.Array, w: QTensor, x_axes: Axes, w_axes: Axes, at: int | None) -> tuple[jax.Array, _Numbers]:
+    """An activation whose contracted axes are cut as those of the weight's codes, and the axes of both."""
+    pairs = list(zip(x_axes.contract, w_axes.contract, strict=True))
+    cut = next((i for i, j in pairs if j == at), None)
+    in_x = lambda i: i + (cut is not None and i > cut)  # noqa: E731
+    in_w = lambda j: j + (at is not None and j > at)  # noqa: E731
+    if at is not None and cut is not None:
+        x = x.reshape(*x.shape[:cut], *w.stored.shape[at : at + 2], *x.shape[cut + 1 :])
+    contract = [(in_x(i), in_w(j)) for i, j in pairs]
+    if at is not None and cut is not None:
+        contract.insert(contract.index((cut, at)) + 1, (cut + 1, at + 1))
+    xc, wc = zip(*contract, strict=True) if contract else ((), ())
+    return x, _Numbers((xc, wc), (tuple(map(in_x, x_axes.batch)), tuple(map(in_w, w_axes.batch))))
+
+
+def _dot(x: jax.Array, w: jax.Array, numbers: _Numbers, precision: Any, dtype: Any, at_least: int = 1) -> jax.Array:
+    """The dot. One row, or one column, is padded to two: a TPU would multiply it in its vector units, in ten times the
+    time, and a GPU would decode the weight on its own (``at_least``).
+    """
+
+    def plain(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.dot_general(
+            x, w, (numbers.contract, numbers.batch), precision=precision, preferred_element_type=dtype
+        )
+
+    free = [numbers.free(side, v.ndim) for side, v in enumerate((x, w))]
+    lone = [bool(axes) and all(v.shape[i] == 1 for i in axes) for axes, v in zip(free, (x, w), strict=True)]
+    if not any(lone):
+        return plain(x, w)
+
+    def padded(x: jax.Array, w: jax.Array) -> jax.Array:
+        shape = jax.eval_shape(plain, x, w).shape
+        pairs = zip((x, w), free, lone, strict=True)
+        out = plain(*(jnp.pad(v, [(0, int(one and i == axes[0])) for i in range(v.ndim)]) for v, axes, one in pairs))
+        return lax.slice(out, [0] * out.ndim, shape)
+
+    return lax.platform_dependent(x, w, tpu=padded, default=padded if at_least > 1 else plain)
+
+
+def _over_result(scale: jax.Array, numbers: _Numbers, side: int, ndim: int) -> jax.Array:
+    """Scales of the weight, one for all that is contracted, against [batch, rows of x, rows of the weight]."""
+    batch, rows = numbers.batch[side], numbers.free(side, scale.ndim)
+    scale = jnp.transpose(scale, (*batch, *rows, *numbers.contract[side]))
+    scale = scale.reshape(scale.shape[: len(batch) + len(rows)])
+    others = ndim - len(batch) - len(rows)
+    return scale.reshape(*scale.shape[: len(batch)], *(1,) * others, *scale.shape[len(batch) :])

@@ -1,0 +1,72 @@
+"""What a compiled program takes on its target, as its compiler estimates it, and the least that it could take."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from jaxquant.programs.chips import Chip
+from jaxquant.programs.compilers import Compiled
+from jaxquant.programs.costs import Collective, collectives, cycles, products, unestimated
+from jaxquant.programs.hlo import Program
+
+__all__ = ["Estimate", "estimate"]
+
+_SCHEDULES = "set LIBTPU_INIT_ARGS=--xla_jf_dump_static_llo_profile_to=DIRECTORY before JAX starts"
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes and seconds on one device.
+
+    Attributes:
+      arguments, results, temporaries: bytes.
+      cycles: what the TPU compiler estimates for all steps; None of another, or where it does not for one.
+      seconds: the longer of these cycles, and of reading arguments and writing results once and temporaries twice.
+      floor: arguments and results at the bandwidth of the memory, or all products at the peak of their number types,
+        whichever takes longer. Loops of unknown length count once.
+      missing: why ``seconds`` is None; else empty.
+      collectives: transfers between devices.
+    """
+
+    arguments: int
+    results: int
+    temporaries: int
+    cycles: float | None
+    seconds: float | None
+    floor: float
+    missing: str
+    collectives: tuple[Collective, ...]
+
+
+def estimate(compiled: Compiled, program: Program | None = None) -> Estimate:
+    """Reads a program that was compiled for a target."""
+    chip = compiled.where.chip
+    program = Program(compiled.executable.as_text()) if program is None else program
+    memory = compiled.executable.memory_analysis()
+    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    temporaries = memory.temp_size_in_bytes
+    total, missing = _cycles(program, chip)
+    moved = (arguments + results + 2 * temporaries) / chip.bandwidth
+    seconds = None if missing else max(moved, 0.0 if total is None or chip.clock is None else total / chip.clock)
+    floor = max((arguments + results) / chip.bandwidth, _arithmetic(program, chip))
+    return Estimate(arguments, results, temporaries, total, seconds, floor, missing, tuple(collectives(program)))
+
+
+def _cycles(program: Program, chip: Chip) -> tuple[float | None, str]:
+    """The compiler's cycles, and why there are none where there should be."""
+    if chip.clock is None:
+        return None, ""
+    if steps := unestimated(program):
+        names = ", ".join(steps[:3]) + (", ..." if len(steps) > 3 else "")
+        return None, f"{chip.compiler} gives none for {names}; {_SCHEDULES}"
+    total = cycles(program)
+    if total is not None and math.isnan(total):
+        return None, "the program has a loop whose length depends on values"
+    return total, ""
+
+
+def _arithmetic(program: Program, chip: Chip) -> float:
+    """Seconds of all products at the peaks of their number types."""
+    found = ((product, program.times.get(name, 0.0)) for name, _, product in products(program))
+    return sum(p.operations * (1.0 if math.isnan(n) else n) / chip.peak(p.dtype) for p, n in found)

@@ -1,0 +1,168 @@
+"""Codes as a platform reads them: the same values to the bit, through everything that takes a QTensor."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxquant as jq
+from jaxquant import QuantError, ops, recipes
+from jaxquant.core.views import by_layer, slice_along, transpose
+
+SPECS = {
+    "int4 g8": jq.QuantSpec("int4", granularity="per_group", group_size=8),
+    "uint4 g8": jq.QuantSpec("uint4", granularity="per_group", group_size=8, symmetric=False),
+    "int3 g8": jq.QuantSpec("int3", granularity="per_group", group_size=8),
+    "uint2": jq.QuantSpec("uint2", symmetric=False),
+    "int5 g8": jq.QuantSpec("int5", granularity="per_group", group_size=8),
+    "int4": jq.QuantSpec("int4"),
+    "int8 g8": jq.QuantSpec("int8", granularity="per_group", group_size=8),
+    "int8": jq.QuantSpec("int8"),
+    "nf4 g8": jq.QuantSpec("nf4", granularity="per_group", group_size=8),
+    "float4 g8": jq.QuantSpec("float4_e2m1fn", granularity="per_group", group_size=8),
+    "mxfp4": jq.QuantSpec("mxfp4"),
+    "nvfp4": jq.QuantSpec("nvfp4"),
+    "mxfp8": jq.QuantSpec("mxfp8"),
+    "float8": jq.QuantSpec("float8_e4m3fn"),
+}
+
+
+def weight(name, shape=(64, 24), axes=(-2,), seed=0):
+    values = np.random.default_rng(seed).standard_normal(shape) * np.linspace(0.5, 2, shape[-1])
+    return jq.quantize(jnp.asarray(values, jnp.float32), SPECS[name], reduce_axes=axes).store(axes)
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("name", SPECS)
+def test_there_and_back(name):
+    q = weight(name)
+    there = jq.lay_out(q, "tpu")
+    np.testing.assert_array_equal(there.dequantize(), q.dequantize())
+    same(jq.lay_out(there, "cpu"), q)
+    assert jq.lay_out(there, "gpu") is there
+    assert there.shape == q.shape
+    assert there.nbytes <= q.nbytes * (8 / q.type.bits if q.type.packed else 1)
+    if q.type.bits == 4:
+        assert there.nbytes == q.nbytes
+        assert "one code per element" in repr(there)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(sorted(SPECS)),
+    lead=st.lists(st.integers(1, 3), max_size=1),
+    heads=st.sampled_from([(), (2,)]),
+    contracted=st.sampled_from([(32,), (2, 32)]),
+)
+def test_any_shape(name, lead, heads, contracted):
+    shape = (*lead, *contracted, *heads, 3)
+    axes = tuple(range(-len(contracted) - len(heads) - 1, -len(heads) - 1))
+    q = weight(name, shape, axes)
+    there = q.laid_out("elements")
+    np.testing.assert_array_equal(there.dequantize(), q.dequantize())
+    np.testing.assert_array_equal(there.laid_out("packed", axes).dequantize(), q.dequantize())
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("name", ["int4 g8", "nf4 g8", "uint2", "mxfp8"])
+def test_views(name):
+    q = weight(name, (3, 64, 24), (-2,))
+    there, values = q.laid_out("elements"), np.asarray(q.dequantize())
+    np.testing.assert_array_equal(transpose(there, (0, 2, 1)).dequantize(), values.transpose(0, 2, 1))
+    np.testing.assert_array_equal(slice_along(there, 1, 8, 16).dequantize(), values[:, 8:24])
+    np.testing.assert_array_equal(slice_along(there, 1, 3, 7).dequantize(), values[:, 3:10])
+    np.testing.assert_array_equal(jax.tree.map(lambda v: v[1], by_layer(there)).dequantize(), values[1])
+    stacked = jax.tree.map(lambda *v: jnp.stack(v), there, there)
+    np.testing.assert_array_equal(jax.vmap(lambda q: q.dequantize())(stacked)[1], values)
+    _, layers = jax.lax.scan(lambda c, q: (c, q.dequantize()), 0, there)
+    np.testing.assert_array_equal(layers, values)
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("axis", [0, 1])
+def test_lookups(axis):
+    q = weight("int4 g8", (32, 64), (-1,))
+    there = q.laid_out("elements")
+    rows = jnp.array([3, 0, 31])
+    np.testing.assert_array_equal(ops.take(there, rows, axis=axis), jnp.take(q.dequantize(), rows, axis=axis))
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("name", ["int4 g8", "int4", "nf4 g8", "int8"])
+def test_quantize_params_lays_out_for_its_target(name):
+    w = jnp.asarray(np.random.default_rng(1).standard_normal((64, 16)), jnp.float32)
+    fn, x = (lambda p, x: x @ p["w"]), jnp.ones((2, 64))
+    plan = jq.make_plan(fn, {"w": w}, x, rules=[jq.Rule("w", jq.OpSpec(SPECS[name]))])
+    here, there = (jq.quantize_params({"w": w}, plan, target=target)["w"] for target in ("cpu", "tpu"))
+    np.testing.assert_array_equal(here.dequantize(), there.dequantize())
+    assert here.layout == "packed"
+    shapes = jax.eval_shape(lambda p: jq.quantize_params(p, plan, target="tpu"), {"w": w})["w"]
+    assert jax.tree.structure(shapes) == jax.tree.structure(there)
+    assert shapes.nbytes == there.nbytes
+    np.testing.assert_allclose(jq.quantized(fn, plan)({"w": there}, x), x @ here.dequantize(), rtol=2e-4, atol=2e-4)
+
+
+def test_files_have_packed_codes(tmp_path):
+    params = {name: weight(name) for name in ("int4 g8", "nf4 g8", "int8", "mxfp4")}
+    there = jq.lay_out(params, "tpu")
+    jq.io.save(tmp_path / "here.safetensors", params)
+    jq.io.save(tmp_path / "there.safetensors", there)
+    assert (tmp_path / "here.safetensors").read_bytes() == (tmp_path / "there.safetensors").read_bytes()
+    same(jq.io.load(tmp_path / "there.safetensors"), params)
+    same(jq.io.load(tmp_path / "there.safetensors", target="tpu"), there)
+    with pytest.raises(QuantError, match="no platform"):
+        jq.io.load(tmp_path / "there.safetensors", target="v5e")
+
+
+def test_checkpoints_of_others(tmp_path):
+    spec = jq.QuantSpec("int4", granularity="per_group", group_size=32, scale_dtype="float16")
+    w = jq.quantize(
+        jnp.asarray(np.random.default_rng(0).standard_normal((64, 64)), jnp.float32), spec, reduce_axes=(-1,)
+    )
+    params = {"lm_head.weight": w, "norm.weight": jnp.ones(64)}
+    there = jq.lay_out(params, "tpu")
+    jq.io.save_hf(tmp_path / "here", params)
+    jq.io.save_hf(tmp_path / "there", there)
+    names = [f.name for f in (tmp_path / "here").glob("*.safetensors")]
+    for name in names:
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+    found, _ = jq.io.load_hf(tmp_path / "there", target="tpu")
+    assert found["lm_head.weight"].layout == "elements"
+    np.testing.assert_array_equal(found["lm_head.weight"].dequantize(jnp.float32), w.dequantize())
+    metadata = {"general.architecture": "llama"}
+    jq.io.save_gguf(tmp_path / "m.gguf", {"output.weight": there["lm_head.weight"]}, metadata=metadata)
+    found, _ = jq.io.load_gguf(tmp_path / "m.gguf", target="tpu")
+    np.testing.assert_array_equal(found["output.weight"].dequantize(), w.dequantize())
+
+
+def test_shardings_cut_whole_groups():
+    mesh = AbstractMesh((4, 2), ("data", "model"))
+    q = weight("int4 g8", (64, 24)).laid_out("elements")
+    found = jq.shardings({"w": q}, {"w": NamedSharding(mesh, P("data", "model"))})["w"]
+    assert tuple(found.codes.spec) == ("data", None, "model")
+    assert tuple(found.scale.spec) == ("data", "model")
+    with pytest.raises(QuantError, match="6 blocks"):
+        jq.shardings({"w": weight("int4 g8", (48, 24)).laid_out("elements")}, {"w": NamedSharding(mesh, P("data"))})
+
+
+def test_targets_that_are_none():
+    with pytest.raises(QuantError, match="no platform"):
+        jq.lay_out(weight("int4"), "tpu v5e")
+    with pytest.raises(QuantError, match="no platform"):
+        jq.quantize_params({"kernel": jnp.ones((4, 4))}, [jq.Rule(".*", recipes.w8a16())], target="cuda")
+
+
+def test_arithmetic_on_int4_is_refused():
+    q = weight("int4 g8").laid_out("elements")
+    with pytest.raises(QuantError, match="computed with them"):
+        jax.tree.map(lambda v: v.astype(jnp.float32) * 0.5, q).dequantize()
