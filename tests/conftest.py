@@ -15,6 +15,10 @@ and `pytest --fast-sample N` runs one in N of the others, where even those are t
 
 A sample depends on nothing but the tests' names: it is the same on every machine and in every order of collection.
 
+Programs are compiled without most of LLVM's optimizations, and by XLA's older and quicker generator of code: almost all
+of them run once, and compiling takes a third of the time so. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` compiles them as
+users do; .ci/run takes samples of that.
+
 No test measures time and none uses the network; a connection attempted from Python raises.
 """
 
@@ -23,7 +27,14 @@ import os
 import socket
 import zlib
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        # Before those of the caller, which count more.
+        f"--xla_cpu_use_fusion_emitters={os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1') == '0'}".lower(),
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+    ]
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
@@ -42,6 +53,13 @@ def pytest_addoption(parser):
     group.addoption("--slow", action="store_true", help="run the slow tests too")
     group.addoption("--slow-sample", type=int, default=0, metavar="N", help="run one slow test in N, always the same")
     group.addoption("--fast-sample", type=int, default=0, metavar="N", help="run one fast test in N, always the same")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Of two processes each starts with half of the tests, in order: what a file compiles once is compiled in one."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"
 
 
 collect_ignore = ["fuzz", "golden"]  # programs: they need a fuzzer, and the libraries that write the references

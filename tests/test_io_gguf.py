@@ -338,20 +338,20 @@ W = weight((4, 64))
 @pytest.mark.parametrize(
     "leaf, rule",
     [
-        (quantized(W, "int4", scale_dtype="float32"), "each scale must be a float16 number"),
-        (quantized(W, "int4", group_size=16), "a group of Q4_0 has 32 elements"),
-        (quantized(weight((4, 48)), "int8", group_size=16), "whole blocks of 32"),
-        (quantized(W, "int3"), "without quantizing anew"),
-        (quantized(W, "uint4", symmetric=False), "without quantizing anew"),
-        (quantized(W, "nvfp4"), "no scale of the whole tensor"),
-        (jnp.ones(3, jnp.complex64), "not an array"),
-        (jnp.ones((1, 1, 1, 1, 1)), "at most four axes"),
-        ("text", "not an array"),
+        (lambda: quantized(W, "int4", scale_dtype="float32"), "each scale must be a float16 number"),
+        (lambda: quantized(W, "int4", group_size=16), "a group of Q4_0 has 32 elements"),
+        (lambda: quantized(weight((4, 48)), "int8", group_size=16), "whole blocks of 32"),
+        (lambda: quantized(W, "int3"), "without quantizing anew"),
+        (lambda: quantized(W, "uint4", symmetric=False), "without quantizing anew"),
+        (lambda: quantized(W, "nvfp4"), "no scale of the whole tensor"),
+        (lambda: jnp.ones(3, jnp.complex64), "not an array"),
+        (lambda: jnp.ones((1, 1, 1, 1, 1)), "at most four axes"),
+        (lambda: "text", "not an array"),
     ],
 )
 def test_what_fits_no_type_is_refused_by_name_before_anything_is_written(leaf, rule, tmp_path):
     with pytest.raises(QuantError, match=rule) as error:
-        jq.io.save_gguf(tmp_path / "a.gguf", {"ok": jnp.ones(2), "layer.w": leaf}, metadata=ARCHITECTURE)
+        jq.io.save_gguf(tmp_path / "a.gguf", {"ok": jnp.ones(2), "layer.w": leaf()}, metadata=ARCHITECTURE)
     assert "save_gguf at layer.w" in str(error.value)
     assert not list(tmp_path.iterdir())
 

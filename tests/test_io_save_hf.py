@@ -195,41 +195,47 @@ def test_weights_of_several_kinds_are_groups_of_compressed_tensors(tmp_path):
     }  # fmt: skip
 
 
-CODES = jnp.zeros((64, 64), jnp.uint8)
+CODES, ONES = np.zeros((64, 64), np.uint8), np.ones((64, 1), np.float32)
 
 
 @pytest.mark.parametrize(
     "params, fields, rule",
     [
-        ({"a.weight": weight()}, {}, "no quantized weight"),
-        ({"a.kernel": quantized("int8")}, {}, "named <module>.weight"),
-        ({"a.weight": quantized("int8"), "b": "text"}, {}, "not an array"),
-        ({"a.weight": quantized("int8").store((-2,))}, {}, r"must be \[out, in\]"),
-        ({"a.weight": quantized("int8")}, {"format": "other"}, "unknown format"),
-        ({"a.weight": quantized("int8")}, {"format": "gptq", "act": QuantSpec("int8")}, "nothing about activations"),
-        ({"a.weight": quantized("int8")}, {"act": QuantSpec("int4")}, "activations are int8 or fp8"),
-        ({"a.weight": quantized("int4")}, {"act": QuantSpec("int8")}, "quantized like the weight"),
-        ({"a.weight": quantized("int4", scale_dtype=None)}, {"format": "gptq"}, "must be a float16 number"),
-        ({"a.weight": quantized("int4", weight(48, 64))}, {"format": "gptq"}, "multiples of 32"),
-        ({"a.weight": quantized("int4", weight(48, 64))}, {"format": "awq"}, "multiples of 32"),
-        ({"a.weight": quantized("nf4", group_size=16)}, {"format": "bitsandbytes"}, "one of a few sizes"),
+        (lambda: {"a.weight": weight()}, {}, "no quantized weight"),
+        (lambda: {"a.kernel": quantized("int8")}, {}, "named <module>.weight"),
+        (lambda: {"a.weight": quantized("int8"), "b": "text"}, {}, "not an array"),
+        (lambda: {"a.weight": quantized("int8").store((-2,))}, {}, r"must be \[out, in\]"),
+        (lambda: {"a.weight": quantized("int8")}, {"format": "other"}, "unknown format"),
         (
-            {"a.weight": quantized("int4"), "b.weight": quantized("int8")},
+            lambda: {"a.weight": quantized("int8")},
+            {"format": "gptq", "act": QuantSpec("int8")},
+            "nothing about activations",
+        ),
+        (lambda: {"a.weight": quantized("int8")}, {"act": QuantSpec("int4")}, "activations are int8 or fp8"),
+        (lambda: {"a.weight": quantized("int4")}, {"act": QuantSpec("int8")}, "quantized like the weight"),
+        (lambda: {"a.weight": quantized("int4", scale_dtype=None)}, {"format": "gptq"}, "must be a float16 number"),
+        (lambda: {"a.weight": quantized("int4", weight(48, 64))}, {"format": "gptq"}, "multiples of 32"),
+        (lambda: {"a.weight": quantized("int4", weight(48, 64))}, {"format": "awq"}, "multiples of 32"),
+        (lambda: {"a.weight": quantized("nf4", group_size=16)}, {"format": "bitsandbytes"}, "one of a few sizes"),
+        (
+            lambda: {"a.weight": quantized("int4"), "b.weight": quantized("int8")},
             {"format": "gptq"},
             "one number of bits",
         ),
         (
-            {"a.weight": quantized("int4", group_size=32), "b.weight": quantized("int4", group_size=16)},
+            lambda: {"a.weight": quantized("int4", group_size=32), "b.weight": quantized("int4", group_size=16)},
             {"format": "awq"},
             "one group size",
         ),
         (
-            {"a.weight": quantized("nf4", group_size=32), "b.weight": quantized("fp4", group_size=32)},
+            lambda: {"a.weight": quantized("nf4", group_size=32), "b.weight": quantized("fp4", group_size=32)},
             {"format": "bitsandbytes"},
             "one number type",
         ),
         (
-            {"a.weight": from_codes(CODES, jnp.ones((64, 1)), jnp.ones((64, 1)), qtype="uint4", dtype="float32")},
+            lambda: {
+                "a.weight": from_codes(CODES, jnp.ones((64, 1)), jnp.ones((64, 1)), qtype="uint4", dtype="float32")
+            },
             {"format": "gptq"},
             "zero points must be integers",
         ),
@@ -237,7 +243,7 @@ CODES = jnp.zeros((64, 64), jnp.uint8)
 )
 def test_refusals_come_before_anything_is_written(params, fields, rule, tmp_path):
     with pytest.raises(QuantError, match=rule):
-        jq.io.save_hf(tmp_path / "out", params, **fields)
+        jq.io.save_hf(tmp_path / "out", params(), **fields)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,5 +1,7 @@
 """Views of a QTensor: transposed, reshaped, sliced, moved and cast as the float array is, value for value."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,7 @@ AXES = {
 }
 
 
+@functools.cache
 def quantized(name, shape, axes):
     rng = np.random.default_rng(sum(shape))
     x = (rng.standard_normal(shape) * unequal(rng, shape)).astype(np.float32)
@@ -66,9 +69,15 @@ def _divides(shape, axes, size):
     return size == 1
 
 
+# Compiled as one: there are many views, and each is taken once.
+values = jax.jit(jq.dequantize)
+reshape = jax.jit(views.reshape, static_argnums=1)
+slice_along = jax.jit(views.slice_along, static_argnums=(1, 3))
+
+
 def same_values(view, expected):
     assert view.shape == expected.shape
-    np.testing.assert_array_equal(view.dequantize(), expected)
+    np.testing.assert_array_equal(values(view), expected)
     assert view.scale.ndim == len(view.shape)
     repr(view)
 
@@ -76,7 +85,7 @@ def same_values(view, expected):
 @given(qtensors(), st.sampled_from(SHAPES))
 @settings(max_examples=12)
 def test_reshape(q, shape):
-    same_values(views.reshape(q, shape), np.asarray(q.dequantize()).reshape(shape))
+    same_values(reshape(q, shape), np.asarray(values(q)).reshape(shape))
 
 
 @given(qtensors(), st.randoms(use_true_random=False))
@@ -85,10 +94,10 @@ def test_transpose(q, random):
     permutation = list(range(q.ndim))
     random.shuffle(permutation)
     view = views.transpose(q, tuple(permutation))
-    same_values(view, np.asarray(q.dequantize()).transpose(permutation))
+    same_values(view, np.asarray(values(q)).transpose(permutation))
     assert view.codes is q.codes  # nothing is moved
     back = views.transpose(view, tuple(int(i) for i in np.argsort(permutation)))
-    same_values(back, np.asarray(q.dequantize()))
+    same_values(back, np.asarray(values(q)))
     assert back.stored_order == q.stored_order
 
 
@@ -98,9 +107,9 @@ def test_slice(q, data):
     axis = data.draw(st.integers(0, q.ndim - 1))
     start = data.draw(st.integers(0, q.shape[axis] - 1))
     size = data.draw(st.integers(1, q.shape[axis] - start))
-    expected = np.take(np.asarray(q.dequantize()), range(start, start + size), axis)
+    expected = np.take(np.asarray(values(q)), range(start, start + size), axis)
     same_values(views.slice_along(q, axis, start, size), expected)
-    same_values(views.slice_along(q, axis, jnp.int32(start), size), expected)
+    same_values(slice_along(q, axis, jnp.int32(start), size), expected)
 
 
 @given(qtensors(), st.data())
@@ -108,7 +117,9 @@ def test_slice(q, data):
 def test_move(q, data):
     axes = data.draw(st.sets(st.integers(0, q.ndim - 1), min_size=1))
     axes = tuple(sorted(a - q.ndim for a in axes) if data.draw(st.booleans()) else sorted(axes))
-    same_values(views.move(q, lambda a: jnp.flip(a, axes), axes), np.flip(np.asarray(q.dequantize()), axes))
+    same_values(
+        jax.jit(lambda q: views.move(q, lambda a: jnp.flip(a, axes), axes))(q), np.flip(np.asarray(values(q)), axes)
+    )
 
 
 @pytest.mark.parametrize("name", SPECS)

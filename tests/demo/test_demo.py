@@ -27,7 +27,7 @@ FEW = (
 
 
 def run(output, *args):
-    args = ("demo", "--output", str(output), "--epochs", "8", "--qat-epochs", "1", *args)
+    args = ("demo", "--output", str(output), "--epochs", "4", "--qat-epochs", "1", *args)
     result = click.testing.CliRunner().invoke(cli.main, args, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result
@@ -63,7 +63,7 @@ def test_the_json_has_the_table(few):
     output, result = few
     document = json.loads(result.stdout)
     check(document, FEW)
-    assert (document["seed"], document["epochs"], document["qat_epochs"]) == (0, 8, 1)
+    assert (document["seed"], document["epochs"], document["qat_epochs"]) == (0, 4, 1)
     assert json.loads((output / "results.json").read_text()) == document
     assert Path(document["plot"]).read_bytes().startswith(b"\x89PNG")
 

@@ -20,11 +20,13 @@ Dense = jq.linen.QuantDense
 
 
 def q(w=W, spec=INT8, axes=(-2,)):
-    return jq.quantize(w, spec, reduce_axes=axes)
+    """What makes a weight: when a test runs, not when it is collected."""
+    return lambda: jq.quantize(w, spec, reduce_axes=axes)
 
 
 def run(layer, x=X, method="__call__", **params):
-    return lambda: layer.apply({"params": params}, x, method=method)
+    made = lambda p: p() if callable(p) else p  # noqa: E731
+    return lambda: layer.apply({"params": {k: made(p) for k, p in params.items()}}, x, method=method)
 
 
 class Nested(nn.Module):
@@ -56,7 +58,7 @@ CALLS = {
         r"QuantConv at params/kernel: the weight must have shape \(3, 32, 6\)",
     ),
     "a stacked kernel outside a scan": (
-        run(Dense(6), kernel=jax.vmap(q)(jnp.stack([W, W])), bias=B),
+        run(Dense(6), kernel=lambda: jax.vmap(lambda w: q(w)())(jnp.stack([W, W])), bias=B),
         r"the weight must have shape \(32, 6\).*stacked params",
     ),
     "an embedding with rows and features swapped": (

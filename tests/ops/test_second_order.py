@@ -131,7 +131,8 @@ def test_lookup():
 
     def second(take):
         f = lambda t, s: jnp.sum(jnp.sin(take(t)) * s)  # noqa: E731
-        return orders(f, (table, jnp.float32(2)), (direction, jnp.float32(1)))
+        args, directions = (table, jnp.float32(2)), (direction, jnp.float32(1))
+        return jax.jit(lambda a, d: orders(f, a, d))(args, directions)
 
     got = second(lambda t: ops.take(t, rows, 0, spec=spec))
     check(got, second(lambda t: straight(t, spec.weight, (-1,))[rows]))

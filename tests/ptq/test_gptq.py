@@ -200,8 +200,7 @@ def test_stacked_and_convolution_weights_in_a_model():
         alone = gptq(params["stack"][i], of.weight, reduce_axes=(-2,), stats=own)
         same(jax.tree.map(lambda a, i=i: a[i], qparams["stack"]), alone)
     nearest = jq.quantize_params(params, plan)
-    exact = fn(params, x)
-    far = lambda p: float(jnp.linalg.norm(jq.quantized(fn, plan)(p, x) - exact))  # noqa: E731
+    far = jax.jit(lambda p: jnp.linalg.norm(jq.quantized(fn, plan)(p, x) - fn(params, x)))
     assert far(qparams) < far(nearest)
     assert far({**params, "conv": qparams["conv"]}) < far({**params, "conv": nearest["conv"]})
 

@@ -69,7 +69,7 @@ def compose(chosen):
     return fn, {f"{i}": unequal(DIRECT[direct][0], i, 0.4) for i, (direct, _, _) in enumerate(chosen)}
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.lists(steps, min_size=1, max_size=3), st.sampled_from(["int8", "int8", "w8a8"]), st.data())
 def test_random_functions(chosen, spec, data):
     fn, params = compose(chosen)

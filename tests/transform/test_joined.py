@@ -89,6 +89,19 @@ def test_joined(name):
 
 
 @pytest.mark.every
+@pytest.mark.parametrize("name", CASES)
+def test_plans_and_shapes(name):
+    """Of every form; nothing is compiled."""
+    fn, params, x, expect = CASES[name]
+    plan = jq.make_plan(fn, params, x, rules=[jq.Rule(".*", recipes.w8a16())])
+    assert {item.path: item.reduce_axes for item in plan.items} == expect
+    run = jq.quantized(fn, plan)
+    want = jax.eval_shape(fn, params, x)
+    assert jax.eval_shape(run, params, x) == want
+    assert jax.eval_shape(lambda p, x: run(jq.quantize_params(p, plan), x), params, x) == want
+
+
+@pytest.mark.every
 def test_each_has_its_own_spec_and_statistics():
     """Types that differ; one in float; integers on both sides; statistics of each by itself."""
     fn = CASES["inputs"][0]
