@@ -364,10 +364,10 @@ def _factors(scale: Any) -> tuple[jax.Array, ...]:
 def cast(x: jax.Array, dtype: Any) -> jax.Array:
     """``x.astype(dtype)``, but what overflows there becomes the largest finite number.
 
-    A code may stand for up to half a step more than the largest element, which float16 cannot always hold.
+    A code may stand for up to half a step more than the largest element, which no dtype can always hold.
     """
     info = ml_dtypes.finfo(dtype)
-    if info.maxexp < ml_dtypes.finfo(x.dtype).maxexp:
+    if info.maxexp <= ml_dtypes.finfo(x.dtype).maxexp:
         x = jnp.clip(x, float(info.min), float(info.max))
     return x.astype(dtype)
 
