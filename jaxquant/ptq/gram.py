@@ -91,7 +91,7 @@ def lower_factor(h: jax.Array, damping: float) -> jax.Array:
 
     def failed(state: Any) -> jax.Array:
         count, lower = state
-        return (count < 8) & ~jnp.all(jnp.isfinite(lower))
+        return (count == 0) | (count < 8) & ~jnp.all(jnp.isfinite(lower))
 
-    _, lower = lax.while_loop(failed, attempt, (jnp.float32(0), jnp.full_like(h, jnp.nan)))
+    _, lower = lax.while_loop(failed, attempt, (jnp.float32(0), jnp.zeros_like(h)))
     return lower.T[::-1, ::-1]
