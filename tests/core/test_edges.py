@@ -13,6 +13,7 @@ from core.cases import SCHEMES, unequal
 from double_precision import double_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax_settings import makes_nan, needs_jit
 
 import jaxquant as jq
 from jaxquant import QuantError, QuantSpec
@@ -129,6 +130,8 @@ BROKEN = (
 )
 
 
+@makes_nan
+@needs_jit
 @pytest.mark.parametrize(
     "spec, shape, axes, dtype",
     [
@@ -161,6 +164,7 @@ def test_nan_is_found_in_large_arrays(spec, shape, axes, dtype):
     assert np.all(np.sign(y[places]) == [1, -1, 1])
 
 
+@makes_nan
 @pytest.mark.parametrize("spec", BROKEN, ids=str)
 def test_nan_is_refused_or_stays_visible(spec):
     x = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32) * unequal(
