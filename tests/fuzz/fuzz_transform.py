@@ -13,9 +13,11 @@ A QuantError while the program is planned is an answer and is counted. Anything 
 other values, or the end of the process, for which programs run in a child that says which one it begins. Findings are
 printed with what reruns them, and the program ends with code 1.
 
-On one core of an Intel Xeon (AMX) that had other work, `--seed 1 --seconds 420` tried 29 programs (24 agreed, 4 were
-refused, 1 was none of JAX's) and `--seed 1 --seconds 60` the first 27 of them, without a finding: that is far from an
-hour of an idle machine.
+One compiled program holds the float, the frozen and the training one with their gradients: that takes 1 to 2 s on one
+core of an Intel Xeon (AMX), where six programs took 3. On two such cores with a load of 10, at the lowest priority,
+``--seconds 600`` tried 30 programs of seed 11 (26 agreed, 3 were refused, 1 was none of JAX's) and 61 of seed 12 (54
+agreed, 7 were refused); with more of the machine, ``--seconds 90`` tried 65 of seed 77 (58 agreed, 7 were refused).
+There was no finding. That is 22 minutes of a busy machine, and not an hour of an idle one.
 """
 
 from __future__ import annotations

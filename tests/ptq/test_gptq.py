@@ -284,3 +284,14 @@ def test_nan_in_a_traced_gram_matrix_stays_visible():
     one = jax.jit(functools.partial(gptq, spec=G16, reduce_axes=(-2,)))
     q = one(W, stats=NAN_STATS)
     assert np.all(np.isnan(q.dequantize()))
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("method", ["gptq", "clipped", "descend", "autoround", "hqq"])
+def test_strict_promotion(method):
+    """Nothing is promoted silently, here and in the other methods."""
+    stats = None if method == "hqq" else STATS
+    for symmetric in (True, False):
+        how = functools.partial(getattr(jq.ptq, method), spec=spec(4, 16, symmetric), reduce_axes=(-2,))
+        with jax.numpy_dtype_promotion("strict"):
+            assert jax.eval_shape(lambda w, s, how=how: how(w, stats=s), W, stats).shape == W.shape
