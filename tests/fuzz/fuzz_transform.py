@@ -17,7 +17,10 @@ One compiled program holds the float, the frozen and the training one with their
 core of an Intel Xeon (AMX), where six programs took 3. On two such cores with a load of 10, at the lowest priority,
 ``--seconds 600`` tried 30 programs of seed 11 (26 agreed, 3 were refused, 1 was none of JAX's) and 61 of seed 12 (54
 agreed, 7 were refused); with more of the machine, ``--seconds 90`` tried 65 of seed 77 (58 agreed, 7 were refused).
-There was no finding. That is 22 minutes of a busy machine, and not an hour of an idle one.
+Seed 13 found two. 13:65 is a fault of XLA: compiled, a dynamic slice of a dynamic slice of the float program leaves the
+first slice, where the eager program, NumPy and the quantized ones do not; such programs are counted apart. 13:78 has a
+gradient, through a cast to bfloat16, 1.02 percent off where 1 is allowed; it has not been explained. That is half an
+hour of a busy machine, and not an hour of an idle one.
 """
 
 from __future__ import annotations
@@ -185,7 +188,8 @@ class Program:
         if around == "jit":
             return lambda p, x, s: jax.jit(one)(p["w"], x, s)
         if around == "remat":
-            return lambda p, x, s: jax.checkpoint(one)(p["w"], x, s)
+            # jax.checkpoint compiles even where jit is off.
+            return lambda p, x, s: (one if jax.config.jax_disable_jit else jax.checkpoint(one))(p["w"], x, s)
         if around == "vmap":
             return lambda p, x, s: jax.vmap(lambda x: one(p["w"], x, s))(jnp.stack([x, 2 * x]))
         if around == "cond":
@@ -208,6 +212,13 @@ def float_program_fails(program, params, args) -> str | None:
     except Exception as error:
         return repr(error)
     return None
+
+
+def close(said: str, kind: str, a, b) -> bool:
+    """Whether an outcome is the right one."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    bound = (1e-2 if "gradient" in kind or "bf" in said else 5e-4) * np.abs(b).max(initial=1e-3)
+    return a.shape == b.shape and np.allclose(a, b, rtol=0, atol=bound)
 
 
 def run(seed: int, number: int) -> tuple[str, str]:
@@ -267,14 +278,18 @@ def run(seed: int, number: int) -> tuple[str, str]:
         if failure := float_program_fails(program, params, args):
             return "no program of JAX", f"{said}: {failure}"
         raise
+    if any(not close(said, kind, *pair) for kind, pair in pairs.items()):
+        with jax.disable_jit():  # XLA joins two dynamic slices and forgets that the first ends
+            right, wanted = of(program.fn, values, *args, (0, 1))
+        alone = (right, right, wanted[0]["w"], wanted[1], wanted[1])
+        if all(close(said, kind, a, b) for (kind, (a, _)), b in zip(pairs.items(), alone, strict=True)):
+            return "agreed with the eager program alone", said
     for kind, (a, b) in pairs.items():
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        largest = np.abs(b).max(initial=1e-3)
-        bound = (1e-2 if "gradient" in kind or "bf" in said else 5e-4) * largest
         if a.shape != b.shape:
             return "finding", f"{said}: {kind} is of shape {a.shape}, not {b.shape}"
-        if not np.allclose(a, b, rtol=0, atol=bound):
-            return "finding", f"{said}: {kind} is {np.abs(a - b).max():.1e} off, of {largest:.1e}"
+        if not close(said, kind, a, b):
+            return "finding", f"{said}: {kind} is {np.abs(a - b).max():.1e} off, of {np.abs(b).max(initial=0):.1e}"
     return "agreed", said
 
 
