@@ -281,8 +281,8 @@ def run(seed: int, number: int) -> tuple[str, str]:
     if any(not close(said, kind, *pair) for kind, pair in pairs.items()):
         with jax.disable_jit():  # XLA joins two dynamic slices and forgets that the first ends
             right, wanted = of(program.fn, values, *args, (0, 1))
-        alone = (right, right, wanted[0]["w"], wanted[1], wanted[1])
-        if all(close(said, kind, a, b) for (kind, (a, _)), b in zip(pairs.items(), alone, strict=True)):
+        alone = {"the gradient of the weight": wanted[0]["w"], "frozen": right, "training": right}
+        if all(close(said, kind, a, alone.get(kind, wanted[1])) for kind, (a, _) in pairs.items()):
             return "agreed with the eager program alone", said
     for kind, (a, b) in pairs.items():
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
