@@ -56,6 +56,7 @@ from jaxquant.transform import (
     smooth_bases,
     smoothquant,
     statistics,
+    update_params,
 )
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ __all__ = [
     "smooth_bases",
     "smoothquant",
     "statistics",
+    "update_params",
 ]
 
 _ON_USE = ("io", "linen", "nnx", "optim")

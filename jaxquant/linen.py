@@ -31,7 +31,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.core import meta, unfreeze
 from jax.core import Tracer
 
@@ -39,6 +38,7 @@ from jaxquant import ops
 from jaxquant.core.affine import roundtrip, scale_zero_point
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.fake_quant import fake_quant
+from jaxquant.core.observers import no_range, or_nan
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpRule, OpSpec, QuantSpec, Rule
 from jaxquant.transform.make_plan import check_all_rules, make_plan
@@ -160,19 +160,20 @@ class _Quantized(nn.Module):
             now = _observed(state, jax.lax.stop_gradient(x), act)
             self.put_variable("quant", "act", state if self.is_initializing() else now)
             state = now
-        if state is None or (not isinstance(state["lo"], Tracer) and np.isnan(state["lo"])):
+        if state is None or (not isinstance(state["lo"], Tracer) and not state["lo"] <= state["hi"]):
             todo = (
                 "Calibrate with model.apply(variables, x, mutable=['quant']) and pass the collection 'quant' along "
                 "with the params (nn.scan and nn.vmap hand it on if variable_axes names it)"
             )
             raise self._error("the static range of the activation is not known", todo=todo, name=self._weight)
-        scale, zero_point = scale_zero_point(state["lo"], state["hi"], act)
+        scale, zero_point = scale_zero_point(*or_nan(state["lo"], state["hi"]), act)
         return {"act_scale": scale, "act_zero_point": zero_point}
 
 
 def _unobserved(act: QuantSpec) -> dict[str, Any]:
-    """The state of a static range before any data. A NaN that reaches a jitted computation stays visible."""
-    return {"lo": jnp.float32(jnp.nan), "hi": jnp.float32(jnp.nan), "seen": act.observer.init((1,))}
+    """The state of a static range before any data."""
+    lo, hi = no_range()
+    return {"lo": lo, "hi": hi, "seen": act.observer.init((1,))}
 
 
 def _observed(state: dict[str, Any], x: jax.Array, act: QuantSpec) -> dict[str, Any]:

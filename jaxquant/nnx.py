@@ -47,6 +47,7 @@ from jaxquant import ops
 from jaxquant.core.affine import roundtrip, scale_zero_point
 from jaxquant.core.errors import Refusals, quant_error
 from jaxquant.core.fake_quant import fake_quant
+from jaxquant.core.observers import no_range, or_nan
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpRule, OpSpec, QuantSpec, Rule
 from jaxquant.ptq.rtn import rtn
@@ -104,13 +105,13 @@ class ActRange(nnx.Module):
 
     Attributes:
       calibrating: True: every call shows its input to the observer first. Set by ``model.set_attributes``.
-      lo, hi: the range; NaN until something has been observed.
+      lo, hi: the range; empty, with lo above hi, until something has been observed.
     """
 
     def __init__(self, spec: QuantSpec, stack: tuple[int, ...] = ()):
         self.spec = spec
         self.calibrating = False
-        self.lo, self.hi = (QuantStat(jnp.full(stack, jnp.nan, jnp.float32)) for _ in range(2))
+        self.lo, self.hi = map(QuantStat, no_range(stack))
         for name, value in spec.observer.init((1,)).items():
             setattr(self, f"seen_{name}", QuantStat(jnp.broadcast_to(value, (*stack, *value.shape))))
 
@@ -119,7 +120,7 @@ class ActRange(nnx.Module):
         if self.calibrating:
             self._observe(lax.stop_gradient(x))
         lo, hi = _get(self.lo), _get(self.hi)
-        if not isinstance(hi, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(hi))):
+        if not isinstance(hi, jax.core.Tracer) and not bool(jnp.all((lo <= hi) & jnp.isfinite(hi))):
             raise quant_error(
                 layer,
                 "spec.act is static and its range is not known",
@@ -128,7 +129,7 @@ class ActRange(nnx.Module):
                 path="act_range",
                 hi=float(hi),
             )
-        return scale_zero_point(lo, hi, self.spec)
+        return scale_zero_point(*or_nan(lo, hi), self.spec)
 
     def _observe(self, x: jax.Array) -> None:
         observer, spec = self.spec.observer, self.spec

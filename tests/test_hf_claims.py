@@ -321,6 +321,18 @@ def test_codes_do_not_pass_as_arrays(tmp_path, method, tensors):
         jq.io.load_hf(checkpoint(tmp_path, fine | tensors, settings))
 
 
+@pytest.mark.parametrize("part", ["weight_scale", "weight_scale_inv", "scale"])
+@pytest.mark.parametrize(
+    "method", ["fp8", "fbgemm_fp8", "modelopt", "compressed-tensors", "gptq", "bitsandbytes", "quanto"]
+)
+def test_a_parameter_with_the_scales_of_a_module(tmp_path, method, part):
+    """``X`` beside ``X.weight_scale``: a parameter by one name and a module by the other, which no format has."""
+    for codes in (np.ones((2, 4, 8), E4M3), np.full((4, 8), -3, np.int8)):
+        tensors = {FUSED: codes, f"{FUSED}.{part}": np.full((4, 1), 2, np.float32)}
+        with pytest.raises(jq.QuantError, match=rf"{FUSED}.*(codes without|scales without|missing|unknown)"):
+            jq.io.load_hf(checkpoint(tmp_path, tensors, config(method)))
+
+
 @pytest.mark.parametrize("value", [np.float32(1), np.ones((2, 1, 4), np.float32)])
 @pytest.mark.parametrize("name", [f"{FUSED}_scale", "l.wq_a.weight_scale_inv", "l.ffn.w1.scale", f"{FUSED}_scale_inv"])
 def test_scales_without_codes(tmp_path, name, value):

@@ -31,10 +31,10 @@ def weights(turned):
 
 
 def reference(w, axis, size):
-    """int4 to nearest in NumPy, one scale for ``size`` elements along the axis: values, with the error of a step."""
+    """The blocks of ``size`` elements along the axis, and the largest magnitude of each."""
     w = np.moveaxis(w, axis, -1).astype(np.float32)
     blocks = w.reshape(*w.shape[:-1], -1, size or w.shape[-1])
-    return np.moveaxis(blocks, -2, -2), np.abs(blocks).max(-1)
+    return blocks, np.abs(blocks).max(-1)
 
 
 def close(leaf, w, axis, size=None):

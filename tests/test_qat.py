@@ -9,13 +9,13 @@ import pytest
 import jaxquant as jq
 from jaxquant import qat
 
-W = jnp.linspace(-1.0, 1.0, 64 * 4).reshape(64, 4)
+W = jnp.linspace(-1.0, 1.0, 64 * 4, dtype=jnp.float32).reshape(64, 4)
 TYPES = ["int8", "int4", "int2", "float8_e4m3fn", "nf4", "mxfp8", "mxfp4", "nvfp4"]
 
 
 def mixed(qtype="int8"):
     kernel = jq.quantize(W, jq.QuantSpec(qtype), reduce_axes=(-2,))
-    return {"frozen": {"bias": jnp.ones(4), "kernel": kernel}, "float": {"kernel": W}}
+    return {"frozen": {"bias": jnp.ones(4, jnp.float32), "kernel": kernel}, "float": {"kernel": W}}
 
 
 @pytest.mark.parametrize("qtype", TYPES)

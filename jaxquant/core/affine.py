@@ -63,13 +63,29 @@ def has_nan(x: Any) -> bool:
         return _concrete(x) and bool(jnp.any(jnp.isnan(x)))
 
 
+def _saturated(scale: Any, dtype: Any) -> bool:
+    """Whether a concrete scale, of an array of that dtype, is the largest its own dtype has because of it."""
+    scale = scale.scale if isinstance(scale, QTensor) else scale
+    largest = float(ml_dtypes.finfo(scale.dtype).max)
+    if float(ml_dtypes.finfo(dtype).max) < 2 * largest or not _concrete(scale):
+        return False
+    return bool(np.any(np.asarray(scale, np.float64) >= largest))
+
+
 # -- scale and zero point ---------------------------------------------------------------------------------------------
 
 
 def _float_scale(absmax: jax.Array, qmax: float | jax.Array, dtype: Any) -> jax.Array:
-    """``absmax / qmax`` in the scale's dtype, never 0 or subnormal; 1 where absmax is 0."""
+    """``absmax / qmax`` in the scale's dtype, from the least number that is not taken for 0; 1 where absmax is 0.
+
+    In float16 that least number is subnormal. A step that coarse is rounded up, so that the codes reach absmax.
+    """
     info = ml_dtypes.finfo(dtype)
-    scale = jnp.clip(divide(absmax, qmax), float(info.tiny), float(info.max)).astype(dtype)
+    least = float(info.smallest_subnormal if np.dtype(dtype) == np.float16 else info.tiny)
+    scale = jnp.clip(divide(absmax, qmax), least, float(info.max))
+    if least < float(info.tiny):
+        scale = jnp.where(scale < float(info.tiny), jnp.ceil(scale / least) * least, scale)
+    scale = scale.astype(dtype)
     return jnp.where(
         absmax == 0, jnp.ones_like(scale), jnp.where(jnp.isnan(absmax), np.asarray(np.nan, scale.dtype), scale)
     )
@@ -122,7 +138,9 @@ def reach(lo: jax.Array, hi: jax.Array, spec: QuantSpec) -> tuple[jax.Array, flo
     if not spec.whole_range:
         return jnp.maximum(jnp.abs(lo), jnp.abs(hi)), info.qmax
     above, below = info.qmax + 0.5, 0.5 - info.qmin
-    return jnp.maximum(jnp.maximum(-lo, 0) * (above / below), jnp.maximum(hi, 0)), above
+    least = float(ml_dtypes.finfo(lo.dtype).tiny)  # a product that is less is flushed to 0, which is no range
+    below_zero = jnp.where(lo >= 0, 0, jnp.maximum(-lo * (above / below), least))
+    return jnp.maximum(below_zero, jnp.maximum(hi, 0)), above
 
 
 def affine(lo: jax.Array, hi: jax.Array, spec: QuantSpec, top: jax.Array | None = None) -> tuple[Any, jax.Array | None]:
@@ -475,8 +493,9 @@ def quantize(
 
     Raises:
       QuantError: on NaN (in a concrete array; under ``jit``, a block with NaN gets scale NaN, so the NaN stays
-        visible), integer input, an empty array, an axis out of range, a group size that does not divide, or a scale
-        that does not fit.
+        visible), integer input, an empty array, an axis out of range, a group size that does not divide, a scale
+        that does not fit, or a range whose scale is too large for its dtype (float16 ends at 65504; under ``jit`` the
+        values beyond saturate).
 
     Gradient: none with respect to ``x`` (codes are integers); use `fake_quant` to train.
 
@@ -499,6 +518,9 @@ def quantize(
         todo = "Compute it from finite data, or leave it out"
         raise quant_error("quantize", "the given scale must be finite and not 0", todo=todo, scale=scale)
     q = _quantize(x, scale, zero_point, key, spec=spec, axes=axes)
+    if not given and _saturated(q.scale, x.dtype):
+        todo = "Use a wider scale_dtype, or scale the array down"
+        raise quant_error("quantize", "the range needs a scale that its dtype cannot hold", todo=todo, x=x, spec=spec)
     # A NaN in x makes a computed scale NaN, and scales are few.
     if has_nan(x if given else scale_values(q.scale)):
         todo = "Find where it comes from; NaN has no code"

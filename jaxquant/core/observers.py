@@ -27,7 +27,7 @@ from jaxquant.core.arithmetic import exponent, power_of_two, promoted, times_pow
 from jaxquant.core.errors import quant_error
 from jaxquant.core.layout import LARGE, number
 
-__all__ = ["EMA", "MSE", "AbsMax", "Entropy", "MinMax", "Observer", "Percentile"]
+__all__ = ["EMA", "MSE", "AbsMax", "Entropy", "MinMax", "Observer", "Percentile", "no_range", "or_nan"]
 
 Roundtrip = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Axes = tuple[int, ...]
@@ -43,6 +43,16 @@ def _finite_or_nan(x: jax.Array) -> jax.Array:
     """Infinities to 0, everything else as it is, in at least float32."""
     x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
     return jnp.where(jnp.isinf(x), jnp.zeros_like(x), x)
+
+
+def no_range(shape: tuple[int, ...] = ()) -> Range:
+    """The range of what was never observed: empty, since it ends below where it begins."""
+    return jnp.ones(shape, jnp.float32), -jnp.ones(shape, jnp.float32)
+
+
+def or_nan(lo: jax.Array, hi: jax.Array) -> Range:
+    """The range, but NaN where it is empty: what a compiled program computes with it then says so."""
+    return jnp.where(lo <= hi, lo, np.nan), jnp.where(lo <= hi, hi, np.nan)
 
 
 class _Extreme(NamedTuple):

@@ -129,8 +129,8 @@ class QTensor:
     be scanned, vmapped, stacked and sliced like the float array it stands for.
 
     Arithmetic by `jax.tree.map` reaches codes and scales apart. Where it changes the dtype of the codes, what uses the
-    result raises. ``a + a``, ``-a`` and ``a * 2`` of integers do not: pass ``is_leaf=lambda x: isinstance(x, QTensor)``
-    there.
+    result raises. ``a + a``, ``-a`` and ``a * 2`` of integers do not: use `jaxquant.update_params`, or pass
+    ``is_leaf=lambda x: isinstance(x, QTensor)``.
 
     There is no ``__jax_array__``: using a QTensor where a float array is expected raises instead of dequantizing
     silently. Call `dequantize`, or use the functions in `jaxquant.ops`.
@@ -482,10 +482,10 @@ def _factors(scale: Any) -> tuple[jax.Array, ...]:
 def cast(x: jax.Array, dtype: Any) -> jax.Array:
     """``x.astype(dtype)``, but what overflows there becomes the largest finite number.
 
-    A code may stand for up to half a step more than the largest element, which float16 cannot always hold.
+    A code may stand for up to half a step more than the largest element, which no dtype can always hold.
     """
     info = ml_dtypes.finfo(dtype)
-    if info.maxexp < ml_dtypes.finfo(x.dtype).maxexp:
+    if info.maxexp <= ml_dtypes.finfo(x.dtype).maxexp:
         x = jnp.clip(x, float(info.min), float(info.max))
     return x.astype(dtype)
 

@@ -257,6 +257,10 @@ class Call:
         """What `forward` equals up to rounding, in differentiable float arithmetic: where gradients come from."""
         raise NotImplementedError
 
+    def again(self, *operands: Any) -> jax.Array:
+        """The same, in arithmetic whose gradient JAX differentiates in both modes, for second derivatives."""
+        return self.reference(*operands)
+
     def keep(self, *operands: Any) -> tuple[jax.Array, Any]:
         """The result, and what the backward pass needs beside the operands."""
         return self.forward(*operands), None

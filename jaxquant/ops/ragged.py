@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.core.arithmetic import promoted
 from jaxquant.core.errors import quant_error
 from jaxquant.core.indices import widened
 from jaxquant.core.qtensor import QTensor
@@ -56,6 +57,17 @@ class _Ragged(Call):
 
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, sizes: jax.Array) -> jax.Array:
         return self._float(self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static), sizes, lhs, rhs)
+
+    def again(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, sizes: jax.Array) -> jax.Array:
+        """The product with every matrix, of which each row has the one of its group: JAX transposes the gradient of
+        `jax.lax.ragged_dot` no further.
+        """
+        x, experts = self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static)
+        wide = promoted(x.dtype, experts.dtype)
+        products = jnp.einsum("mk,ekn->men", x.astype(wide), experts.astype(wide), precision=self.precision)
+        row, ends = jnp.arange(x.shape[0])[:, None], jnp.cumsum(sizes)[None]
+        mine = (ends - sizes[None] <= row) & (row < ends)
+        return jnp.sum(jnp.where(mine[..., None], products, 0), axis=1).astype(self.dtype)
 
     def _float(self, x: jax.Array, experts: jax.Array, sizes: jax.Array, lhs: Any, rhs: Any) -> jax.Array:
         """The product of the real values of lhs and rhs."""
@@ -143,7 +155,8 @@ def ragged_dot(
     Raises:
       QuantError: on shapes that do not fit, and as `dot_general`.
 
-    Gradient: as `dot_general`, as far as JAX differentiates `jax.lax.ragged_dot`: once in reverse mode.
+    Gradient: as `dot_general`, of every order, in both modes. Part of a second derivative takes the product of every
+      row with every matrix, since JAX transposes the gradient of `jax.lax.ragged_dot` no further.
 
     Example:
       >>> import jax.numpy as jnp

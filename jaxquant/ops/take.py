@@ -87,7 +87,8 @@ def take(
         out = _fake_quantized(a, rows, along, weight, reduce_axes)
     if mode in (None, "fill"):
         inside = inside.reshape([-1 if i == along else 1 for i in range(a.ndim)])
-        out = jnp.where(inside, out, jnp.asarray(jnp.nan if fill_value is None else fill_value, out.dtype))
+        # A NaN that is an array of its own would be taken for a fault by jax_debug_nans.
+        out = jnp.where(inside, out, np.nan if fill_value is None else jnp.asarray(fill_value, out.dtype))
     return out.reshape(shape)
 
 

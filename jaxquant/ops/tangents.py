@@ -44,6 +44,10 @@ class Rule(Protocol):
         """What the result equals up to rounding, in arithmetic that JAX differentiates."""
         ...
 
+    def again(self, *operands: Any) -> jax.Array:
+        """The same, in arithmetic whose gradient JAX differentiates in both modes, for second derivatives."""
+        ...
+
     def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
         """The gradient with respect to each operand, from what was kept and the gradient of the result."""
         ...
@@ -76,7 +80,7 @@ class _Tangent:
     def fast(self, kept: Leaves, operands: Leaves, tangents: Leaves) -> list[Any]:
         """The map as it is computed."""
         if not self.transposed:
-            return self.plain(operands, tangents)
+            return self._plain(self.rule.reference, operands, tangents)
         whole = jax.tree.unflatten(self.operands, operands)
         found = self.rule.back(jax.tree.unflatten(self.kept, kept), whole, *tangents)
         leaves = self.operands.flatten_up_to(found)
@@ -84,12 +88,12 @@ class _Tangent:
 
     def plain(self, operands: Leaves, tangents: Leaves) -> list[Any]:
         """The map of the reference, differentiable in the operands too."""
+        return self._plain(self.rule.again, operands, tangents)
 
+    def _plain(self, of: Callable[..., jax.Array], operands: Leaves, tangents: Leaves) -> list[Any]:
         def reference(*leaves: Any) -> jax.Array:
             changed = dict(zip(self.places, leaves, strict=True))
-            return self.rule.reference(
-                *jax.tree.unflatten(self.operands, [changed.get(i, x) for i, x in enumerate(operands)])
-            )
+            return of(*jax.tree.unflatten(self.operands, [changed.get(i, x) for i, x in enumerate(operands)]))
 
         at = [operands[i] for i in self.places]
         if self.transposed:

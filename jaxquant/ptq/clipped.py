@@ -113,7 +113,7 @@ def clipped(
         todo = "Use 'gram', 'diagonal' or 'none'"
         raise quant_error("clipped", "unknown weighting", todo=todo, weighting=weighting)
     layer, w = Layer.of("clipped", w, spec, reduce_axes)
-    gram = jnp.ones((1, 1, 1))
+    gram = jnp.ones((1, 1, 1), jnp.float32)
     if weighting != "none":
         layer, gram = gram_of("clipped", stats, layer)
     scale, zero_point = _ranges(w, gram, layer=layer, weighting=weighting)
@@ -126,7 +126,7 @@ def _ranges(w: jax.Array, gram: jax.Array, *, layer: Layer, weighting: Weighting
     groups = layer.length // group
     x = layer.split(w.astype(jnp.float32)).reshape(layer.batch, groups, group, -1)
     if weighting == "none":
-        h = jnp.ones((layer.batch, groups, group, 1))
+        h = jnp.ones((layer.batch, groups, group, 1), jnp.float32)
     else:
         full = jnp.stack([normal(g, layer)[0] for g in gram])
         h = jax.vmap(lambda a: diagonal_blocks(a, group))(full)

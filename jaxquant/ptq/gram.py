@@ -63,7 +63,7 @@ def normal(gram: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
     gram = gram.astype(jnp.float32)
     diagonal = jnp.diagonal(gram)
     alive = ~(diagonal <= 0)  # NaN counts as alive, so that it spreads
-    unit = jnp.sum(jnp.where(alive, diagonal, 0)) / jnp.maximum(jnp.sum(alive), 1)
+    unit = jnp.sum(jnp.where(alive, diagonal, 0)) / jnp.maximum(jnp.sum(alive, dtype=jnp.float32), 1)
     h = gram / jnp.where(unit == 0, 1, unit)
     h = jnp.where(alive[:, None] & alive[None], h, 0) + jnp.diag(jnp.where(alive, 0.0, 1.0))
     taps = layer.length // gram.shape[0]
@@ -91,7 +91,7 @@ def lower_factor(h: jax.Array, damping: float) -> jax.Array:
 
     def failed(state: Any) -> jax.Array:
         count, lower = state
-        return (count < 8) & ~jnp.all(jnp.isfinite(lower))
+        return (count == 0) | (count < 8) & ~jnp.all(jnp.isfinite(lower))
 
-    _, lower = lax.while_loop(failed, attempt, (jnp.float32(0), jnp.full_like(h, jnp.nan)))
+    _, lower = lax.while_loop(failed, attempt, (jnp.float32(0), jnp.zeros_like(h)))
     return lower.T[::-1, ::-1]

@@ -30,7 +30,7 @@ from jaxquant.transform.fusing import RotationGroup, fold_gains, rotate, rotatio
 from jaxquant.transform.learning import LearnedRotations, learn_rotations
 from jaxquant.transform.make_plan import make_plan
 from jaxquant.transform.pairs import ScalePair, rescale, scale_pairs
-from jaxquant.transform.params import dequantize_params, quantize_params
+from jaxquant.transform.params import dequantize_params, quantize_params, update_params
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.precondition import precondition, precondition_params
 from jaxquant.transform.quantized import quantized
@@ -78,4 +78,5 @@ __all__ = [
     "smooth_bases",
     "smoothquant",
     "statistics",
+    "update_params",
 ]

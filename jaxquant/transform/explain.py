@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.ops.lanes import LANES
@@ -220,6 +221,12 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, target: str | None 
     if not weights:
         todo = "Pass what quantize_params returned"
         raise quant_error("explain", "no parameter is quantized", todo=todo, parameters=len(leaves))
+    symbolic = [x for x in jax.tree.leaves((params, args)) if not all(isinstance(n, int) for n in np.shape(x))]
+    if symbolic:
+        todo = "Pass arrays of the size that will run: kernels depend on it"
+        raise quant_error(
+            "explain", "a program is compiled for sizes that are numbers", todo=todo, shape=symbolic[0].shape
+        )
 
     def called(params: Any, *args: Any) -> Any:
         return fn(params, *args)

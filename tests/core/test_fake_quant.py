@@ -10,6 +10,7 @@ from core import reference
 from core.cases import unequal
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax_settings import needs_jit
 
 import jaxquant as jq
 from jaxquant import QuantSpec
@@ -297,6 +298,7 @@ def test_vmap_over_scales():
     np.testing.assert_allclose(grads, [jax.grad(lambda s: fake(x, spec, scale=s).sum())(s) for s in scales], rtol=1e-5)
 
 
+@needs_jit
 def test_eval_shape_and_second_use():
     spec = QuantSpec("int4")
     out = jax.eval_shape(lambda a: fake(a, spec), jax.ShapeDtypeStruct((4, 8), jnp.bfloat16))

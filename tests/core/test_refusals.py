@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_settings import makes_nan
 
 import jaxquant as jq
 from jaxquant import QuantError, QuantSpec
@@ -92,6 +93,7 @@ def call(name):
     return lambda x, spec, axes, **given: function(x, spec, reduce_axes=axes, **given)
 
 
+@makes_nan
 @pytest.mark.parametrize("function", ["quantize", "fake_quant"])
 @pytest.mark.parametrize("what", [*BAD, *BAD_QUANTIZE])
 def test_bad_calls(function, what):

@@ -9,6 +9,7 @@ import pytest
 from core import reference
 from core.cases import unequal
 from double_precision import double_precision
+from jax_settings import makes_nan
 
 import jaxquant as jq
 from jaxquant import QuantSpec
@@ -102,6 +103,7 @@ def test_rounds_up_exactly_where_the_noise_is_below_the_fraction(qtype):
     np.testing.assert_array_equal(out, np.where(noise < fraction, high, low).astype(np.float32))
 
 
+@makes_nan
 def test_saturates_and_keeps_nan():
     spec = QuantSpec("int4", rounding="stochastic")
     x = jnp.array([np.inf, -np.inf, 1e30, -1e30, 7.4, -8.4])

@@ -13,9 +13,14 @@ A QuantError while the program is planned is an answer and is counted. Anything 
 other values, or the end of the process, for which programs run in a child that says which one it begins. Findings are
 printed with what reruns them, and the program ends with code 1.
 
-On one core of an Intel Xeon (AMX) that had other work, `--seed 1 --seconds 420` tried 29 programs (24 agreed, 4 were
-refused, 1 was none of JAX's) and `--seed 1 --seconds 60` the first 27 of them, without a finding: that is far from an
-hour of an idle machine.
+One compiled program holds the float, the frozen and the training one with their gradients: that takes 1 to 2 s on one
+core of an Intel Xeon (AMX), where six programs took 3. On two such cores with a load of 10, at the lowest priority,
+``--seconds 600`` tried 30 programs of seed 11 (26 agreed, 3 were refused, 1 was none of JAX's) and 61 of seed 12 (54
+agreed, 7 were refused); with more of the machine, ``--seconds 90`` tried 65 of seed 77 (58 agreed, 7 were refused).
+Seed 13 found two. 13:65 is a fault of XLA: compiled, a dynamic slice of a dynamic slice of the float program leaves the
+first slice, where the eager program, NumPy and the quantized ones do not; such programs are counted apart. 13:78 has a
+gradient, through a cast to bfloat16, 1.02 percent off where 1 is allowed; it has not been explained. That is half an
+hour of a busy machine, and not an hour of an idle one.
 """
 
 from __future__ import annotations
@@ -27,8 +32,9 @@ import subprocess
 import sys
 import time
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # a program is compiled once and run once
 
 import jax
 import jax.numpy as jnp
@@ -147,20 +153,31 @@ class Program:
         self.shape, axis = ((rows, 4), 0) if self.rng.random() < 0.7 else ((4, rows), 1)
         if self.around == "scan":
             self.shape = (3, *self.shape)
-        dtype, mode = self.pick(INTEGERS), self.pick(["fill", "clip", "wrap", "index", "in bounds"])
-        most = min(np.iinfo(dtype).max, rows + 20 if mode in ("fill", "clip", "wrap") else rows - 1)
-        least = max(np.iinfo(dtype).min, -rows - 20) if mode in ("fill", "clip", "wrap") else 0
+        dtype, mode = self.pick(INTEGERS), self.pick(["fill", "clip", "wrap", "index", "in bounds", "gather"])
+        inside = mode in ("index", "in bounds")
+        most = min(np.iinfo(dtype).max, rows - 1 if inside else rows + 20)
+        least = 0 if inside else max(np.iinfo(dtype).min, -rows - 20)
         indices = jnp.asarray(self.rng.integers(least, most + 1, (2, 3)), dtype)
+        traced, mapped = bool(self.rng.random() < 0.5), bool(self.rng.random() < 0.3)
         self.text.append(f"lookup of {dtype} {mode} along {axis} of {self.shape}")
+        self.text += ["by traced indices"] * traced + ["row by row of them"] * mapped
         self.x = self.normal(1)
+        how = self.pick([lax.GatherScatterMode.CLIP, lax.GatherScatterMode.FILL_OR_DROP])
+
+        def look(w, indices):
+            if mode == "in bounds":
+                return jnp.moveaxis(w, axis, 0).at[indices].get(mode="promise_in_bounds")
+            if mode == "index":
+                return jnp.moveaxis(w, axis, 0)[indices]
+            if mode == "gather":
+                numbers = lax.GatherDimensionNumbers((indices.ndim,), (axis,), (axis,))
+                sizes = tuple(1 if i == axis else 4 for i in range(2))
+                return lax.gather(w, indices[..., None], numbers, sizes, mode=how, fill_value=0.5)
+            return jnp.take(w, indices, axis=axis, mode=mode, fill_value=0.5 if mode == "fill" else None)
 
         def one(w, x, s):
-            if mode == "in bounds":
-                out = jnp.moveaxis(w, axis, 0).at[indices].get(mode="promise_in_bounds")
-            elif mode == "index":
-                out = jnp.moveaxis(w, axis, 0)[indices]
-            else:
-                out = jnp.take(w, indices, axis=axis, mode=mode, fill_value=0.5 if mode == "fill" else None)
+            places = indices + (s - s).astype(dtype) if traced else indices
+            out = jax.vmap(lambda row: look(w, row))(places) if mapped else look(w, places)
             return out * x[0]
 
         return self.wrapped(one)
@@ -171,7 +188,8 @@ class Program:
         if around == "jit":
             return lambda p, x, s: jax.jit(one)(p["w"], x, s)
         if around == "remat":
-            return lambda p, x, s: jax.checkpoint(one)(p["w"], x, s)
+            # jax.checkpoint compiles even where jit is off.
+            return lambda p, x, s: (one if jax.config.jax_disable_jit else jax.checkpoint(one))(p["w"], x, s)
         if around == "vmap":
             return lambda p, x, s: jax.vmap(lambda x: one(p["w"], x, s))(jnp.stack([x, 2 * x]))
         if around == "cond":
@@ -187,56 +205,91 @@ class Program:
         return jnp.asarray(x, jnp.float32)
 
 
+def float_program_fails(program, params, args) -> str | None:
+    """What JAX says of the program without quantization, if it is none of its programs."""
+    try:
+        jax.block_until_ready(jax.jit(program.fn)(params, *args))
+    except Exception as error:
+        return repr(error)
+    return None
+
+
+def close(said: str, kind: str, a, b) -> bool:
+    """Whether an outcome is the right one."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    bound = (1e-2 if "gradient" in kind or "bf" in said else 5e-4) * np.abs(b).max(initial=1e-3)
+    return a.shape == b.shape and np.allclose(a, b, rtol=0, atol=bound)
+
+
 def run(seed: int, number: int) -> tuple[str, str]:
     """How one program ended, and what to say of it."""
     program = Program(seed, number)
     said = f"{program.name}: w{list(program.shape)}, start {program.start!r}, " + "; ".join(program.text)
     params, args = {"w": program.normal(*program.shape)}, (program.x, jnp.asarray(program.start))
-    try:
-        program.fn(params, *args)
-    except Exception as error:
-        return "no program of JAX", f"{said}: {error!r}"
     rule = jq.Rule("w", jq.OpSpec(weight=SPECS[program.name]))
     try:
         plan = jq.make_plan(program.fn, params, *args, rules=[rule])
     except jq.QuantError:
-        return "refused", said
-    qparams = jq.quantize_params(params, plan)
-    if program.mesh:
+        failure = float_program_fails(program, params, args)
+        return ("no program of JAX", f"{said}: {failure}") if failure else ("refused", said)
+    except Exception:
+        if failure := float_program_fails(program, params, args):
+            return "no program of JAX", f"{said}: {failure}"
+        raise
+
+    @jax.jit
+    def both(params):
+        qparams = jq.quantize_params(params, plan)
+        return qparams, jq.dequantize_params(qparams)
+
+    qparams, values = both(params)
+    axis = next((i for i, n in enumerate(program.shape) if n % 2 == 0), None)
+    if program.mesh and axis is not None:
         mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("d",))
-        axis = next((i for i, n in enumerate(program.shape) if n % 2 == 0), None)
-        if axis is not None:
-            spec = PartitionSpec(*("d" if i == axis else None for i in range(len(program.shape))))
-            params = {"w": jax.device_put(params["w"], NamedSharding(mesh, spec))}
-    values = jq.dequantize_params(qparams)
+        spec = PartitionSpec(*("d" if i == axis else None for i in range(len(program.shape))))
+        params = {"w": jax.device_put(params["w"], NamedSharding(mesh, spec))}
     quantized = jq.quantized(program.fn, plan)
 
-    def loss(f):
-        return lambda p, x: jnp.sum(jnp.sin(0.1 * f(p, x, args[1])))
+    def of(fn, params, x, s, argnums):
+        def loss(p, x):
+            out = fn(p, x, s)
+            return jnp.sum(jnp.sin(0.1 * out)), out
 
-    right = np.asarray(jax.jit(program.fn)(values, *args), np.float64)
-    largest = np.abs(right).max(initial=1e-3)
-    for kind, leaves in ("frozen", qparams), ("training", params):
-        got = np.asarray(jax.jit(quantized)(leaves, *args), np.float64)
-        if got.shape != right.shape or not np.allclose(
-            got, right, rtol=0, atol=1e-2 * largest if "bf" in said else 5e-4 * largest
-        ):
-            return "finding", f"{said}: {kind} is {np.abs(got - right).max() / largest:.1e} of the largest value off"
-    wanted = jax.jit(jax.grad(loss(program.fn), argnums=(0, 1)))(values, args[0])
-    found = jax.jit(jax.grad(loss(quantized), argnums=(0, 1)))(params, args[0])
-    other = jax.jit(jax.grad(loss(quantized), argnums=1))(qparams, args[0])
-    pairs = [
-        ("weight", found[0]["w"], wanted[0]["w"]),
-        ("input", found[1], wanted[1]),
-        ("frozen input", other, wanted[1]),
-    ]
-    for kind, a, b in pairs:
+        gradients, out = jax.grad(loss, argnums=argnums, has_aux=True)(params, x)
+        return out, gradients
+
+    # One program for all of them, since most of the time goes into compiling.
+    @jax.jit
+    def outcomes(params, qparams, values, x, s):
+        right, wanted = of(program.fn, values, x, s, (0, 1))
+        trained, found = of(quantized, params, x, s, (0, 1))
+        frozen, other = of(quantized, qparams, x, s, (1,))
+        return {
+            "frozen": (frozen, right),
+            "training": (trained, right),
+            "the gradient of the weight": (found[0]["w"], wanted[0]["w"]),
+            "the gradient of the input": (found[1], wanted[1]),
+            "the frozen gradient of the input": (other[0], wanted[1]),
+        }
+
+    try:
+        pairs = outcomes(params, qparams, values, *args)
+    except Exception:
+        if failure := float_program_fails(program, params, args):
+            return "no program of JAX", f"{said}: {failure}"
+        raise
+    if any(not close(said, kind, *pair) for kind, pair in pairs.items()):
+        with jax.disable_jit():  # XLA joins two dynamic slices and forgets that the first ends
+            right, wanted = of(program.fn, values, *args, (0, 1))
+        alone = {"the gradient of the weight": wanted[0]["w"], "frozen": right, "training": right}
+        if all(close(said, kind, a, alone.get(kind, wanted[1])) for kind, (a, _) in pairs.items()):
+            return "agreed with the eager program alone", said
+    for kind, (a, b) in pairs.items():
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        if not np.allclose(a, b, rtol=0, atol=1e-2 * np.abs(b).max(initial=1e-3)):
-            return (
-                "finding",
-                f"{said}: the gradient of the {kind} is {np.abs(a - b).max():.1e} off, of {np.abs(b).max():.1e}",
-            )
+        if a.shape != b.shape:
+            return "finding", f"{said}: {kind} is of shape {a.shape}, not {b.shape}"
+        if not close(said, kind, a, b):
+            return "finding", f"{said}: {kind} is {np.abs(a - b).max():.1e} off, of {np.abs(b).max(initial=0):.1e}"
     return "agreed", said
 
 

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from ops_reference import MATMUL, unequal
 
 import jaxquant as jq
 from jaxquant import OpSpec, QuantSpec, observers, ops, recipes
+from jaxquant.ptq.gram import lower_factor
 
 INT8 = QuantSpec("int8")
 WITH_GRAD = OpSpec(INT8, INT8, INT8)
@@ -49,6 +51,24 @@ def test_no_nan_on_the_way(zero):
     with jax.debug_nans(True):
         found = jax.grad(lambda w: ops.dot_general(x, w, MATMUL, spec=WITH_GRAD).sum())(w)
     assert np.all(np.isfinite(found))
+
+
+def test_no_nan_of_its_own():
+    """What is filled in, not known yet or not found yet is no NaN, outside of jit and in it."""
+    table, x = unequal(0, (6, 8)), unequal(1, (4, 8))
+    layer = jq.linen.QuantDense(2, spec=recipes.w8a8(static=True))
+    with jax.debug_nans(True):
+        for rows in (table, jq.quantize(table, INT8, reduce_axes=-1)):
+            found = ops.take(rows, jnp.array([4, 1]), 0, spec=OpSpec(INT8))
+            np.testing.assert_allclose(found, table[jnp.array([4, 1])], atol=float(jnp.abs(table).max()) / 250)
+        variables = jax.jit(layer.init)(jax.random.key(0), x)
+        assert np.all(np.isfinite(layer.apply(variables, x, mutable=["quant"])[0]))
+        dense = jq.nnx.QuantLinear(8, 2, spec=recipes.w8a8(static=True), rngs=nnx.Rngs(0))
+        dense.set_attributes(calibrating=True)
+        assert np.all(np.isfinite(dense(x)))
+        h = jnp.ones((3, 3)) + jnp.eye(3)
+        lower = lower_factor(h, 0.25)
+    np.testing.assert_allclose(lower.T @ lower, h + 0.25 * jnp.eye(3), rtol=1e-5)
 
 
 @pytest.mark.parametrize("qtype", ["int2", "uint4", "int8"])

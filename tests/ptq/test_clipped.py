@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from double_precision import double_precision
 from ptq_cases import CELLS, FAST_CELLS, error, gram, inputs, spec, weight
 
 import jaxquant as jq
@@ -41,6 +42,13 @@ def test_unweighted_is_the_range_of_the_mse_observer(symmetric):
     q = clipped(W, of, reduce_axes=(-2,), weighting="none")
     other = rtn(W, spec(3, 16, symmetric, calibration=jq.observers.MSE()), reduce_axes=(-2,))
     np.testing.assert_allclose(q.dequantize(), other.dequantize(), rtol=1e-5, atol=1e-6)
+
+
+def test_unweighted_in_double_precision():
+    of = spec(3, 16, True)
+    with double_precision():
+        q = clipped(W, of, reduce_axes=(-2,), weighting="none")
+    np.testing.assert_array_equal(q.dequantize(), clipped(W, of, reduce_axes=(-2,), weighting="none").dequantize())
 
 
 def test_a_diagonal_matrix_and_its_diagonal_are_one():

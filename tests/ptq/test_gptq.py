@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_settings import makes_nan
 from ptq_cases import CELLS, FAST_CELLS, FullRange, error, golden, gram, inputs, spec, weight
 
 import jaxquant as jq
@@ -242,16 +243,20 @@ def test_damping_grows_until_the_matrix_can_be_factored():
 
 # -- refusals --------------------------------------------------------------------------------------------------------
 
+with jax.debug_nans(False):
+    NAN_STATS, NAN_W = gram(X.at[3, 4].set(jnp.nan)), W.at[0, 0].set(jnp.nan)
 
+
+@makes_nan
 @pytest.mark.parametrize(
     "w, stats, options, message",
     [
         (W, None, {}, r"gptq: needs the Gram matrix of the inputs; got stats=None\. Pass stats=calibrate"),
         (W, {"range": 1}, {}, r"got stats=\('range',\)"),
         (W, gram(X[:, :32]), {}, r"must be \[batch, channels, channels\] for 48 contracted elements"),
-        (W, gram(X.at[3, 4].set(jnp.nan)), {}, "the Gram matrix must be finite"),
+        (W, NAN_STATS, {}, "the Gram matrix must be finite"),
         (W, gram(X.at[3, 4].set(jnp.inf)), {}, "the Gram matrix must be finite"),
-        (W.at[0, 0].set(jnp.nan), STATS, {}, "NaN cannot be quantized"),
+        (NAN_W, STATS, {}, "NaN cannot be quantized"),
         (W, gram(jnp.stack([X] * 4)), {}, "the batch of the statistics must be the leading axes"),
         (W, STATS, dict(order="random"), "unknown order"),
         (W, STATS, dict(clip="mse"), "unknown clip"),
@@ -273,7 +278,19 @@ def test_refuses_no_reduced_axes_and_groups_that_do_not_divide():
         gptq(W.reshape(3, 16, N), G16, reduce_axes=(-3, -2), stats=STATS, order="descending")
 
 
+@makes_nan
 def test_nan_in_a_traced_gram_matrix_stays_visible():
     one = jax.jit(functools.partial(gptq, spec=G16, reduce_axes=(-2,)))
-    q = one(W, stats=gram(X.at[3, 4].set(jnp.nan)))
+    q = one(W, stats=NAN_STATS)
     assert np.all(np.isnan(q.dequantize()))
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("method", ["gptq", "clipped", "descend", "autoround", "hqq"])
+def test_strict_promotion(method):
+    """Nothing is promoted silently, here and in the other methods."""
+    stats = None if method == "hqq" else STATS
+    for symmetric in (True, False):
+        how = functools.partial(getattr(jq.ptq, method), spec=spec(4, 16, symmetric), reduce_axes=(-2,))
+        with jax.numpy_dtype_promotion("strict"):
+            assert jax.eval_shape(lambda w, s, how=how: how(w, stats=s), W, stats).shape == W.shape

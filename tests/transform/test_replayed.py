@@ -252,3 +252,18 @@ def test_the_first_use_in_a_process_may_be_anywhere(context):
     """What is looked up once per process must not depend on the mesh, the trace or the settings of the first use."""
     run = subprocess.run([sys.executable, "-c", FIRST_USE, context], capture_output=True, text=True, check=False)
     assert run.stdout.strip() == "same", run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("start", [3, 32, -40])
+def test_a_slice_of_a_slice_ends_where_the_first_ends(start):
+    """Compiled, XLA joins the two in the float program and reads beyond the first; NumPy does not."""
+    values = np.random.default_rng(0).normal(size=(6, 4)) * np.exp(np.arange(4))
+    params, x, s = {"w": jnp.asarray(values, jnp.float32)}, jnp.ones((1, 6)), jnp.int32(start)
+    fn = lambda p, x, s: x @ lax.dynamic_slice_in_dim(lax.dynamic_slice_in_dim(p["w"], -s, 2, 1), s, 1, 1)  # noqa: E731
+    plan = jq.make_plan(fn, params, x, s, rules=[jq.Rule("w", jq.OpSpec(jq.QuantSpec("int8")))])
+    q = jq.quantize_params(params, plan)
+    place = lambda at, n, size: min(max(at + n if at < 0 else at, 0), n - size)  # noqa: E731
+    column = place(-start, 4, 2) + place(start, 2, 1)
+    want = np.asarray(q["w"].dequantize())[:, column].sum()
+    for leaves in (q, params):
+        np.testing.assert_allclose(jax.jit(jq.quantized(fn, plan))(leaves, x, s), [[want]], rtol=1e-4)

@@ -229,3 +229,9 @@ def test_product_of_two_activations():
     assert jq.Plan.from_json(plan.to_json()) == plan
     run = jq.quantized(fn, plan)
     same(lambda x: run(params, x), 64, bound=1e-3)
+
+
+def test_explain_wants_numbers():
+    plan = jq.make_plan(model, PARAMS, batch(64), rules=[jq.Rule(".*", SPECS["w8a8"])])
+    with pytest.raises(jq.QuantError, match=r"explain: .*sizes that are numbers; got shape=\(b, 64\)\. Pass arrays"):
+        jq.explain(jq.quantized(model, plan), jq.quantize_params(PARAMS, plan), batch(64))
