@@ -145,11 +145,16 @@ class _Product:
         groups = size // self.group
         if value.shape[self.at] == 1 or groups == 1:
             return jnp.expand_dims(value, self.at + 1)
-        parts = value.reshape(*value.shape[: self.at], -1, groups, *value.shape[self.at + 1 :])
-        row = lax.broadcasted_iota(jnp.int32, [size if i == self.at + 1 else 1 for i in range(parts.ndim)], self.at + 1)
-        found = lax.slice_in_dim(parts, 0, 1, axis=self.at + 1)
+        row = lax.broadcasted_iota(
+            jnp.int32, [size if i == self.at + 1 else 1 for i in range(value.ndim + 1)], self.at + 1
+        )
+
+        def of(i: int) -> jax.Array:
+            return jnp.expand_dims(lax.slice_in_dim(value, i, None, groups, axis=self.at), self.at + 1)
+
+        found = of(0)
         for i in range(1, groups):
-            found = jnp.where(row // self.group == i, lax.slice_in_dim(parts, i, i + 1, axis=self.at + 1), found)
+            found = jnp.where(row // self.group == i, of(i), found)
         return found
 
     def _batched_dot(self) -> jax.Array:

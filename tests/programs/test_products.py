@@ -1,0 +1,112 @@
+"""Products as the TPU compiler makes them: codes are what is read, no float weight is written, and four bits pay."""
+
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import jaxquant as jq
+from jaxquant import ops, recipes
+from jaxquant.programs.compilers import compiled_for
+from jaxquant.programs.estimates import estimate
+
+pytestmark = [
+    pytest.mark.every,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs jaxquant[aot-tpu]"),
+]
+
+SIZE = 2048
+MATMUL = (((1,), (0,)), ((), ()))
+SCHEMES = {
+    "w8a16": recipes.w8a16(),
+    "w4a16": recipes.w4a16(None),
+    "w4a16 g128": recipes.w4a16(128),
+    "w4a16 g64": recipes.w4a16(64),
+    "w4a16 g32 zero": recipes.w4a16(32, symmetric=False),
+    "w4a8 g128": recipes.w4a8(128),
+    "two-level": recipes.w4a16(128, two_level=True),
+    "mxfp4": recipes.mxfp4(),
+    "nf4": recipes.nf4(64),
+    "int3": jq.OpSpec(jq.QuantSpec("int3", granularity="per_group", group_size=64)),
+}
+FASTER = {"w8a16", "w4a16", "w4a16 g128", "w4a16 g64", "w4a8 g128", "two-level"}  # at eight rows, than bfloat16
+
+
+def weight(spec: jq.OpSpec, *lead: int) -> Any:
+    def make(w: jax.Array) -> Any:
+        return jq.quantize(w, spec.weight, reduce_axes=(-2,)).store((-2,))
+
+    for _ in lead:
+        make = jax.vmap(make)
+    shape = jax.ShapeDtypeStruct((*lead, SIZE, SIZE), jnp.bfloat16)
+    return jax.eval_shape(lambda w: jq.lay_out(make(w), "tpu"), shape)
+
+
+def x(rows: int) -> Any:
+    return jax.ShapeDtypeStruct((rows, SIZE), jnp.bfloat16)
+
+
+def product(spec: jq.OpSpec) -> Any:
+    return lambda p, x: ops.dot_general(x, p["w"], MATMUL, spec=spec)
+
+
+@pytest.fixture(scope="module")
+def float_seconds() -> float:
+    args = x(8), jax.ShapeDtypeStruct((SIZE, SIZE), jnp.bfloat16)
+    found = estimate(compiled_for("test", "tpu v5e", jnp.dot, args)).seconds
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_few_rows(name: str, float_seconds: float):
+    spec = SCHEMES[name]
+    q = weight(spec)
+    found: Any = jq.explain(product(spec), {"w": q}, x(8), target="tpu v5e")
+    assert found["w"].written == 0
+    assert "dequantized" not in found["w"].kernels
+    assert found.temporaries < 0.02 * 2 * SIZE * SIZE
+    read = q.nbytes + 2 * 8 * SIZE * 2
+    assert found.arguments + found.results < 1.15 * read  # 4 bits are half a byte there, and so is the rest of it
+    if name in FASTER:
+        assert found.seconds < float_seconds
+
+
+@pytest.mark.parametrize("name", ["w4a16 g128", "w4a16 g64", "mxfp4"])
+def test_one_row_is_multiplied_in_the_matrix_unit(name: str):
+    """The bfloat16 program of one row is not: it takes several times as long as that of eight."""
+    params = {"w": weight(SCHEMES[name])}
+    one, eight = (jq.explain(product(SCHEMES[name]), params, x(m), target="tpu v5e").seconds for m in (1, 8))
+    assert one is not None
+    assert eight is not None
+    assert one < 1.2 * eight
+
+
+@pytest.mark.parametrize("name", ["w4a16 g128", "w4a16 g32 zero", "mxfp4"])
+def test_layers_of_a_stack_are_neither_copied_nor_decoded(name: str):
+    spec = SCHEMES[name]
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        return lax.scan(lambda x, q: (ops.dot_general(x, q, MATMUL, spec=spec), None), x, p["w"])[0]
+
+    found: Any = jq.explain(fn, {"w": weight(spec, 6)}, x(8), target="tpu v5e")
+    assert found["w"].written == 0
+    assert found.temporaries < 0.02 * 2 * SIZE * SIZE
+
+
+def test_a_table_for_lookups_and_products():
+    spec = recipes.w8a16()
+    table = jax.eval_shape(
+        lambda: jq.lay_out(jq.quantize(jnp.zeros((SIZE, SIZE), jnp.bfloat16), spec.weight, reduce_axes=(-1,)), "tpu")
+    )
+
+    def fn(p: Any, tokens: jax.Array) -> jax.Array:
+        h = ops.take(p["w"], tokens, axis=0)
+        return ops.dot_general(h, p["w"], (((1,), (1,)), ((), ())), spec=spec)
+
+    found: Any = jq.explain(fn, {"w": table}, jax.ShapeDtypeStruct((8,), jnp.int32), target="tpu v5e")
+    assert found["w"].written == 0
+    assert found.temporaries < 0.02 * 2 * SIZE * SIZE
