@@ -31,6 +31,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta, unfreeze
 from jax.core import Tracer
 
@@ -160,7 +161,8 @@ class _Quantized(nn.Module):
             now = _observed(state, jax.lax.stop_gradient(x), act)
             self.put_variable("quant", "act", state if self.is_initializing() else now)
             state = now
-        if state is None or (not isinstance(state["lo"], Tracer) and not state["lo"] <= state["hi"]):
+        known = state is not None and not isinstance(state["lo"], Tracer)
+        if state is None or (known and not np.asarray(state["lo"]) <= np.asarray(state["hi"])):
             todo = (
                 "Calibrate with model.apply(variables, x, mutable=['quant']) and pass the collection 'quant' along "
                 "with the params (nn.scan and nn.vmap hand it on if variable_axes names it)"

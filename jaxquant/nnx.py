@@ -40,6 +40,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -120,7 +121,7 @@ class ActRange(nnx.Module):
         if self.calibrating:
             self._observe(lax.stop_gradient(x))
         lo, hi = _get(self.lo), _get(self.hi)
-        if not isinstance(hi, jax.core.Tracer) and not bool(jnp.all((lo <= hi) & jnp.isfinite(hi))):
+        if not isinstance(hi, jax.core.Tracer) and not np.all((np.asarray(lo) <= hi) & np.isfinite(hi)):
             raise quant_error(
                 layer,
                 "spec.act is static and its range is not known",

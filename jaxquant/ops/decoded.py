@@ -41,7 +41,7 @@ def fits(w: Any) -> bool:
     """Whether an operand is a stored weight with one code per element, and groups along one axis at most."""
     if not isinstance(w, QTensor) or isinstance(w, TrainedTensor):
         return False
-    if w.layout != "elements" or w.permutation is not None:
+    if w.layout != "elements" or w.minor or w.permutation is not None:
         return False
     cut = [i - w.ndim for i, (n, s) in enumerate(zip(w.shape, w.scale.shape, strict=True)) if 1 < s < n]
     return cut == ([] if w.split is None else [w.split])
@@ -164,14 +164,19 @@ class _Product:
         place = wc.index(self.at)
         cut = xc[place]
         x, codes = self._regrouped(self.x, cut), self._regrouped(_grid(self.w, None), self.at)
+        free = self.numbers.free(0, x.ndim)
+        lone = bool(free) and all(x.shape[i] == 1 for i in free)
+        if lone:  # two rows until the end: see `_dot`, and one row of scales would be laid out on its own
+            x = jnp.pad(x, [(0, int(i == free[0])) for i in range(x.ndim)])
         integers = x.dtype == jnp.int8
         multiplied = jnp.int8 if integers else self.multiplied
         rest = [i for i in range(len(xc)) if i != place]
         numbers = _Numbers((tuple(xc[i] for i in rest), tuple(wc[i] for i in rest)), ((*xb, cut), (*wb, self.at)))
         sums = jnp.int32 if integers else self.wide
-        out = _dot(x.astype(multiplied), codes.astype(multiplied), numbers, self.precision, sums, at_least=2)
+        out = _dot(x.astype(multiplied), codes.astype(multiplied), numbers, self.precision, sums)
         scale = jnp.expand_dims(scale_values(self.w.scale).astype(self.wide), self.at + 1)
-        return jnp.sum(out * _over_result(scale, numbers, 1, out.ndim), axis=len(xb))
+        out = jnp.sum(out * _over_result(scale, numbers, 1, out.ndim), axis=len(xb))
+        return lax.slice_in_dim(out, 0, 1, axis=len(xb)) if lone else out
 
     def _regrouped(self, x: jax.Array, at: int) -> jax.Array:
         """Blocks of rows as groups. (Free where a block is one; elsewhere on a GPU.)"""
@@ -254,9 +259,9 @@ def _aligned(x: jax.Array, w: QTensor, x_axes: Axes, w_axes: Axes, at: int | Non
     return x, _Numbers((xc, wc), (tuple(map(in_x, x_axes.batch)), tuple(map(in_w, w_axes.batch))))
 
 
-def _dot(x: jax.Array, w: jax.Array, numbers: _Numbers, precision: Any, dtype: Any, at_least: int = 1) -> jax.Array:
-    """The dot. One row, or one column, is padded to two: a TPU would multiply it in its vector units, in ten times the
-    time, and a GPU would decode the weight on its own (``at_least``).
+def _dot(x: jax.Array, w: jax.Array, numbers: _Numbers, precision: Any, dtype: Any) -> jax.Array:
+    """The dot. On a TPU one row, or one column, is padded to two: it would multiply one in its vector units, in ten
+    times the time.
     """
 
     def plain(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -275,7 +280,7 @@ def _dot(x: jax.Array, w: jax.Array, numbers: _Numbers, precision: Any, dtype: A
         out = plain(*(jnp.pad(v, [(0, int(one and i == axes[0])) for i in range(v.ndim)]) for v, axes, one in pairs))
         return lax.slice(out, [0] * out.ndim, shape)
 
-    return lax.platform_dependent(x, w, tpu=padded, default=padded if at_least > 1 else plain)
+    return lax.platform_dependent(x, w, tpu=padded, default=plain)
 
 
 def _over_result(scale: jax.Array, numbers: _Numbers, side: int, ndim: int) -> jax.Array:

@@ -166,3 +166,17 @@ def test_arithmetic_on_int4_is_refused():
     q = weight("int4 g8").laid_out("elements")
     with pytest.raises(QuantError, match="computed with them"):
         jax.tree.map(lambda v: v.astype(jnp.float32) * 0.5, q).dequantize()
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("name", ["int4 g8", "nf4 g8", "int8"])
+def test_other_products(name):
+    """Convolutions and ragged products take every layout."""
+    q = weight(name, (2, 16, 24), (-2,))
+    x, sizes = jnp.asarray(np.random.default_rng(3).standard_normal((5, 16)), jnp.float32), jnp.array([2, 3])
+    wanted = ops.ragged_dot(x, q, sizes)
+    np.testing.assert_allclose(ops.ragged_dot(x, jq.lay_out(q, "tpu"), sizes), wanted, rtol=1e-5, atol=1e-5)
+    kernel = weight(name, (3, 8, 24), (-3, -2)).store(())
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((2, 9, 8)), jnp.float32)
+    call = lambda w: ops.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))  # noqa: E731
+    np.testing.assert_allclose(call(jq.lay_out(kernel, "tpu")), call(kernel), rtol=1e-5, atol=1e-5)
