@@ -9,7 +9,7 @@ import jax
 import jax.core
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.qtensor import Layout, QTensor
+from jaxquant.core.qtensor import LEAVES, Layout, QTensor
 
 __all__ = ["Platform", "check_target", "lay_out", "layout_for", "platform_of"]
 
@@ -70,11 +70,14 @@ def lay_out(params: Any, target: Platform | None = None) -> Any:
     def one(x: Any) -> Any:
         if not isinstance(x, QTensor) or x.lies(layout := layout_for(target, x.stored)):
             return x
-        return _laid_out(x, layout)
+        like = jax.eval_shape(lambda q: q.laid_out(layout), x)
+        rest = {name: getattr(x, name) for name in LEAVES if name != "codes"}
+        return like.replace(codes=_codes(x, layout), **rest)
 
     return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, QTensor))
 
 
 @functools.partial(jax.jit, static_argnames="layout")
-def _laid_out(q: QTensor, layout: Layout) -> QTensor:
-    return q.laid_out(layout)
+def _codes(q: QTensor, layout: Layout) -> jax.Array:
+    """The codes alone: on a CPU, JAX 0.6 damages memory where a program returns int4 beside other arrays."""
+    return q.laid_out(layout).stored

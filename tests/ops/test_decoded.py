@@ -47,9 +47,16 @@ def both(x, w, numbers, spec, dtype, act=None):
     out = decoded_dot(xq, q, *axes, None, dtype, weight_first=False)
     real = (v.dequantize(jnp.float32) if isinstance(v, jq.QTensor) else v for v in (xq, q))
     left, right = (np.asarray(v, np.float64) for v in real)
-    with jax.enable_x64(True):
-        right_out = np.asarray(lax.dot_general(jnp.asarray(left), jnp.asarray(right), numbers))
-    return np.asarray(out, np.float64), right_out
+    return np.asarray(out, np.float64), in_numpy(left, right, numbers)
+
+
+def in_numpy(left, right, numbers):
+    """`jax.lax.dot_general` in NumPy, which has float64 everywhere."""
+    (lc, rc), (lb, rb) = numbers
+    names = dict(zip((*rc, *rb), (*lc, *lb), strict=True))
+    mine, its = list(range(left.ndim)), [names.get(i, left.ndim + i) for i in range(right.ndim)]
+    batch, rows = list(lb), [i for i in mine if i not in (*lc, *lb)]
+    return np.einsum(left, mine, right, its, [*batch, *rows, *(i for i in its if i >= left.ndim)])
 
 
 def error(found, wanted):
