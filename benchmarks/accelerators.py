@@ -1,6 +1,6 @@
 """What products cost on TPUs and GPUs, as their own compilers estimate it: nothing is run, and no device is needed.
 
-    python benchmarks/accelerators.py [--short] [--chips "tpu v5e,h100"] [--schemes w4a16,w8a8] [--rows 1,8]
+    python benchmarks/accelerators.py [--short] [--packed] [--chips "tpu v5e,h100"] [--schemes w4a16,w8a8] [--rows 1,8]
 
 For every scheme, chip and shape the product ``[M, K] x [K, N]`` of a bfloat16 activation is compiled three times: of a
 bfloat16 weight, by jaxquant with the codes as `quantize_params(target=...)` lays them out, and by qwix from its own
@@ -39,6 +39,7 @@ from jaxquant.programs.estimates import estimate
 
 RESULTS = Path(__file__).parent / "results"
 MATMUL = (((1,), (0,)), ((), ()))
+PACKED = "packed for a CPU"
 ROWS = (1, 8, 64, 512, 4096)
 WEIGHTS = ((4096, 4096), (4096, 14336), (14336, 4096), (2048, 151936))
 TARGETS = ("tpu v5e", "tpu v6e", "h100")
@@ -111,7 +112,9 @@ def float_program(rows: int, k: int, n: int) -> tuple[Callable[..., Any], tuple[
     return (lambda x, w: jnp.dot(x, w)), (x, w)
 
 
-def our_program(scheme: Scheme, chip: str, rows: int, k: int, n: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def our_program(
+    scheme: Scheme, chip: str, rows: int, k: int, n: int, *, packed: bool = False
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     x = jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
     fn = lambda p, x: ops.dot_general(x, p["w"], MATMUL, spec=scheme.spec)  # noqa: E731
     plan = jq.make_plan(
@@ -120,7 +123,7 @@ def our_program(scheme: Scheme, chip: str, rows: int, k: int, n: int) -> tuple[C
         x,
         rules=[jq.Rule("w", scheme.spec)],
     )
-    platform = "gpu" if CHIPS[chip].platform == "cuda" else CHIPS[chip].platform
+    platform = "cpu" if packed else "gpu" if CHIPS[chip].platform == "cuda" else CHIPS[chip].platform
     params = jax.eval_shape(
         lambda w: jq.quantize_params({"w": w}, plan, target=platform), jax.ShapeDtypeStruct((k, n), jnp.bfloat16)
     )
@@ -154,13 +157,13 @@ def measured(chip: str, scheme: str, by: str, shape: tuple[int, int, int]) -> Ce
     try:
         if by == "bfloat16":
             fn, args = float_program(*shape)
-        elif by == "jaxquant":
-            fn, args = our_program(SCHEMES[scheme], chip, *shape)
+        elif by != "qwix":
+            fn, args = our_program(SCHEMES[scheme], chip, *shape, packed=by == PACKED)
         else:
             fn, args = qwix_program(SCHEMES[scheme], *shape)
         found = estimate(compiled_for("accelerators", chip, fn, args))
     except Exception as e:
-        if by == "jaxquant":
+        if by != "qwix":
             raise
         return dataclasses.replace(cell, missing=(str(e).splitlines() or [type(e).__name__])[0][:200])
     peak = CHIPS[chip].peak("bf16" if by == "bfloat16" else SCHEMES[scheme].multiplied)
@@ -179,7 +182,7 @@ def measured(chip: str, scheme: str, by: str, shape: tuple[int, int, int]) -> Ce
 def cells(args: argparse.Namespace) -> Iterator[Cell]:
     with contextlib.suppress(ImportError):
         import qwix  # noqa: F401
-    peers = ("jaxquant", "qwix") if "qwix" in sys.modules else ("jaxquant",)
+    peers = ("jaxquant", *((PACKED,) if args.packed else ()), *(("qwix",) if "qwix" in sys.modules else ()))
     for chip in args.chips:
         for k, n in args.weights:
             for rows in args.rows:
@@ -187,7 +190,7 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
                 yield measured(chip, "bfloat16", "bfloat16", shape)
                 for name in args.schemes:
                     for by in peers:
-                        if by == "jaxquant" or SCHEMES[name].qwix is not None:
+                        if by != "qwix" or SCHEMES[name].qwix is not None:
                             yield measured(chip, name, by, shape)
 
 
@@ -199,18 +202,18 @@ def tables(found: list[Cell]) -> str:
         rows = sorted({c.rows for c in here})
         at = {(c.scheme, c.by, c.rows): c for c in here}
         lines += ["", f"{chip}, [M, {k}] x [{k}, {n}], estimated us (floor; MB of temporaries where there are any)", ""]
-        lines.append(f"{'':26}" + "".join(f"{f'M = {m}':>20}" for m in rows))
+        lines.append(f"{'':28}" + "".join(f"{f'M = {m}':>23}" for m in rows))
         for scheme, by in dict.fromkeys((c.scheme, c.by) for c in here):
             name = scheme if by == "bfloat16" else f"{scheme}, {by}"
             texts = []
             for m in rows:
                 c = at[scheme, by, m]
                 if c.us is None:
-                    texts.append(f"{'-':>20}")
+                    texts.append(f"{'-':>23}")
                     continue
                 extra = f"; {c.temporaries / 1e6:.0f} MB" if (c.temporaries or 0) >= 5e5 else ""
-                texts.append(f"{f'{c.us:.1f} ({c.floor_us:.1f}{extra})':>20}")
-            lines.append(f"{name:26}" + "".join(texts))
+                texts.append(f"{f'{c.us:.1f} ({c.floor_us:.1f}{extra})':>23}")
+            lines.append(f"{name:28}" + "".join(texts))
     missing = dict.fromkeys((c.scheme, c.by, c.missing) for c in found if c.missing)
     return "\n".join([*lines, "", *(f"{scheme}, {by}: {why}" for scheme, by, why in missing)]).strip() + "\n"
 
@@ -256,6 +259,7 @@ def main() -> None:
     parser.add_argument("--rows", type=lambda t: tuple(map(int, t.split(","))), default=ROWS)
     parser.add_argument("--weights", type=lambda t: tuple(tuple(map(int, s.split("x"))) for s in t.split(",")))
     parser.add_argument("--short", action="store_true", help="one chip, one weight, few rows and schemes")
+    parser.add_argument("--packed", action="store_true", help="ours with codes that are packed for a CPU, too")
     parser.add_argument("--json", type=Path, help="write every cell there, too")
     parser.add_argument("--plot", type=Path, help="write a picture there")
     args = parser.parse_args()
