@@ -240,9 +240,18 @@ def plot(found: list[Cell], file: Path) -> None:
     for chip, axis in zip(chips, axes[0], strict=True):
         here = [c for c in found if (c.chip, c.k, c.n) == (chip, k, n) and c.us]
         whole = {c.rows: c.us for c in here if c.by == "bfloat16"}
-        for scheme in dict.fromkeys(c.scheme for c in here if c.by == "jaxquant"):
+        for i, scheme in enumerate(dict.fromkeys(c.scheme for c in here if c.by == "jaxquant")):
             mine = sorted((c.rows, c.us / whole[c.rows]) for c in here if (c.scheme, c.by) == (scheme, "jaxquant"))
-            axis.plot(*zip(*mine, strict=True), marker="o", markersize=3, linewidth=1, label=scheme)
+            line, marker = ("-", "--", ":")[i // 7], "osv"[i // 7]
+            axis.plot(
+                *zip(*mine, strict=True),
+                line,
+                color=f"C{i % 7}",
+                marker=marker,
+                markersize=4,
+                linewidth=1,
+                label=scheme,
+            )
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(xscale="log", yscale="log", xlabel="rows M", title=f"{chip}, {k} x {n}")
     axes[0][0].set_ylabel("estimated time, bfloat16 = 1")
