@@ -56,7 +56,7 @@ def test_averages_and_steps(name):
 def test_what_stands_for_no_values():
     plan, q = prepared("int8")
     gradients = jax.grad(lambda p: jq.quantized(model, plan)(p, X).sum(), allow_int=True)(q)
-    halves = jax.tree.map(lambda a: a * 0.5, q)
+    halves = jax.tree.map(lambda a: a.astype(jnp.float32) * 0.5, q)
     nothing = {"w": jax.tree.map(lambda a: None, q["w"]), "b": jnp.ones(8)}
     for tree in (gradients, halves, nothing):
         with pytest.raises(QuantError, match=r"update_params at w: the leaves of this QTensor are no codes and scales"):
