@@ -139,18 +139,17 @@ class _Product:
 
     def _by_row(self, value: jax.Array) -> jax.Array:
         """A value per group, against blocks of rows."""
-        if self.at is None:
+        at = self.at
+        if at is None:
             return value
-        size = self.w.stored.shape[self.at + 1]
+        size = self.w.stored.shape[at + 1]
         groups = size // self.group
-        if value.shape[self.at] == 1 or groups == 1:
-            return jnp.expand_dims(value, self.at + 1)
-        row = lax.broadcasted_iota(
-            jnp.int32, [size if i == self.at + 1 else 1 for i in range(value.ndim + 1)], self.at + 1
-        )
+        if value.shape[at] == 1 or groups == 1:
+            return jnp.expand_dims(value, at + 1)
+        row = lax.broadcasted_iota(jnp.int32, [size if i == at + 1 else 1 for i in range(value.ndim + 1)], at + 1)
 
         def of(i: int) -> jax.Array:
-            return jnp.expand_dims(lax.slice_in_dim(value, i, None, groups, axis=self.at), self.at + 1)
+            return jnp.expand_dims(lax.slice_in_dim(value, i, None, groups, axis=at), at + 1)
 
         found = of(0)
         for i in range(1, groups):
