@@ -167,7 +167,7 @@ class _Product:
         lone = bool(free) and all(x.shape[i] == 1 for i in free)
         if lone:  # two rows until the end: see `_dot`, and one row of scales would be laid out on its own
             x = jnp.pad(x, [(0, int(i == free[0])) for i in range(x.ndim)])
-        integers = x.dtype == jnp.int8
+        integers = x.dtype == jnp.int8 and self.w.type.kind == "int"
         multiplied = jnp.int8 if integers else self.multiplied
         rest = [i for i in range(len(xc)) if i != place]
         numbers = _Numbers((tuple(xc[i] for i in rest), tuple(wc[i] for i in rest)), ((*xb, cut), (*wb, self.at)))

@@ -111,6 +111,28 @@ def test_any_layout(data, name):
     assert error(found, wanted) < 1e-6
 
 
+LONG = {"granularity": "per_group", "group_size": 128}
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("act", [None, jq.QuantSpec("int8")])
+@pytest.mark.parametrize("qtype", ["int4", "int3", "int8", "float4_e2m1fn", "float8_e4m3fn"])
+def test_one_dot_for_each_group(monkeypatch, qtype, act, rows):
+    """The branch for a TPU, which has few rows so."""
+
+    def for_tpu(*operands, default=None, tpu=None, **_):
+        return (tpu or default)(*operands)
+
+    monkeypatch.setattr(lax, "platform_dependent", for_tpu)
+    numbers = (((1,), (0,)), ((), ()))
+    with jax.disable_jit():  # what was traced for the CPU is not used, and this is not kept
+        found, wanted = both(
+            array((rows, 256), 0), array((256, 24), 1), numbers, jq.QuantSpec(qtype, **LONG), jnp.float32, act
+        )
+    assert found.shape == wanted.shape
+    assert error(found, wanted) < 1e-6
+
+
 def test_the_weight_on_the_left():
     spec = SPECS["int4"]
     w, x = array((24, 64), 1), array((3, 64), 0)
