@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
 import sys
@@ -30,6 +29,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import jax.numpy as jnp
+from measure import versions
 
 import jaxquant as jq
 from jaxquant import ops, recipes
@@ -37,7 +37,6 @@ from jaxquant.programs.chips import CHIPS
 from jaxquant.programs.compilers import compiled_for
 from jaxquant.programs.estimates import estimate
 
-RESULTS = Path(__file__).parent / "results"
 MATMUL = (((1,), (0,)), ((), ()))
 PACKED = "packed for a CPU"
 ROWS = (1, 8, 64, 512, 4096)
@@ -218,15 +217,6 @@ def tables(found: list[Cell]) -> str:
     return "\n".join([*lines, "", *(f"{scheme}, {by}: {why}" for scheme, by, why in missing)]).strip() + "\n"
 
 
-def versions() -> str:
-    names = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "qwix")
-    found = []
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    return ", ".join(found)
-
-
 def plot(found: list[Cell], file: Path) -> None:
     """Estimates relative to the bfloat16 program, by rows: one picture for each chip, of the first weight."""
     import matplotlib
@@ -281,7 +271,9 @@ def main() -> None:
         found.append(cell)
         if args.json:
             args.json.write_text(json.dumps([dataclasses.asdict(c) for c in found], indent=0) + "\n")
-    print(f"Estimates of the compilers ({versions()}); nothing was run.\n")
+    packages = versions(("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "qwix"))
+    names_and_versions = ", ".join(f"{name} {version}" for name, version in packages.items())
+    print(f"Estimates of the compilers ({names_and_versions}); nothing was run.\n")
     print(tables(found))
     print(f"{len(found)} programs compiled in {time.time() - start:.0f} s.")
     if args.plot:

@@ -8,6 +8,7 @@ On more cores than one (``--cores``) the time is that of the wall, and a round l
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -46,6 +47,15 @@ def pin() -> None:
         os.sched_setaffinity(0, there[-cores() :])
 
 
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def machine(packages: Sequence[str] = ()) -> dict[str, str]:
     """What the figures depend on, without names of hosts or places."""
     cpu, flags = platform.processor() or platform.machine(), ""
@@ -55,18 +65,14 @@ def machine(packages: Sequence[str] = ()) -> dict[str, str]:
         family = f" (family {found['cpu family']} model {found['model']})" if "cpu family" in found else ""
         cpu, flags = found.get("model name", cpu) + family, found.get("flags", "")
     wanted = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-    versions = {}
-    for name in ("jaxquant", "jax", "jaxlib", "numpy", *packages):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "source"
+    wanted_packages = ("jaxquant", "jax", "jaxlib", "numpy", *packages)
     return {
         "cpu": cpu,
         "instructions": " ".join(name for name in wanted if name in flags.split()) or "unknown",
         "cores": f"{cores()} of {os.cpu_count()}",
         "python": platform.python_version(),
-        **versions,
+        **dict.fromkeys(wanted_packages, "source"),
+        **versions(wanted_packages),
     }
 
 

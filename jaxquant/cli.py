@@ -21,6 +21,7 @@ except ModuleNotFoundError:
 
 from jaxquant import OpSpec, QuantError, QuantSpec, Rule, __version__, files, io, ptq
 from jaxquant.core.errors import printable
+from jaxquant.core.units import in_bytes
 from jaxquant.io.save_hf import FORMATS
 
 __all__ = ["main"]
@@ -92,14 +93,6 @@ def _refusals() -> Iterator[None]:
         raise click.ClickException("\n".join(map(printable, str(error).split("\n")))) from error
 
 
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024 or unit == "GiB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    raise AssertionError
-
-
 def _print(columns: Sequence[str], rows: Sequence[Sequence[str]], **options: Any) -> None:
     """A table on standard output; not cut where output is piped."""
     table = rich.table.Table(box=None, pad_edge=False, **options)
@@ -131,15 +124,15 @@ def inspect_(path: Path, tensors: bool, deep: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(summary), indent=2))
         return
-    _say(f"{path}: {summary.format}, {len(summary.tensors)} tensors, {_size(summary.nbytes)}")
+    _say(f"{path}: {summary.format}, {len(summary.tensors)} tensors, {in_bytes(summary.nbytes)}")
     kinds: dict[str, list[int]] = {}
     for tensor in summary.tensors:
         count = kinds.setdefault(tensor.type, [0, 0])
         count[0] += 1
         count[1] += tensor.nbytes
-    _print(("type", "tensors", "bytes"), [(kind, str(n), _size(size)) for kind, (n, size) in kinds.items()])
+    _print(("type", "tensors", "bytes"), [(kind, str(n), in_bytes(size)) for kind, (n, size) in kinds.items()])
     if tensors:
-        rows = [(t.name, t.type, "x".join(map(str, t.shape)), _size(t.nbytes)) for t in summary.tensors]
+        rows = [(t.name, t.type, "x".join(map(str, t.shape)), in_bytes(t.nbytes)) for t in summary.tensors]
         _print(("tensor", "type", "shape", "bytes"), rows)
     for name, what in summary.weights.items():
         _say(f"{name}  {what}")
@@ -253,7 +246,7 @@ def quantize(
     for name, place in plan.links.items():
         _say(f"{name} is a link: what was taken is {place}")
     verb = "would be written" if dry_run else "written"
-    _say(f"{_size(plan.before)} -> {_size(plan.after)}, {len(plan.layout.shards)} files of tensors {verb}")
+    _say(f"{in_bytes(plan.before)} -> {in_bytes(plan.after)}, {len(plan.layout.shards)} files of tensors {verb}")
 
 
 @contextlib.contextmanager

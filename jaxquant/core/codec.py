@@ -5,7 +5,9 @@ Everything here is elementwise on float32 (float64 where the caller has it) and 
 - `round_to_grid`: a scaled value to the nearest value of the grid (a float);
 - `codes_of`: a grid value to its code (the integer itself, the fp8 bits, the index of a 4-bit pattern);
 - `values_of`: a code to its grid value;
-- `to_bits` / `from_bits`: a code to the unsigned bit pattern that is packed, and back.
+- `to_bits` / `from_bits`: a code to the unsigned bit pattern that is packed, and back;
+- `to_int4` / `from_int4`: a code of up to 4 bits to an element of an int4 array, and back;
+- `values_of_int4`: an element of an int4 array to its grid value.
 
 Integers round half to even after saturation; floats saturate at their largest finite value (never inf or NaN) and round
 half to even and keep the sign of zero; a table rounds to the nearest entry, ties to the lower one (as bitsandbytes
@@ -24,7 +26,17 @@ from jax import lax
 from jaxquant.core.arithmetic import exponent, power_of_two
 from jaxquant.core.qtypes import QType
 
-__all__ = ["chosen", "codes_of", "from_bits", "round_to_grid", "to_bits", "values_of"]
+__all__ = [
+    "chosen",
+    "codes_of",
+    "from_bits",
+    "from_int4",
+    "round_to_grid",
+    "to_bits",
+    "to_int4",
+    "values_of",
+    "values_of_int4",
+]
 
 
 def _round(v: jax.Array, noise: jax.Array | None) -> jax.Array:
@@ -147,3 +159,29 @@ def from_bits(bits: jax.Array, qtype: QType) -> jax.Array:
     if qtype.kind == "int" and qtype.signed:
         return bits.astype(jnp.int8) + jnp.int8(qtype.qmin)
     return bits
+
+
+def to_int4(codes: jax.Array, qtype: QType) -> jax.Array:
+    """Codes of up to 4 bits as int4: signed integers as they are, 4-bit floats by their pattern, all others less 8."""
+    if qtype.kind == "float":
+        codes = (codes ^ jnp.uint8(8)).astype(jnp.int8) - jnp.int8(8)
+    elif not (qtype.kind == "int" and qtype.signed):
+        codes = codes.astype(jnp.int8) - jnp.int8(8)
+    return codes.astype(jnp.int4)
+
+
+def from_int4(stored: jax.Array, qtype: QType) -> jax.Array:
+    """Inverse of `to_int4`."""
+    codes = stored.astype(jnp.int8)
+    if qtype.kind == "float":
+        return codes.astype(jnp.uint8) & jnp.uint8(15)
+    return codes if qtype.kind == "int" and qtype.signed else (codes + jnp.int8(8)).astype(jnp.uint8)
+
+
+def values_of_int4(stored: jax.Array, qtype: QType, dtype: jnp.dtype) -> jax.Array:
+    """``values_of(from_int4(stored))``, by one conversion where that will do: a GPU's compiler fuses no more."""
+    if qtype.kind == "float":
+        return lax.bitcast_convert_type(stored, jnp.dtype(qtype.element)).astype(dtype)
+    if qtype.kind == "int":
+        return stored.astype(dtype) if qtype.signed else stored.astype(dtype) + 8
+    return values_of(from_int4(stored, qtype), qtype, dtype)

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxquant.core.blocks import BlockView
-from jaxquant.core.codec import from_bits, to_bits, values_of
+from jaxquant.core.codec import from_bits, from_int4, to_bits, to_int4, values_of
 from jaxquant.core.errors import quant_error
 from jaxquant.core.layout import transpose, transpose_by_tiles
 from jaxquant.core.packing import pack, packed_length, unpack
@@ -41,23 +41,6 @@ FIELDS = (*LEAVES, "qtype", "dtype", "minor", "length", "split")
 
 Layout = Literal["packed", "elements"]
 """How codes of a few bits lie in memory; see `QTensor.laid_out`."""
-
-
-def _to_int4(codes: jax.Array, qtype: QType) -> jax.Array:
-    """Codes of up to 4 bits as int4."""
-    if qtype.kind == "float":
-        codes = (codes ^ jnp.uint8(8)).astype(jnp.int8) - jnp.int8(8)
-    elif not (qtype.kind == "int" and qtype.signed):
-        codes = codes.astype(jnp.int8) - jnp.int8(8)
-    return codes.astype(jnp.int4)
-
-
-def _from_int4(stored: jax.Array, qtype: QType) -> jax.Array:
-    """Inverse of `_to_int4`."""
-    codes = stored.astype(jnp.int8)
-    if qtype.kind == "float":
-        return codes.astype(jnp.uint8) & jnp.uint8(15)
-    return codes if qtype.kind == "int" and qtype.signed else (codes + jnp.int8(8)).astype(jnp.uint8)
 
 
 def _block_rows(n: int, groups: int) -> int:
@@ -292,7 +275,7 @@ class QTensor:
         """Codes one per element (``type.code_dtype``), in stored order: the ``minor`` axes last."""
         self.checked()
         if self.in_int4:
-            return _from_int4(self.stored if self.split is None else self.stored.reshape(self.shape), self.type)
+            return from_int4(self.stored if self.split is None else self.stored.reshape(self.shape), self.type)
         if self.length is None:
             return self.codes.reshape(self.shape) if self.split is not None else self.codes
         return from_bits(unpack(self.codes, self.type.bits, self.length), self.type)
@@ -312,12 +295,12 @@ class QTensor:
         """The same values, to the bit, with codes as a platform reads them fastest.
 
         Args:
-          layout: ``"packed"``: codes of fewer than 8 bits are bytes, packed along the last of the ``minor`` axes; for
-            CPUs, and as files have them. ``"elements"``: one code per element in the array's own order, up to 4 bits in
-            int4, and an axis with groups is two, blocks and their elements: a group, or as many as make 128 elements;
-            for TPUs and GPUs. Codes of 8 bits without groups stay as they are.
-          minor: the axes to store last where they are packed; by default those that share scales, or what it is if
-            they are packed already.
+          layout: ``"packed"``, for CPUs and files: codes of fewer than 8 bits are packed into bytes along the last of
+            the ``minor`` axes. ``"elements"``, for TPUs and GPUs: there is one code per element, in the array's own
+            order, and in int4 up to 4 bits. An axis with groups is stored as two: blocks, and the elements of a block.
+            A block is one group, or as many as make 128 elements. Codes of 8 bits without groups stay as they are.
+          minor: the axes that are stored last where codes are packed. By default those that share scales; codes that
+            are packed already keep theirs.
 
         Returns:
           The `QTensor`. Where groups are scattered (GPTQ's act-order) it stays as it is.
@@ -331,7 +314,7 @@ class QTensor:
         split = self._group_axis()
         codes = self.logical_codes()
         if self.type.packed and self.type.bits <= 4:
-            codes = _to_int4(codes, self.type)
+            codes = to_int4(codes, self.type)
         if split is not None:
             at, rows = self.ndim + split, _block_rows(self.shape[split], self.scale.shape[split])
             codes = codes.reshape(*codes.shape[:at], -1, rows, *codes.shape[at + 1 :])

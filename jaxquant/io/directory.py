@@ -23,7 +23,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.io.atomic import check_room, claimed, is_temporary, replacing
 from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_parts
 
-__all__ = ["SHARD_BYTES", "Layout", "Piece", "identity", "json_bytes", "lay_out", "write_directory"]
+__all__ = ["SHARD_BYTES", "Layout", "Piece", "identity", "in_shards", "json_bytes", "write_directory"]
 
 SHARD_BYTES = 4 << 30
 _PLAN = "plan.json"
@@ -78,7 +78,7 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-def lay_out(pieces: Sequence[Piece], files: Mapping[str, bytes], shard_bytes: int, *, function: str) -> Layout:
+def in_shards(pieces: Sequence[Piece], files: Mapping[str, bytes], shard_bytes: int, *, function: str) -> Layout:
     """Fills shards in order, each up to ``shard_bytes`` or one piece; one shard needs no index."""
     groups: list[list[Piece]] = [[]]
     seen: set[str] = set()
@@ -114,7 +114,7 @@ def write_directory(
 
     Args:
       directory: where; it must not exist, or be empty.
-      layout: from `lay_out`.
+      layout: from `in_shards`.
       source: what the tensors are made from and how, as JSON values: a partial directory is continued if it was begun
         with the same.
       function: who asks, for the error messages.

@@ -14,7 +14,7 @@ from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.specs import QuantSpec
 from jaxquant.io.arrays import PackedLeaves, to_host
-from jaxquant.io.directory import SHARD_BYTES, Piece, json_bytes, lay_out, write_directory
+from jaxquant.io.directory import SHARD_BYTES, Piece, in_shards, json_bytes, write_directory
 from jaxquant.io.export import AWQ, BITSANDBYTES, GPTQ, Layout, compressed_tensors
 from jaxquant.io.export.integers import is_stack
 from jaxquant.io.safetensors import DTYPES, TensorSpec
@@ -102,7 +102,7 @@ def write_hf(
         todo = "Quantize some, or save with jq.io.save"
         raise quant_error("save_hf", "there is no quantized weight", todo=todo, params=len(params))
     files = export_config(layout, weights, float_modules(leaves), config)
-    written = lay_out(pieces, files, shard_bytes, function="save_hf")
+    written = in_shards(pieces, files, shard_bytes, function="save_hf")
     write_directory(directory, written, source=source, function="save_hf")
 
 

@@ -24,7 +24,7 @@ from jaxquant.core.packing import packed_length
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.specs import OpSpec, QuantSpec, Rule
 from jaxquant.io.bits import packed, patterns
-from jaxquant.io.directory import SHARD_BYTES, Layout, Piece, identity, lay_out, write_directory
+from jaxquant.io.directory import SHARD_BYTES, Layout, Piece, identity, in_shards, write_directory
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
 from jaxquant.io.rules import Assigned, Assignment, assign
@@ -180,7 +180,7 @@ def plan_quantize_hf(
         "act": None if act is None else act.to_dict(),
         "grams": None if known is None else identity(file.path for file in known.files.values()),
     }
-    arranged = lay_out(pieces, files, shard_bytes, function=_FUNCTION)
+    arranged = in_shards(pieces, files, shard_bytes, function=_FUNCTION)
     before = sum(spec.nbytes for spec in checkpoint.tensors.values())
     floats = tuple(name for name in leaves if name not in weights)
     skipped = assignment.skipped

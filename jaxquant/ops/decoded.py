@@ -24,10 +24,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.arithmetic import promoted
-from jaxquant.core.codec import values_of
+from jaxquant.core.codec import values_of, values_of_int4
 from jaxquant.core.layout import number
 from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.ops.digits import is_highest
+from jaxquant.ops.floats import two_row_dot
 from jaxquant.ops.matrix import Axes
 from jaxquant.ops.trained import TrainedTensor
 
@@ -82,7 +83,7 @@ class _Product:
 
     @property
     def wide(self) -> Any:
-        """The dtype of sums, and of what becomes of scales."""
+        """The dtype in which scales are applied and sums kept."""
         return promoted(self.multiplied, jnp.float32)
 
     @property
@@ -114,7 +115,7 @@ class _Product:
         values, columns = self._values()
         result = self.multiplied if columns is None and self.rows is None else self.wide
         x = self.x.astype(self.multiplied)
-        out = _dot(x, values, self.numbers, self.precision, result)
+        out = two_row_dot(x, values, self.numbers, precision=self.precision, preferred_element_type=result)
         if columns is None:
             return out
         return out * _over_result(columns, self.numbers, 1, out.ndim)
@@ -162,23 +163,24 @@ class _Product:
         (xc, wc), (xb, wb) = self.numbers
         place = wc.index(self.at)
         cut = xc[place]
-        x, codes = self._regrouped(self.x, cut), self._regrouped(_grid(self.w, None), self.at)
+        integers = self.x.dtype == jnp.int8 and self.w.type.kind == "int"
+        multiplied = jnp.int8 if integers else self.multiplied
+        x = self._regrouped(self.x.astype(multiplied), cut)
+        codes = self._regrouped(_grid(self.w, multiplied), self.at)
         free = self.numbers.free(0, x.ndim)
         lone = bool(free) and all(x.shape[i] == 1 for i in free)
-        if lone:  # two rows until the end: see `_dot`, and one row of scales would be laid out on its own
+        if lone:  # two rows until the end: one row of scaled sums would be laid out on its own
             x = jnp.pad(x, [(0, int(i == free[0])) for i in range(x.ndim)])
-        integers = x.dtype == jnp.int8 and self.w.type.kind == "int"
-        multiplied = jnp.int8 if integers else self.multiplied
         rest = [i for i in range(len(xc)) if i != place]
         numbers = _Numbers((tuple(xc[i] for i in rest), tuple(wc[i] for i in rest)), ((*xb, cut), (*wb, self.at)))
         sums = jnp.int32 if integers else self.wide
-        out = _dot(x.astype(multiplied), codes.astype(multiplied), numbers, self.precision, sums)
+        out = two_row_dot(x, codes, numbers, precision=self.precision, preferred_element_type=sums)
         scale = jnp.expand_dims(scale_values(self.w.scale).astype(self.wide), self.at + 1)
         out = jnp.sum(out * _over_result(scale, numbers, 1, out.ndim), axis=len(xb))
         return lax.slice_in_dim(out, 0, 1, axis=len(xb)) if lone else out
 
     def _regrouped(self, x: jax.Array, at: int) -> jax.Array:
-        """Blocks of rows as groups. (Free where a block is one; elsewhere on a GPU.)"""
+        """Blocks of rows as groups: for nothing where a block is one, and on a GPU, whose arrays have no tiles."""
         return x.reshape(*x.shape[:at], -1, self.group, *x.shape[at + 2 :])
 
 
@@ -227,20 +229,10 @@ def decoded_dot(
 
 
 def _grid(w: QTensor, dtype: Any) -> jax.Array:
-    """Grid values of codes as they are stored: an axis of groups in two. In a dtype, or None: as they are."""
-    info = w.type
-    if not w.in_int4:
-        codes = w.whole().logical_codes()
-        values = codes if dtype is None and info.kind == "int" else values_of(codes, info, dtype or jnp.float32)
-        return values.reshape(w.stored.shape)
-    if info.kind == "float":
-        values = lax.bitcast_convert_type(w.stored, jnp.dtype(info.element))
-        return values if dtype is None else values.astype(dtype)
-    if info.kind == "int" and info.signed:
-        return w.stored if dtype is None else w.stored.astype(dtype)
-    if info.kind == "int":
-        return w.stored.astype(dtype or jnp.int8) + 8
-    return values_of((w.stored.astype(jnp.int8) + 8).astype(jnp.uint8), info, dtype or jnp.float32)
+    """Grid values of codes, in the form in which they are stored: an axis of groups as two."""
+    if w.in_int4:
+        return values_of_int4(w.stored, w.type, dtype)
+    return values_of(w.whole().logical_codes(), w.type, dtype).reshape(w.stored.shape)
 
 
 def _aligned(x: jax.Array, w: QTensor, x_axes: Axes, w_axes: Axes, at: int | None) -> tuple[jax.Array, _Numbers]:
@@ -256,30 +248,6 @@ def _aligned(x: jax.Array, w: QTensor, x_axes: Axes, w_axes: Axes, at: int | Non
         contract.insert(contract.index((cut, at)) + 1, (cut + 1, at + 1))
     xc, wc = zip(*contract, strict=True) if contract else ((), ())
     return x, _Numbers((xc, wc), (tuple(map(in_x, x_axes.batch)), tuple(map(in_w, w_axes.batch))))
-
-
-def _dot(x: jax.Array, w: jax.Array, numbers: _Numbers, precision: Any, dtype: Any) -> jax.Array:
-    """The dot. On a TPU one row, or one column, is padded to two: it would multiply one in its vector units, in ten
-    times the time.
-    """
-
-    def plain(x: jax.Array, w: jax.Array) -> jax.Array:
-        return lax.dot_general(
-            x, w, (numbers.contract, numbers.batch), precision=precision, preferred_element_type=dtype
-        )
-
-    free = [numbers.free(side, v.ndim) for side, v in enumerate((x, w))]
-    lone = [bool(axes) and all(v.shape[i] == 1 for i in axes) for axes, v in zip(free, (x, w), strict=True)]
-    if not any(lone):
-        return plain(x, w)
-
-    def padded(x: jax.Array, w: jax.Array) -> jax.Array:
-        shape = jax.eval_shape(plain, x, w).shape
-        pairs = zip((x, w), free, lone, strict=True)
-        out = plain(*(jnp.pad(v, [(0, int(one and i == axes[0])) for i in range(v.ndim)]) for v, axes, one in pairs))
-        return lax.slice(out, [0] * out.ndim, shape)
-
-    return lax.platform_dependent(x, w, tpu=padded, default=plain)
 
 
 def _over_result(scale: jax.Array, numbers: _Numbers, side: int, ndim: int) -> jax.Array:

@@ -28,7 +28,7 @@ from jaxquant.ops.digits import is_highest
 from jaxquant.ops.machine import bfloat16_dots
 from jaxquant.ops.matrix import Matrix, Packed
 
-__all__ = ["float_dot", "float_dtype", "in_own_dtype", "is_narrow", "own_dtype", "scaled"]
+__all__ = ["float_dot", "float_dtype", "in_own_dtype", "is_narrow", "own_dtype", "scaled", "two_row_dot"]
 
 _NARROW = (jnp.bfloat16, jnp.float16)
 _MANY_ROWS = 24  # with fewer, a block of the weight in bfloat16 costs more than the product gains
@@ -104,28 +104,39 @@ def scaled(out: jax.Array, rows: jax.Array | None, columns: jax.Array | None) ->
 def float_dot(left: jax.Array, right: jax.Array, along: tuple[int, int] = (2, 2), precision: Any = None) -> jax.Array:
     """The sum over an axis of each, [B, ., .] x [B, ., .], in the operands' dtype, and at least in float32.
 
-    On the CPU bfloat16 has a fast path to a float32 result alone, and one row has none. A TPU multiplies one row in its
-    vector units, and two, which one is padded to, in its matrix unit in a tenth of the time.
+    On the CPU bfloat16 has a fast path to a float32 result alone, and one row has none.
     """
-
-    def dot(left: jax.Array, right: jax.Array) -> jax.Array:
-        numbers = (((along[0],), (along[1],)), ((0,), (0,)))
-        if left.dtype in _NARROW:
-            return lax.dot_general(left, right, numbers, preferred_element_type=jnp.float32)
-        return lax.dot_general(left, right, numbers, precision=precision)
+    numbers = (((along[0],), (along[1],)), ((0,), (0,)))
+    if left.dtype not in _NARROW:
+        return two_row_dot(left, right, numbers, precision=precision)
 
     def wide(left: jax.Array, right: jax.Array) -> jax.Array:
-        return dot(left.astype(promoted(left.dtype, jnp.float32)), right.astype(promoted(right.dtype, jnp.float32)))
+        return lax.dot_general(left.astype(jnp.float32), right.astype(jnp.float32), numbers, precision=precision)
 
-    def padded(left: jax.Array, right: jax.Array) -> jax.Array:
-        pairs = zip((left, right), along, lone, strict=True)
-        left, right = (jnp.pad(x, [(0, 0), *[(0, int(one and i != axis)) for i in (1, 2)]]) for x, axis, one in pairs)
-        return dot(left, right)[:, : rows[0], : rows[1]]
+    narrow = functools.partial(two_row_dot, numbers=numbers, preferred_element_type=jnp.float32)
+    rows = (x.shape[3 - axis] for x, axis in zip((left, right), along, strict=True))
+    if is_narrow("cpu", left.dtype) and min(map(number, rows)) > 1:
+        return narrow(left, right)
+    return lax.platform_dependent(left, right, cpu=wide, default=narrow)
 
-    rows = tuple(x.shape[3 - axis] for x, axis in zip((left, right), along, strict=True))
-    lone = tuple(number(n) == 1 for n in rows)
-    on_tpu = padded if any(lone) else dot
-    on_cpu = dot if left.dtype not in _NARROW or (is_narrow("cpu", left.dtype) and not any(lone)) else wide
-    if on_cpu is on_tpu is dot:
+
+def two_row_dot(left: jax.Array, right: jax.Array, numbers: Any, **how: Any) -> jax.Array:
+    """`jax.lax.dot_general`, of two rows at least on a TPU.
+
+    It multiplies one row, or one column, in its vector units, and two in its matrix unit in a tenth of the time. So one
+    is padded to two there.
+    """
+    dot = functools.partial(lax.dot_general, dimension_numbers=numbers, **how)
+    operands, (contract, batch) = (left, right), numbers
+    free = [[i for i in range(v.ndim) if i not in (*contract[k], *batch[k])] for k, v in enumerate(operands)]
+    lone = [bool(axes) and all(number(v.shape[i]) == 1 for i in axes) for axes, v in zip(free, operands, strict=True)]
+    if not any(lone):
         return dot(left, right)
-    return lax.platform_dependent(left, right, cpu=on_cpu, tpu=on_tpu, default=dot)
+
+    def padded(*operands: jax.Array) -> jax.Array:
+        shape = jax.eval_shape(dot, *operands).shape
+        sides = zip(operands, free, lone, strict=True)
+        out = dot(*(jnp.pad(v, [(0, int(one and i == axes[0])) for i in range(v.ndim)]) for v, axes, one in sides))
+        return lax.slice(out, [0] * out.ndim, shape)
+
+    return lax.platform_dependent(left, right, tpu=padded, default=dot)

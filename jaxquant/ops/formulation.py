@@ -49,7 +49,8 @@ of integers are float products too.
 
 Where XLA does not serve int8 dots (`jaxquant.ops.machine`), `lanes` and `blocks` take the place of `integer`,
 `digits` and `folded`. Off the CPU XLA fuses the conversion into the dot, and float units are wide: products of integers
-are `integer`, one dot per group of 8 or more, and all others but `minifloat` are `dequantized`.
+are `integer`, one dot per group of 8 or more, and all others but `minifloat` are `dequantized`. There weights with one
+code per element have products of their own, in `jaxquant.ops.decoded`.
 """
 
 from __future__ import annotations

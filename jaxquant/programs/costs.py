@@ -13,7 +13,6 @@ from jaxquant.programs.hlo import Array, Instruction, Program
 __all__ = ["Collective", "Product", "collectives", "cycles", "product_of", "products", "unestimated"]
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
-_PRODUCTS = ("dot", "convolution", "ragged-dot")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,11 +80,6 @@ class Instruction:
         return arrays_of(self.type)
 
     @property
-    def elements(self) -> int:
-        """Of its largest array."""
-        return max((array.size for array in self.arrays), default=0)
-
-    @property
     def cycles(self) -> int | None:
         """What the TPU compiler estimates for one run of it, or None. Of some it says 2**62 or more, which is none.
 

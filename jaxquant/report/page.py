@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
+from jaxquant.core.units import in_bytes
+
 __all__ = ["render"]
 
 _BINS = 36
@@ -55,7 +57,7 @@ def render(found: Any, title: str, explanation: Any = None) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["bytes"] = _bytes
+    environment.filters["bytes"] = in_bytes
     environment.filters["small"] = _small
     environment.filters["time"] = _time
     template = environment.from_string(
@@ -125,11 +127,6 @@ def _histogram(errors: list[float]) -> dict[str, Any]:
     inside = [m for m in inside if f"{m:e}"[0] == "1" or len(inside) < 9]
     ticks = [(round(100 * (math.log10(m) - start) / length, 2), f"{m:g}") for m in inside]
     return {"bars": bars, "ticks": ticks, "exact": len(errors) - len(positive)}
-
-
-def _bytes(n: int) -> str:
-    unit, power = next((u, p) for u, p in (("GiB", 30), ("MiB", 20), ("KiB", 10), ("B", 0)) if n >= 1 << p or p == 0)
-    return f"{n / (1 << power):.1f} {unit}" if power else f"{n} B"
 
 
 def _time(seconds: float | None) -> str:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxquant.core.errors import printable, quant_error
+from jaxquant.core.units import in_bytes
 from jaxquant.ops.lanes import LANES
 from jaxquant.ops.machine import FAST
 from jaxquant.programs.chips import Chip
@@ -138,7 +139,7 @@ class Explanation:
         for use in self.uses:
             last = (_time(use.seconds), _time(use.floor)) if timed else (f"{use.limit:.2f}x",)
             kernel = ", ".join(use.kernels) or "not found"
-            rows.append((use.path, kernel, _size(use.nbytes), _size(use.written), *last))
+            rows.append((use.path, kernel, in_bytes(use.nbytes), in_bytes(use.written), *last))
         rows = [tuple(map(printable, row)) for row in rows]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         spare = _WIDTH - sum(widths[1:]) - 2 * (len(head) - 1)
@@ -174,11 +175,6 @@ def _shortened(text: str, width: int) -> str:
     return text if len(text) <= width else f"...{text[len(text) - width + 3 :]}"
 
 
-def _size(n: float) -> str:
-    unit, power = next((u, p) for u, p in (("GiB", 30), ("MiB", 20), ("KiB", 10), ("B", 0)) if n >= 1 << p or p == 0)
-    return f"{n / (1 << power):.1f} {unit}" if power else f"{n:.0f} B"
-
-
 def _time(seconds: float | None) -> str:
     if seconds is None:
         return "-"
@@ -197,9 +193,9 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, target: str | None 
       params: a tree with QTensors; shapes (`jax.ShapeDtypeStruct`) will do.
       args: the other arguments, or their shapes.
       target: the accelerator to compile for: ``"tpu v5e"``, ``"tpu v5p"``, ``"tpu v6e"``, ``"tpu v7x"``, ``"h100"`` or
-        ``"a100"``, or a slice of chips, ``"tpu v5e:4x4"``. None has to be there; its compiler has (``pip install
-        jaxquant[aot-tpu]`` or ``[aot-gpu]``). By default the devices at hand. Arguments with a `NamedSharding` are
-        sharded so over the target, whatever devices its mesh has: an `jax.sharding.AbstractMesh` will do.
+        ``"a100"``, or a slice of chips, ``"tpu v5e:4x4"``. No such device is needed, but its compiler is: ``pip
+        install jaxquant[aot-tpu]`` or ``[aot-gpu]``. By default the devices at hand. Arguments with a `NamedSharding`
+        are sharded likewise over the target. Its mesh may have any devices, or none: `jax.sharding.AbstractMesh`.
 
     Returns:
       An `Explanation`. With a target it has estimates of the time: the compiler's own for a TPU, where it gives one for
