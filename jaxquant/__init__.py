@@ -22,7 +22,7 @@ from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor, dequantize
 from jaxquant.core.qtypes import dtype_table
 from jaxquant.core.specs import OpRule, OpSpec, QuantSpec, Rule
-from jaxquant.core.targets import lay_out
+from jaxquant.ops.targets import lay_out
 from jaxquant.transform import (
     Plan,
     act_state,

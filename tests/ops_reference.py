@@ -12,6 +12,9 @@ import pytest
 
 from jaxquant import OpSpec, QTensor, QuantSpec, fake_quant, ops, quantize
 from jaxquant.core.arithmetic import promoted
+from jaxquant.ops.forms import Axes
+from jaxquant.ops.problem import Product
+from jaxquant.ops.select import select
 
 MATMUL = (((1,), (0,)), ((), ()))
 
@@ -122,3 +125,10 @@ def dot_values(lhs, rhs, numbers=MATMUL, spec=None, act_scale=None, act_zero_poi
 def quantized(x, spec, axes=(-2,)):
     """`quantize`, as the tests call it everywhere."""
     return quantize(x, spec, reduce_axes=axes)
+
+
+def kernel_of(x, w, numbers=MATMUL, precision=None, platform="cpu"):
+    """The class of the kernel that takes a product, by name."""
+    (xc, wc), (xb, wb) = numbers
+    problem = Product.of(x, w, Axes.of(x.ndim, xb, xc), Axes.of(w.ndim, wb, wc), precision, jnp.float32)
+    return type(select(problem, platform)).__name__

@@ -139,7 +139,7 @@ def test_no_import_cycles():
         ("jaxquant.core.specs", "def f():\n    from jaxquant.ptq import gptq", 1),
         (
             "jaxquant.ops.dot",
-            "from jaxquant.core import QTensor\nfrom jaxquant.ops import formulation",
+            "from jaxquant.core import QTensor\nfrom jaxquant.ops import select",
             0,
         ),
         ("jaxquant.recipes", "from jaxquant import qat, ptq", 2),

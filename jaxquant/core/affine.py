@@ -11,7 +11,6 @@ Jacob et al. 2018 (arXiv:1712.05877), equations 1 and 12, with round half to eve
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,18 +23,20 @@ from jax import lax
 
 from jaxquant.core.arithmetic import divide, exponent, power_of_two, promoted, times_reciprocal
 from jaxquant.core.blocks import BlockView, block_shape, negative_axes, scale_shape
-from jaxquant.core.codec import codes_of, round_to_grid, to_bits
+from jaxquant.core.codec import codes_of, round_to_grid
 from jaxquant.core.errors import quant_error
-from jaxquant.core.layout import LARGE, number, transpose_by_tiles
 from jaxquant.core.observers import absmax_over, array_absmax
-from jaxquant.core.packing import pack
-from jaxquant.core.qtensor import QTensor, cast, from_codes, scale_values, stored_order
+from jaxquant.core.qtensor import QTensor, cast, from_codes, scale_values
 from jaxquant.core.qtypes import QTYPES
+from jaxquant.core.replaceable import Replaceable
 from jaxquant.core.specs import QuantSpec
 
 __all__ = [
     "Encoded",
     "affine",
+    "as_codes",
+    "codes_apart",
+    "codes_in_parts",
     "encode",
     "has_nan",
     "minor_axes",
@@ -358,26 +359,20 @@ def as_codes(
 ) -> QTensor:
     """`encode`, as codes: one per element, in logical order.
 
-    XLA's CPU backend fuses rounding into whatever follows: a transpose of the codes, which then reads floats column by
-    column, packing, the backward pass, which rounds once more. It fuses nothing into what comes out of a branch.
-
     Args:
       x, spec, axes, scale, zero_point, key: as `encode`.
-      apart: whether a large array is rounded in such a branch.
+      apart: whether a compiler that would round as part of whatever follows, and lose by it, is to be kept from that.
     """
     found = encode(x, spec, axes, scale, zero_point, key)
-
-    def rounded(x: jax.Array) -> jax.Array:
-        return codes_of(encode(x, spec, axes, found.scale, found.zero_point, key).values, spec.type)
-
-    def branch(x: jax.Array) -> jax.Array:
-        return lax.cond(jnp.isnan(jnp.max(scale_values(found.scale))), rounded, rounded, x)
-
-    if apart and number(x.size) >= LARGE:
-        codes = lax.platform_dependent(x, cpu=branch, default=rounded)
-    else:
-        codes = codes_of(found.values, spec.type)
+    codes = codes_apart(x, found, key, spec=spec, axes=axes) if apart else codes_of(found.values, spec.type)
     return QTensor(codes, found.scale, found.zero_point, qtype=spec.qtype, dtype=x.dtype)
+
+
+@Replaceable
+def codes_apart(x: jax.Array, found: Encoded, key: Any, *, spec: QuantSpec, axes: tuple[int, ...]) -> jax.Array:
+    """The codes of an array that `encode` has found the grid values of."""
+    del x, key, axes
+    return codes_of(found.values, spec.type)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "axes"), inline=True)
@@ -387,80 +382,16 @@ def _quantize(x, scale, zero_point, key, *, spec: QuantSpec, axes: tuple[int, ..
     apart = bool(minor) != spec.type.packed
     q = as_codes(x, spec, axes, scale, zero_point, key, apart=apart)
     q = from_codes(q.codes, q.scale, q.zero_point, qtype=q.qtype, dtype=q.dtype, minor=minor)
-    axis = _cut_axis(x, axes, stored_order(x.ndim, minor)[-1:])
-    # Where transposed bytes are packed already, or codes are fp8, parts are slower.
-    fast = spec.type.packed if minor == () else spec.type.kind == "int" and not spec.type.packed
-    if axis is None or scale is not None or key is not None or not fast:
+    if scale is not None or key is not None:
         return q
-    in_parts = functools.partial(_codes_in_parts, x, scale_values(q.scale), q.zero_point, spec, axes, axis)
-    return q.replace(codes=lax.platform_dependent(cpu=in_parts, default=lambda: q.codes))
+    return q.replace(codes=codes_in_parts(q, x, spec=spec, axes=axes))
 
 
-_PARTS, _RUN, _RUNS = 16, 16, 8
-_SEVERAL = 1 << 22  # elements; the codes of what is smaller are written at once
-
-
-def _cut_axis(x: jax.Array, axes: tuple[int, ...], last: tuple[int, ...]) -> int | None:
-    """The axis by which the codes of a large array are written in parts: none that shares a scale or is stored last.
-
-    Parts have a multiple of 8 runs, so that arrays that are spread over as many devices can be cut. Where shardings are
-    part of the types, as on explicit meshes, or a size is a symbol, arrays are not cut.
-    """
-    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
-    if not _SEVERAL <= number(x.size) < math.inf or any(axis is not None for axis in spec):
-        return None
-    kept = [i for i in range(x.ndim) if i - x.ndim not in axes and i not in last]
-    kept = [i for i in kept if x.shape[i] % (_PARTS * _RUN * _RUNS) == 0]
-    return max(kept, key=lambda i: x.shape[i], default=None)
-
-
-def _codes_in_parts(
-    x: jax.Array,
-    scale: jax.Array,
-    zero_point: jax.Array | None,
-    spec: QuantSpec,
-    axes: tuple[int, ...],
-    axis: int,
-) -> jax.Array:
-    """The codes of `quantize`, rounded for a sixteenth of the array at a time, and then transposed or packed.
-
-    A part is every sixteenth run of 16 along an axis, [runs, 16, 16]: what is spread over devices by whole such rows of
-    runs stays where it is.
-    """
-    ndim, minor, nan = x.ndim, minor_axes(axes, x.ndim), jnp.isnan(jnp.max(scale))
-    # The same axes, counted from the end, with one more behind the one that is cut.
-    inner_axes, inner_minor = (tuple(i - 1 if i + ndim < axis else i for i in old) for old in (axes, minor))
-
-    def runs(v: Any, i: Any) -> Any:
-        if v is None or v.shape[axis] == 1:
-            return v if v is None else jnp.expand_dims(v, axis)
-        v = v.reshape(*v.shape[:axis], -1, _PARTS, _RUN, *v.shape[axis + 1 :])
-        return lax.dynamic_index_in_dim(v, i, axis + 1, keepdims=False)
-
-    def apart(compute: Callable[[jax.Array, Any], jax.Array]) -> Callable[[jax.Array, Any], jax.Array]:
-        return lambda x, i: lax.cond(nan, compute, compute, x, i)
-
-    @apart
-    def rounded(x: jax.Array, i: Any) -> jax.Array:
-        found = encode(runs(x, i), spec, inner_axes, runs(scale, i), runs(zero_point, i))
-        codes = codes_of(found.values, spec.type)
-        return to_bits(codes, QTYPES[spec.qtype]) if minor == () else lax.bitcast_convert_type(codes, jnp.int8)
-
-    @apart
-    def stored(x: jax.Array, i: Any) -> jax.Array:
-        codes = rounded(x, i)
-        return transpose_by_tiles(codes, order) if minor else pack(codes, spec.type.bits)
-
-    def step(i: Any, out: jax.Array) -> jax.Array:
-        part = lax.bitcast_convert_type(stored(x, i), out.dtype)  # uint8 would be transposed one by one
-        return lax.dynamic_update_index_in_dim(out, part, i, place)
-
-    order = stored_order(ndim + 1, inner_minor)
-    shape, place = jax.eval_shape(stored, x, 0).shape, order.index(axis) + 1
-    dtype = jnp.uint8 if spec.type.packed else spec.type.code_dtype
-    zeros = jnp.broadcast_to(nan.astype(dtype), (*shape[:place], _PARTS, *shape[place:]))  # vary over devices as x does
-    out = lax.fori_loop(0, _PARTS, step, zeros)
-    return out.reshape(*shape[: place - 1], x.shape[axis], *shape[place + 1 :])
+@Replaceable
+def codes_in_parts(q: QTensor, x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...]) -> jax.Array:
+    """The codes of an array as they are stored, from those already: a chance to write them a part at a time."""
+    del x, spec, axes
+    return q.codes
 
 
 def minor_axes(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:

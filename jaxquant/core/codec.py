@@ -17,6 +17,7 @@ does).
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,12 @@ from jax import lax
 
 from jaxquant.core.arithmetic import exponent, power_of_two
 from jaxquant.core.qtypes import QType
+from jaxquant.core.replaceable import Replaceable
 
 __all__ = [
     "chosen",
     "codes_of",
+    "decoded",
     "from_bits",
     "from_int4",
     "round_to_grid",
@@ -36,6 +39,7 @@ __all__ = [
     "to_int4",
     "values_of",
     "values_of_int4",
+    "values_of_patterns",
 ]
 
 
@@ -107,22 +111,25 @@ def codes_of(values: jax.Array, qtype: QType) -> jax.Array:
 
 
 def values_of(codes: jax.Array, qtype: QType, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """Grid values of codes; of fp8 also of uint8 patterns, which XLA's CPU backend decodes faster."""
+    """Grid values of codes; of fp8 also of uint8 patterns."""
     if qtype.kind == "int" or (qtype.kind == "float" and codes.dtype != jnp.uint8):
         return codes.astype(dtype)
     if qtype.kind == "table":
         table = np.asarray(qtype.table, np.float32).astype(dtype)
         return chosen(codes, table) if len(table) <= 16 else jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
     if qtype.packed:
-        return _decoded(codes, qtype, dtype)
+        return decoded(codes, qtype, dtype)
 
-    def native(codes: jax.Array) -> jax.Array:
-        return lax.bitcast_convert_type(codes, qtype.code_dtype).astype(dtype)
-
-    return lax.platform_dependent(codes, cpu=lambda codes: _decoded(codes, qtype, dtype), default=native)
+    return values_of_patterns(codes, qtype=qtype, dtype=dtype)
 
 
-def _decoded(codes: jax.Array, qtype: QType, dtype: jnp.dtype) -> jax.Array:
+@Replaceable
+def values_of_patterns(codes: jax.Array, *, qtype: QType, dtype: Any) -> jax.Array:
+    """Values of the uint8 patterns of an 8-bit float."""
+    return lax.bitcast_convert_type(codes, qtype.code_dtype).astype(dtype)
+
+
+def decoded(codes: jax.Array, qtype: QType, dtype: Any) -> jax.Array:
     """Float patterns: exponent and mantissa as those of a float32, but for magnitudes that are subnormal."""
     bits, sign = codes.astype(jnp.int32), 1 << (qtype.bits - 1)
     magnitude, mantissa = bits & (sign - 1), jnp.finfo(jnp.float32).nmant

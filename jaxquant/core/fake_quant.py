@@ -16,8 +16,8 @@ from jax.custom_derivatives import zero_from_primal
 from jaxquant.core.affine import encode, prepare, values_with_scale
 from jaxquant.core.arithmetic import divide, promoted
 from jaxquant.core.blocks import BlockView
-from jaxquant.core.layout import number
 from jaxquant.core.qtensor import scale_values
+from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
 
 __all__ = ["fake_quant", "never_clips"]

@@ -25,7 +25,7 @@ from jax import lax
 
 from jaxquant.core.arithmetic import exponent, power_of_two, promoted, times_power_of_two
 from jaxquant.core.errors import quant_error
-from jaxquant.core.layout import LARGE, number
+from jaxquant.core.replaceable import Replaceable
 
 __all__ = ["EMA", "MSE", "AbsMax", "Entropy", "MinMax", "Observer", "Percentile", "no_range", "or_nan"]
 
@@ -55,79 +55,36 @@ def or_nan(lo: jax.Array, hi: jax.Array) -> Range:
     return jnp.where(lo <= hi, lo, np.nan), jnp.where(lo <= hi, hi, np.nan)
 
 
-class _Extreme(NamedTuple):
+class Extreme(NamedTuple):
     """A reduction: of ``prepare(x)``, by ``pair`` of two elements, ``reduce`` of an array."""
 
     prepare: Callable[[jax.Array], jax.Array]
     pair: Callable[[jax.Array, jax.Array], jax.Array]
     reduce: Callable[..., jax.Array]
 
-
-_ABSMAX = _Extreme(jnp.abs, jnp.maximum, jnp.max)
-_MIN = _Extreme(lambda x: x, jnp.minimum, jnp.min)
-_MAX = _Extreme(lambda x: x, jnp.maximum, jnp.max)
-
-_LONGEST_RUN = 64
-_GROUP = 256  # longer axes may be spread over devices
+    def __call__(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """The reduction of each block, 0 included."""
+        return self.reduce(self.prepare(x), axis=axes, keepdims=True, initial=0)
 
 
-def _extremes(x: jax.Array, axes: Axes, *reductions: _Extreme) -> tuple[jax.Array, ...]:
-    """Reductions of each block (max or min, 0 included): infinities count as 0, NaN gives NaN. In at least float32.
+_ABSMAX = Extreme(jnp.abs, jnp.maximum, jnp.max)
+_MIN = Extreme(lambda x: x, jnp.minimum, jnp.min)
+_MAX = Extreme(lambda x: x, jnp.maximum, jnp.max)
 
-    On the CPU XLA gives a reduction to a library that is fast, fuses abs and nothing else, and whose max and min drop
-    NaN. It is used where the array is finite, as a sum shows; elsewhere NaN and infinities are looked for first, and
-    what that writes is a small part of the array.
-    """
+
+def _extremes(x: jax.Array, axes: Axes, *reductions: Extreme) -> tuple[jax.Array, ...]:
+    """Reductions of each block (max or min, 0 included): infinities count as 0, NaN gives NaN. In at least float32."""
     x = lax.stop_gradient(x)  # a range counts as constant
     if x.dtype.itemsize < 2:
         x = x.astype(jnp.float32)
-
-    def library(x: jax.Array, to: _Extreme) -> jax.Array:
-        return to.reduce(to.prepare(x), axis=axes, keepdims=True, initial=0)
-
-    def looked_for(x: jax.Array, to: _Extreme) -> jax.Array:
-        # Of standard reductions only: XLA cannot spread another one over devices, if the array is cut along these axes.
-        x = _folded(x, axes, to)
-        nan, finite = jnp.any(jnp.isnan(x), axis=axes, keepdims=True), jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-        return jnp.where(nan, np.asarray(np.nan, x.dtype), library(finite, to))
-
-    def explicit(x: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(looked_for(x, to) for to in reductions)
-
-    def on_cpu(x: jax.Array) -> tuple[jax.Array, ...]:
-        if number(x.size) <= 1 << 8:
-            return explicit(x)
-        total = jnp.sum(lax.optimization_barrier(x))  # behind the barrier, widening a bfloat16 array is part of the sum
-        return lax.cond(jnp.isfinite(total), lambda x: tuple(library(x, to) for to in reductions), explicit, x)
-
-    def elsewhere(x: jax.Array) -> tuple[jax.Array, ...]:
-        finite = jnp.where(jnp.isinf(x), jnp.zeros_like(x), x)
-        return tuple(library(finite, to) for to in reductions)
-
-    out = lax.platform_dependent(x, cpu=on_cpu, default=elsewhere)
-    return tuple(v.astype(promoted(v.dtype, jnp.float32)) for v in out)
+    return tuple(v.astype(promoted(v.dtype, jnp.float32)) for v in extremes(x, axes=axes, reductions=reductions))
 
 
-def _folded(x: jax.Array, axes: Axes, to: _Extreme) -> jax.Array:
-    """An array of the same reductions, NaN included, without infinities, and up to 64 times smaller.
-
-    A loop takes one of each run of elements along the longest of the axes, so that no more is written. The length of
-    runs divides that axis, and the number of runs is a multiple of 8 unless it is a group's: an array that is spread
-    over as many devices stays where it is.
-    """
-    if not LARGE <= number(x.size) < math.inf or not axes:
-        return x
-    axis = max(axes, key=lambda i: x.shape[i]) % x.ndim
-    length = x.shape[axis]
-    counts = [n for n in range(1, _LONGEST_RUN + 1) if length % n == 0]
-    count = max(counts if length <= _GROUP else [n for n in counts if length // n % 8 == 0] or counts)
-    runs = x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1 :])
-
-    def part(i: Any) -> jax.Array:
-        v = lax.dynamic_index_in_dim(runs, i, axis + 1, keepdims=False)
-        return to.prepare(jnp.where(jnp.isinf(v), jnp.zeros_like(v), v))
-
-    return lax.fori_loop(1, count, lambda i, found: to.pair(found, part(i)), part(0))
+@Replaceable
+def extremes(x: jax.Array, *, axes: Axes, reductions: tuple[Extreme, ...]) -> tuple[jax.Array, ...]:
+    """The same, in x's dtype."""
+    finite = jnp.where(jnp.isinf(x), jnp.zeros_like(x), x)
+    return tuple(to(finite, axes) for to in reductions)
 
 
 def absmax_over(x: jax.Array, axes: Axes) -> jax.Array:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxquant.core.blocks import BlockView
 from jaxquant.core.codec import from_bits, from_int4, to_bits, to_int4, values_of
 from jaxquant.core.errors import quant_error
-from jaxquant.core.layout import transpose, transpose_by_tiles
+from jaxquant.core.layout import transpose, written_transposed
 from jaxquant.core.packing import pack, packed_length, unpack
 from jaxquant.core.qtypes import FACTOR, QTYPES, QType
 
@@ -427,7 +427,7 @@ def from_codes(
         length = codes.shape[order[-1]]
         stored = pack(to_bits(codes, info), info.bits, order[-1])
     # Packing is fused into nothing: a plain transpose of its bytes is fast.
-    stored = transpose(stored, order) if info.packed else transpose_by_tiles(stored, order)
+    stored = transpose(stored, order) if info.packed else written_transposed(stored, order=tuple(order))
     return QTensor(stored, scale, zero_point, offset, permutation, qtype=qtype, dtype=dtype, minor=minor, length=length)
 
 

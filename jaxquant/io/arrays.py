@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.targets import Platform, check_target, lay_out
+from jaxquant.ops.targets import Platform, check_target, lay_out
 from jaxquant.transform.shardings import shardings
 
 __all__ = ["PackedLeaves", "placing", "to_device", "to_host"]

@@ -2,7 +2,7 @@
 
     dot_general, einsum, conv_general_dilated, ragged_dot, take; llm_int8
 
-`jaxquant.ops.formulation` chooses how a product is computed.
+`jaxquant.ops.select` chooses how a product is computed.
 """
 
 from jaxquant.ops.conv import conv_general_dilated

@@ -4,7 +4,7 @@ For ``y[b, m, n] = sum_k x[b, m, k] w[b, n, k]``:
 
     dx[b, m, k] = sum_n g[b, m, n] w[b, n, k]        dw[b, n, k] = sum_m g[b, m, n] x[b, m, k]
 
-The sum over m is over an axis that is last on neither side, for which XLA's CPU library has no product: the left
+The sum over m is over an axis that is last on neither side, for which XLA's CPU library has no product: there the left
 operand is copied with that axis last, which takes a fraction of what it saves. A weight is not transposed for its own
 gradient: where it is stored as [b, k, n], so is the gradient.
 
@@ -26,11 +26,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.affine import as_codes
-from jaxquant.core.layout import number, transpose_by_tiles
+from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
-from jaxquant.ops.floats import float_dot
-from jaxquant.ops.integer import overflow_limit
-from jaxquant.ops.matrix import Axes, Matrix
+from jaxquant.ops.forms import Axes, Matrix
+from jaxquant.ops.kernels.cpu.layout import transpose_by_tiles
+from jaxquant.ops.kernels.dots import float_dot
+from jaxquant.ops.kernels.integer import overflow_limit
 
 __all__ = ["as_stored", "lhs_gradient", "rhs_gradient"]
 
@@ -94,18 +95,22 @@ def _rows_last(axes: Axes) -> bool:
 
 
 def _with_rows_last(x: jax.Array) -> jax.Array:
-    """[b, rows, k] as [b, k, rows], in memory on the CPU."""
-    return lax.platform_dependent(transpose_by_tiles(x, (0, 2, 1)), cpu=lax.optimization_barrier, default=lambda x: x)
+    """[b, rows, k] as [b, k, rows]: on the CPU in memory."""
+
+    def in_memory(x: jax.Array) -> jax.Array:
+        return lax.optimization_barrier(transpose_by_tiles(x, order=(0, 2, 1)))
+
+    return lax.platform_dependent(x, cpu=in_memory, default=lambda x: jnp.swapaxes(x, 1, 2))
 
 
 def _values_with_rows_last(x: jax.Array | Matrix, dtype: Any) -> jax.Array:
-    """The same of an operand's values: codes are moved as bytes."""
+    """The same of an operand's values: on the CPU codes are moved as bytes."""
     if not isinstance(x, Matrix):
         return _with_rows_last(x)
     codes, (scale, zero) = _with_rows_last(x.codes), (_turned(v) for v in (x.scale, x.zero_point))
     values = codes.astype(scale.dtype)
-    values = (values if zero is None else values - zero.astype(scale.dtype)) * scale
-    return lax.optimization_barrier(values.astype(dtype))
+    values = ((values if zero is None else values - zero.astype(scale.dtype)) * scale).astype(dtype)
+    return lax.platform_dependent(values, cpu=lax.optimization_barrier, default=lambda v: v)
 
 
 def _turned(x: Any) -> Any:

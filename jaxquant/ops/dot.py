@@ -3,46 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.core.affine import reach
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import FACTOR
 from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.ops import outliers
 from jaxquant.ops.backward import as_stored, lhs_gradient, rhs_gradient
-from jaxquant.ops.decoded import decoded_dot, fits
-from jaxquant.ops.formulation import is_float, product
-from jaxquant.ops.matrix import Axes, Matrix, canonical, matrix
-from jaxquant.ops.operands import (
-    Call,
-    Operand,
-    Pair,
-    Static,
-    is_in_training,
-    precision_of,
-    refuse_range,
-    wide_values,
-)
+from jaxquant.ops.forms import Axes, Matrix, matrix
+from jaxquant.ops.operands import Call, Operand, Pair, Static, precision_of, refuse_range
+from jaxquant.ops.problem import Product
+from jaxquant.ops.select import run
 from jaxquant.ops.tangents import straight_through
-from jaxquant.ops.trained import TrainedTensor
 
 __all__ = ["contract", "dot_general"]
-
-
-class _Kept(NamedTuple):
-    """Codes of what was quantized on the way, where gradients go straight through; None for the other operands."""
-
-    lhs: Any
-    rhs: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,62 +39,42 @@ class _Contraction(Call):
     dtype: Any
     grad: QuantSpec | None
 
-    def forward(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
-        return self._product(self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static))
-
-    def _product(self, lhs: QTensor | jax.Array, rhs: QTensor | jax.Array) -> jax.Array:
-        portable = functools.partial(self._canonical_product, lhs, rhs)
-        if not fits(lhs) and not fits(rhs):
-            return portable()
-        return lax.platform_dependent(cpu=portable, default=functools.partial(self._decoded_product, lhs, rhs))
-
-    def _canonical_product(self, lhs: QTensor | jax.Array, rhs: QTensor | jax.Array) -> jax.Array:
-        left, right = canonical(lhs, self.lhs_axes), canonical(rhs, self.rhs_axes)
-        if left is None or right is None:  # scales that vary within a group: only real values are left to multiply
-            return self._float(wide_values(lhs), wide_values(rhs))
-        shape = _result_shape(lhs, rhs, self.lhs_axes, self.rhs_axes)
-        trained = all(is_in_training(x) for x in (lhs, rhs))
-        wide = all(x.dtype.itemsize >= 4 for x in (lhs, rhs))  # narrower real values are rounded, codes are not
-        if trained and wide and is_float(left, right, self.precision):  # codes would only be taken back
-            return self._float(wide_values(lhs), wide_values(rhs))
-        dtype = promoted(lhs.dtype, rhs.dtype)
-        return product(left, right, self.precision, dtype, trained=trained).reshape(shape).astype(self.dtype)
-
-    def _decoded_product(self, lhs: Any, rhs: Any) -> jax.Array:
-        dtype, weight_first = promoted(lhs.dtype, rhs.dtype), not fits(rhs)
-        sides = (lhs, self.lhs_axes), (rhs, self.rhs_axes)
-        (x, x_axes), (w, w_axes) = reversed(sides) if weight_first else sides
-        return decoded_dot(x, w, x_axes, w_axes, self.precision, dtype, weight_first=weight_first).astype(self.dtype)
-
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
-        return self._float(self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static))
-
-    def _float(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        lhs, rhs = self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static)
         dtype = promoted(lhs.dtype, rhs.dtype)
         numbers = ((self.lhs_axes.contract, self.rhs_axes.contract), (self.lhs_axes.batch, self.rhs_axes.batch))
         out = lax.dot_general(lhs.astype(dtype), rhs.astype(dtype), numbers, precision=self.precision)
         return out.astype(self.dtype)
 
-    def keep(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> tuple[jax.Array, Any]:
-        if not (self.lhs.straight and self.rhs.straight and lhs_static is None and rhs_static is None):
-            return super().keep(lhs, rhs, lhs_static, rhs_static)
-        used = [side.quantized(x, None) for side, x in ((self.lhs, lhs), (self.rhs, rhs))]
-        codes = (None if q is x or isinstance(x, QTensor) else q for q, x in zip(used, (lhs, rhs), strict=True))
-        return self._product(*used), _Kept(*codes)
+    def keep(self, *operands: Any) -> tuple[jax.Array, Any]:
+        """The product; codes of what is quantized on the way, where the gradient needs no more of it."""
+        lhs, rhs, lhs_static, rhs_static = operands
+        left, right = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
+        out = run(Product.of(left, right, self.lhs_axes, self.rhs_axes, self.precision, self.dtype))
+        sides = (self.lhs, left, lhs, lhs_static), (self.rhs, right, rhs, rhs_static)
+        return out, tuple(q if q is not x and side.passes(x, static) else None for side, q, x, static in sides)
 
     def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
-        if not isinstance(kept, _Kept):
-            return super().back(kept, operands, g)
-        sides = (self.lhs, self.rhs)
-        kept = tuple(s.quantized(x, None) if k is None else k for s, k, x in zip(sides, kept, operands, strict=False))
-        kept, g = lax.optimization_barrier((kept, g))  # real values are not held from the forward pass on
-        (lhs, rhs), (left, right) = kept, (self.lhs_axes, self.rhs_axes)
-        x, w = reals = [v.dequantize() if isinstance(v, QTensor) else v for v in kept]
-        dtype = promoted(lhs.dtype, rhs.dtype)
+        lhs, rhs, lhs_static, rhs_static = operands
+        left, right = kept
+        left = self.lhs.quantized(lhs, lhs_static) if left is None else left
+        right = self.rhs.quantized(rhs, rhs_static) if right is None else right
+        (left, right), g = lax.optimization_barrier(((left, right), g))  # real values are not held until now
+        dx, dw = self._gradients(left, right, g)
+        (dx, dx_static), (dw, dw_static) = (
+            self.lhs.gradient(lhs, lhs_static, left, dx),
+            self.rhs.gradient(rhs, rhs_static, right, dw),
+        )
+        return dx, dw, dx_static, dw_static
+
+    def _gradients(self, lhs: Any, rhs: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """With respect to the real values of both operands, as the forward pass has used them."""
+        left, right, dtype = self.lhs_axes, self.rhs_axes, promoted(lhs.dtype, rhs.dtype)
         rows = (math.prod(v.shape[i] for i in axes.rows) for v, axes in ((lhs, left), (rhs, right)))
         g = g.astype(dtype).reshape(-1, *rows)
         codes = _integers(lhs, left)
         if self.grad is None:
+            x, w = (v.dequantize() if isinstance(v, QTensor) else v for v in (lhs, rhs))
             how, w = self.precision, as_stored(right).flatten(w.astype(dtype))
             x = left.flatten(x.astype(dtype)) if codes is None else codes
         else:
@@ -121,9 +83,7 @@ class _Contraction(Call):
                 rule = "gradients are quantized where both operands are integers with one scale per channel or token"
                 todo = "Leave grad out of the spec, or quantize both to such"
                 raise quant_error("dot_general", rule, todo=todo, lhs=lhs, rhs=rhs)
-        found = lhs_gradient(g, w, left, lhs.shape, right, how), rhs_gradient(g, x, right, rhs.shape, how)
-        parts = zip(sides, kept, reals, found, strict=True)
-        return *(_cotangent(side, v, real, dv) for side, v, real, dv in parts), None, None
+        return lhs_gradient(g, w, left, lhs.shape, right, how), rhs_gradient(g, x, right, rhs.shape, how)
 
 
 def _integers(x: QTensor | jax.Array, axes: Axes, form: Axes | None = None) -> Matrix | None:
@@ -135,18 +95,6 @@ def _integers(x: QTensor | jax.Array, axes: Axes, form: Axes | None = None) -> M
     whole = x.zero_point is None or jnp.issubdtype(x.zero_point.dtype, jnp.integer)
     one = all(x.scale.shape[i] == 1 for i in axes.contract)
     return matrix(x, axes if form is None else form) if whole and one else None
-
-
-def _cotangent(side: Operand, x: QTensor | jax.Array, real: jax.Array, dx: jax.Array) -> Any:
-    """The gradient of an operand, in its form, from that of its real values.
-
-    In a shard_map, an operand that is the same on devices whose gradients differ gets their sum.
-    """
-    dx = dx.astype(real.dtype)
-    (dx,) = jax.vjp(lambda v: v + lax.stop_gradient(dx), real)[1](dx)
-    if isinstance(x, TrainedTensor):
-        return dx if side.spec is not None else TrainedTensor(jax.tree.map(lambda _: None, x.frozen), dx)
-    return jax.vjp(QTensor.dequantize, x)[1](dx)[0] if isinstance(x, QTensor) else dx
 
 
 def _result_shape(lhs: Any, rhs: Any, lhs_axes: Axes, rhs_axes: Axes) -> tuple[int, ...]:
@@ -238,30 +186,20 @@ def contract(
 def _beside_outliers(
     function: str, lhs: Any, rhs: Any, numbers: Any, precision: Any, preferred: Any, spec: OpSpec
 ) -> jax.Array:
-    """The product of all features but those with an outlier by their codes, and of those in float: two products.
-
-    The range of each row is that of its magnitudes below the threshold.
-    """
+    """The product of all features but those with an outlier by their codes, and of those in float: two products."""
     assert spec.act is not None
-    assert spec.act.outliers is not None
     inner = dataclasses.replace(spec, act=dataclasses.replace(spec.act, outliers=None))
     pair = Pair.of(function, lhs, rhs, inner)
     side = 1 - pair.weight
     axes = _check_dimensions(function, pair.lhs, pair.rhs, numbers)[side]
-    x = (pair.lhs, pair.rhs)[side]
-    large = jnp.abs(x) >= spec.act.outliers
-    outlier = jnp.any(large, axis=axes.rows, keepdims=True)
-    absmax = jnp.max(jnp.where(large, 0, jnp.abs(x)), axis=axes.contract, keepdims=True).astype(jnp.float32)
-    magnitude, steps = reach(-absmax, absmax, spec.act)
-    scale = lax.stop_gradient(jnp.where(magnitude > 0, magnitude / steps, 1))
+    small, large, some = outliers.split((pair.lhs, pair.rhs)[side], axes, spec.act)
 
-    def product(x: jax.Array, spec: OpSpec, scale: Any) -> jax.Array:
+    def product(x: Any, spec: OpSpec) -> jax.Array:
         operands = (x, pair.rhs) if side == 0 else (pair.lhs, x)
-        return contract(function, *operands, numbers, precision, preferred, spec, scale, None)
+        return contract(function, *operands, numbers, precision, preferred, spec, None, None)
 
-    y = product(jnp.where(outlier, 0, x), inner, scale)
-    with_outliers = lambda: y + product(jnp.where(outlier, x, 0), OpSpec(spec.weight), None)  # noqa: E731
-    return lax.cond(jnp.any(outlier), with_outliers, lambda: y)
+    y = product(small, inner)
+    return lax.cond(some, lambda: y + product(large, OpSpec(spec.weight)), lambda: y)
 
 
 def dot_general(
@@ -280,8 +218,8 @@ def dot_general(
 
     With both sides quantized to integers the product runs as int8 dots with int32 accumulation: for each group of the
     contraction ``s_l s_r sum_k (q_l - z_l)(q_r - z_r)``, exact within the group, scaled and summed in float32 (at many
-    rows, on a CPU that is faster so, exact products are summed in float32: `jaxquant.ops.formulation`). With one side
-    quantized (weight-only) the float side is written as int8 digits (see `jaxquant.ops.formulation`).
+    rows, on a CPU that is faster so, exact products are summed in float32: `jaxquant.ops.select`). With one side
+    quantized (weight-only) the float side is written as int8 digits (see `jaxquant.ops.select`).
 
     Args:
       lhs, rhs: float arrays or QTensors. The weight is ``rhs``, unless only ``lhs`` is a QTensor.

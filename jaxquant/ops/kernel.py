@@ -9,26 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.abstract import abstract
-from jaxquant.core.arithmetic import promoted
-from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
-from jaxquant.ops import conv, ragged
-from jaxquant.ops.floats import own_dtype
-from jaxquant.ops.formulation import way
-from jaxquant.ops.matrix import Axes, Packed, canonical
+from jaxquant.ops.forms import Axes
+from jaxquant.ops.problem import Convolution, Geometry, Platform, Problem, Product, RaggedProduct, Window
+from jaxquant.ops.select import select
 from jaxquant.ops.trained import TrainedTensor
 
 __all__ = ["kernel"]
-
-_NAMES = {
-    "integer": "int8",
-    "digits": "int8 digits",
-    "folded": "int8 digits",
-    "lanes": "float32 loop",
-    "blocks": "{} blocks",
-    "minifloat": "bfloat16",
-    "dequantized": "{}",
-}
 
 _MANY = 1 << 20  # rows: more than any choice depends on
 
@@ -42,8 +29,9 @@ def kernel(
     dtype: Any,
     op: str = "dot_general",
     window: tuple[int, ...] = (),
+    platform: Platform | None = None,
 ) -> str:
-    """The formulation of ``[rows, length] x [columns, length]`` on the default device, in a word or two.
+    """The kernel for ``[rows, length] x [columns, length]`` in a word or two.
 
     Args:
       rows: of the activation; None where they are not known, and count as many.
@@ -51,13 +39,15 @@ def kernel(
       spec: how both are quantized; the weight is stored.
       dtype: of the float arrays.
       op: ``"dot_general"``, ``"conv_general_dilated"`` or ``"ragged_dot"``.
-      window: of a convolution, a `jaxquant.ops.conv.Window`.
+      window: of a convolution, a `jaxquant.ops.problem.Window`.
+      platform: what is lowered for, codes being laid out for it; None: the default device's.
 
     Returns:
-      ``"int8"``: a product of int8; ``"int8 digits"``: one, with the float activation in digits; ``"float32 loop"``: a
-      loop over the codes, for one row; ``"float32 blocks"``, ``"bfloat16 blocks"``: float dots with blocks of the
-      weight that are decoded in turn; ``"float32"``, ``"bfloat16"``, ``"float16"``: a dot of values. What the compiled
-      program makes of it is for `jaxquant.explain` to say.
+      ``"int8"``: a product of int8; ``"int8 residual split"``: one, with the float activation in int8 digits;
+      ``"float32 GEMV"``: a loop over the codes, for one row; ``"float32 blocks"``, ``"bfloat16 blocks"``: float dots
+      with blocks of the weight that are decoded in turn; ``"bfloat16, decoded"``: a dot that decodes codes in its
+      operand; ``"float32"``, ``"bfloat16"``, ``"float16"``: a dot of values. What the compiled program makes of it is
+      for `jaxquant.explain` to say.
 
     Example:
       >>> from jaxquant import recipes
@@ -65,31 +55,34 @@ def kernel(
       >>> kernel(8, 64, 64, recipes.nf4(), "float32")
       'float32 blocks'
     """
-    axes, found, platform = Axes((), (0,), (1,)), [], jax.default_backend()
+    on = _platform() if platform is None else platform
 
-    def run(x: Any, w: Any) -> None:
-        left = canonical(TrainedTensor(x, None) if isinstance(x, QTensor) else x, axes)
-        right = canonical(w, axes)
-        wide = promoted(dtype, jnp.float32)
-        if op != "dot_general":
-            left, right = (v.unpacked() if isinstance(v, Packed) else v for v in (left, right))
-            if op == "ragged_dot":
-                how = ragged.choose(left, right)
-            else:
-                how = conv.choose(platform, left, right, conv.Window(*window))
-            own = own_dtype((jnp.dtype(dtype),), None) if platform != "cpu" else None
-            found.append((how, own or wide))
-        elif left is None or right is None:
-            found.append(("dequantized", wide))
-        else:
-            found.append(way(platform, left, right, None, jnp.dtype(dtype)))
-
-    def operand(size: int, spec: QuantSpec | None, *, stored: bool) -> Any:
+    def operand(shape: tuple[int, ...], spec: QuantSpec | None, axes: tuple[int, ...], *, stored: bool) -> Any:
         if spec is None:
-            return jax.ShapeDtypeStruct((size, length), jnp.dtype(dtype))
-        return abstract((size, length), jnp.dtype(dtype), spec, (-1,), stored=stored)
+            return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        found = abstract(shape, jnp.dtype(dtype), spec, axes, stored=stored)
+        if not stored:
+            return TrainedTensor(found, None)
+        return found if on == "cpu" else jax.eval_shape(lambda q: q.laid_out("elements"), found)
 
-    most = _MANY if rows is None else rows
-    jax.eval_shape(run, operand(most, spec.act, stored=False), operand(columns, spec.weight, stored=True))
-    formulation, multiplied = found[0]
-    return _NAMES[formulation].format(jnp.dtype(multiplied).name)
+    most, own = _MANY if rows is None else rows, jnp.dtype(dtype)
+    if op == "ragged_dot":
+        x = operand((most, length), spec.act, (-1,), stored=False)
+        w = operand((1, length, columns), spec.weight, (-2,), stored=True)
+        problem: Problem = RaggedProduct(x, w, None, own, jax.ShapeDtypeStruct((1,), jnp.int32))
+    elif op == "conv_general_dilated":
+        geometry = Geometry((0, 1, 2), (0, 1, 2), (0, 1, 2), (1,), ((0, 0),), (1,), (1,), *window[:2] or (1, 1))
+        x = operand((most, length, 1), spec.act, (-2, -1), stored=False)
+        w = operand((columns, length, 1), spec.weight, (-2, -1), stored=True)
+        problem = Convolution(x, w, None, own, geometry, Window(*window))
+    else:
+        x = operand((most, length), spec.act, (-1,), stored=False)
+        w = operand((columns, length), spec.weight, (-1,), stored=True)
+        problem = Product(x, w, None, own, Axes((), (0,), (1,)), Axes((), (0,), (1,)))
+    return select(problem, on).name
+
+
+def _platform() -> Platform:
+    """What a program is lowered for by default."""
+    platform = jax.default_backend()
+    return {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda", "cuda": "cuda"}.get(platform, "other")  # pyright: ignore

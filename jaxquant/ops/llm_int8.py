@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.core.arithmetic import divide
 from jaxquant.core.errors import quant_error
-from jaxquant.core.qtensor import QTensor, scale_values
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.ops.dot import contract
 
 __all__ = ["llm_int8"]
 
@@ -67,29 +69,9 @@ def llm_int8(x: jax.Array, w: QTensor, bias: jax.Array | None = None, *, thresho
     """
     x = jnp.asarray(x)
     _checked(x, w, threshold)
-    rows = x.reshape(-1, x.shape[-1])
-    large = jnp.abs(rows) >= threshold if threshold else jnp.zeros(rows.shape, bool)
-    outlier = jnp.any(large, axis=0, keepdims=True)
-    codes, absmax = quantized_rows(rows, large, outlier)
-    product = lax.dot_general(codes, w.logical_codes(), (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
-    scale = scale_values(w.scale)
-    y = product.astype(jnp.float32) * (absmax / 127) * scale
+    spec = OpSpec(act=QuantSpec("int8", outliers=threshold or math.inf))
+    numbers = ((x.ndim - 1,), (0,)), ((), ())
+    y = contract("llm_int8", x, w, numbers, lax.Precision.HIGHEST, jnp.float32, spec, None, None)
     if bias is not None:
-        y = y + bias.astype(jnp.float32)[None]
-    y = y.astype(x.dtype)
-
-    def with_outliers(y: jax.Array) -> jax.Array:
-        kept = jnp.where(outlier, rows, 0)
-        return y + jnp.matmul(kept, w.dequantize(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
-
-    if threshold:
-        y = lax.cond(jnp.any(outlier), with_outliers, lambda y: y, y)
-    return y.reshape(*x.shape[:-1], w.shape[1])
-
-
-def quantized_rows(x: jax.Array, large: jax.Array, outlier: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int8 codes [rows, in], 0 in outlying features, and the absmax [rows, 1] of what is not large, in float32."""
-    left = jnp.where(large, 0, x).astype(jnp.float32)
-    absmax = jnp.max(jnp.abs(left), axis=1, keepdims=True)
-    codes = jnp.rint(left * divide(jnp.full_like(absmax, 127), jnp.where(absmax > 0, absmax, 1)))
-    return jnp.where(outlier, 0, codes).astype(jnp.int8), absmax
+        y = y + bias.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return y.astype(x.dtype)

@@ -19,6 +19,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant, never_clips
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.ops.problem import wide_values
 from jaxquant.ops.trained import TrainedTensor
 
 __all__ = [
@@ -29,11 +30,9 @@ __all__ = [
     "as_array",
     "check_operand",
     "check_spec",
-    "is_in_training",
     "precision_of",
     "refuse_product_specs",
     "refuse_range",
-    "wide_values",
 ]
 
 Static = tuple[jax.Array, jax.Array | None] | None
@@ -118,17 +117,7 @@ def precision_of(function: str, precision: Any) -> Any:
     return precision
 
 
-def is_in_training(x: Any) -> bool:
-    """Whether an operand is a float array, or was made of one on the way."""
-    return not isinstance(x, QTensor) or isinstance(x, TrainedTensor)
-
-
 # -- operands ---------------------------------------------------------------------------------------------------------
-
-
-def wide_values(x: QTensor | jax.Array) -> jax.Array:
-    """The values of an operand in float32 (or float64), for a forward pass that multiplies floats."""
-    return x.dequantize(promoted(x.dtype, jnp.float32)) if isinstance(x, QTensor) else x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,12 +160,42 @@ class Operand:
         """Whether the gradient goes through the quantization unchanged, as far as the spec says."""
         return self.spec is None or (never_clips(self.spec) and not self.spec.static)
 
+    def passes(self, x: Any, static: Static) -> bool:
+        """Whether the gradient of an operand is that of its real values, whatever they were made of."""
+        return self.spec is None or isinstance(x, QTensor) or (self.straight and static is None)
+
+    def gradient(self, x: Any, static: Static, used: Any, dx: jax.Array) -> tuple[Any, Any]:
+        """The gradients of an operand and of its range, in their forms, from that of its real values.
+
+        In a shard_map, an operand that is the same on devices whose gradients differ gets their sum.
+
+        Args:
+          x, static: the operand and its range.
+          used: what `quantized` has made of them.
+          dx: the gradient with respect to the real values.
+        """
+        if not self.passes(x, static):
+            real, pull = jax.vjp(self.real, x, static)
+            return pull(_summed(dx, real))
+        dx = _summed(dx, used.dequantize() if isinstance(used, QTensor) else used)
+        if isinstance(x, TrainedTensor):
+            return TrainedTensor(jax.tree.map(lambda _: None, x.frozen), dx), None
+        if isinstance(x, QTensor):
+            return jax.vjp(QTensor.dequantize, x)[1](dx)[0], None
+        return dx, None
+
     def real(self, x: Any, static: Static) -> jax.Array:
         """The same values, differentiable: dequantized, or fake-quantized with a straight-through gradient."""
         if isinstance(x, QTensor) or self.spec is None:
             return wide_values(x)
         scale, zero_point = static or (None, None)
         return fake_quant(x, self.spec, reduce_axes=self.axes, scale=scale, zero_point=zero_point)
+
+
+def _summed(dx: jax.Array, real: jax.Array) -> jax.Array:
+    """A gradient in the dtype of what it belongs to, summed over devices on which that is the same."""
+    dx = dx.astype(real.dtype)
+    return jax.vjp(lambda v: v + lax.stop_gradient(dx), real)[1](dx)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,12 +268,8 @@ class Pair:
 class Call:
     """The static half of a call: hashable, and the same function twice. A `jaxquant.ops.tangents.Rule`."""
 
-    def forward(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, *others: jax.Array) -> jax.Array:
-        """The result, computed fast."""
-        raise NotImplementedError
-
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, *others: jax.Array) -> jax.Array:
-        """What `forward` equals up to rounding, in differentiable float arithmetic: where gradients come from."""
+        """What `keep` returns first, up to rounding, in differentiable float arithmetic: where gradients come from."""
         raise NotImplementedError
 
     def again(self, *operands: Any) -> jax.Array:
@@ -262,8 +277,8 @@ class Call:
         return self.reference(*operands)
 
     def keep(self, *operands: Any) -> tuple[jax.Array, Any]:
-        """The result, and what the backward pass needs beside the operands."""
-        return self.forward(*operands), None
+        """The result, computed fast, and what the backward pass needs beside the operands."""
+        raise NotImplementedError
 
     def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
         """The gradient with respect to each operand, from what was kept and the gradient of the result."""

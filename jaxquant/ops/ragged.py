@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +12,14 @@ from jax import lax
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.errors import quant_error
 from jaxquant.core.indices import widened
-from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
-from jaxquant.ops.digits import digit_count, digits_of
-from jaxquant.ops.floats import in_own_dtype
-from jaxquant.ops.integer import overflow_limit
-from jaxquant.ops.matrix import Axes, Matrix, matrix
-from jaxquant.ops.operands import (
-    Call,
-    Operand,
-    Pair,
-    Static,
-    precision_of,
-    refuse_product_specs,
-    refuse_range,
-    wide_values,
-)
+from jaxquant.ops.kernels.dequantized import in_own_dtype
+from jaxquant.ops.operands import Call, Operand, Pair, Static, precision_of, refuse_product_specs, refuse_range
+from jaxquant.ops.problem import RaggedProduct
+from jaxquant.ops.select import run
 from jaxquant.ops.tangents import straight_through
 
-__all__ = ["choose", "ragged_dot"]
-
-Formulation = Literal["integer", "digits", "dequantized"]
+__all__ = ["ragged_dot"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +31,14 @@ class _Ragged(Call):
     precision: Any
     dtype: Any
 
-    def forward(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, sizes: jax.Array) -> jax.Array:
+    def keep(self, *operands: Any) -> tuple[jax.Array, Any]:
+        lhs, rhs, lhs_static, rhs_static, sizes = operands
         x, experts = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
-        left: Any = matrix(x, Axes.of(2, (), (1,))) if isinstance(x, QTensor) else x
-        right: Any = matrix(experts, Axes.of(3, (0,), (1,))) if isinstance(experts, QTensor) else experts
-        how = choose(left, right)
-        if how == "integer":
-            return _integer(left, right, sizes).astype(self.dtype)
-        if how == "digits":
-            return _digits(left, right, sizes, digit_count(self.precision)).astype(self.dtype)
-        return self._float(wide_values(x), wide_values(experts), sizes, lhs, rhs)
+        return run(RaggedProduct(x, experts, self.precision, self.dtype, sizes)), None
 
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, sizes: jax.Array) -> jax.Array:
-        return self._float(self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static), sizes, lhs, rhs)
+        problem = RaggedProduct(lhs, rhs, self.precision, self.dtype, sizes)
+        return in_own_dtype(problem, self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static))
 
     def again(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, sizes: jax.Array) -> jax.Array:
         """The product with every matrix, of which each row has the one of its group: JAX transposes the gradient of
@@ -68,61 +50,6 @@ class _Ragged(Call):
         row, ends = jnp.arange(x.shape[0])[:, None], jnp.cumsum(sizes)[None]
         mine = (ends - sizes[None] <= row) & (row < ends)
         return jnp.sum(jnp.where(mine[..., None], products, 0), axis=1).astype(self.dtype)
-
-    def _float(self, x: jax.Array, experts: jax.Array, sizes: jax.Array, lhs: Any, rhs: Any) -> jax.Array:
-        """The product of the real values of lhs and rhs."""
-
-        def multiply(x: jax.Array, experts: jax.Array) -> jax.Array:
-            return lax.ragged_dot(x, experts, sizes, precision=self.precision).astype(self.dtype)
-
-        return in_own_dtype(multiply, x, experts, (lhs.dtype, rhs.dtype, self.dtype), self.precision)
-
-
-def choose(x: Matrix | jax.Array | None, experts: Matrix | jax.Array | None) -> Formulation:
-    """How a ragged product is computed, on every platform; ``"dequantized"`` is the float product.
-
-    Args:
-      x, experts: [1, M, K] and [E, N, K] if they are quantized, else float arrays; None where scales vary in a group.
-    """
-    if isinstance(experts, Matrix) and experts.integer and experts.groups == 1 and x is not None:
-        fits = experts.shape[2] <= overflow_limit(127 if isinstance(x, jax.Array) else x.reach, experts.reach)
-        if fits and isinstance(x, Matrix) and x.integer and x.groups == 1:
-            return "integer"
-        if fits and isinstance(x, jax.Array) and x.dtype != jnp.float64:
-            return "digits"
-    # Scales per group of channels, float number types, sums that could overflow.
-    return "dequantized"
-
-
-def _integer(lhs: Matrix, rhs: Matrix, sizes: jax.Array) -> jax.Array:
-    """int8 products accumulated in int32, with exact zero-point corrections; lhs [1, M, K], rhs [E, N, K]."""
-    x, experts, rows = lhs.codes[0], rhs.codes, lhs.codes.shape[1]
-    out = lax.ragged_dot(x, jnp.swapaxes(experts, 1, 2), sizes, preferred_element_type=jnp.int32)
-    mine = jnp.repeat(jnp.arange(sizes.shape[0]), sizes, total_repeat_length=rows)
-
-    def of_row(value: jax.Array) -> jax.Array:
-        """[E or 1, N or 1] of each expert to [M, N or 1] of each row's expert."""
-        return value[mine] if value.shape[0] > 1 else value
-
-    if rhs.zero_point is not None:
-        out = out - of_row(rhs.zero_point[..., 0]) * jnp.sum(x, axis=1, dtype=jnp.int32, keepdims=True)
-    if lhs.zero_point is not None:
-        sums = jnp.sum(experts, axis=2, dtype=jnp.int32)
-        if rhs.zero_point is not None:
-            sums = sums - rhs.zero_point[..., 0] * jnp.int32(experts.shape[2])
-        out = out - lhs.zero_point[0] * of_row(sums)
-    used = jnp.arange(rows)[:, None] < jnp.sum(sizes)  # rows of no group are 0
-    return jnp.where(used, out.astype(jnp.float32) * lhs.scale[0] * of_row(rhs.scale[..., 0]), 0)
-
-
-def _digits(x: jax.Array, rhs: Matrix, sizes: jax.Array, count: int) -> jax.Array:
-    """Weight-only: one int8 product for each digit of the activation."""
-    digits, scale = digits_of(x, count, 1)
-    parts = (
-        _integer(Matrix(digit[None], (scale * (1 / 254) ** i)[None], None, rhs.qtype), rhs, sizes)
-        for i, digit in enumerate(digits)
-    )
-    return sum(parts, start=jnp.zeros((), jnp.float32).reshape(1, 1))
 
 
 def ragged_dot(

@@ -8,7 +8,7 @@ import jax
 
 from jaxquant.core.qtensor import FIELDS, QTensor
 
-__all__ = ["TrainedTensor"]
+__all__ = ["TrainedTensor", "is_in_training"]
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -49,3 +49,8 @@ class TrainedTensor(QTensor):
         if self.real is None:
             return super().dequantize(dtype)
         return self.real.astype(self.dtype if dtype is None else dtype)
+
+
+def is_in_training(x: Any) -> bool:
+    """Whether an operand is a float array, or was made of one on the way."""
+    return not isinstance(x, QTensor) or isinstance(x, TrainedTensor)

@@ -86,7 +86,7 @@ class _Walk:
             elif user.is_kernel:
                 found.kernels.add(user.attribute("kernel_name").strip('"') or user.name)
             elif user.opcode == "multiply" and self.loop in user.rest:
-                found.kernels.add("float32 loop")
+                found.kernels.add("float32 GEMV")
             elif user.opcode == "tuple":
                 yield from ((computation, user.name, i) for i in places)
             elif user.opcode == "get-tuple-element":

@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.units import in_bytes
-from jaxquant.ops.lanes import LANES
-from jaxquant.ops.machine import FAST
+from jaxquant.ops.kernels.cpu.gemv import LOOP
+from jaxquant.ops.kernels.cpu.machine import FAST
 from jaxquant.programs.chips import Chip
 from jaxquant.programs.compilers import compiled, compiled_for, version
 from jaxquant.programs.costs import Collective
@@ -35,7 +35,7 @@ class Use:
     Attributes:
       path: the weight's path.
       kernels: what it reaches. A product is named by its type, ``"int8"``, ``"float32"`` or ``"bfloat16"``; on a CPU
-        with ``", plain"`` where XLA's library of fast kernels does not serve it. ``"float32 loop"``: a loop decodes and
+        with ``", plain"`` where XLA's library of fast kernels does not serve it. ``"float32 GEMV"``: a loop decodes and
         multiplies. ``"lookup"``: rows are gathered. ``"dequantized"``: a float array of the weight's size is written
         first. A kernel that is written by hand has its own name. Empty: none of these was found.
       nbytes: bytes of codes, scales and zero points: what one use has to read.
@@ -236,7 +236,7 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, target: str | None 
         weights = dict(zip(weights, _local(found.args[0]), strict=True))
     chip = None if found is None else found.where.chip
     uses = tuple(
-        _use(path, leaf, reached(program, numbers[path], leaf.size, loop=LANES, library=library), chip)
+        _use(path, leaf, reached(program, numbers[path], leaf.size, loop=LOOP, library=library), chip)
         for path, leaf in weights.items()
     )
     if found is None or chip is None:

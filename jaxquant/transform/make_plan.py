@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from jaxquant.core.errors import Refusals, quant_error
-from jaxquant.core.layout import number
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.sizes import number
 from jaxquant.core.specs import OpRule, OpSpec, Rule
 from jaxquant.transform.interpreter import ABSENT, Interpreter, Products, Use
 from jaxquant.transform.misfits import fitted

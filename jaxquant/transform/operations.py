@@ -16,7 +16,7 @@ from jaxquant import ops
 from jaxquant.core.indices import widened
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
-from jaxquant.ops.matrix import Axes
+from jaxquant.ops.forms import Axes
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.calls import arrays_of, inside
 from jaxquant.transform.interpreter import ABSENT, Interpreter, Misfit, Tally, handles, product_name, unsupported

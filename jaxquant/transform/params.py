@@ -16,7 +16,7 @@ from jaxquant.core.blocks import block_shape, negative_axes
 from jaxquant.core.errors import QuantError, Refusals, printable, quant_error
 from jaxquant.core.qtensor import Layout, QTensor, dequantize
 from jaxquant.core.specs import QuantSpec, Rule
-from jaxquant.core.targets import Platform, check_target, layout_for
+from jaxquant.ops.targets import Platform, check_target, layout_for
 from jaxquant.ptq.gram import NeedsStatisticsError
 from jaxquant.ptq.rtn import rtn
 from jaxquant.transform.make_plan import check_rules

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
 from jaxquant import QuantSpec
-from jaxquant.core import affine
+from jaxquant.ops.kernels.cpu import quantizing
 
 CASES = [
     (QuantSpec("int8"), (-2,)),
@@ -34,7 +34,7 @@ def array(axes):
 @pytest.mark.parametrize("spec, axes", CASES)
 def test_codes(spec, axes, monkeypatch):
     """They are those of the whole, as `fake_quant` rounds it."""
-    monkeypatch.setattr(affine, "_SEVERAL", 1)
+    monkeypatch.setattr(quantizing, "_SEVERAL", 1)
     x = array(axes)
     q = jq.quantize(x, spec, reduce_axes=axes)
     np.testing.assert_array_equal(q.dequantize(), jq.fake_quant(x, spec, reduce_axes=axes))
@@ -45,7 +45,7 @@ def test_codes(spec, axes, monkeypatch):
 @pytest.mark.parametrize("part", [P("d", None), P(None, "d")])
 def test_sharded(spec, axes, part, monkeypatch):
     """Nothing moves between devices but ranges."""
-    monkeypatch.setattr(affine, "_SEVERAL", 1)
+    monkeypatch.setattr(quantizing, "_SEVERAL", 1)
     if spec.type.scale_format == "e4m3" or spec.two_level:
         pytest.skip("one scale for the whole array")
     mesh = Mesh(np.array(jax.devices()), ("d",))
@@ -79,7 +79,7 @@ def test_ranges(axis):
 @pytest.mark.every
 def test_the_packed_axis_stays_whole(monkeypatch):
     """With nothing reduced the longest axis is the one that codes are packed along."""
-    monkeypatch.setattr(affine, "_SEVERAL", 1)
+    monkeypatch.setattr(quantizing, "_SEVERAL", 1)
     x = array((-2,))
     q = jq.quantize(x, QuantSpec("int4", granularity="per_tensor"), reduce_axes=())
     np.testing.assert_array_equal(q.dequantize(), jq.fake_quant(x, QuantSpec("int4"), reduce_axes=(0, 1)))
@@ -93,7 +93,7 @@ def test_each_element_a_range_of_its_own():
 @pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="an older JAX")
 @pytest.mark.parametrize("part", [P("d", None), P(None, "d")])
 def test_explicit_meshes(part, monkeypatch):
-    monkeypatch.setattr(affine, "_SEVERAL", 1)
+    monkeypatch.setattr(quantizing, "_SEVERAL", 1)
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
     x, spec = array((-1,)), QuantSpec("int4")
     with jax.set_mesh(mesh):

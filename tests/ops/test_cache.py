@@ -5,12 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from ops_reference import INTEGER, WEIGHT_ONLY, dot_error, error, quantized, real, slow_but, spec_of
+from ops_reference import INTEGER, WEIGHT_ONLY, dot_error, error, kernel_of, quantized, real, slow_but, spec_of
 
 from jaxquant import QTensor, ops
-from jaxquant.ops import formulation
-from jaxquant.ops.machine import FAST, int8_dots
-from jaxquant.ops.matrix import Axes, canonical
+from jaxquant.ops.kernels.cpu.machine import FAST, int8_dots
 
 HEADS, WIDTH = 3, 16
 LAYOUTS = {"[tokens, width]": (1, 2), "[width, tokens]": (2, 1)}  # the axes of tokens and of the width
@@ -72,20 +70,23 @@ def test_the_formulation():
     def chosen(name, contract=1, change=lambda q: {}, layout="[tokens, width]"):
         def run(x, kv):
             q = cache(kv, SPECS[name], layout)
-            w = canonical(q.replace(**change(q)), Axes.of(3, (0,), (contract,)))
-            found.append(formulation.choose("cpu", x, w, None))
+            found.append(kernel_of(x, q.replace(**change(q)), numbers(contract)))
 
         found = []
         jax.eval_shape(run, p, kv)
         return found[0]
 
-    assert chosen("int8") == chosen("asymmetric") == "folded"
-    assert chosen("int8", 2, layout="[width, tokens]") == chosen("asymmetric", 2, layout="[width, tokens]") == "folded"
-    assert chosen("int8", change=lambda q: {"scale": q.scale[:, ::8]}) == "folded"  # of eight tokens
-    assert chosen("int8", 2) == "digits"
-    assert chosen("int8", change=lambda q: {"zero_point": q.scale}) == "blocks"  # no integers
-    assert chosen("int8", change=lambda q: {"offset": q.scale}) == "blocks"
-    assert chosen("nf4") == chosen("in groups") == "blocks"
+    assert chosen("int8") == chosen("asymmetric") == "ScaledResidualSplit"
+    assert (
+        chosen("int8", 2, layout="[width, tokens]")
+        == chosen("asymmetric", 2, layout="[width, tokens]")
+        == "ScaledResidualSplit"
+    )
+    assert chosen("int8", change=lambda q: {"scale": q.scale[:, ::8]}) == "ScaledResidualSplit"  # of eight tokens
+    assert chosen("int8", 2) == "ResidualSplit"
+    assert chosen("int8", change=lambda q: {"zero_point": q.scale}) == "Blocked"  # no integers
+    assert chosen("int8", change=lambda q: {"offset": q.scale}) == "Blocked"
+    assert chosen("nf4") == chosen("in groups") == "Blocked"
 
 
 def test_transformations():

@@ -14,8 +14,8 @@ from jax import lax
 from ops_reference import MATMUL, quantized, slow_but, spec_of
 
 from jaxquant import OpSpec, ops, recipes
-from jaxquant.ops import blockwise
-from jaxquant.ops.machine import bfloat16_dots, cores, int8_dots
+from jaxquant.ops.kernels.cpu import blocks
+from jaxquant.ops.kernels.cpu.machine import bfloat16_dots, cores, int8_dots
 
 K, N = 1024, 1280  # no multiple of a number of rows
 FAST = "__ynn_fusion"
@@ -81,7 +81,7 @@ INTEGERS = ("w8a8", "w4a8 two-level")
 def check(text, temporaries, k, n, activations, stack=1):
     """The library multiplies, the float weight never exists, and temporaries are small beside it."""
     assert FAST in text
-    if k * n > blockwise.SMALLEST:
+    if k * n > blocks.SMALLEST:
         assert not re.search(rf"(f32|bf16)\[(1,|{stack},)?({k},{n}|{n},{k})\]", text)
     assert temporaries <= 0.1 * 4 * k * n * stack + activations
 

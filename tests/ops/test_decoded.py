@@ -13,8 +13,9 @@ from jax import lax
 
 import jaxquant as jq
 from jaxquant import ops, recipes
-from jaxquant.ops.decoded import decoded_dot, fits
-from jaxquant.ops.matrix import Axes
+from jaxquant.ops.forms import Axes
+from jaxquant.ops.problem import Product
+from jaxquant.ops.select import select
 
 GROUPED = {"granularity": "per_group", "group_size": 8}
 SPECS = {
@@ -37,14 +38,22 @@ def array(shape, seed, dtype=jnp.float32):
     return jnp.asarray(values, dtype)
 
 
-def both(x, w, numbers, spec, dtype, act=None):
+def decoded(x, w, x_axes, w_axes, platform="other"):
+    """The kernel off the CPU, and its problem."""
+    problem = Product.of(x, w, x_axes, w_axes, None, jnp.float32)
+    kernel = select(problem, platform)
+    assert "ecoded" in type(kernel).__name__
+    return kernel, problem
+
+
+def both(x, w, numbers, spec, act=None, platform="other"):
     """The product of decoded codes, and the float one in float64."""
     (xc, wc), (xb, wb) = numbers
     q = jq.quantize(w, spec, reduce_axes=tuple(i - w.ndim for i in wc)).laid_out("elements")
     xq = x if act is None else jq.quantize(x, act, reduce_axes=tuple(i - x.ndim for i in xc))
     axes = Axes.of(x.ndim, xb, xc), Axes.of(w.ndim, wb, wc)
-    assert fits(q)
-    out = decoded_dot(xq, q, *axes, None, dtype, weight_first=False)
+    kernel, problem = decoded(xq, q, *axes, platform)
+    out = kernel.run(problem)
     real = (v.dequantize(jnp.float32) if isinstance(v, jq.QTensor) else v for v in (xq, q))
     left, right = (np.asarray(v, np.float64) for v in real)
     return np.asarray(out, np.float64), in_numpy(left, right, numbers)
@@ -66,7 +75,7 @@ def error(found, wanted):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", SPECS)
 def test_float32_is_exact(name, rows):
-    found, wanted = both(array((rows, 64), 0), array((64, 24), 1), (((1,), (0,)), ((), ())), SPECS[name], jnp.float32)
+    found, wanted = both(array((rows, 64), 0), array((64, 24), 1), (((1,), (0,)), ((), ())), SPECS[name])
     assert found.shape == wanted.shape
     assert error(found, wanted) < 1e-6
 
@@ -75,7 +84,7 @@ def test_float32_is_exact(name, rows):
 def test_bfloat16_rounds_each_value_once(name):
     """Each value of the weight is off by 2**-9 of itself at most, and so is the result."""
     x, w = array((5, 64), 0, jnp.bfloat16), array((64, 24), 1, jnp.bfloat16)
-    found, wanted = both(x, w, (((1,), (0,)), ((), ())), SPECS[name], jnp.bfloat16)
+    found, wanted = both(x, w, (((1,), (0,)), ((), ())), SPECS[name])
     assert error(found, wanted) < 2**-8
 
 
@@ -83,7 +92,7 @@ def test_bfloat16_rounds_each_value_once(name):
 @pytest.mark.parametrize("name", ["int4", "channel", "nf4"])
 def test_quantized_activations(name, act):
     x, w, numbers = array((5, 64), 0), array((64, 24), 1), (((1,), (0,)), ((), ()))
-    found, wanted = both(x, w, numbers, SPECS[name], jnp.float32, act)
+    found, wanted = both(x, w, numbers, SPECS[name], act)
     assert error(found, wanted) < 1e-6
 
 
@@ -106,7 +115,7 @@ def test_any_layout(data, name):
     x, w = array(shape(x_axes), 0), array(shape(w_axes), 1)
     if name == "mxfp8":  # a group is a whole axis here: these are plain codes of 8 bits
         return
-    found, wanted = both(x, w, numbers, SPECS[name], jnp.float32)
+    found, wanted = both(x, w, numbers, SPECS[name])
     assert found.shape == wanted.shape
     assert error(found, wanted) < 1e-6
 
@@ -117,18 +126,10 @@ LONG = {"granularity": "per_group", "group_size": 128}
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("act", [None, jq.QuantSpec("int8")])
 @pytest.mark.parametrize("qtype", ["int4", "int3", "int8", "float4_e2m1fn", "float8_e4m3fn"])
-def test_one_dot_for_each_group(monkeypatch, qtype, act, rows):
+def test_one_dot_for_each_group(qtype, act, rows):
     """The branch for a TPU, which has few rows so."""
-
-    def for_tpu(*operands, default=None, tpu=None, **_):
-        return (tpu or default)(*operands)
-
-    monkeypatch.setattr(lax, "platform_dependent", for_tpu)
-    numbers = (((1,), (0,)), ((), ()))
-    with jax.disable_jit():  # what was traced for the CPU is not used, and this is not kept
-        found, wanted = both(
-            array((rows, 256), 0), array((256, 24), 1), numbers, jq.QuantSpec(qtype, **LONG), jnp.float32, act
-        )
+    numbers, spec = (((1,), (0,)), ((), ())), jq.QuantSpec(qtype, **LONG)
+    found, wanted = both(array((rows, 256), 0), array((256, 24), 1), numbers, spec, act, "tpu")
     assert found.shape == wanted.shape
     assert error(found, wanted) < 1e-6
 
@@ -137,7 +138,9 @@ def test_the_weight_on_the_left():
     spec = SPECS["int4"]
     w, x = array((24, 64), 1), array((3, 64), 0)
     q = jq.quantize(w, spec, reduce_axes=(-1,)).laid_out("elements")
-    out = decoded_dot(x, q, Axes.of(2, (), (1,)), Axes.of(2, (), (1,)), None, jnp.float32, weight_first=True)
+    kernel, problem = decoded(q, x, Axes.of(2, (), (1,)), Axes.of(2, (), (1,)))
+    assert problem.weight_first
+    out = kernel.run(problem)
     np.testing.assert_allclose(out, q.dequantize() @ x.T, rtol=1e-5, atol=1e-5)
 
 

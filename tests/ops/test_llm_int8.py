@@ -9,7 +9,8 @@ from ptq_cases import golden, inputs, weight
 import jaxquant as jq
 from jaxquant import ops
 from jaxquant.core.qtensor import from_codes
-from jaxquant.ops.llm_int8 import quantized_rows
+from jaxquant.ops.forms import Axes
+from jaxquant.ops.outliers import split
 
 INT8 = jq.QuantSpec("int8")
 W = jq.quantize(weight(48, 6), INT8, reduce_axes=(-2,))
@@ -24,13 +25,12 @@ def test_results_are_those_of_bitsandbytes(threshold):
     assert np.count_nonzero(different) <= 2
     np.testing.assert_allclose(np.asarray(own.scale)[0] * 127, ref["SCB"], rtol=1e-6)
     w = from_codes(jnp.asarray(ref["CB"].T), own.scale, None, qtype="int8", dtype=jnp.float16, minor=(-2,))
-    large = jnp.abs(x) >= threshold if threshold else jnp.zeros(x.shape, bool)
-    outlier = jnp.any(large, axis=0, keepdims=True)
-    codes, absmax = quantized_rows(x, large, outlier)
-    np.testing.assert_array_equal(codes, ref["CA"])
-    np.testing.assert_allclose(np.asarray(absmax)[:, 0], ref["SCA"], rtol=1e-6)
+    q, large, some = split(x, Axes((), (0,), (1,)), jq.QuantSpec("int8", outliers=threshold or np.inf))
+    np.testing.assert_array_equal(q.codes, ref["CA"])
+    np.testing.assert_allclose(np.asarray(q.scale)[:, 0] * 127, ref["SCA"], rtol=1e-6)
+    assert bool(some) == bool(threshold)
     if threshold:
-        np.testing.assert_array_equal(np.flatnonzero(outlier), ref["outlier_cols"])
+        np.testing.assert_array_equal(np.flatnonzero(np.any(large != 0, axis=0)), ref["outlier_cols"])
     y = jax.jit(ops.llm_int8, static_argnames="threshold")(x, w, jnp.asarray(ref["bias"]), threshold=threshold)
     assert y.dtype == jnp.float16
     # Two products, each rounded to float16, in another order of summation.

@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ops_reference import INTEGER, MATMUL, WEIGHT_ONLY, dot, dot_error, quantized, slow_but, spec_of, unequal
+from ops_reference import INTEGER, MATMUL, WEIGHT_ONLY, dot, dot_error, kernel_of, quantized, slow_but, spec_of, unequal
 
 from jaxquant import OpSpec, ops, recipes
-from jaxquant.ops import floats, formulation
+from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernel import kernel
-from jaxquant.ops.matrix import Axes, canonical
+from jaxquant.ops.kernels import dequantized
+from jaxquant.ops.kernels.cpu import floats
+from jaxquant.ops.kernels.cpu import machine as cpu
+from jaxquant.ops.problem import Product
 
 ROUNDED = 2**-8  # what rounding to bfloat16 changes a number by, at most, relative to it
 
@@ -62,7 +65,7 @@ def test_what_bfloat16_holds(name, weight):
 @pytest.fixture(params=["tiles", "vectors", "none"])
 def machine(request, monkeypatch):
     """A processor with such instructions for int8, and either with or without those for bfloat16."""
-    monkeypatch.setattr(formulation, "int8_dots", lambda: request.param)
+    monkeypatch.setattr(cpu, "int8_dots", lambda: request.param)
     jax.clear_caches()  # of programs for another machine
     yield request.param
     jax.clear_caches()
@@ -72,12 +75,11 @@ def machine(request, monkeypatch):
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_no_digits_where_bfloat16_is_exact(machine, bfloat16, monkeypatch):
     """Digits at few rows, where reading the weight is all that counts; at many they would only lose accuracy."""
-    for module in (formulation, floats):
-        monkeypatch.setattr(module, "bfloat16_dots", lambda: bfloat16)
+    monkeypatch.setattr(cpu, "bfloat16_dots", lambda: bfloat16)
     for name in ("int8", "int4", "int4 two-level"):
         for rows, exact in ((12, machine == "none"), (13, True), (40, True)):
-            x, w = matrices(EXACT[name], rows, jnp.bfloat16, jnp.bfloat16)
-            assert formulation.choose("cpu", x, w, None) == ("blocks" if exact else "digits")
+            x, w = shapes(EXACT[name], rows, jnp.bfloat16, jnp.bfloat16)
+            assert kernel_of(x, w) == ("Blocked" if exact else "ResidualSplit")
     x, q = operands(EXACT["int8"])
     assert dot_error(product(x, q), *exact_operands(x, q), MATMUL) <= INTEGER
 
@@ -157,26 +159,21 @@ def test_training(spec):
         assert np.all(off <= ROUNDED * np.abs(a @ b) + 2 * ROUNDED * (np.abs(a) @ np.abs(b)))
 
 
-def matrices(spec, rows, dtype, weight):
-    """Operands in canonical form, without values."""
-    shapes = jax.ShapeDtypeStruct((rows, 64), dtype), jax.ShapeDtypeStruct((16, 64), weight)
-    axes, found = Axes((), (0,), (1,)), []
-
-    def run(x, w):
-        found.extend(canonical(v, axes) for v in (x, quantized(w, spec.weight, (-1,))))
-
-    jax.eval_shape(run, *shapes)
-    return found
+def shapes(spec, rows, dtype, weight):
+    """Operands without values."""
+    shapes = jax.ShapeDtypeStruct((rows, 64), dtype), jax.ShapeDtypeStruct((64, 16), weight)
+    return jax.eval_shape(lambda x, w: (x, quantized(w, spec.weight)), *shapes)
 
 
 def chosen(platform, name, rows, dtype=jnp.bfloat16, weight=jnp.bfloat16, precision=None):
     spec = {**EXACT, **GROUPS}[name]
-    x, w = matrices(spec, rows, dtype, weight)
-    return jnp.dtype(floats.float_dtype(platform, x, w, precision, jnp.promote_types(dtype, weight))).name
+    rule = floats if platform == "cpu" else dequantized
+    axes = Axes((), (0,), (1,)), Axes((), (1,), (0,))
+    return jnp.dtype(rule.value_dtype(Product.of(*shapes(spec, rows, dtype, weight), *axes, precision, dtype))).name
 
 
 def test_the_dtype_of_a_product(monkeypatch):
-    monkeypatch.setattr(floats, "bfloat16_dots", lambda: True)
+    monkeypatch.setattr(cpu, "bfloat16_dots", lambda: True)
     for platform in ("cpu", "gpu"):
         for weight in (jnp.float32, jnp.bfloat16):
             assert chosen(platform, "int8", 64, weight=weight) == "bfloat16"
@@ -190,7 +187,7 @@ def test_the_dtype_of_a_product(monkeypatch):
     assert chosen("cpu", "nf4", 8) == chosen("cpu", "int8", 1) == "float32"
     assert chosen("gpu", "int8", 64, dtype=jnp.float16) == "float16"
     assert chosen("cpu", "int8", 64, dtype=jnp.float16) == "float32"
-    monkeypatch.setattr(floats, "bfloat16_dots", lambda: False)
+    monkeypatch.setattr(cpu, "bfloat16_dots", lambda: False)
     assert chosen("cpu", "int8", 64) == "float32"
     assert chosen("gpu", "int8", 64) == "bfloat16"
 
@@ -235,7 +232,7 @@ def test_a_gpu_multiplies_in_the_dtype_of_the_float_program(op):
 
 
 def test_the_kernel_column():
-    name = "bfloat16" if floats.bfloat16_dots() and jax.default_backend() == "cpu" else "float32"
+    name = "bfloat16" if cpu.bfloat16_dots() and jax.default_backend() == "cpu" else "float32"
     if jax.default_backend() == "cpu":
         assert kernel(64, 64, 64, recipes.nf4(), "bfloat16") == f"{name} blocks"
     assert kernel(64, 64, 64, recipes.nf4(), "float32").startswith("float32")

@@ -1,5 +1,7 @@
 """Sums that do not fit an int32 are split, and only those."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from ops_reference import INTEGER, MATMUL, check_dot, quantized, spec_of
 
 from jaxquant import OpSpec, QTensor, ops
-from jaxquant.ops.integer import overflow_limit
+from jaxquant.ops.kernels.integer import overflow_limit
 
 INT8 = overflow_limit(128, 128)  # -128 is a code of int8
 BOTH_ASYMMETRIC = overflow_limit(255, 255)
@@ -19,20 +21,11 @@ def saturated(shape, seed, code=127):
     return QTensor(jnp.asarray(signs * code, jnp.int8), jnp.ones((1, 1)), None, qtype="int8", dtype=jnp.float32)
 
 
-def dots(f, *args):
-    """How many dots, of what K, there are in a program, loops included."""
-    found = []
-
-    def walk(jaxpr):
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "dot_general":
-                (lc, _), _ = eqn.params["dimension_numbers"]
-                found.append(eqn.invars[0].aval.shape[lc[0]])
-            for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
-                walk(getattr(inner, "jaxpr", inner)) if hasattr(getattr(inner, "jaxpr", inner), "eqns") else None
-
-    walk(jax.make_jaxpr(f)(*args).jaxpr)
-    return found
+def dots(f, *args, platform="cpu"):
+    """Of what K the dots are in a program for a platform, loops included."""
+    text = jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    found = re.findall(r"dot_general.*contracting_dims = \[(\d+)\].* : \(tensor<([\dx]+)xi8>", text)
+    return [int(shape.split("x")[int(axis)]) for axis, shape in found]
 
 
 def test_limits():
@@ -76,7 +69,8 @@ def test_split_at_the_limit():
         return ops.dot_general(x, w, MATMUL)
 
     for k, want in ((INT8, [INT8]), (INT8 + 1, [INT8, 1]), (300_000, [INT8, INT8, 300_000 - 2 * INT8])):
-        assert dots(f, saturated((2, k), 0), saturated((k, 3), 1)) == want
+        for platform in ("cpu", "tpu"):
+            assert dots(f, saturated((2, k), 0), saturated((k, 3), 1), platform=platform) == want
     spec = spec_of("uint8", symmetric=False)
 
     def g(x, w):

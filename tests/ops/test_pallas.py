@@ -8,7 +8,7 @@ from jax import export
 from ops_reference import error, quantized, spec_of, unequal
 
 from jaxquant import QuantError, QuantSpec
-from jaxquant.ops.pallas import packed_dot
+from jaxquant.ops.kernels.gpu.packed import packed_dot
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from ops_reference import INTEGER, MATMUL, WEIGHT_ONLY, dot, dot_error, error, q
 
 import jaxquant as jq
 from jaxquant import OpSpec, ops, recipes
-from jaxquant.ops import lanes
+from jaxquant.ops.kernels.cpu import gemv
 
 
 def product(x, q, spec=None):
@@ -30,7 +30,7 @@ def test_loops_have_whole_groups_or_lie_in_one(planes, group, groups):
     """Of a plane of so many groups: lanes and chunks cover it, and none straddles the end of a group."""
     scale = np.zeros((1, 1, groups))
     w = types.SimpleNamespace(planes=planes, shape=(1, 1, planes * group * groups), scale=scale, multiplier=None)
-    cut = lanes._chunks_of(w)
+    cut = gemv._chunks_of(w)
     if cut is not None:
         size = cut.lanes * cut.terms
         assert size * cut.chunks == group * groups

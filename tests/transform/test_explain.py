@@ -9,7 +9,7 @@ from ops_reference import MATMUL, quantized, spec_of
 
 import jaxquant as jq
 from jaxquant import QuantError, ops, recipes
-from jaxquant.ops.machine import int8_dots
+from jaxquant.ops.kernels.cpu.machine import int8_dots
 
 SIZE = 512
 

@@ -11,7 +11,7 @@ from transform_cases import EVERYTHING, SPECS, unequal
 
 import jaxquant as jq
 from jaxquant import recipes
-from jaxquant.ops.machine import int8_dots
+from jaxquant.ops.kernels.cpu.machine import int8_dots
 
 pytestmark = pytest.mark.every
 
@@ -61,9 +61,9 @@ def test_kernels_of_convolutions_and_experts():
         assert plan["depthwise"].window == (16, 1, 9)
         return [item.kernel for item in plan.items]
 
-    integer, digits = ("float32", "float32") if int8_dots() == "none" else ("int8", "int8 digits")
+    integer, digits = ("float32", "float32") if int8_dots() == "none" else ("int8", "int8 residual split")
     assert kernels(recipes.w8a8()) == [integer, integer, "int8"]
-    assert kernels(recipes.w8a16()) == [digits, "float32", "int8 digits"]
+    assert kernels(recipes.w8a16()) == [digits, "float32", "int8 residual split"]
     assert kernels(recipes.fp8()) == ["float32"] * 3
 
 

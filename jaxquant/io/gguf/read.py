@@ -12,7 +12,6 @@ import numpy as np
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import QTYPES
-from jaxquant.core.targets import Platform
 from jaxquant.io.arrays import placing
 from jaxquant.io.bits import stored
 from jaxquant.io.gguf.container import TensorInfo
@@ -20,6 +19,7 @@ from jaxquant.io.gguf.names import ARCHITECTURES, has_names, heads_of, norm_of_g
 from jaxquant.io.gguf.parts import Scales
 from jaxquant.io.gguf.split import GGUFModel
 from jaxquant.io.mapped import Leaves
+from jaxquant.ops.targets import Platform
 
 __all__ = ["GGUFInfo", "GGUFLeaves", "load_gguf"]
 

@@ -5,7 +5,7 @@ written to memory in float and read again, eight times what is stored. This kern
 block of output channels walks along the contraction, a group at a time, splits each byte into its two codes, scales
 them, and multiplies them with the even and the odd elements of the activation.
 
-It has run in Pallas' interpreter only, no GPU having been at hand. No formulation chooses it therefore: call it.
+It has run in Pallas' interpreter only, no GPU having been at hand. So it is not in the table of kernels: call it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
-from jaxquant.ops.matrix import Axes, Packed, packed
+from jaxquant.ops.forms import Axes, Packed, packed
 
 __all__ = ["packed_dot"]
 
@@ -51,7 +51,7 @@ def packed_dot(x: jax.Array, w: QTensor, *, interpret: bool | None = None) -> ja
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
-      >>> from jaxquant.ops.pallas import packed_dot
+      >>> from jaxquant.ops.kernels.gpu.packed import packed_dot
       >>> w = jq.quantize(jnp.eye(64), jq.QuantSpec("int4"), reduce_axes=(-2,))
       >>> bool(jnp.allclose(packed_dot(jnp.ones((2, 64)), w), 1.0))
       True

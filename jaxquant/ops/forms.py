@@ -1,19 +1,20 @@
 """Quantized operands in one shape: ``[batch, rows, K]``, contraction-minor.
 
-Every contraction is brought to this form, multiplied by a formulation (`jaxquant.ops.formulation`) and brought back.
-A `Matrix` has a code per element; a `Packed` still has the bytes that a narrow weight is stored as, and is unpacked a
-block of rows at a time.
+A contraction is brought to this form, multiplied by a kernel (`jaxquant.ops.select`) and brought back. A `Matrix` has a
+code per element; a `Packed` still has the bytes that a narrow weight is stored as. Both are pytrees, so that what a
+kernel's choice depends on is known from shapes alone: `form`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Any, ClassVar, Self
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxquant.core.codec import from_bits, values_of
 from jaxquant.core.packing import unpack
@@ -21,7 +22,9 @@ from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.core.qtypes import QType
 from jaxquant.ops.trained import TrainedTensor
 
-__all__ = ["Axes", "Matrix", "Packed", "canonical", "matrix", "packed", "slice_of"]
+__all__ = ["Axes", "Form", "Matrix", "Packed", "canonical", "form", "matrix", "packed"]
+
+Class = TypeVar("Class", bound=type)
 
 _SHIFTED = QType("uint8 - 128", "int", 8, -128, 127)
 _TWO_LEVEL = QType("code * multiplier", "int", 8, -128, 127)
@@ -65,6 +68,16 @@ class Axes:
         return [math.prod(x.shape[i] for i in part) for part in (self.batch, self.rows, self.contract)]
 
 
+def _pytree(*static: str) -> Callable[[Class], Class]:
+    """A class decorator: a frozen dataclass as a pytree, all but some of its fields being arrays."""
+
+    def register(cls: Class) -> Class:
+        arrays = [f.name for f in dataclasses.fields(cls) if f.name not in static]
+        return jax.tree_util.register_dataclass(cls, arrays, list(static))
+
+    return register
+
+
 class _Quantized:
     """What a quantized matrix is by its scales, whether its codes are packed or not."""
 
@@ -103,31 +116,8 @@ class _Quantized:
         """Whether a dtype of two bytes has the `numbers` of a row."""
         return self.one_scale or (self.minifloat and dtype == jnp.bfloat16)
 
-    def block(self, b: Any, nb: int, r: Any, nr: int) -> Self:
-        """``nb`` matrices from ``b`` (which may be traced), ``nr`` rows of each from ``r``: of all arrays.
 
-        An axis of size 1 is one for all.
-        """
-
-        def cut(name: str, value: jax.Array) -> jax.Array:
-            if name == "codes" and jnp.issubdtype(value.dtype, jnp.floating):
-                # XLA's CPU backend would widen the array to cut it, or copy it outside the loop over blocks. Patterns
-                # are what a QTensor has stored.
-                value = lax.optimization_barrier((lax.bitcast_convert_type(value, jnp.uint8), b, r))[0]
-            for axis, (start, size) in enumerate(((b, nb), (r, nr))):
-                value = slice_of(value, start, size, axis)
-            return value
-
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        cuts = {name: cut(name, value) for name, value in fields.items() if isinstance(value, jax.Array)}
-        return dataclasses.replace(self, **cuts)
-
-
-def slice_of(value: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
-    """A slice of an axis; one of size 1 is one for all."""
-    return value if value.shape[axis] in (1, size) else lax.dynamic_slice_in_dim(value, start, size, axis)
-
-
+@_pytree("qtype", "rows_last", "power_of_two")
 @dataclasses.dataclass(frozen=True)
 class Matrix(_Quantized):
     """A quantized matrix, or a stack of them.
@@ -223,6 +213,7 @@ def _real(codes: jax.Array, scale: Any, zero_point: Any, offset: Any, qtype: QTy
     return values.reshape(b, r, k)
 
 
+@_pytree("qtype", "length", "power_of_two")
 @dataclasses.dataclass(frozen=True)
 class Packed(_Quantized):
     """A quantized matrix, or a stack of them, as it is stored: packed (see `jaxquant.core.packing`), or in uint8.
@@ -452,3 +443,25 @@ def matrix(x: QTensor, axes: Axes) -> Matrix | None:
 def canonical(x: QTensor | jax.Array, axes: Axes) -> Matrix | Packed | jax.Array | None:
     """An operand in canonical form: packed if it is stored so, a float array flattened; None as for `matrix`."""
     return packed(x, axes) or matrix(x, axes) if isinstance(x, QTensor) else axes.flatten(x)
+
+
+Form = Matrix | Packed | jax.ShapeDtypeStruct | None
+"""What `canonical` returns, of shapes and dtypes; a `jax.ShapeDtypeStruct` is a float array."""
+
+
+def form(x: QTensor | jax.Array, axes: Axes, *, whole: bool = False) -> Form:
+    """`canonical`, of shapes alone.
+
+    Args:
+      x: the operand; its arrays are not touched.
+      axes: its axes.
+      whole: with one code per element, as `matrix`, whatever is stored.
+    """
+    leaves, tree = jax.tree.flatten(x)
+    return _form(tree, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves), axes, whole)
+
+
+@functools.lru_cache(maxsize=1024)
+def _form(tree: Any, leaves: tuple[Any, ...], axes: Axes, whole: bool) -> Form:
+    x = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+    return jax.eval_shape(lambda x: matrix(x, axes) if whole and isinstance(x, QTensor) else canonical(x, axes), x)

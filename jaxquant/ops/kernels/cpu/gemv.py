@@ -1,4 +1,4 @@
-"""Products of one row, as loops over the weight's codes that XLA fuses: for scales per group on the CPU.
+"""GEMV: products of one row, as loops over the weight's codes that XLA fuses: for scales per group.
 
     y[n] = sum_l sum_c  s[n, g(c, l)] q[n, c L + l] x[c L + l]          L lanes, g the group of an element
 
@@ -14,6 +14,7 @@ and a block in float32 is about as fast as two.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,13 +26,15 @@ from jax import lax
 
 from jaxquant.core.codec import chosen
 from jaxquant.core.qtypes import QType
-from jaxquant.ops.blockwise import by_blocks, in_branch, total
-from jaxquant.ops.integer import dot
-from jaxquant.ops.matrix import Matrix, Packed, slice_of
+from jaxquant.ops.forms import Matrix, Packed
+from jaxquant.ops.kernels.cpu.blocks import by_blocks, in_branch, slice_of, total
+from jaxquant.ops.kernels.cpu.dots import row_dot
+from jaxquant.ops.kernels.precision import is_highest
+from jaxquant.ops.problem import Kernel, Product
 
-__all__ = ["LANES", "fits", "lanes"]
+__all__ = ["LOOP", "Gemv"]
 
-LANES = "jaxquant_lanes"
+LOOP = "jaxquant_gemv"
 """What the compiled program calls these loops."""
 
 _PRODUCTS = 96  # of one loop: from 128 on LLVM compares too many addresses, and gives up on vectors
@@ -39,20 +42,47 @@ _SHORTEST = 16  # terms of one of several loops: in shorter ones XLA cuts codes 
 _EXACT = 2.0**-24
 
 
-def fits(w: Matrix | Packed, *, exact: bool) -> bool:
-    """Whether a weight has codes (stored with K last) and groups for these loops.
+@dataclasses.dataclass(frozen=True)
+class Gemv(Kernel):
+    """One row times integers, fp8, or 4 bits of another kind, in groups, in a loop that decodes and multiplies."""
 
-    ``exact``: and its values must not be rounded. Those of a table that are no multiples of one number are rounded to
-    16 bits, 1e-5 of their norm for nf4.
-    """
-    numbers = None if w.rows_last else _numbers(w.qtype)
-    return numbers is not None and (numbers.exact or not exact) and _chunks_of(w) is not None
+    platforms = ("cpu",)
+
+    name = "float32 GEMV"
+
+    @classmethod
+    def takes(cls, problem: Any) -> Kernel | None:
+        """As for `Kernel`: a weight with codes (stored with K last) and groups for these loops.
+
+        At the highest precision its values must not be rounded. Those of a table that are no multiples of one number
+        are rounded to 16 bits, 1e-5 of their norm for nf4.
+        """
+        if problem.trained or problem.wide:
+            return None
+        w = problem.forms[1]
+        if not _one_row(problem) or not isinstance(w, Matrix | Packed) or w.rows_last or None in problem.forms:
+            return None
+        numbers = _numbers(w.qtype)
+        fits = (
+            numbers is not None and (numbers.exact or not is_highest(problem.precision)) and _chunks_of(w) is not None
+        )
+        return cls() if fits else None
+
+    def run(self, problem: Product) -> jax.Array:
+        """As for `Kernel`."""
+        x, w = problem.canonical()
+        if isinstance(x, Packed):
+            x = x.unpacked()
+        return problem.restored(gemv(x.values(jnp.float32) if isinstance(x, Matrix) else x.astype(jnp.float32), w))
 
 
-def lanes(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
-    """The product of the real values, [B, 1, K] x [B, N, K] -> [B, 1, N] in float32, for a weight that `fits`."""
-    del precision
-    x = x.values(jnp.float32) if isinstance(x, Matrix) else x.astype(jnp.float32)
+def _one_row(problem: Product) -> bool:
+    x = problem.forms[0]
+    return x is not None and x.shape[1] == 1
+
+
+def gemv(x: jax.Array, w: Matrix | Packed) -> jax.Array:
+    """[B, 1, K] x [B, N, K] -> [B, 1, N] in float32."""
     parts = [x[:, :, i :: w.planes] for i in range(w.planes)]
     # As they are stored, groups first: a loop reads them so.
     levels = [jnp.swapaxes(v, 1, 2) for v in (w.scale, w.multiplier) if v is not None]
@@ -61,7 +91,7 @@ def lanes(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLik
         nb, nr, _ = block.shape
         xs = [slice_of(part, b, nb, 0) for part in parts]
         cuts = [slice_of(slice_of(level, b, nb, 0), r, nr, 2) for level in levels]
-        with jax.named_scope(LANES):
+        with jax.named_scope(LOOP):
             return _scaled(block, cuts, xs)
 
     out = by_blocks(x, w, multiply)
@@ -70,7 +100,7 @@ def lanes(x: Matrix | jax.Array, w: Matrix | Packed, precision: lax.PrecisionLik
         return out
     sums = jnp.sum(x.reshape(x.shape[0], 1, w.groups, -1), axis=3)
     shift = jnp.broadcast_to(shift, (x.shape[0], *shift.shape[1:]))
-    return out + dot(jnp.pad(sums, ((0, 0), (0, 1), (0, 0))), shift)[:, :1]
+    return out + row_dot(jnp.pad(sums, ((0, 0), (0, 1), (0, 0))), shift)[:, :1]
 
 
 class _Chunks(NamedTuple):
@@ -187,7 +217,7 @@ def _scaled(block: Matrix | Packed, levels: list[jax.Array], parts: list[jax.Arr
         zeros = jnp.where(parts[0][:, :, :1] > 0, 0.0, 0.0) + 0 * codes[0][:, :, :count].astype(jnp.float32)
         sums = lax.fori_loop(0, cut.chunks, step, zeros)
     ones = jnp.ones((1, 2, count), jnp.float32)  # two rows: one is off the fast path
-    out = dot(sums.reshape(1, -1, count), ones)
+    out = row_dot(sums.reshape(1, -1, count), ones)
     return out[0, :, 0].reshape(sums.shape[0], 1, sums.shape[1])
 
 

@@ -9,14 +9,13 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from ops_reference import INTEGER, MATMUL, dot_error, error, quantized, real, slow_but, spec_of, unequal
+from ops_reference import INTEGER, MATMUL, dot_error, error, kernel_of, quantized, real, slow_but, spec_of, unequal
 
 import jaxquant as jq
 from jaxquant import OpSpec, QTensor, ops, recipes
 from jaxquant.core.codec import values_of
 from jaxquant.core.qtypes import QTYPES
-from jaxquant.ops import formulation, lanes
-from jaxquant.ops.matrix import Axes, canonical
+from jaxquant.ops.kernels.cpu import gemv, machine
 
 GRIDS = 8e-6  # how far values of nf4 are off in 16 bits, where the largest is 1
 SPECS = {
@@ -40,9 +39,8 @@ SPECS = {
 
 
 def choice(q, precision=None, m=1):
-    """The formulation of [m, K] times the weight [K, N]."""
-    x = jnp.zeros((1, m, q.shape[-2]))
-    return formulation.choose("cpu", x, canonical(q, Axes((), (1,), (0,))), precision)
+    """The kernel for [m, K] times the weight [K, N]."""
+    return kernel_of(jnp.zeros((m, q.shape[-2])), q, MATMUL, precision)
 
 
 def product(x, q, precision=None):
@@ -55,7 +53,7 @@ def test_values(name, k, n):
     """A weight of one block and of several, and sums so long that they are a loop of their own."""
     q = quantized(unequal(1, (k, n)), SPECS[name])
     x = unequal(2, (1, k))
-    assert choice(q) == "lanes"
+    assert choice(q) == "Gemv"
     got, (xs, ws) = jax.jit(product)(x, q), (real(x), real(q))
     if name.startswith("nf4"):
         scale = np.repeat(np.asarray(q.scale, np.float64), k // q.scale.shape[0], axis=0)
@@ -69,14 +67,14 @@ def test_values(name, k, n):
 def test_blocks_of_bytes(name):
     """Three rows are multiplied by blocks: scales in fp8 beside codes in fp8, which are decoded from patterns."""
     q, x = quantized(unequal(12, (384, 5)), SPECS[name]), unequal(13, (3, 384))
-    assert choice(q, m=3) == "blocks"
+    assert choice(q, m=3) == "Blocked"
     assert dot_error(jax.jit(product)(x, q), real(x), real(q), MATMUL) < INTEGER
 
 
 @pytest.mark.parametrize("name", ["nf4", "int4", "fp4"])
 def test_highest_is_exact(name):
     q, x = quantized(unequal(3, (384, 20)), SPECS[name]), unequal(4, (1, 384))
-    assert choice(q, "highest") == ("blocks" if name == "nf4" else "lanes")
+    assert choice(q, "highest") == ("Blocked" if name == "nf4" else "Gemv")
     assert dot_error(product(x, q, "highest"), real(x), real(q), MATMUL) < INTEGER
 
 
@@ -85,7 +83,7 @@ def test_highest_is_exact(name):
 def test_grids_are_whole_numbers(name):
     """Whole numbers times a unit, in 16 bits: exact but for nf4."""
     qtype = QTYPES[name]
-    of, unit, exact = lanes._numbers(qtype)
+    of, unit, exact = gemv._numbers(qtype)
     codes = jnp.arange(16, dtype=jnp.uint8)
     whole, values = of(codes), np.asarray(values_of(codes, qtype), np.float64)
     np.testing.assert_allclose(
@@ -100,7 +98,7 @@ def test_grids_are_whole_numbers(name):
 def test_every_pattern_of_fp8(name):
     """As XLA converts it, and as float16 times a unit: with subnormals, infinities, NaN and the sign of zero."""
     qtype, patterns = QTYPES[name], jnp.arange(256, dtype=jnp.uint8)
-    of, unit, _ = lanes._numbers(qtype)
+    of, unit, _ = gemv._numbers(qtype)
     want = np.asarray(patterns).view(qtype.code_dtype).astype(np.float32)
     for got in (values_of(patterns, qtype), of(patterns).astype(jnp.float32) * unit):
         np.testing.assert_array_equal(got, want)
@@ -111,15 +109,15 @@ def test_every_pattern_of_fp8(name):
 @pytest.mark.every
 def test_what_fits(monkeypatch):
     """Groups that no number of lanes cuts evenly, other numbers of rows, and codes of 8 bits that are no integers."""
-    monkeypatch.setattr(formulation, "int8_dots", lambda: "vectors")
-    assert choice(quantized(jnp.ones((1024, 4)), SPECS["int4"]), m=2) == "blocks"
-    assert choice(quantized(jnp.ones((1024, 4)), spec_of("int4", "per_group", group=16))) == "lanes"
-    assert choice(quantized(jnp.ones((104, 4)), spec_of("int4", "per_group", group=8))) == "blocks"
-    assert choice(quantized(jnp.ones((1022, 4)), spec_of("int4", "per_group", group=14))) == "blocks"
-    assert choice(quantized(jnp.ones((1024, 4)), spec_of("dynamic8", "per_group", group=64))) == "blocks"
-    assert choice(quantized(jnp.ones((1024, 4)), spec_of("int8"))) == "digits"
-    assert choice(quantized(jnp.ones((1024, 4)), spec_of("float8_e4m3fn"))) == "lanes"
-    assert choice(quantized(jnp.ones((1024, 4)), spec_of("float8_e4m3fn"), (-1,))) == "blocks"  # rows last
+    monkeypatch.setattr(machine, "int8_dots", lambda: "vectors")
+    assert choice(quantized(jnp.ones((1024, 4)), SPECS["int4"]), m=2) == "Blocked"
+    assert choice(quantized(jnp.ones((1024, 4)), spec_of("int4", "per_group", group=16))) == "Gemv"
+    assert choice(quantized(jnp.ones((104, 4)), spec_of("int4", "per_group", group=8))) == "Blocked"
+    assert choice(quantized(jnp.ones((1022, 4)), spec_of("int4", "per_group", group=14))) == "Blocked"
+    assert choice(quantized(jnp.ones((1024, 4)), spec_of("dynamic8", "per_group", group=64))) == "Blocked"
+    assert choice(quantized(jnp.ones((1024, 4)), spec_of("int8"))) == "ResidualSplit"
+    assert choice(quantized(jnp.ones((1024, 4)), spec_of("float8_e4m3fn"))) == "Gemv"
+    assert choice(quantized(jnp.ones((1024, 4)), spec_of("float8_e4m3fn"), (-1,))) == "Blocked"  # rows last
 
 
 @pytest.mark.parametrize("name", ["int8", "w4 two-level"])
@@ -127,8 +125,8 @@ def test_without_int8_dots(name, monkeypatch):
     """One scale per channel, and multipliers in int8, where XLA has no fast int8 dot."""
     spec = {"int8": spec_of("int8"), "w4 two-level": recipes.w4a16(64, two_level=True).weight}[name]
     q, x = quantized(unequal(5, (384, 20)), spec), unequal(6, (1, 384))
-    monkeypatch.setattr(formulation, "int8_dots", lambda: "none")
-    assert choice(q) == "lanes"
+    monkeypatch.setattr(machine, "int8_dots", lambda: "none")
+    assert choice(q) == "Gemv"
     assert dot_error(product(x, q), real(x), real(q), MATMUL) < INTEGER
 
 
@@ -161,9 +159,7 @@ def test_codes_are_decoded_on_their_own(name):
     k, n = 1024, 640
     q, x = quantized(unequal(9, (k, n)), SPECS[name]), jax.ShapeDtypeStruct((1, k), jnp.float32)
     program = jax.jit(product).lower(x, q).compile()
-    loops = [
-        b for b in re.split(r"\n(?=%|ENTRY)", program.as_text()) if re.search(rf"multiply\(.*{lanes.LANES}/mul", b)
-    ]
+    loops = [b for b in re.split(r"\n(?=%|ENTRY)", program.as_text()) if re.search(rf"multiply\(.*{gemv.LOOP}/mul", b)]
     loops = [body for body in loops if re.search(r"= s(8|16)\[.* slice\(", body)]
     assert loops
     assert not any(re.search(r"shift-right|gather\(|u8\[", body) for body in loops)
@@ -174,8 +170,8 @@ def test_the_plan_and_the_program_say_so():
     from jaxquant.ops.kernel import kernel
 
     q, x = quantized(jnp.ones((512, 256)), SPECS["int4"]), jnp.ones((1, 512))
-    assert kernel(1, 256, 512, OpSpec(SPECS["int4"]), "float32") == "float32 loop"
-    assert jq.explain(lambda p, x: product(x, p["w"]), {"w": q}, x)["w"].kernels == ("float32 loop",)
+    assert kernel(1, 256, 512, OpSpec(SPECS["int4"]), "float32") == "float32 GEMV"
+    assert jq.explain(lambda p, x: product(x, p["w"]), {"w": q}, x)["w"].kernels == ("float32 GEMV",)
 
 
 @pytest.mark.slow

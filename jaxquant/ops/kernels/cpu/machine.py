@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["FAST", "Int8", "bfloat16_dots", "cores", "int8_dots", "served"]
+__all__ = ["FAST", "Int8Dots", "bfloat16_dots", "cores", "int8_dots", "served"]
 
 FAST = "__ynn_fusion"
 """What XLA:CPU writes into a program where it hands an operation to its library of fast kernels."""
 
-Int8 = Literal["tiles", "vectors", "none"]
+Int8Dots = Literal["tiles", "vectors", "none"]
 
 
 def served(text: str) -> bool:
@@ -49,7 +49,7 @@ def _probe(dtype: Any, result: Any) -> bytes | None:
 
 
 @functools.cache
-def int8_dots() -> Int8:
+def int8_dots() -> Int8Dots:
     """How XLA:CPU multiplies int8 matrices here.
 
     A small dot is compiled once per process (tens of milliseconds), and read: whether the library of fast kernels

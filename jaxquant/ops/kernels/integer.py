@@ -1,7 +1,8 @@
-"""Products of integer codes: int8 dots accumulated in int32, zero points corrected exactly."""
+"""Products of integers: int8 dots accumulated in int32, zero points corrected exactly."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -12,59 +13,62 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.arithmetic import promoted
-from jaxquant.core.layout import number
-from jaxquant.ops.matrix import Matrix, Packed
+from jaxquant.ops.forms import Matrix, Packed
+from jaxquant.ops.kernels.dots import dot
+from jaxquant.ops.problem import Kernel, Product
 
-__all__ = ["common_group", "dot", "integer", "overflow_limit"]
+__all__ = ["Int8", "Sums", "common_group", "int8_product", "int8_sums", "multiplies_integers", "overflow_limit"]
 
 _INT32_MAX = 2**31 - 1
-_FEW_ROWS = 48
+_SHORTEST_GROUP = 8  # a loop of shorter int8 dots costs more than a float dot
+
+Sums = Callable[[jax.Array, Matrix], jax.Array]
+"""int8 [B, M, K] times the codes of a matrix [B, N, K], in int32 [B, M, N]."""
 
 
-def dot(lhs: jax.Array, rhs: jax.Array, **kwargs: Any) -> jax.Array:
-    """[B, M, K] x [B, N, K] -> [B, M, N]."""
-    return lax.dot_general(lhs, rhs, (((2,), (2,)), ((0,), (0,))), **kwargs)
+@dataclasses.dataclass(frozen=True)
+class Int8(Kernel):
+    """int8 dots accumulated in int32, one for each group of the contraction, scaled and summed in float32."""
+
+    platforms = ("tpu", "cuda", "other")
+
+    name = "int8"
+
+    @classmethod
+    def takes(cls, problem: Any) -> Kernel | None:
+        """As for `Kernel`: on a CPU what is there for it is better."""
+        return cls() if multiplies_integers(problem, _SHORTEST_GROUP) else None
+
+    def run(self, problem: Product) -> jax.Array:
+        """As for `Kernel`."""
+        return problem.restored(int8_product(*problem.matrices(), int8_sums))
 
 
-def _accumulate(lhs: jax.Array, rhs: jax.Array, rows_last: bool) -> jax.Array:
-    """int8 [B, M, K] x [B, N, K] -> int32 [B, M, N], on the path that XLA's CPU library serves.
-
-    One row is off that path, so it is padded to two. The operand with many rows (the weight, at inference) goes left
-    when the other has few; the barrier keeps XLA from turning transpose(dot(w, x)) back into dot(x, w), which is
-    slower. An operand that is stored with its rows last stays right, where the path takes it as it lies; XLA sees that
-    it lies so, but for stacks of matrices, where it is told.
-    """
-    rows, columns = lhs.shape[1], rhs.shape[1]
-    if rows == 1:
-        lhs = jnp.pad(lhs, ((0, 0), (0, 1), (0, 0)))
-    if columns == 1:
-        rhs = jnp.pad(rhs, ((0, 0), (0, 1), (0, 0)))
-    few, batched = number(rows) <= min(_FEW_ROWS, number(columns)), lhs.shape[0] != 1
-    if few and not rows_last:
-        out = jnp.swapaxes(lax.optimization_barrier(dot(rhs, lhs, preferred_element_type=jnp.int32)), 1, 2)
-    elif few and batched:
-        numbers = (((2,), (1,)), ((0,), (0,)))
-        out = lax.dot_general(lhs, jnp.swapaxes(rhs, 1, 2), numbers, preferred_element_type=jnp.int32)
-    else:
-        out = dot(lhs, rhs, preferred_element_type=jnp.int32)
-    return out[:, :rows, :columns]
+def multiplies_integers(problem: Product, shortest: int) -> bool:
+    """Whether both operands are integers, in groups of so many at least, and a sum of bounded length."""
+    if math.isinf(problem.length) or not problem.both(lambda form: form.integer):
+        return False
+    return common_group(*problem.quantized) >= min(shortest, problem.length)
 
 
-def _corrected(
-    lhs: jax.Array, rhs: jax.Array, lz: jax.Array | None, rz: jax.Array | None, rows_last: bool
-) -> jax.Array:
+def int8_sums(lhs: jax.Array, rhs: Matrix) -> jax.Array:
+    """`Sums`, by one dot."""
+    return dot(lhs, rhs.codes, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.int32)
+
+
+def _corrected(lhs: jax.Array, rhs: Matrix, lz: jax.Array | None, rz: jax.Array | None, sums: Sums) -> jax.Array:
     """sum_k (lhs - lz)(rhs - rz) in int32: exact whenever the result fits, since wrap-around cancels.
 
     ``rz`` is one per row, or where ``lz`` is None one per k for all rows.
     """
-    out = _accumulate(lhs, rhs, rows_last)
+    out = sums(lhs, rhs)
     if rz is not None and rz.shape[2] > 1:
         return out - jnp.sum(lhs * rz, axis=2, keepdims=True)
     if rz is not None:
         rz = jnp.swapaxes(rz, 1, 2)
         out = out - rz * jnp.sum(lhs, axis=2, dtype=jnp.int32)[:, :, None]
     if lz is not None:
-        out = out - lz * jnp.sum(rhs, axis=2, dtype=jnp.int32)[:, None, :]
+        out = out - lz * jnp.sum(rhs.codes, axis=2, dtype=jnp.int32)[:, None, :]
     if lz is not None and rz is not None:
         out = out + lz * rz * jnp.int32(lhs.shape[2])
     return out
@@ -81,7 +85,9 @@ def common_group(*operands: Matrix | Packed) -> int:
     return math.gcd(*runs) if runs else operands[0].shape[2]
 
 
-def integer(lhs: Matrix, rhs: Matrix, combine: Callable[[jax.Array], jax.Array] = lambda out: out) -> jax.Array:
+def int8_product(
+    lhs: Matrix, rhs: Matrix, sums: Sums, combine: Callable[[jax.Array], jax.Array] = lambda out: out
+) -> jax.Array:
     """Integer dots, each exact in int32, scaled, combined and summed in float32.
 
     The contraction is cut where a scale or a zero point changes, and where a longer sum could overflow. ``combine`` is
@@ -100,10 +106,11 @@ def integer(lhs: Matrix, rhs: Matrix, combine: Callable[[jax.Array], jax.Array] 
             return lax.dynamic_slice_in_dim(value, start // run, max(size // run, 1), axis=2)
 
         left, right = (
-            x.codes if size == k else lax.dynamic_slice_in_dim(x.codes, start, size, axis=2) for x in (lhs, rhs)
+            x if size == k else dataclasses.replace(x, codes=lax.dynamic_slice_in_dim(x.codes, start, size, axis=2))
+            for x in (lhs, rhs)
         )
         lz, rz = (None if x.zero_point is None else at(x.zero_point) for x in (lhs, rhs))
-        out = _corrected(left, right, lz, rz, rhs.rows_last).astype(jnp.float32)
+        out = _corrected(left.codes, right, lz, rz, sums).astype(jnp.float32)
         return combine(out * at(lhs.scale) * jnp.swapaxes(at(rhs.scale), 1, 2))
 
     if group > limit:  # few, long cuts of unequal length

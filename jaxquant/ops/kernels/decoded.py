@@ -16,7 +16,6 @@ the sums. With few rows so is that of each group: one dot for each, all in one b
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -25,20 +24,79 @@ from jax import lax
 
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.codec import values_of, values_of_int4
-from jaxquant.core.layout import number
 from jaxquant.core.qtensor import QTensor, flat, scale_values
-from jaxquant.ops.digits import is_highest
-from jaxquant.ops.floats import two_row_dot
-from jaxquant.ops.matrix import Axes
+from jaxquant.ops.forms import Axes
+from jaxquant.ops.kernels.dots import dot
+from jaxquant.ops.kernels.precision import NARROW, is_highest
+from jaxquant.ops.problem import Kernel, Product
 from jaxquant.ops.trained import TrainedTensor
 
-__all__ = ["decoded_dot", "fits"]
-
-_NARROW = (jnp.bfloat16, jnp.float16)
-_TPU_ROWS, _TPU_GROUP = 16, 128  # up to so many rows, from such groups on, a batched dot is faster on a TPU
+__all__ = ["BatchedDecoded", "Decoded"]
 
 
-def fits(w: Any) -> bool:
+@dataclasses.dataclass(frozen=True)
+class Decoded(Kernel):
+    """One dot of an activation's values or codes with the decoded codes of a stored weight.
+
+    Attributes:
+      dtype: of the values.
+    """
+
+    platforms = ("tpu", "cuda", "other")
+
+    dtype: Any
+
+    @property
+    def name(self) -> str:
+        """The dtype of the values, and that they are decoded in the product."""
+        return f"{jnp.dtype(self.dtype).name}, decoded"
+
+    @classmethod
+    def takes(cls, problem: Any) -> Kernel | None:
+        """As for `Kernel`: off the CPU a stored weight with one code per element, and groups along one axis at most."""
+        if not _in_elements(problem.w):
+            return None
+        return cls(_value_dtype(problem))
+
+    def run(self, problem: Product) -> jax.Array:
+        """As for `Kernel`."""
+        return _product(problem, self.dtype, batched=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchedDecoded(Decoded):
+    """The same as one dot for each group, all in one batched dot, scaled and summed afterwards: for few rows."""
+
+    platforms = ("cuda", "other")
+
+    @property
+    def name(self) -> str:
+        """As for `Decoded`."""
+        return f"{jnp.dtype(self.dtype).name}, batched"
+
+    @classmethod
+    def takes(cls, problem: Any) -> Kernel | None:
+        """As for `Kernel`: where values are exact in a narrow dtype, and the results of all groups few."""
+        if Decoded.takes(problem) is None:
+            return None
+        w, axes = problem.w, problem.w_axes
+        at = None if w.split is None else w.ndim + w.split
+        apart = all(w.scale.shape[i] == 1 for i in axes.contract if i != at)  # scales change along that axis alone
+        if at is None or at not in axes.contract or not apart or w.type.kind not in ("int", "float") or not w.symmetric:
+            return None
+        return cls(_value_dtype(problem)) if cls.is_faster(problem, w.shape[at] // w.scale.shape[at]) else None
+
+    @classmethod
+    def is_faster(cls, problem: Product, group: int) -> bool:
+        """Whether it pays for groups of so many: the results are no larger than the weight."""
+        return problem.w.type.kind == "int" and problem.rows <= group // 4
+
+    def run(self, problem: Product) -> jax.Array:
+        """As for `Kernel`."""
+        return _product(problem, self.dtype, batched=True)
+
+
+def _in_elements(w: Any) -> bool:
     """Whether an operand is a stored weight with one code per element, and groups along one axis at most."""
     if not isinstance(w, QTensor) or isinstance(w, TrainedTensor):
         return False
@@ -46,6 +104,11 @@ def fits(w: Any) -> bool:
         return False
     cut = [i - w.ndim for i, (n, s) in enumerate(zip(w.shape, w.scale.shape, strict=True)) if 1 < s < n]
     return cut == ([] if w.split is None else [w.split])
+
+
+def _value_dtype(problem: Product) -> Any:
+    dtype = problem.dtype
+    return dtype if dtype in NARROW and not is_highest(problem.precision) else promoted(dtype, jnp.float32)
 
 
 class _Numbers(NamedTuple):
@@ -60,7 +123,7 @@ class _Numbers(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Product:
+class _Dot:
     """A product, the weight on the right, with the weight's axis of groups cut in two on both sides.
 
     Attributes:
@@ -92,30 +155,16 @@ class _Product:
         assert self.w.split is not None
         return self.w.shape[self.w.split] // self.w.scale.shape[self.w.split]
 
-    def run(self) -> jax.Array:
-        """[batch, rows of x, rows of the weight], before the scales of x."""
-        if self.at is None or self.at not in self.numbers.contract[1]:
-            return self._one_dot()
-        rows = math.prod(number(self.x.shape[i]) for i in self.numbers.free(0, self.x.ndim))
-        others = [i if i < self.at else i - 1 for i in self.numbers.contract[1] if i not in (self.at, self.at + 1)]
-        apart = all(self.w.scale.shape[i] == 1 for i in others)  # scales change along the axis of groups alone
-        exact = self.w.type.kind in ("int", "float") and self.w.symmetric and apart
-        on_tpu = exact and rows <= _TPU_ROWS and self.group >= _TPU_GROUP
-        on_gpu = exact and self.w.type.kind == "int" and rows <= self.group // 4  # results no larger than the weight
-        if not (on_tpu or on_gpu):
-            return self._one_dot()
+    def batched(self) -> jax.Array:
+        """[batch, rows of x, rows of the weight], before the scales of x, by a dot for each group."""
+        return self._batched_dot().astype(self.wide if self.rows is not None else self.multiplied)
 
-        def batched() -> jax.Array:
-            return self._batched_dot().astype(self.wide if self.rows is not None else self.multiplied)
-
-        how = {True: batched, False: self._one_dot}
-        return lax.platform_dependent(tpu=how[on_tpu], default=how[on_gpu])
-
-    def _one_dot(self) -> jax.Array:
+    def one_dot(self) -> jax.Array:
+        """The same, by one dot."""
         values, columns = self._values()
         result = self.multiplied if columns is None and self.rows is None else self.wide
         x = self.x.astype(self.multiplied)
-        out = two_row_dot(x, values, self.numbers, precision=self.precision, preferred_element_type=result)
+        out = dot(x, values, self.numbers, precision=self.precision, preferred_element_type=result)
         if columns is None:
             return out
         return out * _over_result(columns, self.numbers, 1, out.ndim)
@@ -174,7 +223,7 @@ class _Product:
         rest = [i for i in range(len(xc)) if i != place]
         numbers = _Numbers((tuple(xc[i] for i in rest), tuple(wc[i] for i in rest)), ((*xb, cut), (*wb, self.at)))
         sums = jnp.int32 if integers else self.wide
-        out = two_row_dot(x, codes, numbers, precision=self.precision, preferred_element_type=sums)
+        out = dot(x, codes, numbers, precision=self.precision, preferred_element_type=sums)
         scale = jnp.expand_dims(scale_values(self.w.scale).astype(self.wide), self.at + 1)
         out = jnp.sum(out * _over_result(scale, numbers, 1, out.ndim), axis=len(xb))
         return lax.slice_in_dim(out, 0, 1, axis=len(xb)) if lone else out
@@ -184,27 +233,9 @@ class _Product:
         return x.reshape(*x.shape[:at], -1, self.group, *x.shape[at + 2 :])
 
 
-def decoded_dot(
-    x: QTensor | jax.Array,
-    w: QTensor,
-    x_axes: Axes,
-    w_axes: Axes,
-    precision: Any,
-    dtype: Any,
-    *,
-    weight_first: bool,
-) -> jax.Array:
-    """The product, [batch, rows of the left, rows of the right], in ``dtype`` or in float32 at least.
-
-    Args:
-      x: the activation.
-      w: a weight that `fits`.
-      x_axes, w_axes: of both.
-      precision: of the call.
-      dtype: of the float product, by the operands' own dtypes.
-      weight_first: whether the weight is the left operand.
-    """
-    multiplied = dtype if dtype in _NARROW and not is_highest(precision) else promoted(dtype, jnp.float32)
+def _product(problem: Product, multiplied: Any, *, batched: bool) -> jax.Array:
+    """The product, in the dtype of values or in float32 at least."""
+    x, w, x_axes, w_axes = problem.x, problem.w, problem.x_axes, problem.w_axes
     values: Any = x
     rows = None
     if isinstance(x, QTensor) and not (x.symmetric and all(x.scale.shape[i] == 1 for i in x_axes.contract)):
@@ -215,14 +246,15 @@ def decoded_dot(
         values = x.logical_codes() if integers else values_of(x.logical_codes(), x.type, multiplied)
     at = None if w.split is None else w.ndim + w.split
     values, numbers = _aligned(values, w, x_axes, w_axes, at)
-    out = _Product(values, rows, w, numbers, at, multiplied, precision).run()
+    how = _Dot(values, rows, w, numbers, at, multiplied, problem.precision)
+    out = how.batched() if batched else how.one_dot()
     batch, x_rows = ([x.shape[i] for i in part] for part in (x_axes.batch, x_axes.rows))
     w_rows = [w.shape[i] for i in w_axes.rows]
     out = out.reshape(*batch, *x_rows, *w_rows)
     if rows is not None:
         own = [rows.shape[i] for i in x_axes.batch + x_axes.rows]
         out = out * jnp.transpose(rows, x_axes.order).reshape(own + [1] * len(w_rows))
-    if not weight_first:
+    if not problem.weight_first:
         return out
     n, m = len(batch), len(x_rows)
     return jnp.transpose(out, (*range(n), *range(n + m, out.ndim), *range(n, n + m)))

@@ -1,0 +1,18 @@
+"""Sizes of axes to compare: one may be a symbol, where a program is exported for every batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from jax.export import is_symbolic_dim
+
+__all__ = ["number"]
+
+
+def number(size: Any) -> float:
+    """A size to compare with others: itself, or infinity if it is a symbol and so not known.
+
+    Source: `jax.export.symbolic_shape`.
+    """
+    return math.inf if is_symbolic_dim(size) else size

@@ -1,0 +1,78 @@
+"""Float products on the CPU: the portable kernels, in the dtypes that are fast here.
+
+Only bfloat16 is narrow and fast, where there are instructions for it. Values are rounded to it where many rows make up
+for that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxquant.core.arithmetic import promoted
+from jaxquant.ops.forms import Matrix, Packed
+from jaxquant.ops.kernels import dequantized
+from jaxquant.ops.kernels.cpu import machine
+from jaxquant.ops.kernels.cpu.dots import is_fast
+from jaxquant.ops.problem import Kernel, Problem, Product
+
+__all__ = ["Dequantized", "ExactBfloat16", "Float", "value_dtype"]
+
+_MANY_ROWS = 24  # with fewer, a block of the weight in bfloat16 costs more than the product gains
+
+
+def value_dtype(problem: Product) -> Any:
+    """The dtype of the values that a float product multiplies here."""
+    x, w = problem.forms
+    assert isinstance(w, Matrix | Packed)
+    few = problem.rows < _MANY_ROWS
+    if isinstance(x, Matrix | Packed):
+        exact = problem.both(lambda form: form.exact_in(jnp.bfloat16))
+        return jnp.bfloat16 if exact and not few and machine.bfloat16_dots() else dequantized.value_dtype(problem)
+    assert x is not None
+    dtype = dequantized.value_dtype(problem)
+    if dtype == jnp.float64:
+        return dtype
+    if not is_fast(dtype) or problem.rows == 1:
+        return jnp.float32
+    return jnp.float32 if few and not (w.one_scale and w.integer) else dtype  # integers take one instruction to decode
+
+
+class ExactBfloat16(Kernel):
+    """`dequantized.ExactBfloat16` in training, where there are instructions for bfloat16.
+
+    What is stored is better decoded by blocks.
+    """
+
+    platforms = ("cpu",)
+
+    @classmethod
+    def takes(cls, problem: Any) -> Kernel | None:
+        """As for `Kernel`."""
+        if problem.wide or not problem.trained or not machine.bfloat16_dots():
+            return None
+        return dequantized.ExactBfloat16.takes(problem)
+
+
+class Float(Kernel):
+    """`dequantized.Float` of convolutions and ragged products, in float32 at least."""
+
+    operation = Problem
+    platforms = ("cpu",)
+
+    @classmethod
+    def takes(cls, problem: Problem) -> Kernel | None:
+        """As for `Kernel`."""
+        return None if isinstance(problem, Product) else dequantized.Float(promoted(problem.dtype, jnp.float32))
+
+
+class Dequantized(Kernel):
+    """`dequantized.Dequantized`: in training, and in float64."""
+
+    platforms = ("cpu",)
+
+    @classmethod
+    def takes(cls, problem: Any) -> Kernel | None:
+        """As for `Kernel`."""
+        return None if None in problem.forms else dequantized.Dequantized(value_dtype(problem))

@@ -1,0 +1,18 @@
+"""Values of 8-bit floats, which XLA's CPU backend converts slowly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxquant.core.codec import decoded, values_of_patterns
+from jaxquant.core.qtypes import QType
+
+__all__ = ["by_bits"]
+
+
+@values_of_patterns.on("cpu")
+def by_bits(codes: jax.Array, *, qtype: QType, dtype: Any) -> jax.Array:
+    """Values of the uint8 patterns of an 8-bit float, put together from their bits."""
+    return decoded(codes, qtype, dtype)

@@ -1,0 +1,110 @@
+"""Codes of large arrays, written as XLA's CPU backend writes them fast."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.core.affine import Encoded, codes_apart, codes_in_parts, encode, minor_axes
+from jaxquant.core.codec import codes_of, to_bits
+from jaxquant.core.packing import pack
+from jaxquant.core.qtensor import QTensor, scale_values, stored_order
+from jaxquant.core.qtypes import QTYPES
+from jaxquant.core.sizes import number
+from jaxquant.core.specs import QuantSpec
+from jaxquant.ops.kernels.cpu.layout import LARGE, transpose_by_tiles
+
+__all__ = ["codes_of_parts", "rounded_in_branch"]
+
+
+@codes_apart.on("cpu", when=lambda x, *_, **__: number(x.size) >= LARGE)
+def rounded_in_branch(x: jax.Array, found: Encoded, key: Any, *, spec: QuantSpec, axes: tuple[int, ...]) -> jax.Array:
+    """The codes of an array, rounded in a branch.
+
+    XLA's CPU backend fuses rounding into whatever follows: a transpose of the codes, which then reads floats column by
+    column, packing, the backward pass, which rounds once more. It fuses nothing into what comes out of a branch.
+    """
+
+    def rounded(x: jax.Array) -> jax.Array:
+        return codes_of(encode(x, spec, axes, found.scale, found.zero_point, key).values, spec.type)
+
+    return lax.cond(jnp.isnan(jnp.max(scale_values(found.scale))), rounded, rounded, x)
+
+
+def _fits(q: QTensor, x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...]) -> bool:
+    """Whether there is an axis to cut.
+
+    Where transposed bytes are packed already, or codes are fp8, parts are slower.
+    """
+    minor = minor_axes(axes, x.ndim)
+    fast = spec.type.packed if minor == () else spec.type.kind == "int" and not spec.type.packed
+    return fast and _cut_axis(x, axes, stored_order(x.ndim, minor)[-1:]) is not None
+
+
+_PARTS, _RUN, _RUNS = 16, 16, 8
+_SEVERAL = 1 << 22  # elements; the codes of what is smaller are written at once
+
+
+def _cut_axis(x: jax.Array, axes: tuple[int, ...], last: tuple[int, ...]) -> int | None:
+    """The axis by which the codes of a large array are written in parts: none that shares a scale or is stored last.
+
+    Parts have a multiple of 8 runs, so that arrays that are spread over as many devices can be cut. Where shardings are
+    part of the types, as on explicit meshes, or a size is a symbol, arrays are not cut.
+    """
+    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
+    if not _SEVERAL <= number(x.size) < math.inf or any(axis is not None for axis in spec):
+        return None
+    kept = [i for i in range(x.ndim) if i - x.ndim not in axes and i not in last]
+    kept = [i for i in kept if x.shape[i] % (_PARTS * _RUN * _RUNS) == 0]
+    return max(kept, key=lambda i: x.shape[i], default=None)
+
+
+@codes_in_parts.on("cpu", when=_fits)
+def codes_of_parts(q: QTensor, x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...]) -> jax.Array:
+    """The codes of `quantize`, rounded for a sixteenth of the array at a time, and then transposed or packed.
+
+    A part is every sixteenth run of 16 along an axis, [runs, 16, 16]: what is spread over devices by whole such rows of
+    runs stays where it is.
+    """
+    scale, zero_point, minor = scale_values(q.scale), q.zero_point, minor_axes(axes, x.ndim)
+    axis = _cut_axis(x, axes, stored_order(x.ndim, minor)[-1:])
+    assert axis is not None
+    ndim, nan = x.ndim, jnp.isnan(jnp.max(scale))
+    # The same axes, counted from the end, with one more behind the one that is cut.
+    inner_axes, inner_minor = (tuple(i - 1 if i + ndim < axis else i for i in old) for old in (axes, minor))
+
+    def runs(v: Any, i: Any) -> Any:
+        if v is None or v.shape[axis] == 1:
+            return v if v is None else jnp.expand_dims(v, axis)
+        v = v.reshape(*v.shape[:axis], -1, _PARTS, _RUN, *v.shape[axis + 1 :])
+        return lax.dynamic_index_in_dim(v, i, axis + 1, keepdims=False)
+
+    def apart(compute: Callable[[jax.Array, Any], jax.Array]) -> Callable[[jax.Array, Any], jax.Array]:
+        return lambda x, i: lax.cond(nan, compute, compute, x, i)
+
+    @apart
+    def rounded(x: jax.Array, i: Any) -> jax.Array:
+        found = encode(runs(x, i), spec, inner_axes, runs(scale, i), runs(zero_point, i))
+        codes = codes_of(found.values, spec.type)
+        return to_bits(codes, QTYPES[spec.qtype]) if minor == () else lax.bitcast_convert_type(codes, jnp.int8)
+
+    @apart
+    def stored(x: jax.Array, i: Any) -> jax.Array:
+        codes = rounded(x, i)
+        return transpose_by_tiles(codes, order=order) if minor else pack(codes, spec.type.bits)
+
+    def step(i: Any, out: jax.Array) -> jax.Array:
+        part = lax.bitcast_convert_type(stored(x, i), out.dtype)  # uint8 would be transposed one by one
+        return lax.dynamic_update_index_in_dim(out, part, i, place)
+
+    order = stored_order(ndim + 1, inner_minor)
+    shape, place = jax.eval_shape(stored, x, 0).shape, order.index(axis) + 1
+    dtype = jnp.uint8 if spec.type.packed else spec.type.code_dtype
+    zeros = jnp.broadcast_to(nan.astype(dtype), (*shape[:place], _PARTS, *shape[place:]))  # vary over devices as x does
+    out = lax.fori_loop(0, _PARTS, step, zeros)
+    return out.reshape(*shape[: place - 1], x.shape[axis], *shape[place + 1 :])

@@ -1,0 +1,154 @@
+"""Float products of real values, for every platform: what is left where nothing better is known.
+
+A bfloat16 or float16 activation is multiplied as it is, by values of that dtype, with sums in float32; products of two
+such numbers are exact there. A weight's values are given that dtype
+
+- where it holds them exactly: integers and fp8 with one scale per row, which is then applied to the sums, and in
+  bfloat16 also fp8 and fp4 times powers of two, the MX formats;
+- where it is the weight's own dtype (`QTensor.dtype`), so that the float program has its values so too. Each is then
+  off by at most 2**-8 of itself in bfloat16, and by 2**-11 in float16 unless it is subnormal.
+
+Everywhere else, and at ``precision=HIGHEST``, values are float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.core.arithmetic import promoted
+from jaxquant.ops.forms import Matrix, Packed
+from jaxquant.ops.kernels.dots import float_dot
+from jaxquant.ops.kernels.precision import NARROW, is_default, scaled
+from jaxquant.ops.problem import Kernel, Problem, Product
+
+__all__ = ["Dequantized", "ExactBfloat16", "Float", "in_own_dtype", "value_dtype"]
+
+
+def value_dtype(problem: Product) -> Any:
+    """The dtype of the values that a float product multiplies."""
+    x, w = problem.forms
+    assert isinstance(w, Matrix | Packed)
+    if isinstance(x, Matrix | Packed):
+        return promoted(x.scale.dtype, w.scale.dtype)
+    assert x is not None
+    if problem.wide:
+        return jnp.float64
+    if x.dtype not in NARROW or not is_default(problem.precision):
+        return jnp.float32
+    return x.dtype if w.exact_in(x.dtype) or problem.dtype == x.dtype else jnp.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactBfloat16(Kernel):
+    """A bfloat16 dot of fp8 or fp4 with one scale per row on either side, or powers of two (the MX formats).
+
+    Those values are exact in bfloat16, and their products in float32.
+    """
+
+    platforms = ("tpu", "cuda", "other")
+
+    name = "bfloat16"
+
+    @classmethod
+    def takes(cls, problem: Any) -> Kernel | None:
+        """As for `Kernel`: on a CPU what is there for it is better."""
+        if problem.wide:
+            return None
+        return cls() if problem.both(lambda form: form.minifloat) else None
+
+    def run(self, problem: Product) -> jax.Array:
+        """As for `Kernel`."""
+        ((left,), rows), ((right,), columns) = (m.numbers(jnp.bfloat16) for m in problem.matrices())
+        return problem.restored(scaled(float_dot(left, right), rows, columns))
+
+
+@dataclasses.dataclass(frozen=True)
+class Float(Kernel):
+    """The float program's own operation, of real values.
+
+    Attributes:
+      dtype: of the values.
+    """
+
+    operation = Problem
+
+    dtype: Any
+
+    @property
+    def name(self) -> str:
+        """The dtype of the values."""
+        return jnp.dtype(self.dtype).name
+
+    @classmethod
+    def takes(cls, problem: Problem) -> Kernel | None:
+        """Any convolution and any ragged product; of other products those whose canonical form is no gain.
+
+        That is where scales vary within a group, so that there is none, and in training, where real values cost
+        nothing and codes would only be taken back. (Narrower ones are rounded, codes are not.)
+        """
+        wide = promoted(problem.dtype, jnp.float32)
+        if not isinstance(problem, Product):
+            return cls(_own_dtype(problem) or wide)
+        unrounded = problem.trained and all(v.dtype.itemsize >= 4 for v in (problem.x, problem.w))
+        return cls(wide) if None in problem.forms or unrounded else None
+
+    def run(self, problem: Problem) -> jax.Array:
+        """As for `Kernel`."""
+        x, w = problem.float_values()
+        return problem.in_float(x.astype(self.dtype), w.astype(self.dtype))
+
+
+def in_own_dtype(problem: Problem, x: jax.Array, w: jax.Array) -> jax.Array:
+    """The float product of real values of a problem's operands, as `Float` has it on each platform."""
+
+    def run(dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
+        return problem.in_float(x.astype(dtype), w.astype(dtype)).astype(problem.result)
+
+    wide, own = promoted(x.dtype, w.dtype), _own_dtype(problem)
+    if own is None or own == wide:
+        return run(wide, x, w)
+    return lax.platform_dependent(x, w, cpu=functools.partial(run, wide), default=functools.partial(run, own))
+
+
+def _own_dtype(problem: Problem) -> Any:
+    """bfloat16 or float16, if that is all that operands, result precision ask for; else None."""
+    dtypes = {jnp.dtype(dtype) for dtype in (problem.x.dtype, problem.w.dtype, problem.result)}
+    own = dtypes.pop()
+    return own if not dtypes and own in NARROW and is_default(problem.precision) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Dequantized(Kernel):
+    """A float dot of the dequantized operands.
+
+    Attributes:
+      dtype: of the values.
+    """
+
+    dtype: Any
+
+    @property
+    def name(self) -> str:
+        """The dtype of the values."""
+        return jnp.dtype(self.dtype).name
+
+    @classmethod
+    def takes(cls, problem: Any) -> Kernel | None:
+        """As for `Kernel`: every product that has a canonical form."""
+        return None if None in problem.forms else cls(value_dtype(problem))
+
+    def run(self, problem: Product) -> jax.Array:
+        """As for `Kernel`."""
+        x, w = problem.matrices()
+        if self.dtype in NARROW and w.exact_in(self.dtype):
+            (values,), scale = w.numbers(self.dtype)
+            return problem.restored(scaled(float_dot(x.astype(self.dtype), values), None, scale))
+        wide = promoted(self.dtype, jnp.float32)
+        x, w = (v.values(wide) if isinstance(v, Matrix) else v for v in (x, w))
+        return problem.restored(float_dot(x.astype(self.dtype), w.astype(self.dtype), precision=problem.precision))

@@ -1,0 +1,33 @@
+"""How exact a product is to be, and where its scales go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+__all__ = ["NARROW", "is_default", "is_highest", "scaled"]
+
+NARROW = (jnp.bfloat16, jnp.float16)
+"""Dtypes in which products are exact if they are summed in float32."""
+
+
+def is_highest(precision: lax.PrecisionLike) -> bool:
+    """Whether a product is to be as exact as float32 is; None stands for JAX's default."""
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    highest = {lax.Precision.HIGHEST, "highest", "float32"}
+    return any(p in highest for p in (precision if isinstance(precision, tuple) else (precision,)))
+
+
+def is_default(precision: Any) -> bool:
+    """Whether a product may be as exact as its operands' dtype is: no other algorithm is asked for either."""
+    return not is_highest(precision) and not isinstance(precision, lax.DotAlgorithm | lax.DotAlgorithmPreset)
+
+
+def scaled(out: jax.Array, rows: jax.Array | None, columns: jax.Array | None) -> jax.Array:
+    """Sums [B, M, N] times the scales [., M or 1, 1] of the activation and [., N or 1, 1] of the weight; None is 1."""
+    out = out if rows is None else out * rows
+    return out if columns is None else out * jnp.swapaxes(columns, 1, 2)

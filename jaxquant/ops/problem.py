@@ -1,0 +1,304 @@
+"""What kernels are asked to compute, and what a kernel is.
+
+A problem holds the operands of one product as they are: arrays and `QTensor`s. What the choice of a kernel may depend
+on it knows from shapes and dtypes alone, so that a plan can ask the same question about arrays that do not exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.core.arithmetic import promoted
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.sizes import number
+from jaxquant.ops.forms import Axes, Form, Matrix, Packed, canonical, form, matrix
+from jaxquant.ops.trained import is_in_training
+
+__all__ = [
+    "Convolution",
+    "Geometry",
+    "Kernel",
+    "Platform",
+    "Problem",
+    "Product",
+    "RaggedProduct",
+    "Window",
+    "wide_values",
+]
+
+Platform = Literal["cpu", "tpu", "cuda", "other"]
+"""What a program is lowered for."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """Two operands of a product.
+
+    Attributes:
+      x, w: the activation and the weight, each an array or a QTensor.
+      precision: as for `jax.lax.dot_general`; None stands for JAX's default.
+      result: the dtype that is asked for.
+    """
+
+    x: Any
+    w: Any
+    precision: Any
+    result: Any
+
+    @property
+    def dtype(self) -> Any:
+        """Of the float product, by the operands' own dtypes."""
+        return promoted(self.x.dtype, self.w.dtype)
+
+    @property
+    def trained(self) -> bool:
+        """Whether both operands are float arrays in training, so that their real values cost nothing."""
+        return all(is_in_training(v) for v in (self.x, self.w))
+
+    @functools.cached_property
+    def forms(self) -> tuple[Form, Form]:
+        """The operands as `run` of most kernels takes them, of shapes alone."""
+        raise NotImplementedError
+
+    @property
+    def quantized(self) -> tuple[Matrix | Packed, ...]:
+        """Those of the forms that are quantized."""
+        return tuple(f for f in self.forms if isinstance(f, Matrix | Packed))
+
+    def both(self, test: Callable[[Matrix | Packed], bool]) -> bool:
+        """Whether both operands are quantized, and so."""
+        return len(self.quantized) == 2 and all(map(test, self.quantized))
+
+    @property
+    def wide(self) -> bool:
+        """Whether an operand is float64."""
+        return any(_scale_dtype(f) == jnp.float64 for f in self.forms if f is not None)
+
+    def float_values(self) -> tuple[jax.Array, jax.Array]:
+        """The real values of both, in float32 at least where they come from codes."""
+        return wide_values(self.x), wide_values(self.w)
+
+    def in_float(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """The float product of the values of both, in the result's shape."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product(Problem):
+    """A `jax.lax.dot_general`.
+
+    Attributes:
+      x_axes, w_axes: the axes of both, in corresponding order.
+      weight_first: whether the weight is the left operand.
+    """
+
+    x_axes: Axes
+    w_axes: Axes
+    weight_first: bool = False
+
+    @classmethod
+    def of(cls, lhs: Any, rhs: Any, lhs_axes: Axes, rhs_axes: Axes, precision: Any, result: Any) -> Product:
+        """The weight is what is stored quantized, or else what is quantized; ``rhs`` if both are."""
+        first = _kind(lhs) > _kind(rhs)
+        if first:
+            return cls(rhs, lhs, precision, result, rhs_axes, lhs_axes, weight_first=True)
+        return cls(lhs, rhs, precision, result, lhs_axes, rhs_axes)
+
+    @functools.cached_property
+    def forms(self) -> tuple[Form, Form]:
+        """[B, M, K] and [B, N, K]; one is None if its scales vary within what would be a group."""
+        return form(self.x, self.x_axes), form(self.w, self.w_axes)
+
+    @property
+    def rows(self) -> float:
+        """M, the activation's."""
+        return math.prod(number(self.x.shape[i]) for i in self.x_axes.rows)
+
+    @property
+    def length(self) -> float:
+        """K, what is summed over."""
+        return math.prod(number(self.w.shape[i]) for i in self.w_axes.contract)
+
+    def canonical(self) -> tuple[Any, Any]:
+        """The operands as `forms`, of arrays; packed codes stay packed."""
+        return canonical(self.x, self.x_axes), canonical(self.w, self.w_axes)
+
+    def matrices(self) -> tuple[Any, Any]:
+        """The same with one code per element."""
+        return _whole(self.x, self.x_axes), _whole(self.w, self.w_axes)
+
+    def restored(self, out: jax.Array) -> jax.Array:
+        """[B, M, N] as the result."""
+        batch, x_rows = ([self.x.shape[i] for i in part] for part in (self.x_axes.batch, self.x_axes.rows))
+        w_rows = [self.w.shape[i] for i in self.w_axes.rows]
+        if self.weight_first:
+            return jnp.swapaxes(out, 1, 2).reshape(*batch, *w_rows, *x_rows)
+        return out.reshape(*batch, *x_rows, *w_rows)
+
+    def in_float(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """As for `Problem`."""
+        (lhs, left), (rhs, right) = sides = (x, self.x_axes), (w, self.w_axes)
+        if self.weight_first:
+            (lhs, left), (rhs, right) = reversed(sides)
+        numbers = (left.contract, right.contract), (left.batch, right.batch)
+        return lax.dot_general(lhs, rhs, numbers, precision=self.precision)
+
+
+class Window(NamedTuple):
+    """What the choice of a kernel has to know of a convolution beside its operands.
+
+    Attributes:
+      feature_groups, batch_groups: as for `jax.lax.conv_general_dilated`.
+      places: of the window: products of one feature that a result sums up.
+    """
+
+    feature_groups: int = 1
+    batch_groups: int = 1
+    places: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Dimension numbers and window of a convolution, with nothing left to a default."""
+
+    lhs_spec: tuple[int, ...]
+    rhs_spec: tuple[int, ...]
+    out_spec: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    lhs_dilation: tuple[int, ...]
+    rhs_dilation: tuple[int, ...]
+    feature_groups: int
+    batch_groups: int
+
+    def conv(self, x: jax.Array, kernel: jax.Array, precision: Any = None, result: Any = None) -> jax.Array:
+        """`jax.lax.conv_general_dilated`."""
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            self.strides,
+            self.padding,
+            self.lhs_dilation,
+            self.rhs_dilation,
+            lax.ConvDimensionNumbers(self.lhs_spec, self.rhs_spec, self.out_spec),
+            self.feature_groups,
+            self.batch_groups,
+            precision,
+            result,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Convolution(Problem):
+    """A `jax.lax.conv_general_dilated` of images and a kernel.
+
+    Attributes:
+      geometry: of the call.
+      window: of the geometry and the kernel's shape.
+    """
+
+    geometry: Geometry
+    window: Window
+
+    @classmethod
+    def of(cls, x: Any, w: Any, precision: Any, result: Any, geometry: Geometry) -> Convolution:
+        """The problem of a call."""
+        places = math.prod(w.shape[i] for i in geometry.rhs_spec[2:])
+        return cls(x, w, precision, result, geometry, Window(geometry.feature_groups, geometry.batch_groups, places))
+
+    @property
+    def _axes(self) -> tuple[Axes, Axes]:
+        firsts = (self.x, self.geometry.lhs_spec[0]), (self.w, self.geometry.rhs_spec[0])
+        x, w = (Axes((), (i,), tuple(j for j in range(v.ndim) if j != i)) for v, i in firsts)
+        return x, w
+
+    @functools.cached_property
+    def forms(self) -> tuple[Form, Form]:
+        """[1, images, rest] and [1, output features, rest], with one code per element; or None."""
+        x, w = self._axes
+        return form(self.x, x, whole=True), form(self.w, w, whole=True)
+
+    def matrices(self) -> tuple[Any, Any]:
+        """The same, of arrays."""
+        x, w = self._axes
+        return _whole(self.x, x), _whole(self.w, w)
+
+    def in_float(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """As for `Problem`."""
+        return self.geometry.conv(x, w, self.precision)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RaggedProduct(Problem):
+    """A `jax.lax.ragged_dot` of rows [M, K] and experts [E, K, N].
+
+    Attributes:
+      sizes: rows of each expert, in order, [E].
+    """
+
+    sizes: Any
+
+    @functools.cached_property
+    def forms(self) -> tuple[Form, Form]:
+        """[1, M, K] and [E, N, K], with one code per element; or None."""
+        return form(self.x, _ROWS, whole=True), form(self.w, _EXPERTS, whole=True)
+
+    def matrices(self) -> tuple[Any, Any]:
+        """The same, of arrays; an array of floats is left [M, K]."""
+        x = matrix(self.x, _ROWS) if isinstance(self.x, QTensor) else self.x
+        return x, matrix(self.w, _EXPERTS) if isinstance(self.w, QTensor) else self.w
+
+    def in_float(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """As for `Problem`."""
+        return lax.ragged_dot(x, w, self.sizes, precision=self.precision)
+
+
+_ROWS, _EXPERTS = Axes.of(2, (), (1,)), Axes.of(3, (0,), (1,))
+
+
+def _whole(x: Any, axes: Axes) -> Any:
+    """An operand in canonical form, with one code per element."""
+    return matrix(x, axes) if isinstance(x, QTensor) else axes.flatten(x)
+
+
+def _kind(x: Any) -> int:
+    """0 for a float array, 1 for one that is quantized on the way, 2 for what is stored quantized."""
+    return isinstance(x, QTensor) + (not is_in_training(x))
+
+
+def _scale_dtype(x: Any) -> Any:
+    return x.scale.dtype if isinstance(x, Matrix | Packed) else x.dtype
+
+
+def wide_values(x: QTensor | jax.Array) -> jax.Array:
+    """The values of an operand, in float32 (or float64) where they come from codes."""
+    return x.dequantize(promoted(x.dtype, jnp.float32)) if isinstance(x, QTensor) else x
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One way to compute a product. Equal kernels compute alike, and are lowered once for several platforms."""
+
+    name: ClassVar[str]
+    """What the plan calls it."""
+    operation: ClassVar[type[Problem]] = Product
+    """What it computes."""
+    platforms: ClassVar[tuple[Platform, ...]] = get_args(Platform)
+    """What it is lowered for."""
+
+    @classmethod
+    def takes(cls, problem: Any) -> Kernel | None:
+        """The kernel, set up for a problem of that operation on one of those platforms; None if it is for others."""
+        raise NotImplementedError
+
+    def run(self, problem: Any) -> jax.Array:
+        """The product, in float32 or the dtype of the float product."""
+        raise NotImplementedError

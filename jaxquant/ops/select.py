@@ -1,0 +1,64 @@
+"""Which kernel computes a product: one ordered table, and the first kernel that takes a problem runs."""
+
+from __future__ import annotations
+
+import functools
+from typing import get_args
+
+import jax
+from jax import lax
+
+from jaxquant.ops.kernels import convolution, decoded, dequantized, integer, ragged
+from jaxquant.ops.kernels.cpu import blocked, floats, gemv, int8, residual
+from jaxquant.ops.kernels.cpu import convolution as cpu_convolution
+from jaxquant.ops.kernels.cpu import ragged as cpu_ragged
+from jaxquant.ops.kernels.tpu import decoded as tpu_decoded
+from jaxquant.ops.problem import Kernel, Platform, Problem
+
+__all__ = ["TABLE", "run", "select"]
+
+TABLE: tuple[type[Kernel], ...] = (
+    # On the CPU.
+    floats.ExactBfloat16,
+    blocked.BlockedIntegers,
+    int8.Int8,
+    residual.ResidualSplit,
+    residual.ScaledResidualSplit,
+    gemv.Gemv,
+    blocked.Blocked,
+    cpu_convolution.Int8Convolution,
+    cpu_convolution.ResidualSplitConvolution,
+    cpu_ragged.ResidualSplitRagged,
+    # Elsewhere codes are decoded within the product.
+    tpu_decoded.BatchedDecoded,
+    decoded.BatchedDecoded,
+    decoded.Decoded,
+    # Everywhere.
+    convolution.Int8Convolution,
+    ragged.Int8Ragged,
+    dequantized.ExactBfloat16,
+    integer.Int8,
+    floats.Float,
+    dequantized.Float,
+    floats.Dequantized,
+    dequantized.Dequantized,
+)
+"""Every kernel, in the order in which they are asked."""
+
+
+def select(problem: Problem, platform: Platform) -> Kernel:
+    """The kernel for a problem on a platform: the first of `TABLE` that takes it."""
+    asked = (kind for kind in TABLE if platform in kind.platforms and isinstance(problem, kind.operation))
+    return next(kernel for kernel in (kind.takes(problem) for kind in asked) if kernel is not None)
+
+
+def run(problem: Problem) -> jax.Array:
+    """The product, in the dtype that is asked for, by the kernel for the platform that the program is lowered for."""
+
+    def result(kernel: Kernel) -> jax.Array:
+        return kernel.run(problem).astype(problem.result)
+
+    kernels = {platform: select(problem, platform) for platform in get_args(Platform)}
+    other = kernels.pop("other")
+    own = {name: functools.partial(result, kernel) for name, kernel in kernels.items() if kernel != other}
+    return lax.platform_dependent(**own, default=functools.partial(result, other)) if own else result(other)
