@@ -61,10 +61,8 @@ class _Contraction(Call):
         right = self.rhs.quantized(rhs, rhs_static) if right is None else right
         (left, right), g = lax.optimization_barrier(((left, right), g))  # real values are not held until now
         dx, dw = self._gradients(left, right, g)
-        (dx, dx_static), (dw, dw_static) = (
-            self.lhs.gradient(lhs, lhs_static, left, dx),
-            self.rhs.gradient(rhs, rhs_static, right, dw),
-        )
+        dx, dx_static = self.lhs.gradient(lhs, lhs_static, dx)
+        dw, dw_static = self.rhs.gradient(rhs, rhs_static, dw)
         return dx, dw, dx_static, dw_static
 
     def _gradients(self, lhs: Any, rhs: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:

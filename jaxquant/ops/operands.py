@@ -164,25 +164,24 @@ class Operand:
         """Whether the gradient of an operand is that of its real values, whatever they were made of."""
         return self.spec is None or isinstance(x, QTensor) or (self.straight and static is None)
 
-    def gradient(self, x: Any, static: Static, used: Any, dx: jax.Array) -> tuple[Any, Any]:
+    def gradient(self, x: Any, static: Static, dx: jax.Array) -> tuple[Any, Any]:
         """The gradients of an operand and of its range, in their forms, from that of its real values.
 
         In a shard_map, an operand that is the same on devices whose gradients differ gets their sum.
 
         Args:
           x, static: the operand and its range.
-          used: what `quantized` has made of them.
           dx: the gradient with respect to the real values.
         """
         if not self.passes(x, static):
             real, pull = jax.vjp(self.real, x, static)
             return pull(_summed(dx, real))
-        dx = _summed(dx, used.dequantize() if isinstance(used, QTensor) else used)
         if isinstance(x, TrainedTensor):
-            return TrainedTensor(jax.tree.map(lambda _: None, x.frozen), dx), None
+            return TrainedTensor(jax.tree.map(lambda _: None, x.frozen), _summed(dx, x.dequantize())), None
         if isinstance(x, QTensor):
-            return jax.vjp(QTensor.dequantize, x)[1](dx)[0], None
-        return dx, None
+            real, pull = jax.vjp(QTensor.dequantize, x)
+            return pull(_summed(dx, real))[0], None
+        return _summed(dx, x), None
 
     def real(self, x: Any, static: Static) -> jax.Array:
         """The same values, differentiable: dequantized, or fake-quantized with a straight-through gradient."""

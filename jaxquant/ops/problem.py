@@ -68,7 +68,7 @@ class Problem:
         """The operands as `run` of most kernels takes them, of shapes alone."""
         raise NotImplementedError
 
-    @property
+    @functools.cached_property
     def quantized(self) -> tuple[Matrix | Packed, ...]:
         """Those of the forms that are quantized."""
         return tuple(f for f in self.forms if isinstance(f, Matrix | Packed))
@@ -77,7 +77,7 @@ class Problem:
         """Whether both operands are quantized, and so."""
         return len(self.quantized) == 2 and all(map(test, self.quantized))
 
-    @property
+    @functools.cached_property
     def wide(self) -> bool:
         """Whether an operand is float64."""
         return any(_scale_dtype(f) == jnp.float64 for f in self.forms if f is not None)
@@ -117,12 +117,12 @@ class Product(Problem):
         """[B, M, K] and [B, N, K]; one is None if its scales vary within what would be a group."""
         return form(self.x, self.x_axes), form(self.w, self.w_axes)
 
-    @property
+    @functools.cached_property
     def rows(self) -> float:
         """M, the activation's."""
         return math.prod(number(self.x.shape[i]) for i in self.x_axes.rows)
 
-    @property
+    @functools.cached_property
     def length(self) -> float:
         """K, what is summed over."""
         return math.prod(number(self.w.shape[i]) for i in self.w_axes.contract)

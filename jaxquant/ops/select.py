@@ -48,8 +48,12 @@ TABLE: tuple[type[Kernel], ...] = (
 
 def select(problem: Problem, platform: Platform) -> Kernel:
     """The kernel for a problem on a platform: the first of `TABLE` that takes it."""
-    asked = (kind for kind in TABLE if platform in kind.platforms and isinstance(problem, kind.operation))
-    return next(kernel for kernel in (kind.takes(problem) for kind in asked) if kernel is not None)
+    for kind in TABLE:
+        if platform in kind.platforms and isinstance(problem, kind.operation):
+            kernel = kind.takes(problem)
+            if kernel is not None:
+                return kernel
+    raise AssertionError("the last kernels of the table take everything")
 
 
 def run(problem: Problem) -> jax.Array:

@@ -16,6 +16,7 @@ the sums. With few rows so is that of each group: one dot for each, all in one b
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ from jaxquant.ops.kernels.precision import NARROW, is_highest
 from jaxquant.ops.problem import Kernel, Product
 from jaxquant.ops.trained import TrainedTensor
 
-__all__ = ["BatchedDecoded", "Decoded"]
+__all__ = ["BatchedDecoded", "Decoded", "Dot", "product"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Decoded(Kernel):
 
     def run(self, problem: Product) -> jax.Array:
         """As for `Kernel`."""
-        return _product(problem, self.dtype, batched=False)
+        return product(problem, self.dtype, Dot.one_dot)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,11 @@ class BatchedDecoded(Decoded):
             return None
         return cls(_value_dtype(problem)) if cls.is_faster(problem, w.shape[at] // w.scale.shape[at]) else None
 
+    @staticmethod
+    def dot(dot: Dot) -> jax.Array:
+        """How the dots are computed."""
+        return dot.batched()
+
     @classmethod
     def is_faster(cls, problem: Product, group: int) -> bool:
         """Whether it pays for groups of so many: the results are no larger than the weight."""
@@ -93,7 +99,7 @@ class BatchedDecoded(Decoded):
 
     def run(self, problem: Product) -> jax.Array:
         """As for `Kernel`."""
-        return _product(problem, self.dtype, batched=True)
+        return product(problem, self.dtype, self.dot)
 
 
 def _in_elements(w: Any) -> bool:
@@ -123,7 +129,7 @@ class _Numbers(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Dot:
+class Dot:
     """A product, the weight on the right, with the weight's axis of groups cut in two on both sides.
 
     Attributes:
@@ -216,24 +222,19 @@ class _Dot:
         multiplied = jnp.int8 if integers else self.multiplied
         x = self._regrouped(self.x.astype(multiplied), cut)
         codes = self._regrouped(_grid(self.w, multiplied), self.at)
-        free = self.numbers.free(0, x.ndim)
-        lone = bool(free) and all(x.shape[i] == 1 for i in free)
-        if lone:  # two rows until the end: one row of scaled sums would be laid out on its own
-            x = jnp.pad(x, [(0, int(i == free[0])) for i in range(x.ndim)])
         rest = [i for i in range(len(xc)) if i != place]
         numbers = _Numbers((tuple(xc[i] for i in rest), tuple(wc[i] for i in rest)), ((*xb, cut), (*wb, self.at)))
         sums = jnp.int32 if integers else self.wide
         out = dot(x, codes, numbers, precision=self.precision, preferred_element_type=sums)
         scale = jnp.expand_dims(scale_values(self.w.scale).astype(self.wide), self.at + 1)
-        out = jnp.sum(out * _over_result(scale, numbers, 1, out.ndim), axis=len(xb))
-        return lax.slice_in_dim(out, 0, 1, axis=len(xb)) if lone else out
+        return jnp.sum(out * _over_result(scale, numbers, 1, out.ndim), axis=len(xb))
 
     def _regrouped(self, x: jax.Array, at: int) -> jax.Array:
         """Blocks of rows as groups: for nothing where a block is one, and on a GPU, whose arrays have no tiles."""
         return x.reshape(*x.shape[:at], -1, self.group, *x.shape[at + 2 :])
 
 
-def _product(problem: Product, multiplied: Any, *, batched: bool) -> jax.Array:
+def product(problem: Product, multiplied: Any, compute: Callable[[Dot], jax.Array]) -> jax.Array:
     """The product, in the dtype of values or in float32 at least."""
     x, w, x_axes, w_axes = problem.x, problem.w, problem.x_axes, problem.w_axes
     values: Any = x
@@ -246,8 +247,7 @@ def _product(problem: Product, multiplied: Any, *, batched: bool) -> jax.Array:
         values = x.logical_codes() if integers else values_of(x.logical_codes(), x.type, multiplied)
     at = None if w.split is None else w.ndim + w.split
     values, numbers = _aligned(values, w, x_axes, w_axes, at)
-    how = _Dot(values, rows, w, numbers, at, multiplied, problem.precision)
-    out = how.batched() if batched else how.one_dot()
+    out = compute(Dot(values, rows, w, numbers, at, multiplied, problem.precision))
     batch, x_rows = ([x.shape[i] for i in part] for part in (x_axes.batch, x_axes.rows))
     w_rows = [w.shape[i] for i in w_axes.rows]
     out = out.reshape(*batch, *x_rows, *w_rows)

@@ -20,7 +20,6 @@ from jaxquant.ops.problem import Kernel, Product
 __all__ = ["Int8", "Sums", "common_group", "int8_product", "int8_sums", "multiplies_integers", "overflow_limit"]
 
 _INT32_MAX = 2**31 - 1
-_SHORTEST_GROUP = 8  # a loop of shorter int8 dots costs more than a float dot
 
 Sums = Callable[[jax.Array, Matrix], jax.Array]
 """int8 [B, M, K] times the codes of a matrix [B, N, K], in int32 [B, M, N]."""
@@ -28,7 +27,10 @@ Sums = Callable[[jax.Array, Matrix], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Int8(Kernel):
-    """int8 dots accumulated in int32, one for each group of the contraction, scaled and summed in float32."""
+    """An int8 dot accumulated in int32, and scaled in float32.
+
+    (A dot for each group of the contraction, scaled and summed, costs many times a float dot.)
+    """
 
     platforms = ("tpu", "cuda", "other")
 
@@ -37,15 +39,15 @@ class Int8(Kernel):
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:
         """As for `Kernel`: on a CPU what is there for it is better."""
-        return cls() if multiplies_integers(problem, _SHORTEST_GROUP) else None
+        return cls() if multiplies_integers(problem) else None
 
     def run(self, problem: Product) -> jax.Array:
         """As for `Kernel`."""
         return problem.restored(int8_product(*problem.matrices(), int8_sums))
 
 
-def multiplies_integers(problem: Product, shortest: int) -> bool:
-    """Whether both operands are integers, in groups of so many at least, and a sum of bounded length."""
+def multiplies_integers(problem: Product, shortest: float = math.inf) -> bool:
+    """Whether both operands are integers, in groups of so many at least or of all, and a sum of bounded length."""
     if math.isinf(problem.length) or not problem.both(lambda form: form.integer):
         return False
     return common_group(*problem.quantized) >= min(shortest, problem.length)

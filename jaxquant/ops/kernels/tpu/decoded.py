@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
 from jaxquant.ops.kernels import decoded
+from jaxquant.ops.kernels.decoded import Dot
 from jaxquant.ops.problem import Product
 
 __all__ = ["BatchedDecoded"]
@@ -11,7 +18,7 @@ _ROWS, _GROUP = 16, 128  # up to so many rows, from such groups on
 
 
 class BatchedDecoded(decoded.BatchedDecoded):
-    """The same, for whatever is exact."""
+    """The same, for whatever is exact, and of two rows at least."""
 
     platforms = ("tpu",)
 
@@ -19,3 +26,12 @@ class BatchedDecoded(decoded.BatchedDecoded):
     def is_faster(cls, problem: Product, group: int) -> bool:
         """As for `decoded.BatchedDecoded`, by the compiler's estimate."""
         return problem.rows <= _ROWS and group >= _GROUP
+
+    @staticmethod
+    def dot(dot: Dot) -> jax.Array:
+        """As for `decoded.BatchedDecoded`. One row of scaled sums would be laid out on its own: there are two."""
+        free, batch = dot.numbers.free(0, dot.x.ndim), len(dot.numbers.batch[0])
+        if not free or any(dot.x.shape[i] != 1 for i in free):
+            return dot.batched()
+        x = jnp.pad(dot.x, [(0, int(i == free[0])) for i in range(dot.x.ndim)])
+        return lax.slice_in_dim(dataclasses.replace(dot, x=x).batched(), 0, 1, axis=batch)

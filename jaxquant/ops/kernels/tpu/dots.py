@@ -25,6 +25,9 @@ def two_row_dot(
       *operands: the operands.
     """
     shape = jax.eval_shape(dot, *operands).shape
-    padded = (jnp.pad(v, [(0, int(i == axis)) for i in range(v.ndim)]) for v, axis in zip(operands, lone, strict=True))
+    padded = (
+        v if axis is None else jnp.pad(v, [(0, int(i == axis)) for i in range(v.ndim)])
+        for v, axis in zip(operands, lone, strict=True)
+    )
     out = dot(*padded)
     return lax.slice(out, [0] * out.ndim, shape)

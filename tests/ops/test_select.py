@@ -1,0 +1,151 @@
+"""The table of kernels: who is asked where, and that nothing made for one platform is lowered for another."""
+
+import itertools
+import re
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxquant as jq
+from jaxquant import ops, recipes
+from jaxquant.core.abstract import abstract
+from jaxquant.ops.forms import Axes
+from jaxquant.ops.kernel import kernel
+from jaxquant.ops.kernels.cpu import machine
+from jaxquant.ops.problem import Convolution, Geometry, Platform, Product, RaggedProduct
+from jaxquant.ops.select import TABLE, select
+from jaxquant.ops.trained import TrainedTensor
+
+MATMUL = (((1,), (0,)), ((), ()))
+SCHEMES = {
+    "w8a8": recipes.w8a8(),
+    "w8a16": recipes.w8a16(),
+    "w8a16 zero": jq.OpSpec(jq.QuantSpec("uint8", symmetric=False)),
+    "w4a16": recipes.w4a16(32),
+    "w4a16 zero": recipes.w4a16(32, symmetric=False),
+    "w4a16 channel": recipes.w4a16(None),
+    "two-level": recipes.w4a16(32, two_level=True),
+    "w4a8": recipes.w4a8(32),
+    "int3": jq.OpSpec(jq.QuantSpec("int3", granularity="per_group", group_size=32)),
+    "nf4": recipes.nf4(32),
+    "mxfp4": recipes.mxfp4(),
+    "nvfp4": recipes.nvfp4(),
+    "mxfp8": recipes.mxfp8(),
+    "fp8": recipes.fp8(),
+}
+PLATFORMS = {"tpu": "tpu", "cuda": "gpu"}
+
+
+def stored(spec, dtype, target):
+    """A weight [256, 128], without values, as codes lie for a platform."""
+
+    def make():
+        return jq.lay_out(jq.quantize(jnp.zeros((256, 128), dtype), spec.weight, reduce_axes=(-2,)), target)
+
+    return jax.eval_shape(make)
+
+
+def lowered(fn, *args, platform):
+    return jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+# What XLA:CPU is asked for in other ways than plain operations: loops over blocks, branches, barriers.
+FOR_A_CPU = (
+    "stablehlo.while",
+    "stablehlo.if",
+    "optimization_barrier",
+    "dynamic_slice",
+    "dynamic_update_slice",
+    "_gemv",
+)
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_nothing_made_for_a_cpu_is_lowered_elsewhere(scheme, platform):
+    """In both layouts, frozen and in training, at one row and at many: one product, and padding for one row alone."""
+    spec = SCHEMES[scheme]
+    product = lambda w, x: ops.dot_general(x, w, MATMUL, spec=spec)  # noqa: E731
+    packed, elements = (stored(spec, jnp.bfloat16, target) for target in ("cpu", PLATFORMS[platform]))
+    for rows, w in ((1, elements), (300, packed), (300, jax.ShapeDtypeStruct((256, 128), jnp.bfloat16))):
+        text = lowered(product, w, jax.ShapeDtypeStruct((rows, 256), jnp.bfloat16), platform=platform)
+        for absent in FOR_A_CPU:
+            assert absent not in text, (absent, rows)
+        assert text.count("stablehlo.dot_general") == 1
+        assert text.count("stablehlo.pad") == (rows == 1 and platform == "tpu")
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_convolutions_and_ragged_products_elsewhere(platform):
+    image, window = jnp.ones((2, 6, 8), jnp.bfloat16), jnp.ones((3, 8, 4), jnp.bfloat16)
+    numbers = ("NWC", "WIO", "NWC")
+
+    def conv(x, w, spec):
+        return ops.conv_general_dilated(x, w, (1,), ((1, 1),), (2,), dimension_numbers=numbers, spec=spec)
+
+    def ragged(x, w, spec):
+        return ops.ragged_dot(x, w, jnp.array([1, 2, 3]), spec=spec)
+
+    for spec in (recipes.w8a8(), recipes.w8a16()):
+        text = lowered(lambda x, w, s=spec: conv(x, w, s), image, window, platform=platform)
+        (found,) = re.findall(r"stablehlo.convolution.*: \(tensor<([\dx]+\w+)>", text)
+        integers = platform == "tpu" and spec.act is not None
+        assert found == ("2x6x8xi8" if integers else "2x6x8xbf16")  # as it is given: no other axes, no padding
+        assert not any(absent in text for absent in ("optimization_barrier", "stablehlo.pad"))
+        rows, experts = jnp.ones((6, 16), jnp.bfloat16), jnp.ones((3, 16, 4), jnp.bfloat16)
+        text = lowered(lambda x, w, s=spec: ragged(x, w, s), rows, experts, platform=platform)
+        assert "optimization_barrier" not in text
+
+
+def test_every_kernel_is_chosen_somewhere(monkeypatch):
+    """The table holds nothing that another entry always hides."""
+    found = set()
+    for int8, bfloat16, cores in (("vectors", True, 1), ("tiles", True, 2), ("none", False, 2)):
+        monkeypatch.setattr(machine, "int8_dots", lambda found=int8: found)
+        monkeypatch.setattr(machine, "bfloat16_dots", lambda found=bfloat16: found)
+        monkeypatch.setattr(machine, "cores", lambda found=cores: found)
+        for problem, platform in itertools.product(problems(), get_args(Platform)):
+            asked = (kind for kind in TABLE if platform in kind.platforms and isinstance(problem, kind.operation))
+            kind, kernel = next((kind, k) for kind in asked if (k := kind.takes(problem)) is not None)
+            assert kernel == select(problem, platform)
+            found.add(kind)
+    assert found == set(TABLE)
+
+
+def problems():
+    """Products of every scheme, frozen and in training; a cache with a scale per token; and the other operations."""
+    axes, float32 = (Axes((), (0,), (1,)), Axes((), (1,), (0,))), jnp.float32
+    schemes = [*SCHEMES.values(), recipes.w4a16(128)]
+    for spec, rows, dtype in itertools.product(schemes, (1, 100), (float32, jnp.bfloat16)):
+        x = jax.ShapeDtypeStruct((rows, 256), dtype)
+        codes = x if spec.act is None else TrainedTensor(abstract(x.shape, dtype, spec.act, (-1,), stored=False), None)
+        w = abstract((256, 128), jnp.dtype(dtype), spec.weight, (-2,), stored=False)
+        for weight in (stored(spec, dtype, "cpu"), stored(spec, dtype, "tpu"), TrainedTensor(w, None)):
+            yield Product.of(codes, weight, *axes, None, dtype)
+    tokens = abstract((256, 128), jnp.dtype(float32), jq.QuantSpec("int8"), (-1,), minor=())
+    yield Product.of(jax.ShapeDtypeStruct((1, 256), float32), tokens, *axes, None, float32)
+    geometry = Geometry((0, 1, 2), (0, 1, 2), (0, 1, 2), (1,), ((0, 0),), (1,), (1,), 1, 1)
+    for spec in (recipes.w8a8(), recipes.w8a16(), recipes.w4a16(16)):
+        x = jax.ShapeDtypeStruct((6, 64, 4), float32)
+        codes = x if spec.act is None else abstract(x.shape, jnp.dtype(float32), spec.act, (-2, -1), stored=False)
+        w = abstract((8, 64, 4), jnp.dtype(float32), spec.weight, (-2, -1), stored=False)
+        yield Convolution.of(codes, w, None, float32, geometry)
+        x, sizes = jax.ShapeDtypeStruct((6, 64), float32), jax.ShapeDtypeStruct((3,), jnp.int32)
+        codes = x if spec.act is None else abstract(x.shape, jnp.dtype(float32), spec.act, (-1,), stored=False)
+        experts = abstract((3, 64, 8), jnp.dtype(float32), spec.weight, (-2,))
+        yield RaggedProduct(codes, experts, None, float32, sizes)
+
+
+@pytest.mark.every
+def test_the_plan_reads_the_table():
+    """For another platform too, with codes as they would lie there."""
+    names = {name: kernel(8, 256, 256, spec, "bfloat16", platform="tpu") for name, spec in SCHEMES.items()}
+    assert names["w8a8"] == "int8"
+    assert names["w4a16"] == names["nf4"] == "bfloat16, decoded"
+    assert kernel(8, 256, 256, recipes.w4a16(128), "bfloat16", platform="tpu") == "bfloat16, batched"
+    assert kernel(8, 256, 256, recipes.w4a16(128), "bfloat16", platform="cuda") == "bfloat16, batched"
+    assert kernel(8, 256, 256, recipes.w8a8(), "bfloat16", "conv_general_dilated", platform="cuda") == "bfloat16"
