@@ -33,7 +33,7 @@ from jaxquant.ops.kernels.cpu.layout import transpose_by_tiles
 from jaxquant.ops.kernels.dots import float_dot
 from jaxquant.ops.kernels.integer import overflow_limit
 
-__all__ = ["as_stored", "lhs_gradient", "rhs_gradient"]
+__all__ = ["as_stored", "lhs_gradient", "restored", "rhs_gradient"]
 
 
 def as_stored(axes: Axes) -> Axes:
@@ -48,8 +48,8 @@ def lhs_gradient(
 
     Args:
       g: the incoming gradient, [B, M, N].
-      w: the right operand by its axes `as_stored`, [B, K, N] or [B, N, K]: its values, or its integers if g is to be
-        quantized.
+      w: the right operand by its axes `as_stored`, [B, K, N] or [B, N, K]: its values, or its integers, whose scales
+        then go into g.
       axes: of the left operand.
       shape: of the left operand.
       rhs: the axes of the right operand.
@@ -59,11 +59,14 @@ def lhs_gradient(
     along = (2, 2 if turned else 1)
     if isinstance(w, Matrix):
         scale, zero = (w.scale, w.zero_point) if turned else (_turned(w.scale), _turned(w.zero_point))
-        u, t = _quantized(g.astype(scale.dtype) * scale, how, 2)
-        out = _integer(u, w.codes, along, 0, zero, w.reach) * t
-    else:
-        out = float_dot(g, w, along, how)
-    return _restored(out, axes.order, shape)
+        scaled = g.astype(scale.dtype) * scale
+        if isinstance(how, QuantSpec):
+            u, t = _quantized(scaled, how, 2)
+            return restored(_integer(u, w.codes, along, 0, zero, w.reach) * t, axes.order, shape)
+        assert zero is None
+        g, w = scaled.astype(g.dtype), w.codes.astype(g.dtype)
+    out = float_dot(g, w, along, how)
+    return restored(out, axes.order, shape)
 
 
 def rhs_gradient(
@@ -86,7 +89,7 @@ def rhs_gradient(
     else:
         x = x.values(x.scale.dtype).astype(g.dtype) if isinstance(x, Matrix) else x
         out = float_dot(_with_rows_last(g), x, (2, 1), how)
-    return _restored(out, axes.batch + axes.contract + axes.rows if transposed else axes.order, shape)
+    return restored(out, axes.batch + axes.contract + axes.rows if transposed else axes.order, shape)
 
 
 def _rows_last(axes: Axes) -> bool:
@@ -117,7 +120,7 @@ def _turned(x: Any) -> Any:
     return None if x is None else jnp.swapaxes(x, 1, 2)
 
 
-def _restored(x: jax.Array, order: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
+def restored(x: jax.Array, order: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
     """Matrices whose axes are those of an operand in some order, as the operand."""
     whole = x.reshape([shape[i] for i in order])
     return jnp.transpose(whole, [order.index(i) for i in range(len(shape))])

@@ -17,12 +17,13 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import FACTOR
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops import outliers
-from jaxquant.ops.backward import as_stored, lhs_gradient, rhs_gradient
+from jaxquant.ops.backward import as_stored, lhs_gradient, restored, rhs_gradient
 from jaxquant.ops.forms import Axes, Matrix, matrix
 from jaxquant.ops.operands import Call, Operand, Pair, Static, precision_of, refuse_range
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import run
 from jaxquant.ops.tangents import straight_through
+from jaxquant.ops.trained import is_stored_in_elements
 
 __all__ = ["contract", "dot_general"]
 
@@ -69,12 +70,16 @@ class _Contraction(Call):
         """With respect to the real values of both operands, as the forward pass has used them."""
         left, right, dtype = self.lhs_axes, self.rhs_axes, promoted(lhs.dtype, rhs.dtype)
         rows = (math.prod(v.shape[i] for i in axes.rows) for v, axes in ((lhs, left), (rhs, right)))
-        g = g.astype(dtype).reshape(-1, *rows)
-        codes = _integers(lhs, left)
+        whole = g.astype(dtype)
+        g, codes = whole.reshape(-1, *rows), _integers(lhs, left)
         if self.grad is None:
-            x, w = (v.dequantize() if isinstance(v, QTensor) else v for v in (lhs, rhs))
-            how, w = self.precision, as_stored(right).flatten(w.astype(dtype))
+            how, x = self.precision, lhs.dequantize() if isinstance(lhs, QTensor) else lhs
             x = left.flatten(x.astype(dtype)) if codes is None else codes
+            if is_stored_in_elements(rhs):  # decoded within the product, as in the forward pass
+                return self._by_stored(whole, rhs, lhs.shape), rhs_gradient(g, x, right, rhs.shape, how)
+            w = _integers(rhs, right, as_stored(right))
+            if w is None or w.zero_point is not None or dtype == jnp.float16:  # too narrow for g times scales
+                w = as_stored(right).flatten((rhs.dequantize() if isinstance(rhs, QTensor) else rhs).astype(dtype))
         else:
             how, x, w = self.grad, codes, _integers(rhs, right, as_stored(right))
             if x is None or w is None:
@@ -82,6 +87,14 @@ class _Contraction(Call):
                 todo = "Leave grad out of the spec, or quantize both to such"
                 raise quant_error("dot_general", rule, todo=todo, lhs=lhs, rhs=rhs)
         return lhs_gradient(g, w, left, lhs.shape, right, how), rhs_gradient(g, x, right, rhs.shape, how)
+
+    def _by_stored(self, g: jax.Array, w: QTensor, shape: tuple[int, ...]) -> jax.Array:
+        """The gradient with respect to the left operand, of that shape: g times the weight, over the weight's rows."""
+        left, right = self.lhs_axes, self.rhs_axes
+        batch, rows = len(left.batch), len(left.batch) + len(left.rows)
+        axes = Axes.of(g.ndim, tuple(range(batch)), tuple(range(rows, g.ndim)))
+        turned = Axes(right.batch, right.contract, right.rows)
+        return restored(run(Product.of(g, w, axes, turned, self.precision, g.dtype)), left.order, shape)
 
 
 def _integers(x: QTensor | jax.Array, axes: Axes, form: Axes | None = None) -> Matrix | None:

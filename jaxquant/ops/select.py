@@ -1,4 +1,24 @@
-"""Which kernel computes a product: one ordered table, and the first kernel that takes a problem runs."""
+"""Which kernel computes a product: one ordered table, and the first kernel that takes a problem runs.
+
+What a kernel takes is decided from shapes, dtypes and types of numbers, when a program is traced: for each platform
+that it may be lowered for. The plan asks the same table. On the CPU:
+
+| weight | activation | rows M | kernel |
+|---|---|---|---|
+| integer, one scale per row or two-level, or groups of 1024 or more | integer, likewise | any | `int8.Int8` |
+| integer, one scale per row or two-level | float | few, see `residual.most_rows` | `residual.ResidualSplit` |
+| integer, scales along K and the same for all rows | float | likewise | `residual.ScaledResidualSplit` |
+| integer, fp8, or 4 bits of another kind | any | 1 | `gemv.Gemv`, if its loops fit |
+| anything else that is stored quantized | any | any | `blocked.Blocked` |
+| what is quantized on the way; float64 | | | `dequantized.Float`, `dequantized.Dequantized` |
+
+Where XLA does not serve int8 dots (`jaxquant.ops.kernels.cpu.machine`), the last three take the place of the first.
+Rows whose number is a symbol, in a program that is exported for every batch, count as many. Where K is a symbol,
+products of integers are float products.
+
+On TPUs and GPUs a weight with one code per element is decoded within the product (`jaxquant.ops.kernels.decoded`),
+integers on both sides with one scale per row are an int8 product, and all others are products of dequantized values.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +58,7 @@ TABLE: tuple[type[Kernel], ...] = (
     ragged.Int8Ragged,
     dequantized.ExactBfloat16,
     integer.Int8,
+    dequantized.ScaledActivation,
     floats.Float,
     dequantized.Float,
     floats.Dequantized,

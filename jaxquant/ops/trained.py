@@ -8,7 +8,7 @@ import jax
 
 from jaxquant.core.qtensor import FIELDS, QTensor
 
-__all__ = ["TrainedTensor", "is_in_training"]
+__all__ = ["TrainedTensor", "is_in_training", "is_stored_in_elements"]
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -54,3 +54,11 @@ class TrainedTensor(QTensor):
 def is_in_training(x: Any) -> bool:
     """Whether an operand is a float array, or was made of one on the way."""
     return not isinstance(x, QTensor) or isinstance(x, TrainedTensor)
+
+
+def is_stored_in_elements(x: Any) -> bool:
+    """Whether an operand is stored with one code per element, in its own order, and groups along one axis at most."""
+    if is_in_training(x) or x.layout != "elements" or x.minor or x.permutation is not None:
+        return False
+    cut = [i - x.ndim for i, (n, s) in enumerate(zip(x.shape, x.scale.shape, strict=True)) if 1 < s < n]
+    return cut == ([] if x.split is None else [x.split])

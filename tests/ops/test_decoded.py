@@ -134,6 +134,19 @@ def test_one_dot_for_each_group(qtype, act, rows):
     assert error(found, wanted) < 1e-6
 
 
+@pytest.mark.parametrize("qtype", ["int4", "int8", "float8_e4m3fn", "nf4"])
+def test_scales_along_what_is_contracted(qtype):
+    """A cache with a scale per token, in any order of axes: the scales go into the activation."""
+    w, x = array((3, 64, 24), 1) * jnp.linspace(1, 9, 64).reshape(1, 64, 1), array((64, 5, 3), 0)
+    axes = Axes((2,), (1,), (0,)), Axes((0,), (2,), (1,))
+    q = jq.quantize(w, jq.QuantSpec(qtype), reduce_axes=(-1,)).laid_out("elements")
+    problem = Product.of(x, q, *axes, None, jnp.float32)
+    kernel = select(problem, "other")
+    assert type(kernel).__name__ == ("ScaledActivation" if q.type.bits == 8 else "Decoded")
+    wanted = in_numpy(np.asarray(x, np.float64), np.asarray(q.dequantize(), np.float64), (((0,), (1,)), ((2,), (0,))))
+    assert error(kernel.run(problem), wanted) < 1e-6
+
+
 def test_the_weight_on_the_left():
     spec = SPECS["int4"]
     w, x = array((24, 64), 1), array((3, 64), 0)

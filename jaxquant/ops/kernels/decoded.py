@@ -30,7 +30,7 @@ from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels.dots import dot
 from jaxquant.ops.kernels.precision import NARROW, is_highest
 from jaxquant.ops.problem import Kernel, Product
-from jaxquant.ops.trained import TrainedTensor
+from jaxquant.ops.trained import is_stored_in_elements
 
 __all__ = ["BatchedDecoded", "Decoded", "Dot", "product"]
 
@@ -55,7 +55,7 @@ class Decoded(Kernel):
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:
         """As for `Kernel`: off the CPU a stored weight with one code per element, and groups along one axis at most."""
-        if not _in_elements(problem.w):
+        if not is_stored_in_elements(problem.w):
             return None
         return cls(_value_dtype(problem))
 
@@ -100,16 +100,6 @@ class BatchedDecoded(Decoded):
     def run(self, problem: Product) -> jax.Array:
         """As for `Kernel`."""
         return product(problem, self.dtype, self.dot)
-
-
-def _in_elements(w: Any) -> bool:
-    """Whether an operand is a stored weight with one code per element, and groups along one axis at most."""
-    if not isinstance(w, QTensor) or isinstance(w, TrainedTensor):
-        return False
-    if w.layout != "elements" or w.minor or w.permutation is not None:
-        return False
-    cut = [i - w.ndim for i, (n, s) in enumerate(zip(w.shape, w.scale.shape, strict=True)) if 1 < s < n]
-    return cut == ([] if w.split is None else [w.split])
 
 
 def _value_dtype(problem: Product) -> Any:
@@ -167,31 +157,49 @@ class Dot:
 
     def one_dot(self) -> jax.Array:
         """The same, by one dot."""
-        values, columns = self._values()
+        x, values, columns = self._values()
         result = self.multiplied if columns is None and self.rows is None else self.wide
-        x = self.x.astype(self.multiplied)
-        out = dot(x, values, self.numbers, precision=self.precision, preferred_element_type=result)
+        out = dot(
+            x.astype(self.multiplied), values, self.numbers, precision=self.precision, preferred_element_type=result
+        )
         if columns is None:
             return out
         return out * _over_result(columns, self.numbers, 1, out.ndim)
 
-    def _values(self) -> tuple[jax.Array, jax.Array | None]:
-        """The weight's values, and scales that are left for the sums, or None."""
+    def _values(self) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """The activation, the weight's values, and scales that are left for the sums, or None.
+
+        Scales that are the same for all rows of the weight are factors of the activation.
+        """
         w, scale, zero_point = self.w, scale_values(self.w.scale).astype(self.wide), self.w.zero_point
         whole = zero_point is None or jnp.issubdtype(zero_point.dtype, jnp.integer)
         contracted = self.numbers.contract[1] if self.at is None else ()
         one = self.at is None and all(scale.shape[i] == 1 for i in contracted) and w.offset is None and whole
         if one and w.type.kind in ("int", "float"):
             if zero_point is None:
-                return _grid(w, self.multiplied), scale
-            return (_grid(w, self.wide) - zero_point.astype(self.wide)).astype(self.multiplied), scale
+                return self.x, _grid(w, self.multiplied), scale
+            return self.x, (_grid(w, self.wide) - zero_point.astype(self.wide)).astype(self.multiplied), scale
+        if self.at is None and w.symmetric and self._same_for_all_rows(scale):
+            return self.x.astype(self.wide) * self._over_activation(scale), _grid(w, self.multiplied), None
         values = _grid(w, self.wide)
         if zero_point is not None:
             values = values - self._by_row(zero_point.astype(self.wide))
         values = values * self._by_row(scale)
         if w.offset is not None:
             values = values + self._by_row(flat(w.offset).astype(self.wide))
-        return values.astype(self.multiplied), None
+        return self.x, values.astype(self.multiplied), None
+
+    def _same_for_all_rows(self, scale: jax.Array) -> bool:
+        """Whether the scales can be factors of the activation; float16 may be too narrow for that."""
+        floats = self.rows is None and self.multiplied != jnp.float16 and self.w.type.kind in ("int", "float")
+        return floats and all(scale.shape[i] == 1 for i in self.numbers.free(1, scale.ndim))
+
+    def _over_activation(self, scale: jax.Array) -> jax.Array:
+        """Scales of the weight, the same for all its rows, against the activation."""
+        mine, its = (b + c for b, c in zip(self.numbers.batch, self.numbers.contract, strict=True))
+        sizes = dict(zip(mine, (scale.shape[i] for i in its), strict=True))
+        scale = jnp.transpose(scale, (*(its[mine.index(i)] for i in sorted(mine)), *self.numbers.free(1, scale.ndim)))
+        return scale.reshape([sizes.get(i, 1) for i in range(self.x.ndim)])
 
     def _by_row(self, value: jax.Array) -> jax.Array:
         """A value per group, against blocks of rows."""

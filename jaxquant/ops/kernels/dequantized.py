@@ -22,12 +22,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.arithmetic import promoted
+from jaxquant.core.codec import values_of
 from jaxquant.ops.forms import Matrix, Packed
 from jaxquant.ops.kernels.dots import float_dot
 from jaxquant.ops.kernels.precision import NARROW, is_default, scaled
 from jaxquant.ops.problem import Kernel, Problem, Product
 
-__all__ = ["Dequantized", "ExactBfloat16", "Float", "in_own_dtype", "value_dtype"]
+__all__ = ["Dequantized", "ExactBfloat16", "Float", "ScaledActivation", "in_own_dtype", "value_dtype"]
 
 
 def value_dtype(problem: Product) -> Any:
@@ -121,6 +122,48 @@ def _own_dtype(problem: Problem) -> Any:
     dtypes = {jnp.dtype(dtype) for dtype in (problem.x.dtype, problem.w.dtype, problem.result)}
     own = dtypes.pop()
     return own if not dtypes and own in NARROW and is_default(problem.precision) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledActivation(Kernel):
+    """A float dot of codes, and of an activation times the scales of a weight that are the same for all its rows.
+
+        sum_k x[m, k] (s[k] c[n, k])  =  sum_k (x[m, k] s[k]) c[n, k]
+
+    A cache of values with a scale per token is such a weight. A GPU's compiler decodes codes within a product, but not
+    codes times scales.
+
+    Attributes:
+      dtype: of what is multiplied.
+    """
+
+    platforms = ("tpu", "cuda", "other")
+
+    dtype: Any
+
+    @property
+    def name(self) -> str:
+        """The dtype of what is multiplied."""
+        return jnp.dtype(self.dtype).name
+
+    @classmethod
+    def takes(cls, problem: Any) -> Kernel | None:
+        """As for `Kernel`; in float16 the activation times scales could be too small."""
+        x, w = problem.forms
+        if not isinstance(x, jax.ShapeDtypeStruct) or not isinstance(w, Matrix | Packed) or problem.trained:
+            return None
+        plain = w.qtype.kind in ("int", "float") and w.zero_point is None and w.offset is None
+        dtype = x.dtype if is_default(problem.precision) else promoted(x.dtype, jnp.float32)
+        fits = plain and w.groups > 1 and w.scale.shape[1] == 1 and dtype != jnp.float16 and not problem.wide
+        return cls(dtype) if fits else None
+
+    def run(self, problem: Product) -> jax.Array:
+        """As for `Kernel`."""
+        x, w = problem.matrices()
+        scale = jnp.repeat(w.scale, w.shape[2] // w.groups, axis=2)
+        codes = values_of(w.codes, w.qtype, self.dtype)
+        out = float_dot((x.astype(scale.dtype) * scale).astype(self.dtype), codes, precision=problem.precision)
+        return problem.restored(out)
 
 
 @dataclasses.dataclass(frozen=True)
