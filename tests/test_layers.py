@@ -185,3 +185,11 @@ def test_import_loads_nothing_optional():
     loaded = set(done.stdout.split())
     assert PACKAGE in loaded
     assert not loaded & optional
+
+
+def test_the_lowest_level_knows_no_platform():
+    """What is computed in another way for one of them is replaced from above."""
+    for file in (ROOT / PACKAGE / "core").rglob("*.py"):
+        text = file.read_text()
+        for name in ("platform_dependent", "default_backend", "default_device"):
+            assert name not in text or file.name == "replaceable.py", (file, name)

@@ -152,7 +152,7 @@ class ScaledActivation(Kernel):
         x, w = problem.forms
         if not isinstance(x, jax.ShapeDtypeStruct) or not isinstance(w, Matrix | Packed) or problem.trained:
             return None
-        plain = w.qtype.kind in ("int", "float") and w.zero_point is None and w.offset is None
+        plain = w.qtype.kind in ("int", "float") and w.zero_point is None and w.offset is None and w.multiplier is None
         dtype = x.dtype if is_default(problem.precision) else promoted(x.dtype, jnp.float32)
         fits = plain and w.groups > 1 and w.scale.shape[1] == 1 and dtype != jnp.float16 and not problem.wide
         return cls(dtype) if fits else None
