@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import decoders
 import jax
 import jax.numpy as jnp
 from measure import versions
@@ -250,6 +252,24 @@ def plot(found: list[Cell], file: Path) -> None:
     figure.savefig(file, dpi=130)
 
 
+def models(args: argparse.Namespace) -> None:
+    """Whole decoders, on the chips that are asked for."""
+    found, start = [], time.time()
+    cases = [case for case in decoders.CASES if case[1].split(":")[0] in args.chips]
+    for cell in decoders.cells(cases[:1] if args.short else cases, qwix=importlib.util.find_spec("qwix") is not None):
+        found.append(cell)
+        if args.json:
+            args.json.write_text(json.dumps([dataclasses.asdict(c) for c in found], indent=0) + "\n")
+    print(f"Estimates of the compilers ({packages()}); nothing was run.\n")
+    print(decoders.tables(found))
+    print(f"{len(found)} programs in {time.time() - start:.0f} s.")
+
+
+def packages() -> str:
+    found = versions(("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "qwix"))
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
 def main() -> None:
     names = lambda text: tuple(part.strip() for part in text.split(","))  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -261,7 +281,11 @@ def main() -> None:
     parser.add_argument("--packed", action="store_true", help="ours with codes that are packed for a CPU, too")
     parser.add_argument("--json", type=Path, help="write every cell there, too")
     parser.add_argument("--plot", type=Path, help="write a picture there")
+    parser.add_argument("--models", action="store_true", help="whole decoders instead: see benchmarks/decoders.py")
     args = parser.parse_args()
+    if args.models:
+        models(args)
+        return
     args.weights = args.weights or WEIGHTS
     if args.short:
         args.chips, args.rows, args.weights = args.chips[:1], (1, 8, 512), WEIGHTS[:1]
@@ -271,9 +295,7 @@ def main() -> None:
         found.append(cell)
         if args.json:
             args.json.write_text(json.dumps([dataclasses.asdict(c) for c in found], indent=0) + "\n")
-    packages = versions(("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "qwix"))
-    names_and_versions = ", ".join(f"{name} {version}" for name, version in packages.items())
-    print(f"Estimates of the compilers ({names_and_versions}); nothing was run.\n")
+    print(f"Estimates of the compilers ({packages()}); nothing was run.\n")
     print(tables(found))
     print(f"{len(found)} programs compiled in {time.time() - start:.0f} s.")
     if args.plot:

@@ -1,0 +1,309 @@
+"""Whole decoders from abstract weights: what a step costs on a chip, as its compiler estimates it.
+
+`python benchmarks/accelerators.py --models` runs this. Shapes are those of Llama 3 (8B, 70B) and Mixtral 8x7B; there
+are no values, and nothing is run. A step is the decoding of one token per sequence with 2,048 tokens cached, or the
+prefill of 2,048 tokens. Layers are stacked, and a `jax.lax.scan` goes through them; keys and values of the new tokens
+are results. Of a mixture, every expert multiplies every token, and the results are weighted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxquant as jq
+from jaxquant import recipes
+from jaxquant.programs.chips import CHIPS
+from jaxquant.programs.compilers import compiled_for
+from jaxquant.programs.estimates import estimate
+
+TOKENS = 2048
+RULES = {
+    "W8A8": recipes.w8a8(),
+    "W8A16": recipes.w8a16(),
+    "W4A16": recipes.w4a16(128),
+    "W4A8": recipes.w4a8(128),
+}
+PEER = {"W8A8": ("int8", "int8", None), "W8A16": ("int8", None, None), "W4A16": ("int4", None, 128)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """The sizes of a decoder."""
+
+    name: str
+    layers: int
+    width: int
+    heads: int
+    cached: int
+    head: int
+    hidden: int
+    vocabulary: int
+    experts: int = 0
+
+    def params(self) -> dict[str, Any]:
+        """Abstract bfloat16 weights, stacked by layers, inputs before outputs."""
+        d, e = self.width, (self.experts,) if self.experts else ()
+        stacked = {
+            "q": (d, self.heads * self.head),
+            "k": (d, self.cached * self.head),
+            "v": (d, self.cached * self.head),
+            "o": (self.heads * self.head, d),
+            "gate": (*e, d, self.hidden),
+            "up": (*e, d, self.hidden),
+            "down": (*e, self.hidden, d),
+            "norm_attention": (d,),
+            "norm_mlp": (d,),
+        }
+        if self.experts:
+            stacked["norm_router"] = (d, self.experts)  # small, and left in float
+        one = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
+        layers = {name: one(self.layers, *shape) for name, shape in stacked.items()}
+        return {"embed": one(self.vocabulary, d), "head": one(d, self.vocabulary), "norm": one(d), "layers": layers}
+
+    def specs(self) -> dict[str, Any]:
+        """How the weights lie over an axis "t" of devices: outputs first, then inputs; experts by their hidden axis."""
+        e = (None,) if self.experts else ()
+        layers = {
+            **dict.fromkeys("qkv", P(None, None, "t")),
+            "o": P(None, "t", None),
+            **dict.fromkeys(("gate", "up"), P(None, *e, None, "t")),
+            "down": P(None, *e, "t", None),
+            **dict.fromkeys(("norm_attention", "norm_mlp"), P()),
+        }
+        if self.experts:
+            layers["norm_router"] = P()
+        return {"embed": P(None, "t"), "head": P(None, "t"), "norm": P(), "layers": layers}
+
+    def cache(self, batch: int) -> tuple[Any, Any]:
+        """Abstract keys and values, [layers, batch, heads, tokens, width of a head]."""
+        shape = (self.layers, batch, self.cached, TOKENS, self.head)
+        return (jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * 2
+
+
+LLAMA_8B = Decoder("Llama 3 8B", 32, 4096, 32, 8, 128, 14336, 128256)
+LLAMA_70B = Decoder("Llama 3 70B", 80, 8192, 64, 8, 128, 28672, 128256)
+MIXTRAL = Decoder("Mixtral 8x7B", 32, 4096, 32, 8, 128, 14336, 32000, experts=8)
+
+Dot = Callable[[jax.Array, Any], jax.Array]
+
+
+def norm(x: jax.Array, weight: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)
+    return wide.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+
+
+def heads(x: jax.Array, count: int) -> jax.Array:
+    """[B, S, heads times width] as [B, heads, S, width]."""
+    return jnp.swapaxes(x.reshape(*x.shape[:2], count, -1), 1, 2)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> jax.Array:
+    """q [B, H, S, W] over the keys and values [B, G, S, W] of the same tokens, and of the cached ones before them."""
+    b, _, s, w = q.shape
+    q = q.reshape(b, k.shape[1], -1, s, w) * jnp.asarray(w**-0.5, q.dtype)
+    parts = [(k, v)] if cache is None else [cache, (k, v)]
+    dot = lambda k: jnp.einsum("bgrsw,bgtw->bgrst", q, k, preferred_element_type=jnp.float32)  # noqa: E731
+    scores = [dot(k) for k, _ in parts]
+    if s > 1:
+        scores[-1] = jnp.where(jnp.tri(s, dtype=bool).reshape(1, 1, 1, s, s), scores[-1], -1e30)
+    top = jnp.stack([x.max(axis=-1, keepdims=True) for x in scores]).max(axis=0)
+    weights = [jnp.exp(x - top) for x in scores]
+    total = sum(x.sum(axis=-1, keepdims=True) for x in weights)
+    values = (jnp.einsum("bgrst,bgtw->bgrsw", x.astype(q.dtype), v) for x, (_, v) in zip(weights, parts, strict=True))
+    out = sum(x.astype(jnp.float32) for x in values) / total
+    return jnp.swapaxes(out.astype(q.dtype).reshape(b, -1, s, w), 1, 2).reshape(b, s, -1)
+
+
+def mlp(x: jax.Array, p: dict[str, Any], dot: Dot, experts: Dot, *, mixture: bool) -> jax.Array:
+    if not mixture:
+        return dot(jax.nn.silu(dot(x, p["gate"])) * dot(x, p["up"]), p["down"])
+    flat = x.reshape(-1, x.shape[-1])
+    scores = flat @ p["norm_router"]
+    top, chosen = lax.top_k(scores.astype(jnp.float32), 2)
+    shares = jax.nn.one_hot(chosen, scores.shape[-1]) * jax.nn.softmax(top, axis=-1)[..., None]
+    every = jnp.broadcast_to(flat, (scores.shape[-1], *flat.shape))
+    hidden = jax.nn.silu(experts(every, p["gate"])) * experts(every, p["up"])
+    out = jnp.einsum("em,emd->md", shares.sum(axis=1).T.astype(x.dtype), experts(hidden, p["down"]))
+    return out.reshape(x.shape)
+
+
+def step(m: Decoder, dot: Dot, experts: Dot) -> Callable[..., Any]:
+    """``(params, tokens, cache) -> logits of the last token, its keys and values``; a prefill has no cache."""
+
+    def layer(x: jax.Array, p: dict[str, Any], cache: Any) -> tuple[jax.Array, Any]:
+        h = norm(x, p["norm_attention"])
+        q = heads(dot(h, p["q"]), m.heads)
+        k, v = (heads(dot(h, p[name]), m.cached) for name in "kv")
+        x = x + dot(attention(q, k, v, cache), p["o"])
+        return x + mlp(norm(x, p["norm_mlp"]), p, dot, experts, mixture=bool(m.experts)), (k, v)
+
+    def run(params: dict[str, Any], tokens: jax.Array, cache: Any = None) -> Any:
+        x = jnp.take(params["embed"], tokens, axis=0)
+        body = lambda x, c: layer(x, c[0], c[1])  # noqa: E731
+        x, cache = lax.scan(body, x, (params["layers"], cache))
+        return dot(norm(x[:, -1:], params["norm"]), params["head"]), cache
+
+    return run
+
+
+def plain(x: jax.Array, w: jax.Array) -> jax.Array:
+    return x @ w
+
+
+def experts(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum("emk,ekn->emn", x, w)
+
+
+def our_program(m: Decoder, spec: jq.OpSpec, fn: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Any:
+    rules = [jq.Rule("norm|embed", None), jq.Rule(".*", spec)]
+    plan = jq.make_plan(fn, params, *args, rules=rules)
+    quantized = jax.eval_shape(lambda p: jq.quantize_params(p, plan, target="tpu"), params)
+    return jq.quantized(fn, plan), quantized
+
+
+def qwix_program(m: Decoder, scheme: str, params: Any) -> Any:
+    import qwix
+
+    weight, act, group = PEER[scheme]
+
+    def quantized(x: jax.Array, qtype: str, channels: list[int], along: int) -> Any:
+        return qwix.quantize(x, qtype, channelwise_axes=channels, tiled_axes={} if group is None else {along: group})
+
+    def dot(x: jax.Array, w: Any) -> jax.Array:
+        flat = x.reshape(-1, x.shape[-1])
+        left = flat if act is None else quantized(flat, act, [0], 1)
+        out = qwix.dot_general(left, w, (((1,), (0,)), ((), ()))).astype(x.dtype)
+        return out.reshape(*x.shape[:-1], -1)
+
+    def of(path: Any, w: Any) -> Any:
+        name = path[-1].key
+        if "norm" in name or name == "embed":
+            return w
+        wide = jax.ShapeDtypeStruct(w.shape, jnp.float32)  # its scales are float32 then, and faster
+        one = lambda w: quantized(w, weight, [1], 0)  # noqa: E731
+        return jax.eval_shape(jax.vmap(one) if name != "head" else one, wide)
+
+    return step(m, dot, experts), jax.tree_util.tree_map_with_path(of, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One program on one chip or slice."""
+
+    model: str
+    target: str
+    devices: int
+    scheme: str
+    by: str
+    step: str
+    ms: float | None
+    floor_ms: float | None
+    gigabytes: float | None
+    fits: bool | None
+    missing: str = ""
+
+
+def cells(cases: Any, *, qwix: bool) -> Iterator[Cell]:
+    """Every program of the cases: (model, target, devices, batches; 0 for the prefill)."""
+    for m, target, devices, batches in cases:
+        for batch in batches:
+            for scheme, by in [("bfloat16", "bfloat16"), *((s, b) for s in RULES for b in ("jaxquant", "qwix"))]:
+                if by == "qwix" and (not qwix or scheme not in PEER or m.experts or devices > 1):
+                    continue
+                yield measured(m, target, devices, batch, scheme, by)
+
+
+def measured(m: Decoder, target: str, devices: int, batch: int, scheme: str, by: str) -> Cell:
+    prefill = batch == 0
+    name = f"prefill {TOKENS}" if prefill else f"decode {batch}"
+    params, fn = m.params(), step(m, plain, experts)
+    tokens = jax.ShapeDtypeStruct((1, TOKENS) if prefill else (batch, 1), jnp.int32)
+    args = (tokens,) if prefill else (tokens, m.cache(batch))
+    blank = Cell(m.name, target, devices, scheme, by, name, None, None, None, None)
+    try:
+        if devices > 1:
+            mesh = AbstractMesh((devices,), ("t",))
+            place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
+            cut = P(None, None, "t" if m.cached % devices == 0 else None)
+            args = (args[0], *(tuple(place(x, cut) for x in c) for c in args[1:]))
+            where = jax.tree.map(lambda s: NamedSharding(mesh, s), m.specs(), is_leaf=lambda s: isinstance(s, P))
+        if by == "jaxquant":
+            fn, params = our_program(m, RULES[scheme], fn, params, args)
+        elif by == "qwix":
+            fn, params = qwix_program(m, scheme, params)
+        if devices > 1:
+            where = jq.shardings(params, where)
+            params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, where)
+        found = estimate(compiled_for("accelerators", target, fn, (params, *args)))
+    except Exception as e:
+        if "RESOURCE_EXHAUSTED" in str(e) and m.layers % 4 == 0:
+            return _extrapolated(m, target, devices, batch, scheme, by)
+        return dataclasses.replace(blank, missing=f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"[:200])
+    needed = found.arguments + found.results + found.temporaries
+    chip = CHIPS[target.split(":")[0]]
+    return dataclasses.replace(
+        blank,
+        ms=None if found.seconds is None else found.seconds * 1e3,
+        floor_ms=found.floor * 1e3,
+        gigabytes=needed / 1e9,
+        fits=needed <= chip.memory,
+        missing=found.missing,
+    )
+
+
+def _extrapolated(m: Decoder, target: str, devices: int, batch: int, scheme: str, by: str) -> Cell:
+    """What does not fit is not compiled: from a quarter and half of the layers, each of which costs the same."""
+    few, some = (
+        measured(dataclasses.replace(m, layers=m.layers // n), target, devices, batch, scheme, by) for n in (4, 2)
+    )
+
+    def whole(of: str) -> Any:
+        a, b = getattr(few, of), getattr(some, of)
+        return None if a is None or b is None else b + 2 * (b - a)
+
+    figures = {name: whole(name) for name in ("ms", "floor_ms", "gigabytes")}
+    missing = some.missing or "does not fit: from a quarter and half of the layers"
+    return dataclasses.replace(some, **figures, fits=False, missing=missing)
+
+
+def tables(found: list[Cell]) -> str:
+    """One table for each model and slice."""
+    lines: list[str] = []
+    for model, target, devices in dict.fromkeys((c.model, c.target, c.devices) for c in found):
+        here = [c for c in found if (c.model, c.target, c.devices) == (model, target, devices)]
+        steps = list(dict.fromkeys(c.step for c in here))
+        at = {(c.scheme, c.by, c.step): c for c in here}
+        many = "" if devices == 1 else f", {devices} devices"
+        lines += ["", f"{model}, {target}{many}: estimated ms of a step (floor), GB on a device; * does not fit", ""]
+        lines.append(f"{'':20}" + "".join(f"{s:>26}" for s in steps))
+        for scheme, by in dict.fromkeys((c.scheme, c.by) for c in here):
+            texts = []
+            for s in steps:
+                c = at.get((scheme, by, s))
+                if c is None or c.gigabytes is None:
+                    texts.append(f"{'-':>26}")
+                    continue
+                ms = "-" if c.ms is None else f"{c.ms:.1f}"
+                texts.append(f"{f'{ms} ({c.floor_ms:.1f}), {c.gigabytes:.1f}' + ('' if c.fits else '*'):>26}")
+            lines.append(f"{scheme if by == 'bfloat16' else f'{scheme}, {by}':20}" + "".join(texts))
+    missing = dict.fromkeys((c.model, c.scheme, c.by, c.step, c.missing) for c in found if c.missing)
+    return "\n".join([*lines, "", *(", ".join(m[:4]) + f": {m[4]}" for m in missing)]).strip() + "\n"
+
+
+CASES = (
+    (LLAMA_8B, "tpu v5e", 1, (1, 8, 64, 0)),
+    (LLAMA_8B, "tpu v6e", 1, (1, 8, 64, 0)),
+    (LLAMA_8B, "tpu v5e:2x2", 4, (1, 8, 64, 0)),
+    (LLAMA_8B, "tpu v6e:2x2", 4, (1, 8, 64, 0)),
+    (LLAMA_70B, "tpu v5e:4x4", 16, (1, 8, 64, 0)),
+    (MIXTRAL, "tpu v5e:2x2", 4, (1, 8)),
+)
