@@ -49,12 +49,16 @@ def decoded(x, w, x_axes, w_axes, platform="other"):
 def both(x, w, numbers, spec, act=None, platform="other"):
     """The product of decoded codes, and the float one in float64."""
     (xc, wc), (xb, wb) = numbers
-    q = jq.quantize(w, spec, reduce_axes=tuple(i - w.ndim for i in wc)).laid_out("elements")
-    xq = x if act is None else jq.quantize(x, act, reduce_axes=tuple(i - x.ndim for i in xc))
     axes = Axes.of(x.ndim, xb, xc), Axes.of(w.ndim, wb, wc)
-    kernel, problem = decoded(xq, q, *axes, platform)
-    out = kernel.run(problem)
-    real = (v.dequantize(jnp.float32) if isinstance(v, jq.QTensor) else v for v in (xq, q))
+
+    @jax.jit  # one program: each operation on its own would be compiled for every shape
+    def products(x, w):
+        q = jq.quantize(w, spec, reduce_axes=tuple(i - w.ndim for i in wc)).laid_out("elements")
+        xq = x if act is None else jq.quantize(x, act, reduce_axes=tuple(i - x.ndim for i in xc))
+        kernel, problem = decoded(xq, q, *axes, platform)
+        return kernel.run(problem), [v.dequantize(jnp.float32) if isinstance(v, jq.QTensor) else v for v in (xq, q)]
+
+    out, real = products(x, w)
     left, right = (np.asarray(v, np.float64) for v in real)
     return np.asarray(out, np.float64), in_numpy(left, right, numbers)
 
