@@ -54,7 +54,7 @@ def llm_int8(x: jax.Array, w: QTensor, bias: jax.Array | None = None, *, thresho
     Raises:
       QuantError: if the weight is another kind of QTensor, or shapes do not fit.
 
-    Gradient: none through the quantized part of x; use `dot_general` with a spec to train.
+    Gradient: as `dot_general` with such a spec.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq

@@ -63,3 +63,11 @@ def test_refusals():
         ops.llm_int8(x[:, 1:], W)
     with pytest.raises(jq.QuantError, match="threshold must not be negative"):
         ops.llm_int8(x, W, threshold=-1)
+
+
+def test_the_gradient_is_that_of_the_float_product():
+    """Straight through, with outliers and without."""
+    x, w = inputs(5, 48).at[:, 7].mul(20), W.dequantize()
+    for threshold in (0.0, 6.0):
+        got = jax.grad(lambda x, t=threshold: (ops.llm_int8(x, W, threshold=t) @ jnp.arange(6.0)).sum())(x)
+        np.testing.assert_allclose(got, jnp.broadcast_to(w @ jnp.arange(6.0), x.shape), rtol=1e-4, atol=1e-4)
