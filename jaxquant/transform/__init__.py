@@ -22,14 +22,15 @@ from jaxquant.transform import manual as manual
 from jaxquant.transform import operations as operations
 from jaxquant.transform import statistics
 from jaxquant.transform import views as views
-from jaxquant.transform.biases import biases, correct_bias
+from jaxquant.transform.analysis.biases import biases
+from jaxquant.transform.analysis.rotations import RotationGroup, rotation_groups
+from jaxquant.transform.analysis.scales import ScalePair, scale_pairs
 from jaxquant.transform.calibrate import act_state, calibrate, merge_stats
 from jaxquant.transform.distill import distill, relative_error
 from jaxquant.transform.explain import Explanation, explain
-from jaxquant.transform.fusing import RotationGroup, fold_gains, rotate, rotation_groups
+from jaxquant.transform.folding import correct_bias, fold_gains, rescale, rotate
 from jaxquant.transform.learning import LearnedRotations, learn_rotations
 from jaxquant.transform.make_plan import make_plan
-from jaxquant.transform.pairs import ScalePair, rescale, scale_pairs
 from jaxquant.transform.params import dequantize_params, quantize_params, update_params
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.precondition import precondition, precondition_params

@@ -19,10 +19,10 @@ from jaxquant.core import views
 from jaxquant.core.qtensor import QTensor
 from jaxquant.transform import primitives
 from jaxquant.transform.interpreter import ABSENT, Interpreter, Tally, handles, unsupported
-from jaxquant.transform.primitives import named, used_by
+from jaxquant.transform.primitives import body_of, named, used_by
 from jaxquant.transform.weights import Joined, Weight
 
-__all__ = ["absent", "arrays_of", "closed_of", "floats", "inside"]
+__all__ = ["absent", "arrays_of", "floats", "inside"]
 
 _public = functools.partial(functools.partial, named)
 
@@ -31,17 +31,12 @@ def _traced(fn: Any) -> Any:
     return functools.partial(used_by, fn, (3,))
 
 
-def closed_of(jaxpr: Any) -> ClosedJaxpr:
-    """A jaxpr without constants, closed."""
-    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
-
-
 @handles(_traced(primitives.jit_call), _public("closed_call_p"), _public("call_p"), joined=True)
 def _jit(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     """Entered in place: the caller's own ``jit`` is around all of it. Shardings it names become constraints."""
     p = eqn.params
     values = _placed(interpreter, values, p.get("in_shardings", ()))
-    results = interpreter.run_in_place(closed_of(p.get("jaxpr", p.get("call_jaxpr"))), values)
+    results = interpreter.run_in_place(body_of(eqn), values)
     return _placed(interpreter, results, p.get("out_shardings", ()))
 
 
@@ -61,7 +56,7 @@ def _custom_derivative(interpreter: Interpreter, eqn: Any, values: list[Any]) ->
     before = set() if products is None else set(products.met)
     if interpreter.planning:
         interpreter.own_derivatives.update(v.path for v in _weights(values))
-    results = interpreter.run_in_place(closed_of(eqn.params["call_jaxpr"]), values)
+    results = interpreter.run_in_place(body_of(eqn), values)
     if products is not None:
         products.own_derivatives |= set(products.met) - before
     return results
@@ -140,7 +135,7 @@ def _entering(interpreter: Interpreter, w: Weight, op: str) -> Any:
 
 @handles(_traced(primitives.checkpointed), joined=True)
 def _remat(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    closed, p = closed_of(eqn.params["jaxpr"]), eqn.params
+    closed, p = body_of(eqn), eqn.params
     count = len(eqn.outvars)
     if interpreter.planning:
         results = interpreter.run(closed, values)

@@ -16,8 +16,9 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ptq.bases import Orthogonal
+from jaxquant.transform.analysis.rotations import RotationGroup
 from jaxquant.transform.distill import relative_error
-from jaxquant.transform.fusing import RotationGroup, rotate
+from jaxquant.transform.folding import rotate
 from jaxquant.transform.interpreter import Interpreter
 from jaxquant.transform.masks import Mask, masked, with_masks
 from jaxquant.transform.paths import leaves_with_paths

@@ -18,7 +18,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform import primitives
-from jaxquant.transform.calls import absent, closed_of, floats
+from jaxquant.transform.calls import absent, floats
 from jaxquant.transform.interpreter import Interpreter, handles
 from jaxquant.transform.shardings import Cut, leaf_specs, whole_blocks
 from jaxquant.transform.weights import Atom, Weight
@@ -29,7 +29,7 @@ __all__: list[str] = []
 @handles(primitives.shard_map_p)
 def _shard_map(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     p = eqn.params
-    mesh, closed = p["mesh"], closed_of(p["jaxpr"])
+    mesh, closed = p["mesh"], primitives.closed(p["jaxpr"])
     cuts = [Cut.of(mesh, spec, len(v.aval.shape)) for spec, v in zip(p["in_specs"], eqn.invars, strict=True)]
     if interpreter.planning:
         values = [_shard(v, v.leaf, cut) if isinstance(v, Weight) else v for v, cut in zip(values, cuts, strict=True)]

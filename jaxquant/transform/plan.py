@@ -55,6 +55,11 @@ class Item:
     window: tuple[int, ...] = ()
 
     @property
+    def channels(self) -> int:
+        """How many numbers of the weight one output sums over."""
+        return math.prod(self.shape[axis] for axis in self.reduce_axes)
+
+    @property
     def lookup(self) -> bool:
         """Whether it is only looked up, and so has no inputs."""
         return self.op == "take"

@@ -21,7 +21,10 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 __all__ = [
     "automatic",
+    "body_of",
+    "closed",
     "explicit_sharding",
+    "is_call",
     "marked_varying",
     "named",
     "pvary_p",
@@ -123,6 +126,34 @@ def with_custom_jvp(x):
 
 
 with_custom_jvp.defjvp(lambda p, t: (jnp.sin(p[0]), t[0]))
+
+
+def as_a_unit(x):
+    return lax.composite(jnp.sin, name="jaxquant.sin")(x)
+
+
+def closed(jaxpr: Any) -> ClosedJaxpr:
+    """A jaxpr that may have no constants of its own, closed."""
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
+
+
+@functools.cache
+def _bodies() -> dict[Any, str]:
+    """Primitives that call a jaxpr once on their operands -> the parameter that holds it."""
+    examples = {jit_call: "jaxpr", checkpointed: "jaxpr", as_a_unit: "jaxpr"}
+    derivatives = dict.fromkeys((with_custom_vjp, with_custom_jvp), "call_jaxpr")
+    found = {used_by(fn, (3,)): name for fn, name in (examples | derivatives).items()}
+    return {**found, named("closed_call_p"): "call_jaxpr", named("call_p"): "call_jaxpr"}
+
+
+def is_call(eqn: Any) -> bool:
+    """Whether an equation calls a jaxpr once, on its operands."""
+    return eqn.primitive in _bodies()
+
+
+def body_of(eqn: Any) -> ClosedJaxpr:
+    """The jaxpr that a call holds."""
+    return closed(eqn.params[_bodies()[eqn.primitive]])
 
 
 @functools.cache

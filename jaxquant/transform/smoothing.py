@@ -20,7 +20,8 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ptq.bases import Basis, ChannelScale, Rotation
 from jaxquant.ptq.scaling import awq_scale, smooth_scale
-from jaxquant.transform.pairs import Member, ScalePair, rescale
+from jaxquant.transform.analysis.scales import Member, ScalePair
+from jaxquant.transform.folding import rescale
 from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import Item, Plan
 

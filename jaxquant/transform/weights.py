@@ -24,6 +24,7 @@ from jaxquant.core.indices import clamped
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ops.trained import TrainedTensor
+from jaxquant.transform.analysis.axes import factored
 
 __all__ = ["Atom", "Dims", "Joined", "View", "Weight", "dims_of", "reshape_dims"]
 
@@ -54,24 +55,14 @@ def dims_of(shape: tuple[int, ...]) -> Dims:
 
 def reshape_dims(dims: Dims, shape: tuple[int, ...]) -> Dims:
     """Atoms of the axes after a row-major reshape; an atom that is cut becomes two."""
-    atoms = [atom for dim in dims for atom in dim if atom.size != 1]
-    out = []
-    for n in shape:
-        dim: list[Atom] = []
-        while n > 1:
-            atom = atoms.pop(0)
-            if n % atom.size == 0:
-                dim.append(atom)
-                n //= atom.size
-            elif atom.size % n == 0:
-                dim.append(Atom.new(atom.axes, n))
-                atoms.insert(0, Atom.new(atom.axes, atom.size // n))
-                n = 1
-            else:  # the cut falls inside both: no finer description than the union of their axes
-                merged = Atom.new(atom.axes | atoms[0].axes, atom.size * atoms[0].size)
-                atoms[0] = merged
-        out.append(tuple(dim))
-    return tuple(out)
+
+    def cut(atom: Atom, outer: int) -> tuple[Atom, Atom]:
+        return Atom.new(atom.axes, outer), Atom.new(atom.axes, atom.size // outer)
+
+    def merged(a: Atom, b: Atom) -> Atom:  # no finer description than the union of their axes
+        return Atom.new(a.axes | b.axes, a.size * b.size)
+
+    return factored(dims, shape, cut, merged)
 
 
 @dataclasses.dataclass(frozen=True)

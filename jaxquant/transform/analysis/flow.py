@@ -1,0 +1,101 @@
+"""`Flow`: which axes of its operands an operation keeps, and where, and which it contracts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from jax.extend.core import primitives as p
+
+from jaxquant.transform import primitives
+
+__all__ = ["Flow", "flows", "kept"]
+
+Place = tuple[int, int]
+"""An operand and one of its axes."""
+
+
+class Flow(NamedTuple):
+    """How an operation moves axes. It works along those of its operands that are not named.
+
+    Attributes:
+      out: of each axis of a result, the axes of operands that lie on it.
+      contracted: pairs of axes that are multiplied and summed.
+    """
+
+    out: list[list[Place]]
+    contracted: list[tuple[Place, Place]] = []  # noqa: RUF012  (never changed)
+
+
+def kept(eqn: Any, worked: Iterable[int] = (), operands: int = 1) -> Flow:
+    """Every axis in its place, except those that are worked along."""
+    worked = set(worked)
+    return Flow([[] if i in worked else [(k, i) for k in range(operands)] for i in range(_ndim(eqn))])
+
+
+def _ndim(eqn: Any) -> int:
+    return len(eqn.invars[0].aval.shape)
+
+
+def _transpose(eqn: Any) -> Flow:
+    return Flow([[(0, i)] for i in eqn.params["permutation"]])
+
+
+def _reduce(eqn: Any) -> Flow:
+    return Flow([[(0, i)] for i in range(_ndim(eqn)) if i not in eqn.params["axes"]])
+
+
+def _slice(eqn: Any) -> Flow:
+    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    return kept(eqn, [i for i, (n, m) in enumerate(zip(before, after, strict=True)) if n != m])
+
+
+def _gather(eqn: Any) -> Flow:
+    """Whole rows of a table are kept."""
+    table, sizes, d = eqn.invars[0].aval.shape, eqn.params["slice_sizes"], eqn.params["dimension_numbers"]
+    dropped = {*d.collapsed_slice_dims, *getattr(d, "operand_batching_dims", ())}
+    out: list[list[Place]] = [[] for _ in eqn.outvars[0].aval.shape]
+    for place, i in zip(d.offset_dims, (i for i in range(len(sizes)) if i not in dropped), strict=True):
+        out[place] = [(0, i)] if sizes[i] == table[i] else []
+    return Flow(out)
+
+
+def _dot(eqn: Any) -> Flow:
+    """What lies on batch axes is a product: none is kept."""
+    contract, batch = eqn.params["dimension_numbers"]
+    out: list[list[Place]] = [[] for _ in batch[0]]
+    for k, v in enumerate(eqn.invars):
+        out += [[(k, i)] for i in range(len(v.aval.shape)) if i not in contract[k] and i not in batch[k]]
+    return Flow(out, [((0, i), (1, j)) for i, j in zip(*contract, strict=True)])
+
+
+def _window(eqn: Any) -> Flow:
+    return kept(eqn, [i for i, n in enumerate(eqn.params["window_dimensions"]) if n != 1])
+
+
+def _conv(eqn: Any) -> Flow:
+    n = eqn.params["dimension_numbers"]
+    out: list[list[Place]] = [[] for _ in n.out_spec]
+    if eqn.params["feature_group_count"] != 1 or eqn.params["batch_group_count"] != 1:
+        return Flow(out)
+    out[n.out_spec[0]], out[n.out_spec[1]] = [(0, n.lhs_spec[0])], [(1, n.rhs_spec[0])]
+    return Flow(out, [((0, n.lhs_spec[1]), (1, n.rhs_spec[1]))])
+
+
+@functools.cache
+def flows() -> dict[Any, Callable[[Any], Flow]]:
+    """Of the primitives that move axes."""
+    split = primitives.used_by(primitives.in_halves, (4,))
+    return {
+        **dict.fromkeys((p.cumsum_p, p.cummax_p, p.cummin_p, split), lambda eqn: kept(eqn, [eqn.params["axis"]])),
+        p.rev_p: lambda eqn: kept(eqn, eqn.params["dimensions"]),
+        p.concatenate_p: lambda eqn: kept(eqn, [eqn.params["dimension"]], len(eqn.invars)),
+        p.transpose_p: _transpose,
+        **dict.fromkeys((p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p), _reduce),
+        **dict.fromkeys((p.slice_p, p.dynamic_slice_p, p.pad_p), _slice),
+        p.gather_p: _gather,
+        p.dot_general_p: _dot,
+        **dict.fromkeys((p.reduce_window_max_p, p.reduce_window_sum_p), _window),
+        p.conv_general_dilated_p: _conv,
+    }

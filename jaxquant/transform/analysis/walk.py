@@ -1,0 +1,82 @@
+"""`Walk`: evaluates a jaxpr on what is known of its values, in the place of the values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+from jax.extend.core import ClosedJaxpr, Literal, primitives
+
+from jaxquant.transform.primitives import body_of, is_call
+
+__all__ = ["Rule", "Walk", "shape_of"]
+
+V = TypeVar("V")
+Rule = Callable[[Any, Any, list[V]], list[V]]
+"""``(analysis, equation, values of the operands) -> values of the results``."""
+
+
+def shape_of(eqn: Any) -> tuple[int, ...]:
+    """The shape of an equation's first result."""
+    return tuple(eqn.outvars[0].aval.shape)
+
+
+class Walk(Generic[V]):
+    """An analysis of the values of a jaxpr. Calls are entered, and so are the bodies of scans.
+
+    Attributes:
+      rules: by primitive.
+      constant: ``x ->`` the value of a constant.
+      carried, layer: what one step of a scan sees of what is carried, and of what is scanned over.
+      again: ``(what the first step saw, what it hands on) ->`` what is carried in the end.
+      stacked: ``(result of one step, length) ->`` that of all.
+    """
+
+    rules: Mapping[Any, Rule[V]]
+    constant: Callable[[Any], V]
+    carried: Callable[[V], V]
+    layer: Callable[[V], V]
+    again: Callable[[V, V], V]
+    stacked: Callable[[V, int], V]
+
+    def other(self, eqn: Any, values: list[V]) -> list[V]:
+        """The rule of a primitive that has none."""
+        raise NotImplementedError
+
+    def read(self, value: V) -> V:
+        """A value as an equation reads it."""
+        return value
+
+    def run(self, jaxpr: ClosedJaxpr, inputs: list[V]) -> list[V]:
+        """The values of the results."""
+        env: dict[Any, V] = dict(zip(jaxpr.jaxpr.invars, inputs, strict=True))
+        env.update(zip(jaxpr.jaxpr.constvars, map(self.constant, jaxpr.consts), strict=True))
+
+        def read(v: Any) -> V:
+            return self.constant(v.val) if isinstance(v, Literal) else self.read(env[v])
+
+        for eqn in jaxpr.jaxpr.eqns:
+            env.update(zip(eqn.outvars, self.equation(eqn, [read(v) for v in eqn.invars]), strict=True))
+        return [read(v) for v in jaxpr.jaxpr.outvars]
+
+    def equation(self, eqn: Any, values: list[V]) -> list[V]:
+        """The values of an equation's results."""
+        if is_call(eqn):
+            return self.run(body_of(eqn), values)
+        return self.scan(eqn, values) if eqn.primitive is primitives.scan_p else self.simple(eqn, values)
+
+    def simple(self, eqn: Any, values: list[V]) -> list[V]:
+        """The same of an equation that is not entered."""
+        rule = self.rules.get(eqn.primitive)
+        return self.other(eqn, values) if rule is None else rule(self, eqn, values)
+
+    def scan(self, eqn: Any, values: list[V]) -> list[V]:
+        """The same of a scan."""
+        first, length = eqn.params["num_consts"], eqn.params["length"]
+        carry = [self.carried(value) for value in values[first : first + eqn.params["num_carry"]]]
+        stacks = values[first + len(carry) :]
+        layers = [self.layer(stack) for stack in stacks]
+        results = self.run(eqn.params["jaxpr"], [*values[:first], *carry, *layers])
+        last = [self.again(*step) for step in zip(carry, results[: len(carry)], strict=True)]
+        whole = {id(layer): stack for layer, stack in zip(layers, stacks, strict=True)}  # if each step hands it on
+        return [*last, *(whole.get(id(r)) or self.stacked(r, length) for r in results[len(carry) :])]
