@@ -141,8 +141,7 @@ class _Quantized(nn.Module):
         try:
             yield
         except QuantError as error:
-            function, _, text = str(error).partition(": ")
-            raise QuantError(f"{function} at {self._path(self._weight)}: {text}") from None
+            raise error.at(self._path(self._weight)) from None
 
     @nn.nowrap
     def _range(self, x: jax.Array) -> dict[str, Any]:

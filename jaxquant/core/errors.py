@@ -17,6 +17,11 @@ class QuantError(ValueError):
     The message always has the form
     ``<function>[ at <path>]: <rule broken>; got <name>=<value>, shape=(..). <What to do>.``
 
+    Attributes:
+      text: the message without its place.
+      function: the public function or class that refuses; None where several errors are one.
+      path: the parameter's path, where there is one.
+
     Example:
       >>> import jaxquant as jq
       >>> try:
@@ -25,6 +30,15 @@ class QuantError(ValueError):
       ...     print(str(error).split(";")[0])
       QuantSpec: unknown number type
     """
+
+    def __init__(self, text: str, function: str | None = None, path: str | None = None):
+        self.text, self.function, self.path = text, function, path
+        place = function if path is None else f"{function} at {printable(path)}"
+        super().__init__(text if function is None else f"{place}: {text}")
+
+    def at(self, path: str) -> QuantError:
+        """The same error of a parameter, whose path the function that refuses did not know."""
+        return type(self)(self.text, self.function, path)
 
 
 class Refusals:
@@ -115,9 +129,8 @@ def quant_error(
       shape: the shape of the offending array, where there is one.
       **got: the offending values by the name the user knows them under.
     """
-    place = f"{function} at {printable(path)}" if path is not None else function
     values = [f"{name}={_show(value)}" for name, value in got.items()]
     if shape is not None:
         values.append(f"shape={tuple(shape)}")
     what = f"; got {', '.join(values)}" if values else ""
-    return QuantError(f"{place}: {_lines(rule)}{what}. {_lines(todo)}.")
+    return QuantError(f"{_lines(rule)}{what}. {_lines(todo)}.", function, path)

@@ -38,7 +38,7 @@ def gram_of(function: str, stats: Any, layer: Layer) -> tuple[Layer, jax.Array]:
             todo='Pass stats=calibrate(fn, plan, params, batches, collect={"gram": statistics.Gram()})',
             stats=tuple(stats) if isinstance(stats, dict) else stats,
         )
-        raise NeedsStatisticsError(str(error))
+        raise NeedsStatisticsError(error.text, error.function)
     gram = jnp.asarray(gram)
     if gram.ndim != 3 or gram.shape[1] != gram.shape[2] or layer.length % gram.shape[1]:
         raise quant_error(

@@ -196,10 +196,11 @@ class Tally(NamedTuple):
         return self if self.seen is not None else Tally(self.value, jnp.array(True))
 
 
+@dataclasses.dataclass
 class Interpreter:
-    """Evaluates a jaxpr some of whose inputs are `Weight`s.
+    """Evaluates a jaxpr some of whose inputs are `Weight`s. Its fields do not change; what it notes goes into the last.
 
-    Args:
+    Attributes:
       plan: what is quantized, or None: QTensors are, weight-only.
       precision: overrides the precision of quantized operations.
       planning: compute nothing, record uses.
@@ -209,36 +210,35 @@ class Interpreter:
       mask: which rows of the inputs count, as `jaxquant.transform.masks` has it; None: all.
       products: products of two activations that are looked for; None: none are.
       entering: ``(weight, x, channel axes of x) -> x``, applied to the input of each product with a planned weight.
+      scope: the name stack of the jaxpr that runs.
+      uses: while planning, of every parameter.
+      own_derivatives: paths that enter a function with a derivative rule of its own.
+      stats: what was collected.
     """
 
-    def __init__(
-        self,
-        plan: Plan | None = None,
-        *,
-        precision: Any = None,
-        planning: bool = False,
-        collect: Callable[..., Any] | None = None,
-        merge: Callable[[str, Any, Any], Any] | None = None,
-        keys: Mapping[str, str] | None = None,
-        mask: Any = None,
-        products: Products | None = None,
-        entering: Callable[[Weight, jax.Array, tuple[int, ...]], jax.Array] | None = None,
-    ):
-        self.items: dict[str, Item] = {item.path: item for item in plan.items} if plan is not None else {}
-        self.precision, self.planning = precision, planning
-        self.collect, self.merge, self.entering = collect, merge, entering
-        self.keys, self.mask, self.products = keys, mask, products
-        self.scope = ""  # of the jaxpr that runs
-        self.uses: list[Use] = []
-        self.own_derivatives: set[str] = set()  # paths that enter a function with a derivative rule of its own
-        self.stats: dict[str, Tally] = {}
+    plan: Plan | None = None
+    _: dataclasses.KW_ONLY
+    precision: Any = None
+    planning: bool = False
+    collect: Callable[..., Any] | None = None
+    merge: Callable[[str, Any, Any], Any] | None = None
+    keys: Mapping[str, str] | None = None
+    mask: Any = None
+    products: Products | None = None
+    entering: Callable[[Weight, jax.Array, tuple[int, ...]], jax.Array] | None = None
+    scope: str = ""
+    uses: list[Use] = dataclasses.field(default_factory=list)
+    own_derivatives: set[str] = dataclasses.field(default_factory=set)
+    stats: dict[str, Tally] = dataclasses.field(default_factory=dict)
+
+    @property
+    def items(self) -> Mapping[str, Item]:
+        """Path -> what is planned."""
+        return {} if self.plan is None else self.plan.by_path
 
     def child(self) -> Interpreter:
         """The interpreter of an inner trace: the same, with statistics of its own."""
-        other = object.__new__(Interpreter)
-        other.__dict__.update(self.__dict__)
-        other.stats = {}
-        return other
+        return dataclasses.replace(self, stats={})
 
     def add_stats(self, stats: dict[str, Tally]) -> None:
         """Takes over statistics of an operation, or of an inner trace."""
@@ -291,22 +291,18 @@ class Interpreter:
             handler = handler_of(eqn.primitive)
             if handler not in _take_joined and any(isinstance(v, Joined) for v in values):
                 handler = handler_of(Joined)
-            with self._entered(eqn):
-                results = handler(self, eqn, values)
+            with self._entered(eqn) as inside:
+                results = handler(inside, eqn, values)
             env.update(zip(eqn.outvars, results, strict=True))
         flush()
         return [read(v) for v in jaxpr.outvars]
 
     @contextlib.contextmanager
-    def _entered(self, eqn: Any) -> Iterator[None]:
+    def _entered(self, eqn: Any) -> Iterator[Interpreter]:
         """In the scope of an equation, for profiles, error messages and names of products, and under its mesh."""
-        outer, own = self.scope, str(eqn.source_info.name_stack)
-        self.scope = _joined(outer, own)
-        try:
-            with eqn.ctx.manager, jax.named_scope(own) if own else contextlib.nullcontext():
-                yield
-        finally:
-            self.scope = outer
+        own = str(eqn.source_info.name_stack)
+        with eqn.ctx.manager, jax.named_scope(own) if own else contextlib.nullcontext():
+            yield dataclasses.replace(self, scope=_joined(self.scope, own)) if own else self
 
     # -- uses ----------------------------------------------------------------------------------------------------------
     def record(

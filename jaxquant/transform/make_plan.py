@@ -161,7 +161,7 @@ def _plannable(leaf: Any) -> bool:
 
 
 def _unlike(use: Use, main: Use, spec: OpSpec) -> str:
-    """What to know of a use whose scales are those of another one; nothing, if it runs on codes all the same."""
+    """Why a use that shares the scales of another one runs on float values; nothing, if it runs on codes."""
     if use.stacked > main.stacked:
         return f"dequantized where a scan takes it layer by layer ({use.op}): its scales are those of the whole"
     if use.op == "take":
@@ -188,9 +188,9 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: 
         return Float(path, shape, dtype, f"used both whole and layer by layer in a scan{todo}")
     main = max([use for use in can if use.op != "take"] or can, key=lambda use: use.stacked)
     assert main.reduce_axes is not None
-    notes = [f"dequantized where it is {reason}" for reason in cannot]
-    notes += [note for use in dict.fromkeys(can) if (note := _unlike(use, main, rule.spec))]
-    notes += dict.fromkeys(use.note for use in can if use.note)
+    in_float = [f"dequantized where it is {reason}" for reason in cannot]
+    in_float += [why for use in dict.fromkeys(can) if (why := _unlike(use, main, rule.spec))]
+    notes = list(dict.fromkeys(use.note for use in can if use.note))
     if rule.reduce_axes is not None and tuple(sorted(rule.reduce_axes)) != main.reduce_axes:
         raise quant_error(
             "make_plan",
@@ -233,7 +233,8 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: 
         main.stacked,
         main.contraction_minor,
         rule.dequantize and (mixed or bool(cannot)),
-        "; ".join(notes),
+        tuple(in_float),
+        tuple(notes),
         None if most == math.inf else int(most),
         main.window,
     )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxquant.core.affine import has_nan
 from jaxquant.core.blocks import block_shape, negative_axes
-from jaxquant.core.errors import QuantError, Refusals, printable, quant_error
+from jaxquant.core.errors import QuantError, Refusals, quant_error
 from jaxquant.core.qtensor import Layout, QTensor, dequantize
 from jaxquant.core.specs import QuantSpec, Rule
 from jaxquant.ops.targets import Platform, check_target, layout_for
@@ -216,12 +216,10 @@ def _quantized(
 
     try:
         return by(method)
-    except NeedsStatisticsError as error:
-        if layer.lookup and stats is None:
-            return by(rtn)
-        raise QuantError(f"quantize_params at {printable(path)}: {error}") from None
     except QuantError as error:
-        raise QuantError(f"quantize_params at {printable(path)}: {error}") from None
+        if isinstance(error, NeedsStatisticsError) and layer.lookup and stats is None:
+            return by(rtn)
+        raise QuantError(str(error), "quantize_params", path) from None
 
 
 def quantize_params(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -35,7 +36,8 @@ class Item:
       stacked: leading axes that a scan consumes; each layer of the stack is quantized on its own.
       contraction_minor: whether codes are stored with the reduced axes last (not for convolutions).
       dequantize: whether uses that have no quantized form may run on the dequantized weight.
-      note: what else to know, such as a second use that is computed in float.
+      in_float: its uses that run on float values, and why; empty if all run on codes.
+      notes: what else to know.
       rows: rows of the activation that it is multiplied with in a dot_general, the most there are; or 0. None where
         the function was planned for a size that is a symbol: they count as many.
       window: of a convolution, as `jaxquant.ops.conv.Window` has it: feature groups, batch groups, places; or empty.
@@ -50,9 +52,15 @@ class Item:
     stacked: int = 0
     contraction_minor: bool = True
     dequantize: bool = False
-    note: str = ""
+    in_float: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     rows: int | None = 0
     window: tuple[int, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """What to know of it, as one line."""
+        return "; ".join((*self.in_float, *self.notes))
 
     @property
     def channels(self) -> int:
@@ -158,12 +166,17 @@ class Plan:
             raise KeyError(path)
         return found
 
+    @functools.cached_property
+    def by_path(self) -> Mapping[str, Item]:
+        """Path -> item."""
+        return {item.path: item for item in self.items}
+
     def get(self, path: str) -> Item | None:
         """The item of a path, or None."""
-        return next((item for item in self.items if item.path == path), None)
+        return self.by_path.get(path)
 
     def __contains__(self, path: object) -> bool:
-        return any(item.path == path for item in self.items)
+        return path in self.by_path
 
     def __iter__(self) -> Iterator[str]:
         return (item.path for item in self.items)
@@ -220,11 +233,7 @@ class Plan:
         """Inverse of `to_json`."""
         try:
             data = json.loads(text)
-            items = [
-                Item(**{**i, "shape": tuple(i["shape"]), "reduce_axes": tuple(i["reduce_axes"]),
-                        "window": tuple(i.get("window", ())), "spec": OpSpec.from_dict(i["spec"])})
-                for i in data["items"]
-            ]  # fmt: skip
+            items = [_item(i) for i in data["items"]]
             floats = [Float(**{**f, "shape": tuple(f["shape"])}) for f in data["floats"]]
             products = [
                 Product(**{**p, "shapes": tuple(map(tuple, p["shapes"])), "spec": OpSpec.from_dict(p["spec"])})
@@ -233,6 +242,11 @@ class Plan:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise quant_error("Plan", f"not a plan ({error!r})", todo="Pass what to_json returned") from None
         return cls(tuple(items), tuple(floats), tuple(products))
+
+
+def _item(data: dict[str, Any]) -> Item:
+    tuples = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
+    return Item(**{**data, **tuples, "spec": OpSpec.from_dict(data["spec"])})
 
 
 def _one(s: Any) -> str:

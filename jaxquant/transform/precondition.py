@@ -122,7 +122,7 @@ def _check(plan: Plan, path: str, basis: Basis) -> Item:
     if item is None:
         todo = f"Nearest planned weights: {nearest(path, plan)}"
         raise quant_error("precondition", "a basis for a weight that is not planned", todo=todo, path=path)
-    if item.op not in _OPS or "runs on float values" in item.note or item.dequantize:
+    if item.op not in _OPS or item.in_float or item.dequantize:
         todo = f"Leave it out; bases are for weights whose only use is one of {', '.join(_OPS)}"
         raise quant_error("precondition", "the weight is used in another way too", todo=todo, path=path, op=item.op)
     channels = math.prod(item.shape[item.stacked :][axis] for axis in item.reduce_axes)

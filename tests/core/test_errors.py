@@ -1,5 +1,6 @@
 """Messages: one form, and nothing in them that a terminal acts on."""
 
+import pickle
 import unicodedata
 
 import hypothesis
@@ -54,3 +55,13 @@ def test_paths_of_parameters_are_escaped_in_tables_and_errors():
     for text in [*tables, str(error.value), str(other.value)]:
         assert r"w\x1b[2J\nforged" in text
         assert all(line.isprintable() for line in text.split("\n"))
+
+
+def test_an_error_knows_its_place_and_takes_one():
+    error = quant_error("f", "a: rule", todo="Do it", x=1)
+    placed = error.at("a/b: c")
+    assert str(placed) == "f at a/b: c: a: rule; got x=1. Do it."
+    again = pickle.loads(pickle.dumps(placed))
+    for one in (placed, again):
+        assert (str(one), one.function, one.path, one.text) == (str(placed), "f", "a/b: c", "a: rule; got x=1. Do it.")
+    assert (error.path, str(error)) == (None, "f: a: rule; got x=1. Do it.")

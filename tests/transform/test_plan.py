@@ -127,6 +127,10 @@ def test_other_axes_run_in_float_and_the_plan_says_so():
     fn = lambda p, x: jax.grad(lambda x: jnp.sum(jnp.tanh(x @ p["w"])))(x)  # noqa: E731
     plan = jq.make_plan(fn, {"w": PARAMS["dense"]["kernel"]}, X, rules=[EVERYTHING(SPECS["int8"])])
     assert plan["w"].note == "dot_general over axes (-1,) runs on float values: scales are shared over (-2,)"
+    assert (plan["w"].in_float, plan["w"].notes) == ((plan["w"].note,), ())
+    assert jq.Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(jq.QuantError, match="precondition at w: the weight is used in another way too"):
+        jq.precondition(fn, plan, {"w": jq.ptq.Rotation.random(jax.random.key(0), plan["w"].channels)})
     assert f"w: {plan['w'].note}" in str(plan)
 
 
