@@ -31,17 +31,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.core import meta, unfreeze
-from jax.core import Tracer
 
-from jaxquant import ops
-from jaxquant.core.affine import roundtrip, scale_zero_point
+from jaxquant import layers, ops
 from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.core.fake_quant import fake_quant
-from jaxquant.core.observers import no_range, or_nan
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.specs import OpRule, OpSpec, QuantSpec, Rule
+from jaxquant.core.specs import OpRule, OpSpec, Rule
 from jaxquant.transform.make_plan import check_all_rules, make_plan
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.quantized import quantized
@@ -68,13 +63,7 @@ class _Quantized(nn.Module):
     _weight = "kernel"
 
     def __post_init__(self):
-        if self.spec is not None and not isinstance(self.spec, OpSpec):
-            todo = "Use OpSpec(weight=...), or a recipe such as recipes.w8a8()"
-            raise self._error("spec must be an OpSpec or None", todo=todo, spec=self.spec)
-        act = None if self.spec is None else self.spec.act
-        if act is not None and act.static and act.granularity != "per_tensor":
-            todo = "Use granularity='per_tensor', or static=False"
-            raise self._error("a static range is one for the whole activation", todo=todo, act=repr(act))
+        layers.checked_spec(type(self).__qualname__, self.spec)
         super().__post_init__()
 
     @nn.nowrap
@@ -101,12 +90,8 @@ class _Quantized(nn.Module):
         if name != self._weight:
             todo = f"Quantize only {self._weight!r}, and keep this one with Rule({name!r}, None)"
             raise self._error("this parameter must be float", todo=todo, name=name, value=repr(q))
-        shape = tuple(init_args[0])
-        if q.shape != shape:
-            todo = (
-                "Quantize the params of this very model; stacked params (nn.scan, nn.vmap) along with their extra axis"
-            )
-            raise self._error(f"the weight must have shape {shape}", todo=todo, name=name, value=repr(q), shape=q.shape)
+        todo = "Quantize the params of this very model; stacked params (nn.scan, nn.vmap) along with their extra axis"
+        layers.check_shape(type(self).__qualname__, self._path(name), q, tuple(init_args[0]), todo)
         return super().param(name, lambda _: self.get_variable("params", name), **kwargs)
 
     @nn.nowrap
@@ -116,15 +101,9 @@ class _Quantized(nn.Module):
 
     @nn.nowrap
     def _promote(self, promote: Callable[..., Any], inputs: Any, weight: Any, *rest: Any, **kwargs: Any) -> Any:
-        """``promote``, except that a weight which is or will be quantized only takes part in choosing the dtype.
-
-        A float weight is quantized in the dtype it is stored in, as `quantize_params` does, not in the compute dtype.
-        """
-        spec = self._product_spec()
-        if not isinstance(weight, QTensor) and (spec is None or spec.weight is None):
-            return promote(inputs, weight, *rest, **kwargs)
-        inputs, _, *others = promote(inputs, jnp.zeros((), weight.dtype), *rest, **kwargs)
-        return inputs, weight, *others
+        """``promote``, with a weight that stays as it is where it is or will be quantized."""
+        every = lambda args: promote(*args, **kwargs)  # noqa: E731
+        return layers.promoted(every, self._product_spec(), inputs, weight, *rest)
 
     @nn.nowrap
     def _product(self, op: Callable[..., Any], *operands: Any, act: Any, dtype: Any = None, **kwargs: Any) -> jax.Array:
@@ -146,43 +125,28 @@ class _Quantized(nn.Module):
     @nn.nowrap
     def _range(self, x: jax.Array) -> dict[str, Any]:
         """The static range of the activation, as the ops take it; nothing where it is dynamic."""
-        act = None if self.spec is None else self.spec.act
-        if act is None or not act.static:
+        act = layers.static_act(self.spec)
+        if act is None:
             return {}
         state = self.get_variable("quant", "act")
         if self.is_mutable_collection("quant"):
-            fresh = _unobserved(act)
+            fresh = layers.unobserved(act)
             if state is not None and jax.tree.structure(unfreeze(state)) != jax.tree.structure(fresh):
                 todo = "Calibrate anew with this spec, starting from the params alone"
                 rule = "the collection 'quant' holds no state of this observer"
                 raise self._error(rule, todo=todo, name=self._weight, observer=act.observer)
             state = fresh if state is None else state
-            now = _observed(state, jax.lax.stop_gradient(x), act)
+            now = layers.observed(state["seen"], x, act)
             self.put_variable("quant", "act", state if self.is_initializing() else now)
             state = now
-        known = state is not None and not isinstance(state["lo"], Tracer)
-        if state is None or (known and not np.asarray(state["lo"]) <= np.asarray(state["hi"])):
+        if state is None or not layers.is_known(state["lo"], state["hi"]):
             todo = (
                 "Calibrate with model.apply(variables, x, mutable=['quant']) and pass the collection 'quant' along "
                 "with the params (nn.scan and nn.vmap hand it on if variable_axes names it)"
             )
             raise self._error("the static range of the activation is not known", todo=todo, name=self._weight)
-        scale, zero_point = scale_zero_point(*or_nan(state["lo"], state["hi"]), act)
+        scale, zero_point = layers.act_range(state["lo"], state["hi"], act)
         return {"act_scale": scale, "act_zero_point": zero_point}
-
-
-def _unobserved(act: QuantSpec) -> dict[str, Any]:
-    """The state of a static range before any data."""
-    lo, hi = no_range()
-    return {"lo": lo, "hi": hi, "seen": act.observer.init((1,))}
-
-
-def _observed(state: dict[str, Any], x: jax.Array, act: QuantSpec) -> dict[str, Any]:
-    """The state after the observer has seen an activation of any shape."""
-    x = x.reshape(-1) if x.size else jnp.zeros(1, x.dtype)  # an empty batch counts as a 0, which every range holds
-    seen = act.observer.update(state["seen"], x, (0,))
-    lo, hi = act.observer.result(seen, symmetric=act.symmetric, roundtrip=roundtrip(act))
-    return {"lo": lo.reshape(()), "hi": hi.reshape(()), "seen": seen}
 
 
 class _Hooked(_Quantized):
@@ -333,18 +297,12 @@ class QuantConv(_Hooked, nn.Conv):
         value = super().param(name, init_fn, *init_args, **kwargs)
         if name != self._weight or self.mask is None:
             return value
-        if isinstance(value, QTensor):
-            return value.dequantize()
-        if self.spec is not None and self.spec.weight is not None:
-            with self._located():
-                return fake_quant(value, self.spec.weight, reduce_axes=tuple(range(-value.ndim, -1)))
-        return value
+        with self._located():
+            return layers.kernel_to_mask(value, self.spec)
 
     @nn.nowrap
     def _product_spec(self) -> OpSpec | None:
-        if self.mask is None or self.spec is None:
-            return self.spec
-        return OpSpec(act=self.spec.act)
+        return self.spec if self.mask is None else layers.act_alone(self.spec)
 
 
 @_named_as_flax
@@ -424,11 +382,7 @@ class QuantEmbed(_Quantized, nn.Embed):
 
     def __call__(self, inputs: Any) -> jax.Array:
         """The rows of the table at integer indices; [..., features]."""
-        if not jnp.issubdtype(inputs.dtype, jnp.integer):
-            raise ValueError("Input type must be an integer or unsigned integer.")
-        table = self.embedding
-        # As in Flax: a table of one row answers every index with it.
-        index = jnp.zeros_like(inputs) if self.num_embeddings == 1 else inputs
+        index, table = layers.rows_at(inputs, self.num_embeddings), self.embedding
         like = jnp.asarray(self.promote_dtype(jnp.zeros((), table.dtype), dtype=self.dtype, inexact=False)[0])
         with self._located():
             return ops.take(table, index, axis=0, spec=self.spec).astype(like.dtype)

@@ -24,6 +24,7 @@ LEVELS = {
     "programs": 2,
     "ops": 2,
     "recipes": 3,
+    "layers": 3,
     "qat": 3,
     "optim": 3,
     "ptq": 3,

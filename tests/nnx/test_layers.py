@@ -451,7 +451,10 @@ X = wavy((3, 32))
 BAD = {
     "spec is a QuantSpec": (lambda: _linear(spec=jq.QuantSpec("int8")), "QuantLinear: spec must be an OpSpec or None"),
     "spec is a string": (lambda: _linear(spec="w8a8"), r"got spec='w8a8'. Use OpSpec"),
-    "static per token": (lambda: _linear(spec=STATIC_PER_TOKEN), "one for the whole tensor"),
+    "static per token": (
+        lambda: _linear(spec=STATIC_PER_TOKEN),
+        "one for the whole activation",
+    ),
     "static, not calibrated": (
         lambda: _linear(spec=recipes.w8a8(static=True))(X),
         r"QuantLinear at act_range: .* not known.*set_attributes\(calibrating=True\)",
@@ -462,9 +465,9 @@ BAD = {
     ),
     "shape of the QTensor": (
         lambda: _holding((16, 6), W8.weight)(X),
-        r"QuantLinear at kernel: the layer needs a QTensor of shape \(32, 6\); got .*shape=\(16, 6\)",
+        r"QuantLinear at kernel: the weight must have shape \(32, 6\); got .*shape=\(16, 6\)",
     ),
-    "transposed QTensor": (lambda: _holding((6, 32), W8.weight)(X), r"of shape \(32, 6\)"),
+    "transposed QTensor": (lambda: _holding((6, 32), W8.weight)(X), r"must have shape \(32, 6\)"),
     "stacked QTensor outside of scan": (lambda: _holding((2, 32, 6), W8.weight)(X), "inside nnx.scan or nnx.vmap"),
     "conv with another window": (
         lambda: _holding((5, 3, 8, 4), W8.weight, jq.nnx.QuantConv(8, 4, (3, 3), rngs=nnx.Rngs(0)))(wavy((1, 5, 5, 8))),
