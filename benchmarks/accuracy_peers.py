@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.transform.paths import leaves_with_paths
+from jaxquant.core.paths import leaves_with_paths
 
 Quantized = tuple[np.ndarray, int]
 Method = Callable[[np.ndarray, dict[str, Any]], Quantized]

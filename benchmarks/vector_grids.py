@@ -114,7 +114,7 @@ def main() -> None:
     grams = [
         jq.calibrate(encoder.apply, plan, encoder.params, b, collect=collect)[path]["gram"]["gram"][0] for b in halves
     ]
-    kernel = jq.transform.paths.leaves_with_paths(encoder.params)[0][path]
+    kernel = jq.core.paths.leaves_with_paths(encoder.params)[0][path]
     layers["layer_2/up"] = (np.asarray(kernel), *(np.asarray(g) for g in grams))
     rows: dict[str, dict[str, float]] = {}
     for name, (weight, *grams) in layers.items():

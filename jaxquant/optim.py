@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.paths import is_qtensor, path_of
 from jaxquant.core.qtypes import QTYPES
 
 __all__ = ["Blocks", "State", "adam8bit", "adamw8bit", "ademamix8bit", "lion8bit", "sgd8bit"]
@@ -97,11 +97,11 @@ def _scale_by(
     """The transformation of a rule ``(g, t, *moments) -> (update, moments)`` for one parameter, in float32."""
 
     def init(params: Any) -> State:
-        leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda p: isinstance(p, QTensor))
+        leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
         for keys, p in leaves:
-            if isinstance(p, QTensor) or not jnp.issubdtype(jnp.result_type(p), jnp.floating):
+            if is_qtensor(p) or not jnp.issubdtype(jnp.result_type(p), jnp.floating):
                 todo = "Wrap the optimizer in qat.freeze_quantized, or leave the parameter out"
-                path = jax.tree_util.keystr(keys, simple=True, separator="/")
+                path = path_of(keys)
                 raise quant_error("optim", "only float parameters train", todo=todo, path=path, parameter=p)
 
         def zeros(p: jax.Array) -> tuple[Any, ...]:

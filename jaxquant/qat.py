@@ -14,18 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.paths import is_qtensor, path_of
 
 __all__ = ["check_trainable", "freeze_quantized", "merge", "refuse_quantized", "split", "trainable"]
 
 
-def _is_qtensor(x: Any) -> bool:
-    return isinstance(x, QTensor)
-
-
 def _frozen(x: Any) -> bool:
     """Whether a leaf (a QTensor counts as one) is none that gradients can train."""
-    return _is_qtensor(x) or not jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    return is_qtensor(x) or not jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
 def _nothing(x: Any) -> jax.Array:
@@ -52,7 +48,7 @@ def trainable(params: Any) -> Any:
       {'bias': True, 'kernel': QTensor(int8, codes=False, scale=False, zero_point=None)}
     """
     return jax.tree.map(
-        lambda x: jax.tree.map(lambda _: False, x) if _is_qtensor(x) else not _frozen(x), params, is_leaf=_is_qtensor
+        lambda x: jax.tree.map(lambda _: False, x) if is_qtensor(x) else not _frozen(x), params, is_leaf=is_qtensor
     )
 
 
@@ -78,7 +74,7 @@ def split(params: Any) -> tuple[Any, Any]:
     """
 
     def part(frozen: bool) -> Any:
-        return jax.tree.map(lambda x: x if _frozen(x) == frozen else None, params, is_leaf=_is_qtensor)
+        return jax.tree.map(lambda x: x if _frozen(x) == frozen else None, params, is_leaf=is_qtensor)
 
     return part(False), part(True)
 
@@ -100,11 +96,11 @@ def merge(trained: Any, frozen: Any) -> Any:
     def whole(keys: Any, t: Any, f: Any) -> Any:
         if t is not None and f is not None:
             todo = "Pass what split returned, or new values in the same structure"
-            path = jax.tree_util.keystr(keys, simple=True, separator="/")
+            path = path_of(keys)
             raise quant_error("merge", "a leaf both trains and is frozen", todo=todo, path=path, trained=t, frozen=f)
         return f if t is None else t
 
-    return jax.tree_util.tree_map_with_path(whole, trained, frozen, is_leaf=lambda x: x is None or _is_qtensor(x))
+    return jax.tree_util.tree_map_with_path(whole, trained, frozen, is_leaf=lambda x: x is None or is_qtensor(x))
 
 
 def check_trainable(params: Any) -> None:
@@ -121,14 +117,14 @@ def check_trainable(params: Any) -> None:
       >>> from jaxquant import qat
       >>> qat.check_trainable({"kernel": jnp.ones((4, 2))})
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_qtensor):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor):
         if jax.tree.leaves(leaf) and _frozen(leaf):
             raise quant_error(
                 "check_trainable",
                 "quantized and integer leaves cannot be trained",
                 todo="Train the float parameters and quantize them afterwards, or keep these fixed with "
                 "qat.freeze_quantized(tx) or qat.split(params)",
-                path=jax.tree_util.keystr(path, simple=True, separator="/"),
+                path=path_of(path),
                 got=leaf,
             )
 
@@ -168,7 +164,7 @@ def refuse_quantized(tx: Any) -> Any:
                     "refuse_quantized",
                     "integers have no gradients",
                     todo="Take gradients of the float parameters alone (qat.split), or use qat.freeze_quantized(tx)",
-                    path=jax.tree_util.keystr(path, simple=True, separator="/"),
+                    path=path_of(path),
                     got=leaf,
                 )
         return tx.update(updates, *args, **extra)
@@ -204,7 +200,7 @@ def freeze_quantized(tx: Any) -> Any:
     """
 
     def train_only(params: Any, tree: Any) -> Any:
-        return jax.tree.map(lambda p, x: None if _frozen(p) else x, params, tree, is_leaf=_is_qtensor)
+        return jax.tree.map(lambda p, x: None if _frozen(p) else x, params, tree, is_leaf=is_qtensor)
 
     def init(params: Any) -> Any:
         return tx.init(train_only(params, params))
@@ -218,6 +214,6 @@ def freeze_quantized(tx: Any) -> Any:
         def fill(p: Any, u: Any) -> Any:
             return jax.tree.map(_nothing, p) if _frozen(p) else u
 
-        return jax.tree.map(fill, params, updates, is_leaf=_is_qtensor), state
+        return jax.tree.map(fill, params, updates, is_leaf=is_qtensor), state
 
     return tx._replace(init=init, update=update)

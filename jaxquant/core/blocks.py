@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
 
-__all__ = ["BlockView", "block_shape", "group_error", "groups_fit", "negative_axes", "scale_shape"]
+__all__ = ["BlockView", "block_shape", "group_error", "groups_fit", "negative_axes", "scale_shape", "spread"]
 
 
 def negative_axes(axes: Sequence[int] | int, ndim: int, *, function: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -179,3 +180,11 @@ class BlockView:
     def join_scale(self, scale: jax.Array) -> jax.Array:
         """Inverse of `split_scale`."""
         return scale.reshape(scale_shape(self.shape, self.block))
+
+
+def spread(values: Any, shape: Sequence[int]) -> Any:
+    """Values of blocks, each repeated over its block: to ``shape``, a multiple of their own along every axis."""
+    for axis, n in enumerate(shape):
+        if values.shape[axis] != n:
+            values = values.repeat(n // values.shape[axis], axis)
+    return values

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.errors import QuantError, printable
+from jaxquant.core.paths import is_qtensor, key_of
 from jaxquant.core.qtensor import QTensor
-from jaxquant.transform.paths import key_of
 
 __all__ = ["fit"]
 
@@ -54,7 +54,7 @@ def fit(saved: Any, like: Any, error: Callable[..., QuantError]) -> tuple[list[A
 
 
 def _leaves(tree: Any) -> tuple[list[tuple[tuple[str, ...], Any]], Any]:
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
     return [(tuple(str(key_of(entry)) for entry in path), leaf) for path, leaf in leaves], treedef
 
 

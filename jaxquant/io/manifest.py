@@ -19,11 +19,11 @@ import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.packing import packed_length
+from jaxquant.core.paths import key_of
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.qtypes import FACTOR, QTYPES
 from jaxquant.io.patterns import NAMELESS, pattern_spec
 from jaxquant.io.safetensors import DTYPES, SafetensorsFile, TensorSpec, is_shape
-from jaxquant.transform.paths import key_of
 
 __all__ = ["MAX_DEPTH", "Encoder", "SavedArray", "check_qtensor", "decode", "encode", "stored_spec"]
 

@@ -47,6 +47,7 @@ import jax
 import numpy as np
 
 from jaxquant.core.errors import QuantError, printable, quant_error
+from jaxquant.core.paths import is_qtensor
 from jaxquant.io.arrays import to_device, to_host
 from jaxquant.io.like import fit
 from jaxquant.io.manifest import MAX_DEPTH, Encoder, SavedArray, decode, encode, stored_spec
@@ -55,7 +56,6 @@ from jaxquant.io.patterns import NAMELESS, from_patterns, to_patterns
 from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_parts, write_safetensors
 from jaxquant.io.strict_json import parse
 from jaxquant.ops.targets import Platform, check_target, lay_out
-from jaxquant.transform.paths import is_qtensor
 from jaxquant.transform.plan import Plan
 
 __all__ = ["NativeLeaves", "SavedMetadata", "SavedModel", "load", "load_model", "read_metadata", "save", "save_leaves"]

@@ -10,10 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxquant.core.errors import QuantError
+from jaxquant.core.paths import nearest
 from jaxquant.core.specs import QuantSpec, Rule
 from jaxquant.io.experts import experts_of, is_experts
 from jaxquant.io.safetensors import TensorSpec
-from jaxquant.transform.paths import nearest
 
 __all__ = ["Assigned", "Assignment", "assign"]
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxquant.core.errors import Refusals, quant_error
+from jaxquant.core.paths import nearest, path_of
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpRule, OpSpec, Rule
 from jaxquant.nnx.modules import Quantized
@@ -19,7 +20,6 @@ from jaxquant.ptq.rtn import rtn
 from jaxquant.transform.make_plan import check_all_rules, check_rules, make_plan
 from jaxquant.transform.misfits import fitted
 from jaxquant.transform.params import quantize_params
-from jaxquant.transform.paths import nearest
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.quantized import quantized
 
@@ -60,7 +60,7 @@ def _weights(model: nnx.Module) -> Iterator[tuple[str, Any]]:
             for name in ("kernel", "embedding"):
                 variable = getattr(node, name, None)
                 if isinstance(variable, nnx.Param) and len(getattr(value_of(variable), "shape", ())) > 1:
-                    yield "/".join(map(str, (*path, name))), node
+                    yield path_of((*path, name)), node
 
 
 def _first(rules: Sequence[Rule], path: str) -> Rule | None:
@@ -71,7 +71,7 @@ def _checked(function: str, rules: Sequence[Rule], model: nnx.Module) -> tuple[R
     """The rules, each of which matches something: a weight, or anything at all if it keeps it float."""
     rules = check_rules(function, rules)
     weights = [path for path, _ in _weights(model)]
-    every = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
+    every = [path_of(path) for path, _ in nnx.to_flat_state(nnx.state(model))]
     for rule in rules:
         if not any(rule.matches(path) for path in (every if rule.spec is None else weights)):
             todo = f"Nearest weights: {nearest(rule.pattern, weights or every)}"

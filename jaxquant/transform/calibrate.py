@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from jaxquant.core.affine import roundtrip, scale_zero_point
 from jaxquant.core.errors import quant_error
+from jaxquant.core.paths import leaves_with_paths
 from jaxquant.transform.interpreter import Interpreter, Misfit, Tally
 from jaxquant.transform.masks import Mask, with_masks
-from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.quantized import check_plan, weights_of
 from jaxquant.transform.statistics import ChannelAbsMax, ChannelMean, Inputs, Range, Statistic

@@ -19,19 +19,17 @@ from jaxquant.core import views
 from jaxquant.core.qtensor import QTensor
 from jaxquant.transform import primitives
 from jaxquant.transform.interpreter import ABSENT, Interpreter, Tally, handles, unsupported
-from jaxquant.transform.primitives import body_of, named, used_by
+from jaxquant.transform.primitives import body_of, public, used_by
 from jaxquant.transform.weights import Joined, Weight
 
 __all__ = ["absent", "arrays_of", "floats", "inside"]
-
-_public = functools.partial(functools.partial, named)
 
 
 def _traced(fn: Any) -> Any:
     return functools.partial(used_by, fn, (3,))
 
 
-@handles(_traced(primitives.jit_call), _public("closed_call_p"), _public("call_p"), joined=True)
+@handles(_traced(primitives.jit_call), public("closed_call_p"), public("call_p"), joined=True)
 def _jit(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     """Entered in place: the caller's own ``jit`` is around all of it. Shardings it names become constraints."""
     p = eqn.params
@@ -211,7 +209,7 @@ def _layer(interpreter: Interpreter, w: Weight) -> Any:
     return dataclasses.replace(w, leaf=leaf, dims=w.dims[1:], stacked=w.stacked + 1, steps=steps)
 
 
-@handles(_public("scan_p"), joined=True)
+@handles(public("scan_p"), joined=True)
 def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     p = eqn.params
     closed, n_consts, n_carry = p["jaxpr"], p["num_consts"], p["num_carry"]
@@ -254,7 +252,7 @@ def _unstack(interpreter: Interpreter, stats: dict[str, Tally], stacked: list[st
     return {key: tally if key in by_layer else merged(key, tally) for key, tally in stats.items()}
 
 
-@handles(_public("while_p"), joined=True)
+@handles(public("while_p"), joined=True)
 def _while(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
@@ -293,7 +291,7 @@ def _empty(like: dict[str, Tally]) -> dict[str, Tally]:
 # -- branches ----------------------------------------------------------------------------------------------------------
 
 
-@handles(_public("cond_p"), joined=True)
+@handles(public("cond_p"), joined=True)
 def _cond(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     index, *operands = values
     if isinstance(index, Weight):

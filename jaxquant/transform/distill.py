@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.paths import is_qtensor, leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.transform.masks import Mask, masked, with_masks
 from jaxquant.transform.params import dequantize_params
-from jaxquant.transform.paths import is_qtensor, leaves_with_paths
 from jaxquant.transform.plan import Plan, is_float
 from jaxquant.transform.quantized import check_plan, quantized
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxquant.core.errors import printable, quant_error
+from jaxquant.core.paths import is_qtensor, path_of
 from jaxquant.core.units import in_bytes
 from jaxquant.ops.kernels.cpu.gemv import LOOP
 from jaxquant.ops.kernels.cpu.machine import FAST
@@ -21,7 +22,6 @@ from jaxquant.programs.costs import Collective
 from jaxquant.programs.estimates import estimate
 from jaxquant.programs.hlo import Program
 from jaxquant.programs.weights import Reached, reached
-from jaxquant.transform.paths import is_qtensor, path_of
 
 __all__ = ["Explanation", "Use", "explain"]
 

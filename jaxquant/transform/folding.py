@@ -17,11 +17,12 @@ import jax.numpy as jnp
 
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.errors import quant_error
+from jaxquant.core.paths import leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.transform.analysis.rotations import RotationGroup
 from jaxquant.transform.analysis.scales import Member, ScalePair
-from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import Item, Plan
+from jaxquant.transform.weights import as_matrix
 
 __all__ = ["correct_bias", "fold_gains", "rescale", "rotate"]
 
@@ -168,9 +169,8 @@ def correct_bias(params: Any, qparams: Any, plan: Plan, found: Mapping[str, str]
         )
 
         def shift(delta: jax.Array, mean: Any, item: Item = item) -> jax.Array:
-            first = tuple(range(len(item.reduce_axes)))
-            flat = jnp.moveaxis(delta, item.reduce_axes, first).reshape(item.channels, -1)
-            return (jnp.sum(mean["sum"], axis=0) / jnp.maximum(jnp.sum(mean["rows"]), 1.0)) @ flat
+            rows = jnp.maximum(jnp.sum(mean["rows"]), 1.0)
+            return (jnp.sum(mean["sum"], axis=0) / rows) @ as_matrix(delta, item.reduce_axes)
 
         b = jnp.asarray(new[bias])
         new[bias] = (b + item.stack(shift)(delta, mean).reshape(b.shape)).astype(b.dtype)

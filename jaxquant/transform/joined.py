@@ -20,16 +20,15 @@ from jax import lax
 
 from jaxquant.core.arithmetic import promoted
 from jaxquant.transform.interpreter import ABSENT, Interpreter, bind, handler_of, handles
-from jaxquant.transform.primitives import in_halves, named, stack_p, used_by
+from jaxquant.transform.primitives import in_halves, named, public, stack_p, used_by
 from jaxquant.transform.weights import Joined, Weight, reshape_dims, reshape_view
 
 __all__: list[str] = []
 
-_public = functools.partial(functools.partial, named)
 _NOTE = "joined with other weights before a product: multiplied one after the other"
 
 
-@handles(_public("concatenate_p"))
+@handles(public("concatenate_p"))
 def _concatenate(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     axis = eqn.params["dimension"]
     return [Joined(tuple(values), axis, tuple(v.aval.shape[axis] for v in eqn.invars))]

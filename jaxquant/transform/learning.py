@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxquant.core.blocks import BlockView, block_shape
 from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
+from jaxquant.core.paths import leaves_with_paths
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ptq.bases import Orthogonal
 from jaxquant.transform.analysis.rotations import RotationGroup
@@ -21,7 +22,6 @@ from jaxquant.transform.distill import relative_error
 from jaxquant.transform.folding import rotate
 from jaxquant.transform.interpreter import Interpreter
 from jaxquant.transform.masks import Mask, masked, with_masks
-from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.precondition import precondition, precondition_params
 from jaxquant.transform.quantized import check_plan, weights_of

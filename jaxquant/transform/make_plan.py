@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from jaxquant.core.errors import Refusals, quant_error
+from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import OpRule, OpSpec, Rule
 from jaxquant.transform.interpreter import ABSENT, Interpreter, Products, Use
 from jaxquant.transform.misfits import fitted
-from jaxquant.transform.paths import nearest
 from jaxquant.transform.plan import Float, Item, Plan, Product, is_float
 from jaxquant.transform.trace import trace
 from jaxquant.transform.weights import Weight, dims_of

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.paths import leaves_with_paths
 from jaxquant.transform.batches import arguments
-from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import is_float
 
 __all__ = ["Mask", "along", "masked", "with_masks"]

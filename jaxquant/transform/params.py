@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxquant.core.affine import has_nan
 from jaxquant.core.blocks import block_shape, negative_axes
 from jaxquant.core.errors import QuantError, Refusals, quant_error
+from jaxquant.core.paths import is_qtensor, leaves_with_paths, nearest
 from jaxquant.core.qtensor import Layout, QTensor, dequantize
 from jaxquant.core.specs import QuantSpec, Rule
 from jaxquant.ops.targets import Platform, check_target, layout_for
@@ -21,7 +22,6 @@ from jaxquant.ptq.gram import NeedsStatisticsError
 from jaxquant.ptq.rtn import rtn
 from jaxquant.transform.make_plan import check_rules
 from jaxquant.transform.misfits import fitted
-from jaxquant.transform.paths import is_qtensor, leaves_with_paths, nearest
 from jaxquant.transform.plan import Plan, is_float
 from jaxquant.transform.primitives import automatic
 from jaxquant.transform.quantized import check_plan

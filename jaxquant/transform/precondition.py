@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,15 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.paths import leaves_with_paths, nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.ptq.bases import Basis
 from jaxquant.transform.interpreter import Interpreter
-from jaxquant.transform.paths import leaves_with_paths, nearest
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.quantized import check_plan, weights_of
 from jaxquant.transform.trace import trace
-from jaxquant.transform.weights import Weight
+from jaxquant.transform.weights import Weight, as_matrix, from_matrix
 
 __all__ = ["precondition", "precondition_params"]
 
@@ -111,10 +110,7 @@ def precondition_params(params: Any, plan: Plan, bases: Mapping[str, Basis]) -> 
 
 
 def _weight(axes: tuple[int, ...], w: jax.Array, basis: Basis) -> jax.Array:
-    first = tuple(range(len(axes)))
-    moved = jnp.moveaxis(w, axes, first)
-    flat = moved.reshape(basis.channels, -1)
-    return jnp.moveaxis(basis.weights(flat).reshape(moved.shape), first, axes)
+    return from_matrix(basis.weights(as_matrix(w, axes)), w.shape, axes)
 
 
 def _check(plan: Plan, path: str, basis: Basis) -> Item:
@@ -125,8 +121,7 @@ def _check(plan: Plan, path: str, basis: Basis) -> Item:
     if item.op not in _OPS or item.in_float or item.dequantize:
         todo = f"Leave it out; bases are for weights whose only use is one of {', '.join(_OPS)}"
         raise quant_error("precondition", "the weight is used in another way too", todo=todo, path=path, op=item.op)
-    channels = math.prod(item.shape[item.stacked :][axis] for axis in item.reduce_axes)
-    if basis.channels != channels:
-        todo = f"Make it for {channels} channels"
+    if basis.channels != item.channels:
+        todo = f"Make it for {item.channels} channels"
         raise quant_error("precondition", "the basis does not fit", todo=todo, path=path, channels=basis.channels)
     return item

@@ -27,6 +27,7 @@ __all__ = [
     "is_call",
     "marked_varying",
     "named",
+    "public",
     "pvary_p",
     "ragged_dot_p",
     "reshard_p",
@@ -41,6 +42,11 @@ __all__ = [
 def named(name: str) -> Any:
     """A primitive that has a public name on every supported version."""
     return getattr(primitives, name)
+
+
+def public(name: str) -> Callable[[], Any]:
+    """`named`, when it is asked for."""
+    return functools.partial(named, name)
 
 
 def _traced(fn: Callable[..., Any], *args: Any) -> Jaxpr:

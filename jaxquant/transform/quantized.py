@@ -9,9 +9,9 @@ from typing import Any
 import jax
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.transform.interpreter import Interpreter, Products
-from jaxquant.transform.paths import nearest
 from jaxquant.transform.plan import Plan, is_float
 from jaxquant.transform.trace import Traced, trace
 from jaxquant.transform.weights import Weight, dims_of

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.errors import printable, quant_error
+from jaxquant.core.paths import leaves_with_paths
 from jaxquant.core.specs import OpSpec
 from jaxquant.ptq.rtn import rtn
 from jaxquant.transform.distill import relative_error
 from jaxquant.transform.masks import Mask, masked, with_masks
 from jaxquant.transform.params import dequantize_params, quantize_params
-from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.quantized import check_plan, quantized
 

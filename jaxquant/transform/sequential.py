@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.paths import leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.ptq.gptq import gptq
 from jaxquant.transform.batches import arguments
@@ -18,7 +19,6 @@ from jaxquant.transform.calibrate import Calibration
 from jaxquant.transform.interpreter import ABSENT, Interpreter
 from jaxquant.transform.masks import Mask
 from jaxquant.transform.params import dequantize_params, quantize_params
-from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import Plan, is_float
 from jaxquant.transform.quantized import check_plan
 from jaxquant.transform.statistics import Gram, Statistic

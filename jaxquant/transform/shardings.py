@@ -7,14 +7,14 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jaxquant.core.blocks import spread
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.packing import packed_length
+from jaxquant.core.paths import is_qtensor, path_of
 from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.ops.trained import TrainedTensor
-from jaxquant.transform.paths import is_qtensor, path_of
 from jaxquant.transform.primitives import explicit_sharding
 
 __all__ = ["Cut", "explicit_of", "leaf_specs", "shardings", "whole_blocks"]
@@ -95,12 +95,11 @@ def whole_blocks(q: QTensor, cut: Cut) -> QTensor:
     shape = q.shape
 
     def split(value: jax.Array) -> jax.Array:
-        for axis, parts in enumerate(cut.parts):
-            n = value.shape[axis]
+        sizes = list(value.shape)
+        for axis, (n, parts) in enumerate(zip(value.shape, cut.parts, strict=True)):
             if n > 1 and n % parts:
-                block = math.gcd(shape[axis] // n, shape[axis] // parts)
-                value = jnp.repeat(value, shape[axis] // block // n, axis=axis)
-        return value
+                sizes[axis] = shape[axis] // math.gcd(shape[axis] // n, shape[axis] // parts)
+        return spread(value, sizes)
 
     straddles = any(n > 1 and n % parts for n, parts in zip(q.scale.shape, cut.parts, strict=True))
     scale = split(scale_values(q.scale)) if straddles else q.scale

@@ -8,7 +8,6 @@ rotations                          applies them online
 from __future__ import annotations
 
 import functools
-import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -17,13 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.paths import leaves_with_paths
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ptq.bases import Basis, ChannelScale, Rotation
 from jaxquant.ptq.scaling import awq_scale, smooth_scale
 from jaxquant.transform.analysis.scales import Member, ScalePair
 from jaxquant.transform.folding import rescale
-from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import Item, Plan
+from jaxquant.transform.weights import as_matrix
 
 __all__ = ["awq", "awq_bases", "equalize", "rotations", "smooth_bases", "smoothquant"]
 
@@ -37,16 +37,6 @@ def _stat(function: str, stats: Mapping[str, Any], path: str, name: str) -> Any:
         )
         raise quant_error(function, f"there is no {name} of the inputs", todo=todo, path=path)
     return found
-
-
-def _channels(item: Item) -> int:
-    return math.prod(item.shape[axis] for axis in item.reduce_axes)
-
-
-def _matrix(axes: tuple[int, ...], w: jax.Array) -> jax.Array:
-    """One layer's weight as [channels, outputs]."""
-    channels = math.prod(w.shape[axis] for axis in axes)
-    return jnp.moveaxis(w, axes, tuple(range(len(axes)))).reshape(channels, -1)
 
 
 def _layers(fn: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:
@@ -147,7 +137,7 @@ def _awq_scales(
     """`awq_scale` of each layer, of weights with these axes and specs: compiled once for all of one shape."""
 
     def one(weights: list[jax.Array], known: Any) -> jax.Array:
-        matrices = [_matrix(axes, w) for (axes, _), w in zip(how, weights, strict=True)]
+        matrices = [as_matrix(w, axes) for (axes, _), w in zip(how, weights, strict=True)]
         return awq_scale(matrices, [spec for _, spec in how], known, ratios=ratios)
 
     return _layers(one, stack)(weights, known)
@@ -207,7 +197,7 @@ def smooth_bases(params: Any, plan: Plan, stats: Mapping[str, Any], *, alpha: fl
 
 
 def _smooth_one(axes: tuple[int, ...], alpha: float, absmax: jax.Array, w: jax.Array) -> jax.Array:
-    return smooth_scale(absmax, [_matrix(axes, w)], alpha=alpha)
+    return smooth_scale(absmax, [as_matrix(w, axes)], alpha=alpha)
 
 
 def awq_bases(params: Any, plan: Plan, stats: Mapping[str, Any], *, ratios: int = 20) -> dict[str, Basis]:
@@ -241,7 +231,7 @@ def rotations(plan: Plan, key: jax.Array) -> dict[str, Basis]:
     out: dict[str, Basis] = {}
     for item in _products(plan):
         own = jax.random.fold_in(key, zlib.crc32(item.path.encode()))
-        out[item.path] = Rotation.random(own, _channels(item), item.shape[: item.stacked])
+        out[item.path] = Rotation.random(own, item.channels, item.shape[: item.stacked])
     return out
 
 

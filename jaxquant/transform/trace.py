@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from jaxquant.core.errors import quant_error
-from jaxquant.transform.paths import is_qtensor, leaves_with_paths
+from jaxquant.core.paths import is_qtensor, leaves_with_paths
 from jaxquant.transform.shardings import explicit_of
 
 __all__ = ["Traced", "is_array", "trace"]

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jaxquant.transform import primitives
 from jaxquant.transform.interpreter import ABSENT, Interpreter, bind, handles, unsupported
-from jaxquant.transform.primitives import named, used_by
+from jaxquant.transform.primitives import named, public, used_by
 from jaxquant.transform.weights import (
     Atom,
     View,
@@ -29,17 +29,15 @@ from jaxquant.transform.weights import (
 
 __all__: list[str] = []
 
-_public = functools.partial(functools.partial, named)
 
-
-@handles(_public("transpose_p"))
+@handles(public("transpose_p"))
 def _transpose(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     (w,) = values
     permutation = tuple(eqn.params["permutation"])
     return [w.seen(transpose_view(permutation), tuple(w.dims[i] for i in permutation))]
 
 
-@handles(_public("reshape_p"), _public("squeeze_p"))
+@handles(public("reshape_p"), public("squeeze_p"))
 def _reshape(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     w, shape = values[0], tuple(eqn.outvars[0].aval.shape)
     order = eqn.params.get("dimensions")
@@ -48,7 +46,7 @@ def _reshape(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return [w.seen(reshape_view(shape, w.shape), reshape_dims(w.dims, shape))]
 
 
-@handles(_public("broadcast_in_dim_p"))
+@handles(public("broadcast_in_dim_p"))
 def _broadcast(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     w, shape = values[0], tuple(eqn.outvars[0].aval.shape)
     kept = eqn.params["broadcast_dimensions"]
@@ -64,7 +62,7 @@ def _size(shape: tuple[int, ...]) -> int:
     return size
 
 
-@handles(_public("convert_element_type_p"))
+@handles(public("convert_element_type_p"))
 def _cast(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     (w,), dtype = values, eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
@@ -76,7 +74,7 @@ def _traced(fn: Any) -> Any:
     return functools.partial(used_by, fn, (3,))
 
 
-@handles(_public("copy_p"))
+@handles(public("copy_p"))
 def _copy(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return values
 
@@ -91,7 +89,7 @@ def _nothing(eqn: Any) -> View:
     return View(str(eqn.primitive), lambda x: x, lambda q: q, lambda: _nothing(eqn))
 
 
-@handles(_public("sharding_constraint_p"), _traced(primitives.with_name))
+@handles(public("sharding_constraint_p"), _traced(primitives.with_name))
 def _placed(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     (w,) = values
     return [w.seen(_same_place(eqn), w.dims)]
@@ -137,7 +135,7 @@ def _barrier(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return values
 
 
-@handles(_public("rev_p"))
+@handles(public("rev_p"))
 def _flip(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     (w,) = values
     return [w.seen(flip_view(tuple(eqn.params["dimensions"])), w.dims)]
@@ -153,7 +151,7 @@ def _cut(w: Weight, cuts: list[tuple[int, Any, int]]) -> Weight:
     return w.seen(slice_view(tuple(cuts)), tuple(dims))
 
 
-@handles(_public("slice_p"))
+@handles(public("slice_p"))
 def _slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     (w,), p = values, eqn.params
     if p["strides"] is not None and any(s != 1 for s in p["strides"]):
@@ -178,7 +176,7 @@ def _split(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return [_cut(w, [(axis, start, n)] if n != w.shape[axis] else []) for start, n in zip(starts, sizes, strict=True)]
 
 
-@handles(_public("dynamic_slice_p"))
+@handles(public("dynamic_slice_p"))
 def _dynamic_slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     w, *starts = values
     if not isinstance(w, Weight):

@@ -26,7 +26,7 @@ from jaxquant.core.specs import QuantSpec
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.analysis.axes import factored
 
-__all__ = ["Atom", "Dims", "Joined", "View", "Weight", "dims_of", "reshape_dims"]
+__all__ = ["Atom", "Dims", "Joined", "View", "Weight", "as_matrix", "dims_of", "from_matrix", "reshape_dims"]
 
 _ids = itertools.count()
 
@@ -187,6 +187,19 @@ class Joined:
     parts: tuple[Any, ...]
     axis: int
     sizes: tuple[int, ...]
+
+
+def as_matrix(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """One layer's weight as [channels, outputs]: the contracted axes, in their order, before the others."""
+    moved = jnp.moveaxis(w, axes, tuple(range(len(axes))))
+    return moved.reshape(math.prod(moved.shape[: len(axes)]), -1)
+
+
+def from_matrix(matrix: jax.Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
+    """Inverse of `as_matrix`, for a weight of this shape."""
+    first = [axis % len(shape) for axis in axes]
+    moved = [*(shape[i] for i in first), *(n for i, n in enumerate(shape) if i not in first)]
+    return jnp.moveaxis(matrix.reshape(moved), range(len(axes)), axes)
 
 
 def transpose_view(permutation: tuple[int, ...]) -> View:

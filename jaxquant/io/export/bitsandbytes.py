@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant.core.blocks import spread
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.io.bits import patterns
@@ -49,9 +50,7 @@ def _is_array(*values: Any) -> bool:
 
 def _groups(s: QTensor) -> tuple[np.ndarray, np.ndarray]:
     """The scale of each group of scales, and the offset of each, the first of every group."""
-    each = [np.asarray(value) for value in (s.scale, s.offset)]
-    for axis, n in enumerate(s.shape):
-        each = [np.repeat(value, n // value.shape[axis], axis) for value in each]
+    each = [spread(np.asarray(value), s.shape) for value in (s.scale, s.offset)]
     scale, offset = (value.reshape(-1)[::_NESTED_BLOCK].astype(np.float32) for value in each)
     return scale, offset
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.core.blocks import spread
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.io.arrays import PackedLeaves, to_host
@@ -231,13 +232,7 @@ def _blocks(leaf: Any, info: TensorInfo) -> np.ndarray:
 
     def grouped(value: Any, per_block: int) -> np.ndarray:
         """One entry per group of the format, from one per block of the QTensor."""
-        array = np.asarray(value)
-        along = count * per_block // array.shape[-1]
-        array = np.repeat(array, along, axis=-1)
-        repeats = [n // s for n, s in zip(outer, array.shape[:-1], strict=True)]
-        for axis, times in enumerate(repeats):
-            array = np.repeat(array, times, axis=axis)
-        return array.reshape(*outer, count, per_block)
+        return spread(np.asarray(value), (*outer, count * per_block)).reshape(*outer, count, per_block)
 
     def scales(value: Any) -> np.ndarray | Scales:
         if isinstance(value, QTensor):

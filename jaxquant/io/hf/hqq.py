@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxquant.core.blocks import spread
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import packed
 from jaxquant.io.hf.checkpoint import HFCheckpoint
@@ -108,7 +109,7 @@ def read(m: Module) -> QTensor:
         elif size > shape[1]:
             scale, zero = (v.reshape(-1, 1) for v in (scale, zero))
             if shape[0] % len(scale):
-                scale, zero = (np.repeat(v, size // shape[1], 0) for v in (scale, zero))
+                scale, zero = (spread(v, (len(v) * size // shape[1], 1)) for v in (scale, zero))
         else:
             scale, zero = (v.reshape(shape[0], -1) for v in (scale, zero))
         return qtensor(stream, scale, zero_point=zero, length=shape[1], **common)

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.hf import activations
 from jaxquant.io.hf.activations import describes_activations
@@ -16,7 +17,6 @@ from jaxquant.io.hf.module import Format, Module
 from jaxquant.io.hf.unclaimed import check_unclaimed, weights_of
 from jaxquant.io.manifest import check_qtensor
 from jaxquant.io.mapped import Leaves
-from jaxquant.transform.paths import nearest
 
 __all__ = ["HFLeaves"]
 

@@ -17,12 +17,12 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax.numpy as jnp
 from jax.extend.core import primitives as p
 
+from jaxquant.core.paths import leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.transform import primitives
 from jaxquant.transform.analysis.axes import aligned, factored, size_of
 from jaxquant.transform.analysis.flow import Flow, flows
 from jaxquant.transform.analysis.walk import Rule, Walk, shape_of
-from jaxquant.transform.paths import leaves_with_paths
 from jaxquant.transform.plan import Plan, is_float
 from jaxquant.transform.primitives import used_by
 from jaxquant.transform.quantized import check_plan
