@@ -52,7 +52,7 @@ def test_names_in_text_exist(page):
 
 def test_quoted_source_is_the_source():
     quoted = next(block for block in snippets.blocks(DOCS / "how-it-works.md", "python") if block.skipped)
-    assert quoted.code in (snippets.ROOT / "jaxquant/transform/views.py").read_text(encoding="utf-8")
+    assert quoted.code in (snippets.ROOT / "jaxquant/transform/weight_views.py").read_text(encoding="utf-8")
 
 
 def test_blocks_are_found(tmp_path):

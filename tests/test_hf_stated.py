@@ -10,7 +10,7 @@ from hf_cases import CASES
 from hf_files import checkpoint, values
 
 import jaxquant as jq
-from jaxquant.io.hf.layout import block_size, spread
+from jaxquant.io.hf.to_qtensor import block_size, spread
 
 E4M3 = ml_dtypes.float8_e4m3fn
 

@@ -49,12 +49,12 @@ import numpy as np
 from jaxquant.core.errors import QuantError, printable, quant_error
 from jaxquant.core.paths import is_qtensor
 from jaxquant.io.arrays import to_device, to_host
-from jaxquant.io.like import fit
 from jaxquant.io.manifest import MAX_DEPTH, Encoder, SavedArray, decode, encode, stored_spec
 from jaxquant.io.mapped import Leaves
 from jaxquant.io.patterns import NAMELESS, from_patterns, to_patterns
 from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_parts, write_safetensors
 from jaxquant.io.strict_json import parse
+from jaxquant.io.template import fit
 from jaxquant.ops.targets import Platform, check_target, lay_out
 from jaxquant.transform.plan import Plan
 

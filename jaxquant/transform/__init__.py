@@ -18,14 +18,16 @@ shardings        where the arrays of QTensors lie, from where the float params l
 # Imported for the handlers that they register with the interpreter.
 from jaxquant.transform import calls as calls
 from jaxquant.transform import joined as joined
-from jaxquant.transform import manual as manual
 from jaxquant.transform import operations as operations
+from jaxquant.transform import shard_map as shard_map
 from jaxquant.transform import statistics
-from jaxquant.transform import views as views
+from jaxquant.transform import weight_views as weight_views
+from jaxquant.transform.allocation import allocate, refine
 from jaxquant.transform.analysis.biases import biases
 from jaxquant.transform.analysis.rotations import RotationGroup, rotation_groups
 from jaxquant.transform.analysis.scales import ScalePair, scale_pairs
 from jaxquant.transform.calibrate import act_state, calibrate, merge_stats
+from jaxquant.transform.change_of_basis import precondition, precondition_params
 from jaxquant.transform.distill import distill, relative_error
 from jaxquant.transform.explain import Explanation, explain
 from jaxquant.transform.folding import correct_bias, fold_gains, rescale, rotate
@@ -33,9 +35,8 @@ from jaxquant.transform.learning import LearnedRotations, learn_rotations
 from jaxquant.transform.make_plan import make_plan
 from jaxquant.transform.params import dequantize_params, quantize_params, update_params
 from jaxquant.transform.plan import Plan
-from jaxquant.transform.precondition import precondition, precondition_params
 from jaxquant.transform.quantized import quantized
-from jaxquant.transform.sensitivity import Sensitivity, allocate, refine, sensitivity
+from jaxquant.transform.sensitivity import Sensitivity, sensitivity
 from jaxquant.transform.sequential import quantize_sequentially
 from jaxquant.transform.shardings import shardings
 from jaxquant.transform.smoothing import awq, awq_bases, equalize, rotations, smooth_bases, smoothquant

@@ -1,6 +1,6 @@
 """Handlers of the primitives that hold jaxprs: jit, scan, while, cond, remat, custom derivatives.
 
-`jax.shard_map` is in `jaxquant.transform.manual`.
+`jax.shard_map` is in `jaxquant.transform.shard_map`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Runs of equations that no planned weight reaches are evaluated as they stand. An
 to the handler of its primitive:
 
 - a *view* (transpose, reshape, slice, cast ..) yields the weight seen through one more step
-  (`jaxquant.transform.views`);
+  (`jaxquant.transform.weight_views`);
 - an *operation* (dot_general, convolution, gather ..) is a use of the weight (`jaxquant.transform.operations`);
 - a *call* (jit, scan, cond ..) is entered (`jaxquant.transform.calls`).
 
@@ -32,12 +32,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.specs import OpSpec
 from jaxquant.transform import primitives
 from jaxquant.transform.plan import Item, Plan
+from jaxquant.transform.products import Products, scoped
 from jaxquant.transform.weights import Joined, Weight
 
-__all__ = ["ABSENT", "Interpreter", "Misfit", "Products", "Tally", "Use", "handler_of", "handles", "product_name"]
+__all__ = ["ABSENT", "Interpreter", "Misfit", "Tally", "Use", "handler_of", "handles"]
 
 
 class _Absent:
@@ -104,58 +104,6 @@ class Use:
     rows: Any = 0
     window: tuple[int, ...] = ()
     note: str = ""
-
-
-@dataclasses.dataclass
-class Products:
-    """Products of two activations: those that a plan quantizes, and those met so far.
-
-    Attributes:
-      specs: name -> spec; None while planning: every product is looked for.
-      met: name -> shapes of the operands, where it was met first.
-      own_derivatives: names of those inside of a function with a derivative rule of its own.
-    """
-
-    specs: dict[str, OpSpec] | None
-    met: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
-    own_derivatives: set[str] = dataclasses.field(default_factory=set)
-    _holding: dict[tuple[int, str], bool] = dataclasses.field(default_factory=dict)
-
-    def wanted(self, name: str) -> bool:
-        """Whether a product of this name is one of them."""
-        return self.specs is None or name in self.specs
-
-    def in_equation(self, eqn: Any, scope: str) -> bool:
-        """Whether an equation in this scope is one of them, or holds one."""
-        scope = _joined(scope, str(eqn.source_info.name_stack))
-        if eqn.primitive is primitives.named("dot_general_p"):
-            return self.wanted(product_name(scope))
-        return any(self._in_jaxpr(jaxpr, scope) for jaxpr in _jaxprs_of(eqn))
-
-    def _in_jaxpr(self, jaxpr: Jaxpr, scope: str) -> bool:
-        key = id(jaxpr), scope
-        if key not in self._holding:
-            self._holding[key] = any(self.in_equation(eqn, scope) for eqn in jaxpr.eqns)
-        return self._holding[key]
-
-
-def _joined(scope: str, own: str) -> str:
-    """The scope of an equation: that of the jaxpr it is in, and its own name stack."""
-    return f"{scope}/{own}" if scope and own else scope or own
-
-
-def product_name(scope: str) -> str:
-    """The name of a product of two activations in this scope."""
-    return f"{scope}/dot_general" if scope else "dot_general"
-
-
-def _jaxprs_of(eqn: Any) -> Iterator[Jaxpr]:
-    for value in eqn.params.values():
-        for x in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(x, ClosedJaxpr):
-                yield x.jaxpr
-            elif isinstance(x, Jaxpr):
-                yield x
 
 
 class Misfit(Exception):
@@ -302,7 +250,7 @@ class Interpreter:
         """In the scope of an equation, for profiles, error messages and names of products, and under its mesh."""
         own = str(eqn.source_info.name_stack)
         with eqn.ctx.manager, jax.named_scope(own) if own else contextlib.nullcontext():
-            yield dataclasses.replace(self, scope=_joined(self.scope, own)) if own else self
+            yield dataclasses.replace(self, scope=scoped(self.scope, own)) if own else self
 
     # -- uses ----------------------------------------------------------------------------------------------------------
     def record(

@@ -18,12 +18,12 @@ from jaxquant.core.paths import leaves_with_paths
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ptq.bases import Orthogonal
 from jaxquant.transform.analysis.rotations import RotationGroup
+from jaxquant.transform.change_of_basis import precondition, precondition_params
 from jaxquant.transform.distill import relative_error
 from jaxquant.transform.folding import rotate
 from jaxquant.transform.interpreter import Interpreter
 from jaxquant.transform.masks import Mask, masked, with_masks
 from jaxquant.transform.plan import Plan
-from jaxquant.transform.precondition import precondition, precondition_params
 from jaxquant.transform.quantized import check_plan, weights_of
 from jaxquant.transform.trace import trace
 from jaxquant.transform.weights import Weight

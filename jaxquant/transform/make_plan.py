@@ -14,9 +14,10 @@ from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import OpRule, OpSpec, Rule
-from jaxquant.transform.interpreter import ABSENT, Interpreter, Products, Use
+from jaxquant.transform.interpreter import ABSENT, Interpreter, Use
 from jaxquant.transform.misfits import fitted
 from jaxquant.transform.plan import Float, Item, Plan, Product, is_float
+from jaxquant.transform.products import Products
 from jaxquant.transform.trace import trace
 from jaxquant.transform.weights import Weight, dims_of
 
@@ -173,6 +174,27 @@ def _unlike(use: Use, main: Use, spec: OpSpec) -> str:
     return ""
 
 
+def _spec(path: str, spec: OpSpec, main: Use, can: list[Use]) -> tuple[OpSpec, str]:
+    """The part of a rule's spec that the uses of a parameter have a place for, and what to know of it."""
+    note = ""
+    if all(use.op == "take" for use in can):  # indices are not quantized
+        note = "only looked up: methods that look at inputs round it to nearest, since it has none"
+        spec = dataclasses.replace(spec, act=None, grad=None)
+    elif spec.grad is not None and main.op != "dot_general":
+        spec = dataclasses.replace(spec, grad=None)
+        note = f"gradients stay in float: the backward pass of {main.op} has no integer products"
+    act = spec.act
+    if act is not None and act.static and act.granularity != "per_tensor":
+        raise quant_error(
+            "make_plan",
+            "a static activation has one range for the whole tensor",
+            todo="Use granularity='per_tensor', or static=False",
+            path=path,
+            granularity=act.granularity,
+        )
+    return spec, note
+
+
 def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: bool) -> Item | Float:
     """The plan of one parameter, or why it stays in float."""
     assert rule.spec is not None
@@ -201,26 +223,11 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: 
         )
     if own_derivative:
         notes.append("enters a function with a derivative rule of its own, which the derivative of its body replaces")
-    spec = rule.spec
-    if all(use.op == "take" for use in can):  # indices are not quantized
-        notes.append("only looked up: methods that look at inputs round it to nearest, since it has none")
-        spec = dataclasses.replace(spec, act=None, grad=None)
-    elif spec.grad is not None and main.op != "dot_general":
-        spec = dataclasses.replace(spec, grad=None)
-        notes.append(f"gradients stay in float: the backward pass of {main.op} has no integer products")
-    act = spec.act
-    if act is not None and act.static and act.granularity != "per_tensor":
-        raise quant_error(
-            "make_plan",
-            "a static activation has one range for the whole tensor",
-            todo="Use granularity='per_tensor', or static=False",
-            path=path,
-            granularity=act.granularity,
-        )
+    spec, own = _spec(path, rule.spec, main, can)
     spec, note = fitted("make_plan", path, rule, spec, shape[main.stacked :], main.reduce_axes)
     if spec is None:
         return Float(path, shape, dtype, note)
-    notes += [note] if note else []
+    notes += filter(None, (own, note))
     alike = (use for use in can if (use.reduce_axes, use.stacked) == (main.reduce_axes, main.stacked))
     most = max(number(use.rows) for use in alike)
     return Item(

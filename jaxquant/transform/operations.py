@@ -19,7 +19,7 @@ from jaxquant.core.specs import OpSpec
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.calls import arrays_of, inside
-from jaxquant.transform.interpreter import ABSENT, Interpreter, Misfit, Tally, handles, product_name, unsupported
+from jaxquant.transform.interpreter import ABSENT, Interpreter, Misfit, Tally, handles, unsupported
 from jaxquant.transform.masks import along
 from jaxquant.transform.plan import Item
 from jaxquant.transform.primitives import (
@@ -30,6 +30,7 @@ from jaxquant.transform.primitives import (
     ragged_dot_p,
     varying_axes,
 )
+from jaxquant.transform.products import product_name
 from jaxquant.transform.statistics import Inputs, Rows
 from jaxquant.transform.weights import Weight
 

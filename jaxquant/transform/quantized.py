@@ -11,8 +11,9 @@ import jax
 from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
-from jaxquant.transform.interpreter import Interpreter, Products
+from jaxquant.transform.interpreter import Interpreter
 from jaxquant.transform.plan import Plan, is_float
+from jaxquant.transform.products import Products
 from jaxquant.transform.trace import Traced, trace
 from jaxquant.transform.weights import Weight, dims_of
 

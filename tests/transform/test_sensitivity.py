@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import jaxquant as jq
 from jaxquant import OpSpec, QuantSpec
-from jaxquant.transform.sensitivity import Cell, Sensitivity, _knapsack
+from jaxquant.transform.allocation import _knapsack
+from jaxquant.transform.sensitivity import Cell, Sensitivity
 
 RNG = np.random.default_rng(0)
 PARAMS = {  # the first layer's output is divided by 100 in the second's favour: errors of very unequal weight

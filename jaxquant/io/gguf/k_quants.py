@@ -7,7 +7,7 @@
     Q6_K   210         low[128], high[64], scales i8[16], d  16          d * s * (q - 32)
 
 d and dmin are float16. Two-bit fields come from runs of 32 bytes (all lowest fields of a run first, see
-`jaxquant.io.gguf.parts.fields`), nibbles from runs of 32 (Q6_K: 64). The six-bit scales of Q3_K are the nibbles of
+`block_types.fields`), nibbles from runs of 32 (Q6_K: 64). The six-bit scales of Q3_K are the nibbles of
 bytes 0 to 7 and, above them, the two-bit fields of bytes 8 to 11. Those of Q4_K and Q5_K: s 0 to 3 are the low six
 bits of bytes 0 to 3 and m 0 to 3 those of bytes 4 to 7; s 4 to 7 are the low nibbles of bytes 8 to 11 below the two
 high bits of bytes 0 to 3, m 4 to 7 the high nibbles below the high bits of bytes 4 to 7.
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxquant.io.gguf.parts import BlockType, Parts, Scales, fields, half, half_bytes, merge
+from jaxquant.io.gguf.block_types import BlockType, Parts, Scales, fields, half, half_bytes, merge
 
 __all__ = ["TYPES"]
 

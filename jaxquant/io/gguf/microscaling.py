@@ -12,7 +12,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from jaxquant.io.gguf.parts import BlockType, Parts, fields, merge
+from jaxquant.io.gguf.block_types import BlockType, Parts, fields, merge
 
 __all__ = ["TYPES"]
 

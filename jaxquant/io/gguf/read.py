@@ -14,9 +14,9 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.io.arrays import placing
 from jaxquant.io.bits import stored
+from jaxquant.io.gguf.block_types import Scales
 from jaxquant.io.gguf.container import TensorInfo
 from jaxquant.io.gguf.names import ARCHITECTURES, has_names, heads_of, norm_of_gemma, separate, to_hugging_face
-from jaxquant.io.gguf.parts import Scales
 from jaxquant.io.gguf.split import GGUFModel
 from jaxquant.io.mapped import Leaves
 from jaxquant.ops.targets import Platform

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxquant.io.gguf.parts import BlockType, Parts, Scales, fields, half, half_bytes, merge
+from jaxquant.io.gguf.block_types import BlockType, Parts, Scales, fields, half, half_bytes, merge
 
 __all__ = ["TYPES"]
 

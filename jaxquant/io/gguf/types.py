@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxquant.io.gguf import k_quants, legacy, microscaling, tables, ternary
-from jaxquant.io.gguf.parts import BlockType
+from jaxquant.io.gguf.block_types import BlockType
 
 __all__ = ["BY_ID", "BY_NAME", "PLAIN", "BlockType", "support_table"]
 

@@ -14,9 +14,9 @@ from jaxquant.core.blocks import spread
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.io.arrays import PackedLeaves, to_host
+from jaxquant.io.gguf.block_types import BlockType, Parts, Scales
 from jaxquant.io.gguf.container import TensorInfo, write_gguf
 from jaxquant.io.gguf.names import ARCHITECTURES, has_names, heads_of, interleave, norm_of_gemma, to_gguf
-from jaxquant.io.gguf.parts import BlockType, Parts, Scales
 from jaxquant.io.gguf.types import BY_NAME, PLAIN
 from jaxquant.io.slices import rows, runs_of_rows, stored_by_rows
 

@@ -20,9 +20,9 @@ import numpy as np
 from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of, packed, unpacked
-from jaxquant.io.hf.layout import block_size, qtensor, refined
 from jaxquant.io.hf.module import Format, Module, Naming
 from jaxquant.io.hf.stated import overridden
+from jaxquant.io.hf.to_qtensor import block_size, qtensor, refined
 
 __all__ = ["AWQ"]
 

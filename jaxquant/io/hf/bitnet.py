@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import packed
-from jaxquant.io.hf.layout import qtensor
 from jaxquant.io.hf.module import Format, Module, Naming
+from jaxquant.io.hf.to_qtensor import qtensor
 
 __all__ = ["BITNET"]
 

@@ -28,8 +28,8 @@ import numpy as np
 
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of, packed, unpacked
-from jaxquant.io.hf.layout import TABLES, flat_blocks
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
+from jaxquant.io.hf.to_qtensor import TABLES, flat_blocks
 from jaxquant.io.safetensors import is_shape
 from jaxquant.io.strict_json import parse
 

@@ -28,9 +28,9 @@ import numpy as np
 from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of, packed, unpacked
-from jaxquant.io.hf.layout import E2M1, Grouping, aligned, grouping, qtensor, spread
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
 from jaxquant.io.hf.stated import matches
+from jaxquant.io.hf.to_qtensor import E2M1, Grouping, aligned, grouping, qtensor, spread
 
 __all__ = ["COMPRESSED_TENSORS"]
 

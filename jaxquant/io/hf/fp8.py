@@ -22,8 +22,8 @@ import numpy as np
 
 from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
-from jaxquant.io.hf.layout import aligned, in_blocks, in_unstated_blocks
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
+from jaxquant.io.hf.to_qtensor import aligned, in_blocks, in_unstated_blocks
 
 __all__ = ["FP8"]
 

@@ -17,9 +17,9 @@ import ml_dtypes
 import numpy as np
 
 from jaxquant.core.qtensor import QTensor
-from jaxquant.io.hf.layout import qtensor
 from jaxquant.io.hf.module import Format, Module, Naming
 from jaxquant.io.hf.stated import matches
+from jaxquant.io.hf.to_qtensor import qtensor
 
 __all__ = ["GEMMA"]
 

@@ -21,8 +21,8 @@ from jaxquant.core.blocks import spread
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import packed
 from jaxquant.io.hf.checkpoint import HFCheckpoint
-from jaxquant.io.hf.layout import qtensor
 from jaxquant.io.hf.module import Format, Module, Naming
+from jaxquant.io.hf.to_qtensor import qtensor
 
 __all__ = ["HQQ"]
 

@@ -24,8 +24,8 @@ import numpy as np
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of
 from jaxquant.io.hf.checkpoint import HFCheckpoint
-from jaxquant.io.hf.layout import qtensor
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
+from jaxquant.io.hf.to_qtensor import qtensor
 
 __all__ = ["METAL"]
 

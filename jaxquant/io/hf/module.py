@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxquant.core.errors import QuantError
 from jaxquant.io.hf.checkpoint import HFCheckpoint
-from jaxquant.io.hf.layout import aligned
+from jaxquant.io.hf.to_qtensor import aligned
 
 __all__ = ["RANKS", "Format", "Module", "Naming"]
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import packed
-from jaxquant.io.hf.layout import flat_blocks, qtensor
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
+from jaxquant.io.hf.to_qtensor import flat_blocks, qtensor
 
 __all__ = ["QUANTO"]
 

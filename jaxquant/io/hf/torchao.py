@@ -20,8 +20,8 @@ import numpy as np
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import packed
 from jaxquant.io.hf.checkpoint import HFCheckpoint
-from jaxquant.io.hf.layout import aligned, spread
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
+from jaxquant.io.hf.to_qtensor import aligned, spread
 from jaxquant.io.strict_json import parse
 
 __all__ = ["TORCHAO"]

@@ -25,7 +25,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.io.bits import patterns
 from jaxquant.io.export.integers import check_integers, check_matrix, check_stack, group_size, grouped, is_stack, words
-from jaxquant.io.export.layout import Layout
+from jaxquant.io.export.interface import Layout
 
 __all__ = ["compressed_tensors"]
 

@@ -19,7 +19,7 @@ from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.io.bits import patterns
 from jaxquant.io.export.integers import check_matrix, group_size
-from jaxquant.io.export.layout import Layout
+from jaxquant.io.export.interface import Layout
 
 __all__ = ["BITSANDBYTES"]
 

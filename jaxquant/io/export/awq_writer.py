@@ -13,7 +13,7 @@ import numpy as np
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.export.integers import check_half, check_integers, common_group_size, group_size, grouped, words
-from jaxquant.io.export.layout import Layout
+from jaxquant.io.export.interface import Layout
 
 __all__ = ["AWQ"]
 
