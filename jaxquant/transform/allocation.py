@@ -177,16 +177,25 @@ def refine(
     budget = int(size[at, list(start)].sum()) if budget is None else budget
     uniform = [(k,) * len(items) for k in range(len(names)) if size[:, k].sum() <= budget]
     best = min([start, *uniform[: evaluations - 1]], key=error)
-    while len(measured) < evaluations:
-        for choice in _neighbours(np.array(best), size, own, budget):
-            if len(measured) >= evaluations:
-                break
-            if choice not in measured and error(choice) < measured[best]:
-                best = choice
-                break
-        else:
-            break
+    near = functools.partial(_neighbours, size=size, own=own, budget=budget)
+    while len(measured) < evaluations and (better := _better(best, near, error, measured, evaluations)) is not None:
+        best = better
     return sensitivity.choose({item.path: names[k] for item, k in zip(items, best, strict=True)})
+
+
+Choice = tuple[int, ...]
+
+
+def _better(
+    best: Choice, near: Callable[..., list[Choice]], error: Callable[[Choice], float], measured: Any, most: int
+) -> Choice | None:
+    """The first choice near the best one that has less error; None if none of them has, or enough are measured."""
+    for choice in near(np.array(best)):
+        if len(measured) >= most:
+            return None
+        if choice not in measured and error(choice) < measured[best]:
+            return choice
+    return None
 
 
 def _neighbours(choice: np.ndarray, size: np.ndarray, own: np.ndarray, budget: int) -> list[tuple[int, ...]]:

@@ -97,39 +97,47 @@ def read(m: Module) -> QTensor:
     codes = _codes(raw, blocks, 32 // 10 if packing == "3bit_32" else 8 // blocks, rows)
     if (codes >> np.uint8(bits)).any() if bits < 8 else False:
         raise m.error("a code is wider than nbits", ".W_q", todo=todo, nbits=bits)
-    bits = max(bits, 2)
-    scale, zero = scale.astype(dtype), zero.astype(dtype)
-    common = {"bits": bits, "dtype": np.dtype(dtype)}
-    if axis == 1:
-        stream = packed(codes.reshape(shape), bits)
-        if shape[1] % size and size % shape[1]:
-            index = (np.arange(0, count, step := math.gcd(size, shape[1])) // size).reshape(shape[0], -1)
-            per = shape[1] // step
-            scale, zero = (v.reshape(-1)[index].reshape(shape[0], per) for v in (scale, zero))
-        elif size > shape[1]:
-            scale, zero = (v.reshape(-1, 1) for v in (scale, zero))
-            if shape[0] % len(scale):
-                scale, zero = (spread(v, (len(v) * size // shape[1], 1)) for v in (scale, zero))
-        else:
-            scale, zero = (v.reshape(shape[0], -1) for v in (scale, zero))
-        return qtensor(stream, scale, zero_point=zero, length=shape[1], **common)
+    bits, scale, zero = max(bits, 2), scale.astype(dtype), zero.astype(dtype)
+    layout = _in_rows if axis == 1 else _across_rows
+    return layout(m, codes.reshape(shape), scale, zero, size, bits=bits, dtype=np.dtype(dtype))
+
+
+def _in_rows(m: Module, codes: np.ndarray, scale: Any, zero: Any, size: int, *, bits: int, dtype: np.dtype) -> QTensor:
+    """Groups of consecutive elements of a row, or of some rows."""
+    out, length = codes.shape
+    if length % size and size % length:
+        index = (np.arange(0, codes.size, step := math.gcd(size, length)) // size).reshape(out, -1)
+        scale, zero = (v.reshape(-1)[index].reshape(out, length // step) for v in (scale, zero))
+    elif size > length:
+        scale, zero = (v.reshape(-1, 1) for v in (scale, zero))
+        if out % len(scale):
+            scale, zero = (spread(v, (len(v) * size // length, 1)) for v in (scale, zero))
+    else:
+        scale, zero = (v.reshape(out, -1) for v in (scale, zero))
+    return qtensor(packed(codes, bits), scale, zero_point=zero, length=length, bits=bits, dtype=dtype)
+
+
+def _across_rows(
+    m: Module, codes: np.ndarray, scale: Any, zero: Any, size: int, *, bits: int, dtype: np.dtype
+) -> QTensor:
+    """Groups of elements that are as far apart as there are groups."""
     m.notes.append("groups along axis 0")
-    weight, period = codes.reshape(shape), columns
-    out, length = shape
+    (out, length), period = codes.shape, codes.size // size
     if period % length == 0:  # the group repeats after some rows: store rows of one group together, features minor
         step = period // length
         order = np.arange(out).reshape(-1, step).T.reshape(-1)
-        stream = packed(np.ascontiguousarray(weight.T[:, order]), bits)
+        stream = packed(np.ascontiguousarray(codes.T[:, order]), bits)
         scale, zero = (v.reshape(step, length) for v in (scale, zero))
         permutation = None if (order == np.arange(out)).all() else order[:, None].astype(np.int32)
-        return qtensor(stream, scale, zero_point=zero, length=out, minor=(-2,), permutation=permutation, **common)
-    if length % period:
-        got = {"shape": shape, "group_size": size}
+        kind = {"length": out, "minor": (-2,), "permutation": permutation}
+    elif length % period:
+        got = {"shape": codes.shape, "group_size": size}
         raise m.error("groups along axis 0 that follow neither rows nor columns", ".W_q", todo="Use axis 1", **got)
-    order = np.arange(length).reshape(-1, period).T.reshape(-1)
-    stream = packed(weight[:, order], bits)
-    permutation = order[None].astype(np.int32)
-    return qtensor(stream, scale, zero_point=zero, length=length, permutation=permutation, **common)
+    else:
+        order = np.arange(length).reshape(-1, period).T.reshape(-1)
+        stream = packed(codes[:, order], bits)
+        kind = {"length": length, "permutation": order[None].astype(np.int32)}
+    return qtensor(stream, scale, zero_point=zero, bits=bits, dtype=dtype, **kind)
 
 
 def _codes(raw: np.ndarray, blocks: int, width: int, rows: int) -> np.ndarray:
