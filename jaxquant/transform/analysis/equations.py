@@ -21,7 +21,7 @@ from jaxquant.core.paths import leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.transform import primitives
 from jaxquant.transform.analysis.axes import aligned, factored, size_of
-from jaxquant.transform.analysis.flow import Flow, flows
+from jaxquant.transform.analysis.flow import Flow, Place, flows
 from jaxquant.transform.analysis.walk import Rule, Walk, shape_of
 from jaxquant.transform.plan import Plan, is_float
 from jaxquant.transform.primitives import used_by
@@ -264,10 +264,15 @@ class Equations(Walk[Value]):
         kept = {place for places in (*flow.out, *flow.contracted) for place in places}
         for k, value in enumerate(values):
             self.fix(value, [i for i in range(len(value.dims)) if (k, i) not in kept])
-        self.equated([(values[k].dims[i], values[m].dims[j]) for (k, i), (m, j) in flow.contracted], self.opposite)
-        dims = {j: values[places[0][0]].dims[places[0][1]] for j, places in enumerate(flow.out) if places}
-        for n in range(1, max(map(len, flow.out), default=0)):
-            more = {j: values[places[n][0]].dims[places[n][1]] for j, places in enumerate(flow.out) if n < len(places)}
+
+        def at(place: Place) -> Dim:
+            operand, axis = place
+            return values[operand].dims[axis]
+
+        self.equated([(at(a), at(b)) for a, b in flow.contracted], self.opposite)
+        dims = {j: at(places[0]) for j, places in enumerate(flow.out) if places}
+        for n in range(1, len(values)):
+            more = {j: at(places[n]) for j, places in enumerate(flow.out) if n < len(places)}
             dims.update(zip(more, self.equated([(dims[j], more[j]) for j in more]), strict=True))
         arrays, plain = [v for v in values if v.dims], [Value.plain(v.aval.shape).dims for v in eqn.outvars]
         nil = len(arrays) == 1 and arrays[0].nil

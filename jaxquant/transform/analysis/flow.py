@@ -10,7 +10,7 @@ from jax.extend.core import primitives as p
 
 from jaxquant.transform import primitives
 
-__all__ = ["Flow", "flows", "kept"]
+__all__ = ["Flow", "Place", "flows", "kept"]
 
 Place = tuple[int, int]
 """An operand and one of its axes."""
