@@ -53,7 +53,8 @@ class _Contraction(Call):
         left, right = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
         out = run(Product.of(left, right, self.lhs_axes, self.rhs_axes, self.precision, self.dtype))
         sides = (self.lhs, left, lhs, lhs_static), (self.rhs, right, rhs, rhs_static)
-        return out, tuple(q if q is not x and side.passes(x, static) else None for side, q, x, static in sides)
+        made = lambda q, x: q is not x and not isinstance(x, QTensor)  # noqa: E731
+        return out, tuple(q if made(q, x) and side.passes(x, static) else None for side, q, x, static in sides)
 
     def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
         lhs, rhs, lhs_static, rhs_static = operands

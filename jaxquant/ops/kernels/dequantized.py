@@ -154,13 +154,13 @@ class ScaledActivation(Kernel):
             return None
         plain = w.qtype.kind in ("int", "float") and w.zero_point is None and w.offset is None and w.multiplier is None
         dtype = x.dtype if is_default(problem.precision) else promoted(x.dtype, jnp.float32)
-        fits = plain and w.groups > 1 and w.scale.shape[1] == 1 and dtype != jnp.float16 and not problem.wide
+        fits = plain and w.groups != 1 and w.scale.shape[1] == 1 and dtype != jnp.float16 and not problem.wide
         return cls(dtype) if fits else None
 
     def run(self, problem: Product) -> jax.Array:
         """As for `Kernel`."""
         x, w = problem.matrices()
-        scale = jnp.repeat(w.scale, w.shape[2] // w.groups, axis=2)
+        scale = w.scale if w.groups == w.shape[2] else jnp.repeat(w.scale, w.shape[2] // w.groups, axis=2)
         codes = values_of(w.codes, w.qtype, self.dtype)
         out = float_dot((x.astype(scale.dtype) * scale).astype(self.dtype), codes, precision=problem.precision)
         return problem.restored(out)
