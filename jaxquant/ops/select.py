@@ -16,7 +16,8 @@ Where XLA does not serve int8 dots (`jaxquant.ops.kernels.cpu.machine`), the las
 Rows whose number is a symbol, in a program that is exported for every batch, count as many. Where K is a symbol,
 products of integers are float products.
 
-On TPUs and GPUs a weight with one code per element is decoded within the product (`jaxquant.ops.kernels.decoded`),
+On TPUs and GPUs a weight with one code per element is decoded within the product (`jaxquant.ops.kernels.decoded`; on
+CUDA `jaxquant.ops.kernels.gpu.decoded`, where XLA would write its values to memory),
 integers on both sides with one scale per row are an int8 product, and all others are products of dequantized values.
 """
 
@@ -32,6 +33,7 @@ from jaxquant.ops.kernels import convolution, decoded, dequantized, integer, rag
 from jaxquant.ops.kernels.cpu import blocked, floats, gemv, int8, residual
 from jaxquant.ops.kernels.cpu import convolution as cpu_convolution
 from jaxquant.ops.kernels.cpu import ragged as cpu_ragged
+from jaxquant.ops.kernels.gpu import decoded as gpu_decoded
 from jaxquant.ops.kernels.tpu import decoded as tpu_decoded
 from jaxquant.ops.problem import Kernel, Platform, Problem
 
@@ -50,6 +52,7 @@ TABLE: tuple[type[Kernel], ...] = (
     cpu_convolution.ResidualSplitConvolution,
     cpu_ragged.ResidualSplitRagged,
     # Elsewhere codes are decoded within the product.
+    gpu_decoded.TritonDecoded,
     tpu_decoded.BatchedDecoded,
     decoded.BatchedDecoded,
     decoded.Decoded,

@@ -1,1 +1,1 @@
-"""Kernels for GPUs."""
+"""Kernels for GPUs, in Pallas' Triton dialect."""

@@ -1,0 +1,493 @@
+"""Products with quantized weights on a GPU: codes are read once, and decoded in registers.
+
+    y[m, n] = r[m] u[n] sum_k x[m, k] ((grid(c[k, n]) - z[g(k), n]) s[g(k), n] + o[g(k), n])
+
+XLA alone multiplies by scales that change along k only after it has written the weight to memory in two bytes,
+whatever the layout of the codes. Here a program per block of the result walks along k: it reads a tile of bytes, makes
+numbers of the codes in its registers, and multiplies them by the rows of x in the tensor cores. The weight is the left
+operand there, which those take from registers.
+
+The two codes of a byte are neighbours along the axis that is stored last. If that is n, even and odd columns are two
+products, which are joined in the result; if it is k, even and odd elements of x are. So no code changes its place.
+
+Where a group is at least as long as a step along k, and rows are few, the scale multiplies the sum of the step: what is
+multiplied before is exact. Else it multiplies the values, which are rounded to the dtype of x, as the float program's
+are. Scales that are the same for all k multiply the result. With few columns k is cut into parts, whose sums are added
+in a second step, as far as these sums are small beside the weight.
+
+Edges are masked: no operand is padded or copied. Nothing has been timed; see `Blocks`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jaxquant.core.qtypes import QType
+from jaxquant.ops.kernels.gpu.triton import load, params, store
+
+__all__ = ["Blocks", "Decoding", "Scales", "Weight", "batched", "blocks", "product"]
+
+Stored = Literal["bytes", "nibbles", "int4"]
+"""A code in a byte; two in a byte; an int4 array whose last axis is odd, so that its rows begin within bytes."""
+
+_SHALLOWEST_INT8 = 32  # along k, of one step of a tensor core
+
+
+class Weight(NamedTuple):
+    """Codes, as they are stored.
+
+    Attributes:
+      codes: [K, N], or [N, K] if ``k_last``; uint8 of two codes along the last axis, or int8, uint8, or int4.
+      scale: [G, N or 1], or [N or 1, G]; float, or uint8 patterns of float8_e8m0fnu or float8_e4m3fn, or two in a byte
+        as unsigned integers; None where one scale is for all k.
+      zero_point, offset: of the same shape, integer and float, or None.
+      columns: float32 [N or 1], scales that are the same for all k, or None.
+    """
+
+    codes: jax.Array
+    scale: jax.Array | None
+    zero_point: jax.Array | None
+    offset: jax.Array | None
+    columns: jax.Array | None
+
+
+Scales = Literal["float", "e8m0", "e4m3", "nibbles"]
+"""What the entries of `Weight.scale` are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What codes stand for, and how they lie.
+
+    Attributes:
+      qtype: the number type.
+      stored: how many codes a byte has.
+      k_last: whether k is the axis that is stored last.
+      length: K.
+      columns: N.
+      groups: G, runs of equal scales along k.
+      scales: what scales are stored as.
+    """
+
+    qtype: QType
+    stored: Stored
+    k_last: bool
+    length: int
+    columns: int
+    groups: int = 1
+    scales: Scales = "float"
+
+    @property
+    def group(self) -> int:
+        """Codes of a group."""
+        return self.length // self.groups
+
+    @property
+    def nbytes(self) -> float:
+        """Of all codes."""
+        return self.length * self.columns * (1.0 if self.stored == "bytes" else 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How a product is cut into programs.
+
+    Attributes:
+      rows, columns: of the result, for one program.
+      depth: of a step along k, in each slice.
+      slices: of k, that a program works on at once.
+      parts: of k, for programs of their own.
+      warps, stages: for the compiler; stages are steps whose tiles are under way.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    slices: int
+    parts: int
+    warps: int
+    stages: int
+
+
+_PROCESSORS = 132  # of an H100; an A100 has 108
+_PRODUCTS, _INSTRUCTIONS = 2048, 128  # of two bytes and of any, in a cycle of a processor
+_DECODING = 6  # instructions for a code, all in all, as the machine code of the kernel has them
+_NARROWEST = 32  # bytes of a row that are read at once
+_PART_COST = 1 / 16  # of the weight's bytes, what sums of parts may take to be written and read
+
+
+def blocks(rows: int, w: Decoding, *, integers: bool = False) -> Blocks:
+    """Blocks for a product of so many rows, by a small model of the processor.
+
+    A warp holds 16 rows of the left operand of a tensor core, here columns of the weight. With few rows of x there are
+    too few such to keep all processors busy. So the warps of a program share columns, and each has a slice of k: the
+    tensor cores then multiply every slice of the weight by every slice of x, of which only pairs are of use. That costs
+    what they have to spare as long as reading the weight is all that counts.
+    """
+
+    def cycles(tile: tuple[int, int, int]) -> float:
+        """For one k, of all programs."""
+        m, slices, warps = tile
+        programs = math.ceil(rows / m) * math.ceil(w.columns / _columns(w, slices, warps))
+        products, decoding = 16 * warps * m * slices / _PRODUCTS, 16 * warps * _DECODING / _INSTRUCTIONS
+        return (math.ceil(programs / _PROCESSORS) * (products + decoding) + decoding) / slices
+
+    tiles = itertools.product((8, 16, 32, 64, 128), (1, 2, 4), (4, 8))
+    fitting = [(m, s, warps) for m, s, warps in tiles if m * s <= 128 and 16 * warps // s >= _NARROWEST]
+    m, slices, warps = min(fitting, key=cycles)
+    columns, power = _columns(w, slices, warps), w.group & -w.group
+    depth = 128 if m * slices <= 64 and power >= 128 else 64
+    if w.groups > 1 and (integers or depth % w.group):  # sums of integers are those of a group
+        depth = min(depth, power)
+    programs = math.ceil(rows / m) * math.ceil(w.columns / columns)
+    affordable = int(_PART_COST * w.nbytes / (8.0 * rows * w.columns))  # float32, written and read
+    parts = max(1, min(affordable, -(-2 * _PROCESSORS // programs), w.length // (4 * depth * slices)))
+    return Blocks(m, columns, depth, slices, parts, warps, 4 if m * slices <= 64 else 3)
+
+
+def _columns(w: Decoding, slices: int, warps: int) -> int:
+    """Columns of a program: of each plane of codes, those of all its warps."""
+    planes = 2 if w.stored == "nibbles" and not w.k_last else 1
+    return 16 * warps // slices * planes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """The body, and all that is static in it.
+
+    Tiles of the weight are [slices x columns, depth], those of x [depth, slices x rows], and sums [slices x columns,
+    slices x rows].
+
+    Attributes:
+      w: the weight.
+      b: the blocks.
+      rows: M.
+      dtype: of what is multiplied: float32, bfloat16, float16 or int8.
+      names: of the operands after x and the codes.
+      precision: of the product.
+    """
+
+    w: Decoding
+    b: Blocks
+    rows: int
+    dtype: Any
+    names: tuple[str, ...]
+    precision: Any
+
+    @property
+    def planes(self) -> int:
+        """Codes of a byte."""
+        return 2 if self.w.stored == "nibbles" else 1
+
+    @property
+    def steps(self) -> int:
+        """Along k, of one part."""
+        return -(-self.w.length // (self.b.parts * self.b.slices * self.b.depth))
+
+    @property
+    def scaled_sums(self) -> bool:
+        """Whether scales multiply the sum of each step."""
+        apart = self.w.group % self.b.depth == 0 and "offset" not in self.names
+        return apart and (self.b.rows <= 64 or self.integers)
+
+    @property
+    def integers(self) -> bool:
+        """Whether codes of both are multiplied as integers."""
+        return self.dtype == jnp.int8
+
+    def __call__(self, x: Any, codes: Any, *rest: Any) -> None:
+        *given, out = rest
+        refs = dict(zip(self.names, given, strict=True))
+        column, row, part = (pl.program_id(axis) for axis in range(3))
+        apart = self.steps * self.b.depth  # slices, along k
+        sides = [
+            self._flat(column * self.b.columns + plane, self.b.columns // self._sides, self._sides)
+            for plane in range(self._sides)
+        ]
+
+        def step(i: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            k = part * (self.b.slices * apart) + i * self.b.depth
+            at = [(n, k + apart * n_slice) for n, n_slice in sides]
+            slices = k + apart * lax.iota(jnp.int32, self.b.slices)
+            products = self._products(refs, x, self._tiles(codes, column, slices), row, slices, at)
+            if self.scaled_sums and "scale" in refs:
+                scales = (self._scale(refs, n, k, self.b.depth) for n, k in at)
+                products = [p.astype(jnp.float32) * s for p, s in zip(products, scales, strict=True)]
+            return tuple(total + p for total, p in zip(sums, products, strict=True))
+
+        whole = self.integers and "scale" not in refs
+        zero = jnp.zeros((sides[0][0].shape[0], self.b.slices * self.b.rows), jnp.int32 if whole else jnp.float32)
+        sums = lax.fori_loop(0, self.steps, step, (zero,) * len(sides))
+        for plane, total in enumerate(sums):
+            n = column * self.b.columns + plane
+            n = n + self._sides * lax.iota(jnp.int32, self.b.columns // self._sides)
+            self._write(out, refs, total.astype(jnp.float32), row, n, part)
+
+    @property
+    def _sides(self) -> int:
+        """1, or 2 where even and odd columns are apart."""
+        return 1 if self.w.k_last else self.planes
+
+    def _flat(self, start: Any, size: int, stride: int) -> tuple[jax.Array, jax.Array]:
+        """Indices of rows or columns, again for each slice, and the slices."""
+        if self.b.slices == 1:
+            return start + stride * lax.iota(jnp.int32, size), jnp.zeros(1, jnp.int32)
+        at = lax.iota(jnp.int32, self.b.slices * size)
+        return start + stride * (at % size), at // size
+
+    def _products(
+        self, refs: Any, x: Any, tiles: list[jax.Array], row: Any, k: jax.Array, sides: list[Any]
+    ) -> list[Any]:
+        """The sums of a step, one for each side."""
+        if self.w.k_last and self.planes == 2:
+            rows = [self._rows_of(x, row, k, plane) for plane in range(2)]
+            even, odd = (self._multiplied(refs, t, r, *sides[0]) for t, r in zip(tiles, rows, strict=True))
+            return [even + odd]
+        rows = self._rows_of(x, row, k, None)
+        return [self._multiplied(refs, tile, rows, *side) for tile, side in zip(tiles, sides, strict=True)]
+
+    def _write(self, out: Any, refs: Any, total: jax.Array, row: Any, n: jax.Array, part: Any) -> None:
+        """Sums to the result: those of pairs of slices."""
+        m, slices = row * self.b.rows + lax.iota(jnp.int32, self.b.rows), self.b.slices
+        if slices > 1:
+            total = total.reshape(slices, -1, slices, self.b.rows)
+            left, right = (lax.broadcasted_iota(jnp.int32, total.shape, axis) for axis in (0, 2))
+            total = jnp.sum(jnp.sum(jnp.where(left == right, total, 0.0), axis=2), axis=0)
+        store_at = m[:, None], n[None, :]
+        mask = _both(self._in_m(store_at[0]), self._in_n(store_at[1]))
+        if self.b.parts > 1:
+            store(out, (part, *store_at), jnp.transpose(total), mask)
+            return
+        if "columns" in refs:
+            one = refs["columns"].shape[0] == 1
+            total = total * load(refs["columns"], (n * 0 if one else n,), self._in_n(n))[:, None]
+        if "rows" in refs:
+            total = total * load(refs["rows"], (m,), self._in_m(m))[None, :]
+        store(out, store_at, jnp.transpose(total).astype(out.dtype), mask)
+
+    # -- masks: None where a size is whole blocks ----------------------------------------------------------------------
+
+    def _in_m(self, m: jax.Array) -> jax.Array | None:
+        return None if self.rows % self.b.rows == 0 else m < self.rows
+
+    def _in_n(self, n: jax.Array) -> jax.Array | None:
+        return None if self.w.columns % self.b.columns == 0 else n < self.w.columns
+
+    def _in_k(self, k: jax.Array, size: int) -> jax.Array | None:
+        """Of what there are ``size`` of, along k."""
+        whole = self.w.length == self.steps * self.b.slices * self.b.parts * self.b.depth
+        return None if whole else k < size
+
+    # -- tiles ---------------------------------------------------------------------------------------------------------
+
+    def _rows_of(self, x: Any, row: Any, k: jax.Array, plane: int | None) -> jax.Array:
+        """A tile of the activation: of all of a step, or of its even or odd elements."""
+        stride = 1 if plane is None else 2
+        m = (row * self.b.rows + lax.iota(jnp.int32, self.b.rows))[None, :, None]
+        at = (plane or 0) + stride * lax.iota(jnp.int32, self.b.depth // stride)[None, None, :] + k[:, None, None]
+        tile = load(x, (m, at), _both(self._in_m(m), self._in_k(at, self.w.length)))
+        return jnp.transpose(tile.reshape(-1, self.b.depth // stride).astype(self.dtype))
+
+    def _tiles(self, codes: Any, column: Any, k: jax.Array) -> list[jax.Array]:
+        """The codes of a step: one tile, or the two planes of one. Less than a byte are unsigned patterns."""
+        in_k, in_n = (self.planes, 1) if self.w.k_last else (1, self.planes)
+        columns, depth, k = self.b.columns // in_n, self.b.depth // in_k, k // in_k
+        n = column * columns + lax.iota(jnp.int32, columns)
+        if self.w.k_last:
+            n, at = n[None, :, None], lax.iota(jnp.int32, depth)[None, None, :] + k[:, None, None]
+        else:
+            n, at = n[None, None, :], lax.iota(jnp.int32, depth)[:, None, None] + k[None, :, None]
+        mask = _both(self._in_n(n * in_n), self._in_k(at, self.w.length // in_k))
+        if self.w.k_last:
+            tile = load(codes, (n, at), mask).reshape(-1, depth)
+        else:
+            tile = jnp.transpose(load(codes, (at, n), mask).reshape(depth, -1))
+        if self.w.stored == "int4":
+            return [lax.bitcast_convert_type(tile.astype(jnp.int16), jnp.uint16) & 15]
+        if self.planes == 1:
+            return [tile]
+        tile = tile.astype(jnp.uint16)
+        return [tile & 15, tile >> 4]
+
+    # -- numbers -------------------------------------------------------------------------------------------------------
+
+    def _multiplied(self, refs: Any, tile: jax.Array, rows: jax.Array, n: jax.Array, k: jax.Array) -> jax.Array:
+        """The product of one plane of codes, of columns n from k on, and the rows of x."""
+        values, depth = self._values(refs, tile), tile.shape[1]
+        if "zero_point" in refs:
+            z = self._entry(refs["zero_point"], n, k, depth)
+            values = values - z.astype(jnp.int32 if self.integers else jnp.float32).astype(values.dtype)
+        if "scale" in refs and not self.scaled_sums:
+            values = values.astype(jnp.float32) * self._scale(refs, n, k, depth)
+            if "offset" in refs:
+                values = values + self._entry(refs["offset"], n, k, depth).astype(jnp.float32)
+        result, numbers = jnp.int32 if self.integers else jnp.float32, (((1,), (0,)), ((), ()))
+        return lax.dot_general(values.astype(self.dtype), rows, numbers, self.precision, result)
+
+    def _values(self, refs: Any, tile: jax.Array) -> jax.Array:
+        """Grid values of codes, in the dtype that is multiplied."""
+        qtype, small = self.w.qtype, self.w.stored != "bytes"
+        if qtype.kind == "float":
+            exponents = qtype.bits - 1 - qtype.mantissa_bits
+            values = _minifloat(tile, exponents, qtype.mantissa_bits)
+            if exponents == 4:  # where others have infinity, it has numbers, and NaN
+                values = jnp.where((tile & 127) == 127, jnp.nan, values)
+            return values.astype(self.dtype)
+        if qtype.kind == "table":
+            index = (tile ^ 8) if small else tile
+            return load(refs["table"], (index.astype(jnp.int32),), None).astype(self.dtype)
+        if not small:
+            return tile.astype(self.dtype)
+        return _small_integers(tile, 8 if qtype.signed else 0, self.dtype)
+
+    def _entry(self, ref: Any, n: jax.Array, k: jax.Array, depth: int) -> jax.Array:
+        """What there is for columns n from k on: [columns, 1 or depth]; for a depth of 0 [columns, groups]."""
+        n, group = n[:, None], self._groups(k)
+        one = ref.shape[0 if self.w.k_last else 1] == 1
+        index = n * 0 if one else n, group
+        mask = _both(self._in_n(n), self._in_k(group, self.w.groups))
+        return self._spread(load(ref, index if self.w.k_last else index[::-1], mask), depth)
+
+    def _scale(self, refs: Any, n: jax.Array, k: jax.Array, depth: int) -> jax.Array:
+        """Scales in float32, as `_entry`."""
+        ref = refs["scale"]
+        if self.w.scales == "nibbles":
+            at, group = n[:, None], self._groups(k)
+            index = (at, group // 2) if self.w.k_last else (group, at // 2)
+            mask = _both(self._in_n(at), self._in_k(group, self.w.groups))
+            found = (load(ref, index, mask).astype(jnp.int32) >> (4 * ((group if self.w.k_last else at) & 1))) & 15
+            return self._spread(found.astype(jnp.float32), depth)
+        found = self._entry(ref, n, k, 0)
+        if self.w.scales == "e8m0":
+            bits = found.astype(jnp.int32)
+            power = jnp.where(bits == 0, 1 << 22, bits << 23)  # 2 ** -127 is subnormal
+            found = lax.bitcast_convert_type(jnp.where(bits == 255, 0x7FC00000, power), jnp.float32)
+        elif self.w.scales == "e4m3":
+            found = _minifloat(found, 4, 3)
+        return self._spread(found.astype(jnp.float32), depth)
+
+    def _groups(self, k: jax.Array) -> jax.Array:
+        """The groups of a step from each k on: [columns, groups]."""
+        if self.w.groups == 1:
+            return jnp.zeros((1, 1), jnp.int32)
+        many = self.b.depth // self.w.group if self.w.group % self.b.depth else 1
+        return (k // self.w.group)[:, None] + lax.iota(jnp.int32, many)[None, :]
+
+    def _spread(self, value: jax.Array, depth: int) -> jax.Array:
+        """[columns, groups] as [columns, depth], each repeated; 0 leaves it as it is, and so does one group."""
+        n, groups = value.shape
+        if groups == 1 or depth in (0, groups):
+            return value
+        return jnp.broadcast_to(value[:, :, None], (n, groups, depth // groups)).reshape(n, depth)
+
+
+def _both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
+    """Where both are True."""
+    return a if b is None else b if a is None else a & b
+
+
+def _minifloat(bits: jax.Array, exponents: int, mantissa: int) -> jax.Array:
+    """Values in float32 of patterns of up to 8 bits: float16 has their bits too, and a greater bias of the exponent."""
+    wide, sign = bits.astype(jnp.uint16), 1 << (exponents + mantissa)
+    shifted = ((wide & sign) << (15 - exponents - mantissa)) | ((wide & (sign - 1)) << (10 - mantissa))
+    return lax.bitcast_convert_type(shifted, jnp.float16).astype(jnp.float32) * 2.0 ** (16 - (1 << (exponents - 1)))
+
+
+def _small_integers(bits: jax.Array, less: int, dtype: Any) -> jax.Array:
+    """Integers from int4 in two's complement, plus 8 and less a constant.
+
+    As the last bits of a float's mantissa they are integers already, plus a power of two that is subtracted.
+    """
+    if dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(bits ^ 0x4308, jnp.bfloat16) - jnp.bfloat16(128 + less)
+    if dtype == jnp.float16:
+        return lax.bitcast_convert_type(bits ^ 0x6408, jnp.float16) - jnp.float16(1024 + less)
+    return ((bits ^ 8).astype(jnp.int32) - less).astype(dtype)
+
+
+def batched(
+    x: jax.Array,
+    w: Weight,
+    how: Decoding,
+    result: Any,
+    dtype: Any,
+    *,
+    rows: jax.Array | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`product` of stacks of matrices: all arrays have one axis more, in front."""
+    one = functools.partial(product, how=how, result=result, dtype=dtype, interpret=interpret)
+    if x.shape[0] == 1:
+        first = jax.tree.map(lambda v: v[0], (x, w, rows))
+        return one(first[0], first[1], rows=first[2])[None]
+    return jax.vmap(lambda x, w, rows: one(x, w, rows=rows))(x, w, rows)
+
+
+def product(
+    x: jax.Array,
+    w: Weight,
+    how: Decoding,
+    result: Any,
+    dtype: Any,
+    *,
+    rows: jax.Array | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """The product of an activation and the values of a weight.
+
+    Args:
+      x: [M, K]: bfloat16, float16 or float32, or int8 codes.
+      w: the weight, with groups of a multiple of 16 codes.
+      how: what its codes stand for.
+      result: dtype of the result.
+      dtype: bfloat16, float16 or float32, what values are multiplied in. Codes of x are int8 there, where those of the
+        weight are integers and their groups are long enough.
+      rows: float32 [M], scales of x, or None.
+      interpret: run in Pallas' interpreter, on any device.
+
+    Returns:
+      [M, N].
+    """
+    m = x.shape[0]
+    integers = x.dtype == jnp.int8 and _multiplies_integers(w, how)
+    multiplied = jnp.dtype(jnp.int8 if integers else dtype)
+    b = blocks(m, how, integers=integers)
+    given = {"scale": w.scale, "zero_point": w.zero_point, "offset": w.offset, "columns": w.columns, "rows": rows}
+    if how.qtype.kind == "table":
+        given["table"] = jnp.asarray(np.asarray(how.qtype.table, np.float32))
+    if b.parts > 1:  # sums are scaled when they are complete
+        given |= {"columns": None, "rows": None}
+    operands = {name: value for name, value in given.items() if value is not None}
+    wide = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    kernel = _Kernel(how, b, m, multiplied, tuple(operands), wide if multiplied == jnp.float32 else None)
+    shape = (m, how.columns) if b.parts == 1 else (b.parts, m, how.columns)
+    out = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(shape, result if b.parts == 1 else jnp.float32),
+        grid=(-(-how.columns // b.columns), -(-m // b.rows), b.parts),
+        interpret=interpret,
+        compiler_params=params(b.warps, b.stages),
+        name="quantized_product",
+    )(x, w.codes, *operands.values())
+    if b.parts == 1:
+        return out
+    out = jnp.sum(out, axis=0)
+    out = out if w.columns is None else out * w.columns[None, :]
+    return (out if rows is None else out * rows[:, None]).astype(result)
+
+
+def _multiplies_integers(w: Weight, how: Decoding) -> bool:
+    """Whether codes of the weight are multiplied by int8 codes as integers: if 8 bits hold them."""
+    if how.qtype.kind != "int" or w.offset is not None or (how.groups > 1 and how.group % _SHALLOWEST_INT8):
+        return False
+    return how.qtype.bits <= 4 or (how.qtype.signed and w.zero_point is None)

@@ -1,0 +1,182 @@
+"""The kernels for GPUs, in Pallas' interpreter: parity with float64, whatever the codes, sizes and axes.
+
+How they compile for an H100, and what they write to memory there, is read in tests/programs.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from ops_reference import dot_error, real, slow_but, unequal
+
+import jaxquant as jq
+from jaxquant import recipes
+from jaxquant.ops.forms import Axes
+from jaxquant.ops.kernels.gpu.decoded import TritonDecoded, run
+from jaxquant.ops.kernels.gpu.product import Decoding, blocks
+from jaxquant.ops.problem import Product
+from jaxquant.ops.select import select
+
+GROUPS = {"granularity": "per_group"}
+SPECS = {
+    "int4 g128": jq.QuantSpec("int4", group_size=128, **GROUPS),
+    "int4 g32": jq.QuantSpec("int4", group_size=32, **GROUPS),
+    "int4 g48": jq.QuantSpec("int4", group_size=48, **GROUPS),
+    "uint4 g64 zero": jq.QuantSpec("uint4", group_size=64, symmetric=False, **GROUPS),
+    "uint4 g16 zero": jq.QuantSpec("uint4", group_size=16, symmetric=False, **GROUPS),
+    "uint4 zero": jq.QuantSpec("uint4", symmetric=False),
+    "int3 g64": jq.QuantSpec("int3", group_size=64, **GROUPS),
+    "int2 g16": jq.QuantSpec("int2", group_size=16, **GROUPS),
+    "int8 g64": jq.QuantSpec("int8", group_size=64, **GROUPS),
+    "uint8 g64 zero": jq.QuantSpec("uint8", group_size=64, symmetric=False, **GROUPS),
+    "two-level": recipes.w4a16(64, two_level=True).weight,
+    "nf4": jq.QuantSpec("nf4", group_size=64, **GROUPS),
+    "nf4 channel": jq.QuantSpec("nf4"),
+    "fp4": jq.QuantSpec("fp4", group_size=32, **GROUPS),
+    "iq4": jq.QuantSpec("iq4_nl", group_size=32, **GROUPS),
+    "dynamic8": jq.QuantSpec("dynamic8", group_size=64, **GROUPS),
+    "mxfp4": jq.QuantSpec("mxfp4"),
+    "nvfp4": jq.QuantSpec("nvfp4"),
+    "mxfp8": jq.QuantSpec("mxfp8"),
+    "e5m2": jq.QuantSpec("float8_e5m2", group_size=32, **GROUPS),
+}
+EXACT = {name for name, spec in SPECS.items() if spec.type.kind != "table"} - {"int2 g16", "uint4 g16 zero"}
+INT8 = jq.QuantSpec("int8")
+
+
+def problem_of(spec, rows, k, n, *, lead=(), k_last=False, act=None, dtype=jnp.float32, seed=0):
+    """A product of `rows` rows with a quantized weight, as it is stored on a GPU, and the kernel for it."""
+    axis = -1 if k_last else -2
+    w = unequal(seed, (*lead, n, k) if k_last else (*lead, k, n))
+    q = jq.quantize(w, spec, reduce_axes=(axis,)).laid_out("elements").replace(dtype=dtype)
+    x = unequal(seed + 1, (*lead, rows, k), dtype)
+    x = x if act is None else jq.quantize(x, act, reduce_axes=(-1,))
+    batch = tuple(range(len(lead)))
+    axes = Axes.of(x.ndim, batch, (x.ndim - 1,)), Axes.of(q.ndim, batch, (q.ndim + axis,))
+    problem = Product.of(x, q, *axes, None, jnp.float32)
+    kernel = select(problem, "cuda")
+    assert isinstance(kernel, TritonDecoded)
+    numbers = (axes[0].contract, axes[1].contract), (axes[0].batch, axes[1].batch)
+    return problem, kernel, numbers
+
+
+def off(problem, kernel, numbers):
+    """The error of a product, in the natural magnitude of each entry."""
+    out = run(problem, kernel.dtype, interpret=True)
+    return dot_error(out, real(problem.x), real(problem.w), numbers)
+
+
+@pytest.mark.parametrize("name", slow_but(SPECS, "int4 g128", "uint4 g16 zero", "nf4", "mxfp4", "nvfp4", "mxfp8"))
+def test_every_type_of_number(name):
+    assert off(*problem_of(SPECS[name], 3, 192 if "g48" in name else 256, 34)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", slow_but(SPECS, "int4 g32", "two-level", "e5m2"))
+def test_in_bfloat16(name):
+    """Values are what they are, or rounded to bfloat16 once, and so are those of tables."""
+    bound = 1e-6 if name in EXACT and name not in ("int4 g32", "fp4", "e5m2", "int4 g48") else 2**-8
+    assert off(*problem_of(SPECS[name], 8, 192 if "g48" in name else 256, 32, dtype=jnp.bfloat16)) <= bound
+
+
+@pytest.mark.parametrize("name", slow_but(SPECS, "int4 g32", "uint4 zero", "int8 g64"))
+def test_int8_activations(name):
+    """Integers are multiplied as integers: exact. Others by their values."""
+    case = problem_of(SPECS[name], 5, 192 if "g48" in name else 256, 32, act=INT8)
+    assert off(*case) <= 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, pytest.param(64, marks=pytest.mark.slow), 300])
+@pytest.mark.parametrize("sizes", slow_but([(64, 16), (208, 33), (1040, 70)], (208, 33)))
+def test_rows_and_odd_sizes(rows, sizes):
+    """No block divides them: edges are masked, of all axes, in parts of k too."""
+    assert off(*problem_of(SPECS["uint4 g16 zero"], rows, *sizes, dtype=jnp.bfloat16)) <= 2**-8
+
+
+@pytest.mark.parametrize("name", slow_but(SPECS, "uint4 g64 zero", "two-level"))
+@pytest.mark.parametrize("sizes", [(192, 33)])
+def test_weights_whose_contracted_axis_is_stored_last(name, sizes):
+    assert off(*problem_of(SPECS[name], 3, *((384, 33) if "g128" in name else sizes), k_last=True)) <= 1e-6
+
+
+def test_a_batch_and_experts_of_odd_size():
+    assert off(*problem_of(SPECS["nvfp4"], 9, 64, 17, lead=(2,))) <= 1e-6
+
+
+def test_parts_of_k_are_summed():
+    """One row of few columns: k is cut, and scales are applied to the sums of all parts."""
+    problem, kernel, numbers = problem_of(SPECS["two-level"], 1, 4096, 32, act=INT8)
+    assert blocks(1, Decoding(problem.w.type, "nibbles", k_last=False, length=4096, columns=32, groups=64)).parts > 1
+    assert off(problem, kernel, numbers) <= 1e-6
+
+
+def test_offsets():
+    """Formats with minima instead of zero points."""
+    problem, kernel, numbers = problem_of(SPECS["uint4 g64 zero"], 3, 128, 32)
+    w = problem.w.replace(zero_point=None, offset=unequal(3, problem.w.scale.shape))
+    problem = Product.of(problem.x, w, problem.x_axes, problem.w_axes, None, jnp.float32)
+    assert off(problem, kernel, numbers) <= 1e-6
+
+
+def test_a_row_is_the_same_beside_others():
+    problem, kernel, _ = problem_of(SPECS["int4 g32"], 5, 64, 32)
+    whole = run(problem, kernel.dtype, interpret=True)
+    one = Product.of(problem.x[1:2], problem.w, problem.x_axes, problem.w_axes, None, jnp.float32)
+    np.testing.assert_array_equal(whole[1:2], run(one, kernel.dtype, interpret=True))
+
+
+def test_several_axes_and_transformations():
+    """Heads are contracted with their features, under vmap, scan and remat."""
+    w = jq.quantize(unequal(0, (2, 4, 32, 24)), SPECS["int4 g32"], reduce_axes=(-2,)).laid_out("elements")
+    x = unequal(1, (3, 4, 32))
+    axes = Axes.of(3, (), (1, 2)), Axes.of(3, (), (0, 1))
+
+    def one(q, x):
+        problem = Product.of(x, q, *axes, None, jnp.float32)
+        kernel = select(problem, "cuda")
+        assert isinstance(kernel, TritonDecoded)
+        return run(problem, kernel.dtype, interpret=True)
+
+    wanted = np.stack([np.tensordot(np.asarray(x, np.float64), v, ((1, 2), (0, 1))) for v in real(w)])
+    mapped = jax.vmap(one, in_axes=(0, None))(w, x)
+    scanned = lax.scan(lambda c, q: (c, jax.checkpoint(one)(q, x)), 0, w)[1]
+    for found in (mapped, scanned):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def kernel_of(spec, k=64, n=32, *, dtype=jnp.bfloat16, axes=None, act=None):
+    """What is chosen for CUDA, from shapes."""
+    q = jax.eval_shape(
+        lambda: jq.quantize(jnp.zeros((k, n)), spec, reduce_axes=(-2,)).laid_out("elements").replace(dtype=dtype)
+    )
+    x = jax.ShapeDtypeStruct((8, k), dtype)
+    axes = axes or (Axes((), (0,), (1,)), Axes((), (1,), (0,)))
+    return select(Product.of(x, q, *axes, None, dtype), "cuda")
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_what_is_taken(name):
+    assert kernel_of(SPECS[name], 384).name == "bfloat16, decoded by Triton"
+
+
+def test_what_is_left_to_xla():
+    """One conversion is fused into the product. What the kernel has no blocks for is not lost either."""
+    assert kernel_of(jq.QuantSpec("int4")).name == "bfloat16, decoded"
+    assert "Triton" not in kernel_of(jq.QuantSpec("int8")).name
+    assert "Triton" not in kernel_of(jq.QuantSpec("int4", group_size=8, **GROUPS)).name
+    assert kernel_of(SPECS["int4 g32"], dtype=jnp.float32).name == "float32, decoded by Triton"
+
+
+def test_blocks_follow_the_processor():
+    """Few rows: programs for all processors, and sums of parts that are small beside the weight."""
+    w = functools.partial(Decoding, jq.QuantSpec("int4").type, "nibbles", k_last=False)
+    for rows in (1, 8, 64, 512, 4096):
+        for k, n in ((4096, 4096), (14336, 4096), (4096, 512), (192, 48)):
+            b = blocks(rows, w(length=k, columns=n, groups=k // 64 if k % 64 == 0 else 1))
+            assert b.depth * b.slices <= 2 * k
+            assert 8 * b.parts * rows * n <= k * n / 2 / 16 or b.parts == 1
+            assert b.rows * b.slices <= 128
+    assert blocks(1, w(length=4096, columns=4096, groups=32)).parts > 1
+    assert blocks(4096, w(length=4096, columns=4096, groups=32)).rows == 128

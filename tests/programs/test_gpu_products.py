@@ -1,0 +1,111 @@
+"""Products as the GPU compiler makes them for an H100: codes are what is read, and no float weight is written."""
+
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import jaxquant as jq
+from jaxquant import ops, recipes
+
+plugins = importlib.util.find_spec("jax_plugins")
+pytestmark = [
+    pytest.mark.every,
+    pytest.mark.skipif(
+        plugins is None or importlib.util.find_spec("jax_plugins.xla_cuda12") is None, reason="needs aot-gpu"
+    ),
+]
+
+K, N = 1024, 2048
+MATMUL = (((1,), (0,)), ((), ()))
+GROUPS = {"granularity": "per_group", "group_size": 64}
+SCHEMES: dict[str, Any] = {
+    "w4a16 g128": recipes.w4a16(128),
+    "w4a16 g32 zero": recipes.w4a16(32, symmetric=False),
+    "two-level": recipes.w4a16(128, two_level=True),
+    "w4a8": recipes.w4a8(128),
+    "nf4": recipes.nf4(64),
+    "mxfp4": recipes.mxfp4(),
+    "nvfp4": recipes.nvfp4(),
+    "mxfp8": recipes.mxfp8(),
+    "int3": jq.OpSpec(jq.QuantSpec("int3", **GROUPS)),
+}
+
+
+def weight(spec: Any, *lead: int, k: int = K, n: int = N) -> Any:
+    def make(w: jax.Array) -> Any:
+        return jq.quantize(w, spec.weight, reduce_axes=(-2,)).store((-2,))
+
+    for _ in lead:
+        make = jax.vmap(make)
+    return jax.eval_shape(lambda w: jq.lay_out(make(w), "gpu"), jax.ShapeDtypeStruct((*lead, k, n), jnp.bfloat16))
+
+
+def x(rows: int, k: int = K) -> Any:
+    return jax.ShapeDtypeStruct((rows, k), jnp.bfloat16)
+
+
+def product(spec: Any) -> Any:
+    return lambda p, x: ops.dot_general(x, p["w"], MATMUL, spec=spec)
+
+
+def traffic(found: Any) -> float:
+    """Bytes moved, in units of what must be."""
+    return 1 + 2 * found.temporaries / (found.arguments + found.results)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_few_rows(name: str):
+    found: Any = jq.explain(product(SCHEMES[name]), {"w": weight(SCHEMES[name])}, x(8), target="h100")
+    assert found["w"].written == 0
+    assert traffic(found) <= 1.1
+
+
+@pytest.mark.parametrize("rows", [1, 64, 512])
+def test_other_rows(rows: int):
+    found: Any = jq.explain(product(SCHEMES["nvfp4"]), {"w": weight(SCHEMES["nvfp4"])}, x(rows), target="h100")
+    assert found["w"].written == 0
+    assert traffic(found) <= 1.1
+
+
+def test_sizes_that_no_block_divides():
+    spec = SCHEMES["w4a16 g32 zero"]
+    found: Any = jq.explain(product(spec), {"w": weight(spec, k=1056, n=2047)}, x(3, 1056), target="h100")
+    assert found["w"].written == 0
+    assert traffic(found) <= 1.1
+
+
+def test_an_older_gpu():
+    found: Any = jq.explain(product(SCHEMES["mxfp8"]), {"w": weight(SCHEMES["mxfp8"])}, x(8), target="a100")
+    assert traffic(found) <= 1.1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_other_activations(dtype: Any):
+    args = {"w": weight(SCHEMES["nf4"]).replace(dtype=dtype)}, jax.ShapeDtypeStruct((8, K), dtype)
+    found: Any = jq.explain(product(SCHEMES["nf4"]), *args, target="h100")
+    assert traffic(found) <= 1.1
+
+
+def test_experts_are_not_decoded_in_memory():
+    spec = SCHEMES["w4a16 g128"]
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        return ops.dot_general(x, p["w"], (((2,), (1,)), ((0,), (0,))), spec=spec)
+
+    args = {"w": weight(spec, 4)}, jax.ShapeDtypeStruct((4, 8, K), jnp.bfloat16)
+    assert traffic(jq.explain(fn, *args, target="h100")) <= 1.1
+
+
+def test_layers_of_a_stack_are_not_decoded_in_memory():
+    """A layer is copied out of the stack, as it is: no kernel is handed a part of an array there."""
+    spec = SCHEMES["w4a16 g128"]
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        return lax.scan(lambda x, q: (ops.dot_general(x, q, MATMUL, spec=spec), None), x, p["w"])[0]
+
+    found: Any = jq.explain(fn, {"w": weight(spec, 6, k=N)}, x(8, N), target="h100")
+    assert found.temporaries < 0.4 * 2 * N * N  # a layer in four bits is a quarter of its bfloat16
