@@ -48,14 +48,14 @@ class TritonDecoded(Kernel):
         XLA fuses one conversion into a product. So weights whose codes are numbers, with one scale for all that is
         contracted and no zero point, are left to it. The kernel has no blocks for groups of fewer than 16 codes, or
         of a number that 16 does not divide; for axes that are contracted between others; for zero points that are
-        floats; for float64.
+        floats; for float64; for sizes that are symbols.
         """
-        portable = Decoded.takes(problem)
-        if not isinstance(portable, Decoded) or not isinstance(problem, Product) or portable.dtype == jnp.float64:
+        known = isinstance(problem, Product) and all(isinstance(n, int) for n in (*problem.x.shape, *problem.w.shape))
+        portable = Decoded.takes(problem) if known else None
+        if not isinstance(portable, Decoded) or portable.dtype == jnp.float64 or problem.w.size >= _LARGEST:
             return None
-        w, sizes = problem.w, (*problem.x.shape, *problem.w.shape)
-        place = _Place.of(w, problem.w_axes)
-        if place is None or not all(isinstance(n, int) and n for n in sizes) or math.prod(w.shape) >= _LARGEST:
+        w, place = problem.w, _Place.of(problem.w, problem.w_axes)
+        if place is None:
             return None
         if place.groups == 1 and w.symmetric and w.type.kind != "table":
             return None
