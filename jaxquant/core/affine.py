@@ -43,6 +43,7 @@ __all__ = [
     "nearest",
     "prepare",
     "quantize",
+    "quantized_by_itself",
     "reach",
     "roundtrip",
     "scale_zero_point",
@@ -363,7 +364,20 @@ def as_codes(
       x, spec, axes, scale, zero_point, key: as `encode`.
       apart: whether a compiler that would round as part of whatever follows, and lose by it, is to be kept from that.
     """
-    found = encode(x, spec, axes, scale, zero_point, key)
+    if scale is None and key is None:
+        return quantized_by_itself(x, spec=spec, axes=axes, apart=apart)
+    return _as_codes(x, encode(x, spec, axes, scale, zero_point, key), key, spec, axes, apart=apart)
+
+
+@Replaceable
+def quantized_by_itself(x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...], apart: bool) -> QTensor:
+    """`as_codes` of an array by its own range: a chance to find that and the codes in one pass."""
+    return _as_codes(x, encode(x, spec, axes), None, spec, axes, apart=apart)
+
+
+def _as_codes(
+    x: jax.Array, found: Encoded, key: Any, spec: QuantSpec, axes: tuple[int, ...], *, apart: bool
+) -> QTensor:
     codes = codes_apart(x, found, key, spec=spec, axes=axes) if apart else codes_of(found.values, spec.type)
     return QTensor(codes, found.scale, found.zero_point, qtype=spec.qtype, dtype=x.dtype)
 

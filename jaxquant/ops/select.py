@@ -34,6 +34,7 @@ from jaxquant.ops.kernels.cpu import blocked, floats, gemv, int8, residual
 from jaxquant.ops.kernels.cpu import convolution as cpu_convolution
 from jaxquant.ops.kernels.cpu import ragged as cpu_ragged
 from jaxquant.ops.kernels.gpu import decoded as gpu_decoded
+from jaxquant.ops.kernels.gpu import int8 as gpu_int8
 from jaxquant.ops.kernels.tpu import decoded as tpu_decoded
 from jaxquant.ops.problem import Kernel, Platform, Problem
 
@@ -53,6 +54,7 @@ TABLE: tuple[type[Kernel], ...] = (
     cpu_ragged.ResidualSplitRagged,
     # Elsewhere codes are decoded within the product.
     gpu_decoded.TritonDecoded,
+    gpu_int8.TritonInt8,
     tpu_decoded.BatchedDecoded,
     decoded.BatchedDecoded,
     decoded.Decoded,

@@ -94,6 +94,12 @@ class Instruction:
         """Whether it runs a kernel that is written by hand."""
         return self.opcode == "custom-call" and any(kernel in self.rest for kernel in _KERNELS)
 
+    @property
+    def kernel(self) -> str:
+        """The name of that kernel, or else of the instruction."""
+        found = re.search(r'\bname = "([^"]+)"', self.rest)  # Triton's
+        return self.attribute("kernel_name").strip('"') or (found[1] if found else self.name)
+
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
         """The computations it runs: of a conditional in the order of its branches."""

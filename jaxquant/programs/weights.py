@@ -84,7 +84,7 @@ class _Walk:
             if product is not None:
                 self._multiplied(computation, product)
             elif user.is_kernel:
-                found.kernels.add(user.attribute("kernel_name").strip('"') or user.name)
+                found.kernels.add(user.kernel)
             elif user.opcode == "multiply" and self.loop in user.rest:
                 found.kernels.add("float32 GEMV")
             elif user.opcode == "tuple":

@@ -14,9 +14,12 @@ from ops_reference import dot_error, real, slow_but, unequal
 
 import jaxquant as jq
 from jaxquant import recipes
+from jaxquant.core.affine import as_codes
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels.gpu.decoded import TritonDecoded, run
+from jaxquant.ops.kernels.gpu.int8 import TritonInt8
 from jaxquant.ops.kernels.gpu.product import Decoding, blocks
+from jaxquant.ops.kernels.gpu.quantizing import rows_at_once
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
 
@@ -167,6 +170,37 @@ def test_what_is_left_to_xla():
     assert "Triton" not in kernel_of(jq.QuantSpec("int8")).name
     assert "Triton" not in kernel_of(jq.QuantSpec("int4", group_size=8, **GROUPS)).name
     assert kernel_of(SPECS["int4 g32"], dtype=jnp.float32).name == "float32, decoded by Triton"
+
+
+@pytest.mark.parametrize("minor", [(), (-2,)])
+def test_int8_on_both_sides(minor):
+    """As codes are stored, along either axis: exact sums, scaled before they are written."""
+    q = jq.quantize(unequal(0, (96, 40)), INT8, reduce_axes=(-2,)).store(minor)
+    x = jq.quantize(unequal(1, (70, 96)), INT8, reduce_axes=(-1,))
+    axes = Axes((), (0,), (1,)), Axes((), (1,), (0,))
+    problem = Product.of(x, q, *axes, None, jnp.float32)
+    assert isinstance(select(problem, "cuda"), TritonInt8)
+    assert dot_error(run(problem, jnp.float32, interpret=True), real(x), real(q), (((1,), (0,)), ((), ()))) <= 1e-6
+    few = Product.of(jax.ShapeDtypeStruct((1, 96), jnp.float32), q, *axes, None, jnp.float32)
+    assert not isinstance(select(few, "cuda"), TritonInt8)
+
+
+ROWS = slow_but([(5, 300), (3, 7, 1000), (40, 16), (1, 64)], (40, 16))
+
+
+@pytest.mark.parametrize("dtype", slow_but([jnp.float32, jnp.bfloat16, jnp.float16], jnp.bfloat16))
+@pytest.mark.parametrize("shape", ROWS)
+def test_rows_are_quantized_as_everywhere(shape, dtype):
+    """To the bit: ties, infinities, zeros, NaN, numbers at both ends of float32."""
+    x = np.array(unequal(0, shape, decades=4.0)).reshape(-1, shape[-1])
+    x[0, :3], x[-1, :5] = (np.inf, -np.inf, 0), (1, -1, 127, 63.5, -0.5)
+    if len(x) > 8:
+        x[3], x[4, 2], x[5], x[6], x[7] = 0, np.nan, 1e-45, 3e38, 1e-38
+    x = jnp.asarray(x.reshape(shape)).astype(dtype)
+    wanted, found = jax.jit(lambda x: as_codes(x, INT8, (-1,)))(x), rows_at_once(x, INT8, (-1,), interpret=True)
+    np.testing.assert_array_equal(found.codes, wanted.codes)
+    np.testing.assert_array_equal(found.scale, wanted.scale)
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
 
 
 def test_blocks_follow_the_processor():

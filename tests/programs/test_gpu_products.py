@@ -61,6 +61,7 @@ def traffic(found: Any) -> float:
 def test_few_rows(name: str):
     found: Any = jq.explain(product(SCHEMES[name]), {"w": weight(SCHEMES[name])}, x(8), target="h100")
     assert found["w"].written == 0
+    assert found["w"].kernels == ("quantized_product",)
     assert traffic(found) <= 1.1
 
 
@@ -69,6 +70,13 @@ def test_other_rows(rows: int):
     found: Any = jq.explain(product(SCHEMES["nvfp4"]), {"w": weight(SCHEMES["nvfp4"])}, x(rows), target="h100")
     assert found["w"].written == 0
     assert traffic(found) <= 1.1
+
+
+def test_int8_activations():
+    """An activation is read once and its codes are written and read: nothing else is, and no sum in int32."""
+    spec, rows = recipes.w8a8(), 1024
+    found: Any = jq.explain(product(spec), {"w": weight(spec)}, x(rows), target="h100")
+    assert found.temporaries <= 1.01 * rows * K
 
 
 def test_sizes_that_no_block_divides():

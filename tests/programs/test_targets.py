@@ -125,7 +125,7 @@ def test_a_mesh_of_shapes_alone():
 def test_a_product_on_a_gpu(target):
     spec = recipes.w8a8()
     found = explained(product(spec), {"w": weight(spec)}, x(64), target=target)
-    assert found["w"].kernels == ("int8",)
+    assert found["w"].kernels == ("quantized_product",)
     moved = found.arguments + found.results + 2 * found.temporaries
     assert found.seconds == pytest.approx(moved / CHIPS[target].bandwidth)
     assert found["w"].seconds is None  # that compiler gives no estimates

@@ -18,7 +18,7 @@ from jaxquant.ops.problem import Kernel, Product
 if TYPE_CHECKING:
     from jaxquant.ops.kernels.gpu.product import Decoding, Weight
 
-__all__ = ["TritonDecoded", "run"]
+__all__ = ["Place", "TritonDecoded", "in_int8", "run"]
 
 _SHORTEST_GROUP = 16  # along k, of one step of a tensor core
 _LARGEST = 2**31  # elements, whose places are int32
@@ -54,7 +54,7 @@ class TritonDecoded(Kernel):
         portable = Decoded.takes(problem) if known else None
         if not isinstance(portable, Decoded) or portable.dtype == jnp.float64 or problem.w.size >= _LARGEST:
             return None
-        w, place = problem.w, _Place.of(problem.w, problem.w_axes)
+        w, place = problem.w, Place.of(problem.w, problem.w_axes)
         if place is None:
             return None
         if place.groups == 1 and w.symmetric and w.type.kind != "table":
@@ -69,7 +69,7 @@ class TritonDecoded(Kernel):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class Place:
     """Where the axes of a stored weight are, as the kernel has them.
 
     Attributes:
@@ -84,9 +84,9 @@ class _Place:
     groups: int
 
     @classmethod
-    def of(cls, w: QTensor, axes: Axes) -> _Place | None:
+    def of(cls, w: QTensor, axes: Axes) -> Place | None:
         """None if the axes, or the blocks of the scales, are in no such order."""
-        stored = tuple(range(w.ndim))
+        stored = w.stored_order
         k_last = axes.batch + axes.rows + axes.contract == stored
         if not k_last and axes.batch + axes.contract + axes.rows != stored:
             return None
@@ -118,7 +118,7 @@ def run(problem: Product, dtype: Any, *, interpret: bool = False) -> jax.Array:
     from jaxquant.ops.kernels.gpu.product import batched  # Pallas takes long to load
 
     x, axes, rows = problem.x, problem.x_axes, None
-    if isinstance(x, QTensor) and _in_int8(x) and all(x.scale.shape[i] == 1 for i in axes.contract):
+    if isinstance(x, QTensor) and in_int8(x) and all(x.scale.shape[i] == 1 for i in axes.contract):
         values = axes.flatten(x.logical_codes())
         rows = jnp.broadcast_to(axes.flatten(scale_values(x.scale).astype(jnp.float32))[:, :, 0], values.shape[:2])
     else:
@@ -128,16 +128,16 @@ def run(problem: Product, dtype: Any, *, interpret: bool = False) -> jax.Array:
     return problem.restored(batched(values, weight, how, result, dtype, rows=rows, interpret=interpret))
 
 
-def _in_int8(x: QTensor) -> bool:
+def in_int8(x: QTensor) -> bool:
     """Whether the values of an activation are int8 times a scale."""
-    return x.symmetric and x.type.kind == "int" and x.type.code_dtype == jnp.int8
+    return x.symmetric and x.type.kind == "int" and x.type.bits == 8 and x.type.code_dtype == jnp.int8
 
 
 def _stored(w: QTensor, axes: Axes) -> tuple[Weight, Decoding]:
     """The arrays of a weight, [B, K, N] or [B, N, K], as they are stored, and what they stand for."""
     from jaxquant.ops.kernels.gpu.product import Decoding, Weight
 
-    place = _Place.of(w, axes)
+    place = Place.of(w, axes)
     assert place is not None
     b, last = place.batch, place.ordered(place.length, place.columns)[1]
     codes = w.stored.reshape(b, *place.ordered(place.length, place.columns))
@@ -177,7 +177,7 @@ def _stored(w: QTensor, axes: Axes) -> tuple[Weight, Decoding]:
     return Weight(codes, scale, zero_point, offset, columns), decoding
 
 
-def _is_two_level(scale: QTensor, axes: Axes, place: _Place) -> bool:
+def _is_two_level(scale: QTensor, axes: Axes, place: Place) -> bool:
     """Whether scales are codes that the kernel decodes, times factors that are the same for all k."""
     if isinstance(scale.scale, QTensor) or not scale.symmetric or scale.minor or scale.split is not None:
         return False

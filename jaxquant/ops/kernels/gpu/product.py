@@ -120,7 +120,7 @@ class Blocks:
 
 
 _PROCESSORS = 132  # of an H100; an A100 has 108
-_PRODUCTS, _INSTRUCTIONS = 2048, 128  # of two bytes and of any, in a cycle of a processor
+_PRODUCTS, _INSTRUCTIONS, _LOADS = 2048, 128, 64  # of numbers of two bytes, of any, and bytes: in a processor's cycle
 _DECODING = 6  # instructions for a code, all in all, as the machine code of the kernel has them
 _NARROWEST = 32  # bytes of a row that are read at once
 _PART_COST = 1 / 16  # of the weight's bytes, what sums of parts may take to be written and read
@@ -139,9 +139,12 @@ def blocks(rows: int, w: Decoding, *, integers: bool = False) -> Blocks:
         """For one k, of all programs."""
         m, slices, warps = tile
         programs = math.ceil(rows / m) * math.ceil(w.columns / _columns(w, slices, warps))
-        products, decoding = 16 * warps * m * slices / _PRODUCTS, 16 * warps * _DECODING / _INSTRUCTIONS
-        return (math.ceil(programs / _PROCESSORS) * (products + decoding) + decoding) / slices
+        left, right, size = 16 * warps, m * slices, 1 if integers else 2
+        products = left * right / _PRODUCTS / (2 if integers else 1)
+        loads, decoding = (left + right * size) / _LOADS, left * (1 if plain else _DECODING) / _INSTRUCTIONS
+        return (math.ceil(programs / _PROCESSORS) * (max(products, loads) + decoding) + decoding) / slices
 
+    plain = integers and w.stored == "bytes"
     tiles = itertools.product((8, 16, 32, 64, 128), (1, 2, 4), (4, 8))
     fitting = [(m, s, warps) for m, s, warps in tiles if m * s <= 128 and 16 * warps // s >= _NARROWEST]
     m, slices, warps = min(fitting, key=cycles)

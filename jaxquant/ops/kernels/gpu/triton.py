@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-__all__ = ["load", "params", "store"]
+from jaxquant.core import arithmetic
+
+__all__ = ["divide", "load", "nearest", "params", "store"]
 
 _PARAMS: Any = getattr(triton, "CompilerParams", None) or getattr(triton, "TritonCompilerParams")  # noqa: B009
 
@@ -35,3 +38,20 @@ def store(ref: Any, index: tuple[Any, ...], value: jax.Array, mask: jax.Array | 
         triton.store(ref.at[index], value, mask=mask)
     else:
         pl.store(ref, index, value, mask=mask)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def divide(x: jax.Array, y: jax.Array, *, interpret: bool) -> jax.Array:
+    """``x / y`` in float32 for arrays of one shape, correctly rounded: Triton's own division is not."""
+    return arithmetic.divide(x, y) if interpret else _machine("div.rn.f32 $0, $1, $2;", "=f,f,f", jnp.float32, x, y)
+
+
+def nearest(x: jax.Array, *, interpret: bool) -> jax.Array:
+    """The nearest int32 of a float32, half to even; 0 of NaN."""
+    return jnp.rint(x).astype(jnp.int32) if interpret else _machine("cvt.rni.s32.f32 $0, $1;", "=r,f", jnp.int32, x)
+
+
+def _machine(code: str, constraints: str, dtype: Any, *args: jax.Array) -> jax.Array:
+    """One instruction for each element."""
+    shape = jax.ShapeDtypeStruct(args[0].shape, dtype)
+    how = {"constraints": constraints, "pack": 1, "result_shape_dtypes": [shape]}
+    return triton.elementwise_inline_asm(code, args=args, **how)[0]

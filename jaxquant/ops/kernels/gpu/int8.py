@@ -1,0 +1,53 @@
+"""Products of int8 on both sides whose scales are applied before anything is written.
+
+XLA fuses scales of rows into an int8 product only where they are arguments of the program. Those of an activation that
+is quantized on the way never are: it writes the sums in int32, four bytes for each, and reads them again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jaxquant.core.qtensor import QTensor
+from jaxquant.ops.kernels.gpu.decoded import Place, in_int8, run
+from jaxquant.ops.kernels.integer import overflow_limit
+from jaxquant.ops.problem import Kernel, Product
+
+__all__ = ["TritonInt8"]
+
+_FEW = 64  # rows for so many codes of a column: sums in int32 are small beside the weight
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonInt8(Kernel):
+    """int8 dots in `jaxquant.ops.kernels.gpu.product`, from as many rows on as make their sums large."""
+
+    name = "int8, scaled by Triton"
+    platforms = ("cuda",)
+
+    @classmethod
+    def takes(cls, problem: Any) -> Kernel | None:
+        """As for `Kernel`: symmetric int8 with one scale for each row of x and each column of the weight."""
+        if not isinstance(problem, Product) or not all(_is_plain(v) for v in (problem.x, problem.w)):
+            return None
+        if not all(isinstance(n, int) for n in (*problem.x.shape, *problem.w.shape)):
+            return None
+        one = all(
+            v.scale.shape[i] == 1
+            for v, axes in ((problem.x, problem.x_axes), (problem.w, problem.w_axes))
+            for i in axes.contract
+        )
+        many = problem.rows * _FEW >= problem.length and problem.length <= overflow_limit(128, 128)
+        return cls() if one and many and problem.w.size < 2**31 and Place.of(problem.w, problem.w_axes) else None
+
+    def run(self, problem: Product) -> jax.Array:
+        """As for `Kernel`."""
+        return run(problem, problem.dtype)
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether an operand is symmetric int8 with scales that are floats, in the order of its axes or another."""
+    return isinstance(x, QTensor) and in_int8(x) and x.length is None and x.split is None and x.permutation is None
