@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ops_reference import dot_error, real, slow_but, unequal
 
 import jaxquant as jq
@@ -147,6 +149,44 @@ def test_several_axes_and_transformations():
     scanned = lax.scan(lambda c, q: (c, jax.checkpoint(one)(q, x)), 0, w)[1]
     for found in (mapped, scanned):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def on_devices(value, mesh, spec):
+    return jax.device_put(value, NamedSharding(mesh, spec))
+
+
+@pytest.mark.parametrize("cut", ["columns", "contracted", "rows"])
+def test_weights_stay_where_they_are(cut):
+    """Partial sums along the contracted axis, and nothing else, go from device to device."""
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ("t",))
+    k, n, m = {"columns": (None, "t", None), "contracted": ("t", None, None), "rows": (None, None, "t")}[cut]
+    problem, kernel, _ = problem_of(SPECS["two-level"], 4, 128, 32)
+    w = jax.tree.map(
+        lambda v: on_devices(v, mesh, P(k if v.shape[0] > 1 else None, *(None,) * (v.ndim - 2), n)), problem.w
+    )
+    x = on_devices(problem.x, mesh, P(m, k))
+
+    def fn(w, x):
+        here = Product.of(x, w, problem.x_axes, problem.w_axes, None, jnp.float32)
+        return run(here, kernel.dtype, interpret=True)
+
+    text = jax.jit(fn).lower(w, x).compile().as_text()
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+    assert ("all-reduce" in text) == (cut == "contracted")
+    np.testing.assert_allclose(jax.jit(fn)(w, x), fn(problem.w, problem.x), rtol=1e-5, atol=1e-4)
+
+
+def test_rows_are_quantized_where_they_are():
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ("d",))
+    x = unequal(0, (4, 3, 48))
+    fn = lambda x: rows_at_once(x, INT8, (-1,), interpret=True)  # noqa: E731
+    placed = on_devices(x, mesh, P("d"))
+    text = jax.jit(fn).lower(placed).compile().as_text()
+    assert "all-gather" not in text
+    for found in (jax.jit(fn)(placed), jax.vmap(fn)(x)):
+        np.testing.assert_array_equal(found.codes, fn(x).codes)
+        np.testing.assert_array_equal(found.scale, fn(x).scale)
 
 
 def kernel_of(spec, k=64, n=32, *, dtype=jnp.bfloat16, axes=None, act=None):

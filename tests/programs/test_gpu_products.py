@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
 from jaxquant import ops, recipes
@@ -117,3 +119,37 @@ def test_layers_of_a_stack_are_not_decoded_in_memory():
 
     found: Any = jq.explain(fn, {"w": weight(spec, 6, k=N)}, x(8, N), target="h100")
     assert found.temporaries < 0.4 * 2 * N * N  # a layer in four bits is a quarter of its bfloat16
+
+
+@pytest.mark.parametrize("k, n", [(None, "t"), ("t", None)])
+def test_several_devices(k: Any, n: Any):
+    """Codes are not gathered, and what is reduced is what the bfloat16 program reduces."""
+    spec, mesh = SCHEMES["w4a16 g128"], AbstractMesh((2,), ("t",))
+
+    def placed(v: Any, axes: P) -> Any:
+        return jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, axes))
+
+    w = jax.tree.map(lambda v: placed(v, P(k, *(None,) * (v.ndim - 2), n)), weight(spec))
+    found: Any = jq.explain(product(spec), {"w": w}, placed(x(8), P(None, k)), target="h100")
+    assert found["w"].written == 0
+    kinds = {(c.kind, c.dtype) for c in found.collectives}
+    assert kinds == (set() if k is None else {("all-reduce", "bf16")})
+
+
+def test_shard_map():
+    spec, mesh = SCHEMES["w4a8"], AbstractMesh((2,), ("t",))
+    w = weight(spec)
+    axes = jax.tree.map(lambda v: P(*(None,) * (v.ndim - 1), "t"), w)
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        return jax.shard_map(
+            lambda q, x: ops.dot_general(x, q, MATMUL, spec=spec),
+            mesh=mesh,
+            in_specs=(axes, P()),
+            out_specs=P(None, "t"),
+        )(p["w"], x)
+
+    w = jax.tree.map(lambda v, a: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, a)), w, axes)
+    found: Any = jq.explain(fn, {"w": w}, x(8), target="h100")
+    assert found["w"].written == 0
+    assert not found.collectives

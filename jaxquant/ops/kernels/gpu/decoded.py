@@ -18,7 +18,7 @@ from jaxquant.ops.problem import Kernel, Product
 if TYPE_CHECKING:
     from jaxquant.ops.kernels.gpu.product import Decoding, Weight
 
-__all__ = ["Place", "TritonDecoded", "in_int8", "run"]
+__all__ = ["Place", "TritonDecoded", "has_blocks", "in_int8", "run"]
 
 _SHORTEST_GROUP = 16  # along k, of one step of a tensor core
 _LARGEST = 2**31  # elements, whose places are int32
@@ -48,10 +48,9 @@ class TritonDecoded(Kernel):
         XLA fuses one conversion into a product. So weights whose codes are numbers, with one scale for all that is
         contracted and no zero point, are left to it. The kernel has no blocks for groups of fewer than 16 codes, or
         of a number that 16 does not divide; for axes that are contracted between others; for zero points that are
-        floats; for float64; for sizes that are symbols.
+        floats; for float64; for sizes that are symbols; where shardings are part of types.
         """
-        known = isinstance(problem, Product) and all(isinstance(n, int) for n in (*problem.x.shape, *problem.w.shape))
-        portable = Decoded.takes(problem) if known else None
+        portable = Decoded.takes(problem) if has_blocks(problem) else None
         if not isinstance(portable, Decoded) or portable.dtype == jnp.float64 or problem.w.size >= _LARGEST:
             return None
         w, place = problem.w, Place.of(problem.w, problem.w_axes)
@@ -128,6 +127,15 @@ def run(problem: Product, dtype: Any, *, interpret: bool = False) -> jax.Array:
     return problem.restored(batched(values, weight, how, result, dtype, rows=rows, interpret=interpret))
 
 
+def has_blocks(problem: Any) -> bool:
+    """Whether a problem is a product of sizes that are known, on one device or on a mesh whose axes XLA places."""
+    if not isinstance(problem, Product) or not all(isinstance(n, int) for n in (*problem.x.shape, *problem.w.shape)):
+        return False
+    arrays = (v for v in jax.tree.leaves((problem.x, problem.w)) if isinstance(v, jax.Array))
+    shardings = (getattr(jax.typeof(v), "sharding", None) for v in arrays)
+    return all(axis is None for sharding in shardings for axis in getattr(sharding, "spec", ()))
+
+
 def in_int8(x: QTensor) -> bool:
     """Whether the values of an activation are int8 times a scale."""
     return x.symmetric and x.type.kind == "int" and x.type.bits == 8 and x.type.code_dtype == jnp.int8
@@ -174,7 +182,9 @@ def _stored(w: QTensor, axes: Axes) -> tuple[Weight, Decoding]:
         scale = flattened(scale_values(scale) if isinstance(scale, QTensor) else scale)
     zero_point, offset = (None if v is None else flattened(flat(v)) for v in (w.zero_point, w.offset))
     decoding = Decoding(w.type, how, place.k_last, place.length, place.columns, place.groups, scales)
-    return Weight(codes, scale, zero_point, offset, columns), decoding
+    table = jnp.asarray(w.type.table, jnp.float32) if w.type.kind == "table" else None
+    table = None if table is None else jnp.broadcast_to(table, (b, table.size))
+    return Weight(codes, scale, zero_point, offset, columns, table), decoding
 
 
 def _is_two_level(scale: QTensor, axes: Axes, place: Place) -> bool:

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 
 from jaxquant.core.qtensor import QTensor
-from jaxquant.ops.kernels.gpu.decoded import Place, in_int8, run
+from jaxquant.ops.kernels.gpu.decoded import Place, has_blocks, in_int8, run
 from jaxquant.ops.kernels.integer import overflow_limit
-from jaxquant.ops.problem import Kernel, Product
+from jaxquant.ops.problem import Kernel
 
 __all__ = ["TritonInt8"]
 
@@ -31,9 +31,7 @@ class TritonInt8(Kernel):
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:
         """As for `Kernel`: symmetric int8 with one scale for each row of x and each column of the weight."""
-        if not isinstance(problem, Product) or not all(_is_plain(v) for v in (problem.x, problem.w)):
-            return None
-        if not all(isinstance(n, int) for n in (*problem.x.shape, *problem.w.shape)):
+        if not has_blocks(problem) or not all(_is_plain(v) for v in (problem.x, problem.w)):
             return None
         one = all(
             v.scale.shape[i] == 1

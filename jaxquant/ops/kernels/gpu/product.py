@@ -24,16 +24,17 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxquant.core.qtypes import QType
-from jaxquant.ops.kernels.gpu.triton import load, params, store
+from jaxquant.ops.kernels.gpu.partition import partitioned
+from jaxquant.ops.kernels.gpu.triton import alike, load, params, shaped, store
 
 __all__ = ["Blocks", "Decoding", "Scales", "Weight", "batched", "blocks", "product"]
 
@@ -52,6 +53,7 @@ class Weight(NamedTuple):
         as unsigned integers; None where one scale is for all k.
       zero_point, offset: of the same shape, integer and float, or None.
       columns: float32 [N or 1], scales that are the same for all k, or None.
+      table: float32, the values of a type that is a table, or None.
     """
 
     codes: jax.Array
@@ -59,6 +61,7 @@ class Weight(NamedTuple):
     zero_point: jax.Array | None
     offset: jax.Array | None
     columns: jax.Array | None
+    table: jax.Array | None
 
 
 Scales = Literal["float", "e8m0", "e4m3", "nibbles"]
@@ -428,7 +431,83 @@ def batched(
     rows: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`product` of stacks of matrices: all arrays have one axis more, in front."""
+    """`product` of stacks of matrices, all arrays with one axis more in front; under `jax.vmap` and shardings too.
+
+    Columns, rows and stacks are cut as they are. Where k is, each device has a partial sum, and these are added.
+    """
+    optional = {"rows": rows, **{name: getattr(w, name) for name in Weight._fields[1:]}}
+    names = [name for name, value in optional.items() if value is not None]
+
+    def local(cuts: Mapping[str, int]) -> Callable[..., jax.Array]:
+        k = cuts.get("k", 1)
+        groups = how.groups // k if how.groups > 1 else 1
+        columns = how.columns // cuts.get("n", 1)
+        mine = dataclasses.replace(how, length=how.length // k, columns=columns, groups=groups)
+
+        def run(x: jax.Array, codes: jax.Array, *others: jax.Array) -> jax.Array:
+            found = dict.fromkeys(optional) | dict(zip(names, others, strict=True))
+            rows = found.pop("rows")
+            return _stacked(x, Weight(codes, **found), mine, result, dtype, rows, interpret=interpret)
+
+        return run
+
+    def mapped(size: int, is_mapped: list[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
+        """Of several: stacks of weights are a longer stack; several activations for one weight are more rows."""
+        activations = [i for i in range(len(arrays)) if i == 0 or (i > 1 and names[i - 2] == "rows")]
+        weights = [i for i in range(len(arrays)) if i not in activations]
+        if any(is_mapped[i] for i in weights):
+            each = [
+                v if m else jnp.broadcast_to(v[None], (size, *v.shape)) for v, m in zip(arrays, is_mapped, strict=True)
+            ]
+            out = call(*(v.reshape(-1, *v.shape[2:]) for v in each))
+            return out.reshape(size, -1, *out.shape[1:]), True
+        several = list(arrays)
+        for i in activations:
+            v = arrays[i] if is_mapped[i] else jnp.broadcast_to(arrays[i][None], (size, *arrays[i].shape))
+            v = jnp.moveaxis(v, 0, 1)
+            several[i] = v.reshape(v.shape[0], -1, *v.shape[3:])
+        out = call(*several)
+        return jnp.moveaxis(out.reshape(out.shape[0], size, -1, out.shape[2]), 1, 0), True
+
+    @jax.custom_batching.custom_vmap
+    def call(*arrays: jax.Array) -> jax.Array:
+        return partitioned(local, arrays, _axes(how, names, arrays), _pieces(how, arrays[0], w), "k")
+
+    call.def_vmap(mapped)
+    return call(x, w.codes, *(optional[name] for name in names))
+
+
+def _axes(how: Decoding, names: list[str], arrays: tuple[jax.Array, ...]) -> tuple[list[str], list[str]]:
+    """Letters of the axes of operands and result, for `partitioned`."""
+
+    def of(name: str, shape: tuple[int, ...]) -> str:
+        if name in ("rows", "table"):
+            return "bm" if name == "rows" else "b_"
+        if name == "columns":
+            return "bn" if shape[1] > 1 else "b_"
+        last = "bnk" if how.k_last else "bkn"
+        return "".join(letter if size > 1 else "_" for letter, size in zip(last, shape, strict=True))
+
+    given = ["bmk", "bnk" if how.k_last else "bkn"]
+    given += [of(name, v.shape) for name, v in zip(names, arrays[2:], strict=True)]
+    return given, ["bmn"]
+
+
+def _pieces(how: Decoding, x: jax.Array, w: Weight) -> dict[str, int]:
+    """What axes can be cut into: whole groups, and whole bytes."""
+    small = how.stored == "nibbles"
+    k = how.groups if how.groups > 1 else how.length // (2 if small and how.k_last else 1)
+    if how.scales == "nibbles" and how.k_last:
+        k = k // 2 if k % 2 == 0 else 1
+    halves = not how.k_last and how.columns % 2 == 0 and (small or how.scales == "nibbles")
+    n = how.columns // 2 if halves else 1 if how.scales == "nibbles" and not how.k_last else how.columns
+    found = {"b": x.shape[0], "m": x.shape[1], "k": k, "n": n}
+    return {letter: size for letter, size in found.items() if size > 1}
+
+
+def _stacked(
+    x: jax.Array, w: Weight, how: Decoding, result: Any, dtype: Any, rows: jax.Array | None, *, interpret: bool
+) -> jax.Array:
     one = functools.partial(product, how=how, result=result, dtype=dtype, interpret=interpret)
     if x.shape[0] == 1:
         first = jax.tree.map(lambda v: v[0], (x, w, rows))
@@ -461,13 +540,12 @@ def product(
     Returns:
       [M, N].
     """
+    x, w, rows = alike((x, w, rows))
     m = x.shape[0]
     integers = x.dtype == jnp.int8 and _multiplies_integers(w, how)
     multiplied = jnp.dtype(jnp.int8 if integers else dtype)
     b = blocks(m, how, integers=integers)
-    given = {"scale": w.scale, "zero_point": w.zero_point, "offset": w.offset, "columns": w.columns, "rows": rows}
-    if how.qtype.kind == "table":
-        given["table"] = jnp.asarray(np.asarray(how.qtype.table, np.float32))
+    given = {"rows": rows, **{name: getattr(w, name) for name in Weight._fields[1:]}}
     if b.parts > 1:  # sums are scaled when they are complete
         given |= {"columns": None, "rows": None}
     operands = {name: value for name, value in given.items() if value is not None}
@@ -476,7 +554,7 @@ def product(
     shape = (m, how.columns) if b.parts == 1 else (b.parts, m, how.columns)
     out = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct(shape, result if b.parts == 1 else jnp.float32),
+        out_shape=shaped(shape, result if b.parts == 1 else jnp.float32, x),
         grid=(-(-how.columns // b.columns), -(-m // b.rows), b.parts),
         interpret=interpret,
         compiler_params=params(b.warps, b.stages),

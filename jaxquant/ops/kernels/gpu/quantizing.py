@@ -7,6 +7,7 @@ program. What comes out of a kernel it treats as an argument: the product that f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -54,25 +55,44 @@ def rows_at_once(x: jax.Array, spec: QuantSpec, axes: tuple[int, ...], *, interp
       axes: the last axes, which share a scale.
       interpret: run in Pallas' interpreter, on any device.
     """
-    from jax.experimental import pallas as pl  # takes long to load
-
-    from jaxquant.ops.kernels.gpu.triton import params
+    from jaxquant.ops.kernels.gpu.partition import partitioned  # Pallas takes long to load
 
     lead = x.shape[: x.ndim - len(axes)]
-    rows, length = math.prod(lead), math.prod(x.shape[len(lead) :])
+
+    def mapped(size: int, is_mapped: list[bool], x: jax.Array) -> tuple[Any, Any]:
+        del is_mapped
+        codes, scale = call(x.reshape(-1, x.shape[-1]))
+        return (codes.reshape(x.shape), scale.reshape(size, -1)), (True, True)
+
+    @jax.custom_batching.custom_vmap
+    def call(x: jax.Array) -> Any:
+        one = functools.partial(_on_one_device, spec=spec, interpret=interpret)
+        return partitioned(lambda _: one, (x,), (["mk"], ["mk", "m"]), {"m": x.shape[0]})
+
+    call.def_vmap(mapped)
+    codes, scale = call(x.reshape(math.prod(lead), -1))
+    return QTensor(
+        codes.reshape(x.shape), scale.reshape(*lead, *(1,) * len(axes)), None, qtype=spec.qtype, dtype=x.dtype
+    )
+
+
+def _on_one_device(x: jax.Array, *, spec: QuantSpec, interpret: bool) -> Any:
+    """Codes and scales of [M, K]."""
+    from jax.experimental import pallas as pl
+
+    from jaxquant.ops.kernels.gpu.triton import params, shaped
+
+    rows, length = x.shape
     held = 1 << (length - 1).bit_length()
     at_once = max(1, min(_AT_ONCE // held, 1 << (rows - 1).bit_length()))
-    kernel = _Kernel(rows, length, at_once, held, spec.type.qmin, spec.type.qmax, interpret)
-    codes, scale = pl.pallas_call(
-        kernel,
-        out_shape=[jax.ShapeDtypeStruct((rows, length), jnp.int8), jax.ShapeDtypeStruct((rows,), jnp.float32)],
+    return pl.pallas_call(
+        _Kernel(rows, length, at_once, held, spec.type.qmin, spec.type.qmax, interpret),
+        out_shape=(shaped((rows, length), jnp.int8, x), shaped((rows,), jnp.float32, x)),
         grid=(-(-rows // at_once),),
         interpret=interpret,
-        compiler_params=params(8 if held >= 4 * _AT_ONCE // 2 else 4, 1),
+        compiler_params=params(8 if held >= 2 * _AT_ONCE else 4, 1),
         name="quantized_rows",
-    )(x.reshape(rows, length))
-    scale = scale.reshape(*lead, *(1,) * len(axes))
-    return QTensor(codes.reshape(x.shape), scale, None, qtype=spec.qtype, dtype=x.dtype)
+    )(x)
 
 
 @dataclasses.dataclass(frozen=True)

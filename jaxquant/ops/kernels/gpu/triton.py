@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from jaxquant.core import arithmetic
 
-__all__ = ["divide", "load", "nearest", "params", "store"]
+__all__ = ["alike", "divide", "load", "nearest", "params", "shaped", "store"]
 
 _PARAMS: Any = getattr(triton, "CompilerParams", None) or getattr(triton, "TritonCompilerParams")  # noqa: B009
 
@@ -19,6 +20,34 @@ _PARAMS: Any = getattr(triton, "CompilerParams", None) or getattr(triton, "Trito
 def params(warps: int, stages: int) -> Any:
     """What the compiler is told."""
     return _PARAMS(num_warps=warps, num_stages=stages)
+
+
+def alike(arrays: Any) -> Any:
+    """Arrays that vary over the same devices of a `jax.shard_map`: over all that one of them varies over."""
+    over = frozenset().union(*map(_varying, jax.tree.leaves(arrays)))
+    cast = getattr(lax, "pcast", None)
+
+    def one(x: jax.Array) -> jax.Array:
+        missing = tuple(over - _varying(x))
+        if not missing:
+            return x
+        return getattr(lax, "pvary")(x, missing) if cast is None else cast(x, missing, to="varying")  # noqa: B009
+
+    return jax.tree.map(one, arrays)
+
+
+def shaped(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """A result, which varies over the devices of a `jax.shard_map` as another array does."""
+    aval, struct = jax.typeof(like), jax.ShapeDtypeStruct
+    for name in ("manual_axis_type", "vma"):  # the newer and the older name
+        if hasattr(aval, name):
+            return struct(shape, dtype, **{name: getattr(aval, name)})
+    return struct(shape, dtype)
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    aval = jax.typeof(x)
+    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else getattr(aval, "vma", frozenset())
 
 
 def load(ref: Any, index: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:

@@ -1,0 +1,102 @@
+"""Kernels on several devices: how their operands are cut, where `jax.jit` has shardings to propagate.
+
+XLA's partitioner would gather the operands of a kernel that it does not know. Here it is told which axes of operands
+and results are cut alike, and each device computes what it has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+__all__ = ["partitioned"]
+
+
+def partitioned(
+    local: Callable[[Mapping[str, int]], Callable[..., Any]],
+    arguments: Sequence[jax.Array],
+    axes: tuple[Sequence[str], Sequence[str]],
+    pieces: Mapping[str, int],
+    summed: str = "",
+) -> Any:
+    """A function of arrays, computed where its arguments are.
+
+    Where an axis of the mesh cuts several axes, those of results count, then those of arguments in their order.
+
+    Args:
+      local: from into how many parts each axis is cut, the function of the parts.
+      arguments: what it is called with.
+      axes: of the arguments and of the results: a letter for each axis. Those with one letter are cut alike, and ``_``
+        is not cut.
+      pieces: of each letter, what the number of parts has to divide.
+      summed: the letter of the axis that is summed over: partial results are added, in their own dtype.
+    """
+    given, made = axes
+    whole = local({})
+    results = jax.tree.leaves(jax.eval_shape(whole, *arguments))
+
+    def cut(mesh: Any, arrays: Sequence[tuple[str, Any]]) -> dict[str, tuple[str, ...]]:
+        """The axes of the mesh that cut each letter."""
+        found: dict[str, tuple[str, ...]] = {}
+        for letters, array in arrays:
+            for letter, names in zip(letters, getattr(array.sharding, "spec", ()), strict=False):
+                names = (names,) if isinstance(names, str) else tuple(names or ())
+                used = {name for others in found.values() for name in others}
+                parts = math.prod(mesh.shape[name] for name in names)
+                if letter not in found and not used & set(names) and parts > 1 and pieces.get(letter, 1) % parts == 0:
+                    found[letter] = names
+        return found
+
+    def shardings(mesh: Any, found: Mapping[str, tuple[str, ...]], arrays: Sequence[str]) -> Any:
+        all_of_them = [NamedSharding(mesh, PartitionSpec(*map(found.get, letters))) for letters in arrays]
+        return tuple(all_of_them) if arrays is given or len(arrays) > 1 else all_of_them[0]
+
+    def infer(mesh: Any, args: Any, out: Any) -> Any:
+        del out
+        return shardings(mesh, cut(mesh, list(zip(given, args, strict=True))), made)
+
+    def partition(mesh: Any, args: Any, out: Any) -> Any:
+        arrays = [*zip(made, jax.tree.leaves(out), strict=True), *zip(given, args, strict=True)]
+        found = cut(mesh, arrays)
+        one = local({letter: math.prod(mesh.shape[name] for name in names) for letter, names in found.items()})
+
+        def lower(*parts: jax.Array) -> Any:
+            out = one(*parts)
+            return lax.psum(out, found[summed]) if summed in found else out
+
+        return mesh, lower, shardings(mesh, found, made), shardings(mesh, found, given)
+
+    rule, sizes = _rule(
+        [(g, v.shape) for g, v in zip(given, arguments, strict=True)],
+        [(m, v.shape) for m, v in zip(made, results, strict=True)],
+        pieces,
+    )
+    fn = custom_partitioning(lambda *args: whole(*args))
+    fn.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule, **sizes)
+    return fn(*arguments)
+
+
+def _rule(given: Sequence[Any], made: Sequence[Any], pieces: Mapping[str, int]) -> tuple[str, dict[str, Any]]:
+    """The rule in JAX's notation: an axis has a factor for its pieces, and one for what is in each."""
+    sizes: dict[str, Any] = {}
+    alone = iter(range(1000))
+
+    def factor(letter: str, size: int) -> str:
+        if letter == "_" or letter not in pieces:
+            return f"alone{next(alone)}"
+        if size == pieces[letter]:
+            return letter
+        inner = f"{letter}{size // pieces[letter]}"
+        sizes[inner] = size // pieces[letter]
+        return f"({letter} {inner})"
+
+    def sides(arrays: Sequence[Any]) -> str:
+        return ", ".join(" ".join(map(factor, letters, shape)) for letters, shape in arrays)
+
+    return f"{sides(given)} -> {sides(made)}", sizes
