@@ -14,7 +14,7 @@ import jax
 from jaxquant.core.qtensor import QTensor
 from jaxquant.ops.kernels.gpu.decoded import Place, has_blocks, in_int8, run
 from jaxquant.ops.kernels.integer import overflow_limit
-from jaxquant.ops.problem import Kernel
+from jaxquant.ops.problem import Kernel, Product
 
 __all__ = ["TritonInt8"]
 
