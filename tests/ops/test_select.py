@@ -61,12 +61,17 @@ FOR_A_CPU = (
     "_gemv",
 )
 
+KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton")  # what Pallas kernels are called in a program
+
 
 @pytest.mark.every
 @pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_nothing_made_for_a_cpu_is_lowered_elsewhere(scheme, platform):
-    """In both layouts, frozen and in training, at one row and at many: one product, and padding for one row alone."""
+    """In both layouts, frozen and in training, at one row and at many: one product, and padding for one row alone.
+
+    The product is a dot, or a kernel written for the platform.
+    """
     spec = SCHEMES[scheme]
     product = lambda w, x: ops.dot_general(x, w, MATMUL, spec=spec)  # noqa: E731
     packed, elements = (stored(spec, jnp.bfloat16, target) for target in ("cpu", PLATFORMS[platform]))
@@ -74,8 +79,10 @@ def test_nothing_made_for_a_cpu_is_lowered_elsewhere(scheme, platform):
         text = lowered(product, w, jax.ShapeDtypeStruct((rows, 256), jnp.bfloat16), platform=platform)
         for absent in FOR_A_CPU:
             assert absent not in text, (absent, rows)
-        assert text.count("stablehlo.dot_general") == 1
-        assert text.count("stablehlo.pad") == (rows == 1 and platform == "tpu")
+        dots = text.count("stablehlo.dot_general")
+        assert dots == 1 or (dots == 0 and any(kernel in text for kernel in KERNELS))
+        if dots:
+            assert text.count("stablehlo.pad") == (rows == 1 and platform == "tpu")
 
 
 @pytest.mark.every
@@ -147,5 +154,6 @@ def test_the_plan_reads_the_table():
     assert names["w8a8"] == "int8"
     assert names["w4a16"] == names["nf4"] == "bfloat16, decoded"
     assert kernel(8, 256, 256, recipes.w4a16(128), "bfloat16", platform="tpu") == "bfloat16, batched"
-    assert kernel(8, 256, 256, recipes.w4a16(128), "bfloat16", platform="cuda") == "bfloat16, batched"
+    assert kernel(8, 256, 256, recipes.w4a16(128), "bfloat16", platform="cuda") == "bfloat16, decoded by Triton"
+    assert kernel(8, 256, 256, recipes.w4a16(128), "bfloat16", platform="other") == "bfloat16, batched"
     assert kernel(8, 256, 256, recipes.w8a8(), "bfloat16", "conv_general_dilated", platform="cuda") == "bfloat16"
