@@ -13,6 +13,7 @@ import jaxquant as jq
 from jaxquant import ops, recipes
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels.tpu import grouped
+from jaxquant.ops.kernels.tpu.quantize import quantized_rows
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
 
@@ -172,3 +173,17 @@ def test_gradients_are_those_of_the_float_product():
     got = jax.grad(lambda x: jnp.sum(jax.checkpoint(lambda x: ops.dot_general(x, w, MATMUL, spec=spec))(x)))(x)
     want = jnp.broadcast_to(jnp.sum(w.dequantize(), axis=1), x.shape)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(want))))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_codes_and_scales_in_one_pass(dtype: Any):
+    """To the bit what `quantize` finds: zeros, infinities, the least numbers, ties, and a NaN that stays visible."""
+    spec = jq.QuantSpec("int8")
+    x = normal(3, (40, 256), dtype).at[3].set(0).at[4, 5].set(jnp.inf).at[5].set(1e-39)
+    x = x.at[6].set(jnp.asarray(np.arange(256) - 128, dtype) / 2)
+    codes, scale = quantized_rows(x, qmax=127, interpret=True)
+    want = jq.quantize(x, spec, reduce_axes=(-1,))
+    np.testing.assert_array_equal(codes, want.codes)
+    np.testing.assert_array_equal(scale, want.scale)
+    _, scale = quantized_rows(x.at[7, 1].set(jnp.nan), qmax=127, interpret=True)
+    np.testing.assert_array_equal(np.isnan(scale[:, 0]), np.arange(40) == 7)
