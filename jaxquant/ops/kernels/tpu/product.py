@@ -33,10 +33,10 @@ from jaxquant.ops.kernels.tpu.decode import BLOCK, Decoder, scale_of
 __all__ = ["DIGITS", "FEW", "Groups", "Sums", "Values", "body_for", "grouped_product", "rows_of_sums"]
 
 FEW = 128
-"""Rows, digits and groups of a block counted, up to which sums are scaled."""
+"""Rows, terms of x and groups of a block counted, up to which sums of floats and of tables are scaled."""
 
 DIGITS = 64
-"""Rows and groups of a block counted, up to which a bfloat16 x beside integers is written as int8 digits."""
+"""The same beside integers; up to so many a bfloat16 x is written as int8 digits there."""
 
 _MEMORY = 48 << 20  # bytes of a TPU's vector memory that a program may take: the least that there is is 64 MiB
 _DIGIT = 254.0
@@ -82,7 +82,8 @@ def _planes(rows: int, dtype: Any, groups: Groups) -> tuple[Any, ...]:
 def body_for(rows: int, dtype: Any, groups: Groups) -> type[_Body]:
     """Which of the two kernels there is for so many rows of a dtype."""
     summed = dtype == jnp.int8 and groups.decoder.kind == "integers" and groups.in_block == 1
-    return Sums if summed or rows_of_sums(rows, dtype, groups) <= FEW else Values
+    few = FEW if groups.decoder.kind != "integers" else DIGITS
+    return Sums if summed or rows_of_sums(rows, dtype, groups) <= few else Values
 
 
 @functools.partial(jax.jit, static_argnames=("groups", "result", "interpret"))
