@@ -45,6 +45,11 @@ class Replaceable:
 
         return register
 
+    @property
+    def plainly(self) -> Callable[..., Any]:
+        """The function as it was written."""
+        return self._plain
+
     def __call__(self, *arrays: Any, **static: Any) -> Any:
         """The value, as the platform that the program is lowered for computes it."""
         own = {

@@ -36,6 +36,7 @@ from jaxquant.ops.kernels.cpu import ragged as cpu_ragged
 from jaxquant.ops.kernels.gpu import decoded as gpu_decoded
 from jaxquant.ops.kernels.gpu import int8 as gpu_int8
 from jaxquant.ops.kernels.tpu import decoded as tpu_decoded
+from jaxquant.ops.kernels.tpu import grouped
 from jaxquant.ops.problem import Kernel, Platform, Problem
 
 __all__ = ["TABLE", "run", "select"]
@@ -55,6 +56,8 @@ TABLE: tuple[type[Kernel], ...] = (
     # Elsewhere codes are decoded within the product.
     gpu_decoded.TritonDecoded,
     gpu_int8.TritonInt8,
+    grouped.GroupedSums,
+    grouped.GroupedValues,
     tpu_decoded.BatchedDecoded,
     decoded.BatchedDecoded,
     decoded.Decoded,

@@ -98,7 +98,7 @@ class Instruction:
     def kernel(self) -> str:
         """The name of that kernel, or else of the instruction."""
         found = re.search(r'\bname = "([^"]+)"', self.rest)  # Triton's
-        return self.attribute("kernel_name").strip('"') or (found[1] if found else self.name)
+        return self.attribute("kernel_name").strip('"') or (found[1] if found else re.sub(r"\.\d+$", "", self.name))
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
 from jaxquant import ops, recipes
@@ -71,11 +73,13 @@ def test_few_rows(name: str, float_seconds: float):
     assert found.temporaries < 0.02 * 2 * SIZE * SIZE
     read = q.nbytes + 2 * 8 * SIZE * 2
     assert found.arguments + found.results < 1.15 * read  # 4 bits are half a byte there, and so is the rest of it
-    if name in FASTER:
+    if found["w"].kernels == ("grouped_sums",):  # kernels have no estimate unless XLA is asked for it as it starts
+        assert found.seconds is None
+    elif name in FASTER:
         assert found.seconds < float_seconds
 
 
-@pytest.mark.parametrize("name", ["w4a16 g128", "w4a16 g64", "mxfp4"])
+@pytest.mark.parametrize("name", ["w8a16", "w4a16"])
 def test_one_row_is_multiplied_in_the_matrix_unit(name: str):
     """The bfloat16 program of one row is not: it takes several times as long as that of eight."""
     params = {"w": weight(SCHEMES[name])}
@@ -97,6 +101,30 @@ def test_layers_of_a_stack_are_neither_copied_nor_decoded(name: str):
     assert found.temporaries < 0.02 * 2 * SIZE * SIZE
 
 
+def test_a_kernel_in_a_sharded_program():
+    """XLA divides no kernel: in a `shard_map` it runs, elsewhere a product that XLA divides. No weight is gathered."""
+    mesh, spec = AbstractMesh((4, 4), ("data", "model")), SCHEMES["w4a16 g128"]
+
+    def place(v: Any, *axes: Any) -> Any:
+        return jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+    q = weight(spec)
+    q = q.replace(codes=place(q.stored, "model"), scale=place(q.scale, "model"))
+    args = {"w": q}, place(x(64), "data", "model")
+    found: Any = jq.explain(product(spec), *args, target="tpu v5e")
+    assert found["w"].kernels == ("bfloat16",)
+    assert {(c.kind, c.dtype) for c in found.collectives} == {("all-reduce", "bf16")}
+
+    def part(p: Any, x: jax.Array) -> jax.Array:
+        return lax.psum(product(spec)(p, x), "model")
+
+    specs = {"w": jax.tree.map(lambda _: P("model"), q)}, P("data", "model")
+    mapped = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P("data"))
+    found = jq.explain(mapped, *args, target="tpu v5e")
+    assert found["w"].kernels == ("grouped_sums",)
+    assert {(c.kind, c.dtype) for c in found.collectives} == {("all-reduce", "bf16")}
+
+
 def test_a_table_for_lookups_and_products():
     spec = recipes.w8a16()
     table = jax.eval_shape(
@@ -113,8 +141,11 @@ def test_a_table_for_lookups_and_products():
 
 
 @pytest.mark.parametrize("name", ["w8a16", "w4a16", "w4a16 g128"])
-def test_the_gradient_of_an_activation_decodes_within_its_product(name: str):
-    """As the product does, in about its time: scales of channels go into the gradient, those of groups to the codes."""
+def test_the_gradient_of_an_activation_decodes_within_its_product(name: str, float_seconds: float):
+    """As the product does, in about its time: scales of channels go into the gradient, those of groups to the codes.
+
+    Where a kernel has the product there is no estimate of that, and twice the time of bfloat16 is what it may take.
+    """
     spec = SCHEMES[name]
 
     def back(p: Any, x: jax.Array, g: jax.Array) -> jax.Array:
@@ -124,4 +155,4 @@ def test_the_gradient_of_an_activation_decodes_within_its_product(name: str):
     found: Any = jq.explain(back, params, x(8), x(8), target="tpu v5e")
     assert found.temporaries < 0.02 * 2 * SIZE * SIZE
     forward = jq.explain(product(spec), params, x(8), target="tpu v5e").seconds
-    assert found.seconds < 1.8 * forward
+    assert found.seconds < (2 * float_seconds if forward is None else 1.8 * forward)

@@ -1,0 +1,172 @@
+"""Stored codes to numbers that the matrix unit takes, eight codes of 4 bits at a time where they are no integers.
+
+An int4 array lies in tiles of 64 rows: a 32-bit word of a vector register has eight consecutive rows of one column.
+Boolean operations on such words work on 8,192 codes at once. What they make are rows in another order: a word that is
+cut into bytes has every second row, into halves every fourth. The activation is brought into that order instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxquant.core.qtypes import QType
+
+__all__ = ["BLOCK", "Decoder", "decoder", "scale_of"]
+
+BLOCK = 128
+"""Rows of codes that are decoded and multiplied at a time: what a matrix unit sums over at once."""
+
+_SUBNORMAL = 2.0**14  # float8_e5m2 has its exponents this much lower than a 4-bit float, of the same other bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """How a block of codes becomes numbers.
+
+    Attributes:
+      kind: integers as they are; 4-bit floats, by way of an 8-bit float; entries of a table of 16; 8-bit floats.
+      shift: what a number is less than its value.
+      factor: what a value is of its number.
+      patterns: of bfloat16, of a table's entries by code.
+      element: the dtype of 8-bit floats.
+    """
+
+    kind: Literal["integers", "floats4", "table", "floats8"]
+    shift: float = 0
+    factor: float = 1
+    patterns: tuple[int, ...] = ()
+    element: str = ""
+
+    @property
+    def parts(self) -> int:
+        """Into how many runs of rows a block is sorted: row ``parts * i + j`` is the i-th of the j-th run."""
+        return {"integers": 1, "floats4": 2, "table": 4, "floats8": 1}[self.kind]
+
+    def source(self, row: jax.Array) -> jax.Array:
+        """Which row of a block comes to a place."""
+        if self.parts == 1:
+            return row
+        if self.kind == "table":  # a register of halves has two of the eight rows of a word, four apart
+            return (row & 30) << 2 | row >> 5 | (row & 1) << 2
+        return (row & 63) << 1 | row >> 6
+
+    def numbers(self, codes: jax.Array, dtype: Any) -> jax.Array:
+        """[128, columns] of codes as numbers, in bfloat16, or integers in int8."""
+        from jax.experimental.pallas import tpu as pltpu
+
+        if self.kind == "integers":
+            return codes.astype(dtype)
+        if self.kind == "floats8":
+            return pltpu.bitcast(codes, jnp.dtype(self.element)).astype(dtype)
+        words = pltpu.bitcast(codes, jnp.int32)
+        if self.kind == "table":
+            return pltpu.bitcast(jnp.concatenate(_halves(words, self.patterns), axis=0), jnp.bfloat16).astype(dtype)
+        # Sign, exponent and fraction in the places that they have in an 8-bit float.
+        even = (words & _word(0x08080808)) << 4 | (words & _word(0x07070707)) << 1
+        odd = words & _word(0x80808080) | _right(words, 3) & _word(0x0E0E0E0E)
+        return pltpu.bitcast(jnp.concatenate([even, odd], axis=0), jnp.float8_e5m2).astype(dtype)
+
+
+def decoder(qtype: QType) -> Decoder:
+    """How codes of a type are decoded, from the form in which `QTensor.laid_out` stores them."""
+    if qtype.kind == "int":
+        return Decoder("integers", shift=0 if qtype.signed or not qtype.packed else 8)
+    if qtype.kind == "float" and qtype.packed:
+        return Decoder("floats4", factor=_SUBNORMAL)
+    if qtype.kind == "float":
+        return Decoder("floats8", element=str(qtype.element))
+    bits = np.asarray(qtype.table, jnp.bfloat16).view(np.uint16).tolist()
+    return Decoder("table", patterns=(*bits[8:], *bits[:8]))  # by the four bits of what is stored, code less 8
+
+
+def _word(bits: int) -> jax.Array:
+    return jnp.int32(np.uint32(bits).astype(np.int32))
+
+
+def _right(x: jax.Array, count: int) -> jax.Array:
+    return lax.shift_right_logical(x, jnp.int32(count)) if count else x
+
+
+def _halves(words: jax.Array, patterns: Sequence[int]) -> list[jax.Array]:
+    """The 16-bit patterns of eight codes a word, two a word: rows i and i + 4 of the eight in the i-th."""
+    nibbles = [_joined(planes) for planes in _grouped(_planes(words, patterns), 4)]
+    found = []
+    for i in range(4):
+        total = jnp.zeros_like(words)
+        for j, nibble in enumerate(nibbles):
+            if nibble is not None:
+                moved = nibble << 4 * (j - i) if j > i else _right(nibble, 4 * (i - j))
+                total = total | moved & _word(0x000F000F << 4 * j)
+        found.append(total)
+    return found
+
+
+def _grouped(planes: list[Any], size: int) -> list[list[Any]]:
+    return [planes[i : i + size] for i in range(0, len(planes), size)]
+
+
+def _joined(planes: list[jax.Array | None]) -> jax.Array | None:
+    """Four planes, each in the lowest bit of every nibble, as one word of nibbles."""
+    total = None
+    for i, plane in enumerate(planes):
+        if plane is not None:
+            moved = plane << i if i else plane
+            total = moved if total is None else total | moved
+    return total
+
+
+def _planes(words: jax.Array, patterns: Sequence[int]) -> list[jax.Array | None]:
+    """Every bit of the patterns, in the lowest bit of each nibble: None where all patterns have 0.
+
+    A bit is a sum modulo 2 of products of the four bits of the code (its algebraic normal form). Sums of
+    two that several bits share are computed once (Paar's greedy search).
+    """
+    lowest = _word(0x11111111)
+    values: dict[int, jax.Array] = {0: jnp.full_like(words, lowest)}
+    sums = [_normal_form([pattern >> bit & 1 for pattern in patterns]) for bit in range(16)]
+    for product in range(1, 16):
+        first, rest = product & -product, product & (product - 1)
+        values[product] = values[rest] & values[first] if rest else _right(words, first.bit_length() - 1) & lowest
+    while True:
+        pairs: dict[tuple[int, int], int] = {}
+        for s in {frozenset(s) for s in sums}:
+            ordered = sorted(s)
+            for k, a in enumerate(ordered):
+                for b in ordered[k + 1 :]:
+                    pairs[a, b] = pairs.get((a, b), 0) + 1
+        if not pairs:
+            break
+        (a, b), _ = max(pairs.items(), key=lambda item: (item[1], (-item[0][0], -item[0][1])))
+        new = len(values)
+        values[new] = values[a] ^ values[b]
+        sums = [(s - {a, b}) | {new} if a in s and b in s else s for s in sums]
+    return [values[next(iter(s))] if s else None for s in sums]
+
+
+def _normal_form(truth: list[int]) -> frozenset[int]:
+    """The products whose sum modulo 2 is a function of four bits, given by its 16 values."""
+    form = list(truth)
+    for bit in (1, 2, 4, 8):
+        form = [v ^ form[i ^ bit] if i & bit else v for i, v in enumerate(form)]
+    return frozenset(i for i, v in enumerate(form) if v)
+
+
+def scale_of(stored: jax.Array, form: str) -> jax.Array:
+    """Scales in float32, from numbers or from the patterns of 8-bit floats."""
+    if form not in ("float8_e8m0fnu", "float8_e4m3fn"):
+        return stored.astype(jnp.float32)
+    bits = stored.astype(jnp.int32)
+    if form == "float8_e8m0fnu":
+        return jnp.where(bits == 255, jnp.nan, lax.bitcast_convert_type(bits << 23, jnp.float32))
+    exponent, fraction = bits >> 3 & 15, bits & 7  # float8_e4m3fn
+    normal = lax.bitcast_convert_type(exponent + 120 << 23 | fraction << 20, jnp.float32)
+    value = jnp.where(exponent == 0, fraction.astype(jnp.float32) * 2.0**-9, normal)
+    value = jnp.where(bits & 127 == 127, jnp.nan, value)
+    return jnp.where(bits >= 128, -value, value)

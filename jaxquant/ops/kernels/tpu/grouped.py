@@ -1,0 +1,175 @@
+"""Weights of a scale per group on a TPU: which products the kernels of `product` take."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.core.codec import values_of
+from jaxquant.core.qtensor import QTensor, flat, scale_values
+from jaxquant.core.qtypes import FACTOR
+from jaxquant.ops.kernels.decoded import Decoded
+from jaxquant.ops.kernels.precision import is_default
+from jaxquant.ops.kernels.tpu.decode import BLOCK, decoder
+from jaxquant.ops.kernels.tpu.decoded import BatchedDecoded
+from jaxquant.ops.kernels.tpu.product import FEW, Groups, Sums, Values, body_for, grouped_product
+from jaxquant.ops.kernels.tpu.undivided import if_undivided
+from jaxquant.ops.problem import Kernel, Product
+
+__all__ = ["Grouped", "GroupedSums", "GroupedValues"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped(Kernel):
+    """A product by one of the two kernels.
+
+    Attributes:
+      groups: what they have to know of the weight.
+      dtype: of the activation that they are given.
+    """
+
+    platforms = ("tpu",)
+    body = Sums
+    interpret = False
+
+    groups: Groups
+    dtype: Any
+
+    @classmethod
+    def takes(cls, problem: Product) -> Kernel | None:
+        """As for `Kernel`: where the weight has groups of rows, as `QTensor.laid_out` stores them."""
+        if Decoded.takes(problem) is None or not is_default(problem.precision):
+            return None
+        w, axes, rows = problem.w, problem.w_axes, problem.rows
+        if w.ndim != 2 or w.split != -2 or axes.batch or axes.contract != (0,):
+            return None
+        groups, dtype = _groups(w), _dtype_of(problem)
+        if groups is None or dtype is None or not isinstance(rows, int) or rows == 0:
+            return None
+        if body_for(rows, dtype, groups) is not cls.body:
+            return None
+        if cls.body is Values and groups.decoder.parts > 1 and rows > FEW:
+            return None  # XLA decodes such codes in the order of rows, and takes a tenth less
+        exact = groups.decoder.kind != "table" and cls.body is Sums
+        if not exact and problem.dtype != jnp.bfloat16:
+            return None
+        k, n = w.shape[-2:]
+        fits = cls.body(groups, (jnp.dtype(jnp.bfloat16),), jnp.float32).fits(rows, k, n)
+        return cls(groups, jnp.dtype(dtype)) if n >= BLOCK and fits else None
+
+    @property
+    def name(self) -> str:
+        """As the program has it."""
+        return self.body.name
+
+    def run(self, problem: Product) -> jax.Array:
+        """As for `Kernel`; where XLA divides the program over several devices, by what it divides."""
+        leaves, tree = jax.tree.flatten((problem.x, problem.w))
+        plain = BatchedDecoded.takes(problem) or Decoded.takes(problem)
+        assert plain is not None
+
+        def of(run: Callable[[Product], jax.Array]) -> Callable[..., jax.Array]:
+            def fn(*leaves: jax.Array) -> jax.Array:
+                x, w = jax.tree.unflatten(tree, leaves)
+                return run(dataclasses.replace(problem, x=x, w=w)).astype(problem.result)
+
+            return fn
+
+        return if_undivided(of(self._undivided), of(plain.run), *leaves)
+
+    def _undivided(self, problem: Product) -> jax.Array:
+        x, axes, factors = problem.x, problem.x_axes, None
+        if isinstance(x, QTensor) and self.dtype == jnp.int8:
+            factors, x = scale_values(x.scale), x.logical_codes()
+        elif isinstance(x, QTensor):
+            x = x.dequantize(self.dtype)
+        arrays: dict[str, Any] = _arrays(problem.w) | {"x": axes.flatten(x.astype(self.dtype))[0]}
+        if factors is not None:
+            own = [factors.shape[i] if i in axes.contract else x.shape[i] for i in range(x.ndim)]
+            arrays["rows"] = axes.flatten(jnp.broadcast_to(factors.astype(jnp.float32), own))[0]
+        result = jnp.dtype(problem.result)
+        out = grouped_product(**arrays, groups=self.groups, result=result, interpret=self.interpret)
+        return problem.restored(out[None])
+
+
+class GroupedSums(Grouped):
+    """With few rows: codes are multiplied, and their sums scaled."""
+
+
+class GroupedValues(Grouped):
+    """With many rows: values are decoded once."""
+
+    body = Values
+
+
+def _groups(w: QTensor) -> Groups | None:
+    """What the kernels have to know of a weight; None if they do not take it."""
+    k, (count, columns) = w.shape[-2], w.scale.shape[-2:]
+    size = k // count
+    blocked = w.stored.shape[-2] % BLOCK == 0 and (BLOCK % size == 0 if size < BLOCK else size % BLOCK == 0)
+    if not blocked or columns != w.shape[-1] or (w.type.kind == "table" and not w.in_int4):
+        return None
+    if w.type.kind == "int" and not w.in_int4 and not w.type.signed:
+        return None
+    decode = decoder(w.type)
+    if size // decode.parts < 8:  # rows of a register
+        return None
+    if w.zero_point is not None and not _exact(w.zero_point.dtype):
+        return None
+    if w.offset is not None and w.offset.dtype != jnp.float32:
+        return None
+    scale = jax.eval_shape(lambda w: _scale(w)[0], w)
+    form = "float8_e4m3fn" if _two_level(w.scale) and w.scale.qtype == "float8_e4m3fn" else str(scale.dtype)
+    form = "float8_e8m0fnu" if not isinstance(w.scale, QTensor) and w.scale.dtype == jnp.float8_e8m0fnu else form
+    return Groups(size, decode, form)
+
+
+def _exact(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.float32
+
+
+def _two_level(scale: Any) -> bool:
+    """Whether scales are numbers without zero points, with one factor for all of a column."""
+    plain = isinstance(scale, QTensor) and scale.symmetric and scale.permutation is None and scale.minor == ()
+    return plain and scale.qtype != FACTOR.name and scale.type.kind != "table" and scale.scale.shape[-2] == 1
+
+
+def _scale(w: QTensor) -> tuple[jax.Array, jax.Array | None]:
+    """Scales by group, 8-bit floats as their patterns, and what all of them are to be multiplied with."""
+    scale = w.scale
+    if _two_level(scale):
+        unit = scale_values(scale.scale).astype(jnp.float32)
+        codes = scale.stored if scale.qtype == "float8_e4m3fn" else _numbers(scale)
+        return codes, jnp.broadcast_to(unit, (*unit.shape[:-1], w.shape[-1]))
+    if isinstance(scale, QTensor):
+        return scale_values(scale).astype(jnp.float32), None
+    return (lax.bitcast_convert_type(scale, jnp.uint8) if scale.dtype == jnp.float8_e8m0fnu else scale), None
+
+
+def _numbers(scale: QTensor) -> jax.Array:
+    """Grid values of integers, and of other types in float32."""
+    codes = scale.logical_codes()
+    return codes if scale.type.kind == "int" else values_of(codes, scale.type)
+
+
+def _arrays(w: QTensor) -> dict[str, jax.Array | None]:
+    """The arrays of a weight, as `grouped_product` takes them."""
+    scale, columns = _scale(w)
+    codes, offset = w.stored.reshape(-1, BLOCK, w.shape[-1]), None if w.offset is None else flat(w.offset)
+    return {"codes": codes, "scale": scale, "zero": w.zero_point, "offset": offset, "columns": columns}
+
+
+def _dtype_of(problem: Product) -> Any:
+    """Of the activation as the kernels get it; None if they do not take it."""
+    x, contract = problem.x, problem.x_axes.contract
+    if problem.dtype not in (jnp.bfloat16, jnp.float32):
+        return None
+    if not isinstance(x, QTensor) or x.type.kind != "int":
+        return problem.dtype
+    alone = x.symmetric and all(x.scale.shape[i] == 1 for i in contract)
+    return jnp.int8 if alone and x.type.signed else problem.dtype

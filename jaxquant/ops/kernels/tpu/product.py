@@ -1,0 +1,416 @@
+"""Products on a TPU with weights of a scale per group, by kernels: codes are read once, and decoded on the way.
+
+    y[m, n] = u[n] sum_g s[g, n] sum_{k in g} x[m, k] (c[k, n] - z[g, n])  +  o[g, n] sum_{k in g} x[m, k]
+
+Two bodies, by how many rows there are.
+
+`sums`
+: with few rows codes are multiplied as they are, and scales go into the sums. The matrix unit takes 128 rows of the
+  weight at a time; where these have several groups, each row of x is repeated for each, with zeros for all others, so
+  that one product gives the sums of all. A float x beside integers is written as two int8 digits, or is int8 already.
+
+`values`
+: with many rows a block of columns is decoded once, with its scales, into the chip's own memory, and all rows of x are
+  multiplied with it.
+
+Estimated by the TPU compiler: at few rows `sums` takes as long as to read the codes of integers and of 4-bit floats
+(memory bounds it), tables twice to four times that (the vector unit does); `values` takes as long as the bfloat16
+product (the matrix unit).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.ops.kernels.tpu.decode import BLOCK, Decoder, scale_of
+
+__all__ = ["DIGITS", "FEW", "Groups", "Sums", "Values", "body_for", "grouped_product", "rows_of_sums"]
+
+FEW = 128
+"""Rows, terms of x and groups of a block counted, up to which sums of floats and of tables are scaled."""
+
+DIGITS = 64
+"""The same beside integers; up to so many a bfloat16 x is written as int8 digits there."""
+
+_MEMORY = 48 << 20  # bytes of a TPU's vector memory that a program may take: the least that there is is 64 MiB
+_DIGIT = 254.0
+_UNROLLED = 32  # blocks that the compiler schedules together
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """What a kernel has to know of a weight beside its arrays.
+
+    Attributes:
+      size: elements of a group.
+      decoder: how codes become numbers.
+      scale_form: the dtype of scales; 8-bit floats are given as their patterns.
+    """
+
+    size: int
+    decoder: Decoder
+    scale_form: str = "float32"
+
+    @property
+    def in_block(self) -> int:
+        """Groups of a block, one where a group is a block or more."""
+        return max(BLOCK // self.size, 1)
+
+
+def rows_of_sums(rows: int, dtype: Any, groups: Groups) -> int:
+    """How many rows `sums` multiplies for so many of x."""
+    return rows * groups.in_block * len(_planes(rows, dtype, groups))
+
+
+def _planes(rows: int, dtype: Any, groups: Groups) -> tuple[Any, ...]:
+    """The dtypes of the terms that x is the sum of, and which the matrix unit takes."""
+    if groups.decoder.kind != "integers":
+        return (jnp.dtype(jnp.bfloat16),) * (2 if dtype == jnp.float32 else 1)
+    if dtype == jnp.int8:
+        return (jnp.dtype(jnp.int8),)
+    if dtype == jnp.bfloat16 and 2 * rows * groups.in_block > DIGITS:
+        return (jnp.dtype(jnp.bfloat16),)
+    return (jnp.dtype(jnp.int8),) * 2
+
+
+def body_for(rows: int, dtype: Any, groups: Groups) -> type[_Body]:
+    """Which of the two kernels there is for so many rows of a dtype."""
+    summed = dtype == jnp.int8 and groups.decoder.kind == "integers" and groups.in_block == 1
+    few = FEW if groups.decoder.kind != "integers" else DIGITS
+    return Sums if summed or rows_of_sums(rows, dtype, groups) <= few else Values
+
+
+@functools.partial(jax.jit, static_argnames=("groups", "result", "interpret"))
+def grouped_product(
+    x: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    *,
+    groups: Groups,
+    zero: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    rows: jax.Array | None = None,
+    columns: jax.Array | None = None,
+    result: Any = jnp.float32,
+    interpret: bool = False,
+) -> jax.Array:
+    """The product, with sums in float32.
+
+    Args:
+      x: [M, K], int8, bfloat16 or float32; K is a multiple of 128.
+      codes: [K / 128, 128, N], as `QTensor.laid_out` stores them.
+      scale, zero, offset: [K / group size, N]; zero and offset may be None.
+      groups: the rest of the weight.
+      rows: float32 [M, 1], factors of the rows of x; None is 1.
+      columns: float32 [1, N], further factors of the columns; None is 1.
+      result: the dtype of the result.
+      interpret: run in Pallas' interpreter.
+
+    Returns:
+      [M, N].
+    """
+    if x.dtype == jnp.int8 and groups.decoder.kind != "integers":
+        x = x.astype(jnp.bfloat16)
+    m = x.shape[0]
+    body = body_for(m, x.dtype, groups)
+    planes = _planes(m, x.dtype, groups) if body is Sums else (jnp.dtype(jnp.bfloat16),)
+    multiple = 16 if planes[0] == jnp.bfloat16 else 8  # rows of a register
+    pad = lambda v: jnp.pad(v, ((0, -m % multiple), (0, 0)))  # noqa: E731
+    x, rows = pad(x), None if rows is None else pad(rows)
+    given = {"scale": scale, "zero": zero, "offset": offset, "rows": rows, "columns": columns}
+    arrays = {name: v for name, v in given.items() if v is not None}
+    return body(groups, planes, result)(x, codes, arrays, interpret=interpret)[:m]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Body:
+    """One of the two kernels.
+
+    Attributes:
+      groups: of the weight.
+      planes: the dtypes of the terms of x.
+      result: the dtype of the result.
+    """
+
+    groups: Groups
+    planes: tuple[Any, ...]
+    result: Any
+
+    def __call__(self, x: Any, codes: jax.Array, arrays: dict[str, jax.Array], *, interpret: bool) -> jax.Array:
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import tpu as pltpu
+
+        (m, k), n = x.shape, codes.shape[2]
+        bm, bn = self.blocks(m, k, n)
+        count = arrays["scale"].shape[0]
+        by_group = pl.BlockSpec((count, bn), lambda j, i: (0, j))
+        specs = {
+            "rows": pl.BlockSpec((bm, 1), lambda j, i: (i, 0)),
+            "columns": pl.BlockSpec((1, bn), lambda j, i: (0, j)),
+        }
+        params: Any = getattr(pltpu, "CompilerParams", None) or getattr(pltpu, "TPUCompilerParams")  # noqa: B009
+        return pl.pallas_call(
+            functools.partial(self._run, names=tuple(arrays)),
+            out_shape=_like(x, (m, n), self.result),
+            grid=(pl.cdiv(n, bn), pl.cdiv(m, bm)),
+            in_specs=[
+                pl.BlockSpec((bm, k), lambda j, i: (i, 0)),
+                pl.BlockSpec((k // BLOCK, BLOCK, bn), lambda j, i: (0, 0, j)),
+                *(specs.get(name, by_group) for name in arrays),
+            ],
+            out_specs=pl.BlockSpec((bm, bn), lambda j, i: (i, j)),
+            scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in self._scratch(bm, bn, k, count)],
+            interpret=interpret,
+            compiler_params=None if interpret else params(vmem_limit_bytes=_MEMORY + (8 << 20)),
+            name=self.name,
+        )(x, codes, *arrays.values())
+
+    def _run(self, x: Any, codes: Any, *refs: Any, names: tuple[str, ...]) -> None:
+        of, out, scratch = dict(zip(names, refs, strict=False)), refs[len(names)], list(refs[len(names) + 1 :])
+        total = self._product(x, codes, of, out.shape, scratch)
+        factor = self.groups.decoder.factor if self.summed else 1
+        total = total if factor == 1 else total * factor
+        for name in ("rows", "columns"):
+            total = total * of[name][...] if name in of else total
+        out[...] = total.astype(out.dtype)
+
+    def _product(self, x: Any, codes: Any, of: dict[str, Any], shape: tuple[int, int], scratch: list[Any]) -> jax.Array:
+        """Of a block of rows and one of columns, in float32."""
+        raise NotImplementedError
+
+    def _scratch(self, bm: int, bn: int, k: int, count: int) -> list[tuple[tuple[int, ...], Any]]:
+        raise NotImplementedError
+
+    def _bytes(self, bm: int, bn: int, k: int) -> int:
+        raise NotImplementedError
+
+    def fits(self, m: int, k: int, n: int) -> bool:
+        """Whether the memory takes the smallest blocks."""
+        return self._bytes(*self.blocks(m, k, n), k) <= _MEMORY
+
+    def blocks(self, m: int, k: int, n: int) -> tuple[int, int]:
+        """Rows and columns of a program: as many of both as the memory takes."""
+        most = n if n < BLOCK else -(-n // BLOCK) * BLOCK
+        found = [(min(bm, m), min(bn, most)) for bm in self.row_blocks for bn in (1024, 512, 256, 128)]
+        fitting = [block for block in found if self._bytes(*block, k) <= _MEMORY]
+        return max(fitting, key=lambda block: (block[0] * block[1], block[1]), default=found[-1])
+
+    name: ClassVar[str]
+    row_blocks: ClassVar[tuple[int, ...]]
+    summed: ClassVar[bool]
+
+
+class Sums(_Body):
+    """Numbers are multiplied, and sums scaled."""
+
+    name = "grouped_sums"
+    summed = True
+    row_blocks = (256, 128)
+
+    def _scratch(self, bm: int, bn: int, k: int, count: int) -> list[tuple[tuple[int, ...], Any]]:
+        found: list[tuple[tuple[int, ...], Any]] = (
+            [((count, bn), jnp.float32)] if self.groups.scale_form != "float32" else []
+        )
+        if self._prepared:
+            found += [((len(self.planes) * bm, k), self.planes[0])]
+        if self._digits:
+            found += [((bm, BLOCK), jnp.float32)]
+        return found
+
+    def _bytes(self, bm: int, bn: int, k: int) -> int:
+        return 2 * k * bn + 12 * k // self.groups.size * bn + 8 * bm * k + 16 * bm * bn
+
+    @property
+    def _digits(self) -> bool:
+        return self.planes == (jnp.dtype(jnp.int8),) * 2
+
+    @property
+    def _prepared(self) -> bool:
+        return len(self.planes) > 1 or self.groups.decoder.parts > 1
+
+    def _product(self, x: Any, codes: Any, of: dict[str, Any], shape: tuple[int, int], scratch: list[Any]) -> jax.Array:
+        from jax.experimental import pallas as pl
+
+        group, decode, in_block = self.groups, self.groups.decoder, self.groups.in_block
+        if group.scale_form != "float32":
+            scales = scratch.pop(0)
+            scales[...] = scale_of(of["scale"][...], group.scale_form)
+            of["scale"] = scales
+        rows, activation = shape[0], x
+        if self._prepared:
+            activation = scratch[0]
+
+            @pl.when((pl.program_id(0) == 0) | (pl.num_programs(1) > 1))
+            def _() -> None:
+                if self._digits:
+                    first, second, step = _digits(x[...].astype(jnp.float32))
+                    activation[:rows], activation[rows:] = first, second
+                    scratch[1][...] = jnp.broadcast_to(step, scratch[1].shape)
+                    return
+                terms, rest = [], x[...].astype(jnp.float32)
+                for _ in self.planes:
+                    terms.append(rest.astype(jnp.bfloat16))
+                    rest = rest - terms[-1].astype(jnp.float32)
+                for i, term in enumerate(terms):
+                    _in_order(term, decode, activation, i * rows)
+
+        planes, shifted = activation.shape[0], "zero" in of or decode.shift != 0
+
+        def block(i: Any, total: jax.Array) -> jax.Array:
+            given = _repeated(activation[:, _lanes(i)], group)
+            sums = _dot(given, decode.numbers(codes[i], given.dtype)).astype(jnp.float32)
+            wide: Any = None
+            if shifted or "offset" in of:
+                wide = jnp.sum(given.astype(jnp.float32), axis=1, keepdims=True)
+            for p in range(in_block):
+                at = pl.ds(i * in_block + p if group.size <= BLOCK else i * BLOCK // group.size, 1)
+                here = slice(p * planes, (p + 1) * planes)
+                part = sums[here]
+                if shifted:
+                    zero = of["zero"][at, :].astype(jnp.float32) if "zero" in of else 0.0
+                    part = part - wide[here] * (zero - decode.shift)
+                part = part * of["scale"][at, :].astype(jnp.float32)
+                if "offset" in of:
+                    part = part + wide[here] * of["offset"][at, :].astype(jnp.float32)
+                total = total + part
+            return total
+
+        total = _loop(codes.shape[0], block, jnp.zeros((planes, shape[1]), jnp.float32))
+        if self._digits:
+            total = (total[:rows] + total[rows:] * (1 / _DIGIT)) * scratch[1][:, :1]
+        elif planes > rows:
+            total = total[:rows] + total[rows:]
+        return total
+
+
+class Values(_Body):
+    """Values are multiplied, decoded once for all rows."""
+
+    name = "grouped_values"
+    summed = False
+    row_blocks = (512, 256, 128)
+
+    def _scratch(self, bm: int, bn: int, k: int, count: int) -> list[tuple[tuple[int, ...], Any]]:
+        found: list[tuple[tuple[int, ...], Any]] = [((k, bn), jnp.bfloat16)] if bm > FEW else []
+        return found + ([((bm, k), jnp.bfloat16)] if self.groups.decoder.parts > 1 else [])
+
+    def _bytes(self, bm: int, bn: int, k: int) -> int:
+        return (3 + 2) * k * bn + 16 * k // self.groups.size * bn + 6 * bm * k + 12 * bm * bn
+
+    def _product(self, x: Any, codes: Any, of: dict[str, Any], shape: tuple[int, int], scratch: list[Any]) -> jax.Array:
+        from jax.experimental import pallas as pl
+
+        group, decode = self.groups, self.groups.decoder
+        count = codes.shape[0]
+
+        def by_row(name: str, i: Any) -> jax.Array:
+            """Of the groups of a block, against [parts, groups, rows of both, columns]."""
+            first = i * group.in_block if group.size <= BLOCK else i * BLOCK // group.size
+            value = of[name][pl.ds(first, group.in_block), :]
+            value = scale_of(value, group.scale_form if name == "scale" else "float32")
+            return value[None, :, None, :]
+
+        def real(i: Any) -> jax.Array:
+            numbers = decode.numbers(codes[i], jnp.bfloat16 if decode.parts > 1 else jnp.float32)
+            value = numbers.astype(jnp.float32)
+            value = value.reshape(decode.parts, group.in_block, -1, value.shape[1])
+            if "zero" in of:
+                value = value - (by_row("zero", i) - decode.shift)
+            elif decode.shift:
+                value = value + decode.shift
+            value = value * by_row("scale", i)
+            if decode.factor != 1:
+                value = value * decode.factor
+            if "offset" in of:
+                value = value + by_row("offset", i)
+            return value.reshape(BLOCK, -1).astype(jnp.bfloat16)
+
+        activation = x
+        if decode.parts > 1:
+            activation = scratch.pop()
+            _in_order(x[...], decode, activation, 0)
+        if not scratch:  # few rows: a block is multiplied while the next is decoded
+            step = lambda i, total: total + _dot(activation[:, _lanes(i)].astype(jnp.bfloat16), real(i))  # noqa: E731
+            return _loop(count, step, jnp.zeros(shape, jnp.float32))
+        (values,) = scratch
+
+        @pl.when(pl.program_id(1) == 0)
+        def _() -> None:
+            def store(i: Any, total: int) -> int:
+                values[_lanes(i), :] = real(i)
+                return total
+
+            _loop(count, store, 0)
+
+        return _dot(activation[...].astype(jnp.bfloat16), values[...])
+
+
+def _lanes(i: Any) -> Any:
+    from jax.experimental import pallas as pl
+
+    return pl.ds(i * BLOCK if isinstance(i, int) else pl.multiple_of(i * BLOCK, BLOCK), BLOCK)
+
+
+def _in_order(x: jax.Array, decode: Decoder, out: Any, first: int) -> None:
+    """Writes rows of x, each 128 elements in the order in which codes are decoded, by a product with a permutation."""
+    x, rows = x.astype(jnp.bfloat16), slice(first, first + x.shape[0])
+    if decode.parts == 1:
+        out[rows, :] = x
+        return
+    row, place = (lax.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), axis) for axis in (0, 1))
+    order = (row == decode.source(place)).astype(jnp.float32).astype(jnp.bfloat16)
+    for i in range(0, x.shape[1], BLOCK):
+        out[rows, i : i + BLOCK] = _dot(x[:, i : i + BLOCK], order).astype(jnp.bfloat16)
+
+
+def _like(x: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.ShapeDtypeStruct:
+    """A shape that varies over devices, in a `jax.shard_map`, as an array does."""
+    for name in ("manual_axis_type", "vma"):
+        if hasattr(jax.typeof(x), name):
+            how: dict[str, Any] = {name: getattr(jax.typeof(x), name)}
+            return jax.ShapeDtypeStruct(shape, dtype, **how)
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.dot(x, w, preferred_element_type=jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
+
+
+def _digits(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``x = step * (first + second / 254)`` to a relative error of 4e-5 of a row's largest, and the steps, [M, 1]."""
+    largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+    step = jnp.where(largest == 0, 1.0, jnp.maximum(largest / 127, jnp.finfo(jnp.float32).tiny))
+    scaled = x / step
+    first = jnp.clip(jnp.round(scaled), -127, 127)
+    second = jnp.clip(jnp.round((scaled - first) * _DIGIT), -127, 127)
+    return first.astype(jnp.int8), second.astype(jnp.int8), step
+
+
+def _repeated(x: jax.Array, groups: Groups) -> jax.Array:
+    """Rows of x once for each group of a block, with zeros for the others: [groups * M, 128]."""
+    if groups.in_block == 1:
+        return x
+    wide = x.astype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
+    lane = groups.decoder.source(lax.broadcasted_iota(jnp.int32, x.shape, 1)) >> groups.size.bit_length() - 1
+    return jnp.concatenate([jnp.where(lane == p, wide, 0) for p in range(groups.in_block)], axis=0).astype(x.dtype)
+
+
+def _loop(count: int, step: Any, start: Any) -> Any:
+    """``step`` for each of count, many at a time."""
+    whole = count - count % _UNROLLED if count > _UNROLLED else 0
+
+    def several(i: Any, total: Any) -> Any:
+        for j in range(_UNROLLED):
+            total = step(i * _UNROLLED + j, total)
+        return total
+
+    total = lax.fori_loop(0, whole // _UNROLLED, several, start) if whole else start
+    for i in range(whole, count):
+        total = step(i, total)
+    return total

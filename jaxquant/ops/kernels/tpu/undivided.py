@@ -1,0 +1,86 @@
+"""Kernels where a program has its arrays whole: on one device, or in a `jax.shard_map` over all axes of a mesh.
+
+XLA divides what it knows over several devices, and refuses to divide kernels. So which function runs is only chosen
+when a program is lowered, and it is known how many devices it is for: the other function is one that XLA divides, with
+no weight gathered.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+__all__ = ["if_undivided"]
+
+Function = Callable[..., Any]
+
+_choice_p = Primitive("if_undivided")
+_choice_p.multiple_results = True
+
+
+def if_undivided(kernel: Function, divided: Function, *arrays: jax.Array) -> Any:
+    """``kernel(*arrays)`` on one device, ``divided(*arrays)`` in a program that XLA divides over several."""
+    jaxpr, shape = jax.make_jaxpr(divided, return_shape=True)(*arrays)
+    kernel, divided = (functools.partial(_leaves, fn) for fn in (kernel, divided))
+    found = _choice_p.bind(*_varying_alike(arrays), kernel=kernel, divided=divided, shapes=tuple(jaxpr.out_avals))
+    return jax.tree.unflatten(jax.tree.structure(shape), found)
+
+
+def _leaves(fn: Function, *arrays: jax.Array) -> list[jax.Array]:
+    return jax.tree.leaves(fn(*arrays))
+
+
+def _varying_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Arrays that vary over the same axes of a `jax.shard_map`, as the arguments of a kernel must."""
+    over = [
+        getattr(getattr(t, "manual_axis_type", t), "varying", getattr(t, "vma", frozenset()))
+        for t in map(jax.typeof, arrays)
+    ]
+    every = frozenset().union(*over)
+    cast: Any = getattr(lax, "pcast", None)
+
+    def one(x: jax.Array, has: frozenset[Any]) -> jax.Array:
+        missing = tuple(every - has)
+        if not missing:
+            return x
+        return getattr(lax, "pvary")(x, missing) if cast is None else cast(x, missing, to="varying")  # noqa: B009
+
+    return [one(x, has) for x, has in zip(arrays, over, strict=True)]
+
+
+@_choice_p.def_abstract_eval
+def _shapes(*arrays: Any, kernel: Function, divided: Function, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+    del arrays, kernel, divided
+    return shapes
+
+
+@_choice_p.def_impl
+def _run(*arrays: Any, **how: Any) -> Any:
+    return jax.jit(lambda *arrays: _choice_p.bind(*arrays, **how))(*arrays)
+
+
+def _batch(arrays: Any, axes: Any, *, kernel: Function, divided: Function, shapes: tuple[Any, ...]) -> Any:
+    one, other = (functools.partial(_mapped, fn, tuple(axes)) for fn in (kernel, divided))
+    return if_undivided(one, other, *arrays), (0,) * len(shapes)
+
+
+def _mapped(fn: Function, axes: tuple[int | None, ...], *arrays: jax.Array) -> list[jax.Array]:
+    return jax.vmap(fn, axes)(*arrays)
+
+
+def _lower(ctx: Any, *arrays: Any, kernel: Function, divided: Function, shapes: tuple[Any, ...]) -> Any:
+    del shapes
+    where = ctx.module_context.axis_context
+    manual = getattr(where, "manual_axes", frozenset())
+    alone = where.num_devices == 1 if hasattr(where, "num_devices") else set(manual) == set(where.mesh.axis_names)
+    return mlir.lower_fun(kernel if alone else divided, multiple_results=True)(ctx, *arrays)
+
+
+batching.primitive_batchers[_choice_p] = _batch
+mlir.register_lowering(_choice_p, _lower)

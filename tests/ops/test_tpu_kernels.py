@@ -1,0 +1,191 @@
+"""Kernels for TPUs, in Pallas' interpreter: what they compute is the product of the dequantized weight."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxquant as jq
+from jaxquant import ops, recipes
+from jaxquant.ops.forms import Axes
+from jaxquant.ops.kernels.tpu import grouped
+from jaxquant.ops.kernels.tpu.quantize import quantized_rows
+from jaxquant.ops.problem import Product
+from jaxquant.ops.select import select
+
+MATMUL = (((1,), (0,)), ((), ()))
+
+
+def few(qtype: str, group: int, **more: Any) -> jq.QuantSpec:
+    return jq.QuantSpec(qtype, granularity="per_group", group_size=group, **more)
+
+
+SPECS = {
+    "int4 128": few("int4", 128),
+    "int4 32": few("int4", 32),
+    "int4 256": few("int4", 256),
+    "int4 128 bfloat16 scales": few("int4", 128, scale_dtype="bfloat16"),
+    "uint4 64 zero": few("uint4", 64, symmetric=False),
+    "uint4 16 zero": few("uint4", 16, symmetric=False),
+    "uint4 64": few("uint4", 64),
+    "int3 64": few("int3", 64),
+    "int2 128": few("int2", 128),
+    "two-level": recipes.w4a16(128, two_level=True).weight,
+    "nf4": few("nf4", 64),
+    "fp4": few("fp4", 128),
+    "mxfp4": jq.QuantSpec("mxfp4"),
+    "nvfp4": jq.QuantSpec("nvfp4"),
+    "mxfp8": jq.QuantSpec("mxfp8"),
+    "int8 64": few("int8", 64),
+}
+EXACT = ("mxfp4", "nvfp4", "mxfp8")
+
+
+def normal(key: int, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.Array:
+    """Unequal magnitudes along both of the last axes."""
+    rng = np.random.default_rng(key)
+    size = np.exp(rng.normal(size=(*shape[:-1], 1))) * np.exp(rng.normal(size=shape[-1]))
+    return jnp.asarray(rng.normal(size=shape) * size, dtype)
+
+
+def weight(spec: Any, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jq.QTensor:
+    return jq.lay_out(jq.quantize(normal(1, shape, dtype), spec, reduce_axes=(-2,)), "tpu")
+
+
+def interpreted(problem: Product, monkeypatch: pytest.MonkeyPatch) -> tuple[str, jax.Array]:
+    """What a TPU would run, run here: its name and its result."""
+    monkeypatch.setattr(grouped.Grouped, "interpret", True)
+    kernel = select(problem, "tpu")
+    return kernel.name, kernel.run(problem)
+
+
+def problem_of(x: Any, w: Any, result: Any = jnp.float32) -> Product:
+    return Product.of(x, w, Axes.of(2, (), (1,)), Axes.of(2, (), (0,)), None, result)
+
+
+def assert_close(got: Any, x: Any, w: jq.QTensor, *, exact: bool, rounded: bool) -> None:
+    """Values in bfloat16 are off by 2**-8 of themselves; digits by 1 / 508 of 1 / 127 of a row's largest."""
+    x, real = np.asarray(x, np.float64), np.asarray(w.dequantize(jnp.float32), np.float64)
+    terms = np.abs(x) @ np.abs(real)
+    digits = np.max(np.abs(x), axis=-1, keepdims=True) / (127 * 508) * np.sum(np.abs(real), axis=-2, keepdims=True)
+    bound = 1e-6 * terms + (0 if exact else 2**-8 * terms if rounded else 1.01 * digits)
+    assert np.all(np.abs(np.asarray(got, np.float64) - x @ real) <= bound)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 40, 300])
+@pytest.mark.parametrize("name", SPECS)
+def test_the_product_of_the_dequantized_weight(name: str, rows: int, monkeypatch: pytest.MonkeyPatch):
+    """Codes of numbers are multiplied exactly or in two digits; values are rounded to bfloat16."""
+    w, x = weight(SPECS[name], (512, 200)), normal(2, (rows, 512))
+    kernel, y = interpreted(problem_of(x, w), monkeypatch)
+    many = rows == 300 and name in ("nf4", "fp4", "mxfp4", "nvfp4")
+    assert many == ("grouped" not in kernel)
+    if many:  # XLA decodes these in the order of rows, and takes less time
+        return
+    rounded = kernel != "grouped_sums" or SPECS[name].type.kind == "table"
+    assert_close(y, x, w, exact=name in EXACT, rounded=rounded)
+
+
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("rows", [3, 300])
+def test_int8_activations(group: int, rows: int, monkeypatch: pytest.MonkeyPatch):
+    """Exact where sums are scaled; x has a scale for each row."""
+    spec = recipes.w4a8(group)
+    w = weight(spec.weight, (256, 128))
+    assert spec.act is not None
+    x = jq.quantize(normal(2, (rows, 256)), spec.act, reduce_axes=(-1,))
+    kernel, y = interpreted(problem_of(x, w), monkeypatch)
+    assert kernel == ("grouped_values" if (rows, group) == (300, 32) else "grouped_sums")
+    real = x.dequantize(jnp.float32)
+    assert_close(y, real, w, exact=kernel == "grouped_sums", rounded=True)
+
+
+def test_float32_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch):
+    """Few rows: two digits, or two terms in bfloat16. Many rows, and tables, would be rounded: others take them."""
+    for name in ("int4 64", "mxfp4"):
+        spec = SPECS.get(name, few("int4", 64))
+        w, x = weight(spec, (256, 128), jnp.float32), normal(2, (3, 256), jnp.float32)
+        kernel, y = interpreted(problem_of(x, w), monkeypatch)
+        assert kernel == "grouped_sums"
+        assert y.dtype == jnp.float32
+        assert_close(y, x, w, exact=False, rounded=False)
+        assert "grouped" not in select(problem_of(normal(2, (300, 256), jnp.float32), w), "tpu").name
+    w = weight(SPECS["nf4"], (256, 128), jnp.float32)
+    assert "grouped" not in select(problem_of(x, w), "tpu").name
+
+
+def test_what_others_take():
+    """HIGHEST, a length that no block divides, channels without groups, few columns, and codes in other forms."""
+    x = normal(2, (3, 256))
+
+    def name_of(w: Any, x: Any = x, precision: Any = None) -> str:
+        axes = Axes.of(2, (), (1,)), Axes.of(2, (), (0,))
+        return select(Product.of(x, w, *axes, precision, jnp.float32), "tpu").name
+
+    w = weight(few("int4", 64), (256, 128))
+    assert name_of(w) == "grouped_sums"
+    assert "grouped" not in name_of(w, precision="highest")
+    assert "grouped" not in name_of(weight(few("int4", 32), (96, 128)), normal(2, (3, 96)))
+    assert "grouped" not in name_of(weight(jq.QuantSpec("int4"), (256, 128)))
+    assert "grouped" not in name_of(weight(few("int4", 64), (256, 64)))
+    assert "grouped" not in name_of(jq.lay_out(w, "cpu"))
+
+
+def test_vmap(monkeypatch: pytest.MonkeyPatch):
+    """Of both, and of one weight for all."""
+    spec = few("int4", 64)
+    w = jax.vmap(lambda w: jq.lay_out(jq.quantize(w, spec, reduce_axes=(-2,)), "tpu"))(normal(1, (3, 256, 128)))
+    x, one = normal(2, (3, 5, 256)), jax.tree.map(lambda v: v[1], w)
+    run = lambda x, w: interpreted(problem_of(x, w), monkeypatch)[1]  # noqa: E731
+    mapped, shared = jax.vmap(run)(x, w), jax.vmap(run, (0, None))(x, one)
+    for i in range(3):
+        assert_close(mapped[i], x[i], jax.tree.map(lambda v, i=i: v[i], w), exact=False, rounded=False)
+        assert_close(shared[i], x[i], one, exact=False, rounded=False)
+
+
+def test_sharded(monkeypatch: pytest.MonkeyPatch):
+    """In a `shard_map` each device runs the kernel; what XLA divides by itself is computed by what it can divide."""
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
+    w, x = weight(few("int8", 64), (512, 256)), normal(2, (4, 512))
+    put = lambda v, *spec: jax.device_put(v, NamedSharding(mesh, P(*spec)))  # noqa: E731
+    placed = w.replace(codes=put(w.stored, "a", None, "b"), scale=put(w.scale, "a", "b"))
+    run = lambda x, w: interpreted(problem_of(x, w), monkeypatch)[1]  # noqa: E731
+    compiled = jax.jit(run).lower(put(x, None, "a"), placed).compile()
+    assert_close(compiled(put(x, None, "a"), placed), x, w, exact=False, rounded=True)
+    assert "grouped_sums" not in str(compiled.as_text())
+
+    def part(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+        return jax.lax.psum(run(x, w.replace(codes=codes, scale=scale)), "a")
+
+    specs = P(None, "a"), P("a", None, "b"), P("a", "b")
+    # (Pallas' interpreter does not know which of its arrays vary over devices.)
+    mapped = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P(None, "b"), check_vma=False))
+    lowered = mapped.lower(x, placed.stored, placed.scale)
+    assert_close(lowered.compile()(x, placed.stored, placed.scale), x, w, exact=False, rounded=False)
+
+
+def test_gradients_are_those_of_the_float_product():
+    """The kernel stands inside the rule for derivatives: they need none of its own."""
+    spec = jq.OpSpec(few("int4", 64))
+    w, x = weight(spec.weight, (256, 128), jnp.float32), normal(2, (3, 256), jnp.float32)
+    got = jax.grad(lambda x: jnp.sum(jax.checkpoint(lambda x: ops.dot_general(x, w, MATMUL, spec=spec))(x)))(x)
+    want = jnp.broadcast_to(jnp.sum(w.dequantize(), axis=1), x.shape)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(want))))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_codes_and_scales_in_one_pass(dtype: Any):
+    """To the bit what `quantize` finds: zeros, infinities, the least numbers, ties, and a NaN that stays visible."""
+    spec = jq.QuantSpec("int8")
+    x = normal(3, (40, 256), dtype).at[3].set(0).at[4, 5].set(jnp.inf).at[5].set(1e-39)
+    x = x.at[6].set(jnp.asarray(np.arange(256) - 128, dtype) / 2)
+    codes, scale = quantized_rows(x, qmax=127, interpret=True)
+    want = jq.quantize(x, spec, reduce_axes=(-1,))
+    np.testing.assert_array_equal(codes, want.codes)
+    np.testing.assert_array_equal(scale, want.scale)
+    _, scale = quantized_rows(x.at[7, 1].set(jnp.nan), qmax=127, interpret=True)
+    np.testing.assert_array_equal(np.isnan(scale[:, 0]), np.arange(40) == 7)
