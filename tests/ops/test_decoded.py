@@ -185,7 +185,7 @@ def lowered(fn, *args, platform):
 
 
 @pytest.mark.parametrize("rows", [2, 40])
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("platform", ["tpu", "rocm"])
 def test_what_is_lowered_for_other_platforms(platform, rows):
     """One dot of the codes as they lie: no loop, no gather, no barrier, and no array of the weight's own shape."""
     spec = recipes.w4a16(32)

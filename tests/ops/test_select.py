@@ -7,6 +7,7 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 
 import jaxquant as jq
 from jaxquant import ops, recipes
@@ -133,6 +134,8 @@ def problems():
         w = abstract((256, 128), jnp.dtype(dtype), spec.weight, (-2,), stored=False)
         for weight in (stored(spec, dtype, "cpu"), stored(spec, dtype, "tpu"), TrainedTensor(w, None)):
             yield Product.of(codes, weight, *axes, None, dtype)
+    x = jax.ShapeDtypeStruct((1, 256), float32)
+    yield Product.of(x, stored(recipes.w4a16(128), float32, "tpu"), *axes, lax.Precision.HIGHEST, float32)
     tokens = abstract((256, 128), jnp.dtype(float32), jq.QuantSpec("int8"), (-1,), minor=())
     yield Product.of(jax.ShapeDtypeStruct((1, 256), float32), tokens, *axes, None, float32)
     geometry = Geometry((0, 1, 2), (0, 1, 2), (0, 1, 2), (1,), ((0, 0),), (1,), (1,), 1, 1)
