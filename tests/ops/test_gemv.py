@@ -40,7 +40,7 @@ SPECS = {
 
 def choice(q, precision=None, m=1):
     """The kernel for [m, K] times the weight [K, N]."""
-    return kernel_of(jnp.zeros((m, q.shape[-2])), q, MATMUL, precision)
+    return kernel_of(jnp.zeros((m, q.shape[-2]), jnp.float32), q, MATMUL, precision)
 
 
 def product(x, q, precision=None):
