@@ -235,7 +235,7 @@ class Dot:
         sums = jnp.int32 if integers else self.wide
         out = dot(x, codes, numbers, precision=self.precision, preferred_element_type=sums)
         scale = jnp.expand_dims(scale_values(self.w.scale).astype(self.wide), self.at + 1)
-        return jnp.sum(out * _over_result(scale, numbers, 1, out.ndim), axis=len(xb))
+        return jnp.sum(out.astype(self.wide) * _over_result(scale, numbers, 1, out.ndim), axis=len(xb))
 
     def _regrouped(self, x: jax.Array, at: int) -> jax.Array:
         """Blocks of rows as groups: for nothing where a block is one, and on a GPU, whose arrays have no tiles."""
