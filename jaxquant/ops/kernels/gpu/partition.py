@@ -6,6 +6,7 @@ and results are cut alike, and each device computes what it has.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -78,7 +79,10 @@ def partitioned(
         pieces,
     )
     fn = custom_partitioning(lambda *args: whole(*args))
-    fn.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule, **sizes)
+    # Older JAX takes no sizes of factors; its partitioner asks the functions alone.
+    takes_sizes = "factor_sizes" in inspect.signature(custom_partitioning.def_partition).parameters
+    by_rule: dict[str, Any] = {"sharding_rule": rule, **sizes} if takes_sizes else {}
+    fn.def_partition(partition, infer_sharding_from_operands=infer, **by_rule)
     return fn(*arguments)
 
 
