@@ -11,30 +11,25 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.ops.forms import Matrix
+from jaxquant.ops.kernels import convolution
 from jaxquant.ops.kernels.convolution import convolved_codes, fits_int32, is_whole
 from jaxquant.ops.kernels.cpu import machine
-from jaxquant.ops.kernels.cpu.residual import digit_count, digit_matrix, sum_of_parts
+from jaxquant.ops.kernels.cpu.blocks import sum_of_parts
+from jaxquant.ops.kernels.cpu.residual import digit_count, digit_matrix
 from jaxquant.ops.problem import Convolution, Kernel
 
 __all__ = ["Int8Convolution", "ResidualSplitConvolution"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Int8Convolution(Kernel):
-    """An int8 convolution of integers with one scale per image and one per output feature."""
+class Int8Convolution(convolution.Int8Convolution):
+    """The same, in that layout."""
 
-    operation = Convolution
     platforms = ("cpu",)
-
-    name = "int8"
 
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:
         """As for `Kernel`: where int8 is served."""
-        if machine.int8_dots() == "none":
-            return None
-        x, kernel = problem.forms
-        return cls() if is_whole(x) and is_whole(kernel) and fits_int32(x, kernel, problem.window) else None
+        return None if machine.int8_dots() == "none" else super().takes(problem)
 
     def run(self, problem: Convolution) -> jax.Array:
         """As for `Kernel`."""

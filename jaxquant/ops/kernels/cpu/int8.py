@@ -12,7 +12,7 @@ from jax import lax
 from jaxquant.core.sizes import number
 from jaxquant.ops.forms import Matrix, Packed
 from jaxquant.ops.kernels.cpu import machine
-from jaxquant.ops.kernels.cpu.blocks import LARGEST, by_blocks, in_branch, rows_of, total
+from jaxquant.ops.kernels.cpu.blocks import LARGEST, by_blocks, in_branch, rows_of, sum_of_parts, total
 from jaxquant.ops.kernels.cpu.dots import row_dot
 from jaxquant.ops.kernels.integer import int8_product, multiplies_integers
 from jaxquant.ops.problem import Kernel, Product
@@ -73,7 +73,7 @@ def int8_blocks(x: Matrix, w: Matrix | Packed, parts: int = 1) -> jax.Array:
 
 
 def _summed(x: Matrix, w: Matrix, parts: int) -> jax.Array:
-    return int8_product(x, w, int8_sums, lambda out: total(jnp.split(out, parts, 1)))
+    return int8_product(x, w, int8_sums, lambda out: sum_of_parts(out, parts, 1))
 
 
 def int8_sums(lhs: jax.Array, rhs: Matrix) -> jax.Array:

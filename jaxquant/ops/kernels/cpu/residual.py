@@ -10,7 +10,6 @@ free. The relative error against the float product is about 4e-5 with two digits
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -33,7 +32,6 @@ __all__ = [
     "digit_matrix",
     "digits_of",
     "most_rows",
-    "sum_of_parts",
 ]
 
 _ROWS: dict[machine.Int8Dots, float] = {"tiles": float("inf"), "vectors": 48, "none": 0}
@@ -170,8 +168,3 @@ def digit_matrix(x: jax.Array, count: int) -> Matrix:
     digits, scale = digits_of(x, count, 2)
     weights = jnp.concatenate([scale * (1 / 254) ** i for i in range(count)], axis=1)
     return Matrix(jnp.concatenate(digits, axis=1), weights, None, _DIGIT)
-
-
-def sum_of_parts(x: jax.Array, count: int, axis: int) -> jax.Array:
-    """x cut into ``count`` along an axis, and added up: XLA fuses this where it would not fuse a reduction."""
-    return functools.reduce(jnp.add, jnp.split(x, count, axis))
