@@ -4,9 +4,10 @@ Layers; imports point down only:
 
     report            6  compare: where the error is, as a table and one HTML page (loaded on first use)
     linen, nnx, io    5  Flax layers; checkpoints (loaded on first use)
-    transform         4  make_plan, quantize_params, quantized, calibrate, scale_pairs, precondition, shardings
+    transform         4  quantize_model; make_plan, quantize_params, quantized, calibrate, scale_pairs, precondition
     ptq               3  quantizers: rtn, clipped, gptq; what transforms are made of: scales, bases
-    recipes           3  named OpSpecs
+    rules             3  Rule, OpRule: which parameters get which OpSpec
+    recipes           2  named OpSpecs
     ops               2  quantized primitives: dot_general, einsum, conv_general_dilated, take
     core              1  QuantSpec, QTensor, quantize, dequantize, fake_quant, observers
 """
@@ -21,8 +22,9 @@ from jaxquant.core.errors import QuantError
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor, dequantize
 from jaxquant.core.qtypes import dtype_table
-from jaxquant.core.specs import OpRule, OpSpec, QuantSpec, Rule
+from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.targets import lay_out
+from jaxquant.rules import OpRule, Rule
 from jaxquant.transform import (
     Plan,
     act_state,
@@ -42,6 +44,7 @@ from jaxquant.transform import (
     merge_stats,
     precondition,
     precondition_params,
+    quantize_model,
     quantize_params,
     quantize_sequentially,
     quantized,
@@ -104,6 +107,7 @@ __all__ = [
     "ptq",
     "qat",
     "quantize",
+    "quantize_model",
     "quantize_params",
     "quantize_sequentially",
     "quantized",

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.specs import OpSpec, QuantSpec, Rule
+from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.io import save_gguf
 from jaxquant.io.directory import identity
 from jaxquant.io.gguf.names import has_names
@@ -30,6 +30,7 @@ from jaxquant.io.safetensors import SafetensorsFile
 from jaxquant.io.save_hf import layout_of, write_hf
 from jaxquant.io.sharded import Checkpoint
 from jaxquant.io.slices import rows, runs_of_rows, stored_by_rows
+from jaxquant.rules import Rule
 
 __all__ = ["Comparison", "Summary", "compare", "convert", "read_rules", "summary", "without_idle_keeps"]
 

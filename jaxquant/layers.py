@@ -16,6 +16,7 @@ from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.observers import no_range, or_nan
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.recipes import recipe
 
 __all__ = [
     "act_alone",
@@ -36,9 +37,11 @@ __all__ = [
 
 
 def checked_spec(layer: str, spec: Any) -> OpSpec | None:
-    """The spec of a layer; raises if it is none, or one that no layer can have."""
+    """The spec of a layer, given as such or by the name of a recipe; raises if no layer can have it."""
+    if isinstance(spec, str):
+        spec = recipe(spec)
     if spec is not None and not isinstance(spec, OpSpec):
-        todo = "Use OpSpec(weight=...), a recipe such as recipes.w8a8(), or None"
+        todo = "Use OpSpec(weight=...), a recipe such as recipes.w8a8() or 'w8a8', or None"
         raise quant_error(layer, "spec must be an OpSpec or None", todo=todo, spec=spec)
     act = static_act(spec)
     if act is not None and act.granularity != "per_tensor":

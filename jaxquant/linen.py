@@ -36,7 +36,8 @@ from flax.core import meta, unfreeze
 from jaxquant import layers, ops
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.specs import OpRule, OpSpec, Rule
+from jaxquant.core.specs import OpSpec
+from jaxquant.rules import OpRule, Rule
 from jaxquant.transform.make_plan import check_all_rules, make_plan
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.quantized import quantized
@@ -58,13 +59,17 @@ def _named_as_flax(cls: Any) -> Any:
 class _Quantized(nn.Module):
     """What the layers share: the weight may be a `QTensor`, and the product is one of `jaxquant.ops`."""
 
-    spec: OpSpec | None = None
+    spec: OpSpec | str | None = None
 
     _weight = "kernel"
 
     def __post_init__(self):
         layers.checked_spec(type(self).__qualname__, self.spec)
         super().__post_init__()
+
+    @property
+    def _spec(self) -> OpSpec | None:
+        return layers.checked_spec(type(self).__qualname__, self.spec)
 
     @nn.nowrap
     def _path(self, name: str) -> str:
@@ -97,7 +102,7 @@ class _Quantized(nn.Module):
     @nn.nowrap
     def _product_spec(self) -> OpSpec | None:
         """What is left for the product to quantize."""
-        return self.spec
+        return self._spec
 
     @nn.nowrap
     def _promote(self, promote: Callable[..., Any], inputs: Any, weight: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -125,7 +130,7 @@ class _Quantized(nn.Module):
     @nn.nowrap
     def _range(self, x: jax.Array) -> dict[str, Any]:
         """The static range of the activation, as the ops take it; nothing where it is dynamic."""
-        act = layers.static_act(self.spec)
+        act = layers.static_act(self._spec)
         if act is None:
             return {}
         state = self.get_variable("quant", "act")
@@ -163,7 +168,7 @@ class _Hooked(_Quantized):
 
         The very module must run, not a copy: Linen keeps its scope and its names up to date as it is called.
         """
-        if self.scope is None or (self.spec is None and self._frozen(self._weight) is None):
+        if self.scope is None or (self._spec is None and self._frozen(self._weight) is None):
             yield
             return
         for name in (field, f"{field}_cls"):
@@ -192,7 +197,8 @@ class QuantDense(_Hooked, nn.Dense):
     Args:
       features, use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype: as for
         `flax.linen.Dense`.
-      spec: how the product is quantized; None: weight-only where the kernel is a QTensor, else as Flax.
+      spec: how the product is quantized, an `OpSpec` or the name of a recipe; None: weight-only where the kernel is a
+        QTensor, else as Flax.
 
     Returns:
       A module; ``kernel`` is a float array or a QTensor of shape [inputs, features].
@@ -298,11 +304,11 @@ class QuantConv(_Hooked, nn.Conv):
         if name != self._weight or self.mask is None:
             return value
         with self._located():
-            return layers.kernel_to_mask(value, self.spec)
+            return layers.kernel_to_mask(value, self._spec)
 
     @nn.nowrap
     def _product_spec(self) -> OpSpec | None:
-        return self.spec if self.mask is None else layers.act_alone(self.spec)
+        return self._spec if self.mask is None else layers.act_alone(self._spec)
 
 
 @_named_as_flax
@@ -385,7 +391,7 @@ class QuantEmbed(_Quantized, nn.Embed):
         index, table = layers.rows_at(inputs, self.num_embeddings), self.embedding
         like = jnp.asarray(self.promote_dtype(jnp.zeros((), table.dtype), dtype=self.dtype, inexact=False)[0])
         with self._located():
-            return ops.take(table, index, axis=0, spec=self.spec).astype(like.dtype)
+            return ops.take(table, index, axis=0, spec=self._spec).astype(like.dtype)
 
     def attend(self, query: Any) -> jax.Array:
         """The inner products of query [..., features] with every row; [..., num_embeddings]."""

@@ -1,9 +1,17 @@
-"""Named `OpSpec`s. The names say bits of weight (w) and activation (a); a16 means the activation stays in float."""
+"""Named `OpSpec`s. The names say bits of weight (w) and activation (a); a16 means the activation stays in float.
+
+Wherever an `OpSpec` is asked for, its name as text does as well: ``"w8a8"``, ``"w4a16:g128"``; see `recipe`.
+"""
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
+from jaxquant.core.errors import quant_error
+from jaxquant.core.paths import nearest
+from jaxquant.core.qtypes import QTYPES
 from jaxquant.core.specs import OpSpec, QuantSpec
 
 __all__ = [
@@ -14,6 +22,7 @@ __all__ = [
     "mxfp8",
     "nf4",
     "nvfp4",
+    "recipe",
     "w4a4",
     "w4a8",
     "w4a16",
@@ -115,3 +124,76 @@ def mxfp4(*, act: bool = False) -> OpSpec:
 def nvfp4(*, act: bool = False) -> OpSpec:
     """NVIDIA fp4 weights: blocks of 16 with an fp8 scale and one float32 per tensor; activations too if ``act``."""
     return OpSpec(QuantSpec("nvfp4"), QuantSpec("nvfp4") if act else None)
+
+
+# What follows the name of a recipe, after a colon: the parameters it may set, of which a recipe has at most one.
+_OPTIONS: dict[str, tuple[tuple[str, ...], Any]] = {
+    "channel": (("group_size",), None),
+    "asym": (("symmetric", "act_symmetric"), False),
+    "two_level": (("two_level",), True),
+    "static": (("static",), True),
+    "act": (("act",), True),
+}
+
+
+def recipe(named: str | OpSpec) -> OpSpec:
+    """The `OpSpec` of a recipe that is named in text; an `OpSpec` is returned as it is.
+
+    The text is the name of a function of this module, and options after colons:
+
+        gN         group_size=N: N weights of an output share a scale
+        channel    group_size=None: one scale for each output
+        asym       with zero points: of the weight; of the activation for w8a8
+        two_level  the scales of groups are integers times one float per output
+        static     the range of the activation comes from calibration
+        act        the activation is quantized too (mxfp4, nvfp4)
+
+    Args:
+      named: such as ``"w8a8"``, ``"w4a16:g128"``, ``"w4a16:g64:asym"``, ``"w8a8:static"``; or an `OpSpec`.
+
+    Returns:
+      The `OpSpec`.
+
+    Raises:
+      QuantError: if there is no such recipe, or it has no such option; the message lists those that there are.
+
+    Example:
+      >>> from jaxquant import recipes
+      >>> recipes.recipe("w4a16:g128") == recipes.w4a16(group_size=128)
+      True
+      >>> recipes.recipe("w8a8:static:asym") == recipes.w8a8(static=True, act_symmetric=False)
+      True
+    """
+    if isinstance(named, OpSpec):
+        return named
+    known = [name for name in __all__ if name != "recipe"]
+    if not isinstance(named, str):
+        todo = f"Use an OpSpec, or one of the names {', '.join(known)}"
+        raise quant_error("recipe", "a recipe is an OpSpec, or the name of one", todo=todo, got=named)
+    name, *options = named.split(":")
+    if name not in known:
+        raise quant_error("recipe", "unknown recipe", todo=_instead(name, known), recipe=named)
+    make = globals()[name]
+    has = inspect.signature(make).parameters
+    given: dict[str, Any] = {}
+    for option in options:
+        group = re.fullmatch(r"g([1-9]\d*)", option)
+        names, value = (("group_size",), int(group[1])) if group else _OPTIONS.get(option, ((), None))
+        parameter = next((n for n in names if n in has), None)
+        if parameter is None or parameter in given:
+            can = [o for o, (names, _) in _OPTIONS.items() if set(names) & set(has)]
+            can = ["gN", *can] if "group_size" in has else can
+            todo = f"Use each of these at most once: {', '.join(can)}" if can else "Leave it out: it has none"
+            raise quant_error("recipe", f"{name} has no such option", todo=todo, option=option, recipe=named)
+        given[parameter] = value
+    return make(**given)
+
+
+def _instead(name: str, known: list[str]) -> str:
+    """Which recipe was meant: one of that number type, if it is the name of one."""
+    if name in QTYPES:
+        same = [n for n in known if (weight := globals()[n]().weight) is not None and weight.qtype == name]
+        if same:
+            return f"{name} is a number type; recipes with such weights: {', '.join(same)}"
+        return f"{name} is a number type, and no recipe has it: write OpSpec(QuantSpec({name!r}))"
+    return f"Nearest: {nearest(name, known)}. All: {', '.join(known)}"

@@ -68,3 +68,22 @@ def test_refusals():
         jq.quantize(jnp.ones((2, 2)), spec, reduce_axes=(-1,))
     with pytest.raises(jq.QuantError, match="outliers are for products of matrices"):
         ops.ragged_dot(jnp.ones((2, 4)), jnp.ones((1, 4, 3)), jnp.array([2]), spec=recipes.llm_int8())
+
+
+def test_recipes_by_name():
+    for name in set(recipes.__all__) - {"recipe"}:
+        assert recipes.recipe(name) == getattr(recipes, name)()
+    assert recipes.recipe("w4a16:g32:asym").weight == jq.QuantSpec(
+        "int4", granularity="per_group", group_size=32, symmetric=False
+    )
+    assert recipes.recipe("w4a16:channel") == jq.OpSpec(jq.QuantSpec("int4"))
+    assert recipes.recipe("w4a8:g128:two_level").weight.scale_dtype == "uint4"
+    assert recipes.recipe("nvfp4:act") == jq.OpSpec(jq.QuantSpec("nvfp4"), jq.QuantSpec("nvfp4"))
+    spec = recipes.w8a8()
+    assert recipes.recipe(spec) is spec
+
+
+@pytest.mark.parametrize("text", ["w4a16:g0", "w4a16:g32:g64", "w4a16:", "fp8:static", "w4a16:G64", "recipe", ""])
+def test_no_recipe_of_this_name(text):
+    with pytest.raises(jq.QuantError, match=r"^recipe: "):
+        recipes.recipe(text)

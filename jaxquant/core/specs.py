@@ -1,4 +1,4 @@
-"""What to quantize and how, as small frozen values: `QuantSpec`, `OpSpec`, `Rule`.
+"""What to quantize and how, as small frozen values: `QuantSpec`, `OpSpec`.
 
 All are hashable (they can be static arguments of a jitted function) and survive a round trip through JSON.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import re
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -19,7 +17,7 @@ from jaxquant.core import observers
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtypes import QType, qtype_of
 
-__all__ = ["OpRule", "OpSpec", "QuantSpec", "Rule"]
+__all__ = ["OpSpec", "QuantSpec", "Value", "checked_keys"]
 
 _GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 _CALIBRATORS = {
@@ -27,7 +25,7 @@ _CALIBRATORS = {
 }
 
 
-class _Value:
+class Value:
     """A brief ``repr``, and JSON on top of ``to_dict`` and ``from_dict``."""
 
     def __repr__(self) -> str:
@@ -54,7 +52,7 @@ class _Value:
         return cls.from_dict(data)  # type: ignore[attr-defined]
 
 
-def _checked_keys(cls: type, data: Any) -> dict[str, Any]:
+def checked_keys(cls: type, data: Any) -> dict[str, Any]:
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if not isinstance(data, dict) or not set(data) <= set(names):
         got: dict[str, Any] = {"fields": tuple(sorted(map(str, data)))} if isinstance(data, dict) else {"data": data}
@@ -63,7 +61,7 @@ def _checked_keys(cls: type, data: Any) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class QuantSpec(_Value):
+class QuantSpec(Value):
     """How one array is quantized. Axis-free: the operation supplies ``reduce_axes``, the axes that share a scale.
 
     Args:
@@ -260,7 +258,7 @@ class QuantSpec(_Value):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> QuantSpec:
         """Inverse of `to_dict`."""
-        data = dict(_checked_keys(cls, data))
+        data = dict(checked_keys(cls, data))
         if "qtype" not in data:
             raise quant_error("QuantSpec", "the field qtype is missing", todo="Name a number type", fields=tuple(data))
         calibration = data.get("calibration")
@@ -281,7 +279,7 @@ def _is_plain(spec: QuantSpec) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class OpSpec(_Value):
+class OpSpec(Value):
     """How one operation is quantized. A weight spec alone means weight-only.
 
     Args:
@@ -345,140 +343,4 @@ class OpSpec(_Value):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> OpSpec:
         """Inverse of `to_dict`."""
-        return cls(**{k: QuantSpec.from_dict(v) for k, v in _checked_keys(cls, data).items()})
-
-
-def _check_pattern(function: str, pattern: Any) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        todo = "Write a pattern that re.search accepts"
-        raise quant_error(function, f"bad regular expression ({error})", todo=todo, pattern=pattern) from None
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Rule(_Value):
-    """Which parameters get which `OpSpec`: ``re.search(pattern, path)``, the first rule that matches wins.
-
-    Args:
-      pattern: a regular expression, searched in the parameter's path (``"params/encoder/Dense_0/kernel"``).
-      spec: the `OpSpec`, or None to keep what matches in float.
-      reduce_axes: the contracted axes of the parameters that match, counted from the end; only needed where no plan
-        gives them and neither name nor shape says what kind of layer it is.
-      dequantize: also quantize a parameter some of whose uses have no quantized form (a norm of the weight, say);
-        those run on the dequantized weight, and the plan says so. Without it such a parameter stays in float.
-      misfit: of a parameter whose contracted axes no group of the spec's size divides, ``"per_channel"`` takes one
-        scale per channel instead, ``"float"`` leaves it in float; the plan says of which. None: it is an error.
-
-    Raises:
-      QuantError: if the pattern does not compile, spec is not an OpSpec, or misfit is another word.
-
-    Example:
-      >>> import jaxquant as jq
-      >>> jq.Rule("head", None)
-      Rule('head', None)
-    """
-
-    pattern: str
-    spec: OpSpec | None
-    reduce_axes: tuple[int, ...] | None = None
-    dequantize: bool = False
-    misfit: Literal["per_channel", "float"] | None = None
-
-    def __post_init__(self):
-        _check_pattern("Rule", self.pattern)
-        if self.misfit not in (None, "per_channel", "float"):
-            raise quant_error("Rule", "unknown misfit", todo="Use 'per_channel', 'float' or None", misfit=self.misfit)
-        if self.spec is not None and not isinstance(self.spec, OpSpec):
-            todo = "Use an OpSpec, such as recipes.w8a16(), or None"
-            raise quant_error("Rule", "spec must be an OpSpec or None", todo=todo, spec=self.spec)
-        if self.reduce_axes is not None:
-            axes = tuple(self.reduce_axes) if isinstance(self.reduce_axes, Sequence) else (self.reduce_axes,)
-            if not axes or not all(isinstance(a, int) and a < 0 for a in axes):
-                todo = "Count them from the end: (-2,) for a dense kernel"
-                raise quant_error("Rule", "reduce_axes must be negative axes", todo=todo, reduce_axes=axes)
-            object.__setattr__(self, "reduce_axes", axes)
-
-    def matches(self, path: str) -> bool:
-        """Whether this rule's pattern is found in ``path``."""
-        return re.search(self.pattern, path) is not None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values only."""
-        out: dict[str, Any] = {"pattern": self.pattern, "spec": None if self.spec is None else self.spec.to_dict()}
-        if self.reduce_axes is not None:
-            out["reduce_axes"] = list(self.reduce_axes)
-        if self.dequantize:
-            out["dequantize"] = True
-        if self.misfit is not None:
-            out["misfit"] = self.misfit
-        return out
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Rule:
-        """Inverse of `to_dict`."""
-        data = _checked_keys(cls, data)
-        if not {"pattern", "spec"} <= set(data):
-            todo = "Give both; the spec null keeps what matches in float"
-            raise quant_error("Rule", "the field pattern or spec is missing", todo=todo, fields=tuple(data))
-        spec = data["spec"]
-        spec = None if spec is None else OpSpec.from_dict(spec)
-        return cls(data["pattern"], spec, data.get("reduce_axes"), data.get("dequantize", False), data.get("misfit"))
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class OpRule(_Value):
-    """Which products of two activations get which `OpSpec`: attention scores and values, say. Without one, none do.
-
-    Such a product has no parameter to be named after. Its name is the name stack of the traced function, which Flax,
-    Haiku and `jax.named_scope` write and to which `jnp.einsum` adds its subscripts:
-    ``"Block_0/attn/bqhd,bkhd->bhqk/dot_general"``. ``re.search(pattern, name)``; the first rule that matches wins.
-
-    Args:
-      pattern: a regular expression, searched in the product's name.
-      spec: an `OpSpec` of which ``act`` is for the left operand and ``weight`` for the right one, both dynamic; each
-        is quantized over the axes that the product contracts. None keeps what matches in float.
-
-    Raises:
-      QuantError: if the pattern does not compile, spec is not an OpSpec, one of its operands is missing or static.
-
-    Example:
-      >>> import jaxquant as jq
-      >>> from jaxquant import recipes
-      >>> jq.OpRule("bqhd,bkhd->bhqk", recipes.w8a8())
-      OpRule('bqhd,bkhd->bhqk', OpSpec(weight=QuantSpec('int8'), act=QuantSpec('int8')))
-    """
-
-    pattern: str
-    spec: OpSpec | None
-
-    def __post_init__(self):
-        _check_pattern("OpRule", self.pattern)
-        if self.spec is None:
-            return
-        if not isinstance(self.spec, OpSpec):
-            todo = "Use an OpSpec, such as recipes.w8a8(), or None"
-            raise quant_error("OpRule", "spec must be an OpSpec or None", todo=todo, spec=self.spec)
-        if self.spec.weight is None or self.spec.act is None:
-            todo = "Give both: act for the left operand, weight for the right one"
-            raise quant_error("OpRule", "both operands of a product are quantized", todo=todo, spec=self.spec)
-        if self.spec.act.static:
-            todo = "Use static=False"
-            raise quant_error("OpRule", "ranges of such a product are dynamic", todo=todo, spec=self.spec)
-
-    def matches(self, name: str) -> bool:
-        """Whether this rule's pattern is found in the name of an operation."""
-        return re.search(self.pattern, name) is not None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values only."""
-        return {"pattern": self.pattern, "spec": None if self.spec is None else self.spec.to_dict()}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> OpRule:
-        """Inverse of `to_dict`."""
-        data = _checked_keys(cls, data)
-        if set(data) != {"pattern", "spec"}:
-            todo = "Give both; the spec null keeps what matches in float"
-            raise quant_error("OpRule", "the field pattern or spec is missing", todo=todo, fields=tuple(data))
-        return cls(data["pattern"], None if data["spec"] is None else OpSpec.from_dict(data["spec"]))
+        return cls(**{k: QuantSpec.from_dict(v) for k, v in checked_keys(cls, data).items()})

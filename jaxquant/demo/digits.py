@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxquant.core.specs import OpSpec, Rule
+from jaxquant.core.specs import OpSpec
 from jaxquant.linen import wrap
+from jaxquant.rules import Rule
 
 __all__ = [
     "FLOAT",

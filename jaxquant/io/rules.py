@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from jaxquant.core.errors import QuantError
 from jaxquant.core.paths import nearest
-from jaxquant.core.specs import QuantSpec, Rule
+from jaxquant.core.specs import QuantSpec
 from jaxquant.io.experts import experts_of, is_experts
 from jaxquant.io.safetensors import TensorSpec
+from jaxquant.rules import Rule
 
 __all__ = ["Assigned", "Assignment", "assign"]
 

@@ -22,7 +22,7 @@ import numpy as np
 from jaxquant.core.errors import Refusals, quant_error
 from jaxquant.core.packing import packed_length
 from jaxquant.core.qtensor import QTensor, scale_values
-from jaxquant.core.specs import OpSpec, QuantSpec, Rule
+from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.io.bits import packed, patterns
 from jaxquant.io.directory import SHARD_BYTES, Layout, Piece, identity, in_shards, write_directory
 from jaxquant.io.hf.checkpoint import HFCheckpoint
@@ -31,7 +31,9 @@ from jaxquant.io.rules import Assigned, Assignment, assign
 from jaxquant.io.safetensors import TensorSpec
 from jaxquant.io.save_hf import export_config, export_piece, float_modules, layout_of
 from jaxquant.io.sharded import Checkpoint
+from jaxquant.ptq.named import quantizer
 from jaxquant.ptq.rtn import rtn
+from jaxquant.rules import Rule
 from jaxquant.transform.misfits import fitted
 
 __all__ = ["QuantizePlan", "plan_quantize_hf", "quantize_hf"]
@@ -78,7 +80,7 @@ def quantize_hf(
     rules: Sequence[Rule],
     *,
     format: str = "compressed-tensors",
-    method: Callable[..., QTensor] = rtn,
+    method: str | Callable[..., QTensor] = rtn,
     grams: str | os.PathLike[str] | None = None,
     act: QuantSpec | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -100,8 +102,8 @@ def quantize_hf(
       rules: the first that matches a weight's name wins; ``Rule(pattern, None)`` keeps it in float. For experts of
         other models, and kernels [in, out], a rule says the contracted axis: ``reduce_axes=(-1,)`` or ``(-2,)``.
       format: as for `save_hf`.
-      method: a quantizer, such as `jaxquant.ptq.rtn` or `jaxquant.ptq.hqq`; with ``grams`` one that needs statistics,
-        such as `jaxquant.ptq.gptq`.
+      method: a quantizer or its name, such as `jaxquant.ptq.rtn` or ``"hqq"``; with ``grams`` one that needs
+        statistics, such as ``"gptq"``.
       grams: a safetensors file (or a directory of some) with the Gram matrix x^T x [in, in] of the inputs of each
         weight, under the weight's name; [experts, in, in] of experts. A weight is then quantized whole, and with it is
         its matrix in memory.
@@ -138,12 +140,13 @@ def plan_quantize_hf(
     rules: Sequence[Rule],
     *,
     format: str = "compressed-tensors",
-    method: Callable[..., QTensor] = rtn,
+    method: str | Callable[..., QTensor] = rtn,
     grams: str | os.PathLike[str] | None = None,
     act: QuantSpec | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> QuantizePlan:
     """What `quantize_hf` would do, after all of its checks; writes nothing."""
+    method = quantizer(_FUNCTION, method)
     checkpoint = HFCheckpoint(source, function=_FUNCTION)
     config = checkpoint.config
     if "quantization_config" in config or detect(checkpoint)[0] is not None:

@@ -13,10 +13,11 @@ from flax import nnx
 from jaxquant.core.errors import Refusals, quant_error
 from jaxquant.core.paths import nearest, path_of
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.specs import OpRule, OpSpec, Rule
+from jaxquant.core.specs import OpSpec
 from jaxquant.nnx.modules import Quantized
 from jaxquant.nnx.ranges import set_value, value_of
 from jaxquant.ptq.rtn import rtn
+from jaxquant.rules import OpRule, Rule
 from jaxquant.transform.make_plan import check_all_rules, check_rules, make_plan
 from jaxquant.transform.misfits import fitted
 from jaxquant.transform.params import quantize_params

@@ -51,7 +51,7 @@ class Quantized:
     _op = "dot_general"
     promote_dtype: Callable[..., Any]
 
-    def __init__(self, *args: Any, spec: OpSpec | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, spec: OpSpec | str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._set_spec(spec)
 
@@ -65,11 +65,11 @@ class Quantized:
         """The contracted axes of the weight, from the end; None where only a call says them."""
         raise NotImplementedError
 
-    def _set_spec(self, spec: OpSpec | None) -> None:
+    def _set_spec(self, spec: OpSpec | str | None) -> None:
         self.spec = layers.checked_spec(type(self).__name__, spec)
         if hasattr(self, "act_range"):
             del self.act_range
-        act = layers.static_act(spec)
+        act = layers.static_act(self.spec)
         if act is not None:
             shape = value_of(getattr(self, self._weight_name)).shape
             self.act_range = ActRange(act, tuple(shape[: len(shape) - len(self._weight_shape)]))
@@ -127,7 +127,8 @@ class QuantLinear(Quantized, nnx.Linear):
 
     Args:
       *args, **kwargs: as for `flax.nnx.Linear`.
-      spec: how the product is quantized; None: weight-only where the kernel is a QTensor, else as Flax.
+      spec: how the product is quantized, an `OpSpec` or the name of a recipe; None: weight-only where the kernel is a
+        QTensor, else as Flax.
 
     Returns:
       A module; ``kernel`` holds a float array or a QTensor of shape [in_features, out_features].

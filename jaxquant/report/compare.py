@@ -18,7 +18,8 @@ from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.paths import leaves_with_paths
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.specs import OpSpec, QuantSpec, Rule
+from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.rules import Rule
 from jaxquant.transform import Explanation, Plan, calibrate, make_plan, quantized
 from jaxquant.transform.batches import arguments
 from jaxquant.transform.sequential import in_order_of_use

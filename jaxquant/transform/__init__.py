@@ -4,6 +4,7 @@ make_plan        rules and a trace -> Plan
 quantize_params  float leaves -> QTensors
 quantize_sequentially  calibrate and quantize_params in turns
 quantized        fn -> fn in low precision
+quantize_model   all of these in one call
 calibrate        statistics of the inputs of planned weights; act_state: static ranges from them;
                  merge_stats: of several hosts
 precondition     a function whose weights are multiplied in another basis; precondition_params
@@ -35,6 +36,7 @@ from jaxquant.transform.learning import LearnedRotations, learn_rotations
 from jaxquant.transform.make_plan import make_plan
 from jaxquant.transform.params import dequantize_params, quantize_params, update_params
 from jaxquant.transform.plan import Plan
+from jaxquant.transform.quantize_model import QuantizedModel, quantize_model
 from jaxquant.transform.quantized import quantized
 from jaxquant.transform.sensitivity import Sensitivity, sensitivity
 from jaxquant.transform.sequential import quantize_sequentially
@@ -45,6 +47,7 @@ __all__ = [
     "Explanation",
     "LearnedRotations",
     "Plan",
+    "QuantizedModel",
     "RotationGroup",
     "ScalePair",
     "Sensitivity",
@@ -65,6 +68,7 @@ __all__ = [
     "merge_stats",
     "precondition",
     "precondition_params",
+    "quantize_model",
     "quantize_params",
     "quantize_sequentially",
     "quantized",

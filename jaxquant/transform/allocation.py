@@ -106,7 +106,7 @@ def refine(
     batches: Iterable[Any],
     *,
     budget: int | None = None,
-    method: Callable[..., Any] = rtn,
+    method: str | Callable[..., Any] = rtn,
     stats: Mapping[str, Any] | None = None,
     loss: Callable[[Any, Any], jax.Array] = relative_error,
     evaluations: int = 64,
@@ -127,7 +127,7 @@ def refine(
       params: the float parameters.
       batches: as for `sensitivity`; all are kept.
       budget: true bytes of all planned weights together; None: those of ``plan``.
-      method: the quantizer.
+      method: the quantizer, or its name.
       stats: what it wants to know, from `calibrate`.
       loss: ``(outputs, float outputs) -> scalar``.
       evaluations: how many choices are measured at most.

@@ -13,7 +13,8 @@ from jaxquant.core.errors import Refusals, quant_error
 from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.sizes import number
-from jaxquant.core.specs import OpRule, OpSpec, Rule
+from jaxquant.core.specs import OpSpec
+from jaxquant.rules import OpRule, Rule
 from jaxquant.transform.interpreter import ABSENT, Interpreter, Use
 from jaxquant.transform.misfits import fitted
 from jaxquant.transform.plan import Float, Item, Plan, Product, is_float

@@ -7,7 +7,8 @@ import math
 
 from jaxquant.core.blocks import group_error, groups_fit
 from jaxquant.core.qtypes import qtype_of
-from jaxquant.core.specs import OpSpec, QuantSpec, Rule
+from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.rules import Rule
 
 __all__ = ["fitted"]
 

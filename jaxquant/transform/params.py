@@ -16,10 +16,12 @@ from jaxquant.core.blocks import block_shape, negative_axes
 from jaxquant.core.errors import QuantError, Refusals, quant_error
 from jaxquant.core.paths import is_qtensor, leaves_with_paths, nearest
 from jaxquant.core.qtensor import Layout, QTensor, dequantize
-from jaxquant.core.specs import QuantSpec, Rule
+from jaxquant.core.specs import QuantSpec
 from jaxquant.ops.targets import Platform, check_target, layout_for
 from jaxquant.ptq.gram import NeedsStatisticsError
+from jaxquant.ptq.named import quantizer
 from jaxquant.ptq.rtn import rtn
+from jaxquant.rules import Rule
 from jaxquant.transform.make_plan import check_rules
 from jaxquant.transform.misfits import fitted
 from jaxquant.transform.plan import Plan, is_float
@@ -226,7 +228,7 @@ def quantize_params(
     params: Any,
     plan: Plan | Sequence[Rule],
     *,
-    method: Callable[..., QTensor] = rtn,
+    method: str | Callable[..., QTensor] = rtn,
     stats: Mapping[str, Any] | None = None,
     target: Platform | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -246,8 +248,8 @@ def quantize_params(
       params: a pytree of float arrays.
       plan: a `Plan` from `make_plan`, or rules: the first that matches a path wins, ``Rule(pattern, None)`` keeps what
         it matches in float.
-      method: a quantizer ``(w, spec, *, reduce_axes, stats) -> QTensor``; see `jaxquant.ptq`. One that looks at inputs
-        rounds to nearest what a plan knows to be only looked up: there are none.
+      method: a quantizer ``(w, spec, *, reduce_axes, stats) -> QTensor``, or the name of one, such as ``"gptq"``; see
+        `jaxquant.ptq`. One that looks at inputs rounds to nearest what a plan knows to be only looked up: it has none.
       stats: path -> what the method wants to know about the inputs of that weight.
       target: the platform that the codes will be read on, ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default the one where
         the arrays are. It decides how codes lie in memory (`QTensor.laid_out`), and no value.
@@ -267,9 +269,7 @@ def quantize_params(
       >>> jq.quantize_params(params, [jq.Rule(".*", recipes.w4a16(group_size=32))])["Dense_0"]["kernel"]
       QTensor(int4[64, 32] -> float32, group 32 on axis -2, symmetric, 1.2 KiB)
     """
-    if not callable(method):
-        todo = "Pass a function, such as method=jq.ptq.gptq"
-        raise quant_error("quantize_params", "method must be a quantizer", todo=todo, method=method)
+    method = quantizer("quantize_params", method)
     check_target("quantize_params", target)
     leaves, treedef = leaves_with_paths(params)
     if isinstance(plan, Plan):

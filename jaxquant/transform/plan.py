@@ -117,6 +117,11 @@ class Float:
     dtype: str
     reason: str
 
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
 
 @dataclasses.dataclass(frozen=True)
 class Product:
@@ -203,7 +208,7 @@ class Plan:
                 )
             )
         for left in self.floats:
-            size = math.prod(left.shape) * np.dtype(left.dtype).itemsize
+            size = left.nbytes
             total = [total[0] + size, total[1] + size]
             rows.append(
                 (left.path, "-", f"{list(left.shape)}", f"{left.dtype}: {left.reason}", "-", f"{size:,}", f"{size:,}")

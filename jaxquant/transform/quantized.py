@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -61,9 +61,22 @@ def weights_of(traced: Traced, plan: Plan | None, state: Mapping[str, Any] | Non
     return [*values, *traced.arrays]
 
 
+@runtime_checkable
+class Planned(Protocol):
+    """A model that knows how it runs: what `jaxquant.io.load_model` and `quantize_model` return."""
+
+    @property
+    def plan(self) -> Plan | None:
+        """What is quantized how."""
+
+    @property
+    def state(self) -> Any:
+        """What the plan needs besides the parameters."""
+
+
 def quantized(
     fn: Callable[..., Any],
-    plan: Plan | None = None,
+    plan: Plan | Planned | None = None,
     state: Mapping[str, Any] | None = None,
     *,
     precision: jax.lax.PrecisionLike = None,
@@ -78,7 +91,8 @@ def quantized(
 
     Args:
       fn: any JAX function whose argument 0 is a pytree of parameters.
-      plan: from `make_plan`. None: QTensor leaves run weight-only, all else in float.
+      plan: from `make_plan`, or a model that holds its plan and state: what `jaxquant.io.load_model` returned. None:
+        QTensor leaves run weight-only, all else in float.
       state: path -> ``{"scale": .., "zero_point": ..}`` for the planned activations whose range is static.
       precision: of the quantized operations; None: each operation's own. See `jaxquant.ops.dot_general`.
 
@@ -105,6 +119,11 @@ def quantized(
       True
     """
 
+    if isinstance(plan, Planned):
+        if state is not None:
+            todo = "Leave state out, or pass model.plan and a state of your own"
+            raise quant_error("quantized", "the model has a state already", todo=todo, state=tuple(state))
+        plan, state = plan.plan, plan.state
     if plan is not None and not isinstance(plan, Plan):
         todo = "Make one from rules: jq.make_plan(fn, params, *args, rules=rules)"
         raise quant_error("quantized", "plan must be a Plan or None", todo=todo, plan=plan)

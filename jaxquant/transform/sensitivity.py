@@ -120,7 +120,7 @@ def sensitivity(
     batches: Iterable[Any],
     candidates: Mapping[str, OpSpec],
     *,
-    method: Callable[..., Any] = rtn,
+    method: str | Callable[..., Any] = rtn,
     stats: Mapping[str, Any] | None = None,
     loss: Callable[[Any, Any], jax.Array] = relative_error,
     probes: int = 0,
@@ -135,7 +135,7 @@ def sensitivity(
       params: its float parameters.
       batches: for each the tuple of fn's further arguments (a single array stands for a tuple of one). All are kept.
       candidates: name -> `OpSpec`. Weights are compared by their weight spec alone unless an activation spec is there.
-      method: the quantizer.
+      method: the quantizer, or its name.
       stats: what it wants to know, from `calibrate`.
       loss: ``(outputs, float outputs) -> scalar``; by default the relative squared error.
       probes: how many backward passes the gradient estimate takes; 0 leaves it out. With y the outputs and v random

@@ -71,7 +71,7 @@ def quantize_sequentially(
     params: Any,
     batches: Iterable[Any],
     *,
-    method: Callable[..., QTensor] = gptq,
+    method: str | Callable[..., QTensor] = gptq,
     stages: Sequence[str] | None = None,
     collect: Mapping[str, Statistic] | None = None,
     mask: Mask = None,
@@ -89,7 +89,7 @@ def quantize_sequentially(
       params: its parameters. Weights that are QTensors already are kept and count as done, so that interrupted
         work goes on from what ``on_stage`` has saved.
       batches: as for `calibrate`; kept in a list.
-      method: the quantizer, `jaxquant.ptq.gptq` by default.
+      method: the quantizer or its name, `jaxquant.ptq.gptq` by default.
       stages: patterns, searched in the paths: all weights for which a pattern is the first to match are one stage, in
         the order of the patterns. None: each weight is its own stage, in the order in which the function uses them.
         The layers of a stacked weight are always one stage.

@@ -40,7 +40,11 @@ CALLS = {
         lambda: Dense(6, spec=INT8),
         "QuantDense: spec must be an OpSpec or None; got spec=",
     ),
-    "a spec that is a string": (lambda: jq.linen.QuantConv(6, 3, spec="int8"), "QuantConv: spec must be an OpSpec"),
+    "a spec that is a string": (
+        lambda: jq.linen.QuantConv(6, 3, spec="int8"),
+        "recipe: unknown recipe; got recipe='int8'",
+    ),
+    "a spec that is a number": (lambda: jq.linen.QuantConv(6, 3, spec=8), "QuantConv: spec must be an OpSpec"),
     "a static range per token": (
         lambda: Dense(6, spec=jq.OpSpec(INT8, jq.QuantSpec("int8", static=True))),
         "a static range is one for the whole activation; .*Use granularity='per_tensor'",

@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.specs import Rule
 from jaxquant.io.arrays import placing, to_device
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
@@ -21,6 +20,7 @@ from jaxquant.io.hf.names import NameMap, nested
 from jaxquant.io.rules import Assigned, assign
 from jaxquant.ops.targets import Platform
 from jaxquant.ptq.rtn import rtn
+from jaxquant.rules import Rule
 
 __all__ = ["CheckpointInfo", "load_hf", "open_hf"]
 

@@ -1,0 +1,59 @@
+"""Quantizers by name: `quantizer`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from jaxquant.core.errors import quant_error
+from jaxquant.core.paths import nearest
+from jaxquant.core.qtensor import QTensor
+from jaxquant.ptq.autoround import autoround
+from jaxquant.ptq.clipped import clipped
+from jaxquant.ptq.descend import descend
+from jaxquant.ptq.double import double_quantized
+from jaxquant.ptq.gptq import gptq
+from jaxquant.ptq.hqq import hqq
+from jaxquant.ptq.rtn import rtn
+
+__all__ = ["looks_at_inputs", "quantizer"]
+
+_QUANTIZERS = {f.__name__: f for f in (rtn, clipped, gptq, hqq, autoround, descend, double_quantized)}
+_DATA_FREE = (rtn, hqq)
+
+
+def quantizer(function: str, method: str | Callable[..., QTensor]) -> Callable[..., QTensor]:
+    """The quantizer of this name; a function is returned as it is.
+
+    Args:
+      function: who asks, for errors.
+      method: ``"rtn"``, ``"clipped"``, ``"gptq"``, ``"hqq"``, ``"autoround"``, ``"descend"``, ``"double_quantized"``,
+        or a quantizer.
+
+    Raises:
+      QuantError: if there is none of this name, or it is no function.
+    """
+    if isinstance(method, str):
+        if method in _QUANTIZERS:
+            return _QUANTIZERS[method]
+        todo = f"Nearest: {nearest(method, _QUANTIZERS)}. All: {', '.join(_QUANTIZERS)}"
+        if method in ("awq", "smoothquant"):
+            todo = "It changes float params before they are quantized: jq.quantize_model(..., method="
+            todo += f"{method!r}) does both. Quantizers: {', '.join(_QUANTIZERS)}"
+        raise quant_error(function, "no quantizer has this name", todo=todo, method=method)
+    if not callable(method):
+        todo = f"Pass a function, such as jq.ptq.gptq, or a name: {', '.join(_QUANTIZERS)}"
+        raise quant_error(function, "method must be a quantizer", todo=todo, method=method)
+    return method
+
+
+def looks_at_inputs(method: Callable[..., QTensor]) -> bool:
+    """Whether a quantizer needs the Gram matrix of a weight's inputs; one that is not ours counts as if it did."""
+    given: dict[str, Any] = {}
+    while isinstance(method, functools.partial):
+        given = {**method.keywords, **given}
+        method = method.func
+    if method is double_quantized:
+        return looks_at_inputs(given.get("method", rtn))
+    return method not in _DATA_FREE and not (method is clipped and given.get("weighting") == "none")

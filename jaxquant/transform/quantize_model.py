@@ -1,0 +1,219 @@
+"""`quantize_model`: a function and its float params to a quantized model, in one call."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+from jaxquant.core.errors import printable, quant_error
+from jaxquant.core.paths import nearest
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import OpSpec
+from jaxquant.core.units import in_bytes
+from jaxquant.ops.targets import Platform, check_target
+from jaxquant.ptq.named import looks_at_inputs, quantizer
+from jaxquant.ptq.rtn import rtn
+from jaxquant.recipes import recipe as named
+from jaxquant.rules import OpRule, Rule
+from jaxquant.transform.analysis.scales import scale_pairs
+from jaxquant.transform.batches import arguments
+from jaxquant.transform.calibrate import act_state, calibrate
+from jaxquant.transform.make_plan import check_all_rules, make_plan
+from jaxquant.transform.params import quantize_params
+from jaxquant.transform.plan import Float, Plan
+from jaxquant.transform.quantized import quantized
+from jaxquant.transform.smoothing import awq, smoothquant
+from jaxquant.transform.statistics import ChannelAbsMax, ChannelMean, Gram, Statistic
+
+__all__ = ["QuantizedModel", "Report", "quantize_model"]
+
+_F = "quantize_model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of the parameters; prints as a few lines.
+
+    Attributes:
+      quantized: how many weights are quantized.
+      nbytes: true bytes of all parameters, before and after.
+      floats: what stays in float, and why.
+      notes: path -> what to know of a quantized weight, such as a use that runs on float values.
+    """
+
+    quantized: int
+    nbytes: tuple[int, int]
+    floats: tuple[Float, ...]
+    notes: dict[str, str]
+
+    def __str__(self) -> str:
+        before, after = self.nbytes
+        smaller = f", {before / after:.2f}x smaller" if after else ""
+        weights = "1 weight" if self.quantized == 1 else f"{self.quantized} weights"
+        lines = [f"{weights} quantized: {in_bytes(before)} -> {in_bytes(after)}{smaller}"]
+        lines += [f"  {path}: {note}" for path, note in self.notes.items()]
+        vectors = collections.Counter(f.reason for f in self.floats if len(f.shape) < 2)
+        lines += [f"in float: {f.path} {list(f.shape)}: {f.reason}" for f in self.floats if len(f.shape) >= 2]
+        lines += [f"in float: vectors and scalars ({n}): {reason}" for reason, n in vectors.items()]
+        return "\n".join(map(printable, lines))
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedModel:
+    """A quantized model: ``model.fn(model.params, ...)``; made by `quantize_model`.
+
+    ``jq.io.save(path, model.params, plan=model.plan, state=model.state)`` saves all that it takes to run again.
+
+    Attributes:
+      fn: the function of params and arguments, in low precision; jit it.
+      params: the tree, with `QTensor`s in place of the weights.
+      plan: what is quantized how; prints as a table.
+      state: static activation ranges; None if the recipe has none.
+      report: what was quantized, what stayed in float and why; print it.
+    """
+
+    fn: Callable[..., Any]
+    params: Any
+    plan: Plan
+    state: Any
+    report: Report
+
+
+def quantize_model(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    recipe: str | OpSpec | Sequence[Rule | OpRule],
+    method: str | Callable[..., QTensor] | None = None,
+    batches: Iterable[Any] | None = None,
+    ignore: Sequence[str] = (),
+    misfit: Literal["per_channel", "float"] | None = None,
+    target: Platform | None = None,
+    **kwargs: Any,
+) -> QuantizedModel:
+    """Plans, calibrates and quantizes in one call: `make_plan`, `calibrate`, `quantize_params`, `quantized`.
+
+    Args:
+      fn: any JAX function whose argument 0 is a pytree of parameters, such as ``model.apply`` of Flax Linen or Haiku.
+      params: float parameters; they are not changed.
+      *args, **kwargs: further arguments of ``fn``, arrays or shapes, to trace it with. Without any, those of the first
+        batch.
+      recipe: the name of a recipe (see `jaxquant.recipes.recipe`), an `OpSpec`, or rules for `make_plan`. A name or an
+        OpSpec is for all weights.
+      method: how codes are chosen: the name of a quantizer of `jaxquant.ptq` (``"gptq"``), or a quantizer. ``"awq"``
+        and ``"smoothquant"`` move scales between parameters first, then round to nearest; ``"awq+gptq"`` rounds by
+        gptq. None: round to nearest.
+      batches: what to calibrate on, for methods that look at inputs and for static ranges: each batch a tuple of
+        ``fn``'s further arguments, or a single array.
+      ignore: patterns; weights in whose path one is found stay in float.
+      misfit: what becomes of a weight whose size no group divides; see `Rule`. None: it is an error.
+      target: the platform that the codes will be read on; see `quantize_params`.
+
+    Returns:
+      A `QuantizedModel`.
+
+    Raises:
+      QuantError: if there is no such recipe or method; if batches are missing, or given and read by nothing; and as
+        `make_plan`, `calibrate` and `quantize_params`. All names are checked before the function is traced.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant as jq
+      >>> fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"] + p["bias"]
+      >>> params = {"up": jnp.ones((64, 128)), "down": jnp.ones((128, 64)), "bias": jnp.zeros(64)}
+      >>> model = jq.quantize_model(fn, params, jnp.ones((1, 64)), recipe="w4a16:g64")
+      >>> print(model.report)
+      2 weights quantized: 64.2 KiB -> 9.2 KiB, 6.95x smaller
+      in float: vectors and scalars (1): added, not contracted
+      >>> y = jax.jit(model.fn)(model.params, jnp.ones((1, 64)))
+    """
+    rules = _rules(recipe, ignore, misfit)
+    moves, method = _steps(method)
+    check_target(_F, target)
+    _check_function(fn)
+    seen = None if batches is None else list(arguments(_F, batches, fn))
+    if not args and not kwargs and seen:
+        args = seen[0]
+    plan = make_plan(fn, params, *args, rules=rules, **kwargs)
+    static = any(item.spec.act is not None and item.spec.act.static for item in plan.items)
+    looks = looks_at_inputs(method)
+    _check_batches(seen, moves, looks, static, method)
+    for name in moves:
+        assert seen is not None
+        move, collect = _MOVES[name]
+        pairs = scale_pairs(fn, plan, params, *args, **kwargs)
+        if not pairs:
+            todo = "Use another method, or jq.precondition with jq.smooth_bases or jq.awq_bases, which scale inputs"
+            raise quant_error(_F, f"{name} finds no scales that could move in this function", todo=todo, method=name)
+        params = move(params, plan, pairs, calibrate(fn, plan, params, seen, collect=collect))
+    stats = None
+    if looks or static:
+        assert seen is not None
+        wanted: dict[str, Statistic] = {"gram": Gram()} if looks else {}
+        stats = calibrate(fn, plan, params, seen, collect=wanted)
+    state = act_state(plan, stats) if static and stats is not None else None
+    made = quantize_params(params, plan, method=method, stats=stats if looks else None, target=target)
+    return QuantizedModel(quantized(fn, plan, state), made, plan, state, _report(plan))
+
+
+_MOVES: dict[str, tuple[Callable[..., Any], dict[str, Statistic]]] = {
+    "awq": (awq, {"gram": Gram(), "mean": ChannelMean()}),
+    "smoothquant": (smoothquant, {"absmax": ChannelAbsMax()}),
+}
+
+
+def _rules(recipe: Any, ignore: Sequence[str], misfit: Any) -> list[Rule | OpRule]:
+    if isinstance(ignore, str):
+        raise quant_error(_F, "ignore must be a sequence of patterns", todo=f"Pass [{ignore!r}]", ignore=ignore)
+    kept: list[Rule | OpRule] = [Rule(pattern, None) for pattern in ignore]
+    if isinstance(recipe, str | OpSpec):
+        return [*kept, Rule(".*", named(recipe), misfit=misfit)]
+    if misfit is not None:
+        todo = "Say it in the rules: Rule(pattern, spec, misfit=...)"
+        raise quant_error(_F, "misfit is for a recipe, and here are rules", todo=todo, misfit=misfit)
+    if not isinstance(recipe, Sequence):
+        named(recipe)  # says what a recipe may be
+    return [*kept, *check_all_rules(_F, recipe)]
+
+
+def _steps(method: Any) -> tuple[list[str], Callable[..., QTensor]]:
+    """The transforms of float params, by name, and the quantizer."""
+    if method is None:
+        return [], rtn
+    if not isinstance(method, str):
+        return [], quantizer(_F, method)
+    *first, last = method.split("+")
+    if last in _MOVES:
+        first, last = [*first, last], "rtn"
+    unknown = [name for name in first if name not in _MOVES]
+    if unknown:
+        todo = f"Nearest: {nearest(unknown[0], _MOVES)}. Before a '+' come {' and '.join(_MOVES)}"
+        raise quant_error(_F, "no such step before a quantizer", todo=todo, method=method)
+    return first, quantizer(_F, last)
+
+
+def _check_function(fn: Any) -> None:
+    if not callable(fn) or (hasattr(fn, "apply") and hasattr(fn, "init")):
+        todo = "Pass a function of params: model.apply of Flax Linen and Haiku. For NNX: "
+        todo += "graph, params = nnx.split(model); fn = lambda params, x: nnx.merge(graph, params)(x)"
+        raise quant_error(_F, "fn must be a function of params", todo=todo, fn=type(fn).__name__)
+
+
+def _check_batches(batches: Any, moves: Sequence[str], looks: bool, static: bool, method: Any) -> None:
+    """Raises if batches are missing, or nobody would look at them."""
+    who = "+".join([*moves, *([getattr(method, "__name__", "the method")] if looks else [])])
+    if not batches and (who or static):
+        rule = f"{who} looks at inputs" if who else "static activation ranges come from inputs"
+        todo = "Pass batches=[x, ...]: each the tuple of fn's further arguments, or one array"
+        raise quant_error(_F, rule, todo=todo, batches=batches)
+    if batches is not None and not who and not static:
+        todo = "Leave batches out, or use a method that looks at inputs, such as method='gptq', or a static recipe"
+        raise quant_error(_F, "nothing here looks at the batches", todo=todo, batches=len(batches))
+
+
+def _report(plan: Plan) -> Report:
+    sizes = [item.nbytes for item in plan.items]
+    rest = sum(f.nbytes for f in plan.floats)
+    before, after = (sum(size[i] for size in sizes) + rest for i in (0, 1))
+    return Report(len(sizes), (before, after), plan.floats, {i.path: i.note for i in plan.items if i.note})
