@@ -10,6 +10,7 @@ from hf_files import checkpoint, values
 
 import jaxquant as jq
 from jaxquant import QuantError
+from jaxquant.io.sharded import Checkpoint
 
 RNG = np.random.default_rng(0)
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -190,3 +191,22 @@ def test_a_quantized_checkpoint_of_mlx_is_not_quantized_again(tmp_path):
     checkpoint(tmp_path / "in", tensors, {"quantization": {"group_size": 64, "bits": 4}})
     with pytest.raises(QuantError, match=re.escape("the checkpoint is quantized already")):
         jq.io.quantize_hf(tmp_path / "in", tmp_path / "out", [jq.Rule("n", jq.recipes.w8a16())])
+
+
+@pytest.mark.parametrize(
+    "mode, bits", [("affine", 4), ("affine", 3), ("affine", 6), ("mxfp4", 4), ("mxfp8", 8), ("nvfp4", 4)]
+)
+def test_what_was_read_is_written_again_byte_for_byte(mode, bits, tmp_path):
+    tensors = {}
+    for prefix, *kind in (("m", mode, bits), ("n", mode, bits), ("other", "affine", 8, 32)):
+        tensors |= module(*kind, prefix=prefix)[0]
+    own = {"group_size": 32, "bits": 8, "mode": "affine"}
+    config = {"group_size": SIZES[mode], "bits": bits, "mode": mode, "other": own}
+    params, _ = loaded(tmp_path / "in", tensors, {"quantization": config})
+    jq.io.save_hf(tmp_path / "out", params, format="mlx")
+    written = Checkpoint(tmp_path / "out")
+    assert written.tensors.keys() == tensors.keys()
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(written.array(name), array)
+    found = written.json("config.json")
+    assert found["quantization"] == found["quantization_config"] == config

@@ -144,6 +144,10 @@ def test_conversion_is_refused_where_they_do_not(name, format, rule, tmp_path):
         ("uint4", {"group_size": 32, "symmetric": False}, "awq"),
         ("nf4", {"group_size": 32, "scale_dtype": None}, "bitsandbytes"),
         ("fp4", {"group_size": 64, "scale_dtype": None}, "bitsandbytes"),
+        ("int4", {"group_size": 64}, "mlx"),
+        ("int3", {"group_size": 32, "scale_dtype": "bfloat16"}, "mlx"),
+        ("int8", {"group_size": 32}, "mlx"),
+        ("mxfp4", {}, "mlx"),
     ],
 )
 def test_what_we_quantize_is_read_to_the_same_values(qtype, fields, format, tmp_path):
@@ -217,6 +221,17 @@ CODES, ONES = np.zeros((64, 64), np.uint8), np.ones((64, 1), np.float32)
         (lambda: {"a.weight": quantized("int4", weight(48, 64))}, {"format": "gptq"}, "multiples of 32"),
         (lambda: {"a.weight": quantized("int4", weight(48, 64))}, {"format": "awq"}, "multiples of 32"),
         (lambda: {"a.weight": quantized("nf4", group_size=16)}, {"format": "bitsandbytes"}, "one of a few sizes"),
+        (
+            lambda: {"a.weight": quantized("int4", weight(64, 96))},
+            {"format": "mlx"},
+            "the groups of the format are others",
+        ),
+        (lambda: {"a.weight": quantized("nvfp4")}, {"format": "mlx"}, "no scale of the whole weight"),
+        (
+            lambda: {"a.weight": quantized("uint4", group_size=32, symmetric=False)},
+            {"format": "mlx"},
+            "zero points times scales must be numbers of the scales' dtype",
+        ),
         (
             lambda: {"a.weight": quantized("int4"), "b.weight": quantized("int8")},
             {"format": "gptq"},

@@ -15,14 +15,14 @@ from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.specs import QuantSpec
 from jaxquant.io.arrays import PackedLeaves, to_host
 from jaxquant.io.directory import SHARD_BYTES, Piece, in_shards, json_bytes, write_directory
-from jaxquant.io.export import AWQ, BITSANDBYTES, GPTQ, Layout, compressed_tensors
+from jaxquant.io.export import AWQ, BITSANDBYTES, GPTQ, MLX, Layout, compressed_tensors
 from jaxquant.io.export.integers import is_stack
 from jaxquant.io.safetensors import DTYPES, TensorSpec
 
 __all__ = ["FORMATS", "Format", "export_config", "export_piece", "layout_of", "save_hf", "write_hf"]
 
-Format = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes"]
-FORMATS = ("compressed-tensors", "gptq", "awq", "bitsandbytes")
+Format = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes", "mlx"]
+FORMATS = ("compressed-tensors", "gptq", "awq", "bitsandbytes", "mlx")
 _EMBEDDINGS = ("embed", "wte", "wpe", "shared")
 
 
@@ -44,6 +44,8 @@ def save_hf(
         gptq                 2, 3, 4, 8 bits, scales that float16 holds, all weights alike; also with reordered columns
         awq                  4 bits, scales that float16 holds, one group size
         bitsandbytes         nf4 or fp4, blocks of 32 to 4096
+        mlx                  2, 3, 4, 5, 6, 8 bits in groups of 32, 64 or 128, whose zero points times scales the dtype
+                             of the scales holds (symmetric ones always fit); mxfp4, mxfp8; nvfp4 as MLX has it
 
     Args:
       directory: where to write; it must not exist, or be empty. It appears only when it is complete.
@@ -71,8 +73,8 @@ def save_hf(
       ...     sorted(os.listdir(directory))
       ['config.json', 'model.safetensors']
 
-    Source: the layouts of compressed-tensors 0.19, gptqmodel 7.7, AutoAWQ 0.2.9 and bitsandbytes 0.50.2, whose own
-    files are written again byte for byte in the tests.
+    Source: the layouts of compressed-tensors 0.19, gptqmodel 7.7, AutoAWQ 0.2.9, bitsandbytes 0.50.2 and MLX, whose own
+    files (MLX's aside) are written again byte for byte in the tests.
     """
     # What is in memory has no name to be recognised by: a partial directory is never continued.
     source = {"memory": os.urandom(8).hex()}
@@ -119,7 +121,7 @@ def layout_of(format: str, act: QuantSpec | None = None, *, function: str = "sav
     if act is not None:
         todo = "Write compressed-tensors, or leave act out"
         raise quant_error(function, "the format says nothing about activations", todo=todo, format=format, act=act)
-    return {"gptq": GPTQ, "awq": AWQ, "bitsandbytes": BITSANDBYTES}[format]
+    return {"gptq": GPTQ, "awq": AWQ, "bitsandbytes": BITSANDBYTES, "mlx": MLX}[format]
 
 
 def float_modules(leaves: Mapping[str, Any]) -> list[str]:
@@ -201,5 +203,5 @@ def export_config(
     """``config.json`` and whatever else the layout wants, from the model's own config."""
     quantization = layout.config(weights, floats)
     rest = {key: value for key, value in config.items() if key != "quantization"}  # MLX's, of what this was made from
-    files = {"config.json": {**rest, "quantization_config": quantization}, **layout.files(quantization)}
+    files = {"config.json": {**rest, **dict.fromkeys(layout.keys, quantization)}, **layout.files(quantization)}
     return {name: json_bytes(content) for name, content in files.items()}

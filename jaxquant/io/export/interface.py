@@ -27,6 +27,7 @@ class Layout:
       files: further JSON files, from that config.
       stacks: whether there is a place for experts, stacked in one tensor.
       nested: whether scales that are a QTensor are written as one; ``tensors`` gets all others in float.
+      keys: where ``config.json`` has that config.
     """
 
     name: str
@@ -37,3 +38,4 @@ class Layout:
     files: Callable[[dict[str, Any]], dict[str, dict[str, Any]]] = lambda config: {}
     stacks: bool = False
     nested: Callable[[QTensor], bool] = lambda q: False
+    keys: tuple[str, ...] = ("quantization_config",)

@@ -1,0 +1,91 @@
+"""MLX: ``weight`` in words of 32 bits, ``scales``, and ``biases`` or exponents; weights [out, in], groups along in.
+
+A weight of the affine mode is ``q * scale + bias`` with unsigned q: for a zero point z the bias is ``-z * scale``,
+which the dtype of the scales has to hold. The modes mxfp4, mxfp8 and nvfp4 have no biases; their scales are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.core.errors import QuantError
+from jaxquant.core.qtensor import QTensor, scale_values
+from jaxquant.io.bits import patterns
+from jaxquant.io.export.integers import check_integers, check_matrix, group_size, grouped, words
+from jaxquant.io.export.interface import Layout
+
+__all__ = ["MLX"]
+
+_GROUPS = (32, 64, 128)
+_EXPONENTS = ("mxfp4", "mxfp8")
+
+
+def _check(q: QTensor, error: Callable[..., QuantError]) -> None:
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(q))
+    if _is_nvfp4(q):
+        check_matrix(q, error)
+        if not abstract and not (np.asarray(q.scale.scale) == 1).all():
+            todo = "Quantize to mxfp4, or write compressed-tensors"
+            raise error("the mode nvfp4 has no scale of the whole weight", todo=todo, scale=q.scale.scale)
+        return
+    if q.qtype in _EXPONENTS:
+        check_matrix(q, error)
+        return
+    check_integers(q.replace(offset=None), (2, 3, 4, 5, 6, 8), error)
+    if q.permutation is not None:
+        raise error("the format has no reordered columns", todo="Write gptq instead", weight=repr(q))
+    if group_size(q) not in _GROUPS:
+        todo = f"Quantize with granularity='per_group' and a group size of {', '.join(map(str, _GROUPS))}"
+        raise error("the groups of the format are others", todo=todo, weight=repr(q))
+    if not abstract:
+        scale, exact = _affine(q.replace(scale=scale_values(q.scale)) if isinstance(q.scale, QTensor) else q)
+        if lost := int(np.count_nonzero(exact.astype(scale.dtype) != exact)):
+            todo = "Quantize symmetrically: then each bias is the scale times a power of two"
+            raise error("zero points times scales must be numbers of the scales' dtype", todo=todo, lost=lost)
+
+
+def _is_nvfp4(q: QTensor) -> bool:
+    return q.qtype == "nvfp4" and isinstance(q.scale, QTensor)
+
+
+def _affine(q: QTensor) -> tuple[np.ndarray, np.ndarray]:
+    """The scales, and in float64 the biases: what unsigned code 0 stands for; [out, groups]."""
+    _, scale, zero, _ = grouped(q)
+    scale = np.ascontiguousarray(scale)
+    bias = -zero.astype(np.float64) * scale.astype(np.float64)
+    return scale, bias if q.offset is None else bias + np.asarray(q.offset).astype(np.float64)
+
+
+def _tensors(q: QTensor) -> dict[str, np.ndarray]:
+    if _is_nvfp4(q):
+        return {"weight": _words(patterns(q), 4), "scales": np.asarray(q.scale.codes).view(np.uint8)}
+    if q.qtype in _EXPONENTS:
+        exponents = (np.asarray(scale_values(q.scale)).astype(np.float32).view(np.uint32) >> 23).astype(np.uint8)
+        return {"weight": _words(patterns(q).view(np.uint8), q.type.bits), "scales": exponents}
+    scale, bias = _affine(q)
+    return {"weight": _words(grouped(q).codes, q.type.bits), "scales": scale, "biases": bias.astype(scale.dtype)}
+
+
+def _words(codes: np.ndarray, bits: int) -> np.ndarray:
+    return words(codes, bits).view(np.uint32)
+
+
+def _entry(q: QTensor) -> dict[str, Any]:
+    mode = q.qtype if q.type.kind != "int" else "affine"
+    return {"group_size": group_size(q), "bits": q.type.bits, "mode": mode}
+
+
+def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Any]:
+    """The settings that most weights have, and under their names those of the others."""
+    del floats  # have no scales, by which MLX knows them
+    entries = {name: _entry(q) for name, q in weights.items()}
+    kinds = list(entries.values())
+    most = max(kinds, key=kinds.count)
+    return {**most, **{name: entry for name, entry in entries.items() if entry != most}}
+
+
+MLX = Layout("mlx", _check, _tensors, _config, keys=("quantization", "quantization_config"), nested=_is_nvfp4)
