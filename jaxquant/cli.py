@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError:
     raise SystemExit("jaxquant: the command line needs click and rich. Run: pip install 'jaxquant[cli]'") from None
 
-from jaxquant import OpSpec, QuantError, QuantSpec, Rule, __version__, files, io, ptq
+from jaxquant import QuantError, __version__, files, quantize_files
 from jaxquant.core.errors import printable
 from jaxquant.core.units import in_bytes
 from jaxquant.io.save_hf import FORMATS
@@ -117,14 +117,19 @@ def _print(columns: Sequence[str], rows: Sequence[Sequence[str]], **options: Any
 def inspect_(path: Path, tensors: bool, deep: bool, as_json: bool) -> None:
     """Say what a checkpoint holds: format, tensors, types, true bytes, problems.
 
-    PATH is a Hugging Face directory, a safetensors file or a GGUF file. Only headers are read, unless --deep is given.
+    PATH is a Hugging Face directory, a safetensors file or a GGUF file. Headers are read, and one weight of each kind;
+    with --deep all weights are.
     """
     with _refusals():
         summary = files.summary(path, deep=deep)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(summary), indent=2))
         return
+    schemes = "; ".join(f"{n} {scheme}" for scheme, n in summary.schemes.items()) or "nothing is quantized"
     _say(f"{path}: {summary.format}, {len(summary.tensors)} tensors, {in_bytes(summary.nbytes)}")
+    _say(f"weights: {schemes}")
+    _say(f"{summary.parameters:,} parameters, {8 * summary.nbytes / max(1, summary.parameters):.2f} bits each")
+    _say(f"read by {summary.runs}({str(path)!r})")
     kinds: dict[str, list[int]] = {}
     for tensor in summary.tensors:
         count = kinds.setdefault(tensor.type, [0, 0])
@@ -142,33 +147,33 @@ def inspect_(path: Path, tensors: bool, deep: bool, as_json: bool) -> None:
 
 # -- quantize ----------------------------------------------------------------------------------------------------------
 
-_KEEP = r"(^|\.)(lm_head|embed_tokens|embeddings|word_embeddings|wte|wpe|shared)\b"
-
-
-def _rules(rules: Path | None, options: dict[str, Any], keep: Sequence[str]) -> list[Rule]:
-    """Rules from a TOML file, or from the options: the embeddings and the head stay in float."""
-    if rules is not None:
-        return files.read_rules(rules)
-    weight = {name: value for name, value in options.items() if value is not None}
-    if "group_size" in weight:
-        weight["granularity"] = "per_group"
-    patterns = [*keep, _KEEP]
-    return [*(Rule(pattern, None) for pattern in patterns), Rule(r"\.weight$", OpSpec(QuantSpec.from_dict(weight)))]
-
-
-_METHODS = {"rtn": ptq.rtn, "hqq": ptq.hqq, "gptq": ptq.gptq}
+_METHODS = ("rtn", "hqq", "gptq")
 
 
 @main.command()
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
-@click.option("--weights", "qtype", default="int4", show_default=True, help="Number type of the weights.")
-@click.option("--group-size", type=click.IntRange(1), help="Inputs that share a scale; per channel without it.")
-@click.option("--asymmetric", is_flag=True, help="With zero points (unsigned types).")
+@click.option(
+    "--to",
+    "format",
+    type=click.Choice(quantize_files.TARGETS),
+    default=FORMATS[0],
+    show_default=True,
+    help="What to write: a directory of this layout, or a GGUF or jaxquant file.",
+)
+@click.option("--recipe", metavar="NAME", help="Scheme by name, such as w4a16:g128, w8a16, nf4, w8a8.")
+@click.option("--bits", type=click.IntRange(2, 8), help="Width of the weights.  [4]")
+@click.option("--weights", "qtype", help="Number type of the weights, in place of --bits.")
+@click.option(
+    "--group-size",
+    type=click.IntRange(-1),
+    help="Inputs that share a scale; -1: all of them.  [64 below 8 bits; gguf 32]",
+)
+@click.option("--asymmetric", is_flag=True, help="With zero points (unsigned types).  [awq]")
 @click.option(
     "--scale-dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Of the scales.  [gptq and awq: float16, else float32]",
+    help="Of the scales.  [that of the checkpoint; gptq, awq and gguf: float16]",
 )
 @click.option(
     "--method", type=click.Choice([*_METHODS]), default="rtn", show_default=True, help="How codes are chosen."
@@ -179,50 +184,53 @@ _METHODS = {"rtn": ptq.rtn, "hqq": ptq.hqq, "gptq": ptq.gptq}
     help="For gptq: a safetensors file with the Gram matrix of the inputs of each weight, under its name.",
 )
 @click.option(
-    "--to", "format", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True, help="Layout of the result."
-)
-@click.option(
     "--rules",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="TOML file with rules, instead of the options above.",
 )
 @click.option(
-    "--keep", multiple=True, metavar="PATTERN", help="Weights to leave in float, besides embeddings and head."
+    "--ignore",
+    "--keep",
+    "ignore",
+    multiple=True,
+    metavar="PATTERN",
+    help="Weights to leave in float, besides embeddings and head.",
 )
+@click.option("--architecture", help="With gguf, llama.cpp's name of the model's architecture.  [from the source]")
 @click.option("--shard-size", type=click.IntRange(1), default=4096, show_default=True, help="MiB of a file at most.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, and its size; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def quantize(
-    source: Path, destination: Path, qtype: str, group_size: int | None, asymmetric: bool, scale_dtype: str | None,
-    method: str, grams: Path | None, format: str, rules: Path | None, keep: tuple[str, ...], shard_size: int,
-    dry_run: bool, as_json: bool,
+    source: Path, destination: Path, format: str, recipe: str | None, bits: int | None, qtype: str | None,
+    group_size: int | None, asymmetric: bool, scale_dtype: str | None, method: str, grams: Path | None,
+    rules: Path | None, ignore: tuple[str, ...], architecture: str | None, shard_size: int, dry_run: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize a float checkpoint, tensor by tensor, however large.
 
-    SOURCE is a directory with safetensors files; DESTINATION must not exist. Everything that can be known is checked
-    first. An interrupted run leaves DESTINATION.partial; the same command continues it. gptq needs to know the inputs
-    of each weight: jaxquant.calibrate collects their Gram matrices where the model runs.
+    SOURCE is a directory with safetensors files; DESTINATION must not exist. What is not said is what the format needs:
+    4 bits in groups of 64, with scales in the dtype of the checkpoint, unless --help says otherwise. Everything that
+    can be known is checked first. An interrupted run leaves DESTINATION.partial; the same command continues it. gptq
+    needs to know the inputs of each weight: jaxquant.calibrate collects their Gram matrices where the model runs.
     """
     if (method == "gptq") != (grams is not None):
         raise click.UsageError("--method gptq and --grams go together")
-    if scale_dtype is None and format in ("gptq", "awq"):
-        scale_dtype = "float16"
-    options = {"qtype": qtype, "group_size": group_size, "symmetric": not asymmetric, "scale_dtype": scale_dtype}
-    arguments: dict[str, Any] = {
-        "format": format,
-        "method": _METHODS[method],
-        "grams": grams,
-        "shard_bytes": shard_size << 20,
-    }
+    asked = quantize_files.Scheme(recipe, qtype, bits, group_size, asymmetric, scale_dtype)
+    if rules is not None and asked != quantize_files.Scheme():
+        raise click.UsageError("--rules says what the other options of the scheme would say")
+    if recipe is not None and (qtype or bits or group_size or asymmetric):
+        raise click.UsageError("--recipe says what --weights, --bits, --group-size and --asymmetric would say")
     with _refusals():
-        chosen = _rules(rules, options, keep)
-        if rules is None:  # of what is kept anyway, a checkpoint need not have all
-            chosen = files.without_idle_keeps(source, chosen, required=keep)
-        if dry_run:
-            plan = io.plan_quantize_hf(source, chosen, **arguments)
+        act = None
+        if rules is not None:
+            chosen = files.read_rules(rules)
         else:
-            with _progress() as progress:
-                plan = io.quantize_hf(source, destination, chosen, **arguments, progress=progress)
+            spec = quantize_files.scheme_of(asked, format, source)
+            act, chosen = spec.act, quantize_files.rules_of(spec, source, ignore)
+        arguments: dict[str, Any] = {"format": format, "method": method, "grams": grams, "act": act}
+        arguments |= {"architecture": architecture, "shard_bytes": shard_size << 20, "dry_run": dry_run}
+        with _progress() as progress:
+            plan = quantize_files.quantize(source, destination, chosen, **arguments, progress=progress)
     sizes = {"before": plan.before, "after": plan.after}
     if as_json:
         weights = {name: {"qtype": q.qtype, "shape": q.shape, "bytes": q.nbytes} for name, q in plan.weights.items()}

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import os
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.core.errors import quant_error
+from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.io import save_gguf
 from jaxquant.io.directory import identity
+from jaxquant.io.gguf.metadata import metadata_of
 from jaxquant.io.gguf.names import has_names
 from jaxquant.io.gguf.read import GGUFLeaves
 from jaxquant.io.gguf.split import GGUFModel
+from jaxquant.io.gguf.types import PLAIN
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
 from jaxquant.io.hf.leaves import HFLeaves
@@ -28,11 +31,11 @@ from jaxquant.io.hf.load import open_hf
 from jaxquant.io.native import NativeLeaves, save_leaves
 from jaxquant.io.safetensors import SafetensorsFile
 from jaxquant.io.save_hf import layout_of, write_hf
-from jaxquant.io.sharded import Checkpoint
 from jaxquant.io.slices import rows, runs_of_rows, stored_by_rows
+from jaxquant.recipes import recipe
 from jaxquant.rules import Rule
 
-__all__ = ["Comparison", "Summary", "compare", "convert", "read_rules", "summary", "without_idle_keeps"]
+__all__ = ["Comparison", "Summary", "Watched", "compare", "convert", "read_rules", "summary"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +50,23 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `summary` found: the format, the tensors, and with ``deep`` what each weight is and what is wrong."""
+    """What `summary` found.
+
+    Attributes:
+      format: of the checkpoint.
+      schemes: how weights are quantized -> how many are.
+      parameters: how many numbers the tensors stand for.
+      runs: what reads it, to run it.
+      nbytes: bytes of all tensors.
+      tensors: every tensor.
+      weights: with ``deep``, name of each quantized weight -> what it is.
+      problems: what is wrong.
+    """
 
     format: str
+    schemes: dict[str, int]
+    parameters: int
+    runs: str
     nbytes: int
     tensors: list[Tensor]
     weights: dict[str, str]
@@ -67,39 +84,106 @@ def _kind(path: Path) -> str:
 
 
 def summary(path: Path, *, deep: bool = False) -> Summary:
-    """What a checkpoint holds, from its headers; with ``deep`` its weights are read too."""
+    """What a checkpoint holds: from its headers, and one weight of each kind; with ``deep`` all weights are read."""
     kind = _kind(path)
     if kind == "gguf":
         file = GGUFModel(path, function="inspect")
         tensors = [Tensor(name, info.type.name, info.shape, info.nbytes) for name, info in file.tensors.items()]
         unread = sorted({i.type.name for i in file.tensors.values() if i.type.refused})
         problems = [f"tensors of type {name} cannot be read" for name in unread]
-        kind = file.metadata.get("general.type", "model")
+        what = file.metadata.get("general.type", "model")
         words = [f"GGUF {file.version}", str(file.metadata.get("general.architecture", "no architecture"))]
-        words += ([] if kind == "model" else [str(kind)]) + ([f"{n} parts"] if (n := len(file.files)) > 1 else [])
+        words += ([] if what == "model" else [str(what)]) + ([f"{n} parts"] if (n := len(file.files)) > 1 else [])
         name = ", ".join(words)
+        found = _Found(_counts(t.type for t in tensors if t.type not in _PLAIN), _numbers(tensors))
     else:
         checkpoint = HFCheckpoint(path, function="inspect")
         tensors = [Tensor(n, s.dtype.name, s.shape, s.nbytes) for n, s in checkpoint.tensors.items()]
         form = None if kind == "jaxquant" else detect(checkpoint)[0]
         name = "jaxquant" if kind == "jaxquant" else "float" if form is None else form.name
         problems = []
+        found = _Found({}, _numbers(tensors))
     weights: dict[str, str] = {}
+    if kind != "gguf" and name != "float":
+        try:
+            found = _one_of_each(_leaves(path, "inspect"))
+        except QuantError as error:
+            problems.append(str(error))
     if deep:
         leaves = _leaves(path, "inspect")
         weights = {n: repr(leaf) for n, leaf in leaves.items() if isinstance(leaf, QTensor)}
         if isinstance(leaves, HFLeaves):
             weights, problems = leaves.described, [*problems, *leaves.problems]
-    return Summary(name, sum(t.nbytes for t in tensors), tensors, weights, problems)
+    runs = {"gguf": "jq.io.load_gguf", "jaxquant": "jq.io.load_model", "hf": "jq.io.load_hf"}[kind]
+    return Summary(name, *found, runs, sum(t.nbytes for t in tensors), tensors, weights, problems)
+
+
+_PLAIN = {kind.name for kind in PLAIN.values()}
+
+
+class _Found(NamedTuple):
+    schemes: dict[str, int]
+    parameters: int
+
+
+def _numbers(tensors: Iterable[Tensor]) -> int:
+    return sum(math.prod(t.shape) for t in tensors)
+
+
+def _counts(words: Iterable[str]) -> dict[str, int]:
+    return dict(collections.Counter(words).most_common())
+
+
+def _one_of_each(leaves: HFLeaves | GGUFLeaves | NativeLeaves) -> _Found:
+    """How the weights are quantized: one is read of those whose tensors are alike."""
+    alike: dict[Any, list[str]] = {}
+    kinds = _tensors_of(leaves) if isinstance(leaves, HFLeaves) else {}
+    for name in leaves:
+        alike.setdefault(kinds.get(name, name), []).append(name)
+    schemes: collections.Counter[str] = collections.Counter()
+    parameters = 0
+    for names in alike.values():
+        leaf = leaves[names[0]]
+        parameters += len(names) * math.prod(leaf.shape)
+        if isinstance(leaf, QTensor):
+            schemes[_scheme(leaf)] += len(names)
+    return _Found(dict(schemes.most_common()), parameters)
+
+
+def _tensors_of(leaves: HFLeaves) -> dict[str, Any]:
+    """Name of each leaf -> the last part of its name, and the types and shapes of its tensors: what tells its kind."""
+    owners = {module.prefix: name for name, module in leaves.modules.items()}
+    parts: dict[str, list[Any]] = {name: [] for name in leaves}
+    for name, spec in leaves.checkpoint.tensors.items():
+        head = name
+        while head and head not in owners:
+            head = head.rpartition(".")[0]
+        owner = owners.get(head, name)
+        if owner in parts:
+            parts[owner].append((name.removeprefix(head), spec.dtype.name, spec.shape))
+    return {name: (*name.split(".")[-2:], *found) for name, found in parts.items()}
+
+
+def _scheme(q: QTensor) -> str:
+    """How a weight is quantized, in words."""
+    blocks = [n // s for n, s in zip(q.shape, q.scale.shape, strict=True)]
+    whole = math.prod(q.scale.shape) == 1
+    grouped = any(1 < s < n for n, s in zip(q.shape, q.scale.shape, strict=True))
+    size = " x ".join(str(b) for b in blocks if b > 1)
+    words = [q.qtype, "per tensor" if whole else f"groups of {size}" if grouped else "per channel"]
+    words.append("symmetric" if q.symmetric else "asymmetric")
+    words += ["two-level scales"] if isinstance(q.scale, QTensor) else []
+    words += ["act-order"] if q.permutation is not None else []
+    return ", ".join(words)
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------
 
 
 def read_rules(path: Path) -> list[Rule]:
-    """Rules from a TOML file: ``[[rule]]`` tables with ``pattern`` and either ``keep = true`` or ``weight = {...}``.
+    """Rules from a TOML file: ``[[rule]]`` tables with ``pattern`` and one of ``keep``, ``recipe`` and ``weight``.
 
-    The fields of ``weight`` are those of `QuantSpec`.
+    ``keep = true``, the name of a recipe, or the fields of a `QuantSpec`.
     """
 
     def error(rule: str, todo: str, **got: Any) -> Exception:
@@ -119,22 +203,14 @@ def read_rules(path: Path) -> list[Rule]:
         fields = set(table)
         if fields == {"pattern", "keep"} and table["keep"] is True:
             rules.append(Rule(table["pattern"], None))
+        elif fields == {"pattern", "recipe"}:
+            rules.append(Rule(table["pattern"], OpSpec(recipe(table["recipe"]).weight)))
         elif fields == {"pattern", "weight"}:
             rules.append(Rule(table["pattern"], OpSpec(QuantSpec.from_dict(table["weight"]))))
         else:
-            todo = 'Write pattern = "..." and keep = true, or weight = { qtype = "int4", group_size = 64, ... }'
-            raise error("a rule has a pattern, and either keep or weight", todo, fields=tuple(sorted(fields)))
+            todo = 'Write pattern = "..." and keep = true, or recipe = "w4a16:g64", or weight = { qtype = "int8", ... }'
+            raise error("a rule has a pattern, and one of keep, recipe and weight", todo, fields=tuple(sorted(fields)))
     return rules
-
-
-def without_idle_keeps(source: Path, rules: Sequence[Rule], *, required: Sequence[str]) -> list[Rule]:
-    """The rules without those that keep nothing in float, unless the user asked for them."""
-    names = Checkpoint(source, function="quantize").tensors
-    return [
-        rule
-        for rule in rules
-        if rule.spec is not None or rule.pattern in required or any(rule.matches(name) for name in names)
-    ]
 
 
 # -- conversion --------------------------------------------------------------------------------------------------------
@@ -149,7 +225,7 @@ def _leaves(path: Path, function: str) -> HFLeaves | GGUFLeaves | NativeLeaves:
     return NativeLeaves(path, function=function) if kind == "jaxquant" else open_hf(path, function=function)
 
 
-class _Watched(Mapping[str, Any]):
+class Watched(Mapping[str, Any]):
     """Leaves, and how many of them were asked for."""
 
     def __init__(self, leaves: Mapping[str, Any], passes: int, progress: Callable[[int, int, str], None] | None):
@@ -194,46 +270,18 @@ def convert(
             "convert", "the destination exists", todo="Choose another, or remove it first", path=os.fspath(destination)
         )
     leaves = _leaves(source, "convert")
-    watched = _Watched(leaves, 2, progress)
+    watched = Watched(leaves, 2, progress)
     config = leaves.checkpoint.config if isinstance(leaves, HFLeaves) else {}
     if format == "gguf":
-        found = leaves.file.metadata if isinstance(leaves, GGUFLeaves) else _gguf_metadata(config, architecture)
-        as_in_file = isinstance(leaves, GGUFLeaves) and not has_names(found)
+        own = isinstance(leaves, GGUFLeaves)
+        found = leaves.file.metadata if own else metadata_of(config, architecture, function="convert")
+        as_in_file = own and not has_names(found)
         save_gguf(destination, watched, metadata=found, names="gguf" if as_in_file else "hf")
     elif format == "jaxquant":
         save_leaves(destination, watched)
     else:
         described = {"files": identity(leaves.paths), "format": format}
         write_hf(destination, watched, layout_of(format, function="convert"), config, source=described)
-
-
-_GGUF_KEYS = {
-    "block_count": ("num_hidden_layers", np.uint32),
-    "context_length": ("max_position_embeddings", np.uint32),
-    "embedding_length": ("hidden_size", np.uint32),
-    "feed_forward_length": ("intermediate_size", np.uint32),
-    "attention.head_count": ("num_attention_heads", np.uint32),
-    "attention.head_count_kv": ("num_key_value_heads", np.uint32),
-    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", np.float32),
-    "attention.key_length": ("head_dim", np.uint32),
-    "attention.value_length": ("head_dim", np.uint32),
-    "rope.freq_base": ("rope_theta", np.float32),
-    "vocab_size": ("vocab_size", np.uint32),
-}
-
-
-def _gguf_metadata(config: Mapping[str, Any], architecture: str | None) -> dict[str, Any]:
-    """The metadata of a decoder from its ``config.json``; the tokenizer is not part of it."""
-    known = {"mistral": "llama", "phi": "phi2", "gemma3_text": "gemma3"}
-    name = architecture or known.get(str(config.get("model_type")), config.get("model_type"))
-    if not isinstance(name, str):
-        todo = "Say which it is with --architecture, for example llama"
-        raise quant_error("convert", "the architecture is not known", todo=todo, model_type=config.get("model_type"))
-    metadata: dict[str, Any] = {"general.architecture": name}
-    for key, (field, dtype) in _GGUF_KEYS.items():
-        if isinstance(config.get(field), int | float):
-            metadata[f"{name}.{key}"] = dtype(config[field])
-    return metadata
 
 
 # -- comparison --------------------------------------------------------------------------------------------------------
@@ -294,7 +342,7 @@ def compare(first: Path, second: Path, *, progress: Callable[[int, int, str], No
     One tensor of each is in memory at a time. ``progress`` is as for `convert`.
     """
     a, b = _leaves(first, "compare"), _leaves(second, "compare")
-    watched = _Watched(a, 1, progress)
+    watched = Watched(a, 1, progress)
     found = []
     for name in watched:
         if name not in b:

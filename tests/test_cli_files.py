@@ -1,6 +1,7 @@
 """The commands on checkpoints: what they print, write and refuse, and how they end."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,24 @@ def test_inspect_names_the_format_and_the_types(name, format):
     assert summary["nbytes"] == sum(t["nbytes"] for t in summary["tensors"])
 
 
+@pytest.mark.parametrize(
+    "name, scheme, weights",
+    [
+        ("gptq_w4g64_actorder", "int4, groups of 64, symmetric, act-order", 12),
+        ("awq_gemm_w4g64", "uint4, groups of 64, asymmetric", 12),
+        ("bnb_nf4_dq", "nf4, groups of 64, symmetric, two-level scales", 12),
+        ("ct_w8a8_int8", "int8, per channel, symmetric", 14),
+        ("gguf_Q4_0/model.gguf", "Q4_0", 14),
+    ],
+)
+def test_inspect_says_how_weights_are_quantized(name, scheme, weights):
+    output = invoke("inspect", GOLDEN / name)  # where a row has no more than 64 inputs, it is one group
+    assert output.splitlines()[1].startswith(f"weights: {weights} {scheme}")
+    found = json.loads(invoke("inspect", GOLDEN / name, "--json"))
+    leaves = jq.io.load_gguf(GOLDEN / name)[0] if ".gguf" in name else jq.io.load_hf(GOLDEN / name)[0]
+    assert found["parameters"] == sum(math.prod(leaf.shape) for leaf in leaves.values())
+
+
 def test_inspect_lists_tensors_and_weights():
     output = invoke("inspect", GOLDEN / "gguf_Q4_0" / "model.gguf", "--tensors", "--deep")
     assert "blk.0.attn_q.weight" in output
@@ -98,6 +117,52 @@ def test_gptq_from_saved_grams(source, tmp_path):
     assert error["gptq"] < 0.9 * error["rtn"]
 
 
+@pytest.mark.parametrize(
+    "format, scheme",
+    [
+        ("compressed-tensors", "int4, groups of 64, symmetric"),
+        ("gptq", "int4, groups of 64, symmetric"),
+        ("awq", "uint4, groups of 64, asymmetric"),
+        ("bitsandbytes", "nf4, groups of 64, symmetric"),
+        ("mlx", "uint4, groups of 64, asymmetric"),
+        ("gguf", "Q4_0"),
+        ("jaxquant", "int4, groups of 64, symmetric"),
+    ],
+)
+def test_each_format_gets_what_it_needs(format, scheme, source, tmp_path):
+    """A Llama's names and dtype; nothing is said but the format."""
+    w = jnp.sin(jnp.arange(128 * 64.0)).reshape(64, 128).astype(jnp.bfloat16)
+    arrays = {"model.embed_tokens.weight": w, "model.layers.0.mlp.down_proj.weight": w, "lm_head.weight": w}
+    jq.io.save(source / "model.safetensors", arrays | {"model.norm.weight": w[0]})
+    assert "1 weights quantized, 3 tensors as they are" in invoke("quantize", source, tmp_path / "out", "--to", format)
+    assert f"weights: 1 {scheme}" in invoke("inspect", tmp_path / "out")
+    read = jq.io.load_gguf if format == "gguf" else jq.io.load_hf
+    params = (
+        jq.io.load(tmp_path / "out")
+        if format == "jaxquant"
+        else read(tmp_path / "out", **({"names": "hf"} if format == "gguf" else {}))[0]
+    )
+    got = np.asarray(params["model.layers.0.mlp.down_proj.weight"].dequantize(jnp.float32))
+    assert np.abs(got - np.asarray(w, np.float32)).max() < 0.16  # half the widest step, that of nf4 near -1
+    before = json.loads(invoke("quantize", source, tmp_path / "other", "--to", format, "--dry-run", "--json"))
+    assert not before["written"]
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_recipe_by_name(source, tmp_path):
+    invoke("quantize", source, tmp_path / "out", "--recipe", "w8a8")
+    _, info = jq.io.load_hf(tmp_path / "out")
+    assert info.config["config_groups"]["group_0"]["input_activations"]["num_bits"] == 8
+    assert "activations" in invoke("quantize", source, tmp_path / "no", "--recipe", "w8a8", "--to", "gguf", code=1)
+    assert "--recipe says" in invoke("quantize", source, tmp_path / "no", "--recipe", "nf4", "--bits", 4, code=2)
+    assert "Use 4, or say the type" in invoke(
+        "quantize", source, tmp_path / "no", "--to", "bitsandbytes", "--bits", 8, code=1
+    )
+    rules = tmp_path / "rules.toml"
+    rules.write_text("[[rule]]\npattern = 'proj'\nrecipe = 'w4a16:g32:asym'")
+    assert files.read_rules(rules) == [jq.Rule("proj", jq.recipes.w4a16(32, symmetric=False))]
+
+
 def test_gptq_and_grams_go_together(source, tmp_path):
     assert "go together" in invoke("quantize", source, tmp_path / "out", "--method", "gptq", code=2)
 
@@ -122,8 +187,8 @@ def test_rules_from_a_file(source, tmp_path):
         ("[[rule", "not TOML"),
         ("a = 1", "must hold"),
         ("rule = 3", "must hold"),
-        ("[[rule]]\npattern = 'x'", "either keep or weight"),
-        ("[[rule]]\npattern = 'x'\nkeep = false", "either keep or weight"),
+        ("[[rule]]\npattern = 'x'", "one of keep, recipe and weight"),
+        ("[[rule]]\npattern = 'x'\nkeep = false", "one of keep, recipe and weight"),
         ("[[rule]]\npattern = 'x'\nweight = { qtype = 'int9' }", "unknown number type"),
         ("[[rule]]\npattern = '('\nkeep = true", "regular expression"),
     ],

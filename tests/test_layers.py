@@ -37,10 +37,19 @@ LEVELS = {
     "demo": 6,
     "cli": 6,
     "files": 6,
+    "quantize_files": 6,
     "__main__": 6,
 }
 # The programs at the top are the one place where siblings meet, in this order.
-SIBLINGS = {("demo", "report"), ("cli", "report"), ("cli", "demo"), ("cli", "files"), ("__main__", "cli")}
+SIBLINGS = {
+    ("demo", "report"),
+    ("cli", "report"),
+    ("cli", "demo"),
+    ("cli", "files"),
+    ("cli", "quantize_files"),
+    ("quantize_files", "files"),
+    ("__main__", "cli"),
+}
 # `import jaxquant` itself stands on levels 1 to 4 and loads level 5 on use, so only programs may import it.
 TOP = max(LEVELS.values())
 

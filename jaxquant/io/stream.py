@@ -27,6 +27,7 @@ from jaxquant.io.bits import packed, patterns
 from jaxquant.io.directory import SHARD_BYTES, Layout, Piece, identity, in_shards, write_directory
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
+from jaxquant.io.mapped import Leaves
 from jaxquant.io.rules import Assigned, Assignment, assign
 from jaxquant.io.safetensors import TensorSpec
 from jaxquant.io.save_hf import export_config, export_piece, float_modules, layout_of
@@ -36,7 +37,7 @@ from jaxquant.ptq.rtn import rtn
 from jaxquant.rules import Rule
 from jaxquant.transform.misfits import fitted
 
-__all__ = ["QuantizePlan", "plan_quantize_hf", "quantize_hf"]
+__all__ = ["QuantizePlan", "QuantizedLeaves", "plan_quantize_hf", "quantize_hf"]
 
 _FUNCTION = "quantize_hf"
 #: Elements of a weight that are quantized at a time: what XLA and the allocator take for a slice, several times its
@@ -146,29 +147,17 @@ def plan_quantize_hf(
     shard_bytes: int = SHARD_BYTES,
 ) -> QuantizePlan:
     """What `quantize_hf` would do, after all of its checks; writes nothing."""
-    method = quantizer(_FUNCTION, method)
-    checkpoint = HFCheckpoint(source, function=_FUNCTION)
+    found = QuantizedLeaves(source, rules, method=method, grams=grams)
+    checkpoint, leaves = found.checkpoint, found.abstract
     config = checkpoint.config
-    if "quantization_config" in config or detect(checkpoint)[0] is not None:
-        todo = "Take the float checkpoint, or convert this one"
-        raise checkpoint.error("the checkpoint is quantized already", "config.json", todo=todo)
-    assignment = _assignment(checkpoint, rules)
-    lies = {name: _lies(checkpoint.tensors[name].shape, how) for name, how in assignment.weights.items()}
-    known = None if grams is None else _grams(grams, lies)
     layout = layout_of(format, act, function=_FUNCTION)
-    leaves: dict[str, Any] = {}
-    pieces: list[Piece] = []
-    for name, stored in checkpoint.tensors.items():
-        if name not in lies:
-            leaves[name] = jax.ShapeDtypeStruct(stored.shape, stored.dtype)
-            pieces.append(Piece({name: stored}, functools.partial(_copied, checkpoint, name)))
-            continue
-        how, lie = assignment.weights[name], lies[name]
-        quantize = functools.partial(method, spec=how.spec, reduce_axes=(-1,))
-        rows = lie.rows(how.spec) if known is None else lie.out
-        leaves[name] = _without_values(quantize, stored, lie, rows, with_gram=known is not None)
-        read = functools.partial(_quantized, checkpoint, name, quantize, lie, rows, known)
-        pieces.append(export_piece(layout, name, leaves[name], read, function=_FUNCTION))
+    pieces = []
+    for name, leaf in leaves.items():
+        if isinstance(leaf, QTensor):
+            read = functools.partial(found.__getitem__, name)
+            pieces.append(export_piece(layout, name, leaf, read, function=_FUNCTION))
+        else:
+            pieces.append(Piece({name: checkpoint.tensors[name]}, functools.partial(_copied, found, name)))
     weights = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, QTensor)}
     modules = {name.removesuffix(".weight"): leaf for name, leaf in weights.items()}
     others, left_out = _other_files(checkpoint.path)
@@ -179,15 +168,70 @@ def plan_quantize_hf(
         "files": identity(file.path for file in checkpoint.files.values()),
         "rules": [rule.to_dict() for rule in rules],
         "format": format,
-        "method": repr(method) if isinstance(method, functools.partial) else getattr(method, "__name__", repr(method)),
+        "method": found.method,
         "act": None if act is None else act.to_dict(),
-        "grams": None if known is None else identity(file.path for file in known.files.values()),
+        "grams": None if found.grams is None else identity(file.path for file in found.grams.files.values()),
     }
     arranged = in_shards(pieces, files, shard_bytes, function=_FUNCTION)
     before = sum(spec.nbytes for spec in checkpoint.tensors.values())
     floats = tuple(name for name in leaves if name not in weights)
-    skipped = assignment.skipped
-    return QuantizePlan(weights, floats, skipped, left_out, links, before, arranged.nbytes, arranged, described)
+    return QuantizePlan(weights, floats, found.skipped, left_out, links, before, arranged.nbytes, arranged, described)
+
+
+class QuantizedLeaves(Leaves):
+    """The leaves of a float checkpoint as rules quantize them, each when it is asked for.
+
+    Args:
+      source, rules, method, grams: as for `quantize_hf`.
+
+    Attributes:
+      checkpoint: the float checkpoint.
+      abstract: the leaves, of shapes.
+      skipped: names of tensors that a quantizing rule matches and that stay in float -> why.
+      method: the quantizer, in text.
+      grams: the Gram matrices on disk, or None.
+
+    Raises:
+      QuantError: as `quantize_hf`.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        rules: Sequence[Rule],
+        *,
+        method: str | Callable[..., QTensor] = rtn,
+        grams: str | os.PathLike[str] | None = None,
+    ):
+        method = quantizer(_FUNCTION, method)
+        partial = isinstance(method, functools.partial)
+        self.method = repr(method) if partial else getattr(method, "__name__", repr(method))
+        self.checkpoint = checkpoint = HFCheckpoint(source, function=_FUNCTION)
+        if "quantization_config" in checkpoint.config or detect(checkpoint)[0] is not None:
+            todo = "Take the float checkpoint, or convert this one"
+            raise checkpoint.error("the checkpoint is quantized already", "config.json", todo=todo)
+        assignment = _assignment(checkpoint, rules)
+        self.skipped = assignment.skipped
+        lies = {name: _lies(checkpoint.tensors[name].shape, how) for name, how in assignment.weights.items()}
+        self.grams = None if grams is None else _grams(grams, lies)
+        self.abstract: dict[str, Any] = {}
+        self._reads: dict[str, Callable[[], QTensor]] = {}
+        for name, stored in checkpoint.tensors.items():
+            if name not in lies:
+                self.abstract[name] = jax.ShapeDtypeStruct(stored.shape, stored.dtype)
+                continue
+            how, lie = assignment.weights[name], lies[name]
+            quantize = functools.partial(method, spec=how.spec, reduce_axes=(-1,))
+            rows = lie.rows(how.spec) if self.grams is None else lie.out
+            self.abstract[name] = _without_values(quantize, stored, lie, rows, with_gram=self.grams is not None)
+            self._reads[name] = functools.partial(_quantized, checkpoint, name, quantize, lie, rows, self.grams)
+        super().__init__(checkpoint.tensors, [file.path for file in checkpoint.files.values()])
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._reads:
+            return self._reads[name]()
+        self.checkpoint.files[self.checkpoint.place[name]].forget()  # what came before
+        return self.checkpoint.array(name)
 
 
 def _assignment(checkpoint: HFCheckpoint, rules: Sequence[Rule]) -> Assignment:
@@ -252,9 +296,8 @@ def _lies(shape: tuple[int, ...], how: Assigned) -> _Lies:
     return _Lies(shape, stack, columns if turned else rows, rows if turned else columns, turned)
 
 
-def _copied(checkpoint: Checkpoint, name: str) -> Mapping[str, np.ndarray]:
-    checkpoint.files[checkpoint.place[name]].forget()  # what came before
-    return {name: checkpoint.array(name)}
+def _copied(leaves: QuantizedLeaves, name: str) -> Mapping[str, np.ndarray]:
+    return {name: leaves[name]}
 
 
 def _grams(path: str | os.PathLike[str], lies: Mapping[str, _Lies]) -> Checkpoint:

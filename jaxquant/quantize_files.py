@@ -1,0 +1,193 @@
+"""What ``jaxquant quantize`` makes of a few words: which weights, which number type, which scales, for which format."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxquant.core.errors import quant_error
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.files import Watched
+from jaxquant.io import plan_quantize_hf, quantize_hf, save_gguf
+from jaxquant.io.directory import Layout, Piece
+from jaxquant.io.gguf.metadata import metadata_of
+from jaxquant.io.native import save_leaves
+from jaxquant.io.safetensors import TensorSpec
+from jaxquant.io.save_hf import FORMATS
+from jaxquant.io.sharded import Checkpoint
+from jaxquant.io.stream import QuantizedLeaves, QuantizePlan
+from jaxquant.recipes import recipe as named
+from jaxquant.rules import Rule
+
+__all__ = ["TARGETS", "Scheme", "quantize", "rules_of", "scheme_of"]
+
+_F = "quantize"
+#: What can be written: the layouts of directories, and single files.
+TARGETS = (*FORMATS, "gguf", "jaxquant")
+_KEEP = r"(^|\.)(lm_head|embed_tokens|embeddings|word_embeddings|wte|wpe|shared)\b"
+
+
+class _Habit(NamedTuple):
+    """What a format needs where nothing is said.
+
+    Attributes:
+      qtype: number type of the weights, by bits.
+      groups: group size, by bits; a width that is missing has one scale for each output.
+      scale_dtype: of the scales; None: that of the checkpoint.
+    """
+
+    qtype: dict[int, str]
+    groups: dict[int, int]
+    scale_dtype: str | None = None
+
+
+_WIDTHS = range(2, 9)
+_INTEGERS = {n: f"int{n}" for n in _WIDTHS}
+_UNSIGNED = {n: f"uint{n}" for n in _WIDTHS}
+_FEW = {n: 64 for n in _WIDTHS if n < 8}
+_ALL = dict.fromkeys(_WIDTHS, 64)
+_HABITS = {
+    "compressed-tensors": _Habit(_INTEGERS, _FEW),
+    "gptq": _Habit(_INTEGERS, _FEW, "float16"),
+    "awq": _Habit(_UNSIGNED, _FEW, "float16"),
+    "bitsandbytes": _Habit({4: "nf4"}, {4: 64}),
+    "mlx": _Habit(_INTEGERS, _ALL),
+    "gguf": _Habit(_INTEGERS, dict.fromkeys(_WIDTHS, 32), "float16"),
+    "jaxquant": _Habit(_INTEGERS, _FEW),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """What was asked for; None: what the format needs.
+
+    Attributes:
+      recipe: the name of a recipe; alone.
+      qtype: number type of the weights.
+      bits: their width, in place of a type.
+      group_size: inputs that share a scale; -1: all of them.
+      asymmetric: with zero points.
+      scale_dtype: of the scales.
+    """
+
+    recipe: str | None = None
+    qtype: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    asymmetric: bool = False
+    scale_dtype: str | None = None
+
+
+def scheme_of(asked: Scheme, format: str, source: Path) -> OpSpec:
+    """How the weights are quantized: what was asked for, completed by what the format needs."""
+    habit = _HABITS[format]
+    if asked.recipe is not None:
+        spec = named(asked.recipe)
+        if spec.weight is None:
+            raise quant_error(_F, "the recipe leaves weights in float", todo="Use another", recipe=asked.recipe)
+    else:
+        spec = OpSpec(_weight(asked, habit, format))
+    assert spec.weight is not None
+    if spec.weight.type.kind != "int" or spec.weight.scale_dtype is not None:
+        return spec
+    dtype = asked.scale_dtype or habit.scale_dtype or _float_of(source)
+    return dataclasses.replace(spec, weight=dataclasses.replace(spec.weight, scale_dtype=dtype))
+
+
+def _weight(asked: Scheme, habit: _Habit, format: str) -> QuantSpec:
+    if asked.qtype is not None and asked.bits is not None:
+        raise quant_error(_F, "a type has a width", todo="Give one of the two", weights=asked.qtype, bits=asked.bits)
+    bits = asked.bits or 4
+    qtype = asked.qtype or (_UNSIGNED if asked.asymmetric else habit.qtype).get(bits)
+    if qtype is None:
+        todo = f"Use {' or '.join(map(str, habit.qtype))}, or say the type with --weights"
+        raise quant_error(_F, f"{format} has no type of this width", todo=todo, bits=bits)
+    symmetric = not asked.asymmetric and not qtype.startswith("uint")
+    kind = QuantSpec(qtype, symmetric=symmetric).type
+    group = asked.group_size
+    if group is None and kind.group_size is None and kind.kind in ("int", "table"):
+        group = habit.groups.get(kind.bits)
+    grouped = {} if group in (None, -1) else {"granularity": "per_group", "group_size": group}
+    return QuantSpec(qtype, symmetric=symmetric, **grouped)
+
+
+def _float_of(source: Path) -> str | None:
+    """The dtype of the largest tensor of a checkpoint, where scales can have it; None: float32."""
+    tensors = Checkpoint(source, function=_F).tensors.values()
+    dtype = max(tensors, key=lambda spec: spec.nbytes).dtype.name if tensors else "float32"
+    return dtype if dtype in ("bfloat16", "float16") else None
+
+
+def rules_of(spec: OpSpec, source: Path, ignore: Sequence[str]) -> list[Rule]:
+    """Rules for all weights but those to be ignored, the embeddings and the head.
+
+    Of what stays in float by itself, a checkpoint need not have all; what the user names must be there.
+    """
+    names = Checkpoint(source, function=_F).tensors
+    keep = Rule(_KEEP, None)
+    idle = [] if any(keep.matches(name) for name in names) else [keep]
+    rules = [*(Rule(pattern, None) for pattern in ignore), keep, Rule(r"\.weight$", OpSpec(spec.weight))]
+    return [rule for rule in rules if rule not in idle or rule.pattern in ignore]
+
+
+def quantize(
+    source: Path,
+    destination: Path,
+    rules: Sequence[Rule],
+    *,
+    format: str,
+    method: str | Callable[..., QTensor] = "rtn",
+    grams: Path | None = None,
+    act: QuantSpec | None = None,
+    architecture: str | None = None,
+    shard_bytes: int,
+    dry_run: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> QuantizePlan:
+    """Quantizes a float checkpoint to a directory of one of `FORMATS`, or to a GGUF or native file.
+
+    For a file each weight is quantized twice: all are checked before anything is written, and one is in memory at a
+    time.
+    """
+    if format in FORMATS:
+        options: dict[str, Any] = {"format": format, "method": method, "grams": grams, "act": act}
+        if dry_run:
+            return plan_quantize_hf(source, rules, **options, shard_bytes=shard_bytes)
+        return quantize_hf(source, destination, rules, **options, shard_bytes=shard_bytes, progress=progress)
+    if act is not None:
+        todo = "Write compressed-tensors, or use a recipe of weights alone, such as w8a16"
+        raise quant_error(_F, "the format says nothing about activations", todo=todo, format=format, act=act)
+    if not dry_run and os.path.lexists(destination):
+        path = os.fspath(destination)
+        raise quant_error(_F, "the destination exists", todo="Choose another, or remove it first", path=path)
+    leaves = QuantizedLeaves(source, rules, method=method, grams=grams)
+    if format == "gguf":
+        metadata = metadata_of(leaves.checkpoint.config, architecture, function=_F)
+        if not dry_run:
+            save_gguf(destination, Watched(leaves, 2, progress), metadata=metadata, names="hf")
+    elif not dry_run:
+        save_leaves(destination, Watched(leaves, 2, progress))
+    return _plan(leaves, destination.name)
+
+
+def _plan(leaves: QuantizedLeaves, name: str) -> QuantizePlan:
+    """What was, or would be, written to one file."""
+    weights = {name: leaf for name, leaf in leaves.abstract.items() if isinstance(leaf, QTensor)}
+    floats = tuple(name for name in leaves if name not in weights)
+    sizes = {name: _nbytes(leaf) for name, leaf in leaves.abstract.items()}
+    pieces = [Piece({name: TensorSpec(np.dtype(np.uint8), (size,))}, dict) for name, size in sizes.items()]
+    before = sum(spec.nbytes for spec in leaves.checkpoint.tensors.values())
+    return QuantizePlan(
+        weights, floats, leaves.skipped, (), {}, before, sum(sizes.values()), Layout({name: pieces}, {}), {}
+    )
+
+
+def _nbytes(leaf: Any) -> int:
+    return sum(np.dtype(x.dtype).itemsize * int(np.prod(x.shape)) for x in jax.tree.leaves(leaf))
