@@ -31,11 +31,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import serialization
 from flax.core import meta, unfreeze
 
 from jaxquant import layers, ops
 from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import LEAVES, QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.rules import OpRule, Rule
 from jaxquant.transform.make_plan import check_all_rules, make_plan
@@ -460,3 +461,29 @@ def wrap(model: nn.Module, rules: Sequence[Rule | OpRule], *, state: Mapping[str
         todo = "For NNX use jq.nnx.wrap, for other functions jq.quantized"
         raise quant_error("wrap", "the model must be a Linen module", todo=todo, model=type(model).__name__)
     return Wrapped(model, check_all_rules("wrap", rules), state)
+
+
+# -- serialization -----------------------------------------------------------------------------------------------------
+
+
+def _to_state_dict(q: QTensor) -> dict[str, Any]:
+    """The leaves of a QTensor by name, for `flax.serialization`; the rest comes from the target that is restored."""
+    children, _ = q.checked().tree_flatten()
+    return {
+        name: serialization.to_state_dict(leaf) for name, leaf in zip(LEAVES, children, strict=True) if leaf is not None
+    }
+
+
+def _from_state_dict(target: QTensor, state: dict[str, Any]) -> QTensor:
+    """A QTensor of the target's kind with the leaves that were saved."""
+    children, aux = target.tree_flatten()
+    wanted = {name: leaf for name, leaf in zip(LEAVES, children, strict=True) if leaf is not None}
+    if set(state) != set(wanted):
+        todo = "Restore into params that are quantized by the plan of those that were saved"
+        got = {"saved": tuple(sorted(state)), "target": repr(target)}
+        raise quant_error("QTensor", "the target has other leaves than were saved", todo=todo, **got)
+    leaves = {name: serialization.from_state_dict(leaf, state[name]) for name, leaf in wanted.items()}
+    return QTensor.tree_unflatten(aux, tuple(map(leaves.get, LEAVES))).checked()
+
+
+serialization.register_serialization_state(QTensor, _to_state_dict, _from_state_dict)

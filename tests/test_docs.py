@@ -36,7 +36,7 @@ def test_every_module_has_a_page():
     modules = {file.stem for file in package.glob("[a-z]*.py")} | {
         folder.name for folder in package.iterdir() if (folder / "__init__.py").exists()
     }
-    elsewhere = {"demo", "files", "layers"}  # on the pages of the command line, and of linen and nnx
+    elsewhere = {"demo", "files", "quantize_files", "layers"}  # on the pages of the command line, and of linen and nnx
     assert modules - elsewhere == {page.stem for page in (DOCS / "api").glob("*.md")}
 
 

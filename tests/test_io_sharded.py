@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jaxquant as jq
 from jaxquant import QuantError
 from jaxquant.io.safetensors import TensorSpec, write_safetensors
 from jaxquant.io.sharded import Checkpoint, read_json
@@ -122,3 +123,18 @@ def test_any_index_is_refused_or_right(tmp_path_factory, weight_map):
     except QuantError:
         return
     assert weight_map == {"w": "a-1.safetensors", "s": "a-1.safetensors"} == checkpoint.place
+
+
+def test_names_of_the_hub_and_its_cache(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(QuantError, match=r"load_hf at org/model: .*not fetched.*snapshot_download\('org/model'\)"):
+        jq.io.load_hf("org/model")
+    cache = tmp_path / "models--org--model"
+    for revision in ("a1", "b2"):
+        (cache / "snapshots" / revision).mkdir(parents=True)
+        jq.io.save(cache / "snapshots" / revision / "model.safetensors", {"w": np.ones(int(revision[1]))})
+    with pytest.raises(QuantError, match=r"does not say which snapshot is meant; got snapshots=\('a1', 'b2'\)"):
+        jq.io.load_hf(cache)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("b2")
+    assert jq.io.load_hf(cache)[0]["w"].shape == (2,)

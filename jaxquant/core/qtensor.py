@@ -243,6 +243,14 @@ class QTensor:
         todo = "Call .dequantize() for its values, or keep it with jaxquant.io.save"
         raise quant_error("QTensor", "this is no array", todo=todo, tensor=repr(self))
 
+    def _no_operator(self, *_: Any) -> Any:
+        """No operator of Python's: in a function of params, `jaxquant.quantized` replaces the operations."""
+        todo = "Run the function through jaxquant.quantized, use jaxquant.ops, or call .dequantize() for its values"
+        raise quant_error("QTensor", "operators take arrays, and this is none", todo=todo, tensor=repr(self))
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_operator
+    __matmul__ = __rmatmul__ = __pow__ = __neg__ = __abs__ = __getitem__ = _no_operator
+
     def checked(self) -> QTensor:
         """Itself; raises if its leaves are not those of a QTensor any more: arithmetic has reached them.
 

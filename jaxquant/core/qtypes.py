@@ -197,8 +197,10 @@ def qtype_of(name: Any, *, function: str = "QuantSpec") -> QType:
         except (TypeError, ValueError):
             key = repr(name)
     if key not in QTYPES:
-        near = _nearest(str(key)) or list(QTYPES)
-        raise quant_error(function, "unknown number type", todo=f"Use one of {', '.join(near)}", qtype=key)
+        near = _nearest(str(key))
+        nearest = f"Nearest: {', '.join(near)}. " if near else ""
+        todo = f"{nearest}All: {', '.join(QTYPES)}"
+        raise quant_error(function, "unknown number type", todo=todo, qtype=key)
     return QTYPES[key]
 
 

@@ -46,30 +46,57 @@ def read_json(path: str | os.PathLike[str], *, function: str) -> dict[str, Any]:
     return value
 
 
+#: A name on the Hugging Face hub: an organisation and a model.
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def _located(path: str, function: str) -> str:
+    """The directory or file that is meant: of a model in the cache of huggingface_hub, its snapshot."""
+    if not os.path.exists(path) and _HUB_NAME.fullmatch(path):
+        todo = f"Fetch it first: huggingface_hub.snapshot_download({path!r}) returns a directory to pass"
+        rule = "there is no such directory, and names of the hub are not fetched"
+        raise quant_error(function, rule, todo=todo, path=path)
+    snapshots = os.path.join(path, "snapshots")
+    if not os.path.isdir(snapshots):
+        return path
+    main = os.path.join(path, "refs", "main")
+    found = sorted(os.listdir(snapshots))
+    if os.path.isfile(main):
+        with open(main, encoding="ascii", errors="replace") as file:
+            wanted = file.read(64).strip()
+        found = [name for name in found if name == wanted] or found
+    if len(found) != 1:
+        todo = "Pass one of the directories in snapshots"
+        rule = "the cache does not say which snapshot is meant"
+        raise quant_error(function, rule, todo=todo, path=path, snapshots=tuple(found))
+    return os.path.join(snapshots, found[0])
+
+
 class Checkpoint:
     """Tensors by name, wherever in a directory they are; mapped, not read.
 
     Args:
       path: a safetensors file, or a directory with ``model.safetensors``, with shards and their index, or with one
-        other safetensors file.
+        other safetensors file; or a model's directory in the cache of huggingface_hub.
       function: who asks, for the error messages.
 
     Attributes:
-      path: as given.
+      path: of the file or the directory.
       tensors: name -> `TensorSpec`, in the order of the files.
       files: name of a file -> `SafetensorsFile`.
       place: tensor -> name of its file.
 
     Raises:
-      QuantError: if there are no safetensors files, a file is damaged, or index and files disagree.
+      QuantError: if it is a name of the hub, there are no safetensors files, a file is damaged, or index and files
+        disagree.
       OSError: if a file cannot be opened.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, function: str = "load_hf"):
-        self.path, self._function = os.fsdecode(path), function
+        self.path, self._function = _located(os.fsdecode(path), function), function
         self.tensors: dict[str, TensorSpec] = {}
         self.place: dict[str, str] = {}
-        if os.path.isdir(path):
+        if os.path.isdir(self.path):
             self._directory, weight_map = self.path, self._weight_map()
         else:
             self._directory, weight_map = os.path.dirname(self.path), os.path.basename(self.path)

@@ -315,3 +315,20 @@ def test_sub_byte_codes_are_uint8():
 def test_refusals(call, rule):
     with pytest.raises(QuantError, match=rule):
         call()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda q, x: x @ q,
+        lambda q, x: q @ x,
+        lambda q, x: 2 * q,
+        lambda q, x: -q,
+        lambda q, x: q[0],
+        lambda q, x: x + q,
+    ],
+)
+def test_operators_say_what_to_do(use):
+    q = jq.quantize(jnp.eye(4), jq.QuantSpec("int8"), reduce_axes=(-2,))
+    with pytest.raises(jq.QuantError, match=r"operators take arrays, and this is none.*Run the function through"):
+        use(q, jnp.ones((4, 4)))

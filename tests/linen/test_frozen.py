@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import serialization
 from linen_cases import CASES, SPECS, assert_close, unequal
 
 import jaxquant as jq
@@ -148,3 +149,18 @@ def test_quantize_params_keeps_the_logits(name):
 
 def is_qtensor(x):
     return isinstance(x, jq.QTensor)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a16:g32:asym", "fp8", "nvfp4"])
+def test_flax_serializes_quantized_params(recipe):
+    params = {"kernel": jnp.sin(jnp.arange(64.0 * 8)).reshape(64, 8), "bias": jnp.ones(8)}
+    plan = jq.make_plan(lambda p, x: x @ p["kernel"], params, jnp.ones((1, 64)), rules=[jq.Rule("kernel", recipe)])
+    quantized = jq.quantize_params(params, plan)
+    other = jq.quantize_params(jax.tree.map(jnp.zeros_like, params), plan)
+    again = serialization.from_bytes(other, serialization.to_bytes(quantized))
+    assert again["kernel"].qtype == quantized["kernel"].qtype
+    jax.tree.map(np.testing.assert_array_equal, again, quantized)
+    shifted = jq.quantize(params["kernel"], jq.QuantSpec("uint8", symmetric=False), reduce_axes=(-2,))
+    saved = serialization.to_bytes({"kernel": jq.quantize(params["kernel"], jq.QuantSpec("int8"), reduce_axes=(-2,))})
+    with pytest.raises(jq.QuantError, match="the target has other leaves than were saved"):
+        serialization.from_bytes({"kernel": shifted}, saved)
