@@ -47,9 +47,9 @@ LENGTHS = (16, 40)
 """Of calibration batches, in tokens: each holds sentences of exactly that length, since statistics of padding would
 be statistics of nothing."""
 COLLECT = {
-    "gram": jq.statistics.Gram(),
-    "absmax": jq.statistics.ChannelAbsMax(),
-    "mean": jq.statistics.ChannelMean(),
+    "gram": jq.calibration.Gram(),
+    "absmax": jq.calibration.ChannelAbsMax(),
+    "mean": jq.calibration.ChannelMean(),
 }
 
 
@@ -169,7 +169,7 @@ class Encoder:
     def rotated(self) -> Callable[..., Any]:
         """The function with every input rotated: the same for every scheme."""
         plan = self.plan(recipes.w8a16())
-        return jq.precondition(self.apply, plan, rotation(self, plan))
+        return jq.invariances.precondition(self.apply, plan, rotation(self, plan))
 
     @functools.cached_property
     def grams(self) -> tuple[dict[str, Any], float]:
@@ -225,8 +225,8 @@ def without_stats(method: Callable[..., Any]) -> Callable[[Encoder, jq.Plan], Fo
 def fused_awq(encoder: Encoder, plan: jq.Plan) -> Found:
     """AWQ where the graph lets scales move: from values to the projection behind the attention."""
     stats, seconds = encoder.grams
-    pairs = jq.scale_pairs(encoder.apply, plan, encoder.params, *encoder.batches[0])
-    params = jq.awq(encoder.params, plan, pairs, stats)
+    pairs = jq.invariances.scale_pairs(encoder.apply, plan, encoder.params, *encoder.batches[0])
+    params = jq.invariances.awq(encoder.params, plan, pairs, stats)
     return encoder.apply, plan, jq.quantize_params(params, plan), seconds
 
 
@@ -235,8 +235,8 @@ def online(bases: Callable[[Encoder, jq.Plan], Any], then: Callable[..., Any] = 
 
     def run(encoder: Encoder, plan: jq.Plan) -> Found:
         made = bases(encoder, plan)
-        fn = encoder.rotated if bases is rotation else jq.precondition(encoder.apply, plan, made)
-        params = jq.precondition_params(encoder.params, plan, made)
+        fn = encoder.rotated if bases is rotation else jq.invariances.precondition(encoder.apply, plan, made)
+        params = jq.invariances.precondition_params(encoder.params, plan, made)
         stats, seconds = (None, 0.0) if then is jq.ptq.rtn else (turned(encoder.grams[0], made), encoder.grams[1])
         return fn, plan, jq.quantize_params(params, plan, method=then, stats=stats), seconds
 
@@ -254,15 +254,15 @@ def turned(stats: dict[str, Any], bases: Any) -> dict[str, Any]:
 
 
 def awq(encoder: Encoder, plan: jq.Plan) -> Any:
-    return jq.awq_bases(encoder.params, plan, encoder.grams[0])
+    return jq.invariances.awq_bases(encoder.params, plan, encoder.grams[0])
 
 
 def smooth(encoder: Encoder, plan: jq.Plan) -> Any:
-    return jq.smooth_bases(encoder.params, plan, encoder.grams[0])
+    return jq.invariances.smooth_bases(encoder.params, plan, encoder.grams[0])
 
 
 def rotation(encoder: Encoder, plan: jq.Plan) -> Any:
-    return jq.rotations(plan, jax.random.key(0))
+    return jq.invariances.rotation_bases(plan, jax.random.key(0))
 
 
 def sequential(method: Callable[..., Any]) -> Callable[[Encoder, jq.Plan], Found]:
@@ -270,7 +270,7 @@ def sequential(method: Callable[..., Any]) -> Callable[[Encoder, jq.Plan], Found
 
     def run(encoder: Encoder, plan: jq.Plan) -> Found:
         stages = [f"layer_{i}/" for i in range(minilm.LAYERS)]
-        made = jq.quantize_sequentially(
+        made = jq.calibration.quantize_sequentially(
             encoder.apply, plan, encoder.params, encoder.batches, method=method, stages=stages
         )
         return encoder.apply, plan, made, 0.0
@@ -286,7 +286,7 @@ def distilled(method: Callable[[Encoder, jq.Plan], Found], rate: float = 1e-3) -
         batches = encoder.distillation
         tx = optax.adam(optax.cosine_decay_schedule(rate, len(batches), 0.05))
         trains = lambda path, leaf: "layer_" in path and leaf.ndim == 1  # noqa: E731
-        for last in jq.distill(encoder.apply, plan, encoder.params, qparams, batches, tx, floats=trains):
+        for last in jq.calibration.distill(encoder.apply, plan, encoder.params, qparams, batches, tx, floats=trains):
             qparams = last.params
             if last.step % 16 == 0:
                 left = last.seconds / last.step * (len(batches) - last.step)

@@ -2,11 +2,11 @@
 
     python benchmarks/allocation.py
 
-`jq.sensitivity` measures on calibration inputs what each weight costs at each width, `jq.allocate` spends the bytes
-that the uniform choice would take, `jq.refine` measures choices as a whole from there on. All are compared on inputs
-that none has seen: a sentence encoder (36 weights, groups of 64, by the cosine of its embeddings) and digits
-classifiers (by the relative error of their logits, and their accuracy). Rounding is to nearest. Prints the table, and
-writes it to benchmarks/results as text and JSON.
+`jq.mixed.sensitivity` measures on calibration inputs what each weight costs at each width, `jq.mixed.allocate` spends
+the bytes that the uniform choice would take, `jq.mixed.refine` measures choices as a whole from there on. All are
+compared on inputs that none has seen: a sentence encoder (36 weights, groups of 64, by the cosine of its embeddings)
+and digits classifiers (by the relative error of their logits, and their accuracy). Rounding is to nearest. Prints the
+table, and writes it to benchmarks/results as text and JSON.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def choices(
     """The uniform choice and the mixed ones of at most its bytes, measured."""
     plain = table.uniform(uniform)
     budget = sum(item.nbytes[1] for item in plain.items)
-    mixed = jq.allocate(table, budget=budget)
-    refined = jq.refine(fn, table, mixed, params, [batch], budget=budget)
+    mixed = jq.mixed.allocate(table, budget=budget)
+    refined = jq.mixed.refine(fn, table, mixed, params, [batch], budget=budget)
     rows = []
     for name, plan in ((f"all {uniform}", plain), ("allocated", mixed), ("refined", refined)):
         names = [next(n for n, spec in table.candidates.items() if spec == item.spec) for item in plan.items]
@@ -70,7 +70,7 @@ def encoder(sentences: int) -> dict[str, list[dict[str, Any]]]:
     reference = np.asarray(apply(params, *unseen))
     widths = candidates((3, 4, 5, 6), 64)
     plan = jq.make_plan(apply, params, *batch, rules=[jq.Rule(r"layer_\d/\w+/kernel", widths["int4 g64"])])
-    table = jq.sensitivity(apply, plan, params, [batch], widths, progress=progress)
+    table = jq.mixed.sensitivity(apply, plan, params, [batch], widths, progress=progress)
 
     def measure(params: Any) -> dict[str, float]:
         cosine = np.sum(np.asarray(apply(params, *unseen)) * reference, axis=1)
@@ -88,7 +88,7 @@ def classifier(name: str, model: Any, *group_sizes: int | None) -> dict[str, lis
     seen, unseen = data.train_images[:512], data.test_images
     widths = candidates((2, 3, 4, 5, 6, 7, 8), *group_sizes)
     plan = jq.make_plan(fn, params, seen, rules=[jq.Rule("kernel", widths["int4"])])
-    table = jq.sensitivity(fn, plan, params, [seen], widths)
+    table = jq.mixed.sensitivity(fn, plan, params, [seen], widths)
     reference = fn(params, unseen)
 
     def measure(params: Any) -> dict[str, float]:

@@ -4,9 +4,9 @@
 
 The sentence encoder of ``accuracy.py``, its 36 linear weights at int4 per output channel and their inputs at int4 per
 token, rounded to nearest: as it is, with a random Hadamard rotation of every input, and with those rotations learned by
-`jq.learn_rotations` on calibration texts. All rotations are online: norms that subtract a mean let none through. A
-figure is the mean cosine of quantized to float embeddings over 600 sentences, with its standard error. Prints the
-table, and writes it to benchmarks/results as text and JSON.
+`jq.invariances.learn_rotations` on calibration texts. All rotations are online: norms that subtract a mean let none
+through. A figure is the mean cosine of quantized to float embeddings over 600 sentences, with its standard error.
+Prints the table, and writes it to benchmarks/results as text and JSON.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from jaxquant.ptq import Orthogonal
 
 def row(encoder: accuracy.Encoder, plan: jq.Plan, bases: dict[str, Any], seconds: float) -> dict[str, Any]:
     """The figures of one set of bases."""
-    fn = jq.precondition(encoder.apply, plan, bases) if bases else encoder.apply
-    params = jq.precondition_params(encoder.params, plan, bases)
+    fn = jq.invariances.precondition(encoder.apply, plan, bases) if bases else encoder.apply
+    params = jq.invariances.precondition_params(encoder.params, plan, bases)
     found = encoder.measure(fn, plan, jq.quantize_params(params, plan), retrieval=False)
     return {"cosine": found["cosine"], "cosine_error": found["cosine_error"], "seconds": round(seconds, 1)}
 
@@ -40,12 +40,14 @@ def main() -> None:
     args = parser.parse_args()
     encoder = accuracy.Encoder(24, 8, args.steps)
     plan = encoder.plan(recipes.w4a4())
-    random: dict[str, Any] = dict(jq.rotations(plan, jax.random.key(0)))
+    random: dict[str, Any] = dict(jq.invariances.rotation_bases(plan, jax.random.key(0)))
     rows = {"as it is": row(encoder, plan, {}, 0.0), "random rotations": row(encoder, plan, random, 0.0)}
     print(rows, flush=True)
     start = {path: basis.inputs(jnp.eye(basis.channels)) for path, basis in random.items()}
     begun, last = time.perf_counter(), None
-    for last in jq.learn_rotations(encoder.apply, plan, encoder.params, start, encoder.distillation, rate=args.rate):
+    for last in jq.invariances.learn_rotations(
+        encoder.apply, plan, encoder.params, start, encoder.distillation, rate=args.rate
+    ):
         if last.step % 8 == 0:
             left = last.seconds / last.step * (args.steps - last.step)
             print(f"  step {last.step} of {args.steps}: {float(last.loss):.4f}, {left:.0f} s left", flush=True)

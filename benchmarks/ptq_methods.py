@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-from jaxquant import observers, ptq, statistics
+from jaxquant import observers, ptq
+from jaxquant.transform import statistics
 
 ROOT = Path(__file__).parents[1]
 INPUTS, OUTPUTS, ROWS = 256, 128, 1024

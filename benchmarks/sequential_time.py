@@ -48,11 +48,11 @@ def main() -> None:
     plan, params, batches = encoder.plan(accuracy.grouped("int4", symmetric=False)), encoder.params, encoder.batches
 
     def at_once() -> Any:
-        stats = jq.calibrate(encoder.apply, plan, params, batches, collect={"gram": jq.statistics.Gram()})
+        stats = jq.calibrate(encoder.apply, plan, params, batches, collect={"gram": jq.calibration.Gram()})
         return jq.quantize_params(params, plan, method=jq.ptq.gptq, stats=stats)
 
     def in_turns(stages: list[str] | None) -> Any:
-        return jq.quantize_sequentially(encoder.apply, plan, params, batches, stages=stages)
+        return jq.calibration.quantize_sequentially(encoder.apply, plan, params, batches, stages=stages)
 
     layers = [f"layer_{i}/" for i in range(minilm.LAYERS)]
     runs = {"at once": at_once, "6 stages": lambda: in_turns(layers), "36 stages": lambda: in_turns(None)}

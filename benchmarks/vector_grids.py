@@ -110,7 +110,7 @@ def main() -> None:
     encoder = accuracy.Encoder(200, 8, 0)
     path = next(p for p in encoder.plan(jq.recipes.w8a16()) if "layer_2/up" in p)
     halves = [[(t[i::2], m[i::2]) for t, m in encoder.batches] for i in range(2)]
-    plan, collect = encoder.plan(jq.recipes.w8a16()), {"gram": jq.statistics.Gram()}
+    plan, collect = encoder.plan(jq.recipes.w8a16()), {"gram": jq.calibration.Gram()}
     grams = [
         jq.calibrate(encoder.apply, plan, encoder.params, b, collect=collect)[path]["gram"]["gram"][0] for b in halves
     ]

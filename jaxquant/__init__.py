@@ -4,6 +4,7 @@ Layers; imports point down only:
 
     report            6  compare: where the error is, as a table and one HTML page (loaded on first use)
     linen, nnx, io    5  Flax layers; checkpoints (loaded on first use)
+    calibration, invariances, mixed   5  rooms of functions over transform: statistics; scales, rotations; budgets
     transform         4  quantize_model; make_plan, quantize_params, quantized, calibrate, scale_pairs, precondition
     ptq               3  quantizers: rtn, clipped, gptq; what transforms are made of: scales, bases
     rules             3  Rule, OpRule: which parameters get which OpSpec
@@ -15,7 +16,7 @@ Layers; imports point down only:
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxquant import ops, ptq, qat, recipes
+from jaxquant import calibration, invariances, mixed, ops, ptq, qat, recipes
 from jaxquant.core import observers
 from jaxquant.core.affine import quantize, scale_zero_point
 from jaxquant.core.errors import QuantError
@@ -23,42 +24,18 @@ from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor, dequantize
 from jaxquant.core.qtypes import dtype_table
 from jaxquant.core.specs import OpSpec, QuantSpec
-from jaxquant.ops.targets import lay_out
 from jaxquant.rules import OpRule, Rule
 from jaxquant.transform import (
     Plan,
     act_state,
-    allocate,
-    awq,
-    awq_bases,
-    biases,
     calibrate,
-    correct_bias,
     dequantize_params,
-    distill,
-    equalize,
     explain,
-    fold_gains,
-    learn_rotations,
     make_plan,
-    merge_stats,
-    precondition,
-    precondition_params,
     quantize_model,
     quantize_params,
-    quantize_sequentially,
     quantized,
-    refine,
-    rescale,
-    rotate,
-    rotation_groups,
-    rotations,
-    scale_pairs,
-    sensitivity,
     shardings,
-    smooth_bases,
-    smoothquant,
-    statistics,
     update_params,
 )
 
@@ -77,53 +54,32 @@ __all__ = [
     "QuantSpec",
     "Rule",
     "act_state",
-    "allocate",
-    "awq",
-    "awq_bases",
-    "biases",
     "calibrate",
+    "calibration",
     "compare",
-    "correct_bias",
     "dequantize",
     "dequantize_params",
-    "distill",
     "dtype_table",
-    "equalize",
     "explain",
     "fake_quant",
-    "fold_gains",
+    "invariances",
     "io",
-    "lay_out",
-    "learn_rotations",
     "linen",
     "make_plan",
-    "merge_stats",
+    "mixed",
     "nnx",
     "observers",
     "ops",
     "optim",
-    "precondition",
-    "precondition_params",
     "ptq",
     "qat",
     "quantize",
     "quantize_model",
     "quantize_params",
-    "quantize_sequentially",
     "quantized",
     "recipes",
-    "refine",
-    "rescale",
-    "rotate",
-    "rotation_groups",
-    "rotations",
-    "scale_pairs",
     "scale_zero_point",
-    "sensitivity",
     "shardings",
-    "smooth_bases",
-    "smoothquant",
-    "statistics",
     "update_params",
 ]
 
@@ -139,4 +95,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__, "__version__"]

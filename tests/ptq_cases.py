@@ -41,7 +41,7 @@ def weight(*shape: int, seed: int = 1) -> jax.Array:
 def gram(x: jax.Array) -> dict:
     """The statistics that `calibrate` would give for inputs [rows, channels] or [batch, rows, channels]."""
     x = x[None] if x.ndim == 2 else x
-    return {"gram": jq.statistics.Gram().of(x)}
+    return {"gram": jq.calibration.Gram().of(x)}
 
 
 def error(x: jax.Array, w: jax.Array, q: jq.QTensor) -> float:

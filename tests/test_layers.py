@@ -30,6 +30,9 @@ LEVELS = {
     "optim": 3,
     "ptq": 3,
     "transform": 4,
+    "calibration": 5,
+    "invariances": 5,
+    "mixed": 5,
     "linen": 5,
     "nnx": 5,
     "io": 5,
@@ -50,7 +53,7 @@ SIBLINGS = {
     ("quantize_files", "files"),
     ("__main__", "cli"),
 }
-# `import jaxquant` itself stands on levels 1 to 4 and loads level 5 on use, so only programs may import it.
+# `import jaxquant` stands on levels 1 to 5, and loads on use what needs more than JAX; only programs may import it.
 TOP = max(LEVELS.values())
 
 REQUIRED = {"jax", "numpy", "ml_dtypes"}

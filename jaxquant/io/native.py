@@ -201,7 +201,7 @@ def load(path: str | os.PathLike[str], *, like: Any = None, target: Platform | N
         QTensor may stand for a float array. Kinds of dtype must agree (float, integer, ...), their widths need not;
         nothing is cast. The result has the template's containers.
       target: the platform that codes are laid out for, ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default where they go. See
-        `jaxquant.lay_out`.
+        `jaxquant.ops.lay_out`.
 
     Returns:
       The tree that was saved: dicts (keys in order), lists, tuples, None, QTensors and JAX arrays. A file without our

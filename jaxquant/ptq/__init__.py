@@ -10,7 +10,8 @@ A *quantizer* is ``method(w, spec, *, reduce_axes, stats=None) -> QTensor``; `qu
     hqq      round to nearest, with the zero point of least absolute error
     gptq     round in turn, each error made up for by the weights still to come
 
-A *basis* is a change of basis of a weight's input channels, before it is quantized; see `jaxquant.precondition`.
+A *basis* is a change of basis of a weight's input channels, before it is quantized; see
+`jaxquant.invariances.precondition`.
 
     bases    ChannelScale, Rotation, Orthogonal
     scaling  smooth_scale, awq_scale: how much to scale the channels; awq_clip: how far to clip the weights

@@ -1,8 +1,8 @@
 """Bases in which a weight may be quantized: its input channels scaled, or rotated.
 
-A product does not change when its input is written in another basis and the weight in the dual one,
-``x @ w = (x @ B) @ (inv(B) @ w)``; what rounding does to it does. `jaxquant.precondition` brings a model's inputs
-into a basis, `jaxquant.precondition_params` its weights. The bases are pytrees, with a leading axis on each leaf for
+A product does not change when its input is written in another basis and the weight in the dual one, ``x @ w = (x @ B) @
+(inv(B) @ w)``; what rounding does to it does. `jaxquant.invariances.precondition` brings a model's inputs into a basis,
+`jaxquant.invariances.precondition_params` its weights. The bases are pytrees, with a leading axis on each leaf for
 weights that are stacked. They cost something for every row of the input: `ChannelScale` one product per channel,
 `Rotation` two products with small matrices, `Orthogonal` one with a matrix of the channels' size.
 """
@@ -116,7 +116,7 @@ class Rotation(Basis):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Orthogonal(Basis):
-    """``B`` is any orthogonal matrix, such as `jaxquant.learn_rotations` finds; costs n^2 products for each row.
+    """``B`` is any orthogonal matrix, such as `learn_rotations` finds; costs n^2 products for each row.
 
     Attributes:
       matrix: [channels, channels].

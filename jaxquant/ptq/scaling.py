@@ -1,8 +1,8 @@
 """How much to scale the input channels of weights before they are quantized: SmoothQuant's rule and AWQ's search.
 
 Both give positive scales s for ``x @ w = (x / s) @ (s * w)``, one per input channel, for one weight or for several that
-share an input. Where the scales go is not decided here: `jaxquant.rescale` fuses them into neighbours,
-`jaxquant.precondition` applies them online. `awq_clip` is the other half of AWQ, a clip of the weights.
+share an input. Where the scales go is not decided here: `jaxquant.invariances.rescale` fuses them into neighbours,
+`jaxquant.invariances.precondition` applies them online. `awq_clip` is the other half of AWQ, a clip of the weights.
 """
 
 from __future__ import annotations

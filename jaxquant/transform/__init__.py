@@ -9,7 +9,7 @@ calibrate        statistics of the inputs of planned weights; act_state: static 
                  merge_stats: of several hosts
 precondition     a function whose weights are multiplied in another basis; precondition_params
 scale_pairs      the per-channel scales that can move from one parameter to another; rescale
-smoothquant      scales on input channels, along such pairs (also awq, equalize) or online (.._bases, rotations)
+smoothquant      scales on input channels, along such pairs (also awq, equalize) or online (.._bases)
 rotation_groups  the orthogonal matrices that can move into parameters, and where; rotate, fold_gains
 distill          scales and biases tuned until the outputs are those of the float function
 sensitivity      what each weight costs by candidate spec; allocate: the best choice for a budget of bytes
@@ -41,7 +41,7 @@ from jaxquant.transform.quantized import quantized
 from jaxquant.transform.sensitivity import Sensitivity, sensitivity
 from jaxquant.transform.sequential import quantize_sequentially
 from jaxquant.transform.shardings import shardings
-from jaxquant.transform.smoothing import awq, awq_bases, equalize, rotations, smooth_bases, smoothquant
+from jaxquant.transform.smoothing import awq, awq_bases, equalize, rotation_bases, smooth_bases, smoothquant
 
 __all__ = [
     "Explanation",
@@ -76,8 +76,8 @@ __all__ = [
     "relative_error",
     "rescale",
     "rotate",
+    "rotation_bases",
     "rotation_groups",
-    "rotations",
     "scale_pairs",
     "sensitivity",
     "shardings",

@@ -33,7 +33,7 @@ def _wanted(function: str, plan: Plan, collect: Collect | None) -> dict[str, Col
     """path -> the statistics of one weight: those asked for, and the range that its activation spec needs."""
     if collect is None:
         collect = {"range": Range(), "absmax": ChannelAbsMax(), "mean": ChannelMean()}
-    todo = 'Pass a dict of names and statistics, such as collect={"gram": jq.statistics.Gram()}'
+    todo = 'Pass a dict of names and statistics, such as collect={"gram": jq.calibration.Gram()}'
     if not isinstance(collect, Mapping):
         raise quant_error(function, "collect must be a dict of statistics by name", todo=todo, collect=collect)
     for name, statistic in collect.items():
@@ -238,7 +238,7 @@ def calibrate(
       plan: from `make_plan`.
       params: its parameters. QTensors among them run quantized: what comes after them sees their errors.
       batches: for each batch the tuple of fn's further arguments (a single array stands for a tuple of one).
-      collect: name -> `Statistic` from `jaxquant.statistics`, for every weight; ``{"gram": Gram()}`` for GPTQ. None:
+      collect: name -> `Statistic` from `jaxquant.calibration`, for every weight; ``{"gram": Gram()}`` for GPTQ. None:
         the range, the absmax and the mean of each channel. The range that an activation's spec needs is always
         collected.
       mask: which rows count, where batches hold padding: a function of the batch's arguments, or an iterable with one
@@ -304,7 +304,7 @@ def merge_stats(
       >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.eye(2)}
       >>> plan = jq.make_plan(fn, params, jnp.ones((1, 2)), rules=[jq.Rule("w", recipes.w8a8(static=True))])
       >>> hosts = [jq.calibrate(fn, plan, params, [i * jnp.ones((1, 2))]) for i in range(4)]
-      >>> jq.merge_stats(plan, hosts)["w"]["absmax"]
+      >>> jq.calibration.merge_stats(plan, hosts)["w"]["absmax"]
       Array([[3., 3.]], dtype=float32)
     """
     wanted = _wanted("merge_stats", plan, collect)

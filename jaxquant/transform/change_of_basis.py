@@ -1,7 +1,7 @@
 """`precondition`: a function whose planned weights are multiplied in another basis; `precondition_params`: the params.
 
-What cannot be fused into a neighbour (`jaxquant.scale_pairs` finds what can) is done online: the input of the product
-is brought into the basis as it arrives.
+What cannot be fused into a neighbour (`jaxquant.invariances.scale_pairs` finds what can) is done online: the
+input of the product is brought into the basis as it arrives.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def precondition(fn: Callable[..., Any], plan: Plan, bases: Mapping[str, Basis])
       >>> x = jnp.arange(8.0)[None]
       >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("w", recipes.w8a8())])
       >>> bases = {"w": jq.ptq.Rotation.random(jax.random.key(0), 8)}
-      >>> rotated, turned = jq.precondition(fn, plan, bases), jq.precondition_params(params, plan, bases)
+      >>> rotated = jq.invariances.precondition(fn, plan, bases)
+      >>> turned = jq.invariances.precondition_params(params, plan, bases)
       >>> bool(jnp.allclose(rotated(turned, x), fn(params, x), atol=1e-5))
       True
     """

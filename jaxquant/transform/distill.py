@@ -90,7 +90,7 @@ def distill(
       >>> x = jax.random.normal(jax.random.key(1), (32, 8))
       >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("w", jq.OpSpec(jq.QuantSpec("int3")))])
       >>> qparams = jq.quantize_params(params, plan)
-      >>> *_, last = jq.distill(fn, plan, params, qparams, [x] * 50, optax.adam(0.02))
+      >>> *_, last = jq.calibration.distill(fn, plan, params, qparams, [x] * 50, optax.adam(0.02))
       >>> error = lambda q: float(jq.transform.relative_error(fn(jq.dequantize_params(q), x), fn(params, x)))
       >>> error(last.params) < 0.9 * error(qparams)
       True

@@ -53,7 +53,7 @@ def rescale(params: Any, pair: ScalePair, scale: jax.Array) -> Any:
       >>> from jaxquant.transform.analysis.scales import Member
       >>> pair = jq.transform.ScalePair((Member("b", -2, 1, 0),), (Member("a", -1, -1, 0),), 2)
       >>> params = {"a": jnp.ones((1, 2)), "b": jnp.ones((2, 1))}
-      >>> new = jq.rescale(params, pair, jnp.array([2.0, 4.0]))
+      >>> new = jq.invariances.rescale(params, pair, jnp.array([2.0, 4.0]))
       >>> new["a"].tolist(), new["b"].tolist()
       ([[0.5, 0.25]], [[2.0], [4.0]])
     """
@@ -86,7 +86,7 @@ def fold_gains(params: Any, pairs: Iterable[ScalePair]) -> Any:
       >>> fn = lambda p, x: (x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True)) * p["gain"]) @ p["w"]
       >>> params, x = {"gain": jnp.array([[2.0, 3.0]]), "w": jnp.ones((2, 2))}, jnp.ones((1, 2))
       >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("w", jq.OpSpec(jq.QuantSpec("int8")))])
-      >>> jq.fold_gains(params, jq.scale_pairs(fn, plan, params, x))["w"].tolist()
+      >>> jq.invariances.fold_gains(params, jq.invariances.scale_pairs(fn, plan, params, x))["w"].tolist()
       [[2.0, 2.0], [3.0, 3.0]]
     """
     leaves, treedef = leaves_with_paths(params)
@@ -161,7 +161,7 @@ def correct_bias(params: Any, qparams: Any, plan: Plan, found: Mapping[str, str]
         item = plan[path]
         mean = stats.get(path, {}).get("mean")
         if mean is None:
-            todo = 'Pass collect={"mean": jq.statistics.ChannelMean()} to calibrate'
+            todo = 'Pass collect={"mean": jq.calibration.ChannelMean()} to calibrate'
             raise quant_error("correct_bias", "there is no mean of the inputs", todo=todo, path=path)
         leaf = new[path]
         delta = jnp.asarray(leaves[path], jnp.float32) - (

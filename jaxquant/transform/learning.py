@@ -163,7 +163,7 @@ def learn_rotations(
       >>> x = jax.random.normal(jax.random.key(1), (64, 8)) * jnp.arange(1.0, 9.0)[None]
       >>> spec = jq.OpSpec(jq.QuantSpec("int3"), jq.QuantSpec("int3"))
       >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("w", spec)])
-      >>> first, *_, last = jq.learn_rotations(fn, plan, params, {"w": jnp.eye(8)}, [x] * 20, rate=0.1)
+      >>> first, *_, last = jq.invariances.learn_rotations(fn, plan, params, {"w": jnp.eye(8)}, [x] * 20, rate=0.1)
       >>> float(last.loss) < 0.7 * float(first.loss)
       True
 

@@ -144,7 +144,7 @@ def quantize_model(
         move, collect = _MOVES[name]
         pairs = scale_pairs(fn, plan, params, *args, **kwargs)
         if not pairs:
-            todo = "Use another method, or jq.precondition with jq.smooth_bases or jq.awq_bases, which scale inputs"
+            todo = "Use another method, or scale the inputs: jq.invariances.precondition"
             raise quant_error(_F, f"{name} finds no scales that could move in this function", todo=todo, method=name)
         params = move(params, plan, pairs, calibrate(fn, plan, params, seen, collect=collect))
     stats = None

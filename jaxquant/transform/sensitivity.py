@@ -156,10 +156,10 @@ def sensitivity(
       >>> x = jnp.linspace(-1.0, 1.0, 32).reshape(8, 4)
       >>> int2, int8 = jq.OpSpec(jq.QuantSpec("int2")), jq.OpSpec(jq.QuantSpec("int8"))
       >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("a|b", int8)])
-      >>> table = jq.sensitivity(fn, plan, params, [x], {"int2": int2, "int8": int8})
+      >>> table = jq.mixed.sensitivity(fn, plan, params, [x], {"int2": int2, "int8": int8})
       >>> table["a", "int2"].error > 100 * table["b", "int2"].error
       True
-      >>> {item.path: item.spec.weight.qtype for item in jq.allocate(table, budget=56).items}
+      >>> {item.path: item.spec.weight.qtype for item in jq.mixed.allocate(table, budget=56).items}
       {'a': 'int8', 'b': 'int2'}
 
     Source: Dong et al. 2019 (HAWQ, arXiv:1905.03696) for second-order estimates of a layer's share of the error; here

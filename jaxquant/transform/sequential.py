@@ -111,7 +111,8 @@ def quantize_sequentially(
       >>> params = {"second": jnp.eye(8), "first": jnp.eye(8)}
       >>> x = jnp.linspace(-1.0, 1.0, 32).reshape(4, 8)
       >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule(".*", recipes.w4a16(None))])
-      >>> qparams = jq.quantize_sequentially(fn, plan, params, [x], on_stage=lambda params, paths: print(*paths))
+      >>> told = lambda params, paths: print(*paths)
+      >>> qparams = jq.calibration.quantize_sequentially(fn, plan, params, [x], on_stage=told)
       first
       second
 

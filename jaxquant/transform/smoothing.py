@@ -2,7 +2,7 @@
 
 smoothquant, awq, equalize       params -> params, along the pairs that `scale_pairs` has found: free at run time
 smooth_bases, awq_bases,         path -> `Basis` for every planned weight, whatever comes before it: `precondition`
-rotations                          applies them online
+rotation_bases                     applies them online
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxquant.transform.folding import rescale
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.weights import as_matrix
 
-__all__ = ["awq", "awq_bases", "equalize", "rotations", "smooth_bases", "smoothquant"]
+__all__ = ["awq", "awq_bases", "equalize", "rotation_bases", "smooth_bases", "smoothquant"]
 
 
 def _stat(function: str, stats: Mapping[str, Any], path: str, name: str) -> Any:
@@ -33,7 +33,7 @@ def _stat(function: str, stats: Mapping[str, Any], path: str, name: str) -> Any:
     if found is None:
         kind = {"absmax": "ChannelAbsMax", "mean": "ChannelMean", "gram": "Gram"}[name]
         todo = (
-            f'Pass collect={{"{name}": jq.statistics.{kind}(), ...}} to calibrate, over batches that reach the weight'
+            f'Pass collect={{"{name}": jq.calibration.{kind}(), ...}} to calibrate, over batches that reach the weight'
         )
         raise quant_error(function, f"there is no {name} of the inputs", todo=todo, path=path)
     return found
@@ -212,7 +212,7 @@ def awq_bases(params: Any, plan: Plan, stats: Mapping[str, Any], *, ratios: int 
     return out
 
 
-def rotations(plan: Plan, key: jax.Array) -> dict[str, Basis]:
+def rotation_bases(plan: Plan, key: jax.Array) -> dict[str, Basis]:
     """A random `Rotation` for every planned product: path -> `Rotation`.
 
     Weights get the same rotation whenever the key and their path are the same.
@@ -222,7 +222,7 @@ def rotations(plan: Plan, key: jax.Array) -> dict[str, Basis]:
       >>> from jaxquant import recipes
       >>> params, x = {"w": jnp.ones((8, 4))}, jnp.ones((1, 8))
       >>> plan = jq.make_plan(lambda p, x: x @ p["w"], params, x, rules=[jq.Rule("w", recipes.w8a8())])
-      >>> jq.rotations(plan, jax.random.key(0))["w"].channels
+      >>> jq.invariances.rotation_bases(plan, jax.random.key(0))["w"].channels
       8
 
     Source: Ashkboos et al. 2024 (QuaRot, arXiv:2404.00456); here every rotation is online; those of

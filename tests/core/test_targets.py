@@ -46,10 +46,10 @@ def same(a, b):
 @pytest.mark.parametrize("name", SPECS)
 def test_there_and_back(name):
     q = weight(name)
-    there = jq.lay_out(q, "tpu")
+    there = jq.ops.lay_out(q, "tpu")
     np.testing.assert_array_equal(there.dequantize(), q.dequantize())
-    same(jq.lay_out(there, "cpu"), q)
-    assert jq.lay_out(there, "gpu") is there
+    same(jq.ops.lay_out(there, "cpu"), q)
+    assert jq.ops.lay_out(there, "gpu") is there
     assert there.shape == q.shape
     assert there.nbytes <= q.nbytes * (8 / q.type.bits if q.type.packed else 1)
     if q.type.bits == 4:
@@ -120,7 +120,7 @@ def test_quantize_params_lays_out_for_its_target(name):
 
 def test_files_have_packed_codes(tmp_path):
     params = {name: weight(name) for name in ("int4 g8", "nf4 g8", "int8", "mxfp4")}
-    there = jq.lay_out(params, "tpu")
+    there = jq.ops.lay_out(params, "tpu")
     jq.io.save(tmp_path / "here.safetensors", params)
     jq.io.save(tmp_path / "there.safetensors", there)
     assert (tmp_path / "here.safetensors").read_bytes() == (tmp_path / "there.safetensors").read_bytes()
@@ -136,7 +136,7 @@ def test_checkpoints_of_others(tmp_path):
         jnp.asarray(np.random.default_rng(0).standard_normal((64, 64)), jnp.float32), spec, reduce_axes=(-1,)
     )
     params = {"lm_head.weight": w, "norm.weight": jnp.ones(64)}
-    there = jq.lay_out(params, "tpu")
+    there = jq.ops.lay_out(params, "tpu")
     jq.io.save_hf(tmp_path / "here", params)
     jq.io.save_hf(tmp_path / "there", there)
     names = [f.name for f in (tmp_path / "here").glob("*.safetensors")]
@@ -163,7 +163,7 @@ def test_shardings_cut_whole_groups():
 
 def test_targets_that_are_none():
     with pytest.raises(QuantError, match="no platform"):
-        jq.lay_out(weight("int4"), "tpu v5e")
+        jq.ops.lay_out(weight("int4"), "tpu v5e")
     with pytest.raises(QuantError, match="no platform"):
         jq.quantize_params({"kernel": jnp.ones((4, 4))}, [jq.Rule(".*", recipes.w8a16())], target="cuda")
 
@@ -181,8 +181,8 @@ def test_other_products(name):
     q = weight(name, (2, 16, 24), (-2,))
     x, sizes = jnp.asarray(np.random.default_rng(3).standard_normal((5, 16)), jnp.float32), jnp.array([2, 3])
     wanted = ops.ragged_dot(x, q, sizes)
-    np.testing.assert_allclose(ops.ragged_dot(x, jq.lay_out(q, "tpu"), sizes), wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ops.ragged_dot(x, jq.ops.lay_out(q, "tpu"), sizes), wanted, rtol=1e-5, atol=1e-5)
     kernel = weight(name, (3, 8, 24), (-3, -2)).store(())
     x = jnp.asarray(np.random.default_rng(4).standard_normal((2, 9, 8)), jnp.float32)
     call = lambda w: ops.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))  # noqa: E731
-    np.testing.assert_allclose(call(jq.lay_out(kernel, "tpu")), call(kernel), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(call(jq.ops.lay_out(kernel, "tpu")), call(kernel), rtol=1e-5, atol=1e-5)

@@ -43,7 +43,7 @@ def stored(spec, dtype, target):
     """A weight [256, 128], without values, as codes lie for a platform."""
 
     def make():
-        return jq.lay_out(jq.quantize(jnp.zeros((256, 128), dtype), spec.weight, reduce_axes=(-2,)), target)
+        return jq.ops.lay_out(jq.quantize(jnp.zeros((256, 128), dtype), spec.weight, reduce_axes=(-2,)), target)
 
     return jax.eval_shape(make)
 

@@ -53,7 +53,7 @@ def normal(key: int, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.A
 
 
 def weight(spec: Any, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jq.QTensor:
-    return jq.lay_out(jq.quantize(normal(1, shape, dtype), spec, reduce_axes=(-2,)), "tpu")
+    return jq.ops.lay_out(jq.quantize(normal(1, shape, dtype), spec, reduce_axes=(-2,)), "tpu")
 
 
 def interpreted(problem: Product, monkeypatch: pytest.MonkeyPatch) -> tuple[str, jax.Array]:
@@ -132,13 +132,13 @@ def test_what_others_take():
     assert "grouped" not in name_of(weight(few("int4", 32), (96, 128)), normal(2, (3, 96)))
     assert "grouped" not in name_of(weight(jq.QuantSpec("int4"), (256, 128)))
     assert "grouped" not in name_of(weight(few("int4", 64), (256, 64)))
-    assert "grouped" not in name_of(jq.lay_out(w, "cpu"))
+    assert "grouped" not in name_of(jq.ops.lay_out(w, "cpu"))
 
 
 def test_vmap(monkeypatch: pytest.MonkeyPatch):
     """Of both, and of one weight for all."""
     spec = few("int4", 64)
-    w = jax.vmap(lambda w: jq.lay_out(jq.quantize(w, spec, reduce_axes=(-2,)), "tpu"))(normal(1, (3, 256, 128)))
+    w = jax.vmap(lambda w: jq.ops.lay_out(jq.quantize(w, spec, reduce_axes=(-2,)), "tpu"))(normal(1, (3, 256, 128)))
     x, one = normal(2, (3, 5, 256)), jax.tree.map(lambda v: v[1], w)
     run = lambda x, w: interpreted(problem_of(x, w), monkeypatch)[1]  # noqa: E731
     mapped, shared = jax.vmap(run)(x, w), jax.vmap(run, (0, None))(x, one)

@@ -43,7 +43,7 @@ def weight(spec: Any, *lead: int, k: int = K, n: int = N) -> Any:
 
     for _ in lead:
         make = jax.vmap(make)
-    return jax.eval_shape(lambda w: jq.lay_out(make(w), "gpu"), jax.ShapeDtypeStruct((*lead, k, n), jnp.bfloat16))
+    return jax.eval_shape(lambda w: jq.ops.lay_out(make(w), "gpu"), jax.ShapeDtypeStruct((*lead, k, n), jnp.bfloat16))
 
 
 def x(rows: int, k: int = K) -> Any:

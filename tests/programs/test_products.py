@@ -44,7 +44,7 @@ def weight(spec: jq.OpSpec, *lead: int) -> Any:
     for _ in lead:
         make = jax.vmap(make)
     shape = jax.ShapeDtypeStruct((*lead, SIZE, SIZE), jnp.bfloat16)
-    return jax.eval_shape(lambda w: jq.lay_out(make(w), "tpu"), shape)
+    return jax.eval_shape(lambda w: jq.ops.lay_out(make(w), "tpu"), shape)
 
 
 def x(rows: int) -> Any:
@@ -128,7 +128,9 @@ def test_a_kernel_in_a_sharded_program():
 def test_a_table_for_lookups_and_products():
     spec = recipes.w8a16()
     table = jax.eval_shape(
-        lambda: jq.lay_out(jq.quantize(jnp.zeros((SIZE, SIZE), jnp.bfloat16), spec.weight, reduce_axes=(-1,)), "tpu")
+        lambda: jq.ops.lay_out(
+            jq.quantize(jnp.zeros((SIZE, SIZE), jnp.bfloat16), spec.weight, reduce_axes=(-1,)), "tpu"
+        )
     )
 
     def fn(p: Any, tokens: jax.Array) -> jax.Array:

@@ -194,7 +194,7 @@ def test_stacked_and_convolution_weights_in_a_model():
     x = inputs(32, 16)
     of = jq.OpSpec(spec(4, None, False))
     plan = jq.make_plan(fn, params, x, rules=[jq.Rule(".*", of)])
-    stats = jq.calibrate(fn, plan, params, [x], collect={"gram": jq.statistics.Gram()})
+    stats = jq.calibrate(fn, plan, params, [x], collect={"gram": jq.calibration.Gram()})
     qparams = jq.quantize_params(params, plan, method=gptq, stats=stats)
     for i in range(2):
         own = jax.tree.map(lambda a, i=i: a[i], stats["stack"])

@@ -75,7 +75,7 @@ def test_what_a_call_holds_is_looked_into():
     )
     for call in (unit, jax.checkpoint(lambda y: y * 2), jax.jit(lambda y: y * 2), jax.nn.relu):
         fn = lambda p, x, call=call: call(x @ p["a"]) @ p["b"]  # noqa: E731
-        assert [str(pair) for pair in jq.scale_pairs(fn, plan, params, jnp.ones((2, 4)))] == [
+        assert [str(pair) for pair in jq.invariances.scale_pairs(fn, plan, params, jnp.ones((2, 4)))] == [
             "a[-1]^-1 -> b[-2] (6 channels)"
         ]
 
@@ -91,7 +91,7 @@ def test_a_bias_that_a_scan_hands_out_is_used_elsewhere():
             return x, jnp.sum(out) if handed_out(1) else None
 
         plan = jq.make_plan(fn, params, jnp.ones((3, 6)), rules=[jq.Rule("w", recipes.w8a16())])
-        return jq.biases(fn, plan, params, jnp.ones((3, 6)))
+        return jq.invariances.biases(fn, plan, params, jnp.ones((3, 6)))
 
     assert found(lambda b: None) == {"w": "b"}
     assert found(lambda b: b) == {}

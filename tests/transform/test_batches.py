@@ -27,11 +27,11 @@ def table():
 CALLS = {
     "calibrate": lambda b: jq.calibrate(fn, PLAN, PARAMS, b),
     "compare": lambda b: jq.compare(fn, PARAMS, jq.quantize_params(PARAMS, PLAN), b, plan=PLAN),
-    "sensitivity": lambda b: jq.sensitivity(fn, PLAN, PARAMS, b, {"a": SPEC}),
+    "sensitivity": lambda b: jq.mixed.sensitivity(fn, PLAN, PARAMS, b, {"a": SPEC}),
     "refine": lambda b: jq.transform.refine(fn, table(), PLAN, PARAMS, b),
-    "quantize_sequentially": lambda b: jq.quantize_sequentially(fn, PLAN, PARAMS, b),
-    "distill": lambda b: next(jq.distill(fn, PLAN, PARAMS, jq.quantize_params(PARAMS, PLAN), b, _Never())),
-    "learn_rotations": lambda b: next(jq.learn_rotations(fn, PLAN, PARAMS, {"w": jnp.eye(8)}, b)),
+    "quantize_sequentially": lambda b: jq.calibration.quantize_sequentially(fn, PLAN, PARAMS, b),
+    "distill": lambda b: next(jq.calibration.distill(fn, PLAN, PARAMS, jq.quantize_params(PARAMS, PLAN), b, _Never())),
+    "learn_rotations": lambda b: next(jq.invariances.learn_rotations(fn, PLAN, PARAMS, {"w": jnp.eye(8)}, b)),
 }
 
 

@@ -9,7 +9,7 @@ import jaxquant as jq
 from jaxquant import OpSpec, QuantSpec
 
 RNG = np.random.default_rng(0)
-COLLECT = {"mean": jq.statistics.ChannelMean()}
+COLLECT = {"mean": jq.calibration.ChannelMean()}
 
 
 def draw(*shape):
@@ -32,10 +32,12 @@ def test_the_mean_is_kept():
         return jnp.reshape(y, (4, 8, 5)) + p["b"].reshape(1, 1, 5)
 
     plan = plan_of(fn, params)
-    found = jq.biases(fn, plan, params, X)
+    found = jq.invariances.biases(fn, plan, params, X)
     assert found == {"w": "b"}
     qparams = jq.quantize_params(params, plan)
-    corrected = jq.correct_bias(params, qparams, plan, found, jq.calibrate(fn, plan, params, [X], collect=COLLECT))
+    corrected = jq.invariances.correct_bias(
+        params, qparams, plan, found, jq.calibrate(fn, plan, params, [X], collect=COLLECT)
+    )
     mean = lambda p: np.asarray(fn(jq.dequantize_params(p), X)).mean((0, 1))  # noqa: E731
     assert np.abs(mean(qparams) - mean(params)).max() > 0.1
     np.testing.assert_allclose(mean(corrected), mean(params), atol=1e-4)
@@ -49,11 +51,11 @@ def test_layers_of_a_stack():
         return jax.lax.scan(lambda x, w: (x @ w["w"] + w["b"], None), x, p)[0]
 
     plan = plan_of(fn, params)
-    found = jq.biases(fn, plan, params, X)
+    found = jq.invariances.biases(fn, plan, params, X)
     assert found == {"w": "b"}
     qparams = jq.quantize_params(params, plan)
     stats = jq.calibrate(fn, plan, params, [X], collect=COLLECT)
-    corrected = jq.correct_bias(params, qparams, plan, found, stats)
+    corrected = jq.invariances.correct_bias(params, qparams, plan, found, stats)
     mean = X.mean(0) @ (params["w"][0] - np.asarray(qparams["w"].dequantize()[0]))
     np.testing.assert_allclose(corrected["b"][0, 0] - params["b"][0, 0], mean, atol=1e-4)
 
@@ -73,7 +75,7 @@ def test_layers_of_a_stack():
 )
 def test_what_is_no_bias(fn):
     params = {"w": draw(6, 6), "b": draw(1, 6), "one": draw(1, 1)}
-    assert jq.biases(fn, plan_of(fn, params), params, X) == {}
+    assert jq.invariances.biases(fn, plan_of(fn, params), params, X) == {}
 
 
 def test_without_means():
@@ -81,4 +83,4 @@ def test_without_means():
     fn = lambda p, x: x @ p["w"] + p["b"]  # noqa: E731
     plan = plan_of(fn, params)
     with pytest.raises(jq.QuantError, match="correct_bias at w: there is no mean of the inputs"):
-        jq.correct_bias(params, params, plan, {"w": "b"}, {})
+        jq.invariances.correct_bias(params, params, plan, {"w": "b"}, {})

@@ -10,7 +10,7 @@ from jax import lax
 from transform_cases import EVERYTHING, SPECS, close, unequal
 
 import jaxquant as jq
-from jaxquant import statistics
+from jaxquant.transform import statistics
 
 X = unequal((4, 8), 7, 0.5)
 PAIR = {"a": unequal((8, 8), 1, 0.3), "b": unequal((8, 8), 2, 0.3)}
@@ -252,7 +252,7 @@ def test_statistics_of_several_hosts(observer):
     whole = jq.calibrate(fn, plan, params, batches, collect=collect)
     hosts = [jq.calibrate(fn, plan, params, [x], collect=collect) for x in batches]
     assert any(set(h) != set(whole) for h in hosts)  # a host may not have reached a branch
-    merged = jq.merge_stats(plan, hosts, collect=collect)
+    merged = jq.calibration.merge_stats(plan, hosts, collect=collect)
     assert set(merged) == set(whole)
     for path in whole:
         close(merged[path], whole[path], 1e-6)
@@ -262,6 +262,6 @@ def test_statistics_of_several_hosts(observer):
 def test_merging_refuses_other_statistics():
     plan, stats = gathered(plain, PAIR, [X])
     with pytest.raises(jq.QuantError, match=r"merge_stats at a: .*names=\('absmax', 'mean', 'range'\)"):
-        jq.merge_stats(plan, [stats, stats])
+        jq.calibration.merge_stats(plan, [stats, stats])
     with pytest.raises(jq.QuantError, match="merge_stats: there is nothing to merge"):
-        jq.merge_stats(plan, [])
+        jq.calibration.merge_stats(plan, [])

@@ -10,7 +10,8 @@ import pytest
 from transform_cases import unequal
 
 import jaxquant as jq
-from jaxquant import recipes, statistics
+from jaxquant import recipes
+from jaxquant.transform import statistics
 
 X = unequal((16, 8), 7, 0.5)
 COLLECT = {"gram": statistics.Gram(), "mean": statistics.ChannelMean(), "absmax": statistics.ChannelAbsMax()}
@@ -53,13 +54,15 @@ def method(name):
 
 
 WAYS = {
-    "awq_bases": lambda fn, params, plan, stats: jq.awq_bases(params, plan, stats),
-    "smooth_bases": lambda fn, params, plan, stats: jq.smooth_bases(params, plan, stats),
-    "awq": lambda fn, params, plan, stats: jq.awq(params, plan, jq.scale_pairs(fn, plan, params, X), stats),
-    "smoothquant": lambda fn, params, plan, stats: jq.smoothquant(
-        params, plan, jq.scale_pairs(fn, plan, params, X), stats
+    "awq_bases": lambda fn, params, plan, stats: jq.invariances.awq_bases(params, plan, stats),
+    "smooth_bases": lambda fn, params, plan, stats: jq.invariances.smooth_bases(params, plan, stats),
+    "awq": lambda fn, params, plan, stats: jq.invariances.awq(
+        params, plan, jq.invariances.scale_pairs(fn, plan, params, X), stats
     ),
-    "sequential": lambda fn, params, plan, stats: jq.quantize_sequentially(fn, plan, params, [X, X]),
+    "smoothquant": lambda fn, params, plan, stats: jq.invariances.smoothquant(
+        params, plan, jq.invariances.scale_pairs(fn, plan, params, X), stats
+    ),
+    "sequential": lambda fn, params, plan, stats: jq.calibration.quantize_sequentially(fn, plan, params, [X, X]),
     **{name: method(name) for name in ("rtn", "gptq", "clipped", "hqq", "autoround", "descend")},
 }
 SIZES = {name: 4 * (i + 3) for i, name in enumerate(WAYS)}  # a shape of its own, so that nothing is compiled before
@@ -84,7 +87,7 @@ def test_four_weights_are_compiled_as_two_are(way):
 def test_results_do_not_share(stages):
     """What shares its place is never collected at one time: as with a plan of each stage alone."""
     fn, params, plan, _ = chain(4, 8)
-    got = jq.quantize_sequentially(fn, plan, params, [X, -2 * X], stages=stages)
+    got = jq.calibration.quantize_sequentially(fn, plan, params, [X, -2 * X], stages=stages)
     want: dict[str, Any] = dict(params)
     for names in [["w0", "w1"], ["w2", "w3"]] if stages else [[f"w{i}"] for i in range(4)]:
         part = jq.Plan(tuple(item for item in plan.items if item.path in names))

@@ -25,12 +25,14 @@ def arrays(**shapes):
 def groups_of(fn, params, *args, rules="."):
     """The groups as text; random matrices in all of them are shown to preserve the function."""
     plan = jq.make_plan(fn, params, *args, rules=[jq.Rule(rules, INT4)])
-    groups = jq.rotation_groups(fn, plan, params, *args)
+    groups = jq.invariances.rotation_groups(fn, plan, params, *args)
     if not groups:
         return set()
     moved = params
     for group in groups:
-        moved = jq.rotate(moved, group, jnp.asarray(np.linalg.qr(RNG.normal(size=(group.size,) * 2))[0], jnp.float32))
+        moved = jq.invariances.rotate(
+            moved, group, jnp.asarray(np.linalg.qr(RNG.normal(size=(group.size,) * 2))[0], jnp.float32)
+        )
     expected = fn(params, *args)
     np.testing.assert_allclose(fn(moved, *args), expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
     return {str(group).rpartition(" (")[0] for group in groups}
@@ -84,7 +86,7 @@ def test_biases_turn_along_and_gains_stop_it_unless_they_are_one():
     params = {**AB, "g": np.exp(AB["c"])}
     assert groups_of(fn, params, X) == set()
     plan = jq.make_plan(fn, params, X, rules=[jq.Rule("b", INT4)])
-    folded = jq.fold_gains(params, jq.scale_pairs(fn, plan, params, X))
+    folded = jq.invariances.fold_gains(params, jq.invariances.scale_pairs(fn, plan, params, X))
     np.testing.assert_array_equal(folded["g"], np.ones((1, 8)))
     np.testing.assert_allclose(fn(folded, X), fn(params, X), rtol=1e-5, atol=1e-5)
     assert groups_of(fn, folded, X) == {"a[-1], c[-1] -> b[-2]"}
@@ -98,7 +100,7 @@ def test_heads_are_turned_one_by_one():
 
     params = {"a": AB["a"], "b": RNG.normal(size=(16, 3)).astype(np.float32)}
     plan = jq.make_plan(fn, params, X, rules=[jq.Rule("b", INT4)])
-    assert [group.size for group in jq.rotation_groups(fn, plan, params, X)] == [4]
+    assert [group.size for group in jq.invariances.rotation_groups(fn, plan, params, X)] == [4]
     assert groups_of(fn, params, X) == CHAIN
 
 
@@ -132,9 +134,9 @@ def test_the_residual_stream_of_a_scanned_decoder():
     params, tokens = stacked_decoder(), jnp.arange(5)
     fn = jax.jit(decoder)
     plan = jq.make_plan(decoder, params, tokens, rules=[jq.Rule("head|layers/[^g]|gate", INT4)])
-    pairs = jq.scale_pairs(decoder, plan, params, tokens)
-    folded = jq.fold_gains(params, pairs)
-    residual, values = jq.rotation_groups(decoder, plan, folded, tokens)
+    pairs = jq.invariances.scale_pairs(decoder, plan, params, tokens)
+    folded = jq.invariances.fold_gains(params, pairs)
+    residual, values = jq.invariances.rotation_groups(decoder, plan, folded, tokens)
     if residual.size != 8:
         residual, values = values, residual
     turned = {f"layers/{name}" for name in ("q", "k", "v", "gate", "up")}
@@ -143,7 +145,7 @@ def test_the_residual_stream_of_a_scanned_decoder():
     assert (values.sinks, values.others, values.size) == ((("layers/o", -2),), (("layers/v", -1),), 4)
     moved = folded
     for group in (residual, values):
-        moved = jq.rotate(moved, group, group.random(jax.random.key(3)))
+        moved = jq.invariances.rotate(moved, group, group.random(jax.random.key(3)))
     assert not np.allclose(moved["table"], params["table"], atol=0.1)
     expected = fn(params, tokens)
     np.testing.assert_allclose(fn(moved, tokens), expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
@@ -160,12 +162,12 @@ def test_a_llama(llama, forward):  # noqa: F811
 
     with jax.numpy_rank_promotion("allow"):
         plan = jq.make_plan(fn, params, ids, rules=[jq.Rule("proj/kernel|lm_head", INT4)])
-        folded = jq.fold_gains(params, jq.scale_pairs(fn, plan, params, ids))
-        groups = jq.rotation_groups(fn, plan, folded, ids)
+        folded = jq.invariances.fold_gains(params, jq.invariances.scale_pairs(fn, plan, params, ids))
+        groups = jq.invariances.rotation_groups(fn, plan, folded, ids)
         assert sorted(group.size for group in groups) == [32, 32, 128]
         moved = folded
         for i, group in enumerate(groups):
-            moved = jq.rotate(moved, group, group.random(jax.random.key(i)))
+            moved = jq.invariances.rotate(moved, group, group.random(jax.random.key(i)))
         expected = forward({"params": params}, ids)
         np.testing.assert_allclose(
             forward({"params": moved}, ids), expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max())
@@ -183,15 +185,15 @@ def test_learned_matrices_stay_orthogonal_and_lower_the_error_fused_and_online()
     fn = lambda p, x: jax.nn.relu((x @ p["a"]) @ p["b"]) @ p["d"]  # noqa: E731
     both = OpSpec(QuantSpec("int4"), QuantSpec("int4"))
     plan = jq.make_plan(fn, params, x, rules=[jq.Rule("b|d", both)])
-    (group,) = jq.rotation_groups(fn, plan, params, x)
+    (group,) = jq.invariances.rotation_groups(fn, plan, params, x)
     start = {group: group.random(jax.random.key(0)), "d": jnp.asarray(orthogonal(48))}
-    first, *_, last = jq.learn_rotations(fn, plan, params, start, [x] * 60, rate=0.05)
+    first, *_, last = jq.invariances.learn_rotations(fn, plan, params, start, [x] * 60, rate=0.05)
     assert float(last.loss) < 0.7 * float(first.loss)
     for matrix in last.matrices.values():
         np.testing.assert_allclose(matrix @ matrix.T, np.eye(len(matrix)), atol=1e-5)
     bases = {"d": Orthogonal(last.matrices["d"])}
-    moved = jq.precondition_params(jq.rotate(params, group, last.matrices[group]), plan, bases)
-    run = jq.precondition(fn, plan, bases)
+    moved = jq.invariances.precondition_params(jq.invariances.rotate(params, group, last.matrices[group]), plan, bases)
+    run = jq.invariances.precondition(fn, plan, bases)
     expected = fn(params, x)
     np.testing.assert_allclose(run(moved, x), expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
 
@@ -207,11 +209,11 @@ def test_a_cayley_step_is_a_rotation():
 def test_refusals():
     fn = lambda p, x: (x @ p["a"]) @ p["b"]  # noqa: E731
     plan = jq.make_plan(fn, AB, X, rules=[jq.Rule("b", INT4)])
-    (group,) = jq.rotation_groups(fn, plan, AB, X)
+    (group,) = jq.invariances.rotation_groups(fn, plan, AB, X)
     with pytest.raises(jq.QuantError, match=r"rotate: the matrix does not fit the group; got shape=\(4, 4\)"):
-        jq.rotate(AB, group, jnp.eye(4))
+        jq.invariances.rotate(AB, group, jnp.eye(4))
     done = {**AB, "b": jq.quantize(AB["b"], INT4.weight, reduce_axes=(-2,))}
     with pytest.raises(jq.QuantError, match="rotate at b: the parameter is quantized already"):
-        jq.rotate(done, group, jnp.eye(8))
+        jq.invariances.rotate(done, group, jnp.eye(8))
     with pytest.raises(jq.QuantError, match="learn_rotations: there is nothing to learn"):
-        next(jq.learn_rotations(fn, plan, AB, {}, [X]))
+        next(jq.invariances.learn_rotations(fn, plan, AB, {}, [X]))

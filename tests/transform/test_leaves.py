@@ -76,7 +76,7 @@ def test_a_lookup_has_no_inputs(method):
     plan = plan_of(recipes.w4a16(16), "kernel|table")
     assert "round it to nearest" in plan["table"].note
     assert "round it to nearest" not in plan["kernel"].note
-    stats = jq.calibrate(fn, plan, PARAMS, [IDS], collect={"gram": jq.statistics.Gram()})
+    stats = jq.calibrate(fn, plan, PARAMS, [IDS], collect={"gram": jq.calibration.Gram()})
     q = jq.quantize_params(PARAMS, plan, method=method, stats=stats)
     group = np.asarray(PARAMS["table"]).reshape(20, 2, 16)
     step = np.maximum(group.max(-1, keepdims=True) / 7.5, -group.min(-1, keepdims=True) / 8.5)

@@ -10,7 +10,8 @@ from jax import lax
 from transform_cases import close, unequal
 
 import jaxquant as jq
-from jaxquant import recipes, statistics
+from jaxquant import recipes
+from jaxquant.transform import statistics
 
 LENGTHS = np.array([5, 2, 3])
 MASK = np.arange(5)[None] < LENGTHS[:, None]
@@ -159,13 +160,13 @@ def test_nan_that_counts_is_named():
 
 def test_collect_must_be_named():
     plan = jq.make_plan(layers, PARAMS, CLEAN, rules=[jq.Rule(".*", recipes.w8a16())])
-    remedy = r'calibrate: collect must .*collect=\{"gram": jq.statistics.Gram\(\)\}'
+    remedy = r'calibrate: collect must .*collect=\{"gram": jq.calibration.Gram\(\)\}'
     wrong: Any
     for wrong in (statistics.Gram(), [statistics.Gram()], {"gram": statistics.Gram}, {0: statistics.Gram()}):
         with pytest.raises(jq.QuantError, match=remedy):
             jq.calibrate(layers, plan, PARAMS, [CLEAN], collect=wrong)
         with pytest.raises(jq.QuantError, match="merge_stats: collect must"):
-            jq.merge_stats(plan, [], collect=wrong)
+            jq.calibration.merge_stats(plan, [], collect=wrong)
 
 
 def test_losses():
@@ -174,13 +175,15 @@ def test_losses():
     plan = jq.make_plan(layers, params, CLEAN, rules=[jq.Rule(".*", spec)])
     other = np.where(MASK[..., None], CLEAN, 7.0).astype(np.float32)
     candidates = {"int3": spec}
-    tables = [jq.sensitivity(layers, plan, params, [x], candidates, mask=[MASK], probes=1) for x in (CLEAN, other)]
-    rows = jq.sensitivity(layers, plan, params, [CLEAN[MASK]], candidates)
+    tables = [
+        jq.mixed.sensitivity(layers, plan, params, [x], candidates, mask=[MASK], probes=1) for x in (CLEAN, other)
+    ]
+    rows = jq.mixed.sensitivity(layers, plan, params, [CLEAN[MASK]], candidates)
     for path in plan:
         assert tables[0][path, "int3"].error == pytest.approx(tables[1][path, "int3"].error, rel=1e-5)
         assert tables[0][path, "int3"].error == pytest.approx(rows[path, "int3"].error, rel=1e-4)
     with pytest.raises(jq.QuantError, match=r"outputs do not begin with the axes of the mask: .*has shape"):
-        jq.sensitivity(lambda p, x: layers(p, x).sum(1), plan, params, [CLEAN], candidates, mask=[MASK])
+        jq.mixed.sensitivity(lambda p, x: layers(p, x).sum(1), plan, params, [CLEAN], candidates, mask=[MASK])
 
 
 def test_distilled():
@@ -189,7 +192,10 @@ def test_distilled():
     qparams = jq.quantize_params(PARAMS, plan)
     other = np.where(MASK[..., None], CLEAN, 7.0).astype(np.float32)
     losses = [
-        [float(d.loss) for d in jq.distill(layers, plan, PARAMS, qparams, [x] * 2, optax.sgd(0.1), mask=lambda _: MASK)]
+        [
+            float(d.loss)
+            for d in jq.calibration.distill(layers, plan, PARAMS, qparams, [x] * 2, optax.sgd(0.1), mask=lambda _: MASK)
+        ]
         for x in (CLEAN, other)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -199,7 +205,7 @@ def test_distilled():
 def test_in_turns():
     """`quantize_sequentially` with a mask is that of the rows that count."""
     plan = jq.make_plan(layers, PARAMS, CLEAN, rules=[jq.Rule(".*", recipes.w4a16(None))])
-    masked = jq.quantize_sequentially(layers, plan, PARAMS, [PADDED], mask=iter([MASK]))
-    alone = jq.quantize_sequentially(layers, plan, PARAMS, [CLEAN[MASK]])
+    masked = jq.calibration.quantize_sequentially(layers, plan, PARAMS, [PADDED], mask=iter([MASK]))
+    alone = jq.calibration.quantize_sequentially(layers, plan, PARAMS, [CLEAN[MASK]])
     for path in plan:
         np.testing.assert_array_equal(masked[path].logical_codes(), alone[path].logical_codes())

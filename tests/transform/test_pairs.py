@@ -28,11 +28,11 @@ def parameters(model, x):
 def pairs_of(fn, params, *args, rules="kernel"):
     """The pairs as text; each is shown to preserve the function, with scales over two orders of magnitude."""
     plan = jq.make_plan(fn, params, *args, rules=[jq.Rule(rules, recipes.w8a8())])
-    pairs = jq.scale_pairs(fn, plan, params, *args)
+    pairs = jq.invariances.scale_pairs(fn, plan, params, *args)
     moved = params
     for i, pair in enumerate(pairs):
         scale = jnp.exp(jax.random.normal(jax.random.key(i), (*pair.stack, pair.channels)))
-        moved = jq.rescale(moved, pair, scale)
+        moved = jq.invariances.rescale(moved, pair, scale)
     run = jax.jit(fn)
     expected = run(params, *args)
     np.testing.assert_allclose(run(moved, *args), expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
@@ -169,13 +169,13 @@ def test_used_whole_and_by_layer():
         return x + p["w"].sum()
 
     plan = jq.make_plan(fn, params, jnp.ones((2, 3)), rules=[jq.Rule("v", recipes.w8a8())])
-    assert jq.scale_pairs(fn, plan, params, jnp.ones((2, 3))) == ()
+    assert jq.invariances.scale_pairs(fn, plan, params, jnp.ones((2, 3))) == ()
 
 
 def test_a_scale_of_the_wrong_shape():
     params = dense((4, 6), (6, 3))
     fn = lambda p, x: (x @ p["a_kernel"]) @ p["b_kernel"]  # noqa: E731
     plan = jq.make_plan(fn, params, jnp.ones((2, 4)), rules=[jq.Rule("b", recipes.w8a8())])
-    (pair,) = jq.scale_pairs(fn, plan, params, jnp.ones((2, 4)))
+    (pair,) = jq.invariances.scale_pairs(fn, plan, params, jnp.ones((2, 4)))
     with pytest.raises(jq.QuantError, match=r"rescale: the scale does not fit the pair; got shape=\(3,\)"):
-        jq.rescale(params, pair, jnp.ones(3))
+        jq.invariances.rescale(params, pair, jnp.ones(3))

@@ -46,7 +46,7 @@ def test_it_is_the_three_steps():
     model = jq.quantize_model(mlp, PARAMS, X, recipe="w8a8:static", method="gptq", batches=[X, X / 2])
     plan = jq.make_plan(mlp, PARAMS, X, rules=[jq.Rule(".*", recipes.w8a8(static=True))])
     assert model.plan == plan
-    stats = jq.calibrate(mlp, plan, PARAMS, [X, X / 2], collect={"gram": jq.statistics.Gram()})
+    stats = jq.calibrate(mlp, plan, PARAMS, [X, X / 2], collect={"gram": jq.calibration.Gram()})
     same(model.state, jq.act_state(plan, stats))
     same(model.params, jq.quantize_params(PARAMS, plan, method=ptq.gptq, stats=stats))
     same(model.fn(model.params, X), jq.quantized(mlp, plan, model.state)(model.params, X))

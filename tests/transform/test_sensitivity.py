@@ -31,7 +31,7 @@ def fn(p, x):
 @pytest.fixture(scope="module")
 def table():
     plan = jq.make_plan(fn, PARAMS, X, rules=[jq.Rule(".", CANDIDATES["int8"])])
-    return jq.sensitivity(fn, plan, PARAMS, [X, 0.5 * X], CANDIDATES, probes=64)
+    return jq.mixed.sensitivity(fn, plan, PARAMS, [X, 0.5 * X], CANDIDATES, probes=64)
 
 
 def error(plan):
@@ -75,12 +75,12 @@ def test_json(table):
 def test_beats_uniform_at_equal_bytes(table):
     uniform = table.uniform("int4")
     budget = sum(item.nbytes[1] for item in uniform.items)
-    chosen = jq.allocate(table, budget=budget)
+    chosen = jq.mixed.allocate(table, budget=budget)
     assert sum(item.nbytes[1] for item in chosen.items) <= budget
     assert table.predicted(chosen) < table.predicted(uniform)
     assert error(chosen) < error(uniform)
     elements = sum(w.size for w in PARAMS.values())
-    assert jq.allocate(table, mean_bits=8 * budget / elements) == chosen
+    assert jq.mixed.allocate(table, mean_bits=8 * budget / elements) == chosen
 
 
 @given(
@@ -114,18 +114,18 @@ def test_many_weights_with_few_states():
 
 def test_refusals(table):
     with pytest.raises(jq.QuantError, match="allocate: one of budget and mean_bits is needed"):
-        jq.allocate(table)
+        jq.mixed.allocate(table)
     with pytest.raises(jq.QuantError, match=r"allocate: no choice fits the budget; got budget=10. Allow \d+ bytes"):
-        jq.allocate(table, budget=10)
+        jq.mixed.allocate(table, budget=10)
     with pytest.raises(jq.QuantError, match="sensitivity: nothing to measure with; got batches=0"):
-        jq.sensitivity(fn, table.plan, PARAMS, [], CANDIDATES)
+        jq.mixed.sensitivity(fn, table.plan, PARAMS, [], CANDIDATES)
 
 
 def test_activations_count_where_a_candidate_has_them(table):
     plan = table.plan
     both = {"w": OpSpec(QuantSpec("int8")), "wa": OpSpec(QuantSpec("int8"), QuantSpec("int4"))}
     seen = []
-    found = jq.sensitivity(fn, plan, PARAMS, [X], both, progress=lambda done, total: seen.append((done, total)))
+    found = jq.mixed.sensitivity(fn, plan, PARAMS, [X], both, progress=lambda done, total: seen.append((done, total)))
     assert found["b", "wa"].error > 2 * found["b", "w"].error
     assert seen == [(i, 6) for i in range(1, 7)]
     assert isinstance(found.cells[0], Cell)
@@ -135,7 +135,7 @@ def test_distilling_makes_up_for_rounding():
     plan = jq.make_plan(fn, PARAMS, X, rules=[jq.Rule("a|b", OpSpec(QuantSpec("int3")))])
     qparams = jq.quantize_params(PARAMS, plan)
     sgd = _SignDescent()
-    *_, last = jq.distill(fn, plan, PARAMS, qparams, [X] * 60, sgd)
+    *_, last = jq.calibration.distill(fn, plan, PARAMS, qparams, [X] * 60, sgd)
     target = fn(PARAMS, X)
     before, after = (
         float(jq.transform.relative_error(fn(jq.dequantize_params(p), X), target)) for p in (qparams, last.params)
@@ -146,7 +146,7 @@ def test_distilling_makes_up_for_rounding():
     np.testing.assert_array_equal(last.params["a"].codes, qparams["a"].codes)
     assert last.params["c"] is qparams["c"]  # a matrix in float: neither scale nor vector
     with pytest.raises(jq.QuantError, match="distill: there is nothing to train"):
-        next(jq.distill(fn, jq.Plan(()), PARAMS, PARAMS, [X], sgd))
+        next(jq.calibration.distill(fn, jq.Plan(()), PARAMS, PARAMS, [X], sgd))
 
 
 class _SignDescent:
@@ -164,20 +164,20 @@ def test_choices_as_a_whole_are_never_worse_and_fit(table):
     start = table.choose({"a": "int4", "b": "int4", "c": "int8"})
     size = lambda plan: sum(item.nbytes[1] for item in plan.items)  # noqa: E731
     told = []
-    found = jq.refine(fn, table, start, PARAMS, [X], evaluations=12, progress=lambda *now: told.append(now))
+    found = jq.mixed.refine(fn, table, start, PARAMS, [X], evaluations=12, progress=lambda *now: told.append(now))
     assert error(found) < error(start)
     assert size(found) <= size(start)
     assert told[-1][0] <= told[-1][1] == 12
     assert [n for n, _ in told] == list(range(1, len(told) + 1))
     uniform = table.uniform("int4")
-    assert error(jq.refine(fn, table, start, PARAMS, [X], budget=size(uniform), evaluations=12)) <= error(uniform)
+    assert error(jq.mixed.refine(fn, table, start, PARAMS, [X], budget=size(uniform), evaluations=12)) <= error(uniform)
 
 
 def test_refusals_of_refine(table):
     with pytest.raises(jq.QuantError, match="refine: there are no batches"):
-        jq.refine(fn, table, table.uniform("int4"), PARAMS, [])
+        jq.mixed.refine(fn, table, table.uniform("int4"), PARAMS, [])
     both = {"w8a8": OpSpec(QuantSpec("int8"), QuantSpec("int8"))}
     cells = tuple(Cell(path, "w8a8", 1, 1.0, 1.0) for path in PARAMS)
     acts = Sensitivity(table.plan, both, cells)
     with pytest.raises(jq.QuantError, match="a candidate quantizes activations"):
-        jq.refine(fn, acts, acts.uniform("w8a8"), PARAMS, [X])
+        jq.mixed.refine(fn, acts, acts.uniform("w8a8"), PARAMS, [X])

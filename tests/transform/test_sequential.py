@@ -29,7 +29,7 @@ PLAN = jq.make_plan(fn, PARAMS, X, rules=[jq.Rule("^[abc]$", SPEC)])
 def test_each_weight_in_the_order_of_use():
     seen, last, told = [], [], []
     batches = iter([X, 2 * X])
-    q = jq.quantize_sequentially(
+    q = jq.calibration.quantize_sequentially(
         fn, PLAN, PARAMS, batches, on_stage=lambda p, s: (seen.append(s), last.append(p)),
         progress=lambda *now: told.append(now),
     )  # fmt: skip
@@ -38,7 +38,7 @@ def test_each_weight_in_the_order_of_use():
     assert not isinstance(PARAMS["a"], jq.QTensor)
     params = dict(PARAMS)
     for name in "abc":  # the definition, by hand
-        stats = jq.calibrate(fn, PLAN, params, [X, 2 * X], collect={"gram": jq.statistics.Gram()})
+        stats = jq.calibrate(fn, PLAN, params, [X, 2 * X], collect={"gram": jq.calibration.Gram()})
         one = gptq(PARAMS[name], SPEC.weight, reduce_axes=(-2,), stats=stats[name])
         np.testing.assert_array_equal(q[name].dequantize(), one.dequantize())
         params[name] = one.dequantize()
@@ -47,9 +47,9 @@ def test_each_weight_in_the_order_of_use():
 
 
 def test_makes_up_for_errors_that_were_made_before():
-    stats = jq.calibrate(fn, PLAN, PARAMS, [X], collect={"gram": jq.statistics.Gram()})
+    stats = jq.calibrate(fn, PLAN, PARAMS, [X], collect={"gram": jq.calibration.Gram()})
     apart = jq.quantize_params(PARAMS, PLAN, method=descend, stats=stats)
-    turns = jq.quantize_sequentially(fn, PLAN, PARAMS, [X], method=descend)
+    turns = jq.calibration.quantize_sequentially(fn, PLAN, PARAMS, [X], method=descend)
     np.testing.assert_array_equal(turns["a"].dequantize(), apart["a"].dequantize())
     y = jnp.tanh(jnp.tanh(X @ turns["a"].dequantize()) @ turns["b"].dequantize())  # what the last weight really sees
     error = lambda q: float(jnp.linalg.norm(y @ (PARAMS["c"] - q.dequantize())))  # noqa: E731
@@ -58,20 +58,20 @@ def test_makes_up_for_errors_that_were_made_before():
 
 def test_stages_and_going_on():
     seen = []
-    half = jq.quantize_sequentially(
+    half = jq.calibration.quantize_sequentially(
         fn, PLAN, PARAMS, [X], stages=["[ab]", "c"], method=rtn, on_stage=lambda p, s: seen.append((s, p))
     )
     assert [s for s, _ in seen] == [("a", "b"), ("c",)]
-    again = jq.quantize_sequentially(fn, PLAN, seen[0][1], [X], stages=["[ab]", "c"], method=rtn)
+    again = jq.calibration.quantize_sequentially(fn, PLAN, seen[0][1], [X], stages=["[ab]", "c"], method=rtn)
     jax.tree.map(np.testing.assert_array_equal, again, half)
 
 
 def test_refusals():
     with pytest.raises(jq.QuantError, match="quantize_sequentially: there are no batches"):
-        jq.quantize_sequentially(fn, PLAN, PARAMS, [])
+        jq.calibration.quantize_sequentially(fn, PLAN, PARAMS, [])
     with pytest.raises(jq.QuantError, match="at c: a planned weight is in no stage"):
-        jq.quantize_sequentially(fn, PLAN, PARAMS, [X], stages=["[ab]"])
+        jq.calibration.quantize_sequentially(fn, PLAN, PARAMS, [X], stages=["[ab]"])
     with pytest.raises(jq.QuantError, match="a stage has no planned weight"):
-        jq.quantize_sequentially(fn, PLAN, PARAMS, [X], stages=["[abc]", "d"])
+        jq.calibration.quantize_sequentially(fn, PLAN, PARAMS, [X], stages=["[abc]", "d"])
     with pytest.raises(jq.QuantError, match=r"inputs of planned weights hold NaN or inf: a \(batch 0\)"):
-        jq.quantize_sequentially(fn, PLAN, PARAMS, [X.at[0, 0].set(jnp.nan)])
+        jq.calibration.quantize_sequentially(fn, PLAN, PARAMS, [X.at[0, 0].set(jnp.nan)])

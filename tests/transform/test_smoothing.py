@@ -21,9 +21,9 @@ PARAMS = {
 }
 X = (RNG.normal(size=(64, K)) @ RNG.normal(size=(K, K))).astype(np.float32) * OUTLIERS / K
 COLLECT = {
-    "gram": jq.statistics.Gram(),
-    "absmax": jq.statistics.ChannelAbsMax(),
-    "mean": jq.statistics.ChannelMean(),
+    "gram": jq.calibration.Gram(),
+    "absmax": jq.calibration.ChannelAbsMax(),
+    "mean": jq.calibration.ChannelMean(),
 }
 
 
@@ -71,13 +71,13 @@ def test_a_rotation_is_its_matrix():
 @pytest.mark.parametrize("transform", ["smoothquant", "awq", "equalize"])
 def test_fused_scales_keep_the_function(transform, stats):
     plan = plan_of(fn, PARAMS, recipes.w4a16(group_size=8))
-    pairs = jq.scale_pairs(fn, plan, PARAMS, X)
+    pairs = jq.invariances.scale_pairs(fn, plan, PARAMS, X)
     assert len(pairs) == 1
-    with_data = {"smoothquant": jq.smoothquant, "awq": jq.awq}
+    with_data = {"smoothquant": jq.invariances.smoothquant, "awq": jq.invariances.awq}
     moved = (
         with_data[transform](PARAMS, plan, pairs, stats)
         if transform in with_data
-        else jq.equalize(PARAMS, plan, pairs, rounds=2)
+        else jq.invariances.equalize(PARAMS, plan, pairs, rounds=2)
     )
     assert not np.array_equal(moved["up"], PARAMS["up"])
     same(fn(moved, X), fn(PARAMS, X))
@@ -89,13 +89,13 @@ def test_fused_scales_keep_the_function(transform, stats):
 def test_online_bases_keep_the_function(kind, stats):
     plan = plan_of(fn, PARAMS, recipes.w4a16(group_size=8))
     made = {
-        "smooth": lambda: jq.smooth_bases(PARAMS, plan, stats),
-        "awq": lambda: jq.awq_bases(PARAMS, plan, stats, ratios=4),
-        "rotation": lambda: jq.rotations(plan, jax.random.key(0)),
+        "smooth": lambda: jq.invariances.smooth_bases(PARAMS, plan, stats),
+        "awq": lambda: jq.invariances.awq_bases(PARAMS, plan, stats, ratios=4),
+        "rotation": lambda: jq.invariances.rotation_bases(plan, jax.random.key(0)),
     }[kind]()
     assert set(made) == {"up", "down"}
-    turned = jq.precondition_params(PARAMS, plan, made)
-    same(jq.precondition(fn, plan, made)(turned, X), fn(PARAMS, X))
+    turned = jq.invariances.precondition_params(PARAMS, plan, made)
+    same(jq.invariances.precondition(fn, plan, made)(turned, X), fn(PARAMS, X))
 
 
 def test_smoothing_and_rotating_help_with_outliers():
@@ -113,8 +113,16 @@ def test_smoothing_and_rotating_help_with_outliers():
     params_float = params["up"]
     plain = error(product, params)
     known = {"up": {"absmax": np.abs(x).max(0, keepdims=True)}}
-    for made in (jq.smooth_bases(params, plan, known), jq.rotations(plan, jax.random.key(0))):
-        assert error(jq.precondition(product, plan, made), jq.precondition_params(params, plan, made)) < plain / 2
+    for made in (
+        jq.invariances.smooth_bases(params, plan, known),
+        jq.invariances.rotation_bases(plan, jax.random.key(0)),
+    ):
+        assert (
+            error(
+                jq.invariances.precondition(product, plan, made), jq.invariances.precondition_params(params, plan, made)
+            )
+            < plain / 2
+        )
 
 
 def test_awq_is_never_worse_on_the_data_it_saw(stats):
@@ -173,31 +181,37 @@ def test_stacks():
     params = {"up": np.stack([PARAMS["up"], -PARAMS["up"]]), "down": RNG.normal(size=(2, H, K)).astype(np.float32) / H}
     plan = plan_of(stacked, params, recipes.w8a8())
     known = jq.calibrate(stacked, plan, params, [X], collect=COLLECT)
-    pairs = jq.scale_pairs(stacked, plan, params, X)
+    pairs = jq.invariances.scale_pairs(stacked, plan, params, X)
     assert [pair.stack for pair in pairs] == [(2,)]
     expected = jax.jit(stacked)(params, X)
-    for moved in (jq.smoothquant(params, plan, pairs, known), jq.equalize(params, plan, pairs, rounds=1)):
+    for moved in (
+        jq.invariances.smoothquant(params, plan, pairs, known),
+        jq.invariances.equalize(params, plan, pairs, rounds=1),
+    ):
         same(jax.jit(stacked)(moved, X), expected)
-    for made in (jq.smooth_bases(params, plan, known), jq.rotations(plan, jax.random.key(0))):
-        turned = jq.precondition_params(params, plan, made)
-        same(jax.jit(jq.precondition(stacked, plan, made))(turned, X), expected)
+    for made in (
+        jq.invariances.smooth_bases(params, plan, known),
+        jq.invariances.rotation_bases(plan, jax.random.key(0)),
+    ):
+        turned = jq.invariances.precondition_params(params, plan, made)
+        same(jax.jit(jq.invariances.precondition(stacked, plan, made))(turned, X), expected)
 
 
 def test_refusals(stats):
     plan = plan_of(fn, PARAMS, recipes.w8a8())
     one = {"up": ChannelScale(jnp.ones(K))}
     with pytest.raises(jq.QuantError, match="precondition at ip: a basis for a weight that is not planned"):
-        jq.precondition(fn, plan, {"ip": one["up"]})
+        jq.invariances.precondition(fn, plan, {"ip": one["up"]})
     with pytest.raises(jq.QuantError, match="precondition at down: the basis does not fit; got channels=24"):
-        jq.precondition(fn, plan, {"down": one["up"]})
+        jq.invariances.precondition(fn, plan, {"down": one["up"]})
     with pytest.raises(jq.QuantError, match="precondition_params at up: the weight is quantized already"):
-        jq.precondition_params(jq.quantize_params(PARAMS, plan), plan, one)
+        jq.invariances.precondition_params(jq.quantize_params(PARAMS, plan), plan, one)
     with pytest.raises(jq.QuantError, match="smoothquant at down: there is no absmax of the inputs"):
-        jq.smoothquant(PARAMS, plan, jq.scale_pairs(fn, plan, PARAMS, X), {})
+        jq.invariances.smoothquant(PARAMS, plan, jq.invariances.scale_pairs(fn, plan, PARAMS, X), {})
     with pytest.raises(jq.QuantError, match=r"awq_scale: unknown families of scales; got families=\('both',\)"):
         jq.ptq.awq_scale([jnp.ones((2, 2))], [QuantSpec("int4")], {}, families=("both",))
     table, ids = {"t": jnp.ones((4, 3))}, jnp.zeros(2, jnp.int32)
     tied = lambda p, i: jnp.take(p["t"], i, axis=0) @ p["t"].T  # noqa: E731
     both = jq.make_plan(tied, table, ids, rules=[jq.Rule("t", recipes.w8a16())])
     with pytest.raises(jq.QuantError, match="precondition at t: the weight is used in another way too"):
-        jq.precondition(tied, both, {"t": ChannelScale(jnp.ones(3))})
+        jq.invariances.precondition(tied, both, {"t": ChannelScale(jnp.ones(3))})

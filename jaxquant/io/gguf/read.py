@@ -74,7 +74,7 @@ def load_gguf(
       dtype: float dtype that QTensors dequantize to, rounded once.
       sharding: where to put each leaf as it is read, by the names in ``params``; as for `load_hf`.
       target: the platform that codes are laid out for, ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default where they go. See
-        `jaxquant.lay_out`.
+        `jaxquant.ops.lay_out`.
 
     Returns:
       ``(params, info)``: a flat dict from names to arrays and QTensors, and a `GGUFInfo`.

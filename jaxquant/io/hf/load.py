@@ -93,7 +93,7 @@ def load_hf(
       sharding: where to put each leaf as it is read: a `jax.sharding.Sharding`, or a dict or function from the names in
         the result ("/" between the keys) to one or None. Arrays of a QTensor follow as in `jaxquant.shardings`.
       target: the platform that codes are laid out for, ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default where they go. See
-        `jaxquant.lay_out`.
+        `jaxquant.ops.lay_out`.
       shapes: (out, in), or the shape of a convolution's kernel, of modules whose file does not say it (quanto, int4 and
         int2).
 

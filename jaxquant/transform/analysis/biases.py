@@ -42,7 +42,7 @@ def biases(fn: Callable[..., Any], plan: Plan, params: Any, *args: Any, **kwargs
       >>> from jaxquant import recipes
       >>> fn, params = lambda p, x: x @ p["w"] + p["b"], {"w": jnp.ones((4, 3)), "b": jnp.zeros((1, 3))}
       >>> plan = jq.make_plan(fn, params, jnp.ones((2, 4)), rules=[jq.Rule("w", recipes.w8a16())])
-      >>> jq.biases(fn, plan, params, jnp.ones((2, 4)))
+      >>> jq.invariances.biases(fn, plan, params, jnp.ones((2, 4)))
       {'w': 'b'}
     """
     traced = traced_for("biases", fn, plan, params, args, kwargs)

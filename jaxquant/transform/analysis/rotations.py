@@ -88,7 +88,7 @@ def rotation_groups(
       >>> fn, x = lambda p, x: (x @ p["a"]) @ p["b"], jnp.ones((3, 4))
       >>> params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
       >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("b", jq.OpSpec(jq.QuantSpec("int8")))])
-      >>> print(*jq.rotation_groups(fn, plan, params, x))
+      >>> print(*jq.invariances.rotation_groups(fn, plan, params, x))
       a[-1] -> b[-2] (8 channels)
 
     Source: Ashkboos et al. 2024 (QuaRot, arXiv:2404.00456), figures 2 and 3, and Liu et al. 2024 (SpinQuant,

@@ -103,7 +103,7 @@ def scale_pairs(fn: Callable[..., Any], plan: Plan, params: Any, *args: Any, **k
       >>> fn = lambda p, x: jax.nn.relu(x @ p["up"] + p["bias"]) @ p["down"]
       >>> params = {"up": jnp.ones((4, 8)), "bias": jnp.zeros((1, 8)), "down": jnp.ones((8, 2))}
       >>> plan = jq.make_plan(fn, params, jnp.ones((3, 4)), rules=[jq.Rule("up|down", recipes.w8a8())])
-      >>> for pair in jq.scale_pairs(fn, plan, params, jnp.ones((3, 4))):
+      >>> for pair in jq.invariances.scale_pairs(fn, plan, params, jnp.ones((3, 4))):
       ...     print(pair)
       bias[-1]^-1, up[-1]^-1 -> down[-2] (8 channels)
 
