@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 
-__all__ = ["is_qtensor", "key_of", "leaves_with_paths", "nearest", "path_of"]
+__all__ = ["folded", "is_qtensor", "key_of", "leaves_with_paths", "nearest", "path_of"]
 
 
 def is_qtensor(x: Any) -> bool:
@@ -46,3 +47,43 @@ def nearest(name: str, names: Iterable[str]) -> str:
     names = list(names)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
     return ", ".join(map(repr, close)) if close else "no candidates"
+
+
+def folded(entries: Mapping[str, Hashable]) -> dict[str, list[str]]:
+    """Paths that differ in one number and stand for equal things, together: those of repeated layers.
+
+    Args:
+      entries: path -> what has to be equal.
+
+    Returns:
+      Label -> the paths it is for, in the order of the first of each. A label is a path, or one with ``{0..31}`` (or
+      ``{0,2,5}``) in place of the number, where three or more are alike.
+
+    Example:
+      >>> folded({"layers_0/w": 4, "layers_1/w": 4, "layers_2/w": 4, "head": 8})
+      {'layers_{0..2}/w': ['layers_0/w', 'layers_1/w', 'layers_2/w'], 'head': ['head']}
+    """
+    alike: dict[Any, list[str]] = {}
+    places: dict[str, list[Any]] = {}
+    for path, value in entries.items():
+        parts = re.split(r"(\d+)", path)
+        places[path] = [(tuple(parts[:i]), tuple(parts[i + 1 :]), value) for i in range(1, len(parts), 2)]
+        for place in places[path]:
+            alike.setdefault(place, []).append(path)
+    found: dict[str, list[str]] = {}
+    done: set[str] = set()
+    for path in entries:
+        if path in done:
+            continue
+        place = max(places[path], key=lambda place: len(alike[place]), default=None)
+        members = [] if place is None else [p for p in alike[place] if p not in done]
+        if place is None or len(members) < 3:
+            found[path] = [path]
+            continue
+        before, after, _ = place
+        numbers = [p.removeprefix("".join(before)).removesuffix("".join(after)) for p in members]
+        run = numbers == [str(n) for n in range(int(numbers[0]), int(numbers[0]) + len(numbers))]
+        inner = f"{numbers[0]}..{numbers[-1]}" if run else ",".join(numbers)
+        found[f"{''.join(before)}{{{inner}}}{''.join(after)}"] = members
+        done.update(members)
+    return found

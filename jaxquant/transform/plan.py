@@ -16,6 +16,7 @@ import numpy as np
 from jaxquant.core.abstract import abstract
 from jaxquant.core.blocks import block_shape, scale_shape
 from jaxquant.core.errors import printable, quant_error
+from jaxquant.core.paths import folded
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.kernel import kernel
 
@@ -144,6 +145,8 @@ class Product:
 class Plan:
     """An ordered mapping from path to `Item`, with what stays in float. Made by `make_plan`; prints as a table.
 
+    Repeated layers that are alike are one line of the table: ``layers_{0..31}/kernel``, with the bytes of all.
+
     Attributes:
       items: what is quantized, in the order of the parameters.
       floats: what is not, with the reason.
@@ -191,28 +194,19 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [("path", "op", "shape", "spec", "kernel", "bytes before", "after")]
-        total = [0, 0]
+        cells: dict[str, tuple[str, ...]] = {}
+        sizes: dict[str, tuple[int, int]] = {}
         for item in self.items:
-            before, after = item.nbytes
-            total = [total[0] + before, total[1] + after]
             axes = f", reduced over {', '.join(map(str, item.reduce_axes))}"
-            rows.append(
-                (
-                    item.path,
-                    item.op,
-                    f"{list(item.shape)}{axes}",
-                    _brief(item.spec),
-                    item.kernel,
-                    f"{before:,}",
-                    f"{after:,}",
-                )
-            )
+            cells[item.path] = (item.op, f"{list(item.shape)}{axes}", _brief(item.spec), item.kernel)
+            sizes[item.path] = item.nbytes
         for left in self.floats:
-            size = left.nbytes
-            total = [total[0] + size, total[1] + size]
-            rows.append(
-                (left.path, "-", f"{list(left.shape)}", f"{left.dtype}: {left.reason}", "-", f"{size:,}", f"{size:,}")
-            )
+            cells[left.path] = ("-", f"{list(left.shape)}", f"{left.dtype}: {left.reason}", "-")
+            sizes[left.path] = (left.nbytes, left.nbytes)
+        for label, paths in folded(cells).items():
+            before, after = (sum(sizes[path][i] for path in paths) for i in (0, 1))
+            rows.append((label, *cells[paths[0]], f"{before:,}", f"{after:,}"))
+        total = [sum(size[i] for size in sizes.values()) for i in (0, 1)]
         for product in self.products:
             left, right = (f"[{', '.join(map(str, shape))}]" for shape in product.shapes)
             rows.append((product.name, "product", f"{left} x {right}", _product(product.spec), "-", "-", "-"))
@@ -221,7 +215,8 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(c.rjust(w) if i > 4 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths,
                  strict=True))) for row in rows]  # fmt: skip
-        notes = [f"{item.path}: {item.note}" for item in self.items if item.note]
+        told = {item.path: item.note for item in self.items if item.note}
+        notes = [f"{label}: {told[paths[0]]}" for label, paths in folded(told).items()]
         notes += [f"{product.name}: {product.note}" for product in self.products if product.note]
         rule = "-" * len(lines[0])
         return "\n".join(printable(line.rstrip()) for line in [lines[0], rule, *lines[1:-1], rule, lines[-1], *notes])

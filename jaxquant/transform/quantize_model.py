@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from jaxquant.core.errors import printable, quant_error
-from jaxquant.core.paths import nearest
+from jaxquant.core.paths import folded, nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.core.units import in_bytes
@@ -53,9 +53,12 @@ class Report:
         smaller = f", {before / after:.2f}x smaller" if after else ""
         weights = "1 weight" if self.quantized == 1 else f"{self.quantized} weights"
         lines = [f"{weights} quantized: {in_bytes(before)} -> {in_bytes(after)}{smaller}"]
-        lines += [f"  {path}: {note}" for path, note in self.notes.items()]
+        lines += [f"  {label}: {self.notes[paths[0]]}" for label, paths in folded(self.notes).items()]
         vectors = collections.Counter(f.reason for f in self.floats if len(f.shape) < 2)
-        lines += [f"in float: {f.path} {list(f.shape)}: {f.reason}" for f in self.floats if len(f.shape) >= 2]
+        large = {f.path: (f.shape, f.reason) for f in self.floats if len(f.shape) >= 2}
+        for label, paths in folded(large).items():
+            shape, reason = large[paths[0]]
+            lines.append(f"in float: {label} {list(shape)}: {reason}")
         lines += [f"in float: vectors and scalars ({n}): {reason}" for reason, n in vectors.items()]
         return "\n".join(map(printable, lines))
 
