@@ -38,8 +38,12 @@ def never_clips(spec: QuantSpec) -> bool:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _computed(spec, axes, x, key):
-    """(result, scale, zero point), the two in order that they are computed once."""
-    return _forward(x, None, None, key, spec=spec, axes=axes)
+    """(result, scale, zero point), the two in order that they are computed once.
+
+    The zero point as floats, which have zeros for tangents; those of integers (float0) have no symbolic shapes.
+    """
+    result, scale, zero_point = _forward(x, None, None, key, spec=spec, axes=axes)
+    return result, scale, None if zero_point is None else zero_point.astype(scale.dtype)
 
 
 def _computed_jvp(spec, axes, primals, tangents):
@@ -49,7 +53,7 @@ def _computed_jvp(spec, axes, primals, tangents):
         view = BlockView.of_scale(x.shape, scale.shape)
         inside = _inside(view, view.split(x.astype(promoted(x.dtype, scale.dtype))), spec, scale, zero_point)
         dx = jax.checkpoint(functools.partial(_masked, view), prevent_cse=False)(inside, dx)  # keeps the mask alone
-    return out, (dx, *(None if v is None else constant(v) for v in (scale, zero_point)))
+    return out, (dx, *(None if v is None else jnp.zeros_like(v) for v in (scale, zero_point)))
 
 
 def _masked(view: BlockView, inside: jax.Array, x: jax.Array) -> jax.Array:

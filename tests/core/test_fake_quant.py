@@ -68,7 +68,8 @@ def test_given_scales_give_the_same_values():
 
 
 SATURATING = [
-    ("int4", None, -7, 7),
+    ("int4", None, -8, 7),
+    ("int8", None, -127, 127),
     ("int4", MSE(), -8, 7),
     ("uint4", None, 0, 15),
     ("float8_e4m3fn", None, -448, 448),
