@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from jaxquant.core.errors import QuantError, printable
-from jaxquant.models.evaluate import Evaluation, evaluate
-from jaxquant.models.generate import Sampling, Times, stream, tokens_of
+from jaxquant.models.evaluation import Evaluation, evaluate
+from jaxquant.models.generation import Sampling, Times, stream, tokens_of
 from jaxquant.models.load import Model, load
 
 __all__ = ["eval_", "generate"]

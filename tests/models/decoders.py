@@ -51,7 +51,7 @@ DECODERS = {
 MASK = np.array([[0] * 3 + [1] * 9, [1] * 12, [0] + [1] * 11], np.int64)  # padding on the left
 
 
-def make(name, directory):
+def make(name, directory, seed=0):
     """Writes the decoder to ``directory``; returns what it computes of padded tokens: ids, mask, logits in float32."""
     import torch
     import transformers
@@ -59,13 +59,13 @@ def make(name, directory):
     kind, settings = DECODERS[name]
     text = "Text" if kind == "Gemma3" else ""
     config = getattr(transformers, f"{kind}{text}Config")(**{**SIZES, **settings})
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = getattr(transformers, f"{kind}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():
         # Of a norm, around 1; of the rest so large that attention, experts and caps all have something to choose.
         parameter.data.normal_(0.7 if parameter.ndim == 1 else 0.0, 0.3)
         parameter.data = parameter.data.bfloat16().float()
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     ids = np.where(MASK == 1, rng.integers(3, SIZES["vocab_size"], MASK.shape), 0)
     places = np.maximum(np.cumsum(MASK, 1) - 1, 0)
     with torch.no_grad():
