@@ -15,6 +15,7 @@ from jaxquant.core.errors import QuantError, printable
 from jaxquant.models.evaluation import Evaluation, evaluate
 from jaxquant.models.generation import Sampling, Times, stream, tokens_of
 from jaxquant.models.load import Model, load
+from jaxquant.models.tokenizer import tokenizer_of
 
 __all__ = ["eval_", "generate"]
 
@@ -31,6 +32,12 @@ def _refusals() -> Iterator[None]:
 def _shown(text: str) -> str:
     """A text whose lines and tabs stay, and that no terminal acts on."""
     return "".join(c if c in "\n\t" else printable(c) for c in text)
+
+
+def _check_tokenizer(model: Path, other: Path | None) -> None:
+    """Raises before weights are read, which takes time, if there is no tokenizer."""
+    if other is not None or (model / "config.json").exists():
+        tokenizer_of(model if other is None else other)
 
 
 def _note(text: str) -> None:
@@ -82,6 +89,8 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     with _refusals():
         sampling.checked()
+        if prompts:
+            _check_tokenizer(model, tokenizer)
         loaded = load(model, dtype=dtype, tokenizer=tokenizer, ignore=ignore)
         _note(str(loaded))
         rows = [_numbers(text) for text in ids] or _tokens(loaded, prompts, chat)
@@ -143,6 +152,7 @@ def eval_(
     overlap; all tokens of a window but the first are predicted.
     """
     with _refusals():
+        _check_tokenizer(model, tokenizer)
         loaded = load(model, dtype=dtype, tokenizer=tokenizer, ignore=ignore)
         _note(str(loaded))
         other = None if reference is None else load(reference, dtype=dtype, tokenizer=tokenizer, ignore=ignore)

@@ -233,12 +233,17 @@ _ACTIVATIONS = {
 #: Fields that every configuration may have and that are read here.
 _READ = {
     "num_key_value_heads", "head_dim", "rope_parameters", "rope_scaling", "layer_types", "tie_word_embeddings",
-    "original_max_position_embeddings", "partial_rotary_factor", "hidden_activation", "use_bidirectional_attention",
-    "is_encoder_decoder", "is_decoder", "add_cross_attention", "pruned_heads",
+    "original_max_position_embeddings", "partial_rotary_factor", "hidden_activation",
+}  # fmt: skip
+#: What is not supported unless it is off.
+_OFF = {
+    "use_bidirectional_attention", "is_encoder_decoder", "add_cross_attention", "pruned_heads", "use_mrope",
+    "rope_interleaved",
 }  # fmt: skip
 #: Fields that say something about training, storage, generation or programs, and nothing about logits.
 _IDLE = re.compile(
-    r"""_.*|model_type|architectures|.*version.*|.*dtype|.*_token_ids?|.*dropout|initializer.*|use_cache|pretraining_tp
+    r"""_.*|model_type|is_llama_config|is_decoder|architectures|quantization|transformers\.js_config|max_sequence_length
+    |.*pdrop|.*version.*|.*dtype|.*_token_ids?|.*dropout|initializer.*|use_cache|pretraining_tp
     |auto_map|quantization_config|compression_config|cache_implementation|torchscript|.*router_logits|router_aux_loss_coef
     |router_jitter_noise|tie_encoder_decoder|output_attentions|output_hidden_states|return_dict.*|id2label|label2id
     |problem_type|finetuning_task|task_specific_params|tokenizer_class|prefix|chunk_size_feed_forward|name_or_path
@@ -283,8 +288,10 @@ def config_of(config: Mapping[str, Any], *, ignore: Collection[str] = (), path: 
     for key in ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping"):
         if key in config:  # where null has a meaning
             c[key] = config[key]
+    if config.get("num_key_value_heads", 0) is None:
+        c.pop("num_key_value_heads", None)
     _check_sizes(c, error)
-    for key in ("use_bidirectional_attention", "is_encoder_decoder", "add_cross_attention", "pruned_heads"):
+    for key in sorted(_OFF - set(ignore)):
         if c.get(key):
             raise error("this is not supported", todo="Run it with another program", **{key: c[key]})
     heads = c["num_attention_heads"]
@@ -323,7 +330,7 @@ def config_of(config: Mapping[str, Any], *, ignore: Collection[str] = (), path: 
 
 
 def _check_known(config: Mapping[str, Any], family: _Family, ignore: Collection[str], error: Any) -> None:
-    known = _READ | family.defaults.keys() | set(ignore)
+    known = _READ | _OFF | family.defaults.keys() | set(ignore)
     unknown = [k for k, v in config.items() if v is not None and k not in known and not _IDLE.fullmatch(k)]
     if family.gemma and "sliding_window" in family.defaults:  # another name, which Gemma 2's own files have too
         unknown = [k for k in unknown if k != "sliding_window_size" or config[k] != config.get("sliding_window")]

@@ -91,11 +91,17 @@ def configuration(
         raise error(f"unknown keys of {architecture}: {', '.join(sorted(rest))}", todo=todo)
     lists = {key: value for key, value in values.items() if isinstance(value, np.ndarray | list) and key in _KEYS}
     for key, value in lists.items():  # one number per layer
-        if key == "attention.sliding_window_pattern" or len(set(map(int, value))) != 1:
+        if key == "attention.sliding_window_pattern":
+            continue
+        if len(set(map(int, value))) != 1:
             raise error("layers that differ are not supported", todo="Run it with llama.cpp", key=key)
         values[key] = int(value[0])
     config = {_KEYS[key]: value for key, value in values.items() if key in _KEYS}
     config["model_type"] = _MODEL_TYPES[architecture]
+    pattern = config.get("sliding_window_pattern")
+    if isinstance(pattern, np.ndarray | list):
+        del config["sliding_window_pattern"]
+        config["layer_types"] = ["sliding_attention" if one else "full_attention" for one in pattern]
     for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "rms_norm_eps"):
         if key not in config:
             todo = "The file is damaged"
@@ -130,25 +136,23 @@ def _rotary(config: dict[str, Any], rope: Mapping[str, Any]) -> None:
 
 def _as_family(config: dict[str, Any], architecture: str, tensors: Mapping[str, Any]) -> None:
     """What an architecture of llama.cpp's is called elsewhere, and what its models do without saying so."""
-    biased = "model.layers.0.self_attn.q_proj.bias" in tensors
     if architecture == "llama":
         if config.get("num_experts", 0):
             config |= {"model_type": "mixtral", "num_local_experts": config.pop("num_experts")}
         elif "sliding_window" in config:
             config["model_type"] = "mistral"
-        else:
-            config["attention_bias"] = "model.layers.0.self_attn.o_proj.bias" in tensors
     elif architecture == "qwen2moe":
         config.setdefault("norm_topk_prob", False)
         config.setdefault("shared_expert_intermediate_size", config["intermediate_size"])
-        config["qkv_bias"] = biased
     elif architecture == "qwen3moe":
         config.setdefault("norm_topk_prob", True)
     if architecture.startswith("qwen"):
         config["use_sliding_window"] = False
         config.pop("sliding_window", None)
-    if config["model_type"] in ("llama", "mixtral", "mistral"):
-        config.pop("expert_count", None)
+        config.pop("max_window_layers", None)
+    if architecture.endswith("moe"):
+        layers = range(config["num_hidden_layers"])
+        config["mlp_only_layers"] = [i for i in layers if f"model.layers.{i}.mlp.gate.weight" not in tensors]
 
 
 _EXPERTS = {

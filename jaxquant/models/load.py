@@ -179,6 +179,8 @@ def _from_gguf(place: Path, dtype: np.dtype, ignore: Collection[str]) -> Model:
     factors = params.pop("rope_freqs.weight", None)
     stated = gguf.configuration(info.metadata, params, ignore=ignore, path=path)
     config = config_of(stated, path=path)
+    biases = (re.fullmatch(r"model\.layers\.0\.(.+)\.bias", name) for name in params)  # no key says which there are
+    config = dataclasses.replace(config, biases=config.biases | {found[1] for found in biases if found})
     if factors is not None:  # what Llama 3 scales its frequencies by
         config = _with_factors(config, np.asarray(factors, np.float32), path)
     is_quantized = any(isinstance(leaf, QTensor) for leaf in params.values())
