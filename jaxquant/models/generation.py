@@ -177,13 +177,12 @@ def _chunks(
     valid = np.array([[False] * (longest - len(row)) + [True] * (len(row) + tokens) for row in ids])
     ends = jnp.asarray(sorted(model.ends) or [-1], jnp.int32)
     key = jax.random.key(sampling.seed)
-    begun = time.perf_counter()
-    first = jax.jit(functools.partial(_prefill, config, sampling, dtype))
-    prefill = first.lower(model.params, padded, valid, key).compile()
-    state = jax.eval_shape(first, model.params, padded, valid, key)
-    loop = jax.jit(functools.partial(_decode, config, sampling, longest), donate_argnums=2)
     limit = jnp.asarray(tokens, jnp.int32)
-    decode = loop.lower(model.params, valid, state, key, ends, limit).compile()
+    begun = time.perf_counter()
+    leaves, tree = jax.tree.flatten(model.params)
+    forms = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)) for x in leaves)
+    seedless = dataclasses.replace(sampling, seed=0)
+    prefill, decode = _programs(config, seedless, dtype, batch, longest, tokens, ends.size, tree, forms)
     times.compiling += time.perf_counter() - begun
 
     begun = time.perf_counter()
@@ -207,6 +206,21 @@ def _chunks(
 
 
 State = dict[str, Any]
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(
+    config: Config, sampling: Sampling, dtype: np.dtype, batch: int, longest: int, tokens: int, ends: int, tree: Any,
+    forms: tuple[Any, ...],
+) -> tuple[Any, Any]:  # fmt: skip
+    """The programs for a prompt and for a chunk, compiled; they are kept, since the same shapes often come again."""
+    params, key = jax.tree.unflatten(tree, forms), jax.random.key(0)
+    padded, valid = jnp.zeros((batch, longest), jnp.int32), jnp.zeros((batch, longest + tokens), bool)
+    first = jax.jit(functools.partial(_prefill, config, sampling, dtype))
+    state = jax.eval_shape(first, params, padded, valid, key)
+    loop = jax.jit(functools.partial(_decode, config, sampling, longest), donate_argnums=2)
+    more = valid, state, key, jnp.zeros(ends, jnp.int32), jnp.zeros((), jnp.int32)
+    return first.lower(params, padded, valid, key).compile(), loop.lower(params, *more).compile()
 
 
 def _prefill(
