@@ -99,8 +99,8 @@ def _kind(leaf: Any) -> str:
 
 
 def _count(n: int) -> str:
-    unit, power = next((u, p) for u, p in (("billion ", 9), ("million ", 6), ("", 0)) if n >= 10**p)
-    return f"{n / 10**power:.3g} {unit}".rstrip() if power else str(n)
+    unit, power = ("billion", 9) if n >= 1e9 else ("million", 6)
+    return f"{n / 10**power:.3g} {unit}" if n >= 1e6 else f"{n:,}"
 
 
 def load(
