@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from jaxquant.core.errors import QuantError, printable
+from jaxquant.io.sharded import located
 from jaxquant.models.evaluation import Evaluation, evaluate
 from jaxquant.models.generation import Sampling, Times, stream, tokens_of
 from jaxquant.models.load import Model, load
@@ -36,8 +37,9 @@ def _shown(text: str) -> str:
 
 def _check_tokenizer(model: Path, other: Path | None) -> None:
     """Raises before weights are read, which takes time, if there is no tokenizer."""
-    if other is not None or (model / "config.json").exists():
-        tokenizer_of(model if other is None else other)
+    place = Path(located(str(model), "models"))
+    if other is not None or (place / "config.json").exists():
+        tokenizer_of(place if other is None else other)
 
 
 def _note(text: str) -> None:

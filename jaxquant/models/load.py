@@ -21,7 +21,7 @@ from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.units import in_bytes
 from jaxquant.io import load_gguf, load_hf
-from jaxquant.io.sharded import read_json
+from jaxquant.io.sharded import located, read_json
 from jaxquant.models import gguf
 from jaxquant.models.config import Config, Layer, config_of
 from jaxquant.models.tokenizer import Tokenizer, ends_of, tokenizer_of, tokenizer_of_gguf
@@ -113,7 +113,8 @@ def load(
     """Loads a decoder, quantized by whatever library or in float.
 
     Args:
-      path: a directory with ``config.json`` and safetensors files, or a GGUF file (or a directory with one).
+      path: a directory with ``config.json`` and safetensors files, or a GGUF file (or a directory with one),
+        or a model's directory in the cache of huggingface_hub.
       dtype: of activations, and of the weights that are in float.
       tokenizer: a directory with ``tokenizer.json``, if the checkpoint has none that can be used.
       ignore: fields of the configuration that this package does not know and that leave the logits as they are.
@@ -127,11 +128,11 @@ def load(
       >>> model = jq.models.load("TheModel-GPTQ-Int4")
       Traceback (most recent call last):
       ...
-      jaxquant.core.errors.QuantError: models at TheModel-GPTQ-Int4: there is no such file or directory. Names of ...
+      jaxquant.core.errors.QuantError: models at TheModel-GPTQ-Int4: there is no such file or directory. Give the...
     """
-    place = Path(path)
+    place = Path(located(os.fspath(path), "models"))
     if not place.exists():
-        todo = "Names of a hub are not fetched: download the model first, and give the directory"
+        todo = "Give the directory of a model, or a GGUF file"
         raise quant_error("models", "there is no such file or directory", todo=todo, path=str(place))
     if place.is_dir() and not (place / "config.json").exists():
         files = sorted(place.glob("*.gguf"))

@@ -75,7 +75,7 @@ def test_eval(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     "args, message, code",
     [
-        (["generate", "org/name", "--prompt", "x"], "Names of a hub are not fetched: download the model first", 1),
+        (["generate", "org/name", "--prompt", "x"], "names of the hub are not fetched. Fetch it first", 1),
         (["generate", "{base}", "--prompt", "x"], "there is no tokenizer.json. Copy tokenizer.json there", 1),
         (["generate", "{base}"], "give --prompt TEXT, or --ids N,N,..", 2),
         (["generate", "{base}", "--ids", "1,x"], "--ids takes numbers with commas between them, not '1,x'", 2),
