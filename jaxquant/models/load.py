@@ -153,10 +153,8 @@ def _from_directory(place: Path, dtype: np.dtype, ignore: Collection[str]) -> Mo
     config = config_of(stated, ignore=ignore, path=path)
     params, info = load_hf(place, dtype=dtype)
     notes = list(info.problems)
-    if info.activations:
-        notes.append(
-            f"{len(info.activations)} static scales of activations are not used: activations stay in {dtype.name}"
-        )
+    if info.activations or _quantizes_activations(info.config):
+        notes.append(f"the checkpoint is made for quantized activations, which stay in {dtype.name} here")
     for name in info.activations:
         params.pop(name, None)
     params = _named(params, path)
@@ -191,6 +189,14 @@ def _from_gguf(place: Path, dtype: np.dtype, ignore: Collection[str]) -> Model:
     ids = [info.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     ends = frozenset(int(i) for i in ids if i is not None)
     return Model(path, config, params, dtype, "GGUF" if is_quantized else "GGUF, float", ends, (), info.metadata)
+
+
+def _quantizes_activations(config: Mapping[str, Any]) -> bool:
+    """Whether a quantization configuration says how activations are rounded, by the fields of any format."""
+    groups = config.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, Mapping) else []
+    stated = [group.get("input_activations") for group in groups if isinstance(group, Mapping)]
+    return any(stated) or any(config.get(key) for key in ("activation_scheme", "load_in_8bit", "kv_cache_scheme"))
 
 
 def _with_factors(config: Config, factors: np.ndarray, path: str) -> Config:

@@ -1,7 +1,9 @@
 """A decoder on every small checkpoint, in all formats, against the logits of the library that wrote it."""
 
 import functools
+import json
 import runpy
+import shutil
 import sys
 
 import jax
@@ -77,8 +79,19 @@ def test_what_a_model_says_of_itself():
     assert "int4, groups of 64, act-order  12 tensors, 65.5 KiB" in str(model)
     assert sum(n for n, _ in model.kinds.values()) == len(model.params)
     assert len(kinds) == len(model.kinds)
-    static = load(folder("ct_fp8_static"))
-    assert any("static scales of activations are not used: activations stay in float32" in n for n in static.notes)
+
+
+@pytest.mark.every
+@pytest.mark.parametrize(
+    "name, noted",
+    [
+        *((name, True) for name in ("ct_fp8_static", "ct_w8a8_int8", "fp8_block32", "bnb_int8")),
+        *((name, False) for name in ("ct_w4a16_g64_asym", "bnb_nf4", "awq_gemm_w4g64")),
+    ],
+)
+def test_activations_that_are_not_quantized_are_noted(name, noted):
+    note = "  note: the checkpoint is made for quantized activations, which stay in float32 here"
+    assert (note in str(load(folder(name)))) == noted
 
 
 @pytest.mark.every
@@ -93,9 +106,6 @@ def test_what_a_model_says_of_itself():
     ],
 )
 def test_tensors_that_are_not_those_of_the_configuration(change, message, tmp_path):
-    import json
-    import shutil
-
     shutil.copytree(folder("base"), tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **change}))

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_files import tensors_of
+from hf_files import checkpoint, tensors_of
 from models.decoders import DECODERS, GOLDEN, make
 
 import jaxquant as jq
@@ -118,6 +119,77 @@ def test_with_a_cache(name, dtype):
     found = jnp.concatenate(found, 1)
     close(found, ref["logits"], ref["mask"], share=2e-5 if dtype == "float32" else 0.05)
     assert (dtype == "int8") == (float(jnp.abs(found - ref["logits"])[valid].max()) > 1e-3)
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def rewritten(name, path, change, **config):
+    """The checkpoint with other names, shapes and fields; ``change`` gets all tensors and returns them."""
+    stated = json.loads((GOLDEN / name / "config.json").read_text())
+    return checkpoint(path / "model", change(tensors_of(GOLDEN / name / "model.safetensors")), {**stated, **config})
+
+
+@pytest.mark.every
+@pytest.mark.parametrize(
+    "head, layers", [("language_model.lm_head.", "language_model.model."), ("lm_head.", "model.language_model.")]
+)
+def test_the_text_model_of_a_larger_one(head, layers, tmp_path):
+    stated = json.loads((GOLDEN / "gemma3" / "config.json").read_text())
+    tensors = tensors_of(GOLDEN / "gemma3" / "model.safetensors")
+    renamed = {name.replace("model.", layers, 1): array for name, array in tensors.items()}
+    renamed |= {"vision_tower.embed.weight": np.ones(3, np.float32), f"{head}weight": np.ones((40, 32), np.float32)}
+    config = {"model_type": "gemma3", "text_config": stated, "vision_config": {"hidden_size": 3}}
+    one = load(checkpoint(tmp_path / "model", renamed, config))
+    assert one.notes == ("1 tensors of the encoder of images are left out",)
+    assert one.config == dataclasses.replace(model("gemma3").config, tied=False)  # the head that is in the file counts
+    assert one.params.keys() == {*model("gemma3").params, "lm_head.weight"}
+
+
+def test_experts_in_one_tensor(tmp_path):
+    """Gates and what they gate as one, as transformers has them in memory."""
+
+    def fuse(tensors):
+        parts = {}
+        for name in [name for name in tensors if ".experts." in name]:
+            before, _, after = name.partition(".experts.")
+            number, part, _ = after.split(".")
+            parts.setdefault((before, {"w1": "gate", "w2": "down", "w3": "up"}[part]), {})[int(number)] = tensors.pop(
+                name
+            )
+        stacks = {key: np.stack([experts[i] for i in sorted(experts)]) for key, experts in parts.items()}
+        for before in {before for before, _ in stacks}:
+            both = np.concatenate([stacks[before, "gate"], stacks[before, "up"]], 1)
+            whole = before.replace("block_sparse_moe", "mlp")
+            tensors |= {f"{whole}.experts.gate_up_proj": both, f"{whole}.experts.down_proj": stacks[before, "down"]}
+        return tensors
+
+    one = load(rewritten("mixtral", tmp_path, fuse))
+    ref = reference("mixtral")
+    assert one.params["model.layers.0.mlp.experts.gate_up_proj.weight"].shape == (4, 96, 32)
+    close(forward(one.config)(one.params, ref["ids"], ref["mask"]), ref["logits"], ref["mask"])
+
+
+@pytest.mark.every
+def test_tensors_without_effect(tmp_path):
+    """Biases of zeros, which some writers give every layer, and tables that are computed."""
+    zero, one = np.zeros(32, np.float32), np.ones(32, np.float32)
+    name = "model.layers.0.self_attn.o_proj.bias"
+    extra = {name: zero, "model.layers.0.self_attn.rotary_emb.inv_freq": one}
+    found = load(rewritten("mistral", tmp_path, lambda tensors: tensors | extra))
+    assert found.params.keys() == model("mistral").params.keys()
+    with pytest.raises(jq.QuantError, match=r"o_proj\.bias is not a parameter of mistral"):
+        load(rewritten("mistral", tmp_path, lambda tensors: tensors | {name: one}))
+
+
+@pytest.mark.every
+def test_experts_that_differ_are_refused(tmp_path):
+    def without_one(tensors):
+        del tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"]
+        return tensors
+
+    with pytest.raises(jq.QuantError, match=r"gate_proj\.weight: the experts of a layer must all be there"):
+        load(rewritten("mixtral", tmp_path, without_one))
 
 
 # -- GGUF --------------------------------------------------------------------------------------------------------------
