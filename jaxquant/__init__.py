@@ -2,6 +2,7 @@
 
 Layers; imports point down only:
 
+    models            6  decoders that run from a checkpoint: generate, evaluate (loaded on first use)
     report            6  compare: where the error is, as a table and one HTML page (loaded on first use)
     linen, nnx, io    5  Flax layers; checkpoints (loaded on first use)
     calibration, invariances, mixed   5  rooms of functions over transform: statistics; scales, rotations; budgets
@@ -40,7 +41,7 @@ from jaxquant.transform import (
 )
 
 if TYPE_CHECKING:
-    from jaxquant import io, linen, nnx, optim
+    from jaxquant import io, linen, models, nnx, optim
     from jaxquant.report import compare
 
 __version__ = "0.1.0"
@@ -67,6 +68,7 @@ __all__ = [
     "linen",
     "make_plan",
     "mixed",
+    "models",
     "nnx",
     "observers",
     "ops",
@@ -83,7 +85,7 @@ __all__ = [
     "update_params",
 ]
 
-_ON_USE = ("io", "linen", "nnx", "optim")
+_ON_USE = ("io", "linen", "models", "nnx", "optim")
 
 
 def __getattr__(name: str) -> Any:

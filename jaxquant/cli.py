@@ -1,4 +1,4 @@
-"""The command line: ``jaxquant demo | inspect | quantize | convert | compare``."""
+"""The command line: ``jaxquant demo | inspect | quantize | convert | compare | generate | eval``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from jaxquant import QuantError, __version__, files, quantize_files
 from jaxquant.core.errors import printable
 from jaxquant.core.units import in_bytes
 from jaxquant.io.save_hf import FORMATS
+from jaxquant.models import commands
 
 __all__ = ["main"]
 
@@ -328,6 +329,10 @@ def compare(first: Path, second: Path, as_json: bool) -> None:
         _say("equal" if result.equal else "different")
     if not result.equal:
         raise SystemExit(3)
+
+
+main.add_command(commands.generate)
+main.add_command(commands.eval_)
 
 
 if __name__ == "__main__":

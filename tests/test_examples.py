@@ -13,7 +13,7 @@ pytestmark = pytest.mark.every
 
 EXAMPLES = snippets.ROOT / "examples"
 MODELS = {"plain_transformer", "minilm"}  # imported by an example or a benchmark, no programs
-ELSEWHERE = {"llama"}  # tested in test_llama.py
+ELSEWHERE = {"llama"}  # tested in models/test_checkpoints.py
 STEPS = {"wrap_linen": 20, "wrap_nnx": 20, "qat": 4, "ptq": 20, "quantize_transformer": 2}
 
 

@@ -37,6 +37,7 @@ LEVELS = {
     "nnx": 5,
     "io": 5,
     "report": 6,
+    "models": 6,
     "demo": 6,
     "cli": 6,
     "files": 6,
@@ -49,6 +50,7 @@ SIBLINGS = {
     ("cli", "report"),
     ("cli", "demo"),
     ("cli", "files"),
+    ("cli", "models"),
     ("cli", "quantize_files"),
     ("quantize_files", "files"),
     ("__main__", "cli"),
@@ -64,6 +66,7 @@ OPTIONAL = {
     "nnx": {"flax"},
     "report": {"jinja2", "matplotlib"},
     "demo": {"flax", "optax", "sklearn", "matplotlib", "rich"},
+    "models": {"click", "jinja2", "tokenizers"},
     "cli": {"click", "rich"},
 }
 

@@ -20,7 +20,7 @@ from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.io.safetensors import SafetensorsFile, TensorSpec
 from jaxquant.io.strict_json import parse
 
-__all__ = ["Checkpoint", "read_json"]
+__all__ = ["Checkpoint", "located", "read_json"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -50,7 +50,7 @@ def read_json(path: str | os.PathLike[str], *, function: str) -> dict[str, Any]:
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def _located(path: str, function: str) -> str:
+def located(path: str, function: str) -> str:
     """The directory or file that is meant: of a model in the cache of huggingface_hub, its snapshot."""
     if not os.path.exists(path) and _HUB_NAME.fullmatch(path):
         todo = f"Fetch it first: huggingface_hub.snapshot_download({path!r}) returns a directory to pass"
@@ -93,7 +93,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, function: str = "load_hf"):
-        self.path, self._function = _located(os.fsdecode(path), function), function
+        self.path, self._function = located(os.fsdecode(path), function), function
         self.tensors: dict[str, TensorSpec] = {}
         self.place: dict[str, str] = {}
         if os.path.isdir(self.path):

@@ -62,7 +62,10 @@ _AROUND = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_LIKE_LLAMA = ("llama", "mistral3", "granite", "smollm3", "minicpm", "olmo", "qwen2", "qwen3", "stablelm", "gemma")
+_LIKE_LLAMA = (
+    "llama", "mistral3", "granite", "smollm3", "minicpm", "olmo", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "stablelm",
+    "gemma",
+)  # fmt: skip
 #: Architecture -> what its tensors are called where that is not the above.
 ARCHITECTURES: dict[str, dict[str, str]] = {
     **{name: {} for name in _LIKE_LLAMA},

@@ -1,0 +1,261 @@
+"""The decoder: functions of parameters by their names in a Hugging Face checkpoint.
+
+Linear weights are [out, in], as they lie in the file, and are contracted along their last axis. Each parameter is an
+array or, inside of `jaxquant.quantized`, whatever its leaf is.
+
+The cache holds keys as [batch, head, token, feature] and values as [batch, head, feature, token], so that both products
+contract the last axis; in int8 with one scale per token and head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant import ops
+from jaxquant.core.affine import quantize
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import QuantSpec
+from jaxquant.models.config import Config, Layer, Mixture
+from jaxquant.models.rope import rotated
+
+__all__ = ["Cache", "empty_cache", "head", "hidden", "logits"]
+
+Params = Mapping[str, Any]
+Cache = Sequence[dict[str, jax.Array]]
+
+_INT8 = QuantSpec("int8")
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def logits(config: Config, params: Params, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Logits of every token that may follow, without a cache.
+
+    Args:
+      config: what is computed.
+      params: by name, as `Config.shapes` lists them.
+      tokens: int [batch, token].
+      mask: bool [batch, token], False where there is padding, on either side; None: all are tokens.
+
+    Returns:
+      [batch, token, vocabulary]; arbitrary where there is padding.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp, jaxquant as jq
+      >>> sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+      >>> config = jq.models.config_of({"model_type": "llama", "num_hidden_layers": 1, **sizes})
+      >>> params = {name: jnp.ones(shape) for name, shape in config.shapes().items()}
+      >>> fn = functools.partial(jq.models.logits, config)
+      >>> plan = jq.make_plan(fn, params, jnp.ones((1, 4), int), rules=[jq.Rule("_proj", jq.recipes.w8a16())])
+      >>> len(plan)
+      7
+    """
+    valid = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+    return head(config, params, hidden(config, params, tokens, valid)[0])
+
+
+def hidden(
+    config: Config,
+    params: Params,
+    tokens: jax.Array,
+    valid: jax.Array,
+    cache: Cache | None = None,
+    start: jax.Array | int = 0,
+) -> tuple[jax.Array, list[dict[str, jax.Array]]]:
+    """What the head is applied to, and the cache with these tokens in it.
+
+    Args:
+      config: what is computed.
+      params: by name.
+      tokens: int [batch, token], which go to the places of the cache from ``start`` on.
+      valid: bool [batch, place], which of them, these included, hold tokens and no padding.
+      cache: from `empty_cache`, with what came before; None: nothing came before, and nothing comes after.
+      start: the place of the first of the tokens.
+
+    Returns:
+      [batch, token, feature], and the cache; an empty list without one.
+    """
+    places = start + jnp.arange(tokens.shape[1])
+    counts = jnp.cumsum(valid.astype(jnp.int32), axis=-1) - 1
+    positions = jnp.maximum(lax.dynamic_slice_in_dim(counts, start, tokens.shape[1], 1), 0)
+    x = jnp.take(params["model.embed_tokens.weight"], tokens, axis=0)
+    if config.embedding_scale != 1:
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)
+    new = []
+    for i, layer in enumerate(config.layers):
+        p = _Part(params, f"model.layers.{i}.")
+        mask = _mask(places, valid, layer.window)
+        y = _norm(config, p, "input_layernorm", x)
+        y, stored = _attention(config, layer, p, y, positions, mask, None if cache is None else cache[i], start)
+        new.append(stored)
+        if config.post_norms:
+            x = x + _norm(config, p, "post_attention_layernorm", y)
+            y = _feedforward(config, layer, p, _norm(config, p, "pre_feedforward_layernorm", x))
+            x = x + _norm(config, p, "post_feedforward_layernorm", y)
+        else:
+            x = x + y
+            x = x + _feedforward(config, layer, p, _norm(config, p, "post_attention_layernorm", x))
+    return _norm(config, _Part(params, "model."), "norm", x), [] if cache is None else new
+
+
+def head(config: Config, params: Params, x: jax.Array) -> jax.Array:
+    """Logits [batch, token, vocabulary] of what `hidden` returns."""
+    w = params["model.embed_tokens.weight" if config.tied else "lm_head.weight"]
+    return _capped(_product(x, w), config.logit_cap)
+
+
+def empty_cache(config: Config, batch: int, length: int, dtype: Any) -> list[dict[str, jax.Array]]:
+    """Room for ``length`` keys and values in every layer; with ``dtype`` int8 also for their scales."""
+    kv, size = config.num_key_value_heads, config.head_dim
+    layer = {"k": jnp.zeros((batch, kv, length, size), dtype), "v": jnp.zeros((batch, kv, size, length), dtype)}
+    if jnp.dtype(dtype) == jnp.int8:
+        layer |= {f"{x}_scale": jnp.ones((batch, kv, length, 1), jnp.float32) for x in "kv"}
+    return [dict(layer) for _ in config.layers]
+
+
+class _Part:
+    """The parameters below one name."""
+
+    def __init__(self, params: Params, prefix: str):
+        self._params, self._prefix = params, prefix
+
+    def __getitem__(self, name: str) -> Any:
+        return self._params[self._prefix + name]
+
+    def linear(self, name: str, x: jax.Array) -> jax.Array:
+        """[.., in] to [.., out]."""
+        y = _product(x, self[f"{name}.weight"])
+        bias = self._params.get(f"{self._prefix}{name}.bias")
+        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape).astype(y.dtype)
+
+
+def _product(x: jax.Array, w: Any) -> jax.Array:
+    return lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (w.ndim - 1,)), ((), ())))
+
+
+def _norm(config: Config, p: _Part, name: str, x: jax.Array) -> jax.Array:
+    weight = p[f"{name}.weight"].reshape((1,) * (x.ndim - 1) + (-1,))
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + config.rms_norm_eps)
+    if config.norm_offset:  # Gemma rounds at the end, the others before the weight
+        return (wide * (weight.astype(jnp.float32) + config.norm_offset)).astype(x.dtype)
+    return wide.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def _capped(x: jax.Array, cap: float | None) -> jax.Array:
+    return x if cap is None else jnp.tanh(x / cap) * cap
+
+
+def _mask(places: jax.Array, valid: jax.Array, window: int | None) -> jax.Array:
+    """[batch, token, place]: which places a token attends to; padding, to itself, so that no row is empty."""
+    stored, own = jnp.arange(valid.shape[1])[None, :], places[:, None]
+    seen = stored <= own
+    if window is not None:
+        seen &= stored > own - window
+    return (seen[None] & valid[:, None, :]) | (stored == own)[None]
+
+
+def _attention(
+    config: Config,
+    layer: Layer,
+    p: _Part,
+    x: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    cache: dict[str, jax.Array] | None,
+    start: jax.Array | int,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    batch, count = x.shape[:2]
+    kv, size = config.num_key_value_heads, config.head_dim
+
+    def project(name: str) -> jax.Array:
+        y = p.linear(f"self_attn.{name}_proj", x).reshape(batch, count, -1, size)
+        if name == "v":
+            return y
+        if config.query_key_norms:
+            y = _norm(config, p, f"self_attn.{name}_norm", y)
+        return rotated(layer.rope, y, positions)
+
+    q, k, v = map(project, "qkv")
+    q = q.reshape(batch, count, kv, -1, size).transpose(0, 2, 3, 1, 4)
+    stored = {"k": jnp.swapaxes(k, 1, 2), "v": v.transpose(0, 2, 3, 1)}
+    if cache is not None:
+        stored = _extended(cache, stored, start)
+    y = _attended(config, q, stored, mask[:, None, None])
+    return p.linear("self_attn.o_proj", y.transpose(0, 3, 1, 2, 4).reshape(batch, count, -1)), stored
+
+
+def _extended(cache: dict[str, jax.Array], new: dict[str, jax.Array], start: jax.Array | int) -> dict[str, jax.Array]:
+    """The cache with new keys and values from the place ``start`` on."""
+    if "k_scale" in cache:
+        k, v = (quantize(x, _INT8, reduce_axes=(-1,)) for x in (new["k"], jnp.swapaxes(new["v"], 2, 3)))
+        new = {"k": k.codes, "v": jnp.swapaxes(v.codes, 2, 3), "k_scale": k.scale, "v_scale": v.scale}
+
+    def put(name: str, x: jax.Array) -> jax.Array:
+        x = x.astype(cache[name].dtype)
+        return lax.dynamic_update_slice_in_dim(cache[name], x, start, 3 if name == "v" else 2)
+
+    return {name: put(name, x) for name, x in new.items()}
+
+
+def _attended(config: Config, q: jax.Array, stored: dict[str, jax.Array], mask: jax.Array) -> jax.Array:
+    """[batch, head, group, token, feature] of queries on what is stored; scales of values go into the weights."""
+    k, v, int8 = stored["k"], stored["v"], "k_scale" in stored
+    if int8:
+        one = jnp.ones((1, 1, 1, 1), jnp.float32)
+        k, v = (QTensor(x, s, None, qtype="int8", dtype=q.dtype) for x, s in ((k, stored["k_scale"]), (v, one)))
+    scores = ops.einsum("bkgtd,bksd->bkgts", q, k) * jnp.asarray(config.query_scale, q.dtype)
+    scores = jnp.where(mask, _capped(scores, config.score_cap).astype(jnp.float32), -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if int8:
+        weights = weights * jnp.swapaxes(stored["v_scale"], 2, 3)[:, :, None]
+    return ops.einsum("bkgts,bkds->bkgtd", weights.astype(q.dtype), v)
+
+
+def _feedforward(config: Config, layer: Layer, p: _Part, x: jax.Array) -> jax.Array:
+    if layer.mixture is None:
+        return _mlp(config, lambda name, x: p.linear(f"mlp.{name}", x), x)
+    return _mixed(config, layer.mixture, p, x)
+
+
+def _mlp(config: Config, linear: Any, x: jax.Array) -> jax.Array:
+    return linear("down_proj", _ACTIVATIONS[config.activation](linear("gate_proj", x)) * linear("up_proj", x))
+
+
+def _mixed(config: Config, mixture: Mixture, p: _Part, x: jax.Array) -> jax.Array:
+    """Experts one after another; one that no token has chosen is not computed."""
+    weights, chosen = lax.top_k(jax.nn.softmax(p.linear("mlp.gate", x).astype(jnp.float32)), mixture.chosen)
+    if mixture.normalized:
+        weights = weights / weights.sum(-1, keepdims=True)
+    shares = (jax.nn.one_hot(chosen, mixture.experts) * weights[..., None]).sum(-2).astype(x.dtype)
+
+    def add(total: jax.Array, expert: tuple[jax.Array, dict[str, Any]]) -> tuple[jax.Array, None]:
+        share, w = expert
+
+        def compute(x: jax.Array) -> jax.Array:
+            return _expert(config, w, x) * share[..., None]
+
+        return total + lax.cond(jnp.any(share != 0), compute, jnp.zeros_like, x), None
+
+    names = ("gate_up_proj", "down_proj") if mixture.fused else ("gate_proj", "up_proj", "down_proj")
+    experts = {name: p[f"mlp.experts.{name}.weight"] for name in names}
+    y, _ = lax.scan(add, jnp.zeros_like(x), (jnp.moveaxis(shares, -1, 0), experts))
+    if mixture.shared:
+        every = _mlp(config, lambda name, x: p.linear(f"mlp.shared_expert.{name}", x), x)
+        y = y + jax.nn.sigmoid(p.linear("mlp.shared_expert_gate", x)) * every
+    return y
+
+
+def _expert(config: Config, w: dict[str, Any], x: jax.Array) -> jax.Array:
+    if "gate_up_proj" not in w:
+        return _mlp(config, lambda name, x: _product(x, w[name]), x)
+    gate, up = jnp.split(_product(x, w["gate_up_proj"]), 2, axis=-1)
+    return _product(_ACTIVATIONS[config.activation](gate) * up, w["down_proj"])

@@ -1,0 +1,283 @@
+"""`load`: a model, its parameters and its tokenizer, from a directory or a GGUF file."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.core.errors import printable, quant_error
+from jaxquant.core.paths import nearest
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.units import in_bytes
+from jaxquant.io import load_gguf, load_hf
+from jaxquant.io.sharded import located, read_json
+from jaxquant.models import gguf
+from jaxquant.models.config import Config, Layer, config_of
+from jaxquant.models.tokenizer import Tokenizer, ends_of, tokenizer_of, tokenizer_of_gguf
+
+__all__ = ["Model", "load"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder that is ready to run.
+
+    Attributes:
+      path: where it comes from.
+      config: what it computes.
+      params: by name, as `Config.shapes` lists them: arrays, and QTensors where the checkpoint is quantized.
+      dtype: of activations.
+      format: of the checkpoint, such as ``"GPTQ"``; ``"float"`` where nothing is quantized.
+      ends: ids of the tokens that end a text.
+      notes: what was left out or put right, a sentence each.
+      metadata: of a GGUF file, or empty.
+      vocabulary: a directory with another ``tokenizer.json`` than the checkpoint has, or None.
+    """
+
+    path: str
+    config: Config
+    params: dict[str, Any]
+    dtype: np.dtype
+    format: str
+    ends: frozenset[int]
+    notes: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    vocabulary: str | None = None
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """From ``tokenizer.json`` of a directory, or from the metadata of the GGUF file."""
+        if self.vocabulary is None and self.metadata:
+            return tokenizer_of_gguf(self.metadata, self.path)
+        return tokenizer_of(self.path if self.vocabulary is None else self.vocabulary)
+
+    @functools.cached_property
+    def kinds(self) -> dict[str, tuple[int, int]]:
+        """What the parameters are, such as ``"int4, groups of 64"`` -> tensors and bytes; the largest part first."""
+        found: dict[str, list[Any]] = {}
+        for leaf in self.params.values():
+            found.setdefault(_kind(leaf), []).append(leaf)
+        sizes = {kind: (len(leaves), sum(leaf.nbytes for leaf in leaves)) for kind, leaves in found.items()}
+        return dict(sorted(sizes.items(), key=lambda item: -item[1][1]))
+
+    def __str__(self) -> str:
+        """What it is, what is quantized, and what stays in float; a line each."""
+        config, numbers = self.config, sum(math.prod(leaf.shape) for leaf in self.params.values())
+        what = f"{config.architecture}, {len(config.layers)} layers, {_count(numbers)} parameters, {self.format}"
+        some = lambda n: "1 tensor" if n == 1 else f"{n} tensors"  # noqa: E731
+        kinds = [(kind, f"{some(n)}, {in_bytes(size)}") for kind, (n, size) in self.kinds.items()]
+        width = max(len(kind) for kind, _ in kinds)
+        lines = [f"{self.path}: {what}", *(f"  {kind.ljust(width)}  {size}" for kind, size in kinds)]
+        return "\n".join(map(printable, [*lines, *(f"  note: {text}" for text in self.notes)]))
+
+
+def _kind(leaf: Any) -> str:
+    """The number type and what shares a scale, without the shape."""
+    if not isinstance(leaf, QTensor):
+        return np.dtype(leaf.dtype).name
+    scales = tuple(leaf.scale.shape)
+    block = [n // s for n, s in zip(leaf.shape[-2:], scales[-2:], strict=True)]
+    if all(s == 1 for s in scales[-2:]):
+        shared = "per tensor"
+    elif scales[-1] == 1:
+        shared = "per channel" if block[0] == 1 else f"blocks of {block[0]} channels"
+    else:
+        shared = f"groups of {block[1]}" if block[0] == 1 else f"blocks of {block[0]} x {block[1]}"
+    kind = "" if leaf.symmetric and leaf.offset is None else ", asymmetric"
+    return f"{leaf.qtype}, {shared}{kind}{'' if leaf.permutation is None else ', act-order'}"
+
+
+def _count(n: int) -> str:
+    unit, power = ("billion", 9) if n >= 1e9 else ("million", 6)
+    return f"{n / 10**power:.3g} {unit}" if n >= 1e6 else f"{n:,}"
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = np.float32,
+    tokenizer: str | os.PathLike[str] | None = None,
+    ignore: Collection[str] = (),
+) -> Model:
+    """Loads a decoder, quantized by whatever library or in float.
+
+    Args:
+      path: a directory with ``config.json`` and safetensors files, or a GGUF file (or a directory with one),
+        or a model's directory in the cache of huggingface_hub.
+      dtype: of activations, and of the weights that are in float.
+      tokenizer: a directory with ``tokenizer.json``, if the checkpoint has none that can be used.
+      ignore: fields of the configuration that this package does not know and that leave the logits as they are.
+
+    Raises:
+      QuantError: for an architecture, a field of the configuration or a tensor that is not supported, each by its name;
+        and for what `jaxquant.io.load_hf` and `jaxquant.io.load_gguf` refuse.
+
+    Example:
+      >>> import jaxquant as jq
+      >>> model = jq.models.load("TheModel-GPTQ-Int4")
+      Traceback (most recent call last):
+      ...
+      jaxquant.core.errors.QuantError: models at TheModel-GPTQ-Int4: there is no such file or directory. Give the...
+    """
+    place = Path(located(os.fspath(path), "models"))
+    if not place.exists():
+        todo = "Give the directory of a model, or a GGUF file"
+        raise quant_error("models", "there is no such file or directory", todo=todo, path=str(place))
+    if place.is_dir() and not (place / "config.json").exists():
+        files = sorted(place.glob("*.gguf"))
+        if not files:
+            todo = "Give the directory of a model, or a GGUF file"
+            raise quant_error("models", "there is neither config.json nor a .gguf file", todo=todo, path=str(place))
+        if len(files) > 1 and not all(re.search(r"-\d{5}-of-\d{5}\.gguf$", file.name) for file in files):
+            names = tuple(file.name for file in files)
+            raise quant_error("models", "there are several GGUF files", todo="Name one", path=str(place), files=names)
+        place = files[0]
+    model = (_from_directory if place.is_dir() else _from_gguf)(place, np.dtype(dtype), ignore)
+    return model if tokenizer is None else dataclasses.replace(model, vocabulary=os.fspath(tokenizer))
+
+
+def _from_directory(place: Path, dtype: np.dtype, ignore: Collection[str]) -> Model:
+    path = str(place)
+    stated = read_json(place / "config.json", function="models")
+    config = config_of(stated, ignore=ignore, path=path)
+    params, info = load_hf(place, dtype=dtype)
+    notes = list(info.problems)
+    if info.activations or _quantizes_activations(info.config):
+        notes.append(f"the checkpoint is made for quantized activations, which stay in {dtype.name} here")
+    for name in info.activations:
+        params.pop(name, None)
+    params = _named(params, path)
+    images = [name for name in params if _IMAGES.match(name)]
+    if images:
+        notes.append(f"{len(images)} tensors of the encoder of images are left out")
+    for name in images:
+        del params[name]
+    config, params = _fitted(config, params, path)
+    return Model(path, config, params, dtype, info.format, ends_of(place, stated), tuple(notes))
+
+
+def _from_gguf(place: Path, dtype: np.dtype, ignore: Collection[str]) -> Model:
+    path = str(place)
+    with open(place, "rb") as file:
+        if file.read(4) != b"GGUF":
+            todo = "Give a directory with config.json, or a GGUF file"
+            raise quant_error("models", "the file is not a GGUF file", todo=todo, path=path)
+    params, info = load_gguf(place, names="hf", dtype=dtype)
+    params = gguf.renamed(params)
+    factors = params.pop("rope_freqs.weight", None)
+    stated = gguf.configuration(info.metadata, params, ignore=ignore, path=path)
+    config = config_of(stated, path=path)
+    biases = (re.fullmatch(r"model\.layers\.0\.(.+)\.bias", name) for name in params)  # no key says which there are
+    config = dataclasses.replace(config, biases=config.biases | {found[1] for found in biases if found})
+    if factors is not None:  # what Llama 3 scales its frequencies by
+        config = _with_factors(config, np.asarray(factors, np.float32), path)
+    is_quantized = any(isinstance(leaf, QTensor) for leaf in params.values())
+    float_dtype = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and not isinstance(x, QTensor)  # noqa: E731
+    params = {name: jnp.asarray(leaf, dtype) if float_dtype(leaf) else leaf for name, leaf in params.items()}
+    config, params = _fitted(config, params, path)
+    ids = [info.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    ends = frozenset(int(i) for i in ids if i is not None)
+    return Model(path, config, params, dtype, "GGUF" if is_quantized else "GGUF, float", ends, (), info.metadata)
+
+
+def _quantizes_activations(config: Mapping[str, Any]) -> bool:
+    """Whether a quantization configuration says how activations are rounded, by the fields of any format."""
+    groups = config.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, Mapping) else []
+    stated = [group.get("input_activations") for group in groups if isinstance(group, Mapping)]
+    return any(stated) or any(config.get(key) for key in ("activation_scheme", "load_in_8bit", "kv_cache_scheme"))
+
+
+def _with_factors(config: Config, factors: np.ndarray, path: str) -> Config:
+    def scaled(layer: Layer) -> Layer:
+        frequencies = np.asarray(layer.rope.frequencies, np.float32)
+        if frequencies.shape != factors.shape:
+            rule = "rope_freqs must have one number per pair of features"
+            raise quant_error("models", rule, todo="The file is damaged", path=path, shape=factors.shape)
+        rope = dataclasses.replace(layer.rope, frequencies=tuple(map(float, frequencies / factors)))
+        return dataclasses.replace(layer, rope=rope)
+
+    return dataclasses.replace(config, layers=tuple(map(scaled, config.layers)))
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+#: Of a decoder that is part of a larger model.
+_IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(\w+)\.weight")
+_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+def _named(params: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """One name for each parameter, whichever of its names a file has; the experts of a layer as one leaf."""
+    result: dict[str, Any] = {}
+    experts: dict[str, dict[int, Any]] = {}
+    for name, leaf in params.items():
+        name = re.sub(r"^language_model\.(?=(model|lm_head)\.)", "", name)
+        name = re.sub(r"^model\.language_model\.", "model.", name)
+        name = name.replace(".block_sparse_moe.", ".mlp.").replace(".switch_mlp.", ".experts.")
+        found = _EXPERT.fullmatch(name)
+        if found:
+            whole = f"{found[1]}.{_PARTS.get(found[3], found[3])}.weight"
+            experts.setdefault(whole, {})[int(found[2])] = leaf
+        elif re.search(r"\.mlp\.experts\.\w+_proj$", name):
+            result[f"{name}.weight"] = leaf
+        elif not name.endswith("rotary_emb.inv_freq"):
+            result[name] = leaf
+    return result | {name: _stacked(name, leaves, path) for name, leaves in experts.items()}
+
+
+def _stacked(name: str, leaves: Mapping[int, Any], path: str) -> Any:
+    """[out, in] of each expert as [expert, out, in]."""
+    ordered = [leaves[i] for i in sorted(leaves)]
+    forms = Counter((jax.tree.structure(leaf), tuple(x.shape for x in jax.tree.leaves(leaf))) for leaf in ordered)
+    if sorted(leaves) != list(range(len(leaves))) or len(forms) > 1:
+        rule = "the experts of a layer must all be there, quantized in one way"
+        todo = "Quantize them again, with one rule for all"
+        raise quant_error("models", rule, todo=todo, path=f"{path}, {name}", experts=len(leaves), ways=len(forms))
+    return jax.tree.map(lambda *x: jnp.stack(x), *ordered)
+
+
+def _fitted(config: Config, params: dict[str, Any], path: str) -> tuple[Config, dict[str, Any]]:
+    """The configuration and the parameters of one model; `QuantError` with all names that do not fit."""
+    if config.tied and "lm_head.weight" in params:  # what is in the file counts
+        config = dataclasses.replace(config, tied=False)
+    if any(name.endswith(".mlp.experts.gate_up_proj.weight") for name in params):
+        layers = (
+            layer if layer.mixture is None
+            else dataclasses.replace(layer, mixture=dataclasses.replace(layer.mixture, fused=True))
+            for layer in config.layers
+        )  # fmt: skip
+        config = dataclasses.replace(config, layers=tuple(layers))
+    shapes, found = config.shapes(), {}
+    wrong = [f"{name} is missing" for name in shapes if name not in params]
+    for name, leaf in params.items():
+        shape = shapes.get(name)
+        if shape is None:
+            beside, _, last = name.rpartition(".")
+            if last == "bias" and f"{beside}.weight" in shapes and not np.any(np.asarray(leaf)):
+                continue  # some writers give every layer a bias of zeros
+            wrong.append(f"{name} is not a parameter of {config.architecture} (nearest: {nearest(name, shapes)})")
+        elif tuple(leaf.shape) != shape:
+            wrong.append(f"{name} has shape {tuple(leaf.shape)}, and {shape} by the configuration")
+        else:
+            found[name] = leaf
+    if wrong:
+        lines = "".join(f"\n  {text}" for text in wrong[:20])
+        more = f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        todo = "The configuration is of another model, or the files are not complete"
+        raise quant_error(
+            "models", f"the tensors are not those of the model{lines}{more}\n", todo=todo, path=path, misfits=len(wrong)
+        )
+    return config, {name: found[name] for name in shapes}

@@ -1,0 +1,127 @@
+"""Rotary embeddings: the frequencies that a configuration states, with their scaling for longer contexts.
+
+Angles are ``position * frequency``. A frequency ``theta ** (-2 i / d)`` of pair i is scaled so:
+
+    linear   f / factor
+    llama3   f where its wavelength is short, f / factor where it is long, between the two interpolated
+    yarn     the same with other bounds, given in rotations; cosine and sine are multiplied by a magnitude
+
+Source: transformers' rotary embeddings; Peng et al., YaRN (arXiv:2309.00071), equations 17 to 22.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.core.errors import QuantError
+
+__all__ = ["Rope", "rope_of", "rotated"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """A rotary embedding: radians per position of each pair of features, and what cosine and sine are multiplied by."""
+
+    frequencies: tuple[float, ...]
+    magnitude: float = 1.0
+
+
+def rotated(rope: Rope, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotates the pairs (i, i + half) of [batch, token, head, feature] by the angles of [batch, token]."""
+    frequencies = jnp.asarray(rope.frequencies, jnp.float32).reshape(1, 1, 1, -1)
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequencies
+    cos, sin = ((f(angle) * rope.magnitude).astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+_BASE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
+_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim", "truncate",
+    },
+}  # fmt: skip
+
+
+def rope_of(parameters: Mapping[str, Any], size: int, context: int, error: Callable[..., QuantError]) -> Rope:
+    """The embedding of heads of ``size`` features that ``rope_parameters`` describe, or older ``rope_scaling``.
+
+    Args:
+      parameters: with ``rope_theta``; what is None counts as not there.
+      size: features of a head, all of which are rotated.
+      context: where the length that the model was trained at is not stated.
+      error: makes the error from a rule and what to do.
+    """
+    p = {key: value for key, value in parameters.items() if value is not None}
+    kind = p.get("rope_type", p.get("type", "default"))
+    if kind not in _KEYS:
+        todo = f"Supported are {', '.join(_KEYS)}"
+        raise error("this scaling of rotary embeddings is not supported", todo=todo, rope_type=kind)
+    unknown = sorted(p.keys() - _BASE - _KEYS[kind])
+    if unknown:
+        todo = "Remove what does not change the result from the configuration"
+        raise error("unknown fields of the rotary embedding", todo=todo, rope_type=kind, fields=tuple(unknown))
+    if p.get("partial_rotary_factor", 1.0) != 1.0:
+        todo = "Run it with another program"
+        raise error("heads that are rotated in part are not supported", todo=todo, **_only(p, "partial_rotary_factor"))
+    theta = p["rope_theta"]
+    frequencies = (1.0 / theta ** (np.arange(0, size, 2, dtype=np.float32) / size)).astype(np.float32)
+    if kind == "default":
+        return _rope(frequencies)
+    if "factor" not in p:
+        raise error("the rotary embedding has no factor", todo="Add it to the configuration", rope_type=kind)
+    factor, trained = float(p["factor"]), p.get("original_max_position_embeddings", context)
+    if kind == "linear":
+        return _rope(frequencies / factor)
+    if kind == "llama3":
+        missing = _KEYS["llama3"] - p.keys() - {"original_max_position_embeddings"}
+        if missing:
+            todo = "Add them to the configuration"
+            raise error("the rotary embedding lacks fields", todo=todo, rope_type=kind, fields=tuple(sorted(missing)))
+        low, high = float(p["low_freq_factor"]), float(p["high_freq_factor"])
+        turns = trained * frequencies / (2 * math.pi)  # in the length of training
+        share = np.clip((turns - low) / (high - low), 0, 1)
+        return _rope(frequencies * share + frequencies / factor * (1 - share))
+    return _yarn(p, frequencies, factor, trained)
+
+
+def _yarn(p: Mapping[str, Any], frequencies: np.ndarray, factor: float, trained: int) -> Rope:
+    size, theta = 2 * frequencies.size, p["rope_theta"]
+
+    def pair(turns: float) -> float:
+        """Which pair rotates so often in the length of training."""
+        return size * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair(p.get("beta_fast") or 32), pair(p.get("beta_slow") or 1)
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    share = 1 - np.clip((np.arange(size // 2, dtype=np.float32) - low) / (high - low or 0.001), 0, 1)
+    magnitude = p.get("attention_factor")
+    if magnitude is None:
+        a, b = p.get("mscale"), p.get("mscale_all_dim")
+        magnitude = _magnitude(factor, a) / _magnitude(factor, b) if a and b else _magnitude(factor, 1.0)
+    return _rope(frequencies * share + frequencies / factor * (1 - share), float(magnitude))
+
+
+def _magnitude(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _rope(frequencies: np.ndarray, magnitude: float = 1.0) -> Rope:
+    return Rope(tuple(float(f) for f in frequencies.astype(np.float32)), magnitude)
+
+
+def _only(p: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {key: p[key]}

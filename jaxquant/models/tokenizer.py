@@ -1,0 +1,250 @@
+"""Text to tokens and back: ``tokenizer.json`` of a directory, or what the metadata of a GGUF file allow to build."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import importlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxquant.core.errors import quant_error
+from jaxquant.io.sharded import read_json
+
+__all__ = ["Tokenizer", "ends_of", "tokenizer_of", "tokenizer_of_gguf"]
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        todo = "Run: pip install 'jaxquant[generate]'"
+        raise quant_error("models", f"{name} is not installed, which texts need", todo=todo) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids of tokens and back.
+
+    Attributes:
+      inner: a ``tokenizers.Tokenizer``.
+      path: where it comes from.
+      bos: id of the token that begins a text, or None.
+      add_bos: whether a text begins with it; None: as ``inner`` does by itself.
+      template: Jinja template of a chat, or None.
+      special: names of special tokens for the template: ``bos_token`` and so on.
+    """
+
+    inner: Any
+    path: str
+    bos: int | None = None
+    add_bos: bool | None = None
+    template: str | None = None
+    special: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def encode(self, text: str, *, chat: bool = False) -> list[int]:
+        """Ids of a text; of a rendered chat, which has its special tokens already, without further ones."""
+        ids = self.inner.encode(text, add_special_tokens=not chat).ids
+        if self.add_bos is not None and self.bos is not None and not chat:
+            ids = ids[1:] if ids[:1] == [self.bos] else ids
+            ids = [self.bos, *ids] if self.add_bos else ids
+        return list(ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+        return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def pieces(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of ids as they come: what is complete after each, "" where a character is not.
+
+        Together they are the text of all ids but the bytes of a last character that never became complete.
+        """
+        done: list[int] = []
+        shown = 0  # ids whose text is out
+        before = 0  # where the ids begin that are decoded along, since the text of a token depends on the one before it
+        for i in ids:
+            done.append(i)
+            context, text = self.decode(done[before:shown]), self.decode(done[before:])
+            if text.endswith("\N{REPLACEMENT CHARACTER}") or len(text) <= len(context):
+                yield ""
+                continue
+            before, shown = shown, len(done)
+            yield text[len(context) :]
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text of a chat, up to where the model answers.
+
+        Args:
+          messages: each with ``role`` and ``content``.
+
+        Raises:
+          QuantError: if the checkpoint has no template of a chat, or the template refuses the messages.
+        """
+        if self.template is None:
+            todo = "Give a prompt as the model was trained on, without --chat"
+            raise quant_error("models", "the checkpoint has no chat template", todo=todo, path=self.path)
+        jinja2, sandbox = _library("jinja2"), _library("jinja2.sandbox")
+
+        def refuse(message: str) -> None:
+            raise jinja2.TemplateError(message)
+
+        environment = sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+        environment.globals["raise_exception"] = refuse
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        # Marks of what a model is trained on, which do not show in the text.
+        template = re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{#\1 \2#}", self.template)
+        try:
+            return environment.from_string(template).render(
+                messages=list(messages), add_generation_prompt=True, tools=None, documents=None, **self.special
+            )
+        except jinja2.TemplateError as reason:
+            todo = "Give a prompt as the model was trained on, without --chat"
+            raise quant_error("models", f"the chat template fails ({reason})", todo=todo, path=self.path) from None
+
+
+def ends_of(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
+    """Ids of the tokens that end a text, as the directory states them."""
+    stated = None
+    if (directory / "generation_config.json").exists():
+        stated = read_json(directory / "generation_config.json", function="models").get("eos_token_id")
+    if stated is None:
+        stated = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
+    ids = stated if isinstance(stated, list) else [stated]
+    return frozenset(i for i in ids if type(i) is int)
+
+
+def tokenizer_of(directory: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a directory."""
+    place = Path(directory)
+    file = place / "tokenizer.json"
+    if not file.exists():
+        todo = "Copy tokenizer.json there from where the model comes from"
+        if (place / "tokenizer.model").exists() or (place / "vocab.json").exists():
+            there = repr(str(place))
+            todo = f"Make one: transformers.AutoTokenizer.from_pretrained({there}).save_pretrained({there})"
+        raise quant_error("models", "there is no tokenizer.json", todo=todo, path=str(place))
+    library = _library("tokenizers")
+    try:
+        inner = library.Tokenizer.from_file(str(file))
+    except Exception as reason:  # the library raises nothing narrower
+        todo = "The file is damaged, or needs a newer version of tokenizers"
+        raise quant_error("models", f"tokenizer.json cannot be read ({reason})", todo=todo, path=str(place)) from None
+    inner.no_padding()
+    inner.no_truncation()
+    stated = _json(place / "tokenizer_config.json")
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    special = {name: _text(stated[name]) for name in names if stated.get(name)}
+    bos = inner.token_to_id(special["bos_token"]) if "bos_token" in special else None
+    add = stated.get("add_bos_token")
+    return Tokenizer(inner, str(place), bos, add if isinstance(add, bool) else None, _template(place, stated), special)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path, function="models") if path.exists() else {}
+
+
+def _text(token: Any) -> str:
+    return token["content"] if isinstance(token, Mapping) else str(token)
+
+
+def _template(place: Path, stated: Mapping[str, Any]) -> str | None:
+    file = place / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    found = _json(place / "chat_template.json").get("chat_template", stated.get("chat_template"))
+    if isinstance(found, list):
+        found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
+
+
+# -- GGUF --------------------------------------------------------------------------------------------------------------
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+#: How a text is split before its bytes are paired, by ``tokenizer.ggml.pre``; None: as GPT-2 does.
+_SPLITS = {
+    "llama-bpe": rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",
+    "qwen2": rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",
+    "gpt-2": None,
+    "default": None,
+}
+_CONTROL, _USER, _BYTE = 3, 4, 6
+
+
+def tokenizer_of_gguf(metadata: Mapping[str, Any], path: str) -> Tokenizer:
+    """The tokenizer that the metadata of a GGUF file describe: byte pairs (``gpt2``) or SentencePiece (``llama``)."""
+    error = functools.partial(quant_error, "models", path=path)
+    key = "tokenizer.ggml."
+    own = {name.removeprefix(key): value for name, value in metadata.items() if name.startswith(key)}
+    library, kind, tokens = _library("tokenizers"), own.get("model"), own.get("tokens")
+    todo = "Give the directory of the model's tokenizer.json: load(..., tokenizer=...), --tokenizer DIR"
+    if tokens is None or kind not in ("gpt2", "llama"):
+        raise error("the file has no tokenizer that can be built here", todo=todo, model=kind)
+    pre = own.get("pre", "default")
+    if kind == "gpt2" and pre not in _SPLITS:
+        raise error("the tokenizer splits texts in a way that is not known here", todo=todo, pre=pre)
+    inner = _byte_pairs(library, tokens, own, pre) if kind == "gpt2" else _sentence_pieces(library, tokens, own)
+    types = np.asarray(own.get("token_type", np.ones(len(tokens), np.int32)))
+    added = [library.AddedToken(tokens[i], special=bool(types[i] == _CONTROL), normalized=False)
+             for i in np.flatnonzero((types == _CONTROL) | (types == _USER))]  # fmt: skip
+    inner.add_special_tokens([token for token in added if token.special])
+    inner.add_tokens([token for token in added if not token.special])
+    ids = {name: int(own[f"{name}_token_id"]) for name in ("bos", "eos") if f"{name}_token_id" in own}
+    add = bool(own.get("add_bos_token", kind == "llama" or pre == "llama-bpe"))
+    template = metadata.get("tokenizer.chat_template")
+    special = {f"{name}_token": tokens[i] for name, i in ids.items() if i < len(tokens)}
+    return Tokenizer(inner, path, ids.get("bos"), add, template if isinstance(template, str) else None, special)
+
+
+def _byte_pairs(library: Any, tokens: Sequence[str], own: Mapping[str, Any], pre: str) -> Any:
+    models, pre_tokenizers = library.models, library.pre_tokenizers
+    merges = [tuple(merge.split(" ", 1)) for merge in own.get("merges", [])]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    inner = library.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+    split = _SPLITS[pre]
+    if split is None:
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        words = pre_tokenizers.Split(library.Regex(split), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        inner.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+    if pre == "qwen2":
+        inner.normalizer = library.normalizers.NFC()
+    inner.decoder = library.decoders.ByteLevel()
+    return inner
+
+
+def _sentence_pieces(library: Any, tokens: Sequence[str], own: Mapping[str, Any]) -> Any:
+    """Pairs whose union is a token, the one with the highest score first, which is what SentencePiece joins."""
+    scores, vocabulary = np.asarray(own["scores"], np.float32), {token: i for i, token in enumerate(tokens)}
+    ordered = sorted(range(len(tokens)), key=lambda i: (-scores[i], i))
+    types = np.asarray(own.get("token_type", np.ones(len(tokens), np.int32)))
+    merges = [
+        (tokens[i][:at], tokens[i][at:])
+        for i in ordered
+        if types[i] == 1
+        for at in range(1, len(tokens[i]))
+        if tokens[i][:at] in vocabulary and tokens[i][at:] in vocabulary
+    ]
+    unknown = int(own.get("unknown_token_id", 0))
+    inner = library.Tokenizer(
+        library.models.BPE(vocabulary, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
+    )
+    prefix = bool(own.get("add_space_prefix", True))
+    normalizers, decoders = library.normalizers, library.decoders
+    steps = [normalizers.Prepend("▁")] if prefix else []
+    inner.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    return inner

@@ -1,0 +1,274 @@
+"""Every architecture against transformers: logits, padding, caches, quantized weights, and GGUF files."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hf_files import checkpoint, tensors_of
+from models.decoders import DECODERS, GOLDEN, make
+
+import jaxquant as jq
+from jaxquant.core.qtensor import QTensor
+from jaxquant.models import empty_cache, head, hidden, load, logits
+
+SPEC = jq.OpSpec(jq.QuantSpec("int4", granularity="per_group", group_size=8))
+RULES = [jq.Rule(r"embed_tokens|lm_head|\.gate\.|shared_expert_gate|norm", None), jq.Rule(r"\.weight$", SPEC)]
+
+
+@functools.cache
+def model(name):
+    return load(GOLDEN / name)
+
+
+@functools.cache
+def reference(name):
+    return tensors_of(GOLDEN / name / "ref.safetensors")
+
+
+@functools.cache
+def forward(config):
+    return jax.jit(jq.quantized(functools.partial(logits, config)))
+
+
+def close(found, wanted, mask, share=2e-5):
+    found, wanted = (np.asarray(x, np.float32)[np.asarray(mask) == 1] for x in (found, wanted))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=share * np.abs(wanted).max())
+
+
+def of_reference(name, params=None, dtype=jnp.float32):
+    ref, one = reference(name), model(name)
+    params = one.params if params is None else params
+    params = jax.tree.map(lambda x: x.astype(dtype), params) if dtype != jnp.float32 else params
+    return forward(one.config)(params, ref["ids"], ref["mask"])
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("name", DECODERS)
+def test_logits_of_a_padded_batch(name):
+    """In float32, within a few roundings of what transformers computes; bfloat16 weights in the file."""
+    close(of_reference(name), reference(name)["logits"], reference(name)["mask"])
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_logits_of_a_model_made_on_the_spot(name, tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    ref = make(name, tmp_path, seed=1)
+    one = load(tmp_path)
+    assert one.ends == {2}
+    close(forward(one.config)(one.params, ref["ids"], ref["mask"]), ref["logits"], ref["mask"])
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_bfloat16(name):
+    """Off by its roundings, of which each layer has a dozen, and by no more."""
+    found = of_reference(name, dtype=jnp.bfloat16)
+    assert found.dtype == jnp.bfloat16
+    if DECODERS[name][0].endswith(("Moe", "Mixtral")):  # a rounding can send a token to another expert
+        return
+    close(found, reference(name)["logits"], reference(name)["mask"], share=0.1)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_quantized_weights(name, tmp_path):
+    """Codes in a file, experts too, give what the float model gives on their values."""
+    jq.io.quantize_hf(GOLDEN / name, tmp_path / "q", RULES)
+    one, ref = load(tmp_path / "q"), reference(name)
+    assert one.config == model(name).config
+    count = sum(isinstance(leaf, QTensor) for leaf in one.params.values())
+    assert count == sum("_proj.weight" in key for key in one.config.shapes())
+    found = forward(one.config)(one.params, ref["ids"], ref["mask"])
+    values = jq.dequantize_params(one.params)
+    close(found, of_reference(name, values), ref["mask"], share=2e-4)
+    assert not np.allclose(found, ref["logits"], atol=1e-2)  # it is the quantized model that ran
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_padding_on_the_right(name):
+    """The same tokens, moved to the other side."""
+    ref, one = reference(name), model(name)
+    pads = (ref["mask"] == 0).sum(1)
+    turned = {key: np.stack([np.roll(x, -n, 0) for x, n in zip(ref[key], pads, strict=True)]) for key in ref}
+    close(forward(one.config)(one.params, turned["ids"], turned["mask"]), turned["logits"], turned["mask"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("name", ["gemma3", "mistral", "qwen2_moe"])
+def test_with_a_cache(name, dtype):
+    """The first tokens at once, the others one at a time: what the whole sequence gives; nearly, in int8."""
+    ref, one = reference(name), model(name)
+    config, first = one.config, 7
+    cache = empty_cache(config, *ref["ids"].shape, dtype)
+    valid = ref["mask"] == 1
+
+    @jax.jit
+    def run(params, tokens, cache, start):
+        x, cache = hidden(config, params, tokens, valid, cache, start)
+        return head(config, params, x), cache
+
+    out, cache = run(one.params, ref["ids"][:, :first], cache, 0)
+    found = [out]
+    for at in range(first, valid.shape[1]):
+        out, cache = run(one.params, ref["ids"][:, at : at + 1], cache, at)
+        found.append(out)
+    assert cache[0]["k"].dtype == dtype
+    found = jnp.concatenate(found, 1)
+    close(found, ref["logits"], ref["mask"], share=2e-5 if dtype == "float32" else 0.05)
+    assert (dtype == "int8") == (float(jnp.abs(found - ref["logits"])[valid].max()) > 1e-3)
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def rewritten(name, path, change, **config):
+    """The checkpoint with other names, shapes and fields; ``change`` gets all tensors and returns them."""
+    stated = json.loads((GOLDEN / name / "config.json").read_text())
+    return checkpoint(path / "model", change(tensors_of(GOLDEN / name / "model.safetensors")), {**stated, **config})
+
+
+@pytest.mark.every
+@pytest.mark.parametrize(
+    "head, layers", [("language_model.lm_head.", "language_model.model."), ("lm_head.", "model.language_model.")]
+)
+def test_the_text_model_of_a_larger_one(head, layers, tmp_path):
+    stated = json.loads((GOLDEN / "gemma3" / "config.json").read_text())
+    tensors = tensors_of(GOLDEN / "gemma3" / "model.safetensors")
+    renamed = {name.replace("model.", layers, 1): array for name, array in tensors.items()}
+    renamed |= {"vision_tower.embed.weight": np.ones(3, np.float32), f"{head}weight": np.ones((40, 32), np.float32)}
+    config = {"model_type": "gemma3", "text_config": stated, "vision_config": {"hidden_size": 3}}
+    one = load(checkpoint(tmp_path / "model", renamed, config))
+    assert one.notes == ("1 tensors of the encoder of images are left out",)
+    assert one.config == dataclasses.replace(model("gemma3").config, tied=False)  # the head that is in the file counts
+    assert one.params.keys() == {*model("gemma3").params, "lm_head.weight"}
+
+
+def test_experts_in_one_tensor(tmp_path):
+    """Gates and what they gate as one, as transformers has them in memory."""
+
+    def fuse(tensors):
+        parts = {}
+        for name in [name for name in tensors if ".experts." in name]:
+            before, _, after = name.partition(".experts.")
+            number, part, _ = after.split(".")
+            parts.setdefault((before, {"w1": "gate", "w2": "down", "w3": "up"}[part]), {})[int(number)] = tensors.pop(
+                name
+            )
+        stacks = {key: np.stack([experts[i] for i in sorted(experts)]) for key, experts in parts.items()}
+        for before in {before for before, _ in stacks}:
+            both = np.concatenate([stacks[before, "gate"], stacks[before, "up"]], 1)
+            whole = before.replace("block_sparse_moe", "mlp")
+            tensors |= {f"{whole}.experts.gate_up_proj": both, f"{whole}.experts.down_proj": stacks[before, "down"]}
+        return tensors
+
+    one = load(rewritten("mixtral", tmp_path, fuse))
+    ref = reference("mixtral")
+    assert one.params["model.layers.0.mlp.experts.gate_up_proj.weight"].shape == (4, 96, 32)
+    close(forward(one.config)(one.params, ref["ids"], ref["mask"]), ref["logits"], ref["mask"])
+
+
+@pytest.mark.every
+def test_tensors_without_effect(tmp_path):
+    """Biases of zeros, which some writers give every layer, and tables that are computed."""
+    zero, one = np.zeros(32, np.float32), np.ones(32, np.float32)
+    name = "model.layers.0.self_attn.o_proj.bias"
+    extra = {name: zero, "model.layers.0.self_attn.rotary_emb.inv_freq": one}
+    found = load(rewritten("mistral", tmp_path, lambda tensors: tensors | extra))
+    assert found.params.keys() == model("mistral").params.keys()
+    with pytest.raises(jq.QuantError, match=r"o_proj\.bias is not a parameter of mistral"):
+        load(rewritten("mistral", tmp_path, lambda tensors: tensors | {name: one}))
+
+
+@pytest.mark.every
+def test_experts_that_differ_are_refused(tmp_path):
+    def without_one(tensors):
+        del tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"]
+        return tensors
+
+    with pytest.raises(jq.QuantError, match=r"gate_proj\.weight: the experts of a layer must all be there"):
+        load(rewritten("mixtral", tmp_path, without_one))
+
+
+# -- GGUF --------------------------------------------------------------------------------------------------------------
+
+ARCHITECTURES = {
+    "llama": "llama", "llama_biased": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe", "qwen2_moe": "qwen2moe", "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3",
+}  # fmt: skip
+STEMS = {
+    "gate": "ffn_gate_inp", "experts.gate_proj": "ffn_gate_exps", "experts.up_proj": "ffn_up_exps",
+    "experts.down_proj": "ffn_down_exps", "shared_expert_gate": "ffn_gate_inp_shexp",
+    "shared_expert.gate_proj": "ffn_gate_shexp", "shared_expert.up_proj": "ffn_up_shexp",
+    "shared_expert.down_proj": "ffn_down_shexp",
+}  # fmt: skip
+
+
+def as_gguf(name, path):
+    """The decoder as llama.cpp's converter writes it, where that can say what it computes."""
+    one, architecture = model(name), ARCHITECTURES[name]
+    config, layer = one.config, one.config.layers[0]
+    own = {
+        "block_count": len(config.layers), "embedding_length": config.hidden_size, "context_length": config.context,
+        "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads, "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim, "rope.dimension_count": config.head_dim,
+    }  # fmt: skip
+    own = {key: np.uint32(value) for key, value in own.items()}
+    own["attention.layer_norm_rms_epsilon"] = np.float32(config.rms_norm_eps)
+    own["rope.freq_base"] = np.float32({"llama": 100, "qwen3": 100, "gemma3": 1000, "mixtral": 1e6}.get(name, 10000))
+    params = dict(one.params)
+    if name == "llama":  # the factors of Llama 3's scaling are a tensor
+        plain = 1 / np.float32(100) ** (np.arange(0, 8, 2, dtype=np.float32) / 8)
+        params["rope_freqs.weight"] = plain / np.asarray(layer.rope.frequencies, np.float32)
+    if name == "qwen3":
+        own |= {"rope.scaling.type": "yarn", "rope.scaling.factor": np.float32(4)}
+        own["rope.scaling.original_context_length"] = np.uint32(16)
+    if name == "gemma3":
+        own |= {
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": np.float32(8),
+            "rope.freq_base_swa": np.float32(50),
+        }
+        own["attention.sliding_window_pattern"] = np.uint32(2)
+    if name in ("gemma2", "gemma3"):
+        own["attention.sliding_window"] = np.uint32(4)
+    for key, cap in (("attn_logit_softcapping", config.score_cap), ("final_logit_softcapping", config.logit_cap)):
+        own |= {key: np.float32(cap)} if cap else {}
+    mixture = next((layer.mixture for layer in config.layers if layer.mixture), None)
+    if mixture:
+        own |= {"expert_count": np.uint32(mixture.experts), "expert_used_count": np.uint32(mixture.chosen)}
+        if name != "mixtral":
+            own["expert_feed_forward_length"] = np.uint32(mixture.intermediate_size)
+        if mixture.shared:
+            own["expert_shared_feed_forward_length"] = np.uint32(mixture.shared)
+    for key in list(params):
+        part, _, stem = key.removesuffix(".weight").partition(".mlp.")
+        if stem in STEMS:
+            leaf = params.pop(key)
+            leaf = leaf.reshape(-1) if stem == "shared_expert_gate" else leaf
+            params[f"blk.{part.rpartition('.')[2]}.{STEMS[stem]}.weight"] = leaf
+    metadata = {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in own.items()}
+    metadata["tokenizer.ggml.eos_token_id"] = np.uint32(2)
+    jq.io.save_gguf(path, params, metadata=metadata, names="hf")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gguf(name, tmp_path):
+    """The logits of the directory; of Gemma with the scale that llama.cpp has, and without windows that it has not."""
+    as_gguf(name, tmp_path / "model.gguf")
+    one = load(tmp_path)
+    assert one.ends == {2}
+    config, mask, ids = model(name).config, *(reference(name)[key] for key in ("mask", "ids"))
+    if name in ("mixtral", "qwen2"):
+        config = dataclasses.replace(
+            config, layers=tuple(dataclasses.replace(layer, window=None) for layer in config.layers)
+        )
+    if name in ("gemma2", "gemma3"):
+        assert one.config.query_scale == config.head_dim**-0.5
+        config = dataclasses.replace(config, query_scale=one.config.query_scale)
+    assert [layer.window for layer in one.config.layers] == [layer.window for layer in config.layers]
+    found = forward(one.config)(one.params, ids, mask)
+    close(found, forward(config)(model(name).params, ids, mask), mask)
