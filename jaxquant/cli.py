@@ -177,12 +177,19 @@ _METHODS = ("rtn", "hqq", "gptq")
     help="Of the scales.  [that of the checkpoint; gptq, awq and gguf: float16]",
 )
 @click.option(
-    "--method", type=click.Choice([*_METHODS]), default="rtn", show_default=True, help="How codes are chosen."
+    "--method",
+    type=click.Choice([*_METHODS]),
+    help="How codes are chosen.  [rtn: to nearest; gptq with --calibrate or --grams]",
+)
+@click.option(
+    "--calibrate",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A text in UTF-8 to run the float model on, so that gptq knows the inputs of each weight.",
 )
 @click.option(
     "--grams",
     type=click.Path(exists=True, path_type=Path),
-    help="For gptq: a safetensors file with the Gram matrix of the inputs of each weight, under its name.",
+    help="Instead: a safetensors file with the Gram matrix of the inputs of each weight, under its name.",
 )
 @click.option(
     "--rules",
@@ -203,19 +210,24 @@ _METHODS = ("rtn", "hqq", "gptq")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def quantize(
     source: Path, destination: Path, format: str, recipe: str | None, bits: int | None, qtype: str | None,
-    group_size: int | None, asymmetric: bool, scale_dtype: str | None, method: str, grams: Path | None,
-    rules: Path | None, ignore: tuple[str, ...], architecture: str | None, shard_size: int, dry_run: bool,
-    as_json: bool,
+    group_size: int | None, asymmetric: bool, scale_dtype: str | None, method: str | None, calibrate: Path | None,
+    grams: Path | None, rules: Path | None, ignore: tuple[str, ...], architecture: str | None, shard_size: int,
+    dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize a float checkpoint, tensor by tensor, however large.
 
     SOURCE is a directory with safetensors files; DESTINATION must not exist. What is not said is what the format needs:
     4 bits in groups of 64, with scales in the dtype of the checkpoint, unless --help says otherwise. Everything that
     can be known is checked first. An interrupted run leaves DESTINATION.partial; the same command continues it. gptq
-    needs to know the inputs of each weight: jaxquant.calibrate collects their Gram matrices where the model runs.
+    needs to know the inputs of each weight: of the decoders that `jaxquant generate` runs, --calibrate TEXT finds them,
+    with the whole float model in memory; of others, jaxquant.calibrate collects them where the model runs.
     """
-    if (method == "gptq") != (grams is not None):
-        raise click.UsageError("--method gptq and --grams go together")
+    if calibrate is not None and grams is not None:
+        raise click.UsageError("--calibrate finds what --grams would say")
+    knows = calibrate is not None or grams is not None
+    method = method or ("gptq" if knows else "rtn")
+    if (method == "gptq") != knows:
+        raise click.UsageError("--method gptq goes with --calibrate or --grams, and no other method does")
     asked = quantize_files.Scheme(recipe, qtype, bits, group_size, asymmetric, scale_dtype)
     if rules is not None and asked != quantize_files.Scheme():
         raise click.UsageError("--rules says what the other options of the scheme would say")
@@ -229,7 +241,12 @@ def quantize(
             spec = quantize_files.scheme_of(asked, format, source)
             act, chosen = spec.act, quantize_files.rules_of(spec, source, ignore)
         arguments: dict[str, Any] = {"format": format, "method": method, "grams": grams, "act": act}
-        arguments |= {"architecture": architecture, "shard_bytes": shard_size << 20, "dry_run": dry_run}
+        arguments |= {
+            "calibrate": calibrate,
+            "architecture": architecture,
+            "shard_bytes": shard_size << 20,
+            "dry_run": dry_run,
+        }
         with _progress() as progress:
             plan = quantize_files.quantize(source, destination, chosen, **arguments, progress=progress)
     sizes = {"before": plan.before, "after": plan.after}

@@ -146,7 +146,7 @@ def _one_of_each(leaves: HFLeaves | GGUFLeaves | NativeLeaves) -> _Found:
         leaf = leaves[names[0]]
         parameters += len(names) * math.prod(leaf.shape)
         if isinstance(leaf, QTensor):
-            schemes[_scheme(leaf)] += len(names)
+            schemes[leaf.scheme] += len(names)
     return _Found(dict(schemes.most_common()), parameters)
 
 
@@ -162,19 +162,6 @@ def _tensors_of(leaves: HFLeaves) -> dict[str, Any]:
         if owner in parts:
             parts[owner].append((name.removeprefix(head), spec.dtype.name, spec.shape))
     return {name: (*name.split(".")[-2:], *found) for name, found in parts.items()}
-
-
-def _scheme(q: QTensor) -> str:
-    """How a weight is quantized, in words."""
-    blocks = [n // s for n, s in zip(q.shape, q.scale.shape, strict=True)]
-    whole = math.prod(q.scale.shape) == 1
-    grouped = any(1 < s < n for n, s in zip(q.shape, q.scale.shape, strict=True))
-    size = " x ".join(str(b) for b in blocks if b > 1)
-    words = [q.qtype, "per tensor" if whole else f"groups of {size}" if grouped else "per channel"]
-    words.append("symmetric" if q.symmetric else "asymmetric")
-    words += ["two-level scales"] if isinstance(q.scale, QTensor) else []
-    words += ["act-order"] if q.permutation is not None else []
-    return ", ".join(words)
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------

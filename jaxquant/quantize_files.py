@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.files import Watched
-from jaxquant.io import plan_quantize_hf, quantize_hf, save_gguf
+from jaxquant.io import plan_quantize_hf, quantize_hf, save, save_gguf
 from jaxquant.io.directory import Layout, Piece
 from jaxquant.io.gguf.metadata import metadata_of
 from jaxquant.io.native import save_leaves
@@ -23,6 +24,8 @@ from jaxquant.io.safetensors import TensorSpec
 from jaxquant.io.save_hf import FORMATS
 from jaxquant.io.sharded import Checkpoint
 from jaxquant.io.stream import QuantizedLeaves, QuantizePlan
+from jaxquant.models.calibration import grams as gram_matrices
+from jaxquant.models.load import load
 from jaxquant.recipes import recipe as named
 from jaxquant.rules import Rule
 
@@ -145,6 +148,7 @@ def quantize(
     format: str,
     method: str | Callable[..., QTensor] = "rtn",
     grams: Path | None = None,
+    calibrate: Path | None = None,
     act: QuantSpec | None = None,
     architecture: str | None = None,
     shard_bytes: int,
@@ -153,9 +157,16 @@ def quantize(
 ) -> QuantizePlan:
     """Quantizes a float checkpoint to a directory of one of `FORMATS`, or to a GGUF or native file.
 
-    For a file each weight is quantized twice: all are checked before anything is written, and one is in memory at a
-    time.
+    With ``calibrate``, a text, the float model runs first, and the inputs of its weights are known to the method. For a
+    file each weight is quantized twice: all are checked before anything is written, and one is in memory at a time.
     """
+    if calibrate is not None and not dry_run:
+        options = {"format": format, "act": act, "architecture": architecture, "shard_bytes": shard_bytes}
+        planned = quantize(source, destination, rules, dry_run=True, **options)
+        with tempfile.TemporaryDirectory(dir=destination.absolute().parent, prefix=f".{destination.name}.") as place:
+            known = Path(place) / "grams.safetensors"
+            save(known, _grams(source, list(planned.weights), calibrate, progress))
+            return quantize(source, destination, rules, method=method, grams=known, progress=progress, **options)
     if format in FORMATS:
         options: dict[str, Any] = {"format": format, "method": method, "grams": grams, "act": act}
         if dry_run:
@@ -175,6 +186,17 @@ def quantize(
     elif not dry_run:
         save_leaves(destination, Watched(leaves, 2, progress))
     return _plan(leaves, destination.name)
+
+
+def _grams(source: Path, names: list[str], text: Path, progress: Callable[[int, int, str], None] | None) -> Any:
+    """The Gram matrices of the inputs of weights, where the model runs on a text."""
+    model = load(source, dtype=_float_of(source) or "float32")
+    try:
+        tokens = model.tokenizer.encode(text.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as reason:
+        raise quant_error(_F, f"the text is not UTF-8 ({reason})", todo="Convert it", path=os.fspath(text)) from None
+    told = None if progress is None else lambda done, total: progress(done, total, "calibrating")
+    return gram_matrices(model, tokens, names, progress=told)
 
 
 def _plan(leaves: QuantizedLeaves, name: str) -> QuantizePlan:

@@ -164,7 +164,7 @@ def test_a_recipe_by_name(source, tmp_path):
 
 
 def test_gptq_and_grams_go_together(source, tmp_path):
-    assert "go together" in invoke("quantize", source, tmp_path / "out", "--method", "gptq", code=2)
+    assert "goes with --calibrate" in invoke("quantize", source, tmp_path / "out", "--method", "gptq", code=2)
 
 
 def test_rules_from_a_file(source, tmp_path):

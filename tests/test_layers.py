@@ -53,6 +53,7 @@ SIBLINGS = {
     ("cli", "models"),
     ("cli", "quantize_files"),
     ("quantize_files", "files"),
+    ("quantize_files", "models"),
     ("__main__", "cli"),
 }
 # `import jaxquant` stands on levels 1 to 5, and loads on use what needs more than JAX; only programs may import it.

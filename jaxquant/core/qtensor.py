@@ -374,6 +374,29 @@ class QTensor:
         codes = move(self.logical_codes())
         return from_codes(codes, scale, spread(self.zero_point), offset, **rest)
 
+    @property
+    def scheme(self) -> str:
+        """How it is quantized, in words, without its shape.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxquant as jq
+          >>> spec = jq.QuantSpec("int4", granularity="per_group", group_size=64)
+          >>> jq.quantize(jnp.ones((128, 8)), spec, reduce_axes=(-2,)).scheme
+          'int4, groups of 64, symmetric'
+        """
+        blocks = [n // s for n, s in zip(self.shape, self.scale.shape, strict=True)]
+        several = [b for b in blocks if b > 1]
+        if all(s == 1 for s in self.scale.shape[-2:]):
+            shared = "per tensor"
+        elif all(b in (1, n) for b, n in zip(blocks, self.shape, strict=True)):
+            shared = "per channel"
+        else:
+            shared = f"groups of {several[0]}" if len(several) == 1 else f"blocks of {' x '.join(map(str, several))}"
+        words = [self.qtype, shared, "symmetric" if self.symmetric else "asymmetric"]
+        words += ["two-level scales"] if isinstance(self.scale, QTensor) else []
+        words += ["act-order"] if self.permutation is not None else []
+        return ", ".join(words)
+
     def __repr__(self) -> str:
         try:
             shape, nbytes = self.shape, self.nbytes

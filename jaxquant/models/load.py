@@ -84,18 +84,7 @@ class Model:
 
 def _kind(leaf: Any) -> str:
     """The number type and what shares a scale, without the shape."""
-    if not isinstance(leaf, QTensor):
-        return np.dtype(leaf.dtype).name
-    scales = tuple(leaf.scale.shape)
-    block = [n // s for n, s in zip(leaf.shape[-2:], scales[-2:], strict=True)]
-    if all(s == 1 for s in scales[-2:]):
-        shared = "per tensor"
-    elif scales[-1] == 1:
-        shared = "per channel" if block[0] == 1 else f"blocks of {block[0]} channels"
-    else:
-        shared = f"groups of {block[1]}" if block[0] == 1 else f"blocks of {block[0]} x {block[1]}"
-    kind = "" if leaf.symmetric and leaf.offset is None else ", asymmetric"
-    return f"{leaf.qtype}, {shared}{kind}{'' if leaf.permutation is None else ', act-order'}"
+    return leaf.scheme if isinstance(leaf, QTensor) else np.dtype(leaf.dtype).name
 
 
 def _count(n: int) -> str:

@@ -194,7 +194,7 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [("path", "op", "shape", "spec", "kernel", "bytes before", "after")]
-        cells: dict[str, tuple[str, ...]] = {}
+        cells: dict[str, tuple[str, str, str, str]] = {}
         sizes: dict[str, tuple[int, int]] = {}
         for item in self.items:
             axes = f", reduced over {', '.join(map(str, item.reduce_axes))}"

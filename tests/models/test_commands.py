@@ -43,7 +43,7 @@ def test_generate(checkpoint):
     done = invoke("generate", checkpoint / "int8", "--prompt", "hello", "--tokens", 9)
     assert re.fullmatch(rf"[{LETTERS}]{{1,9}}\n", done.stdout)
     assert re.search(r"/int8: llama, 2 layers, 1\d,\d{3} parameters, compressed-tensors\n", done.stderr)
-    assert re.search(r"int8, per channel +14 tensors, 1[\d.]+ KiB\n", done.stderr)
+    assert re.search(r"int8, per channel, symmetric +14 tensors, 1[\d.]+ KiB\n", done.stderr)
     assert re.search(r"prompt: 6 tokens in [\d.]+ s. new: 9 tokens, [\d.]+ ms a step. compiled in", done.stderr)
     ids = invoke("generate", checkpoint / "int8", "--ids", "1,10,7,14,14,17", "--tokens", 9).stdout
     assert "".join(LETTERS[int(i) - 3] for i in ids.split()) == done.stdout.strip("\n")
@@ -68,7 +68,7 @@ def test_eval(checkpoint, tmp_path):
     printed = re.search(r"^perplexity  ([\d.]+)", done.stdout, re.MULTILINE)
     assert float(printed[1]) == pytest.approx(found["perplexity"], rel=1e-4)  # by two programs
     assert (found["tokens"], found["kl"], found["architecture"]) == (98, None, "llama")
-    assert {"kind": "int8, per channel", "tensors": 14}.items() <= found["weights"][0].items()
+    assert {"kind": "int8, per channel, symmetric", "tensors": 14}.items() <= found["weights"][0].items()
 
 
 @pytest.mark.every

@@ -52,7 +52,7 @@ def test_it_stops_where_a_text_ends():
 def test_quantized_weights_and_an_int8_cache():
     """A cache in int8 is near enough for the first tokens, and the weights stay codes."""
     one = load(GOLDEN.parent / "models" / "gptq_w4g64_sym")
-    assert "int4, groups of 64" in one.kinds
+    assert "int4, groups of 64, symmetric" in one.kinds
     assert generate(one, [[1, 2, 3]], tokens=3, cache="int8") == generate(one, [[1, 2, 3]], tokens=3)
 
 
