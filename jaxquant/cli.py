@@ -33,6 +33,10 @@ def _say(text: str) -> None:
     click.echo(printable(text))
 
 
+def _some(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
 def _require(extra: str, *modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
@@ -264,7 +268,7 @@ def quantize(
         return
     if dry_run:
         _print(("weight", "becomes"), [(name, repr(q)) for name, q in plan.weights.items()])
-    _say(f"{len(plan.weights)} weights quantized, {len(plan.floats)} tensors as they are")
+    _say(f"{_some(len(plan.weights), 'weight')} quantized, {_some(len(plan.floats), 'tensor')} as they are")
     for name, why in plan.skipped.items():
         _say(f"{name} stays in float: {why}")
     if plan.left_out:
@@ -272,7 +276,9 @@ def quantize(
     for name, place in plan.links.items():
         _say(f"{name} is a link: what was taken is {place}")
     verb = "would be written" if dry_run else "written"
-    _say(f"{in_bytes(plan.before)} -> {in_bytes(plan.after)}, {len(plan.layout.shards)} files of tensors {verb}")
+    _say(
+        f"{in_bytes(plan.before)} -> {in_bytes(plan.after)}, {_some(len(plan.layout.shards), 'file')} of tensors {verb}"
+    )
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def test_inspect_lists_tensors_and_weights():
 def test_a_dry_run_writes_nothing_and_says_what_it_would(source, tmp_path):
     output = invoke("quantize", source, tmp_path / "out", "--group-size", 32, "--dry-run")
     assert "int4[64, 64] -> float32, group 32" in output
-    assert "1 weights quantized, 2 tensors as they are" in output
+    assert "1 weight quantized, 2 tensors as they are" in output
     plan = json.loads(invoke("quantize", source, tmp_path / "out", "--dry-run", "--json"))
     assert not plan["written"]
     assert plan["after"] < plan["before"]
@@ -134,7 +134,7 @@ def test_each_format_gets_what_it_needs(format, scheme, source, tmp_path):
     w = jnp.sin(jnp.arange(128 * 64.0)).reshape(64, 128).astype(jnp.bfloat16)
     arrays = {"model.embed_tokens.weight": w, "model.layers.0.mlp.down_proj.weight": w, "lm_head.weight": w}
     jq.io.save(source / "model.safetensors", arrays | {"model.norm.weight": w[0]})
-    assert "1 weights quantized, 3 tensors as they are" in invoke("quantize", source, tmp_path / "out", "--to", format)
+    assert "1 weight quantized, 3 tensors as they are" in invoke("quantize", source, tmp_path / "out", "--to", format)
     assert f"weights: 1 {scheme}" in invoke("inspect", tmp_path / "out")
     read = jq.io.load_gguf if format == "gguf" else jq.io.load_hf
     params = (

@@ -76,7 +76,7 @@ def test_what_a_model_says_of_itself():
     model = load(folder("gptq_w4g64_actorder"))
     first, *kinds = str(model).splitlines()
     assert first.endswith("gptq_w4g64_actorder: llama, 2 layers, 148,096 parameters, GPTQ")
-    assert "int4, groups of 64, act-order  12 tensors, 65.5 KiB" in str(model)
+    assert "int4, groups of 64, symmetric, act-order  12 tensors, 65.5 KiB" in str(model)
     assert sum(n for n, _ in model.kinds.values()) == len(model.params)
     assert len(kinds) == len(model.kinds)
 
