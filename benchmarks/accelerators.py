@@ -18,14 +18,10 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import multiprocessing
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -184,26 +180,6 @@ def measured(chip: str, scheme: str, by: str, shape: tuple[int, int, int]) -> Ce
     )
 
 
-def measured_apart(chip: str, scheme: str, by: str, shape: tuple[int, int, int]) -> Cell:
-    """The same in a process of its own, which has the static schedule of kernels dumped.
-
-    Without it the TPU's compiler has no estimate of a kernel that is written by hand. It ends the process while it
-    dumps that of some.
-    """
-    if CHIPS[chip].platform != "tpu" or by != "jaxquant":
-        return measured(chip, scheme, by, shape)
-    with tempfile.TemporaryDirectory() as folder:
-        flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-        os.environ["LIBTPU_INIT_ARGS"] = f"{flags} --xla_jf_dump_static_llo_profile_to={folder}".strip()
-        try:
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                return pool.submit(measured, chip, scheme, by, shape).result()
-        except BrokenProcessPool:
-            return Cell(chip, scheme, by, *shape, missing="the compiler ended while it dumped its static schedule")
-        finally:
-            os.environ["LIBTPU_INIT_ARGS"] = flags
-
-
 def cells(args: argparse.Namespace) -> Iterator[Cell]:
     with contextlib.suppress(ImportError):
         import qwix  # noqa: F401
@@ -216,7 +192,7 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
                 for name in args.schemes:
                     for by in peers:
                         if by != "qwix" or SCHEMES[name].qwix is not None:
-                            yield measured_apart(chip, name, by, shape)
+                            yield measured(chip, name, by, shape)
 
 
 def tables(found: list[Cell]) -> str:
