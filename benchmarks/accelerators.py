@@ -1,12 +1,14 @@
 """What products cost on TPUs and GPUs, as their own compilers estimate it: nothing is run, and no device is needed.
 
     python benchmarks/accelerators.py [--short] [--packed] [--chips "tpu v5e,h100"] [--schemes w4a16,w8a8] [--rows 1,8]
+                                      [--weights 4096x4096] [--by jaxquant] [--json FILE [--keep]] [--plot FILE]
 
 For every scheme, chip and shape the product ``[M, K] x [K, N]`` of a bfloat16 activation is compiled three times: of a
 bfloat16 weight, by jaxquant with the codes as `quantize_params(target=...)` lays them out, and by qwix from its own
 arrays where it has the scheme. Times are estimates: of a TPU, the longer of the compiler's cycles and of moving
 arguments, results and (twice) temporaries at the bandwidth of the memory; of a GPU, whose compiler estimates none, the
-latter alone. The floor is what arguments and results, or the arithmetic at the peak of the scheme's number type, take.
+latter alone. Kernels that are written by hand count by the static schedules of their machine code. The floor is what
+arguments and results, or the arithmetic at the peak of the scheme's number type, take.
 
 Needs the compilers: ``pip install jaxquant[aot-tpu,aot-gpu] qwix``.
 """
@@ -184,15 +186,30 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
     with contextlib.suppress(ImportError):
         import qwix  # noqa: F401
     peers = ("jaxquant", *((PACKED,) if args.packed else ()), *(("qwix",) if "qwix" in sys.modules else ()))
+    peers = tuple(by for by in peers if by in (args.by or peers))
     for chip in args.chips:
         for k, n in args.weights:
             for rows in args.rows:
                 shape = (rows, k, n)
-                yield measured(chip, "bfloat16", "bfloat16", shape)
+                if not args.by or "bfloat16" in args.by:
+                    yield measured(chip, "bfloat16", "bfloat16", shape)
                 for name in args.schemes:
                     for by in peers:
                         if by != "qwix" or SCHEMES[name].qwix is not None:
                             yield measured(chip, name, by, shape)
+
+
+def kept(file: Path, found: list[Cell]) -> list[Cell]:
+    """The cells of an earlier run, with those of this one in their places or at the end, in the order of the tables."""
+    place = lambda c: (c.chip, c.scheme, c.by, c.rows, c.k, c.n)  # noqa: E731
+    cells = {place(c): c for c in (Cell(**cell) for cell in json.loads(file.read_text()))} if file.exists() else {}
+    cells |= {place(c): c for c in found}
+    orders = [
+        list(order) for order in (TARGETS, WEIGHTS, ("bfloat16", *SCHEMES), ("bfloat16", "jaxquant", PACKED, "qwix"))
+    ]
+    rank = lambda value, order: order.index(value) if value in order else len(order)  # noqa: E731
+    sort = lambda c: tuple(map(rank, (c.chip, (c.k, c.n), c.scheme, c.by), orders)) + (c.rows,)  # noqa: E731
+    return sorted(cells.values(), key=sort)
 
 
 def tables(found: list[Cell]) -> str:
@@ -280,6 +297,8 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="one chip, one weight, few rows and schemes")
     parser.add_argument("--packed", action="store_true", help="ours with codes that are packed for a CPU, too")
     parser.add_argument("--json", type=Path, help="write every cell there, too")
+    parser.add_argument("--keep", action="store_true", help="keep the cells there that this run does not make")
+    parser.add_argument("--by", type=names, help="bfloat16, jaxquant, qwix: whose programs; by default all")
     parser.add_argument("--plot", type=Path, help="write a picture there")
     parser.add_argument("--models", action="store_true", help="whole decoders instead: see benchmarks/decoders.py")
     args = parser.parse_args()
@@ -290,14 +309,16 @@ def main() -> None:
     if args.short:
         args.chips, args.rows, args.weights = args.chips[:1], (1, 8, 512), WEIGHTS[:1]
         args.schemes = ("w8a8", "w8a16", "w4a16 g128", "w4a8 g128", "nf4 g64")
-    start, found = time.time(), []
+    start, made = time.time(), 0
+    found: list[Cell] = kept(args.json, []) if args.json and args.keep else []
     for cell in cells(args):
-        found.append(cell)
+        made += 1
+        found = kept(args.json, [cell]) if args.json and args.keep else [*found, cell]
         if args.json:
             args.json.write_text(json.dumps([dataclasses.asdict(c) for c in found], indent=0) + "\n")
     print(f"Estimates of the compilers ({packages()}); nothing was run.\n")
     print(tables(found))
-    print(f"{len(found)} programs compiled in {time.time() - start:.0f} s.")
+    print(f"{made} programs compiled in {time.time() - start:.0f} s.")
     if args.plot:
         plot(found, args.plot)
 

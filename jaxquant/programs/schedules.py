@@ -107,7 +107,13 @@ def _answers(request: str, longest: float) -> tuple[list[str], str]:
         command = [sys.executable, "-m", "jaxquant.programs.schedules"]
         try:
             done = subprocess.run(
-                command, input=request, env=os.environ | own, timeout=longest, capture_output=True, text=True, check=False
+                command,
+                input=request,
+                env=os.environ | own,
+                timeout=longest,
+                capture_output=True,
+                text=True,
+                check=False,
             )
         except subprocess.TimeoutExpired as e:
             out = e.stdout.decode() if isinstance(e.stdout, bytes) else e.stdout or ""
@@ -135,8 +141,7 @@ def _main() -> None:
 
 
 def _shape(dtype: str, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
-    kind, width = dtype.rstrip("0123456789"), dtype.lstrip("sufabcdefgh")
-    named = _DTYPES.get(dtype) or {"s": "int", "u": "uint", "f": "float"}[kind] + width
+    named = _DTYPES.get(dtype) or {"s": "int", "u": "uint", "f": "float"}[dtype[0]] + dtype[1:]
     return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(named))
 
 

@@ -90,6 +90,21 @@ def test_the_product_of_the_dequantized_weight(name: str, rows: int, monkeypatch
     assert_close(y, x, w, exact=name in EXACT, rounded=rounded)
 
 
+@pytest.mark.parametrize("rows", [3, 300])
+def test_a_layer_of_a_stack(rows: int, monkeypatch: pytest.MonkeyPatch):
+    """The kernel finds it by its number: the product is that of the layer alone, to the bit."""
+    layers, x = [weight(SPECS["int4 32"], (256, 128)), weight(SPECS["int4 32"], (256, 128))], normal(2, (rows, 256))
+    layers[1] = layers[1].replace(codes=-layers[1].stored)
+    stack = jax.tree.map(lambda *v: jnp.stack(v), *layers)
+    for i, alone in enumerate(layers):
+        layer = alone.layer_of(stack, jnp.int32(i))
+        assert layer.shape == alone.shape
+        np.testing.assert_array_equal(layer.apart().stored, alone.stored)
+        (name, got), (other, want) = (interpreted(problem_of(x, w), monkeypatch) for w in (layer, alone))
+        assert name == other
+        np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("rows", [3, 300])
 def test_int8_activations(group: int, rows: int, monkeypatch: pytest.MonkeyPatch):

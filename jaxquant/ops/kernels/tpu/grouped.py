@@ -13,6 +13,7 @@ from jax import lax
 from jaxquant.core.codec import values_of
 from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.core.qtypes import FACTOR
+from jaxquant.core.stack import Layer
 from jaxquant.ops.kernels.decoded import Decoded
 from jaxquant.ops.kernels.precision import is_default
 from jaxquant.ops.kernels.tpu.decode import BLOCK, decoder
@@ -111,7 +112,7 @@ def _groups(w: QTensor) -> Groups | None:
     """What the kernels have to know of a weight; None if they do not take it."""
     k, (count, columns) = w.shape[-2], w.scale.shape[-2:]
     size = k // count
-    blocked = w.stored.shape[-2] % BLOCK == 0 and (BLOCK % size == 0 if size < BLOCK else size % BLOCK == 0)
+    blocked = w.kept.shape[-2] % BLOCK == 0 and (BLOCK % size == 0 if size < BLOCK else size % BLOCK == 0)
     if not blocked or columns != w.shape[-1] or (w.type.kind == "table" and not w.in_int4):
         return None
     if w.type.kind == "int" and not w.in_int4 and not w.type.signed:
@@ -160,8 +161,10 @@ def _numbers(scale: QTensor) -> jax.Array:
 def _arrays(w: QTensor) -> dict[str, jax.Array | None]:
     """The arrays of a weight, as `grouped_product` takes them."""
     scale, columns = _scale(w)
-    codes, offset = w.stored.reshape(-1, BLOCK, w.shape[-1]), None if w.offset is None else flat(w.offset)
-    return {"codes": codes, "scale": scale, "zero": w.zero_point, "offset": offset, "columns": columns}
+    offset = None if w.offset is None else flat(w.offset)
+    stack, layer = (w.kept.stack, w.kept.index) if isinstance(w.kept, Layer) else (w.stored[None], None)
+    codes = stack.reshape(stack.shape[0], -1, BLOCK, w.shape[-1])
+    return {"codes": codes, "layer": layer, "scale": scale, "zero": w.zero_point, "offset": offset, "columns": columns}
 
 
 def _dtype_of(problem: Product) -> Any:

@@ -97,6 +97,7 @@ def grouped_product(
     offset: jax.Array | None = None,
     rows: jax.Array | None = None,
     columns: jax.Array | None = None,
+    layer: jax.Array | None = None,
     result: Any = jnp.float32,
     interpret: bool = False,
 ) -> jax.Array:
@@ -104,11 +105,12 @@ def grouped_product(
 
     Args:
       x: [M, K], int8, bfloat16 or float32; K is a multiple of 128.
-      codes: [K / 128, 128, N], as `QTensor.laid_out` stores them.
+      codes: [L, K / 128, 128, N], a stack of what `QTensor.laid_out` stores.
       scale, zero, offset: [K / group size, N]; zero and offset may be None.
       groups: the rest of the weight.
       rows: float32 [M, 1], factors of the rows of x; None is 1.
       columns: float32 [1, N], further factors of the columns; None is 1.
+      layer: which of the stack; None is the first. The kernel reads it where it lies.
       result: the dtype of the result.
       interpret: run in Pallas' interpreter.
 
@@ -125,7 +127,7 @@ def grouped_product(
     x, rows = pad(x), None if rows is None else pad(rows)
     given = {"scale": scale, "zero": zero, "offset": offset, "rows": rows, "columns": columns}
     arrays = {name: v for name, v in given.items() if v is not None}
-    return body(groups, planes, result)(x, codes, arrays, interpret=interpret)[:m]
+    return body(groups, planes, result)(x, codes, layer, arrays, interpret=interpret)[:m]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,36 +144,41 @@ class _Body:
     planes: tuple[Any, ...]
     result: Any
 
-    def __call__(self, x: Any, codes: jax.Array, arrays: dict[str, jax.Array], *, interpret: bool) -> jax.Array:
+    def __call__(
+        self, x: Any, codes: jax.Array, layer: jax.Array | None, arrays: dict[str, jax.Array], *, interpret: bool
+    ) -> jax.Array:
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import tpu as pltpu
 
-        (m, k), n = x.shape, codes.shape[2]
+        (m, k), n = x.shape, codes.shape[3]
         bm, bn = self.blocks(m, k, n)
         count = arrays["scale"].shape[0]
-        by_group = pl.BlockSpec((count, bn), lambda j, i: (0, j))
+        by_group = pl.BlockSpec((count, bn), lambda j, i, at: (0, j))
         specs = {
-            "rows": pl.BlockSpec((bm, 1), lambda j, i: (i, 0)),
-            "columns": pl.BlockSpec((1, bn), lambda j, i: (0, j)),
+            "rows": pl.BlockSpec((bm, 1), lambda j, i, at: (i, 0)),
+            "columns": pl.BlockSpec((1, bn), lambda j, i, at: (0, j)),
         }
         params: Any = getattr(pltpu, "CompilerParams", None) or getattr(pltpu, "TPUCompilerParams")  # noqa: B009
         return pl.pallas_call(
             functools.partial(self._run, names=tuple(arrays)),
             out_shape=_like(x, (m, n), self.result),
-            grid=(pl.cdiv(n, bn), pl.cdiv(m, bm)),
-            in_specs=[
-                pl.BlockSpec((bm, k), lambda j, i: (i, 0)),
-                pl.BlockSpec((k // BLOCK, BLOCK, bn), lambda j, i: (0, 0, j)),
-                *(specs.get(name, by_group) for name in arrays),
-            ],
-            out_specs=pl.BlockSpec((bm, bn), lambda j, i: (i, j)),
-            scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in self._scratch(bm, bn, k, count)],
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                grid=(pl.cdiv(n, bn), pl.cdiv(m, bm)),
+                in_specs=[
+                    pl.BlockSpec((bm, k), lambda j, i, at: (i, 0)),
+                    pl.BlockSpec((None, k // BLOCK, BLOCK, bn), lambda j, i, at: (at[0], 0, 0, j)),
+                    *(specs.get(name, by_group) for name in arrays),
+                ],
+                out_specs=pl.BlockSpec((bm, bn), lambda j, i, at: (i, j)),
+                scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in self._scratch(bm, bn, k, count)],
+            ),
             interpret=interpret,
             compiler_params=None if interpret else params(vmem_limit_bytes=_MEMORY + (8 << 20)),
             name=self.name,
-        )(x, codes, *arrays.values())
+        )(jnp.reshape(0 if layer is None else layer, 1).astype(jnp.int32), x, codes, *arrays.values())
 
-    def _run(self, x: Any, codes: Any, *refs: Any, names: tuple[str, ...]) -> None:
+    def _run(self, at: Any, x: Any, codes: Any, *refs: Any, names: tuple[str, ...]) -> None:
         of, out, scratch = dict(zip(names, refs, strict=False)), refs[len(names)], list(refs[len(names) + 1 :])
         total = self._product(x, codes, of, out.shape, scratch)
         factor = self.groups.decoder.factor if self.summed else 1
