@@ -122,12 +122,13 @@ def grouped_product(
     m = x.shape[0]
     body = body_for(m, x.dtype, groups)
     planes = _planes(m, x.dtype, groups) if body is Sums else (jnp.dtype(jnp.bfloat16),)
+    half = body is Sums and m <= 8 and planes == (jnp.dtype(jnp.bfloat16),) and groups.in_block > 1
     multiple = 16 if planes[0] == jnp.bfloat16 else 8  # rows of a register
     pad = lambda v: jnp.pad(v, ((0, -m % multiple), (0, 0)))  # noqa: E731
     x, rows = pad(x), None if rows is None else pad(rows)
     given = {"scale": scale, "zero": zero, "offset": offset, "rows": rows, "columns": columns}
     arrays = {name: v for name, v in given.items() if v is not None}
-    return body(groups, planes, result)(x, codes, layer, arrays, interpret=interpret)[:m]
+    return body(groups, planes, result, half)(x, codes, layer, arrays, interpret=interpret)[:m]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +139,13 @@ class _Body:
       groups: of the weight.
       planes: the dtypes of the terms of x.
       result: the dtype of the result.
+      half: whether 8 of the 16 rows that a register has of bfloat16 pad x: groups repeat the others alone.
     """
 
     groups: Groups
     planes: tuple[Any, ...]
     result: Any
+    half: bool = False
 
     def __call__(
         self, x: Any, codes: jax.Array, layer: jax.Array | None, arrays: dict[str, jax.Array], *, interpret: bool
@@ -226,6 +229,8 @@ class Sums(_Body):
         )
         if self._prepared:
             found += [((len(self.planes) * bm, k), self.planes[0])]
+        if self.half:
+            found += [((k // BLOCK, 8 * self.groups.in_block, BLOCK), self.planes[0])]
         if self._digits:
             found += [((bm, BLOCK), jnp.float32)]
         return found
@@ -239,7 +244,7 @@ class Sums(_Body):
 
     @property
     def _prepared(self) -> bool:
-        return len(self.planes) > 1 or self.groups.decoder.parts > 1
+        return len(self.planes) > 1 or self.groups.decoder.parts > 1 or self.half
 
     def _product(self, x: Any, codes: Any, of: dict[str, Any], shape: tuple[int, int], scratch: list[Any]) -> jax.Array:
         from jax.experimental import pallas as pl
@@ -266,11 +271,14 @@ class Sums(_Body):
                     rest = rest - terms[-1].astype(jnp.float32)
                 for i, term in enumerate(terms):
                     _in_order(term, decode, activation, i * rows)
+                if self.half:
+                    for i in range(codes.shape[0]):
+                        scratch[1][i] = _repeated(activation[:, _lanes(i)], group, rows // 2)
 
-        planes, shifted = activation.shape[0], "zero" in of or decode.shift != 0
+        planes, shifted = rows // 2 if self.half else activation.shape[0], "zero" in of or decode.shift != 0
 
         def block(i: Any, total: jax.Array) -> jax.Array:
-            given = _repeated(activation[:, _lanes(i)], group)
+            given = scratch[1][i] if self.half else _repeated(activation[:, _lanes(i)], group, planes)
             sums = _dot(given, decode.numbers(codes[i], given.dtype)).astype(jnp.float32)
             wide: Any = None
             if shifted or "offset" in of:
@@ -293,7 +301,7 @@ class Sums(_Body):
             total = (total[:rows] + total[rows:] * (1 / _DIGIT)) * scratch[1][:, :1]
         elif planes > rows:
             total = total[:rows] + total[rows:]
-        return total
+        return jnp.concatenate([total, jnp.zeros_like(total)], axis=0) if self.half else total
 
 
 class Values(_Body):
@@ -399,12 +407,12 @@ def _digits(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return first.astype(jnp.int8), second.astype(jnp.int8), step
 
 
-def _repeated(x: jax.Array, groups: Groups) -> jax.Array:
-    """Rows of x once for each group of a block, with zeros for the others: [groups * M, 128]."""
+def _repeated(x: jax.Array, groups: Groups, rows: int) -> jax.Array:
+    """So many rows of x once for each group of a block, with zeros for the others: [groups * rows, 128]."""
     if groups.in_block == 1:
         return x
-    wide = x.astype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
-    lane = groups.decoder.source(lax.broadcasted_iota(jnp.int32, x.shape, 1)) >> groups.size.bit_length() - 1
+    wide = x.astype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)[:rows]
+    lane = groups.decoder.source(lax.broadcasted_iota(jnp.int32, wide.shape, 1)) >> groups.size.bit_length() - 1
     return jnp.concatenate([jnp.where(lane == p, wide, 0) for p in range(groups.in_block)], axis=0).astype(x.dtype)
 
 
