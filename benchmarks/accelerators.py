@@ -16,12 +16,10 @@ Needs the compilers: ``pip install jaxquant[aot-tpu,aot-gpu] qwix``.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -183,10 +181,7 @@ def measured(chip: str, scheme: str, by: str, shape: tuple[int, int, int]) -> Ce
 
 
 def cells(args: argparse.Namespace) -> Iterator[Cell]:
-    with contextlib.suppress(ImportError):
-        import qwix  # noqa: F401
-    peers = ("jaxquant", *((PACKED,) if args.packed else ()), *(("qwix",) if "qwix" in sys.modules else ()))
-    peers = tuple(by for by in peers if by in (args.by or peers))
+    peers = [by for by in (*_peers()[1:], *((PACKED,) if args.packed else ())) if by in (args.by or (by,))]
     for chip in args.chips:
         for k, n in args.weights:
             for rows in args.rows:
@@ -271,15 +266,25 @@ def plot(found: list[Cell], file: Path) -> None:
 
 def models(args: argparse.Namespace) -> None:
     """Whole decoders, on the chips that are asked for."""
-    found, start = [], time.time()
-    cases = [case for case in decoders.CASES if case[1].split(":")[0] in args.chips]
-    for cell in decoders.cells(cases[:1] if args.short else cases, qwix=importlib.util.find_spec("qwix") is not None):
-        found.append(cell)
+    start, made = time.time(), 0
+    cases = [(*case[:3], args.batches or case[3]) for case in decoders.CASES if case[1] in args.chips]
+    schemes = [s for s in decoders.RULES if s in (args.schemes or decoders.RULES)]
+    place = lambda c: (c.model, c.target, c.devices, c.scheme, c.by, c.step)  # noqa: E731
+    found: dict[Any, decoders.Cell] = {}
+    if args.json and args.keep and args.json.exists():
+        found = {place(c): c for c in (decoders.Cell(**cell) for cell in json.loads(args.json.read_text()))}
+    for cell in decoders.cells(cases[:1] if args.short else cases, schemes, args.by or _peers()):
+        made += 1
+        found[place(cell)] = cell
         if args.json:
-            args.json.write_text(json.dumps([dataclasses.asdict(c) for c in found], indent=0) + "\n")
+            args.json.write_text(json.dumps([dataclasses.asdict(c) for c in found.values()], indent=0) + "\n")
     print(f"Estimates of the compilers ({packages()}); nothing was run.\n")
-    print(decoders.tables(found))
-    print(f"{len(found)} programs in {time.time() - start:.0f} s.")
+    print(decoders.tables(list(found.values())))
+    print(f"{made} programs in {time.time() - start:.0f} s.")
+
+
+def _peers() -> tuple[str, ...]:
+    return ("bfloat16", "jaxquant", *(("qwix",) if importlib.util.find_spec("qwix") is not None else ()))
 
 
 def packages() -> str:
@@ -290,8 +295,9 @@ def packages() -> str:
 def main() -> None:
     names = lambda text: tuple(part.strip() for part in text.split(","))  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--chips", type=names, default=TARGETS, help="comma-separated")
-    parser.add_argument("--schemes", type=names, default=tuple(SCHEMES), help="comma-separated")
+    parser.add_argument("--chips", type=names, help="comma-separated; with --models slices too, tpu v5e:2x2")
+    parser.add_argument("--schemes", type=names, help="comma-separated")
+    parser.add_argument("--batches", type=lambda t: tuple(map(int, t.split(","))), help="of --models; 0 is the prefill")
     parser.add_argument("--rows", type=lambda t: tuple(map(int, t.split(","))), default=ROWS)
     parser.add_argument("--weights", type=lambda t: tuple(tuple(map(int, s.split("x"))) for s in t.split(",")))
     parser.add_argument("--short", action="store_true", help="one chip, one weight, few rows and schemes")
@@ -303,8 +309,10 @@ def main() -> None:
     parser.add_argument("--models", action="store_true", help="whole decoders instead: see benchmarks/decoders.py")
     args = parser.parse_args()
     if args.models:
+        args.chips = args.chips or tuple(case[1] for case in decoders.CASES)
         models(args)
         return
+    args.chips, args.schemes = args.chips or TARGETS, args.schemes or tuple(SCHEMES)
     args.weights = args.weights or WEIGHTS
     if args.short:
         args.chips, args.rows, args.weights = args.chips[:1], (1, 8, 512), WEIGHTS[:1]

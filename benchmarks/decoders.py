@@ -9,7 +9,7 @@ are results. Of a mixture, every expert multiplies every token, and the results 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -212,14 +212,15 @@ class Cell:
     missing: str = ""
 
 
-def cells(cases: Any, *, qwix: bool) -> Iterator[Cell]:
-    """Every program of the cases: (model, target, devices, batches; 0 for the prefill)."""
+def cells(cases: Any, schemes: Collection[str], by: Collection[str]) -> Iterator[Cell]:
+    """Every program of the cases: (model, target, devices, batches; 0 for the prefill), by those who are asked for."""
     for m, target, devices, batches in cases:
         for batch in batches:
-            for scheme, by in [("bfloat16", "bfloat16"), *((s, b) for s in RULES for b in ("jaxquant", "qwix"))]:
-                if by == "qwix" and (not qwix or scheme not in PEER or m.experts or devices > 1):
+            for scheme, who in [("bfloat16", "bfloat16"), *((s, b) for s in schemes for b in ("jaxquant", "qwix"))]:
+                if who == "qwix" and (scheme not in PEER or m.experts or devices > 1):
                     continue
-                yield measured(m, target, devices, batch, scheme, by)
+                if who in by:
+                    yield measured(m, target, devices, batch, scheme, who)
 
 
 def measured(m: Decoder, target: str, devices: int, batch: int, scheme: str, by: str) -> Cell:

@@ -24,8 +24,8 @@ BLOCK = 128
 """Rows of codes that are decoded and multiplied at a time: what a matrix unit sums over at once."""
 
 _SPARSE = {"nf4": (-0.03625, 1.75), "fp4": (0.0, 1.5)}
-"""Where a table's entries are taken from, and their unit: of those by which bfloat16 is as close to the entries as it is
-without, the one whose patterns take the fewest operations (88 for nf4, where they took 116). None is 0 then."""
+"""Where a table's entries are taken from, and their unit: of those by which bfloat16 is as close to the entries as
+without, the ones whose patterns take the fewest operations (88 for nf4, where they took 116)."""
 
 _SUBNORMAL = 2.0**14  # float8_e5m2 has its exponents this much lower than a 4-bit float, of the same other bits
 
