@@ -281,6 +281,8 @@ def models(args: argparse.Namespace) -> None:
     print(f"Estimates of the compilers ({packages()}); nothing was run.\n")
     print(decoders.tables(list(found.values())))
     print(f"{made} programs in {time.time() - start:.0f} s.")
+    if args.page:
+        args.page.write_text(decoders.page(list(found.values()), packages()))
 
 
 def _peers() -> tuple[str, ...]:
@@ -306,6 +308,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep the cells there that this run does not make")
     parser.add_argument("--by", type=names, help="bfloat16, jaxquant, qwix: whose programs; by default all")
     parser.add_argument("--plot", type=Path, help="write a picture there")
+    parser.add_argument("--page", type=Path, help="of --models: write the page of the documentation there")
     parser.add_argument("--models", action="store_true", help="whole decoders instead: see benchmarks/decoders.py")
     args = parser.parse_args()
     if args.models:
