@@ -212,21 +212,21 @@ def _layer(interpreter: Interpreter, w: Weight) -> Any:
 
 def _apart(value: Any) -> Any:
     """A value whose weight, a layer of a stack itself, has codes of its own."""
-    if isinstance(value, Weight) and isinstance(value.leaf, QTensor):
+    if isinstance(value, Weight) and type(value.leaf) is QTensor:
         return dataclasses.replace(value, leaf=value.leaf.apart())
     return value
 
 
 def _without_stack(value: Any) -> Any:
     """What a scan slices of a stack of weights: all but codes in blocks of groups, which kernels find in the stack."""
-    if isinstance(value, Weight) and isinstance(value.leaf, QTensor) and value.leaf.split is not None:
+    if isinstance(value, Weight) and type(value.leaf) is QTensor and value.leaf.split is not None:
         return dataclasses.replace(value, leaf=value.leaf.replace(codes=None))
     return value
 
 
 def _in_stack(stack: Any, layer: Any, index: Any) -> Any:
     """A layer of weights, with the codes that `_without_stack` has left where they are."""
-    if isinstance(layer, Weight) and isinstance(layer.leaf, QTensor) and layer.leaf.kept is None:
+    if isinstance(layer, Weight) and type(layer.leaf) is QTensor and layer.leaf.kept is None:
         return dataclasses.replace(layer, leaf=layer.leaf.layer_of(stack.leaf, index))
     return layer
 

@@ -105,6 +105,24 @@ def test_a_layer_of_a_stack(rows: int, monkeypatch: pytest.MonkeyPatch):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("name", ["uint4 64 zero", "two-level", "mxfp4"])
+def test_experts(name: str, monkeypatch: pytest.MonkeyPatch):
+    """One kernel for all of a batch, alone and as a layer of a stack: each product is that of its own weight."""
+    make = lambda key: jq.quantize(normal(key, (2, 256, 128)), SPECS[name], reduce_axes=(-2,))  # noqa: E731
+    experts, other = (jq.lay_out(make(key), "tpu") for key in (1, 5))
+    stack = jax.tree.map(lambda *v: jnp.stack(v), other, experts)
+    x, axes = normal(2, (2, 3, 256)), (Axes.of(3, (0,), (2,)), Axes.of(3, (0,), (1,)))
+    results = []
+    for w in (experts, experts.layer_of(stack, jnp.int32(1))):
+        kernel, y = interpreted(Product.of(x, w, *axes, None, jnp.float32), monkeypatch)
+        assert kernel == "grouped_sums"
+        results.append(y)
+    np.testing.assert_array_equal(*results)
+    for i in range(2):
+        one = jax.tree.map(lambda v, i=i: v[i], experts)
+        assert_close(results[0][i], x[i], one, exact=name in EXACT, rounded=False)
+
+
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("rows", [3, 300])
 def test_int8_activations(group: int, rows: int, monkeypatch: pytest.MonkeyPatch):

@@ -47,7 +47,9 @@ class Grouped(Kernel):
         if Decoded.takes(problem) is None or not is_default(problem.precision):
             return None
         w, axes, rows = problem.w, problem.w_axes, problem.rows
-        if w.ndim != 2 or w.split != -2 or axes.batch or axes.contract != (0,):
+        lead = len(axes.batch)  # experts, each with a weight of its own
+        in_order = axes.batch + axes.contract + axes.rows == tuple(range(lead + 2)) and len(axes.contract) == 1
+        if lead > 1 or not in_order or w.ndim != lead + 2 or w.split != -2 or w.scale.shape[:lead] != w.shape[:lead]:
             return None
         groups, dtype = _groups(w), _dtype_of(problem)
         if groups is None or dtype is None or not isinstance(rows, int) or rows == 0:
@@ -89,13 +91,13 @@ class Grouped(Kernel):
             factors, x = scale_values(x.scale), x.logical_codes()
         elif isinstance(x, QTensor):
             x = x.dequantize(self.dtype)
-        arrays: dict[str, Any] = _arrays(problem.w) | {"x": axes.flatten(x.astype(self.dtype))[0]}
+        arrays: dict[str, Any] = _arrays(problem.w) | {"x": axes.flatten(x.astype(self.dtype))}
         if factors is not None:
             own = [factors.shape[i] if i in axes.contract else x.shape[i] for i in range(x.ndim)]
-            arrays["rows"] = axes.flatten(jnp.broadcast_to(factors.astype(jnp.float32), own))[0]
+            arrays["rows"] = axes.flatten(jnp.broadcast_to(factors.astype(jnp.float32), own))
         result = jnp.dtype(problem.result)
         out = grouped_product(**arrays, groups=self.groups, result=result, interpret=self.interpret)
-        return problem.restored(out[None])
+        return problem.restored(out)
 
 
 class GroupedSums(Grouped):
@@ -162,9 +164,14 @@ def _arrays(w: QTensor) -> dict[str, jax.Array | None]:
     """The arrays of a weight, as `grouped_product` takes them."""
     scale, columns = _scale(w)
     offset = None if w.offset is None else flat(w.offset)
-    stack, layer = (w.kept.stack, w.kept.index) if isinstance(w.kept, Layer) else (w.stored[None], None)
-    codes = stack.reshape(stack.shape[0], -1, BLOCK, w.shape[-1])
-    return {"codes": codes, "layer": layer, "scale": scale, "zero": w.zero_point, "offset": offset, "columns": columns}
+    stack, layer = (w.kept.stack, w.kept.index) if isinstance(w.kept, Layer) else (w.stored, None)
+    k, n = w.shape[-2:]
+    matrix = lambda v: v if v is None or v.ndim == 3 else v[None]  # noqa: E731
+    arrays = {"scale": scale, "zero": w.zero_point, "offset": offset, "columns": columns}
+    return {name: matrix(v) for name, v in arrays.items()} | {
+        "codes": stack.reshape(-1, k // BLOCK, BLOCK, n),
+        "layer": layer,
+    }
 
 
 def _dtype_of(problem: Product) -> Any:

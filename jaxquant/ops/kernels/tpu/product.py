@@ -104,31 +104,31 @@ def grouped_product(
     """The product, with sums in float32.
 
     Args:
-      x: [M, K], int8, bfloat16 or float32; K is a multiple of 128.
-      codes: [L, K / 128, 128, N], a stack of what `QTensor.laid_out` stores.
-      scale, zero, offset: [K / group size, N]; zero and offset may be None.
+      x: [B, M, K], int8, bfloat16 or float32; K is a multiple of 128.
+      codes: [L B, K / 128, 128, N], a stack of L layers of B of what `QTensor.laid_out` stores.
+      scale, zero, offset: [B, K / group size, N]; zero and offset may be None.
       groups: the rest of the weight.
-      rows: float32 [M, 1], factors of the rows of x; None is 1.
-      columns: float32 [1, N], further factors of the columns; None is 1.
+      rows: float32 [B, M, 1], factors of the rows of x; None is 1.
+      columns: float32 [B, 1, N], further factors of the columns; None is 1.
       layer: which of the stack; None is the first. The kernel reads it where it lies.
       result: the dtype of the result.
       interpret: run in Pallas' interpreter.
 
     Returns:
-      [M, N].
+      [B, M, N].
     """
     if x.dtype == jnp.int8 and groups.decoder.kind != "integers":
         x = x.astype(jnp.bfloat16)
-    m = x.shape[0]
+    m = x.shape[1]
     body = body_for(m, x.dtype, groups)
     planes = _planes(m, x.dtype, groups) if body is Sums else (jnp.dtype(jnp.bfloat16),)
     half = body is Sums and m <= 8 and planes == (jnp.dtype(jnp.bfloat16),) and groups.in_block > 1
     multiple = 16 if planes[0] == jnp.bfloat16 else 8  # rows of a register
-    pad = lambda v: jnp.pad(v, ((0, -m % multiple), (0, 0)))  # noqa: E731
+    pad = lambda v: jnp.pad(v, ((0, 0), (0, -m % multiple), (0, 0)))  # noqa: E731
     x, rows = pad(x), None if rows is None else pad(rows)
     given = {"scale": scale, "zero": zero, "offset": offset, "rows": rows, "columns": columns}
     arrays = {name: v for name, v in given.items() if v is not None}
-    return body(groups, planes, result, half)(x, codes, layer, arrays, interpret=interpret)[:m]
+    return body(groups, planes, result, half)(x, codes, layer, arrays, interpret=interpret)[:, :m]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,36 +153,38 @@ class _Body:
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import tpu as pltpu
 
-        (m, k), n = x.shape, codes.shape[3]
+        (b, m, k), n = x.shape, codes.shape[3]
         bm, bn = self.blocks(m, k, n)
-        count = arrays["scale"].shape[0]
-        by_group = pl.BlockSpec((count, bn), lambda j, i, at: (0, j))
+        count = arrays["scale"].shape[1]
+        first = () if layer is None else (jnp.reshape(layer * b, 1).astype(jnp.int32),)  # known before a block is read
+        by_group = pl.BlockSpec((None, count, bn), lambda e, j, i, *at: (e, 0, j))
         specs = {
-            "rows": pl.BlockSpec((bm, 1), lambda j, i, at: (i, 0)),
-            "columns": pl.BlockSpec((1, bn), lambda j, i, at: (0, j)),
+            "rows": pl.BlockSpec((None, bm, 1), lambda e, j, i, *at: (e, i, 0)),
+            "columns": pl.BlockSpec((None, 1, bn), lambda e, j, i, *at: (e, 0, j)),
         }
         params: Any = getattr(pltpu, "CompilerParams", None) or getattr(pltpu, "TPUCompilerParams")  # noqa: B009
         return pl.pallas_call(
-            functools.partial(self._run, names=tuple(arrays)),
-            out_shape=_like(x, (m, n), self.result),
+            functools.partial(self._run, names=tuple(arrays), skipped=len(first)),
+            out_shape=_like(x, (b, m, n), self.result),
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=1,
-                grid=(pl.cdiv(n, bn), pl.cdiv(m, bm)),
+                num_scalar_prefetch=len(first),
+                grid=(b, pl.cdiv(n, bn), pl.cdiv(m, bm)),
                 in_specs=[
-                    pl.BlockSpec((bm, k), lambda j, i, at: (i, 0)),
-                    pl.BlockSpec((None, k // BLOCK, BLOCK, bn), lambda j, i, at: (at[0], 0, 0, j)),
+                    pl.BlockSpec((None, bm, k), lambda e, j, i, *at: (e, i, 0)),
+                    pl.BlockSpec((None, k // BLOCK, BLOCK, bn), lambda e, j, i, *at: (e + _first(at), 0, 0, j)),
                     *(specs.get(name, by_group) for name in arrays),
                 ],
-                out_specs=pl.BlockSpec((bm, bn), lambda j, i, at: (i, j)),
+                out_specs=pl.BlockSpec((None, bm, bn), lambda e, j, i, *at: (e, i, j)),
                 scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in self._scratch(bm, bn, k, count)],
             ),
             interpret=interpret,
             compiler_params=None if interpret else params(vmem_limit_bytes=_MEMORY + (8 << 20)),
             name=self.name,
-        )(jnp.reshape(0 if layer is None else layer, 1).astype(jnp.int32), x, codes, *arrays.values())
+        )(*first, x, codes, *arrays.values())
 
-    def _run(self, at: Any, x: Any, codes: Any, *refs: Any, names: tuple[str, ...]) -> None:
-        of, out, scratch = dict(zip(names, refs, strict=False)), refs[len(names)], list(refs[len(names) + 1 :])
+    def _run(self, *refs: Any, names: tuple[str, ...], skipped: int) -> None:
+        x, codes, *rest = refs[skipped:]
+        of, out, scratch = dict(zip(names, rest, strict=False)), rest[len(names)], rest[len(names) + 1 :]
         total = self._product(x, codes, of, out.shape, scratch)
         factor = self.groups.decoder.factor if self.summed else 1
         total = total if factor == 1 else total * factor
@@ -258,7 +260,7 @@ class Sums(_Body):
         if self._prepared:
             activation = scratch[0]
 
-            @pl.when((pl.program_id(0) == 0) | (pl.num_programs(1) > 1))
+            @pl.when((pl.program_id(1) == 0) | (pl.num_programs(2) > 1))
             def _() -> None:
                 if self._digits:
                     first, second, step = _digits(x[...].astype(jnp.float32))
@@ -355,7 +357,7 @@ class Values(_Body):
             return _loop(count, step, jnp.zeros(shape, jnp.float32))
         (values,) = scratch
 
-        @pl.when(pl.program_id(1) == 0)
+        @pl.when(pl.program_id(2) == 0)
         def _() -> None:
             def store(i: Any, total: int) -> int:
                 values[_lanes(i), :] = real(i)
@@ -364,6 +366,11 @@ class Values(_Body):
             _loop(count, store, 0)
 
         return _dot(activation[...].astype(jnp.bfloat16), values[...])
+
+
+def _first(at: tuple[Any, ...]) -> Any:
+    """Where in the stack the layer is, of which the grid takes all weights."""
+    return at[0][0] if at else 0
 
 
 def _lanes(i: Any) -> Any:
@@ -384,7 +391,7 @@ def _in_order(x: jax.Array, decode: Decoder, out: Any, first: int) -> None:
         out[rows, i : i + BLOCK] = _dot(x[:, i : i + BLOCK], order).astype(jnp.bfloat16)
 
 
-def _like(x: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.ShapeDtypeStruct:
+def _like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """A shape that varies over devices, in a `jax.shard_map`, as an array does."""
     for name in ("manual_axis_type", "vma"):
         if hasattr(jax.typeof(x), name):
