@@ -109,7 +109,7 @@ def test_a_layer_of_a_stack(rows: int, monkeypatch: pytest.MonkeyPatch):
 def test_experts(name: str, monkeypatch: pytest.MonkeyPatch):
     """One kernel for all of a batch, alone and as a layer of a stack: each product is that of its own weight."""
     make = lambda key: jq.quantize(normal(key, (2, 256, 128)), SPECS[name], reduce_axes=(-2,))  # noqa: E731
-    experts, other = (jq.lay_out(make(key), "tpu") for key in (1, 5))
+    experts, other = (jq.ops.lay_out(make(key), "tpu") for key in (1, 5))
     stack = jax.tree.map(lambda *v: jnp.stack(v), other, experts)
     x, axes = normal(2, (2, 3, 256)), (Axes.of(3, (0,), (2,)), Axes.of(3, (0,), (1,)))
     results = []
