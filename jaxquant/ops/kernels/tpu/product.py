@@ -231,22 +231,32 @@ class Sums(_Body):
         )
         if self._prepared:
             found += [((len(self.planes) * bm, k), self.planes[0])]
-        if self.half:
-            found += [((k // BLOCK, 8 * self.groups.in_block, BLOCK), self.planes[0])]
+        if self._spread:
+            found += [((k // BLOCK, self._used(bm) * self.groups.in_block, BLOCK), self.planes[0])]
         if self._digits:
             found += [((bm, BLOCK), jnp.float32)]
         return found
 
     def _bytes(self, bm: int, bn: int, k: int) -> int:
-        return 2 * k * bn + 12 * k // self.groups.size * bn + 8 * bm * k + 16 * bm * bn
+        spread = 2 * FEW * k if self._spread else 0
+        return 2 * k * bn + 12 * k // self.groups.size * bn + 8 * bm * k + 16 * bm * bn + spread
 
     @property
     def _digits(self) -> bool:
         return self.planes == (jnp.dtype(jnp.int8),) * 2
 
     @property
+    def _spread(self) -> bool:
+        """Whether rows are repeated for the groups of a block once, for all columns."""
+        return self.planes == (jnp.dtype(jnp.bfloat16),) and self.groups.in_block > 1
+
+    def _used(self, rows: int) -> int:
+        """Of so many rows of x those that are repeated."""
+        return rows // 2 if self.half else rows
+
+    @property
     def _prepared(self) -> bool:
-        return len(self.planes) > 1 or self.groups.decoder.parts > 1 or self.half
+        return len(self.planes) > 1 or self.groups.decoder.parts > 1 or self._spread
 
     def _product(self, x: Any, codes: Any, of: dict[str, Any], shape: tuple[int, int], scratch: list[Any]) -> jax.Array:
         from jax.experimental import pallas as pl
@@ -273,15 +283,17 @@ class Sums(_Body):
                     rest = rest - terms[-1].astype(jnp.float32)
                 for i, term in enumerate(terms):
                     _in_order(term, decode, activation, i * rows)
-                if self.half:
+                if self._spread:
                     for i in range(codes.shape[0]):
-                        scratch[1][i] = _repeated(activation[:, _lanes(i)], group, rows // 2)
+                        parts = _repeated(activation[:, _lanes(i)], group, self._used(rows))
+                        scratch[1][i] = parts.astype(jnp.bfloat16)
 
-        planes, shifted = rows // 2 if self.half else activation.shape[0], "zero" in of or decode.shift != 0
+        planes, shifted = self._used(activation.shape[0]), "zero" in of or decode.shift != 0
 
         def block(i: Any, total: jax.Array) -> jax.Array:
-            given = scratch[1][i] if self.half else _repeated(activation[:, _lanes(i)], group, planes)
-            sums = _dot(given, decode.numbers(codes[i], given.dtype)).astype(jnp.float32)
+            given = scratch[1][i] if self._spread else _repeated(activation[:, _lanes(i)], group, planes)
+            dtype = activation.dtype
+            sums = _dot(given.astype(dtype), decode.numbers(codes[i], dtype)).astype(jnp.float32)
             wide: Any = None
             if shifted or "offset" in of:
                 wide = jnp.sum(given.astype(jnp.float32), axis=1, keepdims=True)
@@ -415,12 +427,12 @@ def _digits(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _repeated(x: jax.Array, groups: Groups, rows: int) -> jax.Array:
-    """So many rows of x once for each group of a block, with zeros for the others: [groups * rows, 128]."""
+    """So many rows of x once for each group of a block, with zeros for the others: [groups * rows, 128], in 32 bits."""
     if groups.in_block == 1:
         return x
     wide = x.astype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)[:rows]
     lane = groups.decoder.source(lax.broadcasted_iota(jnp.int32, wide.shape, 1)) >> groups.size.bit_length() - 1
-    return jnp.concatenate([jnp.where(lane == p, wide, 0) for p in range(groups.in_block)], axis=0).astype(x.dtype)
+    return jnp.concatenate([jnp.where(lane == p, wide, 0) for p in range(groups.in_block)], axis=0)
 
 
 def _loop(count: int, step: Any, start: Any) -> Any:
