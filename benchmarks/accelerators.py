@@ -1,12 +1,14 @@
 """What products cost on TPUs and GPUs, as their own compilers estimate it: nothing is run, and no device is needed.
 
     python benchmarks/accelerators.py [--short] [--packed] [--chips "tpu v5e,h100"] [--schemes w4a16,w8a8] [--rows 1,8]
+                                      [--weights 4096x4096] [--by jaxquant] [--json FILE [--keep]] [--plot FILE]
 
 For every scheme, chip and shape the product ``[M, K] x [K, N]`` of a bfloat16 activation is compiled three times: of a
 bfloat16 weight, by jaxquant with the codes as `quantize_params(target=...)` lays them out, and by qwix from its own
 arrays where it has the scheme. Times are estimates: of a TPU, the longer of the compiler's cycles and of moving
 arguments, results and (twice) temporaries at the bandwidth of the memory; of a GPU, whose compiler estimates none, the
-latter alone. The floor is what arguments and results, or the arithmetic at the peak of the scheme's number type, take.
+latter alone. Kernels that are written by hand count by the static schedules of their machine code. The floor is what
+arguments and results, or the arithmetic at the peak of the scheme's number type, take.
 
 Needs the compilers: ``pip install jaxquant[aot-tpu,aot-gpu] qwix``.
 """
@@ -14,18 +16,12 @@ Needs the compilers: ``pip install jaxquant[aot-tpu,aot-gpu] qwix``.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
 import json
-import multiprocessing
 import os
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -184,39 +180,31 @@ def measured(chip: str, scheme: str, by: str, shape: tuple[int, int, int]) -> Ce
     )
 
 
-def measured_apart(chip: str, scheme: str, by: str, shape: tuple[int, int, int]) -> Cell:
-    """The same in a process of its own, which has the static schedule of kernels dumped.
-
-    Without it the TPU's compiler has no estimate of a kernel that is written by hand. It ends the process while it
-    dumps that of some.
-    """
-    if CHIPS[chip].platform != "tpu" or by != "jaxquant":
-        return measured(chip, scheme, by, shape)
-    with tempfile.TemporaryDirectory() as folder:
-        flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-        os.environ["LIBTPU_INIT_ARGS"] = f"{flags} --xla_jf_dump_static_llo_profile_to={folder}".strip()
-        try:
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                return pool.submit(measured, chip, scheme, by, shape).result()
-        except BrokenProcessPool:
-            return Cell(chip, scheme, by, *shape, missing="the compiler ended while it dumped its static schedule")
-        finally:
-            os.environ["LIBTPU_INIT_ARGS"] = flags
-
-
 def cells(args: argparse.Namespace) -> Iterator[Cell]:
-    with contextlib.suppress(ImportError):
-        import qwix  # noqa: F401
-    peers = ("jaxquant", *((PACKED,) if args.packed else ()), *(("qwix",) if "qwix" in sys.modules else ()))
+    peers = [by for by in (*_peers()[1:], *((PACKED,) if args.packed else ())) if by in (args.by or (by,))]
     for chip in args.chips:
         for k, n in args.weights:
             for rows in args.rows:
                 shape = (rows, k, n)
-                yield measured(chip, "bfloat16", "bfloat16", shape)
+                if not args.by or "bfloat16" in args.by:
+                    yield measured(chip, "bfloat16", "bfloat16", shape)
                 for name in args.schemes:
                     for by in peers:
                         if by != "qwix" or SCHEMES[name].qwix is not None:
-                            yield measured_apart(chip, name, by, shape)
+                            yield measured(chip, name, by, shape)
+
+
+def kept(file: Path, found: list[Cell]) -> list[Cell]:
+    """The cells of an earlier run, with those of this one in their places or at the end, in the order of the tables."""
+    place = lambda c: (c.chip, c.scheme, c.by, c.rows, c.k, c.n)  # noqa: E731
+    cells = {place(c): c for c in (Cell(**cell) for cell in json.loads(file.read_text()))} if file.exists() else {}
+    cells |= {place(c): c for c in found}
+    orders = [
+        list(order) for order in (TARGETS, WEIGHTS, ("bfloat16", *SCHEMES), ("bfloat16", "jaxquant", PACKED, "qwix"))
+    ]
+    rank = lambda value, order: order.index(value) if value in order else len(order)  # noqa: E731
+    sort = lambda c: tuple(map(rank, (c.chip, (c.k, c.n), c.scheme, c.by), orders)) + (c.rows,)  # noqa: E731
+    return sorted(cells.values(), key=sort)
 
 
 def tables(found: list[Cell]) -> str:
@@ -278,15 +266,27 @@ def plot(found: list[Cell], file: Path) -> None:
 
 def models(args: argparse.Namespace) -> None:
     """Whole decoders, on the chips that are asked for."""
-    found, start = [], time.time()
-    cases = [case for case in decoders.CASES if case[1].split(":")[0] in args.chips]
-    for cell in decoders.cells(cases[:1] if args.short else cases, qwix=importlib.util.find_spec("qwix") is not None):
-        found.append(cell)
+    start, made = time.time(), 0
+    cases = [(*case[:3], args.batches or case[3]) for case in decoders.CASES if case[1] in args.chips]
+    schemes = [s for s in decoders.RULES if s in (args.schemes or decoders.RULES)]
+    place = lambda c: (c.model, c.target, c.devices, c.scheme, c.by, c.step)  # noqa: E731
+    found: dict[Any, decoders.Cell] = {}
+    if args.json and args.keep and args.json.exists():
+        found = {place(c): c for c in (decoders.Cell(**cell) for cell in json.loads(args.json.read_text()))}
+    for cell in decoders.cells(cases[:1] if args.short else cases, schemes, args.by or _peers()):
+        made += 1
+        found[place(cell)] = cell
         if args.json:
-            args.json.write_text(json.dumps([dataclasses.asdict(c) for c in found], indent=0) + "\n")
+            args.json.write_text(json.dumps([dataclasses.asdict(c) for c in found.values()], indent=0) + "\n")
     print(f"Estimates of the compilers ({packages()}); nothing was run.\n")
-    print(decoders.tables(found))
-    print(f"{len(found)} programs in {time.time() - start:.0f} s.")
+    print(decoders.tables(list(found.values())))
+    print(f"{made} programs in {time.time() - start:.0f} s.")
+    if args.page:
+        args.page.write_text(decoders.page(list(found.values()), packages()))
+
+
+def _peers() -> tuple[str, ...]:
+    return ("bfloat16", "jaxquant", *(("qwix",) if importlib.util.find_spec("qwix") is not None else ()))
 
 
 def packages() -> str:
@@ -297,31 +297,39 @@ def packages() -> str:
 def main() -> None:
     names = lambda text: tuple(part.strip() for part in text.split(","))  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--chips", type=names, default=TARGETS, help="comma-separated")
-    parser.add_argument("--schemes", type=names, default=tuple(SCHEMES), help="comma-separated")
+    parser.add_argument("--chips", type=names, help="comma-separated; with --models slices too, tpu v5e:2x2")
+    parser.add_argument("--schemes", type=names, help="comma-separated")
+    parser.add_argument("--batches", type=lambda t: tuple(map(int, t.split(","))), help="of --models; 0 is the prefill")
     parser.add_argument("--rows", type=lambda t: tuple(map(int, t.split(","))), default=ROWS)
     parser.add_argument("--weights", type=lambda t: tuple(tuple(map(int, s.split("x"))) for s in t.split(",")))
     parser.add_argument("--short", action="store_true", help="one chip, one weight, few rows and schemes")
     parser.add_argument("--packed", action="store_true", help="ours with codes that are packed for a CPU, too")
     parser.add_argument("--json", type=Path, help="write every cell there, too")
+    parser.add_argument("--keep", action="store_true", help="keep the cells there that this run does not make")
+    parser.add_argument("--by", type=names, help="bfloat16, jaxquant, qwix: whose programs; by default all")
     parser.add_argument("--plot", type=Path, help="write a picture there")
+    parser.add_argument("--page", type=Path, help="of --models: write the page of the documentation there")
     parser.add_argument("--models", action="store_true", help="whole decoders instead: see benchmarks/decoders.py")
     args = parser.parse_args()
     if args.models:
+        args.chips = args.chips or tuple(case[1] for case in decoders.CASES)
         models(args)
         return
+    args.chips, args.schemes = args.chips or TARGETS, args.schemes or tuple(SCHEMES)
     args.weights = args.weights or WEIGHTS
     if args.short:
         args.chips, args.rows, args.weights = args.chips[:1], (1, 8, 512), WEIGHTS[:1]
         args.schemes = ("w8a8", "w8a16", "w4a16 g128", "w4a8 g128", "nf4 g64")
-    start, found = time.time(), []
+    start, made = time.time(), 0
+    found: list[Cell] = kept(args.json, []) if args.json and args.keep else []
     for cell in cells(args):
-        found.append(cell)
+        made += 1
+        found = kept(args.json, [cell]) if args.json and args.keep else [*found, cell]
         if args.json:
             args.json.write_text(json.dumps([dataclasses.asdict(c) for c in found], indent=0) + "\n")
     print(f"Estimates of the compilers ({packages()}); nothing was run.\n")
     print(tables(found))
-    print(f"{len(found)} programs compiled in {time.time() - start:.0f} s.")
+    print(f"{made} programs compiled in {time.time() - start:.0f} s.")
     if args.plot:
         plot(found, args.plot)
 

@@ -9,7 +9,7 @@ are results. Of a mixture, every expert multiplies every token, and the results 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -212,14 +212,15 @@ class Cell:
     missing: str = ""
 
 
-def cells(cases: Any, *, qwix: bool) -> Iterator[Cell]:
-    """Every program of the cases: (model, target, devices, batches; 0 for the prefill)."""
+def cells(cases: Any, schemes: Collection[str], by: Collection[str]) -> Iterator[Cell]:
+    """Every program of the cases: (model, target, devices, batches; 0 for the prefill), by those who are asked for."""
     for m, target, devices, batches in cases:
         for batch in batches:
-            for scheme, by in [("bfloat16", "bfloat16"), *((s, b) for s in RULES for b in ("jaxquant", "qwix"))]:
-                if by == "qwix" and (not qwix or scheme not in PEER or m.experts or devices > 1):
+            for scheme, who in [("bfloat16", "bfloat16"), *((s, b) for s in schemes for b in ("jaxquant", "qwix"))]:
+                if who == "qwix" and (scheme not in PEER or m.experts or devices > 1):
                     continue
-                yield measured(m, target, devices, batch, scheme, by)
+                if who in by:
+                    yield measured(m, target, devices, batch, scheme, who)
 
 
 def measured(m: Decoder, target: str, devices: int, batch: int, scheme: str, by: str) -> Cell:
@@ -297,6 +298,71 @@ def tables(found: list[Cell]) -> str:
             lines.append(f"{scheme if by == 'bfloat16' else f'{scheme}, {by}':20}" + "".join(texts))
     missing = dict.fromkeys((c.model, c.scheme, c.by, c.step, c.missing) for c in found if c.missing)
     return "\n".join([*lines, "", *(", ".join(m[:4]) + f": {m[4]}" for m in missing)]).strip() + "\n"
+
+
+PREFACE = """# Which scheme for which chip
+
+What a step of a decoder takes, as the compilers of the chips estimate it. No program was run, and no weight is real:
+shapes are enough. This page is what `python benchmarks/accelerators.py --models --json FILE --keep --page
+docs/which-scheme.md` writes (PACKAGES); all figures are in `benchmarks/results/decoders.json`.
+
+A step is the decoding of one token for each sequence of a batch, with TOKENS tokens cached in bfloat16, or the
+prefill of TOKENS tokens. The estimate is the longer of the compiler's cycles, and of moving arguments, results and
+(twice) temporaries at the bandwidth of the memory; kernels that are written by hand count by the static schedules of
+their code. The floor is what reading arguments and writing results takes, or the arithmetic: no program can be
+faster. `x` is how many times as fast as the bfloat16 program the estimate is. GB are the arguments, results and
+temporaries of one device.
+
+- **W8A8**, **W8A16**: int8, one scale per output channel, with activations in int8 or left in bfloat16.
+- **W4A16**, **W4A8**: int4 in groups of 128.
+- The table of tokens stays in bfloat16, and so do the norms and the cache.
+"""
+
+
+def page(found: list[Cell], packages: str) -> str:
+    """The page of the documentation: for every model and slice, what to take, and all estimates."""
+    lines = [PREFACE.replace("PACKAGES", packages).replace("TOKENS", f"{TOKENS:,}")]
+    for model, target, devices in dict.fromkeys((c.model, c.target, c.devices) for c in found):
+        here = [c for c in found if (c.model, c.target, c.devices) == (model, target, devices)]
+        steps = list(dict.fromkeys(c.step for c in here))
+        at = {(c.scheme, c.by, c.step): c for c in here}
+        plain = {step: at.get(("bfloat16", "bfloat16", step)) for step in steps}
+        chip = CHIPS[target.split(":")[0]]
+        where = target.replace("tpu", "TPU") + ("" if devices == 1 else f", {devices} devices")
+        lines += [f"## {model} on {where}, {chip.memory / 1e9:.0f} GB each", "", *_choices(here, steps, plain), ""]
+        lines += [f"| estimated ms (floor) | {' | '.join(steps)} |", "|---" * (len(steps) + 1) + "|"]
+        for scheme, by in dict.fromkeys((c.scheme, c.by) for c in here):
+            cells = [_shown(at.get((scheme, by, step)), plain[step]) for step in steps]
+            name = {"bfloat16": "*bfloat16*", "jaxquant": scheme, "qwix": f"{scheme}, qwix"}[by]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        missing = dict.fromkeys((c.scheme, c.by, c.step, c.missing) for c in here if c.missing and c.ms is None)
+        lines += ["", *(f"No estimate of {s}, {b}, {t}: {why}.\n" for s, b, t, why in missing)]
+        if any(c.missing and c.ms is not None for c in here):
+            lines += ["What does not fit is not compiled: its figures come from a quarter and half of the layers.", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _choices(here: list[Cell], steps: list[str], plain: dict[str, Cell | None]) -> list[str]:
+    """What is fastest of ours in each step, among what fits."""
+    lines = []
+    for step in steps:
+        ours = [c for c in here if c.step == step and c.by == "jaxquant" and c.ms and c.fits]
+        other = plain[step]
+        if ours:
+            best = min(ours, key=lambda c: c.ms or 0.0)
+            against = f", {other.ms / best.ms:.1f} times as fast as bfloat16" if other and other.ms and best.ms else ""
+            lines.append(f"- {step}: **{best.scheme}**, {best.ms:.1f} ms{against}")
+    return lines
+
+
+def _shown(cell: Cell | None, plain: Cell | None) -> str:
+    if cell is None or cell.gigabytes is None:
+        return "-"
+    fits = "" if cell.fits else ", does not fit"
+    if cell.ms is None:
+        return f"- ({cell.floor_ms:.1f}), {cell.gigabytes:.1f} GB{fits}"
+    ratio = f" {plain.ms / cell.ms:.1f}x" if plain is not None and plain.ms and cell.by != "bfloat16" else ""
+    return f"{cell.ms:.1f} ({cell.floor_ms:.1f}){ratio}, {cell.gigabytes:.1f} GB{fits}"
 
 
 CASES = (

@@ -17,6 +17,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.layout import transpose, written_transposed
 from jaxquant.core.packing import pack, packed_length, unpack
 from jaxquant.core.qtypes import FACTOR, QTYPES, QType
+from jaxquant.core.stack import Layer
 
 __all__ = [
     "FIELDS",
@@ -147,7 +148,7 @@ class QTensor:
       QTensor(int4[256, 512] -> float32, group 64 on axis -2, symmetric, 72.0 KiB)
     """
 
-    __slots__ = ("dtype", "length", "minor", "offset", "permutation", "qtype", "scale", "split", "stored", "zero_point")
+    __slots__ = ("dtype", "kept", "length", "minor", "offset", "permutation", "qtype", "scale", "split", "zero_point")
 
     def __init__(
         self,
@@ -163,7 +164,7 @@ class QTensor:
         length: int | None = None,
         split: int | None = None,
     ):
-        self.stored, self.scale, self.zero_point = _patterns(codes, qtype), scale, zero_point
+        self.kept, self.scale, self.zero_point = _patterns(codes, qtype), scale, zero_point
         self.offset, self.permutation = offset, permutation
         self.qtype, self.dtype = qtype, np.dtype(dtype)
         self.minor, self.length, self.split = tuple(minor), length, split
@@ -174,13 +175,18 @@ class QTensor:
         return tuple((jax.tree_util.GetAttrKey(n), x) for n, x in zip(LEAVES, children, strict=True)), aux
 
     def tree_flatten(self):
-        children = (self.stored, self.scale, self.zero_point, self.offset, self.permutation)
+        children = (self.kept, self.scale, self.zero_point, self.offset, self.permutation)
         return children, (self.qtype, self.dtype, self.minor, self.length, self.split)
 
     @classmethod
     def tree_unflatten(cls, aux, children):
         qtype, dtype, minor, length, split = aux
         return cls(*children, qtype=qtype, dtype=dtype, minor=minor, length=length, split=split)
+
+    @property
+    def stored(self) -> Any:
+        """The leaf of codes as an array: cut out of its stack if it is a `Layer`."""
+        return self.kept.array() if isinstance(self.kept, Layer) else self.kept
 
     @property
     def codes(self) -> Any:
@@ -191,7 +197,7 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """The logical shape, equal to the float array's."""
-        stored = tuple(self.stored.shape)
+        stored = tuple(self.kept.shape)
         if self.split is not None:
             at = len(stored) + self.split
             return (*stored[: at - 1], stored[at - 1] * stored[at], *stored[at + 1 :])
@@ -203,7 +209,7 @@ class QTensor:
     @property
     def ndim(self) -> int:
         """Rank of the logical array."""
-        return len(self.stored.shape) - (self.split is not None)
+        return len(self.kept.shape) - (self.split is not None)
 
     @property
     def size(self) -> int:
@@ -213,7 +219,7 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """True bytes of codes, scales and whatever else there is, from bit widths."""
-        return sum(_nbytes(leaf) for leaf in jax.tree.leaves(self))
+        return sum(_nbytes(leaf) for leaf in jax.tree.leaves(self, is_leaf=lambda x: isinstance(x, Layer)))
 
     @property
     def symmetric(self) -> bool:
@@ -256,7 +262,7 @@ class QTensor:
 
         Asked where values are made of codes, since JAX builds trees of anything: shapes, shardings, gradients, flags.
         """
-        codes, scale = self.stored, self.scale
+        codes, scale = self.kept, self.scale
         if self.qtype == FACTOR.name:
             dtype = np.dtype(np.float32)
         else:
@@ -277,7 +283,7 @@ class QTensor:
     @property
     def in_int4(self) -> bool:
         """Whether the codes are an array of int4."""
-        return self.length is None and self.stored.dtype == jnp.int4 and self.type.packed and self.type.bits <= 4
+        return self.length is None and self.kept.dtype == jnp.int4 and self.type.packed and self.type.bits <= 4
 
     def unpacked(self) -> jax.Array:
         """Codes one per element (``type.code_dtype``), in stored order: the ``minor`` axes last."""
@@ -350,6 +356,14 @@ class QTensor:
         found = [i - self.ndim for i, (n, s) in enumerate(zip(self.shape, self.scale.shape, strict=True)) if 1 < s < n]
         return found[0] if len(found) == 1 else None
 
+    def apart(self) -> QTensor:
+        """The same with an array of codes of its own, where they are a `Layer` of a stack."""
+        return self.replace(codes=self.codes) if isinstance(self.kept, Layer) else self
+
+    def layer_of(self, stack: QTensor, index: Any) -> QTensor:
+        """This, a layer of a stack without its codes, with those of the stack where they lie."""
+        return self.replace(codes=Layer(stack.kept, index))
+
     def whole(self) -> QTensor:
         """The same with no axis split."""
         return self if self.split is None else self.replace(codes=self.stored.reshape(self.shape), split=None)
@@ -403,7 +417,7 @@ class QTensor:
             blocks = tuple(self.scale.shape)
             per = _describe_blocks(shape, blocks)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # leaves that are not arrays
-            return f"QTensor({self.qtype}, codes={self.stored!r}, scale={self.scale!r}, zero_point={self.zero_point!r})"
+            return f"QTensor({self.qtype}, codes={self.kept!r}, scale={self.scale!r}, zero_point={self.zero_point!r})"
         kind = "symmetric" if self.symmetric else "asymmetric"
         kind += "" if self.permutation is None else ", permuted"
         unit, power = next((u, p) for u, p in (("MiB", 20), ("KiB", 10), ("B", 0)) if nbytes >= 1 << p or p == 0)

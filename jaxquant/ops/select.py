@@ -37,7 +37,8 @@ from jaxquant.ops.kernels.gpu import decoded as gpu_decoded
 from jaxquant.ops.kernels.gpu import int8 as gpu_int8
 from jaxquant.ops.kernels.tpu import decoded as tpu_decoded
 from jaxquant.ops.kernels.tpu import grouped
-from jaxquant.ops.problem import Kernel, Platform, Problem
+from jaxquant.ops.kernels.tpu.dots import as_it_is, has_few_rows
+from jaxquant.ops.problem import Kernel, Platform, Problem, Product
 
 __all__ = ["TABLE", "run", "select"]
 
@@ -91,7 +92,12 @@ def run(problem: Problem) -> jax.Array:
     def result(kernel: Kernel) -> jax.Array:
         return kernel.run(problem).astype(problem.result)
 
+    def on_tpu(kernel: Kernel) -> jax.Array:
+        return as_it_is(result(kernel))
+
     kernels = {platform: select(problem, platform) for platform in get_args(Platform)}
     other = kernels.pop("other")
     own = {name: functools.partial(result, kernel) for name, kernel in kernels.items() if kernel != other}
+    if isinstance(problem, Product) and has_few_rows(problem):
+        own["tpu"] = functools.partial(on_tpu, kernels["tpu"])
     return lax.platform_dependent(**own, default=functools.partial(result, other)) if own else result(other)

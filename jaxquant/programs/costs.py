@@ -63,10 +63,10 @@ def cycles(program: Program) -> float | None:
     return sum(found) if found else None
 
 
-def unestimated(program: Program) -> list[str]:
-    """Steps that the TPU compiler gives no estimate for, by name: kernels that are written by hand, and some others."""
+def unestimated(program: Program) -> list[Instruction]:
+    """Steps that the TPU compiler gives no estimate for: kernels that are written by hand, and some others."""
     return [
-        instruction.name
+        instruction
         for body in program.computations.values()
         for instruction in body.values()
         if instruction.cycles is None and (instruction.is_kernel or '"estimated_cycles":"' in instruction.rest)

@@ -9,10 +9,9 @@ from jaxquant.programs.chips import Chip
 from jaxquant.programs.compilers import Compiled
 from jaxquant.programs.costs import Collective, collectives, cycles, products, unestimated
 from jaxquant.programs.hlo import Program
+from jaxquant.programs.schedules import scheduled
 
 __all__ = ["Estimate", "estimate"]
-
-_SCHEDULES = "set LIBTPU_INIT_ARGS=--xla_jf_dump_static_llo_profile_to=DIRECTORY before JAX starts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +39,9 @@ class Estimate:
 
 
 def estimate(compiled: Compiled, program: Program | None = None) -> Estimate:
-    """Reads a program that was compiled for a target."""
+    """Reads a program that was compiled for a target; ``program`` is what `scheduled` makes of it."""
     chip = compiled.where.chip
-    program = Program(compiled.executable.as_text()) if program is None else program
+    program = scheduled(compiled) if program is None else program
     memory = compiled.executable.memory_analysis()
     arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes
     temporaries = memory.temp_size_in_bytes
@@ -58,8 +57,9 @@ def _cycles(program: Program, chip: Chip) -> tuple[float | None, str]:
     if chip.clock is None:
         return None, ""
     if steps := unestimated(program):
-        names = ", ".join(steps[:3]) + (", ..." if len(steps) > 3 else "")
-        return None, f"{chip.compiler} gives none for {names}; {_SCHEDULES}"
+        names = ", ".join(step.name for step in steps[:3]) + (", ..." if len(steps) > 3 else "")
+        reasons = dict.fromkeys(step.schedule for step in steps if isinstance(step.schedule, str))
+        return None, "; ".join([f"{chip.compiler} gives none for {names}", *reasons])
     total = cycles(program)
     if total is not None and math.isnan(total):
         return None, "the program has a loop whose length depends on values"

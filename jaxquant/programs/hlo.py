@@ -5,9 +5,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 __all__ = ["Array", "Instruction", "Program", "arrays_of"]
@@ -66,6 +67,8 @@ class Instruction:
       opcode: what it does.
       operands: names of the values it uses; of a parameter its number, of a constant its value.
       rest: attributes.
+      schedule: of a kernel, where its static schedule was asked for apart from the program: the cycles of one run, or
+        why they are not known.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
     rest: str
+    schedule: int | str | None = None
 
     @property
     def arrays(self) -> list[Array]:
@@ -86,8 +90,16 @@ class Instruction:
         The static schedule of its machine code, where the compiler was asked to keep it, has precedence over the model
         that chose how to compile it.
         """
+        if isinstance(self.schedule, int):
+            return self.schedule
         found = _SCHEDULED.search(self.rest) or _MODELED.search(self.rest)
         return int(found[1]) if found and int(found[1]) < _NO_ESTIMATE else None
+
+    @property
+    def config(self) -> str:
+        """What the compiler that it is for was given, as JSON; "{}" if nothing was."""
+        _, _, text = self.rest.partition("backend_config=")
+        return text[: json.JSONDecoder().raw_decode(text)[1]] if text.startswith("{") else "{}"
 
     @property
     def is_kernel(self) -> bool:
@@ -115,7 +127,11 @@ class Instruction:
 
 
 class Program:
-    """A program: its computations by name, the last of which runs first.
+    """A program, from its text: its computations by name, the last of which runs first.
+
+    Args:
+      text: what XLA prints.
+      schedules: of kernels that the text has no estimate of, by the names of their instructions; see `Instruction`.
 
     Attributes:
       computations: name of each, and its instructions by name, in their order.
@@ -125,7 +141,7 @@ class Program:
       callers: of a computation: the computation and the instruction that run it.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, schedules: Mapping[str, int | str] | None = None):
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.roots: dict[str, str] = {}
         self.callers: dict[str, list[tuple[str, Instruction]]] = collections.defaultdict(list)
@@ -142,7 +158,7 @@ class Program:
                 root, own, kind, opcode, rest = found.groups()
                 operands, _, attributes = rest.partition(")")
                 values = tuple(re.findall(r"%([\w.-]+)", operands)) or (operands,)
-                instruction = Instruction(own, kind, opcode, values, attributes)
+                instruction = Instruction(own, kind, opcode, values, attributes, (schedules or {}).get(own))
                 current[own] = instruction
                 if root:
                     self.roots[name] = own
@@ -150,6 +166,11 @@ class Program:
                     self.users[name, operand].append(instruction)
                 for called in instruction.called:
                     self.callers[called].append((name, instruction))
+
+    @property
+    def has_schedules(self) -> bool:
+        """Whether any kernel has a schedule that was found apart."""
+        return any(isinstance(i.schedule, int) for body in self.computations.values() for i in body.values())
 
     @functools.cached_property
     def fused(self) -> frozenset[str]:

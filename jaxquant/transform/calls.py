@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr
 from jax.sharding import Sharding
@@ -209,13 +210,34 @@ def _layer(interpreter: Interpreter, w: Weight) -> Any:
     return dataclasses.replace(w, leaf=leaf, dims=w.dims[1:], stacked=w.stacked + 1, steps=steps)
 
 
+def _apart(value: Any) -> Any:
+    """A value whose weight, a layer of a stack itself, has codes of its own."""
+    if isinstance(value, Weight) and type(value.leaf) is QTensor:
+        return dataclasses.replace(value, leaf=value.leaf.apart())
+    return value
+
+
+def _without_stack(value: Any) -> Any:
+    """What a scan slices of a stack of weights: all but codes in blocks of groups, which kernels find in the stack."""
+    if isinstance(value, Weight) and type(value.leaf) is QTensor and value.leaf.split is not None:
+        return dataclasses.replace(value, leaf=value.leaf.replace(codes=None))
+    return value
+
+
+def _in_stack(stack: Any, layer: Any, index: Any) -> Any:
+    """A layer of weights, with the codes that `_without_stack` has left where they are."""
+    if isinstance(layer, Weight) and type(layer.leaf) is QTensor and layer.leaf.kept is None:
+        return dataclasses.replace(layer, leaf=layer.leaf.layer_of(stack.leaf, index))
+    return layer
+
+
 @handles(public("scan_p"), joined=True)
 def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     p = eqn.params
     closed, n_consts, n_carry = p["jaxpr"], p["num_consts"], p["num_carry"]
     consts, stacks = values[:n_consts], _whole(interpreter, values[n_consts + n_carry :])
     carry = _Carry(interpreter, "scan", values[n_consts : n_consts + n_carry], closed, n_consts)
-    xs = [_layer(interpreter, x) if isinstance(x, Weight) else x for x in stacks]
+    xs = [_layer(interpreter, x) if isinstance(x, Weight) else x for x in map(_apart, stacks)]
     count = len(eqn.outvars) - n_carry
     if interpreter.planning:
         results = interpreter.run(closed, [*consts, *carry.values, *xs])
@@ -225,17 +247,20 @@ def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         return carry.full(moving) + _together(passed, stacks, ys, count)
     passed: dict[int, int] = {}
 
-    def body(state: list[Any], arrays: list[Any]) -> Any:
+    cut = [_without_stack(x) for x in xs]
+
+    def body(state: list[Any], given: Any) -> Any:
+        index, arrays = given
         inner = interpreter.child()
-        layers = [inside(x, a) for x, a in zip(xs, arrays, strict=True)]
+        layers = [_in_stack(x, inside(x, a), index) for x, a in zip(xs, arrays, strict=True)]
         results = inner.run(closed, [*consts, *carry.full(state), *layers])
         moving = floats(interpreter, carry.moving(results[:n_carry]), "scan")
         passed.update(handed_on(results[n_carry:], layers))
         return moving, (floats(interpreter, _without(passed, results[n_carry:]), "scan"), inner.stats)
 
-    end, (ys, stats) = lax.scan(
-        body, carry.start, [arrays_of(x) for x in xs], length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
-    )
+    index = jnp.arange(p["length"]) if any(a is not b for a, b in zip(cut, xs, strict=True)) else None
+    given = index, [arrays_of(x) for x in cut]
+    end, (ys, stats) = lax.scan(body, carry.start, given, length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
     interpreter.add_stats(_unstack(interpreter, stats, [x.path for x in xs if isinstance(x, Weight)]))
     return carry.full(end) + _together(passed, stacks, ys, count)
 

@@ -21,6 +21,7 @@ from jaxquant.programs.compilers import compiled, compiled_for, version
 from jaxquant.programs.costs import Collective
 from jaxquant.programs.estimates import estimate
 from jaxquant.programs.hlo import Program
+from jaxquant.programs.schedules import scheduled
 from jaxquant.programs.weights import Reached, reached
 
 __all__ = ["Explanation", "Use", "explain"]
@@ -70,7 +71,8 @@ class Target:
       name: the chip.
       topology: the slice, as its compiler has it.
       devices: how many the program runs on.
-      compiler: whose estimates these are, with the version of its package.
+      compiler: whose estimates these are, with the version of its package. ``of kernels their own schedules``: kernels
+        that are written by hand were compiled once more, each alone, and count by the static schedule of their code.
       memory: bytes of one device.
     """
 
@@ -229,7 +231,7 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, target: str | None 
 
     found = None if target is None else compiled_for("explain", target, called, (params, *args))
     executable = compiled(called, (params, *args)) if found is None else found.executable
-    program = Program(executable.as_text())
+    program = Program(executable.as_text()) if found is None else scheduled(found)
     library = FAST if found is None and jax.default_backend() == "cpu" else ""
     numbers = _parameter_numbers(params)
     if found is not None:
@@ -243,6 +245,8 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, target: str | None 
         return Explanation(uses, getattr(executable.memory_analysis(), "temp_size_in_bytes", None))
     costs = estimate(found, program)
     compiler = f"{chip.compiler} ({version(found.where)})"
+    if program.has_schedules:
+        compiler += ", of kernels their own schedules"
     return Explanation(
         uses,
         costs.temporaries,

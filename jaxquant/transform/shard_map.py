@@ -42,7 +42,7 @@ def _shard_map(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[An
     for value, cut, spec in zip(values, cuts, p["in_specs"], strict=True):
         if isinstance(value, Weight):
             leaf = interpreter.operand(value)
-            leaf = _each(leaf, lambda q, cut=cut: whole_blocks(q, cut)) if isinstance(leaf, QTensor) else leaf
+            leaf = _each(leaf, lambda q, cut=cut: whole_blocks(q.apart(), cut)) if isinstance(leaf, QTensor) else leaf
             arrays.append((leaf, value.state))
             specs.append((leaf_specs(leaf, cut), jax.tree.map(lambda _: PartitionSpec(), value.state)))
         else:

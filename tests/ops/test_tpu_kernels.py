@@ -90,6 +90,39 @@ def test_the_product_of_the_dequantized_weight(name: str, rows: int, monkeypatch
     assert_close(y, x, w, exact=name in EXACT, rounded=rounded)
 
 
+@pytest.mark.parametrize("rows", [3, 300])
+def test_a_layer_of_a_stack(rows: int, monkeypatch: pytest.MonkeyPatch):
+    """The kernel finds it by its number: the product is that of the layer alone, to the bit."""
+    layers, x = [weight(SPECS["int4 32"], (256, 128)), weight(SPECS["int4 32"], (256, 128))], normal(2, (rows, 256))
+    layers[1] = layers[1].replace(codes=-layers[1].stored)
+    stack = jax.tree.map(lambda *v: jnp.stack(v), *layers)
+    for i, alone in enumerate(layers):
+        layer = alone.layer_of(stack, jnp.int32(i))
+        assert layer.shape == alone.shape
+        np.testing.assert_array_equal(layer.apart().stored, alone.stored)
+        (name, got), (other, want) = (interpreted(problem_of(x, w), monkeypatch) for w in (layer, alone))
+        assert name == other
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["uint4 64 zero", "two-level", "mxfp4"])
+def test_experts(name: str, monkeypatch: pytest.MonkeyPatch):
+    """One kernel for all of a batch, alone and as a layer of a stack: each product is that of its own weight."""
+    make = lambda key: jq.quantize(normal(key, (2, 256, 128)), SPECS[name], reduce_axes=(-2,))  # noqa: E731
+    experts, other = (jq.ops.lay_out(make(key), "tpu") for key in (1, 5))
+    stack = jax.tree.map(lambda *v: jnp.stack(v), other, experts)
+    x, axes = normal(2, (2, 3, 256)), (Axes.of(3, (0,), (2,)), Axes.of(3, (0,), (1,)))
+    results = []
+    for w in (experts, experts.layer_of(stack, jnp.int32(1))):
+        kernel, y = interpreted(Product.of(x, w, *axes, None, jnp.float32), monkeypatch)
+        assert kernel == "grouped_sums"
+        results.append(y)
+    np.testing.assert_array_equal(*results)
+    for i in range(2):
+        one = jax.tree.map(lambda v, i=i: v[i], experts)
+        assert_close(results[0][i], x[i], one, exact=name in EXACT, rounded=False)
+
+
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("rows", [3, 300])
 def test_int8_activations(group: int, rows: int, monkeypatch: pytest.MonkeyPatch):

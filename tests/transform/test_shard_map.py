@@ -51,6 +51,23 @@ def test_shard_map(spec, check_vma):
     check(functools.partial(by_hand, check_vma=check_vma), PARAMS, X, spec=spec, expect=expect)
 
 
+def test_layers_with_groups_in_scans_and_shard_maps():
+    """A scan leaves the codes of such layers in their stack; a scan within it, and a shard_map, take them out."""
+
+    def part(x, w):
+        return jax.shard_map(lambda x, w: x @ w, mesh=mesh(), in_specs=(P("data"), P()), out_specs=P("data"))(x, w)
+
+    def fn(p, x):
+        return lax.scan(lambda x, ws: lax.scan(lambda x, w: (part(x @ w, w), None), x, ws), x, p["w"])[0]
+
+    params = {"w": unequal((2, 3, 32, 32), 1, 0.2)}
+    plan = jq.make_plan(fn, params, X, rules=[jq.Rule("w", recipes.w4a16(16))])
+    packed, blocks = (jq.quantize_params(params, plan, target=target) for target in ("cpu", "tpu"))
+    assert blocks["w"].split == -2
+    got, want = (jax.jit(jq.quantized(fn, plan))(q, X) for q in (blocks, packed))
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3 * float(jnp.abs(want).max()))
+
+
 def test_shard_map_equals_the_whole():
     plan, qparams, _ = planned(mlp, PARAMS, X, spec="w8a8")
     whole = jax.jit(jq.quantized(mlp, plan))(qparams, X)

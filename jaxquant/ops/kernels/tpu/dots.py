@@ -8,7 +8,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["two_row_dot"]
+from jaxquant.ops.problem import Product
+
+__all__ = ["as_it_is", "has_few_rows", "two_row_dot"]
+
+_FEW = 128
+
+
+def has_few_rows(problem: Product) -> bool:
+    """Whether a result is small beside its weight, so that it costs nothing to keep it `as_it_is`."""
+    return 1 < problem.rows <= _FEW
+
+
+def as_it_is(result: jax.Array) -> jax.Array:
+    """The result of a product, whose columns what follows does not cut.
+
+    Where a result is cut into heads, this compiler gives the weight of the product that shape. The layer that a scan
+    takes out of a stack is copied then, before it is multiplied: 201 thousand cycles for 16 MB of int8.
+    """
+    return lax.optimization_barrier(result)
 
 
 def two_row_dot(

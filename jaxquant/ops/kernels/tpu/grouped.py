@@ -13,6 +13,7 @@ from jax import lax
 from jaxquant.core.codec import values_of
 from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.core.qtypes import FACTOR
+from jaxquant.core.stack import Layer
 from jaxquant.ops.kernels.decoded import Decoded
 from jaxquant.ops.kernels.precision import is_default
 from jaxquant.ops.kernels.tpu.decode import BLOCK, decoder
@@ -46,7 +47,9 @@ class Grouped(Kernel):
         if Decoded.takes(problem) is None or not is_default(problem.precision):
             return None
         w, axes, rows = problem.w, problem.w_axes, problem.rows
-        if w.ndim != 2 or w.split != -2 or axes.batch or axes.contract != (0,):
+        lead = len(axes.batch)  # experts, each with a weight of its own
+        in_order = axes.batch + axes.contract + axes.rows == tuple(range(lead + 2)) and len(axes.contract) == 1
+        if lead > 1 or not in_order or w.ndim != lead + 2 or w.split != -2 or w.scale.shape[:lead] != w.shape[:lead]:
             return None
         groups, dtype = _groups(w), _dtype_of(problem)
         if groups is None or dtype is None or not isinstance(rows, int) or rows == 0:
@@ -88,13 +91,13 @@ class Grouped(Kernel):
             factors, x = scale_values(x.scale), x.logical_codes()
         elif isinstance(x, QTensor):
             x = x.dequantize(self.dtype)
-        arrays: dict[str, Any] = _arrays(problem.w) | {"x": axes.flatten(x.astype(self.dtype))[0]}
+        arrays: dict[str, Any] = _arrays(problem.w) | {"x": axes.flatten(x.astype(self.dtype))}
         if factors is not None:
             own = [factors.shape[i] if i in axes.contract else x.shape[i] for i in range(x.ndim)]
-            arrays["rows"] = axes.flatten(jnp.broadcast_to(factors.astype(jnp.float32), own))[0]
+            arrays["rows"] = axes.flatten(jnp.broadcast_to(factors.astype(jnp.float32), own))
         result = jnp.dtype(problem.result)
         out = grouped_product(**arrays, groups=self.groups, result=result, interpret=self.interpret)
-        return problem.restored(out[None])
+        return problem.restored(out)
 
 
 class GroupedSums(Grouped):
@@ -111,7 +114,7 @@ def _groups(w: QTensor) -> Groups | None:
     """What the kernels have to know of a weight; None if they do not take it."""
     k, (count, columns) = w.shape[-2], w.scale.shape[-2:]
     size = k // count
-    blocked = w.stored.shape[-2] % BLOCK == 0 and (BLOCK % size == 0 if size < BLOCK else size % BLOCK == 0)
+    blocked = w.kept.shape[-2] % BLOCK == 0 and (BLOCK % size == 0 if size < BLOCK else size % BLOCK == 0)
     if not blocked or columns != w.shape[-1] or (w.type.kind == "table" and not w.in_int4):
         return None
     if w.type.kind == "int" and not w.in_int4 and not w.type.signed:
@@ -160,8 +163,15 @@ def _numbers(scale: QTensor) -> jax.Array:
 def _arrays(w: QTensor) -> dict[str, jax.Array | None]:
     """The arrays of a weight, as `grouped_product` takes them."""
     scale, columns = _scale(w)
-    codes, offset = w.stored.reshape(-1, BLOCK, w.shape[-1]), None if w.offset is None else flat(w.offset)
-    return {"codes": codes, "scale": scale, "zero": w.zero_point, "offset": offset, "columns": columns}
+    offset = None if w.offset is None else flat(w.offset)
+    stack, layer = (w.kept.stack, w.kept.index) if isinstance(w.kept, Layer) else (w.stored, None)
+    k, n = w.shape[-2:]
+    matrix = lambda v: v if v is None or v.ndim == 3 else v[None]  # noqa: E731
+    arrays = {"scale": scale, "zero": w.zero_point, "offset": offset, "columns": columns}
+    return {name: matrix(v) for name, v in arrays.items()} | {
+        "codes": stack.reshape(-1, k // BLOCK, BLOCK, n),
+        "layer": layer,
+    }
 
 
 def _dtype_of(problem: Product) -> Any:

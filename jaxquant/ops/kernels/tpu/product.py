@@ -97,35 +97,38 @@ def grouped_product(
     offset: jax.Array | None = None,
     rows: jax.Array | None = None,
     columns: jax.Array | None = None,
+    layer: jax.Array | None = None,
     result: Any = jnp.float32,
     interpret: bool = False,
 ) -> jax.Array:
     """The product, with sums in float32.
 
     Args:
-      x: [M, K], int8, bfloat16 or float32; K is a multiple of 128.
-      codes: [K / 128, 128, N], as `QTensor.laid_out` stores them.
-      scale, zero, offset: [K / group size, N]; zero and offset may be None.
+      x: [B, M, K], int8, bfloat16 or float32; K is a multiple of 128.
+      codes: [L B, K / 128, 128, N], a stack of L layers of B of what `QTensor.laid_out` stores.
+      scale, zero, offset: [B, K / group size, N]; zero and offset may be None.
       groups: the rest of the weight.
-      rows: float32 [M, 1], factors of the rows of x; None is 1.
-      columns: float32 [1, N], further factors of the columns; None is 1.
+      rows: float32 [B, M, 1], factors of the rows of x; None is 1.
+      columns: float32 [B, 1, N], further factors of the columns; None is 1.
+      layer: which of the stack; None is the first. The kernel reads it where it lies.
       result: the dtype of the result.
       interpret: run in Pallas' interpreter.
 
     Returns:
-      [M, N].
+      [B, M, N].
     """
     if x.dtype == jnp.int8 and groups.decoder.kind != "integers":
         x = x.astype(jnp.bfloat16)
-    m = x.shape[0]
+    m = x.shape[1]
     body = body_for(m, x.dtype, groups)
     planes = _planes(m, x.dtype, groups) if body is Sums else (jnp.dtype(jnp.bfloat16),)
+    half = body is Sums and m <= 8 and planes == (jnp.dtype(jnp.bfloat16),) and groups.in_block > 1
     multiple = 16 if planes[0] == jnp.bfloat16 else 8  # rows of a register
-    pad = lambda v: jnp.pad(v, ((0, -m % multiple), (0, 0)))  # noqa: E731
+    pad = lambda v: jnp.pad(v, ((0, 0), (0, -m % multiple), (0, 0)))  # noqa: E731
     x, rows = pad(x), None if rows is None else pad(rows)
     given = {"scale": scale, "zero": zero, "offset": offset, "rows": rows, "columns": columns}
     arrays = {name: v for name, v in given.items() if v is not None}
-    return body(groups, planes, result)(x, codes, arrays, interpret=interpret)[:m]
+    return body(groups, planes, result, half)(x, codes, layer, arrays, interpret=interpret)[:, :m]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,43 +139,52 @@ class _Body:
       groups: of the weight.
       planes: the dtypes of the terms of x.
       result: the dtype of the result.
+      half: whether 8 of the 16 rows that a register has of bfloat16 pad x: groups repeat the others alone.
     """
 
     groups: Groups
     planes: tuple[Any, ...]
     result: Any
+    half: bool = False
 
-    def __call__(self, x: Any, codes: jax.Array, arrays: dict[str, jax.Array], *, interpret: bool) -> jax.Array:
+    def __call__(
+        self, x: Any, codes: jax.Array, layer: jax.Array | None, arrays: dict[str, jax.Array], *, interpret: bool
+    ) -> jax.Array:
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import tpu as pltpu
 
-        (m, k), n = x.shape, codes.shape[2]
+        (b, m, k), n = x.shape, codes.shape[3]
         bm, bn = self.blocks(m, k, n)
-        count = arrays["scale"].shape[0]
-        by_group = pl.BlockSpec((count, bn), lambda j, i: (0, j))
+        count = arrays["scale"].shape[1]
+        first = () if layer is None else (jnp.reshape(layer * b, 1).astype(jnp.int32),)  # known before a block is read
+        by_group = pl.BlockSpec((None, count, bn), lambda e, j, i, *at: (e, 0, j))
         specs = {
-            "rows": pl.BlockSpec((bm, 1), lambda j, i: (i, 0)),
-            "columns": pl.BlockSpec((1, bn), lambda j, i: (0, j)),
+            "rows": pl.BlockSpec((None, bm, 1), lambda e, j, i, *at: (e, i, 0)),
+            "columns": pl.BlockSpec((None, 1, bn), lambda e, j, i, *at: (e, 0, j)),
         }
         params: Any = getattr(pltpu, "CompilerParams", None) or getattr(pltpu, "TPUCompilerParams")  # noqa: B009
         return pl.pallas_call(
-            functools.partial(self._run, names=tuple(arrays)),
-            out_shape=_like(x, (m, n), self.result),
-            grid=(pl.cdiv(n, bn), pl.cdiv(m, bm)),
-            in_specs=[
-                pl.BlockSpec((bm, k), lambda j, i: (i, 0)),
-                pl.BlockSpec((k // BLOCK, BLOCK, bn), lambda j, i: (0, 0, j)),
-                *(specs.get(name, by_group) for name in arrays),
-            ],
-            out_specs=pl.BlockSpec((bm, bn), lambda j, i: (i, j)),
-            scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in self._scratch(bm, bn, k, count)],
+            functools.partial(self._run, names=tuple(arrays), skipped=len(first)),
+            out_shape=_like(x, (b, m, n), self.result),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(first),
+                grid=(b, pl.cdiv(n, bn), pl.cdiv(m, bm)),
+                in_specs=[
+                    pl.BlockSpec((None, bm, k), lambda e, j, i, *at: (e, i, 0)),
+                    pl.BlockSpec((None, k // BLOCK, BLOCK, bn), lambda e, j, i, *at: (e + _first(at), 0, 0, j)),
+                    *(specs.get(name, by_group) for name in arrays),
+                ],
+                out_specs=pl.BlockSpec((None, bm, bn), lambda e, j, i, *at: (e, i, j)),
+                scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in self._scratch(bm, bn, k, count)],
+            ),
             interpret=interpret,
             compiler_params=None if interpret else params(vmem_limit_bytes=_MEMORY + (8 << 20)),
             name=self.name,
-        )(x, codes, *arrays.values())
+        )(*first, x, codes, *arrays.values())
 
-    def _run(self, x: Any, codes: Any, *refs: Any, names: tuple[str, ...]) -> None:
-        of, out, scratch = dict(zip(names, refs, strict=False)), refs[len(names)], list(refs[len(names) + 1 :])
+    def _run(self, *refs: Any, names: tuple[str, ...], skipped: int) -> None:
+        x, codes, *rest = refs[skipped:]
+        of, out, scratch = dict(zip(names, rest, strict=False)), rest[len(names)], rest[len(names) + 1 :]
         total = self._product(x, codes, of, out.shape, scratch)
         factor = self.groups.decoder.factor if self.summed else 1
         total = total if factor == 1 else total * factor
@@ -219,20 +231,32 @@ class Sums(_Body):
         )
         if self._prepared:
             found += [((len(self.planes) * bm, k), self.planes[0])]
+        if self._spread:
+            found += [((k // BLOCK, self._used(bm) * self.groups.in_block, BLOCK), self.planes[0])]
         if self._digits:
             found += [((bm, BLOCK), jnp.float32)]
         return found
 
     def _bytes(self, bm: int, bn: int, k: int) -> int:
-        return 2 * k * bn + 12 * k // self.groups.size * bn + 8 * bm * k + 16 * bm * bn
+        spread = 2 * FEW * k if self._spread else 0
+        return 2 * k * bn + 12 * k // self.groups.size * bn + 8 * bm * k + 16 * bm * bn + spread
 
     @property
     def _digits(self) -> bool:
         return self.planes == (jnp.dtype(jnp.int8),) * 2
 
     @property
+    def _spread(self) -> bool:
+        """Whether rows are repeated for the groups of a block once, for all columns."""
+        return self.planes == (jnp.dtype(jnp.bfloat16),) and self.groups.in_block > 1
+
+    def _used(self, rows: int) -> int:
+        """Of so many rows of x those that are repeated."""
+        return rows // 2 if self.half else rows
+
+    @property
     def _prepared(self) -> bool:
-        return len(self.planes) > 1 or self.groups.decoder.parts > 1
+        return len(self.planes) > 1 or self.groups.decoder.parts > 1 or self._spread
 
     def _product(self, x: Any, codes: Any, of: dict[str, Any], shape: tuple[int, int], scratch: list[Any]) -> jax.Array:
         from jax.experimental import pallas as pl
@@ -246,7 +270,7 @@ class Sums(_Body):
         if self._prepared:
             activation = scratch[0]
 
-            @pl.when((pl.program_id(0) == 0) | (pl.num_programs(1) > 1))
+            @pl.when((pl.program_id(1) == 0) | (pl.num_programs(2) > 1))
             def _() -> None:
                 if self._digits:
                     first, second, step = _digits(x[...].astype(jnp.float32))
@@ -259,12 +283,17 @@ class Sums(_Body):
                     rest = rest - terms[-1].astype(jnp.float32)
                 for i, term in enumerate(terms):
                     _in_order(term, decode, activation, i * rows)
+                if self._spread:
+                    for i in range(codes.shape[0]):
+                        parts = _repeated(activation[:, _lanes(i)], group, self._used(rows))
+                        scratch[1][i] = parts.astype(jnp.bfloat16)
 
-        planes, shifted = activation.shape[0], "zero" in of or decode.shift != 0
+        planes, shifted = self._used(activation.shape[0]), "zero" in of or decode.shift != 0
 
         def block(i: Any, total: jax.Array) -> jax.Array:
-            given = _repeated(activation[:, _lanes(i)], group)
-            sums = _dot(given, decode.numbers(codes[i], given.dtype)).astype(jnp.float32)
+            given = scratch[1][i] if self._spread else _repeated(activation[:, _lanes(i)], group, planes)
+            dtype = activation.dtype
+            sums = _dot(given.astype(dtype), decode.numbers(codes[i], dtype)).astype(jnp.float32)
             wide: Any = None
             if shifted or "offset" in of:
                 wide = jnp.sum(given.astype(jnp.float32), axis=1, keepdims=True)
@@ -286,7 +315,7 @@ class Sums(_Body):
             total = (total[:rows] + total[rows:] * (1 / _DIGIT)) * scratch[1][:, :1]
         elif planes > rows:
             total = total[:rows] + total[rows:]
-        return total
+        return jnp.concatenate([total, jnp.zeros_like(total)], axis=0) if self.half else total
 
 
 class Values(_Body):
@@ -340,7 +369,7 @@ class Values(_Body):
             return _loop(count, step, jnp.zeros(shape, jnp.float32))
         (values,) = scratch
 
-        @pl.when(pl.program_id(1) == 0)
+        @pl.when(pl.program_id(2) == 0)
         def _() -> None:
             def store(i: Any, total: int) -> int:
                 values[_lanes(i), :] = real(i)
@@ -349,6 +378,11 @@ class Values(_Body):
             _loop(count, store, 0)
 
         return _dot(activation[...].astype(jnp.bfloat16), values[...])
+
+
+def _first(at: tuple[Any, ...]) -> Any:
+    """Where in the stack the layer is, of which the grid takes all weights."""
+    return at[0][0] if at else 0
 
 
 def _lanes(i: Any) -> Any:
@@ -369,7 +403,7 @@ def _in_order(x: jax.Array, decode: Decoder, out: Any, first: int) -> None:
         out[rows, i : i + BLOCK] = _dot(x[:, i : i + BLOCK], order).astype(jnp.bfloat16)
 
 
-def _like(x: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.ShapeDtypeStruct:
+def _like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """A shape that varies over devices, in a `jax.shard_map`, as an array does."""
     for name in ("manual_axis_type", "vma"):
         if hasattr(jax.typeof(x), name):
@@ -392,13 +426,13 @@ def _digits(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return first.astype(jnp.int8), second.astype(jnp.int8), step
 
 
-def _repeated(x: jax.Array, groups: Groups) -> jax.Array:
-    """Rows of x once for each group of a block, with zeros for the others: [groups * M, 128]."""
+def _repeated(x: jax.Array, groups: Groups, rows: int) -> jax.Array:
+    """So many rows of x once for each group of a block, with zeros for the others: [groups * rows, 128], in 32 bits."""
     if groups.in_block == 1:
         return x
-    wide = x.astype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
-    lane = groups.decoder.source(lax.broadcasted_iota(jnp.int32, x.shape, 1)) >> groups.size.bit_length() - 1
-    return jnp.concatenate([jnp.where(lane == p, wide, 0) for p in range(groups.in_block)], axis=0).astype(x.dtype)
+    wide = x.astype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)[:rows]
+    lane = groups.decoder.source(lax.broadcasted_iota(jnp.int32, wide.shape, 1)) >> groups.size.bit_length() - 1
+    return jnp.concatenate([jnp.where(lane == p, wide, 0) for p in range(groups.in_block)], axis=0)
 
 
 def _loop(count: int, step: Any, start: Any) -> Any:
