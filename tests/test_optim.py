@@ -252,9 +252,12 @@ def test_trains_like_float(name):
 
 def test_rules_and_the_leaf_say_what_is_kept():
     params = {"embed": jnp.ones((64, 128)), "layers": [{"kernel": jnp.ones((64, 128)), "bias": jnp.ones(128)}]}
-    tx = optim.scale_by_adam8bit(storage=optim.Storage(exempt=r"^embed$"))
+    tx = optim.scale_by_adam8bit()
     state = tx.init(params)
     m = state.moments["m"]
+    named = optim.scale_by_adam8bit(storage=optim.Storage(exempt=r"^layers/0/kernel$")).init(params).moments["v"]
+    assert named["embed"].qtype == "udynamic8"
+    assert named["layers"][0]["kernel"].dtype == jnp.float32
     assert m["embed"].dtype == m["layers"][0]["bias"].dtype == jnp.float32
     assert m["layers"][0]["kernel"].qtype == "dynamic8"
     # A state that is given is kept as it is: here with the second moment on the signed map.

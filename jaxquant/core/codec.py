@@ -129,11 +129,21 @@ def _nearest_of(v: jax.Array, qtype: QType) -> jax.Array:
     return rank + (v > middle).astype(jnp.uint8)
 
 
+def _nearest_by_halves(v: jax.Array, qtype: QType) -> jax.Array:
+    """`_nearest_of` for a table of 16: four comparisons, each with the middle that the ones before select."""
+    middles, rank = _table_order(qtype)[1], jnp.zeros(v.shape, jnp.uint8)
+    for step in (8, 4, 2, 1):
+        middle = chosen(rank // (2 * step), middles[step - 1 :: 2 * step].astype(v.dtype))
+        rank = rank + jnp.where(v > middle, jnp.uint8(step), jnp.uint8(0))
+    return rank
+
+
 def nearest_codes(v: jax.Array, qtype: QType) -> jax.Array:
-    """``codes_of(round_to_grid(v))``; of a long table in one search, and for NaN whichever code."""
-    if qtype.kind != "table" or len(qtype.table) <= 16:
+    """``codes_of(round_to_grid(v))``; of a table in one search, and for NaN whichever code."""
+    if qtype.kind != "table" or len(_table_order(qtype)[0]) not in (16, 256):
         return codes_of(round_to_grid(v, qtype), qtype)
-    code, rank = _table_order(qtype)[2], _nearest_of(v, qtype)
+    code = _table_order(qtype)[2]
+    rank = _nearest_of(v, qtype) if code.size > 16 else _nearest_by_halves(v, qtype)
     in_order = np.array_equal(code, np.arange(code.size))
     return (rank if in_order else jnp.asarray(code).at[rank].get(mode="promise_in_bounds")).astype(jnp.uint8)
 

@@ -5,7 +5,8 @@ table. A step takes the moments back to float32, updates them, uses them, and st
 they shard, save and restore as quantized parameters do. In 8 bits they are what bitsandbytes' optimizers compute.
 
 ``scale_by_*`` chain as Optax's do; the others add weight decay and the learning rate. `Storage` says how moments are
-kept. Parameters below 4096 numbers keep them in float32, as in bitsandbytes, and so do those that it names.
+kept. Parameters below 4096 numbers keep them in float32, as in bitsandbytes, and so do those that it names: embeddings,
+unless it says otherwise.
 """
 
 from jaxquant.optim.bitsandbytes import from_bitsandbytes, to_bitsandbytes

@@ -13,6 +13,8 @@ Elsewhere it is the flattened array, padded with zeros, as [blocks, numbers in a
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import re
 from typing import Any
 
@@ -43,7 +45,9 @@ class Storage:
         (c + 1) / 16 of the largest, so that nothing is divided by 0.
       block: numbers that share a scale.
       smallest: parameters of fewer numbers than this keep moments in float32.
-      exempt: parameters keep moments in float32 if one of these patterns occurs in their path (`re.search`).
+      exempt: parameters keep moments in float32 if one of these patterns occurs in their path (`re.search`). By default
+        embeddings do: rows that are seldom met have squares so small beside those of their block that they round to 0,
+        and then their next step is a large one.
 
     Raises:
       QuantError: on another type, a block or size that is no positive integer, or a pattern that is none.
@@ -51,9 +55,9 @@ class Storage:
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxquant import optim
-      >>> tx = optim.adamw8bit(1e-3, storage=optim.Storage(exempt=("embed",)))
-      >>> moments = tx.init({"embed": jnp.ones((64, 256)), "kernel": jnp.ones((64, 256))})[0].moments
-      >>> moments["m"]["embed"].dtype, moments["m"]["kernel"]
+      >>> tx = optim.adamw8bit(1e-3, storage=optim.Storage(exempt=("embed", "head")))
+      >>> moments = tx.init({"head": jnp.ones((64, 256)), "kernel": jnp.ones((64, 256))})[0].moments
+      >>> moments["m"]["head"].dtype, moments["m"]["kernel"]
       (dtype('float32'), QTensor(dynamic8[64, 256] -> float32, per channel on axis -2, symmetric, 16.2 KiB))
 
     Source: Dettmers et al. 2022 (arXiv:2110.02861) for 8 bits; Li et al. 2023 (arXiv:2309.01507) for 4.
@@ -63,7 +67,7 @@ class Storage:
     unsigned: str = "udynamic8"
     block: int = 256
     smallest: int = 4096
-    exempt: tuple[str, ...] = ()
+    exempt: tuple[str, ...] = ("(?i)embed",)
 
     def __post_init__(self) -> None:
         for name, types in (("signed", _SIGNED), ("unsigned", _UNSIGNED)):
@@ -105,7 +109,7 @@ class Storage:
 
 
 EIGHT_BITS = Storage()
-"""bitsandbytes' scheme: the dynamic maps of 8 bits, blocks of 256."""
+"""bitsandbytes' scheme: the dynamic maps of 8 bits, blocks of 256; embeddings in float32."""
 
 FOUR_BITS = Storage("dynamic4", "uint4", 128)
 """Li et al.'s blocks of 128: a dynamic map of 4 bits, and a linear one without 0 for squares."""
@@ -118,7 +122,34 @@ def _as_form(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.pad(x.reshape(-1), (0, shape[0] * shape[1] - x.size)).reshape(shape)
 
 
+def _in_rows(q: QTensor) -> QTensor:
+    """A moment with a row for each block; row-major memory stays as it is."""
+    n, per = q.scale.size, q.size // q.scale.size
+    flat = lambda x: None if x is None else x.reshape(n, 1)  # noqa: E731
+    rest = {"scale": flat(q.scale), "zero_point": flat(q.zero_point)}
+    return q.replace(codes=q.stored.reshape(n, -1), length=None if q.length is None else per, **rest)
+
+
 def _quantized(x: jax.Array, info: QType, blocks: tuple[int, ...]) -> QTensor:
+    """The nearest codes of a float32 array.
+
+    On the CPU by rows of one block, which are the same memory: loops over two axes are vectorized. Elsewhere in the
+    array's own shape, whose tiles and shards stay where they are.
+    """
+
+    def by_rows(x: jax.Array) -> QTensor:
+        n = math.prod(blocks)
+        q = _quantized_as_it_lies(x.reshape(n, -1), info, (n, 1))
+        codes = q.stored.reshape(*x.shape[:-1], -1)
+        flat = lambda v: None if v is None else v.reshape(blocks)  # noqa: E731
+        length = None if q.length is None else x.shape[-1]
+        return q.replace(codes=codes, scale=flat(q.scale), zero_point=flat(q.zero_point), length=length)
+
+    plain = functools.partial(_quantized_as_it_lies, info=info, blocks=blocks)
+    return jax.lax.platform_dependent(x, cpu=by_rows, default=plain)
+
+
+def _quantized_as_it_lies(x: jax.Array, info: QType, blocks: tuple[int, ...]) -> QTensor:
     """The nearest codes of a float32 array. A block with NaN or infinity gets scale NaN: it stays visible."""
     view = BlockView.of_scale(x.shape, blocks)
     each = view.split(x)
@@ -157,5 +188,7 @@ def real(moment: Any, shape: tuple[int, ...]) -> jax.Array:
     """The float32 array of a parameter's shape that a moment stands for."""
     if not isinstance(moment, QTensor):
         return moment
-    x = moment.dequantize()
+    x = jax.lax.platform_dependent(
+        moment, cpu=lambda q: _in_rows(q).dequantize().reshape(q.shape), default=QTensor.dequantize
+    )
     return x if x.shape == shape else x.reshape(-1)[: int(np.prod(shape, dtype=np.int64))].reshape(shape)
