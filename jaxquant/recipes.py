@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any
+from typing import Any, Literal
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import nearest
@@ -17,6 +17,7 @@ from jaxquant.core.specs import OpSpec, QuantSpec
 __all__ = [
     "fp4",
     "fp8",
+    "fp8_train",
     "llm_int8",
     "mxfp4",
     "mxfp8",
@@ -87,13 +88,31 @@ def w8a8(*, static: bool = False, act_symmetric: bool = True) -> OpSpec:
     return OpSpec(QuantSpec("int8"), QuantSpec("int8", granularity=granularity, symmetric=act_symmetric, static=static))
 
 
-def w8a8g8() -> OpSpec:
+def w8a8g8(*, rounding: Literal["nearest", "stochastic"] = "nearest") -> OpSpec:
     """`w8a8`, and int8 gradients in the backward pass: all three products of a training step are int8 dots.
 
-    The gradients are rounded to nearest, which biases those that are small in their row; compare with ``w8a8`` first.
+    Rounding gradients to nearest biases those that are small in their row; compare with ``w8a8`` first. With
+    ``rounding="stochastic"`` their expectation is right, and `quantized` takes a key.
     """
     int8 = QuantSpec("int8")
-    return OpSpec(int8, int8, int8)
+    return OpSpec(int8, int8, QuantSpec("int8", rounding=rounding))
+
+
+def fp8_train(*, rounding: Literal["nearest", "stochastic"] = "nearest") -> OpSpec:
+    """`fp8`, and float8_e5m2 gradients in the backward pass: all three products of a training step are of fp8.
+
+    Scales are those of the very arrays ("current scaling"): per output channel, per token, and for gradients over
+    what each product sums.
+
+    Example:
+      >>> from jaxquant import recipes
+      >>> recipes.fp8_train().grad
+      QuantSpec('float8_e5m2')
+
+    Source: Micikevicius et al. 2022 (arXiv:2209.05433).
+    """
+    e4m3 = QuantSpec("float8_e4m3fn")
+    return OpSpec(e4m3, e4m3, QuantSpec("float8_e5m2", rounding=rounding))
 
 
 def w4a8(group_size: int | None = 64, *, two_level: bool = False) -> OpSpec:

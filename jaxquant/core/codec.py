@@ -16,6 +16,7 @@ does).
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -34,6 +35,7 @@ __all__ = [
     "decoded",
     "from_bits",
     "from_int4",
+    "nearest_codes",
     "round_to_grid",
     "to_bits",
     "to_int4",
@@ -80,8 +82,7 @@ def round_to_grid(v: jax.Array, qtype: QType, noise: jax.Array | None = None) ->
         return jnp.clip(_round(v / quantum, noise) * quantum, qtype.qmin, qtype.qmax)
     grid, middles, _ = _table_order(qtype)
     if noise is None and len(grid) > 16:  # too many to compare with one by one
-        above = jnp.searchsorted(jnp.asarray(middles, v.dtype), v, side="left")
-        out = jnp.asarray(grid, v.dtype).at[above].get(mode="clip")
+        out = jnp.asarray(grid, v.dtype).at[_nearest_of(v, qtype)].get(mode="promise_in_bounds")
     elif noise is None:
         out = jnp.full_like(v, grid[0])
         for middle, value in zip(middles, grid[1:], strict=True):
@@ -91,6 +92,60 @@ def round_to_grid(v: jax.Array, qtype: QType, noise: jax.Array | None = None) ->
         for low, high in itertools.pairwise(grid.tolist()):
             out = jnp.where(noise * (high - low) < v - low, jnp.asarray(high, v.dtype), out)
     return jnp.where(jnp.isnan(v), v, out)
+
+
+@functools.cache
+def _cells(qtype: QType) -> tuple[int, int, np.ndarray]:
+    """``(shift, first, below)``: a long table's line of float32 numbers, cut so that no cell has two middles inside.
+
+    A cell is the numbers of one sign whose bits, but for the last ``shift``, are the same: ``first`` in the least cell,
+    which has all smaller magnitudes too. ``below`` has for each cell, first the positive ones, the middles below it.
+    """
+    middles = _table_order(qtype)[1]
+    bits = np.abs(middles).view(np.int32)
+    top = int(np.float32(max(-qtype.qmin, qtype.qmax)).view(np.int32))
+    for shift in range(23, -1, -1):
+        first = int(bits[bits > 0].min() >> shift)
+        edges = np.arange(first, (top >> shift) + 2) << shift
+        edges[0] = 0
+        ends = edges.astype(np.int32).view(np.float32)
+        # A positive cell is [low, high), a negative one (-high, -low]; a middle on its upper end counts as inside.
+        counts = np.searchsorted(middles, ends, side="left"), np.searchsorted(middles, -ends, side="right")
+        if all(np.abs(np.diff(count)).max() <= 1 for count in counts):
+            return shift, first, np.concatenate([counts[0][:-1], counts[1][1:]]).astype(np.uint8)
+    raise AssertionError(qtype.name)
+
+
+def _nearest_of(v: jax.Array, qtype: QType) -> jax.Array:
+    """How many middles of a long table lie below each value: the rank of the nearest entry, the lower one of two."""
+    middles = _table_order(qtype)[1]
+    if v.dtype != jnp.float32:
+        return jnp.searchsorted(jnp.asarray(middles, v.dtype), v, side="left")
+    shift, first, below = _cells(qtype)
+    bits, each = lax.bitcast_convert_type(v, jnp.int32), below.size // 2
+    cell = jnp.clip(((bits & 0x7FFFFFFF) >> shift) - first, 0, each - 1) + jnp.where(bits < 0, each, 0)
+    rank = jnp.asarray(below).at[cell].get(mode="promise_in_bounds")
+    middle = jnp.asarray(np.append(middles, np.float32(np.inf))).at[rank].get(mode="promise_in_bounds")
+    return rank + (v > middle).astype(jnp.uint8)
+
+
+def _nearest_by_halves(v: jax.Array, qtype: QType) -> jax.Array:
+    """`_nearest_of` for a table of 16: four comparisons, each with the middle that the ones before select."""
+    middles, rank = _table_order(qtype)[1], jnp.zeros(v.shape, jnp.uint8)
+    for step in (8, 4, 2, 1):
+        middle = chosen(rank // (2 * step), middles[step - 1 :: 2 * step].astype(v.dtype))
+        rank = rank + jnp.where(v > middle, jnp.uint8(step), jnp.uint8(0))
+    return rank
+
+
+def nearest_codes(v: jax.Array, qtype: QType) -> jax.Array:
+    """``codes_of(round_to_grid(v))``; of a table in one search, and for NaN whichever code."""
+    if qtype.kind != "table" or len(_table_order(qtype)[0]) not in (16, 256):
+        return codes_of(round_to_grid(v, qtype), qtype)
+    code = _table_order(qtype)[2]
+    rank = _nearest_of(v, qtype) if code.size > 16 else _nearest_by_halves(v, qtype)
+    in_order = np.array_equal(code, np.arange(code.size))
+    return (rank if in_order else jnp.asarray(code).at[rank].get(mode="promise_in_bounds")).astype(jnp.uint8)
 
 
 def codes_of(values: jax.Array, qtype: QType) -> jax.Array:
@@ -103,7 +158,7 @@ def codes_of(values: jax.Array, qtype: QType) -> jax.Array:
         return rank + jnp.where(jnp.signbit(values), jnp.uint8(8), jnp.uint8(0))
     grid, _, code = _table_order(qtype)
     if len(grid) > 16:
-        return jnp.asarray(code).at[jnp.searchsorted(jnp.asarray(grid, values.dtype), values)].get(mode="clip")
+        return jnp.asarray(code).at[_nearest_of(values, qtype)].get(mode="promise_in_bounds")
     out = jnp.full(values.shape, code[0], jnp.uint8)
     for k in range(1, len(grid)):
         out = jnp.where(values >= grid[k], code[k], out)

@@ -4,7 +4,7 @@ Three kinds of grid share the law ``x ~ (grid(code) - zero_point) * scale``:
 
 - ``"int"``: the grid is the integers ``qmin .. qmax``;
 - ``"float"``: the grid is a small floating-point format (fp8, fp4), symmetric about 0;
-- ``"table"``: the grid is a list of 2**bits values (nf4, bitsandbytes' fp4 and its dynamic 8-bit map, in [-1, 1];
+- ``"table"``: the grid is a list of 2**bits values (nf4, bitsandbytes' fp4 and its dynamic maps, in [-1, 1];
   ggml's iq4_nl, integers).
 
 The block formats (mxfp8, mxfp4, nvfp4) are a float grid together with a group size and a format for the scales.
@@ -54,18 +54,19 @@ _BNB_FP4 = tuple(
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-def _dynamic_map() -> tuple[float, ...]:
-    """Dettmers 2016 (arXiv:1511.04561): 2**i linear steps in each decade 10**(i - 7) .. 10**(i - 6), both signs, 0, 1.
+def _dynamic_map(decades: int, *, signed: bool) -> tuple[float, ...]:
+    """Dettmers 2016 (arXiv:1511.04561): twice as many linear steps in each decade as in the one below it, 0, and 1.
 
-    The edges of the steps are counted from the nearer end and rounded once to float32, as in bitsandbytes' tables.
+    Signed: both signs, one step in the least decade; unsigned: two there. The edges of the steps are counted from the
+    nearer end and rounded once to float32, as in bitsandbytes' tables.
     """
     values = [np.float32(0), np.float32(1)]
-    for i in range(7):
-        n, low, high = 2**i, np.float32(0.1), np.float32(1)
+    for i in range(decades):
+        n, low, high = 2**i if signed else 2 ** (i + 1), np.float32(0.1), np.float32(1)
         step, at = np.float64((high - low) / np.float32(n)), np.arange(n + 1)
         edges = np.where(at < (n + 1) // 2, low + step * at, high - step * (n - at)).astype(np.float32)
-        middles = np.float32(10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
-        values += [*middles, *-middles]
+        middles = np.float32(10.0 ** (i + 1 - decades)) * ((edges[:-1] + edges[1:]) / np.float32(2))
+        values += [*middles, *-middles] if signed else [*middles]
     return tuple(sorted(map(float, values)))
 
 
@@ -142,6 +143,11 @@ def _float(name: str, element: str, **block: Any) -> QType:
     )
 
 
+def _dynamic(name: str, bits: int, decades: int, *, signed: bool) -> QType:
+    table = _dynamic_map(decades, signed=signed)
+    return QType(name, "table", bits, table[0], table[-1], table=table)
+
+
 QTYPES: dict[str, QType] = {
     t.name: t
     for t in (
@@ -153,7 +159,9 @@ QTYPES: dict[str, QType] = {
         QType("nf4", "table", 4, -1.0, 1.0, table=_NF4),
         QType("fp4", "table", 4, -1.0, 1.0, table=_BNB_FP4),
         QType("iq4_nl", "table", 4, -127.0, 113.0, table=tuple(float(v) for v in _IQ4_NL)),
-        QType("dynamic8", "table", 8, min(_dynamic_map()), 1.0, table=_dynamic_map()),
+        _dynamic("dynamic4", 4, 3, signed=True),
+        _dynamic("dynamic8", 8, 7, signed=True),
+        _dynamic("udynamic8", 8, 7, signed=False),
         _float("mxfp8", "float8_e4m3fn", group_size=32, scale_format="e8m0"),
         _float("mxfp4", "float4_e2m1fn", group_size=32, scale_format="e8m0"),
         _float("nvfp4", "float4_e2m1fn", group_size=16, scale_format="e4m3"),

@@ -273,9 +273,10 @@ class QuantSpec(Value):
 
 
 def _is_plain(spec: QuantSpec) -> bool:
-    """Whether a spec gives integers with one scale for all that is reduced, from the array itself, without clipping."""
-    integer = spec.type.kind == "int" and spec.type.bits <= 8 and spec.granularity != "per_group"
-    return integer and not (spec.two_level or spec.static or spec.observer.clips) and spec.outliers is None
+    """Whether a spec gives integers or fp8 with one scale for all that is reduced, from the array, without clipping."""
+    known = spec.type.kind == "int" or (spec.type.kind == "float" and spec.type.bits == 8)
+    one = spec.granularity != "per_group" and not spec.two_level
+    return known and one and not (spec.static or spec.observer.clips) and spec.outliers is None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -285,14 +286,15 @@ class OpSpec(Value):
     Args:
       weight: spec of the weight operand, or None to leave it in float.
       act: spec of the other operand (the activation), or None.
-      grad: spec of the gradient that comes into a `dot_general` of two integer operands, whose two products of the
-        backward pass then are integer products too; None for float ones. Rounded to nearest, with one scale per token
-        for the activation's gradient and per output channel for the weight's.
+      grad: spec of the gradient that comes into a `dot_general` of two integer operands, or two of fp8, whose two
+        products of the backward pass then are such products too; None for float ones. It has one scale per token for
+        the activation's gradient and per output channel for the weight's, from the gradient itself. With
+        ``rounding="stochastic"`` its expectation is the gradient; `quantized` and the ops then take a key.
 
     Raises:
       QuantError: if a field is not a `QuantSpec` or None, the weight spec is static, the weight is quantized to a
-        symmetric unsigned type (which would set every negative weight to 0), or ``grad`` is no symmetric integer type,
-        or goes with a weight or activation that is none or has more than one scale per channel or token.
+        symmetric unsigned type (which would set every negative weight to 0), or ``grad`` is no symmetric integer or fp8
+        type, or goes with a weight or activation of another kind, or with more than one scale per channel or token.
 
     Example:
       >>> import jaxquant as jq
@@ -327,13 +329,21 @@ class OpSpec(Value):
             self._check_grad(self.grad)
 
     def _check_grad(self, grad: QuantSpec) -> None:
-        """Products of integers need what does not change along the axis they sum over."""
-        if not (_is_plain(grad) and grad.symmetric and grad.type.signed and grad.rounding == "nearest"):
+        """Products of codes need what does not change along the axis they sum over."""
+        if not (_is_plain(grad) and grad.symmetric and grad.type.signed):
             todo = "Use for example grad=QuantSpec('int8')"
-            raise quant_error("OpSpec", "grad must be a symmetric integer spec per channel", todo=todo, grad=grad)
-        if self.act is None or not _is_plain(self.act) or not (self.weight is None or _is_plain(self.weight)):
-            todo = "Leave grad out, or use integers per channel and per token, such as recipes.w8a8()"
-            rule = "quantized gradients need an integer activation, and an integer weight, with one scale per channel"
+            raise quant_error(
+                "OpSpec", "grad must be a symmetric integer or fp8 spec per channel", todo=todo, grad=grad
+            )
+
+        def fits(spec: QuantSpec) -> bool:
+            return _is_plain(spec) and spec.type.kind == grad.type.kind
+
+        if self.act is None or not fits(self.act) or not (self.weight is None or fits(self.weight)):
+            integer = grad.type.kind == "int"
+            recipe, kind = ("recipes.w8a8()", "an integer") if integer else ("recipes.fp8()", "an fp8")
+            todo = f"Leave grad out, or use one scale per channel and per token, such as {recipe}"
+            rule = f"quantized gradients need {kind} activation, and {kind} weight, with one scale per channel"
             raise quant_error("OpSpec", rule, todo=todo, weight=self.weight, act=self.act)
 
     def to_dict(self) -> dict[str, Any]:

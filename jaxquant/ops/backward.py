@@ -8,11 +8,16 @@ The sum over m is over an axis that is last on neither side, for which XLA's CPU
 operand is copied with that axis last, which takes a fraction of what it saves. A weight is not transposed for its own
 gradient: where it is stored as [b, k, n], so is the gradient.
 
-Where gradients are quantized, both are products of integers. What they sum over must not change the scale, and the
-scale of w belongs to a row n, that of x to a row m: the very axes. They go into g, which is quantized after that, with
-one scale for everything that one sum meets.
+Where gradients are quantized, both are products of integers, or of fp8. What they sum over must not change the scale,
+and the scale of w belongs to a row n, that of x to a row m: the very axes. They go into g, which is quantized after
+that, with one scale for everything that one sum meets.
 
     dx[b, m, k] = t[b, m] sum_n u[b, m, n] (c[b, n, k] - z[b, n])        t u ~ g s        w = s (c - z)
+
+fp8 numbers are exact in bfloat16, in which their products are computed and summed in float32, as in the forward pass.
+
+Stochastic rounding takes its noise from a key, and from a sum of the gradient's bits: a key that layers of a scan share
+does not give them the same noise.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.affine import as_codes
+from jaxquant.core.errors import quant_error
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ops.forms import Axes, Matrix
@@ -42,18 +48,25 @@ def as_stored(axes: Axes) -> Axes:
 
 
 def lhs_gradient(
-    g: jax.Array, w: jax.Array | Matrix, axes: Axes, shape: tuple[int, ...], rhs: Axes, how: QuantSpec | Any
+    g: jax.Array,
+    w: jax.Array | Matrix,
+    axes: Axes,
+    shape: tuple[int, ...],
+    rhs: Axes,
+    how: QuantSpec | Any,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """The gradient with respect to the left operand.
 
     Args:
       g: the incoming gradient, [B, M, N].
-      w: the right operand by its axes `as_stored`, [B, K, N] or [B, N, K]: its values, or its integers, whose scales
+      w: the right operand by its axes `as_stored`, [B, K, N] or [B, N, K]: its values, or its codes, whose scales
         then go into g.
       axes: of the left operand.
       shape: of the left operand.
       rhs: the axes of the right operand.
       how: what quantizes g, or the precision of the float product.
+      key: for stochastic rounding.
     """
     turned = _rows_last(rhs)
     along = (2, 2 if turned else 1)
@@ -61,8 +74,8 @@ def lhs_gradient(
         scale, zero = (w.scale, w.zero_point) if turned else (_turned(w.scale), _turned(w.zero_point))
         scaled = g.astype(scale.dtype) * scale
         if isinstance(how, QuantSpec):
-            u, t = _quantized(scaled, how, 2)
-            return restored(_integer(u, w.codes, along, 0, zero, w.reach) * t, axes.order, shape)
+            u, t = _quantized(scaled, how, 2, key)
+            return restored(_codes_product(u, w, w.codes, along, 0, zero) * t, axes.order, shape)
         assert zero is None
         g, w = scaled.astype(g.dtype), w.codes.astype(g.dtype)
     out = float_dot(g, w, along, how)
@@ -70,7 +83,12 @@ def lhs_gradient(
 
 
 def rhs_gradient(
-    g: jax.Array, x: jax.Array | Matrix, axes: Axes, shape: tuple[int, ...], how: QuantSpec | Any
+    g: jax.Array,
+    x: jax.Array | Matrix,
+    axes: Axes,
+    shape: tuple[int, ...],
+    how: QuantSpec | Any,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """The gradient with respect to the right operand, of these axes and that shape; ``x`` is [B, M, K].
 
@@ -79,11 +97,11 @@ def rhs_gradient(
     transposed = _rows_last(axes)  # the result is [b, k, n]
     if isinstance(how, QuantSpec):
         assert isinstance(x, Matrix)
-        u, t = _quantized(g.astype(x.scale.dtype) * x.scale, how, 1)
+        u, t = _quantized(g.astype(x.scale.dtype) * x.scale, how, 1, key)
         if transposed:
-            out = _integer(_with_rows_last(x.codes), u, (2, 1), 1, x.zero_point, x.reach) * t
+            out = _codes_product(u, x, _with_rows_last(x.codes), (2, 1), 1, x.zero_point) * t
         else:
-            out = _integer(_with_rows_last(u), x.codes, (2, 1), 0, _turned(x.zero_point), x.reach) * _turned(t)
+            out = _codes_product(_with_rows_last(u), x, x.codes, (2, 1), 0, _turned(x.zero_point)) * _turned(t)
     elif transposed:
         out = float_dot(_values_with_rows_last(x, g.dtype), g, (2, 1), how)
     else:
@@ -130,10 +148,35 @@ def _dot(left: jax.Array, right: jax.Array, along: tuple[int, int], **how: Any) 
     return lax.dot_general(left, right, (((along[0],), (along[1],)), ((0,), (0,))), **how)
 
 
-def _quantized(g: jax.Array, spec: QuantSpec, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Integer codes of g, and their scale, which is one for all of ``axis``."""
-    q = as_codes(g, spec, (axis - g.ndim,))
+def _quantized(g: jax.Array, spec: QuantSpec, axis: int, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Codes of g, and their scale, which is one for all of ``axis``."""
+    if spec.rounding == "stochastic":
+        if key is None:
+            todo = "Pass key=jax.random.key(...) to quantized, or to the op, a new one for each step"
+            raise quant_error("grad", "stochastic rounding of gradients needs a key", todo=todo, grad=spec)
+        bits = jnp.sum(lax.bitcast_convert_type(g.astype(jnp.float32), jnp.uint32), dtype=jnp.uint32)
+        key = jax.random.fold_in(jax.random.fold_in(key, axis), bits)
+    q = as_codes(g, spec, (axis - g.ndim,), key=key if spec.rounding == "stochastic" else None)
     return q.codes, q.scale
+
+
+def _codes_product(
+    u: jax.Array, of: Matrix, codes: jax.Array, along: tuple[int, int], own: int, zero: jax.Array | None
+) -> jax.Array:
+    """The sum of products of u, the codes of a gradient, with the codes of an operand, in some order, in float32.
+
+    Args:
+      u: codes.
+      of: the operand.
+      codes: its codes, with the axes in the order that the product wants.
+      along: the axis of the left and of the right one that is summed over.
+      own: which of them is u, 0 or 1.
+      zero: the operand's zero points, one for each place along that axis of u; or None.
+    """
+    left, right = (u, codes) if own == 0 else (codes, u)
+    if of.qtype.kind == "int":
+        return _integer(left, right, along, own, zero, of.reach)
+    return float_dot(left.astype(jnp.bfloat16), right.astype(jnp.bfloat16), along)
 
 
 def _integer(

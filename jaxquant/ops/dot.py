@@ -19,7 +19,7 @@ from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops import outliers
 from jaxquant.ops.backward import as_stored, lhs_gradient, restored, rhs_gradient
 from jaxquant.ops.forms import Axes, Matrix, matrix
-from jaxquant.ops.operands import Call, Operand, Pair, Static, precision_of, refuse_range
+from jaxquant.ops.operands import Call, Operand, Pair, Static, precision_of, random_key, refuse_range
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import run
 from jaxquant.ops.tangents import straight_through
@@ -39,8 +39,12 @@ class _Contraction(Call):
     precision: Any
     dtype: Any
     grad: QuantSpec | None
+    impl: Any = None
 
-    def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
+    def reference(
+        self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, key: jax.Array | None = None
+    ) -> jax.Array:
+        del key
         lhs, rhs = self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static)
         dtype = promoted(lhs.dtype, rhs.dtype)
         numbers = ((self.lhs_axes.contract, self.rhs_axes.contract), (self.lhs_axes.batch, self.rhs_axes.batch))
@@ -49,7 +53,7 @@ class _Contraction(Call):
 
     def keep(self, *operands: Any) -> tuple[jax.Array, Any]:
         """The product; codes of what is quantized on the way, where the gradient needs no more of it."""
-        lhs, rhs, lhs_static, rhs_static = operands
+        lhs, rhs, lhs_static, rhs_static, _ = operands
         left, right = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
         out = run(Product.of(left, right, self.lhs_axes, self.rhs_axes, self.precision, self.dtype))
         sides = (self.lhs, left, lhs, lhs_static), (self.rhs, right, rhs, rhs_static)
@@ -57,37 +61,38 @@ class _Contraction(Call):
         return out, tuple(q if made(q, x) and side.passes(x, static) else None for side, q, x, static in sides)
 
     def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
-        lhs, rhs, lhs_static, rhs_static = operands
+        lhs, rhs, lhs_static, rhs_static, key = operands
         left, right = kept
         left = self.lhs.quantized(lhs, lhs_static) if left is None else left
         right = self.rhs.quantized(rhs, rhs_static) if right is None else right
         (left, right), g = lax.optimization_barrier(((left, right), g))  # real values are not held until now
-        dx, dw = self._gradients(left, right, g)
+        dx, dw = self._gradients(left, right, g, None if key is None else jax.random.wrap_key_data(key, impl=self.impl))
         dx, dx_static = self.lhs.gradient(lhs, lhs_static, dx)
         dw, dw_static = self.rhs.gradient(rhs, rhs_static, dw)
-        return dx, dw, dx_static, dw_static
+        return dx, dw, dx_static, dw_static, None
 
-    def _gradients(self, lhs: Any, rhs: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _gradients(self, lhs: Any, rhs: Any, g: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """With respect to the real values of both operands, as the forward pass has used them."""
         left, right, dtype = self.lhs_axes, self.rhs_axes, promoted(lhs.dtype, rhs.dtype)
         rows = (math.prod(v.shape[i] for i in axes.rows) for v, axes in ((lhs, left), (rhs, right)))
         whole = g.astype(dtype)
-        g, codes = whole.reshape(-1, *rows), _integers(lhs, left)
+        g, codes = whole.reshape(-1, *rows), _codes(lhs, left, "int" if self.grad is None else self.grad.type.kind)
         if self.grad is None:
             how, x = self.precision, lhs.dequantize() if isinstance(lhs, QTensor) else lhs
             x = left.flatten(x.astype(dtype)) if codes is None else codes
             if is_stored_in_elements(rhs):  # decoded within the product, as in the forward pass
                 return self._by_stored(whole, rhs, lhs.shape), rhs_gradient(g, x, right, rhs.shape, how)
-            w = _integers(rhs, right, as_stored(right))
+            w = _codes(rhs, right, "int", as_stored(right))
             if w is None or w.zero_point is not None or dtype == jnp.float16:  # too narrow for g times scales
                 w = as_stored(right).flatten((rhs.dequantize() if isinstance(rhs, QTensor) else rhs).astype(dtype))
         else:
-            how, x, w = self.grad, codes, _integers(rhs, right, as_stored(right))
+            how, x, w = self.grad, codes, _codes(rhs, right, self.grad.type.kind, as_stored(right))
             if x is None or w is None:
-                rule = "gradients are quantized where both operands are integers with one scale per channel or token"
+                kind = "integers" if self.grad.type.kind == "int" else "fp8"
+                rule = f"gradients are quantized where both operands are {kind} with one scale per channel or token"
                 todo = "Leave grad out of the spec, or quantize both to such"
                 raise quant_error("dot_general", rule, todo=todo, lhs=lhs, rhs=rhs)
-        return lhs_gradient(g, w, left, lhs.shape, right, how), rhs_gradient(g, x, right, rhs.shape, how)
+        return lhs_gradient(g, w, left, lhs.shape, right, how, key), rhs_gradient(g, x, right, rhs.shape, how, key)
 
     def _by_stored(self, g: jax.Array, w: QTensor, shape: tuple[int, ...]) -> jax.Array:
         """The gradient with respect to the left operand, of that shape: g times the weight, over the weight's rows."""
@@ -98,11 +103,11 @@ class _Contraction(Call):
         return restored(run(Product.of(g, w, axes, turned, self.precision, g.dtype)), left.order, shape)
 
 
-def _integers(x: QTensor | jax.Array, axes: Axes, form: Axes | None = None) -> Matrix | None:
-    """An operand of integers with one scale for all that is contracted, in that form; None if it is another."""
-    if not isinstance(x, QTensor) or x.type.kind != "int" or x.offset is not None:
+def _codes(x: QTensor | jax.Array, axes: Axes, kind: str, form: Axes | None = None) -> Matrix | None:
+    """An operand of integers or fp8 with one scale for all that is contracted, in that form; None if it is another."""
+    if not isinstance(x, QTensor) or x.type.kind != kind or x.offset is not None:
         return None
-    if isinstance(x.scale, QTensor) and x.scale.qtype != FACTOR.name:
+    if (kind == "float" and x.type.bits != 8) or (isinstance(x.scale, QTensor) and x.scale.qtype != FACTOR.name):
         return None
     whole = x.zero_point is None or jnp.issubdtype(x.zero_point.dtype, jnp.integer)
     one = all(x.scale.shape[i] == 1 for i in axes.contract)
@@ -169,6 +174,7 @@ def contract(
     act_scale: Any,
     act_zero_point: Any,
     out_sharding: Any = None,
+    key: Any = None,
 ) -> jax.Array:
     """`dot_general`, on behalf of the public function that refuses what does not fit."""
     if isinstance(spec, OpSpec) and spec.act is not None and spec.act.outliers is not None:
@@ -176,6 +182,7 @@ def contract(
         return _beside_outliers(function, lhs, rhs, numbers, precision, preferred, spec)
     pair = Pair.of(function, lhs, rhs, spec)
     lhs, rhs = pair.lhs, pair.rhs
+    key, impl = _key(function, key, pair.spec.grad)
     if pair.in_float:
         refuse_range(function, act_scale, act_zero_point)
         sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
@@ -191,8 +198,19 @@ def contract(
         return jnp.zeros(_result_shape(lhs, rhs, *axes), dtype)  # no values to take a range from
     sides = pair.operands(axes[0].contract, axes[1].contract)
     static = pair.static(sides, act_scale, act_zero_point)
-    how = _Contraction(*sides, *axes, precision=precision, dtype=dtype, grad=pair.spec.grad)
-    return straight_through(how, lhs, rhs, *static)
+    how = _Contraction(*sides, *axes, precision=precision, dtype=dtype, grad=pair.spec.grad, impl=impl)
+    return straight_through(how, lhs, rhs, *static, key)
+
+
+def _key(function: str, key: Any, grad: QuantSpec | None) -> tuple[jax.Array | None, Any]:
+    """The data of a key, and what kind of a key it is of; None where there is none."""
+    if key is None:
+        return None, None
+    if grad is None or grad.rounding != "stochastic":
+        todo = "Leave the key out, or use grad=QuantSpec(..., rounding='stochastic')"
+        raise quant_error(function, "nothing is rounded with a key", todo=todo, grad=grad)
+    key = random_key(function, key)
+    return jax.random.key_data(key), jax.random.key_impl(key)
 
 
 def _beside_outliers(
@@ -225,6 +243,7 @@ def dot_general(
     act_scale: Any = None,
     act_zero_point: Any = None,
     out_sharding: Any = None,
+    key: Any = None,
 ) -> jax.Array:
     """`jax.lax.dot_general` whose operands may be quantized, or are quantized on the way.
 
@@ -247,13 +266,14 @@ def dot_general(
         With ``spec.act.outliers`` the features that hold one are a float product of their own.
       act_scale, act_zero_point: the activation's static range, for ``spec.act.static``; the scale gets a gradient.
       out_sharding: passed on where nothing is quantized; otherwise it must be None.
+      key: a random key, for ``spec.grad`` with stochastic rounding; needed where a gradient is taken.
 
     Returns:
       Array [batch..., lhs rows..., rhs rows...], as `jax.lax.dot_general`.
 
     Raises:
-      QuantError: on dimension numbers that do not fit, a QTensor that does not agree with its spec, or a static spec
-        without ``act_scale``.
+      QuantError: on dimension numbers that do not fit, a QTensor that does not agree with its spec, a static spec
+        without ``act_scale``, or stochastic rounding without a key.
 
     Gradient: that of the float product of the dequantized (or fake-quantized) operands: straight through for float
       operands, with respect to the scales for QTensors. So are derivatives of higher order, and those of `jax.jvp`,
@@ -282,4 +302,5 @@ def dot_general(
         act_scale,
         act_zero_point,
         out_sharding,
+        key,
     )

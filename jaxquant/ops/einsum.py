@@ -62,6 +62,7 @@ def einsum(
     spec: OpSpec | None = None,
     act_scale: Any = None,
     act_zero_point: Any = None,
+    key: Any = None,
 ) -> jax.Array:
     """`jax.numpy.einsum` whose operands may be quantized, or are quantized on the way; see `dot_general`.
 
@@ -70,7 +71,7 @@ def einsum(
         repeated subscript within one; every subscript summed over must be in both operands, or in the activation alone,
         which is summed before it is quantized. Axes of size 1 do not broadcast.
       *operands: float arrays or QTensors; the weight is the second, unless only the first is a QTensor.
-      precision, preferred_element_type, spec, act_scale, act_zero_point: as for `dot_general`.
+      precision, preferred_element_type, spec, act_scale, act_zero_point, key: as for `dot_general`.
 
     Returns:
       Array with the axes of the output subscripts.
@@ -114,6 +115,7 @@ def einsum(
     shared = [c for c in left if c in right]
     batch, summed = [c for c in shared if c in output], [c for c in shared if c not in output]
     numbers = tuple(tuple(tuple(map(labels.index, part)) for labels in (left, right)) for part in (summed, batch))
-    out = contract("einsum", lhs, rhs, numbers, precision, preferred_element_type, spec, act_scale, act_zero_point)
+    given = (precision, preferred_element_type, spec, act_scale, act_zero_point)
+    out = contract("einsum", lhs, rhs, numbers, *given, key=key)
     got = batch + [c for c in left if c not in shared] + [c for c in right if c not in shared]
     return jnp.transpose(out, [got.index(c) for c in output])

@@ -31,6 +31,7 @@ __all__ = [
     "check_operand",
     "check_spec",
     "precision_of",
+    "random_key",
     "refuse_product_specs",
     "refuse_range",
 ]
@@ -115,6 +116,17 @@ def precision_of(function: str, precision: Any) -> Any:
         todo = "Use None, 'highest', a jax.lax.Precision, or a pair of them"
         raise quant_error(function, "unknown precision", todo=todo, precision=precision) from None
     return precision
+
+
+def random_key(function: str, key: Any) -> jax.Array:
+    """One random key, of the new kind or the old, as one of the new."""
+    try:
+        typed = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    except (AttributeError, TypeError, ValueError):
+        raise quant_error(function, "key must be a random key", todo="Use jax.random.key(0)", key=key) from None
+    if typed.ndim:
+        raise quant_error(function, "key must be one key", todo="Use one of jax.random.split(...)", key=typed.shape)
+    return typed
 
 
 # -- operands ---------------------------------------------------------------------------------------------------------

@@ -158,6 +158,7 @@ class Interpreter:
       mask: which rows of the inputs count, as `jaxquant.transform.masks` has it; None: all.
       products: products of two activations that are looked for; None: none are.
       entering: ``(weight, x, channel axes of x) -> x``, applied to the input of each product with a planned weight.
+      rounding_key: for stochastic rounding of gradients, or None.
       scope: the name stack of the jaxpr that runs.
       uses: while planning, of every parameter.
       own_derivatives: paths that enter a function with a derivative rule of its own.
@@ -174,6 +175,7 @@ class Interpreter:
     mask: Any = None
     products: Products | None = None
     entering: Callable[[Weight, jax.Array, tuple[int, ...]], jax.Array] | None = None
+    rounding_key: Any = None
     scope: str = ""
     uses: list[Use] = dataclasses.field(default_factory=list)
     own_derivatives: set[str] = dataclasses.field(default_factory=set)

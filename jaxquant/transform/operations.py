@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,6 +51,9 @@ def _activation(interpreter: Interpreter, weight: Weight, x: Any, inputs: Callab
     if item.spec.act is None:
         return {}
     out: dict[str, Any] = {"spec": OpSpec(act=item.spec.act, grad=item.spec.grad)}
+    grad, key = item.spec.grad, interpreter.rounding_key
+    if grad is not None and grad.rounding == "stochastic" and key is not None:
+        out["key"] = jax.random.fold_in(key, zlib.crc32(weight.path.encode("utf-8", "surrogatepass")))
     if item.spec.act.static:
         # In a shard_map the range is marked as the array is: their gradients are, too.
         given = jax.tree.map(lambda v: marked_varying(v, varying_axes(x)), dict(weight.state))
@@ -104,14 +108,14 @@ def _partitioned(handler: Handler) -> Handler:
         if "out_sharding" in eqn.params:
             eqn = eqn.replace(params={**eqn.params, "out_sharding": None})
 
-        def body(arrays: list[Any], mask: Any) -> tuple[list[Any], dict[str, Tally]]:
+        def body(arrays: list[Any], mask: Any, key: Any) -> tuple[list[Any], dict[str, Tally]]:
             inner = interpreter.child()
-            inner.mask = mask
+            inner.mask, inner.rounding_key = mask, key
             results = handler(inner, eqn, [inside(v, a) for v, a in zip(values, arrays, strict=True)])
             return results, inner.stats
 
         arrays = [arrays_of(v) for v in values]
-        results, stats = automatic(body, (placed, PartitionSpec()))(arrays, interpreter.mask)
+        results, stats = automatic(body, (placed, PartitionSpec()))(arrays, interpreter.mask, interpreter.rounding_key)
         interpreter.add_stats(stats)
         return results
 

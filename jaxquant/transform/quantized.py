@@ -11,6 +11,7 @@ import jax
 from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
+from jaxquant.ops.operands import random_key
 from jaxquant.transform.interpreter import Interpreter
 from jaxquant.transform.plan import Plan, is_float
 from jaxquant.transform.products import Products
@@ -80,6 +81,7 @@ def quantized(
     state: Mapping[str, Any] | None = None,
     *,
     precision: jax.lax.PrecisionLike = None,
+    key: jax.Array | None = None,
 ) -> Callable[..., Any]:
     """``fn`` in low precision: a function with ``fn``'s own signature, as `jax.vmap` makes one.
 
@@ -95,6 +97,8 @@ def quantized(
         QTensor leaves run weight-only, all else in float.
       state: path -> ``{"scale": .., "zero_point": ..}`` for the planned activations whose range is static.
       precision: of the quantized operations; None: each operation's own. See `jaxquant.ops.dot_general`.
+      key: a random key for gradients that are rounded stochastically: a new one for each step of training. Each weight
+        rounds with a noise of its own. Needed where such gradients are taken; the results are the same without.
 
     Returns:
       A function ``(params, *args, **kwargs)`` with the results of ``fn``.
@@ -130,6 +134,7 @@ def quantized(
     if state and plan is None:
         todo = "Pass the plan that the state is for"
         raise quant_error("quantized", "state needs a plan", todo=todo, paths=tuple(state))
+    key = _checked_key(plan, key)
 
     @functools.wraps(fn)
     def run(params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -138,13 +143,24 @@ def quantized(
             check_plan("quantized", plan, traced.params)
             _check_state(plan, state)
         products = Products({p.name: p.spec for p in plan.products}) if plan is not None and plan.products else None
-        interpreter = Interpreter(plan, precision=precision, products=products)
+        interpreter = Interpreter(plan, precision=precision, products=products, rounding_key=key)
         results = interpreter.run(traced.jaxpr, weights_of(traced, plan, state))
         if products is not None:
             _check_products(products)
         return traced.rebuild([_returned(interpreter, r) if isinstance(r, Weight) else r for r in results])
 
     return run
+
+
+def _checked_key(plan: Plan | None, key: Any) -> Any:
+    """A key, typed; raises if it is none, or nothing is rounded with it."""
+    if key is None:
+        return None
+    grads = [item.spec.grad for item in plan.items] if plan is not None else []
+    if not any(grad is not None and grad.rounding == "stochastic" for grad in grads):
+        todo = "Leave the key out, or plan gradients with rounding='stochastic'"
+        raise quant_error("quantized", "nothing is rounded with a key", todo=todo)
+    return random_key("quantized", key)
 
 
 def _check_products(products: Products) -> None:

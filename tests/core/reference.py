@@ -75,10 +75,16 @@ def _float_value(pattern: int, exponent_bits: int, mantissa_bits: int, bias: int
 def grid(qtype: str, narrow: bool = False) -> Grid:
     """The grid of a number type; ``narrow`` leaves out the lowest code of a signed integer."""
     qtype = _ELEMENT.get(qtype, qtype)
-    if qtype in ("nf4", "fp4", "dynamic8"):
+    if qtype == "dynamic4":  # Li et al. 2023 (arXiv:2309.01507): three decades of 1, 2 and 4 steps
+        edges = [np.linspace(0.1, 1, n + 1, dtype=np.float32) for n in (1, 2, 4)]
+        middles = [np.float32(u) * (e[1:] + e[:-1]) / np.float32(2) for u, e in zip((0.01, 0.1, 1), edges, strict=True)]
+        steps = np.concatenate(middles).astype(np.float64)  # .0055, .0325, .0775, .2125, .4375, .6625, .8875
+        values = np.array([*-steps[::-1], 0, *steps, 1])
+        return Grid(values, np.arange(16), is_table=True)
+    if qtype in ("nf4", "fp4", "dynamic8", "udynamic8"):
         file, name = (
-            ("bnb_blockwise8_s_1024", "code")
-            if qtype == "dynamic8"
+            (f"bnb_blockwise8_{'s' if qtype == 'dynamic8' else 'u'}_1024", "code")
+            if qtype.endswith("dynamic8")
             else (
                 f"bnb_{qtype}_48x128_b64_bfloat16",
                 "weight.quant_map",

@@ -120,7 +120,8 @@ def test_a_convolution_keeps_its_gradients_in_float():
         lambda: OpSpec(QuantSpec("nf4"), QuantSpec("int8"), QuantSpec("int8")),
         lambda: OpSpec(QuantSpec("int8"), spec_of("int8", "per_tensor", static=True), QuantSpec("int8")),
         lambda: OpSpec(QuantSpec("int8"), QuantSpec("int8"), QuantSpec("float8_e5m2")),
-        lambda: OpSpec(QuantSpec("int8"), QuantSpec("int8"), QuantSpec("int8", rounding="stochastic")),
+        lambda: OpSpec(QuantSpec("float8_e4m3fn"), QuantSpec("float8_e4m3fn"), QuantSpec("int8")),
+        lambda: OpSpec(QuantSpec("float8_e4m3fn"), QuantSpec("float8_e4m3fn"), QuantSpec("mxfp8")),
     ],
 )
 @pytest.mark.every

@@ -1,0 +1,238 @@
+"""The ``scale_by_*`` of quantized optimizers: a gradient and its moments to an update, as Optax chains them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import optax
+
+from jaxquant.core.errors import quant_error
+from jaxquant.core.paths import is_qtensor, path_of
+from jaxquant.optim.moments import EIGHT_BITS, Storage, real, stored
+
+__all__ = [
+    "State",
+    "checked",
+    "scale_by_adagrad8bit",
+    "scale_by_adam8bit",
+    "scale_by_ademamix8bit",
+    "scale_by_lion8bit",
+    "scale_by_momentum8bit",
+    "scale_by_rms8bit",
+]
+
+
+class State(NamedTuple):
+    """What a quantized optimizer remembers.
+
+    Attributes:
+      count: steps done.
+      moments: by name, trees like the parameters' of `QTensor`s, and of float32 arrays where a parameter is exempt.
+    """
+
+    count: jax.Array
+    moments: dict[str, Any]
+
+
+Rule = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
+
+
+def checked(function: str, storage: Storage | None = None, **values: Any) -> None:
+    """Refuses decays outside [0, 1), and other numbers below 0; arrays in a trace are let pass."""
+    for name, value in values.items():
+        if isinstance(value, jax.core.Tracer) or (name == "learning_rate" and callable(value)):
+            continue
+        got: dict[str, Any] = {name: value}
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise quant_error(function, f"{name} must be a number", todo="Use the default", **got) from None
+        if name.startswith("b") or name == "momentum":
+            if not 0 <= number < 1:
+                raise quant_error(function, f"{name} must be in [0, 1)", todo="Use for example 0.9", **got)
+        elif not 0 <= number < float("inf"):
+            raise quant_error(function, f"{name} must be finite and not negative", todo="Use the default", **got)
+    if storage is not None and not isinstance(storage, Storage):
+        todo = "Use optim.Storage(...), optim.EIGHT_BITS or optim.FOUR_BITS"
+        raise quant_error(function, "storage must be a Storage", todo=todo, storage=storage)
+
+
+def _scale_by(signs: dict[str, bool], rule: Rule, storage: Storage) -> optax.GradientTransformation:
+    """The transformation of a rule ``(g, t, *moments) -> (update, moments)`` for one parameter, in float32.
+
+    ``signs`` names the moments in the rule's order, and says whether they have both signs.
+    """
+
+    def init(params: Any) -> State:
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
+        for keys, p in leaves:
+            if is_qtensor(p) or not jnp.issubdtype(jnp.result_type(p), jnp.floating):
+                todo = "Wrap the optimizer in qat.freeze_quantized, or leave the parameter out"
+                path = path_of(keys)
+                raise quant_error("optim", "only float parameters train", todo=todo, path=path, parameter=p)
+        moments = {
+            name: treedef.unflatten([storage.zeros(jnp.asarray(p), path_of(keys), signed=s) for keys, p in leaves])
+            for name, s in signs.items()
+        }
+        return State(jnp.zeros((), jnp.int32), moments)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, State]:
+        del params
+        count: Any = optax.safe_increment(state.count)
+        leaves, treedef = jax.tree.flatten(updates)
+        old = [treedef.flatten_up_to(state.moments[name]) for name in signs]
+        steps, new = [], []
+        for g, *moments in zip(leaves, *old, strict=True):
+            was = [real(m, g.shape) for m in moments]
+            step, becomes = rule(g.astype(jnp.float32), count.astype(jnp.float32), *was)
+            steps.append(step.astype(g.dtype))
+            new.append([stored(x, m) for x, m in zip(becomes, moments, strict=True)])
+        kept = {name: treedef.unflatten([each[i] for each in new]) for i, name in enumerate(signs)}
+        return treedef.unflatten(steps), State(count, kept)
+
+    return optax.GradientTransformation(init, update)
+
+
+def scale_by_adam8bit(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, storage: Storage = EIGHT_BITS
+) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` with quantized moments.
+
+        m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
+        u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+
+    The update uses the moments before they are rounded; the next step starts from the rounded ones.
+
+    Args:
+      b1, b2: decay of the moments.
+      eps: is added to the root.
+      storage: how the moments are kept.
+
+    Returns:
+      An `optax.GradientTransformation`, whose state is a `State` with the moments ``m`` and ``v``.
+
+    Raises:
+      QuantError: if a decay is not in [0, 1), or eps negative; from ``init``, naming the leaf, if a parameter is not of
+        floats.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from jaxquant import optim
+      >>> tx = optax.chain(optax.clip_by_global_norm(1.0), optim.scale_by_adam8bit(), optax.scale(-1e-3))
+      >>> tx.init({"w": jnp.ones((64, 128))})[1].moments["v"]["w"]
+      QTensor(udynamic8[64, 128] -> float32, group 2 x 128 on axes -2, -1, symmetric, 8.1 KiB)
+
+    Source: Dettmers et al. 2022 (arXiv:2110.02861).
+    """
+    checked("scale_by_adam8bit", storage, b1=b1, b2=b2, eps=eps)
+
+    def rule(g: jax.Array, t: jax.Array, m: jax.Array, v: jax.Array) -> Any:
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        return m / (1 - b1**t) / (jnp.sqrt(v) / jnp.sqrt(1 - b2**t) + eps), (m, v)
+
+    return _scale_by({"m": True, "v": False}, rule, storage)
+
+
+def scale_by_lion8bit(
+    b1: float = 0.9, b2: float = 0.99, *, storage: Storage = EIGHT_BITS
+) -> optax.GradientTransformation:
+    """`optax.scale_by_lion` with a quantized moment: ``u = sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g``.
+
+    Args, Returns, Raises: as `scale_by_adam8bit`; the moment is ``m``.
+
+    Source: Chen et al. 2023 (arXiv:2302.06675).
+    """
+    checked("scale_by_lion8bit", storage, b1=b1, b2=b2)
+
+    def rule(g: jax.Array, t: jax.Array, m: jax.Array) -> Any:
+        del t
+        return jnp.sign(b1 * m + (1 - b1) * g), (b2 * m + (1 - b2) * g,)
+
+    return _scale_by({"m": True}, rule, storage)
+
+
+def scale_by_momentum8bit(momentum: float = 0.9, *, storage: Storage = EIGHT_BITS) -> optax.GradientTransformation:
+    """`optax.trace` with a quantized moment: ``u = m = momentum m + g``.
+
+    Args, Returns, Raises: as `scale_by_adam8bit`; the moment is ``m``.
+
+    Source: bitsandbytes' SGD8bit.
+    """
+    checked("scale_by_momentum8bit", storage, momentum=momentum)
+
+    def rule(g: jax.Array, t: jax.Array, m: jax.Array) -> Any:
+        del t
+        m = momentum * m + g
+        return m, (m,)
+
+    return _scale_by({"m": True}, rule, storage)
+
+
+def scale_by_ademamix8bit(
+    b1: float = 0.9,
+    b2: float = 0.999,
+    b3: float = 0.9999,
+    alpha: float = 5.0,
+    eps: float = 1e-8,
+    *,
+    storage: Storage = EIGHT_BITS,
+) -> optax.GradientTransformation:
+    """AdEMAMix with quantized moments: Adam with a second, slow first moment, added alpha-fold.
+
+        m1 = b1 m1 + (1 - b1) g      m2 = b3 m2 + (1 - b3) g      v = b2 v + (1 - b2) g^2
+        u = (m1 / (1 - b1^t) + alpha m2) / (sqrt(v / (1 - b2^t)) + eps)
+
+    Args, Returns, Raises: as `scale_by_adam8bit`; the moments are ``m1``, ``m2`` and ``v``. alpha and b3 are constant.
+
+    Source: Pagliardini et al. 2024 (arXiv:2409.03137).
+    """
+    checked("scale_by_ademamix8bit", storage, b1=b1, b2=b2, b3=b3, alpha=alpha, eps=eps)
+
+    def rule(g: jax.Array, t: jax.Array, m1: jax.Array, m2: jax.Array, v: jax.Array) -> Any:
+        m1, m2 = b1 * m1 + (1 - b1) * g, b3 * m2 + (1 - b3) * g
+        v = b2 * v + (1 - b2) * g * g
+        return (m1 / (1 - b1**t) + alpha * m2) / (jnp.sqrt(v) / jnp.sqrt(1 - b2**t) + eps), (m1, m2, v)
+
+    return _scale_by({"m1": True, "m2": True, "v": False}, rule, storage)
+
+
+def scale_by_rms8bit(
+    b: float = 0.99, eps: float = 1e-8, *, storage: Storage = EIGHT_BITS
+) -> optax.GradientTransformation:
+    """RMSprop with a quantized moment: ``v = b v + (1 - b) g^2; u = g / (sqrt(v) + eps)``.
+
+    Args, Returns, Raises: as `scale_by_adam8bit`; the moment is ``v``. bitsandbytes keeps it on the signed map; a state
+      that is read from there stays on it.
+
+    Source: Tieleman and Hinton 2012, lecture 6.5; bitsandbytes' RMSprop8bit.
+    """
+    checked("scale_by_rms8bit", storage, b=b, eps=eps)
+
+    def rule(g: jax.Array, t: jax.Array, v: jax.Array) -> Any:
+        del t
+        v = b * v + (1 - b) * g * g
+        return g / (jnp.sqrt(v) + eps), (v,)
+
+    return _scale_by({"v": False}, rule, storage)
+
+
+def scale_by_adagrad8bit(eps: float = 1e-10, *, storage: Storage = EIGHT_BITS) -> optax.GradientTransformation:
+    """Adagrad with a quantized sum of squares: ``v = v + g^2; u = g / (sqrt(v) + eps)``.
+
+    Args, Returns, Raises: as `scale_by_rms8bit`. A sum that grows by less than half a step of its map does not grow:
+      the learning rate then falls more slowly than in float32.
+
+    Source: Duchi et al. 2011; bitsandbytes' Adagrad8bit.
+    """
+    checked("scale_by_adagrad8bit", storage, eps=eps)
+
+    def rule(g: jax.Array, t: jax.Array, v: jax.Array) -> Any:
+        del t
+        v = v + g * g
+        return g / (jnp.sqrt(v) + eps), (v,)
+
+    return _scale_by({"v": False}, rule, storage)
