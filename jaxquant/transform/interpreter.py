@@ -285,7 +285,8 @@ class Interpreter:
         if weight.split(contracted) != item.reduce_axes:
             return False
         act = item.spec.act
-        return weight.stacked == item.stacked or (self.collect is None and not (act is not None and act.static))
+        one_each = act is not None and (act.static or weight.steps_of("act") is not None)
+        return weight.stacked == item.stacked or (self.collect is None and not one_each)
 
     def whole(self, joined: Joined) -> Any:
         """Joined weights as one value: in float, for a use that is not quantized."""

@@ -1,0 +1,184 @@
+"""Quantization-aware training on scikit-learn's digits, with ranges taken from the arrays and with learned steps.
+
+    python benchmarks/qat_digits.py                 # five seeds; an hour on one core
+    python benchmarks/qat_digits.py --seeds 3
+
+The models, the data and the recipe are those of benchmarks/digits_accuracy.py: 15 epochs from trained float parameters.
+All weights are quantized, per output channel, those of the first and the last layer included; activations where the
+scheme says so, by unsigned codes, since inputs are images and what a ReLU gives. Each scheme is trained
+
+- with the ranges that its spec chooses from each array: of least squared error for weights, of each token for
+  activations;
+- with learned steps (LSQ), which start at the least squared error of the calibration; and where LSQ has them start;
+- with the methods of LSQ+ (weights as before, activations with an offset) and PACT.
+
+Learned steps have the learning rate of the weights and no weight decay. Prints the table, and writes it to
+benchmarks/results as text and as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from digits_accuracy import CNN, machine, summary, text
+
+import jaxquant as jq
+from jaxquant import OpSpec, QuantSpec, Rule, qat
+from jaxquant.demo import digits
+
+MSE = jq.observers.MSE
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """What is quantized, and to which types."""
+
+    weight: str
+    act: str | None = None
+
+    def spec(self, **act: Any) -> OpSpec:
+        """Weights per channel; activations as asked for."""
+        weight = QuantSpec(self.weight, calibration=MSE())
+        return OpSpec(weight, None if self.act is None else QuantSpec(self.act, calibration=MSE(), **act))
+
+
+SCHEMES = {"w2": Scheme("int2"), "w3a3": Scheme("int3", "uint3"), "w2a2": Scheme("int2", "uint2")}
+MODELS: dict[str, nn.Module] = {"MLP 64-128-128-10": digits.MLP(), "CNN 16-32": CNN()}
+
+
+def published(state: Any, plan: jq.Plan, params: Any, fn: Any, batch: Any) -> Any:
+    """The same state with steps where LSQ has them start: ``2 mean|x| / sqrt(qmax)``."""
+    means = jq.calibrate(fn, plan, params, [batch], collect={"mean": jq.statistics.ChannelMean()})
+    leaves = dict(_leaves(params))
+    out: dict[str, Any] = {}
+    for path, entry in state.items():
+        item, spec = plan[path], plan[path].spec
+        assert spec.weight is not None
+        out[path] = dict(entry)
+        mean = jnp.mean(jnp.abs(leaves[path]), axis=item.reduce_axes, keepdims=True)
+        out[path]["weight"] = {"scale": 2 * mean / np.sqrt(spec.weight.type.qmax)}
+        if spec.act is not None:
+            sums = means[path]["mean"]
+            mean = jnp.sum(sums["abs_sum"]) / (sums["rows"] * sums["abs_sum"].size)
+            out[path]["act"] = {"scale": 2 * mean / np.sqrt(spec.act.type.qmax)}
+    return out
+
+
+def _leaves(params: Any) -> list[tuple[str, Any]]:
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    return [("/".join(str(k.key) for k in keys), leaf) for keys, leaf in flat]
+
+
+def train(
+    apply: Callable[..., Any], plan: jq.Plan, params: Any, state: Any, data: digits.Digits, seed: int, rate: float
+) -> tuple[Any, Any]:
+    """The recipe of `jaxquant.demo.digits.train`, of parameters and steps."""
+    recipe, size = digits.QAT, len(data.train_images)
+    batches = size // recipe.batch
+    fall = lambda peak: optax.cosine_decay_schedule(peak, recipe.epochs * batches)  # noqa: E731
+    rates: Any = {
+        "weights": optax.adamw(fall(recipe.learning_rate), weight_decay=recipe.weight_decay),
+        "steps": optax.adam(fall(rate)),
+        "frozen": optax.set_to_zero(),
+    }
+    tx = optax.multi_transform(rates, qat.labels(params, state))
+
+    def loss(both: Any, images: Any, labels: Any) -> jax.Array:
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), recipe.smoothing)
+        logits = jq.quantized(apply, plan, both[1])(both[0], images)
+        return optax.softmax_cross_entropy(logits, targets).mean()
+
+    @jax.jit
+    def epoch(both: Any, opt_state: Any, images: Any, labels: Any) -> Any:
+        def step(carry: Any, batch: Any) -> Any:
+            both, opt_state = carry
+            updates, opt_state = tx.update(jax.grad(loss)(both, *batch), opt_state, both)
+            moved: Any = optax.apply_updates(both, updates)
+            return ((moved[0], qat.clamp_steps(moved[1])), opt_state), None
+
+        return jax.lax.scan(step, (both, opt_state), (images, labels))[0]
+
+    both, rng = (params, state), np.random.default_rng(seed)
+    opt_state = tx.init(both)
+    for _ in range(recipe.epochs):
+        order = rng.permutation(size)[: batches * recipe.batch].reshape(batches, recipe.batch)
+        both, opt_state = epoch(both, opt_state, data.train_images[order], data.train_labels[order])
+    return both
+
+
+def measure(
+    model: nn.Module, scheme: Scheme, way: str, params: Any, data: digits.Digits, seed: int, rate: float
+) -> Any:
+    """Test accuracy of the frozen model, and the largest difference of its logits from those in training."""
+    apply = lambda params, images: model.apply({"params": params}, images)  # noqa: E731
+    batch = data.train_images[:512]
+    act: dict[str, Any] = {} if way == "ranges" else {"granularity": "per_tensor", "static": True}
+    if way == "lsq+":
+        act["symmetric"] = False
+    plan = jq.make_plan(apply, params, batch, rules=[Rule("kernel", scheme.spec(**act))])
+    state: Any = {}
+    if way != "ranges":
+        method: Any = {"lsq, published start": "lsq"}.get(way, way)
+        state = qat.learned_steps(apply, plan, params, [batch], method)
+    if way == "lsq, published start":
+        state = published(state, plan, params, apply, batch)
+    params, state = train(apply, plan, params, state, data, seed, rate)
+    run = jax.jit(jq.quantized(apply, plan, state))
+    frozen = run(jq.quantize_params(params, plan, state=state or None), data.test_images)
+    return data.accuracy(frozen), float(jnp.max(jnp.abs(frozen - run(params, data.test_images))))
+
+
+WAYS = ("ranges", "lsq", "lsq, published start", "lsq+", "pact")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="number of seeds (default: 5)")
+    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of the steps (default: 3e-3)")
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, metavar="WAY", help="which rows")
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES), metavar="SCHEME")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
+    args = parser.parse_args()
+    data = digits.load()
+    lines: list[dict[str, Any]] = []
+    for name in args.models:
+        model = MODELS[name]
+        floats = [
+            digits.train(model, digits.init(model, data, seed), data, digits.FLOAT, seed=seed).params
+            for seed in range(args.seeds)
+        ]
+        run = jax.jit(lambda params, images, model=model: model.apply({"params": params}, images))
+        lines.append(summary(name, "float32", [data.accuracy(run(p, data.test_images)) for p in floats], None))
+        for kind in args.schemes:
+            scheme = SCHEMES[kind]
+            for way in args.ways:
+                if way == "lsq+" and scheme.act is None:
+                    continue  # weights have no offset
+                found = [measure(model, scheme, way, p, data, seed, args.rate) for seed, p in enumerate(floats)]
+                line = summary(name, f"{kind}, {way}", [accuracy for accuracy, _ in found], None)
+                lines.append({**line, "trained to frozen": max(difference for _, difference in found)})
+                print(
+                    f"{name}: {line['row']}: {line['mean']} {line['each']} {lines[-1]['trained to frozen']:.1e}",
+                    flush=True,
+                )
+    results = {"seeds": args.seeds, "rate of steps": args.rate, "machine": machine(), "rows": lines}
+    table = text(results)
+    print(f"\n{table}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "qat_digits.txt").write_text(table + "\n", encoding="utf-8")
+    (args.output / "qat_digits.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
