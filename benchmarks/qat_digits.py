@@ -49,7 +49,7 @@ class Scheme:
     def spec(self, **act: Any) -> OpSpec:
         """Weights per channel; activations as asked for."""
         weight = QuantSpec(self.weight, calibration=MSE())
-        return OpSpec(weight, None if self.act is None else QuantSpec(self.act, calibration=MSE(), **act))
+        return OpSpec(weight, None if self.act is None else QuantSpec(self.act, **act))
 
 
 SCHEMES = {"w2": Scheme("int2"), "w3a3": Scheme("int3", "uint3"), "w2a2": Scheme("int2", "uint2")}

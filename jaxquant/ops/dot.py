@@ -23,7 +23,7 @@ from jaxquant.ops.operands import Call, Operand, Pair, Static, precision_of, ref
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import run
 from jaxquant.ops.tangents import straight_through
-from jaxquant.ops.trained import is_stored_in_elements
+from jaxquant.ops.trained import TrainedTensor, as_quantized, is_stored_in_elements
 
 __all__ = ["contract", "dot_general"]
 
@@ -51,10 +51,21 @@ class _Contraction(Call):
         """The product; codes of what is quantized on the way, where the gradient needs no more of it."""
         lhs, rhs, lhs_static, rhs_static = operands
         left, right = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
-        out = run(Product.of(left, right, self.lhs_axes, self.rhs_axes, self.precision, self.dtype))
+        out = run(self._product(left, right), self._frozen(left, right))
         sides = (self.lhs, left, lhs, lhs_static), (self.rhs, right, rhs, rhs_static)
         made = lambda q, x: q is not x and not isinstance(x, QTensor)  # noqa: E731
         return out, tuple(q if made(q, x) and side.passes(x, static) else None for side, q, x, static in sides)
+
+    def _product(self, left: Any, right: Any) -> Product:
+        return Product.of(left, right, self.lhs_axes, self.rhs_axes, self.precision, self.dtype)
+
+    def _frozen(self, left: Any, right: Any) -> Product | None:
+        """The product of the frozen model, if this is one in training: with the weight as `quantize` stores it."""
+        if isinstance(right, TrainedTensor):
+            return self._product(left, as_quantized(right, self.rhs_axes.contract))
+        if isinstance(left, TrainedTensor) and not isinstance(right, QTensor):
+            return self._product(as_quantized(left, self.lhs_axes.contract), right)
+        return None
 
     def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
         lhs, rhs, lhs_static, rhs_static = operands
