@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,63 +78,74 @@ def _leaves(params: Any) -> list[tuple[str, Any]]:
     return [("/".join(str(k.key) for k in keys), leaf) for keys, leaf in flat]
 
 
-def train(
-    apply: Callable[..., Any], plan: jq.Plan, params: Any, state: Any, data: digits.Digits, seed: int, rate: float
-) -> tuple[Any, Any]:
-    """The recipe of `jaxquant.demo.digits.train`, of parameters and steps."""
-    recipe, size = digits.QAT, len(data.train_images)
-    batches = size // recipe.batch
-    fall = lambda peak: optax.cosine_decay_schedule(peak, recipe.epochs * batches)  # noqa: E731
-    rates: Any = {
-        "weights": optax.adamw(fall(recipe.learning_rate), weight_decay=recipe.weight_decay),
-        "steps": optax.adam(fall(rate)),
-        "frozen": optax.set_to_zero(),
-    }
-    tx = optax.multi_transform(rates, qat.labels(params, state))
+class Training:
+    """The recipe of `jaxquant.demo.digits.train`, of parameters and steps; compiled once for all seeds.
 
-    def loss(both: Any, images: Any, labels: Any) -> jax.Array:
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), recipe.smoothing)
-        logits = jq.quantized(apply, plan, both[1])(both[0], images)
+    Args:
+      model: a Flax module.
+      scheme: how it is quantized.
+      way: where ranges come from, one of `WAYS`.
+      params: of one seed.
+      data: what to train on.
+      rate: learning rate of the steps.
+    """
+
+    def __init__(self, model: nn.Module, scheme: Scheme, way: str, params: Any, data: digits.Digits, rate: float):
+        self.way, self.data, self.recipe = way, data, digits.QAT
+        self.apply = lambda params, images: model.apply({"params": params}, images)
+        act: dict[str, Any] = {} if way == "ranges" else {"granularity": "per_tensor", "static": True}
+        if way == "lsq+":
+            act["symmetric"] = False
+        rules = [Rule("kernel", scheme.spec(**act))]
+        self.plan = jq.make_plan(self.apply, params, data.train_images[:1], rules=rules)
+        self.batches = len(data.train_images) // self.recipe.batch
+        fall = lambda peak: optax.cosine_decay_schedule(peak, self.recipe.epochs * self.batches)  # noqa: E731
+        rates: Any = {
+            "weights": optax.adamw(fall(self.recipe.learning_rate), weight_decay=self.recipe.weight_decay),
+            "steps": optax.adam(fall(rate)),
+            "frozen": optax.set_to_zero(),
+        }
+        self.tx = optax.multi_transform(rates, lambda both: qat.labels(*both))
+        self.epoch = jax.jit(self._epoch)
+        self.run = jax.jit(lambda params, state, images: jq.quantized(self.apply, self.plan, state)(params, images))
+
+    def start(self, params: Any) -> Any:
+        """The state that training starts with."""
+        if self.way == "ranges":
+            return {}
+        batch = self.data.train_images[:512]
+        method: Any = {"lsq, published start": "lsq"}.get(self.way, self.way)
+        state = qat.learned_steps(self.apply, self.plan, params, [batch], method)
+        if self.way == "lsq, published start":
+            return published(state, self.plan, params, self.apply, batch)
+        return state
+
+    def _loss(self, both: Any, images: Any, labels: Any) -> jax.Array:
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), self.recipe.smoothing)
+        logits = jq.quantized(self.apply, self.plan, both[1])(both[0], images)
         return optax.softmax_cross_entropy(logits, targets).mean()
 
-    @jax.jit
-    def epoch(both: Any, opt_state: Any, images: Any, labels: Any) -> Any:
+    def _epoch(self, both: Any, opt_state: Any, images: Any, labels: Any) -> Any:
         def step(carry: Any, batch: Any) -> Any:
             both, opt_state = carry
-            updates, opt_state = tx.update(jax.grad(loss)(both, *batch), opt_state, both)
+            updates, opt_state = self.tx.update(jax.grad(self._loss)(both, *batch), opt_state, both)
             moved: Any = optax.apply_updates(both, updates)
             return ((moved[0], qat.clamp_steps(moved[1])), opt_state), None
 
         return jax.lax.scan(step, (both, opt_state), (images, labels))[0]
 
-    both, rng = (params, state), np.random.default_rng(seed)
-    opt_state = tx.init(both)
-    for _ in range(recipe.epochs):
-        order = rng.permutation(size)[: batches * recipe.batch].reshape(batches, recipe.batch)
-        both, opt_state = epoch(both, opt_state, data.train_images[order], data.train_labels[order])
-    return both
-
-
-def measure(
-    model: nn.Module, scheme: Scheme, way: str, params: Any, data: digits.Digits, seed: int, rate: float
-) -> Any:
-    """Test accuracy of the frozen model, and the largest difference of its logits from those in training."""
-    apply = lambda params, images: model.apply({"params": params}, images)  # noqa: E731
-    batch = data.train_images[:512]
-    act: dict[str, Any] = {} if way == "ranges" else {"granularity": "per_tensor", "static": True}
-    if way == "lsq+":
-        act["symmetric"] = False
-    plan = jq.make_plan(apply, params, batch, rules=[Rule("kernel", scheme.spec(**act))])
-    state: Any = {}
-    if way != "ranges":
-        method: Any = {"lsq, published start": "lsq"}.get(way, way)
-        state = qat.learned_steps(apply, plan, params, [batch], method)
-    if way == "lsq, published start":
-        state = published(state, plan, params, apply, batch)
-    params, state = train(apply, plan, params, state, data, seed, rate)
-    run = jax.jit(jq.quantized(apply, plan, state))
-    frozen = run(jq.quantize_params(params, plan, state=state or None), data.test_images)
-    return data.accuracy(frozen), float(jnp.max(jnp.abs(frozen - run(params, data.test_images))))
+    def measure(self, params: Any, seed: int) -> tuple[float, float]:
+        """Test accuracy of the frozen model, and the largest difference of its logits from those in training."""
+        both, rng, size = (params, self.start(params)), np.random.default_rng(seed), self.recipe.batch
+        opt_state = self.tx.init(both)
+        for _ in range(self.recipe.epochs):
+            order = rng.permutation(len(self.data.train_images))[: self.batches * size].reshape(self.batches, size)
+            both, opt_state = self.epoch(both, opt_state, self.data.train_images[order], self.data.train_labels[order])
+        params, state = both
+        frozen = self.run(jq.quantize_params(params, self.plan, state=state), state, self.data.test_images)
+        return self.data.accuracy(frozen), float(
+            jnp.max(jnp.abs(frozen - self.run(params, state, self.data.test_images)))
+        )
 
 
 WAYS = ("ranges", "lsq", "lsq, published start", "lsq+", "pact")
@@ -165,7 +175,8 @@ def main() -> None:
             for way in args.ways:
                 if way == "lsq+" and scheme.act is None:
                     continue  # weights have no offset
-                found = [measure(model, scheme, way, p, data, seed, args.rate) for seed, p in enumerate(floats)]
+                training = Training(model, scheme, way, floats[0], data, args.rate)
+                found = [training.measure(params, seed) for seed, params in enumerate(floats)]
                 line = summary(name, f"{kind}, {way}", [accuracy for accuracy, _ in found], None)
                 lines.append({**line, "trained to frozen": max(difference for _, difference in found)})
                 print(

@@ -157,6 +157,7 @@ class Interpreter:
       keys: path -> the key under which its statistics go; None: each path is its own.
       mask: which rows of the inputs count, as `jaxquant.transform.masks` has it; None: all.
       products: products of two activations that are looked for; None: none are.
+      observing: whether what is collected is quantized all the same; calibration runs in float.
       entering: ``(weight, x, channel axes of x) -> x``, applied to the input of each product with a planned weight.
       scope: the name stack of the jaxpr that runs.
       uses: while planning, of every parameter.
@@ -170,6 +171,7 @@ class Interpreter:
     planning: bool = False
     collect: Callable[..., Any] | None = None
     merge: Callable[[str, Any, Any], Any] | None = None
+    observing: bool = False
     keys: Mapping[str, str] | None = None
     mask: Any = None
     products: Products | None = None
@@ -178,6 +180,11 @@ class Interpreter:
     uses: list[Use] = dataclasses.field(default_factory=list)
     own_derivatives: set[str] = dataclasses.field(default_factory=set)
     stats: dict[str, Tally] = dataclasses.field(default_factory=dict)
+
+    @property
+    def calibrating(self) -> bool:
+        """Whether the planned operations run in float, to be looked at."""
+        return self.collect is not None and not self.observing
 
     @property
     def items(self) -> Mapping[str, Item]:
@@ -306,7 +313,7 @@ class Interpreter:
     def operand(self, weight: Weight) -> Any:
         """Running: the weight as an op's operand. Calibration runs float weights in float."""
         item = self.items.get(weight.path)
-        if item is None or self.collect is not None:
+        if item is None or self.calibrating:
             return weight.value()
         return weight.operand(item.spec.weight, item.reduce_axes, item.stacked)
 

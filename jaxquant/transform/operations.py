@@ -51,8 +51,7 @@ def _activation(
         return x, {}
     if interpreter.collect is not None:
         interpreter.add_stats(interpreter.collect(item, functools.partial(inputs, item)))
-        return x, {}
-    if item.spec.act is None:
+    if interpreter.calibrating or item.spec.act is None:
         return x, {}
 
     def marked(state: Any) -> Any:  # in a shard_map a range varies as the array does: their gradients do, too

@@ -7,18 +7,20 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from jaxquant.core.errors import Refusals, quant_error
 from jaxquant.core.learned import check_entry
 from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
-from jaxquant.transform.interpreter import Interpreter
+from jaxquant.transform.interpreter import Interpreter, Tally
 from jaxquant.transform.plan import Item, Plan, is_float
 from jaxquant.transform.products import Products
+from jaxquant.transform.statistics import Inputs, Range
 from jaxquant.transform.trace import Traced, trace
 from jaxquant.transform.weights import Weight, dims_of
 
-__all__ = ["check_plan", "check_state", "quantized", "steps_shape", "weights_of"]
+__all__ = ["check_plan", "check_state", "quantized", "quantized_and_seen", "steps_shape", "weights_of"]
 
 
 def check_plan(function: str, plan: Plan, params: Mapping[str, Any]) -> None:
@@ -137,19 +139,61 @@ def quantized(
 
     @functools.wraps(fn)
     def run(params: Any, *args: Any, **kwargs: Any) -> Any:
-        traced = trace("quantized", fn, params, args, kwargs)
-        if plan is not None:
-            check_plan("quantized", plan, traced.params)
-            _check_static(plan, state)
-            check_state("quantized", plan, state)
-        products = Products({p.name: p.spec for p in plan.products}) if plan is not None and plan.products else None
-        interpreter = Interpreter(plan, precision=precision, products=products)
-        results = interpreter.run(traced.jaxpr, weights_of(traced, plan, state))
-        if products is not None:
-            _check_products(products)
-        return traced.rebuild([_returned(interpreter, r) if isinstance(r, Weight) else r for r in results])
+        return _run(Interpreter(plan, precision=precision), fn, state, params, args, kwargs)
 
     return run
+
+
+def _run(interpreter: Interpreter, fn: Callable[..., Any], state: Any, params: Any, args: Any, kwargs: Any) -> Any:
+    """The function, evaluated by an interpreter, which notes what there is to be noted."""
+    traced, plan = trace("quantized", fn, params, args, kwargs), interpreter.plan
+    if plan is not None:
+        check_plan("quantized", plan, traced.params)
+        _check_static(plan, state)
+        check_state("quantized", plan, state)
+        if plan.products:
+            interpreter.products = Products({p.name: p.spec for p in plan.products})
+    results = interpreter.run(traced.jaxpr, weights_of(traced, plan, state))
+    if interpreter.products is not None:
+        _check_products(interpreter.products)
+    return traced.rebuild([_returned(interpreter, r) if isinstance(r, Weight) else r for r in results])
+
+
+def quantized_and_seen(fn: Callable[..., Any], plan: Plan, state: Mapping[str, Any] | None) -> Callable[..., Any]:
+    """`quantized`, with path -> ``{"range": ..}``, what the observer of each activation has seen in this call."""
+    ranges = {item.path: Range(item.spec.act.observer) for item in plan.items if item.spec.act is not None}
+
+    def collected(item: Item, inputs: Callable[[], Inputs]) -> dict[str, Tally]:
+        if item.path not in ranges:
+            return {}
+        rows = inputs().values
+        return {item.path: Tally(ranges[item.path].of(jax.lax.stop_gradient(rows.values)), rows.seen())}
+
+    @functools.wraps(fn)
+    def run(params: Any, *args: Any, **kwargs: Any) -> Any:
+        def merge(path: str, a: Any, b: Any) -> Any:
+            return ranges[path].merge(a, b)
+
+        interpreter = Interpreter(plan, collect=collected, merge=merge, observing=True)
+        result = _run(interpreter, fn, state, params, args, kwargs)
+        none = {path: ranges[path].observer.init((*plan[path].shape[: plan[path].stacked], 1)) for path in ranges}
+        return result, {path: {"range": _seen(interpreter.stats.get(path), none[path])} for path in ranges}
+
+    return run
+
+
+def _seen(tally: Tally | None, none: Any) -> Any:
+    """The state of an observer, or that of one that has seen nothing."""
+    if tally is None:
+        return none
+    if tally.seen is None:
+        return tally.value
+    seen = tally.seen
+    return jax.tree.map(
+        lambda new, old: jnp.where(seen.reshape(seen.shape + (1,) * (new.ndim - seen.ndim)), new, old),
+        tally.value,
+        none,
+    )
 
 
 def _check_products(products: Products) -> None:
