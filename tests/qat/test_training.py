@@ -203,7 +203,8 @@ def test_norms_are_folded_into_the_kernels_before_them(bias):
     variables = jax.tree.map(lambda v: v + jnp.asarray(rng.uniform(0.1, 0.5, v.shape), v.dtype), variables)
     folded = qat.fold_batch_norms(variables, {f"Conv_{i}": f"BatchNorm_{i}" for i in range(2)})
     assert jax.tree.map(jnp.shape, folded) == jax.tree.map(jnp.shape, variables)
-    np.testing.assert_allclose(model.apply(folded, x), model.apply(variables, x), rtol=1e-4, atol=1e-4)
+    apply: Any = model.apply
+    np.testing.assert_allclose(apply(folded, x), apply(variables, x), rtol=1e-4, atol=1e-4)
     for i in range(2):
         assert not np.any(folded["batch_stats"][f"BatchNorm_{i}"]["mean"])
         # From a norm without a shift of its own, what is left is the identity.
