@@ -63,7 +63,7 @@ class _Contraction(Call):
         """The product of the frozen model, if this is one in training: with the weight as `quantize` stores it."""
         if isinstance(right, TrainedTensor):
             return self._product(left, as_quantized(right, self.rhs_axes.contract))
-        if isinstance(left, TrainedTensor) and not isinstance(right, QTensor):
+        if isinstance(left, TrainedTensor) and self.lhs.spec is None and not isinstance(right, QTensor):
             return self._product(as_quantized(left, self.lhs_axes.contract), right)
         return None
 

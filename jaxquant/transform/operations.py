@@ -59,7 +59,9 @@ def _activation(
 
     steps = weight.steps_of("act")
     if steps is not None:
-        return trained_activation(x, marked(steps), item.spec.act, tuple(axes)), {"spec": OpSpec(grad=item.spec.grad)}
+        quantized = trained_activation(x, marked(steps), item.spec.act, tuple(axes))
+        # Beside a float weight it is a float array with the values of its codes.
+        return (quantized.real, {}) if item.spec.weight is None else (quantized, {"spec": OpSpec(grad=item.spec.grad)})
     out: dict[str, Any] = {"spec": OpSpec(act=item.spec.act, grad=item.spec.grad)}
     if item.spec.act.static:
         given = marked(weight.state)
@@ -253,7 +255,7 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         interpreter, weight, x, numbers.lhs_spec[1:], lambda item: _conv_inputs(interpreter, item, weight, x, p)
     )
     if not isinstance(kernel, QTensor) and not act:
-        return _as_it_stands(eqn, [x, kernel])
+        return _as_it_stands(eqn, [image, kernel])
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count", "batch_group_count")
     out = ops.conv_general_dilated(
         image,
@@ -401,13 +403,9 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
         x = interpreter.entering(weight, x, (1,))
     rows, act = _activation(interpreter, weight, x, (1,), lambda item: _ragged_inputs(interpreter, item, x, sizes))
     if not isinstance(experts, QTensor) and not act:
-        return _as_it_stands(eqn, [x, experts, *values[2:]])
-    precision = _precision(interpreter, eqn.params["precision"])
-    return [
-        ops.ragged_dot(
-            rows, experts, sizes, precision=precision, preferred_element_type=eqn.outvars[0].aval.dtype, **act
-        )
-    ]
+        return _as_it_stands(eqn, [rows, experts, *values[2:]])
+    precision, dtype = _precision(interpreter, eqn.params["precision"]), eqn.outvars[0].aval.dtype
+    return [ops.ragged_dot(rows, experts, sizes, precision=precision, preferred_element_type=dtype, **act)]
 
 
 def _ragged_inputs(interpreter: Interpreter, item: Item, x: jax.Array, sizes: jax.Array) -> Inputs:

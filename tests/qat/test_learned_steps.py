@@ -18,6 +18,12 @@ W = unequal((16, 5), 1, 0.4)
 PARAMS = {"w": W}
 
 
+def Q(qtype: str, **kwargs: Any) -> QuantSpec:  # noqa: N802
+    """A spec whose range is quick to find: it matters where steps go, not where they start."""
+    plain = kwargs.get("symmetric", True) and not qtype.startswith("u")
+    return QuantSpec(qtype, calibration=jq.observers.AbsMax() if plain else jq.observers.MinMax(), **kwargs)
+
+
 def product(p, x):
     return x @ p["w"]
 
@@ -40,9 +46,9 @@ def lsq(v, step, lo, hi, g):
 
 
 GRAINS = {
-    "tensor": (QuantSpec("int3", granularity="per_tensor"), (1, 1)),
-    "channel": (QuantSpec("int3"), (1, 5)),
-    "group": (QuantSpec("int3", granularity="per_group", group_size=4), (4, 5)),
+    "tensor": (Q("int3", granularity="per_tensor"), (1, 1)),
+    "channel": (Q("int3"), (1, 5)),
+    "group": (Q("int3", granularity="per_group", group_size=4), (4, 5)),
 }
 
 
@@ -78,7 +84,7 @@ def test_the_gradient_of_a_weight_is_the_papers(grain):
 
 def test_the_gradient_of_an_activation_is_the_papers():
     """n is the number of features of a row: whatever the batch, a step has one rate."""
-    plan = planned(None, QuantSpec("int4", granularity="per_tensor"))
+    plan = planned(None, Q("int4", granularity="per_tensor"))
     state = qat.learned_steps(product, plan, PARAMS, [X])
     state = jax.tree.map(lambda s: 0.6 * s, state)
     cotangent = unequal((6, 5), 9)
@@ -92,7 +98,7 @@ def test_the_gradient_of_an_activation_is_the_papers():
 
 def test_an_element_on_the_end_of_its_range_is_outside():
     """Where the published intervals are open, as `fake_quant` of a range that is given has them closed."""
-    plan, params = planned(QuantSpec("int4", granularity="per_tensor")), {"w": jnp.full((16, 5), 3.5, jnp.float32)}
+    plan, params = planned(Q("int4", granularity="per_tensor")), {"w": jnp.full((16, 5), 3.5, jnp.float32)}
     state = {"w": {"weight": {"scale": jnp.full((1, 1), 0.5)}}}
     dw, ds, _ = gradients(plan, params, state, jnp.ones((1, 16)), jnp.ones((1, 5)))
     np.testing.assert_array_equal(dw["w"], 0)
@@ -102,7 +108,7 @@ def test_an_element_on_the_end_of_its_range_is_outside():
 def test_the_gradient_of_an_offset_is_that_of_lsq_plus():
     """Equations 4 to 6: the step has round(r) - r inside and n or p outside, the offset 0 inside and 1 outside."""
     x = jax.nn.silu(4 * X) * 2
-    plan = planned(None, QuantSpec("uint3", symmetric=False, granularity="per_tensor"))
+    plan = planned(None, Q("uint3", symmetric=False, granularity="per_tensor"))
     state = qat.learned_steps(product, plan, PARAMS, [x], "lsq+")
     assert set(state["w"]["act"]) == {"scale", "offset"}
     step = np.float64(state["w"]["act"]["scale"]) * 0.5
@@ -123,7 +129,7 @@ def test_the_gradient_of_an_offset_is_that_of_lsq_plus():
 def test_the_gradient_of_a_clip_is_that_of_pact():
     """1 from the clip on, 0 below; no gradient scale."""
     x = jax.nn.relu(X)
-    plan = planned(None, QuantSpec("uint2", granularity="per_tensor"))
+    plan = planned(None, Q("uint2", granularity="per_tensor"))
     state = jax.tree.map(lambda a: 0.5 * a, qat.learned_steps(product, plan, PARAMS, [x], "pact"))
     clip = float(state["w"]["act"]["clip"])
     cotangent = unequal((6, 5), 9)
@@ -138,7 +144,7 @@ def test_the_gradient_of_a_clip_is_that_of_pact():
 @pytest.mark.parametrize("method", ["lsq", "pact"])
 def test_where_codes_do_not_change_differences_are_the_gradient(method):
     """Far outside of its range the output is linear in the step, and finite differences are exact."""
-    plan = planned(QuantSpec("int2", granularity="per_tensor"))
+    plan = planned(Q("int2", granularity="per_tensor"))
     params = {"w": jnp.asarray(np.where(np.arange(80).reshape(16, 5) % 2, 3.0, -4.0), jnp.float32)}
     name = {"lsq": "scale", "pact": "clip"}[method]
     state = {"w": {"weight": {name: jnp.full((1, 1), 0.25)}}}
@@ -156,16 +162,16 @@ def test_where_codes_do_not_change_differences_are_the_gradient(method):
 # -- freezing ----------------------------------------------------------------------------------------------------------
 
 MIXED = {
-    "w4 channel": (QuantSpec("int4"), None),
-    "w2 tensor, a8": (QuantSpec("int2", granularity="per_tensor"), QuantSpec("int8", granularity="per_tensor")),
+    "w4 channel": (Q("int4"), None),
+    "w2 tensor, a8": (Q("int2", granularity="per_tensor"), Q("int8", granularity="per_tensor")),
     "w4 group, a8 static": (
-        QuantSpec("int4", granularity="per_group", group_size=4),
-        QuantSpec("int8", granularity="per_tensor", static=True),
+        Q("int4", granularity="per_group", group_size=4),
+        Q("int8", granularity="per_tensor", static=True),
     ),
-    "w8, a4 group": (QuantSpec("int8"), QuantSpec("int4", granularity="per_group", group_size=8)),
-    "w3 asymmetric, a uint4": (QuantSpec("uint3", symmetric=False), QuantSpec("uint4", symmetric=False)),
-    "fp8": (QuantSpec("float8_e4m3fn"), QuantSpec("float8_e4m3fn")),
-    "nf4 in bfloat16": (QuantSpec("nf4", granularity="per_group", group_size=8, scale_dtype="bfloat16"), None),
+    "w8, a4 group": (Q("int8"), Q("int4", granularity="per_group", group_size=8)),
+    "w3 asymmetric, a uint4": (Q("uint3", symmetric=False), Q("uint4", symmetric=False)),
+    "fp8": (Q("float8_e4m3fn"), Q("float8_e4m3fn")),
+    "nf4 in bfloat16": (Q("nf4", granularity="per_group", group_size=8, scale_dtype="bfloat16"), None),
 }
 
 
@@ -210,7 +216,7 @@ def test_the_frozen_model_computes_what_was_trained(mix, method):
 
 
 def test_codes_and_values_of_the_frozen_weight_are_those_in_training():
-    plan = planned(QuantSpec("int3", granularity="per_group", group_size=4))
+    plan = planned(Q("int3", granularity="per_group", group_size=4))
     state = qat.learned_steps(product, plan, PARAMS, [])
     eye = jnp.eye(16)
     inside = jax.jit(lambda p: jq.quantized(product, plan, state)(p, eye))(PARAMS)
@@ -233,7 +239,7 @@ def unrolled(p, x):
 
 
 def test_layers_of_a_scan_have_steps_of_their_own():
-    spec = OpSpec(QuantSpec("int3"), QuantSpec("int4", granularity="per_tensor"))
+    spec = OpSpec(Q("int3"), Q("int4", granularity="per_tensor"))
     plan = jq.make_plan(stacked, STACK, X, rules=[Rule(".*", spec)])
     state = qat.learned_steps(stacked, plan, STACK, [X])
     assert jax.tree.map(jnp.shape, state)["w"] == {"act": {"scale": (3,)}, "weight": {"scale": (3, 1, 16)}}
@@ -264,7 +270,7 @@ def test_layers_of_a_scan_have_steps_of_their_own():
 
 
 def test_vmap_over_members_of_an_ensemble():
-    plan = planned(QuantSpec("int2"), QuantSpec("int4", granularity="per_tensor"))
+    plan = planned(Q("int2"), Q("int4", granularity="per_tensor"))
     members = {"w": jnp.stack([W, 2 * W])}
     states = [qat.learned_steps(product, plan, {"w": w}, [X]) for w in members["w"]]
     together = jax.tree.map(lambda *s: jnp.stack(s), *states)
@@ -280,18 +286,34 @@ def conv(p, x):
     return jnp.sum(jax.nn.relu(y), axis=(1, 2)) @ p["dense"]
 
 
-def test_convolutions_learn_and_freeze():
-    params = {"conv": unequal((3, 3, 2, 4), 1, 0.3), "dense": unequal((4, 3), 2, 0.3)}
-    x = unequal((2, 6, 6, 2), 3)
-    spec = OpSpec(QuantSpec("int2"), QuantSpec("int4", granularity="per_tensor"))
-    plan = jq.make_plan(conv, params, x, rules=[Rule(".*", spec)])
-    state = qat.learned_steps(conv, plan, params, [x])
-    assert state["conv"]["weight"]["scale"].shape == (1, 1, 1, 4)
-    run = lambda p, s: jnp.sum(jq.quantized(conv, plan, s)(p, x) ** 2)  # noqa: E731
+def experts(p, x):
+    return lax.ragged_dot(x, p["experts"], jnp.array([4, 2], jnp.int32))
+
+
+KINDS = {
+    "convolution": (
+        conv,
+        {"conv": unequal((3, 3, 2, 4), 1, 0.3), "dense": unequal((4, 3), 2, 0.3)},
+        unequal((2, 6, 6, 2), 3),
+        (1, 1, 1, 4),
+    ),
+    "experts": (experts, {"experts": unequal((2, 16, 5), 1, 0.4)}, X, (2, 1, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weight", [Q("int2"), None], ids=["both", "activation alone"])
+def test_other_operations_learn_and_freeze(kind, weight):
+    fn, params, x, shape = KINDS[kind]
+    plan = jq.make_plan(fn, params, x, rules=[Rule(".*", OpSpec(weight, Q("int4", granularity="per_tensor")))])
+    state = qat.learned_steps(fn, plan, params, [x])
+    assert weight is None or next(iter(state.values()))["weight"]["scale"].shape == shape
+    f = jax.jit(jq.quantized(fn, plan, state))
+    run = lambda p, s: jnp.sum(jq.quantized(fn, plan, s)(p, x) ** 2)  # noqa: E731
     grads = jax.jit(jax.grad(run, argnums=1))(params, state)
     assert all(bool(jnp.all(jnp.isfinite(g))) and bool(jnp.any(g != 0)) for g in jax.tree.leaves(grads))
+    assert not np.array_equal(f(params, x), fn(params, x))
     frozen = jq.quantize_params(params, plan, state=state)
-    f = jax.jit(jq.quantized(conv, plan, state))
     np.testing.assert_allclose(f(frozen, x), f(params, x), rtol=2e-6, atol=1e-5)
 
 
