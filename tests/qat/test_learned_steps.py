@@ -18,7 +18,7 @@ W = unequal((16, 5), 1, 0.4)
 PARAMS = {"w": W}
 
 
-def Q(qtype: str, **kwargs: Any) -> QuantSpec:  # noqa: N802
+def Q(qtype: str, **kwargs: Any) -> QuantSpec:
     """A spec whose range is quick to find: it matters where steps go, not where they start."""
     plain = kwargs.get("symmetric", True) and not qtype.startswith("u")
     return QuantSpec(qtype, calibration=jq.observers.AbsMax() if plain else jq.observers.MinMax(), **kwargs)
