@@ -9,8 +9,8 @@ scheme says so, by unsigned codes, since inputs are images and what a ReLU gives
 
 - with the ranges that its spec chooses from each array: of least squared error for weights, of each token for
   activations;
-- with learned steps (LSQ), which start at the least squared error of the calibration; and where LSQ has them start;
-- with the methods of LSQ+ (weights as before, activations with an offset) and PACT.
+- with learned steps: LSQ, which starts where it is published, and from the least squared error instead; PACT, and LSQ+
+  (activations with an offset).
 
 Learned steps have the learning rate of the weights and no weight decay. Prints the table, and writes it to
 benchmarks/results as text and as JSON.
@@ -43,39 +43,19 @@ class Scheme:
     """What is quantized, and to which types."""
 
     weight: str
-    act: str | None = None
+    act: Any = None
 
-    def spec(self, **act: Any) -> OpSpec:
-        """Weights per channel; activations as asked for."""
-        weight = QuantSpec(self.weight, calibration=MSE())
-        return OpSpec(weight, None if self.act is None else QuantSpec(self.act, **act))
+    def spec(self, way: str) -> OpSpec:
+        """Weights per channel; activations per token, or with one learned step."""
+        if way == "ranges":
+            return OpSpec(QuantSpec(self.weight, calibration=MSE()), self.act and QuantSpec(self.act))
+        start: dict[str, Any] = {"calibration": MSE()} if way == "lsq, least error" else {}
+        act: dict[str, Any] = {"granularity": "per_tensor", "static": True, "symmetric": way != "lsq+", **start}
+        return OpSpec(QuantSpec(self.weight, **start), self.act and QuantSpec(self.act, **act))
 
 
 SCHEMES = {"w2": Scheme("int2"), "w3a3": Scheme("int3", "uint3"), "w2a2": Scheme("int2", "uint2")}
 MODELS: dict[str, nn.Module] = {"MLP 64-128-128-10": digits.MLP(), "CNN 16-32": CNN()}
-
-
-def published(state: Any, plan: jq.Plan, params: Any, fn: Any, batch: Any) -> Any:
-    """The same state with steps where LSQ has them start: ``2 mean|x| / sqrt(qmax)``."""
-    means = jq.calibrate(fn, plan, params, [batch], collect={"mean": jq.statistics.ChannelMean()})
-    leaves = dict(_leaves(params))
-    out: dict[str, Any] = {}
-    for path, entry in state.items():
-        item, spec = plan[path], plan[path].spec
-        assert spec.weight is not None
-        out[path] = dict(entry)
-        mean = jnp.mean(jnp.abs(leaves[path]), axis=item.reduce_axes, keepdims=True)
-        out[path]["weight"] = {"scale": 2 * mean / np.sqrt(spec.weight.type.qmax)}
-        if spec.act is not None:
-            sums = means[path]["mean"]
-            mean = jnp.sum(sums["abs_sum"]) / (sums["rows"] * sums["abs_sum"].size)
-            out[path]["act"] = {"scale": 2 * mean / np.sqrt(spec.act.type.qmax)}
-    return out
-
-
-def _leaves(params: Any) -> list[tuple[str, Any]]:
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    return [("/".join(str(k.key) for k in keys), leaf) for keys, leaf in flat]
 
 
 class Training:
@@ -93,10 +73,7 @@ class Training:
     def __init__(self, model: nn.Module, scheme: Scheme, way: str, params: Any, data: digits.Digits, rate: float):
         self.way, self.data, self.recipe = way, data, digits.QAT
         self.apply = lambda params, images: model.apply({"params": params}, images)
-        act: dict[str, Any] = {} if way == "ranges" else {"granularity": "per_tensor", "static": True}
-        if way == "lsq+":
-            act["symmetric"] = False
-        rules = [Rule("kernel", scheme.spec(**act))]
+        rules = [Rule("kernel", scheme.spec(way))]
         self.plan = jq.make_plan(self.apply, params, data.train_images[:1], rules=rules)
         self.batches = len(data.train_images) // self.recipe.batch
         fall = lambda peak: optax.cosine_decay_schedule(peak, self.recipe.epochs * self.batches)  # noqa: E731
@@ -114,11 +91,8 @@ class Training:
         if self.way == "ranges":
             return {}
         batch = self.data.train_images[:512]
-        method: Any = {"lsq, published start": "lsq"}.get(self.way, self.way)
-        state = qat.learned_steps(self.apply, self.plan, params, [batch], method)
-        if self.way == "lsq, published start":
-            return published(state, self.plan, params, self.apply, batch)
-        return state
+        method: Any = self.way.partition(",")[0]
+        return qat.learned_steps(self.apply, self.plan, params, [batch], method)
 
     def _loss(self, both: Any, images: Any, labels: Any) -> jax.Array:
         targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), self.recipe.smoothing)
@@ -148,7 +122,7 @@ class Training:
         )
 
 
-WAYS = ("ranges", "lsq", "lsq, published start", "lsq+", "pact")
+WAYS = ("ranges", "lsq", "lsq, least error", "lsq+", "pact")
 
 
 def main() -> None:

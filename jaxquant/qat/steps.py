@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
@@ -10,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.affine import encode, roundtrip, scale_zero_point
+from jaxquant.core.blocks import BlockView, block_shape
 from jaxquant.core.errors import Refusals, quant_error
 from jaxquant.core.learned import STEPS
-from jaxquant.core.observers import MSE
+from jaxquant.core.observers import MSE, AbsMean
 from jaxquant.core.paths import is_qtensor, leaves_with_paths, path_of
 from jaxquant.core.qtensor import scale_values
 from jaxquant.core.qtypes import qtype_of
@@ -47,13 +49,27 @@ class _GroupRange(Statistic):
         return self.observer.merge(a, b)
 
 
-def _calibrated(spec: QuantSpec) -> QuantSpec:
-    """The same grid, with the range of least squared error if the spec asks for none in particular."""
+def _starts_at_mean(spec: QuantSpec, method: Method) -> bool:
+    """Whether the step starts where LSQ has it: of few bits that is better than the least error, once it is trained."""
+    few = spec.type.kind == "int" and spec.type.bits <= 3
+    return spec.calibration is None and spec.symmetric and few and method != "pact"
+
+
+def _calibrated(spec: QuantSpec, method: Method) -> QuantSpec:
+    """The same grid, with what finds the range if the spec asks for none in particular."""
     if spec.calibration is not None:
         return spec
     info = qtype_of(spec.qtype)
     narrow = spec.type.qmin != info.qmin if info.kind == "int" and info.signed else spec.narrow_range
-    return dataclasses.replace(spec, calibration=MSE(), narrow_range=narrow)
+    calibration = AbsMean() if _starts_at_mean(spec, method) else MSE()
+    return dataclasses.replace(spec, calibration=calibration, narrow_range=narrow)
+
+
+def _step(lo: jax.Array, hi: jax.Array, spec: QuantSpec, method: Method) -> tuple[jax.Array, jax.Array | None]:
+    """Scale and zero point of a range; of a mean magnitude LSQ's ``2 mean|x| / sqrt(qmax)``."""
+    if not _starts_at_mean(spec, method):
+        return scale_zero_point(lo, hi, spec)
+    return jnp.where(hi > 0, 2 * hi / math.sqrt(spec.type.qmax), jnp.ones_like(hi)), None
 
 
 def learned_steps(
@@ -73,8 +89,9 @@ def learned_steps(
         jq.quantize_params(params, plan, state=state)                      # freezes both
         jq.quantized(fn, plan, state)(qparams, x)                          # what was trained, in integers
 
-    A range starts where the spec's own ``calibration`` has it, or else at the least squared error: of each block of a
-    weight, of all inputs of an activation.
+    A range starts where the spec's own ``calibration`` has it: over each block of a weight, over all inputs of an
+    activation. Without one a symmetric range of up to three bits starts where LSQ has it, ``2 mean|x| / sqrt(qmax)``
+    (not PACT's), and all others at the least squared error: each is what was better after training.
 
     Args:
       fn: the function that was planned.
@@ -118,7 +135,7 @@ def learned_steps(
       True
 
     Source: Esser et al. 2020, LSQ (arXiv:1902.08153); Bhalgat et al. 2020, LSQ+ (arXiv:2004.09576); Choi et al. 2018,
-      PACT (arXiv:1805.06085). The start is ours: the least squared error, in place of LSQ's ``2 mean|x| / sqrt(qmax)``.
+      PACT (arXiv:1805.06085).
     """
     function = "learned_steps"
     if method not in get_args(Method):
@@ -140,18 +157,18 @@ def learned_steps(
                 raise quant_error(function, "the weight is quantized already", todo=todo, path=item.path)
     refusals.close()
     state: dict[str, Any] = {}
-    ranges = _act_ranges(fn, plan, params, batches, mask)
+    ranges = _act_ranges(fn, plan, params, batches, mask, method)
     for item in plan.items:
         entry = {}
         if item.spec.weight is not None:
-            found = item.stack(lambda w, item=item: _weight_range(w, item))(jnp.asarray(leaves[item.path]))
+            found = item.stack(lambda w, item=item: _weight_range(w, item, method))(jnp.asarray(leaves[item.path]))
             entry["weight"] = _entry(found, item.spec.weight, method)
         if item.spec.act is not None:
             if item.path not in ranges:
                 todo = "Pass batches that reach every branch"
                 raise quant_error(function, "no batch reaches this weight", todo=todo, path=item.path)
-            spec = _calibrated(item.spec.act)
-            found = item.stack(lambda seen, spec=spec: _act_range(seen, spec))(ranges[item.path]["steps"])
+            spec = item.spec.act
+            found = item.stack(lambda seen, spec=spec: _act_range(seen, spec, method))(ranges[item.path]["steps"])
             entry["act"] = _entry(found, spec, method)
         if entry:
             state[item.path] = entry
@@ -178,15 +195,22 @@ def _check_spec(function: str, item: Item, operand: str, spec: QuantSpec, method
         raise quant_error(function, "steps per group are for dot_general", todo=todo, path=item.path, op=item.op)
 
 
-def _weight_range(w: jax.Array, item: Item) -> Any:
-    assert item.spec.weight is not None
-    found = encode(w, _calibrated(item.spec.weight), item.reduce_axes)
+def _weight_range(w: jax.Array, item: Item, method: Method) -> Any:
+    spec = item.spec.weight
+    assert spec is not None
+    if _starts_at_mean(spec, method):
+        view = BlockView(w.shape, block_shape(w.shape, spec.granularity, spec.group_size, item.reduce_axes))
+        mean = view.join_scale(jnp.mean(jnp.abs(view.split(w.astype(jnp.float32))), axis=view.axes, keepdims=True))
+        return _step(-mean, mean, spec, method)
+    found = encode(w, _calibrated(spec, method), item.reduce_axes)
     return scale_values(found.scale), found.zero_point
 
 
-def _act_ranges(fn: Callable[..., Any], plan: Plan, params: Any, batches: Iterable[Any], mask: Mask) -> Any:
+def _act_ranges(
+    fn: Callable[..., Any], plan: Plan, params: Any, batches: Iterable[Any], mask: Mask, method: Method
+) -> Any:
     """path -> the state of the observer of each activation."""
-    acts = {item.path: _calibrated(item.spec.act) for item in plan.items if item.spec.act is not None}
+    acts = {item.path: _calibrated(item.spec.act, method) for item in plan.items if item.spec.act is not None}
     if not acts:
         return {}
     calibration = Calibration("learned_steps", fn, plan, {})
@@ -202,10 +226,11 @@ def _statistic(item: Item, spec: QuantSpec) -> Statistic:
     return _GroupRange(spec.observer, item.channels // spec.group_size)
 
 
-def _act_range(seen: Any, spec: QuantSpec) -> Any:
-    lo, hi = spec.observer.result(seen, symmetric=spec.symmetric, roundtrip=roundtrip(spec))
+def _act_range(seen: Any, spec: QuantSpec, method: Method) -> Any:
+    calibrated = _calibrated(spec, method)
+    lo, hi = calibrated.observer.result(seen, symmetric=spec.symmetric, roundtrip=roundtrip(calibrated))
     shape = () if spec.group_size is None else (lo.size,)
-    return scale_zero_point(lo.reshape(shape), hi.reshape(shape), spec)
+    return _step(lo.reshape(shape), hi.reshape(shape), spec, method)
 
 
 def _entry(found: tuple[jax.Array, Any], spec: QuantSpec, method: Method) -> dict[str, jax.Array]:

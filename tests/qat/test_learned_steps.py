@@ -331,6 +331,15 @@ def test_steps_start_where_the_calibration_of_the_spec_has_them():
         np.testing.assert_allclose(state["w"]["weight"]["scale"], want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("qtype, qmax", [("int2", 1), ("int3", 3)])
+def test_few_bits_start_where_lsq_has_them(qtype, qmax):
+    plan = planned(QuantSpec(qtype), QuantSpec("uint3", granularity="per_tensor"))
+    entry = qat.learned_steps(product, plan, PARAMS, [X[:2], X[2:]])["w"]
+    mean = np.abs(np.asarray(W, np.float64)).mean(0, keepdims=True)
+    np.testing.assert_allclose(entry["weight"]["scale"], 2 * mean / np.sqrt(qmax), rtol=1e-6)
+    np.testing.assert_allclose(entry["act"]["scale"], 2 * np.abs(np.asarray(X)).mean() / np.sqrt(7), rtol=1e-6)
+
+
 def test_groups_of_channels_are_calibrated_apart():
     x = jnp.concatenate([X[:, :8], 10 * X[:, 8:]], axis=1)
     spec = QuantSpec("int8", granularity="per_group", group_size=8, calibration=jq.observers.AbsMax())
