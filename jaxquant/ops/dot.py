@@ -15,6 +15,7 @@ from jaxquant.core.arithmetic import promoted
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import FACTOR
+from jaxquant.core.sizes import number
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops import outliers
 from jaxquant.ops.backward import as_stored, lhs_gradient, restored, rhs_gradient
@@ -60,11 +61,16 @@ class _Contraction(Call):
         return Product.of(left, right, self.lhs_axes, self.rhs_axes, self.precision, self.dtype)
 
     def _frozen(self, left: Any, right: Any) -> Product | None:
-        """The product of the frozen model, if this is one in training: with the weight as `quantize` stores it."""
+        """The product of the frozen model, if this is one in training: with the weight as `quantize` stores it.
+
+        A weight with a size that is a symbol stays as it is.
+        """
         if isinstance(right, TrainedTensor):
-            return self._product(left, as_quantized(right, self.rhs_axes.contract))
+            known = math.inf not in map(number, right.shape)
+            return self._product(left, as_quantized(right, self.rhs_axes.contract)) if known else None
         if isinstance(left, TrainedTensor) and self.lhs.spec is None and not isinstance(right, QTensor):
-            return self._product(as_quantized(left, self.lhs_axes.contract), right)
+            known = math.inf not in map(number, left.shape)
+            return self._product(as_quantized(left, self.lhs_axes.contract), right) if known else None
         return None
 
     def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
