@@ -5,6 +5,7 @@ Layers; imports point down only:
     models            6  decoders that run from a checkpoint: generate, evaluate (loaded on first use)
     report            6  compare: where the error is, as a table and one HTML page (loaded on first use)
     linen, nnx, io    5  Flax layers; checkpoints (loaded on first use)
+    qat               5  training: learned steps, schedules, losses, which leaves an optimizer may see
     calibration, invariances, mixed   5  rooms of functions over transform: statistics; scales, rotations; budgets
     transform         4  quantize_model; make_plan, quantize_params, quantized, calibrate, scale_pairs, precondition
     ptq               3  quantizers: rtn, clipped, gptq; what transforms are made of: scales, bases

@@ -10,6 +10,7 @@ import re
 from typing import Any, Literal
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.observers import AbsMean
 from jaxquant.core.paths import nearest
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.core.specs import OpSpec, QuantSpec
@@ -24,6 +25,7 @@ __all__ = [
     "nf4",
     "nvfp4",
     "recipe",
+    "ternary",
     "w4a4",
     "w4a8",
     "w4a16",
@@ -143,6 +145,23 @@ def mxfp4(*, act: bool = False) -> OpSpec:
 def nvfp4(*, act: bool = False) -> OpSpec:
     """NVIDIA fp4 weights: blocks of 16 with an fp8 scale and one float32 per tensor; activations too if ``act``."""
     return OpSpec(QuantSpec("nvfp4"), QuantSpec("nvfp4") if act else None)
+
+
+def ternary(granularity: Literal["per_tensor", "per_channel"] = "per_tensor") -> OpSpec:
+    """BitNet b1.58: weights -1, 0 and 1 times their mean magnitude, activations in int8 per token; for training.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> w = jnp.array([[0.3, -0.1], [-1.0, 0.6]])
+      >>> jq.quantize(w, recipes.ternary().weight, reduce_axes=(-2,)).dequantize()  # mean|w| = 0.5
+      Array([[ 0.5,  0. ],
+             [-0.5,  0.5]], dtype=float32)
+
+    Source: Ma et al. 2024 (arXiv:2402.17764), section 2.
+    """
+    weight = QuantSpec("int2", granularity=granularity, narrow_range=True, calibration=AbsMean())
+    return OpSpec(weight, QuantSpec("int8"))
 
 
 # What follows the name of a recipe, after a colon: the parameters it may set, of which a recipe has at most one.

@@ -26,7 +26,7 @@ LEVELS = {
     "recipes": 2,
     "rules": 3,
     "layers": 3,
-    "qat": 3,
+    "qat": 5,
     "optim": 3,
     "ptq": 3,
     "transform": 4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -20,7 +21,34 @@ from jaxquant.core.qtensor import scale_values
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
 
-__all__ = ["fake_quant", "never_clips"]
+__all__ = ["PACT", "PAPER", "STRAIGHT", "Slopes", "fake_quant", "fake_quant_given", "never_clips"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slopes:
+    """Which derivatives a given range has.
+
+    Attributes:
+      ends: whether what is on an end of the range is inside.
+      rounding: whether the scale has a derivative inside, that of what rounding does.
+      whole: whether a float zero point holds integers, and is used as those.
+    """
+
+    ends: bool = True
+    rounding: bool = True
+    whole: bool = False
+
+    def used(self, zero_point: jax.Array | None, spec: QuantSpec) -> jax.Array | None:
+        """The zero point as codes are made with it."""
+        return zero_point.astype(spec.type.code_dtype) if self.whole and zero_point is not None else zero_point
+
+
+STRAIGHT = Slopes()
+"""Of a range that is given: what is on its ends passes."""
+PAPER = Slopes(ends=False, whole=True)
+"""As LSQ and LSQ+ are published."""
+PACT = Slopes(ends=False, rounding=False, whole=True)
+"""As PACT is published."""
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "axes"), inline=True)
@@ -79,31 +107,39 @@ def _bounds(spec: QuantSpec, scale: jax.Array, zero_point: jax.Array | None) -> 
     return jnp.minimum(a, b), jnp.maximum(a, b)
 
 
-def _inside(view: BlockView, x: jax.Array, spec: QuantSpec, scale: jax.Array, zero_point: jax.Array | None) -> Any:
+def _inside(
+    view: BlockView,
+    x: jax.Array,
+    spec: QuantSpec,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    *,
+    ends: bool = True,
+) -> Any:
     """Where the elements of a viewed array lie in the range of their block."""
     lo, hi = (view.split_scale(b) for b in _bounds(spec, scale, zero_point))
-    return (x >= lo) & (x <= hi)
+    return (x >= lo) & (x <= hi) if ends else (x > lo) & (x < hi)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _given(spec, axes, x, scale, zero_point, key):
-    return _forward(x, scale, zero_point, key, spec=spec, axes=axes)[0]
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _given(spec, axes, slopes, x, scale, zero_point, key):
+    return _forward(x, scale, slopes.used(zero_point, spec), key, spec=spec, axes=axes)[0]
 
 
-def _given_jvp(spec, axes, primals, tangents):
+def _given_jvp(spec, axes, slopes, primals, tangents):
     moved = [t if isinstance(t, jax.Array) and t.dtype != jax.dtypes.float0 else None for t in tangents[:3]]
     # Computed anew in the backward pass, which is handed the arguments.
-    tangent = jax.checkpoint(functools.partial(_given_tangent, spec, axes), prevent_cse=False)
-    return _given(spec, axes, *primals), tangent(*primals, *moved)
+    tangent = jax.checkpoint(functools.partial(_given_tangent, spec, axes, slopes), prevent_cse=False)
+    return _given(spec, axes, slopes, *primals), tangent(*primals, *moved)
 
 
-def _given_tangent(spec, axes, x, scale, zero_point, key, dx, ds, dz):
+def _given_tangent(spec, axes, slopes, x, scale, zero_point, key, dx, ds, dz):
     """Rounding has derivative 1 in its argument, and none of second order; what is outside is as the formula has it."""
     fixed = lax.stop_gradient((x, scale, zero_point))
-    encoded = encode(fixed[0], spec, axes, *fixed[1:], key)
+    encoded = encode(fixed[0], spec, axes, fixed[1], slopes.used(fixed[2], spec), key)
     view = BlockView.of_scale(x.shape, scale.shape)
     xv, values = view.split(fixed[0].astype(encoded.values.dtype)), view.split(encoded.values)
-    inside = _inside(view, xv, spec, *fixed[1:])
+    inside = _inside(view, xv, spec, *fixed[1:], ends=slopes.ends)
     s = view.split_scale(scale).astype(values.dtype)
     z = 0 if zero_point is None else view.split_scale(zero_point).astype(values.dtype)
     out = jnp.zeros_like(values)
@@ -111,7 +147,8 @@ def _given_tangent(spec, axes, x, scale, zero_point, key, dx, ds, dz):
         out += jnp.where(inside, view.split(dx), 0)
     if ds is not None:
         # Inside, d/ds [(round(x / s) + z - z) s] = q - z - x / s; outside, the code is constant: q - z.
-        slope = jnp.where(inside, lax.stop_gradient(values - z - divide(xv, s)), values - z)
+        rounding = lax.stop_gradient(values - z - divide(xv, s)) if slopes.rounding else jnp.zeros_like(values)
+        slope = jnp.where(inside, rounding, values - z)
         out += slope * view.split_scale(ds).astype(values.dtype)
     if dz is not None:
         out += jnp.where(inside, 0, -s * view.split_scale(dz).astype(values.dtype))
@@ -119,6 +156,19 @@ def _given_tangent(spec, axes, x, scale, zero_point, key, dx, ds, dz):
 
 
 _given.defjvp(_given_jvp, symbolic_zeros=True)
+
+
+def fake_quant_given(
+    spec: QuantSpec,
+    axes: tuple[int, ...],
+    slopes: Slopes,
+    x: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """`fake_quant` with a range that is given, one entry per block, and the derivatives that are asked for."""
+    return _given(spec, axes, slopes, x, scale, zero_point, key)
 
 
 def fake_quant(
@@ -168,4 +218,4 @@ def fake_quant(
     x, axes, scale, zero_point = prepare("fake_quant", x, spec, reduce_axes, scale, zero_point, key)
     if scale is None:
         return _computed(spec, axes, x, key)[0]
-    return _given(spec, axes, x, scale_values(scale), zero_point, key)
+    return _given(spec, axes, STRAIGHT, x, scale_values(scale), zero_point, key)

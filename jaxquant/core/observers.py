@@ -27,7 +27,7 @@ from jaxquant.core.arithmetic import exponent, power_of_two, promoted, times_pow
 from jaxquant.core.errors import quant_error
 from jaxquant.core.replaceable import Replaceable
 
-__all__ = ["EMA", "MSE", "AbsMax", "Entropy", "MinMax", "Observer", "Percentile", "no_range", "or_nan"]
+__all__ = ["EMA", "MSE", "AbsMax", "AbsMean", "Entropy", "MinMax", "Observer", "Percentile", "no_range", "or_nan"]
 
 Roundtrip = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Axes = tuple[int, ...]
@@ -155,6 +155,38 @@ class AbsMax(Observer):
         del symmetric, roundtrip
         absmax = absmax_over(x, axes)
         return -absmax, absmax
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsMean(Observer):
+    """``(-mean|x|, mean|x|)``: with three codes, -1, 0 and 1, the ternary weights of BitNet b1.58.
+
+    There ``q = clip(round(x / mean|x|), -1, 1)``; see `jaxquant.recipes.ternary`.
+
+    Source: Ma et al. 2024 (arXiv:2402.17764), equations 1 to 3.
+    """
+
+    def init(self, shape):
+        return {"sum": jnp.zeros(shape, jnp.float32), "count": jnp.zeros(shape, jnp.float32)}
+
+    def update(self, state, x, axes, counted=None):
+        x = _finite_or_nan(_only(lax.stop_gradient(x), counted))
+        ones = jnp.ones(x.shape, jnp.float32) if counted is None else jnp.broadcast_to(counted, x.shape)
+        sums = jnp.sum(jnp.abs(x), axis=axes, keepdims=True), jnp.sum(ones, axis=axes, keepdims=True)
+        return self.merge(state, {"sum": sums[0].astype(jnp.float32), "count": sums[1].astype(jnp.float32)})
+
+    def merge(self, a, b):
+        return jax.tree.map(jnp.add, a, b)
+
+    def result(self, state, *, symmetric, roundtrip):
+        del symmetric, roundtrip
+        mean = state["sum"] / jnp.maximum(state["count"], 1)
+        return -mean, mean
+
+    def range(self, x, axes, *, symmetric, roundtrip):
+        del symmetric, roundtrip
+        mean = jnp.mean(jnp.abs(_finite_or_nan(lax.stop_gradient(x))), axis=axes, keepdims=True)
+        return -mean, mean
 
 
 @dataclasses.dataclass(frozen=True)

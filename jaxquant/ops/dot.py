@@ -15,6 +15,7 @@ from jaxquant.core.arithmetic import promoted
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import FACTOR
+from jaxquant.core.sizes import number
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops import outliers
 from jaxquant.ops.backward import as_stored, lhs_gradient, restored, rhs_gradient
@@ -23,7 +24,7 @@ from jaxquant.ops.operands import Call, Operand, Pair, Static, precision_of, ran
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import run
 from jaxquant.ops.tangents import straight_through
-from jaxquant.ops.trained import is_stored_in_elements
+from jaxquant.ops.trained import TrainedTensor, as_quantized, is_stored_in_elements
 
 __all__ = ["contract", "dot_general"]
 
@@ -55,10 +56,26 @@ class _Contraction(Call):
         """The product; codes of what is quantized on the way, where the gradient needs no more of it."""
         lhs, rhs, lhs_static, rhs_static, _ = operands
         left, right = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
-        out = run(Product.of(left, right, self.lhs_axes, self.rhs_axes, self.precision, self.dtype))
+        out = run(self._product(left, right), self._frozen(left, right))
         sides = (self.lhs, left, lhs, lhs_static), (self.rhs, right, rhs, rhs_static)
         made = lambda q, x: q is not x and not isinstance(x, QTensor)  # noqa: E731
         return out, tuple(q if made(q, x) and side.passes(x, static) else None for side, q, x, static in sides)
+
+    def _product(self, left: Any, right: Any) -> Product:
+        return Product.of(left, right, self.lhs_axes, self.rhs_axes, self.precision, self.dtype)
+
+    def _frozen(self, left: Any, right: Any) -> Product | None:
+        """The product of the frozen model, if this is one in training: with the weight as `quantize` stores it.
+
+        A weight with a size that is a symbol stays as it is.
+        """
+        if isinstance(right, TrainedTensor):
+            known = math.inf not in map(number, right.shape)
+            return self._product(left, as_quantized(right, self.rhs_axes.contract)) if known else None
+        if isinstance(left, TrainedTensor) and self.lhs.spec is None and not isinstance(right, QTensor):
+            known = math.inf not in map(number, left.shape)
+            return self._product(as_quantized(left, self.lhs_axes.contract), right) if known else None
+        return None
 
     def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
         lhs, rhs, lhs_static, rhs_static, key = operands

@@ -293,6 +293,8 @@ class Kernel:
     """What it computes."""
     platforms: ClassVar[tuple[Platform, ...]] = get_args(Platform)
     """What it is lowered for."""
+    exact: ClassVar[bool] = False
+    """Whether its sums are of integers, so that with one scale per row no bit depends on how codes are stored."""
 
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:

@@ -86,18 +86,29 @@ def select(problem: Problem, platform: Platform) -> Kernel:
     raise AssertionError("the last kernels of the table take everything")
 
 
-def run(problem: Problem) -> jax.Array:
-    """The product, in the dtype that is asked for, by the kernel for the platform that the program is lowered for."""
+def run(problem: Problem, frozen: Problem | None = None) -> jax.Array:
+    """The product, in the dtype that is asked for, by the kernel for the platform that the program is lowered for.
 
-    def result(kernel: Kernel) -> jax.Array:
+    Args:
+      problem: what is computed.
+      frozen: the same, with the weight as it is stored once training is over. On the CPU it is computed in its place
+        where another kernel would be chosen for it, so that both models agree to the last bit.
+    """
+
+    def result(kernel: Kernel, problem: Problem) -> jax.Array:
         return kernel.run(problem).astype(problem.result)
 
-    def on_tpu(kernel: Kernel) -> jax.Array:
-        return as_it_is(result(kernel))
+    def on_tpu(kernel: Kernel, problem: Problem) -> jax.Array:
+        return as_it_is(result(kernel, problem))
 
-    kernels = {platform: select(problem, platform) for platform in get_args(Platform)}
-    other = kernels.pop("other")
-    own = {name: functools.partial(result, kernel) for name, kernel in kernels.items() if kernel != other}
+    chosen = {platform: (select(problem, platform), problem) for platform in get_args(Platform)}
+    other = chosen.pop("other")
+    if frozen is not None:
+        kernel = select(frozen, "cpu")
+        exact = kernel.exact and kernel == chosen["cpu"][0] and all(form.groups == 1 for form in frozen.quantized)
+        if not exact:
+            chosen["cpu"] = kernel, frozen
+    own = {name: functools.partial(result, *how) for name, how in chosen.items() if how != other}
     if isinstance(problem, Product) and has_few_rows(problem):
-        own["tpu"] = functools.partial(on_tpu, kernels["tpu"])
-    return lax.platform_dependent(**own, default=functools.partial(result, other)) if own else result(other)
+        own["tpu"] = functools.partial(on_tpu, *chosen["tpu"])
+    return lax.platform_dependent(**own, default=functools.partial(result, *other)) if own else result(*other)

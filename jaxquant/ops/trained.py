@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
-from jaxquant.core.qtensor import FIELDS, QTensor
+from jaxquant.core.affine import minor_axes
+from jaxquant.core.qtensor import FIELDS, QTensor, from_codes
 
-__all__ = ["TrainedTensor", "is_in_training", "is_stored_in_elements"]
+__all__ = ["TrainedTensor", "as_quantized", "is_in_training", "is_stored_in_elements"]
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -49,6 +50,12 @@ class TrainedTensor(QTensor):
         if self.real is None:
             return super().dequantize(dtype)
         return self.real.astype(self.dtype if dtype is None else dtype)
+
+
+def as_quantized(x: TrainedTensor, axes: tuple[int, ...]) -> QTensor:
+    """The codes as `jaxquant.quantize` stores those of a weight that is reduced over these axes."""
+    minor = minor_axes(tuple(axis - x.ndim for axis in axes), x.ndim)
+    return from_codes(x.logical_codes(), x.scale, x.zero_point, x.offset, qtype=x.qtype, dtype=x.dtype, minor=minor)
 
 
 def is_in_training(x: Any) -> bool:

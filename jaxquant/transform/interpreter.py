@@ -157,6 +157,7 @@ class Interpreter:
       keys: path -> the key under which its statistics go; None: each path is its own.
       mask: which rows of the inputs count, as `jaxquant.transform.masks` has it; None: all.
       products: products of two activations that are looked for; None: none are.
+      observing: whether what is collected is quantized all the same; calibration runs in float.
       entering: ``(weight, x, channel axes of x) -> x``, applied to the input of each product with a planned weight.
       rounding_key: for stochastic rounding of gradients, or None.
       scope: the name stack of the jaxpr that runs.
@@ -171,6 +172,7 @@ class Interpreter:
     planning: bool = False
     collect: Callable[..., Any] | None = None
     merge: Callable[[str, Any, Any], Any] | None = None
+    observing: bool = False
     keys: Mapping[str, str] | None = None
     mask: Any = None
     products: Products | None = None
@@ -180,6 +182,11 @@ class Interpreter:
     uses: list[Use] = dataclasses.field(default_factory=list)
     own_derivatives: set[str] = dataclasses.field(default_factory=set)
     stats: dict[str, Tally] = dataclasses.field(default_factory=dict)
+
+    @property
+    def calibrating(self) -> bool:
+        """Whether the planned operations run in float, to be looked at."""
+        return self.collect is not None and not self.observing
 
     @property
     def items(self) -> Mapping[str, Item]:
@@ -287,7 +294,8 @@ class Interpreter:
         if weight.split(contracted) != item.reduce_axes:
             return False
         act = item.spec.act
-        return weight.stacked == item.stacked or (self.collect is None and not (act is not None and act.static))
+        one_each = act is not None and (act.static or weight.steps_of("act") is not None)
+        return weight.stacked == item.stacked or (self.collect is None and not one_each)
 
     def whole(self, joined: Joined) -> Any:
         """Joined weights as one value: in float, for a use that is not quantized."""
@@ -307,7 +315,7 @@ class Interpreter:
     def operand(self, weight: Weight) -> Any:
         """Running: the weight as an op's operand. Calibration runs float weights in float."""
         item = self.items.get(weight.path)
-        if item is None or self.collect is not None:
+        if item is None or self.calibrating:
             return weight.value()
         return weight.operand(item.spec.weight, item.reduce_axes, item.stacked)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,32 +33,44 @@ from jaxquant.transform.primitives import (
 )
 from jaxquant.transform.products import product_name
 from jaxquant.transform.statistics import Inputs, Rows
-from jaxquant.transform.weights import Weight
+from jaxquant.transform.weights import Weight, trained_activation
 
 __all__: list[str] = []
 
 _public = functools.partial(functools.partial, named)
 
 
-def _activation(interpreter: Interpreter, weight: Weight, x: Any, inputs: Callable[[Item], Inputs]) -> dict[str, Any]:
-    """How an op treats the other operand: its spec and static range. Calibration leaves it in float and looks at it."""
+def _activation(
+    interpreter: Interpreter, weight: Weight, x: Any, axes: Sequence[int], inputs: Callable[[Item], Inputs]
+) -> tuple[Any, dict[str, Any]]:
+    """The other operand, contracted over ``axes``, and how an op treats it: its spec and static range.
+
+    With learned steps it is quantized here. Calibration leaves it in float and looks at it.
+    """
     item = interpreter.items.get(weight.path)
     if item is None:
-        return {}
+        return x, {}
     if interpreter.collect is not None:
         interpreter.add_stats(interpreter.collect(item, functools.partial(inputs, item)))
-        return {}
-    if item.spec.act is None:
-        return {}
+    if interpreter.calibrating or item.spec.act is None:
+        return x, {}
+
+    def marked(state: Any) -> Any:  # in a shard_map a range varies as the array does: their gradients do, too
+        return jax.tree.map(lambda v: marked_varying(v, varying_axes(x)), dict(state))
+
+    steps = weight.steps_of("act")
+    if steps is not None:
+        quantized = trained_activation(x, marked(steps), item.spec.act, tuple(axes))
+        # Beside a float weight it is a float array with the values of its codes.
+        return (quantized.real, {}) if item.spec.weight is None else (quantized, {"spec": OpSpec(grad=item.spec.grad)})
     out: dict[str, Any] = {"spec": OpSpec(act=item.spec.act, grad=item.spec.grad)}
     grad, key = item.spec.grad, interpreter.rounding_key
     if grad is not None and grad.rounding == "stochastic" and key is not None:
         out["key"] = jax.random.fold_in(key, zlib.crc32(weight.path.encode("utf-8", "surrogatepass")))
     if item.spec.act.static:
-        # In a shard_map the range is marked as the array is: their gradients are, too.
-        given = jax.tree.map(lambda v: marked_varying(v, varying_axes(x)), dict(weight.state))
+        given = marked(weight.state)
         out["act_scale"], out["act_zero_point"] = given["scale"], given.get("zero_point")
-    return out
+    return x, out
 
 
 def _inputs(item: Item, rows: Rows, columns: Callable[[], Rows] | None = None) -> Inputs:
@@ -160,11 +172,13 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
     if interpreter.entering is not None:
         operands[1 - side] = x = interpreter.entering(weight, x, tuple(channels))
     rows = Axes.of(len(eqn.invars[1 - side].aval.shape), tuple(batch[1 - side]), tuple(channels))
-    act = _activation(interpreter, weight, x, lambda item: _inputs(item, _rows(interpreter, item, x, rows)))
+    operands[1 - side], act = _activation(
+        interpreter, weight, x, contract[1 - side], lambda item: _inputs(item, _rows(interpreter, item, x, rows))
+    )
     if not isinstance(operands[side], QTensor) and not act:
         return _as_it_stands(eqn, operands)
     if side == 0 and act:  # an op takes the right operand for the weight
-        return [_swapped(eqn, interpreter, [x, operands[0]], act)]
+        return [_swapped(eqn, interpreter, [operands[1], operands[0]], act)]
     out = ops.dot_general(
         operands[0],
         operands[1],
@@ -241,12 +255,14 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     if not interpreter.planned(weight, contracted):
         return _as_it_stands(eqn, [x, interpreter.real(weight)])
     kernel = interpreter.operand(weight)
-    act = _activation(interpreter, weight, x, lambda item: _conv_inputs(interpreter, item, weight, x, p))
+    image, act = _activation(
+        interpreter, weight, x, numbers.lhs_spec[1:], lambda item: _conv_inputs(interpreter, item, weight, x, p)
+    )
     if not isinstance(kernel, QTensor) and not act:
-        return _as_it_stands(eqn, [x, kernel])
+        return _as_it_stands(eqn, [image, kernel])
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count", "batch_group_count")
     out = ops.conv_general_dilated(
-        x,
+        image,
         kernel,
         **{name: p[name] for name in names},
         dimension_numbers=numbers,
@@ -389,13 +405,11 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
     experts = interpreter.operand(weight)
     if interpreter.entering is not None:
         x = interpreter.entering(weight, x, (1,))
-    act = _activation(interpreter, weight, x, lambda item: _ragged_inputs(interpreter, item, x, sizes))
+    rows, act = _activation(interpreter, weight, x, (1,), lambda item: _ragged_inputs(interpreter, item, x, sizes))
     if not isinstance(experts, QTensor) and not act:
-        return _as_it_stands(eqn, [x, experts, *values[2:]])
-    precision = _precision(interpreter, eqn.params["precision"])
-    return [
-        ops.ragged_dot(x, experts, sizes, precision=precision, preferred_element_type=eqn.outvars[0].aval.dtype, **act)
-    ]
+        return _as_it_stands(eqn, [rows, experts, *values[2:]])
+    precision, dtype = _precision(interpreter, eqn.params["precision"]), eqn.outvars[0].aval.dtype
+    return [ops.ragged_dot(rows, experts, sizes, precision=precision, preferred_element_type=dtype, **act)]
 
 
 def _ragged_inputs(interpreter: Interpreter, item: Item, x: jax.Array, sizes: jax.Array) -> Inputs:

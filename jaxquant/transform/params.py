@@ -11,9 +11,10 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from jaxquant.core.affine import has_nan
+from jaxquant.core.affine import has_nan, quantize
 from jaxquant.core.blocks import block_shape, negative_axes
 from jaxquant.core.errors import QuantError, Refusals, quant_error
+from jaxquant.core.learned import learned_range
 from jaxquant.core.paths import is_qtensor, leaves_with_paths, nearest
 from jaxquant.core.qtensor import Layout, QTensor, dequantize
 from jaxquant.core.specs import QuantSpec
@@ -26,7 +27,7 @@ from jaxquant.transform.make_plan import check_rules
 from jaxquant.transform.misfits import fitted
 from jaxquant.transform.plan import Plan, is_float
 from jaxquant.transform.primitives import automatic
-from jaxquant.transform.quantized import check_plan
+from jaxquant.transform.quantized import check_plan, check_state
 from jaxquant.transform.shardings import explicit_of, shardings
 
 __all__ = ["dequantize_params", "quantize_params"]
@@ -224,12 +225,20 @@ def _quantized(
         raise QuantError(str(error), "quantize_params", path) from None
 
 
+def by_steps(w: jax.Array, spec: QuantSpec, *, reduce_axes: tuple[int, ...], stats: Any) -> QTensor:
+    """To nearest with a learned range."""
+    scale, zero_point = learned_range(stats, spec)
+    zero_point = None if zero_point is None else zero_point.astype(spec.type.code_dtype)
+    return quantize(w, spec, reduce_axes=reduce_axes, scale=scale, zero_point=zero_point)
+
+
 def quantize_params(
     params: Any,
     plan: Plan | Sequence[Rule],
     *,
     method: str | Callable[..., QTensor] = rtn,
     stats: Mapping[str, Any] | None = None,
+    state: Mapping[str, Any] | None = None,
     target: Platform | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
@@ -251,6 +260,8 @@ def quantize_params(
       method: a quantizer ``(w, spec, *, reduce_axes, stats) -> QTensor``, or the name of one, such as ``"gptq"``; see
         `jaxquant.ptq`. One that looks at inputs rounds to nearest what a plan knows to be only looked up: it has none.
       stats: path -> what the method wants to know about the inputs of that weight.
+      state: learned steps of weights, from `qat.learned_steps`; those weights are rounded to nearest with them, as the
+        function that was trained has done. Ranges of activations in it stay for `quantized`.
       target: the platform that the codes will be read on, ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default the one where
         the arrays are. It decides how codes lie in memory (`QTensor.laid_out`), and no value.
       progress: called after each weight with how many are done, and of how many.
@@ -274,24 +285,33 @@ def quantize_params(
     leaves, treedef = leaves_with_paths(params)
     if isinstance(plan, Plan):
         check_plan("quantize_params", plan, leaves)
+        check_state("quantize_params", plan, state)
         assigned = {
             i.path: (i.spec.weight, _Layer(i.reduce_axes, i.contraction_minor, i.stacked, i.lookup))
             for i in plan.items
             if i.spec.weight is not None
         }
     else:
+        if state is not None:
+            todo = "Pass the plan that the state is for in the place of rules"
+            raise quant_error("quantize_params", "state needs a plan", todo=todo, paths=tuple(state))
         assigned = _assign(leaves, plan)
+    steps = {path: entry["weight"] for path, entry in (state or {}).items() if "weight" in entry}
+    if steps and method is not rtn:
+        todo = "Leave out method, or state"
+        raise quant_error("quantize_params", "learned steps round to nearest", todo=todo, method=method)
     refusals = Refusals("quantize_params")
     for path, (spec, layer) in assigned.items():
         with refusals.gather():
             _check_weight(path, leaves[path], spec, layer)
             _check_stats(path, (stats or {}).get(path))
     refusals.close()
-    known = {path: (stats or {}).get(path) for path in assigned}
+    known = {path: steps.get(path, (stats or {}).get(path)) for path in assigned}
     # What a method misses should show before it has worked for long.
     for done, path in enumerate(sorted(assigned, key=lambda path: known[path] is not None), 1):
         layout = layout_for(target, leaves[path])
-        leaves[path] = _quantized(path, leaves[path], *assigned[path], method, known[path], layout)
+        by = by_steps if path in steps else method
+        leaves[path] = _quantized(path, leaves[path], *assigned[path], by, known[path], layout)
         if progress is not None:
             jax.block_until_ready(leaves[path])
             progress(done, len(assigned))

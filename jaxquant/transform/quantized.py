@@ -7,18 +7,21 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
-from jaxquant.core.errors import quant_error
+from jaxquant.core.errors import Refusals, quant_error
+from jaxquant.core.learned import check_entry
 from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.ops.operands import random_key
-from jaxquant.transform.interpreter import Interpreter
-from jaxquant.transform.plan import Plan, is_float
+from jaxquant.transform.interpreter import Interpreter, Tally
+from jaxquant.transform.plan import Item, Plan, is_float
 from jaxquant.transform.products import Products
+from jaxquant.transform.statistics import Inputs, Range
 from jaxquant.transform.trace import Traced, trace
 from jaxquant.transform.weights import Weight, dims_of
 
-__all__ = ["check_plan", "quantized", "weights_of"]
+__all__ = ["check_plan", "check_state", "quantized", "quantized_and_seen", "steps_shape", "weights_of"]
 
 
 def check_plan(function: str, plan: Plan, params: Mapping[str, Any]) -> None:
@@ -95,7 +98,10 @@ def quantized(
       fn: any JAX function whose argument 0 is a pytree of parameters.
       plan: from `make_plan`, or a model that holds its plan and state: what `jaxquant.io.load_model` returned. None:
         QTensor leaves run weight-only, all else in float.
-      state: path -> ``{"scale": .., "zero_point": ..}`` for the planned activations whose range is static.
+      state: path -> ``{"scale": .., "zero_point": ..}`` for the planned activations whose range is static, from
+        `act_state`; or path -> ``{"weight": .., "act": ..}``, learned steps from `qat.learned_steps`, with which every
+        range that is there takes the place of the one the spec would choose. Pass it as an argument of the function
+        that is differentiated to train it.
       precision: of the quantized operations; None: each operation's own. See `jaxquant.ops.dot_general`.
       key: a random key for gradients that are rounded stochastically: a new one for each step of training. Each weight
         rounds with a noise of its own. Needed where such gradients are taken; the results are the same without.
@@ -107,9 +113,9 @@ def quantized(
       QuantError: when called with params that do not fit the plan, without the state that a static spec needs, or with
         a QTensor that reaches an operation without a quantized form.
 
-    Gradient: straight-through with respect to float leaves and inputs; with respect to the scales of QTensors; of every
-      order, in forward and reverse mode. Custom derivative rules of functions that a planned weight enters are replaced
-      by the derivative of their body.
+    Gradient: straight-through with respect to float leaves and inputs; with respect to the scales of QTensors; that of
+      the papers with respect to learned steps (`qat.learned_steps`); of every order, in forward and reverse mode.
+      Custom derivative rules of functions that a planned weight enters are replaced by the derivative of their body.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxquant as jq
@@ -138,16 +144,8 @@ def quantized(
 
     @functools.wraps(fn)
     def run(params: Any, *args: Any, **kwargs: Any) -> Any:
-        traced = trace("quantized", fn, params, args, kwargs)
-        if plan is not None:
-            check_plan("quantized", plan, traced.params)
-            _check_state(plan, state)
-        products = Products({p.name: p.spec for p in plan.products}) if plan is not None and plan.products else None
-        interpreter = Interpreter(plan, precision=precision, products=products, rounding_key=key)
-        results = interpreter.run(traced.jaxpr, weights_of(traced, plan, state))
-        if products is not None:
-            _check_products(products)
-        return traced.rebuild([_returned(interpreter, r) if isinstance(r, Weight) else r for r in results])
+        interpreter = Interpreter(plan, precision=precision, rounding_key=key)
+        return _run(interpreter, fn, state, params, args, kwargs)
 
     return run
 
@@ -161,6 +159,58 @@ def _checked_key(plan: Plan | None, key: Any) -> Any:
         todo = "Leave the key out, or plan gradients with rounding='stochastic'"
         raise quant_error("quantized", "nothing is rounded with a key", todo=todo)
     return random_key("quantized", key)
+
+
+def _run(interpreter: Interpreter, fn: Callable[..., Any], state: Any, params: Any, args: Any, kwargs: Any) -> Any:
+    """The function, evaluated by an interpreter, which notes what there is to be noted."""
+    traced, plan = trace("quantized", fn, params, args, kwargs), interpreter.plan
+    if plan is not None:
+        check_plan("quantized", plan, traced.params)
+        _check_static(plan, state)
+        check_state("quantized", plan, state)
+        if plan.products:
+            interpreter.products = Products({p.name: p.spec for p in plan.products})
+    results = interpreter.run(traced.jaxpr, weights_of(traced, plan, state))
+    if interpreter.products is not None:
+        _check_products(interpreter.products)
+    return traced.rebuild([_returned(interpreter, r) if isinstance(r, Weight) else r for r in results])
+
+
+def quantized_and_seen(fn: Callable[..., Any], plan: Plan, state: Mapping[str, Any] | None) -> Callable[..., Any]:
+    """`quantized`, with path -> ``{"range": ..}``, what the observer of each activation has seen in this call."""
+    ranges = {item.path: Range(item.spec.act.observer) for item in plan.items if item.spec.act is not None}
+
+    def collected(item: Item, inputs: Callable[[], Inputs]) -> dict[str, Tally]:
+        if item.path not in ranges:
+            return {}
+        rows = inputs().values
+        return {item.path: Tally(ranges[item.path].of(jax.lax.stop_gradient(rows.values)), rows.seen())}
+
+    @functools.wraps(fn)
+    def run(params: Any, *args: Any, **kwargs: Any) -> Any:
+        def merge(path: str, a: Any, b: Any) -> Any:
+            return ranges[path].merge(a, b)
+
+        interpreter = Interpreter(plan, collect=collected, merge=merge, observing=True)
+        result = _run(interpreter, fn, state, params, args, kwargs)
+        none = {path: ranges[path].observer.init((*plan[path].shape[: plan[path].stacked], 1)) for path in ranges}
+        return result, {path: {"range": _seen(interpreter.stats.get(path), none[path])} for path in ranges}
+
+    return run
+
+
+def _seen(tally: Tally | None, none: Any) -> Any:
+    """The state of an observer, or that of one that has seen nothing."""
+    if tally is None:
+        return none
+    if tally.seen is None:
+        return tally.value
+    seen = tally.seen
+    return jax.tree.map(
+        lambda new, old: jnp.where(seen.reshape(seen.shape + (1,) * (new.ndim - seen.ndim)), new, old),
+        tally.value,
+        none,
+    )
 
 
 def _check_products(products: Products) -> None:
@@ -177,15 +227,47 @@ def _returned(interpreter: Interpreter, weight: Weight) -> Any:
     return weight.leaf if not weight.steps else interpreter.float_of(weight, "the result of the function")
 
 
-def _check_state(plan: Plan, state: Mapping[str, Any] | None) -> None:
+def _check_static(plan: Plan, state: Mapping[str, Any] | None) -> None:
+    """Raises if the state lacks what the plan needs."""
     needed = [i.path for i in plan.items if i.spec.act is not None and i.spec.act.static]
-    missing = [path for path in needed if path not in (state or {})]
+    missing = [path for path in needed if not {"scale", "act"} & set((state or {}).get(path, ()))]
     if missing:
-        todo = "Calibrate: pass state=jq.act_state(plan, jq.calibrate(fn, plan, params, batches))"
+        todo = (
+            "Calibrate: pass state=jq.act_state(plan, jq.calibrate(fn, plan, params, batches)), or learn the ranges: "
+        )
+        todo += "state=jq.qat.learned_steps(fn, plan, params, batches)"
         raise quant_error("quantized", "static activation ranges are missing", todo=todo, paths=tuple(missing))
+
+
+def check_state(function: str, plan: Plan, state: Mapping[str, Any] | None) -> None:
+    """Raises if the state holds what is not of the plan: all mismatches at once."""
+    refusals = Refusals(function)
     for path, entry in (state or {}).items():
-        if path not in plan or not isinstance(entry, Mapping) or "scale" not in entry:
-            todo = "Use what act_state returned for this plan"
-            raise quant_error(
-                "quantized", "state does not fit the plan", todo=todo, path=path, entry=type(entry).__name__
-            )
+        with refusals.gather():
+            _check_state_of(function, plan, path, entry)
+    refusals.close()
+
+
+def _check_state_of(function: str, plan: Plan, path: str, entry: Any) -> None:
+    item, names = plan.get(path), set(entry) if isinstance(entry, Mapping) else set()
+    if item is None or not names or not (names <= {"act", "weight"} or "scale" in names):
+        todo = "Use what act_state or qat.learned_steps returned for this plan"
+        raise quant_error(function, "state does not fit the plan", todo=todo, path=path, entry=type(entry).__name__)
+    if "scale" in names:
+        return
+    for operand in sorted(names):
+        spec = getattr(item.spec, operand)
+        if spec is None:
+            todo = "Use what qat.learned_steps returned for this plan"
+            raise quant_error(function, f"the plan quantizes no {operand} here", todo=todo, path=path)
+        check_entry(function, path, entry[operand], spec, steps_shape(item, operand))
+
+
+def steps_shape(item: Item, operand: str) -> tuple[int, ...]:
+    """The shape of the learned steps of a weight, or of what it is multiplied with."""
+    if operand == "weight":
+        return item.scale_shape
+    spec = item.spec.act
+    assert spec is not None
+    groups = () if spec.group_size is None else (item.channels // spec.group_size,)
+    return (*item.shape[: item.stacked], *groups)

@@ -12,21 +12,35 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.core import views
 from jaxquant.core.affine import as_codes
+from jaxquant.core.blocks import block_shape, scale_shape
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.indices import clamped
+from jaxquant.core.learned import learned_codes, learned_values
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.analysis.axes import factored
 
-__all__ = ["Atom", "Dims", "Joined", "View", "Weight", "as_matrix", "dims_of", "from_matrix", "reshape_dims"]
+__all__ = [
+    "Atom",
+    "Dims",
+    "Joined",
+    "View",
+    "Weight",
+    "act_spec",
+    "as_matrix",
+    "dims_of",
+    "from_matrix",
+    "reshape_dims",
+    "trained_activation",
+]
 
 _ids = itertools.count()
 
@@ -88,9 +102,31 @@ class View:
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "reduce_axes"))  # traced once for all weights of one shape
-def _trained(w: jax.Array, spec: QuantSpec, reduce_axes: tuple[int, ...]) -> TrainedTensor:
-    q = as_codes(jax.lax.stop_gradient(w), spec, reduce_axes)
-    return TrainedTensor(q, fake_quant(w, spec, reduce_axes=reduce_axes))
+def _trained(w: jax.Array, steps: Any, spec: QuantSpec, reduce_axes: tuple[int, ...]) -> TrainedTensor:
+    """A weight in training, by its own range or by learned ones."""
+    if steps is None:
+        q = as_codes(jax.lax.stop_gradient(w), spec, reduce_axes)
+        return TrainedTensor(q, fake_quant(w, spec, reduce_axes=reduce_axes))
+    blocks = scale_shape(w.shape, block_shape(w.shape, spec.granularity, spec.group_size, reduce_axes))
+    n = w.size // math.prod(blocks)
+    q = learned_codes(w, spec, reduce_axes, steps, blocks)
+    return TrainedTensor(q, learned_values(w, spec, reduce_axes, steps, n, blocks))
+
+
+def act_spec(spec: QuantSpec) -> QuantSpec:
+    """How an activation with learned steps is quantized: by one for all of it, unless there is one for each group."""
+    return spec if spec.granularity == "per_group" else dataclasses.replace(spec, granularity="per_tensor")
+
+
+def trained_activation(x: jax.Array, steps: Any, spec: QuantSpec, axes: tuple[int, ...]) -> TrainedTensor:
+    """An activation by its learned steps: a scalar, or one for each group along the one axis that is contracted."""
+    spec, axes = act_spec(spec), tuple(sorted(a - x.ndim for a in axes))
+    n = math.prod(x.shape[a] for a in axes) if spec.group_size is None else spec.group_size
+    blocks = scale_shape(x.shape, block_shape(x.shape, spec.granularity, spec.group_size, axes))
+    along = [blocks[a] if a - x.ndim in axes else 1 for a in range(x.ndim)]
+    steps = {name: value.reshape(along if value.ndim else (1,) * x.ndim) for name, value in steps.items()}
+    q = learned_codes(x, spec, axes, steps, blocks)
+    return TrainedTensor(q, learned_values(x, spec, axes, steps, n, blocks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +136,7 @@ class Weight:
     Attributes:
       path: the parameter's path.
       leaf: the array or QTensor, without its first ``stacked`` axes; None while planning.
-      state: this parameter's entry of ``state`` (static activation ranges), or None.
+      state: this parameter's entry of ``state`` (static activation ranges, learned steps), or None.
       dims: atoms of each axis of the view.
       dtype: dtype of the view.
       stacked: leading axes of the parameter that enclosing scans have consumed.
@@ -124,6 +160,10 @@ class Weight:
     def ndim(self) -> int:
         """Rank of the view."""
         return len(self.dims)
+
+    def steps_of(self, operand: Literal["weight", "act"]) -> Any:
+        """The learned range of the parameter or of what it is multiplied with; None if that is not learned."""
+        return None if self.state is None else self.state.get(operand)
 
     def seen(self, step: View, dims: Dims, dtype: Any = None) -> Weight:
         """This weight through one more view."""
@@ -153,7 +193,7 @@ class Weight:
         one = functools.partial(_trained, spec=spec, reduce_axes=reduce_axes)
         for _ in range(stacked - self.stacked):
             one = jax.vmap(one)
-        x: Any = one(self.leaf)
+        x: Any = one(self.leaf, self.steps_of("weight"))
         for step in self.steps:
             x = step(x)
         return x

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,16 @@ from jaxquant.ops.forms import Matrix, Packed
 from jaxquant.ops.kernels.dots import dot
 from jaxquant.ops.problem import Kernel, Product
 
-__all__ = ["Int8", "Sums", "common_group", "int8_product", "int8_sums", "multiplies_integers", "overflow_limit"]
+__all__ = [
+    "Int8",
+    "Sums",
+    "common_group",
+    "int8_product",
+    "int8_sums",
+    "multiplies_integers",
+    "overflow_limit",
+    "planes_product",
+]
 
 _INT32_MAX = 2**31 - 1
 
@@ -85,6 +94,24 @@ def common_group(*operands: Matrix | Packed) -> int:
     """The longest run of K within which no operand changes its scale."""
     runs = [x.shape[2] // x.groups for x in operands if x.groups != 1]
     return math.gcd(*runs) if runs else operands[0].shape[2]
+
+
+def planes_product(
+    lhs: Sequence[Matrix], rhs: Sequence[Matrix], sums: Sums, combine: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """`int8_product` of operands that are cut into planes.
+
+    Where one scale serves all of a row the sums of planes are added up in int32, and the result is that of codes in one
+    piece, to the last bit.
+    """
+    left, right = lhs[0], rhs[0]
+    length = sum(plane.codes.shape[2] for plane in lhs)
+    if max(left.groups, right.groups) > 1 or length > overflow_limit(left.reach, right.reach):
+        products = [int8_product(x, w, sums, combine) for x, w in zip(lhs, rhs, strict=True)]
+        return functools.reduce(jnp.add, products)
+    exact = [_corrected(x.codes, w, x.zero_point, w.zero_point, sums) for x, w in zip(lhs, rhs, strict=True)]
+    out = functools.reduce(jnp.add, exact).astype(jnp.float32)
+    return combine(out * left.scale * jnp.swapaxes(right.scale, 1, 2))
 
 
 def int8_product(

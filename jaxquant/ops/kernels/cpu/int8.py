@@ -12,9 +12,9 @@ from jax import lax
 from jaxquant.core.sizes import number
 from jaxquant.ops.forms import Matrix, Packed
 from jaxquant.ops.kernels.cpu import machine
-from jaxquant.ops.kernels.cpu.blocks import LARGEST, by_blocks, in_branch, rows_of, sum_of_parts, total
+from jaxquant.ops.kernels.cpu.blocks import LARGEST, by_blocks, in_branch, rows_of, sum_of_parts
 from jaxquant.ops.kernels.cpu.dots import row_dot
-from jaxquant.ops.kernels.integer import int8_product, multiplies_integers
+from jaxquant.ops.kernels.integer import int8_product, multiplies_integers, planes_product
 from jaxquant.ops.problem import Kernel, Product
 
 __all__ = ["LONG_GROUP", "Int8", "int8_blocks", "int8_sums"]
@@ -34,6 +34,7 @@ class Int8(Kernel):
     platforms = ("cpu",)
 
     name = "int8"
+    exact = True
 
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:
@@ -57,7 +58,7 @@ def int8_blocks(x: Matrix, w: Matrix | Packed, parts: int = 1) -> jax.Array:
     The weight's codes are exact in int8.
     """
     if isinstance(w, Matrix):  # int8 as it is stored
-        return _summed(x, w, parts)
+        return int8_product(x, w, int8_sums, lambda out: sum_of_parts(out, parts, 1))
     planes = [Matrix(x.codes[:, :, i :: w.planes], x.scale, x.zero_point, x.qtype) for i in range(w.planes)]
 
     def multiply(block: Matrix | Packed, b: Any, _: Any) -> jax.Array:
@@ -67,13 +68,9 @@ def int8_blocks(x: Matrix, w: Matrix | Packed, parts: int = 1) -> jax.Array:
         codes = in_branch(block.stored, unpacked) if block.planes == 1 else lax.optimization_barrier(unpacked())
         weights = [Matrix(c, p.scale, p.zero_point, p.qtype) for c, p in zip(codes, block.int8(), strict=True)]
         rows = [rows_of(plane, b, block.shape[0], 0, plane.shape[1]) for plane in planes]
-        return total(_summed(x, plane, parts) for x, plane in zip(rows, weights, strict=True))
+        return planes_product(rows, weights, int8_sums, lambda out: sum_of_parts(out, parts, 1))
 
     return by_blocks(x.codes[:, : x.shape[1] // parts], w, multiply, 4 * LARGEST)
-
-
-def _summed(x: Matrix, w: Matrix, parts: int) -> jax.Array:
-    return int8_product(x, w, int8_sums, lambda out: sum_of_parts(out, parts, 1))
 
 
 def int8_sums(lhs: jax.Array, rhs: Matrix) -> jax.Array:

@@ -68,6 +68,7 @@ class ResidualSplit(Kernel):
 
     digits: int
     name = "int8 residual split"
+    exact = True
 
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:

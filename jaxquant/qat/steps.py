@@ -1,0 +1,309 @@
+"""Learned steps: ranges that an optimizer trains, where they start, and what keeps them in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.core.affine import encode, roundtrip, scale_zero_point
+from jaxquant.core.blocks import BlockView, block_shape
+from jaxquant.core.errors import Refusals, quant_error
+from jaxquant.core.learned import STEPS
+from jaxquant.core.observers import MSE, AbsMean
+from jaxquant.core.paths import is_qtensor, leaves_with_paths, path_of
+from jaxquant.core.qtensor import scale_values
+from jaxquant.core.qtypes import qtype_of
+from jaxquant.core.specs import QuantSpec
+from jaxquant.qat.leaves import trainable
+from jaxquant.transform.calibrate import Calibration
+from jaxquant.transform.masks import Mask
+from jaxquant.transform.plan import Item, Plan
+from jaxquant.transform.quantized import check_plan
+from jaxquant.transform.statistics import Range, Statistic
+
+__all__ = ["Method", "clamp_steps", "labels", "learned_steps"]
+
+Method = Literal["lsq", "lsq+", "pact"]
+"""Whose quantizer is learned."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _GroupRange(Statistic):
+    """The states of an observer, one for each group of channels."""
+
+    sees = "channels"
+    observer: Any
+    groups: int
+
+    def of(self, x: jax.Array, counted: jax.Array | None = None) -> Any:
+        rows = x.reshape(-1, self.groups, x.shape[-1] // self.groups)
+        each = None if counted is None else jnp.broadcast_to(counted.reshape(-1, 1, 1), rows.shape)
+        return self.observer.update(self.observer.init((1, self.groups, 1)), rows, (0, 2), each)
+
+    def merge(self, a: Any, b: Any) -> Any:
+        return self.observer.merge(a, b)
+
+
+def _starts_at_mean(spec: QuantSpec, method: Method) -> bool:
+    """Whether the step starts where LSQ has it: of few bits that is better than the least error, once it is trained."""
+    few = spec.type.kind == "int" and spec.type.bits <= 3
+    return spec.calibration is None and spec.symmetric and few and method != "pact"
+
+
+def _calibrated(spec: QuantSpec, method: Method) -> QuantSpec:
+    """The same grid, with what finds the range if the spec asks for none in particular."""
+    if spec.calibration is not None:
+        return spec
+    info = qtype_of(spec.qtype)
+    narrow = spec.type.qmin != info.qmin if info.kind == "int" and info.signed else spec.narrow_range
+    calibration = AbsMean() if _starts_at_mean(spec, method) else MSE()
+    return dataclasses.replace(spec, calibration=calibration, narrow_range=narrow)
+
+
+def _step(lo: jax.Array, hi: jax.Array, spec: QuantSpec, method: Method) -> tuple[jax.Array, jax.Array | None]:
+    """Scale and zero point of a range; of a mean magnitude LSQ's ``2 mean|x| / sqrt(qmax)``."""
+    if not _starts_at_mean(spec, method):
+        return scale_zero_point(lo, hi, spec)
+    return jnp.where(hi > 0, 2 * hi / math.sqrt(spec.type.qmax), jnp.ones_like(hi)), None
+
+
+def learned_steps(
+    fn: Callable[..., Any],
+    plan: Plan,
+    params: Any,
+    batches: Iterable[Any],
+    method: Method = "lsq",
+    *,
+    mask: Mask = None,
+) -> dict[str, Any]:
+    """Where trained ranges start: the ``state`` with which `quantized` learns the steps of weights and activations.
+
+        state = qat.learned_steps(fn, plan, params, batches)
+        loss = lambda params, state, x: objective(jq.quantized(fn, plan, state)(params, x))
+        jax.grad(loss, argnums=(0, 1))                                     # trains both
+        jq.quantize_params(params, plan, state=state)                      # freezes both
+        jq.quantized(fn, plan, state)(qparams, x)                          # what was trained, in integers
+
+    A range starts where the spec's own ``calibration`` has it: over each block of a weight, over all inputs of an
+    activation. Without one a symmetric range of up to three bits starts where LSQ has it, ``2 mean|x| / sqrt(qmax)``
+    (not PACT's), and all others at the least squared error: each is what was better after training.
+
+    Args:
+      fn: the function that was planned.
+      plan: from `make_plan`. What it quantizes is learned: one step per tensor, channel or group of a weight, as its
+        spec says; one for an activation, for all tokens, or one for each group of channels. An activation may be
+        static or not; with ``static=True`` running without the state is an error.
+      params: its float parameters.
+      batches: for each batch the tuple of fn's further arguments (a single array stands for a tuple of one), from which
+        activations are calibrated. Not looked at where only weights are quantized.
+      method: ``"lsq"``: the step; ``"lsq+"``: and the offset, where a spec is asymmetric; ``"pact"``: the largest
+        magnitude, whose gradient is that of clipping alone.
+      mask: which rows of the batches count, as for `calibrate`.
+
+    Returns:
+      path -> ``{"weight": range, "act": range}``, each there if it is quantized. A range is a dict of float32 arrays:
+      ``scale``; ``scale`` and ``offset`` (of LSQ+, in real units); ``clip`` (of PACT); or for LSQ of an asymmetric spec
+      ``scale`` and a constant ``zero_point``. Leading axes are those of stacked layers.
+
+    Raises:
+      QuantError: naming each path, if a number type has scales of its own form, a spec is asymmetric under PACT, rounds
+        stochastically or treats outliers apart, parameters are quantized already or do not fit the plan, there are no
+        batches, or nothing reaches a weight.
+
+    Gradient: with respect to the ranges, through `quantized`: that of the papers, with LSQ's ``1 / sqrt(n qmax)``, n
+      the number of weights that share the step, or of features of one row of an activation. `jaxquant.core.learned` has
+      the formulas.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import qat
+      >>> fn, params, x = lambda p, x: x @ p["w"], {"w": jnp.linspace(-1.0, 1.0, 32).reshape(8, 4)}, jnp.ones((2, 8))
+      >>> spec = jq.OpSpec(jq.QuantSpec("int2"), jq.QuantSpec("uint4"))
+      >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("w", spec)])
+      >>> state = qat.learned_steps(fn, plan, params, [x])
+      >>> jax.tree.map(jnp.shape, state)
+      {'w': {'act': {'scale': ()}, 'weight': {'scale': (1, 4)}}}
+      >>> loss = lambda params, state: jnp.sum(jq.quantized(fn, plan, state)(params, x) ** 2)
+      >>> grads, step_grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, state)
+      >>> qparams = jq.quantize_params(params, plan, state=state)
+      >>> bool((jq.quantized(fn, plan, state)(qparams, x) == jq.quantized(fn, plan, state)(params, x)).all())
+      True
+
+    Source: Esser et al. 2020, LSQ (arXiv:1902.08153); Bhalgat et al. 2020, LSQ+ (arXiv:2004.09576); Choi et al. 2018,
+      PACT (arXiv:1805.06085).
+    """
+    function = "learned_steps"
+    if method not in get_args(Method):
+        todo = f"Use one of {', '.join(map(repr, get_args(Method)))}"
+        raise quant_error(function, "unknown method", todo=todo, method=method)
+    if not isinstance(plan, Plan):
+        raise quant_error(function, "plan must be a Plan", todo="Pass what make_plan returned", plan=plan)
+    leaves = leaves_with_paths(params)[0]
+    check_plan(function, plan, leaves)
+    refusals = Refusals(function)
+    for item in plan.items:
+        for operand, spec in (("weight", item.spec.weight), ("activation", item.spec.act)):
+            if spec is not None:
+                with refusals.gather():
+                    _check_spec(function, item, operand, spec, method)
+        if is_qtensor(leaves[item.path]):
+            with refusals.gather():
+                todo = "Pass the float parameters"
+                raise quant_error(function, "the weight is quantized already", todo=todo, path=item.path)
+    refusals.close()
+    state: dict[str, Any] = {}
+    ranges = _act_ranges(fn, plan, params, batches, mask, method)
+    for item in plan.items:
+        entry = {}
+        if item.spec.weight is not None:
+            found = item.stack(lambda w, item=item: _weight_range(w, item, method))(jnp.asarray(leaves[item.path]))
+            entry["weight"] = _entry(found, item.spec.weight, method)
+        if item.spec.act is not None:
+            if item.path not in ranges:
+                todo = "Pass batches that reach every branch"
+                raise quant_error(function, "no batch reaches this weight", todo=todo, path=item.path)
+            spec = item.spec.act
+            found = item.stack(lambda seen, spec=spec: _act_range(seen, spec, method))(ranges[item.path]["steps"])
+            entry["act"] = _entry(found, spec, method)
+        if entry:
+            state[item.path] = entry
+    return state
+
+
+def _check_spec(function: str, item: Item, operand: str, spec: QuantSpec, method: Method) -> None:
+    if spec.type.scale_format is not None or spec.two_level:
+        todo = "Use an integer type, fp8 or a table, with scales in a float dtype"
+        rule = f"the scales of this {operand} are no floats of their own"
+        raise quant_error(function, rule, todo=todo, path=item.path, qtype=spec.qtype, scale_dtype=spec.scale_dtype)
+    if spec.outliers is not None:
+        raise quant_error(function, "features with outliers have no steps", todo="Leave outliers out", path=item.path)
+    if spec.rounding != "nearest":
+        todo = "Use rounding='nearest'"
+        raise quant_error(function, "learned steps round to nearest", todo=todo, path=item.path, rounding=spec.rounding)
+    if not spec.symmetric and method == "pact":
+        todo = "Use symmetric=True (of an unsigned type, after a ReLU), or method='lsq+'"
+        raise quant_error(
+            function, f"PACT clips symmetric ranges, and this {operand} has none", todo=todo, path=item.path
+        )
+    if operand == "activation" and spec.granularity == "per_group" and item.op != "dot_general":
+        todo = "Use granularity='per_tensor'"
+        raise quant_error(function, "steps per group are for dot_general", todo=todo, path=item.path, op=item.op)
+
+
+def _weight_range(w: jax.Array, item: Item, method: Method) -> Any:
+    spec = item.spec.weight
+    assert spec is not None
+    if _starts_at_mean(spec, method):
+        view = BlockView(w.shape, block_shape(w.shape, spec.granularity, spec.group_size, item.reduce_axes))
+        mean = view.join_scale(jnp.mean(jnp.abs(view.split(w.astype(jnp.float32))), axis=view.axes, keepdims=True))
+        return _step(-mean, mean, spec, method)
+    found = encode(w, _calibrated(spec, method), item.reduce_axes)
+    return scale_values(found.scale), found.zero_point
+
+
+def _act_ranges(
+    fn: Callable[..., Any], plan: Plan, params: Any, batches: Iterable[Any], mask: Mask, method: Method
+) -> Any:
+    """path -> the state of the observer of each activation."""
+    acts = {item.path: _calibrated(item.spec.act, method) for item in plan.items if item.spec.act is not None}
+    if not acts:
+        return {}
+    calibration = Calibration("learned_steps", fn, plan, {})
+    for item in plan.items:
+        spec = acts.get(item.path)
+        calibration.wanted[item.path] = {} if spec is None else {"steps": _statistic(item, spec)}
+    return calibration(params, batches, mask)
+
+
+def _statistic(item: Item, spec: QuantSpec) -> Statistic:
+    if spec.group_size is None:
+        return Range(spec.observer)
+    return _GroupRange(spec.observer, item.channels // spec.group_size)
+
+
+def _act_range(seen: Any, spec: QuantSpec, method: Method) -> Any:
+    calibrated = _calibrated(spec, method)
+    lo, hi = calibrated.observer.result(seen, symmetric=spec.symmetric, roundtrip=roundtrip(calibrated))
+    shape = () if spec.group_size is None else (lo.size,)
+    return _step(lo.reshape(shape), hi.reshape(shape), spec, method)
+
+
+def _entry(found: tuple[jax.Array, Any], spec: QuantSpec, method: Method) -> dict[str, jax.Array]:
+    """A range as what is learned of it."""
+    scale = found[0].astype(jnp.float32)
+    if method == "pact":
+        return {"clip": scale * spec.type.qmax}
+    if found[1] is None:
+        return {"scale": scale}
+    zero_point = found[1].astype(jnp.float32)
+    other = {"offset": -zero_point * scale} if method == "lsq+" else {"zero_point": zero_point}
+    return {"scale": scale, **other}
+
+
+def _is_step(keys: Any) -> bool:
+    return path_of(keys).rpartition("/")[2] in STEPS
+
+
+def clamp_steps(state: Any, least: float = 1e-6) -> Any:
+    """The state with every scale and clip at ``least`` or above; to be called after each update of it.
+
+    A step at or below 0 has no meaning, and an optimizer that takes long steps may get there.
+
+    Args:
+      state: from `learned_steps`, or gradient-trained ranges of `act_state`.
+      least: the smallest step, in real units; above 0.
+
+    Returns:
+      A new state; under `jax.jit` as well.
+
+    Raises:
+      QuantError: if ``least`` is not above 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxquant import qat
+      >>> qat.clamp_steps({"w": {"weight": {"scale": jnp.array([0.5, -0.1])}}}, least=0.25)
+      {'w': {'weight': {'scale': Array([0.5 , 0.25], dtype=float32)}}}
+    """
+    if not least > 0:
+        raise quant_error("clamp_steps", "the least step must be above 0", todo="Use for example 1e-6", least=least)
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, x: jnp.maximum(x, jnp.asarray(least, x.dtype)) if _is_step(keys) else x, state
+    )
+
+
+def labels(params: Any, state: Any = None) -> Any:
+    """Labels for `optax.multi_transform`: what has a learning rate of its own, and what does not train.
+
+    Args:
+      params: pytree of arrays and QTensors.
+      state: learned steps; None: there are none.
+
+    Returns:
+      ``"weights"`` for float leaves and ``"frozen"`` for integer leaves and QTensors, in the structure of ``params``.
+      With a state the pair of that and of its labels, for an optimizer of ``(params, state)``: ``"steps"``, and
+      ``"frozen"`` for constant zero points.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from jaxquant import qat
+      >>> params, state = {"w": jnp.ones((8, 4))}, {"w": {"weight": {"scale": jnp.ones((1, 4))}}}
+      >>> qat.labels(params, state)
+      ({'w': 'weights'}, {'w': {'weight': {'scale': 'steps'}}})
+      >>> rates = {"weights": optax.adamw(1e-3), "steps": optax.adam(1e-4), "frozen": optax.set_to_zero()}
+      >>> opt_state = optax.multi_transform(rates, qat.labels(params, state)).init((params, state))
+    """
+    of_params = jax.tree.map(lambda trains: "weights" if trains else "frozen", trainable(params))
+    if state is None:
+        return of_params
+
+    def of(keys: Any, x: Any) -> str:
+        fixed = path_of(keys).endswith("zero_point") or not jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        return "frozen" if fixed else "steps"
+
+    return of_params, jax.tree_util.tree_map_with_path(of, state)
