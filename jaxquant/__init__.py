@@ -6,8 +6,10 @@ Layers; imports point down only:
     report            6  compare: where the error is, as a table and one HTML page (loaded on first use)
     linen, nnx, io    5  Flax layers; checkpoints (loaded on first use)
     qat               5  training: learned steps, schedules, losses, which leaves an optimizer may see
-    calibration, invariances, mixed   5  rooms of functions over transform: statistics; scales, rotations; budgets
-    transform         4  quantize_model; make_plan, quantize_params, quantized, calibrate, scale_pairs, precondition
+    calibration       5  statistics, calibration in turns and over hosts, distill
+    invariances       5  scales, rotations and biases that move between parameters: smoothquant, awq, rotate
+    mixed             5  several schemes for a budget of bytes: sensitivity, allocate, refine
+    transform         4  quantize_model; make_plan, quantize_params, quantized, calibrate, explain
     ptq               3  quantizers: rtn, clipped, gptq; what transforms are made of: scales, bases
     rules             3  Rule, OpRule: which parameters get which OpSpec
     recipes           2  named OpSpecs
