@@ -12,10 +12,9 @@ from typing import Any
 import click
 
 from jaxquant.core.errors import QuantError, printable
-from jaxquant.io.sharded import located
 from jaxquant.models.evaluation import Evaluation, evaluate
 from jaxquant.models.generation import Sampling, Times, stream, tokens_of
-from jaxquant.models.load import Model, load
+from jaxquant.models.load import Model, load, place_of
 from jaxquant.models.tokenizer import tokenizer_of
 
 __all__ = ["eval_", "generate"]
@@ -37,9 +36,9 @@ def _shown(text: str) -> str:
 
 def _check_tokenizer(model: Path, other: Path | None) -> None:
     """Raises before weights are read, which takes time, if there is no tokenizer."""
-    place = Path(located(str(model), "models"))
-    if other is not None or (place / "config.json").exists():
-        tokenizer_of(place if other is None else other)
+    place = place_of(model) if other is None else other
+    if place.is_dir():
+        tokenizer_of(place)
 
 
 def _note(text: str) -> None:
@@ -62,7 +61,6 @@ def _of_models(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command()
-@_of_models
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to continue; several make a batch.")
 @click.option("--ids", multiple=True, metavar="N,N,..", help="The same as ids of tokens, without a tokenizer.")
 @click.option("--chat", is_flag=True, help="Each prompt is what a user says: apply the model's chat template.")
@@ -74,6 +72,7 @@ def _of_models(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Choose among the most likely tokens that "
               "have this probability together.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choices.")
+@_of_models
 def generate(
     model: Path, prompts: tuple[str, ...], ids: tuple[str, ...], chat: bool, tokens: int, cache: Any,
     temperature: float, top_k: int | None, top_p: float, seed: int, dtype: str, tokenizer: Path | None,
@@ -136,7 +135,6 @@ def _times(times: Times, rows: Sequence[Sequence[int]]) -> str:
 
 
 @click.command("eval")
-@_of_models
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="A file in "
               "UTF-8.")  # fmt: skip
 @click.option("--reference", type=click.Path(path_type=Path), help="Another model, such as the same in float: how far "
@@ -144,6 +142,7 @@ def _times(times: Times, rows: Sequence[Sequence[int]]) -> str:
 @click.option("--window", type=click.IntRange(2), help="Tokens that see one another.  [2048, or the model's]")
 @click.option("--tokens", type=click.IntRange(2), help="Only so many from the beginning of the text.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_of_models
 def eval_(
     model: Path, text: Path, reference: Path | None, window: int | None, tokens: int | None, as_json: bool, dtype: str,
     tokenizer: Path | None, ignore: tuple[str, ...],

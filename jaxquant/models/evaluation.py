@@ -116,8 +116,7 @@ def evaluate(
         part = ids[at : at + window]
         rows[row, : len(part)], valid[row, : len(part)] = part, True
     models = [model] if reference is None else [model, reference]
-    params = [one.params for one in models]
-    begun = time.perf_counter()
+    params, begun = [one.params for one in models], time.perf_counter()
     sums = jax.jit(functools.partial(_sums, [one.config for one in models]))
     run = sums.lower(params, rows[:1], valid[:1]).compile()
     compiling, begun = time.perf_counter() - begun, time.perf_counter()

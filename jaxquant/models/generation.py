@@ -7,6 +7,7 @@ the left, so that every sequence writes to the same place of the cache.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import time
@@ -220,7 +221,10 @@ def _programs(
     state = jax.eval_shape(first, params, padded, valid, key)
     loop = jax.jit(functools.partial(_decode, config, sampling, longest), donate_argnums=2)
     more = valid, state, key, jnp.zeros(ends, jnp.int32), jnp.zeros((), jnp.int32)
-    return first.lower(params, padded, valid, key).compile(), loop.lower(params, *more).compile()
+    lowered = first.lower(params, padded, valid, key), loop.lower(params, *more)
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # XLA compiles the two side by side
+        prefill, decode = pool.map(lambda one: one.compile(), lowered)
+    return prefill, decode
 
 
 def _prefill(

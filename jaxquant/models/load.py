@@ -26,7 +26,7 @@ from jaxquant.models import gguf
 from jaxquant.models.config import Config, Layer, config_of
 from jaxquant.models.tokenizer import Tokenizer, ends_of, tokenizer_of, tokenizer_of_gguf
 
-__all__ = ["Model", "load"]
+__all__ = ["Model", "load", "place_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,21 +119,28 @@ def load(
       ...
       jaxquant.core.errors.QuantError: models at TheModel-GPTQ-Int4: there is no such file or directory. Give the...
     """
+    place = place_of(path)
+    model = (_from_directory if place.is_dir() else _from_gguf)(place, np.dtype(dtype), ignore)
+    return model if tokenizer is None else dataclasses.replace(model, vocabulary=os.fspath(tokenizer))
+
+
+def place_of(path: str | os.PathLike[str]) -> Path:
+    """The directory with ``config.json``, or the GGUF file; of a directory without other weights, the one in it."""
     place = Path(located(os.fspath(path), "models"))
     if not place.exists():
         todo = "Give the directory of a model, or a GGUF file"
         raise quant_error("models", "there is no such file or directory", todo=todo, path=str(place))
-    if place.is_dir() and not (place / "config.json").exists():
-        files = sorted(place.glob("*.gguf"))
+    files = sorted(place.glob("*.gguf")) if place.is_dir() else []
+    has_config = (place / "config.json").exists()
+    if place.is_dir() and not (has_config and (not files or any(place.glob("*.safetensors")))):
         if not files:
             todo = "Give the directory of a model, or a GGUF file"
             raise quant_error("models", "there is neither config.json nor a .gguf file", todo=todo, path=str(place))
         if len(files) > 1 and not all(re.search(r"-\d{5}-of-\d{5}\.gguf$", file.name) for file in files):
             names = tuple(file.name for file in files)
             raise quant_error("models", "there are several GGUF files", todo="Name one", path=str(place), files=names)
-        place = files[0]
-    model = (_from_directory if place.is_dir() else _from_gguf)(place, np.dtype(dtype), ignore)
-    return model if tokenizer is None else dataclasses.replace(model, vocabulary=os.fspath(tokenizer))
+        return files[0]
+    return place
 
 
 def _from_directory(place: Path, dtype: np.dtype, ignore: Collection[str]) -> Model:

@@ -74,7 +74,11 @@ def rope_of(parameters: Mapping[str, Any], size: int, context: int, error: Calla
         raise error("unknown fields of the rotary embedding", todo=todo, rope_type=kind, fields=tuple(unknown))
     if p.get("partial_rotary_factor", 1.0) != 1.0:
         todo = "Run it with another program"
-        raise error("heads that are rotated in part are not supported", todo=todo, **_only(p, "partial_rotary_factor"))
+        raise error(
+            "heads that are rotated in part are not supported",
+            todo=todo,
+            partial_rotary_factor=p["partial_rotary_factor"],
+        )
     theta = p["rope_theta"]
     frequencies = (1.0 / theta ** (np.arange(0, size, 2, dtype=np.float32) / size)).astype(np.float32)
     if kind == "default":
@@ -121,7 +125,3 @@ def _magnitude(factor: float, scale: float) -> float:
 
 def _rope(frequencies: np.ndarray, magnitude: float = 1.0) -> Rope:
     return Rope(tuple(float(f) for f in frequencies.astype(np.float32)), magnitude)
-
-
-def _only(p: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {key: p[key]}

@@ -255,6 +255,17 @@ def as_gguf(name, path):
     jq.io.save_gguf(path, params, metadata=metadata, names="hf")
 
 
+@pytest.mark.every
+def test_which_file_of_a_directory(tmp_path):
+    """A GGUF file beside a configuration is the model, if there are no other weights; one of several must be named."""
+    (tmp_path / "config.json").write_text("{}")
+    as_gguf("qwen2", tmp_path / "a.gguf")
+    assert load(tmp_path).path == str(tmp_path / "a.gguf")
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(jq.QuantError, match=r"several GGUF files; got files=\('a.gguf', 'b.gguf'\). Name one"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gguf(name, tmp_path):
     """The logits of the directory; of Gemma with the scale that llama.cpp has, and without windows that it has not."""
