@@ -127,8 +127,9 @@ def test_their_state_dicts_are_read_to_the_bit():
 
 
 @pytest.mark.slow
-def test_bitsandbytes_goes_on_from_our_states():
-    """It loads what we write, and its next step is ours."""
+def test_bitsandbytes_goes_on_from_our_states(monkeypatch):
+    """It loads what we write, and its next step is ours, to the codes that its table finds."""
+    monkeypatch.setattr(storage, "nearest_codes", by_table)
     torch, bnb = pytest.importorskip("torch"), pytest.importorskip("bitsandbytes.optim")
     rng = np.random.default_rng(0)
     w, grads = rng.normal(size=(64, 64)).astype(np.float32), rng.normal(size=(2, 64, 64)).astype(np.float32)
@@ -147,7 +148,7 @@ def test_bitsandbytes_goes_on_from_our_states():
     back = optim.from_bitsandbytes(optimizer.state_dict()["state"], state, params)
     for name in ("m", "v"):
         ours, its = (own(s).moments[name]["w"] for s in (state, back))
-        assert np.mean(np.asarray(ours.codes) != np.asarray(its.codes)) < 4e-3  # its table of 65536 entries
+        assert np.mean(np.asarray(ours.codes) != np.asarray(its.codes)) < 2e-3  # float32 rounding, as above
         np.testing.assert_allclose(ours.scale, its.scale, rtol=1e-6)
 
 
