@@ -220,8 +220,8 @@ def tables(found: list[Cell]) -> str:
             name = scheme if by == "bfloat16" else f"{scheme}, {by}"
             texts = []
             for m in rows:
-                c = at[scheme, by, m]
-                if c.us is None:
+                c = at.get((scheme, by, m))
+                if c is None or c.us is None:
                     texts.append(f"{'-':>23}")
                     continue
                 extra = f"; {c.temporaries / 1e6:.0f} MB" if (c.temporaries or 0) >= 5e5 else ""
