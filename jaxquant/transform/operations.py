@@ -58,15 +58,15 @@ def _activation(
     def marked(state: Any) -> Any:  # in a shard_map a range varies as the array does: their gradients do, too
         return jax.tree.map(lambda v: marked_varying(v, varying_axes(x)), dict(state))
 
-    steps = weight.steps_of("act")
-    if steps is not None:
-        quantized = trained_activation(x, marked(steps), item.spec.act, tuple(axes))
-        # Beside a float weight it is a float array with the values of its codes.
-        return (quantized.real, {}) if item.spec.weight is None else (quantized, {"spec": OpSpec(grad=item.spec.grad)})
     out: dict[str, Any] = {"spec": OpSpec(act=item.spec.act, grad=item.spec.grad)}
     grad, key = item.spec.grad, interpreter.rounding_key
     if grad is not None and grad.rounding == "stochastic" and key is not None:
         out["key"] = jax.random.fold_in(key, zlib.crc32(weight.path.encode("utf-8", "surrogatepass")))
+    steps = weight.steps_of("act")
+    if steps is not None:
+        quantized = trained_activation(x, marked(steps), item.spec.act, tuple(axes))
+        # Beside a float weight it is a float array with the values of its codes.
+        return (quantized.real, {}) if item.spec.weight is None else (quantized, out)
     if item.spec.act.static:
         given = marked(weight.state)
         out["act_scale"], out["act_zero_point"] = given["scale"], given.get("zero_point")
