@@ -91,8 +91,8 @@ def learned_steps(
 
     A range starts where the spec's own ``calibration`` has it: over each block of a weight, over all inputs of an
     activation. Without one a symmetric range of up to three bits starts where LSQ has it, ``2 mean|x| / sqrt(qmax)``
-    (not PACT's), and all others at the least squared error: which is the better choice after training in three
-    of four cases that were measured.
+    (not PACT's), and all others at the least squared error. LSQ's start is the better one after training in three of
+    four cases that were measured.
 
     Args:
       fn: the function that was planned.

@@ -317,6 +317,22 @@ def test_other_operations_learn_and_freeze(kind, weight):
     np.testing.assert_allclose(f(frozen, x), f(params, x), rtol=2e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_steps_learn_beside_gradients_that_are_quantized(rounding):
+    plan = jq.make_plan(
+        product, PARAMS, X, rules=[Rule("w", OpSpec(Q("int8"), Q("int8"), QuantSpec("int8", rounding=rounding)))]
+    )
+    state = qat.learned_steps(product, plan, PARAMS, [X])
+    key = {"key": jax.random.key(0)} if rounding == "stochastic" else {}
+    f = lambda p, s, **key: jnp.sum(jq.quantized(product, plan, s, **key)(p, X) ** 2)  # noqa: E731
+    got = jax.jit(jax.grad(lambda p, s: f(p, s, **key), argnums=(0, 1)))(PARAMS, state)
+    plain = jq.make_plan(product, PARAMS, X, rules=[Rule("w", OpSpec(Q("int8"), Q("int8")))])
+    run = lambda p, s: jnp.sum(jq.quantized(product, plain, s)(p, X) ** 2)  # noqa: E731
+    want = jax.jit(jax.grad(run, argnums=(0, 1)))(PARAMS, state)
+    np.testing.assert_allclose(got[0]["w"], want[0]["w"], rtol=0, atol=0.03 * float(jnp.max(jnp.abs(want[0]["w"]))))
+    assert bool(jnp.any(got[1]["w"]["act"]["scale"] != 0))
+
+
 # -- where steps start, and refusals -----------------------------------------------------------------------------------
 
 
