@@ -311,7 +311,7 @@ prefill of TOKENS tokens. The estimate is the longer of the compiler's cycles, a
 (twice) temporaries at the bandwidth of the memory; kernels that are written by hand count by the static schedules of
 their code. The floor is what reading arguments and writing results takes, or the arithmetic: no program can be
 faster. `x` is how many times as fast as the bfloat16 program the estimate is; at batch 1 XLA's own program is far
-from its floor, so there the comparison with that floor says more. Cells were compiled at several commits of one day, and
+from its floor, so there the comparison with that floor says more. Cells were compiled at several commits of one day;
 a dash was not compiled. GB are the arguments, results and
 temporaries of one device.
 
