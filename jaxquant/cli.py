@@ -130,7 +130,8 @@ def inspect_(path: Path, tensors: bool, deep: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(summary), indent=2))
         return
-    schemes = "; ".join(f"{n} {scheme}" for scheme, n in summary.schemes.items()) or "nothing is quantized"
+    unknown = "unknown: see the problems" if summary.problems else "nothing is quantized"
+    schemes = "; ".join(f"{n} {scheme}" for scheme, n in summary.schemes.items()) or unknown
     _say(f"{path}: {summary.format}, {len(summary.tensors)} tensors, {in_bytes(summary.nbytes)}")
     _say(f"weights: {schemes}")
     _say(f"{summary.parameters:,} parameters, {8 * summary.nbytes / max(1, summary.parameters):.2f} bits each")
@@ -172,7 +173,7 @@ _METHODS = ("rtn", "hqq", "gptq")
 @click.option(
     "--group-size",
     type=click.IntRange(-1),
-    help="Inputs that share a scale; -1: all of them.  [64 below 8 bits; gguf 32]",
+    help="Inputs that share a scale; -1: all of them.  [64 below 8 bits; mlx 64; gguf 32]",
 )
 @click.option("--asymmetric", is_flag=True, help="With zero points (unsigned types).  [awq]")
 @click.option(
@@ -222,21 +223,24 @@ def quantize(
 
     SOURCE is a directory with safetensors files; DESTINATION must not exist. What is not said is what the format needs:
     4 bits in groups of 64, with scales in the dtype of the checkpoint, unless --help says otherwise. Everything that
-    can be known is checked first. An interrupted run leaves DESTINATION.partial; the same command continues it. gptq
-    needs to know the inputs of each weight: of the decoders that `jaxquant generate` runs, --calibrate TEXT finds them,
-    with the whole float model in memory; of others, jaxquant.calibrate collects them where the model runs.
+    can be known is checked first. An interrupted run leaves DESTINATION.partial; the same command continues it, but for
+    --calibrate, with which it starts anew. gptq needs to know the inputs of each weight: of the decoders that `jaxquant
+    generate` runs, mixtures of experts aside, --calibrate TEXT finds them, with the whole float model in memory; of
+    others, jaxquant.calibrate collects them where the model runs.
     """
     if calibrate is not None and grams is not None:
-        raise click.UsageError("--calibrate finds what --grams would say")
+        raise click.UsageError("Use --calibrate or --grams, not both")
     knows = calibrate is not None or grams is not None
     method = method or ("gptq" if knows else "rtn")
     if (method == "gptq") != knows:
         raise click.UsageError("--method gptq goes with --calibrate or --grams, and no other method does")
     asked = quantize_files.Scheme(recipe, qtype, bits, group_size, asymmetric, scale_dtype)
-    if rules is not None and asked != quantize_files.Scheme():
-        raise click.UsageError("--rules says what the other options of the scheme would say")
-    if recipe is not None and (qtype or bits or group_size or asymmetric):
-        raise click.UsageError("--recipe says what --weights, --bits, --group-size and --asymmetric would say")
+    if rules is not None and (asked != quantize_files.Scheme() or ignore):
+        raise click.UsageError("Use --rules alone, or the other options of the scheme and --ignore")
+    if recipe is not None and (qtype or bits or group_size is not None or asymmetric):
+        raise click.UsageError("Use --recipe, or --weights, --bits, --group-size and --asymmetric, not both")
+    if architecture is not None and format != "gguf":
+        raise click.UsageError("--architecture is for --to gguf")
     with _refusals():
         act = None
         if rules is not None:
@@ -251,7 +255,7 @@ def quantize(
             "shard_bytes": shard_size << 20,
             "dry_run": dry_run,
         }
-        with _progress() as progress:
+        with _progress(counted=calibrate is not None or format in ("gguf", "jaxquant")) as progress:
             plan = quantize_files.quantize(source, destination, chosen, **arguments, progress=progress)
     sizes = {"before": plan.before, "after": plan.after}
     if as_json:

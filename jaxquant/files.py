@@ -84,7 +84,10 @@ def _kind(path: Path) -> str:
 
 
 def summary(path: Path, *, deep: bool = False) -> Summary:
-    """What a checkpoint holds: from its headers, and one weight of each kind; with ``deep`` all weights are read."""
+    """What a checkpoint holds: from its headers, and one weight of each kind; with ``deep`` all weights are read.
+
+    Of a jaxquant file, whose weights are mapped and not decoded, all are looked at.
+    """
     kind = _kind(path)
     if kind == "gguf":
         file = GGUFModel(path, function="inspect")
@@ -109,9 +112,12 @@ def summary(path: Path, *, deep: bool = False) -> Summary:
             found = _one_of_each(_leaves(path, "inspect"))
         except QuantError as error:
             problems.append(str(error))
-    if deep:
+    if deep and not problems:
         leaves = _leaves(path, "inspect")
-        weights = {n: repr(leaf) for n, leaf in leaves.items() if isinstance(leaf, QTensor)}
+        try:
+            weights = {n: repr(leaf) for n, leaf in leaves.items() if isinstance(leaf, QTensor)}
+        except QuantError as error:
+            problems.append(str(error))
         if isinstance(leaves, HFLeaves):
             weights, problems = leaves.described, [*problems, *leaves.problems]
     runs = {"gguf": "jq.io.load_gguf", "jaxquant": "jq.io.load_model", "hf": "jq.io.load_hf"}[kind]
@@ -191,7 +197,11 @@ def read_rules(path: Path) -> list[Rule]:
         if fields == {"pattern", "keep"} and table["keep"] is True:
             rules.append(Rule(table["pattern"], None))
         elif fields == {"pattern", "recipe"}:
-            rules.append(Rule(table["pattern"], OpSpec(recipe(table["recipe"]).weight)))
+            spec = recipe(table["recipe"])
+            if spec.act is not None or spec.weight is None:
+                todo = "Use a recipe of weights alone, or --recipe, which is for the whole checkpoint"
+                raise error("a rule says how weights are quantized, and not activations", todo, recipe=table["recipe"])
+            rules.append(Rule(table["pattern"], spec))
         elif fields == {"pattern", "weight"}:
             rules.append(Rule(table["pattern"], OpSpec(QuantSpec.from_dict(table["weight"]))))
         else:

@@ -31,6 +31,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import serialization
 from flax.core import meta, unfreeze
 
@@ -469,19 +470,27 @@ def wrap(model: nn.Module, rules: Sequence[Rule | OpRule], *, state: Mapping[str
 def _to_state_dict(q: QTensor) -> dict[str, Any]:
     """The leaves of a QTensor by name, for `flax.serialization`; the rest comes from the target that is restored."""
     children, _ = q.checked().tree_flatten()
-    return {
+    leaves = {
         name: serialization.to_state_dict(leaf) for name, leaf in zip(LEAVES, children, strict=True) if leaf is not None
     }
+    return leaves | {"kind": _kind(q)}
+
+
+def _kind(q: QTensor) -> str:
+    """What has to be the same for leaves to mean the same: type, dtype, layout and shape."""
+    _, (qtype, dtype, minor, length, split) = q.tree_flatten()
+    return repr((qtype, np.dtype(dtype).name, minor, length, split, tuple(q.shape)))
 
 
 def _from_state_dict(target: QTensor, state: dict[str, Any]) -> QTensor:
     """A QTensor of the target's kind with the leaves that were saved."""
     children, aux = target.tree_flatten()
     wanted = {name: leaf for name, leaf in zip(LEAVES, children, strict=True) if leaf is not None}
-    if set(state) != set(wanted):
+    if not isinstance(state, dict) or set(state) != {*wanted, "kind"} or state["kind"] != _kind(target):
         todo = "Restore into params that are quantized by the plan of those that were saved"
-        got = {"saved": tuple(sorted(state)), "target": repr(target)}
-        raise quant_error("QTensor", "the target has other leaves than were saved", todo=todo, **got)
+        saved = state.get("kind", tuple(sorted(state))) if isinstance(state, dict) else "an array"
+        got = {"saved": saved, "target": repr(target)}
+        raise quant_error("QTensor", "the target is quantized in another way than what was saved", todo=todo, **got)
     leaves = {name: serialization.from_state_dict(leaf, state[name]) for name, leaf in wanted.items()}
     return QTensor.tree_unflatten(aux, tuple(map(leaves.get, LEAVES))).checked()
 

@@ -95,10 +95,17 @@ def scheme_of(asked: Scheme, format: str, source: Path) -> OpSpec:
         spec = named(asked.recipe)
         if spec.weight is None:
             raise quant_error(_F, "the recipe leaves weights in float", todo="Use another", recipe=asked.recipe)
+        if spec.grad is not None or (spec.act is not None and spec.act.outliers is not None) or spec.weight.two_level:
+            todo = "Use a recipe of weights, or of weights and activations, such as w4a16:g64 or w8a8"
+            rule = "no file says how gradients, outliers or two levels of scales are quantized"
+            raise quant_error(_F, rule, todo=todo, recipe=asked.recipe)
     else:
         spec = OpSpec(_weight(asked, habit, format))
     assert spec.weight is not None
     if spec.weight.type.kind != "int" or spec.weight.scale_dtype is not None:
+        if asked.scale_dtype is not None:
+            got: dict[str, Any] = {"scale_dtype": asked.scale_dtype, "qtype": spec.weight.qtype}
+            raise quant_error(_F, "this number type has scales of its own form", todo="Leave it out", **got)
         return spec
     dtype = asked.scale_dtype or habit.scale_dtype or _float_of(source)
     return dataclasses.replace(spec, weight=dataclasses.replace(spec.weight, scale_dtype=dtype))
@@ -160,7 +167,10 @@ def quantize(
     With ``calibrate``, a text, the float model runs first, and the inputs of its weights are known to the method. For a
     file each weight is quantized twice: all are checked before anything is written, and one is in memory at a time.
     """
-    if calibrate is not None and not dry_run:
+    if calibrate is not None and dry_run:
+        method = "rtn"  # the sizes are the same
+    elif calibrate is not None:
+        _check_destination(destination)
         options = {"format": format, "act": act, "architecture": architecture, "shard_bytes": shard_bytes}
         planned = quantize(source, destination, rules, dry_run=True, **options)
         with tempfile.TemporaryDirectory(dir=destination.absolute().parent, prefix=f".{destination.name}.") as place:
@@ -188,13 +198,27 @@ def quantize(
     return _plan(leaves, destination.name)
 
 
+def _check_destination(destination: Path) -> None:
+    """Raises for what would be found only after the model has run."""
+    path = os.fspath(destination)
+    if not destination.absolute().parent.is_dir():
+        raise quant_error(_F, "the directory of the destination does not exist", todo="Create it first", path=path)
+    if os.path.lexists(destination) and not (destination.is_dir() and not any(destination.iterdir())):
+        raise quant_error(_F, "the destination exists", todo="Choose another, or remove it first", path=path)
+
+
 def _grams(source: Path, names: list[str], text: Path, progress: Callable[[int, int, str], None] | None) -> Any:
     """The Gram matrices of the inputs of weights, where the model runs on a text."""
-    model = load(source, dtype=_float_of(source) or "float32")
+    experts = [name for name in names if ".experts." in name]
+    if experts:
+        todo = "Use --ignore experts, or collect Gram matrices with jaxquant.calibrate and pass --grams"
+        raise quant_error(_F, "--calibrate does not reach the experts of a mixture", todo=todo, weights=len(experts))
     try:
-        tokens = model.tokenizer.encode(text.read_text(encoding="utf-8"))
+        words = text.read_text(encoding="utf-8")
     except UnicodeDecodeError as reason:
         raise quant_error(_F, f"the text is not UTF-8 ({reason})", todo="Convert it", path=os.fspath(text)) from None
+    model = load(source, dtype=_float_of(source) or "float32")
+    tokens = model.tokenizer.encode(words)
     told = None if progress is None else lambda done, total: progress(done, total, "calibrating")
     return gram_matrices(model, tokens, names, progress=told)
 

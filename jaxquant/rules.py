@@ -16,6 +16,8 @@ __all__ = ["OpRule", "Rule"]
 
 def _check_pattern(function: str, pattern: Any) -> None:
     try:
+        if not isinstance(pattern, str):
+            raise TypeError("not text")
         re.compile(pattern)
     except (re.error, TypeError) as error:
         todo = "Write a pattern that re.search accepts"

@@ -154,11 +154,23 @@ def test_a_recipe_by_name(source, tmp_path):
     _, info = jq.io.load_hf(tmp_path / "out")
     assert info.config["config_groups"]["group_0"]["input_activations"]["num_bits"] == 8
     assert "activations" in invoke("quantize", source, tmp_path / "no", "--recipe", "w8a8", "--to", "gguf", code=1)
-    assert "--recipe says" in invoke("quantize", source, tmp_path / "no", "--recipe", "nf4", "--bits", 4, code=2)
+    assert "Use --recipe, or" in invoke("quantize", source, tmp_path / "no", "--recipe", "nf4", "--bits", 4, code=2)
     assert "Use 4, or say the type" in invoke(
         "quantize", source, tmp_path / "no", "--to", "bitsandbytes", "--bits", 8, code=1
     )
+    for more, rule in (
+        (("--to", "mlx", "--asymmetric"), "Quantize symmetrically"),
+        (("--recipe", "llm_int8"), "outliers"),
+        (("--recipe", "w4a16:two_level"), "two levels"),
+        (("--weights", "nf4", "--to", "bitsandbytes", "--scale-dtype", "float16"), "scales of its own form"),
+    ):
+        assert rule in invoke("quantize", source, tmp_path / "no", *more, code=1)
+    assert not (tmp_path / "no").exists()
     rules = tmp_path / "rules.toml"
+    rules.write_text("[[rule]]\npattern = 'proj'\nrecipe = 'w8a8'")
+    with pytest.raises(QuantError, match="not activations"):
+        files.read_rules(rules)
+    assert "Use --rules alone" in invoke("quantize", source, tmp_path / "x", "--rules", rules, "--ignore", "a", code=2)
     rules.write_text("[[rule]]\npattern = 'proj'\nrecipe = 'w4a16:g32:asym'")
     assert files.read_rules(rules) == [jq.Rule("proj", jq.recipes.w4a16(32, symmetric=False))]
 

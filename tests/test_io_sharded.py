@@ -138,3 +138,11 @@ def test_names_of_the_hub_and_its_cache(tmp_path, monkeypatch):
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("b2")
     assert jq.io.load_hf(cache)[0]["w"].shape == (2,)
+    (cache / "refs" / "main").write_text("c3")
+    with pytest.raises(QuantError, match="does not say which snapshot is meant"):
+        jq.io.load_hf(cache)
+    jq.io.save(tmp_path / "model.safetensors", {"w": np.ones(7)})  # a model that keeps snapshots beside itself
+    (cache / "snapshots").rename(tmp_path / "snapshots")
+    assert jq.io.load_hf(tmp_path)[0]["w"].shape == (7,)
+    with pytest.raises(FileNotFoundError):
+        jq.io.load_hf("../model")

@@ -400,7 +400,7 @@ class QTensor:
         """
         blocks = [n // s for n, s in zip(self.shape, self.scale.shape, strict=True)]
         several = [b for b in blocks if b > 1]
-        if all(s == 1 for s in self.scale.shape[-2:]):
+        if math.prod(self.scale.shape) == 1:
             shared = "per tensor"
         elif all(b in (1, n) for b, n in zip(blocks, self.shape, strict=True)):
             shared = "per channel"

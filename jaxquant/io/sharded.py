@@ -50,21 +50,26 @@ def read_json(path: str | os.PathLike[str], *, function: str) -> dict[str, Any]:
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def _is_file(path: str) -> bool:
+    """Whether a name can only be that of a file."""
+    return path.endswith((".safetensors", ".gguf"))
+
+
 def located(path: str, function: str) -> str:
     """The directory or file that is meant: of a model in the cache of huggingface_hub, its snapshot."""
-    if not os.path.exists(path) and _HUB_NAME.fullmatch(path):
+    if not os.path.exists(path) and _HUB_NAME.fullmatch(path) and not path.startswith(".") and not _is_file(path):
         todo = f"Fetch it first: huggingface_hub.snapshot_download({path!r}) returns a directory to pass"
         rule = "there is no such directory, and names of the hub are not fetched"
         raise quant_error(function, rule, todo=todo, path=path)
     snapshots = os.path.join(path, "snapshots")
-    if not os.path.isdir(snapshots):
+    if not os.path.basename(os.path.abspath(path)).startswith("models--") or not os.path.isdir(snapshots):
         return path
     main = os.path.join(path, "refs", "main")
     found = sorted(os.listdir(snapshots))
     if os.path.isfile(main):
         with open(main, encoding="ascii", errors="replace") as file:
             wanted = file.read(64).strip()
-        found = [name for name in found if name == wanted] or found
+        found = [name for name in found if name == wanted]
     if len(found) != 1:
         todo = "Pass one of the directories in snapshots"
         rule = "the cache does not say which snapshot is meant"

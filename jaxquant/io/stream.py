@@ -32,6 +32,7 @@ from jaxquant.io.rules import Assigned, Assignment, assign
 from jaxquant.io.safetensors import TensorSpec
 from jaxquant.io.save_hf import export_config, export_piece, float_modules, layout_of
 from jaxquant.io.sharded import Checkpoint
+from jaxquant.ptq.double import double_quantized
 from jaxquant.ptq.named import quantizer
 from jaxquant.ptq.rtn import rtn
 from jaxquant.rules import Rule
@@ -210,6 +211,11 @@ class QuantizedLeaves(Leaves):
         if "quantization_config" in checkpoint.config or detect(checkpoint)[0] is not None:
             todo = "Take the float checkpoint, or convert this one"
             raise checkpoint.error("the checkpoint is quantized already", "config.json", todo=todo)
+        base = method.func if isinstance(method, functools.partial) else method
+        nested = [rule for rule in rules if rule.spec and rule.spec.weight and rule.spec.weight.two_level]
+        if base is double_quantized or nested:
+            todo = "Quantize in memory and save with jq.io.save, which keeps them"
+            raise checkpoint.error("scales that are quantized themselves are not written slice by slice", todo=todo)
         assignment = _assignment(checkpoint, rules)
         self.skipped = assignment.skipped
         lies = {name: _lies(checkpoint.tensors[name].shape, how) for name, how in assignment.weights.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ def grams(
     count = len(tokens) // window
     windows = np.asarray(tokens[: count * window], np.int32).reshape(count, 1, window)
     fn = functools.partial(logits, model.config)
-    pattern = "^(" + "|".join(name.replace(".", r"\.") for name in names) + ")$"
+    pattern = f"^({'|'.join(map(re.escape, names))})$"
     plan = make_plan(fn, model.params, jax.ShapeDtypeStruct((1, window), jnp.int32), rules=[Rule(pattern, "w8a16")])
 
     def batches() -> Any:

@@ -48,12 +48,14 @@ def quantizer(function: str, method: str | Callable[..., QTensor]) -> Callable[.
     return method
 
 
-def looks_at_inputs(method: Callable[..., QTensor]) -> bool:
-    """Whether a quantizer needs the Gram matrix of a weight's inputs; one that is not ours counts as if it did."""
+def looks_at_inputs(method: Callable[..., QTensor]) -> bool | None:
+    """Whether a quantizer needs the Gram matrix of a weight's inputs; None of one that is not ours: it may."""
     given: dict[str, Any] = {}
     while isinstance(method, functools.partial):
         given = {**method.keywords, **given}
         method = method.func
     if method is double_quantized:
         return looks_at_inputs(given.get("method", rtn))
+    if method not in _QUANTIZERS.values():
+        return None
     return method not in _DATA_FREE and not (method is clipped and given.get("weighting") == "none")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from jaxquant.core.errors import printable, quant_error
-from jaxquant.core.paths import folded, nearest
+from jaxquant.core.paths import folded, leaves_with_paths, nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.core.units import in_bytes
@@ -109,7 +110,7 @@ def quantize_model(
         and ``"smoothquant"`` move scales between parameters first, then round to nearest; ``"awq+gptq"`` rounds by
         gptq. None: round to nearest.
       batches: what to calibrate on, for methods that look at inputs and for static ranges: each batch a tuple of
-        ``fn``'s further arguments, or a single array.
+        ``fn``'s further arguments, or a single array. ``fn`` is given ``kwargs`` there too.
       ignore: patterns; weights in whose path one is found stay in float.
       misfit: what becomes of a weight whose size no group divides; see `Rule`. None: it is an error.
       target: the platform that the codes will be read on; see `quantize_params`.
@@ -124,19 +125,20 @@ def quantize_model(
     Example:
       >>> import jax, jax.numpy as jnp, jaxquant as jq
       >>> fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"] + p["bias"]
-      >>> params = {"up": jnp.ones((64, 128)), "down": jnp.ones((128, 64)), "bias": jnp.zeros(64)}
+      >>> params = {"up": jnp.ones((64, 128)), "down": jnp.ones((128, 64)), "bias": jnp.zeros((1, 64))}
       >>> model = jq.quantize_model(fn, params, jnp.ones((1, 64)), recipe="w4a16:g64")
       >>> print(model.report)
       2 weights quantized: 64.2 KiB -> 9.2 KiB, 6.95x smaller
-      in float: vectors and scalars (1): added, not contracted
+      in float: bias [1, 64]: added, not contracted
       >>> y = jax.jit(model.fn)(model.params, jnp.ones((1, 64)))
     """
     rules = _rules(recipe, ignore, misfit)
     moves, method = _steps(method)
     check_target(_F, target)
     _check_function(fn)
-    seen = None if batches is None else list(arguments(_F, batches, fn))
-    if not args and not kwargs and seen:
+    run = functools.partial(fn, **kwargs) if kwargs else fn
+    seen = None if batches is None else list(arguments(_F, batches, run))
+    if not args and seen:
         args = seen[0]
     plan = make_plan(fn, params, *args, rules=rules, **kwargs)
     static = any(item.spec.act is not None and item.spec.act.static for item in plan.items)
@@ -149,15 +151,14 @@ def quantize_model(
         if not pairs:
             todo = "Use another method, or scale the inputs: jq.invariances.precondition"
             raise quant_error(_F, f"{name} finds no scales that could move in this function", todo=todo, method=name)
-        params = move(params, plan, pairs, calibrate(fn, plan, params, seen, collect=collect))
+        params = move(params, plan, pairs, calibrate(run, plan, params, seen, collect=collect))
     stats = None
-    if looks or static:
-        assert seen is not None
-        wanted: dict[str, Statistic] = {"gram": Gram()} if looks else {}
-        stats = calibrate(fn, plan, params, seen, collect=wanted)
+    if seen is not None and (looks is not False or static):
+        wanted: dict[str, Statistic] = {} if looks is False else {"gram": Gram()}
+        stats = calibrate(run, plan, params, seen, collect=wanted)
     state = act_state(plan, stats) if static and stats is not None else None
-    made = quantize_params(params, plan, method=method, stats=stats if looks else None, target=target)
-    return QuantizedModel(quantized(fn, plan, state), made, plan, state, _report(plan))
+    made = quantize_params(params, plan, method=method, stats=None if looks is False else stats, target=target)
+    return QuantizedModel(quantized(fn, plan, state), made, plan, state, _report(plan, made))
 
 
 _MOVES: dict[str, tuple[Callable[..., Any], dict[str, Statistic]]] = {
@@ -203,20 +204,21 @@ def _check_function(fn: Any) -> None:
         raise quant_error(_F, "fn must be a function of params", todo=todo, fn=type(fn).__name__)
 
 
-def _check_batches(batches: Any, moves: Sequence[str], looks: bool, static: bool, method: Any) -> None:
-    """Raises if batches are missing, or nobody would look at them."""
+def _check_batches(batches: Any, moves: Sequence[str], looks: bool | None, static: bool, method: Any) -> None:
+    """Raises if batches are missing, or nobody would look at them; of a method of the user's own only it can say."""
     who = "+".join([*moves, *([getattr(method, "__name__", "the method")] if looks else [])])
     if not batches and (who or static):
         rule = f"{who} looks at inputs" if who else "static activation ranges come from inputs"
         todo = "Pass batches=[x, ...]: each the tuple of fn's further arguments, or one array"
         raise quant_error(_F, rule, todo=todo, batches=batches)
-    if batches is not None and not who and not static:
+    if batches is not None and looks is False and not moves and not static:
         todo = "Leave batches out, or use a method that looks at inputs, such as method='gptq', or a static recipe"
         raise quant_error(_F, "nothing here looks at the batches", todo=todo, batches=len(batches))
 
 
-def _report(plan: Plan) -> Report:
-    sizes = [item.nbytes for item in plan.items]
+def _report(plan: Plan, made: Any) -> Report:
+    leaves, _ = leaves_with_paths(made)
     rest = sum(f.nbytes for f in plan.floats)
-    before, after = (sum(size[i] for size in sizes) + rest for i in (0, 1))
-    return Report(len(sizes), (before, after), plan.floats, {i.path: i.note for i in plan.items if i.note})
+    before = sum(item.nbytes[0] for item in plan.items) + rest
+    after = sum(leaves[item.path].nbytes for item in plan.items) + rest
+    return Report(len(plan.items), (before, after), plan.floats, {i.path: i.note for i in plan.items if i.note})

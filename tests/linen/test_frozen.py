@@ -162,5 +162,12 @@ def test_flax_serializes_quantized_params(recipe):
     jax.tree.map(np.testing.assert_array_equal, again, quantized)
     shifted = jq.quantize(params["kernel"], jq.QuantSpec("uint8", symmetric=False), reduce_axes=(-2,))
     saved = serialization.to_bytes({"kernel": jq.quantize(params["kernel"], jq.QuantSpec("int8"), reduce_axes=(-2,))})
-    with pytest.raises(jq.QuantError, match="the target has other leaves than were saved"):
-        serialization.from_bytes({"kernel": shifted}, saved)
+    spec = {name: jq.QuantSpec(name, granularity="per_group", group_size=32) for name in ("nf4", "fp4")}
+    nf4, fp4 = (jq.quantize(params["kernel"], spec[name], reduce_axes=(-2,)) for name in ("nf4", "fp4"))
+    for target, state in (
+        (shifted, saved),
+        (fp4, serialization.to_bytes({"kernel": nf4})),
+        (fp4, serialization.to_bytes({"kernel": params["kernel"]})),
+    ):
+        with pytest.raises(jq.QuantError, match="quantized in another way than what was saved"):
+            serialization.from_bytes({"kernel": target}, state)

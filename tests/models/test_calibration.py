@@ -43,6 +43,13 @@ def test_a_command_from_a_text_to_gptq(checkpoint, tmp_path):
         found = jq.quantized(lambda p, t, c=model.config: logits(c, p, t))(model.params, tokens)
         lost[name] = float(jnp.linalg.norm(found - expected))
     assert lost["gptq"] < 0.9 * lost["rtn"]
+    text = ("--calibrate", tmp_path / "text")
+    assert (
+        "would be written"
+        in invoke("quantize", checkpoint / "float", tmp_path / "x", *small, *text, "--dry-run").output
+    )
+    taken = invoke("quantize", checkpoint / "float", tmp_path / "rtn", *small, *text, code=1).output
+    assert "the destination exists" in taken
     (tmp_path / "bad").write_bytes(b"\xff\xfe\xff")
     output = invoke(
         "quantize", checkpoint / "float", tmp_path / "x", *small, "--calibrate", tmp_path / "bad", code=1

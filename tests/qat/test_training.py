@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from jax import lax
 from transform_cases import unequal
 
@@ -156,6 +155,7 @@ def test_ranges_are_followed_in_the_step_and_frozen(fn, params):
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_the_loss_is_torchs(temperature):
+    torch = pytest.importorskip("torch")
     logits, targets = unequal((7, 5), 1, 2.0), unequal((7, 5), 2, 2.0)
     loss, grad = jax.value_and_grad(qat.distillation_loss)(logits, targets, temperature=temperature)
     x, t = (torch.tensor(np.asarray(v), dtype=torch.float64) for v in (logits, targets))

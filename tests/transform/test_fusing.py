@@ -5,11 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_files import GOLDEN
-from test_llama import forward, llama  # noqa: F401
 
 import jaxquant as jq
 from jaxquant import OpSpec, QuantSpec
-from jaxquant.io.hf import LLAMA
 from jaxquant.ptq import Orthogonal
 from jaxquant.ptq.bases import orthogonal
 from jaxquant.transform.learning import cayley
@@ -152,26 +150,19 @@ def test_the_residual_stream_of_a_scanned_decoder():
 
 
 @pytest.mark.slow
-def test_a_llama(llama, forward):  # noqa: F811
-    params, _ = jq.io.load_hf(GOLDEN / "base", names=LLAMA)
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-    model, ids = llama.load(GOLDEN / "base")[0], jnp.arange(12)[None]
-
-    def fn(params, ids):
-        return model.apply({"params": params}, ids, 0, llama.empty_cache(model.config, *ids.shape, False))[0]
-
+def test_a_llama():
+    model, ids = jq.models.load(GOLDEN / "base"), jnp.arange(12)[None]
+    fn = jax.jit(lambda params, ids: jq.models.logits(model.config, params, ids))
     with jax.numpy_rank_promotion("allow"):
-        plan = jq.make_plan(fn, params, ids, rules=[jq.Rule("proj/kernel|lm_head", INT4)])
-        folded = jq.invariances.fold_gains(params, jq.invariances.scale_pairs(fn, plan, params, ids))
+        plan = jq.make_plan(fn, model.params, ids, rules=[jq.Rule("proj.weight|lm_head", INT4)])
+        folded = jq.invariances.fold_gains(model.params, jq.invariances.scale_pairs(fn, plan, model.params, ids))
         groups = jq.invariances.rotation_groups(fn, plan, folded, ids)
         assert sorted(group.size for group in groups) == [32, 32, 128]
         moved = folded
         for i, group in enumerate(groups):
             moved = jq.invariances.rotate(moved, group, group.random(jax.random.key(i)))
-        expected = forward({"params": params}, ids)
-        np.testing.assert_allclose(
-            forward({"params": moved}, ids), expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max())
-        )
+        expected = fn(model.params, ids)
+        np.testing.assert_allclose(fn(moved, ids), expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.slow  # the doctest of learn_rotations is the fast one

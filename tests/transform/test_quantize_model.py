@@ -82,6 +82,22 @@ def test_a_quantizer_of_ones_own_is_given_what_it_asks_for():
     assert jq.quantize_model(mlp, PARAMS, X, recipe="w4a16:g32:asym", method=free).report.quantized == 2
 
 
+def test_keywords_go_to_the_function_that_is_calibrated():
+    fn = lambda p, x, *, gain: mlp(p, x * gain)  # noqa: E731
+    states = [
+        jq.quantize_model(fn, PARAMS, recipe="w8a8:static", batches=[X], gain=gain).state["up"]["scale"]
+        for gain in (1.0, 4.0)
+    ]
+    np.testing.assert_allclose(states[1], 4 * states[0], rtol=1e-6)
+
+
+def test_a_method_of_ones_own_need_not_look_at_inputs():
+    method = lambda w, spec, **options: ptq.rtn(w, spec, reduce_axes=options["reduce_axes"])  # noqa: E731
+    model = jq.quantize_model(mlp, PARAMS, X, recipe="w8a16", method=method)
+    same(model.params, jq.quantize_model(mlp, PARAMS, X, recipe="w8a16").params)
+    assert model.report.nbytes[1] == sum(leaf.nbytes for leaf in model.params.values())
+
+
 def test_rules_and_sizes_that_do_not_divide():
     rules = [jq.Rule("up", "w4a16:g32"), jq.Rule("down", None)]
     assert [i.path for i in jq.quantize_model(mlp, PARAMS, X, recipe=rules).plan.items] == ["up"]

@@ -6,6 +6,7 @@ which the dtype of the scales has to hold. The modes mxfp4, mxfp8 and nvfp4 have
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,9 @@ def _check(q: QTensor, error: Callable[..., QuantError]) -> None:
     if group_size(q) not in _GROUPS:
         todo = f"Quantize with granularity='per_group' and a group size of {', '.join(map(str, _GROUPS))}"
         raise error("the groups of the format are others", todo=todo, weight=repr(q))
+    if abstract and q.zero_point is not None:
+        todo = "Quantize symmetrically, such as to int4: then each bias is the scale times a power of two"
+        raise error("zero points times scales are no numbers of the scales' dtype", todo=todo, weight=repr(q))
     if not abstract:
         scale, exact = _affine(q.replace(scale=scale_values(q.scale)) if isinstance(q.scale, QTensor) else q)
         if lost := int(np.count_nonzero(exact.astype(scale.dtype) != exact)):
@@ -83,8 +87,8 @@ def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, 
     """The settings that most weights have, and under their names those of the others."""
     del floats  # have no scales, by which MLX knows them
     entries = {name: _entry(q) for name, q in weights.items()}
-    kinds = list(entries.values())
-    most = max(kinds, key=kinds.count)
+    counts = collections.Counter(tuple(entry.items()) for entry in entries.values())
+    most = dict(counts.most_common(1)[0][0])
     return {**most, **{name: entry for name, entry in entries.items() if entry != most}}
 
 
