@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,17 +65,17 @@ class _Contraction(Call):
     def _product(self, left: Any, right: Any) -> Product:
         return Product.of(left, right, self.lhs_axes, self.rhs_axes, self.precision, self.dtype)
 
-    def _frozen(self, left: Any, right: Any) -> Product | None:
-        """The product of the frozen model, if this is one in training: with the weight as `quantize` stores it.
+    def _frozen(self, left: Any, right: Any) -> Callable[[], Product] | None:
+        """What makes the product of the frozen model, if this is one in training: the weight as `quantize` stores it.
 
         A weight with a size that is a symbol stays as it is.
         """
         if isinstance(right, TrainedTensor):
             known = math.inf not in map(number, right.shape)
-            return self._product(left, as_quantized(right, self.rhs_axes.contract)) if known else None
+            return (lambda: self._product(left, as_quantized(right, self.rhs_axes.contract))) if known else None
         if isinstance(left, TrainedTensor) and self.lhs.spec is None and not isinstance(right, QTensor):
             known = math.inf not in map(number, left.shape)
-            return self._product(as_quantized(left, self.lhs_axes.contract), right) if known else None
+            return (lambda: self._product(as_quantized(left, self.lhs_axes.contract), right)) if known else None
         return None
 
     def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:

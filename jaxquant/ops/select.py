@@ -24,6 +24,7 @@ integers on both sides with one scale per row are an int8 product, and all other
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import get_args
 
 import jax
@@ -86,13 +87,34 @@ def select(problem: Problem, platform: Platform) -> Kernel:
     raise AssertionError("the last kernels of the table take everything")
 
 
-def run(problem: Problem, frozen: Problem | None = None) -> jax.Array:
+def _as_frozen(
+    frozen: Callable[[], Problem], trained: Kernel, result: Callable[[Kernel, Problem], jax.Array]
+) -> dict[str, Callable[[], jax.Array]]:
+    """The branch for the CPU that computes a product as the frozen model does, unless ``trained`` is exact in both.
+
+    The kernel is chosen of shapes alone: the weight is packed inside of the branch.
+    """
+    found: list[tuple[Kernel, bool]] = []
+
+    def look() -> None:
+        stored = frozen()
+        kernel = select(stored, "cpu")
+        exact = kernel.exact and kernel == trained and all(form.groups == 1 for form in stored.quantized)
+        found.append((kernel, exact))
+
+    jax.eval_shape(look)
+    ((kernel, exact),) = found
+    return {} if exact else {"cpu": lambda: result(kernel, frozen())}
+
+
+def run(problem: Problem, frozen: Callable[[], Problem] | None = None) -> jax.Array:
     """The product, in the dtype that is asked for, by the kernel for the platform that the program is lowered for.
 
     Args:
       problem: what is computed.
-      frozen: the same, with the weight as it is stored once training is over. On the CPU it is computed in its place
-        where another kernel would be chosen for it, so that both models agree to the last bit.
+      frozen: makes the same, with the weight as it is stored once training is over. On the CPU it is computed in its
+        place where another kernel would be chosen for it, so that both models agree to the last bit. Programs for
+        other platforms hold nothing of it.
     """
 
     def result(kernel: Kernel, problem: Problem) -> jax.Array:
@@ -103,12 +125,9 @@ def run(problem: Problem, frozen: Problem | None = None) -> jax.Array:
 
     chosen = {platform: (select(problem, platform), problem) for platform in get_args(Platform)}
     other = chosen.pop("other")
-    if frozen is not None:
-        kernel = select(frozen, "cpu")
-        exact = kernel.exact and kernel == chosen["cpu"][0] and all(form.groups == 1 for form in frozen.quantized)
-        if not exact:
-            chosen["cpu"] = kernel, frozen
     own = {name: functools.partial(result, *how) for name, how in chosen.items() if how != other}
+    if frozen is not None:
+        own |= _as_frozen(frozen, chosen["cpu"][0], result)
     if isinstance(problem, Product) and has_few_rows(problem):
         own["tpu"] = functools.partial(on_tpu, *chosen["tpu"])
     return lax.platform_dependent(**own, default=functools.partial(result, *other)) if own else result(*other)

@@ -87,6 +87,18 @@ def test_nothing_made_for_a_cpu_is_lowered_elsewhere(scheme, platform):
 
 
 @pytest.mark.every
+@pytest.mark.every
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("spec", [recipes.w4a16(64), recipes.w4a8(64), recipes.nf4()], ids=["w4a16", "w4a8", "nf4"])
+def test_a_weight_in_training_is_packed_for_the_cpu_alone(spec, platform):
+    """There it is stored as the frozen one, so that both compute the same; elsewhere its codes are used as they are."""
+    product = lambda w, x: ops.dot_general(x, w, MATMUL, spec=spec)  # noqa: E731
+    w, x = (jax.ShapeDtypeStruct((n, 256), jnp.bfloat16) for n in (256, 300))
+    packs = lambda platform: "stablehlo.shift_left" in lowered(product, w, x, platform=platform)  # noqa: E731
+    assert packs("cpu")
+    assert not packs(platform)
+
+
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_convolutions_and_ragged_products_elsewhere(platform):
     image, window = jnp.ones((2, 6, 8), jnp.bfloat16), jnp.ones((3, 8, 4), jnp.bfloat16)
