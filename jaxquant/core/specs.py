@@ -6,7 +6,6 @@ All are hashable (they can be static arguments of a jitted function) and survive
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from typing import Any, Literal
 
@@ -111,103 +110,100 @@ class QuantSpec(Value):
 
     def __post_init__(self):
         info = qtype_of(self.qtype)
-        set_ = functools.partial(object.__setattr__, self)
-        set_("qtype", info.name)
+        self._set(qtype=info.name)
+        self._check_blocks(info)
+        self._check_range(info)
+        self._check_scale_dtype(info)
+        if self.rounding not in ("nearest", "stochastic"):
+            raise self._error("unknown rounding", todo="Use 'nearest' or 'stochastic'", rounding=self.rounding)
+        self._check_outliers()
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _check_blocks(self, info: QType) -> None:
+        """Settles which elements share a scale: ``granularity`` and ``group_size``."""
+        got = {"granularity": self.granularity, "group_size": self.group_size}
         if self.granularity not in _GRANULARITIES:
-            raise self._error(
-                "unknown granularity", todo=f"Use one of {', '.join(_GRANULARITIES)}", granularity=self.granularity
-            )
+            todo = f"Use one of {', '.join(_GRANULARITIES)}"
+            raise self._error("unknown granularity", todo=todo, granularity=self.granularity)
         if info.group_size is not None:
             if self.group_size not in (None, info.group_size) or self.granularity == "per_tensor":
-                raise self._error(
-                    f"{info.name} always has one scale per {info.group_size} elements",
-                    todo="Leave granularity and group_size out",
-                    granularity=self.granularity,
-                    group_size=self.group_size,
-                )
-            if self.scale_dtype is not None:
-                raise self._error(
-                    f"{info.name} fixes the format of its scales",
-                    todo="Leave scale_dtype out",
-                    scale_dtype=str(self.scale_dtype),
-                )
-            set_("granularity", "per_group")
-            set_("group_size", info.group_size)
+                rule = f"{info.name} always has one scale per {info.group_size} elements"
+                raise self._error(rule, todo="Leave granularity and group_size out", **got)
+            self._set(granularity="per_group", group_size=info.group_size)
         if (self.granularity == "per_group") != (self.group_size is not None):
-            raise self._error(
-                "group_size goes with granularity='per_group', and only with it",
-                todo="Give both or neither",
-                granularity=self.granularity,
-                group_size=self.group_size,
-            )
-        if self.group_size is not None and (
-            isinstance(self.group_size, bool)
-            or not isinstance(self.group_size, int | np.integer)
-            or self.group_size < 1
-        ):
-            raise self._error(
-                "group_size must be a positive integer", todo="Use 32, 64 or 128", group_size=self.group_size
-            )
-        if self.group_size is not None:
-            set_("group_size", int(self.group_size))
+            rule = "group_size goes with granularity='per_group', and only with it"
+            raise self._error(rule, todo="Give both or neither", **got)
+        if self.group_size is None:
+            return
+        integer = isinstance(self.group_size, int | np.integer) and not isinstance(self.group_size, bool)
+        if not integer or self.group_size < 1:
+            rule = "group_size must be a positive integer"
+            raise self._error(rule, todo="Use 32, 64 or 128", group_size=self.group_size)
+        self._set(group_size=int(self.group_size))
+
+    def _check_range(self, info: QType) -> None:
+        """Which range the codes cover, and where it comes from."""
         for name in ("symmetric", "static"):
             if not isinstance(getattr(self, name), bool):
                 raise self._error(f"{name} must be True or False", todo="Pass a bool", **{name: getattr(self, name)})
         if not isinstance(self.narrow_range, bool | None):
-            raise self._error(
-                "narrow_range must be True, False or None", todo="Leave it out", narrow_range=self.narrow_range
-            )
+            rule = "narrow_range must be True, False or None"
+            raise self._error(rule, todo="Leave it out", narrow_range=self.narrow_range)
         if not self.symmetric and info.kind != "int":
-            raise self._error(
-                f"{info.name} has no zero point", todo="Use symmetric=True, or an integer type", symmetric=False
-            )
+            todo = "Use symmetric=True, or an integer type"
+            raise self._error(f"{info.name} has no zero point", todo=todo, symmetric=False)
         if self.narrow_range and not (self.symmetric and info.kind == "int" and info.signed):
-            raise self._error(
-                "narrow_range=True needs a symmetric signed integer type",
-                todo="Leave narrow_range out",
-                narrow_range=True,
-                symmetric=self.symmetric,
-            )
+            rule = "narrow_range=True needs a symmetric signed integer type"
+            raise self._error(rule, todo="Leave narrow_range out", narrow_range=True, symmetric=self.symmetric)
         if self.calibration is not None and not isinstance(self.calibration, observers.Observer):
-            raise self._error(
-                "calibration must be an observer",
-                todo=f"Use None or one of {', '.join(f'{n}(...)' for n in _CALIBRATORS)} from jaxquant.observers",
-                calibration=self.calibration,
-            )
-        if self.scale_dtype is not None:
-            try:
-                dtype = np.dtype(self.scale_dtype)
-            except (TypeError, ValueError):
-                dtype = None
-            if dtype is not None and dtype == jnp.uint4:
-                if self.granularity != "per_group" or not self.symmetric or info.kind != "int" or info.qmax > 7:
-                    raise self._error(
-                        "two-level scales ('uint4') are for symmetric integers of at most 4 bits, per group",
-                        todo="Leave scale_dtype out, or use QuantSpec('int4', granularity='per_group', ...)",
-                        granularity=self.granularity,
-                        symmetric=self.symmetric,
-                    )
-            elif dtype is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+            todo = f"Use None or one of {', '.join(f'{n}(...)' for n in _CALIBRATORS)} from jaxquant.observers"
+            raise self._error("calibration must be an observer", todo=todo, calibration=self.calibration)
+
+    def _check_scale_dtype(self, info: QType) -> None:
+        """Settles ``scale_dtype`` as the name of a dtype."""
+        if self.scale_dtype is None:
+            return
+        if info.group_size is not None:
+            rule = f"{info.name} fixes the format of its scales"
+            raise self._error(rule, todo="Leave scale_dtype out", scale_dtype=str(self.scale_dtype))
+        try:
+            dtype = np.dtype(self.scale_dtype)
+        except (TypeError, ValueError):
+            dtype = None
+        if dtype is not None and dtype == jnp.uint4:
+            if self.granularity != "per_group" or not self.symmetric or info.kind != "int" or info.qmax > 7:
                 raise self._error(
-                    "scale_dtype must be a float dtype of 16 bits or more, or 'uint4'",
-                    todo="Use float32, bfloat16 or float16; 'uint4' for two-level scales",
-                    scale_dtype=str(self.scale_dtype),
-                )
-            set_("scale_dtype", dtype.name)
-        if self.rounding not in ("nearest", "stochastic"):
-            raise self._error("unknown rounding", todo="Use 'nearest' or 'stochastic'", rounding=self.rounding)
-        if self.outliers is not None:
-            if not isinstance(self.outliers, int | float) or not self.outliers > 0:
-                raise self._error("outliers must be a positive threshold", todo="Use 6.0", outliers=self.outliers)
-            if self.static or not self.symmetric or self.granularity != "per_channel":
-                raise self._error(
-                    "outliers are for activations with a dynamic, symmetric range per token",
-                    todo="Leave outliers out, or static, symmetric and granularity",
+                    "two-level scales ('uint4') are for symmetric integers of at most 4 bits, per group",
+                    todo="Leave scale_dtype out, or use QuantSpec('int4', granularity='per_group', ...)",
                     granularity=self.granularity,
                     symmetric=self.symmetric,
-                    static=self.static,
                 )
-            set_("outliers", float(self.outliers))
+        elif dtype is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+            raise self._error(
+                "scale_dtype must be a float dtype of 16 bits or more, or 'uint4'",
+                todo="Use float32, bfloat16 or float16; 'uint4' for two-level scales",
+                scale_dtype=str(self.scale_dtype),
+            )
+        self._set(scale_dtype=dtype.name)
+
+    def _check_outliers(self) -> None:
+        """Settles the threshold ``outliers`` as a float."""
+        if self.outliers is None:
+            return
+        if not isinstance(self.outliers, int | float) or not self.outliers > 0:
+            raise self._error("outliers must be a positive threshold", todo="Use 6.0", outliers=self.outliers)
+        if self.static or not self.symmetric or self.granularity != "per_channel":
+            raise self._error(
+                "outliers are for activations with a dynamic, symmetric range per token",
+                todo="Leave outliers out, or static, symmetric and granularity",
+                granularity=self.granularity,
+                symmetric=self.symmetric,
+                static=self.static,
+            )
+        self._set(outliers=float(self.outliers))
 
     def _error(self, rule: str, *, todo: str, **got: Any):
         return quant_error("QuantSpec", rule, todo=todo, qtype=self.qtype, **got)
