@@ -4,16 +4,19 @@ Gram, ChannelMean, ChannelAbsMax, Range   statistics that `calibrate(collect={..
 merge_stats              statistics of several hosts as if one had seen all their batches
 quantize_sequentially    each weight calibrated on what the weights before it give once they are quantized
 distill                  scales and vectors tuned until the outputs are those of the float function
+Distillation             its settings, for `quantize_model`: a method and distillation in one call
 """
 
 from jaxquant.transform.calibrate import merge_stats
-from jaxquant.transform.distill import distill
+from jaxquant.transform.distill import Distillation, Distilled, distill
 from jaxquant.transform.sequential import quantize_sequentially
 from jaxquant.transform.statistics import ChannelAbsMax, ChannelMean, Gram, Inputs, Range, Rows, Statistic
 
 __all__ = [
     "ChannelAbsMax",
     "ChannelMean",
+    "Distillation",
+    "Distilled",
     "Gram",
     "Inputs",
     "Range",

@@ -2,7 +2,7 @@
 
 leaves      which leaves train: trainable, split, merge, check_trainable, refuse_quantized, freeze_quantized
 steps       learned_steps: LSQ, LSQ+ and PACT; labels for Optax; clamp_steps
-schedules   scheduled: float first, fewer bits later; with_bits
+schedules   scheduled: float first, fewer bits later; with_bits; to_nearest: after stochastic rounding
 ranges      observed and update_ranges: moving averages of activations in a compiled step, frozen when asked
 losses      distillation_loss: towards the float model
 batch_norm  fold_batch_norms: into the convolutions before them
@@ -12,7 +12,7 @@ from jaxquant.qat.batch_norm import fold_batch_norms
 from jaxquant.qat.leaves import check_trainable, freeze_quantized, merge, refuse_quantized, split, trainable
 from jaxquant.qat.losses import distillation_loss
 from jaxquant.qat.ranges import observed, update_ranges
-from jaxquant.qat.schedules import scheduled, with_bits
+from jaxquant.qat.schedules import scheduled, to_nearest, with_bits
 from jaxquant.qat.steps import clamp_steps, labels, learned_steps
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "refuse_quantized",
     "scheduled",
     "split",
+    "to_nearest",
     "trainable",
     "update_ranges",
     "with_bits",

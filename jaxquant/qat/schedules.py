@@ -17,7 +17,7 @@ from jaxquant.core.specs import QuantSpec
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.quantized import quantized
 
-__all__ = ["Stage", "scheduled", "with_bits"]
+__all__ = ["Stage", "scheduled", "to_nearest", "with_bits"]
 
 Stage = Plan | tuple[Plan, Any] | None
 """How a function runs from some step on: in float, by a plan, or by a plan and its state."""
@@ -132,5 +132,34 @@ def with_bits(plan: Plan, *, weight: int | None = None, act: int | None = None) 
         return dataclasses.replace(
             item, spec=dataclasses.replace(s, weight=changed(s.weight, weight), act=changed(s.act, act))
         )
+
+    return dataclasses.replace(plan, items=tuple(map(item, plan.items)))
+
+
+def to_nearest(plan: Plan) -> Plan:
+    """The plan with weights and activations rounded to nearest: to evaluate and to freeze what trained stochastically.
+
+    Args:
+      plan: from `make_plan`.
+
+    Returns:
+      A new plan; how gradients are rounded stays.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import qat
+      >>> fn, params, x = lambda p, x: x @ p["w"], {"w": jnp.linspace(-1.0, 1.0, 32).reshape(8, 4)}, jnp.ones((2, 8))
+      >>> spec = jq.OpSpec(jq.QuantSpec("int4", rounding="stochastic"))
+      >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("w", spec)])
+      >>> y = jq.quantized(fn, plan, key=jax.random.key(0))(params, x)  # a step of training
+      >>> qparams = jq.quantize_params(params, qat.to_nearest(plan))
+    """
+
+    def nearest(spec: QuantSpec | None) -> QuantSpec | None:
+        return None if spec is None else dataclasses.replace(spec, rounding="nearest")
+
+    def item(item: Any) -> Any:
+        s = item.spec
+        return dataclasses.replace(item, spec=dataclasses.replace(s, weight=nearest(s.weight), act=nearest(s.act)))
 
     return dataclasses.replace(plan, items=tuple(map(item, plan.items)))

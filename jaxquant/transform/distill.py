@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jaxquant.transform.params import dequantize_params
 from jaxquant.transform.plan import Plan, is_float
 from jaxquant.transform.quantized import check_plan, quantized
 
-__all__ = ["Distilled", "distill", "relative_error"]
+__all__ = ["Distillation", "Distilled", "distill", "relative_error", "resumed"]
 
 
 class Distilled(NamedTuple):
@@ -27,13 +28,16 @@ class Distilled(NamedTuple):
       params: the quantized parameters, as tuned so far.
       loss: of this batch, before its step; an array, so that reading it is what waits for it.
       step: how many batches there have been.
-      seconds: since the first.
+      seconds: since the first of this run.
+      resume: what ``distill(resume=...)`` goes on from: a tree of arrays and QTensors, ``params`` among them, which
+        `jaxquant.io.save` writes and `jaxquant.io.load` reads. Saving it is what costs; making it does not.
     """
 
     params: Any
     loss: jax.Array
     step: int
     seconds: float
+    resume: dict[str, Any]
 
 
 def relative_error(outputs: Any, targets: Any) -> jax.Array:
@@ -58,6 +62,8 @@ def distill(
     loss: Callable[[Any, Any], jax.Array] = relative_error,
     floats: Callable[[str, Any], bool] = _is_vector,
     mask: Mask = None,
+    state: Mapping[str, Any] | None = None,
+    resume: Mapping[str, Any] | None = None,
 ) -> Iterator[Distilled]:
     """Trains what is real in quantized parameters: scales, and the vectors beside them (biases, gains of norms).
 
@@ -76,12 +82,15 @@ def distill(
       floats: ``(path, leaf) -> bool``: which float leaves train; by default those with one axis longer than 1.
       mask: which rows of the outputs count, as for `calibrate`: outputs and targets are 0 in all others before the loss
         sees them. Every float output begins with the mask's axes.
+      state: static ranges of activations, as for `quantized`; they stay as they are.
+      resume: `Distilled.resume` of a run that was stopped; ``qparams`` are then its ``resume["params"]``, and all else
+        is as it was: batches that were seen are passed over.
 
     Yields:
       `Distilled` after each step.
 
     Raises:
-      QuantError: if parameters do not fit the plan or nothing can be trained.
+      QuantError: if parameters do not fit the plan, nothing can be trained, or ``resume`` is of another run.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxquant as jq, optax
@@ -101,7 +110,10 @@ def distill(
     check_plan("distill", plan, leaves_with_paths(qparams)[0])
     train, rest, treedef = _parts(plan, qparams, floats)
     weight_only = not plan.products and all(item.spec.act is None for item in plan.items)
-    run = quantized(fn, plan)
+    run = quantized(fn, plan, state)
+    opt_state, before = tx.init(train), 0
+    if resume is not None:
+        train, opt_state, before = _where_it_was(resume, train, opt_state)
 
     def together(train: dict[str, jax.Array], rest: dict[str, Any]) -> Any:
         leaves = {}
@@ -118,16 +130,96 @@ def distill(
 
     @jax.jit
     def step(
-        train: Any, state: Any, rest: Any, params: Any, args: tuple[Any, ...], counted: Any
+        train: Any, opt_state: Any, rest: Any, params: Any, args: tuple[Any, ...], counted: Any
     ) -> tuple[Any, Any, jax.Array]:
         value, grads = jax.value_and_grad(objective)(train, rest, args, fn(params, *args), counted)
-        updates, state = tx.update(grads, state, train)
-        return jax.tree.map(lambda p, u: (p + u).astype(p.dtype), train, updates), state, value
+        updates, opt_state = tx.update(grads, opt_state, train)
+        return jax.tree.map(lambda p, u: (p + u).astype(p.dtype), train, updates), opt_state, value
 
-    state, start = tx.init(train), time.perf_counter()
+    start = time.perf_counter()
     for number, (args, counted) in enumerate(with_masks("distill", batches, mask, fn), 1):
-        train, state, value = step(train, state, rest, params, args, counted)
-        yield Distilled(together(train, rest), value, number, time.perf_counter() - start)
+        if number <= before:
+            continue
+        train, opt_state, value = step(train, opt_state, rest, params, args, counted)
+        made = together(train, rest)
+        kept = {"params": made, "train": train, "optimizer": jax.tree.leaves(opt_state), "step": jnp.int32(number)}
+        yield Distilled(made, value, number, time.perf_counter() - start, kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """How `quantize_model` tunes what a method gives: the settings of `distill`.
+
+    Attributes:
+      tx: an Optax transformation.
+      epochs: how often the batches are gone through, one step for each.
+      loss: ``(outputs, targets) -> scalar``, such as `jaxquant.qat.distillation_loss` for a function of logits.
+      floats: ``(path, leaf) -> bool``: which float leaves train beside the scales.
+      progress: is called with `Distilled` after each step: to print a bar, and to save ``done.resume`` now and then.
+      resume: what was saved; None: start anew. Then neither calibration for the method nor the method itself runs.
+
+    Raises:
+      QuantError: if there is no optimizer, or ``epochs`` is no number above 0.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxquant as jq, optax
+      >>> fn = lambda p, x: jnp.tanh(x @ p["w"] + p["b"])
+      >>> params = {"w": jax.random.normal(jax.random.key(0), (16, 4)), "b": jnp.zeros((1, 4))}
+      >>> x, losses = jax.random.normal(jax.random.key(1), (32, 16)), []
+      >>> how = jq.calibration.Distillation(optax.adam(0.02), epochs=50, progress=lambda d: losses.append(d.loss))
+      >>> model = jq.quantize_model(fn, params, recipe="w4a16:g16", method="gptq", batches=[x], distillation=how)
+      >>> len(losses), bool(losses[-1] < losses[0])
+      (50, True)
+    """
+
+    tx: Any
+    epochs: int = 1
+    loss: Callable[[Any, Any], jax.Array] = relative_error
+    floats: Callable[[str, Any], bool] = _is_vector
+    progress: Callable[[Distilled], Any] | None = None
+    resume: Mapping[str, Any] | None = None
+
+    def __post_init__(self):
+        if not callable(getattr(self.tx, "init", None)) or not callable(getattr(self.tx, "update", None)):
+            todo = "Pass for example optax.adam(1e-3)"
+            raise quant_error("Distillation", "tx must be an Optax transformation", todo=todo, tx=self.tx)
+        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
+            todo = "Use for example 4"
+            raise quant_error("Distillation", "epochs must be an integer above 0", todo=todo, epochs=self.epochs)
+
+
+_KEPT = ("optimizer", "params", "step", "train")
+
+
+def resumed(function: str, resume: Any, params: Any) -> Any:
+    """The quantized parameters of what was saved, in the containers of ``params``."""
+    if not isinstance(resume, Mapping) or tuple(sorted(resume)) != _KEPT:
+        keys = tuple(sorted(map(str, resume))) if isinstance(resume, Mapping) else type(resume).__name__
+        todo = "Pass Distilled.resume, or what jq.io.load read of it"
+        raise quant_error(function, "there is nothing to go on from in resume", todo=todo, resume=keys)
+    leaves, treedef = leaves_with_paths(params)
+    found = leaves_with_paths(resume["params"])[0]
+    if set(found) != set(leaves):
+        todo = "Pass the params that the run began with"
+        odd = tuple(sorted(set(found) ^ set(leaves)))[:4]
+        raise quant_error(function, "resume is of other parameters", todo=todo, paths=odd)
+    return jax.tree.unflatten(treedef, [found[path] for path in leaves])
+
+
+def _where_it_was(resume: Any, train: dict[str, jax.Array], opt_state: Any) -> tuple[Any, Any, int]:
+    """What trains, the optimizer's state and the number of steps, of a run that was stopped."""
+    todo = "Go on with the arguments that it began with, and qparams=resume['params']"
+    resumed("distill", resume, resume.get("params") if isinstance(resume, Mapping) else None)
+    old, kept = resume["train"], jax.tree.leaves(resume["optimizer"])
+    leaves, treedef = jax.tree.flatten(opt_state)
+    same = [(jnp.shape(a), jnp.result_type(a)) for a in kept] == [(jnp.shape(a), jnp.result_type(a)) for a in leaves]
+    if set(old) != set(train) or not same:
+        odd = tuple(sorted(set(old) ^ set(train)))[:4]
+        raise quant_error("distill", "resume is of a run with another optimizer or plan", todo=todo, paths=odd)
+    for path, value in old.items():
+        if value.shape != train[path].shape or not bool(jnp.allclose(value, train[path], rtol=1e-2, atol=1e-2)):
+            raise quant_error("distill", "qparams are not those that resume stopped at", todo=todo, path=path)
+    return dict(old), jax.tree.unflatten(treedef, map(jnp.asarray, kept)), int(resume["step"])
 
 
 def _parts(plan: Plan, qparams: Any, floats: Callable[[str, Any], bool]) -> tuple[dict[str, Any], dict[str, Any], Any]:

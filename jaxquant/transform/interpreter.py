@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import QuantSpec
 from jaxquant.transform import primitives
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.products import Products, scoped
@@ -159,7 +161,7 @@ class Interpreter:
       products: products of two activations that are looked for; None: none are.
       observing: whether what is collected is quantized all the same; calibration runs in float.
       entering: ``(weight, x, channel axes of x) -> x``, applied to the input of each product with a planned weight.
-      rounding_key: for stochastic rounding of gradients, or None.
+      rounding_key: for stochastic rounding, or None.
       scope: the name stack of the jaxpr that runs.
       uses: while planning, of every parameter.
       own_derivatives: paths that enter a function with a derivative rule of its own.
@@ -317,7 +319,20 @@ class Interpreter:
         item = self.items.get(weight.path)
         if item is None or self.calibrating:
             return weight.value()
-        return weight.operand(item.spec.weight, item.reduce_axes, item.stacked)
+        key = None
+        if not isinstance(weight.leaf, QTensor):
+            key = self.rounding_key_of(weight.path, "weight", item.spec.weight)
+        return weight.operand(item.spec.weight, item.reduce_axes, item.stacked, key)
+
+    def rounding_key_of(self, path: str, operand: str, spec: QuantSpec | None) -> Any:
+        """The key that an operand of the forward pass is rounded with: one for each; None if it rounds to nearest."""
+        if spec is None or spec.rounding == "nearest":
+            return None
+        if self.rounding_key is None:
+            todo = "Pass quantized(..., key=jax.random.key(step)); to evaluate or to freeze, the plan of qat.to_nearest"
+            rule = "stochastic rounding needs a key"
+            raise quant_error("quantized", rule, todo=todo, path=path, operand=operand, key=None)
+        return key_of(self.rounding_key, path, operand)
 
     def real(self, weight: Weight) -> jax.Array:
         """Running: the values of `operand` in float, differentiable."""
@@ -339,6 +354,11 @@ class Interpreter:
                 path=weight.path, weight=repr(weight.leaf),
             )  # fmt: skip
         return self.real(weight) if allowed else weight.real()
+
+
+def key_of(key: jax.Array, path: str, role: str = "") -> jax.Array:
+    """A key of its own for each parameter, and for each part that it has in a product."""
+    return jax.random.fold_in(key, zlib.crc32(f"{path}{role and ':'}{role}".encode("utf-8", "surrogatepass")))
 
 
 _REASONS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from jaxquant.core.specs import OpSpec
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.calls import arrays_of, inside
-from jaxquant.transform.interpreter import ABSENT, Interpreter, Misfit, Tally, handles, unsupported
+from jaxquant.transform.interpreter import ABSENT, Interpreter, Misfit, Tally, handles, key_of, unsupported
 from jaxquant.transform.masks import along
 from jaxquant.transform.plan import Item
 from jaxquant.transform.primitives import (
@@ -33,7 +32,7 @@ from jaxquant.transform.primitives import (
 )
 from jaxquant.transform.products import product_name
 from jaxquant.transform.statistics import Inputs, Rows
-from jaxquant.transform.weights import Weight, trained_activation
+from jaxquant.transform.weights import Weight, rounded_activation, trained_activation
 
 __all__: list[str] = []
 
@@ -61,15 +60,22 @@ def _activation(
     out: dict[str, Any] = {"spec": OpSpec(act=item.spec.act, grad=item.spec.grad)}
     grad, key = item.spec.grad, interpreter.rounding_key
     if grad is not None and grad.rounding == "stochastic" and key is not None:
-        out["key"] = jax.random.fold_in(key, zlib.crc32(weight.path.encode("utf-8", "surrogatepass")))
+        out["key"] = key_of(key, weight.path)
     steps = weight.steps_of("act")
     if steps is not None:
         quantized = trained_activation(x, marked(steps), item.spec.act, tuple(axes))
         # Beside a float weight it is a float array with the values of its codes.
         return (quantized.real, {}) if item.spec.weight is None else (quantized, out)
+    scale = zero_point = None
     if item.spec.act.static:
         given = marked(weight.state)
-        out["act_scale"], out["act_zero_point"] = given["scale"], given.get("zero_point")
+        scale, zero_point = given["scale"], given.get("zero_point")
+    rounding = interpreter.rounding_key_of(weight.path, "act", item.spec.act)
+    if rounding is not None:
+        quantized = rounded_activation(x, item.spec.act, tuple(axes), rounding, scale, zero_point)
+        return (quantized.real, {}) if item.spec.weight is None else (quantized, out)
+    if item.spec.act.static:
+        out["act_scale"], out["act_zero_point"] = scale, zero_point
     return x, out
 
 

@@ -21,6 +21,7 @@ from jaxquant.rules import OpRule, Rule
 from jaxquant.transform.analysis.scales import scale_pairs
 from jaxquant.transform.batches import arguments
 from jaxquant.transform.calibrate import act_state, calibrate
+from jaxquant.transform.distill import Distillation, distill, resumed
 from jaxquant.transform.make_plan import check_all_rules, make_plan
 from jaxquant.transform.params import quantize_params
 from jaxquant.transform.plan import Float, Plan
@@ -95,6 +96,7 @@ def quantize_model(
     ignore: Sequence[str] = (),
     misfit: Literal["per_channel", "float"] | None = None,
     target: Platform | None = None,
+    distillation: Distillation | None = None,
     **kwargs: Any,
 ) -> QuantizedModel:
     """Plans, calibrates and quantizes in one call: `make_plan`, `calibrate`, `quantize_params`, `quantized`.
@@ -114,6 +116,8 @@ def quantize_model(
       ignore: patterns; weights in whose path one is found stay in float.
       misfit: what becomes of a weight whose size no group divides; see `Rule`. None: it is an error.
       target: the platform that the codes will be read on; see `quantize_params`.
+      distillation: tunes scales and vectors on the batches after the method, until the outputs are those of the float
+        function; see `jaxquant.calibration.Distillation`. It reports after each step and goes on where it was stopped.
 
     Returns:
       A `QuantizedModel`.
@@ -136,6 +140,9 @@ def quantize_model(
     moves, method = _steps(method)
     check_target(_F, target)
     _check_function(fn)
+    if distillation is not None and not isinstance(distillation, Distillation):
+        todo = "Use jq.calibration.Distillation(optax.adam(1e-3))"
+        raise quant_error(_F, "distillation must be a Distillation", todo=todo, distillation=distillation)
     run = functools.partial(fn, **kwargs) if kwargs else fn
     seen = None if batches is None else list(arguments(_F, batches, run))
     if not args and seen:
@@ -143,7 +150,12 @@ def quantize_model(
     plan = make_plan(fn, params, *args, rules=rules, **kwargs)
     static = any(item.spec.act is not None and item.spec.act.static for item in plan.items)
     looks = looks_at_inputs(method)
-    _check_batches(seen, moves, looks, static, method)
+    _check_batches(seen, moves, looks, static, method, distillation)
+    teacher = params
+    resume = None if distillation is None else distillation.resume
+    begun = None if resume is None else resumed(_F, resume, params)
+    if begun is not None:
+        moves, looks = [], False
     for name in moves:
         assert seen is not None
         move, collect = _MOVES[name]
@@ -157,7 +169,27 @@ def quantize_model(
         wanted: dict[str, Statistic] = {} if looks is False else {"gram": Gram()}
         stats = calibrate(run, plan, params, seen, collect=wanted)
     state = act_state(plan, stats) if static and stats is not None else None
-    made = quantize_params(params, plan, method=method, stats=None if looks is False else stats, target=target)
+    if begun is None:
+        made = quantize_params(params, plan, method=method, stats=None if looks is False else stats, target=target)
+    else:
+        made = begun
+    if distillation is not None:
+        assert seen is not None
+        for done in distill(
+            run,
+            plan,
+            teacher,
+            made,
+            seen * distillation.epochs,
+            distillation.tx,
+            loss=distillation.loss,
+            floats=distillation.floats,
+            state=state,
+            resume=resume,
+        ):
+            made = done.params
+            if distillation.progress is not None:
+                distillation.progress(done)
     return QuantizedModel(quantized(fn, plan, state), made, plan, state, _report(plan, made))
 
 
@@ -204,15 +236,23 @@ def _check_function(fn: Any) -> None:
         raise quant_error(_F, "fn must be a function of params", todo=todo, fn=type(fn).__name__)
 
 
-def _check_batches(batches: Any, moves: Sequence[str], looks: bool | None, static: bool, method: Any) -> None:
+def _check_batches(
+    batches: Any, moves: Sequence[str], looks: bool | None, static: bool, method: Any, distillation: Any
+) -> None:
     """Raises if batches are missing, or nobody would look at them; of a method of the user's own only it can say."""
+    if distillation is not None:
+        if not batches:
+            todo = "Pass batches=[x, ...]: each the tuple of fn's further arguments, or one array"
+            raise quant_error(_F, "a model is distilled on batches", todo=todo, batches=batches)
+        return
     who = "+".join([*moves, *([getattr(method, "__name__", "the method")] if looks else [])])
     if not batches and (who or static):
         rule = f"{who} looks at inputs" if who else "static activation ranges come from inputs"
         todo = "Pass batches=[x, ...]: each the tuple of fn's further arguments, or one array"
         raise quant_error(_F, rule, todo=todo, batches=batches)
     if batches is not None and looks is False and not moves and not static:
-        todo = "Leave batches out, or use a method that looks at inputs, such as method='gptq', or a static recipe"
+        todo = "Leave batches out, or use a method that looks at inputs, such as method='gptq', or a static recipe, or "
+        todo += "a distillation"
         raise quant_error(_F, "nothing here looks at the batches", todo=todo, batches=len(batches))
 
 

@@ -103,15 +103,17 @@ def quantized(
         range that is there takes the place of the one the spec would choose. Pass it as an argument of the function
         that is differentiated to train it.
       precision: of the quantized operations; None: each operation's own. See `jaxquant.ops.dot_general`.
-      key: a random key for gradients that are rounded stochastically: a new one for each step of training. Each weight
-        rounds with a noise of its own. Needed where such gradients are taken; the results are the same without.
+      key: a random key for what is planned with ``rounding="stochastic"``, a new one for each step of training. Each
+        weight, its activation and its gradient round with a noise of their own (layers of a scan share it). Needed
+        wherever an activation or a float weight is rounded so; for gradients only where they are taken. One key, one
+        result. `jaxquant.qat.to_nearest` has the plan for evaluation.
 
     Returns:
       A function ``(params, *args, **kwargs)`` with the results of ``fn``.
 
     Raises:
-      QuantError: when called with params that do not fit the plan, without the state that a static spec needs, or with
-        a QTensor that reaches an operation without a quantized form.
+      QuantError: when called with params that do not fit the plan, without the state that a static spec needs, without
+        the key that stochastic rounding needs, or with a QTensor that reaches an operation without a quantized form.
 
     Gradient: straight-through with respect to float leaves and inputs; with respect to the scales of QTensors; that of
       the papers with respect to learned steps (`qat.learned_steps`); of every order, in forward and reverse mode.
@@ -154,9 +156,10 @@ def _checked_key(plan: Plan | None, key: Any) -> Any:
     """A key, typed; raises if it is none, or nothing is rounded with it."""
     if key is None:
         return None
-    grads = [item.spec.grad for item in plan.items] if plan is not None else []
-    if not any(grad is not None and grad.rounding == "stochastic" for grad in grads):
-        todo = "Leave the key out, or plan gradients with rounding='stochastic'"
+    specs = [item.spec for item in plan.items] if plan is not None else []
+    each = [spec for op in specs for spec in (op.weight, op.act, op.grad) if spec is not None]
+    if not any(spec.rounding == "stochastic" for spec in each):
+        todo = "Leave the key out, or plan weights, activations or gradients with rounding='stochastic'"
         raise quant_error("quantized", "nothing is rounded with a key", todo=todo)
     return random_key("quantized", key)
 
@@ -260,6 +263,9 @@ def _check_state_of(function: str, plan: Plan, path: str, entry: Any) -> None:
         if spec is None:
             todo = "Use what qat.learned_steps returned for this plan"
             raise quant_error(function, f"the plan quantizes no {operand} here", todo=todo, path=path)
+        if spec.rounding != "nearest":
+            todo = "Make the plan with rounding='nearest'"
+            raise quant_error(function, "learned steps round to nearest", todo=todo, path=path, rounding=spec.rounding)
         check_entry(function, path, entry[operand], spec, steps_shape(item, operand))
 
 

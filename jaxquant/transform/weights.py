@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core import views
-from jaxquant.core.affine import as_codes
+from jaxquant.core.affine import as_codes, prepare
 from jaxquant.core.blocks import block_shape, scale_shape
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.indices import clamped
@@ -102,11 +102,11 @@ class View:
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "reduce_axes"))  # traced once for all weights of one shape
-def _trained(w: jax.Array, steps: Any, spec: QuantSpec, reduce_axes: tuple[int, ...]) -> TrainedTensor:
+def _trained(w: jax.Array, steps: Any, key: Any, spec: QuantSpec, reduce_axes: tuple[int, ...]) -> TrainedTensor:
     """A weight in training, by its own range or by learned ones."""
     if steps is None:
-        q = as_codes(jax.lax.stop_gradient(w), spec, reduce_axes)
-        return TrainedTensor(q, fake_quant(w, spec, reduce_axes=reduce_axes))
+        q = as_codes(jax.lax.stop_gradient(w), spec, reduce_axes, key=key)
+        return TrainedTensor(q, fake_quant(w, spec, reduce_axes=reduce_axes, key=key))
     blocks = scale_shape(w.shape, block_shape(w.shape, spec.granularity, spec.group_size, reduce_axes))
     n = w.size // math.prod(blocks)
     q = learned_codes(w, spec, reduce_axes, steps, blocks)
@@ -127,6 +127,16 @@ def trained_activation(x: jax.Array, steps: Any, spec: QuantSpec, axes: tuple[in
     steps = {name: value.reshape(along if value.ndim else (1,) * x.ndim) for name, value in steps.items()}
     q = learned_codes(x, spec, axes, steps, blocks)
     return TrainedTensor(q, learned_values(x, spec, axes, steps, n, blocks))
+
+
+def rounded_activation(
+    x: jax.Array, spec: QuantSpec, axes: tuple[int, ...], key: jax.Array, scale: Any, zero_point: Any
+) -> TrainedTensor:
+    """An activation rounded stochastically, by its own range or one that is given."""
+    axes = tuple(sorted(a - x.ndim for a in axes))
+    x, axes, scale, zero_point = prepare("quantized", x, spec, axes, scale, zero_point, key)
+    q = as_codes(*jax.lax.stop_gradient((x,)), spec, axes, *jax.lax.stop_gradient((scale, zero_point)), key=key)
+    return TrainedTensor(q, fake_quant(x, spec, reduce_axes=axes, scale=scale, zero_point=zero_point, key=key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,17 +193,21 @@ class Weight:
         x = self.value()
         return x.dequantize() if isinstance(x, QTensor) else x
 
-    def operand(self, spec: QuantSpec | None, reduce_axes: tuple[int, ...], stacked: int = 0) -> Any:
+    def operand(self, spec: QuantSpec | None, reduce_axes: tuple[int, ...], stacked: int = 0, key: Any = None) -> Any:
         """What an op gets: the QTensor; or codes for the forward and floats for the gradient, if the leaf trains.
 
-        ``stacked``: leading axes of the parameter whose layers are quantized one by one, seen from a scan or not.
+        Args:
+          spec: of the weight.
+          reduce_axes: the axes that share a scale.
+          stacked: leading axes of the parameter whose layers are quantized one by one, seen from a scan or not.
+          key: for stochastic rounding, which layers share.
         """
         if isinstance(self.leaf, QTensor) or spec is None:
             return self.value()
         one = functools.partial(_trained, spec=spec, reduce_axes=reduce_axes)
         for _ in range(stacked - self.stacked):
-            one = jax.vmap(one)
-        x: Any = one(self.leaf, self.steps_of("weight"))
+            one = jax.vmap(one, in_axes=(0, 0, None))
+        x: Any = one(self.leaf, self.steps_of("weight"), key)
         for step in self.steps:
             x = step(x)
         return x

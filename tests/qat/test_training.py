@@ -242,3 +242,75 @@ def test_the_mean_magnitude_of_batches_is_that_of_all():
     lo, hi = observer.result(state, symmetric=True, roundtrip=lambda x, lo, hi: x)
     np.testing.assert_allclose(hi, np.abs(np.asarray(X)).mean(), rtol=1e-6)
     np.testing.assert_array_equal(lo, -hi)
+
+
+# -- stochastic rounding -----------------------------------------------------------------------------------------------
+
+UP_OR_DOWN = QuantSpec("int4", narrow_range=True, rounding="stochastic")  # its ends are on codes
+
+
+def test_weights_and_activations_are_rounded_with_the_key():
+    """Up or down by one step, the same for the same key; in the mean what is rounded; to nearest it is frozen."""
+    act = QuantSpec("int8", rounding="stochastic")
+    plan = planned(UP_OR_DOWN, act)
+    run = jax.jit(lambda key, x: jq.quantized(product, plan, key=key)(PARAMS, x))
+    keys = jax.random.split(jax.random.key(0), 256)
+    np.testing.assert_array_equal(run(keys[0], X), run(keys[0], X))
+    assert bool(jnp.any(run(keys[0], X) != run(keys[1], X)))
+    of_weight = jq.make_plan(product, PARAMS, X, rules=[Rule(".*", OpSpec(UP_OR_DOWN))])
+    values = jax.jit(jax.vmap(lambda key: jq.quantized(product, of_weight, key=key)(PARAMS, jnp.eye(16))))(keys)
+    step = np.asarray(jq.quantize_params(PARAMS, qat.to_nearest(of_weight))["w"].scale)
+    off = (np.asarray(values, np.float64) - np.asarray(PARAMS["w"])) / step
+    assert np.abs(off).max() < 1 + 1e-4
+    assert np.abs(off).max() > 0.6  # to nearest it is half a step
+    assert np.abs(off.mean(0)).max() < 5 * 0.5 / np.sqrt(256)
+    results = jax.jit(jax.vmap(lambda key: jq.quantized(product, plan, key=key)(PARAMS, X)))(keys)
+    noise = np.asarray(results).std(0) / np.sqrt(256)
+    assert np.all(np.abs(np.asarray(results).mean(0) - product(PARAMS, X)) < 5 * noise)
+    nearest = qat.to_nearest(plan)
+    assert nearest == planned(QuantSpec("int4", narrow_range=True), QuantSpec("int8"))
+    assert isinstance(jq.quantize_params(PARAMS, nearest)["w"], jq.QTensor)
+
+
+def test_gradients_pass_straight_through_what_is_rounded_with_a_key():
+    """The gradient is that of the product of the values that the key gives."""
+    plan = planned(UP_OR_DOWN, QuantSpec("int8", rounding="stochastic"))
+    of_weight = planned(UP_OR_DOWN)
+    key = jax.random.key(3)
+    w = jq.quantized(product, of_weight, key=key)(PARAMS, jnp.eye(16))  # one key for a weight, whatever is beside it
+    run = jax.jit(jax.grad(lambda p, x: jnp.sum(jq.quantized(product, plan, key=key)(p, x)), argnums=(0, 1)))
+    dp, dx = run(PARAMS, X)
+    np.testing.assert_allclose(dx, jnp.broadcast_to(w.sum(1), X.shape), rtol=1e-4, atol=1e-5)
+    x = jq.quantized(lambda p, x: x @ p["w"], planned(None, plan["w"].spec.act, params={"w": jnp.eye(16)}), key=key)(
+        {"w": jnp.eye(16)}, X
+    )
+    np.testing.assert_allclose(dp["w"], jnp.broadcast_to(x.sum(0)[:, None], (16, 5)), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_a_scan_are_rounded_with_a_key():
+    plan = planned(UP_OR_DOWN, QuantSpec("int8", rounding="stochastic"), stacked, STACK)
+
+    def loss(p, key):
+        return jnp.sum(jq.quantized(jax.checkpoint(stacked), plan, key=key)(p, X) ** 2)
+
+    run = jax.jit(jax.value_and_grad(loss))
+    first, again, other = (run(STACK, jax.random.key(seed)) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert first[0] != other[0]
+    assert bool(jnp.all(jnp.isfinite(first[1]["w"])))
+
+
+@pytest.mark.parametrize("operand", ["weight", "act"])
+def test_a_missing_key_is_an_error(operand):
+    plan = planned(UP_OR_DOWN, None) if operand == "weight" else planned(None, UP_OR_DOWN)
+    want = rf"^quantized at w: stochastic rounding needs a key; got operand='{operand}', key=None. Pass .*to_nearest"
+    with pytest.raises(jq.QuantError, match=want):
+        jq.quantized(product, plan)(PARAMS, X)
+    with pytest.raises(jq.QuantError, match=r"^quantized: nothing is rounded with a key"):
+        jq.quantized(product, qat.to_nearest(plan), key=jax.random.key(0))
+    with pytest.raises(jq.QuantError, match=r"^quantized: key must be"):
+        jq.quantized(product, plan, key=3)
+    if operand == "weight":
+        state = {"w": {"weight": {"scale": jnp.ones((1, 5))}}}
+        with pytest.raises(jq.QuantError, match=r"^quantized at w: learned steps round to nearest"):
+            jq.quantized(product, plan, state, key=jax.random.key(0))(PARAMS, X)
