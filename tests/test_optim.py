@@ -18,6 +18,7 @@ from jaxquant import optim
 from jaxquant.core.codec import nearest_codes
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.optim import moments as storage
+from jaxquant.optim import one_pass, scale
 
 CASES = {
     "adam8bit": (optim.adam8bit(0.01), 0.01),
@@ -346,3 +347,48 @@ def test_hyperparameters_may_be_traced():
 def test_refusals(make, message):
     with pytest.raises(jq.QuantError, match=message):
         make()
+
+
+@pytest.mark.parametrize("qtype", ["dynamic8", "udynamic8"])
+@pytest.mark.every
+def test_maps_are_computed_where_a_chip_looks_nothing_up(qtype):
+    """Entries to a few units in the last place, and the nearest codes but for what is about in the middle of two."""
+    table = np.asarray(QTYPES[qtype].table, np.float32)
+    np.testing.assert_allclose(one_pass._decoded(jnp.arange(256), qtype), table, rtol=4e-7, atol=0)
+    rng, m = np.random.default_rng(0), middles(qtype)
+    near = np.concatenate([m * (1 + sign * np.float32(1e-6)) for sign in (-1, 1)])
+    y = np.concatenate([10 ** rng.uniform(-8, 0, 4096), rng.uniform(0, 1, 4096), [0, 1]]).astype(np.float32)
+    y = np.concatenate([y, -y, near, table] if qtype == "dynamic8" else [y, near, table])
+    want = np.searchsorted(m, y, side="left")
+    got = np.asarray(one_pass._codes(jnp.asarray(y), qtype))
+    other = got != want
+    assert np.abs(got - want).max() <= 1
+    assert np.mean(other[: -near.size - table.size]) < 1e-3
+    below = np.minimum(got, want)[other]
+    np.testing.assert_array_less(np.abs(y[other] - m[below]), 3e-5 * (table[below + 1] - table[below]))
+
+
+@pytest.mark.parametrize("shape", [(64, 1024), (4, 160, 128), (3, 22000)])
+@pytest.mark.parametrize("name", ["adam8bit", "ademamix8bit", "rmsprop8bit"])
+@pytest.mark.every
+def test_one_pass_takes_the_same_step(name, shape, monkeypatch):
+    """The kernel for TPUs, in the interpreter: two steps as they are elsewhere, a broken block and one of zeros."""
+    rng = np.random.default_rng(0)
+    grads = (rng.normal(size=shape) * np.exp(rng.normal(size=shape) * 2)).astype(np.float32)
+    grads.reshape(-1)[:256], grads.reshape(-1)[300] = 0, np.nan
+    tx = {"adam8bit": optim.scale_by_adam8bit(), "ademamix8bit": optim.scale_by_ademamix8bit(),
+          "rmsprop8bit": optim.scale_by_rms8bit()}[name]  # fmt: skip
+    state, grads = tx.init({"w": grads}), {"w": jnp.asarray(grads)}
+    want = jax.jit(lambda s: (u := tx.update(grads, s))[:1] + tx.update(grads, u[1]))(state)
+    monkeypatch.setattr(scale, "in_one_pass", functools.partial(one_pass.in_one_pass, interpret=True))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu=None, default, **_: (tpu or default)(*args))
+    got = jax.jit(lambda s: (u := tx.update(grads, s))[:1] + tx.update(grads, u[1]))(state)
+    for a, b in zip(want[:2], got[:2], strict=True):
+        assert np.isnan(b["w"].reshape(-1)[300])
+        close = np.isclose(a["w"], b["w"], rtol=1e-5, atol=1e-7, equal_nan=True)
+        assert np.mean(~close) < 1e-4  # a code beside it in the first step
+    for kind, moment in want[2].moments.items():
+        a, b = moment["w"], got[2].moments[kind]["w"]
+        np.testing.assert_allclose(a.scale, b.scale, rtol=1e-5)
+        whole = ~np.isnan(np.repeat(np.asarray(a.scale).reshape(-1), 256))
+        assert np.mean((np.asarray(a.codes) != np.asarray(b.codes)).reshape(-1)[whole]) < 1e-3

@@ -29,7 +29,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor, from_codes
 from jaxquant.core.qtypes import QTYPES, QType
 
-__all__ = ["EIGHT_BITS", "FOUR_BITS", "Storage", "real", "stored"]
+__all__ = ["EIGHT_BITS", "FOUR_BITS", "Storage", "as_form", "as_parameter", "real", "stored"]
 
 _SIGNED, _UNSIGNED = ("dynamic8", "dynamic4"), ("udynamic8", "uint4")
 _TINY = float(ml_dtypes.finfo(np.float32).tiny)
@@ -115,11 +115,16 @@ FOUR_BITS = Storage("dynamic4", "uint4", 128)
 """Li et al.'s blocks of 128: a dynamic map of 4 bits, and a linear one without 0 for squares."""
 
 
-def _as_form(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def as_form(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """An array in the shape of its codes."""
     if x.shape == shape:
         return x
     return jnp.pad(x.reshape(-1), (0, shape[0] * shape[1] - x.size)).reshape(shape)
+
+
+def as_parameter(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Inverse of `as_form`."""
+    return x if x.shape == shape else x.reshape(-1)[: int(np.prod(shape, dtype=np.int64))].reshape(shape)
 
 
 def _in_rows(q: QTensor) -> QTensor:
@@ -181,7 +186,7 @@ def stored(x: jax.Array, like: Any) -> Any:
     """A moment in float32, kept as the one before: a `QTensor` of that type and those blocks, or the array."""
     if not isinstance(like, QTensor):
         return x
-    return _quantized(_as_form(x, like.shape), like.type, tuple(like.scale.shape))
+    return _quantized(as_form(x, like.shape), like.type, tuple(like.scale.shape))
 
 
 def real(moment: Any, shape: tuple[int, ...]) -> jax.Array:
@@ -191,4 +196,4 @@ def real(moment: Any, shape: tuple[int, ...]) -> jax.Array:
     x = jax.lax.platform_dependent(
         moment, cpu=lambda q: _in_rows(q).dequantize().reshape(q.shape), default=QTensor.dequantize
     )
-    return x if x.shape == shape else x.reshape(-1)[: int(np.prod(shape, dtype=np.int64))].reshape(shape)
+    return as_parameter(x, shape)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,9 @@ import optax
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import is_qtensor, path_of
-from jaxquant.optim.moments import EIGHT_BITS, Storage, real, stored
+from jaxquant.ops.kernels.tpu.undivided import if_undivided
+from jaxquant.optim.moments import EIGHT_BITS, Storage, as_form, as_parameter, real, stored
+from jaxquant.optim.one_pass import Step, fits, hoisted, in_one_pass
 
 __all__ = [
     "State",
@@ -38,7 +41,7 @@ class State(NamedTuple):
     moments: dict[str, Any]
 
 
-Rule = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
+Rule = Callable[[jax.Array], Step]
 
 
 def checked(function: str, storage: Storage | None = None, **values: Any) -> None:
@@ -61,8 +64,40 @@ def checked(function: str, storage: Storage | None = None, **values: Any) -> Non
         raise quant_error(function, "storage must be a Storage", todo=todo, storage=storage)
 
 
+def _stepped(step: Step, g: jax.Array, moments: list[Any]) -> tuple[jax.Array, list[Any]]:
+    """The update of one parameter in its dtype, and its moments as they are kept."""
+
+    def plain(step: Callable[..., Any], scalars: Sequence[jax.Array], g: jax.Array, moments: list[Any]) -> Any:
+        update, becomes = step(*scalars, g.astype(jnp.float32), *(real(m, g.shape) for m in moments))
+        return update.astype(g.dtype), [stored(x, m) for x, m in zip(becomes, moments, strict=True)]
+
+    if not fits(moments):
+        return plain(step, (), g, moments)
+
+    def on_tpu(g: jax.Array, moments: list[Any]) -> Any:
+        form = moments[0].shape
+        kernel = in_one_pass(step, jax.ShapeDtypeStruct(form, g.dtype), moments)
+        whole = hoisted(step, g.shape, len(moments))
+        if any(x.dtype != jnp.float32 or x.shape for x in whole.scalars):
+            return plain(step, (), g, moments)
+        leaves, tree = jax.tree.flatten((whole.scalars, g, moments))
+
+        def divided(*leaves: jax.Array) -> Any:
+            return plain(whole.function, *jax.tree.unflatten(tree, leaves))
+
+        def undivided(*leaves: jax.Array) -> Any:
+            scalars, g, moments = jax.tree.unflatten(tree, leaves)
+            update, moments = kernel.function(*scalars, as_form(g, form), moments)
+            return as_parameter(update, g.shape), moments
+
+        return if_undivided(undivided, divided, *leaves)
+
+    return jax.lax.platform_dependent(g, moments, tpu=on_tpu, default=functools.partial(plain, step, ()))
+
+
 def _scale_by(signs: dict[str, bool], rule: Rule, storage: Storage) -> optax.GradientTransformation:
-    """The transformation of a rule ``(g, t, *moments) -> (update, moments)`` for one parameter, in float32.
+    """The transformation of a rule, which makes of the number of a step t the function
+    ``(g, *moments) -> (update, moments)`` of elements of one parameter in float32.
 
     ``signs`` names the moments in the rule's order, and says whether they have both signs.
     """
@@ -85,12 +120,10 @@ def _scale_by(signs: dict[str, bool], rule: Rule, storage: Storage) -> optax.Gra
         count: Any = optax.safe_increment(state.count)
         leaves, treedef = jax.tree.flatten(updates)
         old = [treedef.flatten_up_to(state.moments[name]) for name in signs]
-        steps, new = [], []
-        for g, *moments in zip(leaves, *old, strict=True):
-            was = [real(m, g.shape) for m in moments]
-            step, becomes = rule(g.astype(jnp.float32), count.astype(jnp.float32), *was)
-            steps.append(step.astype(g.dtype))
-            new.append([stored(x, m) for x, m in zip(becomes, moments, strict=True)])
+        found = [
+            _stepped(rule(count.astype(jnp.float32)), g, moments) for g, *moments in zip(leaves, *old, strict=True)
+        ]
+        steps, new = [step for step, _ in found], [moments for _, moments in found]
         kept = {name: treedef.unflatten([each[i] for each in new]) for i, name in enumerate(signs)}
         return treedef.unflatten(steps), State(count, kept)
 
@@ -130,9 +163,14 @@ def scale_by_adam8bit(
     """
     checked("scale_by_adam8bit", storage, b1=b1, b2=b2, eps=eps)
 
-    def rule(g: jax.Array, t: jax.Array, m: jax.Array, v: jax.Array) -> Any:
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-        return m / (1 - b1**t) / (jnp.sqrt(v) / jnp.sqrt(1 - b2**t) + eps), (m, v)
+    def rule(t: jax.Array) -> Step:
+        of_m, of_v = 1 - b1**t, jnp.sqrt(1 - b2**t)
+
+        def step(g: jax.Array, m: jax.Array, v: jax.Array) -> Any:
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+            return m / of_m / (jnp.sqrt(v) / of_v + eps), (m, v)
+
+        return step
 
     return _scale_by({"m": True, "v": False}, rule, storage)
 
@@ -148,11 +186,10 @@ def scale_by_lion8bit(
     """
     checked("scale_by_lion8bit", storage, b1=b1, b2=b2)
 
-    def rule(g: jax.Array, t: jax.Array, m: jax.Array) -> Any:
-        del t
+    def step(g: jax.Array, m: jax.Array) -> Any:
         return jnp.sign(b1 * m + (1 - b1) * g), (b2 * m + (1 - b2) * g,)
 
-    return _scale_by({"m": True}, rule, storage)
+    return _scale_by({"m": True}, lambda t: step, storage)
 
 
 def scale_by_momentum8bit(momentum: float = 0.9, *, storage: Storage = EIGHT_BITS) -> optax.GradientTransformation:
@@ -164,12 +201,11 @@ def scale_by_momentum8bit(momentum: float = 0.9, *, storage: Storage = EIGHT_BIT
     """
     checked("scale_by_momentum8bit", storage, momentum=momentum)
 
-    def rule(g: jax.Array, t: jax.Array, m: jax.Array) -> Any:
-        del t
+    def step(g: jax.Array, m: jax.Array) -> Any:
         m = momentum * m + g
         return m, (m,)
 
-    return _scale_by({"m": True}, rule, storage)
+    return _scale_by({"m": True}, lambda t: step, storage)
 
 
 def scale_by_ademamix8bit(
@@ -192,10 +228,15 @@ def scale_by_ademamix8bit(
     """
     checked("scale_by_ademamix8bit", storage, b1=b1, b2=b2, b3=b3, alpha=alpha, eps=eps)
 
-    def rule(g: jax.Array, t: jax.Array, m1: jax.Array, m2: jax.Array, v: jax.Array) -> Any:
-        m1, m2 = b1 * m1 + (1 - b1) * g, b3 * m2 + (1 - b3) * g
-        v = b2 * v + (1 - b2) * g * g
-        return (m1 / (1 - b1**t) + alpha * m2) / (jnp.sqrt(v) / jnp.sqrt(1 - b2**t) + eps), (m1, m2, v)
+    def rule(t: jax.Array) -> Step:
+        of_m, of_v = 1 - b1**t, jnp.sqrt(1 - b2**t)
+
+        def step(g: jax.Array, m1: jax.Array, m2: jax.Array, v: jax.Array) -> Any:
+            m1, m2 = b1 * m1 + (1 - b1) * g, b3 * m2 + (1 - b3) * g
+            v = b2 * v + (1 - b2) * g * g
+            return (m1 / of_m + alpha * m2) / (jnp.sqrt(v) / of_v + eps), (m1, m2, v)
+
+        return step
 
     return _scale_by({"m1": True, "m2": True, "v": False}, rule, storage)
 
@@ -212,12 +253,11 @@ def scale_by_rms8bit(
     """
     checked("scale_by_rms8bit", storage, b=b, eps=eps)
 
-    def rule(g: jax.Array, t: jax.Array, v: jax.Array) -> Any:
-        del t
+    def step(g: jax.Array, v: jax.Array) -> Any:
         v = b * v + (1 - b) * g * g
         return g / (jnp.sqrt(v) + eps), (v,)
 
-    return _scale_by({"v": False}, rule, storage)
+    return _scale_by({"v": False}, lambda t: step, storage)
 
 
 def scale_by_adagrad8bit(eps: float = 1e-10, *, storage: Storage = EIGHT_BITS) -> optax.GradientTransformation:
@@ -230,9 +270,8 @@ def scale_by_adagrad8bit(eps: float = 1e-10, *, storage: Storage = EIGHT_BITS) -
     """
     checked("scale_by_adagrad8bit", storage, eps=eps)
 
-    def rule(g: jax.Array, t: jax.Array, v: jax.Array) -> Any:
-        del t
+    def step(g: jax.Array, v: jax.Array) -> Any:
         v = v + g * g
         return g / (jnp.sqrt(v) + eps), (v,)
 
-    return _scale_by({"v": False}, rule, storage)
+    return _scale_by({"v": False}, lambda t: step, storage)

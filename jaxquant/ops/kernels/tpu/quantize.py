@@ -25,7 +25,9 @@ __all__ = ["quantized_rows", "rows_in_one_pass"]
 
 _LEAST, _LONGEST = 1 << 18, 1 << 15  # elements of an array for which it pays, and of a row
 
-_BLOCK = 1 << 20  # elements of a block of rows
+_BLOCK = 1 << 20  # elements of a block of rows, at most
+
+_STEPS = 8  # blocks at least, of 32 rows or more: one is moved while another is quantized
 
 
 def quantized_rows(x: jax.Array, *, qmax: int, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -43,7 +45,7 @@ def quantized_rows(x: jax.Array, *, qmax: int, interpret: bool = False) -> tuple
 
     over = divide if interpret else jnp.divide  # XLA would multiply by the reciprocal; Mosaic does not
     m, k = x.shape
-    rows = min(m, max(_BLOCK // k // 32 * 32, 32))
+    rows = min(m, max(min(_BLOCK, x.size // _STEPS) // k // 32 * 32, 32))
 
     def kernel(x: Any, codes: Any, scales: Any) -> None:
         v = x[...].astype(jnp.float32)
@@ -53,7 +55,7 @@ def quantized_rows(x: jax.Array, *, qmax: int, interpret: bool = False) -> tuple
         scale = jnp.maximum(divide(absmax, qmax), jnp.finfo(jnp.float32).tiny)
         scale = jnp.where(nan, jnp.nan, jnp.where(absmax == 0, 1.0, scale))
         scales[...] = scale
-        codes[...] = jnp.clip(jnp.round(jnp.clip(over(v, scale), -qmax - 1, qmax + 1)), -qmax, qmax).astype(jnp.int8)
+        codes[...] = jnp.round(jnp.clip(over(v, scale), -qmax, qmax)).astype(jnp.int8)
 
     return pl.pallas_call(
         kernel,
