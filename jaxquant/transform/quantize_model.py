@@ -155,7 +155,7 @@ def quantize_model(
     resume = None if distillation is None else distillation.resume
     begun = None if resume is None else resumed(_F, resume, params)
     if begun is not None:
-        moves, looks = [], False
+        moves, looks = (moves if static else []), False  # static ranges are those of the scaled activations
     for name in moves:
         assert seen is not None
         move, collect = _MOVES[name]

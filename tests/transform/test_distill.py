@@ -77,6 +77,25 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(tmp_path):
     same(again.params, whole.params)
 
 
+def test_a_resumed_run_has_the_static_ranges_of_scaled_activations():
+    """The ranges are taken after scales have moved, so a run that goes on moves them again."""
+
+    def scaled(p, x):
+        return jnp.tanh(x * p["gain"] @ p["a"]) @ p["b"]
+
+    params = {"gain": 1 + jnp.abs(unequal((1, 16), 7, 2.0)), "a": PARAMS["a"], "b": PARAMS["b"]}
+    kept = []
+
+    def call(**kwargs):
+        how = Distillation(adam(), **kwargs)
+        return jq.quantize_model(scaled, params, recipe=STATIC, method="smoothquant", batches=BATCHES, distillation=how)
+
+    whole = call(progress=lambda done: kept.append(done.resume))
+    again = call(resume=kept[1])
+    same(again.state, whole.state)
+    same(again.params, whole.params)
+
+
 def test_the_loss_of_predictions_is_one_of_them():
     how = Distillation(adam(), epochs=10, loss=qat.distillation_loss)
     model = jq.quantize_model(fn, PARAMS, recipe=SPEC, batches=BATCHES, distillation=how)
