@@ -121,6 +121,9 @@ def summary(path: Path, *, deep: bool = False) -> Summary:
         if isinstance(leaves, HFLeaves):
             weights, problems = leaves.described, [*problems, *leaves.problems]
     runs = {"gguf": "jq.io.load_gguf", "jaxquant": "jq.io.load_model", "hf": "jq.io.load_hf"}[kind]
+    if kind == "hf" and name != "float" and not problems:
+        leaves = _leaves(path, "inspect")
+        runs = "jq.io.load_model" if isinstance(leaves, HFLeaves) and leaves.runs_otherwise() else runs
     return Summary(name, *found, runs, sum(t.nbytes for t in tensors), tensors, weights, problems)
 
 

@@ -11,7 +11,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.specs import OpSpec, Value, checked_keys
 from jaxquant.recipes import recipe
 
-__all__ = ["OpRule", "Rule"]
+__all__ = ["OpRule", "Rule", "Stated"]
 
 
 def _check_pattern(function: str, pattern: Any) -> None:
@@ -122,6 +122,25 @@ class Rule(Value):
             data.get("dequantize", False),
             data.get("misfit"),
         )
+
+
+class Stated(Rule):
+    """A rule of a checkpoint: for these very paths, which a function need not use.
+
+    Args:
+      paths: of parameters.
+      spec: the `OpSpec`.
+    """
+
+    paths: frozenset[str]
+
+    def __init__(self, paths: frozenset[str], spec: OpSpec):
+        super().__init__("", spec)
+        object.__setattr__(self, "paths", paths)
+
+    def matches(self, path: str) -> bool:
+        """Whether it is one of the paths."""
+        return path in self.paths
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -12,7 +12,7 @@ from test_hf_layouts import stream
 
 import jaxquant as jq
 
-pytestmark = pytest.mark.every
+pytestmark = [pytest.mark.every, pytest.mark.filterwarnings("ignore:.*gives its weights alone")]
 
 E4M3, E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)

@@ -10,7 +10,7 @@ from hf_files import GOLDEN, MODELS, digest, dtype_of, tensors_of, values
 import jaxquant as jq
 from jaxquant.core.qtensor import QTensor
 
-pytestmark = pytest.mark.every
+pytestmark = [pytest.mark.every, pytest.mark.filterwarnings("ignore:.*gives its weights alone")]
 
 FORMAT = {
     "autoround": "GPTQ",

@@ -15,6 +15,9 @@ from hypothesis import HealthCheck, given, settings
 import jaxquant as jq
 from jaxquant.core.qtypes import QTYPES
 
+# Weights are what is read here, also of files that say how activations are quantized.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gives its weights alone")
+
 
 def written(folder, case, change=None):
     """A case as a directory; ``change`` works on its tensors and configuration."""

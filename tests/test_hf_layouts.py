@@ -10,6 +10,9 @@ from hf_files import checkpoint, unit, values
 
 import jaxquant as jq
 
+# Weights are what is read here, also of files that say how activations are quantized.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gives its weights alone")
+
 RNG = np.random.default_rng(0)
 BF16, E4M3, E8M0 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
 

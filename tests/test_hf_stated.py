@@ -12,6 +12,9 @@ from hf_files import checkpoint, values
 import jaxquant as jq
 from jaxquant.io.hf.to_qtensor import block_size, spread
 
+# Weights are what is read here, also of files that say how activations are quantized.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gives its weights alone")
+
 E4M3 = ml_dtypes.float8_e4m3fn
 
 

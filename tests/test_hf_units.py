@@ -12,7 +12,7 @@ from jaxquant.core.qtensor import QTensor, scale_values
 
 BF16 = ml_dtypes.bfloat16
 
-pytestmark = pytest.mark.every
+pytestmark = [pytest.mark.every, pytest.mark.filterwarnings("ignore:.*gives its weights alone")]
 
 
 def load(folder, tensors, config, **kwargs):

@@ -10,6 +10,9 @@ from hf_files import checkpoint
 import jaxquant as jq
 from jaxquant import QuantError, Rule, recipes
 
+# Weights are what is read here, also of files that say how activations are quantized.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gives its weights alone")
+
 E, HIDDEN, INNER = 3, 64, 32
 RNG = np.random.default_rng(0)
 

@@ -13,6 +13,9 @@ from jaxquant import QuantError, QuantSpec
 from jaxquant.core.qtensor import from_codes
 from jaxquant.io.sharded import Checkpoint
 
+# Weights are what is read here, also of files that say how activations are quantized.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gives its weights alone")
+
 MODELS = Path(__file__).parent / "golden" / "models"
 #: Golden checkpoint -> (format, activations, keys of its config that must be the same).
 REWRITTEN = {

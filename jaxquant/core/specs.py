@@ -220,6 +220,13 @@ class QuantSpec(Value):
         return info
 
     @property
+    def brief(self) -> str:
+        """A few words for tables: the type, what shares a scale unless it is a channel, and what else is not usual."""
+        outliers = "" if self.outliers is None else f" below {self.outliers:g}"
+        group = f" g{self.group_size}" if self.group_size else {"per_tensor": " tensor"}.get(self.granularity, "")
+        return f"{self.qtype}{group}{'' if self.symmetric else ' asym'}{' static' if self.static else ''}{outliers}"
+
+    @property
     def whole_range(self) -> bool:
         """Whether a symmetric type has one code more below 0 than above, which its range makes use of."""
         return self.symmetric and self.type.kind == "int" and self.type.qmin < -self.type.qmax < 0

@@ -1,7 +1,8 @@
 """Checkpoints: trees of arrays and QTensors, to files and back. One file per format.
 
 gguf          files of llama.cpp (`load_gguf`, `save_gguf`)
-native        our own: one safetensors file with a manifest (`save`, `load`, `load_model`, `read_metadata`)
+native        our own: one safetensors file with a manifest (`save`, `load`, `read_metadata`)
+model         parameters with how they run, from our file or a directory (`load_model`)
 safetensors   the container itself: named arrays in one file
 sharded       several such files with an index
 hf            Hugging Face checkpoints, quantized by any library (`load_hf`)
@@ -12,7 +13,9 @@ stream        checkpoints larger than memory, quantized on disk (`quantize_hf`)
 
 from jaxquant.io.gguf import GGUFInfo, load_gguf, save_gguf
 from jaxquant.io.hf import CheckpointInfo, NameMap, load_hf
-from jaxquant.io.native import SavedMetadata, SavedModel, load, load_model, read_metadata, save
+from jaxquant.io.hf.model import HFModel
+from jaxquant.io.model import load_model
+from jaxquant.io.native import SavedMetadata, SavedModel, load, read_metadata, save
 from jaxquant.io.orbax import load_orbax, save_orbax
 from jaxquant.io.save_hf import save_hf
 from jaxquant.io.stream import QuantizePlan, plan_quantize_hf, quantize_hf
@@ -20,6 +23,7 @@ from jaxquant.io.stream import QuantizePlan, plan_quantize_hf, quantize_hf
 __all__ = [
     "CheckpointInfo",
     "GGUFInfo",
+    "HFModel",
     "NameMap",
     "QuantizePlan",
     "SavedMetadata",

@@ -58,7 +58,16 @@ from jaxquant.io.template import fit
 from jaxquant.ops.targets import Platform, check_target, lay_out
 from jaxquant.transform.plan import Plan
 
-__all__ = ["NativeLeaves", "SavedMetadata", "SavedModel", "load", "load_model", "read_metadata", "save", "save_leaves"]
+__all__ = [
+    "NativeLeaves",
+    "SavedMetadata",
+    "SavedModel",
+    "load",
+    "load_native_model",
+    "read_metadata",
+    "save",
+    "save_leaves",
+]
 
 _KEY = "jaxquant"
 _VERSION = 1
@@ -114,7 +123,8 @@ def save(
         class that is registered with JAX (a dataclass, a named tuple, a module of Equinox, a state of NNX): under the
         names of its key paths, without its static fields. ``load(path, like=...)`` gives the class back. NumPy arrays
         come back as JAX arrays.
-      plan: an object with a ``to_json()`` method, whose text is stored, such as a `jaxquant.Plan`; see `load_model`.
+      plan: an object with a ``to_json()`` method, whose text is stored, such as a `jaxquant.Plan`; see
+        `jaxquant.io.load_model`.
       state: what the plan needs besides the parameters, such as static ranges; a tree like ``params``.
       metadata: anything JSON can hold, by name: strings, numbers, booleans, None, lists and dicts of these.
 
@@ -181,7 +191,10 @@ def _plan_text(plan: Any) -> str | None:
         return None
     text = plan.to_json() if hasattr(plan, "to_json") else None
     if not isinstance(text, str):
-        raise quant_error("save", "plan must have a method to_json() that gives text", todo="Pass a Plan", plan=plan)
+        todo = "Pass a Plan; of a model from another library's directory, model.plan.plan_for(fn, params, *args)"
+        raise quant_error(
+            "save", "plan must have a method to_json() that gives text", todo=todo, plan=type(plan).__name__
+        )
     return text
 
 
@@ -236,38 +249,12 @@ def load(path: str | os.PathLike[str], *, like: Any = None, target: Platform | N
     return file.params(like)
 
 
-def load_model(path: str | os.PathLike[str], *, like: Any = None, target: Platform | None = None) -> SavedModel:
-    """Reads what `save` wrote with everything that it takes to run it.
-
-    Args:
-      path: the file.
-      like, target: as for `load`.
-
-    Returns:
-      A `SavedModel`: ``params``, ``plan`` and ``state``, the last two None where none was saved.
-
-    Raises:
-      QuantError: as `load`; also if the plan is not one of jaxquant's.
-      OSError: if the file cannot be opened.
-
-    Example:
-      >>> import os, tempfile
-      >>> import jax, jax.numpy as jnp, jaxquant as jq
-      >>> fn, x = (lambda p, x: x @ p["w"]), jnp.linspace(-1.0, 1.0, 64).reshape(2, 32)
-      >>> params = {"w": jnp.sin(jnp.arange(512.0)).reshape(32, 16)}
-      >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("w", jq.recipes.w8a8(static=True))])
-      >>> state = jq.act_state(plan, jq.calibrate(fn, plan, params, [x]))
-      >>> qparams = jq.quantize_params(params, plan)
-      >>> with tempfile.TemporaryDirectory() as directory:
-      ...     path = os.path.join(directory, "model.safetensors")
-      ...     jq.io.save(path, qparams, plan=plan, state=state)
-      ...     model = jq.io.load_model(path)
-      >>> y = jq.quantized(fn, model.plan, model.state)(model.params, x)
-      >>> bool((y == jq.quantized(fn, plan, state)(qparams, x)).all())
-      True
-    """
-    check_target("load_model", target)
-    file = _File(path, "load_model", target)
+def load_native_model(
+    function: str, path: str | os.PathLike[str], like: Any = None, target: Platform | None = None
+) -> SavedModel:
+    """`jaxquant.io.load_model` of a file."""
+    check_target(function, target)
+    file = _File(path, function, target)
     return SavedModel(file.params(like), None if file.plan is None else Plan.from_json(file.plan), file.state())
 
 

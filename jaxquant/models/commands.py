@@ -52,6 +52,8 @@ def _of_models(command: Callable[..., None]) -> Callable[..., None]:
                      "is not known and leaves the result as it is."),
         click.option("--tokenizer", type=click.Path(file_okay=False, path_type=Path), help="Directory of another "
                      "tokenizer.json."),
+        click.option("--activations", type=click.Choice(["saved", "float"]), default="saved", show_default=True,
+                     help="As the checkpoint says (W8A8, fp8, keys and values), or all in --dtype."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
                      show_default=True, help="Of activations and float weights."),
         click.argument("model", type=click.Path(path_type=Path)),
@@ -65,8 +67,8 @@ def _of_models(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--ids", multiple=True, metavar="N,N,..", help="The same as ids of tokens, without a tokenizer.")
 @click.option("--chat", is_flag=True, help="Each prompt is what a user says: apply the model's chat template.")
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="At most so many new ones.")
-@click.option("--cache", type=click.Choice(["float", "int8"]), default="float", show_default=True, help="Of keys and "
-              "values.")  # fmt: skip
+@click.option("--cache", type=click.Choice(["float", "int8"]), help="Of keys and values.  [as the checkpoint says; "
+              "float]")  # fmt: skip
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
 @click.option("--top-k", type=int, help="Choose among so many of the most likely tokens.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Choose among the most likely tokens that "
@@ -75,8 +77,8 @@ def _of_models(command: Callable[..., None]) -> Callable[..., None]:
 @_of_models
 def generate(
     model: Path, prompts: tuple[str, ...], ids: tuple[str, ...], chat: bool, tokens: int, cache: Any,
-    temperature: float, top_k: int | None, top_p: float, seed: int, dtype: str, tokenizer: Path | None,
-    ignore: tuple[str, ...],
+    temperature: float, top_k: int | None, top_p: float, seed: int, dtype: str, activations: Any,
+    tokenizer: Path | None, ignore: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Continue a prompt with a model, quantized or not.
 
@@ -92,7 +94,8 @@ def generate(
         sampling.checked()
         if prompts:
             _check_tokenizer(model, tokenizer)
-        loaded = load(model, dtype=dtype, tokenizer=tokenizer, ignore=ignore)
+        how = {"activations": activations, "cache": "float" if cache == "float" else activations}
+        loaded = load(model, dtype=dtype, tokenizer=tokenizer, ignore=ignore, **how)
         _note(str(loaded))
         rows = [_numbers(text) for text in ids] or _tokens(loaded, prompts, chat)
         times = Times()
@@ -145,7 +148,7 @@ def _times(times: Times, rows: Sequence[Sequence[int]]) -> str:
 @_of_models
 def eval_(
     model: Path, text: Path, reference: Path | None, window: int | None, tokens: int | None, as_json: bool, dtype: str,
-    tokenizer: Path | None, ignore: tuple[str, ...],
+    activations: Any, tokenizer: Path | None, ignore: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Measure a model on a text: perplexity, and divergence from another model.
 
@@ -154,9 +157,10 @@ def eval_(
     """
     with _refusals():
         _check_tokenizer(model, tokenizer)
-        loaded = load(model, dtype=dtype, tokenizer=tokenizer, ignore=ignore)
+        options = {"dtype": dtype, "tokenizer": tokenizer, "ignore": ignore}
+        loaded = load(model, activations=activations, cache=activations, **options)
         _note(str(loaded))
-        other = None if reference is None else load(reference, dtype=dtype, tokenizer=tokenizer, ignore=ignore)
+        other = None if reference is None else load(reference, activations=activations, cache=activations, **options)
         if other is not None:
             _note(f"reference {other}")
         try:

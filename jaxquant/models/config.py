@@ -72,6 +72,8 @@ class Config:
       tied: whether the head is the embedding.
       context: the longest sequence the model is made for, or None.
       layers: one entry per layer.
+      cache: number type in which keys and values are stored, with one scale for each layer: ``self_attn.k_scale`` and
+        ``self_attn.v_scale`` of the parameters; None: as they are.
     """
 
     architecture: str
@@ -94,6 +96,7 @@ class Config:
     tied: bool
     context: int | None
     layers: tuple[Layer, ...]
+    cache: str | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The parameters by name and their shapes; linear weights are [out, in], stacked experts [expert, out, in].
@@ -132,6 +135,8 @@ class Config:
                 one |= {f"{when}_feedforward_layernorm.weight": (d,) for when in ("pre", "post")}
             if self.query_key_norms:
                 one |= {f"self_attn.{x}_norm.weight": (self.head_dim,) for x in "qk"}
+            if self.cache is not None:
+                one |= {f"self_attn.{x}_scale": () for x in "kv"}
             shapes |= {f"model.layers.{i}.{name}": shape for name, shape in one.items()}
         shapes["model.norm.weight"] = (d,)
         if not self.tied:

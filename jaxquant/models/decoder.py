@@ -4,7 +4,7 @@ Linear weights are [out, in], as they lie in the file, and are contracted along 
 array or, inside of `jaxquant.quantized`, whatever its leaf is.
 
 The cache holds keys as [batch, head, token, feature] and values as [batch, head, feature, token], so that both products
-contract the last axis; in int8 with one scale per token and head.
+contract the last axis; in int8 with one scale per token and head, or in codes by the scales of the checkpoint.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def empty_cache(config: Config, batch: int, length: int, dtype: Any) -> list[dic
     """Room for ``length`` keys and values in every layer; with ``dtype`` int8 also for their scales."""
     kv, size = config.num_key_value_heads, config.head_dim
     layer = {"k": jnp.zeros((batch, kv, length, size), dtype), "v": jnp.zeros((batch, kv, size, length), dtype)}
-    if jnp.dtype(dtype) == jnp.int8:
+    if config.cache is None and jnp.dtype(dtype) == jnp.int8:
         layer |= {f"{x}_scale": jnp.ones((batch, kv, length, 1), jnp.float32) for x in "kv"}
     return [dict(layer) for _ in config.layers]
 
@@ -187,10 +187,20 @@ def _attention(
     q, k, v = map(project, "qkv")
     q = q.reshape(batch, count, kv, -1, size).transpose(0, 2, 3, 1, 4)
     stored = {"k": jnp.swapaxes(k, 1, 2), "v": v.transpose(0, 2, 3, 1)}
+    scales = {f"{x}_scale": p[f"self_attn.{x}_scale"].reshape(1, 1, 1, 1) for x in "kv"} if config.cache else {}
+    stored = {name: _coded(config, x, scales.get(f"{name}_scale")) for name, x in stored.items()}
     if cache is not None:
         stored = _extended(cache, stored, start)
-    y = _attended(config, q, stored, mask[:, None, None])
+    y = _attended(config, q, stored | scales, mask[:, None, None])
     return p.linear("self_attn.o_proj", y.transpose(0, 3, 1, 2, 4).reshape(batch, count, -1)), stored
+
+
+def _coded(config: Config, x: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Keys or values as they are stored: the codes by the scale of the checkpoint, or themselves."""
+    if config.cache is None or scale is None:
+        return x
+    spec = QuantSpec(config.cache, granularity="per_tensor", narrow_range=False if config.cache == "int8" else None)
+    return quantize(x, spec, reduce_axes=(-4, -3, -2, -1), scale=scale).codes
 
 
 def _extended(cache: dict[str, jax.Array], new: dict[str, jax.Array], start: jax.Array | int) -> dict[str, jax.Array]:
@@ -208,14 +218,14 @@ def _extended(cache: dict[str, jax.Array], new: dict[str, jax.Array], start: jax
 
 def _attended(config: Config, q: jax.Array, stored: dict[str, jax.Array], mask: jax.Array) -> jax.Array:
     """[batch, head, group, token, feature] of queries on what is stored; scales of values go into the weights."""
-    k, v, int8 = stored["k"], stored["v"], "k_scale" in stored
-    if int8:
-        one = jnp.ones((1, 1, 1, 1), jnp.float32)
-        k, v = (QTensor(x, s, None, qtype="int8", dtype=q.dtype) for x, s in ((k, stored["k_scale"]), (v, one)))
+    k, v, coded = stored["k"], stored["v"], "k_scale" in stored
+    if coded:
+        one, qtype = jnp.ones((1, 1, 1, 1), jnp.float32), config.cache or "int8"
+        k, v = (QTensor(x, s, None, qtype=qtype, dtype=q.dtype) for x, s in ((k, stored["k_scale"]), (v, one)))
     scores = ops.einsum("bkgtd,bksd->bkgts", q, k) * jnp.asarray(config.query_scale, q.dtype)
     scores = jnp.where(mask, _capped(scores, config.score_cap).astype(jnp.float32), -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)
-    if int8:
+    if coded:
         weights = weights * jnp.swapaxes(stored["v_scale"], 2, 3)[:, :, None]
     return ops.einsum("bkgts,bkds->bkgtd", weights.astype(q.dtype), v)
 

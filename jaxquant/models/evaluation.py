@@ -15,10 +15,8 @@ import numpy as np
 from jax import lax
 
 from jaxquant.core.errors import quant_error
-from jaxquant.models.config import Config
 from jaxquant.models.decoder import head, hidden
 from jaxquant.models.load import Model
-from jaxquant.transform import quantized
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -116,8 +114,8 @@ def evaluate(
         part = ids[at : at + window]
         rows[row, : len(part)], valid[row, : len(part)] = part, True
     models = [model] if reference is None else [model, reference]
-    params, begun = [one.params for one in models], time.perf_counter()
-    sums = jax.jit(functools.partial(_sums, [one.config for one in models]))
+    params, begun = [(one.params, one.state) for one in models], time.perf_counter()
+    sums = jax.jit(functools.partial(_sums, models))
     run = sums.lower(params, rows[:1], valid[:1]).compile()
     compiling, begun = time.perf_counter() - begun, time.perf_counter()
     totals = np.zeros(4)
@@ -151,34 +149,36 @@ def _check(model: Model, reference: Model | None, ids: Sequence[int], window: in
         raise quant_error("evaluate", "the vocabularies differ", todo=todo, path=reference.path, vocab_sizes=sizes)
 
 
-def _sums(configs: list[Config], params: list[Any], tokens: jax.Array, valid: jax.Array) -> jax.Array:
+def _sums(models: list[Model], weights: list[Any], tokens: jax.Array, valid: jax.Array) -> jax.Array:
     """Over the predicted tokens of a window: both likelihoods, divergence and agreement; 0 where there is no other."""
     wanted, counted = tokens[0, 1:], valid[0, 1:]
     size = min(_CHUNK, len(wanted))
     room = -len(wanted) % size
 
-    def inner(params: list[Any], tokens: jax.Array) -> jax.Array:
-        states = [hidden(c, p, tokens, valid)[0][0, :-1] for c, p in zip(configs, params, strict=True)]
-        chunks = [
-            jnp.pad(x, [(0, room)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
-            for x in (wanted, counted, *states)
-        ]
+    def states(model: Model, weights: Any) -> jax.Array:
+        run = model.run(lambda params: hidden(model.config, params, tokens, valid)[0][0, :-1])
+        return run(*weights)
 
-        def add(total: jax.Array, chunk: list[jax.Array]) -> tuple[jax.Array, None]:
-            wanted, counted, *states = chunk
-            logs = [
-                jax.nn.log_softmax(head(c, p, x[None])[0].astype(jnp.float32))
-                for c, p, x in zip(configs, params, states, strict=True)
-            ]
-            losses = [-jnp.take_along_axis(log, wanted[:, None], axis=1)[:, 0] for log in logs]
-            if len(logs) == 1:
-                found = [losses[0], *[jnp.zeros_like(losses[0])] * 3]
-            else:
-                p, r = logs
-                divergence = jnp.sum(jnp.exp(r) * (r - p), axis=-1)
-                found = [*losses, divergence, (p.argmax(-1) == r.argmax(-1)).astype(jnp.float32)]
-            return total + jnp.stack([jnp.where(counted, x, 0).sum() for x in found]), None
+    def logs(model: Model, weights: Any, x: jax.Array) -> jax.Array:
+        run = model.run(lambda params, x: head(model.config, params, x[None])[0])
+        return jax.nn.log_softmax(run(*weights, x).astype(jnp.float32))
 
-        return lax.scan(add, jnp.zeros(4), chunks)[0]
+    both = list(zip(models, weights, strict=True))
+    chunks = [
+        jnp.pad(x, [(0, room)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
+        for x in (wanted, counted, *(states(*one) for one in both))
+    ]
 
-    return quantized(inner)(params, tokens)
+    def add(total: jax.Array, chunk: list[jax.Array]) -> tuple[jax.Array, None]:
+        wanted, counted, *states = chunk
+        found = [logs(*one, x) for one, x in zip(both, states, strict=True)]
+        losses = [-jnp.take_along_axis(log, wanted[:, None], axis=1)[:, 0] for log in found]
+        if len(found) == 1:
+            sums = [losses[0], *[jnp.zeros_like(losses[0])] * 3]
+        else:
+            p, r = found
+            divergence = jnp.sum(jnp.exp(r) * (r - p), axis=-1)
+            sums = [*losses, divergence, (p.argmax(-1) == r.argmax(-1)).astype(jnp.float32)]
+        return total + jnp.stack([jnp.where(counted, x, 0).sum() for x in sums]), None
+
+    return lax.scan(add, jnp.zeros(4), chunks)[0]

@@ -24,6 +24,7 @@ from jaxquant.models.config import Config
 from jaxquant.models.decoder import empty_cache, head, hidden
 from jaxquant.models.load import Model
 from jaxquant.transform import quantized
+from jaxquant.transform.stated import StatedPlan
 
 __all__ = ["Sampling", "Times", "generate", "stream", "tokens_of"]
 
@@ -81,7 +82,7 @@ def generate(
     prompts: Sequence[str] | Sequence[Sequence[int]],
     *,
     tokens: int = 64,
-    cache: Literal["float", "int8"] = "float",
+    cache: Literal["float", "int8"] | None = None,
     sampling: Sampling = Sampling(),
 ) -> list[str] | list[list[int]]:
     """What follows each of the prompts.
@@ -90,7 +91,8 @@ def generate(
       model: from `load`.
       prompts: texts, or ids of tokens.
       tokens: at most so many new ones for each.
-      cache: of keys and values: in the dtype of the model, or int8 with a scale per token and head.
+      cache: of keys and values: in the dtype of the model, or int8 with a scale per token and head. None: as the
+        checkpoint says, or else in the dtype of the model.
       sampling: how a token is chosen.
 
     Returns:
@@ -137,7 +139,7 @@ def stream(
     prompts: Sequence[Sequence[int]],
     *,
     tokens: int = 64,
-    cache: Literal["float", "int8"] = "float",
+    cache: Literal["float", "int8"] | None = None,
     sampling: Sampling = Sampling(),
     times: Times | None = None,
 ) -> Iterator[list[list[int]]]:
@@ -147,7 +149,7 @@ def stream(
       model: from `load`.
       prompts: ids of tokens.
       tokens: at most so many new ones for each.
-      cache: of keys and values.
+      cache: of keys and values; None: as the checkpoint says, or else in the dtype of the model.
       sampling: how a token is chosen.
       times: where to add up what it took.
 
@@ -157,8 +159,12 @@ def stream(
     """
     sampling, times = sampling.checked(), Times() if times is None else times
     ids = tokens_of(model, prompts)
-    if cache not in ("float", "int8"):
+    if cache not in (None, "float", "int8"):
         raise quant_error("generate", "unknown kind of cache", todo="Use 'float' or 'int8'", cache=cache)
+    if cache is not None and model.config.cache is not None:
+        todo = "Leave cache out, or load the model with cache='float'"
+        rule = "the checkpoint says how keys and values are stored"
+        raise quant_error("generate", rule, todo=todo, cache=cache, saved=model.config.cache)
     if tokens < 1:
         raise quant_error("generate", "tokens must be positive", todo="Ask for one at least", tokens=tokens)
     longest, config = max(map(len, ids)), model.config
@@ -166,7 +172,7 @@ def stream(
         todo = f"Ask for at most {max(config.context - longest, 0)} tokens, or shorten the prompt"
         rule = f"the model is made for {config.context} tokens"
         raise quant_error("generate", rule, todo=todo, prompt=longest, tokens=tokens)
-    dtype = model.dtype if cache == "float" else np.dtype(np.int8)
+    dtype = np.dtype(np.int8) if cache == "int8" else np.dtype(jnp.dtype(config.cache or model.dtype))
     yield from _chunks(model, ids, longest, tokens, dtype, sampling, times)
 
 
@@ -180,19 +186,20 @@ def _chunks(
     key = jax.random.key(sampling.seed)
     limit = jnp.asarray(tokens, jnp.int32)
     begun = time.perf_counter()
-    leaves, tree = jax.tree.flatten(model.params)
+    weights = model.params, model.state
+    leaves, tree = jax.tree.flatten(weights)
     forms = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)) for x in leaves)
     seedless = dataclasses.replace(sampling, seed=0)
-    prefill, decode = _programs(config, seedless, dtype, batch, longest, tokens, ends.size, tree, forms)
+    prefill, decode = _programs(config, model.plan, seedless, dtype, batch, longest, tokens, ends.size, tree, forms)
     times.compiling += time.perf_counter() - begun
 
     begun = time.perf_counter()
-    state = jax.block_until_ready(prefill(model.params, padded, valid, key))
+    state = jax.block_until_ready(prefill(weights, padded, valid, key))
     times.prompt += time.perf_counter() - begun
     done, made = np.zeros(batch, bool), 0
     while made < tokens and not done.all():
         begun = time.perf_counter()
-        state, found, count = decode(model.params, valid, state, key, ends, limit)
+        state, found, count = decode(weights, valid, state, key, ends, limit)
         found, count = np.asarray(found), int(count)
         times.decoding += time.perf_counter() - begun
         times.steps += count
@@ -211,25 +218,26 @@ State = dict[str, Any]
 
 @functools.lru_cache(maxsize=8)
 def _programs(
-    config: Config, sampling: Sampling, dtype: np.dtype, batch: int, longest: int, tokens: int, ends: int, tree: Any,
-    forms: tuple[Any, ...],
+    config: Config, plan: StatedPlan | None, sampling: Sampling, dtype: np.dtype, batch: int, longest: int, tokens: int,
+    ends: int, tree: Any, forms: tuple[Any, ...],
 ) -> tuple[Any, Any]:  # fmt: skip
     """The programs for a prompt and for a chunk, compiled; they are kept, since the same shapes often come again."""
-    params, key = jax.tree.unflatten(tree, forms), jax.random.key(0)
+    weights, key = jax.tree.unflatten(tree, forms), jax.random.key(0)
     padded, valid = jnp.zeros((batch, longest), jnp.int32), jnp.zeros((batch, longest + tokens), bool)
-    first = jax.jit(functools.partial(_prefill, config, sampling, dtype))
-    state = jax.eval_shape(first, params, padded, valid, key)
-    loop = jax.jit(functools.partial(_decode, config, sampling, longest), donate_argnums=2)
+    first = jax.jit(functools.partial(_prefill, config, plan, sampling, dtype))
+    state = jax.eval_shape(first, weights, padded, valid, key)
+    loop = jax.jit(functools.partial(_decode, config, plan, sampling, longest), donate_argnums=2)
     more = valid, state, key, jnp.zeros(ends, jnp.int32), jnp.zeros((), jnp.int32)
-    lowered = first.lower(params, padded, valid, key), loop.lower(params, *more)
+    lowered = first.lower(weights, padded, valid, key), loop.lower(weights, *more)
     with concurrent.futures.ThreadPoolExecutor() as pool:  # XLA compiles the two side by side
         prefill, decode = pool.map(lambda one: one.compile(), lowered)
     return prefill, decode
 
 
 def _prefill(
-    config: Config, sampling: Sampling, dtype: Any, params: Any, tokens: jax.Array, valid: jax.Array, key: jax.Array
-) -> State:
+    config: Config, plan: StatedPlan | None, sampling: Sampling, dtype: Any, weights: Any, tokens: jax.Array,
+    valid: jax.Array, key: jax.Array,
+) -> State:  # fmt: skip
     """The cache with the prompt in it, and the token that follows."""
     cache = empty_cache(config, valid.shape[0], valid.shape[1], dtype)
 
@@ -237,14 +245,14 @@ def _prefill(
         x, cache = hidden(config, params, tokens, valid, cache, 0)
         return head(config, params, x[:, -1:])[:, 0], cache
 
-    logits, cache = quantized(run)(params, tokens, cache)
+    logits, cache = quantized(run, plan, weights[1])(weights[0], tokens, cache)
     made, done = jnp.zeros((), jnp.int32), jnp.zeros(len(tokens), bool)
     return {"token": _chosen(sampling, logits, key, made), "cache": cache, "made": made, "done": done}
 
 
 def _decode(
-    config: Config, sampling: Sampling, start: int, params: Any, valid: jax.Array, state: State, key: jax.Array,
-    ends: jax.Array, limit: jax.Array,
+    config: Config, plan: StatedPlan | None, sampling: Sampling, start: int, weights: Any, valid: jax.Array,
+    state: State, key: jax.Array, ends: jax.Array, limit: jax.Array,
 ) -> tuple[State, jax.Array, jax.Array]:  # fmt: skip
     """A chunk of tokens, each handed out and then put through the model; how many there are."""
 
@@ -257,7 +265,7 @@ def _decode(
         token, made = state["token"], state["made"]
         found = lax.dynamic_update_slice_in_dim(found, token[:, None], count, 1)
         done = state["done"] | jnp.any(token[:, None] == ends[None, :], axis=1)
-        logits, cache = quantized(step)(params, token, state["cache"], start + made)
+        logits, cache = quantized(step, plan, weights[1])(weights[0], token, state["cache"], start + made)
         token = _chosen(sampling, logits, key, made + 1)
         return {"token": token, "cache": cache, "made": made + 1, "done": done}, found, count + 1
 

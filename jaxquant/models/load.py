@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,15 @@ from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.units import in_bytes
-from jaxquant.io import load_gguf, load_hf
+from jaxquant.io import load_gguf
+from jaxquant.io.hf.model import Floating, HFModel, load_hf_model
+from jaxquant.io.hf.schemes import CacheScales
 from jaxquant.io.sharded import located, read_json
 from jaxquant.models import gguf
 from jaxquant.models.config import Config, Layer, config_of
 from jaxquant.models.tokenizer import Tokenizer, ends_of, tokenizer_of, tokenizer_of_gguf
+from jaxquant.transform import quantized
+from jaxquant.transform.stated import StatedPlan
 
 __all__ = ["Model", "load", "place_of"]
 
@@ -41,6 +45,8 @@ class Model:
       format: of the checkpoint, such as ``"GPTQ"``; ``"float"`` where nothing is quantized.
       ends: ids of the tokens that end a text.
       notes: what was left out or put right, a sentence each.
+      plan: how activations are quantized, as the checkpoint says; None: they are in ``dtype``.
+      state: their static ranges, or None.
       metadata: of a GGUF file, or empty.
       vocabulary: a directory with another ``tokenizer.json`` than the checkpoint has, or None.
     """
@@ -54,6 +60,13 @@ class Model:
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     vocabulary: str | None = None
+    plan: StatedPlan | None = None
+    state: Any = dataclasses.field(default=None, repr=False)
+
+    def run(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """``fn(params, state, ...)`` in low precision, as the checkpoint says, for ``fn`` of params and arguments."""
+        plan = self.plan
+        return lambda params, state, *args: quantized(fn, plan, state)(params, *args)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -79,7 +92,16 @@ class Model:
         kinds = [(kind, f"{some(n)}, {in_bytes(size)}") for kind, (n, size) in self.kinds.items()]
         width = max(len(kind) for kind, _ in kinds)
         lines = [f"{self.path}: {what}", *(f"  {kind.ljust(width)}  {size}" for kind, size in kinds)]
+        lines += [f"  activations: {what}" for what in self.activations]
         return "\n".join(map(printable, [*lines, *(f"  note: {text}" for text in self.notes)]))
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """What is quantized besides the weights, a line for each kind."""
+        kinds = Counter(() if self.plan is None else self.plan.acts.values())
+        found = [f"{spec.brief} before {n} weight{'s' if n > 1 else ''}" for spec, n in kinds.items()]
+        cache = self.config.cache
+        return (*found, *([f"{cache} keys and values, by the scales of the checkpoint"] if cache else []))
 
 
 def _kind(leaf: Any) -> str:
@@ -98,6 +120,8 @@ def load(
     dtype: Any = np.float32,
     tokenizer: str | os.PathLike[str] | None = None,
     ignore: Collection[str] = (),
+    activations: Floating = "saved",
+    cache: Floating = "saved",
 ) -> Model:
     """Loads a decoder, quantized by whatever library or in float.
 
@@ -107,10 +131,12 @@ def load(
       dtype: of activations, and of the weights that are in float.
       tokenizer: a directory with ``tokenizer.json``, if the checkpoint has none that can be used.
       ignore: fields of the configuration that this package does not know and that leave the logits as they are.
+      activations: ``"float"`` leaves activations in ``dtype`` where the checkpoint says how they are quantized.
+      cache: ``"float"`` leaves keys and values so.
 
     Raises:
       QuantError: for an architecture, a field of the configuration or a tensor that is not supported, each by its name;
-        and for what `jaxquant.io.load_hf` and `jaxquant.io.load_gguf` refuse.
+        and for what `jaxquant.io.load_model` and `jaxquant.io.load_gguf` refuse.
 
     Example:
       >>> import jaxquant as jq
@@ -120,7 +146,10 @@ def load(
       jaxquant.core.errors.QuantError: models at TheModel-GPTQ-Int4: there is no such file or directory. Give the...
     """
     place = place_of(path)
-    model = (_from_directory if place.is_dir() else _from_gguf)(place, np.dtype(dtype), ignore)
+    if place.is_dir():
+        model = _from_directory(place, np.dtype(dtype), ignore, activations, cache)
+    else:
+        model = _from_gguf(place, np.dtype(dtype), ignore)
     return model if tokenizer is None else dataclasses.replace(model, vocabulary=os.fspath(tokenizer))
 
 
@@ -143,24 +172,30 @@ def place_of(path: str | os.PathLike[str]) -> Path:
     return place
 
 
-def _from_directory(place: Path, dtype: np.dtype, ignore: Collection[str]) -> Model:
+def _from_directory(
+    place: Path, dtype: np.dtype, ignore: Collection[str], activations: Floating, cache: Floating
+) -> Model:
     path = str(place)
     stated = read_json(place / "config.json", function="models")
     config = config_of(stated, ignore=ignore, path=path)
-    params, info = load_hf(place, dtype=dtype)
-    notes = list(info.problems)
-    if info.activations or _quantizes_activations(info.config):
-        notes.append(f"the checkpoint is made for quantized activations, which stay in {dtype.name} here")
-    for name in info.activations:
-        params.pop(name, None)
-    params = _named(params, path)
+    found = load_hf_model("models", place, dtype=dtype, activations=activations, cache=cache)
+    info, notes = found.info, list(found.info.problems)
+    if info.runs_otherwise:
+        left = [what for what, how in (("activations", activations), ("keys and values", cache)) if how == "float"]
+        notes += [f"the checkpoint is made for quantized {what}, which stay in {dtype.name} here" for what in left]
+    params = _named(found.params, path)
+    if found.cache is not None:
+        config = dataclasses.replace(config, cache=found.cache.qtype)
+        params |= _of_cache(found.cache)
+    plan, state = _named_plan(found, path)
     images = [name for name in params if _IMAGES.match(name)]
     if images:
         notes.append(f"{len(images)} tensors of the encoder of images are left out")
     for name in images:
         del params[name]
     config, params = _fitted(config, params, path)
-    return Model(path, config, params, dtype, info.format, ends_of(place, stated), tuple(notes))
+    ends = ends_of(place, stated)
+    return Model(path, config, params, dtype, info.format, ends, tuple(notes), plan=plan, state=state)
 
 
 def _from_gguf(place: Path, dtype: np.dtype, ignore: Collection[str]) -> Model:
@@ -187,14 +222,6 @@ def _from_gguf(place: Path, dtype: np.dtype, ignore: Collection[str]) -> Model:
     return Model(path, config, params, dtype, "GGUF" if is_quantized else "GGUF, float", ends, (), info.metadata)
 
 
-def _quantizes_activations(config: Mapping[str, Any]) -> bool:
-    """Whether a quantization configuration says how activations are rounded, by the fields of any format."""
-    groups = config.get("config_groups")
-    groups = list(groups.values()) if isinstance(groups, Mapping) else []
-    stated = [group.get("input_activations") for group in groups if isinstance(group, Mapping)]
-    return any(stated) or any(config.get(key) for key in ("activation_scheme", "load_in_8bit", "kv_cache_scheme"))
-
-
 def _with_factors(config: Config, factors: np.ndarray, path: str) -> Config:
     def scaled(layer: Layer) -> Layer:
         frequencies = np.asarray(layer.rope.frequencies, np.float32)
@@ -215,23 +242,60 @@ _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(\w+)\.weight")
 _PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
+def _renamed(name: str) -> tuple[str, int | None]:
+    """What a parameter is called here, whichever of its names a file has; and which expert of the layer it is of."""
+    name = re.sub(r"^language_model\.(?=(model|lm_head)\.)", "", name)
+    name = re.sub(r"^model\.language_model\.", "model.", name)
+    name = name.replace(".block_sparse_moe.", ".mlp.").replace(".switch_mlp.", ".experts.")
+    found = _EXPERT.fullmatch(name)
+    if found:
+        return f"{found[1]}.{_PARTS.get(found[3], found[3])}.weight", int(found[2])
+    return (f"{name}.weight" if re.search(r"\.mlp\.experts\.\w+_proj$", name) else name), None
+
+
 def _named(params: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """One name for each parameter, whichever of its names a file has; the experts of a layer as one leaf."""
+    """One name for each parameter; the experts of a layer as one leaf."""
     result: dict[str, Any] = {}
     experts: dict[str, dict[int, Any]] = {}
     for name, leaf in params.items():
-        name = re.sub(r"^language_model\.(?=(model|lm_head)\.)", "", name)
-        name = re.sub(r"^model\.language_model\.", "model.", name)
-        name = name.replace(".block_sparse_moe.", ".mlp.").replace(".switch_mlp.", ".experts.")
-        found = _EXPERT.fullmatch(name)
-        if found:
-            whole = f"{found[1]}.{_PARTS.get(found[3], found[3])}.weight"
-            experts.setdefault(whole, {})[int(found[2])] = leaf
-        elif re.search(r"\.mlp\.experts\.\w+_proj$", name):
-            result[f"{name}.weight"] = leaf
-        elif not name.endswith("rotary_emb.inv_freq"):
-            result[name] = leaf
+        whole, expert = _renamed(name)
+        if expert is not None:
+            experts.setdefault(whole, {})[expert] = leaf
+        elif not whole.endswith("rotary_emb.inv_freq"):
+            result[whole] = leaf
     return result | {name: _stacked(name, leaves, path) for name, leaves in experts.items()}
+
+
+def _named_plan(found: HFModel, path: str) -> tuple[StatedPlan | None, dict[str, Any] | None]:
+    """The plan and the state under the names of the parameters; those of experts as one."""
+    if found.plan is None:
+        return None, None
+    groups: dict[str, dict[int | None, str]] = {}
+    for name in found.params:
+        whole, expert = _renamed(name)
+        groups.setdefault(whole, {})[expert] = name
+    acts, state = {}, {}
+    for whole, members in groups.items():
+        ordered = [members[i] for i in sorted(members, key=lambda i: -1 if i is None else i)]
+        specs = {found.plan.acts.get(name) for name in ordered}
+        if len(specs) > 1:
+            rule, todo = "the activations of all experts must be quantized in one way", "Use activations='float'"
+            raise quant_error("models", rule, todo=todo, path=f"{path}, {whole}", ways=len(specs))
+        spec = specs.pop()
+        if spec is None:
+            continue
+        acts[whole] = spec
+        entries = [(found.state or {}).get(name) for name in ordered]
+        if entries[0] is not None:
+            whole_entry = entries[0] if None in members else jax.tree.map(lambda *x: np.stack(x), *entries)
+            state[whole] = jax.tree.map(jnp.asarray, whole_entry)
+    return StatedPlan(acts), state or None
+
+
+def _of_cache(cache: CacheScales) -> dict[str, Any]:
+    """The scales of keys and values as parameters."""
+    scales = {f"{place}.{x}_scale": value for place, sides in cache.scales.items() for x, value in sides.items()}
+    return {_renamed(name)[0]: jnp.asarray(value) for name, value in scales.items()}
 
 
 def _stacked(name: str, leaves: Mapping[int, Any], path: str) -> Any:

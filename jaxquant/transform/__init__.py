@@ -3,7 +3,7 @@
 make_plan        rules and a trace -> Plan
 quantize_params  float leaves -> QTensors
 quantize_sequentially  calibrate and quantize_params in turns
-quantized        fn -> fn in low precision
+quantized        fn -> fn in low precision; by a plan, or a StatedPlan, which becomes one when fn is traced
 quantize_model   all of these in one call
 calibrate        statistics of the inputs of planned weights; act_state: static ranges from them;
                  merge_stats: of several hosts

@@ -270,8 +270,8 @@ def calibrate(
       >>> jq.act_state(plan, stats)["w"]["scale"]
       Array(0.02362205, dtype=float32)
     """
-    calibration = Calibration("calibrate", fn, plan, collect)
     check_plan("calibrate", plan, leaves_with_paths(params)[0])
+    calibration = Calibration("calibrate", fn, plan, collect)
     return calibration(params, batches, mask)
 
 

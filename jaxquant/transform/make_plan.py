@@ -14,10 +14,10 @@ from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import OpSpec
-from jaxquant.rules import OpRule, Rule
+from jaxquant.rules import OpRule, Rule, Stated
 from jaxquant.transform.interpreter import ABSENT, Interpreter, Use
 from jaxquant.transform.misfits import fitted
-from jaxquant.transform.plan import Float, Item, Plan, Product, is_float
+from jaxquant.transform.plan import UNUSED, Float, Item, Plan, Product, is_float
 from jaxquant.transform.products import Products
 from jaxquant.transform.trace import trace
 from jaxquant.transform.weights import Weight, dims_of
@@ -108,7 +108,7 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
         shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype).name
         if not can:
             reasons = list(dict.fromkeys(use.reason for use in uses[path]))
-            unused = "returned as it is" if path in handed_on else "not used" if _plannable(leaf) else "empty"
+            unused = "returned as it is" if path in handed_on else UNUSED if _plannable(leaf) else "empty"
             why = "; ".join(reasons) or unused
             floats.append(Float(path, shape, dtype, why))
         elif not hits:
@@ -121,7 +121,7 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
                 found = _item(path, leaf, rules[hits[0]], uses[path], own_derivative=own)
                 (items if isinstance(found, Item) else floats).append(found)
     for rule, hit in zip(rules, matched, strict=True):
-        if not hit:
+        if not hit and not isinstance(rule, Stated):
             weights_seen = [p for p, u in uses.items() if any(use.reduce_axes is not None for use in u)]
             todo = f"Nearest parameters that can be quantized: {nearest(rule.pattern, weights_seen)}"
             left = [f"{f.path} ({f.reason})" for f in floats if rule.matches(f.path)]

@@ -61,11 +61,12 @@ def _activation(
     grad, key = item.spec.grad, interpreter.rounding_key
     if grad is not None and grad.rounding == "stochastic" and key is not None:
         out["key"] = key_of(key, weight.path)
+    alone = item.spec.weight is None and not isinstance(weight.leaf, QTensor)
     steps = weight.steps_of("act")
     if steps is not None:
         quantized = trained_activation(x, marked(steps), item.spec.act, tuple(axes))
         # Beside a float weight it is a float array with the values of its codes.
-        return (quantized.real, {}) if item.spec.weight is None else (quantized, out)
+        return (quantized.real, {}) if alone else (quantized, out)
     scale = zero_point = None
     if item.spec.act.static:
         given = marked(weight.state)
@@ -73,7 +74,7 @@ def _activation(
     rounding = interpreter.rounding_key_of(weight.path, "act", item.spec.act)
     if rounding is not None:
         quantized = rounded_activation(x, item.spec.act, tuple(axes), rounding, scale, zero_point)
-        return (quantized.real, {}) if item.spec.weight is None else (quantized, out)
+        return (quantized.real, {}) if alone else (quantized, out)
     if item.spec.act.static:
         out["act_scale"], out["act_zero_point"] = scale, zero_point
     return x, out

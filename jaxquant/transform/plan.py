@@ -20,7 +20,10 @@ from jaxquant.core.paths import folded
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.kernel import kernel
 
-__all__ = ["Float", "Item", "Plan", "Product"]
+__all__ = ["UNUSED", "Float", "Item", "Plan", "Product"]
+
+UNUSED = "not used"
+"""The reason of a parameter that the function does not use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Item:
       shape: the parameter's shape.
       dtype: its float dtype, by name.
       reduce_axes: its axes that share a scale, counted from the end.
-      spec: how it is quantized.
+      spec: how it is quantized. Without a weight spec, the weight is what its leaf is.
       stacked: leading axes that a scan consumes; each layer of the stack is quantized on its own.
       contraction_minor: whether codes are stored with the reduced axes last (not for convolutions).
       dequantize: whether uses that have no quantized form may run on the dequantized weight.
@@ -249,20 +252,16 @@ def _item(data: dict[str, Any]) -> Item:
     return Item(**{**data, **tuples, "spec": OpSpec.from_dict(data["spec"])})
 
 
-def _one(s: Any) -> str:
-    outliers = "" if s.outliers is None else f" below {s.outliers:g}"
-    group = f" g{s.group_size}" if s.group_size else {"per_tensor": " tensor"}.get(s.granularity, "")
-    return f"{s.qtype}{group}{'' if s.symmetric else ' asym'}{' static' if s.static else ''}{outliers}"
-
-
 def _brief(spec: OpSpec) -> str:
     specs = ("w", spec.weight), ("a", spec.act), ("g", spec.grad)
-    parts = [f"{name} {_one(s)}" for name, s in specs if s is not None]
+    parts = [f"{name} {s.brief}" for name, s in specs if s is not None]
     return ", ".join(parts) or "float"
 
 
 def _product(spec: OpSpec) -> str:
-    return f"{_one(spec.act)} x {_one(spec.weight)}"
+    assert spec.act is not None
+    assert spec.weight is not None
+    return f"{spec.act.brief} x {spec.weight.brief}"
 
 
 def is_float(x: Any) -> bool:

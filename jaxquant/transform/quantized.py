@@ -17,6 +17,7 @@ from jaxquant.ops.operands import random_key
 from jaxquant.transform.interpreter import Interpreter, Tally
 from jaxquant.transform.plan import Item, Plan, is_float
 from jaxquant.transform.products import Products
+from jaxquant.transform.stated import StatedPlan
 from jaxquant.transform.statistics import Inputs, Range
 from jaxquant.transform.trace import Traced, trace
 from jaxquant.transform.weights import Weight, dims_of
@@ -26,6 +27,9 @@ __all__ = ["check_plan", "check_state", "quantized", "quantized_and_seen", "step
 
 def check_plan(function: str, plan: Plan, params: Mapping[str, Any]) -> None:
     """Raises if the plan is for other parameters: all mismatches at once."""
+    if isinstance(plan, StatedPlan):
+        todo = "Make it one: plan.plan_for(fn, params, *args)"
+        raise quant_error(function, "the plan is not yet one of a function", todo=todo, plan=type(plan).__name__)
     wrong = []
     for item in plan.items:
         leaf = params.get(item.path)
@@ -36,7 +40,9 @@ def check_plan(function: str, plan: Plan, params: Mapping[str, Any]) -> None:
             wrong.append(f"{item.path} {got}, planned {item.shape}")
         elif isinstance(leaf, QTensor):
             w = item.spec.weight
-            if w is None or leaf.qtype != w.qtype or leaf.symmetric != w.symmetric:
+            if w is None:  # it is what it is
+                continue
+            if leaf.qtype != w.qtype or leaf.symmetric != w.symmetric:
                 wrong.append(f"{item.path} is {leaf!r}, planned {w!r}")
             elif tuple(leaf.scale.shape) != item.scale_shape:
                 has = f"{leaf!r}, scales of shape {tuple(leaf.scale.shape)}"
@@ -70,7 +76,7 @@ class Planned(Protocol):
     """A model that knows how it runs: what `jaxquant.io.load_model` and `quantize_model` return."""
 
     @property
-    def plan(self) -> Plan | None:
+    def plan(self) -> Plan | StatedPlan | None:
         """What is quantized how."""
 
     @property
@@ -80,7 +86,7 @@ class Planned(Protocol):
 
 def quantized(
     fn: Callable[..., Any],
-    plan: Plan | Planned | None = None,
+    plan: Plan | StatedPlan | Planned | None = None,
     state: Mapping[str, Any] | None = None,
     *,
     precision: jax.lax.PrecisionLike = None,
@@ -96,7 +102,8 @@ def quantized(
 
     Args:
       fn: any JAX function whose argument 0 is a pytree of parameters.
-      plan: from `make_plan`, or a model that holds its plan and state: what `jaxquant.io.load_model` returned. None:
+      plan: from `make_plan`, or a model that holds its plan and state: what `jaxquant.io.load_model` returned. A
+        `StatedPlan`, which checkpoints of other libraries have, becomes the plan of ``fn`` when it is traced. None:
         QTensor leaves run weight-only, all else in float.
       state: path -> ``{"scale": .., "zero_point": ..}`` for the planned activations whose range is static, from
         `act_state`; or path -> ``{"weight": .., "act": ..}``, learned steps from `qat.learned_steps`, with which every
@@ -136,18 +143,24 @@ def quantized(
             todo = "Leave state out, or pass model.plan and a state of your own"
             raise quant_error("quantized", "the model has a state already", todo=todo, state=tuple(state))
         plan, state = plan.plan, plan.state
-    if plan is not None and not isinstance(plan, Plan):
+    if plan is not None and not isinstance(plan, Plan | StatedPlan):
         todo = "Make one from rules: jq.make_plan(fn, params, *args, rules=rules)"
         raise quant_error("quantized", "plan must be a Plan or None", todo=todo, plan=plan)
     if state and plan is None:
         todo = "Pass the plan that the state is for"
         raise quant_error("quantized", "state needs a plan", todo=todo, paths=tuple(state))
-    key = _checked_key(plan, key)
+    stated = plan if isinstance(plan, StatedPlan) else None
+    known = plan if isinstance(plan, Plan) else None
+    key = _checked_key(known, key)
 
     @functools.wraps(fn)
     def run(params: Any, *args: Any, **kwargs: Any) -> Any:
+        plan, ranges = known, state
+        if stated is not None:
+            plan = stated.plan_for(fn, params, *args, **kwargs)
+            ranges = stated.state_for(plan, state)
         interpreter = Interpreter(plan, precision=precision, rounding_key=key)
-        return _run(interpreter, fn, state, params, args, kwargs)
+        return _run(interpreter, fn, ranges, params, args, kwargs)
 
     return run
 

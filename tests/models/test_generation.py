@@ -5,8 +5,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+from hf_files import checkpoint
 from models.decoders import GOLDEN
 
 import jaxquant as jq
@@ -177,3 +179,92 @@ def test_evaluation_refuses(ids, settings, message):
 def test_evaluation_refuses_another_vocabulary():
     with pytest.raises(jq.QuantError, match=r"the vocabularies differ; got vocab_sizes=\(40, 64\)"):
         evaluate(model(), [1, 2], reference=load(GOLDEN.parent / "base"))
+
+
+# -- keys and values by the scales of the checkpoint -------------------------------------------------------------------
+
+
+SIZES = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "head_dim": 4}
+STATED = {"model_type": "llama", "num_hidden_layers": 1, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, **SIZES}
+SCALES = {"k": np.float32(0.03), "v": np.float32(0.011)}
+
+
+def with_cache_scales(folder, scheme):
+    """A decoder in float but for one weight, as files have it that have scales of keys and values."""
+    rng = np.random.default_rng(3)
+    config = jq.models.config_of(STATED)
+    tensors = {n: rng.normal(size=s).astype(np.float32) / np.sqrt(s[-1]) for n, s in config.shapes().items()}
+    name = "model.layers.0.mlp.down_proj"
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].astype(ml_dtypes.float8_e4m3fn)
+    tensors[f"{name}.weight_scale"] = np.float32(1)
+    place = "model.layers.0.self_attn"
+    saved = tensors | {f"{place}.{x}_scale": value for x, value in SCALES.items()}
+    quantization = {"quant_method": "fp8", "kv_cache_scheme": scheme}
+    return checkpoint(folder, saved, STATED | {"quantization_config": quantization}), tensors
+
+
+def in_numpy(w, ids, rounded):
+    """Logits of the decoder; ``rounded``: what becomes of keys and values, [token, head, feature]."""
+    layer = {n.removeprefix("model.layers.0."): x.astype(np.float64) for n, x in w.items()}
+    norm = lambda x, g: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * g  # noqa: E731
+    x = layer["model.embed_tokens.weight"][ids]
+    y = norm(x, layer["input_layernorm.weight"])
+    q, k, v = ((y @ layer[f"self_attn.{n}_proj.weight"].T).reshape(len(ids), -1, 4) for n in "qkv")
+    angles = np.arange(len(ids))[:, None, None] * 10000.0 ** -np.array([0, 0.5])
+
+    def turn(a):
+        first, last = a[..., :2], a[..., 2:]
+        turned = first * np.cos(angles) - last * np.sin(angles), last * np.cos(angles) + first * np.sin(angles)
+        return np.concatenate(turned, -1)
+
+    k, v = rounded("k", turn(k)), rounded("v", v)
+    scores = np.einsum("thd,shd->hts", turn(q), np.repeat(k, 2, 1)) / 2
+    weights = np.exp(np.where(np.tril(np.ones(scores.shape[1:], bool)), scores, -np.inf))
+    weights /= weights.sum(-1, keepdims=True)
+    y = np.einsum("hts,shd->thd", weights, np.repeat(v, 2, 1)).reshape(len(ids), -1)
+    x = x + y @ layer["self_attn.o_proj.weight"].T
+    y = norm(x, layer["post_attention_layernorm.weight"])
+    gate, up = (y @ layer[f"mlp.{n}_proj.weight"].T for n in ("gate", "up"))
+    x = x + (gate / (1 + np.exp(-gate)) * up) @ layer["mlp.down_proj.weight"].T
+    return norm(x, layer["model.norm.weight"]) @ layer["lm_head.weight"].T
+
+
+CACHES = {
+    "float8_e4m3fn": ("static", lambda x: np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)),
+    "int8": ({"type": "int", "num_bits": 8, "dynamic": False}, lambda x: np.clip(np.rint(x), -128, 127)),
+}
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("qtype", CACHES)
+def test_keys_and_values_by_the_scales_of_the_checkpoint(qtype, tmp_path):
+    scheme, codes = CACHES[qtype]
+    place, w = with_cache_scales(tmp_path / "model", scheme)
+    ids = np.array([3, 17, 5, 9, 22, 1, 8])
+    found = load(place)
+    assert found.config.cache == qtype
+    assert f"  activations: {qtype} keys and values" in str(found)
+    plain = in_numpy(w, ids, lambda _, x: x)
+    wanted = in_numpy(w, ids, lambda name, x: codes(x.astype(np.float32) / SCALES[name]) * SCALES[name])
+    run = jax.jit(
+        lambda model_params: jq.quantized(functools.partial(logits, found.config), found)(model_params, ids[None])
+    )
+    # A key within a rounding of a tie may go to the other side: the bound is a few such steps.
+    np.testing.assert_allclose(run(found.params)[0], wanted, atol=0.05 * np.abs(plain - wanted).max())
+    floats = load(place, cache="float")
+    alone = jq.quantized(functools.partial(logits, floats.config))(floats.params, ids[None])[0]
+    np.testing.assert_allclose(alone, plain, atol=1e-4)
+    made = generate(dataclasses.replace(found, ends=frozenset()), [ids.tolist()], tokens=4)[0]
+    whole = jq.quantized(functools.partial(logits, found.config), found)(found.params, np.array([[*ids, *made]]))[0]
+    assert made == whole.argmax(-1)[len(ids) - 1 : -1].tolist()  # from the cache as without one
+    with pytest.raises(jq.QuantError, match="says how keys and values are stored"):
+        generate(found, [[1]], tokens=1, cache="int8")
+    with pytest.raises(jq.QuantError, match="which no plan of a function can hold"):
+        jq.io.load_model(place)
+
+
+@pytest.mark.every
+def test_a_cache_that_cannot_be_run_is_refused(tmp_path):
+    place, _ = with_cache_scales(tmp_path / "model", {"type": "float", "num_bits": 4})
+    with pytest.raises(jq.QuantError, match=r"kv_cache_scheme.*cannot be run.*cache='float'"):
+        load(place)

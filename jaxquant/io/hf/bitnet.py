@@ -12,6 +12,7 @@ import numpy as np
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import packed
 from jaxquant.io.hf.module import Format, Module, Naming
+from jaxquant.io.hf.schemes import Activation, dynamic
 from jaxquant.io.hf.to_qtensor import qtensor
 
 __all__ = ["BITNET"]
@@ -32,10 +33,17 @@ def read(m: Module) -> QTensor:
     return qtensor(packed(codes + np.uint8(1), 2), factor, bits=2, length=raw.shape[1], dtype=dtype, signed=True)
 
 
+def activation(m: Module) -> Activation:
+    """int8 for each token, as the layers of BitNet have it."""
+    del m
+    return dynamic("int8")
+
+
 BITNET = Format(
     "BitNet",
     methods=("bitnet",),
     names=(Naming(marks=(".weight_scale",), keeps=(".bias", ".rms_norm.weight")),),
     read=read,
     layouts="ternary, as int2",
+    activation=activation,
 )

@@ -29,6 +29,7 @@ import numpy as np
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of, packed, unpacked
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
+from jaxquant.io.hf.schemes import Activation, dynamic, refused
 from jaxquant.io.hf.to_qtensor import TABLES, flat_blocks
 from jaxquant.io.safetensors import is_shape
 from jaxquant.io.strict_json import parse
@@ -129,6 +130,16 @@ def _scale(m: Module, state: dict[str, Any], index: np.ndarray, blocks: int) -> 
     return QTensor(codes[index], outer, None, added, qtype="dynamic8", dtype=np.float32)
 
 
+def activation(m: Module) -> Activation | None:
+    """Of LLM.int8(): int8 for each token, apart from features that hold an outlier; of 4 bits, none."""
+    if not m.has(".SCB"):
+        return None
+    threshold = m.config.get("llm_int8_threshold", 6.0)
+    if not isinstance(threshold, int | float) or threshold < 0:
+        raise refused(m, "llm_int8_threshold", threshold, "the threshold must not be negative")
+    return dynamic("int8", outliers=float(threshold)) if threshold else dynamic("int8")
+
+
 BITSANDBYTES = Format(
     "bitsandbytes",
     methods=("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"),
@@ -151,4 +162,5 @@ BITSANDBYTES = Format(
     ),
     read=read,
     layouts="nf4, fp4, nested scales, any storage dtype; LLM.int8()",
+    activation=activation,
 )

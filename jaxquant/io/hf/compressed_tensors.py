@@ -29,6 +29,7 @@ from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of, packed, unpacked
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
+from jaxquant.io.hf.schemes import Activation, dynamic, refused, static
 from jaxquant.io.hf.stated import matches
 from jaxquant.io.hf.to_qtensor import E2M1, Grouping, aligned, grouping, qtensor, spread
 
@@ -54,7 +55,12 @@ def _groups(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _weights(m: Module) -> list[dict[str, Any]]:
-    """The ``weights`` of the config groups that can be the module's.
+    """The ``weights`` of the config groups that can be the module's."""
+    return [group["weights"] for group in _groups_of(m)]
+
+
+def _groups_of(m: Module) -> list[dict[str, Any]]:
+    """The config groups that can be the module's.
 
     A target that is the module's name counts before an expression that matches it, and that before the name of a class,
     which may be that of any module. If no group names it, every group may be meant.
@@ -65,7 +71,7 @@ def _weights(m: Module) -> list[dict[str, Any]]:
         if isinstance(weights, dict):
             texts = [t for t in targets if isinstance(t, str)] if isinstance(targets, list) else []
             for kind in {_names(m, target) for target in texts} or {""}:
-                named[kind].append(weights)
+                named[kind].append(group)
     return next((found[:1] if kind == "expression" else found for kind, found in named.items() if found), [])
 
 
@@ -251,6 +257,45 @@ def _zeros(m: Module, zero: np.ndarray, bits: int, out: int, scale: np.ndarray) 
     return np.ascontiguousarray(np.swapaxes(signed, -1, -2))
 
 
+def activation(m: Module) -> Activation | None:
+    """What ``input_activations`` of the module's group says."""
+    groups = _groups_of(m)
+    stated = [group.get("input_activations") or None for group in groups]
+    if len(groups) > 1 and any(one != stated[0] for one in stated):
+        raise refused(m, "config_groups", len(groups), "several groups can be meant, which differ in input_activations")
+    outputs = [group["output_activations"] for group in groups if group.get("output_activations")]
+    if outputs and not re.search(r"\b[kv]_proj$", m.prefix):  # those are of the cache
+        raise refused(m, "output_activations", outputs[0], "outputs are rounded, too")
+    how = stated[0] if stated else None
+    if how is None:
+        return None
+    if not isinstance(how, dict):
+        raise refused(m, "input_activations", how, "it must be a JSON object")
+    kind, bits, strategy = how.get("type", "int"), how.get("num_bits", 8), how.get("strategy")
+    symmetric, group, wide = how.get("symmetric", True) is not False, how.get("group_size"), how.get("dynamic", False)
+    if how.get("actorder") or how.get("block_structure"):
+        raise refused(m, "input_activations", how)
+    if strategy is None:
+        strategy = "group" if isinstance(group, int) and group > 0 else "token" if wide is True else "tensor"
+    qtype = f"int{bits}" if kind == "int" and bits in range(2, 9) else None
+    if kind == "float" and symmetric:
+        exponents = how.get("scale_dtype") in ("torch.uint8", "uint8")
+        qtype = {8: "mxfp8" if exponents else "float8_e4m3fn", 4: "mxfp4" if exponents else None}.get(bits)
+    if qtype is None or (kind == "float" and bits == 8 and how.get("format") == "e5m2"):
+        four = (kind, bits) == ("float", 4)
+        why = "the global scale of its blocks is in the file" if four else "there is no such type"
+        raise refused(m, "input_activations", how, why)
+    if wide is False and strategy == "tensor":
+        return static(m, "input_activations", qtype, symmetric=symmetric)
+    if wide is True and strategy == "token":
+        return dynamic(qtype, symmetric=symmetric)
+    if wide is True and strategy == "tensor":
+        return dynamic(qtype, symmetric=symmetric, granularity="per_tensor")
+    if wide is True and strategy == "group" and isinstance(group, int) and group > 0:
+        return dynamic(qtype) if qtype.startswith("mx") else dynamic(qtype, group, symmetric=symmetric)
+    raise refused(m, "input_activations", how)
+
+
 COMPRESSED_TENSORS = Format(
     "compressed-tensors",
     methods=("compressed-tensors", "compressed_tensors"),
@@ -275,4 +320,5 @@ COMPRESSED_TENSORS = Format(
     read=read,
     layouts="int-, naive-, pack-quantized (dense and padded, g_idx), float-quantized, nvfp4, mxfp4, mxfp8",
     refuse=_refuse,
+    activation=activation,
 )

@@ -23,6 +23,7 @@ import numpy as np
 from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
+from jaxquant.io.hf.schemes import Activation, dynamic, refused, static
 from jaxquant.io.hf.to_qtensor import aligned, in_blocks, in_unstated_blocks
 
 __all__ = ["FP8"]
@@ -76,6 +77,35 @@ def _of_outputs(m: Module, scale: np.ndarray, shape: tuple[int, ...]) -> np.ndar
     return scale.reshape(rows[0], 1, rows[1])
 
 
+def activation(m: Module) -> Activation | None:
+    """By ``activation_scheme``: one static range; or one for each token, in groups as wide as a block."""
+    method, scheme = m.config.get("quant_method"), m.config.get("activation_scheme")
+    if method == "fbgemm_fp8":
+        bound = m.config.get("activation_scale_ub")
+        if bound is not None:
+            raise refused(m, "activation_scale_ub", bound, "the range of each token has an upper bound")
+        return dynamic(_FP8)
+    if scheme is None:
+        given = any(m.prefix + end in m.checkpoint.tensors for end in (".input_scale", "_input_scale"))
+        return static(m, "input_scale", _FP8) if given else None
+    if scheme == "static":
+        return static(m, "activation_scheme=static", _FP8)
+    if scheme != "dynamic":
+        raise refused(m, "activation_scheme", scheme)
+    if m.config.get("scale_fmt") not in (None, "float"):
+        raise refused(m, "scale_fmt", m.config["scale_fmt"], "scales of activations are powers of two")
+    if method == "mxfp8":
+        return dynamic("mxfp8")
+    blocks = m.config.get("weight_block_size")
+    if blocks is None:
+        return dynamic(_FP8)
+    if not isinstance(blocks, list) or len(blocks) != 2 or type(blocks[1]) is not int or blocks[1] < 1:
+        raise refused(m, "weight_block_size", blocks, "the groups of activations are as wide as a block")
+    return dynamic(_FP8, blocks[1])
+
+
+_FP8 = "float8_e4m3fn"
+
 FP8 = Format(
     "fp8",
     methods=("fp8", "fbgemm_fp8", "mxfp8", "finegrained_fp8"),
@@ -88,5 +118,6 @@ FP8 = Format(
     ),
     read=read,
     layouts="blocks (ragged too), rows, tensors; float32 or exponents; fp4 experts",
+    activation=activation,
     refuse=_refuse,
 )

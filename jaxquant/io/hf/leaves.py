@@ -8,12 +8,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.core.errors import QuantError
 from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.hf import activations
 from jaxquant.io.hf.activations import describes_activations
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.module import Format, Module
+from jaxquant.io.hf.schemes import Activation, CacheScales, cache_scales, refused
 from jaxquant.io.hf.unclaimed import check_unclaimed, weights_of
 from jaxquant.io.manifest import check_qtensor
 from jaxquant.io.mapped import Leaves
@@ -34,6 +36,7 @@ class HFLeaves(Leaves):
 
     Attributes:
       modules: name of each quantized weight -> its tensors.
+      config: the quantization configuration.
       plain: names of the tensors that are part of no quantized weight, in order.
       activations: those of them that describe activations.
       described: what each quantized weight that was read is.
@@ -53,7 +56,7 @@ class HFLeaves(Leaves):
         dtype: np.dtype | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ):
-        self.checkpoint, self.form, self._dtype = checkpoint, form, dtype
+        self.checkpoint, self.form, self.config, self._dtype = checkpoint, form, config, dtype
         found = {} if form is None else form.modules(checkpoint)
         modules = [] if form is None else [form.module(checkpoint, p, n, config, shapes) for p, n in found.items()]
         unknown = sorted(set(shapes or ()) - set(found))
@@ -67,6 +70,33 @@ class HFLeaves(Leaves):
         check_unclaimed(checkpoint, form, [name for name in self.plain if name not in self.activations])
         self.described: dict[str, str] = {}
         super().__init__([*self.modules, *self.plain], [file.path for file in checkpoint.files.values()])
+
+    def acts(self) -> dict[str, Activation]:
+        """How what meets each quantized weight is quantized, for those where the checkpoint says so.
+
+        Raises:
+          QuantError: for a scheme that cannot be run, naming its key.
+        """
+        found = {}
+        for name, module in self.modules.items():
+            bits = module.config.get("act_bits")  # of AutoRound, whatever the layout of the weights
+            if isinstance(bits, int) and bits < 16:
+                raise refused(module, "act_bits", bits)
+            one = None if self.form is None or self.form.activation is None else self.form.activation(module)
+            if one is not None:
+                found[name] = one
+        return found
+
+    def cache(self) -> CacheScales | None:
+        """How keys and values are stored, if the checkpoint says so; raises for what cannot be run."""
+        return None if self.form is None else cache_scales(self.checkpoint, self.config, self.activations)
+
+    def runs_otherwise(self) -> bool:
+        """Whether the weights alone compute something else than the checkpoint says."""
+        try:
+            return any(one.spec is not None for one in self.acts().values()) or self.cache() is not None
+        except QuantError:
+            return True
 
     @property
     def problems(self) -> tuple[str, ...]:

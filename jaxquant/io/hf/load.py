@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,9 +23,7 @@ from jaxquant.ops.targets import Platform
 from jaxquant.ptq.rtn import rtn
 from jaxquant.rules import Rule
 
-__all__ = ["CheckpointInfo", "load_hf", "open_hf"]
-
-_FUNCTION = "load_hf"
+__all__ = ["CheckpointInfo", "Read", "load_hf", "open_hf", "read_hf"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +41,8 @@ class CheckpointInfo:
       problems: what is wrong with the checkpoint and was put right.
       activations: names of the tensors that describe activations: static scales and zero points of inputs, outputs and
         of the cache of keys and values. They are in the result under these names, as they are in the file.
+      runs_otherwise: whether the checkpoint says how activations, or keys and values, are quantized: weights alone
+        compute something else.
       skipped: names of tensors that a quantizing rule matches and that stay as they are -> why.
     """
 
@@ -55,6 +56,7 @@ class CheckpointInfo:
     problems: tuple[str, ...]
     activations: tuple[str, ...] = ()
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    runs_otherwise: bool = False
 
     def __str__(self) -> str:
         width = max(map(len, self.modules), default=0)
@@ -119,23 +121,64 @@ def load_hf(
       >>> info.format
       'float'
 
+    A directory that says how its activations are quantized gives a `UserWarning`: its weights alone compute something
+    else. `load_model` has both.
+
     Source: the formats' own libraries; each reader's module has the layout to the byte.
     """
-    checkpoint = HFCheckpoint(directory, function=_FUNCTION)
+    found = read_hf("load_hf", directory, rules, names, dtype, sharding, target, shapes)
+    if found.info.runs_otherwise:
+        place = os.fsdecode(directory)
+        text = f"load_hf: {place} says how its activations are quantized, and this gives its weights alone"
+        warnings.warn(f"{printable(text)}. Use load_model, and run what it returns with its plan.", stacklevel=2)
+    return found.params, found.info
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """What `read_hf` returns.
+
+    Attributes:
+      params: the parameters; what describes activations is among them, unless it was dropped.
+      info: what was found.
+      leaves: where it comes from.
+      paths: name in the file -> path in the params, of what is there.
+    """
+
+    params: dict[str, Any]
+    info: CheckpointInfo
+    leaves: HFLeaves
+    paths: dict[str, str]
+
+
+def read_hf(
+    function: str,
+    directory: str | os.PathLike[str],
+    rules: Sequence[Rule] | None = None,
+    names: NameMap | None = None,
+    dtype: Any = None,
+    sharding: Any = None,
+    target: Platform | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    drop: Callable[[HFLeaves], Collection[str]] = lambda leaves: (),
+) -> Read:
+    """`load_hf`, with where things come from; ``drop``: names that are not read."""
+    checkpoint = HFCheckpoint(directory, function=function)
     form, config = detect(checkpoint)
     if rules is not None and form is not None:
         todo = "Leave rules out, or load the float checkpoint"
-        raise quant_error(
-            _FUNCTION, f"the checkpoint is quantized already, as {form.name}", todo=todo, rules=len(rules)
-        )
-    leaves = HFLeaves(checkpoint, form, config, dtype=_checked_dtype(dtype), shapes=shapes)
+        raise quant_error(function, f"the checkpoint is quantized already, as {form.name}", todo=todo, rules=len(rules))
+    leaves = HFLeaves(checkpoint, form, config, dtype=_checked_dtype(function, dtype), shapes=shapes)
     plain = {name: checkpoint.tensors[name] for name in leaves.plain}
     assignment = assign(plain, rules or (), checkpoint.error, checkpoint.config)
     assigned = assignment.weights
-    place = placing(sharding, _FUNCTION, target)
-    targets = None if names is None else names.resolve(leaves, checkpoint.error)
+    place = placing(sharding, function, target)
+    left_out = frozenset(drop(leaves))
+    kept = [name for name in leaves if name not in left_out]
+    targets = None if names is None else names.resolve(kept, checkpoint.error)
     result: dict[str, Any] = {}
-    for name in leaves:
+    paths: dict[str, str] = {}
+    for name in kept:
         leaf, path = leaves[name], name
         if name in assigned:
             stored = leaf.dtype.name
@@ -148,6 +191,7 @@ def load_hf(
             path, turn = renamed
             leaf = leaf if turn is None else turn(leaf)
         result[path] = place(path, leaf)
+        paths[name] = path
     info = CheckpointInfo(
         os.fsdecode(directory),
         "float" if form is None else form.name,
@@ -159,8 +203,9 @@ def load_hf(
         leaves.problems,
         tuple(leaves.activations),
         assignment.skipped,
+        leaves.runs_otherwise(),
     )
-    return (result if names is None else nested(result)), info
+    return Read(result if names is None else nested(result), info, leaves, paths)
 
 
 def open_hf(directory: str | os.PathLike[str], *, function: str) -> HFLeaves:
@@ -169,7 +214,7 @@ def open_hf(directory: str | os.PathLike[str], *, function: str) -> HFLeaves:
     return HFLeaves(checkpoint, *detect(checkpoint))
 
 
-def _checked_dtype(dtype: Any) -> np.dtype | None:
+def _checked_dtype(function: str, dtype: Any) -> np.dtype | None:
     if dtype is None:
         return None
     try:
@@ -177,9 +222,7 @@ def _checked_dtype(dtype: Any) -> np.dtype | None:
     except TypeError:
         found = None
     if found is None or not jnp.issubdtype(found, jnp.floating) or found.itemsize < 2:
-        raise quant_error(
-            _FUNCTION, "dtype must be a float dtype", todo="Use float32, bfloat16 or float16", dtype=dtype
-        )
+        raise quant_error(function, "dtype must be a float dtype", todo="Use float32, bfloat16 or float16", dtype=dtype)
     return found
 
 

@@ -21,6 +21,7 @@ from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
+from jaxquant.io.hf.schemes import Activation, dynamic, refused, static
 from jaxquant.io.hf.to_qtensor import aligned, in_blocks, in_unstated_blocks
 
 __all__ = ["MODELOPT"]
@@ -88,6 +89,31 @@ def _nvfp4(m: Module, codes: np.ndarray) -> QTensor:
     return QTensor(codes, scale, None, qtype="nvfp4", dtype=m.dtype, length=2 * columns)
 
 
+_STATIC = ("FP8", "W8A8_FP8")
+_PER_TOKEN = ("FP8_PER_CHANNEL_PER_TOKEN",)
+_ALONE = ("FP8_PB_WO", "FP8_PER_TENSOR_WO", "W4A16_NVFP4", "NVFP4_WEIGHT_ONLY", "W4A16_MXFP4")
+
+
+def activation(m: Module) -> Activation | None:
+    """Of fp8, a static range or one for each token; of MXFP8, blocks; the global scale of NVFP4 has no place."""
+    algorithm = m.config.get("quant_algo")
+    given = m.prefix + ("_input_scale" if m.is_parameter else ".input_scale") in m.checkpoint.tensors
+    if algorithm in _ALONE:
+        return None
+    if algorithm in _PER_TOKEN:
+        return dynamic("float8_e4m3fn")
+    if algorithm == "MXFP8":
+        return dynamic("mxfp8")
+    four = m.checkpoint.tensors[m.named(".weight")].dtype == np.uint8
+    if four and (given or "NVFP4" in str(algorithm)):
+        raise refused(m, "input_scale", algorithm, "blocks of inputs have a global scale that the file gives")
+    if algorithm in (*_STATIC, None, "MIXED_PRECISION") and (given or algorithm in _STATIC):
+        return static(m, f"quant_algo={algorithm}", "float8_e4m3fn")
+    if algorithm in (None, "MIXED_PRECISION"):
+        return None
+    raise refused(m, "quant_algo", algorithm)
+
+
 MODELOPT = Format(
     "ModelOpt",
     methods=("modelopt", "modelopt_fp4", "modelopt_fp8"),
@@ -102,6 +128,7 @@ MODELOPT = Format(
     ),
     read=read,
     layouts="NVFP4, FP8, MXFP8; fused experts",
+    activation=activation,
     refuse=_refuse,
     stated=_stated,
 )

@@ -200,6 +200,7 @@ class Format:
       refuse: looks at the configuration and raises for what is not supported; given the checkpoint's ``error``.
       stated: the configuration of one module, by its prefix, where modules may differ; None if it says that the module
         stays in float.
+      activation: how what meets a module's weight is quantized, a `schemes.Activation`; None: it stays in float.
     """
 
     name: str
@@ -212,6 +213,7 @@ class Format:
     find: Callable[[HFCheckpoint], Iterable[str]] | None = None
     refuse: Callable[[dict[str, Any], Callable[..., QuantError]], None] | None = None
     stated: Callable[[HFCheckpoint, dict[str, Any], str], dict[str, Any] | None] | None = None
+    activation: Callable[[Module], Any] | None = None
 
     def module(
         self,

@@ -11,6 +11,7 @@ what follows the first axis; without groups, codes keep their axes.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
@@ -20,6 +21,7 @@ import numpy as np
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import packed
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
+from jaxquant.io.hf.schemes import Activation, refused, static
 from jaxquant.io.hf.to_qtensor import flat_blocks, qtensor
 
 __all__ = ["QUANTO"]
@@ -114,6 +116,27 @@ def _expected(m: Module) -> list[int]:
     return [n for pattern, n in outs.items() if re.search(rf"(^|\.){pattern}$", m.prefix) and type(n) is int]
 
 
+def activation(m: Module) -> Activation | None:
+    """A static range of inputs. Ranges of outputs, which a layer rounds to after its bias, are not run."""
+    entry = m.config.get(m.prefix)
+    stated = (entry if isinstance(entry, dict) else m.config).get("activations")
+    if stated in (None, "none"):
+        idle = (f"{m.prefix}.{side}_scale" for side in ("input", "output"))
+        return Activation(None, used=tuple(name for name in idle if name in m.checkpoint.tensors))
+    qtype = {"qint8": "int8", "int8": "int8", "qfloat8": _FP8, "qfloat8_e4m3fn": _FP8, "float8": _FP8}.get(str(stated))
+    qtype = "float8_e5m2" if stated == "qfloat8_e5m2" else qtype
+    if qtype is None:
+        raise refused(m, "activations", stated)
+    output = f"{m.prefix}.output_scale"
+    value = m.checkpoint.array(output) if output in m.checkpoint.tensors else np.ones(())
+    if not (value.astype(np.float32) == 1).all():
+        raise refused(m, "output_scale", float(value.reshape(-1)[0]), "outputs are rounded, too")
+    found = static(m, f"activations={stated}", qtype)
+    return dataclasses.replace(found, used=(*found.used, output))
+
+
+_FP8 = "float8_e4m3fn"
+
 QUANTO = Format(
     "quanto",
     methods=("quanto",),
@@ -134,4 +157,5 @@ QUANTO = Format(
     ),
     read=read,
     layouts="int8, float8, int4 and int2 in groups",
+    activation=activation,
 )

@@ -21,6 +21,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import packed
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
+from jaxquant.io.hf.schemes import Activation, dynamic, refused
 from jaxquant.io.hf.to_qtensor import aligned, spread
 from jaxquant.io.strict_json import parse
 
@@ -97,6 +98,40 @@ def _blocks(m: Module, part: str, values: np.ndarray, shape: tuple[int, ...], bl
     return found
 
 
+def activation(m: Module) -> Activation | None:
+    """What ``act_quant_kwargs`` or ``activation_quantization`` says."""
+    entry = _described(m.checkpoint, m.prefix, m.checkpoint.metadata()[m.prefix])
+    data = (entry or {}).get("_data")
+    data = data if isinstance(data, dict) else {}
+    kind = _word(data.get("activation_quantization"), "_data")
+    if kind is not None:
+        if kind.lower() != "int8_asym_per_token":
+            raise refused(m, "activation_quantization", kind)
+        return dynamic("int8", symmetric=False)
+    how = data.get("act_quant_kwargs")
+    if how is None:
+        return None
+    said = how.get("_data") if isinstance(how, dict) else None
+    if not isinstance(how, dict) or not isinstance(said, dict):
+        raise refused(m, "act_quant_kwargs", how)
+    kinds = {"QuantizeTensorToFloat8Kwargs": "float8_e4m3fn", "QuantizeTensorToInt8Kwargs": "int8"}
+    qtype, granularity = kinds.get(str(how.get("_type"))), _word(said.get("granularity"), "_type")
+    written = _word(said.get("float8_dtype"), "_data")
+    if qtype == "float8_e4m3fn" and written is not None:
+        qtype = written if written in ("float8_e4m3fn", "float8_e5m2") else None
+    bounded = any(said.get(key) is not None for key in ("hp_value_lb", "hp_value_ub"))
+    symmetric = _word(said.get("mapping_type"), "_data") in (None, "SYMMETRIC")
+    if qtype is None or granularity not in ("PerRow", "PerTensor") or bounded or not symmetric:
+        raise refused(m, "act_quant_kwargs", how)
+    return dynamic(qtype) if granularity == "PerRow" else dynamic(qtype, granularity="per_tensor")
+
+
+def _word(value: Any, key: str) -> str | None:
+    """A value of the metadata as text; those of classes and enumerations are objects."""
+    value = value.get(key) if isinstance(value, dict) else value
+    return None if value is None else str(value)
+
+
 TORCHAO = Format(
     "torchao",
     methods=("torchao",),
@@ -104,4 +139,5 @@ TORCHAO = Format(
     read=read,
     layouts="Int8Tensor, IntxUnpackedToInt8Tensor, Float8Tensor in safetensors",
     find=_find,
+    activation=activation,
 )

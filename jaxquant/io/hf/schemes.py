@@ -1,0 +1,188 @@
+"""How a checkpoint says that activations are quantized, in the words of this package.
+
+Each format has a function of a module that returns its `Activation`; what no `QuantSpec` says is refused by the name of
+the key, since leaving it out would compute something else. Scales of the cache of keys and values are of a layer, not
+of a weight: `cache_scales`.
+
+A range that comes from the array (dynamic) is that of jaxquant: int8 has ``absmax / 127``, as serving engines have it,
+and fp8 ``absmax / 448``. A range that the file has (static) is taken as it is, with all codes of the type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxquant.core.errors import QuantError
+from jaxquant.core.specs import QuantSpec
+from jaxquant.io.hf.checkpoint import HFCheckpoint
+from jaxquant.io.hf.module import Module
+
+__all__ = ["Activation", "CacheScales", "cache_scales", "dynamic", "is_scale_of_cache", "refused", "static"]
+
+_FP8 = "float8_e4m3fn"
+_TODO = "Run the weights alone: activations='float', or ask for a checkpoint without this scheme"
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """How what meets one weight is quantized.
+
+    Attributes:
+      spec: the scheme; None where the tensors are there and say nothing.
+      state: its static range: ``scale`` and maybe ``zero_point``, as they are in the file.
+      used: names of the tensors that say it.
+    """
+
+    spec: QuantSpec | None
+    state: Mapping[str, np.ndarray] | None = None
+    used: tuple[str, ...] = ()
+
+
+def refused(m: Module, key: str, value: Any, why: str = "no scheme of jaxquant computes this") -> QuantError:
+    """The error for a scheme that cannot be expressed."""
+    rule = f"the activations of this weight are quantized in a way that cannot be run: {why}"
+    return m.error(rule, todo=_TODO, **{re.sub(r"\W", "_", key): value})
+
+
+def dynamic(qtype: str = "int8", group_size: int | None = None, **more: Any) -> Activation:
+    """A range for each token, or for each group of its features, from the array itself."""
+    grouped = {} if group_size is None else {"granularity": "per_group", "group_size": group_size}
+    return Activation(QuantSpec(qtype, **grouped, **more))
+
+
+def static(m: Module, key: str, qtype: str, *, symmetric: bool = True) -> Activation:
+    """One range, from the tensors of the file; ``key`` is what says that there is one."""
+    found = _names(m, "scale", _WORDS)
+    if not found:
+        wanted = m.prefix + (f"_{_SCALE}" if m.is_parameter else f".{_SCALE}")
+        rule = "the configuration says that the range of activations is static, and the file has none"
+        raise m.error(rule, todo=f"Fetch all files again, or calibrate: the tensor is {wanted}", key=key)
+    scale = m.checkpoint.array(found[0]).astype(np.float32)
+    if not (scale > 0).all():  # formats in which 0 says that there is none
+        raise refused(m, "input_scale", scale.reshape(-1)[:4].tolist(), "a static scale must be positive")
+    zeros = _names(m, "zero_point", _WORDS)
+    values = None if not zeros else m.checkpoint.array(zeros[0])
+    if values is not None and not values.astype(np.float32).any() and symmetric:
+        values = None
+    if (values is None) != symmetric:
+        got = "no zero point" if values is None else "zero points"
+        raise m.error(f"a range with {got} does not fit symmetric={symmetric}", todo="Check the configuration", key=key)
+    narrow = None if qtype.startswith("float") or not symmetric else False
+    spec = QuantSpec(qtype, granularity="per_tensor", symmetric=symmetric, static=True, narrow_range=narrow)
+    entry = {"scale": _squeezed(scale)}
+    if values is not None:
+        if values.min() < spec.type.qmin or values.max() > spec.type.qmax:
+            raise m.error("a zero point is no code of the type", todo="Check the configuration", key=key)
+        entry["zero_point"] = _squeezed(values.astype(spec.type.code_dtype))
+    return Activation(spec, entry, tuple(found + zeros))
+
+
+_SCALE = "input_scale"
+_WORDS = ("input", "input_activation", "activation", "act")
+
+
+def _names(m: Module, what: str, words: Iterable[str]) -> list[str]:
+    joint = "_" if m.is_parameter else "."
+    names = [f"{m.prefix}{joint}{word}_{what}" for word in words]
+    return [name for name in names if name in m.checkpoint.tensors]
+
+
+def _squeezed(value: np.ndarray) -> np.ndarray:
+    """A scalar, or one for each expert."""
+    return value.reshape(()) if value.size == 1 else value.reshape(-1)
+
+
+# -- the cache ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheScales:
+    """How keys and values are stored.
+
+    Attributes:
+      qtype: of their codes.
+      scales: name of the attention (``"model.layers.0.self_attn"``) -> ``{"k": .., "v": ..}``, scalars.
+      used: names of the tensors that say it.
+    """
+
+    qtype: str
+    scales: Mapping[str, Mapping[str, np.ndarray]]
+    used: tuple[str, ...]
+
+
+_OF_CACHE = re.compile(
+    r"^(?:(?P<place>.*?)\.)?(?:attn\.)?(?:(?P<proj>[kv])_proj\.)?"
+    r"(?:(?P<a>[kv])_(?:cache_|output_)?scale|(?P<b>[kv])_cache\.scale|(?P<c>output_scale|kv_scale|kv_cache_scale)"
+    r"|(?P<d>kv_cache_scaling_factor))$"
+)
+_BESIDE = re.compile(r"(?:^|\.)(?:q|p|prob)(?:_output)?(?:_|\.)scale$")
+
+
+def is_scale_of_cache(name: str) -> bool:
+    """Whether a tensor that describes activations is one of the cache, or of what meets it."""
+    if _BESIDE.search(name):
+        return True
+    found = _OF_CACHE.fullmatch(name)
+    return found is not None and not (found["c"] == "output_scale" and found["proj"] is None)
+
+
+def cache_scales(checkpoint: HFCheckpoint, config: Mapping[str, Any], names: Iterable[str]) -> CacheScales | None:
+    """The scales of keys and values of each layer; None if the checkpoint says nothing of a cache.
+
+    Raises:
+      QuantError: if the configuration names a scheme that is not one static scale for keys and one for values.
+    """
+    keys = ("kv_cache_scheme", "kv_cache_quant_algo")
+    key, stated = next(((k, v) for k in keys if (v := _stated(config, k))), ("", None))
+    groups = config.get("config_groups")
+    groups = [g for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
+    outputs = stated or config.get("quant_method") == "fp8" or any(g.get("output_activations") for g in groups)
+    used = [name for name in names if is_scale_of_cache(name) and (outputs or not name.endswith("output_scale"))]
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name in used:
+        match = _OF_CACHE.fullmatch(name)
+        if match is None:
+            value = checkpoint.array(name).astype(np.float32)
+            if not (value == 1).all():
+                raise _no_cache(checkpoint, name, "queries and probabilities are not quantized here", value.tolist())
+            continue
+        value = checkpoint.array(name).astype(np.float32)
+        if value.size != 1:
+            raise _no_cache(checkpoint, name, "there is one scale for the keys and one for the values", value.shape)
+        side = match["a"] or match["b"] or (match["proj"] if match["c"] == "output_scale" else None)
+        for one in "kv" if side is None else side:
+            found.setdefault(match["place"] or "", {})[one] = value.reshape(())
+    if stated is None and not found:
+        return None
+    if not found:
+        raise _no_cache(checkpoint, key, "the file has no scales for it", stated)
+    lacking = [place for place, sides in found.items() if set(sides) != {"k", "v"}]
+    if lacking:
+        raise _no_cache(checkpoint, lacking[0], "it needs a scale for the keys and one for the values", key)
+    return CacheScales(_cache_type(checkpoint, key, stated), found, tuple(used))
+
+
+def _stated(config: Mapping[str, Any], key: str) -> Any:
+    inner = config.get("quantization")
+    return config.get(key) or (inner.get(key) if isinstance(inner, Mapping) else None)
+
+
+def _cache_type(checkpoint: HFCheckpoint, key: str, stated: Any) -> str:
+    if stated is None or stated in ("static", "FP8", "fp8", "fp8_e4m3"):
+        return _FP8
+    if isinstance(stated, Mapping):
+        rest = (stated.get("symmetric", True), stated.get("strategy", "tensor"), stated.get("dynamic", False))
+        qtype = {"float 8": _FP8, "int 8": "int8"}.get(f"{stated.get('type')} {stated.get('num_bits')}")
+        if qtype is not None and rest == (True, "tensor", False):
+            return qtype
+    raise _no_cache(checkpoint, key, "it is not one static scale for fp8 or int8 keys, and one for values", stated)
+
+
+def _no_cache(checkpoint: HFCheckpoint, key: str, why: str, found: Any) -> QuantError:
+    rule = f"the cache of keys and values is quantized in a way that cannot be run: {why}"
+    return checkpoint.error(rule, key or None, todo="Leave keys and values in float: cache='float'", found=found)
