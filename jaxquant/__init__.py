@@ -96,6 +96,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("jaxquant.report").compare
     if name in _ON_USE:
         return importlib.import_module(f"jaxquant.{name}")
+    if name == "statistics":  # its older name
+        return calibration
     raise AttributeError(f"module 'jaxquant' has no attribute {name!r}")
 
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.custom_derivatives import zero_from_primal
 
 from jaxquant.core.affine import encode, prepare, values_with_scale
 from jaxquant.core.arithmetic import divide, promoted
 from jaxquant.core.blocks import BlockView
+from jaxquant.core.derivatives import with_derivatives
 from jaxquant.core.qtensor import scale_values
-from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
 
 __all__ = ["PACT", "PAPER", "STRAIGHT", "Slopes", "fake_quant", "fake_quant_given", "never_clips"]
@@ -64,40 +61,21 @@ def never_clips(spec: QuantSpec) -> bool:
     return covers and (spec.type.signed or not spec.symmetric)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _computed(spec, axes, x, key):
-    """(result, scale, zero point), the two in order that they are computed once.
-
-    The zero point as floats, which have zeros for tangents; those of integers (float0) have no symbolic shapes.
-    """
-    result, scale, zero_point = _forward(x, None, None, key, spec=spec, axes=axes)
-    return result, scale, None if zero_point is None else zero_point.astype(scale.dtype)
-
-
-def _computed_jvp(spec, axes, primals, tangents):
-    (x, key), (dx, _) = primals, tangents
-    out = _, scale, zero_point = _computed(spec, axes, x, key)
-    if not never_clips(spec):
-        view = BlockView.of_scale(x.shape, scale.shape)
-        inside = _inside(view, view.split(x.astype(promoted(x.dtype, scale.dtype))), spec, scale, zero_point)
-        dx = jax.checkpoint(functools.partial(_masked, view), prevent_cse=False)(inside, dx)  # keeps the mask alone
-    return out, (dx, *(None if v is None else jnp.zeros_like(v) for v in (scale, zero_point)))
+    """`fake_quant` with a range that is computed of the array, and counts as constant."""
+    fixed = lax.stop_gradient(x)
+    value, scale, zero_point = _forward(fixed, None, None, key, spec=spec, axes=axes)
+    if never_clips(spec):
+        return with_derivatives(value, x)
+    view = BlockView.of_scale(x.shape, scale.shape)
+    inside = _inside(view, view.split(fixed.astype(promoted(x.dtype, scale.dtype))), spec, scale, zero_point)
+    # Keeps the mask alone for the backward pass.
+    return with_derivatives(value, jax.checkpoint(functools.partial(_masked, view), prevent_cse=False)(inside, x))
 
 
 def _masked(view: BlockView, inside: jax.Array, x: jax.Array) -> jax.Array:
     return view.join(jnp.where(inside, view.split(x), 0))
-
-
-def constant(x: jax.Array) -> Any:
-    """The tangent of what counts as constant."""
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-        return jnp.zeros_like(x)
-    if math.inf in map(number, x.shape):  # NumPy has no array of such a shape
-        return zero_from_primal(x, symbolic_zeros=True)
-    return np.zeros(x.shape, jax.dtypes.float0)
-
-
-_computed.defjvp(_computed_jvp)
 
 
 def _bounds(spec: QuantSpec, scale: jax.Array, zero_point: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -121,20 +99,17 @@ def _inside(
     return (x >= lo) & (x <= hi) if ends else (x > lo) & (x < hi)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _given(spec, axes, slopes, x, scale, zero_point, key):
-    return _forward(x, scale, slopes.used(zero_point, spec), key, spec=spec, axes=axes)[0]
-
-
-def _given_jvp(spec, axes, slopes, primals, tangents):
-    moved = [t if isinstance(t, jax.Array) and t.dtype != jax.dtypes.float0 else None for t in tangents[:3]]
+    fixed = lax.stop_gradient((x, scale, zero_point))
+    value, _, _ = _forward(*fixed[:2], slopes.used(fixed[2], spec), key, spec=spec, axes=axes)
     # Computed anew in the backward pass, which is handed the arguments.
-    tangent = jax.checkpoint(functools.partial(_given_tangent, spec, axes, slopes), prevent_cse=False)
-    return _given(spec, axes, slopes, *primals), tangent(*primals, *moved)
+    differentiable = jax.checkpoint(functools.partial(_differentiable, spec, axes, slopes), prevent_cse=False)
+    return with_derivatives(value, differentiable(x, scale, zero_point, key))
 
 
-def _given_tangent(spec, axes, slopes, x, scale, zero_point, key, dx, ds, dz):
-    """Rounding has derivative 1 in its argument, and none of second order; what is outside is as the formula has it."""
+def _differentiable(spec, axes, slopes, x, scale, zero_point, key):
+    """What has the derivatives of `_given`; rounding has derivative 1 in its argument, and none of second order."""
     fixed = lax.stop_gradient((x, scale, zero_point))
     encoded = encode(fixed[0], spec, axes, fixed[1], slopes.used(fixed[2], spec), key)
     view = BlockView.of_scale(x.shape, scale.shape)
@@ -142,20 +117,10 @@ def _given_tangent(spec, axes, slopes, x, scale, zero_point, key, dx, ds, dz):
     inside = _inside(view, xv, spec, *fixed[1:], ends=slopes.ends)
     s = view.split_scale(scale).astype(values.dtype)
     z = 0 if zero_point is None else view.split_scale(zero_point).astype(values.dtype)
-    out = jnp.zeros_like(values)
-    if dx is not None:
-        out += jnp.where(inside, view.split(dx), 0)
-    if ds is not None:
-        # Inside, d/ds [(round(x / s) + z - z) s] = q - z - x / s; outside, the code is constant: q - z.
-        rounding = lax.stop_gradient(values - z - divide(xv, s)) if slopes.rounding else jnp.zeros_like(values)
-        slope = jnp.where(inside, rounding, values - z)
-        out += slope * view.split_scale(ds).astype(values.dtype)
-    if dz is not None:
-        out += jnp.where(inside, 0, -s * view.split_scale(dz).astype(values.dtype))
-    return view.join(out).astype(x.dtype)
-
-
-_given.defjvp(_given_jvp, symbolic_zeros=True)
+    # Inside, d/ds [(round(x / s) + z - z) s] = q - z - x / s; outside, the code is constant: q - z.
+    rounding = lax.stop_gradient(values - z - divide(xv, s)) if slopes.rounding else jnp.zeros_like(values)
+    slope = jnp.where(inside, rounding, values - z)
+    return view.join(jnp.where(inside, view.split(x).astype(values.dtype), 0) + slope * s).astype(x.dtype)
 
 
 def fake_quant_given(
@@ -217,5 +182,5 @@ def fake_quant(
     """
     x, axes, scale, zero_point = prepare("fake_quant", x, spec, reduce_axes, scale, zero_point, key)
     if scale is None:
-        return _computed(spec, axes, x, key)[0]
+        return _computed(spec, axes, x, key)
     return _given(spec, axes, STRAIGHT, x, scale_values(scale), zero_point, key)

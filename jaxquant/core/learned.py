@@ -25,7 +25,6 @@ Sources: Esser et al. 2020, LSQ (arXiv:1902.08153), equations 3 to 5 and section
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -34,9 +33,11 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxquant.core.affine import as_codes
 from jaxquant.core.arithmetic import divide
+from jaxquant.core.derivatives import with_derivatives
 from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import PACT, PAPER, fake_quant_given
 from jaxquant.core.qtensor import QTensor
@@ -54,25 +55,14 @@ STEPS = ("scale", "clip")
 """The keys of what has to stay above 0."""
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _scaled_gradient(factor: float, x: jax.Array) -> jax.Array:
     """x, whose gradient is multiplied on the way back."""
-    del factor
-    return x
+    return with_derivatives(x, x * factor)
 
 
-@_scaled_gradient.defjvp
-def _scaled_gradient_jvp(factor, primals, tangents):
-    return primals[0], tangents[0] * factor
-
-
-@jax.custom_jvp
 def _rounded(x: jax.Array) -> jax.Array:
     """round(x), with the gradient of x."""
-    return jnp.rint(x)
-
-
-_rounded.defjvp(lambda primals, tangents: (_rounded(primals[0]), tangents[0]))
+    return with_derivatives(jnp.rint(lax.stop_gradient(x)), x)
 
 
 def learned_range(entry: Entry, spec: QuantSpec, n: int = 1) -> tuple[jax.Array, jax.Array | None]:

@@ -1,10 +1,12 @@
 """Derivatives of a product: one linear map, with a transpose of its own, as a primitive.
 
 `jax.custom_vjp` has no forward mode, and derivatives of second order go through the bodies of its rules, where rounding
-has derivative 0. `jax.custom_jvp` has all of that, but JAX transposes its tangents by itself: real values would be kept
-for the backward pass instead of codes, and the products of the backward pass could not be those of integers.
+has derivative 0; in a scan so do those of `jax.custom_jvp` (`jaxquant.core.derivatives`). JAX transposes the tangents
+of that by itself, too: real values would be kept for the backward pass instead of codes, and the products of the
+backward pass could not be those of integers.
 
-So the tangent is one equation, ``dy = L(operands) d(operands)``, of a primitive that knows
+So the result is one equation of a primitive, whose other arguments are there for derivatives alone, and its tangent is
+one equation, ``dy = L(operands) d(operands)``, of another that knows
 
 - how it is computed: forwards as the tangent of the float product, transposed by `Rule.back` from what was kept;
 - how it depends on the operands: as the tangent of the float product does, whose derivatives JAX knows to every order.
@@ -24,11 +26,9 @@ import jax
 import jax.core
 import jax.extend
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-
-from jaxquant.core.fake_quant import constant
 
 __all__ = ["Rule", "straight_through"]
 
@@ -73,6 +73,10 @@ class _Tangent:
     places: tuple[int, ...]
     transposed: bool = False
 
+    def along(self, places: tuple[int, ...]) -> _Tangent:
+        """Of these leaves."""
+        return dataclasses.replace(self, places=places)
+
     def transpose(self) -> _Tangent:
         """From cotangents to cotangents."""
         return dataclasses.replace(self, transposed=not self.transposed)
@@ -116,6 +120,12 @@ class _Batched:
     operands: tuple[int | None, ...]
     tangents: tuple[int | None, ...]
     results: tuple[int | None, ...]
+
+    def along(self, places: tuple[int, ...]) -> _Batched:
+        """Of these leaves, whose tangents are batched as they are."""
+        return dataclasses.replace(
+            self, inner=self.inner.along(places), tangents=tuple(self.operands[i] for i in places)
+        )
 
     def transpose(self) -> _Batched:
         """From cotangents to cotangents."""
@@ -219,28 +229,53 @@ batching.primitive_batchers[_tangent_p] = _batch
 mlir.register_lowering(_tangent_p, mlir.lower_fun(_fast, multiple_results=True))
 
 
+# The arguments of this one are the result, and the first two of those.
+
+_result_p = Primitive("straight_through_result")
+
+
+def _result_jvp(primals: Any, tangents: Any, *, of: Any, sizes: tuple[int, int]) -> tuple[jax.Array, Any]:
+    """What was kept and the result count as constant, whatever JAX says of their tangents."""
+    moved = tangents[1 + sizes[0] :]
+    out = _result_p.bind(*primals, of=of, sizes=sizes)
+    shape, places = jax.typeof(out), tuple(i for i, t in enumerate(moved) if _moves(t))
+    if not places:
+        return out, tangents[0]
+    given = [moved[i] for i in places]
+    (dy,) = _tangent_p.bind(*primals[1:], *given, of=of.along(places), sizes=sizes, results=(shape,))
+    return out, dy
+
+
+def _moves(tangent: Any) -> bool:
+    return type(tangent) is not ad.Zero and tangent.dtype != jax.dtypes.float0
+
+
+def _result_batch(args: Any, dims: Any, *, of: Any, sizes: tuple[int, int]) -> tuple[jax.Array, int]:
+    size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+    kept, operands, _ = map(tuple, _split(dims[1:], sizes))
+    value = batching.bdim_at_front(args[0], dims[0], size)
+    return _result_p.bind(value, *args[1:], of=_Batched(of, kept, operands, (), (0,)), sizes=sizes), 0
+
+
+_result_p.def_impl(lambda value, *args, of, sizes: value)
+_result_p.def_abstract_eval(lambda value, *args, of, sizes: value)
+ad.primitive_jvps[_result_p] = _result_jvp
+batching.primitive_batchers[_result_p] = _result_batch
+mlir.register_lowering(_result_p, mlir.lower_fun(lambda value, *args, of, sizes: value, multiple_results=False))
+
+
 # -- functions ---------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _keep(rule: Rule, *operands: Any) -> tuple[jax.Array, Any]:
-    return rule.keep(*operands)
+def _keep(rule: Rule, *operands: Any) -> jax.Array:
+    leaves, tree = jax.tree.flatten(operands)
+    out, kept = rule.keep(*lax.stop_gradient(operands))
+    arrays, kept_tree = jax.tree.flatten(kept)
+    sizes = len(arrays), len(leaves)
+    return _result_p.bind(lax.stop_gradient(out), *arrays, *leaves, of=_Tangent(rule, kept_tree, tree, ()), sizes=sizes)
 
 
-def _keep_jvp(rule: Rule, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    out, kept = _keep(rule, *primals)
-    operands, tree = jax.tree.flatten(primals)
-    moved = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
-    places = tuple(i for i, t in enumerate(moved) if not isinstance(t, SymbolicZero) and t.dtype != jax.dtypes.float0)
-    leaves, kept_tree = jax.tree.flatten(kept)
-    of, shape = _Tangent(rule, kept_tree, tree, places), jax.typeof(out)
-    given = [moved[i] for i in places]
-    (dy,) = _tangent_p.bind(*leaves, *operands, *given, of=of, sizes=(len(leaves), len(operands)), results=(shape,))
-    return (out, kept), (dy, jax.tree.map(constant, kept))  # nothing reads what was kept
-
-
-_keep.defjvp(_keep_jvp, symbolic_zeros=True)
-_jit: Any = jax.jit(lambda rule, *operands: _keep(rule, *operands)[0], static_argnums=0, inline=True)
+_jit: Any = jax.jit(_keep, static_argnums=0, inline=True)
 
 
 def straight_through(rule: Any, *operands: Any) -> jax.Array:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_settings import promotes
 
 import jaxquant as jq
 from jaxquant import QuantError, QuantSpec
@@ -22,6 +23,7 @@ def quantized(qtype, shape=(32, 8)):
     return jq.quantize(w, QuantSpec(qtype), reduce_axes=(-2,))
 
 
+@promotes
 @pytest.mark.parametrize("qtype", QTYPES)
 def test_arithmetic_on_codes_is_refused(qtype):
     q, x = quantized(qtype), jnp.ones((2, 32))

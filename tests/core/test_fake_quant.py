@@ -85,6 +85,7 @@ def test_gradient_is_one_inside_a_given_range_and_zero_outside(qtype, calibratio
     x = scale * np.where(factors < 0, -qmin, qmax) * np.where(factors < 0, factors, factors)
     if qmin == 0:
         x = np.where(factors < 0, scale * factors, x)
+    x = x.astype(np.float32)
     g = np.arange(1, x.size + 1, dtype=np.float32).reshape(x.shape)
     _, vjp = jax.vjp(lambda a: fake(a, QuantSpec(qtype, calibration=calibration), scale=scale), x)
     inside = (x >= qmin * scale) & (x <= qmax * scale)
@@ -320,6 +321,7 @@ def mesh():
     return Mesh(np.array(jax.devices()[:8]), ("d",))
 
 
+@needs_jit
 @pytest.mark.parametrize(
     "spec, axes, part",
     [

@@ -155,7 +155,7 @@ def test_bad_fields_are_not_saved(tmp_path):
     for bad in (
         q.replace(offset=jnp.ones((N, 1))),
         q.replace(permutation=q.permutation.T),
-        q.replace(permutation=q.permutation * 1.0),
+        q.replace(permutation=q.permutation.astype(jnp.float32)),
     ):
         with pytest.raises(jq.QuantError, match=r"offset must be|the permutation must|a permutation has"):
             jq.io.save(tmp_path / "x.safetensors", {"w": bad})

@@ -15,7 +15,7 @@ from jaxquant.core.errors import quant_error
 
 pytestmark = pytest.mark.every
 
-X = jnp.ones((6, 8))
+X = jnp.ones((6, 8), jnp.float32)
 INT8 = QuantSpec("int8")
 ASYM = QuantSpec("uint8", symmetric=False)
 STOCHASTIC = QuantSpec("int8", rounding="stochastic")
@@ -36,7 +36,7 @@ BAD = {
     "ragged lists": (lambda f: f([[1.0], [1.0, 2.0]], INT8, 0), "only arrays can be quantized", ["[[1.0]"]),
     "a dict": (lambda f: f({"kernel": 1.0}, INT8, 0), "only arrays can be quantized", ["kernel"]),
     "a QTensor": (lambda f: f(jq.quantize(X, INT8, reduce_axes=0), INT8, 0), "quantized already", ["dequantize()"]),
-    "an empty array": (lambda f: f(jnp.ones((3, 0)), INT8, -1), "the array is empty", ["float32[3, 0]"]),
+    "an empty array": (lambda f: f(X[:3, :0], INT8, -1), "the array is empty", ["float32[3, 0]"]),
     "a spec's name": (lambda f: f(X, "int8", 0), "spec must be a QuantSpec", ["'int8'", "QuantSpec('int8')"]),
     "an OpSpec": (lambda f: f(X, jq.OpSpec(INT8), 0), "spec must be a QuantSpec", ["OpSpec"]),
     "no spec": (lambda f: f(X, None, 0), "spec must be a QuantSpec", ["spec=None"]),
@@ -158,7 +158,9 @@ def test_the_path_is_named():
 
 
 def test_values_are_shown_briefly():
-    error = quant_error("f", "r", todo="T", array=jnp.ones((1000, 1000)), text="x" * 1000, dtype=np.dtype("int8"))
+    error = quant_error(
+        "f", "r", todo="T", array=jnp.ones((1000, 1000), jnp.float32), text="x" * 1000, dtype=np.dtype("int8")
+    )
     message = str(error)
     assert "array=float32[1000, 1000]" in message
     assert "dtype=int8" in message

@@ -253,7 +253,9 @@ def run(seed: int, number: int) -> tuple[str, str]:
     def of(fn, params, x, s, argnums):
         def loss(p, x):
             out = fn(p, x, s)
-            return jnp.sum(jnp.sin(0.1 * out)), out
+            # Of arguments up to 1: that of 5 would make an error of 0.2 percent, a cast to bfloat16, one of 1 percent.
+            most = lax.stop_gradient(jnp.max(jnp.abs(out), initial=1e-3))
+            return jnp.sum(jnp.sin(out / most)), out
 
         gradients, out = jax.grad(loss, argnums=argnums, has_aux=True)(params, x)
         return out, gradients

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax_settings import makes_nan
 from ops_reference import INTEGER, MATMUL, dot_error, error, kernel_of, quantized, real, slow_but, spec_of, unequal
 
 import jaxquant as jq
@@ -93,6 +94,7 @@ def test_grids_are_whole_numbers(name):
     assert whole.dtype == (np.int16 if qtype.kind == "table" and name != "iq4_nl" else np.int8)
 
 
+@makes_nan
 @pytest.mark.every
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
 def test_every_pattern_of_fp8(name):

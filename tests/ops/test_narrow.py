@@ -122,7 +122,7 @@ def test_mx_formats_on_both_sides(spec, rows):
     for weight in (w, q):
         got = jax.jit(lambda x, w: ops.dot_general(x, w, MATMUL, spec=spec))(x, weight)
         assert dot_error(got, *exact_values(*values), MATMUL) <= INTEGER
-    for dtype, scale in (("bf16", q.scale), ("f32", jnp.full(q.scale.shape, 0.3))):
+    for dtype, scale in (("bf16", q.scale), ("f32", jnp.full(q.scale.shape, 0.3, jnp.float32))):
         program = jax.jit(lambda x, q: ops.dot_general(x, q, MATMUL, spec=spec)).trace(x, q.replace(scale=scale))
         text = program.lower(lowering_platforms=("cuda",)).as_text()
         (found,) = re.findall(r"stablehlo.dot_general.* : (.*)", text)

@@ -9,10 +9,17 @@ import pytest
 from ops_reference import INTEGER, MATMUL, check_dot, quantized, spec_of
 
 from jaxquant import OpSpec, QTensor, ops
+from jaxquant.ops.kernels.cpu import machine
 from jaxquant.ops.kernels.integer import overflow_limit
 
 INT8 = overflow_limit(128, 128)  # -128 is a code of int8
 BOTH_ASYMMETRIC = overflow_limit(255, 255)
+
+
+@pytest.fixture(autouse=True)
+def int8_dots(monkeypatch):
+    """Integers are multiplied as such, also where XLA has no fast dot for them and the product would be of floats."""
+    monkeypatch.setattr(machine, "int8_dots", lambda: "vectors")
 
 
 def saturated(shape, seed, code=127):

@@ -11,6 +11,7 @@ from ops_reference import MATMUL, error, quantized, spec_of, unequal
 
 import jaxquant as jq
 from jaxquant import OpSpec, QuantSpec, fake_quant, observers, ops, recipes
+from jaxquant.core.learned import learned_values
 from jaxquant.core.qtensor import scale_values
 
 BOUND = 2e-5
@@ -39,7 +40,7 @@ def straight(x, spec, axes):
         scale = scale_values(q.scale)
         for axis, (n, blocks) in enumerate(zip(x.shape, scale.shape, strict=True)):
             scale = jnp.repeat(scale, n // blocks, axis=axis)
-        inside = jnp.abs(lax.stop_gradient(x)) <= q.type.qmax * scale
+        inside = (lax.stop_gradient(x) >= q.type.qmin * scale) & (lax.stop_gradient(x) <= q.type.qmax * scale)
     return jnp.where(inside, x - lax.stop_gradient(x), 0) + q.dequantize()
 
 
@@ -126,6 +127,74 @@ def _by_rows(x, w, sizes=(2, 1, 2)):
     ends = np.cumsum(sizes)
     parts = [x[end - n : end] @ w[i] for i, (n, end) in enumerate(zip(sizes, ends, strict=True))]
     return jnp.concatenate([*parts, jnp.zeros((x.shape[0] - ends[-1], w.shape[2]))])
+
+
+def layers(product, x, stack):
+    """Layers one after the other."""
+    for w in stack:
+        x = jnp.tanh(product(x, w) / 4)
+    return x
+
+
+def scanned(product, x, stack):
+    """The same as a scan whose body is computed again for the backward pass."""
+    body = jax.checkpoint(lambda x, w: (jnp.tanh(product(x, w) / 4), None))
+    return lax.scan(body, x, stack)[0]
+
+
+IN_A_SCAN = ("grad", "forward over reverse", "reverse over reverse")
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_layers_in_a_scan(name):
+    """JAX takes the second derivatives of `jax.custom_jvp` in a scan from the body of the function."""
+    spec = SPECS[name]
+    args, directions = pair(20, (3, 16), (2, 16, 16))
+    quantized = lambda x, w: ops.dot_general(x, w, MATMUL, "highest", spec=spec)  # noqa: E731
+
+    def written(x, w):
+        return jnp.dot(straight(x, spec.act, (-1,)), straight(w, spec.weight, (0,)), precision="highest")
+
+    fs = (lambda x, s: jnp.sum(scanned(quantized, x, s) ** 2), lambda x, s: jnp.sum(layers(written, x, s) ** 2))
+    # A layer's rounding to the last bit may move a code of the next one.
+    bound = BOUND if spec.act is None else 2e-3
+    check(*jax.jit(lambda a, d: [orders(f, a, d, IN_A_SCAN) for f in fs])(args, directions), bound)
+
+
+@pytest.mark.parametrize("learned", ["lsq", "lsq+", "pact", "computed", "clipping"])
+def test_fake_quant_in_a_scan(learned):
+    """Against the same layers without a scan."""
+    spec = spec_of("uint4" if learned == "lsq+" else "int4", "per_tensor", symmetric=learned != "lsq+")
+    if learned == "clipping":
+        spec = spec_of("int4", "per_tensor", calibration=observers.Percentile(80.0))
+    entry = {
+        "lsq": {"scale": jnp.float32([0.2, 0.1, 0.3])},
+        "lsq+": {"scale": jnp.float32([0.2, 0.1, 0.3]), "offset": jnp.float32([-0.3, 0.2, -1.0])},
+        "pact": {"clip": jnp.float32([0.9, 0.7, 1.1])},
+    }.get(learned, {})
+    x, w, g = unequal(21, (5, 8)), unequal(22, (3, 8, 8)), unequal(23, (3, 8, 8))
+
+    def product(x, layer):
+        w, entry = layer
+        if not entry:
+            return x @ fake_quant(w, spec, reduce_axes=(0, 1))
+        return x @ learned_values(w, spec, (0, 1), entry, w.size, (1, 1))
+
+    def second(run):
+        def loss(w, entry):
+            return jnp.sum(jnp.sin(run(product, x, (w, entry))))
+
+        stack, along = (w, entry), (g, jax.tree.map(lambda v: v / 3, entry))
+        return jax.jit(lambda: jax.jvp(jax.grad(loss, (0, 1)), stack, along))()
+
+    got, want = second(scanned), second(lambda product, x, stack: layers(product, x, _unstacked(stack)))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.asarray(b).any()
+        assert error(a, b) <= BOUND
+
+
+def _unstacked(stack):
+    return [jax.tree.map(lambda v, i=i: v[i], stack) for i in range(3)]
 
 
 def test_lookup():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_settings import makes_nan
 from ops_reference import quantized, slow_but, spec_of, unequal
 
 from jaxquant import OpSpec, QTensor, QuantSpec, fake_quant, observers, ops
@@ -60,6 +61,7 @@ def test_modes(mode, fill):
             np.testing.assert_array_equal(got, want)
 
 
+@makes_nan
 def test_small_index_types_and_a_large_table():
     """300 rows do not fit the index type, nor does -300."""
     table = unequal(2, (300, 4))

@@ -55,7 +55,7 @@ def normed(y):
         (lambda y: jnp.cumsum(y, axis=0), True),
         (lambda y: jnp.concatenate([y, 2 * y]), True),
         (lambda y: y[::-1].astype(jnp.float32)[:1], True),
-        (lambda y: jax.lax.dynamic_update_slice(jnp.zeros((3, 8)), y, (1, 0)), True),
+        (lambda y: jax.lax.dynamic_update_slice(jnp.zeros((3, 8), y.dtype), y, (1, 0)), True),
         (jax.checkpoint(normed), True),
         (lambda y: jax.nn.softmax(y @ y.T) @ y, True),
         (jax.nn.relu, False),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax_settings import needs_jit
 from transform_cases import check, close, unequal
 
 import jaxquant as jq
@@ -74,6 +75,7 @@ CASES = {
 }  # fmt: skip
 
 
+@needs_jit  # else a scan is its equations, one layer after the other
 @pytest.mark.parametrize("name", CASES)
 def test_one_set_of_scales(name):
     """Frozen codes, a leaf in training and the float function on the dequantized leaf agree, and so do gradients."""
@@ -122,7 +124,7 @@ def test_a_plan_of_another_function():
 def test_a_scan_over_a_leaf_without_a_plan(spec, axes):
     """However its codes lie and its scales are shared."""
     q = jq.quantize(SQUARE["w"], spec.weight, reduce_axes=axes)
-    fn = lambda p, x: lax.scan(lambda c, v: (c @ (v[None] * jnp.eye(4)), None), x, p)[0]  # noqa: E731
+    fn = lambda p, x: lax.scan(lambda c, v: (c @ (v[None] * jnp.eye(4, dtype=c.dtype)), None), x, p)[0]  # noqa: E731
     rows = lambda p, x: lax.scan(lambda c, v: (c + jnp.einsum("bk,k->b", x, v), None), jnp.zeros(2), p)[0]  # noqa: E731
     close(jax.jit(jq.quantized(rows, precision="highest"))(q, X), rows(q.dequantize(), X), 1e-5)
     with pytest.raises(jq.QuantError, match="a quantized weight reaches"):

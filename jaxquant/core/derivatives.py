@@ -1,0 +1,46 @@
+"""`with_derivatives`: a value that is computed one way, with the derivatives of another.
+
+`jax.custom_jvp` does not serve for that: inside of a `jax.lax.scan` its rule holds for first derivatives alone. The
+second go through the body of the function, where rounding has derivative 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+__all__ = ["with_derivatives"]
+
+_p = Primitive("with_derivatives")
+
+
+def with_derivatives(value: jax.Array, of: jax.Array) -> jax.Array:
+    """``value``, with the derivatives of ``of``, of every order and in both modes.
+
+    A compiled program that takes none never computes ``of``.
+
+    Args:
+      value: an array; itself it counts as constant.
+      of: of the same shape and dtype.
+    """
+    return _p.bind(lax.stop_gradient(value), of)
+
+
+def _jvp(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
+    return _p.bind(*primals), tangents[1]
+
+
+def _batch(args: Any, dims: Any) -> tuple[jax.Array, int]:
+    size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+    return _p.bind(*(batching.bdim_at_front(x, d, size) for x, d in zip(args, dims, strict=True))), 0
+
+
+_p.def_impl(lambda value, of: value)
+_p.def_abstract_eval(lambda value, of: value)
+ad.primitive_jvps[_p] = _jvp
+batching.primitive_batchers[_p] = _batch
+mlir.register_lowering(_p, mlir.lower_fun(lambda value, of: value, multiple_results=False))
