@@ -1,7 +1,7 @@
 """Quantized primitives: each operand an array or a `QTensor`, otherwise the signatures of `jax.lax` and `jax.numpy`.
 
     dot_general, einsum, conv_general_dilated, ragged_dot, take; llm_int8
-    lay_out: codes laid out for the platform they will be read on
+    lay_out: lays codes out for the platform that will read them
 
 `jaxquant.ops.select` chooses how a product is computed.
 """

@@ -4,20 +4,20 @@ For ``y[b, m, n] = sum_k x[b, m, k] w[b, n, k]``:
 
     dx[b, m, k] = sum_n g[b, m, n] w[b, n, k]        dw[b, n, k] = sum_m g[b, m, n] x[b, m, k]
 
-The sum over m is over an axis that is last on neither side, for which XLA's CPU library has no product: there the left
-operand is copied with that axis last, which takes a fraction of what it saves. A weight is not transposed for its own
-gradient: where it is stored as [b, k, n], so is the gradient.
+The sum over m is over an axis that is last on neither side, and XLA's CPU library has no such product. There the left
+operand is copied with that axis last, which takes a fraction of the time that it saves. The gradient of a weight has
+the layout of the weight: [b, k, n] where the weight is stored so.
 
-Where gradients are quantized, both are products of integers, or of fp8. What they sum over must not change the scale,
-and the scale of w belongs to a row n, that of x to a row m: the very axes. They go into g, which is quantized after
-that, with one scale for everything that one sum meets.
+Where gradients are quantized, both are products of integers, or of fp8. A scale must be constant along the summed axis.
+But w has a scale for each row n, and x one for each row m, which are the axes of the two sums. So these scales are
+multiplied into g first; then g is quantized, with one scale for all the terms of a sum.
 
     dx[b, m, k] = t[b, m] sum_n u[b, m, n] (c[b, n, k] - z[b, n])        t u ~ g s        w = s (c - z)
 
-fp8 numbers are exact in bfloat16, in which their products are computed and summed in float32, as in the forward pass.
+fp8 numbers are exact in bfloat16: they are multiplied in bfloat16 and summed in float32, as in the forward pass.
 
-Stochastic rounding takes its noise from a key, and from a sum of the gradient's bits: a key that layers of a scan share
-does not give them the same noise.
+Stochastic rounding takes its noise from a key and from a sum of the gradient's bits, so that the layers of a scan,
+which share a key, get different noise.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = ["as_stored", "lhs_gradient", "restored", "rhs_gradient"]
 
 
 def as_stored(axes: Axes) -> Axes:
-    """The axes of a right operand for `lhs_gradient`: rows and contraction change places where they are stored so."""
+    """The axes of a right operand for `lhs_gradient`: rows and contraction swapped if they are stored in that order."""
     return Axes(axes.batch, axes.contract, axes.rows) if _rows_last(axes) else axes
 
 
@@ -92,7 +92,7 @@ def rhs_gradient(
 ) -> jax.Array:
     """The gradient with respect to the right operand, of these axes and that shape; ``x`` is [B, M, K].
 
-    Where ``how`` is a precision, an x of integers is one whose values are wanted.
+    Where ``how`` is a precision, an x of integers is converted to its real values.
     """
     transposed = _rows_last(axes)  # the result is [b, k, n]
     if isinstance(how, QuantSpec):
@@ -111,12 +111,12 @@ def rhs_gradient(
 
 
 def _rows_last(axes: Axes) -> bool:
-    """Whether what is contracted stands before the rows."""
+    """Whether the contracted axes precede the rows."""
     return bool(axes.rows) and bool(axes.contract) and axes.contract[0] < axes.rows[0]
 
 
 def _with_rows_last(x: jax.Array) -> jax.Array:
-    """[b, rows, k] as [b, k, rows]: on the CPU in memory."""
+    """[b, rows, k] as [b, k, rows]; on the CPU the transpose is written to memory."""
 
     def in_memory(x: jax.Array) -> jax.Array:
         return lax.optimization_barrier(transpose_by_tiles(x, order=(0, 2, 1)))
@@ -125,7 +125,7 @@ def _with_rows_last(x: jax.Array) -> jax.Array:
 
 
 def _values_with_rows_last(x: jax.Array | Matrix, dtype: Any) -> jax.Array:
-    """The same of an operand's values: on the CPU codes are moved as bytes."""
+    """An operand's values as [b, k, rows]; on the CPU its codes are transposed as bytes."""
     if not isinstance(x, Matrix):
         return _with_rows_last(x)
     codes, (scale, zero) = _with_rows_last(x.codes), (_turned(v) for v in (x.scale, x.zero_point))
@@ -139,7 +139,7 @@ def _turned(x: Any) -> Any:
 
 
 def restored(x: jax.Array, order: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
-    """Matrices whose axes are those of an operand in some order, as the operand."""
+    """Permutes and reshapes matrices [b, rows, k] to the shape of the operand, whose axes were taken in ``order``."""
     whole = x.reshape([shape[i] for i in order])
     return jnp.transpose(whole, [order.index(i) for i in range(len(shape))])
 
@@ -149,7 +149,7 @@ def _dot(left: jax.Array, right: jax.Array, along: tuple[int, int], **how: Any) 
 
 
 def _quantized(g: jax.Array, spec: QuantSpec, axis: int, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Codes of g, and their scale, which is one for all of ``axis``."""
+    """Codes of g, and their scale, which is constant along ``axis``."""
     if spec.rounding == "stochastic":
         if key is None:
             todo = "Pass key=jax.random.key(...) to quantized, or to the op, a new one for each step"
@@ -163,15 +163,15 @@ def _quantized(g: jax.Array, spec: QuantSpec, axis: int, key: jax.Array | None) 
 def _codes_product(
     u: jax.Array, of: Matrix, codes: jax.Array, along: tuple[int, int], own: int, zero: jax.Array | None
 ) -> jax.Array:
-    """The sum of products of u, the codes of a gradient, with the codes of an operand, in some order, in float32.
+    """The product of u, the codes of a gradient, with the codes of an operand, on either side, in float32.
 
     Args:
       u: codes.
       of: the operand.
       codes: its codes, with the axes in the order that the product wants.
-      along: the axis of the left and of the right one that is summed over.
-      own: which of them is u, 0 or 1.
-      zero: the operand's zero points, one for each place along that axis of u; or None.
+      along: the summed axis of the left and of the right factor.
+      own: which factor is u, 0 (left) or 1 (right).
+      zero: the operand's zero points, one for each index of that axis of u; or None.
     """
     left, right = (u, codes) if own == 0 else (codes, u)
     if of.qtype.kind == "int":
@@ -182,13 +182,13 @@ def _codes_product(
 def _integer(
     left: jax.Array, right: jax.Array, along: tuple[int, int], own: int, zero: jax.Array | None, reach: int
 ) -> jax.Array:
-    """``sum u (c - z)``, exact in int32, in float32; of a length that is a symbol, and could overflow, all in float32.
+    """``sum u (c - z)``, exact in int32, as float32; sums of symbolic length, which could overflow, are all in float32.
 
     Args:
       left, right: u and c, or c and u.
-      along: the axis of each that is summed over.
+      along: the summed axis of each.
       own: which of them is u, 0 or 1.
-      zero: z, one for each place along that axis of u; or None.
+      zero: z, one for each index of that axis of u; or None.
       reach: the largest magnitude of c - z.
     """
     operands, length, sums = (left, right), left.shape[along[0]], []

@@ -54,7 +54,7 @@ class _Contraction(Call):
         return out.astype(self.dtype)
 
     def keep(self, *operands: Any) -> tuple[jax.Array, Any]:
-        """The product; codes of what is quantized on the way, where the gradient needs no more of it."""
+        """The product, and the codes of operands quantized on the way whose gradient needs only these."""
         lhs, rhs, lhs_static, rhs_static, _ = operands
         left, right = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
         out = run(self._product(left, right), self._frozen(left, right))
@@ -66,9 +66,9 @@ class _Contraction(Call):
         return Product.of(left, right, self.lhs_axes, self.rhs_axes, self.precision, self.dtype)
 
     def _frozen(self, left: Any, right: Any) -> Callable[[], Product] | None:
-        """What makes the product of the frozen model, if this is one in training: the weight as `quantize` stores it.
+        """In training, a function that makes the frozen model's product, with the weight as `quantize` stores it.
 
-        A weight with a size that is a symbol stays as it is.
+        None outside training, and for a weight with a symbolic size.
         """
         if isinstance(right, TrainedTensor):
             known = math.inf not in map(number, right.shape)
@@ -113,7 +113,7 @@ class _Contraction(Call):
         return lhs_gradient(g, w, left, lhs.shape, right, how, key), rhs_gradient(g, x, right, rhs.shape, how, key)
 
     def _by_stored(self, g: jax.Array, w: QTensor, shape: tuple[int, ...]) -> jax.Array:
-        """The gradient with respect to the left operand, of that shape: g times the weight, over the weight's rows."""
+        """The gradient with respect to the left operand, in ``shape``: g times the weight, summed over its rows."""
         left, right = self.lhs_axes, self.rhs_axes
         batch, rows = len(left.batch), len(left.batch) + len(left.rows)
         axes = Axes.of(g.ndim, tuple(range(batch)), tuple(range(rows, g.ndim)))
@@ -122,7 +122,7 @@ class _Contraction(Call):
 
 
 def _codes(x: QTensor | jax.Array, axes: Axes, kind: str, form: Axes | None = None) -> Matrix | None:
-    """An operand of integers or fp8 with one scale for all that is contracted, in that form; None if it is another."""
+    """The canonical form of an operand of integers or fp8 with one scale per row; None for other operands."""
     if not isinstance(x, QTensor) or x.type.kind != kind or x.offset is not None:
         return None
     if (kind == "float" and x.type.bits != 8) or (isinstance(x.scale, QTensor) and x.scale.qtype != FACTOR.name):
@@ -166,7 +166,7 @@ def _check_dimensions(function: str, lhs: Any, rhs: Any, numbers: Any) -> tuple[
 
 
 def _in_stored_order(lhs: Any, rhs: Any, lhs_axes: Axes, rhs_axes: Axes) -> tuple[Any, Any]:
-    """Operands whose contracted axes are in the order in which a permuted weight is stored: groups stay groups."""
+    """Permutes the contracted axes of both to the stored order of a permuted weight, so that groups stay contiguous."""
     for q, other, mine, its in ((rhs, lhs, rhs_axes, lhs_axes), (lhs, rhs, lhs_axes, rhs_axes)):
         if not isinstance(q, QTensor) or q.permutation is None:
             continue
@@ -194,7 +194,7 @@ def contract(
     out_sharding: Any = None,
     key: Any = None,
 ) -> jax.Array:
-    """`dot_general`, on behalf of the public function that refuses what does not fit."""
+    """`dot_general` for a public function, which errors name."""
     if isinstance(spec, OpSpec) and spec.act is not None and spec.act.outliers is not None:
         refuse_range(function, act_scale, act_zero_point)
         return _beside_outliers(function, lhs, rhs, numbers, precision, preferred, spec)
@@ -221,7 +221,7 @@ def contract(
 
 
 def _key(function: str, key: Any, grad: QuantSpec | None) -> tuple[jax.Array | None, Any]:
-    """The data of a key, and what kind of a key it is of; None where there is none."""
+    """The data of a key and the key's implementation; None without a key."""
     if key is None:
         return None, None
     if grad is None or grad.rounding != "stochastic":
@@ -234,7 +234,7 @@ def _key(function: str, key: Any, grad: QuantSpec | None) -> tuple[jax.Array | N
 def _beside_outliers(
     function: str, lhs: Any, rhs: Any, numbers: Any, precision: Any, preferred: Any, spec: OpSpec
 ) -> jax.Array:
-    """The product of all features but those with an outlier by their codes, and of those in float: two products."""
+    """The sum of two products: features without outliers by their codes, features with an outlier in float."""
     assert spec.act is not None
     inner = dataclasses.replace(spec, act=dataclasses.replace(spec.act, outliers=None))
     pair = Pair.of(function, lhs, rhs, inner)
@@ -266,9 +266,9 @@ def dot_general(
     """`jax.lax.dot_general` whose operands may be quantized, or are quantized on the way.
 
     With both sides quantized to integers the product runs as int8 dots with int32 accumulation: for each group of the
-    contraction ``s_l s_r sum_k (q_l - z_l)(q_r - z_r)``, exact within the group, scaled and summed in float32 (at many
-    rows, on a CPU that is faster so, exact products are summed in float32: `jaxquant.ops.select`). With one side
-    quantized (weight-only) the float side is written as int8 digits (see `jaxquant.ops.select`).
+    contraction ``s_l s_r sum_k (q_l - z_l)(q_r - z_r)``, exact within the group, scaled and summed in float32. (Some
+    CPUs are faster at many rows if exact products are summed in float32.) With one side quantized (weight-only) the
+    float side is written as int8 digits. See `jaxquant.ops.select`.
 
     Args:
       lhs, rhs: float arrays or QTensors. The weight is ``rhs``, unless only ``lhs`` is a QTensor.
@@ -279,9 +279,8 @@ def dot_general(
         that dtype by default, to 2**-8 (2**-11) of each (see `jaxquant.ops.floats`).
       preferred_element_type: dtype of the result; by default the operands' (dequantized) dtypes, promoted.
       spec: quantizes float operands on the way: ``spec.act`` with one scale per token, ``spec.weight`` with one per
-        output channel (or what their granularity says), both reduced over the contracted axes. A QTensor must agree
-        with its spec.
-        With ``spec.act.outliers`` the features that hold one are a float product of their own.
+        output channel (or as their granularity says), both reduced over the contracted axes. A QTensor must agree
+        with its spec. With ``spec.act.outliers`` the features that hold an outlier are a separate float product.
       act_scale, act_zero_point: the activation's static range, for ``spec.act.static``; the scale gets a gradient.
       out_sharding: passed on where nothing is quantized; otherwise it must be None.
       key: a random key, for ``spec.grad`` with stochastic rounding; needed where a gradient is taken.
@@ -294,9 +293,9 @@ def dot_general(
         without ``act_scale``, or stochastic rounding without a key.
 
     Gradient: that of the float product of the dequantized (or fake-quantized) operands: straight through for float
-      operands, with respect to the scales for QTensors. So are derivatives of higher order, and those of `jax.jvp`,
-      `jax.linearize` and `jax.hessian`. With ``spec.grad`` gradients are rounded on the way back, and so is what
-      depends on them linearly in derivatives of those; rounding itself has derivative 1. Forward mode rounds none.
+      operands, with respect to the scales for QTensors. Higher derivatives, `jax.jvp`, `jax.linearize` and
+      `jax.hessian` follow the same rule. ``spec.grad`` rounds gradients in the backward pass, and their linear terms in
+      derivatives of the backward pass; rounding itself has derivative 1. Forward mode rounds no gradient.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq

@@ -19,7 +19,7 @@ __all__ = ["einsum"]
 
 
 def _parse(subscripts: Any, ndims: tuple[int, int]) -> tuple[str, str, str]:
-    """Labels of both operands and of the result; an ellipsis becomes capital or other unused letters."""
+    """Labels of both operands and of the result; an ellipsis becomes letters that are unused."""
 
     def bad(rule: str):
         todo = "Write for example 'btd,dh->bth', or call jnp.einsum on float arrays"

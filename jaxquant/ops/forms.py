@@ -1,8 +1,9 @@
 """Quantized operands in one shape: ``[batch, rows, K]``, contraction-minor.
 
-A contraction is brought to this form, multiplied by a kernel (`jaxquant.ops.select`) and brought back. A `Matrix` has a
-code per element; a `Packed` still has the bytes that a narrow weight is stored as. Both are pytrees, so that what a
-kernel's choice depends on is known from shapes alone: `form`.
+A contraction is brought to this form, multiplied by a kernel (`jaxquant.ops.select`) and brought back. A `Matrix` has
+one code per element; a `Packed` keeps the stored bytes of a narrow weight. Both are pytrees, so that `form` can
+describe an operand from shapes alone, and a kernel can be chosen without arrays.
+
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ class Axes:
 
     @classmethod
     def of(cls, ndim: int, batch: tuple[int, ...], contract: tuple[int, ...]) -> Axes:
-        """Axes of an operand of rank ``ndim``; whatever is neither batch nor contracted is a row."""
+        """Axes of an operand of rank ``ndim``; axes that are neither batch nor contracted are rows."""
         return cls(batch, tuple(i for i in range(ndim) if i not in batch and i not in contract), contract)
 
     @property
     def order(self) -> tuple[int, ...]:
-        """All axes, as the canonical form has them."""
+        """All axes in canonical order: batch, rows, contracted."""
         return self.batch + self.rows + self.contract
 
     def flatten(self, x: jax.Array) -> jax.Array:
@@ -53,9 +54,10 @@ class Axes:
         return jnp.transpose(x, self.order).reshape(self._sizes(x))
 
     def flatten_scale(self, x: jax.Array) -> jax.Array:
-        """The same of an array that is stored as it is: reshaped first where it can be, and transposed back for free.
+        """``[batch, rows, K]`` of scales, which unlike codes are stored in logical order.
 
-        (XLA cancels two transposes, but not around a reshape. Codes are a transpose of what is stored.)
+        Where possible it reshapes first: codes are a transpose of the stored array, and XLA cancels two transposes that
+        have no reshape between them.
         """
         parts = (self.batch, self.rows, self.contract)
         order = sorted(range(3), key=lambda i: parts[i][:1])
@@ -69,7 +71,7 @@ class Axes:
 
 
 def _pytree(*static: str) -> Callable[[Class], Class]:
-    """A class decorator: a frozen dataclass as a pytree, all but some of its fields being arrays."""
+    """A class decorator that registers a frozen dataclass as a pytree; the ``static`` fields are not arrays."""
 
     def register(cls: Class) -> Class:
         arrays = [f.name for f in dataclasses.fields(cls) if f.name not in static]
@@ -79,7 +81,7 @@ def _pytree(*static: str) -> Callable[[Class], Class]:
 
 
 class _Quantized:
-    """What a quantized matrix is by its scales, whether its codes are packed or not."""
+    """Properties that follow from a quantized matrix's scales and type, common to packed and unpacked codes."""
 
     scale: jax.Array
     zero_point: jax.Array | None
@@ -97,13 +99,13 @@ class _Quantized:
 
     @property
     def integer(self) -> bool:
-        """Whether products of codes are exact integers, and all there is."""
+        """Whether products of codes are exact integers, with no offset to add."""
         whole = self.zero_point is None or jnp.issubdtype(self.zero_point.dtype, jnp.integer)
         return self.qtype.kind == "int" and whole and self.offset is None
 
     @property
     def minifloat(self) -> bool:
-        """Whether a row is numbers with a short significand, as they are or times one scale: fp8, fp4, MX formats."""
+        """Whether a row is short-significand numbers, unscaled or times one scale: fp8, fp4, MX formats."""
         plain = self.qtype.kind == "float" and self.zero_point is None and self.offset is None
         return plain and (self.groups == 1 or self.power_of_two)
 
@@ -113,7 +115,7 @@ class _Quantized:
         return self.groups == 1 and (self.minifloat or self.integer)
 
     def exact_in(self, dtype: Any) -> bool:
-        """Whether a dtype of two bytes has the `numbers` of a row."""
+        """Whether a dtype of two bytes represents the `numbers` of a row exactly."""
         return self.one_scale or (self.minifloat and dtype == jnp.bfloat16)
 
 
@@ -129,8 +131,8 @@ class Matrix(_Quantized):
       zero_point: int32 (float for some imported tensors) of the scale's shape, or None.
       qtype: the number type.
       offset: real units added to each group, of the scale's shape, or None.
-      rows_last: whether the codes are those of an array [B, K, R].
-      power_of_two: whether every scale is one.
+      rows_last: whether the codes come from an array stored as [B, K, R].
+      power_of_two: whether every scale is a power of two.
     """
 
     codes: jax.Array
@@ -157,12 +159,12 @@ class Matrix(_Quantized):
 
     @property
     def stored(self) -> jax.Array:
-        """Its codes as they are stored, [B, R, codes or bytes]."""
+        """The stored codes, [B, R, codes or bytes]."""
         return self.codes
 
     @property
     def planes(self) -> int:
-        """In how many interleaved parts `code_planes`, `int8` and `floats` return the matrix."""
+        """The number of interleaved parts in which `code_planes`, `int8` and `floats` return the matrix."""
         return 1
 
     @property
@@ -175,7 +177,7 @@ class Matrix(_Quantized):
         return _real(self.codes, self.scale, self.zero_point, self.offset, self.qtype, dtype)
 
     def code_planes(self) -> list[jax.Array]:
-        """Its codes, in planes: elements 0, planes, 2 planes, ... of K, then 1, planes + 1, ..."""
+        """The codes, in planes: elements 0, planes, 2 planes, ... of K, then 1, planes + 1, ..."""
         return [self.codes]
 
     def int8(self) -> list[Matrix]:
@@ -183,13 +185,13 @@ class Matrix(_Quantized):
         return [self]
 
     def floats(self) -> list[jax.Array]:
-        """Its real values in float32, in planes."""
+        """The real values in float32, in planes."""
         return [self.values(jnp.float32)]
 
     def numbers(self, dtype: Any) -> tuple[list[jax.Array], jax.Array | None]:
-        """Where a dtype has them exactly: what the scales of rows multiply, in planes, and those, [B or 1, R or 1, 1].
+        """Returns (values, row_scale), or (dequantized, None) if values would be inexact in the dtype.
 
-        Or real values and None.
+        Values and dequantized are lists of planes; row_scale is [B or 1, R or 1, 1].
         """
         if self.one_scale:
             return [_shifted(self.codes, self.zero_point, self.qtype, dtype)], self.scale
@@ -216,16 +218,16 @@ def _real(codes: jax.Array, scale: Any, zero_point: Any, offset: Any, qtype: QTy
 @_pytree("qtype", "length", "power_of_two")
 @dataclasses.dataclass(frozen=True)
 class Packed(_Quantized):
-    """A quantized matrix, or a stack of them, as it is stored: packed (see `jaxquant.core.packing`), or in uint8.
+    """A quantized matrix, or a stack of them, in stored form: packed (see `jaxquant.core.packing`), or in uint8.
 
-    Codes of 1, 2 or 4 bits are taken out in planes: a plane is one AND and one shift of the bytes. For 4 bits, the
-    even elements of K are one plane and the odd ones the other, and what they are multiplied with is cut alike.
+    Codes of 1, 2 or 4 bits are unpacked in planes: a plane is one AND and one shift of the bytes. For 4 bits, the even
+    elements of K are one plane and the odd ones the other; the other operand is split in the same way.
 
     Attributes:
       bytes: uint8 [B, R, bytes of a row].
       scale, zero_point, offset, qtype, power_of_two: as in `Matrix`.
-      multiplier: int8 or fp8 [B or 1, R or 1, G], the inner level of two-level scales, or None. If it is int8 the scale
-        is one per row.
+      multiplier: int8 or fp8 [B or 1, R or 1, G], the inner level of two-level scales, or None. With an int8 multiplier
+        there is one scale per row.
       length: K.
     """
 
@@ -301,7 +303,7 @@ class Packed(_Quantized):
         return [values_of(codes, self.qtype, dtype) for codes in self.code_planes()], self.scales
 
     def unpacked(self) -> Matrix:
-        """The same with a code per element."""
+        """The same matrix with one code per element."""
         if self.qtype.kind == "int":
             planes = self.int8()
             codes = self._interleaved([plane.codes for plane in planes])
@@ -314,7 +316,7 @@ class Packed(_Quantized):
 
 
 def _shifted_by_128(codes: jax.Array, zero_point: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """uint8 codes and their zero point in int8: codes of eight bits without a sign are off XLA's fast path."""
+    """uint8 codes and their zero point shifted to int8, since XLA's fast path takes only signed codes."""
     zero_point = jnp.full(scale.shape, -128, jnp.int32) if zero_point is None else zero_point - 128
     return (codes ^ jnp.uint8(128)).astype(jnp.int8), zero_point
 
@@ -334,7 +336,7 @@ def _per_group(value: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Arra
     """A per-block value as [B or 1, R or 1, G]; None if its blocks are not consecutive runs of K."""
     blocks = [n // s for n, s in zip(shape, value.shape, strict=True)]
 
-    # Along batch and rows: one entry per index, or one for all.
+    # Along batch and rows: one entry per index, or a single entry.
     def spread(value: jax.Array, part: tuple[int, ...]) -> jax.Array:
         if all(value.shape[i] == 1 for i in part):
             return value
@@ -356,7 +358,7 @@ def _per_group(value: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Arra
 def _levels(scale: Any, qtype: QType, axes: Axes) -> tuple[jax.Array, jax.Array | None]:
     """A scale as (real scales, None), or where it is two-level as (scales per row, int8 multipliers per group).
 
-    It is if it is a QTensor of symmetric integers with one scale per row, whose products with the codes stay in int8.
+    A two-level scale is a QTensor of symmetric integers with one scale per row; its products with the codes fit int8.
     """
     if _is_two_level(scale, axes) and scale.type.kind == "int" and qtype.kind == "int":
         reach = max(-qtype.qmin, qtype.qmax) * max(-scale.type.qmin, scale.type.qmax)
@@ -366,13 +368,13 @@ def _levels(scale: Any, qtype: QType, axes: Axes) -> tuple[jax.Array, jax.Array 
 
 
 def _is_two_level(scale: Any, axes: Axes) -> bool:
-    """Whether a scale is a multiplier per group times one number per row, and nothing added."""
+    """Whether a scale is a multiplier per group times one number per row, without an offset."""
     plain = isinstance(scale, QTensor) and not isinstance(scale.scale, QTensor) and scale.symmetric
     return plain and all(scale.scale.shape[i] == 1 for i in axes.contract)
 
 
 def _stored_levels(x: QTensor, axes: Axes) -> tuple[jax.Array, jax.Array | None]:
-    """As `_levels`, and fp8 multipliers of codes that are no integers as they are stored: what is decoded by blocks."""
+    """As `_levels`, and also separates fp8 multipliers of non-integer codes, which are decoded block by block."""
     if not x.symmetric:
         return scale_values(x.scale), None
     in_fp8 = _is_two_level(x.scale, axes) and x.scale.type.kind == "float" and not x.scale.type.packed
@@ -382,9 +384,9 @@ def _stored_levels(x: QTensor, axes: Axes) -> tuple[jax.Array, jax.Array | None]
 
 
 def packed(x: Any, axes: Axes) -> Packed | None:
-    """A packed QTensor, or one of unsigned codes of 8 bits, in canonical form as it is stored.
+    """A packed QTensor, or one of unsigned 8-bit codes, in canonical form with its stored bytes.
 
-    None for another, or if what is contracted is not what is stored last.
+    None for any other QTensor, or if the contracted axes are not stored last.
     """
     if not isinstance(x, QTensor) or not axes.contract or x.permutation is not None:
         return None
@@ -441,21 +443,21 @@ def matrix(x: QTensor, axes: Axes) -> Matrix | None:
 
 
 def canonical(x: QTensor | jax.Array, axes: Axes) -> Matrix | Packed | jax.Array | None:
-    """An operand in canonical form: packed if it is stored so, a float array flattened; None as for `matrix`."""
+    """An operand in canonical form: `Packed` if its codes are packed, a float array flattened; None as for `matrix`."""
     return packed(x, axes) or matrix(x, axes) if isinstance(x, QTensor) else axes.flatten(x)
 
 
 Form = Matrix | Packed | jax.ShapeDtypeStruct | None
-"""What `canonical` returns, of shapes and dtypes; a `jax.ShapeDtypeStruct` is a float array."""
+"""The result of `canonical` with shapes and dtypes in place of arrays; `jax.ShapeDtypeStruct` is a float array."""
 
 
 def form(x: QTensor | jax.Array, axes: Axes, *, whole: bool = False) -> Form:
-    """`canonical`, of shapes alone.
+    """`canonical` evaluated on shapes, without touching arrays.
 
     Args:
       x: the operand; its arrays are not touched.
       axes: its axes.
-      whole: with one code per element, as `matrix`, whatever is stored.
+      whole: return one code per element, as `matrix` does, even where codes are packed.
     """
     leaves, tree = jax.tree.flatten(x)
     return _form(tree, tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves), axes, whole)

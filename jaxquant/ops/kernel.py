@@ -1,4 +1,4 @@
-"""Which kernel a product runs on, before there is a program: what the plan says of each weight."""
+"""Predicts the kernel of a product before it is compiled; `jaxquant.plan` reports it for each weight."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def kernel(
     window: tuple[int, ...] = (),
     platform: Platform | None = None,
 ) -> str:
-    """The kernel for ``[rows, length] x [columns, length]`` in a word or two.
+    """The name of the kernel for ``[rows, length] x [columns, length]``.
 
     Args:
-      rows: of the activation; None where they are not known, and count as many.
-      columns, length: of the weight: output channels, and what is contracted.
+      rows: of the activation; None if unknown, which counts as many.
+      columns, length: of the weight: output channels, and the contracted length.
       spec: how both are quantized; the weight is stored.
       dtype: of the float arrays.
       op: ``"dot_general"``, ``"conv_general_dilated"`` or ``"ragged_dot"``.
       window: of a convolution, a `jaxquant.ops.problem.Window`.
-      platform: what is lowered for, codes being laid out for it; None: the default device's.
+      platform: the platform that the program is lowered for, with codes laid out for it; None: the default device's.
 
     Returns:
       ``"int8"``: a product of int8; ``"int8 residual split"``: one, with the float activation in int8 digits;
       ``"float32 GEMV"``: a loop over the codes, for one row; ``"float32 blocks"``, ``"bfloat16 blocks"``: float dots
       with blocks of the weight that are decoded in turn; ``"bfloat16, decoded"``: a dot that decodes codes in its
-      operand; ``"float32"``, ``"bfloat16"``, ``"float16"``: a dot of values. What the compiled program makes of it is
-      for `jaxquant.explain` to say.
+      operand; ``"float32"``, ``"bfloat16"``, ``"float16"``: a dot of values. `jaxquant.explain` reports the
+      instructions of the compiled program.
 
     Example:
       >>> from jaxquant import recipes
@@ -83,6 +83,6 @@ def kernel(
 
 
 def _platform() -> Platform:
-    """What a program is lowered for by default."""
+    """The platform that programs are lowered for by default."""
     platform = jax.default_backend()
     return {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda", "cuda": "cuda"}.get(platform, "other")  # pyright: ignore

@@ -1,4 +1,4 @@
-"""LLM.int8(): an int8 product, but for the few input features that are too large for it."""
+"""LLM.int8(): an int8 product, with the few input features that hold outliers in float."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def _checked(x: Any, w: Any, threshold: float) -> None:
 def llm_int8(x: jax.Array, w: QTensor, bias: jax.Array | None = None, *, threshold: float = 6.0) -> jax.Array:
     """``x @ w`` with features that hold an outlier in the dtype of x, and all others in int8.
 
-    A feature is an outlier if any ``|x| >= threshold`` in it. With O the outliers and each row of x quantized by its
-    absmax without them,
+    A feature is an outlier if it holds any ``|x| >= threshold``. With O the outliers, and each row of x quantized by
+    the absmax of its other elements,
 
         y = s_x s_w (x_q[:, not O] @ w_q[not O]) + bias + x[:, O] @ w[O]
 
-    Both products are dense, with zeros in place of the other's features, since their number is only known at run time;
-    the second is skipped where there is no outlier.
+    Both products are dense, with zeros in place of the other's features, since the number of outliers is only known at
+    run time. The second product is skipped if there is no outlier.
 
     Args:
       x: floats [..., in]; float16 in the reference.
       w: int8 `QTensor` [in, out] with one scale per output.
       bias: floats [out], or None.
-      threshold: magnitude from which on an element is an outlier; 0: there are none.
+      threshold: the smallest magnitude of an outlier; 0: no outliers.
 
     Returns:
       Floats [..., out] of x's dtype.

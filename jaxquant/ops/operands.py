@@ -1,4 +1,4 @@
-"""What every op does with its operands first: checks, the split into weight and activation, and the gradient rule."""
+"""Steps that every op shares: checks of operands, the split into weight and activation, and the gradient rule."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def as_array(function: str, name: str, x: Any) -> Any:
 
 
 def check_spec(function: str, spec: Any) -> OpSpec:
-    """The spec itself, if it is an OpSpec; None stands for one that quantizes nothing."""
+    """Returns the OpSpec; None becomes one that quantizes nothing."""
     if spec is None:
         return OpSpec()
     if not isinstance(spec, OpSpec):
@@ -66,7 +66,7 @@ def check_spec(function: str, spec: Any) -> OpSpec:
 
 
 def check_operand(function: str, name: str, x: Any, spec: QuantSpec | None) -> None:
-    """Raises if an operand cannot be what its spec says."""
+    """Raises if an operand disagrees with its spec."""
     if spec is None:
         return
     if isinstance(x, QTensor):
@@ -87,7 +87,7 @@ def check_operand(function: str, name: str, x: Any, spec: QuantSpec | None) -> N
 
 
 def refuse_range(function: str, act_scale: Any, act_zero_point: Any) -> None:
-    """Raises if an activation's range is given where no activation is quantized."""
+    """Raises if an activation range is given but no activation is quantized."""
     for name, value in (("act_scale", act_scale), ("act_zero_point", act_zero_point)):
         if value is not None:
             todo = "Leave it out, or pass a float activation and spec=OpSpec(act=...)"
@@ -95,7 +95,7 @@ def refuse_range(function: str, act_scale: Any, act_zero_point: Any) -> None:
 
 
 def refuse_product_specs(function: str, spec: OpSpec) -> None:
-    """Raises if a spec asks for what only products of matrices have: features with outliers, quantized gradients."""
+    """Raises if a spec has options for matrix products alone: outlier features or quantized gradients."""
     if spec.act is not None and spec.act.outliers is not None:
         todo = "Use recipes.w8a8() here; dot_general and einsum have outliers"
         raise quant_error(function, "outliers are for products of matrices", todo=todo, outliers=spec.act.outliers)
@@ -105,7 +105,7 @@ def refuse_product_specs(function: str, spec: OpSpec) -> None:
 
 
 def precision_of(function: str, precision: Any) -> Any:
-    """A precision that XLA knows, hashable."""
+    """The precision in a hashable form that XLA accepts."""
     if precision is None:
         return None
     precision = tuple(precision) if isinstance(precision, list) else precision
@@ -119,7 +119,7 @@ def precision_of(function: str, precision: Any) -> Any:
 
 
 def random_key(function: str, key: Any) -> jax.Array:
-    """One random key, of the new kind or the old, as one of the new."""
+    """One random key as a typed key; raw uint32 keys are wrapped."""
     try:
         typed = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
     except (AttributeError, TypeError, ValueError):
@@ -140,7 +140,7 @@ class Operand:
     axes: tuple[int, ...]
 
     def given(self, function: str, x: Any, scale: Any, zero_point: Any) -> Static:
-        """The static range for this operand, one entry per block; raises if the spec wants one and there is none."""
+        """The static range for this operand, one entry per block; raises if the spec needs one and none is given."""
         if self.spec is None or isinstance(x, QTensor):
             refuse_range(function, scale, zero_point)
             return None
@@ -160,7 +160,7 @@ class Operand:
             scale_shape(x.shape, block_shape(x.shape, s.granularity, s.group_size, self.axes, function=function))
 
     def quantized(self, x: Any, static: Static) -> QTensor | jax.Array:
-        """The operand as the forward pass uses it: a `TrainedTensor` if it is quantized on the way."""
+        """The operand of the forward pass: a `TrainedTensor` if it is quantized on the way."""
         if isinstance(x, TrainedTensor):
             return TrainedTensor(x, None)
         if isinstance(x, QTensor) or self.spec is None:
@@ -169,17 +169,17 @@ class Operand:
 
     @property
     def straight(self) -> bool:
-        """Whether the gradient goes through the quantization unchanged, as far as the spec says."""
+        """Whether the spec lets the gradient pass the quantization unchanged."""
         return self.spec is None or (never_clips(self.spec) and not self.spec.static)
 
     def passes(self, x: Any, static: Static) -> bool:
-        """Whether the gradient of an operand is that of its real values, whatever they were made of."""
+        """Whether the gradient of an operand equals that of its real values."""
         return self.spec is None or isinstance(x, QTensor) or (self.straight and static is None)
 
     def gradient(self, x: Any, static: Static, dx: jax.Array) -> tuple[Any, Any]:
-        """The gradients of an operand and of its range, in their forms, from that of its real values.
+        """The gradients of an operand and of its range, from the gradient of its real values.
 
-        In a shard_map, an operand that is the same on devices whose gradients differ gets their sum.
+        In a shard_map, an operand that is replicated over devices gets the sum of their gradients.
 
         Args:
           x, static: the operand and its range.
@@ -196,7 +196,7 @@ class Operand:
         return _summed(dx, x), None
 
     def real(self, x: Any, static: Static) -> jax.Array:
-        """The same values, differentiable: dequantized, or fake-quantized with a straight-through gradient."""
+        """The values that `quantized` stands for, differentiable: dequantized, or fake-quantized (straight through)."""
         if isinstance(x, QTensor) or self.spec is None:
             return wide_values(x)
         scale, zero_point = static or (None, None)
@@ -204,7 +204,7 @@ class Operand:
 
 
 def _summed(dx: jax.Array, real: jax.Array) -> jax.Array:
-    """A gradient in the dtype of what it belongs to, summed over devices on which that is the same."""
+    """Casts a gradient to the dtype of ``real``, and sums it over devices on which ``real`` is replicated."""
     dx = dx.astype(real.dtype)
     return jax.vjp(lambda v: v + lax.stop_gradient(dx), real)[1](dx)[0]
 
@@ -227,7 +227,7 @@ class Pair:
 
     @classmethod
     def of(cls, function: str, lhs: Any, rhs: Any, spec: OpSpec | None, *, weight: int | None = None) -> Pair:
-        """Checks operands and spec; the weight is ``rhs`` unless told otherwise or only ``lhs`` is a QTensor."""
+        """Checks operands and spec; the weight is ``rhs`` unless ``weight`` is given or only ``lhs`` is a QTensor."""
         lhs, rhs = as_array(function, "lhs", lhs), as_array(function, "rhs", rhs)
         if weight is None:
             weight = 0 if isinstance(lhs, QTensor) and not isinstance(rhs, QTensor) else 1
@@ -265,7 +265,7 @@ class Pair:
         return sides[0].given(self.function, self.lhs, act_scale, act_zero_point), None
 
     def result_dtype(self, preferred: Any) -> np.dtype:
-        """What the float operation would return: the preferred type, or the promotion of the (dequantized) dtypes."""
+        """The dtype of the float operation: the preferred one, or the promotion of the (dequantized) dtypes."""
         dtype = np.dtype(promoted(self.lhs.dtype, self.rhs.dtype) if preferred is None else preferred)
         if not jnp.issubdtype(dtype, jnp.floating):
             todo = "Use a float preferred_element_type, and real operands"
@@ -277,21 +277,21 @@ class Pair:
 
 
 class Call:
-    """The static half of a call: hashable, and the same function twice. A `jaxquant.ops.tangents.Rule`."""
+    """The static half of a call, hashable: the fast computation and its float reference, as a `tangents.Rule`."""
 
     def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, *others: jax.Array) -> jax.Array:
-        """What `keep` returns first, up to rounding, in differentiable float arithmetic: where gradients come from."""
+        """The result of `keep`, up to rounding, in differentiable float arithmetic, from which gradients are taken."""
         raise NotImplementedError
 
     def again(self, *operands: Any) -> jax.Array:
-        """The same, in arithmetic whose gradient JAX differentiates in both modes, for second derivatives."""
+        """`reference` in arithmetic whose gradient JAX differentiates in both modes, for second derivatives."""
         return self.reference(*operands)
 
     def keep(self, *operands: Any) -> tuple[jax.Array, Any]:
-        """The result, computed fast, and what the backward pass needs beside the operands."""
+        """The result, computed fast, and the residuals that the backward pass needs beside the operands."""
         raise NotImplementedError
 
     def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
-        """The gradient with respect to each operand, from what was kept and the gradient of the result."""
+        """The gradient with respect to each operand, from the residuals and the gradient of the result."""
         del kept
         return jax.vjp(self.reference, *operands)[1](g)

@@ -1,4 +1,4 @@
-"""Activations with outliers: the few features that are too large for int8, and the rest.
+"""Splits an activation into the few features with outliers, kept in float, and the others, in int8.
 
 Source: Dettmers et al. 2022 (arXiv:2208.07339), section 3.2.
 """
@@ -28,8 +28,7 @@ def split(x: jax.Array, axes: Axes, spec: QuantSpec) -> tuple[TrainedTensor, jax
     Args:
       x: the activation.
       axes: its axes.
-      spec: symmetric integers, with ``outliers``: the magnitude from which on an element is one; infinity: there are
-        none.
+      spec: symmetric integers, with ``outliers``: the smallest magnitude of an outlier; infinity: no outliers.
 
     Returns:
       Codes (0 where there is an outlier), with the float array that gradients go to; the float features with an outlier
@@ -41,7 +40,7 @@ def split(x: jax.Array, axes: Axes, spec: QuantSpec) -> tuple[TrainedTensor, jax
     absmax = jnp.max(jnp.where(large, 0, jnp.abs(x)), axis=axes.contract, keepdims=True).astype(jnp.float32)
     magnitude, steps = reach(-absmax, absmax, spec)
     small = jnp.where(outlier, 0, x)
-    # Times a reciprocal, as bitsandbytes has it: ties fall where its do.
+    # bitsandbytes multiplies by the reciprocal; doing the same rounds ties as it does.
     inverse = divide(jnp.full_like(magnitude, steps), jnp.where(magnitude > 0, magnitude, 1))
     codes = codes_of(round_to_grid(lax.stop_gradient(small.astype(jnp.float32) * inverse), spec.type), spec.type)
     scale = lax.stop_gradient(jnp.where(magnitude > 0, magnitude / steps, 1))

@@ -1,7 +1,7 @@
-"""What kernels are asked to compute, and what a kernel is.
+"""The problems that kernels solve, and the interface of a kernel.
 
-A problem holds the operands of one product as they are: arrays and `QTensor`s. What the choice of a kernel may depend
-on it knows from shapes and dtypes alone, so that a plan can ask the same question about arrays that do not exist.
+A problem holds the unchanged operands of one product: arrays and `QTensor`s. The choice of a kernel depends on shapes
+and dtypes alone, so that a plan can make it for arrays that do not exist.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 Platform = Literal["cpu", "tpu", "cuda", "other"]
-"""What a program is lowered for."""
+"""Platforms that a program is lowered for."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class Problem:
     Attributes:
       x, w: the activation and the weight, each an array or a QTensor.
       precision: as for `jax.lax.dot_general`; None stands for JAX's default.
-      result: the dtype that is asked for.
+      result: the requested dtype.
     """
 
     x: Any
@@ -55,7 +55,7 @@ class Problem:
 
     @property
     def dtype(self) -> Any:
-        """Of the float product, by the operands' own dtypes."""
+        """The dtype of the float product, by the operands' own dtypes."""
         return promoted(self.x.dtype, self.w.dtype)
 
     @property
@@ -65,16 +65,16 @@ class Problem:
 
     @functools.cached_property
     def forms(self) -> tuple[Form, Form]:
-        """The operands as `run` of most kernels takes them, of shapes alone."""
+        """The canonical forms of both operands, from shapes alone."""
         raise NotImplementedError
 
     @functools.cached_property
     def quantized(self) -> tuple[Matrix | Packed, ...]:
-        """Those of the forms that are quantized."""
+        """The forms of the quantized operands."""
         return tuple(f for f in self.forms if isinstance(f, Matrix | Packed))
 
     def both(self, test: Callable[[Matrix | Packed], bool]) -> bool:
-        """Whether both operands are quantized, and so."""
+        """Whether both operands are quantized and pass the test."""
         return len(self.quantized) == 2 and all(map(test, self.quantized))
 
     @functools.cached_property
@@ -106,7 +106,7 @@ class Product(Problem):
 
     @classmethod
     def of(cls, lhs: Any, rhs: Any, lhs_axes: Axes, rhs_axes: Axes, precision: Any, result: Any) -> Product:
-        """The weight is what is stored quantized, or else what is quantized; ``rhs`` if both are."""
+        """Picks the weight: the operand stored quantized, else the one quantized on the way; ``rhs`` if both are."""
         first = _kind(lhs) > _kind(rhs)
         if first:
             return cls(rhs, lhs, precision, result, rhs_axes, lhs_axes, weight_first=True)
@@ -114,29 +114,29 @@ class Product(Problem):
 
     @functools.cached_property
     def forms(self) -> tuple[Form, Form]:
-        """[B, M, K] and [B, N, K]; one is None if its scales vary within what would be a group."""
+        """[B, M, K] and [B, N, K]; None for an operand whose scales form no groups along K."""
         return form(self.x, self.x_axes), form(self.w, self.w_axes)
 
     @functools.cached_property
     def rows(self) -> float:
-        """M, the activation's."""
+        """M, the rows of the activation."""
         return math.prod(number(self.x.shape[i]) for i in self.x_axes.rows)
 
     @functools.cached_property
     def length(self) -> float:
-        """K, what is summed over."""
+        """K, the contracted length."""
         return math.prod(number(self.w.shape[i]) for i in self.w_axes.contract)
 
     def canonical(self) -> tuple[Any, Any]:
-        """The operands as `forms`, of arrays; packed codes stay packed."""
+        """The operands in canonical form, as arrays; packed codes stay packed."""
         return canonical(self.x, self.x_axes), canonical(self.w, self.w_axes)
 
     def matrices(self) -> tuple[Any, Any]:
-        """The same with one code per element."""
+        """The operands in canonical form with one code per element."""
         return _whole(self.x, self.x_axes), _whole(self.w, self.w_axes)
 
     def restored(self, out: jax.Array) -> jax.Array:
-        """[B, M, N] as the result."""
+        """[B, M, N] in the axes of the result."""
         batch, x_rows = ([self.x.shape[i] for i in part] for part in (self.x_axes.batch, self.x_axes.rows))
         w_rows = [self.w.shape[i] for i in self.w_axes.rows]
         if self.weight_first:
@@ -153,11 +153,11 @@ class Product(Problem):
 
 
 class Window(NamedTuple):
-    """What the choice of a kernel has to know of a convolution beside its operands.
+    """The properties of a convolution that the choice of a kernel depends on, beside its operands.
 
     Attributes:
       feature_groups, batch_groups: as for `jax.lax.conv_general_dilated`.
-      places: of the window: products of one feature that a result sums up.
+      places: positions in the window: the products of one feature that a result sums.
     """
 
     feature_groups: int = 1
@@ -167,7 +167,7 @@ class Window(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Dimension numbers and window of a convolution, with nothing left to a default."""
+    """Dimension numbers and window of a convolution, with all defaults filled in."""
 
     lhs_spec: tuple[int, ...]
     rhs_spec: tuple[int, ...]
@@ -270,7 +270,7 @@ def _whole(x: Any, axes: Axes) -> Any:
 
 
 def _kind(x: Any) -> int:
-    """0 for a float array, 1 for one that is quantized on the way, 2 for what is stored quantized."""
+    """0 for a float array, 1 for an array quantized on the way, 2 for a stored QTensor."""
     return isinstance(x, QTensor) + (not is_in_training(x))
 
 
@@ -285,20 +285,20 @@ def wide_values(x: QTensor | jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One way to compute a product. Equal kernels compute alike, and are lowered once for several platforms."""
+    """One way to compute a product. Equal kernels run the same code, which is lowered once for several platforms."""
 
     name: ClassVar[str]
-    """What the plan calls it."""
+    """The name in plans."""
     operation: ClassVar[type[Problem]] = Product
-    """What it computes."""
+    """The class of problems that it solves."""
     platforms: ClassVar[tuple[Platform, ...]] = get_args(Platform)
-    """What it is lowered for."""
+    """The platforms that it is lowered for."""
     exact: ClassVar[bool] = False
-    """Whether its sums are of integers, so that with one scale per row no bit depends on how codes are stored."""
+    """Whether it sums integers, so that with one scale per row the result does not depend on how codes are stored."""
 
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:
-        """The kernel, set up for a problem of that operation on one of those platforms; None if it is for others."""
+        """The kernel set up for a problem of its operation, on one of its platforms; None if it does not take it."""
         raise NotImplementedError
 
     def run(self, problem: Any) -> jax.Array:

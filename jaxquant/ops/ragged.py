@@ -41,7 +41,7 @@ class _Ragged(Call):
         return in_own_dtype(problem, self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static))
 
     def again(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, sizes: jax.Array) -> jax.Array:
-        """The product with every matrix, of which each row has the one of its group: JAX transposes the gradient of
+        """Multiplies every row by every matrix and keeps the product of its group: JAX transposes the gradient of
         `jax.lax.ragged_dot` no further.
         """
         x, experts = self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static)

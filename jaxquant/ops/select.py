@@ -1,7 +1,7 @@
-"""Which kernel computes a product: one ordered table, and the first kernel that takes a problem runs.
+"""Chooses the kernel of a product from an ordered table: the first kernel that takes a problem runs it.
 
-What a kernel takes is decided from shapes, dtypes and types of numbers, when a program is traced: for each platform
-that it may be lowered for. The plan asks the same table. On the CPU:
+The choice is made from shapes, dtypes and number types when a program is traced, for each platform that it may be
+lowered for. The plan uses the same table. On the CPU:
 
 | weight | activation | rows M | kernel |
 |---|---|---|---|
@@ -10,15 +10,15 @@ that it may be lowered for. The plan asks the same table. On the CPU:
 | integer, scales along K and the same for all rows | float | likewise | `residual.ScaledResidualSplit` |
 | integer, fp8, or 4 bits of another kind | any | 1 | `gemv.Gemv`, if its loops fit |
 | anything else that is stored quantized | any | any | `blocked.Blocked` |
-| what is quantized on the way; float64 | | | `dequantized.Float`, `dequantized.Dequantized` |
+| quantized on the way; float64 | | | `dequantized.Float`, `dequantized.Dequantized` |
 
 Where XLA does not serve int8 dots (`jaxquant.ops.kernels.cpu.machine`), the last three take the place of the first.
-Rows whose number is a symbol, in a program that is exported for every batch, count as many. Where K is a symbol,
-products of integers are float products.
+A symbolic number of rows, in a program that is exported for every batch, counts as many. Where K is symbolic, products
+of integers are float products.
 
 On TPUs and GPUs a weight with one code per element is decoded within the product (`jaxquant.ops.kernels.decoded`; on
-CUDA `jaxquant.ops.kernels.gpu.decoded`, where XLA would write its values to memory),
-integers on both sides with one scale per row are an int8 product, and all others are products of dequantized values.
+CUDA `jaxquant.ops.kernels.gpu.decoded`, where XLA would write its values to memory). Integers on both sides with one
+scale per row are an int8 product, and all others are products of dequantized values.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ TABLE: tuple[type[Kernel], ...] = (
     floats.Dequantized,
     dequantized.Dequantized,
 )
-"""Every kernel, in the order in which they are asked."""
+"""All kernels, in order of preference."""
 
 
 def select(problem: Problem, platform: Platform) -> Kernel:
@@ -92,7 +92,7 @@ def _as_frozen(
 ) -> dict[str, Callable[[], jax.Array]]:
     """The branch for the CPU that computes a product as the frozen model does, unless ``trained`` is exact in both.
 
-    The kernel is chosen of shapes alone: the weight is packed inside of the branch.
+    The kernel is chosen from shapes, so that the weight is packed only inside the branch.
     """
     found: list[tuple[Kernel, bool]] = []
 
@@ -108,13 +108,13 @@ def _as_frozen(
 
 
 def run(problem: Problem, frozen: Callable[[], Problem] | None = None) -> jax.Array:
-    """The product, in the dtype that is asked for, by the kernel for the platform that the program is lowered for.
+    """The product, in the requested dtype, by the kernel for the platform that the program is lowered for.
 
     Args:
       problem: what is computed.
-      frozen: makes the same, with the weight as it is stored once training is over. On the CPU it is computed in its
-        place where another kernel would be chosen for it, so that both models agree to the last bit. Programs for
-        other platforms hold nothing of it.
+      frozen: makes the same problem with the weight as stored after training. On the CPU this problem is computed
+        instead if its kernel differs, so that both models agree to the last bit. Programs for other platforms do not
+        contain it.
     """
 
     def result(kernel: Kernel, problem: Problem) -> jax.Array:

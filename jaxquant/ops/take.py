@@ -87,13 +87,13 @@ def take(
         out = _fake_quantized(a, rows, along, weight, reduce_axes)
     if mode in (None, "fill"):
         inside = inside.reshape([-1 if i == along else 1 for i in range(a.ndim)])
-        # A NaN that is an array of its own would be taken for a fault by jax_debug_nans.
+        # jax_debug_nans would report an array of NaN as a fault, so the NaN is a constant.
         out = jnp.where(inside, out, np.nan if fill_value is None else jnp.asarray(fill_value, out.dtype))
     return out.reshape(shape)
 
 
 def _resolved(indices: jax.Array, size: int, mode: str | None) -> tuple[jax.Array, jax.Array]:
-    """Indices that exist, in int32 at least, and whether each of them was meant."""
+    """Indices moved into bounds, in int32 at least, and whether each was in bounds (or clipped by ``mode``)."""
     if mode == "wrap":
         indices = widened(indices) if indices.dtype.itemsize < 4 else indices
         indices = indices % np.asarray(size, indices.dtype)
@@ -109,7 +109,7 @@ def _fake_quantized(
 ) -> jax.Array:
     axes = negative_axes(reduce_axes, a.ndim, function="take", shape=a.shape)
     block = block_shape(a.shape, spec.granularity, spec.group_size, axes, function="take")
-    # Where rows share a scale, it depends on rows that are not looked up.
+    # A scale that several rows share depends on rows that are not looked up.
     if block[axis] > 1 or axis - a.ndim in axes or spec.type.scale_format == "e4m3":
         return jnp.take(fake_quant(a, spec, reduce_axes=axes), rows, axis=axis, mode="clip")
     return fake_quant(jnp.take(a, rows, axis=axis, mode="clip"), spec, reduce_axes=axes)

@@ -1,18 +1,18 @@
-"""Derivatives of a product: one linear map, with a transpose of its own, as a primitive.
+"""Derivatives of a product: a primitive for its linear tangent map, which defines its own transpose.
 
-`jax.custom_vjp` has no forward mode, and derivatives of second order go through the bodies of its rules, where rounding
-has derivative 0; in a scan so do those of `jax.custom_jvp` (`jaxquant.core.derivatives`). JAX transposes the tangents
-of that by itself, too: real values would be kept for the backward pass instead of codes, and the products of the
-backward pass could not be those of integers.
+`jax.custom_vjp` has no forward mode, and second derivatives go through the bodies of its rules, where rounding has
+derivative 0. In a scan, second derivatives go through the bodies of `jax.custom_jvp` too (`jaxquant.core.derivatives`).
+JAX also derives the transpose of its tangents: the backward pass would keep real values instead of codes, and could not
+multiply integers.
 
-So the result is one equation of a primitive, whose other arguments are there for derivatives alone, and its tangent is
-one equation, ``dy = L(operands) d(operands)``, of another that knows
+So the result is one equation of a primitive, whose other arguments serve derivatives only. Its tangent is one equation
+of another primitive, ``dy = L(operands) d(operands)``, which knows
 
-- how it is computed: forwards as the tangent of the float product, transposed by `Rule.back` from what was kept;
-- how it depends on the operands: as the tangent of the float product does, whose derivatives JAX knows to every order.
+- how to compute it: forwards as the tangent of the float product, transposed by `Rule.back` from the residuals;
+- how it depends on the operands: as the tangent of the float product does, which JAX can differentiate to every order.
 
-The operands are inputs of the equation for the second of these alone. A compiled program that takes first derivatives
-does not hold them: nothing reads them there.
+The operands are inputs of the equation only for its own derivatives. A program that takes first derivatives does not
+read them, so the compiled program does not keep them.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ __all__ = ["Rule", "straight_through"]
 
 
 class Rule(Protocol):
-    """A function of operands (pytrees), with the derivatives of another one. Hashable."""
+    """A function of operands (pytrees) with the derivatives of a reference function. Hashable."""
 
     def keep(self, *operands: Any) -> tuple[jax.Array, Any]:
-        """The result, and what of its computation the backward pass needs beside the operands: a pytree of arrays."""
+        """The result, and the residuals that the backward pass needs beside the operands: a pytree of arrays."""
         ...
 
     def reference(self, *operands: Any) -> jax.Array:
-        """What the result equals up to rounding, in arithmetic that JAX differentiates."""
+        """The result up to rounding, in arithmetic that JAX differentiates."""
         ...
 
     def again(self, *operands: Any) -> jax.Array:
-        """The same, in arithmetic whose gradient JAX differentiates in both modes, for second derivatives."""
+        """`reference` in arithmetic whose gradient JAX differentiates in both modes, for second derivatives."""
         ...
 
     def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
-        """The gradient with respect to each operand, from what was kept and the gradient of the result."""
+        """The gradient with respect to each operand, from the residuals and the gradient of the result."""
         ...
 
 
@@ -62,7 +62,7 @@ class _Tangent:
 
     Attributes:
       rule: whose tangent it is.
-      kept, operands: the trees of both.
+      kept, operands: the tree structures of the residuals and of the operands.
       places: the leaves of the operands that have tangents.
       transposed: whether it is the transpose.
     """
@@ -112,7 +112,7 @@ class _Batched:
     Attributes:
       inner: the map of one example.
       kept, operands, tangents: the axis of the examples in each leaf; None: the same for all.
-      results: likewise; None: summed over the examples, as it is for what is the same for all.
+      results: likewise; None: summed over the examples, as for the gradient of an operand that they share.
     """
 
     inner: Any
@@ -152,7 +152,7 @@ class _Batched:
 
 # -- the primitive -----------------------------------------------------------------------------------------------------
 #
-# Its arguments are the leaves of what was kept, those of the operands, and tangents; ``sizes`` says how many of each.
+# Its arguments are the leaves of the residuals, of the operands, and the tangents; ``sizes`` counts the first two.
 
 _tangent_p = Primitive("straight_through_tangent")
 _tangent_p.multiple_results = True

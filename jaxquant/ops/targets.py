@@ -14,20 +14,20 @@ from jaxquant.core.qtensor import LEAVES, Layout, QTensor
 __all__ = ["Platform", "check_target", "lay_out", "layout_for", "platform_of"]
 
 Platform = Literal["cpu", "tpu", "gpu"]
-"""What codes are laid out for."""
+"""Platforms that codes are laid out for."""
 
 _LAYOUTS: dict[str, Layout] = {"cpu": "packed", "tpu": "elements", "gpu": "elements"}
 
 
 def check_target(function: str, target: Any) -> None:
-    """Raises if a target is no platform."""
+    """Raises if a target is not a known platform."""
     if target is not None and target not in get_args(Platform):
         todo = "Use 'cpu', 'tpu' or 'gpu', or leave it out for where the arrays are"
         raise quant_error(function, "target is no platform that codes are laid out for", todo=todo, target=target)
 
 
 def platform_of(x: Any) -> str:
-    """Where an array is, or would be made."""
+    """The platform that holds an array, or on which it would be made."""
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
         platform = next(iter(x.devices())).platform
     else:
@@ -41,17 +41,17 @@ def layout_for(target: Platform | None, x: Any) -> Layout:
 
 
 def lay_out(params: Any, target: Platform | None = None) -> Any:
-    """The same parameters with codes as a platform reads them fastest.
+    """Stores the codes of parameters in the layout that a platform reads fastest; values do not change.
 
-    Where codes lie is a matter of the platform. A CPU reads bytes whose bits are packed along what is contracted; the
-    compilers of TPUs and GPUs decode within the product only what has one code per element, and write a float weight to
-    memory otherwise. `quantize_params` and the checkpoint readers lay codes out for where they go; this does it for
-    parameters that go somewhere else. It is done once, before the first step, one weight at a time, and changes no
-    value. Under `jax.eval_shape` it plans for a machine that is not there.
+    A CPU reads bytes that are packed along the contracted axis. The compilers of TPUs and GPUs decode only weights with
+    one code per element within the product, and write a float weight to memory otherwise. `quantize_params` and the
+    checkpoint readers lay codes out for the device that they put them on. Call this for parameters that move to another
+    platform, once, before the first step. It converts one weight at a time. Under `jax.eval_shape` it plans for a
+    machine that is not there.
 
     Args:
       params: a tree with QTensors.
-      target: ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default where each array is.
+      target: ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default the platform of each array.
 
     Returns:
       The tree; QTensors whose columns are permuted (GPTQ's act-order) stay as they are.
@@ -79,5 +79,5 @@ def lay_out(params: Any, target: Platform | None = None) -> Any:
 
 @functools.partial(jax.jit, static_argnames="layout")
 def _codes(q: QTensor, layout: Layout) -> jax.Array:
-    """The codes alone: on a CPU, JAX 0.6 damages memory where a program returns int4 beside other arrays."""
+    """The codes alone: on a CPU, JAX 0.6 corrupts memory if a program returns int4 beside other arrays."""
     return q.laid_out(layout).stored

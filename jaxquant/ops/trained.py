@@ -1,4 +1,4 @@
-"""`TrainedTensor`: the codes that a float array in training runs on, and where its gradient goes."""
+"""`TrainedTensor`: the codes of a float array in training, and the float array that gets the gradient."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class TrainedTensor(QTensor):
     """A QTensor of codes for the forward pass, with the float array that its gradient goes to.
 
     Attributes:
-      real: the fake-quantized array, differentiable; None where only its values are of interest. An op that computes
-        with the codes leaves it alone, and XLA then never computes it.
+      real: the fake-quantized array, differentiable; None where only values are needed. If an op uses the codes alone,
+        XLA drops the computation of this array.
     """
 
     __slots__ = ("real",)
@@ -53,18 +53,19 @@ class TrainedTensor(QTensor):
 
 
 def as_quantized(x: TrainedTensor, axes: tuple[int, ...]) -> QTensor:
-    """The codes as `jaxquant.quantize` stores those of a weight that is reduced over these axes."""
+    """The QTensor that `jaxquant.quantize` would store for a weight with these ``reduce_axes``."""
     minor = minor_axes(tuple(axis - x.ndim for axis in axes), x.ndim)
     return from_codes(x.logical_codes(), x.scale, x.zero_point, x.offset, qtype=x.qtype, dtype=x.dtype, minor=minor)
 
 
 def is_in_training(x: Any) -> bool:
-    """Whether an operand is a float array, or was made of one on the way."""
+    """Whether an operand is a float array, or was quantized from one on the way."""
     return not isinstance(x, QTensor) or isinstance(x, TrainedTensor)
 
 
 def is_stored_in_elements(x: Any) -> bool:
-    """Whether an operand is stored with one code per element, in its own order, and groups along one axis at most."""
+    """Whether an operand is stored with one code per element, unpermuted, and groups along one axis at most."""
+
     if is_in_training(x) or x.layout != "elements" or x.minor or x.permutation is not None:
         return False
     cut = [i - x.ndim for i, (n, s) in enumerate(zip(x.shape, x.scale.shape, strict=True)) if 1 < s < n]
