@@ -158,7 +158,8 @@ def test_layers_in_a_scan(name):
     fs = (lambda x, s: jnp.sum(scanned(quantized, x, s) ** 2), lambda x, s: jnp.sum(layers(written, x, s) ** 2))
     # A layer's rounding to the last bit may move a code of the next one.
     bound = BOUND if spec.act is None else 2e-3
-    check(*jax.jit(lambda a, d: [orders(f, a, d, IN_A_SCAN) for f in fs])(args, directions), bound)
+    got, want = jax.jit(lambda a, d: [orders(f, a, d, IN_A_SCAN) for f in fs])(args, directions)
+    check(got, want, bound)
 
 
 @pytest.mark.parametrize("learned", ["lsq", "lsq+", "pact", "computed", "clipping"])
