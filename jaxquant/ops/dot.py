@@ -239,6 +239,8 @@ def _beside_outliers(
     inner = dataclasses.replace(spec, act=dataclasses.replace(spec.act, outliers=None))
     pair = Pair.of(function, lhs, rhs, inner)
     side = 1 - pair.weight
+    if 0 in pair.lhs.shape or 0 in pair.rhs.shape:  # no outliers
+        return contract(function, lhs, rhs, numbers, precision, preferred, inner, None, None)
     axes = _check_dimensions(function, pair.lhs, pair.rhs, numbers)[side]
     small, large, some = outliers.split((pair.lhs, pair.rhs)[side], axes, spec.act)
 

@@ -398,7 +398,7 @@ def test_without_quantization_it_is_lax():
 @pytest.mark.parametrize("m, k, n", [(0, 8, 3), (2, 0, 3), (2, 8, 0), (0, 0, 0)])
 def test_empty_operands(m, k, n):
     x, w = jnp.ones((m, k), jnp.bfloat16), jnp.ones((k, n), jnp.bfloat16)
-    for spec in (recipes.w8a8(), recipes.w4a16(8), recipes.w8a16()):
+    for spec in (recipes.w8a8(), recipes.w4a16(8), recipes.w8a16(), recipes.llm_int8()):
         got = ops.dot_general(x, w, MATMUL, spec=spec)
         assert got.dtype == jnp.bfloat16
         np.testing.assert_array_equal(got, lax.dot_general(x, w, MATMUL))
