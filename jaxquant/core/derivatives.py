@@ -1,7 +1,7 @@
 """`with_derivatives`: a value that is computed one way, with the derivatives of another.
 
-`jax.custom_jvp` does not serve for that: inside of a `jax.lax.scan` its rule holds for first derivatives alone. The
-second go through the body of the function, where rounding has derivative 0.
+`jax.custom_jvp` does not serve for that: inside a `jax.lax.scan` JAX uses its rule for first derivatives alone.
+Second derivatives go through the body of the function, where rounding has derivative 0.
 """
 
 from __future__ import annotations

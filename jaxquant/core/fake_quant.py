@@ -103,13 +103,13 @@ def _inside(
 def _given(spec, axes, slopes, x, scale, zero_point, key):
     fixed = lax.stop_gradient((x, scale, zero_point))
     value, _, _ = _forward(*fixed[:2], slopes.used(fixed[2], spec), key, spec=spec, axes=axes)
-    # Computed anew in the backward pass, which is handed the arguments.
+    # Computed again in the backward pass, which is handed the arguments.
     differentiable = jax.checkpoint(functools.partial(_differentiable, spec, axes, slopes), prevent_cse=False)
     return with_derivatives(value, differentiable(x, scale, zero_point, key))
 
 
 def _differentiable(spec, axes, slopes, x, scale, zero_point, key):
-    """What has the derivatives of `_given`; rounding has derivative 1 in its argument, and none of second order."""
+    """An array with the derivatives of `_given`; rounding has derivative 1 in its argument, and no second one."""
     fixed = lax.stop_gradient((x, scale, zero_point))
     encoded = encode(fixed[0], spec, axes, fixed[1], slopes.used(fixed[2], spec), key)
     view = BlockView.of_scale(x.shape, scale.shape)

@@ -229,13 +229,13 @@ batching.primitive_batchers[_tangent_p] = _batch
 mlir.register_lowering(_tangent_p, mlir.lower_fun(_fast, multiple_results=True))
 
 
-# The arguments of this one are the result, and the first two of those.
+# The arguments of the next one are the result, arrays that were kept, and the leaves of the operands.
 
 _result_p = Primitive("straight_through_result")
 
 
 def _result_jvp(primals: Any, tangents: Any, *, of: Any, sizes: tuple[int, int]) -> tuple[jax.Array, Any]:
-    """What was kept and the result count as constant, whatever JAX says of their tangents."""
+    """The result and the arrays that were kept count as constants, also where JAX has zeros for their tangents."""
     moved = tangents[1 + sizes[0] :]
     out = _result_p.bind(*primals, of=of, sizes=sizes)
     shape, places = jax.typeof(out), tuple(i for i, t in enumerate(moved) if _moves(t))
