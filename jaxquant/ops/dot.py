@@ -278,7 +278,8 @@ def dot_general(
       precision: weight-only products agree with the float product of the dequantized operands to 1e-4 relative by
         default, and to 1e-6 at ``HIGHEST``. Integer products are always exact to 1e-6. Where activation and weight are
         both bfloat16 (or both float16), values of a weight that has more than one scale per channel may be rounded to
-        that dtype by default, to 2**-8 (2**-11) of each (see `jaxquant.ops.floats`).
+        that dtype by default, to 2**-8 (2**-11) of each (see `jaxquant.ops.kernels.dequantized`).
+
       preferred_element_type: dtype of the result; by default the operands' (dequantized) dtypes, promoted.
       spec: quantizes float operands on the way: ``spec.act`` with one scale per token, ``spec.weight`` with one per
         output channel (or as their granularity says), both reduced over the contracted axes. A QTensor must agree

@@ -1,12 +1,12 @@
-"""Optimizers whose states take 8 bits a number, or 4, as Optax transformations.
+"""Optimizers whose states take 8 or 4 bits per number, as Optax transformations.
 
-A moment is cut into blocks; each keeps its largest magnitude in float32 and one code per number, the nearest entry of a
-table. A step takes the moments back to float32, updates them, uses them, and stores them anew. States are `QTensor`s:
-they shard, save and restore as quantized parameters do. In 8 bits they are what bitsandbytes' optimizers compute.
+A moment is split into blocks; each stores its largest magnitude in float32 and one code per number, the nearest entry
+of a table. A step dequantizes the moments to float32, updates them, uses them, and quantizes them again. States are
+`QTensor`s: they shard, save and restore as quantized parameters do. The 8-bit states equal those of bitsandbytes.
 
 ``scale_by_*`` chain as Optax's do; the others add weight decay and the learning rate. `Storage` says how moments are
-kept. Parameters below 4096 numbers keep them in float32, as in bitsandbytes, and so do those that it names: embeddings,
-unless it says otherwise.
+stored. Parameters of fewer than 4096 numbers keep float32 moments, as in bitsandbytes. So do the parameters that
+`Storage` exempts, by default embeddings.
 """
 
 from jaxquant.optim.bitsandbytes import from_bitsandbytes, to_bitsandbytes

@@ -1,13 +1,13 @@
-"""States of bitsandbytes' 8-bit optimizers, as ``optimizer.state_dict()["state"]`` has them: read and written.
+"""Reads and writes states of bitsandbytes' 8-bit optimizers, in the form of ``optimizer.state_dict()["state"]``.
 
 For each parameter, by its number, with arrays in the parameter's shape and blocks of 256 in row-major order:
 
     step              steps done
     state1, state2    uint8 codes of the moments, or float32 for small parameters; AdEMAMix: state1 is [2, ...shape]
-    absmax1, absmax2  float32 [blocks], [2, blocks] for AdEMAMix; only of codes
-    qmap1, qmap2      float32 [256], the table of the codes; only of codes
+    absmax1, absmax2  float32 [blocks], [2, blocks] for AdEMAMix; only with codes
+    qmap1, qmap2      float32 [256], the table of the codes; only with codes
 
-Newer versions have all but the step in a dict of its own, which is read too. Nothing here needs PyTorch: a tensor on
+Newer versions nest all entries but the step in a separate dict; both forms are read. PyTorch is not needed: a tensor on
 the CPU is read as an array.
 """
 
@@ -33,7 +33,7 @@ __all__ = ["from_bitsandbytes", "to_bitsandbytes"]
 
 _NESTED = "__bnb_optimizer_quant_state__"
 _TABLES = {name: np.asarray(QTYPES[name].table, np.float32) for name in ("dynamic8", "udynamic8")}
-#: Which moments each of bitsandbytes' states holds, by all the moments there are.
+#: The optimizer's moments -> the moments in each of bitsandbytes' states.
 _FIELDS = {
     ("m",): (("m",),),
     ("v",): (("v",),),
@@ -74,15 +74,17 @@ def to_bitsandbytes(state: Any, params: Any, *, names: Sequence[str] | None = No
 
     Args:
       state: of one of the 8-bit optimizers, or a chain with one.
-      params: the parameters, or their shapes. Blocks run over them in row-major order: they must lie as in PyTorch.
+      params: the parameters, or their shapes. Blocks run over them in row-major order, so their axes must be in
+        PyTorch's order.
       names: paths of the parameters in PyTorch's order; None: in the tree's own.
 
     Returns:
-      What ``optimizer.state_dict()["state"]`` holds, with NumPy arrays: ``step``, ``state1``, ``absmax1``, ``qmap1``
-      and so on for each number.
+      The contents of ``optimizer.state_dict()["state"]``, with NumPy arrays: ``step``, ``state1``, ``absmax1``,
+      ``qmap1`` and so on for each number.
 
     Raises:
-      QuantError: if moments are kept in another way than bitsandbytes can, or names are no permutation of the paths.
+      QuantError: if moments are stored in a way that bitsandbytes does not support, or names are not a permutation of
+        the paths.
 
     Example:
       >>> import jax.numpy as jnp
@@ -127,16 +129,16 @@ def _parts(function: str, m: Any, p: Any, path: str) -> dict[str, np.ndarray]:
 def from_bitsandbytes(
     states: Mapping[Any, Mapping[str, Any]], state: Any, params: Any, *, names: Sequence[str] | None = None
 ) -> Any:
-    """A state of an 8-bit optimizer from one of bitsandbytes; codes and scales are taken over to the bit.
+    """A state of an 8-bit optimizer from one of bitsandbytes; codes and scales are copied bit by bit.
 
     Args:
-      states: ``optimizer.state_dict()["state"]``, or what `to_bitsandbytes` returned.
-      state: what ``init`` of the optimizer returns: which moments there are. It is not changed.
-      params: the parameters, or their shapes; they must lie as in PyTorch.
+      states: ``optimizer.state_dict()["state"]``, or the result of `to_bitsandbytes`.
+      state: the result of the optimizer's ``init``, which says which moments to read. It is not changed.
+      params: the parameters, or their shapes, with axes in PyTorch's order.
       names: paths of the parameters in PyTorch's order; None: in the tree's own.
 
     Returns:
-      Such a state, every ``count`` in it set to the steps done.
+      The new state, with every ``count`` set to the steps done.
 
     Raises:
       QuantError: naming the parameter, if something is missing, or has another shape, dtype or table; if the
@@ -181,7 +183,7 @@ def from_bitsandbytes(
 
 
 def _inside(path: Any) -> bool:
-    """Whether a key path leads into the moments, whose parameters may have any names."""
+    """Whether a key path leads into the moments, where a parameter named "count" is not a count."""
     return any(getattr(key, "name", None) == "moments" for key in path)
 
 

@@ -1,13 +1,13 @@
-"""Moments of an optimizer as `QTensor`s: which are quantized, to what, and how they are stored anew.
+"""Moments of an optimizer as `QTensor`s: their number types, their form, and their quantization.
 
-A moment is cut into blocks of consecutive numbers in row-major order, each with its largest magnitude in float32 and
+A moment is split into blocks of consecutive numbers in row-major order, each with its largest magnitude in float32 and
 one code per number:
 
     m ~ grid(code) * absmax                    a dynamic map, on [-1, 1] or [0, 1]
-    v ~ (code + 1) * absmax / 16               uint4 for what is never negative: linear, and no code means 0
+    v ~ (code + 1) * absmax / 16               uint4 for moments of squares: linear, and no code means 0
 
-Where blocks end on the axes' boundaries the `QTensor` has the parameter's shape, and is sharded as the parameter is.
-Elsewhere it is the flattened array, padded with zeros, as [blocks, numbers in a block].
+If blocks end on the axes' boundaries, the `QTensor` has the parameter's shape and sharding. Otherwise it is the
+flattened array, padded with zeros, as [blocks, numbers in a block].
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class Storage:
     Attributes:
       signed: number type of moments that have both signs: ``"dynamic8"`` or ``"dynamic4"``.
       unsigned: number type of moments of squares: ``"udynamic8"``, or ``"uint4"``, whose code c stands for
-        (c + 1) / 16 of the largest, so that nothing is divided by 0.
+        (c + 1) / 16 of the largest, so that no update divides by 0.
       block: numbers that share a scale.
       smallest: parameters of fewer numbers than this keep moments in float32.
       exempt: parameters keep moments in float32 if one of these patterns occurs in their path (`re.search`). By default
-        embeddings do: rows that are seldom met have squares so small beside those of their block that they round to 0,
-        and then their next step is a large one.
+        embeddings do: squares of rarely used rows can be so small compared to the block's largest that they round to 0,
+        which makes the row's next step too large.
 
     Raises:
-      QuantError: on another type, a block or size that is no positive integer, or a pattern that is none.
+      QuantError: on another type, a block or size that is not a positive integer, or an invalid pattern.
 
     Example:
       >>> import jax.numpy as jnp
@@ -92,7 +92,7 @@ class Storage:
         return quant_error("Storage", rule, todo=todo, **got)
 
     def zeros(self, p: jax.Array, path: str, *, signed: bool) -> Any:
-        """A moment of zeros for a parameter: a `QTensor`, or a float32 array for one that is exempt."""
+        """A moment of zeros for a parameter: a `QTensor`, or a float32 array if the parameter is exempt."""
         if p.size < max(self.smallest, 1) or any(re.search(pattern, path) for pattern in self.exempt):
             return jnp.zeros_like(p, jnp.float32)
         info = QTYPES[self.signed if signed else self.unsigned]
@@ -116,7 +116,7 @@ FOUR_BITS = Storage("dynamic4", "uint4", 128)
 
 
 def as_form(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """An array in the shape of its codes."""
+    """Reshapes an array to the shape of its codes."""
     if x.shape == shape:
         return x
     return jnp.pad(x.reshape(-1), (0, shape[0] * shape[1] - x.size)).reshape(shape)
@@ -128,7 +128,7 @@ def as_parameter(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _in_rows(q: QTensor) -> QTensor:
-    """A moment with a row for each block; row-major memory stays as it is."""
+    """A moment with one row per block, in the same row-major memory."""
     n, per = q.scale.size, q.size // q.scale.size
     flat = lambda x: None if x is None else x.reshape(n, 1)  # noqa: E731
     rest = {"scale": flat(q.scale), "zero_point": flat(q.zero_point)}
@@ -138,8 +138,8 @@ def _in_rows(q: QTensor) -> QTensor:
 def _quantized(x: jax.Array, info: QType, blocks: tuple[int, ...]) -> QTensor:
     """The nearest codes of a float32 array.
 
-    On the CPU by rows of one block, which are the same memory: loops over two axes are vectorized. Elsewhere in the
-    array's own shape, whose tiles and shards stay where they are.
+    On the CPU each row is one block, in the same memory, since XLA vectorizes loops over two axes. Elsewhere the array
+    keeps its own shape, so that its tiles and shards stay in place.
     """
 
     def by_rows(x: jax.Array) -> QTensor:
@@ -173,7 +173,7 @@ def _quantized_as_it_lies(x: jax.Array, info: QType, blocks: tuple[int, ...]) ->
 
 
 def _quantized_zeros(info: QType, shape: tuple[int, ...], blocks: tuple[int, ...]) -> QTensor:
-    """`_quantized` of zeros, with nothing computed: both codes in a byte are the same."""
+    """`_quantized` of zeros, from constants: both codes in a byte are equal."""
     zero = int(np.argmin(np.abs(info.table))) if info.kind == "table" else 0
     scale, zero_point = (1.0, None) if info.kind == "table" else (_TINY, jnp.full(blocks, -1, jnp.int8))
     rest: dict[str, Any] = {"qtype": info.name, "dtype": jnp.float32}
@@ -183,14 +183,14 @@ def _quantized_zeros(info: QType, shape: tuple[int, ...], blocks: tuple[int, ...
 
 
 def stored(x: jax.Array, like: Any) -> Any:
-    """A moment in float32, kept as the one before: a `QTensor` of that type and those blocks, or the array."""
+    """Stores a float32 moment in the form of ``like``: a `QTensor` of its type and blocks, or a float32 array."""
     if not isinstance(like, QTensor):
         return x
     return _quantized(as_form(x, like.shape), like.type, tuple(like.scale.shape))
 
 
 def real(moment: Any, shape: tuple[int, ...]) -> jax.Array:
-    """The float32 array of a parameter's shape that a moment stands for."""
+    """The values of a moment, in float32 and the parameter's shape."""
     if not isinstance(moment, QTensor):
         return moment
     x = jax.lax.platform_dependent(

@@ -1,4 +1,4 @@
-"""Whole optimizers: a ``scale_by_*``, weight decay, and the learning rate."""
+"""Complete optimizers: a ``scale_by_*``, weight decay, and the learning rate."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ def adamw8bit(
     Args:
       learning_rate: a number or an Optax schedule.
       b1, b2: decay of the moments.
-      eps: is added to the root.
+      eps: added to the root.
       weight_decay: of the parameters, in units of the learning rate.
-      storage: how the moments are kept, and which parameters keep them in float32.
+      storage: how the moments are stored, and which parameters keep float32 moments.
 
     Returns:
       An `optax.GradientTransformation`.
 
     Raises:
-      QuantError: if a decay is not in [0, 1), or another number negative; from ``init``, naming the leaf, if a
-        parameter is not of floats.
+      QuantError: if a decay is not in [0, 1), or another number is negative; from ``init``, naming the leaf, if a
+        parameter is not a float array.
 
     Example:
       >>> import jax.numpy as jnp
@@ -98,8 +98,8 @@ def adamw4bit(
 
     Args, Returns, Raises: as `adamw8bit`.
 
-    Source: Li et al. 2023 (arXiv:2309.01507), section 4; second moments have one scale per block, as its ``B128``, and
-      not one per row and column.
+    Source: Li et al. 2023 (arXiv:2309.01507), section 4; second moments have one scale per block, as its ``B128``,
+      rather than one per row and column.
     """
     return adamw8bit(learning_rate, b1, b2, eps, weight_decay, storage=storage)
 
@@ -129,7 +129,8 @@ def sgd8bit(
 ) -> optax.GradientTransformation:
     """Gradient descent with momentum in 8 bits: ``m = momentum m + g + weight_decay p; p <- p - lr m``.
 
-    Args, Returns, Raises: as `adamw8bit`; the decay goes through the momentum here.
+    Args, Returns, Raises: as `adamw8bit`, except that the decay is part of the momentum.
+
 
     Source: bitsandbytes' SGD8bit.
     """

@@ -1,4 +1,4 @@
-"""`shardings`: where the arrays of an optimizer's state lie, derived from where the parameters lie."""
+"""`shardings`: derives the shardings of an optimizer's state from those of the parameters."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["shardings"]
 
 
 def shardings(state: Any, params: Any) -> Any:
-    """Shardings for a state: each moment lies where its parameter does.
+    """Shardings for a state: each moment is sharded like its parameter.
 
-    Codes and scales of a moment in its parameter's shape are cut as the parameter is, along each axis on which whole
-    bytes and blocks lie in each part. A flattened moment is cut along its blocks, over all mesh axes that the
-    parameter is cut over. What cannot be cut evenly, and every count, is on all devices.
+    Codes and scales of a moment in its parameter's shape are partitioned as the parameter is, along each axis on which
+    every part has whole bytes and blocks. A flattened moment is partitioned along its blocks, over all mesh axes of the
+    parameter. Arrays that cannot be partitioned evenly, and all counts, are replicated.
 
     Args:
       state: of a quantized optimizer, or a chain with some: arrays, or their shapes from `jax.eval_shape`.
@@ -77,7 +77,7 @@ def _placed(m: Any, p: Any) -> Any:
 
 
 def _cut(shape: tuple[int, ...], spec: tuple[Any, ...], mesh: Any) -> PartitionSpec:
-    """The entries of a spec that cut axes of this shape into equal parts."""
+    """The entries of a spec that partition axes of this shape evenly."""
     parts = [math.prod(mesh.shape[name] for name in _names(entry)) for entry in spec]
     return PartitionSpec(*(entry if n % k == 0 else None for entry, n, k in zip(spec, shape, parts, strict=True)))
 

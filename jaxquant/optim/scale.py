@@ -1,4 +1,4 @@
-"""The ``scale_by_*`` of quantized optimizers: a gradient and its moments to an update, as Optax chains them."""
+"""The ``scale_by_*`` of quantized optimizers: transformations of gradients, which Optax chains."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ __all__ = [
 
 
 class State(NamedTuple):
-    """What a quantized optimizer remembers.
+    """The state of a quantized optimizer.
 
     Attributes:
       count: steps done.
-      moments: by name, trees like the parameters' of `QTensor`s, and of float32 arrays where a parameter is exempt.
+      moments: name -> tree in the structure of the parameters, of `QTensor`s, and float32 arrays for exempt parameters.
     """
 
     count: jax.Array
@@ -45,7 +45,7 @@ Rule = Callable[[jax.Array], Step]
 
 
 def checked(function: str, storage: Storage | None = None, **values: Any) -> None:
-    """Refuses decays outside [0, 1), and other numbers below 0; arrays in a trace are let pass."""
+    """Refuses decays outside [0, 1), and negative values of other numbers; traced arrays are not checked."""
     for name, value in values.items():
         if isinstance(value, jax.core.Tracer) or (name == "learning_rate" and callable(value)):
             continue
@@ -99,7 +99,7 @@ def _scale_by(signs: dict[str, bool], rule: Rule, storage: Storage) -> optax.Gra
     """The transformation of a rule, which makes of the number of a step t the function
     ``(g, *moments) -> (update, moments)`` of elements of one parameter in float32.
 
-    ``signs`` names the moments in the rule's order, and says whether they have both signs.
+    ``signs`` maps the names of the moments, in the rule's order, to whether they have both signs.
     """
 
     def init(params: Any) -> State:
@@ -142,15 +142,15 @@ def scale_by_adam8bit(
 
     Args:
       b1, b2: decay of the moments.
-      eps: is added to the root.
-      storage: how the moments are kept.
+      eps: added to the root.
+      storage: how the moments are stored.
 
     Returns:
       An `optax.GradientTransformation`, whose state is a `State` with the moments ``m`` and ``v``.
 
     Raises:
-      QuantError: if a decay is not in [0, 1), or eps negative; from ``init``, naming the leaf, if a parameter is not of
-        floats.
+      QuantError: if a decay is not in [0, 1), or eps is negative; from ``init``, naming the leaf, if a parameter is not
+        a float array.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -263,8 +263,8 @@ def scale_by_rms8bit(
 def scale_by_adagrad8bit(eps: float = 1e-10, *, storage: Storage = EIGHT_BITS) -> optax.GradientTransformation:
     """Adagrad with a quantized sum of squares: ``v = v + g^2; u = g / (sqrt(v) + eps)``.
 
-    Args, Returns, Raises: as `scale_by_rms8bit`. A sum that grows by less than half a step of its map does not grow:
-      the learning rate then falls more slowly than in float32.
+    Args, Returns, Raises: as `scale_by_rms8bit`. Growth of the sum by less than half a step of its map is lost, so that
+      the learning rate falls more slowly than in float32.
 
     Source: Duchi et al. 2011; bitsandbytes' Adagrad8bit.
     """

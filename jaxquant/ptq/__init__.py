@@ -2,19 +2,20 @@
 
 A *quantizer* is ``method(w, spec, *, reduce_axes, stats=None) -> QTensor``; `quantize_params` takes any of them.
 
-    rtn      round to nearest, with the range that the spec's calibration gives
+    rtn      round to nearest, with the range of the spec's calibration
     clipped  round to nearest, with the range of least output error
     autoround  rounding and ranges learned by signed gradients
     descend  codes and scales of another quantizer, improved one at a time
-    double_quantized  any of them, with the scales in 8 bits
+    double_quantized  any quantizer, with the scales in 8 bits
     hqq      round to nearest, with the zero point of least absolute error
-    gptq     round in turn, each error made up for by the weights still to come
+    gptq     round in turn; weights still to come compensate each error
 
 A *basis* is a change of basis of a weight's input channels, before it is quantized; see
 `jaxquant.invariances.precondition`.
 
     bases    ChannelScale, Rotation, Orthogonal
-    scaling  smooth_scale, awq_scale: how much to scale the channels; awq_clip: how far to clip the weights
+
+    scaling  smooth_scale, awq_scale: scales of the channels; awq_clip: clips of the weights
 """
 
 from jaxquant.ptq import bases

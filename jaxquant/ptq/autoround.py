@@ -1,4 +1,4 @@
-"""Learned rounding: whether each weight goes up or down, and how much each range is clipped, by signed gradients."""
+"""Learned rounding: signed gradients decide whether weights round up or down, and how far ranges are clipped."""
 
 from __future__ import annotations
 
@@ -31,14 +31,13 @@ def autoround(
 ) -> QTensor:
     """Learns an offset in [-1/2, 1/2] for every weight before it is rounded, and a ratio for each end of every range.
 
-    With ``lo, hi`` the range of a group, of which a and b in (0, 1] are learned, and V the offsets,
+    With ``lo, hi`` the range of a group, a and b in (0, 1] its learned ratios, and V the offsets,
 
         s, z = step of (a lo, b hi)        Q = s (clip(round(W / s + z + V)) - z)
 
-    and the error ``tr(E^T H E)`` of ``E = W - Q``, with H the damped Gram matrix of the inputs, is lowered by steps
-    against the *sign* of its gradient, of a size that falls linearly to 0. The gradient passes through rounding as if
-    it were not there. For each output the best iteration is kept, so that no output becomes worse than rounded to
-    nearest.
+    The error ``tr(E^T H E)`` of ``E = W - Q``, with H the damped Gram matrix of the inputs, is lowered by steps against
+    the *sign* of its gradient, of a size that falls linearly to 0. The gradient passes straight through rounding. For
+    each output the best iteration is kept, so that no output becomes worse than rounded to nearest.
 
     Args:
       w: float weight.
@@ -47,7 +46,7 @@ def autoround(
       stats: of this weight, from `calibrate` with ``{"gram": Gram()}``.
       iterations: gradient steps; each costs a product with H.
       learning_rate: of the first step; None: 1 / iterations, with which an offset can go from 0 to 1/2.
-      damping: is added to the diagonal of H, in units of its mean.
+      damping: added to the diagonal of H, in units of its mean.
 
     Returns:
       `QTensor` of w's shape.
@@ -68,8 +67,8 @@ def autoround(
       >>> error(q) < 0.5 * error(rtn(w, spec, reduce_axes=(-2,)))
       True
 
-    Source: Cheng et al. 2023 (AutoRound, arXiv:2309.05516), which learns block by block on sampled inputs, where this
-    learns layer by layer on the Gram matrix of all of them; the offsets are those of AdaRound (Nagel et al. 2020,
+    Source: Cheng et al. 2023 (AutoRound, arXiv:2309.05516), which learns block by block on sampled inputs; this learns
+    layer by layer on the Gram matrix of all inputs. The offsets are those of AdaRound (Nagel et al. 2020,
     arXiv:2004.10568). Scales stay positive.
     """
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
@@ -99,7 +98,7 @@ class _Learned(NamedTuple):
 
 
 def _through(x: jax.Array, value: jax.Array) -> jax.Array:
-    """``value``, with the gradient of x."""
+    """``value`` with the gradient of x (straight through)."""
     return x + lax.stop_gradient(value - x)
 
 

@@ -1,10 +1,10 @@
 """Bases in which a weight may be quantized: its input channels scaled, or rotated.
 
-A product does not change when its input is written in another basis and the weight in the dual one, ``x @ w = (x @ B) @
-(inv(B) @ w)``; what rounding does to it does. `jaxquant.invariances.precondition` brings a model's inputs into a basis,
-`jaxquant.invariances.precondition_params` its weights. The bases are pytrees, with a leading axis on each leaf for
-weights that are stacked. They cost something for every row of the input: `ChannelScale` one product per channel,
-`Rotation` two products with small matrices, `Orthogonal` one with a matrix of the channels' size.
+A change of basis leaves a product unchanged, ``x @ w = (x @ B) @ (inv(B) @ w)``, but changes its rounding error.
+`jaxquant.invariances.precondition` brings a model's inputs into a basis, `jaxquant.invariances.precondition_params` its
+weights. The bases are pytrees, with a leading axis on each leaf for stacked weights. Their cost per row of the input:
+`ChannelScale` one multiplication per channel, `Rotation` two products with small matrices, `Orthogonal` one product
+with a matrix [channels, channels].
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Basis:
 
     @property
     def channels(self) -> int:
-        """How many input channels it is for."""
+        """The number of input channels."""
         raise NotImplementedError
 
     def inputs(self, x: jax.Array) -> jax.Array:
@@ -75,11 +75,11 @@ class ChannelScale(Basis):
 class Rotation(Basis):
     """``B = diag(signs) (H (x) O)``, orthogonal: an outlier in one channel is spread over all of them.
 
-    H is the Hadamard matrix of a power of two and O a small orthogonal matrix, so that a row of n channels costs
-    n (a + b) products with ab = n instead of n^2.
+    H is the Hadamard matrix of a power of two and O a small orthogonal matrix. With sizes a and b, ab = n, a row of n
+    channels costs n (a + b) multiplications instead of n^2.
 
     Attributes:
-      signs: +1 or -1, [channels]; random signs make the rotation a random one.
+      signs: +1 or -1, [channels]; random signs give a random rotation.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -116,7 +116,7 @@ class Rotation(Basis):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Orthogonal(Basis):
-    """``B`` is any orthogonal matrix, such as `learn_rotations` finds; costs n^2 products for each row.
+    """``B`` is any orthogonal matrix, such as `learn_rotations` finds; costs n^2 multiplications per row.
 
     Attributes:
       matrix: [channels, channels].
@@ -185,11 +185,10 @@ def _factors(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def orthogonal(n: int) -> np.ndarray:
-    """The matrix of a `Rotation` of n channels without its signs: Hadamard where one is at hand, [n, n].
+    """The matrix of a `Rotation` of n channels without its signs, [n, n]: a Hadamard matrix if one can be constructed.
 
-    All entries are +-1 / sqrt(n) if n is a power of two, or 4, 8 or 16 times an odd factor m (n a multiple of it by a
-    power of two) for which that less one is prime, as with 12, 20, 24, 384, 1536; otherwise the odd factor of n is
-    mixed by a cosine transform.
+    All entries are +-1 / sqrt(n) if n is a power of two, or if with m its odd factor one of 4 m, 8 m or 16 m divides n
+    and is a prime plus one, as for 12, 20, 24, 384, 1536. Otherwise a cosine transform mixes the odd factor of n.
 
     Raises:
       QuantError: if n is not positive.

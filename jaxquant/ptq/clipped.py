@@ -1,4 +1,4 @@
-"""Clipped rounding: the range of least error in the layer's outputs, block by block."""
+"""Clipped rounding: finds for each block the range of least error in the layer's outputs."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def least_ranges(
 
     Args:
       x: groups of weights, [..., group, rows].
-      h: what weighs the error: Gram matrices [..., group, group], or their diagonals [..., group, 1].
+      h: weights of the error: Gram matrices [..., group, group], or their diagonals [..., group, 1].
       spec: the number type.
       axes: axes of x that share a range.
-      top: the largest magnitude of the whole weight, for types with a scale for all of it.
+      top: the largest magnitude of the whole weight, for types with a scale per tensor.
 
     Returns:
-      Two arrays of x's rank, 1 long on ``axes``.
+      Two arrays of x's rank, of size 1 on ``axes``.
     """
     full = h.shape[-1] == h.shape[-2] and x.shape[-2] > 1
     positive = tuple(a % x.ndim for a in axes)
@@ -75,20 +75,20 @@ def clipped(
     stats: Any = None,
     weighting: Weighting = "gram",
 ) -> QTensor:
-    """Rounds to nearest, with the range of each block that leaves the least error in the outputs.
+    """Rounds to nearest, with the range for each block that minimises the error of the outputs.
 
     For a block of weights x with Gram matrix H of their inputs, minimises ``(x - x_q)^T H (x - x_q)`` over ranges: 90
-    clips from the full range down to 1 percent of it, each end on its own if the spec is asymmetric, then alternating
-    least squares between codes and scale. Errors of different blocks count as independent.
+    clips from the full range down to 1 percent of it, each end separately if the spec is asymmetric, then alternating
+    least squares between codes and scale. Errors of different blocks are treated as independent.
 
     Args:
       w: float weight.
       spec: number type and granularity; its calibration is not used.
       reduce_axes: the contracted axes.
       stats: of this weight, from `calibrate` with ``{"gram": Gram()}``; not needed for ``weighting="none"``.
-      weighting: ``"gram"``: the block's own part of the Gram matrix; ``"diagonal"``: the mean square of each input
-        alone, which costs little more than no weights (with one block per channel, "gram" costs a product with H for
-        each of the candidates); ``"none"``: the plain squared error of the weights, as ``calibration=observers.MSE()``.
+      weighting: ``"gram"``: the block's own part of the Gram matrix; with one block per channel it costs a product with
+        H for each candidate. ``"diagonal"``: only the mean square of each input, little dearer than no weights.
+        ``"none"``: the plain squared error of the weights, as ``calibration=observers.MSE()``.
 
     Returns:
       `QTensor` of w's shape.
@@ -106,8 +106,8 @@ def clipped(
       >>> [round(float(v), 2) for v in values]
       [0.1, 0.2, -0.3]
 
-    Source: grid search for the clip as in Banner et al. 2019 (arXiv:1810.05723); weighted by the inputs as AWQ (Lin et
-    al. 2024, arXiv:2306.00978, section 3.2) does it with sampled inputs, where we use the Gram matrix of all of them.
+    Source: grid search for the clip as in Banner et al. 2019 (arXiv:1810.05723); weighted by the inputs as in AWQ (Lin
+    et al. 2024, arXiv:2306.00978, section 3.2), which samples inputs; this uses the Gram matrix of all inputs.
     """
     if weighting not in ("gram", "diagonal", "none"):
         todo = "Use 'gram', 'diagonal' or 'none'"

@@ -33,17 +33,17 @@ def descend(
     damping: float = 0.01,
     block_size: int = 128,
 ) -> QTensor:
-    """Improves what another quantizer gives, one code and one scale at a time; never makes it worse.
+    """Improves the result of another quantizer, one code and one scale at a time; never makes it worse.
 
     With H the damped Gram matrix of the inputs and ``E = W - Q`` the error, ``tr(E^T H E)`` is a parabola in each
     single element of Q, whose minimum on the grid is
 
         q_i = nearest(Q_i + (H E)_i / H_ii)
 
-    A sweep sets every contracted element so, in turn, for all outputs at once; what changes reaches the rest of
-    ``H E`` block by block, in products of matrices. Then each group's scale is set to the minimum of the parabola in
-    it, for its zero point and for the ones beside it, whichever is best. Several sweeps follow each other,
-    towards a local minimum: where no single code can be changed for the better.
+    A sweep sets each contracted element in turn to this minimum, for all outputs at once; ``H E`` is updated block by
+    block, in matrix products. Then each group's scale is set to the minimum of its own parabola, for its zero point or
+    a neighbouring one, whichever gives the lowest error. Repeated sweeps converge to a local minimum, at which no
+    change of a single code lowers the error.
 
     Args:
       w: float weight of any rank.
@@ -51,10 +51,10 @@ def descend(
       reduce_axes: the contracted axes.
       stats: of this weight, from `calibrate` with ``{"gram": Gram()}``.
       start: the quantizer to start from, called with the same arguments.
-      sweeps: how often all elements are visited. Each costs about what the updates of `gptq` cost.
-      refit: also fit scales and zero points. Scales that are not on their own, per tensor and of nvfp4, stay.
-      damping: is added to the diagonal of H, in units of its mean: keeps directions that calibration has not seen close
-        to the weight.
+      sweeps: the number of visits to each element. A sweep costs about as much as the updates of `gptq`.
+      refit: also fit scales and zero points. Scales that depend on each other, per tensor and of nvfp4, stay.
+      damping: added to the diagonal of H, in units of its mean: keeps Q close to W in directions that calibration has
+        not seen.
       block_size: elements between two updates of the gradient; does not change the result.
 
     Returns:
@@ -76,7 +76,7 @@ def descend(
       True
 
     Source: the sweeps over codes are those of QuantEase (Behdin et al. 2023, arXiv:2309.01885), which keeps the scales;
-    the fit of scales and zero points between them is ours.
+    the fit of scales and zero points between sweeps is an addition.
     """
     if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 0:
         raise quant_error("descend", "sweeps must be a number of sweeps", todo="Use 8", sweeps=sweeps)
@@ -117,7 +117,7 @@ def _spread(steps: Steps, length: int) -> Steps:
 
 
 def fit_codes(x: jax.Array, h: jax.Array, values: jax.Array, steps: Steps, layer: Layer, block_size: int) -> jax.Array:
-    """One sweep over the codes: the grid values [contracted, rows], each in turn the best while the others stay."""
+    """One sweep over the codes: sets each grid value of [contracted, rows] in turn to the best, others fixed."""
     length, group, rows = layer.length, layer.group, x.shape[-1]
     block, padded = blocking(length, group, block_size)
     spare = (0, padded - length)
@@ -146,14 +146,14 @@ def fit_codes(x: jax.Array, h: jax.Array, values: jax.Array, steps: Steps, layer
 
 
 def fit_steps(x: jax.Array, h: jax.Array, values: jax.Array, steps: Steps, layer: Layer) -> Steps:
-    """Each group's scale and zero point in turn, the best for the codes while the others stay.
+    """Sets each group's scale and zero point in turn to the best for the codes, with the other groups fixed.
 
     With c the codes less their zero point, g the gradient ``H E`` and a change of the scale by a and of the zero point
     by d, the values move by ``a c' - s d`` with ``c' = c - d``, and the error by
 
         a^2 c'Hc' - 2 a (c'g + s d 1Hc') + (s d)^2 1H1 + 2 s d 1g
 
-    whose best a is rounded to what the scale is stored in. The lowest of d = -1, 0, 1 is taken if it is below 0.
+    whose best a is rounded to the scale's stored dtype. The best d of -1, 0, 1 is taken if it lowers the error.
     """
     spec, group, rows = layer.spec, layer.group, x.shape[-1]
     length, info = layer.length, spec.type

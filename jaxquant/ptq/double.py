@@ -1,4 +1,4 @@
-"""Double quantization: the scales of a quantized weight, quantized in their turn."""
+"""Double quantization: quantizes the scales of a quantized weight."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def double_quantized(
 ) -> QTensor:
     """Another quantizer's result with its scales in 8 bits: ``s ~ code * t + mean(s)``.
 
-    The mean of all scales is subtracted, and what is left is quantized in groups of 256 scales, each with one
-    float32 t. With a scale for every 64 weights, 0.5 bits per weight become 0.127.
+    The mean of all scales is subtracted, and the remainder is quantized in groups of 256 scales, each with one float32
+    t. With one scale per 64 weights, the scales take 0.127 bits per weight instead of 0.5.
 
     Args:
-      w, spec, reduce_axes, stats: go to ``method``.
+      w, spec, reduce_axes, stats: arguments of ``method``.
       method: the quantizer; its result must have float scales.
       group_size: scales that share a t, counted along the reduced axes first, then from output to output. The last
-        group may be short; where groups end inside of rows of scales, t is repeated for each part.
-      qtype: number type of the scales' codes; bitsandbytes' dynamic map by default, which nf4 and fp4 come with.
+        group may be short; if groups end within rows of scales, t is repeated for each part.
+      qtype: number type of the scales' codes; by default bitsandbytes' dynamic map, which it uses with nf4 and fp4.
 
     Returns:
-      `QTensor` of w's shape, whose ``scale`` is a QTensor. The codes of the weights stay: those that the scales before
-      gave, as in bitsandbytes.
+      `QTensor` of w's shape, whose ``scale`` is a QTensor. The weights keep the codes that they had with float scales,
+      as in bitsandbytes.
 
     Raises:
       QuantError: as ``method``; if the scales are quantized already, or ``group_size`` is not positive.

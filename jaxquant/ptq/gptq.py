@@ -1,4 +1,4 @@
-"""GPTQ: the rounding error of each weight is made up for by the weights that are not rounded yet."""
+"""GPTQ: weights that are not rounded yet compensate the rounding error of each rounded weight."""
 
 from __future__ import annotations
 
@@ -43,38 +43,40 @@ def gptq(
     static_groups: bool = False,
     clip: Clip = "spec",
 ) -> QTensor:
-    """Rounds the contracted elements one after the other; those still to come take up the error of those that are done.
+    """Rounds the contracted elements one by one; the elements still to come compensate the errors of earlier ones.
 
     With H the Gram matrix of the inputs and L the lower triangular matrix with ``L^T L = H + damping I``, for each
     contracted element i in turn, of all outputs at once:
 
         q_i = nearest(w_i + sum_{j < i} L_ij e_j / L_ii)        e_i = w_i - q_i
 
-    which minimises ``tr(E^T H E)``, the squared length of ``L E``, over what is still free. All is one `lax.scan` over
-    blocks of ``block_size`` elements: compiling takes the same time for every size. A finished block's errors reach the
-    rest in square products of matrices, halves of halves, so that each number below the diagonal of L is used once.
+    which minimises ``tr(E^T H E)``, the squared length of ``L E``, over the elements not yet rounded. A single
+    `lax.scan` runs over blocks of ``block_size`` elements, so that compile time does not depend on the size. The errors
+    of finished blocks are propagated by square matrix products in a recursive halving, so that each element below the
+    diagonal of L is used once.
 
-    A group's scale is found when its turn comes, from its weights with the errors of the blocks before.
+    A group's scale is computed when its first element is due, from its weights with earlier errors compensated.
 
     Args:
       w: float weight of any rank.
       spec: number type, granularity, range: any integer, float or table type, symmetric or not. Per tensor, and for
-        nvfp4, whose groups share a factor, scales are those of the weight as it is.
+        nvfp4, whose groups share a factor, scales are those of the original weight.
       reduce_axes: the contracted axes.
       stats: of this weight, from `calibrate` with ``{"gram": Gram()}``.
-      damping: is added to the diagonal of H, in units of its mean. Where H cannot be factored, ten times as much is
-        tried, and again.
-      block_size: elements between two updates of all that is left; does not change the result, but for the weights a
-        group's scale is computed from. Fitted to the group size.
-      order: ``"given"``; ``"group_aware"``: groups, and elements inside of each, by decreasing diagonal of H;
-        ``"descending"``: all elements by decreasing diagonal. That scatters groups, unless they are static: the result
+      damping: added to the diagonal of H, in units of its mean. If H cannot be factored, the damping is multiplied by
+      10
+        and the factorization repeated.
+      block_size: elements between two updates of the remaining elements; adjusted to the group size. It affects the
+        result only through the weights from which a group's scale is computed.
+      order: ``"given"``; ``"group_aware"``: groups, and elements inside each, by decreasing diagonal of H;
+        ``"descending"``: all elements by decreasing diagonal. This scatters groups, unless they are static: the result
         then has a ``permutation``, which costs a lookup at run time.
-      static_groups: take all scales from the weight as it is.
+      static_groups: take all scales from the original weight.
       clip: ``"spec"``: the range that the spec's calibration gives; ``"gram"``: the range of least output error, as in
         `clipped`.
 
     Returns:
-      `QTensor` of w's shape, laid out as that of `quantize`.
+      `QTensor` of w's shape, in the layout of `quantize`.
 
     Raises:
       QuantError: as `quantize`; if the Gram matrix is missing, of another size, NaN or infinite; on an unknown option.
@@ -92,10 +94,10 @@ def gptq(
       True
 
     Source: Frantar et al. 2023 (arXiv:2210.17323), algorithm 1, and AutoGPTQ, whose codes this reproduces. Differences:
-    one Cholesky factorization and no inverse (that both forms are one is Chee et al. 2023, QuIP, arXiv:2307.13304);
-    weights of dead inputs are rounded to nearest, not set to 0; the range
-    is the spec's (AutoGPTQ's ``sym=True`` is ``QuantSpec("uint4", symmetric=False, calibration=observers.AbsMax())``).
-    The group-aware order is that of GPTQModel.
+    one Cholesky factorization and no inverse (Chee et al. 2023, QuIP, arXiv:2307.13304, prove both forms equal);
+    weights of dead inputs are rounded to nearest, not set to 0; the range is the spec's (AutoGPTQ's ``sym=True`` is
+    ``QuantSpec("uint4", symmetric=False, calibration=observers.AbsMax())``). The group-aware order is that of
+    GPTQModel.
     """
     _check(damping, block_size, order, static_groups, clip)
     layer, w = Layer.of("gptq", w, spec, reduce_axes)
@@ -142,7 +144,7 @@ def _gptq(w: jax.Array, gram: jax.Array, *, layer: Layer, options: _Options) -> 
 
 
 def find_steps(x: jax.Array, h: jax.Array | None, spec: QuantSpec) -> Steps:
-    """The steps [groups, rows] of groups of weights [groups, group, rows]: the spec's, or of least error in ``h``."""
+    """Steps [groups, rows] for weights [groups, group, rows]: the spec's, or those of least error weighted by ``h``."""
     if h is None:
         lo, hi = spec.observer.range(x, (1,), symmetric=spec.symmetric, roundtrip=roundtrip(spec))
     else:
@@ -151,7 +153,7 @@ def find_steps(x: jax.Array, h: jax.Array | None, spec: QuantSpec) -> Steps:
 
 
 def _visit(diagonal: jax.Array, order: Order, group: int) -> tuple[jax.Array, jax.Array]:
-    """``(elements, groups)`` in the order in which they are visited."""
+    """``(elements, groups)`` in the order of visits."""
     length = diagonal.shape[0]
     groups = jnp.arange(length // group)
     if order == "given":
@@ -172,7 +174,7 @@ def blocking(length: int, group: int, block_size: int) -> tuple[int, int]:
         block = block_size
     else:
         block = max(d for d in range(1, block_size + 1) if group % d == 0)
-        block = block if 2 * block > min(block_size, 32) else group  # of a large prime: whole groups
+        block = block if 2 * block > min(block_size, 32) else group  # whole groups if their size is a large prime
     block = min(block, length)
     return block, -(-length // block) * block
 
@@ -180,7 +182,7 @@ def blocking(length: int, group: int, block_size: int) -> tuple[int, int]:
 def solve(
     x: jax.Array, h: jax.Array, steps: Steps | None, layer: Layer, options: _Options
 ) -> tuple[jax.Array, Steps, jax.Array | None]:
-    """``(values [contracted, rows], steps [groups, rows], permutation)``; steps as they are given, or found on the way.
+    """``(values [contracted, rows], steps [groups, rows], permutation)``; the given steps, or steps computed per group.
 
     The permutation is None, and values are in the weight's order, unless groups are scattered.
     """
@@ -196,7 +198,7 @@ def solve(
         table = visit // group
     elif group == length:
         found = find_steps(weights[None], local, spec)
-    unit = padded if found is not None else max(group, block)  # whose steps are found at once
+    unit = padded if found is not None else max(group, block)  # elements whose steps are computed together
     table = jnp.pad(table if found is not None else table % (unit // group), spare)
     factor = lower_factor(h, options.damping)
     if padded > length:
@@ -206,10 +208,10 @@ def solve(
         local = jnp.pad(local, ((0, -(-padded // group) - local.shape[0]), (0, 0), (0, 0)))
 
     def steps_of(state: jax.Array, start: jax.Array) -> Steps:
-        """The steps of the groups that begin here, from their weights with all errors before made up for."""
+        """The steps of the groups that begin here, from their weights with all earlier errors compensated."""
         own, known = (lax.dynamic_slice_in_dim(a, start, unit) for a in (weights, state))
         square = lax.dynamic_slice(factor, (start, start), (unit, unit))
-        own = own + lax.linalg.triangular_solve(square.T, known.T).T  # of transposes, as they lie in memory
+        own = own + lax.linalg.triangular_solve(square.T, known.T).T  # transposed, to match the layout in memory
         count = unit // group
         weigh = None if local is None else lax.dynamic_slice_in_dim(local, start // group, count)
         return find_steps(own.reshape(count, group, rows), weigh, spec)
@@ -242,18 +244,18 @@ def solve(
     if found is None:
         own_steps = jax.tree.map(lambda s: s[:: unit // block].reshape(-1, rows)[: length // group], own_steps)
         found = jax.tree.map(lambda s: jnp.zeros_like(s).at[groups].set(s), own_steps)
-    # NaN in H leaves no code to be trusted: it stays visible in the scales, which a jitted call returns.
+    # NaN in H makes every code meaningless, so it is put into the scales, where the caller of a jitted call sees it.
     broken = jnp.isnan(factor[0, 0])
     found = Steps(jnp.where(broken, jnp.nan, found.scale), found.zero)
     return values, found, visit if scattered else None
 
 
 def push(state: jax.Array, factor: jax.Array, done: jax.Array, block: int) -> jax.Array:
-    """Brings the errors of the first ``done`` blocks to those behind them, as far as that is due: ``L e``.
+    """Propagates the errors of the first ``done`` blocks to later blocks, as far as is due: ``L e``.
 
-    The rows of blocks that are done hold their errors, those behind them what has reached them. Halves of halves: if
-    2^k is the largest power of two in ``done``, the last 2^k blocks go to the next 2^k, in one square product. Before a
-    block's turn comes everything has reached it, and what is below the diagonal is multiplied once.
+    Rows of finished blocks hold their errors, later rows the sum of propagated errors. The recursion halves: if 2^k is
+    the largest power of two that divides ``done``, the last 2^k blocks are propagated to the next 2^k in one square
+    product. Each block has all earlier errors before its turn, and each element below the diagonal is multiplied once.
     """
     rows, power = state.shape[0], lax.population_count((done & -done) - 1)
     for level in range((rows // block - 1).bit_length()):
@@ -261,13 +263,13 @@ def push(state: jax.Array, factor: jax.Array, done: jax.Array, block: int) -> ja
 
         def move(i: jax.Array, state: jax.Array, size: int = size) -> jax.Array:
             end = (done + i) * block  # i is 0, but not to the compiler, which would slice ahead of the loop
-            start = jnp.minimum(end, rows - size)  # of the last rows there may be fewer: the others are masked
+            start = jnp.minimum(end, rows - size)  # fewer rows may be left: the others are masked
             part = lax.dynamic_slice(factor, (start, end - size), (size, size))
             part = jnp.where(start + jnp.arange(size)[:, None] >= end, part, 0)
             new = lax.dynamic_slice_in_dim(state, start, size)
             new = new + part @ lax.dynamic_slice_in_dim(state, end - size, size)
             return lax.dynamic_update_slice_in_dim(state, new, start, 0)
 
-        # A loop of one round or none: unlike a branch it changes the state in place.
+        # A loop of at most one round: unlike a branch, it updates the state in place.
         state = lax.fori_loop(0, jnp.int32(power == level), move, state)
     return state

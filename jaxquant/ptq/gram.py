@@ -1,7 +1,7 @@
-"""The Gram matrix of a layer's inputs, made fit for quantizers.
+"""The Gram matrix of a layer's inputs, prepared for quantizers.
 
 With ``H = sum x x^T`` over the calibration rows, the squared error of a layer's outputs is
-``sum |x^T (W - Q)|^2 = tr((W - Q)^T H (W - Q))``: all that the quantizers need to know of the data.
+``sum |x^T (W - Q)|^2 = tr((W - Q)^T H (W - Q))``. The quantizers need no other statistic of the data.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["NeedsStatisticsError", "damped", "gram_of", "lower_factor", "normal"
 
 
 class NeedsStatisticsError(QuantError):
-    """Raised by a quantizer that looks at a layer's inputs, where it is given none."""
+    """Raised by a quantizer that needs statistics of a layer's inputs, if none are given."""
 
 
 def gram_of(function: str, stats: Any, layer: Layer) -> tuple[Layer, jax.Array]:
-    """The Gram matrix in what `calibrate` has collected, [batch, channels, channels], and the layer with that batch.
+    """The Gram matrix in `calibrate`'s statistics, [batch, channels, channels], and the layer with that batch.
 
     Raises:
       QuantError: if it is missing, of another size, or (where it is concrete) holds NaN or inf.
@@ -56,9 +56,9 @@ def gram_of(function: str, stats: Any, layer: Layer) -> tuple[Layer, jax.Array]:
 def normal(gram: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
     """``(H, alive)``: a Gram matrix [channels, channels] with mean diagonal 1, for all contracted elements.
 
-    Only its direction matters, so that inputs of any magnitude do. Dead inputs, that no row has excited, get a diagonal
-    of 1 and nothing beside it: their weights are rounded to nearest. A convolution's inputs are known per channel: each
-    tap gets the same block, and what correlates neighbouring taps is left out.
+    The magnitude of H is divided out, so that inputs may have any magnitude. Dead inputs, which are 0 in all rows, get
+    a diagonal of 1 and zeros elsewhere, so their weights are rounded to nearest. A convolution's inputs are known per
+    channel: each tap gets the same block, and correlations between taps are left out.
     """
     gram = gram.astype(jnp.float32)
     diagonal = jnp.diagonal(gram)
@@ -73,15 +73,15 @@ def normal(gram: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
 
 
 def damped(h: jax.Array, damping: Any) -> jax.Array:
-    """``H + damping * I``: in units of the mean diagonal, which is 1."""
+    """``H + damping * I``, with damping in units of the mean diagonal, which is 1."""
     return h + damping * jnp.eye(h.shape[0], dtype=h.dtype)
 
 
 def lower_factor(h: jax.Array, damping: float) -> jax.Array:
     """The lower triangular L with ``L^T L = H + damping I``; the damping grows tenfold until H can be factored.
 
-    It is the Cholesky factor of H with rows and columns in reverse order, reversed and transposed. After 8 attempts (a
-    damping of 1e5 where the first was 0.01) L is NaN, which only NaN in H can bring about.
+    L is the Cholesky factor of H with rows and columns in reverse order, reversed and transposed. After 8 attempts
+    (from a damping of 0.01, this reaches 1e5) L is NaN; only NaN in H causes this.
     """
     reverse, eye = h[::-1, ::-1], jnp.eye(h.shape[0], dtype=h.dtype)
 

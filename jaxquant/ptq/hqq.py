@@ -32,16 +32,16 @@ def hqq(
     p: float = 0.7,
     iterations: int = 20,
 ) -> QTensor:
-    """The scale, or the float zero point, for which the weights' errors are small or rare.
+    """Finds the scale, or the float zero point, that minimises the weights' errors by a norm that discounts outliers.
 
-    Minimises ``sum |W - Q|^p`` with p < 1, which forgives outliers, by splitting: with E the part of the error that is
-    forgiven,
+    Minimises ``sum |W - Q|^p`` with p < 1 by half-quadratic splitting: with E the part of the error that is attributed
+    to outliers,
 
         Q = (q - z) s        E = shrink(W - Q)        s = <W - E, q - z> / <q - z, q - z>
 
     where ``shrink(x) = sign(x) max(|x| - |x|^(p - 1) / beta, 0)`` and beta = 10. With a float zero point the scale
-    stays that of the range, and the third step is ``z = mean(q - (W - E) / s)``. It stops where the mean absolute error
-    of all groups no longer falls.
+    stays that of the range, and the third step is ``z = mean(q - (W - E) / s)``. The iteration stops when the mean
+    absolute error of all groups no longer falls.
 
     Args:
       w: float weight.
@@ -49,16 +49,16 @@ def hqq(
       reduce_axes: the contracted axes.
       stats: ignored.
       zero: ``"integer"``: zero points, if the spec has any, are those of the range, and the scale is solved for; a
-        group whose error that would raise keeps its scale. ``"float"``: zero points are float32 and solved for, as in
-        the reference, and ranges need not contain 0.
+        group keeps its scale if the new one would raise its error. ``"float"``: zero points are float32 and solved for,
+        as in the reference, and ranges need not contain 0.
       p: the exponent, in (0, 1].
-      iterations: at most so many.
+      iterations: the most iterations.
 
     Returns:
       `QTensor` of w's shape.
 
     Raises:
-      QuantError: as `quantize`; for one scale per tensor and for nvfp4, whose scales are not on their own.
+      QuantError: as `quantize`; for one scale per tensor and for nvfp4, whose scales depend on each other.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxquant as jq
@@ -71,7 +71,8 @@ def hqq(
       True
 
     Source: Badri & Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models". With ``zero="float"``
-    the codes are those of the package hqq; solving for the scale, for types without float zero points, is ours.
+    the codes equal those of the package hqq; solving for the scale, for types without float zero points, is an
+    addition.
     """
     del stats
     if zero not in ("integer", "float"):
@@ -90,12 +91,12 @@ def hqq(
 
 def _shrink(x: jax.Array, p: float) -> jax.Array:
     magnitude = jnp.abs(x)
-    # 0 to a negative power is infinite, and all of it is subtracted.
+    # 0 to a negative power is infinite, so the maximum below gives 0.
     return jnp.sign(x) * jnp.maximum(magnitude - magnitude ** (p - 1) / _BETA, 0)
 
 
 def _until_it_stops_falling(step: Any, start: jax.Array, iterations: int) -> jax.Array:
-    """``x, error = step(x)`` while the error falls: the last x, be it of the step that failed."""
+    """Repeats ``x, error = step(x)`` while the error falls; returns the last x, even if its error did not fall."""
 
     def body(state: Any) -> Any:
         i, x, best, _ = state

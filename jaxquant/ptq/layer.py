@@ -1,8 +1,8 @@
-"""A weight as the quantizers that use data work on it: a matrix [contracted, rows], in groups, on a grid.
+"""The form of a weight for quantizers that use data: a matrix [contracted, rows], in groups, on a grid.
 
-Every weight becomes ``[batch, contracted, rows]``, whatever its rank and axes; a column of it is one output. The scales
-become ``[batch, groups, rows]``. Batch axes are those that the weight shares with its input, such as experts, each of
-which has its own statistics.
+A weight of any rank and axes becomes ``[batch, contracted, rows]``; a column of a matrix is one output. The scales
+become ``[batch, groups, rows]``. Batch axes are the axes that the weight shares with its input, such as experts, each
+with its own statistics.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Layer:
       shape: the weight's shape.
       axes: its reduced axes, sorted, counted from the end.
       spec: how it is quantized.
-      batch: independent matrices, each with statistics of its own.
+      batch: the number of independent matrices, each with its own statistics.
     """
 
     shape: tuple[int, ...]
@@ -72,7 +72,7 @@ class Layer:
         return layer
 
     def is_leading(self) -> bool:
-        """Whether the batch is leading axes of the weight; else it is groups of its outputs, as in a convolution."""
+        """Whether the batch consists of leading axes of the weight, rather than groups of outputs (convolutions)."""
         return math.prod(self.shape[i] for i in self._batch_axes()) == self.batch
 
     def _rows(self) -> int:
@@ -104,7 +104,7 @@ class Layer:
 
     @property
     def shared(self) -> bool:
-        """Whether there is one scale for the whole array, or a factor of all scales, so that none is on its own."""
+        """Whether scales depend on each other: one scale for the whole array, or a factor common to all scales."""
         return self.spec.granularity == "per_tensor" or self.spec.type.scale_format == "e4m3"
 
     def _apart(self, x: jax.Array, shape: tuple[int, ...], length: int) -> jax.Array:
@@ -145,13 +145,13 @@ class Layer:
         return self._together(scale, self._scale_shape())
 
     def values(self, q: QTensor) -> tuple[jax.Array, Steps]:
-        """Grid values and steps of a weight that is quantized."""
+        """Grid values and steps of a quantized weight."""
         scale = self.split_scale(q.scale)
         zero = jnp.zeros_like(scale) if q.zero_point is None else self.split_scale(q.zero_point)
         return self.split(values_of(q.logical_codes(), q.type, jnp.float32)), Steps(scale, zero)
 
     def nearest(self, w: jax.Array) -> QTensor:
-        """The weight rounded to nearest, with the range that its spec gives."""
+        """The weight rounded to nearest, with the range of its spec."""
         return quantize(w, self.spec, reduce_axes=self.axes)
 
     def qtensor(
@@ -163,7 +163,7 @@ class Layer:
           values: [batch, contracted, rows], in the order of the permutation if there is one.
           steps: [batch, groups, rows].
           dtype: the weight's.
-          scale: what holds the scales where they are quantized themselves.
+          scale: the quantized form of the scales, if they are quantized themselves.
           permutation: [batch, contracted], of a weight with a single reduced axis, or None.
         """
         spec, ndim = self.spec, len(self.shape)
@@ -180,7 +180,7 @@ class Layer:
         return from_codes(codes, scale, zero_point, qtype=spec.qtype, dtype=dtype, minor=minor, permutation=permutation)
 
     def map(self, fn: Callable[..., Any], *args: Any) -> Any:
-        """``fn`` of each matrix, one after the other: the working memory is that of one."""
+        """Applies ``fn`` to one matrix after the other, so that working memory holds one matrix."""
         if self.batch == 1:
             return jax.tree.map(lambda x: x[None], fn(*(jax.tree.map(lambda x: x[0], a) for a in args)))
         return jax.lax.map(lambda a: fn(*a), args)
@@ -189,14 +189,14 @@ class Layer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Scales, and zero points in units of them (0 where there are none), in float32 and of one shape."""
+    """Scales, and zero points in units of the scales (0 if symmetric), float32 arrays of one shape."""
 
     scale: jax.Array
     zero: jax.Array
 
     @classmethod
     def of_range(cls, lo: jax.Array, hi: jax.Array, spec: QuantSpec) -> Steps:
-        """The steps that cover ranges, rounded to what the spec stores."""
+        """The steps that cover ranges, rounded to the spec's storage types."""
         scale, zero_point = affine(lo, hi, spec)
         scale = scale_values(scale)
         return cls(scale, jnp.zeros_like(scale) if zero_point is None else zero_point.astype(scale.dtype))
@@ -206,7 +206,7 @@ class Steps:
         return nearest(x, self.scale, None if spec.symmetric else self.zero, spec)
 
     def real(self, values: jax.Array) -> jax.Array:
-        """What grid values stand for."""
+        """The real values of grid values."""
         return (values - self.zero) * self.scale
 
     def __getitem__(self, index: Any) -> Steps:

@@ -24,15 +24,15 @@ _DATA_FREE = (rtn, hqq)
 
 
 def quantizer(function: str, method: str | Callable[..., QTensor]) -> Callable[..., QTensor]:
-    """The quantizer of this name; a function is returned as it is.
+    """The quantizer of this name; a function is returned unchanged.
 
     Args:
-      function: who asks, for errors.
+      function: the public function that errors name.
       method: ``"rtn"``, ``"clipped"``, ``"gptq"``, ``"hqq"``, ``"autoround"``, ``"descend"``, ``"double_quantized"``,
         or a quantizer.
 
     Raises:
-      QuantError: if there is none of this name, or it is no function.
+      QuantError: if the name is unknown, or ``method`` is neither a name nor a function.
     """
     if isinstance(method, str):
         if method in _QUANTIZERS:
@@ -49,7 +49,7 @@ def quantizer(function: str, method: str | Callable[..., QTensor]) -> Callable[.
 
 
 def looks_at_inputs(method: Callable[..., QTensor]) -> bool | None:
-    """Whether a quantizer needs the Gram matrix of a weight's inputs; None of one that is not ours: it may."""
+    """Whether a quantizer needs the Gram matrix of a weight's inputs; None for a user's function, which may need it."""
     given: dict[str, Any] = {}
     while isinstance(method, functools.partial):
         given = {**method.keywords, **given}

@@ -14,10 +14,10 @@ __all__ = ["rtn"]
 
 
 def rtn(w: jax.Array, spec: QuantSpec, *, reduce_axes: tuple[int, ...], stats: Any = None) -> QTensor:
-    """Each weight to the nearest code: ``quantize(w, spec, reduce_axes=reduce_axes)``.
+    """Rounds each weight to the nearest code: ``quantize(w, spec, reduce_axes=reduce_axes)``.
 
-    The range is the spec's: absmax by default, the clip of least squared error with ``calibration=observers.MSE()``,
-    which is what to use at 3 and 2 bits.
+    The range is the spec's: absmax by default; the clip of least squared error with ``calibration=observers.MSE()``,
+    which is recommended at 3 and 2 bits.
 
     Args:
       w: float weight.

@@ -1,7 +1,7 @@
-"""How much to scale the input channels of weights before they are quantized: SmoothQuant's rule and AWQ's search.
+"""Scales for the input channels of weights before they are quantized: SmoothQuant's rule and AWQ's search.
 
 Both give positive scales s for ``x @ w = (x / s) @ (s * w)``, one per input channel, for one weight or for several that
-share an input. Where the scales go is not decided here: `jaxquant.invariances.rescale` fuses them into neighbours,
+share an input. `jaxquant.invariances.rescale` fuses the scales into neighbouring layers, and
 `jaxquant.invariances.precondition` applies them online. `awq_clip` is the other half of AWQ, a clip of the weights.
 """
 
@@ -28,8 +28,8 @@ def smooth_scale(absmax: jax.Array, weights: Sequence[jax.Array], *, alpha: floa
 
     Args:
       absmax: of each channel of the input, [channels].
-      weights: those that share the input, each [channels, outputs].
-      alpha: 1 moves all of the activations' range into the weights, 0 the weights' into the activations.
+      weights: the weights that share the input, each [channels, outputs].
+      alpha: 1 moves the whole range of activations into the weights, 0 that of the weights into the activations.
 
     Returns:
       Scales [channels], at least 1e-5. A channel in which input or weights are all zero gets 1.
@@ -61,28 +61,28 @@ def awq_scale(
     """The scales of least output error among ``s = mean|x| ** r / mean|w| ** (1 - r)`` and ``mean|x| ** r``.
 
     For each r of 0, 1 / ratios, ..: quantize ``s * w``, and take the s with the least
-    ``sum |x (w - Q(s w) / s)|^2 = tr(e^T H e)``, H being the Gram matrix of the inputs. r = 0 of the second family is
-    no scaling at all, so the result is never worse than that.
+    ``sum |x (w - Q(s w) / s)|^2 = tr(e^T H e)``, H being the Gram matrix of the inputs. r = 0 of the second family
+    means no scaling, so the result is never worse than no scaling.
 
     Args:
-      weights: those that share the input, each [channels, outputs].
+      weights: the weights that share the input, each [channels, outputs].
       specs: how each is quantized.
       stats: of the input: ``"gram"`` and ``"mean"`` as `calibrate` collects them with ``Gram`` and ``ChannelMean``.
       method: the quantizer to search for.
-      ratios: how many r.
+      ratios: the number of values of r.
       families: ``"duo"`` is the first of the two, ``"activations"`` the second.
-      module: outputs of the weights (of all of them, as a list) on some inputs, if the error is to be theirs: the mean
-        square of what changes. Only ``"mean"`` of the statistics is needed then.
+      module: a function from the list of weights to outputs on some inputs; the error is then the mean square change of
+        these outputs, and of the statistics only ``"mean"`` is needed. None: the error above.
 
     Returns:
-      Scales [channels], their geometric mean of least and largest 1.
+      Scales [channels]; the geometric mean of the least and the largest is 1.
 
     Raises:
-      QuantError: if no family is given, or one that is unknown.
+      QuantError: if no family is given, or an unknown one.
 
-    Source: Lin et al. 2023 (arXiv:2306.00978), equation 5, and AutoAWQ 0.2.9, whose scales this gives with
-      ``families=("duo",)`` and its ``module``. The defaults differ: both families are tried, by the error of the
-      weights' own outputs over all calibration inputs, where AutoAWQ runs a whole module on some.
+    Source: Lin et al. 2023 (arXiv:2306.00978), equation 5, and AutoAWQ 0.2.9, whose scales this reproduces with
+      ``families=("duo",)`` and its ``module``. By default this tries both families and measures the error of the
+      weights' own outputs over all calibration inputs; AutoAWQ runs a whole module on some inputs.
     """
     if not families or not set(families) <= {"duo", "activations"}:
         todo = "Use 'duo', 'activations' or both"
@@ -122,15 +122,15 @@ def awq_scale(
 def awq_clip(w: jax.Array, spec: QuantSpec, stats: Any, *, steps: int = 20, least: float = 0.5) -> jax.Array:
     """The magnitude to which AWQ clips each group of weights: ``|w| (1 - i / steps)`` of least error in its outputs.
 
-    Searched among ``i < (1 - least) steps``, by ``e^T H e`` with a group's own part of the Gram matrix. This is the
-    reference's search; `clipped` tries more clips, each end on its own, and fits the scale, so that it loses less.
+    It tries ``i < (1 - least) steps`` and measures ``e^T H e`` with a group's own part of the Gram matrix, as the
+    reference does. `clipped` tries more clips, each end separately, and fits the scale, so its error is lower.
 
     Args:
       w: [channels, outputs].
       spec: how it is quantized, after the clip.
       stats: of its inputs: ``"gram"`` as `calibrate` collects it with ``Gram``.
-      steps: how fine the search is.
-      least: how far down it goes.
+      steps: the number of steps from ``|w|`` to 0.
+      least: the lowest ratio of the clip to ``|w|``.
 
     Returns:
       [groups, outputs]; quantize ``jnp.clip(w, -c, c)`` with c repeated along each group.

@@ -1,9 +1,9 @@
-"""Quantization-aware training: learned steps, schedules, losses, and which leaves an optimizer may see.
+"""Quantization-aware training: learned steps, schedules, losses, and the leaves that an optimizer trains.
 
 leaves      which leaves train: trainable, split, merge, check_trainable, refuse_quantized, freeze_quantized
 steps       learned_steps: LSQ, LSQ+ and PACT; labels for Optax; clamp_steps
 schedules   scheduled: float first, fewer bits later; with_bits; to_nearest: after stochastic rounding
-ranges      observed and update_ranges: moving averages of activations in a compiled step, frozen when asked
+ranges      observed and update_ranges: moving averages of activation ranges in a compiled step, which can be frozen
 losses      distillation_loss: towards the float model
 batch_norm  fold_batch_norms: into the convolutions before them
 """

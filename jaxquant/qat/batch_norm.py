@@ -16,13 +16,13 @@ __all__ = ["fold_batch_norms"]
 
 
 def fold_batch_norms(variables: Any, pairs: Mapping[str, str], *, epsilon: float = 1e-5) -> Any:
-    """Moves the scales of frozen batch norms into the kernels before them; what is left of each is an added bias.
+    """Moves the scales of frozen batch norms into the kernels before them, so that each norm only adds a bias.
 
         norm(x k + b) = x (k s) + (b - mean) s + bias          s = scale / sqrt(variance + epsilon)
 
-    So the quantized kernel is the one that inference has, with one step per output channel that includes the norm. The
-    tree keeps its structure and the model its code: the norm has mean 0, variance 1 and the scale that makes it add its
-    bias and nothing else. Run it with ``use_running_average=True`` from here on: its statistics are frozen.
+    So training quantizes the kernel of inference, with one step per output channel that includes the norm. The tree
+    keeps its structure and the model its code: the norm gets mean 0, variance 1 and the scale with which it only adds
+    its bias. From then on run it with ``use_running_average=True``, since its statistics are frozen.
 
     Args:
       variables: of a Flax model, ``{"params": .., "batch_stats": ..}``; float.
@@ -31,10 +31,10 @@ def fold_batch_norms(variables: Any, pairs: Mapping[str, str], *, epsilon: float
       epsilon: of the norms (the default is Flax's).
 
     Returns:
-      New variables, with which the model computes the same up to rounding.
+      New variables, with which the model's outputs are unchanged up to rounding.
 
     Raises:
-      QuantError: if a path is of no such layer, features differ, or a norm has no parameters.
+      QuantError: if a path names no such layer, numbers of features differ, or a norm has no parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn

@@ -1,9 +1,9 @@
-"""Training next to quantized parameters: which leaves an optimizer may see.
+"""Training next to quantized parameters: tells trainable leaves from frozen ones.
 
-A model in quantization-aware training has float parameters only, and any Optax transformation drives it. Once leaves
-are `QTensor`s they are no longer parameters: codes are integers (or fp8 numbers), and an optimizer that is given them
-makes moments for them without a word. The functions here say which leaves train, refuse the others, or leave them
-alone. They take any Optax transformation and need no Optax themselves.
+A model in quantization-aware training has float parameters only, and any Optax transformation trains it. The codes of
+`QTensor`s are integers (or fp8 numbers) and cannot be trained, but an optimizer makes moments for them without an
+error. The functions here say which leaves train, refuse the others, or keep them fixed. They take any Optax
+transformation and do not import Optax.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ __all__ = ["check_trainable", "freeze_quantized", "merge", "refuse_quantized", "
 
 
 def _frozen(x: Any) -> bool:
-    """Whether a leaf (a QTensor counts as one) is none that gradients can train."""
+    """Whether gradients cannot train a leaf; a QTensor counts as one leaf."""
     return is_qtensor(x) or not jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
 def _nothing(x: Any) -> jax.Array:
-    """What can be added to an array without a change: zeros, or in a type without a zero, its least number."""
+    """An array that changes nothing when added: zeros, or the least number of a type without a zero."""
     if x.dtype == jnp.float8_e8m0fnu:
         return jax.lax.bitcast_convert_type(jnp.zeros(x.shape, jnp.uint8), x.dtype)
     return jnp.zeros_like(x)
 
 
 def trainable(params: Any) -> Any:
-    """A mask for `optax.masked` and its kind: True for float leaves, False for the rest.
+    """A mask for `optax.masked` and similar functions: True for float leaves, False for the rest.
 
     Args:
       params: pytree of arrays and QTensors.
@@ -53,15 +53,15 @@ def trainable(params: Any) -> Any:
 
 
 def split(params: Any) -> tuple[Any, Any]:
-    """The leaves that train and those that do not, each in the structure of ``params`` with None for the others.
+    """Splits parameters into trained and frozen leaves, each in the structure of ``params`` with None for the others.
 
-    Gradients are taken with respect to the former: they are float arrays, and any optimizer takes them.
+    The trained leaves are float arrays: take gradients with respect to them and give them to any optimizer.
 
     Args:
       params: pytree of arrays and QTensors.
 
     Returns:
-      ``(trained, frozen)``, which `merge` puts together again.
+      ``(trained, frozen)``; `merge` is the inverse.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxquant as jq
@@ -80,11 +80,11 @@ def split(params: Any) -> tuple[Any, Any]:
 
 
 def merge(trained: Any, frozen: Any) -> Any:
-    """The parameters of which `split` made these two.
+    """Merges the two trees of `split` into parameters.
 
     Args:
-      trained: leaves that train, and None.
-      frozen: the others, and None.
+      trained: trained leaves, with None for the others.
+      frozen: frozen leaves, with None for the others.
 
     Returns:
       A pytree in the structure of both.
@@ -130,14 +130,14 @@ def check_trainable(params: Any) -> None:
 
 
 def refuse_quantized(tx: Any) -> Any:
-    """The same optimizer, except that it raises on parameters it cannot train, and on gradients that are none.
+    """An optimizer that raises on parameters that it cannot train, and on gradients of integers.
 
     Args:
       tx: an Optax transformation.
 
     Returns:
-      An Optax transformation whose ``init`` calls `check_trainable` first, and whose ``update`` looks for the float0
-      zeros that ``jax.grad(..., allow_int=True)`` gives for integers. Its state is that of ``tx``.
+      An Optax transformation whose ``init`` calls `check_trainable` first, and whose ``update`` refuses the float0
+      zeros that ``jax.grad(..., allow_int=True)`` returns for integers. Its state is that of ``tx``.
 
     Raises:
       QuantError: from ``init`` and ``update``.
@@ -173,16 +173,16 @@ def refuse_quantized(tx: Any) -> Any:
 
 
 def freeze_quantized(tx: Any) -> Any:
-    """The same optimizer for the float leaves; QTensors and integer leaves stay as they are.
+    """Applies an optimizer to the float leaves; QTensors and integer leaves stay unchanged.
 
-    No state is made for what is frozen. Its gradients are ignored: they may be anything, such as the float0 zeros of
-    ``jax.grad(..., allow_int=True)``. Its updates are zeros, so `optax.apply_updates` leaves it unchanged.
+    Frozen leaves have no state. Their gradients are ignored and may have any form, such as the float0 zeros of
+    ``jax.grad(..., allow_int=True)``. Their updates are zeros, so `optax.apply_updates` leaves them unchanged.
 
     Args:
       tx: an Optax transformation.
 
     Returns:
-      An Optax transformation; on parameters that are all float it is ``tx``.
+      An Optax transformation; it equals ``tx`` if all parameters are float.
 
     Raises:
       QuantError: from ``update``, if the parameters are not passed.

@@ -1,4 +1,4 @@
-"""Losses of training towards a float model."""
+"""Losses that train towards the predictions of a float model."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ __all__ = ["distillation_loss"]
 
 
 def distillation_loss(logits: Any, targets: Any, *, temperature: float = 1.0, counted: Any = None) -> jax.Array:
-    """How far a model's predictions are from the float model's, in nats.
+    """The divergence of a model's predictions from the float model's, in nats.
 
         T^2 mean KL(softmax(targets / T) || softmax(logits / T))
 
-    No labels are needed. The factor keeps gradients of one size at every temperature, so that it can be added to a loss
-    of labels. The float model is a constant: no gradient flows to it.
+    No labels are needed. The factor T^2 keeps the size of gradients independent of the temperature, so that the loss
+    can be added to a loss on labels. The float model is a constant: no gradient flows to it.
 
     Args:
       logits: of the model that trains, [..., classes].
       targets: logits of the float model, of the same shape.
-      temperature: above 0; the larger, the more the order of unlikely classes counts.
+      temperature: above 0; a larger one gives more weight to the order of unlikely classes.
       counted: which predictions count, a boolean array [...]; None: all.
 
     Returns:
-      A float32 scalar, 0 where both agree (NaN if nothing counts).
+      A float32 scalar; 0 if both agree, NaN if no prediction counts.
 
     Raises:
       QuantError: if the shapes differ, the temperature is not above 0, or ``counted`` does not fit.

@@ -1,12 +1,12 @@
-"""Static ranges of activations, followed in training: what a step has seen of them comes out beside its result.
+"""Static ranges of activations, updated in training: each step returns its statistics of activations beside its result.
 
-    ranges = jq.calibrate(fn, plan, params, [first])                      # where they start
+    ranges = jq.calibrate(fn, plan, params, [first])                      # initial ranges
     ...                                                                   # in the step, differentiated in params:
     y, seen = qat.observed(fn, plan, jq.act_state(plan, ranges))(params, x)
-    ranges = qat.update_ranges(plan, ranges, seen, frozen=step >= 1000)   # from there on constant
+    ranges = qat.update_ranges(plan, ranges, seen, frozen=step >= 1000)   # constant from step 1000 on
 
 With ``calibration=observers.EMA(.99)`` in the activation's spec they are moving averages. There is no hidden state:
-ranges are a pytree like any other, to be carried by the loop, saved and sharded.
+ranges are a plain pytree, which the training loop carries, saves and shards.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ __all__ = ["observed", "update_ranges"]
 
 
 def observed(fn: Callable[..., Any], plan: Plan, state: Mapping[str, Any] | None = None) -> Callable[..., Any]:
-    """`quantized`, with what it has seen of each activation: ``fn'(params, ...) = (result, seen)``.
+    """`quantized`, with the observed range of each activation: ``fn'(params, ...) = (result, seen)``.
 
     Args:
       fn: the function that was planned.
-      plan: from `make_plan`; each activation's ``calibration`` looks at it, before it is quantized.
+      plan: from `make_plan`; each activation's ``calibration`` observes it before it is quantized.
       state: as for `quantized`.
 
     Returns:
-      A function ``(params, *args, **kwargs)`` with the results of ``fn``, and path -> ``{"range": ..}``, what the
-      observers have seen in this call, as `calibrate` returns it. Gradients do not flow through it.
+      A function ``(params, *args, **kwargs)`` that returns the results of ``fn``, and path -> ``{"range": ..}``, the
+      observers' states from this call in the form of `calibrate`. No gradient flows through these states.
 
     Raises:
       QuantError: when called, as `quantized`.
@@ -58,16 +58,16 @@ def observed(fn: Callable[..., Any], plan: Plan, state: Mapping[str, Any] | None
 
 
 def update_ranges(plan: Plan, ranges: Any, seen: Any, *, frozen: Any = False) -> dict[str, Any]:
-    """The ranges after what a step has seen; or as they were, once they are frozen.
+    """The ranges updated by the statistics of a step, or unchanged once they are frozen.
 
     Args:
       plan: the plan that was observed.
       ranges: path -> ``{"range": ..}``, from `calibrate` with ``collect={}`` or of the step before.
       seen: from `observed`.
-      frozen: whether to leave them as they are: a bool, or a traced one such as ``step >= 1000``.
+      frozen: whether to leave them unchanged: a bool, or a traced one such as ``step >= 1000``.
 
     Returns:
-      The new ranges, of the same structure; `jaxquant.act_state` makes a state of them.
+      The new ranges, of the same structure; `jaxquant.act_state` turns them into a state.
 
     Raises:
       QuantError: if either holds other statistics than the plan's ranges.

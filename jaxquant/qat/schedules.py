@@ -1,4 +1,4 @@
-"""When training is quantized, and to what: pure functions of the step, which may be traced."""
+"""Schedules of precision in training: pure functions of the step, which may be traced."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from jaxquant.transform.quantized import quantized
 __all__ = ["Stage", "scheduled", "to_nearest", "with_bits"]
 
 Stage = Plan | tuple[Plan, Any] | None
-"""How a function runs from some step on: in float, by a plan, or by a plan and its state."""
+"""The precision from some step on: float (None), a plan, or a plan and its state."""
 
 
 def _starts(function: str, stages: Any) -> list[int]:
-    """The first steps of the stages, in order; raises if the schedule is none."""
+    """The first steps of the stages, in order; raises if the schedule is invalid."""
     todo = "Write for example {0: None, 1000: plan}"
     if not isinstance(stages, Mapping) or not stages:
         raise quant_error(function, "a schedule is a dict of first steps and stages", todo=todo, stages=stages)
@@ -46,24 +46,24 @@ def _starts(function: str, stages: Any) -> list[int]:
 
 
 def scheduled(fn: Callable[..., Any], stages: Mapping[int, Stage]) -> Callable[..., Any]:
-    """``fn`` in the precision of its step: float at first, eight bits then, two in the end, as the schedule has it.
+    """``fn`` in a precision that depends on the step, such as float first, then eight bits, two at the end.
 
         fn'(step, params, ...) = quantized(fn, *stage)(params, ...)       the last stage that starts at or before step
 
-    Under `jax.jit` all stages are compiled, and one of them runs. The schedule itself has no state: a run that goes on
-    from step n does what it would have done.
+    Under `jax.jit` all stages are compiled, and one of them runs. The schedule has no state, so a run that is resumed
+    at step n continues as if it had not stopped.
 
     Args:
       fn: the function that the plans were made of.
-      stages: first step -> what runs from there on: None for float, a plan, or a plan and its state (learned
-        steps, which train as elsewhere if the dict is made within the differentiated function). The first starts at 0.
+      stages: first step -> stage from that step on: None for float, a plan, or a plan and its state (learned steps,
+        which train if the dict is made within the differentiated function). The first stage starts at 0.
 
     Returns:
       A function ``(step, params, *args, **kwargs)``; ``step`` is an integer, or a traced one.
 
     Raises:
-      QuantError: if the schedule has no stage at 0, a start that is no step, or a stage of another kind; when called,
-        as `quantized`, or if ``step`` is no integer, or is below 0.
+      QuantError: if the schedule has no stage at 0, a start that is not a step, or a stage of another kind; when
+        called, as `quantized`, or if ``step`` is not an integer, or is below 0.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxquant as jq
@@ -98,14 +98,14 @@ def scheduled(fn: Callable[..., Any], stages: Mapping[int, Stage]) -> Callable[.
 
 
 def with_bits(plan: Plan, *, weight: int | None = None, act: int | None = None) -> Plan:
-    """The plan with as many bits for each integer weight or activation: a stage on the way to fewer.
+    """The plan with other integer widths for weights or activations, for example for an earlier stage with more bits.
 
     Args:
       plan: from `make_plan`.
-      weight, act: bits; None: those that are planned.
+      weight, act: bits; None: as planned.
 
     Returns:
-      A new plan. What is no integer stays as it is.
+      A new plan. Number types other than integers stay unchanged.
 
     Raises:
       QuantError: if there is no integer type of so many bits.

@@ -1,4 +1,4 @@
-"""Learned steps: ranges that an optimizer trains, where they start, and what keeps them in order."""
+"""Learned steps: initial values of trained ranges, their labels for an optimizer, and their lower bound."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from jaxquant.transform.statistics import Range, Statistic
 __all__ = ["Method", "clamp_steps", "labels", "learned_steps"]
 
 Method = Literal["lsq", "lsq+", "pact"]
-"""Whose quantizer is learned."""
+"""The paper whose quantizer is learned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +50,13 @@ class _GroupRange(Statistic):
 
 
 def _starts_at_mean(spec: QuantSpec, method: Method) -> bool:
-    """Whether the step starts where LSQ has it: of few bits that is better than the least error, once it is trained."""
+    """Whether the step starts at LSQ's value, which trains to a better result than the least error at few bits."""
     few = spec.type.kind == "int" and spec.type.bits <= 3
     return spec.calibration is None and spec.symmetric and few and method != "pact"
 
 
 def _calibrated(spec: QuantSpec, method: Method) -> QuantSpec:
-    """The same grid, with what finds the range if the spec asks for none in particular."""
+    """The spec, with a default calibration if it names none."""
     if spec.calibration is not None:
         return spec
     info = qtype_of(spec.qtype)
@@ -66,7 +66,7 @@ def _calibrated(spec: QuantSpec, method: Method) -> QuantSpec:
 
 
 def _step(lo: jax.Array, hi: jax.Array, spec: QuantSpec, method: Method) -> tuple[jax.Array, jax.Array | None]:
-    """Scale and zero point of a range; of a mean magnitude LSQ's ``2 mean|x| / sqrt(qmax)``."""
+    """Scale and zero point of a range; for a mean magnitude, LSQ's ``2 mean|x| / sqrt(qmax)``."""
     if not _starts_at_mean(spec, method):
         return scale_zero_point(lo, hi, spec)
     return jnp.where(hi > 0, 2 * hi / math.sqrt(spec.type.qmax), jnp.ones_like(hi)), None
@@ -81,40 +81,42 @@ def learned_steps(
     *,
     mask: Mask = None,
 ) -> dict[str, Any]:
-    """Where trained ranges start: the ``state`` with which `quantized` learns the steps of weights and activations.
+    """Initial values of trained ranges: the ``state`` from which `quantized` learns steps of weights and activations.
+
 
         state = qat.learned_steps(fn, plan, params, batches)
         loss = lambda params, state, x: objective(jq.quantized(fn, plan, state)(params, x))
         jax.grad(loss, argnums=(0, 1))                                     # trains both
         jq.quantize_params(params, plan, state=state)                      # freezes both
-        jq.quantized(fn, plan, state)(qparams, x)                          # what was trained, in integers
+        jq.quantized(fn, plan, state)(qparams, x)                          # the trained model, in integers
 
-    A range starts where the spec's own ``calibration`` has it: over each block of a weight, over all inputs of an
-    activation. Without one a symmetric range of up to three bits starts where LSQ has it, ``2 mean|x| / sqrt(qmax)``
-    (not PACT's), and all others at the least squared error. LSQ's start is the better one after training in three of
-    four cases that were measured.
+    A range starts at the result of the spec's own ``calibration``: over each block of a weight, over all inputs of an
+    activation. Without one, a symmetric range of up to three bits starts at LSQ's ``2 mean|x| / sqrt(qmax)`` (except
+    for PACT), and all others at the least squared error. LSQ's start was better after training in three of four
+    measured cases.
 
     Args:
       fn: the function that was planned.
-      plan: from `make_plan`. What it quantizes is learned: one step per tensor, channel or group of a weight, as its
-        spec says; one for an activation, for all tokens, or one for each group of channels. An activation may be
+      plan: from `make_plan`. Every quantized operand gets learned steps: one per tensor, channel or group of a weight,
+        as its spec says; one for an activation, for all tokens, or one for each group of channels. An activation may be
         static or not; with ``static=True`` running without the state is an error.
       params: its float parameters.
       batches: for each batch the tuple of fn's further arguments (a single array stands for a tuple of one), from which
-        activations are calibrated. Not looked at where only weights are quantized.
-      method: ``"lsq"``: the step; ``"lsq+"``: and the offset, where a spec is asymmetric; ``"pact"``: the largest
+        activations are calibrated. Ignored if only weights are quantized.
+      method: ``"lsq"``: the step; ``"lsq+"``: the step, and the offset of asymmetric specs; ``"pact"``: the largest
         magnitude, whose gradient is that of clipping alone.
       mask: which rows of the batches count, as for `calibrate`.
 
     Returns:
-      path -> ``{"weight": range, "act": range}``, each there if it is quantized. A range is a dict of float32 arrays:
+      path -> ``{"weight": range, "act": range}``, with an entry for each quantized operand. A range is a dict of
+      float32 arrays:
       ``scale``; ``scale`` and ``offset`` (of LSQ+, in real units); ``clip`` (of PACT); or for LSQ of an asymmetric spec
       ``scale`` and a constant ``zero_point``. Leading axes are those of stacked layers.
 
     Raises:
-      QuantError: naming each path, if a number type has scales of its own form, a spec is asymmetric under PACT, rounds
-        stochastically or treats outliers apart, parameters are quantized already or do not fit the plan, there are no
-        batches, or nothing reaches a weight.
+      QuantError: naming each path, if a number type prescribes the form of its scales, a spec is asymmetric under PACT,
+        rounds stochastically or separates outliers, parameters are quantized already or do not fit the plan, there are
+        no batches, or no batch reaches a weight.
 
     Gradient: with respect to the ranges, through `quantized`: that of the papers, with LSQ's ``1 / sqrt(n qmax)``, n
       the number of weights that share the step, or of features of one row of an activation. `jaxquant.core.learned` has
@@ -235,7 +237,7 @@ def _act_range(seen: Any, spec: QuantSpec, method: Method) -> Any:
 
 
 def _entry(found: tuple[jax.Array, Any], spec: QuantSpec, method: Method) -> dict[str, jax.Array]:
-    """A range as what is learned of it."""
+    """The learned arrays of a range."""
     scale = found[0].astype(jnp.float32)
     if method == "pact":
         return {"clip": scale * spec.type.qmax}
@@ -251,16 +253,16 @@ def _is_step(keys: Any) -> bool:
 
 
 def clamp_steps(state: Any, least: float = 1e-6) -> Any:
-    """The state with every scale and clip at ``least`` or above; to be called after each update of it.
+    """The state with every scale and clip raised to ``least`` at least; call it after each update of the state.
 
-    A step at or below 0 has no meaning, and an optimizer that takes long steps may get there.
+    A step at or below 0 has no meaning, but an optimizer that takes long steps may produce one.
 
     Args:
       state: from `learned_steps`, or gradient-trained ranges of `act_state`.
       least: the smallest step, in real units; above 0.
 
     Returns:
-      A new state; under `jax.jit` as well.
+      A new state; works under `jax.jit` too.
 
     Raises:
       QuantError: if ``least`` is not above 0.
@@ -279,15 +281,15 @@ def clamp_steps(state: Any, least: float = 1e-6) -> Any:
 
 
 def labels(params: Any, state: Any = None) -> Any:
-    """Labels for `optax.multi_transform`: what has a learning rate of its own, and what does not train.
+    """Labels for `optax.multi_transform`: weights, steps with their own learning rate, and frozen leaves.
 
     Args:
       params: pytree of arrays and QTensors.
-      state: learned steps; None: there are none.
+      state: learned steps, or None.
 
     Returns:
       ``"weights"`` for float leaves and ``"frozen"`` for integer leaves and QTensors, in the structure of ``params``.
-      With a state the pair of that and of its labels, for an optimizer of ``(params, state)``: ``"steps"``, and
+      With a state, a pair of these labels and the state's, for an optimizer of ``(params, state)``: ``"steps"``, and
       ``"frozen"`` for constant zero points.
 
     Example:

@@ -1,5 +1,5 @@
-"""Kernels: each says which problems it takes, on which platforms, and runs. `jaxquant.ops.select` has them in order.
+"""Kernels: each says which problems it takes and on which platforms, and runs them. `jaxquant.ops.select` orders them.
 
-The modules here are portable. `cpu`, `tpu` and `gpu` have what is there for one compiler, and nothing of them is
-lowered for another platform.
+The modules here are portable. `cpu`, `tpu` and `gpu` hold kernels for one compiler each, which are lowered for their
+own platform only.
 """

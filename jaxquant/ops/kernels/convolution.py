@@ -42,12 +42,12 @@ class Int8Convolution(Kernel):
 
 
 def is_whole(form: Form | Matrix) -> TypeGuard[Matrix]:
-    """Whether an operand is integers with one scale per row."""
+    """Whether an operand consists of integers with one scale per row."""
     return isinstance(form, Matrix | Packed) and form.integer and form.groups == 1
 
 
 def fits_int32(x: Form | Matrix, kernel: Matrix, window: Window) -> bool:
-    """Whether sums fit an int32, or can be cut along the input features, where these are in one group."""
+    """Whether sums fit an int32, or can be split along the input features (with one feature group)."""
     if window.batch_groups > 1:
         return False
     longest = overflow_limit(x.reach if isinstance(x, Matrix) else 127, kernel.reach)
@@ -55,7 +55,7 @@ def fits_int32(x: Form | Matrix, kernel: Matrix, window: Window) -> bool:
 
 
 def codes_in(x: Matrix, shape: tuple[int, ...], spec: tuple[int, ...]) -> jax.Array:
-    """Codes of images or of a kernel, in the order of axes of the operand itself; there may be more images."""
+    """Codes of images or of a kernel in the operand's own order of axes; digits may have added images."""
     order = (spec[0], *(i for i in range(len(shape)) if i != spec[0]))
     codes = x.codes.reshape(-1, *(shape[i] for i in order[1:]))
     return jnp.transpose(codes, [order.index(i) for i in range(len(shape))])
@@ -77,9 +77,9 @@ def int8_convolution(
 
 
 def convolved_codes(g: Geometry, x: jax.Array, kernel: jax.Array, lhs: Matrix, rhs: Matrix) -> jax.Array:
-    """The same of codes in the geometry's order of axes, with the scales and zero points of two matrices.
+    """The convolution of codes in the geometry's order of axes, with the scales and zero points of two matrices.
 
-    Padding contributes real 0, that is nothing, to each of the four sums of (q_l - z_l)(q_r - z_r).
+    Padding stands for real 0, so it adds 0 to each of the four sums of (q_l - z_l)(q_r - z_r).
     """
     images, features = g.out_spec[:2]
     of_image, of_feature = ([-1 if i == axis else 1 for i in range(len(g.out_spec))] for axis in (images, features))
@@ -88,7 +88,7 @@ def convolved_codes(g: Geometry, x: jax.Array, kernel: jax.Array, lhs: Matrix, r
     conv = functools.partial(g.conv, result=jnp.int32)
 
     def all_features(sums: jax.Array) -> jax.Array:
-        """One output channel per feature group to one per output feature."""
+        """Repeats sums with one output channel per feature group for each output feature."""
         return jnp.repeat(sums, kernel.shape[g.rhs_spec[0]] // g.feature_groups, axis=features)
 
     def exact(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -1,16 +1,16 @@
-"""Products on TPUs and GPUs with a weight that has one code per element: the float program's dot, of decoded codes.
+"""Products on TPUs and GPUs with a weight of one code per element: the float program's dot, with codes decoded in it.
 
     y = sum_{b, k}  x[.., b, k]  ((c[b, k, n] - z[g(b, k), n]) s[g(b, k), n])
 
-Decoding is elementwise, so that XLA fuses it into the product's operand and writes no float weight to memory. For that
-nothing may stand between decoding and the product. An axis with groups is stored as two, blocks of rows and the rows of
-a block (`QTensor.laid_out`); the activation's axis is cut alike, and the product sums over both. A reshape of the
-codes, or of scales that are repeated, would be written to memory first. Where a block holds several groups, its scales
-are selected by row. Scales are applied in float32, since the vector units of many TPUs have no bfloat16, and values are
-rounded to the activation's dtype as by `jaxquant.ops.floats`.
+Decoding is elementwise, so XLA fuses it into the product's operand and writes no float weight to memory, provided that
+the decoded values go straight into the product. A reshape of the codes, or of repeated scales, would be written to
+memory first. So an axis with groups is stored as two, blocks of rows and the rows of a block (`QTensor.laid_out`); the
+activation's axis is split in the same way, and the product sums over both. Where a block holds several groups, its
+scales are selected by row. Scales are applied in float32, since the vector units of many TPUs have no bfloat16, and
+values are rounded to the activation's dtype as in `dequantized`.
 
-Where values are exact in that dtype but for one scale per channel, codes are multiplied, and the scale is applied to
-the sums. With few rows so is that of each group: one dot for each, all in one batched dot, whose results are few.
+Where codes are exact in that dtype and each channel has one scale, codes are multiplied and the scale is applied to the
+sums. With few rows, group scales are applied to sums too: one dot per group, all in one batched dot with few results.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Decoded(Kernel):
 
     @property
     def name(self) -> str:
-        """The dtype of the values, and that they are decoded in the product."""
+        """The dtype of the values, with a note that they are decoded in the product."""
         return f"{jnp.dtype(self.dtype).name}, decoded"
 
     @classmethod
@@ -66,7 +66,7 @@ class Decoded(Kernel):
 
 @dataclasses.dataclass(frozen=True)
 class BatchedDecoded(Decoded):
-    """The same as one dot for each group, all in one batched dot, scaled and summed afterwards: for few rows."""
+    """One dot for each group, all in one batched dot, scaled and summed afterwards: for few rows."""
 
     platforms = ("cuda", "other")
 
@@ -77,7 +77,7 @@ class BatchedDecoded(Decoded):
 
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:
-        """As for `Kernel`: where values are exact in a narrow dtype, and the results of all groups few."""
+        """As for `Kernel`: if values are exact in a narrow dtype and the results of all groups are few."""
         if Decoded.takes(problem) is None:
             return None
         w, axes = problem.w, problem.w_axes
@@ -89,12 +89,12 @@ class BatchedDecoded(Decoded):
 
     @staticmethod
     def dot(dot: Dot) -> jax.Array:
-        """How the dots are computed."""
+        """Computes the dots of all groups."""
         return dot.batched()
 
     @classmethod
     def is_faster(cls, problem: Product, group: int) -> bool:
-        """Whether it pays for groups of so many: the results are no larger than the weight."""
+        """Whether this kernel is faster for groups of ``group`` elements: its results are no larger than the weight."""
         return problem.w.type.kind == "int" and problem.rows <= group // 4
 
     def run(self, problem: Product) -> jax.Array:
@@ -108,7 +108,7 @@ def _value_dtype(problem: Product) -> Any:
 
 
 class _Numbers(NamedTuple):
-    """Axes of a dot, of the left operand and of the right one."""
+    """Axes of a dot: contracted and batch axes of the left and of the right operand."""
 
     contract: tuple[tuple[int, ...], tuple[int, ...]]
     batch: tuple[tuple[int, ...], tuple[int, ...]]
@@ -120,7 +120,7 @@ class _Numbers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Dot:
-    """A product, the weight on the right, with the weight's axis of groups cut in two on both sides.
+    """A product with the weight on the right, and the axis of groups split into two on both sides.
 
     Attributes:
       x: the activation's values or codes.
@@ -152,11 +152,11 @@ class Dot:
         return self.w.shape[self.w.split] // self.w.scale.shape[self.w.split]
 
     def batched(self) -> jax.Array:
-        """[batch, rows of x, rows of the weight], before the scales of x, by a dot for each group."""
+        """[batch, rows of x, rows of the weight] without the scales of x, by one dot per group."""
         return self._batched_dot().astype(self.wide if self.rows is not None else self.multiplied)
 
     def one_dot(self) -> jax.Array:
-        """The same, by one dot."""
+        """[batch, rows of x, rows of the weight] without the scales of x, by one dot."""
         x, values, columns = self._values()
         result = self.multiplied if columns is None and self.rows is None else self.wide
         out = dot(
@@ -167,9 +167,9 @@ class Dot:
         return out * _over_result(columns, self.numbers, 1, out.ndim)
 
     def _values(self) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """The activation, the weight's values, and scales that are left for the sums, or None.
+        """The activation, the weight's values, and the scales to apply to the sums, or None.
 
-        Scales that are the same for all rows of the weight are factors of the activation.
+        Scales that all rows of the weight share are multiplied into the activation.
         """
         w, scale, zero_point = self.w, scale_values(self.w.scale).astype(self.wide), self.w.zero_point
         whole = zero_point is None or jnp.issubdtype(zero_point.dtype, jnp.integer)
@@ -190,19 +190,19 @@ class Dot:
         return self.x, values.astype(self.multiplied), None
 
     def _same_for_all_rows(self, scale: jax.Array) -> bool:
-        """Whether the scales can be factors of the activation; float16 may be too narrow for that."""
+        """Whether the scales can be multiplied into the activation: float16 may be too narrow."""
         floats = self.rows is None and self.multiplied != jnp.float16 and self.w.type.kind in ("int", "float")
         return floats and all(scale.shape[i] == 1 for i in self.numbers.free(1, scale.ndim))
 
     def _over_activation(self, scale: jax.Array) -> jax.Array:
-        """Scales of the weight, the same for all its rows, against the activation."""
+        """Reshapes scales that all rows of the weight share, to multiply the activation."""
         mine, its = (b + c for b, c in zip(self.numbers.batch, self.numbers.contract, strict=True))
         sizes = dict(zip(mine, (scale.shape[i] for i in its), strict=True))
         scale = jnp.transpose(scale, (*(its[mine.index(i)] for i in sorted(mine)), *self.numbers.free(1, scale.ndim)))
         return scale.reshape([sizes.get(i, 1) for i in range(self.x.ndim)])
 
     def _by_row(self, value: jax.Array) -> jax.Array:
-        """A value per group, against blocks of rows."""
+        """Expands a value per group to multiply blocks of rows."""
         at = self.at
         if at is None:
             return value
@@ -221,7 +221,7 @@ class Dot:
         return found
 
     def _batched_dot(self) -> jax.Array:
-        """One dot for each group, their scales, and the sum."""
+        """Computes one dot per group, scales the results and sums them."""
         assert self.at is not None
         (xc, wc), (xb, wb) = self.numbers
         place = wc.index(self.at)
@@ -238,12 +238,12 @@ class Dot:
         return jnp.sum(out.astype(self.wide) * _over_result(scale, numbers, 1, out.ndim), axis=len(xb))
 
     def _regrouped(self, x: jax.Array, at: int) -> jax.Array:
-        """Blocks of rows as groups: for nothing where a block is one, and on a GPU, whose arrays have no tiles."""
+        """Regroups blocks of rows into groups; free if a block is a group, and on a GPU, whose arrays have no tiles."""
         return x.reshape(*x.shape[:at], -1, self.group, *x.shape[at + 2 :])
 
 
 def product(problem: Product, multiplied: Any, compute: Callable[[Dot], jax.Array]) -> jax.Array:
-    """The product, in the dtype of values or in float32 at least."""
+    """The product of a problem: ``compute`` with scales of the activation applied, in the result's axes."""
     x, w, x_axes, w_axes = problem.x, problem.w, problem.x_axes, problem.w_axes
     values: Any = x
     rows = None
@@ -269,14 +269,14 @@ def product(problem: Product, multiplied: Any, compute: Callable[[Dot], jax.Arra
 
 
 def _grid(w: QTensor, dtype: Any) -> jax.Array:
-    """Grid values of codes, in the form in which they are stored: an axis of groups as two."""
+    """Grid values of codes in stored form, where an axis of groups is two axes."""
     if w.in_int4:
         return values_of_int4(w.stored, w.type, dtype)
     return values_of(w.whole().logical_codes(), w.type, dtype).reshape(w.stored.shape)
 
 
 def _aligned(x: jax.Array, w: QTensor, x_axes: Axes, w_axes: Axes, at: int | None) -> tuple[jax.Array, _Numbers]:
-    """An activation whose contracted axes are cut as those of the weight's codes, and the axes of both."""
+    """An activation whose contracted axes are split like those of the weight's codes, and the axes of both."""
     pairs = list(zip(x_axes.contract, w_axes.contract, strict=True))
     cut = next((i for i, j in pairs if j == at), None)
     in_x = lambda i: i + (cut is not None and i > cut)  # noqa: E731
@@ -291,7 +291,7 @@ def _aligned(x: jax.Array, w: QTensor, x_axes: Axes, w_axes: Axes, at: int | Non
 
 
 def _over_result(scale: jax.Array, numbers: _Numbers, side: int, ndim: int) -> jax.Array:
-    """Scales of the weight, one for all that is contracted, against [batch, rows of x, rows of the weight]."""
+    """Reshapes the weight's scales, one per row, to multiply [batch, rows of x, rows of the weight]."""
     batch, rows = numbers.batch[side], numbers.free(side, scale.ndim)
     scale = jnp.transpose(scale, (*batch, *rows, *numbers.contract[side]))
     scale = scale.reshape(scale.shape[: len(batch) + len(rows)])

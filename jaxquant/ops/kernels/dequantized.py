@@ -1,14 +1,12 @@
-"""Float products of real values, for every platform: what is left where nothing better is known.
+"""Float products of real values, for every platform: the fallback of the other kernels.
 
-A bfloat16 or float16 activation is multiplied as it is, by values of that dtype, with sums in float32; products of two
-such numbers are exact there. A weight's values are given that dtype
-
-- where it holds them exactly: integers and fp8 with one scale per row, which is then applied to the sums, and in
-  bfloat16 also fp8 and fp4 times powers of two, the MX formats;
-- where it is the weight's own dtype (`QTensor.dtype`), so that the float program has its values so too. Each is then
-  off by at most 2**-8 of itself in bfloat16, and by 2**-11 in float16 unless it is subnormal.
-
-Everywhere else, and at ``precision=HIGHEST``, values are float32.
+A bfloat16 or float16 activation is multiplied by values of its own dtype, with sums in float32, where the products of
+two such numbers are exact. A weight's values are cast to that dtype
+- if the cast is exact: integers and fp8 with one scale per row, which is then applied to the sums, and in bfloat16 also
+  fp8 and fp4 times powers of two, the MX formats;
+- if it is the weight's own dtype (`QTensor.dtype`), which the float program would use too. Each value then has a
+  relative error of at most 2**-8 in bfloat16, and of 2**-11 in float16 unless it is subnormal.
+Otherwise, and at ``precision=HIGHEST``, values are float32.
 """
 
 from __future__ import annotations
@@ -58,7 +56,7 @@ class ExactBfloat16(Kernel):
 
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:
-        """As for `Kernel`: on a CPU what is there for it is better."""
+        """As for `Kernel`: off the CPU, which has faster kernels of its own."""
         if problem.wide:
             return None
         return cls() if problem.both(lambda form: form.minifloat) else None
@@ -71,7 +69,7 @@ class ExactBfloat16(Kernel):
 
 @dataclasses.dataclass(frozen=True)
 class Float(Kernel):
-    """The float program's own operation, of real values.
+    """The float program's own operation, applied to real values.
 
     Attributes:
       dtype: of the values.
@@ -88,10 +86,11 @@ class Float(Kernel):
 
     @classmethod
     def takes(cls, problem: Problem) -> Kernel | None:
-        """Any convolution and any ragged product; of other products those whose canonical form is no gain.
+        """Takes every convolution and ragged product, and other products that gain nothing from the canonical form.
 
-        That is where scales vary within a group, so that there is none, and in training, where real values cost
-        nothing and codes would only be taken back. (Narrower ones are rounded, codes are not.)
+        These are products whose scales form no groups along the contraction, and products in training, where real
+        values exist already and codes would have to be decoded. (Values in a narrower dtype are rounded; codes are
+        not.)
         """
         wide = promoted(problem.dtype, jnp.float32)
         if not isinstance(problem, Product):
@@ -106,7 +105,7 @@ class Float(Kernel):
 
 
 def in_own_dtype(problem: Problem, x: jax.Array, w: jax.Array) -> jax.Array:
-    """The float product of real values of a problem's operands, as `Float` has it on each platform."""
+    """The float product of real values of a problem's operands, in the dtype that `Float` uses on each platform."""
 
     def run(dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
         return problem.in_float(x.astype(dtype), w.astype(dtype)).astype(problem.result)
@@ -118,7 +117,7 @@ def in_own_dtype(problem: Problem, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _own_dtype(problem: Problem) -> Any:
-    """bfloat16 or float16, if that is all that operands, result precision ask for; else None."""
+    """bfloat16 or float16, if operands, result and precision need no more; else None."""
     dtypes = {jnp.dtype(dtype) for dtype in (problem.x.dtype, problem.w.dtype, problem.result)}
     own = dtypes.pop()
     return own if not dtypes and own in NARROW and is_default(problem.precision) else None
@@ -126,7 +125,7 @@ def _own_dtype(problem: Problem) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ScaledActivation(Kernel):
-    """A float dot of codes, and of an activation times the scales of a weight that are the same for all its rows.
+    """A float dot of codes with an activation that is multiplied by scales which all rows of the weight share.
 
         sum_k x[m, k] (s[k] c[n, k])  =  sum_k (x[m, k] s[k]) c[n, k]
 
@@ -134,7 +133,7 @@ class ScaledActivation(Kernel):
     codes times scales.
 
     Attributes:
-      dtype: of what is multiplied.
+      dtype: of both factors.
     """
 
     platforms = ("tpu", "cuda", "other")
@@ -143,12 +142,12 @@ class ScaledActivation(Kernel):
 
     @property
     def name(self) -> str:
-        """The dtype of what is multiplied."""
+        """The dtype of the factors."""
         return jnp.dtype(self.dtype).name
 
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:
-        """As for `Kernel`; in float16 the activation times scales could be too small."""
+        """As for `Kernel`, except float16, in which the activation times scales could underflow."""
         x, w = problem.forms
         if not isinstance(x, jax.ShapeDtypeStruct) or not isinstance(w, Matrix | Packed) or problem.trained:
             return None

@@ -1,4 +1,4 @@
-"""Dots as each platform's compiler is best asked for them."""
+"""Dots in the form that each platform's compiler runs fastest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["dot", "float_dot"]
 
 
 def dot(lhs: jax.Array, rhs: jax.Array, numbers: Any, **how: Any) -> jax.Array:
-    """`jax.lax.dot_general`, on a TPU of two rows at least."""
+    """`jax.lax.dot_general`; on a TPU a single row is padded to two."""
     operands, (contract, batch) = (lhs, rhs), numbers
     free = [[i for i in range(v.ndim) if i not in (*contract[k], *batch[k])] for k, v in enumerate(operands)]
     lone = [

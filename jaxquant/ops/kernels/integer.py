@@ -38,7 +38,7 @@ Sums = Callable[[jax.Array, Matrix], jax.Array]
 class Int8(Kernel):
     """An int8 dot accumulated in int32, and scaled in float32.
 
-    (A dot for each group of the contraction, scaled and summed, costs many times a float dot.)
+    (One dot per group of the contraction, scaled and summed, would take many times as long as a float dot.)
     """
 
     platforms = ("tpu", "cuda", "other")
@@ -47,7 +47,7 @@ class Int8(Kernel):
 
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:
-        """As for `Kernel`: on a CPU what is there for it is better."""
+        """As for `Kernel`: off the CPU, which has faster kernels of its own."""
         return cls() if multiplies_integers(problem) else None
 
     def run(self, problem: Product) -> jax.Array:
@@ -56,7 +56,7 @@ class Int8(Kernel):
 
 
 def multiplies_integers(problem: Product, shortest: float = math.inf) -> bool:
-    """Whether both operands are integers, in groups of so many at least or of all, and a sum of bounded length."""
+    """Whether both operands are integers with groups of ``shortest`` or more, or one per row, and a known length K."""
     if math.isinf(problem.length) or not problem.both(lambda form: form.integer):
         return False
     return common_group(*problem.quantized) >= min(shortest, problem.length)
@@ -70,7 +70,7 @@ def int8_sums(lhs: jax.Array, rhs: Matrix) -> jax.Array:
 def _corrected(lhs: jax.Array, rhs: Matrix, lz: jax.Array | None, rz: jax.Array | None, sums: Sums) -> jax.Array:
     """sum_k (lhs - lz)(rhs - rz) in int32: exact whenever the result fits, since wrap-around cancels.
 
-    ``rz`` is one per row, or where ``lz`` is None one per k for all rows.
+    ``rz`` has one entry per row; if ``lz`` is None, it may have one entry per k instead, shared by all rows.
     """
     out = sums(lhs, rhs)
     if rz is not None and rz.shape[2] > 1:
@@ -86,12 +86,12 @@ def _corrected(lhs: jax.Array, rhs: Matrix, lz: jax.Array | None, rz: jax.Array 
 
 
 def overflow_limit(lhs_reach: int, rhs_reach: int) -> int:
-    """The largest number of products of such magnitudes whose sum is sure to fit an int32."""
+    """The largest number of products of these magnitudes whose sum always fits an int32."""
     return max(_INT32_MAX // (lhs_reach * rhs_reach), 1)
 
 
 def common_group(*operands: Matrix | Packed) -> int:
-    """The longest run of K within which no operand changes its scale."""
+    """The longest run of K over which all scales are constant."""
     runs = [x.shape[2] // x.groups for x in operands if x.groups != 1]
     return math.gcd(*runs) if runs else operands[0].shape[2]
 
@@ -99,10 +99,10 @@ def common_group(*operands: Matrix | Packed) -> int:
 def planes_product(
     lhs: Sequence[Matrix], rhs: Sequence[Matrix], sums: Sums, combine: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """`int8_product` of operands that are cut into planes.
+    """`int8_product` of operands that are split into planes.
 
-    Where one scale serves all of a row the sums of planes are added up in int32, and the result is that of codes in one
-    piece, to the last bit.
+    Where a row has one scale, the sums of planes are added in int32, so that the result equals that of undivided codes
+    to the last bit.
     """
     left, right = lhs[0], rhs[0]
     length = sum(plane.codes.shape[2] for plane in lhs)
@@ -119,8 +119,8 @@ def int8_product(
 ) -> jax.Array:
     """Integer dots, each exact in int32, scaled, combined and summed in float32.
 
-    The contraction is cut where a scale or a zero point changes, and where a longer sum could overflow. ``combine`` is
-    linear and may make the result smaller, which is best done before it is written to memory.
+    The contraction is split where a scale or a zero point changes, and where a longer sum could overflow. ``combine``
+    is linear and may shrink the result, so it is applied before the result is written to memory.
     """
     k, group = lhs.codes.shape[2], common_group(lhs, rhs)
     limit = overflow_limit(lhs.reach, rhs.reach)
@@ -148,7 +148,7 @@ def int8_product(
     if group == k:
         return part(0, k)
     dtype = promoted(lhs.scale.dtype, rhs.scale.dtype)
-    # Zeros that vary over devices as the codes do; zeros_like are such in newer JAX only.
+    # Zeros that vary over devices as the codes do; zeros_like does so in newer JAX only.
     left, right = ((x.codes[:, :, :1] * 0).astype(dtype) for x in (lhs, rhs))
     start = combine(left + jnp.swapaxes(right, 1, 2))
     return lax.fori_loop(0, k // group, lambda i, total: total + part(i * group, group), start)

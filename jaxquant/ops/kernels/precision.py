@@ -1,4 +1,4 @@
-"""How exact a product is to be, and where its scales go."""
+"""The requested precision of a product, and the scaling of its sums."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jax import lax
 __all__ = ["NARROW", "is_default", "is_highest", "scaled"]
 
 NARROW = (jnp.bfloat16, jnp.float16)
-"""Dtypes in which products are exact if they are summed in float32."""
+"""Dtypes whose products are exact in float32."""
 
 
 def is_highest(precision: lax.PrecisionLike) -> bool:
-    """Whether a product is to be as exact as float32 is; None stands for JAX's default."""
+    """Whether full float32 precision is requested; None stands for JAX's default."""
     if precision is None:
         precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     highest = {lax.Precision.HIGHEST, "highest", "float32"}
@@ -23,7 +23,7 @@ def is_highest(precision: lax.PrecisionLike) -> bool:
 
 
 def is_default(precision: Any) -> bool:
-    """Whether a product may be as exact as its operands' dtype is: no other algorithm is asked for either."""
+    """Whether the precision of the operands' dtype suffices: no other precision or algorithm is requested."""
     return not is_highest(precision) and not isinstance(precision, lax.DotAlgorithm | lax.DotAlgorithmPreset)
 
 

@@ -55,5 +55,5 @@ def int8_ragged(lhs: Matrix, rhs: Matrix, sizes: jax.Array) -> jax.Array:
         if rhs.zero_point is not None:
             sums = sums - rhs.zero_point[..., 0] * jnp.int32(experts.shape[2])
         out = out - lhs.zero_point[0] * of_row(sums)
-    used = jnp.arange(rows)[:, None] < jnp.sum(sizes)  # rows of no group are 0
+    used = jnp.arange(rows)[:, None] < jnp.sum(sizes)  # rows beyond the last group are 0
     return jnp.where(used, out.astype(jnp.float32) * lhs.scale[0] * of_row(rhs.scale[..., 0]), 0)

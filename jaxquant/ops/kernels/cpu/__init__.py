@@ -1,6 +1,6 @@
-"""Kernels for XLA's CPU backend, chosen by what it compiles well; `machine` asks it.
+"""Kernels for XLA's CPU backend, in forms that it compiles well; `machine` tests which dots have fast kernels.
 
-What `jaxquant.core` computes plainly, and this backend slowly, is replaced on import.
+On import they replace plain computations of `jaxquant.core` that this backend compiles to slow code.
 """
 
 from jaxquant.ops.kernels.cpu import layout, patterns, quantizing, ranges

@@ -1,7 +1,7 @@
 """Blocked dequantization: float dots with blocks of the weight's rows that are decoded one at a time.
 
-Values are float32. Beside a bfloat16 activation they are bfloat16, where there are instructions for it, and are rounded
-to it where many rows make up for that (see `jaxquant.ops.kernels.dequantized`).
+Values are float32. With a bfloat16 activation, on a CPU with bfloat16 instructions, they are bfloat16 if that is exact,
+or if there are rows enough to pay for rounding them (see `jaxquant.ops.kernels.dequantized`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from jaxquant.ops.problem import Kernel, Product
 __all__ = ["Blocked", "BlockedIntegers"]
 
 _FEW_ROWS = 128
-_LONG_DOT = 64  # with vectors, from so many rows on a dot of codes in bfloat16 is faster than one of int8
+_LONG_DOT = 64  # rows from which a dot of codes in bfloat16 is faster than in int8, with vector instructions
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocked(Kernel):
-    """Blocked dequantization of whatever is stored quantized.
+    """Blocked dequantization of a stored weight of any type.
 
     Attributes:
       dtype: of the values.
@@ -44,7 +44,7 @@ class Blocked(Kernel):
 
     @property
     def name(self) -> str:
-        """The dtype of the values, and that there are blocks."""
+        """The dtype of the values, and the word "blocks"."""
         return f"{jnp.dtype(self.dtype).name} blocks"
 
     @classmethod
@@ -69,7 +69,7 @@ class Blocked(Kernel):
 class BlockedIntegers(Kernel):
     """Blocked dequantization of integers that are exact in bfloat16, on one core without tiles, from 64 rows on.
 
-    Their products are exact there too, with sums in float32. (Several cores share one int8 dot better than a loop.)
+    Products are exact too, with sums in float32. (Several cores share one int8 dot better than a loop.)
     """
 
     platforms = ("cpu",)
@@ -86,9 +86,9 @@ class BlockedIntegers(Kernel):
 def float_blocks(x: jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike) -> jax.Array:
     """The product with the real values, [B, M, K] x [B, N, K] -> [B, M, N], in x's dtype, with sums in float32.
 
-    Up to 128 rows the weight goes left, where XLA's CPU library reads it fastest; one row is off its path and is padded
-    to two. With more rows arithmetic counts, and the activation goes left. The barriers keep the decoded block in one
-    piece (or it would be decoded once per use) and the weight on its side.
+    Up to 128 rows the weight is the left operand, which XLA's CPU library reads fastest; a single row has no fast path
+    and is padded to two. With more rows, arithmetic is the bound and the activation goes left. The barriers make XLA
+    decode a block once instead of once per use, and keep the weight on its side.
     """
     rows, columns = x.shape[1], w.shape[1]
     many, padded = number(rows) > _FEW_ROWS, _two_rows(x)
@@ -111,9 +111,9 @@ def float_blocks(x: jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike)
 
 
 def _decoded(block: Matrix | Packed, dtype: Any) -> tuple[list[jax.Array], jax.Array | None]:
-    """Values in planes, and the scales that are left for the sums, or None.
+    """Values in planes, and the scales to apply to the sums, or None.
 
-    Codes that cross bytes and scales in fp8 are decoded on their own; fused, they are slow.
+    Codes that cross bytes, and fp8 scales, are decoded in a branch, since fused code is slow.
     """
     in_fp8 = block.multiplier is not None and block.multiplier.dtype != jnp.int8
     apart = block.stored if isinstance(block, Packed) and (block.planes == 1 or in_fp8) else None

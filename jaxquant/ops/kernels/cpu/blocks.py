@@ -1,7 +1,7 @@
-"""A weight a block of rows at a time, so that it is never decoded as a whole.
+"""Decodes a weight a block of rows at a time, so that it is never decoded as a whole.
 
 A loop over blocks of rows unpacks a block into a temporary that stays in the cache, multiplies it, and writes its
-columns of the result. What is read from memory is the weight as it is stored.
+columns of the result. Only the stored weight is read from memory.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from jaxquant.ops.forms import Matrix, Packed
 __all__ = ["BLOCKS", "LARGEST", "SMALLEST", "by_blocks", "in_branch", "rows_of", "slice_of", "sum_of_parts", "total"]
 
 BLOCKS, SMALLEST, LARGEST = 16, 1 << 16, 1 << 19
-"""A block is a sixteenth of the weight, but of so many elements, at most 2 MiB in float32.
+"""Bounds of a block in elements, at most 2 MiB in float32; within them a block is a sixteenth of the weight.
 
-Twice as many with few rows, which several cores share better, and four times as many in int8.
+Blocks are twice as large with few rows, which several cores share better, and four times as large in int8.
 """
 
 AMatrix = TypeVar("AMatrix", bound=Matrix | Packed)
 
 
 def rows_of(x: AMatrix, b: Any, nb: int, r: Any, nr: int) -> AMatrix:
-    """``nb`` matrices from ``b`` (which may be traced), ``nr`` rows of each from ``r``: of all arrays.
+    """``nb`` matrices from ``b`` (which may be traced) and ``nr`` rows of each from ``r``, in all arrays of ``x``.
 
-    An axis of size 1 is one for all.
+    Size-1 axes broadcast.
     """
 
     def cut(name: str, value: jax.Array) -> jax.Array:
         if name == "codes" and jnp.issubdtype(value.dtype, jnp.floating):
-            # XLA's CPU backend would widen the array to cut it, or copy it outside the loop over blocks. Patterns are
-            # what a QTensor has stored.
+            # XLA's CPU backend would widen the array to slice it, or copy it outside the loop over blocks. So slice the
+            # bit patterns, which are the stored form.
             value = lax.optimization_barrier((lax.bitcast_convert_type(value, jnp.uint8), b, r))[0]
         for axis, (start, size) in enumerate(((b, nb), (r, nr))):
             value = slice_of(value, start, size, axis)
@@ -50,12 +50,12 @@ def rows_of(x: AMatrix, b: Any, nb: int, r: Any, nr: int) -> AMatrix:
 
 
 def slice_of(value: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
-    """A slice of an axis; one of size 1 is one for all."""
+    """A slice of an axis; a size-1 axis broadcasts, so it stays whole."""
     return value if value.shape[axis] in (1, size) else lax.dynamic_slice_in_dim(value, start, size, axis)
 
 
 def in_branch(about: jax.Array, compute: Callable[[], Any]) -> Any:
-    """``compute()`` out of a branch taken by an array: XLA's CPU backend fuses nothing into what comes out of one."""
+    """Runs ``compute()`` in a branch on an array, since XLA's CPU backend does not fuse across branches."""
     return lax.cond(about[(0,) * about.ndim] == 0, compute, compute)
 
 
@@ -68,17 +68,17 @@ def total(parts: Iterable[jax.Array]) -> jax.Array:
 
 
 def sum_of_parts(x: jax.Array, count: int, axis: int) -> jax.Array:
-    """x cut into ``count`` along an axis, and added up: XLA fuses this where it would not fuse a reduction."""
+    """Splits x into ``count`` parts along an axis and adds them: XLA fuses this, but not a reduction."""
     return total(jnp.split(x, count, axis))
 
 
 def by_blocks(
     x: jax.Array, w: Matrix | Packed, multiply: Callable[[Any, Any, Any], jax.Array], largest: int = LARGEST
 ) -> jax.Array:
-    """``multiply`` of every block, its first matrix and its first row, [nb, M, nr] each, as [B, M, N].
+    """Calls ``multiply(block, first_matrix, first_row)``, which returns [nb, M, nr], for each block; [B, M, N].
 
-    Blocks have one size, of ``largest`` elements at most; the last along an axis starts early, and computes some
-    columns a second time. A weight with a size that is a symbol is one block.
+    All blocks have the same size, of ``largest`` elements at most; the last block along an axis starts early, and
+    computes some columns twice. A weight with a symbolic size is one block.
     """
     b, n, k = w.shape
     if math.inf in map(number, w.shape):
@@ -100,7 +100,7 @@ def by_blocks(
 
 
 def _block_size(size: int, most: int, multiple: int) -> int:
-    """A block of at most about ``most``, so that few blocks of equal size cover ``size`` with little overlap."""
+    """The size of equal blocks, about ``most`` at most, that cover ``size`` with little overlap."""
     if size <= most:
         return size
     block = -(-size // -(-size // most))

@@ -22,13 +22,13 @@ __all__ = ["Int8Convolution", "ResidualSplitConvolution"]
 
 
 class Int8Convolution(convolution.Int8Convolution):
-    """The same, in that layout."""
+    """The int8 convolution in that layout."""
 
     platforms = ("cpu",)
 
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:
-        """As for `Kernel`: where int8 is served."""
+        """As for `Kernel`: if the library serves int8."""
         return None if machine.int8_dots() == "none" else super().takes(problem)
 
     def run(self, problem: Convolution) -> jax.Array:
@@ -53,9 +53,9 @@ class ResidualSplitConvolution(Kernel):
 
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:
-        """As for `Kernel`: where int8 is served, and features are summed together.
+        """As for `Kernel`: if the library serves int8, and there is one feature group.
 
-        Digits have one scale per image: too coarse where features are summed apart, and no gain for small kernels.
+        Digits have one scale per image, which is too coarse for separate feature groups and no gain for small kernels.
         """
         if machine.int8_dots() == "none":
             return None
@@ -106,9 +106,10 @@ def _restored(problem: Convolution, out: jax.Array) -> jax.Array:
 
 
 def _reordered(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
-    """`jnp.transpose`, in as few axes as it takes.
+    """`jnp.transpose` over as few merged axes as possible.
 
-    XLA folds a transpose into the layout of a convolution and then leaves the fast path; the reshapes here prevent it.
+    XLA folds a transpose into the layout of a convolution and then leaves the fast path; the reshapes here prevent
+    this.
     """
     runs: list[list[int]] = []
     for axis in order:

@@ -1,4 +1,4 @@
-"""Dots as XLA's CPU backend is best asked for them."""
+"""Dots in the form that XLA's CPU backend runs fastest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_fast(dtype: Any) -> bool:
 def float_dot(left: jax.Array, right: jax.Array, along: tuple[int, int] = (2, 2), precision: Any = None) -> jax.Array:
     """The sum over an axis of each, [B, ., .] x [B, ., .], in float32 (or float64).
 
-    bfloat16 has a fast path to a float32 result alone, where there are instructions for it, and one row has none.
+    bfloat16 has a fast path only to a float32 result, on CPUs with bfloat16 instructions. A single row has none.
     """
     numbers = ((along[0],), (along[1],)), ((0,), (0,))
     rows = (x.shape[3 - axis] for x, axis in zip((left, right), along, strict=True))

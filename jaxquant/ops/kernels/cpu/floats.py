@@ -1,7 +1,7 @@
 """Float products on the CPU: the portable kernels, in the dtypes that are fast here.
 
-Only bfloat16 is narrow and fast, where there are instructions for it. Values are rounded to it where many rows make up
-for that.
+The only fast narrow dtype is bfloat16, on CPUs with instructions for it. Values are rounded to it if there are enough
+rows to pay for the rounding.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def value_dtype(problem: Product) -> Any:
 
 
 class ExactBfloat16(Kernel):
-    """`dequantized.ExactBfloat16` in training, where there are instructions for bfloat16.
+    """`dequantized.ExactBfloat16` in training, on CPUs with bfloat16 instructions.
 
-    What is stored is better decoded by blocks.
+    A stored weight is faster decoded by blocks.
     """
 
     platforms = ("cpu",)

@@ -2,14 +2,15 @@
 
     y[n] = sum_l sum_c  s[n, g(c, l)] q[n, c L + l] x[c L + l]          L lanes, g the group of an element
 
-The inner sum is written out as elementwise arithmetic on arrays [rows, L], so that one fused loop reads codes, turns
-them into float32 in registers, and adds up L partial sums for each row of the weight; a dot with ones adds those. No
-float weight is written, not even a block of it, and nothing is rounded but in float32.
+The inner sum is written out as elementwise arithmetic on arrays [rows, L], so that one fused loop reads codes, converts
+them to float32 in registers, and adds L partial sums for each row of the weight; a dot with ones adds the partial sums.
+The float weight is never written to memory, and all arithmetic is float32.
 
-Where a group is shorter than the lanes, its scale is selected by lane: loops over fewer lanes are not vectorized.
-Integer zero points are subtracted from codes, exactly; those in float, and offsets, are the same for all of a group:
-``sum_g (o - s z) sum_{k in g} x`` is a small product of its own. A second row of the activation would be a second loop,
-and a block in float32 is about as fast as two.
+XLA:CPU does not vectorize loops over fewer lanes, so the scale of a group shorter than the lanes is selected by lane.
+
+Integer zero points are subtracted from codes, exactly. Float zero points and offsets are constant in a group, so
+``sum_g (o - s z) sum_{k in g} x`` is a separate small product. A second row of the activation would take a second loop,
+and a block in float32 is about as fast as two loops.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ from jaxquant.ops.problem import Kernel, Product
 __all__ = ["LOOP", "Gemv"]
 
 LOOP = "jaxquant_gemv"
-"""What the compiled program calls these loops."""
+"""The name of these loops in compiled programs."""
 
-_PRODUCTS = 96  # of one loop: from 128 on LLVM compares too many addresses, and gives up on vectors
-_SHORTEST = 16  # terms of one of several loops: in shorter ones XLA cuts codes as it adds, which is slow
+_PRODUCTS = 96  # most in one loop: from 128 on LLVM compares too many addresses, and does not vectorize
+_SHORTEST = 16  # fewest terms of one of several loops: in shorter ones XLA slices codes as it adds, which is slow
 _EXACT = 2.0**-24
 
 
 @dataclasses.dataclass(frozen=True)
 class Gemv(Kernel):
-    """One row times integers, fp8, or 4 bits of another kind, in groups, in a loop that decodes and multiplies."""
+    """One row times integers, fp8 or other 4-bit codes in groups, in a loop that decodes and multiplies."""
 
     platforms = ("cpu",)
 
@@ -52,10 +53,10 @@ class Gemv(Kernel):
 
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:
-        """As for `Kernel`: a weight with codes (stored with K last) and groups for these loops.
+        """As for `Kernel`: a weight with codes (stored with K last) and groups that fit these loops.
 
-        At the highest precision its values must not be rounded. Those of a table that are no multiples of one number
-        are rounded to 16 bits, 1e-5 of their norm for nf4.
+        Table values that are not multiples of one unit are rounded to 16 bits, an error of 1e-5 of their norm for nf4.
+        So such weights are refused at the highest precision.
         """
         if problem.trained or problem.wide:
             return None
@@ -84,7 +85,7 @@ def _one_row(problem: Product) -> bool:
 def gemv(x: jax.Array, w: Matrix | Packed) -> jax.Array:
     """[B, 1, K] x [B, N, K] -> [B, 1, N] in float32."""
     parts = [x[:, :, i :: w.planes] for i in range(w.planes)]
-    # As they are stored, groups first: a loop reads them so.
+    # Groups come first, as scales are stored and as the loop reads them.
     levels = [jnp.swapaxes(v, 1, 2) for v in (w.scale, w.multiplier) if v is not None]
 
     def multiply(block: Matrix | Packed, b: Any, r: Any) -> jax.Array:
@@ -104,7 +105,7 @@ def gemv(x: jax.Array, w: Matrix | Packed) -> jax.Array:
 
 
 class _Chunks(NamedTuple):
-    """How a plane is cut: ``lanes``, ``chunks`` of so many terms, and elements of a ``group``."""
+    """The split of a plane: ``lanes``, ``chunks`` of terms, and the elements of a ``group``."""
 
     lanes: int
     terms: int
@@ -113,7 +114,7 @@ class _Chunks(NamedTuple):
 
 
 def _chunks_of(w: Matrix | Packed) -> _Chunks | None:
-    """64 lanes of several planes or 128 of one, or as near to that as cuts a plane and its groups evenly; or None."""
+    """64 lanes for several planes, 128 for one, or the nearest that divides a plane and its groups evenly; or None."""
     groups = w.scale.shape[2] if w.multiplier is None else max(w.scale.shape[2], w.multiplier.shape[2])
     length, best = w.shape[2] // w.planes, 128 if w.planes == 1 else 64
     group, most = length // groups, _PRODUCTS // w.planes
@@ -129,12 +130,12 @@ def _chunks_of(w: Matrix | Packed) -> _Chunks | None:
 
 
 class _Numbers(NamedTuple):
-    """How codes become numbers that a loop turns into float32 in an instruction or two; times a unit they are values.
+    """Numbers for codes: a loop converts them to float32 in an instruction or two, and times a unit they are values.
 
     Attributes:
-      of: numbers of codes, or None where codes are the numbers.
-      unit: what they are multiplied by.
-      exact: whether that gives the values, and not something close.
+      of: function from codes to numbers, or None if codes are the numbers.
+      unit: factor from numbers to values.
+      exact: whether number times unit equals the value exactly.
     """
 
     of: Callable[[jax.Array], jax.Array] | None
@@ -144,7 +145,7 @@ class _Numbers(NamedTuple):
 
 @functools.cache
 def _numbers(qtype: QType) -> _Numbers | None:
-    """Integers as they are, fp8 as float16, and 4-bit grids as whole numbers; None for the other types."""
+    """Integers unchanged, fp8 as float16, and 4-bit grids as whole numbers; None for other types."""
     if qtype.kind == "int":
         return _Numbers(None, 1.0, True)
     if qtype.kind == "float" and qtype.bits == 8:
@@ -156,7 +157,7 @@ def _numbers(qtype: QType) -> _Numbers | None:
     reach = np.abs(grid).max()
 
     def nearest(counts: np.ndarray) -> tuple[np.ndarray, float, float]:
-        """Of grids of so many steps up to the largest magnitude: whole numbers, the unit, and the error."""
+        """For each number of steps up to the largest magnitude: whole numbers, the unit, and the error; the best."""
         whole = np.rint(grid * counts[:, None] / reach)
         errors = np.abs(whole * reach / counts[:, None] - grid).max(axis=1)
         found = int(errors.argmin())
@@ -170,7 +171,7 @@ def _numbers(qtype: QType) -> _Numbers | None:
 
 
 def _halves(qtype: QType, codes: jax.Array) -> jax.Array:
-    """fp8 patterns as float16 of 2 ** (exponent bias 15 - its own) times less: its exponent and mantissa, moved."""
+    """fp8 patterns as float16, by moving exponent and mantissa: values are 2 ** (15 - fp8's bias) times too small."""
     bits = codes.astype(jnp.uint16)
     magnitude = bits & 0x7F
     half = (magnitude << (10 - qtype.mantissa_bits)) | ((bits & 0x80) << 8)
@@ -180,7 +181,7 @@ def _halves(qtype: QType, codes: jax.Array) -> jax.Array:
 
 
 def _scaled(block: Matrix | Packed, levels: list[jax.Array], parts: list[jax.Array]) -> jax.Array:
-    """``sum_k s q x`` of a block, [nb, 1, nr]; ``levels`` are factors of the scale, [nb or 1, G, nr or 1]."""
+    """``sum_k s q x`` for a block, [nb, 1, nr]; ``levels`` are the factors of the scale, [nb or 1, G, nr or 1]."""
     numbers = _numbers(block.qtype)
     cut = _chunks_of(block)
     assert numbers is not None
@@ -190,7 +191,7 @@ def _scaled(block: Matrix | Packed, levels: list[jax.Array], parts: list[jax.Arr
     lane = lax.broadcasted_iota(jnp.int32, (1, 1, count), 2)
 
     def scale_of(scale: jax.Array, first: int) -> jax.Array:
-        """[nb, nr, 1 or lanes]: the scale of every lane of a term, whose first element is number ``first``."""
+        """[nb, nr, 1 or lanes]: the scale of each lane of the term that begins at element ``first``."""
         at = first // group
         found = scale[:, at, :, None]
         for i in range(1, count // group):
@@ -216,7 +217,7 @@ def _scaled(block: Matrix | Packed, levels: list[jax.Array], parts: list[jax.Arr
         # Zeros that vary over devices as both operands do.
         zeros = jnp.where(parts[0][:, :, :1] > 0, 0.0, 0.0) + 0 * codes[0][:, :, :count].astype(jnp.float32)
         sums = lax.fori_loop(0, cut.chunks, step, zeros)
-    ones = jnp.ones((1, 2, count), jnp.float32)  # two rows: one is off the fast path
+    ones = jnp.ones((1, 2, count), jnp.float32)  # two rows: one row has no fast path
     out = row_dot(sums.reshape(1, -1, count), ones)
     return out[0, :, 0].reshape(sums.shape[0], 1, sums.shape[1])
 
@@ -224,7 +225,8 @@ def _scaled(block: Matrix | Packed, levels: list[jax.Array], parts: list[jax.Arr
 def _apart(block: Matrix | Packed, levels: list[jax.Array], numbers: _Numbers) -> tuple[list[jax.Array], jax.Array]:
     """The numbers of the block's codes in planes, less integer zero points, and its scales, [nb or 1, G, nr or 1].
 
-    In a branch: fused into the loop, selects and conversions would be done one element at a time.
+    They are computed in a branch: if XLA fused them into the loop, selects and conversions would run element by
+    element.
     """
     zero_point = block.zero_point if _is_whole(block.zero_point) else None
 
@@ -244,12 +246,12 @@ def _apart(block: Matrix | Packed, levels: list[jax.Array], numbers: _Numbers) -
 
 
 def _is_whole(zero_point: jax.Array | None) -> bool:
-    """Whether zero points are integers: those are subtracted from codes, where nothing is lost."""
+    """Whether zero points are integers, which are subtracted from codes exactly."""
     return zero_point is not None and jnp.issubdtype(zero_point.dtype, jnp.integer)
 
 
 def _shift(w: Matrix | Packed) -> jax.Array | None:
-    """What float zero points and offsets add to each element of a group, [B or 1, N or 1, G], or None."""
+    """The term that float zero points and offsets add to each element of a group, [B or 1, N or 1, G], or None."""
     zero_point = None if _is_whole(w.zero_point) else w.zero_point
     shift = None if zero_point is None else -w.scales * zero_point.astype(jnp.float32)
     if w.offset is None:

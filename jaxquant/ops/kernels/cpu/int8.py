@@ -20,7 +20,7 @@ from jaxquant.ops.problem import Kernel, Product
 __all__ = ["LONG_GROUP", "Int8", "int8_blocks", "int8_sums"]
 
 LONG_GROUP = 1024  # int8 dots of shorter ones are slower than a float dot
-_SHORTEST_GROUP = 8  # in float64, where nothing else is exact
+_SHORTEST_GROUP = 8  # in float64, where no other kernel is exact
 _FEW_ROWS = 48
 
 
@@ -28,7 +28,7 @@ _FEW_ROWS = 48
 class Int8(Kernel):
     """int8 dots accumulated in int32; packed codes are unpacked a block of rows at a time.
 
-    The multipliers of two-level scales go into the codes, so that it stays one plain dot.
+    The multipliers of two-level scales are multiplied into the codes, so that one plain dot suffices.
     """
 
     platforms = ("cpu",)
@@ -38,7 +38,7 @@ class Int8(Kernel):
 
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:
-        """As for `Kernel`: integers in groups of 1024 or more, or one scale per row, where int8 dots are served."""
+        """As for `Kernel`: integers in groups of 1024 or more, or one scale per row, if the library serves int8."""
         if machine.int8_dots() == "none" and not problem.wide:
             return None
         if not multiplies_integers(problem, _SHORTEST_GROUP if problem.wide else LONG_GROUP):
@@ -53,11 +53,11 @@ class Int8(Kernel):
 
 
 def int8_blocks(x: Matrix, w: Matrix | Packed, parts: int = 1) -> jax.Array:
-    """int8 dots [B, parts M, K] x [B, N, K] -> [B, M, N], the sum of so many parts of the rows.
+    """int8 dots [B, parts M, K] x [B, N, K] -> [B, M, N], summed over ``parts`` parts of the rows.
 
     The weight's codes are exact in int8.
     """
-    if isinstance(w, Matrix):  # int8 as it is stored
+    if isinstance(w, Matrix):  # stored in int8
         return int8_product(x, w, int8_sums, lambda out: sum_of_parts(out, parts, 1))
     planes = [Matrix(x.codes[:, :, i :: w.planes], x.scale, x.zero_point, x.qtype) for i in range(w.planes)]
 
@@ -76,10 +76,10 @@ def int8_blocks(x: Matrix, w: Matrix | Packed, parts: int = 1) -> jax.Array:
 def int8_sums(lhs: jax.Array, rhs: Matrix) -> jax.Array:
     """int8 [B, M, K] x [B, N, K] -> int32 [B, M, N].
 
-    One row is off the fast path, so it is padded to two. The operand with many rows (the weight, at inference) goes
-    left when the other has few; the barrier keeps XLA from turning transpose(dot(w, x)) back into dot(x, w), which is
-    slower. An operand that is stored with its rows last stays right, where the path takes it as it lies; XLA sees that
-    it lies so, but for stacks of matrices, where it is told.
+    A single row has no fast path, so it is padded to two. If one operand has few rows, the other (the weight, at
+    inference) is the left one; the barrier keeps XLA from turning transpose(dot(w, x)) back into dot(x, w), which is
+    slower. An operand that is stored with its rows last stays right, where the fast path takes it without a copy. XLA
+    recognizes this layout except in stacks of matrices, where a transpose states it.
     """
     codes, rows, columns = rhs.codes, lhs.shape[1], rhs.shape[1]
     if rows == 1:

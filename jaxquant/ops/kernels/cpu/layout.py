@@ -1,4 +1,4 @@
-"""Transposes as XLA's CPU backend compiles them."""
+"""Transposes in the form that XLA's CPU backend compiles well."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from jaxquant.core.layout import transpose, written_transposed
 __all__ = ["LARGE", "transpose_by_tiles"]
 
 LARGE = 1 << 18
-"""Elements; what is smaller stays in the cache, and is not worth a program of its own."""
+"""Elements: smaller arrays stay in the cache and are transposed plainly."""
 
 _TILE = 64
 
 
 @written_transposed.on("cpu", when=lambda x, *, order: _moving(x, order) is not None)
 def transpose_by_tiles(x: jax.Array, *, order: Sequence[int]) -> jax.Array:
-    """The transpose of an array in memory that is to be written to memory.
+    """The transpose of an array from memory to memory.
 
-    XLA's CPU backend has a transpose that goes by tiles, and an eighth of its speed where it takes the transpose for a
-    change of layout and then copies element by element. It does not where the axis that moves is cut in two.
+    XLA's CPU backend transposes by tiles. But where it takes a transpose for a change of layout, it copies element by
+    element, at an eighth of the speed. Splitting the axis that moves in two prevents this.
     """
     axis = _moving(x, order)
     if axis is None:
@@ -33,6 +33,6 @@ def transpose_by_tiles(x: jax.Array, *, order: Sequence[int]) -> jax.Array:
 
 
 def _moving(x: jax.Array, order: Sequence[int]) -> int | None:
-    """The first axis that moves, if it can be cut in tiles."""
+    """The first axis that moves, if it can be split into tiles."""
     axis = next((i for i, j in enumerate(order) if i != j), None)
     return None if axis is None or x.shape[axis] % _TILE != 0 else axis

@@ -1,4 +1,4 @@
-"""What the CPU at hand does with a narrow dot, as a compiled program says: no clock, and no list of processors."""
+"""How this CPU computes int8 and bfloat16 dots, read from a compiled program rather than timed or listed by model."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from jax import lax
 __all__ = ["FAST", "Int8Dots", "bfloat16_dots", "cores", "int8_dots", "served"]
 
 FAST = "__ynn_fusion"
-"""What XLA:CPU writes into a program where it hands an operation to its library of fast kernels."""
+"""The text with which XLA:CPU marks an operation that it hands to its library of fast kernels."""
 
 Int8Dots = Literal["tiles", "vectors", "none"]
 
 
 def served(text: str) -> bool:
-    """Whether a compiled program hands anything to the library of fast kernels."""
+    """Whether a compiled program hands an operation to the library of fast kernels."""
     return FAST in text
 
 
 def _probe(dtype: Any, result: Any) -> bytes | None:
     """A dot of 64 x 64 as XLA:CPU compiles it, serialized; None if the library of fast kernels does not serve it.
 
-    The names of the instructions that it was compiled for are in there. Where a runtime cannot serialize, it is empty.
+    The bytes contain the names of the instructions that it was compiled for; they are empty if the runtime cannot
+    serialize.
     """
     try:
         cpu = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # no CPU backend: nothing is lowered for it
+    except RuntimeError:  # no CPU backend, so no program is lowered for it
         return None
     one = jax.ShapeDtypeStruct((64, 64), dtype, sharding=jax.sharding.SingleDeviceSharding(cpu))
 
@@ -52,13 +53,13 @@ def _probe(dtype: Any, result: Any) -> bytes | None:
 def int8_dots() -> Int8Dots:
     """How XLA:CPU multiplies int8 matrices here.
 
-    A small dot is compiled once per process (tens of milliseconds), and read: whether the library of fast kernels
-    serves it, and for which instructions it was compiled.
+    A small dot is compiled once per process (tens of milliseconds). Its program shows whether the library of fast
+    kernels serves it, and for which instructions it was compiled.
 
     Returns:
       ``"tiles"``: with instructions that multiply int8 tiles (AMX), many times faster than float32; ``"vectors"``: with
-      dot products of int8 vectors (VNNI, or the like on Arm), which wins where memory is what counts, at few rows, and
-      up to a factor of two elsewhere; ``"none"``: by a plain loop, slower than the float dot.
+      dot products of int8 vectors (VNNI, or similar on Arm), faster at few rows, where memory is the bound, and up to
+      twice as fast elsewhere; ``"none"``: by a plain loop, slower than the float dot.
     """
     program = _probe(jnp.int8, jnp.int32)
     if program is None:
@@ -68,16 +69,17 @@ def int8_dots() -> Int8Dots:
 
 @functools.cache
 def bfloat16_dots() -> bool:
-    """Whether XLA:CPU multiplies bfloat16 matrices with instructions for it here, twice as fast as float32.
+    """Whether XLA:CPU multiplies bfloat16 matrices with bfloat16 instructions here, twice as fast as float32.
 
-    Read from a program as `int8_dots` is: the library serves bfloat16 without such instructions too, by widening it.
+    As in `int8_dots`, a compiled program shows it. (The library serves bfloat16 without such instructions too, by
+    widening it.)
     """
     program = _probe(jnp.bfloat16, jnp.float32)
     return program is not None and any(name in program for name in _BFLOAT16)
 
 
 def cores() -> int:
-    """How many this process may use, which XLA:CPU has as many threads for."""
+    """The number of cores that this process may use; XLA:CPU starts as many threads."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

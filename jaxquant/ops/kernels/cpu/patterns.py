@@ -14,5 +14,5 @@ __all__ = ["by_bits"]
 
 @values_of_patterns.on("cpu")
 def by_bits(codes: jax.Array, *, qtype: QType, dtype: Any) -> jax.Array:
-    """Values of the uint8 patterns of an 8-bit float, put together from their bits."""
+    """Values of the uint8 patterns of an 8-bit float, assembled from their bits."""
     return decoded(codes, qtype, dtype)

@@ -1,4 +1,4 @@
-"""Codes of large arrays, written as XLA's CPU backend writes them fast."""
+"""Codes of large arrays, in the form that XLA's CPU backend writes fast."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = ["codes_of_parts", "rounded_in_branch"]
 def rounded_in_branch(x: jax.Array, found: Encoded, key: Any, *, spec: QuantSpec, axes: tuple[int, ...]) -> jax.Array:
     """The codes of an array, rounded in a branch.
 
-    XLA's CPU backend fuses rounding into whatever follows: a transpose of the codes, which then reads floats column by
-    column, packing, the backward pass, which rounds once more. It fuses nothing into what comes out of a branch.
+    XLA's CPU backend fuses rounding into the operations that follow: a transpose of the codes, which then reads floats
+    column by column; packing; the backward pass, which rounds again. It does not fuse across a branch.
     """
 
     def rounded(x: jax.Array) -> jax.Array:
@@ -37,9 +37,9 @@ def rounded_in_branch(x: jax.Array, found: Encoded, key: Any, *, spec: QuantSpec
 
 
 def _fits(q: QTensor, x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...]) -> bool:
-    """Whether there is an axis to cut.
+    """Whether the array has an axis that can be split, and splitting is faster.
 
-    Where transposed bytes are packed already, or codes are fp8, parts are slower.
+    It is slower for transposed bytes that are packed already, and for fp8 codes.
     """
     minor = minor_axes(axes, x.ndim)
     fast = spec.type.packed if minor == () else spec.type.kind == "int" and not spec.type.packed
@@ -47,14 +47,14 @@ def _fits(q: QTensor, x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...]) -
 
 
 _PARTS, _RUN, _RUNS = 16, 16, 8
-_SEVERAL = 1 << 22  # elements; the codes of what is smaller are written at once
+_SEVERAL = 1 << 22  # elements; the codes of smaller arrays are written at once
 
 
 def _cut_axis(x: jax.Array, axes: tuple[int, ...], last: tuple[int, ...]) -> int | None:
-    """The axis by which the codes of a large array are written in parts: none that shares a scale or is stored last.
+    """The axis by which the codes of a large array are written in parts; it shares no scale and is not stored last.
 
-    Parts have a multiple of 8 runs, so that arrays that are spread over as many devices can be cut. Where shardings are
-    part of the types, as on explicit meshes, or a size is a symbol, arrays are not cut.
+    Parts have a multiple of 8 runs, so that arrays sharded over 8 devices (or a divisor) can be split. Arrays are not
+    split if shardings are part of their types, as on explicit meshes, or if a size is symbolic.
     """
     spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
     if not _SEVERAL <= number(x.size) < math.inf or any(axis is not None for axis in spec):
@@ -68,14 +68,14 @@ def _cut_axis(x: jax.Array, axes: tuple[int, ...], last: tuple[int, ...]) -> int
 def codes_of_parts(q: QTensor, x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...]) -> jax.Array:
     """The codes of `quantize`, rounded for a sixteenth of the array at a time, and then transposed or packed.
 
-    A part is every sixteenth run of 16 along an axis, [runs, 16, 16]: what is spread over devices by whole such rows of
-    runs stays where it is.
+    A part is every sixteenth run of 16 along an axis, [runs, 16, 16]. An array sharded by whole runs keeps its
+    elements on their devices.
     """
     scale, zero_point, minor = scale_values(q.scale), q.zero_point, minor_axes(axes, x.ndim)
     axis = _cut_axis(x, axes, stored_order(x.ndim, minor)[-1:])
     assert axis is not None
     ndim, nan = x.ndim, jnp.isnan(jnp.max(scale))
-    # The same axes, counted from the end, with one more behind the one that is cut.
+    # The same axes, counted from the end, with one more axis after the split axis.
     inner_axes, inner_minor = (tuple(i - 1 if i + ndim < axis else i for i in old) for old in (axes, minor))
 
     def runs(v: Any, i: Any) -> Any:

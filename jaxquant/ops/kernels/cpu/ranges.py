@@ -1,4 +1,4 @@
-"""The ranges of arrays, by reductions as XLA's CPU backend has them."""
+"""The ranges of arrays, by reductions that XLA's CPU backend runs fast."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _SMALL = 1 << 8
 def library_extremes(x: jax.Array, *, axes: Axes, reductions: tuple[Extreme, ...]) -> tuple[jax.Array, ...]:
     """Reductions of each block, with infinities as 0.
 
-    XLA gives a reduction to a library that is fast, fuses abs and nothing else, and whose max and min drop NaN. It is
-    used where the array is finite, as a sum shows; elsewhere NaN and infinities are looked for first, and what that
-    writes is a small part of the array.
+    XLA hands a reduction to a fast library, which fuses only abs, and whose max and min drop NaN. If the array is
+    finite, as a sum shows, the library is used. Otherwise a first pass handles NaN and infinities, and writes a small
+    array.
     """
 
     def looked_for(x: jax.Array, to: Extreme) -> jax.Array:
-        # Of standard reductions only: XLA cannot spread another one over devices, if the array is cut along these axes.
+        # Standard reductions only: XLA cannot partition others over devices if these axes are sharded.
         x = _folded(x, axes, to)
         nan, finite = jnp.any(jnp.isnan(x), axis=axes, keepdims=True), jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
         return jnp.where(nan, np.asarray(np.nan, x.dtype), to(finite, axes))
@@ -46,11 +46,11 @@ def library_extremes(x: jax.Array, *, axes: Axes, reductions: tuple[Extreme, ...
 
 
 def _folded(x: jax.Array, axes: Axes, to: Extreme) -> jax.Array:
-    """An array of the same reductions, NaN included, without infinities, and up to 64 times smaller.
+    """An array with the same reductions, NaN included, without infinities, and up to 64 times smaller.
 
-    A loop takes one of each run of elements along the longest of the axes, so that no more is written. The length of
-    runs divides that axis, and the number of runs is a multiple of 8 unless it is a group's: an array that is spread
-    over as many devices stays where it is.
+    A loop reduces each run of elements along the longest of the axes to one. The length of runs divides that axis, and
+    the number of runs is a multiple of 8 except in groups, so that an array sharded over 8 devices (or a divisor) stays
+    in place.
     """
     if not LARGE <= number(x.size) < math.inf or not axes:
         return x

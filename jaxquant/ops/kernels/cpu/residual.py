@@ -2,8 +2,8 @@
 
     x = s (d0 + d1 / 254 + d2 / 254**2 + ...)        digits d in -127 .. 127, one s per row
 
-Each digit rounds what the ones before it have left. All are further rows of the *same* int8 dot, and the int32 results
-are weighted and summed afterwards. Where reading the weight is what takes the time, at few rows, the second digit is
+Each digit rounds the remainder of the ones before it. All digits are further rows of the *same* int8 dot, and the int32
+results are weighted and summed afterwards. At few rows, where reading the weight takes the time, the second digit is
 free. The relative error against the float product is about 4e-5 with two digits, and below float32's own with three.
 """
 
@@ -43,13 +43,14 @@ _SCALED = lax.Precision.HIGHEST  # three digits
 def most_rows(int8: machine.Int8Dots, *, exact: bool, whole: bool = False) -> float:
     """Most rows of an int8 dot, digits times M, up to which the split is faster than `Blocked` on such a machine.
 
-    Tiles are faster at any number. With vectors an int8 dot is about 1.7 times as fast as a float32 dot once the
-    arithmetic counts, which two digits use up (benchmarks/matmul.py). A ``whole`` weight is one dot in digits, which
-    cores share better than the loop over blocks that it would be otherwise: twice as many rows.
+    Tiles are faster at any number. With vectors an int8 dot is about 1.7 times as fast as a float32 dot once arithmetic
+    is the bound, and two digits use this up (benchmarks/matmul.py). A ``whole`` weight is one dot in digits, which
+    cores share better than a loop over blocks, so it may have twice as many rows.
 
-    An activation that is ``exact`` in bfloat16 needs no digits: products with codes are exact in blocks, and as fast
-    where a machine multiplies bfloat16, with tiles or without. So it has digits only at the few rows where reading the
-    weight is all that counts, the same on every machine, so that all are equally accurate at many.
+
+    An activation that is ``exact`` in bfloat16 needs no digits: products with codes are exact in blocks, and as fast on
+    machines that multiply bfloat16, with tiles or without. So it has digits only at few rows, where reading the weight
+    is the bound. The limit is the same on every machine, so that all are equally accurate at many rows.
     """
     if exact:
         return min(_ROWS[int8], _ROWS_BESIDE_BFLOAT16)
@@ -86,12 +87,12 @@ class ResidualSplit(Kernel):
 
 @dataclasses.dataclass(frozen=True)
 class ScaledResidualSplit(Kernel):
-    """The split of an activation times the scales of a weight that are the same for all its rows.
+    """The split of an activation that is multiplied by scales which all rows of the weight share.
 
         sum_k x[m, k] (s[k] (c[n, k] - z[k]))  =  sum_k (x[m, k] s[k]) (c[n, k] - z[k])
 
-    A cache of values with a scale per token is such a weight. Rows of x s have a wider range than those of x, for which
-    two digits do; the third costs nothing at one row.
+    A cache of values with a scale per token is such a weight. Rows of x s have a wider range than rows of x, for which
+    two digits suffice, so a third digit is added; it is free at one row.
     """
 
     platforms = ("cpu",)
@@ -124,7 +125,8 @@ def _along(value: jax.Array, length: int) -> jax.Array:
 
 
 def _most_rows(problem: Product) -> float:
-    """Most rows of an int8 dot for a problem; below 0 where it is none for a split."""
+    """Most rows of an int8 dot for a problem; negative if the problem cannot be split."""
+
     if problem.wide or math.isinf(problem.length):
         return -1
     int8, (x, w) = machine.int8_dots(), problem.forms

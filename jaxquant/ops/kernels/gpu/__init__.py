@@ -1,4 +1,4 @@
-"""Kernels for GPUs, in Pallas' Triton dialect; quantizing on them replaces what `jaxquant.core` says plainly."""
+"""Kernels for GPUs, in Pallas' Triton dialect; their quantization replaces the plain one of `jaxquant.core`."""
 
 from jaxquant.ops.kernels.gpu import quantizing
 

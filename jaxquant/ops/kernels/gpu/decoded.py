@@ -1,4 +1,4 @@
-"""Products whose codes are decoded in the registers of a GPU: which weights those are, and how they are handed over."""
+"""Products whose codes are decoded in the registers of a GPU: the choice of weights, and their form for the kernel."""
 
 from __future__ import annotations
 
@@ -38,17 +38,16 @@ class TritonDecoded(Kernel):
 
     @property
     def name(self) -> str:
-        """The dtype of the values, and what decodes them."""
+        """The dtype of the values, and the decoder."""
         return f"{jnp.dtype(self.dtype).name}, decoded by Triton"
 
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:
         """As for `Kernel`: where XLA would write the weight's values to memory, and the kernel has blocks.
 
-        XLA fuses one conversion into a product. So weights whose codes are numbers, with one scale for all that is
-        contracted and no zero point, are left to it. The kernel has no blocks for groups of fewer than 16 codes, or
-        of a number that 16 does not divide; for axes that are contracted between others; for zero points that are
-        floats; for float64; for sizes that are symbols; where shardings are part of types.
+        XLA fuses one conversion into a product. So weights whose codes are numbers, with one scale per row and no zero
+        point, are left to XLA. The kernel does not support groups whose size is not a multiple of 16; contracted axes
+        that are stored between others; float zero points; float64; symbolic sizes; shardings that are part of types.
         """
         portable = Decoded.takes(problem) if has_blocks(problem) else None
         if not isinstance(portable, Decoded) or portable.dtype == jnp.float64 or problem.w.size >= _LARGEST:
@@ -69,10 +68,10 @@ class TritonDecoded(Kernel):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where the axes of a stored weight are, as the kernel has them.
+    """The order of a stored weight's axes, in the kernel's terms.
 
     Attributes:
-      k_last: whether what is contracted is stored last.
+      k_last: whether the contracted axes are stored last.
       batch, length, columns, groups: B, K, N and G.
     """
 
@@ -84,7 +83,7 @@ class Place:
 
     @classmethod
     def of(cls, w: QTensor, axes: Axes) -> Place | None:
-        """None if the axes, or the blocks of the scales, are in no such order."""
+        """The place of a weight; None if its axes, or the blocks of its scales, are in an order that does not fit."""
         stored = w.stored_order
         k_last = axes.batch + axes.rows + axes.contract == stored
         if not k_last and axes.batch + axes.contract + axes.rows != stored:
@@ -102,7 +101,7 @@ class Place:
         return cls(k_last, b, k, n, math.prod(scale[i] for i in axes.contract))
 
     def ordered(self, k: Any, n: Any) -> tuple[Any, Any]:
-        """What belongs to k and to n, as the axes are."""
+        """Items for k and for n, in the order of the axes."""
         return (n, k) if self.k_last else (k, n)
 
 
@@ -128,7 +127,7 @@ def run(problem: Product, dtype: Any, *, interpret: bool = False) -> jax.Array:
 
 
 def has_blocks(problem: Any) -> bool:
-    """Whether a problem is a product of sizes that are known, on one device or on a mesh whose axes XLA places."""
+    """Whether a problem is a product of known sizes, on one device or on a mesh whose axes XLA partitions."""
     if not isinstance(problem, Product) or not all(isinstance(n, int) for n in (*problem.x.shape, *problem.w.shape)):
         return False
     arrays = (v for v in jax.tree.leaves((problem.x, problem.w)) if isinstance(v, jax.Array))
@@ -142,7 +141,7 @@ def in_int8(x: QTensor) -> bool:
 
 
 def _stored(w: QTensor, axes: Axes) -> tuple[Weight, Decoding]:
-    """The arrays of a weight, [B, K, N] or [B, N, K], as they are stored, and what they stand for."""
+    """The stored arrays of a weight, [B, K, N] or [B, N, K], and their decoding."""
     from jaxquant.ops.kernels.gpu.product import Decoding, Weight
 
     place = Place.of(w, axes)

@@ -1,7 +1,7 @@
-"""Products of int8 on both sides whose scales are applied before anything is written.
+"""Products of int8 on both sides whose scales are applied before the result is written.
 
-XLA fuses scales of rows into an int8 product only where they are arguments of the program. Those of an activation that
-is quantized on the way never are: it writes the sums in int32, four bytes for each, and reads them again.
+XLA fuses row scales into an int8 product only if they are arguments of the program. The scales of an activation that is
+quantized on the way are computed, so XLA writes the sums in int32, four bytes each, and reads them again.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from jaxquant.ops.problem import Kernel, Product
 
 __all__ = ["TritonInt8"]
 
-_FEW = 64  # rows for so many codes of a column: sums in int32 are small beside the weight
+_FEW = 64  # codes of a column per row of x, from which sums in int32 are small compared to the weight
 
 
 @dataclasses.dataclass(frozen=True)
 class TritonInt8(Kernel):
-    """int8 dots in `jaxquant.ops.kernels.gpu.product`, from as many rows on as make their sums large."""
+    """int8 dots in `jaxquant.ops.kernels.gpu.product`, if there are enough rows that their sums are large."""
 
     name = "int8, scaled by Triton"
     platforms = ("cuda",)
@@ -47,5 +47,5 @@ class TritonInt8(Kernel):
 
 
 def _is_plain(x: Any) -> bool:
-    """Whether an operand is symmetric int8 with scales that are floats, in the order of its axes or another."""
+    """Whether an operand is symmetric int8 with float scales, in any order of its axes."""
     return isinstance(x, QTensor) and in_int8(x) and x.length is None and x.split is None and x.permutation is None

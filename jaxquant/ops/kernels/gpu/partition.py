@@ -1,7 +1,7 @@
-"""Kernels on several devices: how their operands are cut, where `jax.jit` has shardings to propagate.
+"""Kernels on several devices: how `jax.jit` partitions their operands.
 
-XLA's partitioner would gather the operands of a kernel that it does not know. Here it is told which axes of operands
-and results are cut alike, and each device computes what it has.
+XLA's partitioner would gather the operands of a kernel that it does not know. A sharding rule tells it which axes of
+operands and results are partitioned alike, so that each device computes its own part.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ def partitioned(
     pieces: Mapping[str, int],
     summed: str = "",
 ) -> Any:
-    """A function of arrays, computed where its arguments are.
+    """A function of arrays, computed on the devices that hold its arguments.
 
-    Where an axis of the mesh cuts several axes, those of results count, then those of arguments in their order.
+    Where an axis of the mesh partitions several axes, results take precedence, then arguments in their order.
 
     Args:
-      local: from into how many parts each axis is cut, the function of the parts.
-      arguments: what it is called with.
-      axes: of the arguments and of the results: a letter for each axis. Those with one letter are cut alike, and ``_``
-        is not cut.
-      pieces: of each letter, what the number of parts has to divide.
-      summed: the letter of the axis that is summed over: partial results are added, in their own dtype.
+      local: maps the number of parts of each axis to the function of the parts.
+      arguments: the arguments of the function.
+      axes: of the arguments and of the results: a letter for each axis. Axes with the same letter are partitioned
+        alike, and ``_`` is not partitioned.
+      pieces: for each letter, a number that the number of parts has to divide.
+      summed: the letter of the summed axis: partial results are added, in their own dtype.
     """
     given, made = axes
     whole = local({})
     results = jax.tree.leaves(jax.eval_shape(whole, *arguments))
 
     def cut(mesh: Any, arrays: Sequence[tuple[str, Any]]) -> dict[str, tuple[str, ...]]:
-        """The axes of the mesh that cut each letter."""
+        """The axes of the mesh that partition each letter."""
         found: dict[str, tuple[str, ...]] = {}
         for letters, array in arrays:
             for letter, names in zip(letters, getattr(array.sharding, "spec", ()), strict=False):
@@ -79,7 +79,7 @@ def partitioned(
         pieces,
     )
     fn = custom_partitioning(lambda *args: whole(*args))
-    # Older JAX takes no sizes of factors; its partitioner asks the functions alone.
+    # Older JAX takes no factor sizes: its partitioner calls the functions only.
     takes_sizes = "factor_sizes" in inspect.signature(custom_partitioning.def_partition).parameters
     by_rule: dict[str, Any] = {"sharding_rule": rule, **sizes} if takes_sizes else {}
     fn.def_partition(partition, infer_sharding_from_operands=infer, **by_rule)
@@ -87,7 +87,7 @@ def partitioned(
 
 
 def _rule(given: Sequence[Any], made: Sequence[Any], pieces: Mapping[str, int]) -> tuple[str, dict[str, Any]]:
-    """The rule in JAX's notation: an axis has a factor for its pieces, and one for what is in each."""
+    """The rule in JAX's notation: an axis has one factor for its pieces, and one for the elements of a piece."""
     sizes: dict[str, Any] = {}
     alone = iter(range(1000))
 

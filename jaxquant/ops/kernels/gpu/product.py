@@ -2,20 +2,21 @@
 
     y[m, n] = r[m] u[n] sum_k x[m, k] ((grid(c[k, n]) - z[g(k), n]) s[g(k), n] + o[g(k), n])
 
-XLA alone multiplies by scales that change along k only after it has written the weight to memory in two bytes,
-whatever the layout of the codes. Here a program per block of the result walks along k: it reads a tile of bytes, makes
-numbers of the codes in its registers, and multiplies them by the rows of x in the tensor cores. The weight is the left
-operand there, which those take from registers.
+To apply scales that change along k, XLA alone writes the weight to memory in two bytes per value first, in every layout
+of the codes. Here one program per block of the result walks along k: it reads a tile of bytes, decodes the codes in its
+registers, and multiplies them by the rows of x in the tensor cores. The weight is the left operand, which tensor cores
+take from registers.
 
-The two codes of a byte are neighbours along the axis that is stored last. If that is n, even and odd columns are two
-products, which are joined in the result; if it is k, even and odd elements of x are. So no code changes its place.
+The two codes of a byte are neighbours along the axis that is stored last. If that axis is n, even and odd columns are
+two products, which are joined in the result; if it is k, even and odd elements of x are multiplied separately and
+summed. So codes need not be rearranged.
 
-Where a group is at least as long as a step along k, and rows are few, the scale multiplies the sum of the step: what is
-multiplied before is exact. Else it multiplies the values, which are rounded to the dtype of x, as the float program's
-are. Scales that are the same for all k multiply the result. With few columns k is cut into parts, whose sums are added
-in a second step, as far as these sums are small beside the weight.
+Where a group is at least as long as a step along k, and rows are few, the scale multiplies the sum of the step, whose
+factors are exact. Otherwise the scale multiplies the values, which are rounded to the dtype of x, as in the float
+program. Scales that are constant along k multiply the result. With few columns, k is split into parts, whose sums are
+added in a second step, if these sums are small compared to the weight.
 
-Edges are masked: no operand is padded or copied. Nothing has been timed; see `Blocks`.
+Edges are masked: no operand is padded or copied. The kernel has not been timed; see `Blocks`.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ class Weight(NamedTuple):
     Attributes:
       codes: [K, N], or [N, K] if ``k_last``; uint8 of two codes along the last axis, or int8, uint8, or int4.
       scale: [G, N or 1], or [N or 1, G]; float, or uint8 patterns of float8_e8m0fnu or float8_e4m3fn, or two in a byte
-        as unsigned integers; None where one scale is for all k.
+        as unsigned integers; None if scales are constant along k.
       zero_point, offset: of the same shape, integer and float, or None.
-      columns: float32 [N or 1], scales that are the same for all k, or None.
+      columns: float32 [N or 1], scales that are constant along k, or None.
       table: float32, the values of a type that is a table, or None.
     """
 
@@ -65,21 +66,21 @@ class Weight(NamedTuple):
 
 
 Scales = Literal["float", "e8m0", "e4m3", "nibbles"]
-"""What the entries of `Weight.scale` are."""
+"""Types of the entries of `Weight.scale`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """What codes stand for, and how they lie.
+    """The values and the layout of codes.
 
     Attributes:
       qtype: the number type.
-      stored: how many codes a byte has.
+      stored: the number of codes in a byte.
       k_last: whether k is the axis that is stored last.
       length: K.
       columns: N.
       groups: G, runs of equal scales along k.
-      scales: what scales are stored as.
+      scales: the stored type of the scales.
     """
 
     qtype: QType
@@ -123,23 +124,23 @@ class Blocks:
 
 
 _PROCESSORS = 132  # of an H100; an A100 has 108
-_PRODUCTS, _INSTRUCTIONS, _LOADS = 2048, 128, 64  # of numbers of two bytes, of any, and bytes: in a processor's cycle
-_DECODING = 6  # instructions for a code, all in all, as the machine code of the kernel has them
+_PRODUCTS, _INSTRUCTIONS, _LOADS = 2048, 128, 64  # per cycle and processor: two-byte products, instructions, bytes
+_DECODING = 6  # instructions per code in total, counted in the machine code of the kernel
 _NARROWEST = 32  # bytes of a row that are read at once
-_PART_COST = 1 / 16  # of the weight's bytes, what sums of parts may take to be written and read
+_PART_COST = 1 / 16  # of the weight's bytes: the most that sums of parts may write and read
 
 
 def blocks(rows: int, w: Decoding, *, integers: bool = False) -> Blocks:
     """Blocks for a product of so many rows, by a small model of the processor.
 
     A warp holds 16 rows of the left operand of a tensor core, here columns of the weight. With few rows of x there are
-    too few such to keep all processors busy. So the warps of a program share columns, and each has a slice of k: the
-    tensor cores then multiply every slice of the weight by every slice of x, of which only pairs are of use. That costs
-    what they have to spare as long as reading the weight is all that counts.
+    too few warps to keep all processors busy. So the warps of a program share columns, and each has a slice of k. The
+    tensor cores then multiply every slice of the weight by every slice of x, although only matching slices are needed.
+    This is free as long as reading the weight is the bound.
     """
 
     def cycles(tile: tuple[int, int, int]) -> float:
-        """For one k, of all programs."""
+        """Cycles for one k, of all programs."""
         m, slices, warps = tile
         programs = math.ceil(rows / m) * math.ceil(w.columns / _columns(w, slices, warps))
         left, right, size = 16 * warps, m * slices, 1 if integers else 2
@@ -153,7 +154,7 @@ def blocks(rows: int, w: Decoding, *, integers: bool = False) -> Blocks:
     m, slices, warps = min(fitting, key=cycles)
     columns, power = _columns(w, slices, warps), w.group & -w.group
     depth = 128 if m * slices <= 64 and power >= 128 else 64
-    if w.groups > 1 and (integers or depth % w.group):  # sums of integers are those of a group
+    if w.groups > 1 and (integers or depth % w.group):  # a sum of integers stays within a group
         depth = min(depth, power)
     programs = math.ceil(rows / m) * math.ceil(w.columns / columns)
     affordable = int(_PART_COST * w.nbytes / (8.0 * rows * w.columns))  # float32, written and read
@@ -162,14 +163,14 @@ def blocks(rows: int, w: Decoding, *, integers: bool = False) -> Blocks:
 
 
 def _columns(w: Decoding, slices: int, warps: int) -> int:
-    """Columns of a program: of each plane of codes, those of all its warps."""
+    """Columns of a program: those of all its warps, in all planes of codes."""
     planes = 2 if w.stored == "nibbles" and not w.k_last else 1
     return 16 * warps // slices * planes
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
-    """The body, and all that is static in it.
+    """The body of the kernel, with its static parameters.
 
     Tiles of the weight are [slices x columns, depth], those of x [depth, slices x rows], and sums [slices x columns,
     slices x rows].
@@ -178,7 +179,7 @@ class _Kernel:
       w: the weight.
       b: the blocks.
       rows: M.
-      dtype: of what is multiplied: float32, bfloat16, float16 or int8.
+      dtype: of the factors: float32, bfloat16, float16 or int8.
       names: of the operands after x and the codes.
       precision: of the product.
     """
@@ -192,12 +193,12 @@ class _Kernel:
 
     @property
     def planes(self) -> int:
-        """Codes of a byte."""
+        """Codes in a byte."""
         return 2 if self.w.stored == "nibbles" else 1
 
     @property
     def steps(self) -> int:
-        """Along k, of one part."""
+        """Steps along k of one part."""
         return -(-self.w.length // (self.b.parts * self.b.slices * self.b.depth))
 
     @property
@@ -208,7 +209,7 @@ class _Kernel:
 
     @property
     def integers(self) -> bool:
-        """Whether codes of both are multiplied as integers."""
+        """Whether the codes of both operands are multiplied as integers."""
         return self.dtype == jnp.int8
 
     def __call__(self, x: Any, codes: Any, *rest: Any) -> None:
@@ -241,11 +242,11 @@ class _Kernel:
 
     @property
     def _sides(self) -> int:
-        """1, or 2 where even and odd columns are apart."""
+        """1, or 2 if even and odd columns are separate products."""
         return 1 if self.w.k_last else self.planes
 
     def _flat(self, start: Any, size: int, stride: int) -> tuple[jax.Array, jax.Array]:
-        """Indices of rows or columns, again for each slice, and the slices."""
+        """Indices of rows or columns, repeated for each slice, and the slices."""
         if self.b.slices == 1:
             return start + stride * lax.iota(jnp.int32, size), jnp.zeros(1, jnp.int32)
         at = lax.iota(jnp.int32, self.b.slices * size)
@@ -263,7 +264,7 @@ class _Kernel:
         return [self._multiplied(refs, tile, rows, *side) for tile, side in zip(tiles, sides, strict=True)]
 
     def _write(self, out: Any, refs: Any, total: jax.Array, row: Any, n: jax.Array, part: Any) -> None:
-        """Sums to the result: those of pairs of slices."""
+        """Writes the sums of matching slices to the result."""
         m, slices = row * self.b.rows + lax.iota(jnp.int32, self.b.rows), self.b.slices
         if slices > 1:
             total = total.reshape(slices, -1, slices, self.b.rows)
@@ -290,14 +291,14 @@ class _Kernel:
         return None if self.w.columns % self.b.columns == 0 else n < self.w.columns
 
     def _in_k(self, k: jax.Array, size: int) -> jax.Array | None:
-        """Of what there are ``size`` of, along k."""
+        """The mask along k of an axis of ``size`` elements."""
         whole = self.w.length == self.steps * self.b.slices * self.b.parts * self.b.depth
         return None if whole else k < size
 
     # -- tiles ---------------------------------------------------------------------------------------------------------
 
     def _rows_of(self, x: Any, row: Any, k: jax.Array, plane: int | None) -> jax.Array:
-        """A tile of the activation: of all of a step, or of its even or odd elements."""
+        """A tile of the activation: all elements of a step, or the even or odd ones."""
         stride = 1 if plane is None else 2
         m = (row * self.b.rows + lax.iota(jnp.int32, self.b.rows))[None, :, None]
         at = (plane or 0) + stride * lax.iota(jnp.int32, self.b.depth // stride)[None, None, :] + k[:, None, None]
@@ -305,7 +306,7 @@ class _Kernel:
         return jnp.transpose(tile.reshape(-1, self.b.depth // stride).astype(self.dtype))
 
     def _tiles(self, codes: Any, column: Any, k: jax.Array) -> list[jax.Array]:
-        """The codes of a step: one tile, or the two planes of one. Less than a byte are unsigned patterns."""
+        """The codes of a step: one tile, or its two planes. Codes narrower than a byte are unsigned patterns."""
         in_k, in_n = (self.planes, 1) if self.w.k_last else (1, self.planes)
         columns, depth, k = self.b.columns // in_n, self.b.depth // in_k, k // in_k
         n = column * columns + lax.iota(jnp.int32, columns)
@@ -346,7 +347,7 @@ class _Kernel:
         if qtype.kind == "float":
             exponents = qtype.bits - 1 - qtype.mantissa_bits
             values = _minifloat(tile, exponents, qtype.mantissa_bits)
-            if exponents == 4:  # where others have infinity, it has numbers, and NaN
+            if exponents == 4:  # no infinities: these patterns are numbers and NaN
                 values = jnp.where((tile & 127) == 127, jnp.nan, values)
             return values.astype(self.dtype)
         if qtype.kind == "table":
@@ -357,7 +358,7 @@ class _Kernel:
         return _small_integers(tile, 8 if qtype.signed else 0, self.dtype)
 
     def _entry(self, ref: Any, n: jax.Array, k: jax.Array, depth: int) -> jax.Array:
-        """What there is for columns n from k on: [columns, 1 or depth]; for a depth of 0 [columns, groups]."""
+        """The entries of columns n from k on: [columns, 1 or depth]; for a depth of 0 [columns, groups]."""
         n, group = n[:, None], self._groups(k)
         one = ref.shape[0 if self.w.k_last else 1] == 1
         index = n * 0 if one else n, group
@@ -365,7 +366,7 @@ class _Kernel:
         return self._spread(load(ref, index if self.w.k_last else index[::-1], mask), depth)
 
     def _scale(self, refs: Any, n: jax.Array, k: jax.Array, depth: int) -> jax.Array:
-        """Scales in float32, as `_entry`."""
+        """Scales in float32, shaped as by `_entry`."""
         ref = refs["scale"]
         if self.w.scales == "nibbles":
             at, group = n[:, None], self._groups(k)
@@ -390,7 +391,7 @@ class _Kernel:
         return (k // self.w.group)[:, None] + lax.iota(jnp.int32, many)[None, :]
 
     def _spread(self, value: jax.Array, depth: int) -> jax.Array:
-        """[columns, groups] as [columns, depth], each repeated; 0 leaves it as it is, and so does one group."""
+        """Repeats [columns, groups] to [columns, depth]; a depth of 0 and a single group leave it unchanged."""
         n, groups = value.shape
         if groups == 1 or depth in (0, groups):
             return value
@@ -398,12 +399,12 @@ class _Kernel:
 
 
 def _both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
-    """Where both are True."""
+    """The conjunction of two masks; None is True everywhere."""
     return a if b is None else b if a is None else a & b
 
 
 def _minifloat(bits: jax.Array, exponents: int, mantissa: int) -> jax.Array:
-    """Values in float32 of patterns of up to 8 bits: float16 has their bits too, and a greater bias of the exponent."""
+    """Values in float32 of patterns of up to 8 bits, by way of float16, which has more bits and a greater bias."""
     wide, sign = bits.astype(jnp.uint16), 1 << (exponents + mantissa)
     shifted = ((wide & sign) << (15 - exponents - mantissa)) | ((wide & (sign - 1)) << (10 - mantissa))
     return lax.bitcast_convert_type(shifted, jnp.float16).astype(jnp.float32) * 2.0 ** (16 - (1 << (exponents - 1)))
@@ -412,7 +413,8 @@ def _minifloat(bits: jax.Array, exponents: int, mantissa: int) -> jax.Array:
 def _small_integers(bits: jax.Array, less: int, dtype: Any) -> jax.Array:
     """Integers from int4 in two's complement, plus 8 and less a constant.
 
-    As the last bits of a float's mantissa they are integers already, plus a power of two that is subtracted.
+    The codes are put into the last bits of a float's mantissa; the float is the integer plus a power of two, which is
+    subtracted.
     """
     if dtype == jnp.bfloat16:
         return lax.bitcast_convert_type(bits ^ 0x4308, jnp.bfloat16) - jnp.bfloat16(128 + less)
@@ -433,7 +435,7 @@ def batched(
 ) -> jax.Array:
     """`product` of stacks of matrices, all arrays with one axis more in front; under `jax.vmap` and shardings too.
 
-    Columns, rows and stacks are cut as they are. Where k is, each device has a partial sum, and these are added.
+    Partitions of columns, rows and stacks are kept. If k is partitioned, the partial sums of the devices are added.
     """
     optional = {"rows": rows, **{name: getattr(w, name) for name in Weight._fields[1:]}}
     names = [name for name, value in optional.items() if value is not None]
@@ -452,7 +454,7 @@ def batched(
         return run
 
     def mapped(size: int, is_mapped: list[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
-        """Of several: stacks of weights are a longer stack; several activations for one weight are more rows."""
+        """The batched function: stacks of weights form a longer stack; activations for one weight are more rows."""
         activations = [i for i in range(len(arrays)) if i == 0 or (i > 1 and names[i - 2] == "rows")]
         weights = [i for i in range(len(arrays)) if i not in activations]
         if any(is_mapped[i] for i in weights):
@@ -494,7 +496,7 @@ def _axes(how: Decoding, names: list[str], arrays: tuple[jax.Array, ...]) -> tup
 
 
 def _pieces(how: Decoding, x: jax.Array, w: Weight) -> dict[str, int]:
-    """What axes can be cut into: whole groups, and whole bytes."""
+    """The number of pieces that an axis can be partitioned into: whole groups and whole bytes."""
     small = how.stored == "nibbles"
     k = how.groups if how.groups > 1 else how.length // (2 if small and how.k_last else 1)
     if how.scales == "nibbles" and how.k_last:
@@ -530,10 +532,11 @@ def product(
     Args:
       x: [M, K]: bfloat16, float16 or float32, or int8 codes.
       w: the weight, with groups of a multiple of 16 codes.
-      how: what its codes stand for.
+      how: the values and the layout of its codes.
       result: dtype of the result.
-      dtype: bfloat16, float16 or float32, what values are multiplied in. Codes of x are int8 there, where those of the
-        weight are integers and their groups are long enough.
+      dtype: bfloat16, float16 or float32, in which values are multiplied. Codes of x stay int8 if the weight has
+      integer
+        codes in groups that are long enough.
       rows: float32 [M], scales of x, or None.
       interpret: run in Pallas' interpreter, on any device.
 
@@ -568,7 +571,7 @@ def product(
 
 
 def _multiplies_integers(w: Weight, how: Decoding) -> bool:
-    """Whether codes of the weight are multiplied by int8 codes as integers: if 8 bits hold them."""
+    """Whether the weight's codes fit 8 bits, so that they are multiplied by int8 codes as integers."""
     if how.qtype.kind != "int" or w.offset is not None or (how.groups > 1 and how.group % _SHALLOWEST_INT8):
         return False
     return how.qtype.bits <= 4 or (how.qtype.signed and w.zero_point is None)

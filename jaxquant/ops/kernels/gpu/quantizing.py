@@ -1,7 +1,7 @@
 """Activations quantized in one pass: a GPU finds the range of a row and writes its codes while it holds the row.
 
-XLA reads the activation twice, and scales products with it in a pass of their own where the range comes from the same
-program. What comes out of a kernel it treats as an argument: the product that follows has its scales fused.
+XLA reads the activation twice, and applies scales that the same program computes in a separate pass over the product.
+It treats the results of a kernel as arguments, so it fuses these scales into the product that follows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pallas' Triton dialect, as older versions of JAX have it too."""
+"""Pallas' Triton dialect, with one interface for older and newer versions of JAX."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _PARAMS: Any = getattr(triton, "CompilerParams", None) or getattr(triton, "Trito
 
 
 def params(warps: int, stages: int) -> Any:
-    """What the compiler is told."""
+    """Compiler parameters."""
     return _PARAMS(num_warps=warps, num_stages=stages)
 
 
 def alike(arrays: Any) -> Any:
-    """Arrays that vary over the same devices of a `jax.shard_map`: over all that one of them varies over."""
+    """Arrays that vary over the same axes of a `jax.shard_map`: the union of the axes that they vary over."""
     over = frozenset().union(*map(_varying, jax.tree.leaves(arrays)))
     cast = getattr(lax, "pcast", None)
 

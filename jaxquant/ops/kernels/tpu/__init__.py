@@ -1,6 +1,6 @@
 """Kernels for TPUs.
 
-What `jaxquant.core` computes plainly, and this compiler slowly, is replaced on import.
+On import they replace plain computations of `jaxquant.core` that this compiler turns into slow code.
 """
 
 from jaxquant.ops.kernels.tpu import quantize

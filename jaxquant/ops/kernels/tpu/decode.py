@@ -1,8 +1,8 @@
-"""Stored codes to numbers that the matrix unit takes, eight codes of 4 bits at a time where they are no integers.
+"""Decodes stored codes to numbers for the matrix unit; 4-bit codes that are not integers are decoded eight at a time.
 
 An int4 array lies in tiles of 64 rows: a 32-bit word of a vector register has eight consecutive rows of one column.
-Boolean operations on such words work on 8,192 codes at once. What they make are rows in another order: a word that is
-cut into bytes has every second row, into halves every fourth. The activation is brought into that order instead.
+Boolean operations on such words work on 8,192 codes at once. They change the order of rows: a word that is split into
+bytes has every second row, into halves every fourth. The activation is permuted into the same order.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from jaxquant.core.qtypes import QType
 __all__ = ["BLOCK", "Decoder", "decoder", "scale_of"]
 
 BLOCK = 128
-"""Rows of codes that are decoded and multiplied at a time: what a matrix unit sums over at once."""
+"""Rows of codes that are decoded and multiplied at a time: the length of a matrix unit's sum."""
 
 _SPARSE = {"nf4": (-0.03625, 1.75), "fp4": (0.0, 1.5)}
-"""Where a table's entries are taken from, and their unit: of those by which bfloat16 is as close to the entries as
-without, the ones whose patterns take the fewest operations (88 for nf4, where they took 116)."""
+"""The zero and the unit of a table's entries. Among the choices for which bfloat16 is as close to the entries as
+without them, this one's patterns take the fewest operations (88 for nf4, down from 116)."""
 
 _SUBNORMAL = 2.0**14  # float8_e5m2 has its exponents this much lower than a 4-bit float, of the same other bits
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """How a block of codes becomes numbers.
+    """Decodes a block of codes to numbers: value = (number + shift) * factor.
 
     Attributes:
-      kind: integers as they are; 4-bit floats, by way of an 8-bit float; entries of a table of 16; 8-bit floats.
-      shift: what a number is less than its value.
-      factor: what a value is of its number.
+      kind: integers, unchanged; 4-bit floats, by way of an 8-bit float; entries of a table of 16; 8-bit floats.
+      shift: added to a number.
+      factor: multiplied by the sum.
       patterns: of bfloat16, of a table's entries by code.
       element: the dtype of 8-bit floats.
     """
@@ -50,11 +50,11 @@ class Decoder:
 
     @property
     def parts(self) -> int:
-        """Into how many runs of rows a block is sorted: row ``parts * i + j`` is the i-th of the j-th run."""
+        """The number of runs of rows that a block is sorted into: row ``parts * i + j`` is the i-th of the j-th run."""
         return {"integers": 1, "floats4": 2, "table": 4, "floats8": 1}[self.kind]
 
     def source(self, row: jax.Array) -> jax.Array:
-        """Which row of a block comes to a place."""
+        """The row of a block that decoding moves to each place."""
         if self.parts == 1:
             return row
         if self.kind == "table":  # a register of halves has two of the eight rows of a word, four apart
@@ -79,7 +79,7 @@ class Decoder:
 
 
 def decoder(qtype: QType) -> Decoder:
-    """How codes of a type are decoded, from the form in which `QTensor.laid_out` stores them."""
+    """The decoder for codes of a type in the form that `QTensor.laid_out` stores."""
     if qtype.kind == "int":
         return Decoder("integers", shift=0 if qtype.signed or not qtype.packed else 8)
     if qtype.kind == "float" and qtype.packed:
@@ -88,7 +88,7 @@ def decoder(qtype: QType) -> Decoder:
         return Decoder("floats8", element=str(qtype.element))
     zero, unit = _SPARSE.get(qtype.name, (0.0, 1.0))
     bits = ((np.asarray(qtype.table, np.float32) - zero) * unit).astype(jnp.bfloat16).view(np.uint16).tolist()
-    patterns = (*bits[8:], *bits[:8])  # by the four bits of what is stored, code less 8
+    patterns = (*bits[8:], *bits[:8])  # indexed by the four stored bits, code - 8
     return Decoder("table", shift=zero * unit, factor=1 / unit, patterns=patterns)
 
 
@@ -101,7 +101,7 @@ def _right(x: jax.Array, count: int) -> jax.Array:
 
 
 def _halves(words: jax.Array, patterns: Sequence[int]) -> list[jax.Array]:
-    """The 16-bit patterns of eight codes a word, two a word: rows i and i + 4 of the eight in the i-th."""
+    """The 16-bit patterns of eight codes per word, two per word: word i has rows i and i + 4 of the eight."""
     rows = [_joined(planes) for planes in _grouped(_planes(words, patterns), 4)]
     for distance in (2, 1):  # four by four nibbles of each half change places with their words
         mask = _word(0x00FF00FF if distance == 2 else 0x0F0F0F0F)
@@ -130,7 +130,8 @@ def _joined(planes: list[jax.Array | bool]) -> jax.Array:
 
 
 def _planes(words: jax.Array, patterns: Sequence[int]) -> list[Any]:
-    """Every bit of the patterns, in the lowest bit of each nibble: True or False where all patterns have the same.
+    """Each bit of the patterns, in the lowest bit of each nibble; True or False if it is the same in all patterns.
+
 
     A bit is a sum modulo 2 of products of the four bits of the code (its algebraic normal form). Sums of
     two that several bits share are computed once (Paar's greedy search).

@@ -1,4 +1,4 @@
-"""Decoded codes in dots for each group, as a TPU has them fast."""
+"""Dots of decoded codes, one for each group, in the form that a TPU runs fast."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jaxquant.ops.problem import Product
 
 __all__ = ["BatchedDecoded"]
 
-_ROWS, _GROUP = 16, 128  # up to so many rows, from such groups on
+_ROWS, _GROUP = 16, 128  # most rows, and the smallest group
 
 
 class BatchedDecoded(decoded.BatchedDecoded):
-    """The same, for whatever is exact, and of two rows at least."""
+    """`decoded.BatchedDecoded` for all exact values, with at least two rows."""
 
     platforms = ("tpu",)
 
@@ -29,7 +29,7 @@ class BatchedDecoded(decoded.BatchedDecoded):
 
     @staticmethod
     def dot(dot: Dot) -> jax.Array:
-        """As for `decoded.BatchedDecoded`. One row of scaled sums would be laid out on its own: there are two."""
+        """As for `decoded.BatchedDecoded`, padded to two rows: a single row of sums would get a layout of its own."""
         free, batch = dot.numbers.free(0, dot.x.ndim), len(dot.numbers.batch[0])
         if not free or any(dot.x.shape[i] != 1 for i in free):
             return dot.batched()

@@ -1,4 +1,4 @@
-"""Dots as the TPU's compiler is best asked for them."""
+"""Dots in the form that the TPU's compiler runs fastest."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _FEW = 128
 
 
 def has_few_rows(problem: Product) -> bool:
-    """Whether a result is small beside its weight, so that it costs nothing to keep it `as_it_is`."""
+    """Whether a result is small compared to its weight, so that `as_it_is` is free."""
     return 1 < problem.rows <= _FEW
 
 
 def as_it_is(result: jax.Array) -> jax.Array:
-    """The result of a product, whose columns what follows does not cut.
+    """Keeps the layout of a product's result from propagating back to its weight.
 
-    Where a result is cut into heads, this compiler gives the weight of the product that shape. The layer that a scan
-    takes out of a stack is copied then, before it is multiplied: 201 thousand cycles for 16 MB of int8.
+    Where a result is split into heads, this compiler gives the product's weight that shape too. A scan then copies the
+    layer that it takes out of a stack before multiplying it: 201 thousand cycles for 16 MB of int8.
     """
     return lax.optimization_barrier(result)
 
@@ -32,14 +32,14 @@ def as_it_is(result: jax.Array) -> jax.Array:
 def two_row_dot(
     dot: Callable[[jax.Array, jax.Array], jax.Array], lone: Sequence[int | None], *operands: jax.Array
 ) -> jax.Array:
-    """``dot`` of two rows at least.
+    """``dot`` with a single row padded to two.
 
-    The compiler multiplies one row, or one column, in the vector units, and two in the matrix unit in a tenth of the
-    time. So one is padded to two.
+    The compiler multiplies one row, or one column, in the vector units, and two in the matrix unit, in a tenth of the
+    time.
 
     Args:
       dot: a `jax.lax.dot_general` with its dimension numbers.
-      lone: for each operand, an axis of size 1 that stands for all its rows; None: it has several.
+      lone: for each operand, the size-1 axis of its single row; None if it has several rows.
       *operands: the operands.
     """
     shape = jax.eval_shape(dot, *operands).shape

@@ -1,4 +1,4 @@
-"""Weights of a scale per group on a TPU: which products the kernels of `product` take."""
+"""Chooses the products that the kernels of `product` compute: weights of a scale per group on a TPU."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Grouped(Kernel):
     """A product by one of the two kernels.
 
     Attributes:
-      groups: what they have to know of the weight.
-      dtype: of the activation that they are given.
+      groups: the weight's static properties.
+      dtype: of the activation that the kernel gets.
     """
 
     platforms = ("tpu",)
@@ -57,7 +57,7 @@ class Grouped(Kernel):
         if body_for(rows, dtype, groups) is not cls.body:
             return None
         if cls.body is Values and groups.decoder.parts > 1 and rows > FEW:
-            return None  # XLA decodes such codes in the order of rows, and takes a tenth less
+            return None  # XLA decodes such codes in the order of rows, in a tenth less time
         exact = groups.decoder.kind != "table" and cls.body is Sums
         if not exact and problem.dtype != jnp.bfloat16:
             return None
@@ -67,11 +67,11 @@ class Grouped(Kernel):
 
     @property
     def name(self) -> str:
-        """As the program has it."""
+        """The kernel's name in the program."""
         return self.body.name
 
     def run(self, problem: Product) -> jax.Array:
-        """As for `Kernel`; where XLA divides the program over several devices, by what it divides."""
+        """As for `Kernel`; if XLA partitions the program over several devices, by a product that it partitions."""
         leaves, tree = jax.tree.flatten((problem.x, problem.w))
         plain = BatchedDecoded.takes(problem) or Decoded.takes(problem)
         assert plain is not None
@@ -101,17 +101,17 @@ class Grouped(Kernel):
 
 
 class GroupedSums(Grouped):
-    """With few rows: codes are multiplied, and their sums scaled."""
+    """Few rows: multiplies codes, and scales their sums."""
 
 
 class GroupedValues(Grouped):
-    """With many rows: values are decoded once."""
+    """Many rows: decodes values once."""
 
     body = Values
 
 
 def _groups(w: QTensor) -> Groups | None:
-    """What the kernels have to know of a weight; None if they do not take it."""
+    """The static properties of a weight; None if the kernels do not take it."""
     k, (count, columns) = w.shape[-2], w.scale.shape[-2:]
     size = k // count
     blocked = w.kept.shape[-2] % BLOCK == 0 and (BLOCK % size == 0 if size < BLOCK else size % BLOCK == 0)
@@ -137,13 +137,13 @@ def _exact(dtype: Any) -> bool:
 
 
 def _two_level(scale: Any) -> bool:
-    """Whether scales are numbers without zero points, with one factor for all of a column."""
+    """Whether scales are numbers without zero points, with one factor per column."""
     plain = isinstance(scale, QTensor) and scale.symmetric and scale.permutation is None and scale.minor == ()
     return plain and scale.qtype != FACTOR.name and scale.type.kind != "table" and scale.scale.shape[-2] == 1
 
 
 def _scale(w: QTensor) -> tuple[jax.Array, jax.Array | None]:
-    """Scales by group, 8-bit floats as their patterns, and what all of them are to be multiplied with."""
+    """Scales by group, 8-bit floats as their patterns, and the factor of all of them."""
     scale = w.scale
     if _two_level(scale):
         unit = scale_values(scale.scale).astype(jnp.float32)
@@ -175,7 +175,7 @@ def _arrays(w: QTensor) -> dict[str, jax.Array | None]:
 
 
 def _dtype_of(problem: Product) -> Any:
-    """Of the activation as the kernels get it; None if they do not take it."""
+    """The dtype of the activation that the kernels get; None if they do not take it."""
     x, contract = problem.x, problem.x_axes.contract
     if problem.dtype not in (jnp.bfloat16, jnp.float32):
         return None

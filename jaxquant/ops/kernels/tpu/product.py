@@ -1,21 +1,22 @@
-"""Products on a TPU with weights of a scale per group, by kernels: codes are read once, and decoded on the way.
+"""Kernels for products on a TPU with weights of a scale per group: codes are read once, and decoded on the chip.
 
     y[m, n] = u[n] sum_g s[g, n] sum_{k in g} x[m, k] (c[k, n] - z[g, n])  +  o[g, n] sum_{k in g} x[m, k]
 
-Two bodies, by how many rows there are.
+The number of rows decides between two bodies.
 
 `sums`
-: with few rows codes are multiplied as they are, and scales go into the sums. The matrix unit takes 128 rows of the
-  weight at a time; where these have several groups, each row of x is repeated for each, with zeros for all others, so
-  that one product gives the sums of all. A float x beside integers is written as two int8 digits, or is int8 already.
+: with few rows codes are multiplied directly, and scales are applied to the sums. The matrix unit takes 128 rows of the
+  weight at a time. If these hold several groups, each row of x is repeated for each group, with zeros in the other
+  groups, so that one product gives the sums of all groups. With integer weights, a float x is written as two int8
+  digits.
 
 `values`
 : with many rows a block of columns is decoded once, with its scales, into the chip's own memory, and all rows of x are
   multiplied with it.
 
-Estimated by the TPU compiler: at few rows `sums` takes as long as to read the codes of integers and of 4-bit floats
-(memory bounds it), tables twice to four times that (the vector unit does); `values` takes as long as the bfloat16
-product (the matrix unit).
+Estimates of the TPU compiler: at few rows `sums` takes as long as reading the codes for integers and 4-bit floats
+(memory bound), and two to four times as long for tables (bound by the vector unit); `values` takes as long as the
+bfloat16 product (bound by the matrix unit).
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from jaxquant.ops.kernels.tpu.decode import BLOCK, Decoder, scale_of
 __all__ = ["DIGITS", "FEW", "Groups", "Sums", "Values", "body_for", "grouped_product", "rows_of_sums"]
 
 FEW = 128
-"""Rows, terms of x and groups of a block counted, up to which sums of floats and of tables are scaled."""
+"""The most rows (times terms of x and groups of a block) for which sums of floats and tables are scaled."""
 
 DIGITS = 64
-"""The same beside integers; up to so many a bfloat16 x is written as int8 digits there."""
+"""The same limit for integers; up to it a bfloat16 x is written as int8 digits."""
 
 _MEMORY = 48 << 20  # bytes of a TPU's vector memory that a program may take: the least that there is is 64 MiB
 _DIGIT = 254.0
@@ -45,11 +46,11 @@ _UNROLLED = 32  # blocks that the compiler schedules together
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """What a kernel has to know of a weight beside its arrays.
+    """The static properties of a weight that a kernel depends on.
 
     Attributes:
       size: elements of a group.
-      decoder: how codes become numbers.
+      decoder: decodes codes to numbers.
       scale_form: the dtype of scales; 8-bit floats are given as their patterns.
     """
 
@@ -59,17 +60,17 @@ class Groups:
 
     @property
     def in_block(self) -> int:
-        """Groups of a block, one where a group is a block or more."""
+        """Groups in a block; 1 if a group is a block or longer."""
         return max(BLOCK // self.size, 1)
 
 
 def rows_of_sums(rows: int, dtype: Any, groups: Groups) -> int:
-    """How many rows `sums` multiplies for so many of x."""
+    """The number of rows that `sums` multiplies for ``rows`` rows of x."""
     return rows * groups.in_block * len(_planes(rows, dtype, groups))
 
 
 def _planes(rows: int, dtype: Any, groups: Groups) -> tuple[Any, ...]:
-    """The dtypes of the terms that x is the sum of, and which the matrix unit takes."""
+    """The dtypes of the terms that x is split into for the matrix unit."""
     if groups.decoder.kind != "integers":
         return (jnp.dtype(jnp.bfloat16),) * (2 if dtype == jnp.float32 else 1)
     if dtype == jnp.int8:
@@ -80,7 +81,7 @@ def _planes(rows: int, dtype: Any, groups: Groups) -> tuple[Any, ...]:
 
 
 def body_for(rows: int, dtype: Any, groups: Groups) -> type[_Body]:
-    """Which of the two kernels there is for so many rows of a dtype."""
+    """The kernel for so many rows of a dtype."""
     summed = dtype == jnp.int8 and groups.decoder.kind == "integers" and groups.in_block == 1
     few = FEW if groups.decoder.kind != "integers" else DIGITS
     return Sums if summed or rows_of_sums(rows, dtype, groups) <= few else Values
@@ -105,12 +106,12 @@ def grouped_product(
 
     Args:
       x: [B, M, K], int8, bfloat16 or float32; K is a multiple of 128.
-      codes: [L B, K / 128, 128, N], a stack of L layers of B of what `QTensor.laid_out` stores.
+      codes: [L B, K / 128, 128, N], a stack of L layers of B weights in the form that `QTensor.laid_out` stores.
       scale, zero, offset: [B, K / group size, N]; zero and offset may be None.
       groups: the rest of the weight.
       rows: float32 [B, M, 1], factors of the rows of x; None is 1.
       columns: float32 [B, 1, N], further factors of the columns; None is 1.
-      layer: which of the stack; None is the first. The kernel reads it where it lies.
+      layer: the index in the stack; None is the first. The kernel reads the layer without a copy.
       result: the dtype of the result.
       interpret: run in Pallas' interpreter.
 
@@ -139,7 +140,7 @@ class _Body:
       groups: of the weight.
       planes: the dtypes of the terms of x.
       result: the dtype of the result.
-      half: whether 8 of the 16 rows that a register has of bfloat16 pad x: groups repeat the others alone.
+      half: whether 8 of the 16 bfloat16 rows of a register are padding of x: only the other 8 are repeated for groups.
     """
 
     groups: Groups
@@ -193,7 +194,7 @@ class _Body:
         out[...] = total.astype(out.dtype)
 
     def _product(self, x: Any, codes: Any, of: dict[str, Any], shape: tuple[int, int], scratch: list[Any]) -> jax.Array:
-        """Of a block of rows and one of columns, in float32."""
+        """The product of a block of rows and a block of columns, in float32."""
         raise NotImplementedError
 
     def _scratch(self, bm: int, bn: int, k: int, count: int) -> list[tuple[tuple[int, ...], Any]]:
@@ -203,11 +204,11 @@ class _Body:
         raise NotImplementedError
 
     def fits(self, m: int, k: int, n: int) -> bool:
-        """Whether the memory takes the smallest blocks."""
+        """Whether the smallest blocks fit in memory."""
         return self._bytes(*self.blocks(m, k, n), k) <= _MEMORY
 
     def blocks(self, m: int, k: int, n: int) -> tuple[int, int]:
-        """Rows and columns of a program: as many of both as the memory takes."""
+        """Rows and columns of a program: as many as fit in memory."""
         most = n if n < BLOCK else -(-n // BLOCK) * BLOCK
         found = [(min(bm, m), min(bn, most)) for bm in self.row_blocks for bn in (1024, 512, 256, 128)]
         fitting = [block for block in found if self._bytes(*block, k) <= _MEMORY]
@@ -219,7 +220,7 @@ class _Body:
 
 
 class Sums(_Body):
-    """Numbers are multiplied, and sums scaled."""
+    """Multiplies numbers, and scales the sums."""
 
     name = "grouped_sums"
     summed = True
@@ -251,7 +252,7 @@ class Sums(_Body):
         return self.planes == (jnp.dtype(jnp.bfloat16),) and self.groups.in_block > 1
 
     def _used(self, rows: int) -> int:
-        """Of so many rows of x those that are repeated."""
+        """The number of rows of x, out of ``rows``, that are repeated."""
         return rows // 2 if self.half else rows
 
     @property
@@ -319,7 +320,7 @@ class Sums(_Body):
 
 
 class Values(_Body):
-    """Values are multiplied, decoded once for all rows."""
+    """Multiplies values, which are decoded once for all rows."""
 
     name = "grouped_values"
     summed = False
@@ -339,7 +340,7 @@ class Values(_Body):
         count = codes.shape[0]
 
         def by_row(name: str, i: Any) -> jax.Array:
-            """Of the groups of a block, against [parts, groups, rows of both, columns]."""
+            """Values of the groups of a block, shaped to multiply [parts, groups, rows of both, columns]."""
             first = i * group.in_block if group.size <= BLOCK else i * BLOCK // group.size
             value = of[name][pl.ds(first, group.in_block), :]
             value = scale_of(value, group.scale_form if name == "scale" else "float32")
@@ -381,7 +382,7 @@ class Values(_Body):
 
 
 def _first(at: tuple[Any, ...]) -> Any:
-    """Where in the stack the layer is, of which the grid takes all weights."""
+    """The index in the stack of the layer's first weight; the grid runs over all weights of the layer."""
     return at[0][0] if at else 0
 
 
@@ -392,7 +393,7 @@ def _lanes(i: Any) -> Any:
 
 
 def _in_order(x: jax.Array, decode: Decoder, out: Any, first: int) -> None:
-    """Writes rows of x, each 128 elements in the order in which codes are decoded, by a product with a permutation."""
+    """Writes rows of x with each 128 elements in the order of decoded codes, by a product with a permutation."""
     x, rows = x.astype(jnp.bfloat16), slice(first, first + x.shape[0])
     if decode.parts == 1:
         out[rows, :] = x
@@ -404,7 +405,7 @@ def _in_order(x: jax.Array, decode: Decoder, out: Any, first: int) -> None:
 
 
 def _like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """A shape that varies over devices, in a `jax.shard_map`, as an array does."""
+    """A shape that varies over the same axes of a `jax.shard_map` as an array."""
     for name in ("manual_axis_type", "vma"):
         if hasattr(jax.typeof(x), name):
             how: dict[str, Any] = {name: getattr(jax.typeof(x), name)}
@@ -417,7 +418,7 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _digits(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``x = step * (first + second / 254)`` to a relative error of 4e-5 of a row's largest, and the steps, [M, 1]."""
+    """``x = step * (first + second / 254)``, to 4e-5 of the largest element of a row, and the steps, [M, 1]."""
     largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
     step = jnp.where(largest == 0, 1.0, jnp.maximum(largest / 127, jnp.finfo(jnp.float32).tiny))
     scaled = x / step
@@ -427,7 +428,7 @@ def _digits(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _repeated(x: jax.Array, groups: Groups, rows: int) -> jax.Array:
-    """So many rows of x once for each group of a block, with zeros for the others: [groups * rows, 128], in 32 bits."""
+    """Repeats rows of x for each group of a block, with zeros in the other groups: [groups * rows, 128], in 32 bits."""
     if groups.in_block == 1:
         return x
     wide = x.astype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)[:rows]
@@ -436,7 +437,7 @@ def _repeated(x: jax.Array, groups: Groups, rows: int) -> jax.Array:
 
 
 def _loop(count: int, step: Any, start: Any) -> Any:
-    """``step`` for each of count, many at a time."""
+    """Applies ``step`` ``count`` times, in an unrolled loop."""
     whole = count - count % _UNROLLED if count > _UNROLLED else 0
 
     def several(i: Any, total: Any) -> Any:

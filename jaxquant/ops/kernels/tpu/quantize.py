@@ -1,7 +1,8 @@
-"""A row's range and its int8 codes in one pass over an activation, which XLA reads twice and more.
+"""Finds a row's range and its int8 codes in one pass over an activation, which XLA reads at least twice.
 
-A block of rows lies in the chip's own memory between the two. Estimated by the TPU compiler for [4096, 4096] bfloat16
-on a v5e: 86 thousand cycles, where XLA takes 473; the vector unit bounds it, and reading takes 61.
+A block of rows stays in the chip's own memory between the two steps. Estimate of the TPU compiler for [4096, 4096]
+bfloat16 on a v5e: 86 thousand cycles, bound by the vector unit, compared to 473 thousand for XLA and 61 thousand for
+reading alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from jaxquant.ops.kernels.tpu.undivided import if_undivided
 
 __all__ = ["quantized_rows", "rows_in_one_pass"]
 
-_LEAST, _LONGEST = 1 << 18, 1 << 15  # elements of an array for which it pays, and of a row
+_LEAST, _LONGEST = 1 << 18, 1 << 15  # fewest elements of an array for which it pays, and most of a row
 
 _BLOCK = 1 << 20  # elements of a block of rows, at most
 
@@ -31,7 +32,7 @@ _STEPS = 8  # blocks at least, of 32 rows or more: one is moved while another is
 
 
 def quantized_rows(x: jax.Array, *, qmax: int, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-    """``codes = round(x / scale)`` in int8 with ``scale = max |x| / qmax`` of each row, as `quantize` has it.
+    """``codes = round(x / scale)`` in int8 with ``scale = max |x| / qmax`` of each row, as in `quantize`.
 
     Args:
       x: [M, K], bfloat16 or float32.
@@ -69,7 +70,7 @@ def quantized_rows(x: jax.Array, *, qmax: int, interpret: bool = False) -> tuple
 
 
 def _fits(x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...], apart: bool) -> bool:
-    """Whether an array is large, with a scale for each row: the largest magnitude by the largest code."""
+    """Whether an array is large, with one scale per row: its largest magnitude divided by the largest code."""
     del apart
     plain = spec.qtype == "int8" and spec.symmetric and spec.granularity == "per_channel" and not spec.whole_range
     plain = plain and type(spec.observer) is AbsMax and spec.scale_dtype in (None, "float32")
@@ -81,7 +82,7 @@ def _fits(x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...], apart: bool) 
 
 @quantized_by_itself.on("tpu", when=_fits)
 def rows_in_one_pass(x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...], apart: bool) -> QTensor:
-    """The same by `quantized_rows`."""
+    """The QTensor of `quantized_rows`."""
 
     def kernel(x: jax.Array) -> QTensor:
         codes, scale = quantized_rows(x.reshape(-1, x.shape[-1]), qmax=int(spec.type.qmax))

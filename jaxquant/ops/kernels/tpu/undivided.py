@@ -1,8 +1,8 @@
-"""Kernels where a program has its arrays whole: on one device, or in a `jax.shard_map` over all axes of a mesh.
+"""Runs a kernel where a program has whole arrays: on one device, or in a `jax.shard_map` over all axes of a mesh.
 
-XLA divides what it knows over several devices, and refuses to divide kernels. So which function runs is only chosen
-when a program is lowered, and it is known how many devices it is for: the other function is one that XLA divides, with
-no weight gathered.
+XLA partitions its own operations over several devices, but not kernels. So the choice is made when a program is lowered
+and the number of devices is known: on several devices another function runs, which XLA partitions without gathering a
+weight.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _choice_p.multiple_results = True
 
 
 def if_undivided(kernel: Function, divided: Function, *arrays: jax.Array) -> Any:
-    """``kernel(*arrays)`` on one device, ``divided(*arrays)`` in a program that XLA divides over several."""
+    """``kernel(*arrays)`` on one device, ``divided(*arrays)`` in a program that XLA partitions over several."""
     jaxpr, shape = jax.make_jaxpr(divided, return_shape=True)(*arrays)
     kernel, divided = (functools.partial(_leaves, fn) for fn in (kernel, divided))
     found = _choice_p.bind(*_varying_alike(arrays), kernel=kernel, divided=divided, shapes=tuple(jaxpr.out_avals))
