@@ -1,4 +1,4 @@
-"""The prose is plain English: pages, docstrings, comments and messages are searched for constructions that readers stumble over.
+"""The prose is plain English: no page, docstring, comment or message holds a construction that readers stumble over.
 
 `STYLE` is the whole style. A pattern is here because a reader had to read such sentences twice; each names the remedy.
 """
@@ -14,7 +14,9 @@ import snippets
 
 STYLE = {
     r"(?:^|(?<=[.:;!?] ))What (?![^.!]*\?)": "begin with a noun: 'Options that are missing', not 'What is missing'",
-    r"\b(?:of|for|to|by|from|in|on|with|at|than|as|like|beside|over) what\b": "name the thing: 'of the values that', not 'of what'",
+    r"\b(?:of|for|to|by|from|in|on|with|at|than|as|like|beside|over) what\b": (
+        "name the thing: 'of the values that', not 'of what'"
+    ),
     r"\b[Tt]hose (?:that|which|who)\b": "repeat the noun: 'keys that', not 'those that'",
     r"\binside of\b": "write 'inside'",
     r"\ball the same\b": "write 'still' or 'anyway'",
@@ -24,7 +26,10 @@ STYLE = {
     r"\bone for all\b": "say what shares it: 'one scale for all rows'",
     r"\b(?:no such|such a) (?:thing|case)\b": "name the thing",
     r"\b(?:thereof|whereof|thereby|therein|lest)\b": "use a word of everyday English",
-    r", (?:and )?(?:so|as) (?:is|are|does|do|did|has|have|was|were|can|will) (?!if\b|follows\b|described\b)\w": "subject first: 'as qwix does', not 'as does qwix'",
+    (
+        r", (?:and )?(?:so|as) (?:is|are|does|do|did|has|have|was|were|can|will) "
+        r"(?!if\b|follows\b|described\b)\w"
+    ): "subject first: 'as qwix does', not 'as does qwix'",
     r"\b[Nn]othing of the\b": "name the thing",
 }
 LONGEST = 45  # words of a sentence on a page
@@ -56,8 +61,8 @@ def _of_source(text: str):
 
 def _of_page(text: str):
     """(line, paragraph) of a page, blocks of code left out."""
-    blank = lambda match: "\n" * match[0].count("\n")
-    yield from _paragraphs(re.sub(r"(?ms)^ *```.*?^ *```|<!--.*?-->", blank, text), 1)
+    lines = re.compile(r"(?ms)^ *```.*?^ *```|<!--.*?-->")
+    yield from _paragraphs(lines.sub(lambda match: "\n" * match[0].count("\n"), text), 1)
 
 
 def _paragraphs(text: str, line: int):
