@@ -24,6 +24,7 @@ from jaxquant.core.errors import printable
 from jaxquant.core.units import in_bytes
 from jaxquant.io.save_hf import FORMATS
 from jaxquant.models import commands
+from jaxquant.models.console import refusals
 
 __all__ = ["main"]
 
@@ -89,15 +90,6 @@ def demo(output: Path, seed: int, epochs: int, qat_epochs: int, as_json: bool) -
     click.echo(f"{'results':<12}{result.file}")
 
 
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Refused input ends the program with its message and code 1, not with a traceback."""
-    try:
-        yield
-    except (OSError, QuantError) as error:
-        raise click.ClickException("\n".join(map(printable, str(error).split("\n")))) from error
-
-
 def _print(columns: Sequence[str], rows: Sequence[Sequence[str]], **options: Any) -> None:
     """A table on standard output; not cut where output is piped."""
     table = rich.table.Table(box=None, pad_edge=False, **options)
@@ -125,7 +117,7 @@ def inspect_(path: Path, tensors: bool, deep: bool, as_json: bool) -> None:
     PATH is a Hugging Face directory, a safetensors file or a GGUF file. Headers are read, and one weight of each kind;
     with --deep all weights are.
     """
-    with _refusals():
+    with refusals():
         summary = files.summary(path, deep=deep)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(summary), indent=2))
@@ -223,10 +215,10 @@ def quantize(
 
     SOURCE is a directory with safetensors files; DESTINATION must not exist. What is not said is what the format needs:
     4 bits in groups of 64, with scales in the dtype of the checkpoint, unless --help says otherwise. Everything that
-    can be known is checked first. An interrupted run leaves DESTINATION.partial; the same command continues it, but for
-    --calibrate, with which it starts anew. gptq needs to know the inputs of each weight: of the decoders that `jaxquant
-    generate` runs, mixtures of experts aside, --calibrate TEXT finds them, with the whole float model in memory; of
-    others, jaxquant.calibrate collects them where the model runs.
+    can be known is checked first. An interrupted run leaves DESTINATION.partial; the same command continues it.
+    gptq needs the inputs of each weight: of the decoders that `jaxquant generate` runs, mixtures of experts too,
+    --calibrate TEXT finds them, one layer in memory at a time; the layers that are done are kept on the disk, in
+    DESTINATION.calibration, until the end. Of other models, jaxquant.calibrate collects them where the model runs.
     """
     if calibrate is not None and grams is not None:
         raise click.UsageError("Use --calibrate or --grams, not both")
@@ -241,7 +233,7 @@ def quantize(
         raise click.UsageError("Use --recipe, or --weights, --bits, --group-size and --asymmetric, not both")
     if architecture is not None and format != "gguf":
         raise click.UsageError("--architecture is for --to gguf")
-    with _refusals():
+    with refusals():
         act = None
         if rules is not None:
             chosen = files.read_rules(rules)
@@ -328,7 +320,7 @@ def convert(source: Path, destination: Path, format: str, architecture: str | No
     Where the other layout has no place for a weight's codes, scales or zero points, it is refused by name, before
     anything is written. One tensor at a time is in memory. DESTINATION must not exist; it appears when it is complete.
     """
-    with _refusals(), _progress(counted=True) as progress:
+    with refusals(), _progress(counted=True) as progress:
         files.convert(source, destination, format, architecture=architecture, progress=progress)
     _say(f"{destination}: {format}")
 
@@ -342,7 +334,7 @@ def compare(first: Path, second: Path, as_json: bool) -> None:
 
     Ends with code 0 if all values are equal and with code 3 if they are not, or if one has tensors the other has not.
     """
-    with _refusals(), _progress(counted=True) as progress:
+    with refusals(), _progress(counted=True) as progress:
         result = files.compare(first, second, progress=progress)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result), indent=2))

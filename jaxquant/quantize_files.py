@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,16 +16,17 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.files import Watched
-from jaxquant.io import plan_quantize_hf, quantize_hf, save, save_gguf
+from jaxquant.io import plan_quantize_hf, quantize_hf, save_gguf
 from jaxquant.io.directory import Layout, Piece
 from jaxquant.io.gguf.metadata import metadata_of
+from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.native import save_leaves
 from jaxquant.io.safetensors import TensorSpec
 from jaxquant.io.save_hf import FORMATS
 from jaxquant.io.sharded import Checkpoint
 from jaxquant.io.stream import QuantizedLeaves, QuantizePlan
-from jaxquant.models.calibration import grams as gram_matrices
-from jaxquant.models.load import load
+from jaxquant.models.calibration import grams as write_grams
+from jaxquant.models.tokenizer import read_text, tokenizer_of
 from jaxquant.recipes import recipe as named
 from jaxquant.rules import Rule
 
@@ -107,7 +108,9 @@ def scheme_of(asked: Scheme, format: str, source: Path) -> OpSpec:
             got: dict[str, Any] = {"scale_dtype": asked.scale_dtype, "qtype": spec.weight.qtype}
             raise quant_error(_F, "this number type has scales of its own form", todo="Leave it out", **got)
         return spec
-    dtype = asked.scale_dtype or habit.scale_dtype or _float_of(source)
+    stored = HFCheckpoint(source, function=_F).dtype
+    own = stored.name if stored is not None and stored.itemsize == 2 else None
+    dtype = asked.scale_dtype or habit.scale_dtype or own
     return dataclasses.replace(spec, weight=dataclasses.replace(spec.weight, scale_dtype=dtype))
 
 
@@ -126,13 +129,6 @@ def _weight(asked: Scheme, habit: _Habit, format: str) -> QuantSpec:
         group = habit.groups.get(kind.bits)
     grouped = {} if group in (None, -1) else {"granularity": "per_group", "group_size": group}
     return QuantSpec(qtype, symmetric=symmetric, **grouped)
-
-
-def _float_of(source: Path) -> str | None:
-    """The dtype of the largest tensor of a checkpoint, where scales can have it; None: float32."""
-    tensors = Checkpoint(source, function=_F).tensors.values()
-    dtype = max(tensors, key=lambda spec: spec.nbytes).dtype.name if tensors else "float32"
-    return dtype if dtype in ("bfloat16", "float16") else None
 
 
 def rules_of(spec: OpSpec, source: Path, ignore: Sequence[str]) -> list[Rule]:
@@ -164,8 +160,9 @@ def quantize(
 ) -> QuantizePlan:
     """Quantizes a float checkpoint to a directory of one of `FORMATS`, or to a GGUF or native file.
 
-    With ``calibrate``, a text, the float model runs first, and the inputs of its weights are known to the method. For a
-    file each weight is quantized twice: all are checked before anything is written, and one is in memory at a time.
+    With ``calibrate``, a text, the float model runs first, layer by layer, and the inputs of its weights are known to
+    the method. Until all is written ``DESTINATION.calibration`` holds the layers that are done. For a file each weight
+    is quantized twice: all are checked before anything is written, and one is in memory at a time.
     """
     if calibrate is not None and dry_run:
         method = "rtn"  # the sizes are the same
@@ -173,10 +170,11 @@ def quantize(
         _check_destination(destination)
         options = {"format": format, "act": act, "architecture": architecture, "shard_bytes": shard_bytes}
         planned = quantize(source, destination, rules, dry_run=True, **options)
-        with tempfile.TemporaryDirectory(dir=destination.absolute().parent, prefix=f".{destination.name}.") as place:
-            known = Path(place) / "grams.safetensors"
-            save(known, _grams(source, list(planned.weights), calibrate, progress))
-            return quantize(source, destination, rules, method=method, grams=known, progress=progress, **options)
+        place = destination.with_name(f"{destination.name}.calibration")
+        _calibrate(source, list(planned.weights), calibrate, place, progress)
+        made = quantize(source, destination, rules, method=method, grams=place, progress=progress, **options)
+        shutil.rmtree(place)
+        return made
     if format in FORMATS:
         options: dict[str, Any] = {"format": format, "method": method, "grams": grams, "act": act}
         if dry_run:
@@ -207,20 +205,13 @@ def _check_destination(destination: Path) -> None:
         raise quant_error(_F, "the destination exists", todo="Choose another, or remove it first", path=path)
 
 
-def _grams(source: Path, names: list[str], text: Path, progress: Callable[[int, int, str], None] | None) -> Any:
+def _calibrate(
+    source: Path, names: list[str], text: Path, place: Path, progress: Callable[[int, int, str], None] | None
+) -> None:
     """The Gram matrices of the inputs of weights, where the model runs on a text."""
-    experts = [name for name in names if ".experts." in name]
-    if experts:
-        todo = "Use --ignore experts, or collect Gram matrices with jaxquant.calibrate and pass --grams"
-        raise quant_error(_F, "--calibrate does not reach the experts of a mixture", todo=todo, weights=len(experts))
-    try:
-        words = text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as reason:
-        raise quant_error(_F, f"the text is not UTF-8 ({reason})", todo="Convert it", path=os.fspath(text)) from None
-    model = load(source, dtype=_float_of(source) or "float32")
-    tokens = model.tokenizer.encode(words)
-    told = None if progress is None else lambda done, total: progress(done, total, "calibrating")
-    return gram_matrices(model, tokens, names, progress=told)
+    tokens = tokenizer_of(source).encode(read_text(text, function=_F))
+    told = None if progress is None else lambda done, total: progress(done, total, "calibrating, in layers")
+    write_grams(source, tokens, names, place, progress=told)
 
 
 def _plan(leaves: QuantizedLeaves, name: str) -> QuantizePlan:

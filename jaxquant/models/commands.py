@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from jaxquant.core.errors import QuantError, printable
+from jaxquant.models.console import refusals, shown
 from jaxquant.models.evaluation import Evaluation, evaluate
 from jaxquant.models.generation import Sampling, Times, stream, tokens_of
 from jaxquant.models.load import Model, load, place_of
-from jaxquant.models.tokenizer import tokenizer_of
+from jaxquant.models.tokenizer import read_text, tokenizer_of
 
 __all__ = ["eval_", "generate"]
-
-
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Refused input ends the program with its message and code 1, not with a traceback."""
-    try:
-        yield
-    except (OSError, QuantError) as error:
-        raise click.ClickException(_shown(str(error))) from error
-
-
-def _shown(text: str) -> str:
-    """A text whose lines and tabs stay, and that no terminal acts on."""
-    return "".join(c if c in "\n\t" else printable(c) for c in text)
 
 
 def _check_tokenizer(model: Path, other: Path | None) -> None:
@@ -42,7 +27,7 @@ def _check_tokenizer(model: Path, other: Path | None) -> None:
 
 
 def _note(text: str) -> None:
-    click.echo(_shown(text), err=True)
+    click.echo(shown(text), err=True)
 
 
 def _of_models(command: Callable[..., None]) -> Callable[..., None]:
@@ -90,7 +75,7 @@ def generate(
     if ids and chat:
         raise click.UsageError("--chat needs --prompt")
     sampling = Sampling(temperature, top_k, top_p, seed)
-    with _refusals():
+    with refusals():
         sampling.checked()
         if prompts:
             _check_tokenizer(model, tokenizer)
@@ -103,14 +88,14 @@ def generate(
         if len(rows) == 1:
             found = (i for chunk in chunks for i in chunk[0])
             for piece in loaded.tokenizer.pieces(found) if prompts else (f"{i} " for i in found):
-                click.echo(_shown(piece), nl=False)
+                click.echo(shown(piece), nl=False)
             click.echo()
         else:
             all_chunks = list(chunks)
             for row, prompt in enumerate(prompts or ids):
                 new = [i for chunk in all_chunks for i in chunk[row]]
                 text = loaded.tokenizer.decode(new) if prompts else " ".join(map(str, new))
-                click.echo(_shown(f"{prompt}\n  -> {text}"))
+                click.echo(shown(f"{prompt}\n  -> {text}"))
     _note(_times(times, rows))
 
 
@@ -155,7 +140,7 @@ def eval_(
     MODEL and the reference are Hugging Face directories or GGUF files. The text is cut into windows that do not
     overlap; all tokens of a window but the first are predicted.
     """
-    with _refusals():
+    with refusals():
         _check_tokenizer(model, tokenizer)
         options = {"dtype": dtype, "tokenizer": tokenizer, "ignore": ignore}
         loaded = load(model, activations=activations, cache=activations, **options)
@@ -163,10 +148,7 @@ def eval_(
         other = None if reference is None else load(reference, activations=activations, cache=activations, **options)
         if other is not None:
             _note(f"reference {other}")
-        try:
-            ids = loaded.tokenizer.encode(text.read_text(encoding="utf-8"))[:tokens]
-        except UnicodeDecodeError as reason:
-            raise click.ClickException(f"{text} is not UTF-8 ({reason})") from None
+        ids = loaded.tokenizer.encode(read_text(text, function="eval"))[:tokens]
         contexts = [one.config.context for one in (loaded, other) if one is not None and one.config.context]
         window = min([2048, *contexts]) if window is None else window
         found = evaluate(loaded, ids, reference=other, window=window, progress=_progress())

@@ -23,7 +23,7 @@ from jaxquant.core.specs import QuantSpec
 from jaxquant.models.config import Config, Layer, Mixture
 from jaxquant.models.rope import rotated
 
-__all__ = ["Cache", "empty_cache", "head", "hidden", "logits"]
+__all__ = ["Cache", "block", "embedded", "empty_cache", "head", "hidden", "logits", "normed"]
 
 Params = Mapping[str, Any]
 Cache = Sequence[dict[str, jax.Array]]
@@ -86,24 +86,51 @@ def hidden(
     places = start + jnp.arange(tokens.shape[1])
     counts = jnp.cumsum(valid.astype(jnp.int32), axis=-1) - 1
     positions = jnp.maximum(lax.dynamic_slice_in_dim(counts, start, tokens.shape[1], 1), 0)
-    x = jnp.take(params["model.embed_tokens.weight"], tokens, axis=0)
-    if config.embedding_scale != 1:
-        x = x * jnp.asarray(config.embedding_scale, x.dtype)
-    new = []
+    x, new = embedded(config, params, tokens), []
     for i, layer in enumerate(config.layers):
-        p = _Part(params, f"model.layers.{i}.")
         mask = _mask(places, valid, layer.window)
-        y = _norm(config, p, "input_layernorm", x)
-        y, stored = _attention(config, layer, p, y, positions, mask, None if cache is None else cache[i], start)
+        x, stored = block(config, i, params, x, positions, mask, None if cache is None else cache[i], start)
         new.append(stored)
-        if config.post_norms:
-            x = x + _norm(config, p, "post_attention_layernorm", y)
-            y = _feedforward(config, layer, p, _norm(config, p, "pre_feedforward_layernorm", x))
-            x = x + _norm(config, p, "post_feedforward_layernorm", y)
-        else:
-            x = x + y
-            x = x + _feedforward(config, layer, p, _norm(config, p, "post_attention_layernorm", x))
-    return _norm(config, _Part(params, "model."), "norm", x), [] if cache is None else new
+    return normed(config, params, x), [] if cache is None else new
+
+
+def embedded(config: Config, params: Params, tokens: jax.Array) -> jax.Array:
+    """What the first layer is applied to."""
+    x = jnp.take(params["model.embed_tokens.weight"], tokens, axis=0)
+    return x if config.embedding_scale == 1 else x * jnp.asarray(config.embedding_scale, x.dtype)
+
+
+def normed(config: Config, params: Params, x: jax.Array) -> jax.Array:
+    """What the head is applied to, of what the last layer returns."""
+    return _norm(config, _Part(params, "model."), "norm", x)
+
+
+def block(
+    config: Config,
+    i: int,
+    params: Params,
+    x: jax.Array,
+    positions: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    cache: dict[str, jax.Array] | None = None,
+    start: jax.Array | int = 0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One layer: [batch, token, feature] to the same, and its cache. Without positions and mask all are tokens."""
+    layer, p = config.layers[i], _Part(params, f"model.layers.{i}.")
+    if positions is None or mask is None:
+        valid = jnp.ones(x.shape[:2], bool)
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        mask = _mask(jnp.arange(x.shape[1]), valid, layer.window)
+    y = _norm(config, p, "input_layernorm", x)
+    y, stored = _attention(config, layer, p, y, positions, mask, cache, start)
+    if config.post_norms:
+        x = x + _norm(config, p, "post_attention_layernorm", y)
+        y = _feedforward(config, layer, p, _norm(config, p, "pre_feedforward_layernorm", x))
+        x = x + _norm(config, p, "post_feedforward_layernorm", y)
+    else:
+        x = x + y
+        x = x + _feedforward(config, layer, p, _norm(config, p, "post_attention_layernorm", x))
+    return x, stored
 
 
 def head(config: Config, params: Params, x: jax.Array) -> jax.Array:
@@ -251,7 +278,8 @@ def _mixed(config: Config, mixture: Mixture, p: _Part, x: jax.Array) -> jax.Arra
         share, w = expert
 
         def compute(x: jax.Array) -> jax.Array:
-            return _expert(config, w, x) * share[..., None]
+            mine = share[..., None]
+            return _expert(config, w, jnp.where(mine == 0, 0, x)) * mine  # ranges and statistics: of its own tokens
 
         return total + lax.cond(jnp.any(share != 0), compute, jnp.zeros_like, x), None
 

@@ -30,7 +30,7 @@ from jaxquant.models.tokenizer import Tokenizer, ends_of, tokenizer_of, tokenize
 from jaxquant.transform import quantized
 from jaxquant.transform.stated import StatedPlan
 
-__all__ = ["Model", "load", "place_of"]
+__all__ = ["IMAGES", "Model", "fitted", "load", "place_of", "renamed", "stacked"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,12 +188,12 @@ def _from_directory(
         config = dataclasses.replace(config, cache=found.cache.qtype)
         params |= _of_cache(found.cache)
     plan, state = _named_plan(found, path)
-    images = [name for name in params if _IMAGES.match(name)]
+    images = [name for name in params if IMAGES.match(name)]
     if images:
         notes.append(f"{len(images)} tensors of the encoder of images are left out")
     for name in images:
         del params[name]
-    config, params = _fitted(config, params, path)
+    config, params = fitted(config, params, path)
     ends = ends_of(place, stated)
     return Model(path, config, params, dtype, info.format, ends, tuple(notes), plan=plan, state=state)
 
@@ -216,7 +216,7 @@ def _from_gguf(place: Path, dtype: np.dtype, ignore: Collection[str]) -> Model:
     is_quantized = any(isinstance(leaf, QTensor) for leaf in params.values())
     float_dtype = lambda x: jnp.issubdtype(x.dtype, jnp.floating) and not isinstance(x, QTensor)  # noqa: E731
     params = {name: jnp.asarray(leaf, dtype) if float_dtype(leaf) else leaf for name, leaf in params.items()}
-    config, params = _fitted(config, params, path)
+    config, params = fitted(config, params, path)
     ids = [info.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     ends = frozenset(int(i) for i in ids if i is not None)
     return Model(path, config, params, dtype, "GGUF" if is_quantized else "GGUF, float", ends, (), info.metadata)
@@ -237,12 +237,12 @@ def _with_factors(config: Config, factors: np.ndarray, path: str) -> Config:
 # -- names -------------------------------------------------------------------------------------------------------------
 
 #: Of a decoder that is part of a larger model.
-_IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(\w+)\.weight")
 _PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
-def _renamed(name: str) -> tuple[str, int | None]:
+def renamed(name: str) -> tuple[str, int | None]:
     """What a parameter is called here, whichever of its names a file has; and which expert of the layer it is of."""
     name = re.sub(r"^language_model\.(?=(model|lm_head)\.)", "", name)
     name = re.sub(r"^model\.language_model\.", "model.", name)
@@ -258,12 +258,12 @@ def _named(params: Mapping[str, Any], path: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     experts: dict[str, dict[int, Any]] = {}
     for name, leaf in params.items():
-        whole, expert = _renamed(name)
+        whole, expert = renamed(name)
         if expert is not None:
             experts.setdefault(whole, {})[expert] = leaf
         elif not whole.endswith("rotary_emb.inv_freq"):
             result[whole] = leaf
-    return result | {name: _stacked(name, leaves, path) for name, leaves in experts.items()}
+    return result | {name: stacked(name, leaves, path) for name, leaves in experts.items()}
 
 
 def _named_plan(found: HFModel, path: str) -> tuple[StatedPlan | None, dict[str, Any] | None]:
@@ -272,7 +272,7 @@ def _named_plan(found: HFModel, path: str) -> tuple[StatedPlan | None, dict[str,
         return None, None
     groups: dict[str, dict[int | None, str]] = {}
     for name in found.params:
-        whole, expert = _renamed(name)
+        whole, expert = renamed(name)
         groups.setdefault(whole, {})[expert] = name
     acts, state = {}, {}
     for whole, members in groups.items():
@@ -295,10 +295,10 @@ def _named_plan(found: HFModel, path: str) -> tuple[StatedPlan | None, dict[str,
 def _of_cache(cache: CacheScales) -> dict[str, Any]:
     """The scales of keys and values as parameters."""
     scales = {f"{place}.{x}_scale": value for place, sides in cache.scales.items() for x, value in sides.items()}
-    return {_renamed(name)[0]: jnp.asarray(value) for name, value in scales.items()}
+    return {renamed(name)[0]: jnp.asarray(value) for name, value in scales.items()}
 
 
-def _stacked(name: str, leaves: Mapping[int, Any], path: str) -> Any:
+def stacked(name: str, leaves: Mapping[int, Any], path: str) -> Any:
     """[out, in] of each expert as [expert, out, in]."""
     ordered = [leaves[i] for i in sorted(leaves)]
     forms = Counter((jax.tree.structure(leaf), tuple(x.shape for x in jax.tree.leaves(leaf))) for leaf in ordered)
@@ -309,7 +309,7 @@ def _stacked(name: str, leaves: Mapping[int, Any], path: str) -> Any:
     return jax.tree.map(lambda *x: jnp.stack(x), *ordered)
 
 
-def _fitted(config: Config, params: dict[str, Any], path: str) -> tuple[Config, dict[str, Any]]:
+def fitted(config: Config, params: dict[str, Any], path: str) -> tuple[Config, dict[str, Any]]:
     """The configuration and the parameters of one model; `QuantError` with all names that do not fit."""
     if config.tied and "lm_head.weight" in params:  # what is in the file counts
         config = dataclasses.replace(config, tied=False)

@@ -123,6 +123,15 @@ def ends_of(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
     return frozenset(i for i in ids if type(i) is int)
 
 
+def read_text(path: str | os.PathLike[str], *, function: str) -> str:
+    """A text in UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as reason:
+        todo = "Convert it to UTF-8"
+        raise quant_error(function, f"the text is not UTF-8 ({reason})", todo=todo, path=os.fspath(path)) from None
+
+
 def tokenizer_of(directory: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a directory."""
     place = Path(directory)
