@@ -71,12 +71,14 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
       >>> params = {"w": jnp.ones((64, 32)), "b": jnp.zeros(32)}
       >>> print(jq.make_plan(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones(64),
       ...                    rules=[jq.Rule(".*", recipes.w8a16())]))
-      path   op           shape                      spec                            kernel       bytes before  after
-      --------------------------------------------------------------------------------------------------...
-      w      dot_general  [64, 32], reduced over -2  w int8                          ...                8,192  2,176
-      b      -            [32]                       float32: added, not contracted  -                    128    128
-      --------------------------------------------------------------------------------------------------...
-      total                                          1 quantized (3.61x smaller)                        8,320  2,304
+      path                                                bytes before           after
+      --------------------------------------------------------------------------------
+      w                                                          8,192           2,176
+        dot_general [64, 32] over -2: w int8; ...
+      b                                                            128             128
+        [32] float32: added, not contracted
+      --------------------------------------------------------------------------------
+      total: 1 quantized (3.61x smaller)                         8,320           2,304
     """
     every = check_all_rules("make_plan", rules)
     rules = [rule for rule in every if isinstance(rule, Rule)]

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -148,7 +149,8 @@ class Product:
 class Plan:
     """An ordered mapping from path to `Item`, with what stays in float. Made by `make_plan`; prints as a table.
 
-    Repeated layers that are alike are one line of the table: ``layers_{0..31}/kernel``, with the bytes of all.
+    Lines have at most 80 characters, long paths aside. Repeated layers that are alike are one entry of the table:
+    ``layers_{0..31}/kernel``, with the bytes of all.
 
     Attributes:
       items: what is quantized, in the order of the parameters.
@@ -196,33 +198,31 @@ class Plan:
         return len(self.items)
 
     def __str__(self) -> str:
-        rows = [("path", "op", "shape", "spec", "kernel", "bytes before", "after")]
-        cells: dict[str, tuple[str, str, str, str]] = {}
+        details: dict[str, str] = {}
         sizes: dict[str, tuple[int, int]] = {}
         for item in self.items:
-            axes = f", reduced over {', '.join(map(str, item.reduce_axes))}"
-            cells[item.path] = (item.op, f"{list(item.shape)}{axes}", _brief(item.spec), item.kernel)
+            axes = ", ".join(map(str, item.reduce_axes))
+            details[item.path] = f"{item.op} {list(item.shape)} over {axes}: {_brief(item.spec)}; {item.kernel}"
             sizes[item.path] = item.nbytes
         for left in self.floats:
-            cells[left.path] = ("-", f"{list(left.shape)}", f"{left.dtype}: {left.reason}", "-")
+            details[left.path] = f"{list(left.shape)} {left.dtype}: {left.reason}"
             sizes[left.path] = (left.nbytes, left.nbytes)
-        for label, paths in folded(cells).items():
-            before, after = (sum(sizes[path][i] for path in paths) for i in (0, 1))
-            rows.append((label, *cells[paths[0]], f"{before:,}", f"{after:,}"))
-        total = [sum(size[i] for size in sizes.values()) for i in (0, 1)]
+        rule = "-" * _WIDTH
+        lines = [_row("path", "bytes before", "after"), rule]
+        for label, paths in folded(details).items():
+            lines.append(_row(label, *(f"{sum(sizes[path][i] for path in paths):,}" for i in (0, 1))))
+            lines += _indented(details[paths[0]])
         for product in self.products:
             left, right = (f"[{', '.join(map(str, shape))}]" for shape in product.shapes)
-            rows.append((product.name, "product", f"{left} x {right}", _product(product.spec), "-", "-", "-"))
-        ratio = f" ({total[0] / total[1]:.2f}x smaller)" if total[1] else ""
-        rows.append(("total", "", "", f"{len(self.items)} quantized{ratio}", "", f"{total[0]:,}", f"{total[1]:,}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(c.rjust(w) if i > 4 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths,
-                 strict=True))) for row in rows]  # fmt: skip
+            lines += [printable(product.name), *_indented(f"product {left} x {right}: {_product(product.spec)}")]
+        before, after = (sum(size[i] for size in sizes.values()) for i in (0, 1))
+        ratio = f" ({before / after:.2f}x smaller)" if after else ""
+        lines += [rule, _row(f"total: {len(self.items)} quantized{ratio}", f"{before:,}", f"{after:,}")]
         told = {item.path: item.note for item in self.items if item.note}
         notes = [f"{label}: {told[paths[0]]}" for label, paths in folded(told).items()]
         notes += [f"{product.name}: {product.note}" for product in self.products if product.note]
-        rule = "-" * len(lines[0])
-        return "\n".join(printable(line.rstrip()) for line in [lines[0], rule, *lines[1:-1], rule, lines[-1], *notes])
+        lines += [line for note in notes for line in _wrapped(note, "", "  ")]
+        return "\n".join(lines)
 
     def to_json(self) -> str:
         """This plan as JSON."""
@@ -250,6 +250,26 @@ class Plan:
 def _item(data: dict[str, Any]) -> Item:
     tuples = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
     return Item(**{**data, **tuples, "spec": OpSpec.from_dict(data["spec"])})
+
+
+_WIDTH = 80
+
+
+def _row(label: str, before: str, after: str) -> str:
+    """A line with two numbers on the right; a label that is too long for that has a line of its own."""
+    numbers = f"{before:>16}{after:>16}"
+    room, label = _WIDTH - len(numbers), printable(label)
+    return f"{label.ljust(room)}{numbers}" if len(label) <= room else f"{label}\n{numbers.rjust(_WIDTH)}"
+
+
+def _wrapped(text: str, first: str, rest: str) -> list[str]:
+    """Lines that fit; words are not cut."""
+    return textwrap.wrap(printable(text), _WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False,
+                         break_on_hyphens=False)  # fmt: skip
+
+
+def _indented(text: str) -> list[str]:
+    return _wrapped(text, "  ", "    ")
 
 
 def _brief(spec: OpSpec) -> str:

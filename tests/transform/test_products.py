@@ -106,8 +106,8 @@ def test_attention_of_models(model):
 
 def test_plan_says_so():
     plan = jq.make_plan(attention, P, X, rules=[jq.OpRule(SCORES, INT8)])
-    assert f"{SCORES}/dot_general  product" in str(plan)
-    assert "int8 x int8" in str(plan)
+    assert f"{SCORES}/dot_general product" in " ".join(str(plan).split())
+    assert "int8 x int8" in " ".join(str(plan).split())
     assert jq.Plan.from_json(plan.to_json()) == plan
     rule = jq.OpRule("a", INT8)
     assert jq.OpRule.from_json(rule.to_json()) == rule
@@ -121,7 +121,7 @@ def test_replaced_derivatives_are_noted():
     own.defvjp(lambda q, k: (own(q, k), None), lambda _, g: (g, g))
     fn = lambda p, x: own(x @ p["q"], x)  # noqa: E731
     plan = jq.make_plan(fn, P, X[0, 0], rules=[jq.OpRule("qd", INT8)])
-    assert "derivative rule of its own" in str(plan)
+    assert "derivative rule of its own" in " ".join(str(plan).split())
 
 
 def test_refusals():

@@ -159,7 +159,7 @@ def test_reasons(name):
     plan = jq.make_plan(with_other, allowing, X, rules=rules)
     found = {left.path: left.reason for left in plan.floats}
     assert reason in found["w"], found
-    assert reason in str(plan)
+    assert reason in " ".join(str(plan).split())
     if name not in ("not used", "returned", "empty", "not contracted", "a part", "whole and by layer"):
         q = {**allowing, "w": jq.quantize(params["w"], jq.QuantSpec("int8"), reduce_axes=(-2,))}
         with pytest.raises(jq.QuantError, match=r"quantized at w: a quantized weight reaches .*dequantize=True"):
@@ -175,4 +175,4 @@ def test_dequantize_where_a_rule_allows_it():
     fn = lambda p, x: x @ p["w"] + 0.1 * jnp.sum(p["w"] ** 2)  # noqa: E731
     rules = [jq.Rule("w", jq.recipes.w4a16(8), dequantize=True)]
     plan = check(fn, SQUARE, X, rules=rules, expect={"w": (-2,)})
-    assert "w: dequantized where it is computed with (a norm, say) before it is used" in str(plan)
+    assert "w: dequantized where it is computed with (a norm, say) before it is used" in " ".join(str(plan).split())

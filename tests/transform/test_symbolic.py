@@ -118,7 +118,7 @@ def test_plan(name):
     for path in plan:
         assert plan[path].rows is None
         assert plan[path].kernel == f"{large[path].kernel} (rows unknown)"
-        assert f"{large[path].kernel} (rows unknown)" in str(plan)
+        assert f"{large[path].kernel} (rows unknown)" in " ".join(str(plan).split())
     assert jq.Plan.from_json(plan.to_json()) == plan
 
 
@@ -225,7 +225,7 @@ def test_product_of_two_activations():
     params, x = {"w": PARAMS["w"]}, batch(64)
     plan = jq.make_plan(fn, params, x, rules=[jq.OpRule(".*", spec)])
     assert plan.products[0].shapes == (("b", 32), ("b", 64))
-    assert "[b, 32] x [b, 64]" in str(plan)
+    assert "[b, 32] x [b, 64]" in " ".join(str(plan).split())
     assert jq.Plan.from_json(plan.to_json()) == plan
     run = jq.quantized(fn, plan)
     same(lambda x: run(params, x), 64, bound=1e-3)
