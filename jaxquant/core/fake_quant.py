@@ -30,7 +30,7 @@ class Slopes:
 
     Attributes:
       ends: whether what is on an end of the range is inside.
-      rounding: whether the scale has a derivative inside, that of what rounding does.
+      rounding: whether the scale has a derivative inside the range: that of the rounding error.
       whole: whether a float zero point holds integers, and is used as those.
     """
 
@@ -89,7 +89,7 @@ def _masked(view: BlockView, inside: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def constant(x: jax.Array) -> Any:
-    """The tangent of what counts as constant."""
+    """The tangent of an input that counts as constant."""
     if jnp.issubdtype(x.dtype, jnp.inexact):
         return jnp.zeros_like(x)
     if math.inf in map(number, x.shape):  # NumPy has no array of such a shape
@@ -128,7 +128,7 @@ def _given(spec, axes, slopes, x, scale, zero_point, key):
 
 def _given_jvp(spec, axes, slopes, primals, tangents):
     moved = [t if isinstance(t, jax.Array) and t.dtype != jax.dtypes.float0 else None for t in tangents[:3]]
-    # Computed anew in the backward pass, which is handed the arguments.
+    # The backward pass keeps the arguments and computes this again.
     tangent = jax.checkpoint(functools.partial(_given_tangent, spec, axes, slopes), prevent_cse=False)
     return _given(spec, axes, slopes, *primals), tangent(*primals, *moved)
 
