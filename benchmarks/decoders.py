@@ -262,7 +262,7 @@ def measured(m: Decoder, target: str, devices: int, batch: int, scheme: str, by:
 
 
 def _extrapolated(m: Decoder, target: str, devices: int, batch: int, scheme: str, by: str) -> Cell:
-    """What does not fit is not compiled: from a quarter and half of the layers, each of which costs the same."""
+    """The cell of a program that does not fit, extrapolated from a quarter and half of its layers."""
     few, some = (
         measured(dataclasses.replace(m, layers=m.layers // n), target, devices, batch, scheme, by) for n in (4, 2)
     )
@@ -302,22 +302,22 @@ def tables(found: list[Cell]) -> str:
 
 PREFACE = """# Which scheme for which chip
 
-What a step of a decoder takes, as the compilers of the chips estimate it. No program was run, and no weight is real:
-shapes are enough. This page is what `python benchmarks/accelerators.py --models --json FILE --keep --page
-docs/which-scheme.md` writes (PACKAGES); all figures are in `benchmarks/results/decoders.json`.
+Time and memory of one step of a decoder, as the compilers of the chips estimate them. No program was run, and
+only the shapes of the weights are used. The command `python benchmarks/accelerators.py --models --json FILE --keep
+--page docs/which-scheme.md` writes this page (PACKAGES); all figures are in `benchmarks/results/decoders.json`.
 
 A step is the decoding of one token for each sequence of a batch, with TOKENS tokens cached in bfloat16, or the
 prefill of TOKENS tokens. The estimate is the longer of the compiler's cycles, and of moving arguments, results and
 (twice) temporaries at the bandwidth of the memory; kernels that are written by hand count by the static schedules of
 their code. The floor is what reading arguments and writing results takes, or the arithmetic: no program can be
-faster. `x` is how many times as fast as the bfloat16 program the estimate is; at batch 1 XLA's own program is far
+faster. `x` is the speed relative to the bfloat16 program; at batch 1 XLA's own program is far
 from its floor, so there the comparison with that floor says more. Cells were compiled at several commits of one day;
 a dash was not compiled. GB are the arguments, results and
 temporaries of one device.
 
 - **W8A8**, **W8A16**: int8, one scale per output channel, with activations in int8 or left in bfloat16.
 - **W4A16**, **W4A8**: int4 in groups of 128.
-- The table of tokens stays in bfloat16, and so do the norms and the cache.
+- The table of tokens, the norms and the cache stay in bfloat16.
 """
 
 
@@ -340,7 +340,7 @@ def page(found: list[Cell], packages: str) -> str:
         missing = dict.fromkeys((c.scheme, c.by, c.step, c.missing) for c in here if c.missing and c.ms is None)
         lines += ["", *(f"No estimate of {s}, {b}, {t}: {why}.\n" for s, b, t, why in missing)]
         if any(c.missing and c.ms is not None for c in here):
-            lines += ["What does not fit is not compiled: its figures come from a quarter and half of the layers.", ""]
+            lines += ["Programs that do not fit are extrapolated from a quarter and half of their layers.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -2,7 +2,7 @@
 
 Gram, ChannelMean, ChannelAbsMax, Range   statistics that `calibrate(collect={...})` takes; `Statistic`: one of your own
 merge_stats              statistics of several hosts as if one had seen all their batches
-quantize_sequentially    each weight calibrated on what the weights before it give once they are quantized
+quantize_sequentially    each weight calibrated on the outputs of the quantized weights before it
 distill                  scales and vectors tuned until the outputs are those of the float function
 Distillation             its settings, for `quantize_model`: a method and distillation in one call
 """

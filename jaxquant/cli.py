@@ -157,7 +157,7 @@ _METHODS = ("rtn", "hqq", "gptq")
     type=click.Choice(quantize_files.TARGETS),
     default=FORMATS[0],
     show_default=True,
-    help="What to write: a directory of this layout, or a GGUF or jaxquant file.",
+    help="The layout to write: a directory of this layout, or a GGUF or jaxquant file.",
 )
 @click.option("--recipe", metavar="NAME", help="Scheme by name, such as w4a16:g128, w8a16, nf4, w8a8.")
 @click.option("--bits", type=click.IntRange(2, 8), help="Width of the weights.  [4]")
@@ -213,12 +213,12 @@ def quantize(
 ) -> None:  # fmt: skip
     """Quantize a float checkpoint, tensor by tensor, however large.
 
-    SOURCE is a directory with safetensors files; DESTINATION must not exist. What is not said is what the format needs:
-    4 bits in groups of 64, with scales in the dtype of the checkpoint, unless --help says otherwise. Everything that
-    can be known is checked first. An interrupted run leaves DESTINATION.partial; the same command continues it.
-    gptq needs the inputs of each weight: of the decoders that `jaxquant generate` runs, mixtures of experts too,
-    --calibrate TEXT finds them, one layer in memory at a time; the layers that are done are kept on the disk, in
-    DESTINATION.calibration, until the end. Of other models, jaxquant.calibrate collects them where the model runs.
+    SOURCE is a directory with safetensors files; DESTINATION must not exist. The defaults suit the format:
+    4 bits in groups of 64, with scales in the dtype of the checkpoint, unless --help says otherwise. All checks that
+    need no weights run first. An interrupted run leaves DESTINATION.partial; the same command continues it.
+    gptq needs the inputs of each weight. --calibrate TEXT collects them for the decoders that `jaxquant generate` runs,
+    mixtures of experts too, with one layer in memory at a time; finished layers are kept on the disk, in
+    DESTINATION.calibration, until the end. For other models, collect the inputs with jaxquant.calibrate.
     """
     if calibrate is not None and grams is not None:
         raise click.UsageError("Use --calibrate or --grams, not both")
@@ -315,7 +315,7 @@ def _progress(*, counted: bool = False) -> Iterator[Callable[[int, int, str], No
 )
 @click.option("--architecture", help="With gguf, llama.cpp's name of the model's architecture.  [from the source]")
 def convert(source: Path, destination: Path, format: str, architecture: str | None) -> None:
-    """Write a checkpoint in another layout; no weight is quantized anew.
+    """Write a checkpoint in another layout; no weight is quantized again.
 
     Where the other layout has no place for a weight's codes, scales or zero points, it is refused by name, before
     anything is written. One tensor at a time is in memory. DESTINATION must not exist; it appears when it is complete.

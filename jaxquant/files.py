@@ -1,4 +1,4 @@
-"""What the command line does with checkpoints of any kind: summaries, rules from TOML, conversion, comparison."""
+"""Operations of the command line on checkpoints of any kind: summaries, rules from TOML, conversion, comparison."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What `summary` found.
+    """The result of `summary`.
 
     Attributes:
       format: of the checkpoint.
@@ -84,9 +84,9 @@ def _kind(path: Path) -> str:
 
 
 def summary(path: Path, *, deep: bool = False) -> Summary:
-    """What a checkpoint holds: from its headers, and one weight of each kind; with ``deep`` all weights are read.
+    """The contents of a checkpoint, from its headers and one weight of each kind; with ``deep``, from all weights.
 
-    Of a jaxquant file, whose weights are mapped and not decoded, all are looked at.
+    A jaxquant file is memory-mapped and not decoded, so all of its weights are read.
     """
     kind = _kind(path)
     if kind == "gguf":
@@ -300,7 +300,7 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What `compare` found."""
+    """The result of `compare`."""
 
     tensors: list[Difference]
     only_first: list[str]

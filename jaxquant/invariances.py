@@ -1,4 +1,4 @@
-"""What can change in the parameters of a function while the function stays: scales, rotations, biases.
+"""Changes of parameters that preserve the function: scales, rotations, biases.
 
 scale_pairs       which scales can move from one parameter to another; rescale moves one
 smoothquant, awq, equalize   choose such scales, before weights are quantized

@@ -1,4 +1,4 @@
-"""What quantized layers are made of, whatever library they are layers of: `jaxquant.linen` and `jaxquant.nnx`."""
+"""The parts that the quantized layers of `jaxquant.linen` and `jaxquant.nnx` share."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def static_act(spec: OpSpec | None) -> QuantSpec | None:
 
 
 def act_alone(spec: OpSpec | None) -> OpSpec:
-    """What is left for a product with a weight that has been quantized and is a float array again."""
+    """The spec of a product with a fake-quantized weight: that of its activation alone."""
     return OpSpec(act=None if spec is None else spec.act)
 
 

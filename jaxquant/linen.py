@@ -4,7 +4,7 @@
     wrap(model, rules)        any model, in low precision: its own code, transformed
 
 Each layer is a subclass of Flax's, with Flax's constructor arguments, parameter names, initial values and dtypes: the
-variables of a model do not change when `nn.Dense` becomes `QuantDense`. What the layer computes depends on its weight:
+variables of a model do not change when `nn.Dense` becomes `QuantDense`. The weight decides:
 
 - a float weight and a ``spec``: quantization-aware training. The forward pass computes what the quantized model
   computes, gradients go straight through.
@@ -59,7 +59,7 @@ def _named_as_flax(cls: Any) -> Any:
 
 
 class _Quantized(nn.Module):
-    """What the layers share: the weight may be a `QTensor`, and the product is one of `jaxquant.ops`."""
+    """The base of the layers: the weight may be a `QTensor`, and the product is one of `jaxquant.ops`."""
 
     spec: OpSpec | str | None = None
 
@@ -103,7 +103,7 @@ class _Quantized(nn.Module):
 
     @nn.nowrap
     def _product_spec(self) -> OpSpec | None:
-        """What is left for the product to quantize."""
+        """The spec that the product still has to apply."""
         return self._spec
 
     @nn.nowrap
@@ -139,7 +139,7 @@ class _Quantized(nn.Module):
         if self.is_mutable_collection("quant"):
             fresh = layers.unobserved(act)
             if state is not None and jax.tree.structure(unfreeze(state)) != jax.tree.structure(fresh):
-                todo = "Calibrate anew with this spec, starting from the params alone"
+                todo = "Calibrate again with this spec, starting from the params alone"
                 rule = "the collection 'quant' holds no state of this observer"
                 raise self._error(rule, todo=todo, name=self._weight, observer=act.observer)
             state = fresh if state is None else state
@@ -421,7 +421,7 @@ class Wrapped:
         return self.model.init(rngs, *args, **kwargs)
 
     def plan(self, variables: Any, *args: Any, **kwargs: Any) -> Plan:
-        """What ``apply`` with these arguments (arrays or shapes) quantizes; see `jaxquant.make_plan`."""
+        """The plan of ``apply`` with these arguments (arrays or shapes); see `jaxquant.make_plan`."""
         return make_plan(self.model.apply, variables, *args, rules=self.rules, **kwargs)
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
@@ -434,7 +434,7 @@ def wrap(model: nn.Module, rules: Sequence[Rule | OpRule], *, state: Mapping[str
     """Any Linen model in low precision: its own code, transformed by `jaxquant.quantized` at each ``apply``.
 
     Products are found in the trace, so raw ``x @ w``, einsum, tied embeddings and scanned stacks count as well as
-    ``nn.Dense``. Use ``apply`` inside `jax.jit`: without, each call traces anew.
+    ``nn.Dense``. Use ``apply`` inside `jax.jit`: otherwise each call traces the model again.
 
     Args:
       model: a Linen module; it is not changed.
@@ -477,7 +477,7 @@ def _to_state_dict(q: QTensor) -> dict[str, Any]:
 
 
 def _kind(q: QTensor) -> str:
-    """What has to be the same for leaves to mean the same: type, dtype, layout and shape."""
+    """The facts that give the leaves their meaning: type, dtype, layout and shape."""
     _, (qtype, dtype, minor, length, split) = q.tree_flatten()
     return repr((qtype, np.dtype(dtype).name, minor, length, split, tuple(q.shape)))
 
@@ -487,10 +487,10 @@ def _from_state_dict(target: QTensor, state: dict[str, Any]) -> QTensor:
     children, aux = target.tree_flatten()
     wanted = {name: leaf for name, leaf in zip(LEAVES, children, strict=True) if leaf is not None}
     if not isinstance(state, dict) or set(state) != {*wanted, "kind"} or state["kind"] != _kind(target):
-        todo = "Restore into params that are quantized by the plan of those that were saved"
+        todo = "Restore into params that are quantized by the plan of the saved params"
         saved = state.get("kind", tuple(sorted(state))) if isinstance(state, dict) else "an array"
         got = {"saved": saved, "target": repr(target)}
-        raise quant_error("QTensor", "the target is quantized in another way than what was saved", todo=todo, **got)
+        raise quant_error("QTensor", "the target is quantized in another way than the saved params", todo=todo, **got)
     leaves = {name: serialization.from_state_dict(leaf, state[name]) for name, leaf in wanted.items()}
     return QTensor.tree_unflatten(aux, tuple(map(leaves.get, LEAVES))).checked()
 

@@ -1,4 +1,4 @@
-"""What ``jaxquant quantize`` makes of a few words: which weights, which number type, which scales, for which format."""
+"""Resolves the options of ``jaxquant quantize``: weights, number type and scales for each format."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from jaxquant.rules import Rule
 __all__ = ["TARGETS", "Scheme", "quantize", "rules_of", "scheme_of"]
 
 _F = "quantize"
-#: What can be written: the layouts of directories, and single files.
+#: Layouts that can be written: directories, and single files.
 TARGETS = (*FORMATS, "gguf", "jaxquant")
 _KEEP = r"(^|\.)(lm_head|embed_tokens|embeddings|word_embeddings|wte|wpe|shared)\b"
 
 
 class _Habit(NamedTuple):
-    """What a format needs where nothing is said.
+    """The defaults of a format.
 
     Attributes:
       qtype: number type of the weights, by bits.
@@ -70,7 +70,7 @@ _HABITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """What was asked for; None: what the format needs.
+    """The options of a call; None stands for the default of the format.
 
     Attributes:
       recipe: the name of a recipe; alone.
@@ -90,7 +90,7 @@ class Scheme:
 
 
 def scheme_of(asked: Scheme, format: str, source: Path) -> OpSpec:
-    """How the weights are quantized: what was asked for, completed by what the format needs."""
+    """How the weights are quantized: the options of the call, completed by the defaults of the format."""
     habit = _HABITS[format]
     if asked.recipe is not None:
         spec = named(asked.recipe)
@@ -197,7 +197,7 @@ def quantize(
 
 
 def _check_destination(destination: Path) -> None:
-    """Raises for what would be found only after the model has run."""
+    """Raises before the model runs for faults that the writer would find after it."""
     path = os.fspath(destination)
     if not destination.absolute().parent.is_dir():
         raise quant_error(_F, "the directory of the destination does not exist", todo="Create it first", path=path)
@@ -215,7 +215,7 @@ def _calibrate(
 
 
 def _plan(leaves: QuantizedLeaves, name: str) -> QuantizePlan:
-    """What was, or would be, written to one file."""
+    """The plan of one file that was, or would be, written."""
     weights = {name: leaf for name, leaf in leaves.abstract.items() if isinstance(leaf, QTensor)}
     floats = tuple(name for name in leaves if name not in weights)
     sizes = {name: _nbytes(leaf) for name, leaf in leaves.abstract.items()}

@@ -93,7 +93,7 @@ def w8a8(*, static: bool = False, act_symmetric: bool = True) -> OpSpec:
 def w8a8g8(*, rounding: Literal["nearest", "stochastic"] = "nearest") -> OpSpec:
     """`w8a8`, and int8 gradients in the backward pass: all three products of a training step are int8 dots.
 
-    Rounding gradients to nearest biases those that are small in their row; compare with ``w8a8`` first. With
+    Rounding to nearest biases gradients that are small in their row; compare with ``w8a8`` first. With
     ``rounding="stochastic"`` their expectation is right, and `quantized` takes a key.
     """
     int8 = QuantSpec("int8")
@@ -103,8 +103,8 @@ def w8a8g8(*, rounding: Literal["nearest", "stochastic"] = "nearest") -> OpSpec:
 def fp8_train(*, rounding: Literal["nearest", "stochastic"] = "nearest") -> OpSpec:
     """`fp8`, and float8_e5m2 gradients in the backward pass: all three products of a training step are of fp8.
 
-    Scales are those of the very arrays ("current scaling"): per output channel, per token, and for gradients over
-    what each product sums.
+    Scales are computed from the arrays themselves ("current scaling"): per output channel, per token, and for gradients
+    over the axes that each product sums.
 
     Example:
       >>> from jaxquant import recipes
@@ -164,7 +164,7 @@ def ternary(granularity: Literal["per_tensor", "per_channel"] = "per_tensor") ->
     return OpSpec(weight, QuantSpec("int8"))
 
 
-# What follows the name of a recipe, after a colon: the parameters it may set, of which a recipe has at most one.
+# Options after the colon of a recipe name: the parameters an option may set. A recipe has at most one of them.
 _OPTIONS: dict[str, tuple[tuple[str, ...], Any]] = {
     "channel": (("group_size",), None),
     "asym": (("symmetric", "act_symmetric"), False),
@@ -193,7 +193,7 @@ def recipe(named: str | OpSpec) -> OpSpec:
       The `OpSpec`.
 
     Raises:
-      QuantError: if there is no such recipe, or it has no such option; the message lists those that there are.
+      QuantError: if there is no such recipe, or it has no such option; the message lists the valid ones.
 
     Example:
       >>> from jaxquant import recipes

@@ -25,7 +25,7 @@ def _check_pattern(function: str, pattern: Any) -> None:
 
 
 def _spec(function: str, spec: Any) -> OpSpec | None:
-    """What a rule says: an `OpSpec`, the one that is named, or None."""
+    """The spec of a rule: an `OpSpec`, given as such or by the name of a recipe, or None."""
     if spec is None or isinstance(spec, OpSpec):
         return spec
     if isinstance(spec, str):

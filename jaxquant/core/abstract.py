@@ -1,4 +1,4 @@
-"""What `quantize` returns, as shapes, without tracing it: what plans count bytes and choose kernels by."""
+"""Shapes of the result of `quantize`, without a trace: plans count bytes and choose kernels by them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def abstract(
       dtype: the array's.
       spec: how it is quantized.
       axes: the reduced axes, sorted, counted from the end.
-      minor: the axes that are stored last; None: those that `quantize` stores so.
+      minor: the axes that are stored last; None: the axes that `quantize` stores last.
       stored: False: with one code per element, in the order of the array, as within a product.
 
     Example:

@@ -60,7 +60,7 @@ def _concrete(x: Any) -> bool:
 
 
 def has_nan(x: Any) -> bool:
-    """Whether a concrete array holds a NaN; False for what is only traced or not all here."""
+    """Whether a concrete array holds a NaN; False for a tracer, or an array on other hosts too."""
     with jax.ensure_compile_time_eval():  # a constant stays one while something else is traced
         return _concrete(x) and bool(jnp.any(jnp.isnan(x)))
 
@@ -218,7 +218,7 @@ def scale_zero_point(lo: Any, hi: Any, spec: QuantSpec) -> tuple[Any, jax.Array 
 
 
 class Encoded(NamedTuple):
-    """An array as grid values (floats, before they become codes), with what takes them back."""
+    """An array as grid values (floats, before they become codes), with their scales and zero points."""
 
     values: jax.Array
     scale: Any
@@ -230,7 +230,7 @@ def _real(view: BlockView, value: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _scaled(x: jax.Array, s: jax.Array, z: jax.Array | None, spec: QuantSpec, *, exact: bool) -> jax.Array:
-    """What is rounded to the grid: ``x / s + z``.
+    """``x / s + z``, the number that is rounded to the grid.
 
     With ``exact``, for an integer ``z`` and rounding to nearest, ``x / s`` is rounded here, so that ties go to even
     multiples of the scale, with a zero point as without. Tables multiply by the reciprocal, as bitsandbytes does.

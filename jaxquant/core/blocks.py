@@ -60,7 +60,7 @@ def group_error(
     todo: str = "granularity='per_channel'",
     fixed: bool = False,
 ) -> QuantError:
-    """What is wrong with groups that do not fit, and which sizes would (unless the size is fixed), or what else."""
+    """The error for groups that do not fit: names sizes that fit, unless the size is fixed, and the caller's remedy."""
     length = math.prod(shape[a] for a in axes)
     fitting = [d for d in range(2, length + 1) if length % d == 0 and groups_fit(shape, axes, d)]
     near = sorted(sorted(fitting, key=lambda d: abs(d - group_size))[:3])

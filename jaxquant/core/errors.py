@@ -83,7 +83,7 @@ def printable(text: str) -> str:
     r"""Text with an escape in the place of every character that is not printed: the names of a file are not trusted.
 
     A terminal acts on some characters (ESC, C1 codes, carriage returns, directions of writing) and would show a name
-    with a line feed as two lines. What is printed, the backslash included, stays as it is.
+    with a line feed as two lines. Printable characters, the backslash included, are unchanged.
 
     Example:
       >>> from jaxquant.core.errors import printable

@@ -27,7 +27,7 @@ class Slopes:
 
     Attributes:
       ends: whether what is on an end of the range is inside.
-      rounding: whether the scale has a derivative inside, that of what rounding does.
+      rounding: whether the scale has a derivative inside the range: that of the rounding error.
       whole: whether a float zero point holds integers, and is used as those.
     """
 

@@ -25,7 +25,7 @@ def widened(indices: Any) -> jax.Array:
 
 
 def clamped(start: Any, size: int, length: int) -> Any:
-    """Where a slice of ``size`` begins as `jax.lax.dynamic_slice_p` has it: moved inside of an axis of ``length``.
+    """The start of a slice of ``size`` that `jax.lax.dynamic_slice_p` uses: clamped to fit in an axis of ``length``.
 
     A start that is negative is before the axis. `jax.lax.dynamic_slice` has counted from the end before it binds that
     primitive, and would again.

@@ -52,7 +52,7 @@ ENTRIES = (("scale",), ("scale", "zero_point"), ("offset", "scale"), ("clip",))
 """The keys that an entry may have, sorted."""
 
 STEPS = ("scale", "clip")
-"""The keys of what has to stay above 0."""
+"""The keys of entries that have to stay above 0."""
 
 
 def _scaled_gradient(factor: float, x: jax.Array) -> jax.Array:
@@ -122,7 +122,7 @@ def learned_codes(
 
 
 def check_entry(function: str, path: str, entry: Any, spec: QuantSpec, shape: tuple[int, ...]) -> None:
-    """Raises unless an entry holds one learned range for each place of ``shape``, by what is known of its values."""
+    """Raises unless an entry holds one learned range for each place of ``shape``; checks concrete values."""
     names = tuple(sorted(entry)) if isinstance(entry, Mapping) else ()
     todo = "Pass what qat.learned_steps returned for this plan, trained or not"
     if names not in ENTRIES or (("zero_point" in names or "offset" in names) == spec.symmetric):

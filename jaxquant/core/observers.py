@@ -35,7 +35,7 @@ Range = tuple[jax.Array, jax.Array]
 
 
 def _only(x: jax.Array, counted: jax.Array | None) -> jax.Array:
-    """0, which no range leaves out, in place of what does not count."""
+    """Sets values that do not count to 0, which lies in every range."""
     return x if counted is None else jnp.where(counted, x, jnp.zeros_like(x))
 
 
@@ -46,12 +46,12 @@ def _finite_or_nan(x: jax.Array) -> jax.Array:
 
 
 def no_range(shape: tuple[int, ...] = ()) -> Range:
-    """The range of what was never observed: empty, since it ends below where it begins."""
+    """The range before any observation: empty, since its end is below its start."""
     return jnp.ones(shape, jnp.float32), -jnp.ones(shape, jnp.float32)
 
 
 def or_nan(lo: jax.Array, hi: jax.Array) -> Range:
-    """The range, but NaN where it is empty: what a compiled program computes with it then says so."""
+    """The range, with NaN where it is empty, so that results of a compiled program are NaN too."""
     return jnp.where(lo <= hi, lo, np.nan), jnp.where(lo <= hi, hi, np.nan)
 
 
@@ -548,7 +548,7 @@ class MSE(_Histogram):
 class Entropy(_Histogram):
     """The clip whose quantized distribution is closest to the observed one in Kullback-Leibler divergence.
 
-    For each of 64 clips, P is the histogram with what lies outside moved to the edge bins, and Q spreads the mass of
+    For each of 64 clips, P is the histogram with the counts outside moved to the edge bins, and Q spreads the mass of
     each code evenly over the occupied bins that map to it.
 
     Source: Migacz 2017, "8-bit inference with TensorRT", slides 32-38; we use bins of any number type instead of

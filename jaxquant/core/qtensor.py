@@ -36,7 +36,7 @@ __all__ = [
 LEAVES = ("codes", "scale", "zero_point", "offset", "permutation")
 
 
-#: What the constructor takes.
+#: The arguments of the constructor.
 FIELDS = (*LEAVES, "qtype", "dtype", "minor", "length", "split")
 
 
@@ -273,7 +273,7 @@ class QTensor:
             raise quant_error(
                 "QTensor",
                 f"its leaves are no {self.qtype} codes and scales: something has computed with them",
-                todo="Dequantize, compute, and quantize anew; let jax.tree.map treat it as a leaf with "
+                todo="Dequantize, compute, and quantize again; let jax.tree.map treat it as a leaf with "
                 "is_leaf=lambda x: isinstance(x, QTensor)",
                 codes=codes,
                 scale=scale,
@@ -313,8 +313,8 @@ class QTensor:
             the ``minor`` axes. ``"elements"``, for TPUs and GPUs: there is one code per element, in the array's own
             order, and in int4 up to 4 bits. An axis with groups is stored as two: blocks, and the elements of a block.
             A block is one group, or as many as make 128 elements. Codes of 8 bits without groups stay as they are.
-          minor: the axes that are stored last where codes are packed. By default those that share scales; codes that
-            are packed already keep theirs.
+          minor: the axes that are stored last where codes are packed. By default the axes that share scales;
+            packed codes keep theirs.
 
         Returns:
           The `QTensor`. Where groups are scattered (GPTQ's act-order) it stays as it is.
@@ -499,7 +499,7 @@ def scale_values(scale: Any) -> jax.Array:
 
 
 def _factors(scale: Any) -> tuple[jax.Array, ...]:
-    """What grid values are multiplied by, one after the other."""
+    """The factors of the grid values, in the order of multiplication."""
     if not isinstance(scale, QTensor) or scale.qtype != FACTOR.name:
         return (scale_values(scale),)
     # Of two constants XLA would make one.

@@ -183,7 +183,7 @@ _OTHER_NAMES = {
 
 
 def _nearest(name: str) -> list[str]:
-    """Types that a name may mean: by what others call them, by bits, by spelling."""
+    """Types that a name may mean: by names of other libraries, by bits, by spelling."""
     word = name.lower().replace("_", "").replace("-", "").removesuffix("fn")
     if word in _OTHER_NAMES:
         return list(_OTHER_NAMES[word])

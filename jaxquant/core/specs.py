@@ -1,4 +1,4 @@
-"""What to quantize and how, as small frozen values: `QuantSpec`, `OpSpec`.
+"""Descriptions of a quantization, as small frozen values: `QuantSpec`, `OpSpec`.
 
 All are hashable (they can be static arguments of a jitted function) and survive a round trip through JSON.
 """

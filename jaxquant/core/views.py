@@ -120,9 +120,9 @@ def by_layer(q: QTensor) -> QTensor:
 def reshape(q: QTensor, shape: tuple[int, ...]) -> QTensor:
     """Another shape with the same elements in row-major order.
 
-    Axes are matched in runs of equal size. Within a run, scales stay one for all or one for each where they are so
-    already; blocks in between are kept where the new axes are cut on block boundaries, and spread to one per element
-    where not.
+    Axes are matched in runs of equal size. Within a run, one shared scale stays shared, and one scale per element stays
+    so. Blocks between these are kept if the new axes are cut on block boundaries; otherwise their scales are repeated
+    for each element.
     """
     old = q.shape
     if old == tuple(shape):

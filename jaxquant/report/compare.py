@@ -41,7 +41,7 @@ class Layer:
       bytes_after: true bytes, with scales and zero points.
       weight_sqnr: ``10 log10(sum w^2 / sum (w - w_q)^2)`` in dB.
       weight_cosine: of the float and the quantized weight.
-      input_sqnr: the same for what goes into it: the errors of all layers before. None for lookups.
+      input_sqnr: the same for the input of the layer: the errors of all layers before. None for lookups.
       input_cosine: likewise.
       act_sqnr: of quantizing this input, if it is quantized; None if not, or if its range is static.
     """
@@ -80,7 +80,7 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What `compare` returns. Prints as a table; `save` writes one HTML page, `plot` a picture.
+    """The result of `compare`. Prints as a table; `save` writes one HTML page, `plot` a picture.
 
     Attributes:
       layers: in the order in which they run.
@@ -201,8 +201,8 @@ def compare(
 ) -> Comparison:
     """Runs a function with float and with quantized parameters on the same inputs, and says where they part.
 
-    Weights are compared with weights, what goes into a layer with what goes into it when all weights before are
-    quantized, and the outputs of each input (each index of the first axis) with its outputs.
+    Three comparisons: each weight with its quantized form; the input of each layer with its input when all weights
+    before it are quantized; and the outputs for each input (each index of the first axis).
 
     Args:
       fn: a function of params.

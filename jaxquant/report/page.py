@@ -79,7 +79,7 @@ def render(found: Any, title: str, explanation: Any = None) -> str:
 
 
 def _prefix(paths: list[str]) -> str:
-    """What all paths start with, up to a slash."""
+    """The common start of all paths, up to a slash."""
     parts = zip(*(path.split("/")[:-1] for path in paths), strict=False)
     common = list(itertools.takewhile(lambda names: len(set(names)) == 1, parts))
     return "".join(f"{names[0]}/" for names in common)

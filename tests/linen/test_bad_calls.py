@@ -142,7 +142,7 @@ CALLS = {
             X,
             mutable=["quant"],
         ),
-        r"QuantDense at params/kernel: .*no state of this observer; got observer=AbsMax\(\)\. Calibrate anew",
+        r"QuantDense at params/kernel: .*no state of this observer; got observer=AbsMax\(\)\. Calibrate again",
     ),
     "no calibration": (
         run(Dense(6, spec=recipes.w8a8(static=True)), kernel=q(), bias=B),

@@ -169,5 +169,5 @@ def test_flax_serializes_quantized_params(recipe):
         (fp4, serialization.to_bytes({"kernel": nf4})),
         (fp4, serialization.to_bytes({"kernel": params["kernel"]})),
     ):
-        with pytest.raises(jq.QuantError, match="quantized in another way than what was saved"):
+        with pytest.raises(jq.QuantError, match="quantized in another way than the saved params"):
             serialization.from_bytes({"kernel": target}, state)
