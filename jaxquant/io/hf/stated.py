@@ -1,4 +1,4 @@
-"""What a configuration states of one module, where modules may differ.
+"""The configuration of one module, in formats whose modules may differ.
 
 dynamic       GPTQModel: {"+:regex": {"bits": 8, ...}, "-:regex": {}}; the first that matches the beginning of the
               module's name counts. "+:" may be left out; "-:" leaves the module in float

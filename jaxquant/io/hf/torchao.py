@@ -31,7 +31,7 @@ _DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.
 
 
 def _described(checkpoint: HFCheckpoint, name: str, text: str) -> dict[str, Any] | None:
-    """What the metadata says of a parameter; None if it is a plain tensor."""
+    """The metadata of a parameter; None if it is a plain tensor."""
     if "_type" not in text or name == "tensor_names":
         return None
     try:
@@ -99,7 +99,7 @@ def _blocks(m: Module, part: str, values: np.ndarray, shape: tuple[int, ...], bl
 
 
 def activation(m: Module) -> Activation | None:
-    """What ``act_quant_kwargs`` or ``activation_quantization`` says."""
+    """The activation scheme in ``act_quant_kwargs`` or ``activation_quantization``."""
     entry = _described(m.checkpoint, m.prefix, m.checkpoint.metadata()[m.prefix])
     data = (entry or {}).get("_data")
     data = data if isinstance(data, dict) else {}
@@ -127,7 +127,7 @@ def activation(m: Module) -> Activation | None:
 
 
 def _word(value: Any, key: str) -> str | None:
-    """A value of the metadata as text; those of classes and enumerations are objects."""
+    """A value of the metadata as text; classes and enumerations are stored as objects."""
     value = value.get(key) if isinstance(value, dict) else value
     return None if value is None else str(value)
 
