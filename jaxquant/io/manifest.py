@@ -76,11 +76,12 @@ def _are_keys(keys: list[Any]) -> bool:
 
 def check_qtensor(q: QTensor, error: Callable[..., QuantError]) -> None:
     """Raises ``error(rule, todo=..., **got)`` unless the static fields, dtypes and shapes of ``q`` fit together."""
-    todo = "Make it with quantize, or check whoever made it"
+    todo = "Make it with quantize, or check the code that made it"
     if not isinstance(q.qtype, str) or q.qtype not in (*QTYPES, FACTOR.name):
         raise error("unknown number type", todo=f"Use one of {', '.join(QTYPES)}", qtype=q.qtype)
     if q.qtype == FACTOR.name and not (q.symmetric and q.permutation is None and math.prod(q.scale.shape) == 1):
-        raise error("a scale of two factors has one of all, and nothing added", todo=todo, scale=q.scale)
+        rule = "a scale of two factors has one outer factor, no zero point and no permutation"
+        raise error(rule, todo=todo, scale=q.scale)
     info, codes, ndim = q.type, q.codes, len(q.codes.shape)
     if not jnp.issubdtype(q.dtype, jnp.floating) or q.dtype.name not in _SUPPORTED:
         raise error("dtype must be a float dtype", todo="Use float32, bfloat16 or float16", dtype=q.dtype)

@@ -82,7 +82,7 @@ def load_model(
         return load_native_model(_F, place, like, target)
     place = located(place, _F)
     if not os.path.isdir(place):
-        return load_native_model(_F, place, like, target)  # says that there is none
+        return load_native_model(_F, place, like, target)  # raises its error
     if like is not None:
         todo = "Use names=, which says what each tensor is called in the model"
         raise quant_error(_F, "like is for files that save wrote", todo=todo, path=place)

@@ -244,7 +244,7 @@ def load(path: str | os.PathLike[str], *, like: Any = None, target: Platform | N
     file = _File(path, "load", target)
     if file.runs_otherwise():
         text = f"load: {file.path} says how its activations are quantized, and this gives its weights alone"
-        warnings.warn(f"{printable(text)}. Use load_model, and run what it returns with its plan.", stacklevel=2)
+        warnings.warn(f"{printable(text)}. Use load_model, and run the model with its plan.", stacklevel=2)
     return file.params(like)
 
 

@@ -120,7 +120,7 @@ def layout_of(format: str, act: QuantSpec | None = None, *, function: str = "sav
         return compressed_tensors(act)
     if act is not None:
         todo = "Write compressed-tensors, or leave act out"
-        raise quant_error(function, "the format says nothing about activations", todo=todo, format=format, act=act)
+        raise quant_error(function, "the format does not describe activations", todo=todo, format=format, act=act)
     return {"gptq": GPTQ, "awq": AWQ, "bitsandbytes": BITSANDBYTES, "mlx": MLX}[format]
 
 

@@ -264,7 +264,7 @@ def _assignment(checkpoint: HFCheckpoint, rules: Sequence[Rule]) -> Assignment:
     refusals.close()
     assignment = Assignment(weights, skipped)
     if not weights:
-        raise quant_error(_FUNCTION, "the rules quantize nothing", todo="Give one with a weight spec", rules=len(rules))
+        raise quant_error(_FUNCTION, "no rule quantizes a weight", todo="Add one with a weight spec", rules=len(rules))
     return assignment
 
 

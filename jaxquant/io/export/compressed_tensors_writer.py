@@ -80,7 +80,7 @@ def _check_stacked(q: QTensor, act: str | None, error: Callable[..., QuantError]
     check_stack(q, error)
     grid = q.qtype in ("mxfp4", "float8_e4m3fn") or q.type.kind == "int"
     if not grid or q.offset is not None or (q.qtype == "mxfp4" and _turned(q)) or act is not None:
-        todo = "Quantize them to integers or fp8, weights only (mxfp4 where they are [experts, out, in])"
+        todo = "Quantize them to integers or fp8, weights only (mxfp4 only for [experts, out, in])"
         raise error("experts of this kind have no layout", todo=todo, act=act, weight=repr(q))
 
 

@@ -44,7 +44,7 @@ def _check(q: QTensor, error: Callable[..., QuantError]) -> None:
         raise error("the groups of the format are others", todo=todo, weight=repr(q))
     if abstract and q.zero_point is not None:
         todo = "Quantize symmetrically, such as to int4: then each bias is the scale times a power of two"
-        raise error("zero points times scales are no numbers of the scales' dtype", todo=todo, weight=repr(q))
+        raise error("zero points times scales must be numbers of the scales' dtype", todo=todo, weight=repr(q))
     if not abstract:
         scale, exact = _affine(q.replace(scale=scale_values(q.scale)) if isinstance(q.scale, QTensor) else q)
         if lost := int(np.count_nonzero(exact.astype(scale.dtype) != exact)):

@@ -191,7 +191,7 @@ def _separated(file: GGUFModel, name: str, info: TensorInfo, blocks: np.ndarray,
     """The blocks of a tensor with interleaved rows, in Hugging Face's order."""
     rows = info.shape[0] if info.shape else 0
     if not heads or rows % (2 * heads):
-        todo = "The file is damaged, or of an architecture that is not what it says"
+        todo = "The file is damaged, or its general.architecture is wrong"
         raise file.error("the rows must be heads of an even size", name, todo=todo, heads=heads, rows=rows)
     if len(info.shape) == 1:  # a bias, whose rows are its elements
         return separate(blocks.reshape(rows, -1), heads).reshape(blocks.shape)

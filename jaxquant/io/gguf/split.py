@@ -88,7 +88,7 @@ class GGUFModel:
         for file in others:
             for key, value in file.metadata.items():
                 if not key.startswith(_PREFIX) and not _same(value, first.metadata.get(key)):
-                    raise file.error("two parts say different things of the model", key, todo=todo, first=first.path)
+                    raise file.error("two parts say different things about the model", key, todo=todo, first=first.path)
         for file in self.files:
             wanted = _number(file, _TENSORS)
             if wanted != len(self.tensors):

@@ -36,7 +36,7 @@ def read(m: Module) -> np.ndarray:
         total += book[index[..., i]]
     total *= scales.astype(np.float32)
     rows, columns = codes.shape[0] * books.shape[2], codes.shape[1] * books.shape[3]
-    m.notes.append("dequantized: sums of codebook vectors are no grid with a scale")
+    m.notes.append("dequantized: no QTensor represents sums of codebook vectors")
     return total.transpose(0, 2, 1, 3).reshape(rows, columns).astype(books.dtype)
 
 

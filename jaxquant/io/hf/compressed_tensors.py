@@ -46,7 +46,7 @@ def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
         raise error(f"the 2:4 sparse format {found[0]!r} was removed from compressed-tensors", todo=todo)
     if config.get("transform_config"):
         todo = "Ask for a checkpoint without online transforms"
-        raise error("its activations are rotated at run time, which a weight alone cannot say", todo=todo)
+        raise error("its activations are rotated at run time, which a weight alone cannot express", todo=todo)
 
 
 def _groups(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -245,7 +245,7 @@ def _zeros(m: Module, zero: np.ndarray, bits: int, out: int, scale: np.ndarray) 
         m.check(".weight_zero_point", zero.shape, scale.shape)
         if zero.min() < -(1 << (bits - 1)) or zero.max() >= 1 << (bits - 1):
             got = {"least": int(zero.min()), "greatest": int(zero.max()), "num_bits": bits}
-            raise m.error("a zero point is no code of the type", ".weight_zero_point", todo="Fetch it again", **got)
+            raise m.error("a zero point is not a code of the type", ".weight_zero_point", todo="Fetch it again", **got)
         return zero.astype(np.int8)
     rows = {True: -(-out * bits // 32), False: -(-out // (32 // bits))}
     dense = next((d for d, n in rows.items() if n == zero.shape[-2]), None)

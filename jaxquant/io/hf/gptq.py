@@ -110,7 +110,7 @@ def _groups(m: Module, g_idx: np.ndarray | None, length: int, groups: int) -> np
             return g_idx.astype(np.int64)
         m.notes.append("g_idx is 0 throughout: groups are consecutive")
     elif m.config.get("desc_act") is True and groups > 1:
-        rule = "the configuration says act-order, whose groups g_idx names, and there is none"
+        rule = "the configuration states act-order, but g_idx, which names its groups, is missing"
         raise m.error(rule, ".g_idx", todo="Fetch all files of the checkpoint again", groups=groups)
     stated = m.config.get("group_size")
     size = length if stated == -1 else stated

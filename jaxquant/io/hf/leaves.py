@@ -79,7 +79,7 @@ class HFLeaves(Leaves):
         """
         found = {}
         for name, module in self.modules.items():
-            bits = module.config.get("act_bits")  # of AutoRound, whatever the layout of the weights
+            bits = module.config.get("act_bits")  # of AutoRound, in every layout of the weights
             if isinstance(bits, int) and bits < 16:
                 raise refused(module, "act_bits", bits)
             one = None if self.form is None or self.form.activation is None else self.form.activation(module)

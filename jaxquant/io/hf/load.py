@@ -130,7 +130,7 @@ def load_hf(
     if found.info.runs_otherwise:
         place = os.fsdecode(directory)
         text = f"load_hf: {place} says how its activations are quantized, and this gives its weights alone"
-        warnings.warn(f"{printable(text)}. Use load_model, and run what it returns with its plan.", stacklevel=2)
+        warnings.warn(f"{printable(text)}. Use load_model, and run the model with its plan.", stacklevel=2)
     return found.params, found.info
 
 

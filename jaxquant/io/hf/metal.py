@@ -53,15 +53,16 @@ def _stated(checkpoint: HFCheckpoint, config: dict[str, Any], prefix: str) -> di
     own, name = config.get(prefix, True), f"{prefix}.weight"
     if own is False:
         todo = "Correct config.json, or fetch the checkpoint again"
-        raise checkpoint.error("the configuration says that it is not quantized, and it has scales", name, todo=todo)
+        raise checkpoint.error("the configuration says that it is not quantized, but it has scales", name, todo=todo)
     if own is not True and not isinstance(own, dict):
         todo = "Correct config.json: a module has false, true or an object"
-        raise checkpoint.error("the configuration of the module is none", name, todo=todo, configuration=own)
+        rule = "the configuration of a module must be a boolean or an object"
+        raise checkpoint.error(rule, name, todo=todo, configuration=own)
     if prefix in config:
         return config if own is True else own
     for path, other in config.items():  # an entry may be meant for this module; shapes do not always show it
         if isinstance(other, dict) and (f".{prefix}".endswith(f".{path}") or f".{path}".endswith(f".{prefix}")):
-            todo = "Correct config.json: the path of a module is what its tensors' names begin with"
+            todo = "Correct config.json: the path of a module is the beginning of its tensors' names"
             raise checkpoint.error("the configuration is of a module of another path", name, todo=todo, configured=path)
     return config
 

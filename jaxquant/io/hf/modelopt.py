@@ -26,7 +26,7 @@ from jaxquant.io.hf.to_qtensor import aligned, in_blocks, in_unstated_blocks
 
 __all__ = ["MODELOPT"]
 
-_BLOCK = 128  # rows and columns of a block of FP8_PB_WO and its like
+_BLOCK = 128  # rows and columns of a block of FP8_PB_WO and similar algorithms
 
 
 def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:

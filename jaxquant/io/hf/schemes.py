@@ -77,7 +77,7 @@ def static(m: Module, key: str, qtype: str, *, symmetric: bool = True) -> Activa
     entry = {"scale": _squeezed(scale)}
     if values is not None:
         if values.min() < spec.type.qmin or values.max() > spec.type.qmax:
-            raise m.error("a zero point is no code of the type", todo="Check the configuration", key=key)
+            raise m.error("a zero point is not a code of the type", todo="Check the configuration", key=key)
         entry["zero_point"] = _squeezed(values.astype(spec.type.code_dtype))
     return Activation(spec, entry, tuple(found + zeros))
 

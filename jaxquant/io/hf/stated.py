@@ -23,7 +23,7 @@ def matches(match: Callable[..., Any], pattern: Any, name: str, error: Callable[
     try:
         return match(pattern, name) is not None
     except (re.error, TypeError, RecursionError, OverflowError) as reason:
-        rule = f"a pattern of the configuration is no regular expression ({reason})"
+        rule = f"a pattern of the configuration is not a regular expression ({reason})"
         raise error(rule, todo="Correct the configuration", pattern=pattern) from None
 
 

@@ -74,12 +74,12 @@ def read(m: Module) -> QTensor:
     target = data.get("target_dtype")
     bits = str(target.get("_data")).removeprefix("int") if isinstance(target, dict) else "8"
     if bits not in ("1", "2", "3", "4", "5", "6", "7", "8"):
-        raise m.error("target_dtype is no integer type of 1 to 8 bits", todo="Check the format", target_dtype=target)
+        raise m.error("target_dtype must be an integer of 1 to 8 bits", todo="Check the format", target_dtype=target)
     n = max(int(bits), 2)
     half = 1 << (n - 1)
     if zero is not None and (zero.min() < -half or zero.max() >= half):
         got = {"least": int(zero.min()), "greatest": int(zero.max()), "target_dtype": f"int{n}"}
-        raise inner.error("a zero point is no code of the type", "zero_point", todo="Fetch it again", **got)
+        raise inner.error("a zero point is not a code of the type", "zero_point", todo="Fetch it again", **got)
     if n == 8:
         return QTensor(codes, scale, zero, qtype="int8", dtype=dtype)
     if codes.min() < -half or codes.max() >= half:

@@ -87,7 +87,7 @@ def read(m: Module) -> np.ndarray:
             value = m.scales(suffix, ndim=1).astype(np.float32)
             m.check(suffix, value.shape, (length,))
             full = change(full, value)
-    m.notes.append("dequantized: vectors of a codebook are no grid with a scale")
+    m.notes.append("dequantized: no QTensor represents vectors of a codebook")
     return full.astype(main.dtype)
 
 
