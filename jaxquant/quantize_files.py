@@ -182,7 +182,7 @@ def quantize(
         return quantize_hf(source, destination, rules, **options, shard_bytes=shard_bytes, progress=progress)
     if act is not None:
         todo = "Write compressed-tensors, or use a recipe of weights alone, such as w8a16"
-        raise quant_error(_F, "the format says nothing about activations", todo=todo, format=format, act=act)
+        raise quant_error(_F, "the format does not describe activations", todo=todo, format=format, act=act)
     if not dry_run and os.path.lexists(destination):
         path = os.fspath(destination)
         raise quant_error(_F, "the destination exists", todo="Choose another, or remove it first", path=path)

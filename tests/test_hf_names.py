@@ -85,7 +85,7 @@ def test_all_mismatches_are_reported_at_once(tmp_path):
 
 def test_two_tensors_in_one_place():
     names = NameMap([(r"a|b", "x", "as it is"), (r"c", "x/y", "as it is")])
-    with pytest.raises(jq.QuantError, match=r"b: goes to x, as a does(.|\n)*c: goes to x/y, inside of x"):
+    with pytest.raises(jq.QuantError, match=r"b: goes to x, as a does(.|\n)*c: goes to x/y, inside x"):
         names.apply({"a": np.ones(1), "b": np.ones(1), "c": np.ones(1)})
 
 

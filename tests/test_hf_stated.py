@@ -114,7 +114,7 @@ def test_a_module_left_in_float_that_has_codes(tmp_path):
 @pytest.mark.parametrize("entry", [{"dynamic": {"+:(": {}}}, {"extra_config": {"*": {"bits": 8}}}])
 def test_patterns_that_are_none(tmp_path, entry):
     tensors, _ = gptq("m", 4, 64, 256)
-    with pytest.raises(jq.QuantError, match="a pattern of the configuration is no regular expression"):
+    with pytest.raises(jq.QuantError, match="a pattern of the configuration is not a regular expression"):
         load(tmp_path / "a", tensors, "gptq", bits=4, group_size=64, **entry)
     (key,) = entry
     with pytest.raises(jq.QuantError, match=f"{key} must be an object of objects"):
@@ -124,7 +124,7 @@ def test_patterns_that_are_none(tmp_path, entry):
 def test_act_order_needs_its_groups(tmp_path):
     order = np.random.default_rng(1).permutation(np.arange(256) // 64)
     tensors, weight = gptq("m", 4, 64, 256, order=order)
-    with pytest.raises(jq.QuantError, match="the configuration says act-order, whose groups g_idx names"):
+    with pytest.raises(jq.QuantError, match="the configuration states act-order, but g_idx, which"):
         load(tmp_path / "a", tensors, "gptq", bits=4, group_size=64, sym=True, desc_act=True)
     tensors["m.g_idx"] = order.astype(np.int32)
     params, _ = load(tmp_path / "b", tensors, "gptq", bits=4, group_size=64, sym=True, desc_act=True)
@@ -200,10 +200,10 @@ def test_config_groups(tmp_path):
         ct(tmp_path / "d", parts, {"one": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"}}})
     with pytest.raises(jq.QuantError, match=r"no configured width fits weight_packed"):
         ct(tmp_path / "e", parts, {"one": {"targets": ["re:a"], "weights": weights(96, 8)}, "two": groups["class"]})
-    with pytest.raises(jq.QuantError, match="a pattern of the configuration is no regular expression"):
+    with pytest.raises(jq.QuantError, match="a pattern of the configuration is not a regular expression"):
         ct(tmp_path / "f", parts, {"one": {"targets": ["re:("], "weights": weights(96)}})
     zero = parts | {"a.up.weight_zero_point": np.full((8, 2), 8, np.int8)}
-    with pytest.raises(jq.QuantError, match=r"a zero point is no code of the type; got least=8"):
+    with pytest.raises(jq.QuantError, match=r"a zero point is not a code of the type; got least=8"):
         ct(tmp_path / "g", zero, groups)
 
 
@@ -295,9 +295,9 @@ def test_torchao_blocks(tmp_path):
     np.testing.assert_array_equal(found.dequantize(), codes.astype(np.float32) * np.repeat(scale, 96, 1))
     with pytest.raises(jq.QuantError, match="the values fit no blocks of the weight"):
         read(tmp_path / "b", target_dtype=dtype("int4"))
-    with pytest.raises(jq.QuantError, match="a zero point is no code of the type"):
+    with pytest.raises(jq.QuantError, match="a zero point is not a code of the type"):
         read(tmp_path / "c", zero=8, block_size=[1, 96], target_dtype=dtype("int4"))
-    with pytest.raises(jq.QuantError, match="target_dtype is no integer type"):
+    with pytest.raises(jq.QuantError, match="target_dtype must be an integer of 1 to 8 bits"):
         read(tmp_path / "d", block_size=[1, 96], target_dtype=dtype("int16"))
 
 

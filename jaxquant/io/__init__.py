@@ -1,12 +1,13 @@
 """Checkpoints: trees of arrays and QTensors, to files and back. One file per format.
 
 gguf          files of llama.cpp (`load_gguf`, `save_gguf`)
-native        our own: one safetensors file with a manifest (`save`, `load`, `read_metadata`)
-model         parameters with how they run, from our file or a directory (`load_model`)
-safetensors   the container itself: named arrays in one file
-sharded       several such files with an index
-hf            Hugging Face checkpoints, quantized by any library (`load_hf`)
-save_hf       and written in the layouts of some (`save_hf`); each layout is a file of export
+native        jaxquant's own: one safetensors file with a manifest (`save`, `load`, `read_metadata`)
+model         parameters with their plan and state, from a native file or a directory (`load_model`)
+safetensors   the container: named arrays in one file
+sharded       several safetensors files with an index
+hf            reads Hugging Face checkpoints, quantized by any library (`load_hf`)
+save_hf       writes them in the layouts of some libraries (`save_hf`); each layout is a file of export
+
 orbax         Orbax checkpoints (`save_orbax`, `load_orbax`)
 stream        checkpoints larger than memory, quantized on disk (`quantize_hf`)
 """

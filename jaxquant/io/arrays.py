@@ -18,8 +18,9 @@ __all__ = ["PackedLeaves", "placing", "to_device", "to_host"]
 def to_device(array: Any, sharding: Any = None) -> Any:
     """A copy of an array, placed by ``sharding`` or on the default device.
 
-    Without a sharding, arrays of 64 bits stay NumPy's where JAX would halve their width. `jax.device_put` alone may
-    give a view of the file, which may be replaced while the array lives; `jnp.array` compiles a program for each shape.
+    Without a sharding, 64-bit arrays stay NumPy arrays where JAX would halve their width. The array is copied, because
+    `jax.device_put` alone may return a view of the file, which may be replaced while the array lives, and `jnp.array`
+    compiles a program for each shape.
     """
     if isinstance(array, jax.Array):
         return array if sharding is None else jax.device_put(array, sharding)
@@ -29,17 +30,17 @@ def to_device(array: Any, sharding: Any = None) -> Any:
 
 
 def to_host(leaf: Any) -> np.ndarray:
-    """The array in memory, in the machine's byte order; a view where there is one."""
+    """The array in host memory, in the machine's byte order; a view if possible."""
     if isinstance(leaf, jax.Array):
-        # Another handle to the same buffers. An array that was fetched once keeps what was fetched for as long as it
-        # lives, which would make a second copy of the model, leaf by leaf.
+        # Use another handle to the same buffers: a fetched array caches its host copy as long as it lives, which would
+        # add up to a second copy of the model.
         shards = [shard.data for shard in leaf.addressable_shards]
         leaf = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
     return np.asarray(leaf, leaf.dtype.newbyteorder("="))
 
 
 class PackedLeaves(Mapping[str, Any]):
-    """Parameters by name, with codes as files have them; each when it is asked for."""
+    """Parameters by name, with codes packed as in files; each is packed when it is read."""
 
     def __init__(self, params: Mapping[str, Any]):
         self._params = params
@@ -55,12 +56,12 @@ class PackedLeaves(Mapping[str, Any]):
 
 
 def placing(sharding: Any, function: str, target: Platform | None = None) -> Callable[[str, Any], Any]:
-    """A function that puts the leaf of a path where it belongs.
+    """A function ``(path, leaf)`` that puts a leaf on its devices.
 
     Args:
-      sharding: None, a `jax.sharding.Sharding`, or a dict or function from paths to one or None.
-      function: who asks, for the error message.
-      target: what codes are laid out for; by default where they go.
+      sharding: None, a `jax.sharding.Sharding`, or a dict or function from paths to a sharding or None.
+      function: the public function that errors name.
+      target: the platform that codes are laid out for; by default that of the leaf's devices.
     """
     check_target(function, target)
     if sharding is None or isinstance(sharding, jax.sharding.Sharding):

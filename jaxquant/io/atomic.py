@@ -1,9 +1,9 @@
-"""Replacing a file whole: a reader finds the old content or the new, never a part; and one writer at a time.
+"""Atomic replacement of files, by one writer at a time: a reader sees the old content or the new, never a part.
 
-A writer holds a lock of the operating system on what it writes. The lock ends with the process, however that ends: a
-killed one leaves files behind, which the next writer finds unlocked and removes, but never a lock. Where there are no
-such locks (Windows, some network file systems), two writers are not told of each other, and files that a killed one
-left in a directory stay until the same file is written again.
+A writer holds a lock of the operating system on the file or directory that it writes. The lock ends with the process:
+a killed process leaves files behind, which the next writer finds unlocked and removes, but no lock. Where such locks do
+not exist (Windows, some network file systems), two writers do not notice each other, and files of a killed process
+stay in a directory until the same file is written again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SUFFIX = ".jaxquant.tmp"
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name is one that `replacing` has not finished."""
+    """Whether a name is that of a file that `replacing` has not finished."""
     return name.startswith(".") and name.endswith(_SUFFIX)
 
 
@@ -44,20 +44,20 @@ def check_room(directory: str, needed: int, *, function: str, path: str) -> None
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], *, nbytes: int = 0, function: str = "save") -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of ``path`` when the block ends without an exception.
+    """A file to write, which replaces ``path`` when the block ends without an exception.
 
-    The content goes to a file of its own in the same directory, is synchronised to the disk and renamed. On any
-    exception, KeyboardInterrupt included, that file is removed and ``path`` stays as it was. A symbolic link stays a
-    link: what it points to is replaced. Permissions are those of any new file (the umask).
+    The content is written to a temporary file in the same directory, synchronised to the disk and renamed. On any
+    exception, KeyboardInterrupt included, this file is removed and ``path`` stays unchanged. A symbolic link stays a
+    link: its target is replaced. Permissions are those of a new file (the umask).
 
     Args:
       path: the file to replace or create.
-      nbytes: how much will be written, as far as it is known.
-      function: who asks, for the error message.
+      nbytes: the size to be written, as far as it is known.
+      function: the public function that errors name.
 
     Raises:
-      QuantError: if ``path`` is a directory or its directory does not exist, somebody else is writing ``path``, or
-        there is no room for ``nbytes``.
+      QuantError: if ``path`` is a directory or its directory does not exist, another writer has ``path``, or the disk
+        has no room for ``nbytes``.
     """
     target = os.path.realpath(path)
     directory, name = os.path.split(target)
@@ -65,7 +65,7 @@ def replacing(path: str | os.PathLike[str], *, nbytes: int = 0, function: str = 
         raise quant_error(function, "the directory does not exist", todo="Create it first", path=directory)
     if os.path.isdir(target):
         raise quant_error(function, "the path is a directory", todo="Name a file in it", path=target)
-    # A name may be as long as the file system allows; this one is short, and the same for every writer of the target.
+    # The target's name may have the greatest length allowed, so the temporary name is a hash, equal for all writers.
     temporary = os.path.join(directory, f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}{_SUFFIX}")
     for left in filter(is_temporary, os.listdir(directory)):
         _remove_abandoned(os.path.join(directory, left))
@@ -82,7 +82,7 @@ def _created(temporary: str, function: str, target: str) -> Iterator[BinaryIO]:
     descriptor = _new(temporary)
     if descriptor is None:
         raise _busy(function, target)
-    lock = os.dup(descriptor)  # the file is closed before it is renamed, and the lock is kept until after
+    lock = os.dup(descriptor)  # the file is closed before it is renamed; the lock lasts until after the renaming
     try:
         with open(descriptor, "wb") as file:
             yield file
@@ -99,12 +99,12 @@ def _created(temporary: str, function: str, target: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def claimed(directory: str, *, function: str, target: str) -> Iterator[None]:
-    """Makes a directory, if it is not there, for one writer: nobody else gets it until the block ends.
+    """Makes a directory, if it does not exist, and locks it for one writer until the block ends.
 
-    A directory that is empty when the block ends with an exception is removed. It may be renamed inside the block.
+    If the block ends with an exception and the directory is empty, it is removed. It may be renamed inside the block.
 
     Raises:
-      QuantError: if another writer has it, or what is there is no directory; ``target`` is what they write.
+      QuantError: if another writer has it, or the path is not a directory; the error names ``target``, the final path.
     """
     with contextlib.suppress(FileExistsError):
         os.mkdir(directory)
@@ -133,8 +133,8 @@ def _busy(function: str, target: str) -> QuantError:
 
 
 def _new(path: str) -> int | None:
-    """A new, empty and locked file, in the place of one that a killed writer left; None if a living one has it."""
-    for _ in range(8):  # as often as others, looking for what is abandoned, may come in between
+    """A new, empty, locked file, which replaces one of a killed writer; None if a living writer has the file."""
+    for _ in range(8):  # other writers that look for abandoned files may interfere a few times
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         except FileExistsError:
@@ -148,9 +148,9 @@ def _new(path: str) -> int | None:
 
 
 def _remove_abandoned(path: str, *, even_unlocked: bool = False) -> bool:
-    """Removes a file whose writer was killed; False if a living one has it, or that cannot be known.
+    """Removes a file whose writer was killed; False if a living writer has it, or if this cannot be known.
 
-    Where there are no locks it cannot be known, and ``even_unlocked`` removes the file all the same.
+    It cannot be known where locks do not exist; ``even_unlocked`` then removes the file anyway.
     """
     descriptor, lock = _opened(path, os.O_RDWR)
     if descriptor is None:
@@ -158,7 +158,7 @@ def _remove_abandoned(path: str, *, even_unlocked: bool = False) -> bool:
     try:
         if lock is _Lock.TAKEN or (lock is _Lock.NONE and not even_unlocked):
             return False
-        os.remove(path)  # under the lock: nobody else can have taken it meanwhile
+        os.remove(path)  # under the lock, so no other writer can have taken it
     except OSError:
         return False
     finally:
@@ -167,7 +167,7 @@ def _remove_abandoned(path: str, *, even_unlocked: bool = False) -> bool:
 
 
 def _opened(path: str, flags: int) -> tuple[int | None, _Lock]:
-    """A descriptor of what is at a path, and its lock; no descriptor if it is gone, or not ours to open."""
+    """A descriptor of the file at a path, and its lock; no descriptor if the file is gone or may not be opened."""
     try:
         descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except OSError:
@@ -196,7 +196,7 @@ def _lock(descriptor: int) -> _Lock:
 
 
 def _is_at(descriptor: int, path: str) -> bool:
-    """Whether a path still leads to what was opened: its writer may have renamed or removed it meanwhile."""
+    """Whether a path still leads to the opened file, which its writer may have renamed or removed."""
     try:
         there = os.stat(path, follow_symlinks=False)
     except OSError:

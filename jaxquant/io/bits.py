@@ -1,6 +1,6 @@
 """Bit streams of files, in NumPy: `jaxquant.core.packing` without JAX, which would compile a program for every shape.
 
-Codes of a row follow one another in a little-endian stream, as in a `QTensor`.
+The codes of a row form a little-endian bit stream, as in a `QTensor`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def bytes_of(words: np.ndarray) -> np.ndarray:
 def packed(codes: np.ndarray, bits: int) -> np.ndarray:
     """Unsigned codes of one byte each to a bit stream along the last axis: `jaxquant.core.packing.pack` in NumPy.
 
-    Eight codes are ``bits`` bytes, the lowest of a 64-bit word. Without JAX, which would compile for every shape.
+    Eight codes take ``bits`` bytes, the lowest ones of a 64-bit word.
     """
     if bits == 8:
         return codes
@@ -63,7 +63,7 @@ def patterns(q: QTensor) -> np.ndarray:
 
 
 def stored(codes: np.ndarray, qtype: QType) -> tuple[np.ndarray, int | None]:
-    """The ``codes`` and ``length`` of a QTensor, from codes one per element."""
+    """The ``codes`` and ``length`` of a QTensor, from one code per element."""
     if not qtype.packed:
         return codes, None
     low = int(qtype.qmin) if qtype.kind == "int" else 0

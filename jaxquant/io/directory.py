@@ -1,10 +1,10 @@
-"""Writing a checkpoint of many tensors: all is settled before the first byte, and an interruption costs one shard.
+"""Writes a checkpoint of many tensors: all checks precede the first byte, and an interruption costs one shard.
 
-A directory is written under another name, ``NAME.partial``, next to where it will be, and takes its name when it is
-complete. Until then it holds ``plan.json``, which says what is written and from what. Shards are written one after
-another, each whole or not at all. One writer at a time has the directory, by a lock that ends with its process. Whoever
-writes the same again finds the shards that are there and goes on; the result has the same bytes as one that was never
-interrupted. A partial directory of anything else is refused.
+A directory is written under another name, ``NAME.partial``, beside its final path, and renamed when it is complete.
+Until then it holds ``plan.json``, which describes the output and its source. Shards are written one after another, each
+atomically. A lock, which ends with the writer's process, admits one writer at a time. A second call with the same
+arguments keeps the finished shards and writes the others; the result has the same bytes as an uninterrupted one. A
+partial directory with another plan is refused.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Piece:
     """Tensors that are made together.
 
     Attributes:
-      tensors: name -> what will be written.
-      make: makes them, when their turn comes.
+      tensors: name -> dtype and shape.
+      make: makes them when they are to be written.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -44,13 +44,13 @@ class Piece:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.tensors.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which piece goes to which file.
+    """The assignment of pieces to files.
 
     Attributes:
       shards: file name -> its pieces.
@@ -68,7 +68,7 @@ class Layout:
 
 
 def identity(paths: Iterable[str]) -> list[list[Any]]:
-    """Name, size and time of files: what changes if one of them does."""
+    """Name, size and time of files, which identify their content."""
     status = {os.path.basename(path): os.stat(path) for path in paths}
     return [[name, found.st_size, found.st_mtime_ns] for name, found in status.items()]
 
@@ -79,7 +79,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def in_shards(pieces: Sequence[Piece], files: Mapping[str, bytes], shard_bytes: int, *, function: str) -> Layout:
-    """Fills shards in order, each up to ``shard_bytes`` or one piece; one shard needs no index."""
+    """Fills shards in order, each up to ``shard_bytes`` or with one piece; a single shard gets no index."""
     groups: list[list[Piece]] = [[]]
     seen: set[str] = set()
     size = 0
@@ -110,24 +110,24 @@ def write_directory(
     function: str,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:
-    """Writes a directory, or goes on writing it.
+    """Writes a directory, or continues a partial one.
 
     Args:
-      directory: where; it must not exist, or be empty.
+      directory: where to write; it must not exist, or be empty.
       layout: from `in_shards`.
-      source: what the tensors are made from and how, as JSON values: a partial directory is continued if it was begun
-        with the same.
-      function: who asks, for the error messages.
-      progress: called with the bytes that are done, all bytes, and the name of what comes next.
+      source: JSON values that identify the source of the tensors and the settings: a partial directory is continued if
+        it was begun with the same values.
+      function: the public function that errors name.
+      progress: called with the bytes done, all bytes, and the name of the tensor that comes next.
 
     Raises:
-      QuantError: if there is no room or no place for the directory, a partial one of something else, or another writer
-        of it; before anything is written.
+      QuantError: before writing, if the disk is full, the path cannot be a directory, a partial directory has another
+        plan, or another writer has the directory.
     """
     target = os.path.abspath(directory)
     partial = f"{target}.partial"
     plan = json_bytes({"source": source, "shards": _described(layout), "files": _digests(layout.files)})
-    if _content(os.path.join(target, _PLAN)) == plan:  # complete, but for this file
+    if _content(os.path.join(target, _PLAN)) == plan:  # complete except that this file was not removed
         _remove_plan(target)
         return
     _check_destination(target, function)
@@ -145,11 +145,11 @@ def _write(
     function: str,
     progress: Callable[[int, int, str], None] | None,
 ) -> None:
-    """Fills the partial directory, which is ours, and gives it its name."""
-    _check_destination(target, function)  # again: it may have been written while the partial one was another's
+    """Fills the partial directory, which this writer has locked, and renames it."""
+    _check_destination(target, function)  # again: another writer may have completed it before this one got the lock
     done = _preflight(target, partial, plan, layout, function)
     for name in os.listdir(partial):
-        if is_temporary(name):  # of a process that was killed: the directory is ours
+        if is_temporary(name):  # left by a killed process, since this writer has the lock
             os.remove(os.path.join(partial, name))
     with replacing(os.path.join(partial, _PLAN), function=function) as file:
         file.write(plan)
@@ -177,7 +177,7 @@ def _write(
 
 
 def _remove_plan(target: str) -> None:
-    with contextlib.suppress(FileNotFoundError):  # whoever finds the directory complete removes it too
+    with contextlib.suppress(FileNotFoundError):  # another writer that finds the directory complete removes it too
         os.remove(os.path.join(target, _PLAN))
 
 
@@ -208,7 +208,7 @@ def _check_destination(target: str, function: str) -> None:
 
 
 def _preflight(target: str, partial: str, plan: bytes, layout: Layout, function: str) -> set[str]:
-    """The shards that are there already; `QuantError` if writing cannot succeed."""
+    """The finished shards; `QuantError` if writing cannot succeed."""
     begun = not all(map(is_temporary, os.listdir(partial)))
     if begun and _content(os.path.join(partial, _PLAN)) != plan:
         todo = f"Remove {partial}, or write with the settings and the source it was begun with"

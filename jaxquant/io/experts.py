@@ -1,10 +1,11 @@
-"""How the experts of a model lie in a checkpoint: which axis is contracted, by the family of the model.
+"""The layout of experts in a checkpoint: the contracted axis, by the family of the model.
 
     [experts, out, in]       most families, as transformers fuses them; granite and jetmoe; MLX's switch_mlp
     [experts, in, out]       llama4, gpt_oss, aria, and the files of qwen3_vl_moe
     [experts * hidden, in]   dbrx: w1 and v1 are rows of [out, in] of one expert after another, w2 rows of [in, out]
 
-The shapes alone do not tell: hidden sizes may be equal. Where ``hidden_size`` does tell, it has to agree.
+Shapes alone do not determine the axis, since hidden sizes may be equal. Where ``hidden_size`` determines it, the two
+must agree.
 
 Source: the modules of transformers 5.24 and its table of conversions between files and modules.
 """
@@ -75,11 +76,11 @@ _OUT_OF = re.compile(r"down|w2|fc2|output_linear")
 
 
 class Experts(NamedTuple):
-    """How the weights of experts lie in one tensor.
+    """The layout of experts' weights in one tensor.
 
     Attributes:
       axis: the contracted axis, -1 or -2.
-      stack: matrices that lie one after another along the first axis of a tensor with two axes; 1 if it is one.
+      stack: the number of matrices along the first axis of a tensor with two axes; 1 for a single matrix.
     """
 
     axis: int
@@ -95,7 +96,7 @@ def is_experts(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> 
 
 
 def experts_of(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Experts | str:
-    """How the experts lie that `is_experts`; a text that says why it is not known if it is not."""
+    """The layout of a tensor of experts (`is_experts`), or a text that says why it is unknown."""
     if len(shape) == 2:
         count = next(_numbers(config, "moe_num_experts"), 0)
         if count < 1 or shape[0] % count:
@@ -115,7 +116,7 @@ def experts_of(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> 
 
 
 def _axis_by_size(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> int | None:
-    """The contracted axis, where the size of the residual stream tells it."""
+    """The contracted axis, if the size of the residual stream determines it."""
     sizes = set(_numbers(config, "hidden_size"))
     last = name.removesuffix(".weight").rpartition(".")[2]
     into, out_of = _INTO.search(last) is not None, _OUT_OF.search(last) is not None
@@ -126,7 +127,7 @@ def _axis_by_size(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) 
 
 
 def _places(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The configuration, and those of the decoder and of its experts inside of it."""
+    """The configuration, and the nested configurations of the decoder and of its experts."""
     yield config
     for key in ("text_config", "llm_config", "language_config", "thinker_config", "ffn_config"):
         inner = config.get(key)

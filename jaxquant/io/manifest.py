@@ -1,7 +1,7 @@
 """Trees to manifest nodes and back; the grammar is in `jaxquant.io.native`.
 
-`encode` says what has to be written, `decode` gives the tree with a `SavedArray` in the place of each array; neither
-reads or writes a file. The rules for a QTensor are the same in both, so that what can be saved can be loaded.
+`encode` returns the node and the arrays to write, `decode` the tree with a `SavedArray` in the place of each array.
+They do no input or output. Both check a QTensor by the same rules, so that every tree that can be saved can be loaded.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from jaxquant.io.safetensors import DTYPES, SafetensorsFile, TensorSpec, is_shap
 
 __all__ = ["MAX_DEPTH", "Encoder", "SavedArray", "check_qtensor", "decode", "encode", "stored_spec"]
 
-#: Containers inside containers, a QTensor in the place of a scale included. Deeper ones are mistakes (a list that holds
-#: itself) or attacks on the stack.
+#: The deepest nesting of containers, counting a QTensor in the place of a scale. Deeper trees are mistakes (a list that
+#: holds itself) or attacks on the stack.
 MAX_DEPTH = 100
 _SUPPORTED = {dtype.name: dtype for dtype in (*DTYPES.values(), *NAMELESS)}
 _FIELDS = ("qtype", "dtype", "minor", "length", "codes", "scale", "zero_point")
-_RARE = ("offset", "permutation")  # left out of the manifest where there is none
+_RARE = ("offset", "permutation")  # left out of the manifest if None
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedArray:
-    """An array in a file, not yet read: its name there, and the dtype and shape it will have."""
+    """An array in a file that is not read yet: its name in the file, its dtype and its shape."""
 
     name: str
     spec: TensorSpec
@@ -54,7 +54,7 @@ class SavedArray:
 
 
 def stored_spec(spec: TensorSpec) -> TensorSpec:
-    """How the container stores an array: as it is, or as bit patterns."""
+    """The stored form of an array: unchanged, or as bit patterns."""
     return pattern_spec(spec) if spec.dtype in NAMELESS else spec
 
 
@@ -76,11 +76,12 @@ def _are_keys(keys: list[Any]) -> bool:
 
 def check_qtensor(q: QTensor, error: Callable[..., QuantError]) -> None:
     """Raises ``error(rule, todo=..., **got)`` unless the static fields, dtypes and shapes of ``q`` fit together."""
-    todo = "Make it with quantize, or check whoever made it"
+    todo = "Make it with quantize, or check the code that made it"
     if not isinstance(q.qtype, str) or q.qtype not in (*QTYPES, FACTOR.name):
         raise error("unknown number type", todo=f"Use one of {', '.join(QTYPES)}", qtype=q.qtype)
     if q.qtype == FACTOR.name and not (q.symmetric and q.permutation is None and math.prod(q.scale.shape) == 1):
-        raise error("a scale of two factors has one of all, and nothing added", todo=todo, scale=q.scale)
+        rule = "a scale of two factors has one outer factor, no zero point and no permutation"
+        raise error(rule, todo=todo, scale=q.scale)
     info, codes, ndim = q.type, q.codes, len(q.codes.shape)
     if not jnp.issubdtype(q.dtype, jnp.floating) or q.dtype.name not in _SUPPORTED:
         raise error("dtype must be a float dtype", todo="Use float32, bfloat16 or float16", dtype=q.dtype)
@@ -199,7 +200,7 @@ class Encoder:
 
 
 def _children(value: Any, place: str) -> dict[Any, Any] | None:
-    """What an instance of a class that is registered with JAX holds, by the names of its key paths; None of a leaf."""
+    """The children of an instance of a class registered with JAX, by the names of its key paths; None for a leaf."""
     found = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda node: node is not value)[0]
     if any(not path for path, _ in found):
         return None
@@ -274,7 +275,7 @@ class _Decoder:
         self.file, self.unused = file, dict(file.tensors)
 
     def error(self, rule: str, path: tuple[str, ...], /, *, todo: str = "", **got: Any) -> QuantError:
-        # What would help whoever made the QTensor does not help whoever has the file.
+        # The remedy for the maker of a QTensor does not help a reader of the file, so it is replaced.
         todo = "The manifest does not describe this file: save it again, or remove 'jaxquant' from its metadata"
         return self.file.error(rule, _joined(path), todo=todo, **got)
 

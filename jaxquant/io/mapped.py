@@ -1,4 +1,4 @@
-"""What the readers of files and of their leaves have in common."""
+"""Base classes of the readers of files and of their leaves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Leaves", "MappedFile"]
 
 
 class MappedFile:
-    """A file that is mapped into memory; nobody vouches for what is in it.
+    """An untrusted file that is mapped into memory.
 
     Attributes:
       path: the file's path.
@@ -27,12 +27,12 @@ class MappedFile:
 
     def _mapped(self, file: BinaryIO) -> np.ndarray:
         """The bytes of the file, read-only."""
-        if os.fstat(file.fileno()).st_size:  # nothing can be mapped where there is nothing
+        if os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return np.frombuffer(self._map or b"", np.uint8)
 
     def forget(self) -> None:
-        """Gives the memory of what was read back; reading it again is possible."""
+        """Releases the memory of pages that were read; they can be read again."""
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
@@ -43,10 +43,10 @@ class MappedFile:
 
 
 class Leaves(Mapping[str, Any]):
-    """Names -> QTensors and arrays, of NumPy arrays that may be views of files; nothing is kept.
+    """Names -> QTensors and arrays, of NumPy arrays that may be views of files; each access reads again.
 
     Attributes:
-      paths: the files they are read from.
+      paths: the files that leaves are read from.
     """
 
     def __init__(self, names: Collection[str], paths: list[str]):

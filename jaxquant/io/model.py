@@ -1,4 +1,4 @@
-"""`load_model`: parameters with everything that it takes to run them, from a file or a directory."""
+"""`load_model`: reads parameters with their plan and state, from a file or a directory."""
 
 from __future__ import annotations
 
@@ -29,29 +29,30 @@ def load_model(
     activations: Floating = "saved",
     cache: Floating = "saved",
 ) -> SavedModel | HFModel:
-    """Reads a model with how it runs: ``jq.quantized(fn, model)(model.params, ...)``.
+    """Reads a model with its plan and state: run it by ``jq.quantized(fn, model)(model.params, ...)``.
 
-    Of a file that `save` wrote, the plan and the state are what was saved. A Hugging Face directory says how the
-    activations that meet each weight are quantized: by the configuration, static ranges by tensors such as
-    ``input_scale``. That becomes a plan when ``fn`` is traced; `HFModel.plan` says of which weights.
+    A file of `save` holds the plan and the state. In a Hugging Face directory the configuration says how the
+    activations of each weight are quantized, and tensors such as ``input_scale`` hold static ranges. This becomes a
+    plan when ``fn`` is traced; `HFModel.plan` lists the weights.
 
     Args:
-      path: a file that `save` wrote, or a Hugging Face directory, quantized by any library or in float.
-      like: of a file, a template for the params, as for `load`.
+      path: a file of `save`, or a Hugging Face directory, quantized by any library or in float.
+      like: for a file, a template for the params, as for `load`.
       target: as for `load` and `load_hf`.
-      names, dtype, shapes: of a directory, as for `load_hf`.
-      activations: of a directory, ``"float"`` leaves the plan out: weights are quantized alone.
-      cache: of a directory, ``"float"`` leaves out how keys and values are stored. A function of yours has to store
-        them so itself, and no plan says where: `jaxquant.models.load` runs such a checkpoint as it is saved.
+      names, dtype, shapes: for a directory, as for `load_hf`.
+      activations: for a directory, ``"float"`` leaves the plan out, so that only weights are quantized.
+      cache: for a directory, ``"float"`` leaves out the quantization of keys and values, which a plan cannot express.
+        `jaxquant.models.load` runs such a checkpoint with its quantized cache.
 
     Returns:
-      A `SavedModel` of a file, an `HFModel` of a directory; both have ``params``, ``plan`` and ``state``, the last two
-      None where there is none.
+      A `SavedModel` for a file, an `HFModel` for a directory; both have ``params``, ``plan`` and ``state``, of which
+      the last two may be None.
 
     Raises:
-      QuantError: as `load` and `load_hf`; if the plan of a file is not one of jaxquant's; if a directory says what
-        cannot be run, naming the key: such as static global scales of NVFP4 activations, rounded outputs, or scales of
-        a cache (see ``cache``).
+      QuantError: as `load` and `load_hf`; if the plan of a file is not one of jaxquant's; if a directory requires a
+        scheme that cannot be run, naming the key: such as static global scales of NVFP4 activations, rounded outputs,
+        or scales of a cache (see ``cache``).
+
       OSError: if the file cannot be opened.
 
     Example:
@@ -81,7 +82,7 @@ def load_model(
         return load_native_model(_F, place, like, target)
     place = located(place, _F)
     if not os.path.isdir(place):
-        return load_native_model(_F, place, like, target)  # says that there is none
+        return load_native_model(_F, place, like, target)  # raises its error
     if like is not None:
         todo = "Use names=, which says what each tensor is called in the model"
         raise quant_error(_F, "like is for files that save wrote", todo=todo, path=place)

@@ -3,15 +3,15 @@
 Any reader of safetensors sees plain arrays, each at its true size:
 
     params/Dense_0/bias                     an array, under the keys that lead to it, joined by "/"
-    params/Dense_0/kernel.codes             a QTensor's codes, as they are in memory (sub-byte codes packed in uint8)
+    params/Dense_0/kernel.codes             a QTensor's codes, as in memory (sub-byte codes packed in uint8)
     params/Dense_0/kernel.scale             its scales; if they are quantized themselves (nvfp4, double quantization),
     params/Dense_0/kernel.scale.codes         they have arrays of their own
     params/Dense_0/kernel.scale.scale
     params/Dense_0/kernel.zero_point        its zero points, if it has any; in the same way .offset and .permutation
 
 A tree that is a single array has the name "array". Where two paths give one name ("a/b" may be one key or two), "~2",
-"~3" ... is appended. Nothing is read out of names: the structure is in the manifest, a JSON text under "jaxquant" in
-the file's ``__metadata__``:
+"~3" ... is appended. Readers do not parse names: the structure is in the manifest, a JSON text under "jaxquant" in the
+file's ``__metadata__``:
 
     {"version": 1, "tree": <node>, "state": <node>, "metadata": {...}, "plan": "..."}
 
@@ -24,14 +24,13 @@ the file's ``__metadata__``:
            | {"list": [<node>, ...]}
            | {"tuple": [<node>, ...]}
            | {"qtensor": {"qtype", "dtype", "minor", "length", "codes", "scale", "zero_point"}}
-                                                         the fields of a `QTensor`; the last three are nodes, and so are
+                                                         the fields of a `QTensor`; the last three are nodes, like
                                                          "offset" and "permutation", which are left out if None
 
 The array of a "bits" node is uint8: the elements, row-major, as one little-endian bit stream (two int4 to a byte, the
-first in the low half). "metadata" is the user's, "plan" the text of ``plan.to_json()`` or null. "state" has what a
-plan needs besides the parameters, under names that begin with "state"; it is left out if there is none. Every array of
-the file occurs in the tree or the state exactly once. Readers ignore fields of the manifest that they do not know, and
-refuse versions that they do not know.
+first in the low half). "metadata" is the user's, "plan" the text of ``plan.to_json()`` or null. "state" holds the
+plan's state, under names that begin with "state"; it is left out if there is none. Every array of the file occurs in
+the tree or the state exactly once. Readers ignore unknown fields of the manifest, and refuse unknown versions.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ _VERSION = 1
 
 
 class SavedMetadata(NamedTuple):
-    """What a checkpoint says about itself.
+    """The metadata and the plan of a checkpoint.
 
     Attributes:
       metadata: the ``metadata`` given to `save`; the strings of ``__metadata__`` for a file that `save` did not write.
@@ -86,7 +85,7 @@ class SavedMetadata(NamedTuple):
 
 
 class SavedModel(NamedTuple):
-    """A model as it was saved, and how it runs: ``jq.quantized(fn, plan, state)(params, ...)``.
+    """A saved model with its plan: run it by ``jq.quantized(fn, plan, state)(params, ...)``.
 
     Attributes:
       params: the parameters.
@@ -112,27 +111,27 @@ def save(
 ) -> None:
     """Writes a tree of arrays and QTensors to one safetensors file, every array at its true size, bit for bit.
 
-    The whole tree is checked before anything is written. Arrays go to the disk one by one: at no time is there a second
-    copy of the model. The file appears (or replaces an older one) only when it is complete; after any failure the older
-    one is untouched. For the layout see `jaxquant.io.native`.
+    The whole tree is checked before writing starts. Arrays are written one by one, so memory never holds a second copy
+    of the model. The file appears (or replaces an older one) only when it is complete; after any failure the older one
+    is untouched. For the layout see `jaxquant.io.native`.
 
     Args:
       path: the file to create or replace, usually ``*.safetensors``; its directory must exist.
       params: dicts (with string or integer keys), lists, tuples and None, nested, with JAX arrays, NumPy arrays and
-        QTensors as leaves. Other mappings, such as flax's FrozenDict, are saved as dicts, and so is an instance of any
-        class that is registered with JAX (a dataclass, a named tuple, a module of Equinox, a state of NNX): under the
-        names of its key paths, without its static fields. ``load(path, like=...)`` gives the class back. NumPy arrays
-        come back as JAX arrays.
+        QTensors as leaves. Other mappings, such as flax's FrozenDict, are saved as dicts. An instance of a class that
+        is registered with JAX (a dataclass, a named tuple, a module of Equinox, a state of NNX) is saved as a dict too,
+        under the names of its key paths and without its static fields; ``load(path, like=...)`` restores the class.
+        NumPy arrays are loaded as JAX arrays.
       plan: an object with a ``to_json()`` method, whose text is stored, such as a `jaxquant.Plan`; see
         `jaxquant.io.load_model`.
-      state: what the plan needs besides the parameters, such as static ranges; a tree like ``params``.
-      metadata: anything JSON can hold, by name: strings, numbers, booleans, None, lists and dicts of these.
+      state: the plan's state, such as static ranges; a tree like ``params``.
+      metadata: JSON values by name: strings, numbers, booleans, None, lists and dicts of these.
 
     Raises:
       QuantError: on any other leaf or container (Python numbers, functions, classes that JAX does not know, random
         keys, traced, deleted or remote arrays), state without a plan, a QTensor whose fields contradict each other or
-        whose scales are not finite, metadata that JSON would change, a path that cannot be a file or that somebody else
-        is writing, or a disk that is too full. NaN in a plain array is saved like any other value.
+        whose scales are not finite, metadata that JSON would change, a path that cannot be a file or that another
+        writer has, or a full disk. NaN in a plain array is saved like any other value.
       OSError: if the disk is full or the place is not writable.
 
     Example:
@@ -165,7 +164,7 @@ def save(
 
 
 def _stored(leaf: Any) -> np.ndarray:
-    """An array as the container has it."""
+    """An array in the form that the container stores."""
     array = to_host(leaf)
     return to_patterns(array) if array.dtype in NAMELESS else array
 
@@ -202,24 +201,24 @@ def _plan_text(plan: Any) -> str | None:
 
 
 def load(path: str | os.PathLike[str], *, like: Any = None, target: Platform | None = None) -> Any:
-    """Reads what `save` wrote; also reads any other safetensors file.
+    """Reads a file of `save`, or any other safetensors file.
 
-    The file is mapped and copied to the default device array by array. Nothing in it is trusted or executed: every size
-    is compared with the size of the file before memory is taken.
+    The file is mapped and copied to the default device array by array. Its content is not trusted and never executed:
+    every size is compared with the size of the file before memory is allocated.
 
     Args:
       path: the file.
       like: a template for the result: a pytree of arrays, `jax.ShapeDtypeStruct`s or QTensors, such as the model's
         float parameters from `jax.eval_shape`. The file must have the template's keys and logical shapes; a saved
-        QTensor may stand for a float array. Kinds of dtype must agree (float, integer, ...), their widths need not;
-        nothing is cast. The result has the template's containers.
-      target: the platform that codes are laid out for, ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default where they go. See
-        `jaxquant.ops.lay_out`.
+        QTensor may stand for a float array. Kinds of dtype must agree (float, integer, ...), widths may differ; values
+        are not cast. The result has the template's containers.
+      target: the platform that codes are laid out for, ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default that of the
+        default device. See `jaxquant.ops.lay_out`.
 
     Returns:
-      The tree that was saved: dicts (keys in order), lists, tuples, None, QTensors and JAX arrays. A file without our
+      The saved tree: dicts (keys in order), lists, tuples, None, QTensors and JAX arrays. A file without a jaxquant
       manifest gives a dict of its arrays, nested at each "/" of the names (flat if one name is the beginning of
-      another, as in "a" and "a/b"). Arrays of 64-bit dtypes come back as NumPy arrays where `jax_enable_x64` is off,
+      another, as in "a" and "a/b"). Arrays of 64-bit dtypes are loaded as NumPy arrays if `jax_enable_x64` is off,
       since JAX would halve their width.
 
     Raises:
@@ -237,7 +236,7 @@ def load(path: str | os.PathLike[str], *, like: Any = None, target: Platform | N
       ...     load(path, like={"layer": [jax.ShapeDtypeStruct((3,), jnp.float32), None]})
       {'layer': [Array([1., 1., 1.], dtype=float32), None]}
 
-    A file that says how its activations are quantized gives a `UserWarning`: its weights alone compute something else.
+    A file with a plan that quantizes activations gives a `UserWarning`: its weights alone give other results.
 
     Source: the container is safetensors (https://github.com/huggingface/safetensors); the manifest is our own.
     """
@@ -245,7 +244,7 @@ def load(path: str | os.PathLike[str], *, like: Any = None, target: Platform | N
     file = _File(path, "load", target)
     if file.runs_otherwise():
         text = f"load: {file.path} says how its activations are quantized, and this gives its weights alone"
-        warnings.warn(f"{printable(text)}. Use load_model, and run what it returns with its plan.", stacklevel=2)
+        warnings.warn(f"{printable(text)}. Use load_model, and run the model with its plan.", stacklevel=2)
     return file.params(like)
 
 
@@ -259,7 +258,7 @@ def load_native_model(
 
 
 class _File(SafetensorsFile):
-    """A file of ours, or any other: its tree and its state have a `SavedArray` in the place of each array."""
+    """A safetensors file, with or without a manifest; its tree and state have a `SavedArray` in place of each array."""
 
     def __init__(self, path: str | os.PathLike[str], function: str, target: Platform | None = None):
         super().__init__(path, function=function)
@@ -272,7 +271,7 @@ class _File(SafetensorsFile):
             self.plan = manifest["plan"]
 
     def read(self, tree: Any) -> Any:
-        """The arrays of a tree, on the default device, QTensors one after the other as the target has them."""
+        """Reads the arrays of a tree to the default device; QTensors one by one, laid out for the target."""
 
         def one(leaf: Any) -> Any:
             return lay_out(jax.tree.map(lambda entry: to_device(_array(self, entry)), leaf), self._target)
@@ -280,7 +279,7 @@ class _File(SafetensorsFile):
         return jax.tree.map(one, tree, is_leaf=is_qtensor)
 
     def params(self, like: Any) -> Any:
-        """The tree, in the containers of a template if there is one."""
+        """The tree, in the containers of the template if one is given."""
         if like is None:
             return self.read(self.tree)
         leaves, treedef = fit(self.tree, like, self.error)
@@ -291,10 +290,10 @@ class _File(SafetensorsFile):
         return self.read(self._state)
 
     def runs_otherwise(self) -> bool:
-        """Whether the parameters without the plan compute something else than with it."""
+        """Whether the parameters give other results without the plan than with it."""
         if self.plan is None:
             return False
-        with contextlib.suppress(QuantError):  # a plan of somebody else's
+        with contextlib.suppress(QuantError):  # a plan of another library
             plan = Plan.from_json(self.plan)
             return bool(plan.products) or any(item.spec.act is not None for item in plan.items)
         return False
@@ -314,7 +313,7 @@ class NativeLeaves(Leaves):
         super().__init__(self._entries, [self.file.path])
 
     def __getitem__(self, name: str) -> Any:
-        self.file.forget()  # what came before
+        self.file.forget()  # pages of the leaf before
         return jax.tree.map(lambda entry: _array(self.file, entry), self._entries[name])
 
 
@@ -327,7 +326,7 @@ def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def save_leaves(path: str | os.PathLike[str], leaves: Mapping[str, Any]) -> None:
-    """`save` of a flat dict, whose leaves are asked for twice: to check them all, and then to write each."""
+    """`save` of a flat dict whose leaves are read twice: first to check all of them, then to write each."""
     nodes: list[Any] = []
     specs: dict[str, TensorSpec] = {}
     for name in sorted(leaves):

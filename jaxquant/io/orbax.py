@@ -1,9 +1,9 @@
-"""Trees with QTensors in Orbax checkpoints, with a manifest of what Orbax does not keep.
+"""Trees with QTensors in Orbax checkpoints, with a manifest of the fields that Orbax drops.
 
-Orbax restores a QTensor as a plain dict, without its static fields, and has no room for some narrow dtypes. Here the
+Orbax restores a QTensor as a plain dict, without its static fields, and does not store some narrow dtypes. Here the
 arrays of a tree are saved flat, under numbers, and beside them, as JSON, the manifest of `jaxquant.io.native` and the
-dtype and shape of every array. Arrays that Orbax cannot hold, or not at their true size, are saved as bit patterns
-(fp8 element by element, where they lie; others packed).
+dtype and shape of every array. Arrays that Orbax cannot store, or not at their true size, are saved as bit patterns:
+fp8 element by element, on their own devices, others packed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _library() -> Any:
 
 
 def save_orbax(directory: str | os.PathLike[str], params: Any) -> None:
-    """Saves a tree of arrays and QTensors as an Orbax checkpoint; sharded arrays are written where they lie.
+    """Saves a tree of arrays and QTensors as an Orbax checkpoint; each device writes its own shards.
 
     Args:
       directory: where to write; it must not exist.
@@ -73,12 +73,12 @@ def save_orbax(directory: str | os.PathLike[str], params: Any) -> None:
 
 
 def load_orbax(directory: str | os.PathLike[str], *, shardings: Any = None) -> Any:
-    """Restores what `save_orbax` saved, with every static field.
+    """Restores a checkpoint of `save_orbax`, with every static field.
 
     Args:
       directory: of the checkpoint.
-      shardings: where each array goes: a tree like the one that was saved with a `jax.sharding.Sharding` for each
-        array, as `jaxquant.shardings` gives; None for the default device.
+      shardings: a tree in the structure of the saved one with a `jax.sharding.Sharding` for each array, as
+        `jaxquant.shardings` returns; None for the default device.
 
     Returns:
       The tree; arrays of 64-bit dtypes as NumPy arrays where JAX would halve their width.
@@ -110,7 +110,7 @@ def load_orbax(directory: str | os.PathLike[str], *, shardings: Any = None) -> A
 
 
 class _Arrays:
-    """The arrays of a manifest, as `decode` asks for them; checked."""
+    """The checked arrays of a manifest, in the form that `decode` reads."""
 
     def __init__(self, path: str, manifest: Any):
         self.path = path
@@ -124,7 +124,7 @@ class _Arrays:
             if not isinstance(entry, list) or len(entry) != 3 or entry[1] not in known or not is_shape(entry[2]):
                 raise self.error("not an array", name, todo="Save it again", entry=entry)
             self.keys[name], self.specs[name] = str(entry[0]), TensorSpec(known[entry[1]], tuple(entry[2]))
-        #: As `decode` knows arrays: those without a name in safetensors are bit patterns.
+        #: In the form that `decode` reads: arrays whose dtype has no name in safetensors are bit patterns.
         self.tensors = {name: stored_spec(spec) for name, spec in self.specs.items()}
         self.stored = {name: _held_spec(spec) for name, spec in self.specs.items()}
 
@@ -144,7 +144,7 @@ def _held_spec(spec: TensorSpec) -> TensorSpec:
 
 
 def _held(value: Any, spec: TensorSpec) -> Any:
-    """The array as Orbax takes it."""
+    """The array in a form that Orbax stores."""
     if spec.dtype in _HELD:
         return jnp.asarray(value)
     if spec.dtype.itemsize == 1 and spec.dtype not in NAMELESS:

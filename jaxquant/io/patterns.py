@@ -1,8 +1,8 @@
-"""Arrays whose dtype the container has no name for, stored as their bit patterns.
+"""Stores arrays whose dtype the container has no name for as bit patterns.
 
 The elements in row-major order form one little-endian bit stream (see `jaxquant.core.packing`), stored as uint8[bytes]:
-an int4 array of n elements takes ceil(n / 2) bytes, element 0 in the low half of byte 0. Dtype and shape are kept
-elsewhere, by whoever stores the array.
+an int4 array of n elements takes ceil(n / 2) bytes, element 0 in the low half of byte 0. The caller stores dtype and
+shape elsewhere.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxquant.io.safetensors import TensorSpec
 
 __all__ = ["NAMELESS", "from_patterns", "pattern_spec", "to_patterns"]
 
-#: Bits of one element, for the dtypes that JAX has and the container does not.
+#: Bits of one element, for dtypes of JAX that the container does not support.
 NAMELESS: dict[np.dtype, int] = {
     np.dtype(ml_dtypes.int2): 2,
     np.dtype(ml_dtypes.uint2): 2,
@@ -33,7 +33,7 @@ NAMELESS: dict[np.dtype, int] = {
 
 
 def pattern_spec(spec: TensorSpec) -> TensorSpec:
-    """How an array of a nameless dtype is stored."""
+    """The stored form of an array of a nameless dtype."""
     return TensorSpec(np.dtype(np.uint8), (packed_length(math.prod(spec.shape), NAMELESS[spec.dtype]),))
 
 
@@ -41,7 +41,7 @@ def to_patterns(array: np.ndarray) -> np.ndarray:
     """uint8[bytes] of an array of a nameless dtype."""
     bits = NAMELESS[array.dtype]
     flat = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
-    # An element narrower than a byte has a byte to itself in memory, its upper bits unspecified.
+    # In memory an element narrower than a byte takes a whole byte, whose upper bits are unspecified.
     return flat if bits >= 8 else np.asarray(pack(jnp.asarray(flat & ((1 << bits) - 1)), bits))
 
 

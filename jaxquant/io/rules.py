@@ -1,4 +1,4 @@
-"""Which float tensors of a checkpoint get which rule."""
+"""Assigns rules to the float tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Assigned:
     Attributes:
       spec: of each matrix in it.
       reduce_axes: the contracted axes.
-      rule: the one that says so.
-      stack: matrices that lie one after another along the first axis of a weight with two axes.
+      rule: the rule that matches it.
+      stack: the number of matrices along the first axis of a weight with two axes.
     """
 
     spec: QuantSpec
@@ -38,7 +38,7 @@ class Assigned:
     stack: int = 1
 
     def whole(self, shape: tuple[int, ...]) -> QuantSpec:
-        """The spec with which the whole weight is quantized at once: no scale reaches from one matrix to another."""
+        """The spec that quantizes the whole weight at once, with no scale shared between matrices."""
         if self.stack == 1 or self.reduce_axes != (-2,) or self.spec.granularity != "per_channel":
             return self.spec
         return dataclasses.replace(self.spec, granularity="per_group", group_size=shape[0] // self.stack)
@@ -46,11 +46,11 @@ class Assigned:
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """What `assign` found.
+    """The result of `assign`.
 
     Attributes:
-      weights: name of each weight that is quantized -> how.
-      skipped: name of each tensor that a quantizing rule matches and that stays in float -> why.
+      weights: name of each quantized weight -> how.
+      skipped: name of each tensor that matches a quantizing rule but stays in float -> why.
     """
 
     weights: dict[str, Assigned]
@@ -63,20 +63,20 @@ def assign(
     error: Callable[..., QuantError],
     config: Mapping[str, Any],
 ) -> Assignment:
-    """The rule of each weight that one quantizes: the first that matches its name.
+    """Assigns to each weight the first rule that matches its name.
 
     A weight is a tensor of floats of 16 bits or more: a matrix whose name ends in "weight", the experts of a family of
-    models whose layout is known, or anything that a rule gives ``reduce_axes`` for. A rule that keeps tensors in float
-    may name any of them.
+    models whose layout is known, or any tensor for which a rule gives ``reduce_axes``. A rule that keeps tensors in
+    float may name any tensor.
 
     Args:
-      tensors: what is in the checkpoint.
+      tensors: the tensors of the checkpoint.
       rules: the first that matches counts.
       error: makes the errors.
       config: the model's ``config.json``, for the layout of experts.
 
     Raises:
-      QuantError: with all rules that match nothing; with all experts whose layout is not known.
+      QuantError: listing all rules that match no weight, or all experts whose layout is not known.
     """
     floats = {
         name: spec.shape
@@ -131,7 +131,8 @@ def assign(
 
 
 def _matrix(rule: Rule, spec: QuantSpec, name: str, shape: tuple[int, ...]) -> Assigned | str:
-    """How a tensor that is not of experts is quantized; why it is not, or nothing if it is no weight at all."""
+    """How a tensor other than experts is quantized; or why it is not; or "" if it is not a weight."""
+
     if len(shape) == 2 and name.endswith("weight"):
         return Assigned(spec, (-1,), rule)
     if len(shape) < 2 or _NO_WEIGHT.search(name):

@@ -1,4 +1,4 @@
-"""The safetensors container: named arrays in one file, with NumPy and ml_dtypes alone.
+"""The safetensors container: named arrays in one file; needs only NumPy and ml_dtypes.
 
     8 bytes    N, the length of the header: an unsigned integer, little-endian, at most 100 MB
     N bytes    the header: a JSON object in UTF-8, padded with spaces so that 8 + N is a multiple of 8
@@ -9,8 +9,8 @@ the start of the data, and ``"__metadata__"`` to an object of strings. Arrays ar
 they cover the data without holes or overlaps; written by this module they are sorted by item size, largest first, then
 by name, so that each one is aligned.
 
-Reading trusts nothing: every number is compared with the size of the file before it is used, and the data is mapped,
-not read. Any array can be saved as long as the format names its dtype; see ``DTYPES``.
+Files are not trusted: every number is compared with the size of the file before it is used, and the data is mapped, not
+read. Arrays of all dtypes that the format names can be saved; see ``DTYPES``.
 
 Source: the format's specification, https://github.com/huggingface/safetensors (README, "Format"), with its limit on the
 header. The sub-byte dtypes F4 and F6 are not read.
@@ -62,8 +62,8 @@ DTYPES: dict[str, np.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _METADATA = "__metadata__"
 _MAX_HEADER = 100_000_000
-_MAX_NDIM = 32  # of NumPy 1; no parameter comes near
-_MAX_SIZE = 1 << 56  # elements of an array, its empty axes aside; keeps NumPy's sizes from overflowing
+_MAX_NDIM = 32  # the limit of NumPy 1
+_MAX_SIZE = 1 << 56  # elements of an array, not counting empty axes; keeps NumPy's sizes from overflowing
 
 
 class TensorSpec(NamedTuple):
@@ -98,18 +98,18 @@ def write_safetensors(
     *,
     function: str = "save",
 ) -> None:
-    """Writes a file, one array at a time; ``path`` is replaced only when all of it is on the disk.
+    """Writes a file, one array at a time; ``path`` is replaced only when the whole file is on the disk.
 
     Args:
       path: the file to create or replace.
-      tensors: what will be written under each name.
-      read: gives the array of a name. Called once for each, in the order of the file; nothing is kept.
+      tensors: name -> dtype and shape.
+      read: returns the array of a name. Called once for each name, in the order of the file; arrays are not kept.
       metadata: strings by name.
-      function: who asks, for the error message.
+      function: the public function that errors name.
 
     Raises:
-      QuantError: if the header exceeds the format's 100 MB, an array is not what ``tensors`` says, or the path is no
-        place for a file.
+      QuantError: if the header exceeds the format's 100 MB, an array does not match ``tensors``, or the path cannot be
+        a file.
     """
     order = _order(tensors)
     write_parts(path, tensors, ({name: read(name)} for name in order), metadata, function=function)
@@ -127,10 +127,10 @@ def write_parts(
 
     Args:
       path: the file to create or replace.
-      tensors: what will be written under each name.
-      parts: arrays by name; each name once. Nothing is kept of a part when the next one is asked for.
+      tensors: name -> dtype and shape.
+      parts: arrays by name; each name once. A part is released before the next one is requested.
       metadata: strings by name.
-      function: who asks, for the error message.
+      function: the public function that errors name.
 
     Raises:
       QuantError: as `write_safetensors`; also if a name is missing or comes twice.
@@ -161,14 +161,14 @@ def write_parts(
 
 
 def _order(tensors: Mapping[str, TensorSpec]) -> list[str]:
-    """Names in the order of the data: wide elements first, so that all are aligned."""
+    """Names in the order of the data: wide elements first, so that all arrays are aligned."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
 def _header(
     tensors: Mapping[str, TensorSpec], order: list[str], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """The header, and where each array begins after it."""
+    """The header, and the offset of each array after it."""
     header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     begin = 0
     for name in order:
@@ -193,7 +193,7 @@ class SafetensorsFile(MappedFile):
 
     Args:
       path: the file.
-      function: who asks, for the error messages.
+      function: the public function that errors name.
 
     Attributes:
       path: the file's path.

@@ -1,4 +1,4 @@
-"""`save_hf`: arrays and QTensors to a directory as Hugging Face, vLLM and the formats' own libraries read it."""
+"""`save_hf`: writes arrays and QTensors to a directory that Hugging Face, vLLM and the formats' own libraries read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def save_hf(
     act: QuantSpec | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a quantized checkpoint that other libraries read to the same values; nothing is quantized anew.
+    """Writes a quantized checkpoint that other libraries read to the same values, with unchanged codes.
 
     A weight fits a format if its number type, groups, scales and zero points are on that format's grid:
 
@@ -49,17 +49,17 @@ def save_hf(
 
     Args:
       directory: where to write; it must not exist, or be empty. It appears only when it is complete.
-      params: a flat dict as `load_hf` gives it: ``<module>.weight`` -> QTensor [out, in], everything else arrays. Any
-        other mapping is asked for each leaf twice, to check it and to write it, and need not keep them.
+      params: a flat dict in the form of `load_hf`: ``<module>.weight`` -> QTensor [out, in], all other leaves arrays.
+      Of
+        another mapping each leaf is read twice, to check it and to write it, so the mapping need not keep leaves.
       format: the layout.
       config: the model's ``config.json``; ``quantization_config`` is added to a copy.
-      act: with compressed-tensors, how activations are to be quantized (int8 or fp8, dynamic, per token); None for
-        weights only.
+      act: with compressed-tensors, the quantization of activations (int8 or fp8, dynamic, per token); None for weights
+        only.
       shard_bytes: size that a file should not exceed.
 
     Raises:
-      QuantError: if a weight does not fit the format, naming it and the reason, or there is no room; before anything is
-        written.
+      QuantError: before writing, if a weight does not fit the format, naming it and the reason, or the disk is full.
       OSError: if the place is not writable.
 
     Example:
@@ -73,10 +73,10 @@ def save_hf(
       ...     sorted(os.listdir(directory))
       ['config.json', 'model.safetensors']
 
-    Source: the layouts of compressed-tensors 0.19, gptqmodel 7.7, AutoAWQ 0.2.9, bitsandbytes 0.50.2 and MLX, whose own
-    files (MLX's aside) are written again byte for byte in the tests.
+    Source: the layouts of compressed-tensors 0.19, gptqmodel 7.7, AutoAWQ 0.2.9, bitsandbytes 0.50.2 and MLX. The tests
+    reproduce the libraries' own files (except MLX's) byte for byte.
     """
-    # What is in memory has no name to be recognised by: a partial directory is never continued.
+    # Leaves in memory have no identity, so a random one is used and a partial directory is never continued.
     source = {"memory": os.urandom(8).hex()}
     leaves = PackedLeaves(params)
     write_hf(directory, leaves, layout_of(format, act), config or {}, source=source, shard_bytes=shard_bytes)
@@ -91,10 +91,10 @@ def write_hf(
     source: Mapping[str, Any],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """`save_hf`, for leaves that come from somewhere: ``source`` says from where, as for `write_directory`."""
+    """`save_hf` for leaves of a known origin: ``source`` identifies it, as for `write_directory`."""
     leaves: dict[str, Any] = {}
     pieces = []
-    for name in params:  # one at a time is in memory, if params reads its leaves when they are asked for
+    for name in params:  # memory holds one leaf at a time if params reads its leaves on access
         leaf = params[name]
         pieces.append(export_piece(layout, name, leaf, functools.partial(params.__getitem__, name)))
         leaves[name] = jax.tree.map(_without_values, leaf)
@@ -113,19 +113,19 @@ def _without_values(array: Any) -> jax.ShapeDtypeStruct:
 
 
 def layout_of(format: str, act: QuantSpec | None = None, *, function: str = "save_hf") -> Layout:
-    """The layout of a name."""
+    """The layout for a format's name."""
     if format not in FORMATS:
         raise quant_error(function, "unknown format", todo=f"Use one of {', '.join(FORMATS)}", format=format)
     if format == "compressed-tensors":
         return compressed_tensors(act)
     if act is not None:
         todo = "Write compressed-tensors, or leave act out"
-        raise quant_error(function, "the format says nothing about activations", todo=todo, format=format, act=act)
+        raise quant_error(function, "the format does not describe activations", todo=todo, format=format, act=act)
     return {"gptq": GPTQ, "awq": AWQ, "bitsandbytes": BITSANDBYTES, "mlx": MLX}[format]
 
 
 def float_modules(leaves: Mapping[str, Any]) -> list[str]:
-    """The modules whose weights stay in float and might be taken for linear layers."""
+    """The modules whose weights stay in float and could be mistaken for quantized linear layers."""
     return [
         name.removesuffix(".weight")
         for name, leaf in leaves.items()
@@ -142,9 +142,9 @@ def export_piece(layout: Layout, name: str, leaf: Any, read: Callable[[], Any], 
     Args:
       layout: from `layout_of`.
       name: of the leaf.
-      leaf: an array or a QTensor, with or without values: only what has values can be refused for them.
-      read: gives the leaf with its values, when its turn comes.
-      function: who asks, for the error messages.
+      leaf: an array or a QTensor, or its shapes; values are only checked if they are given.
+      read: returns the leaf with its values when it is to be written.
+      function: the public function that errors name.
     """
     if not isinstance(leaf, QTensor):
         return Piece({name: _checked(name, leaf, function)}, lambda: {name: to_host(read())})
@@ -159,7 +159,7 @@ def export_piece(layout: Layout, name: str, leaf: Any, read: Callable[[], Any], 
     layout.check(leaf, error)
 
     def named(suffix: str) -> str:
-        """The name of a tensor: what belongs to a parameter without a module of its own begins with "_"."""
+        """The name of a tensor; suffixes of a parameter without its own module begin with "_"."""
         return name.removesuffix("weight") + suffix if name.endswith(".weight") else name + suffix[len("weight") :]
 
     constants = {named(suffix): value for suffix, value in layout.constants(leaf).items()}
@@ -175,16 +175,16 @@ def export_piece(layout: Layout, name: str, leaf: Any, read: Callable[[], Any], 
 
 
 def _tensors(layout: Layout, q: QTensor) -> dict[str, np.ndarray]:
-    """What a layout makes of a weight."""
+    """The tensors of a weight in a layout."""
     if isinstance(q.scale, QTensor) and not layout.nested(q):
-        # Outside of jit, where XLA would fuse the product and the sum of nested scales into one rounding.
+        # Outside jit, in which XLA would fuse the product and the sum of nested scales into one rounding.
         q = q.replace(scale=scale_values(q.scale))
     return layout.tensors(jax.tree.map(to_host, q))
 
 
 @functools.lru_cache(maxsize=256)
 def _specs(layout: Layout, structure: Any, leaves: tuple[TensorSpec, ...]) -> dict[str, TensorSpec]:
-    """What a layout makes of a weight of these shapes: tried on zeros, once for all weights that are alike."""
+    """The specs of a weight's tensors in a layout, from a trial on zeros, cached for weights of equal structure."""
     zeros = jax.tree.unflatten(structure, [np.zeros(spec.shape, spec.dtype) for spec in leaves])
     return {suffix: TensorSpec(value.dtype, value.shape) for suffix, value in _tensors(layout, zeros).items()}
 
@@ -200,8 +200,8 @@ def _checked(name: str, leaf: Any, function: str) -> TensorSpec:
 def export_config(
     layout: Layout, weights: Mapping[str, QTensor], floats: Sequence[str], config: Mapping[str, Any]
 ) -> dict[str, bytes]:
-    """``config.json`` and whatever else the layout wants, from the model's own config."""
+    """``config.json`` and the layout's further JSON files, from the model's own config."""
     quantization = layout.config(weights, floats)
-    rest = {key: value for key, value in config.items() if key != "quantization"}  # MLX's, of what this was made from
+    rest = {key: value for key, value in config.items() if key != "quantization"}  # MLX's entry for the source model
     files = {"config.json": {**rest, **dict.fromkeys(layout.keys, quantization)}, **layout.files(quantization)}
     return {name: json_bytes(content) for name, content in files.items()}

@@ -1,6 +1,6 @@
-"""Safetensors files that belong together: one file, or a directory of shards with an index, and its JSON files.
+"""Safetensors files of one checkpoint: a single file, or a directory of shards with an index, and its JSON files.
 
-    config.json                      whatever the model's author says about it
+    config.json                      the configuration of the model
     model.safetensors                all tensors, or
     model.safetensors.index.json     {"metadata": {...}, "weight_map": {tensor: file name}} and the files it names
 
@@ -30,7 +30,7 @@ _PART = re.compile(r".*-(\d+)-of-(\d+)\.safetensors", re.DOTALL)
 
 
 def read_json(path: str | os.PathLike[str], *, function: str) -> dict[str, Any]:
-    """The object in a JSON file that nobody vouches for; `QuantError` with the reason if it is none."""
+    """The object in an untrusted JSON file; `QuantError` with the reason if the file does not hold one."""
     place = os.fsdecode(path)
     with open(path, "rb") as file:
         text = file.read(_MAX_JSON + 1)
@@ -56,7 +56,7 @@ def _is_file(path: str) -> bool:
 
 
 def located(path: str, function: str) -> str:
-    """The directory or file that is meant: of a model in the cache of huggingface_hub, its snapshot."""
+    """The directory or file to read; for a model's directory in the cache of huggingface_hub, its snapshot."""
     if not os.path.exists(path) and _HUB_NAME.fullmatch(path) and not path.startswith(".") and not _is_file(path):
         todo = f"Fetch it first: huggingface_hub.snapshot_download({path!r}) returns a directory to pass"
         rule = "there is no such directory, and names of the hub are not fetched"
@@ -78,12 +78,12 @@ def located(path: str, function: str) -> str:
 
 
 class Checkpoint:
-    """Tensors by name, wherever in a directory they are; mapped, not read.
+    """Tensors by name in all files of a directory; mapped, not read.
 
     Args:
       path: a safetensors file, or a directory with ``model.safetensors``, with shards and their index, or with one
         other safetensors file; or a model's directory in the cache of huggingface_hub.
-      function: who asks, for the error messages.
+      function: the public function that errors name.
 
     Attributes:
       path: of the file or the directory.
@@ -92,8 +92,8 @@ class Checkpoint:
       place: tensor -> name of its file.
 
     Raises:
-      QuantError: if it is a name of the hub, there are no safetensors files, a file is damaged, or index and files
-        disagree.
+      QuantError: if the path is a name of the hub, there are no safetensors files, a file is damaged, or index and
+        files disagree.
       OSError: if a file cannot be opened.
     """
 
@@ -124,7 +124,7 @@ class Checkpoint:
         return self.files[self.place[name]].array(name)
 
     def forget(self) -> None:
-        """Gives the memory of what was read back; reading it again is possible."""
+        """Releases the memory of pages that were read; they can be read again."""
         for file in self.files.values():
             file.forget()
 

@@ -10,16 +10,16 @@ from jaxquant.core.qtensor import QTensor
 
 __all__ = ["rows", "runs_of_rows", "stored_by_rows"]
 
-_SLICE = 1 << 16  # elements; what is made of them in passing must be small beside what JAX and the interpreter take
+_SLICE = 1 << 16  # elements; their temporaries must be small compared to the memory of JAX and the interpreter
 
 
 def stored_by_rows(leaf: Any) -> bool:
-    """Whether the first axis of a leaf is the one that is stored first."""
+    """Whether the first axis of a leaf is stored first."""
     return bool(leaf.shape) and (not isinstance(leaf, QTensor) or leaf.stored_order[0] == 0)
 
 
 def runs_of_rows(*leaves: Any) -> Iterator[tuple[int, int]]:
-    """(begin, end) of consecutive rows that leaves of one shape can be cut into: no block is cut by any of them."""
+    """(begin, end) of consecutive runs of rows of leaves of one shape; no run divides a block."""
     count, *rest = leaves[0].shape or (1,)
     together = math.lcm(*map(_rows_of_a_block, leaves))
     step = max(1, _SLICE // max(1, math.prod(rest) * together)) * together
@@ -28,7 +28,7 @@ def runs_of_rows(*leaves: Any) -> Iterator[tuple[int, int]]:
 
 
 def rows(leaf: Any, begin: int, end: int) -> Any:
-    """Rows of a leaf that is stored by rows; a leaf without axes as it is."""
+    """Rows of a leaf that is stored by rows; a leaf without axes is returned unchanged."""
     if not isinstance(leaf, QTensor):
         return leaf[begin:end] if leaf.shape else leaf
 
@@ -43,7 +43,7 @@ def rows(leaf: Any, begin: int, end: int) -> Any:
 
 
 def _rows_of_a_block(leaf: Any) -> int:
-    """How many rows belong together."""
+    """The number of rows in a block."""
     if not isinstance(leaf, QTensor):
         return 1
     per_block = [value for value in (leaf.scale, leaf.zero_point, leaf.offset) if value is not None]

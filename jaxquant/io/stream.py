@@ -1,8 +1,8 @@
-"""`quantize_hf`: a checkpoint quantized tensor by tensor, however large it is.
+"""`quantize_hf`: quantizes a checkpoint of any size tensor by tensor.
 
-At no time is there more in memory than one tensor's codes and a slice of its float rows, and JAX compiles one program
-for each width of a weight: peaks are measured in ``tests/test_io_stream.py``. Everything that can be known
-beforehand is checked before the first byte is written; `jaxquant.io.directory` has the rules for interruptions.
+Memory holds one tensor's codes and a slice of its float rows at most, and JAX compiles one program for each width of a
+weight; ``tests/test_io_stream.py`` measures the peaks. All checks that do not need the values run before the first byte
+is written; `jaxquant.io.directory` describes how interruptions are handled.
 """
 
 from __future__ import annotations
@@ -41,28 +41,28 @@ from jaxquant.transform.misfits import fitted
 __all__ = ["QuantizePlan", "QuantizedLeaves", "plan_quantize_hf", "quantize_hf"]
 
 _FUNCTION = "quantize_hf"
-#: Elements of a weight that are quantized at a time: what XLA and the allocator take for a slice, several times its
-#: size in the pools of several threads, must be small beside what the interpreter and JAX take.
+#: Elements of a weight that are quantized at a time. XLA and the allocator take several times the size of a slice, in
+#: the pools of several threads; this must be small compared to the memory of the interpreter and JAX.
 _SLICE = 1 << 18
 _LARGEST_FILE = 64 << 20
-#: Endings of files that hold weights in a form that is not taken over, or are made anew.
+#: Endings of files that are not copied: weights in other forms, and files that are written again.
 _LEFT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizePlan:
-    """What `quantize_hf` would write.
+    """The planned output of `quantize_hf`.
 
     Attributes:
-      weights: name of each weight that is quantized -> the QTensor it becomes, of shapes.
-      floats: names of the tensors that stay as they are.
-      skipped: those of them that a quantizing rule matches -> why they stay so.
-      left_out: files and directories of the source that are not taken over.
-      links: files of the source that are links -> where they lead; what is there is taken.
+      weights: name of each quantized weight -> its QTensor, as shapes.
+      floats: names of the tensors that stay unchanged.
+      skipped: names of unchanged tensors that match a quantizing rule -> why they stay unchanged.
+      left_out: files and directories of the source that are not copied.
+      links: files of the source that are links -> their targets, which are copied.
       before: bytes of the source's tensors.
-      after: bytes of all that is written.
-      layout: which tensors go to which file.
-      source: what it is made from.
+      after: bytes of the output.
+      layout: the assignment of tensors to files.
+      source: the identity of the source.
     """
 
     weights: dict[str, QTensor]
@@ -92,35 +92,37 @@ def quantize_hf(
 
     Weights are the tensors ``<module>.weight`` [out, in], and the experts of families of models whose layout is known
     (``jaxquant/io/experts.py``): [experts, out, in] or [experts, in, out]. Each row of ``in`` of each expert is
-    quantized by itself, so that slices of rows can follow one another. Stacked experts keep their names and axes; of
-    the formats compressed-tensors holds them. What a rule matches and does not quantize is in the plan's ``skipped``.
-    Names, shapes, group sizes, formats, names of files and the room on the disk are
-    checked before anything is written. The destination appears when it is complete; until then there is
-    ``DESTINATION.partial``, which a second call with the same arguments continues, to the same bytes.
+    quantized independently, so that slices of rows can be quantized in turn. Stacked experts keep their names and axes;
+    among the formats, only compressed-tensors supports them. The plan's ``skipped`` lists tensors that match a
+    quantizing rule but stay unchanged.
+
+    Names, shapes, group sizes, formats, names of files and the room on the disk are checked before writing starts. The
+    destination appears when it is complete. Until then ``DESTINATION.partial`` exists, which a second call with the
+    same arguments continues, to the same bytes.
 
     Args:
-      source: a directory as for `load_hf`, of a float checkpoint; nothing in it is changed.
+      source: a directory of a float checkpoint, as for `load_hf`; it is not changed.
       destination: must not exist, or be empty.
       rules: the first that matches a weight's name wins; ``Rule(pattern, None)`` keeps it in float. For experts of
-        other models, and kernels [in, out], a rule says the contracted axis: ``reduce_axes=(-1,)`` or ``(-2,)``.
+        other models, and kernels [in, out], a rule gives the contracted axis: ``reduce_axes=(-1,)`` or ``(-2,)``.
       format: as for `save_hf`.
-      method: a quantizer or its name, such as `jaxquant.ptq.rtn` or ``"hqq"``; with ``grams`` one that needs
+      method: a quantizer or its name, such as `jaxquant.ptq.rtn` or ``"hqq"``; with ``grams`` also one that needs
         statistics, such as ``"gptq"``.
-      grams: a safetensors file (or a directory of some) with the Gram matrix x^T x [in, in] of the inputs of each
-        weight, under the weight's name; [experts, in, in] of experts. A weight is then quantized whole, and with it is
-        its matrix in memory.
+      grams: a safetensors file (or a directory of such files) with the Gram matrix x^T x [in, in] of the inputs of each
+        weight, under the weight's name; [experts, in, in] for experts. A weight is then quantized as a whole, and
+        memory holds the weight and its Gram matrix.
       act: as for `save_hf`.
-      shard_bytes: size that a file should not exceed; an interruption costs at most the work on one file.
+      shard_bytes: size that a file should not exceed; an interruption loses at most the work on one file.
       progress: called with the bytes written, all bytes, and the name of the tensor that comes next.
 
     Returns:
       The `QuantizePlan`.
 
     Raises:
-      QuantError: before anything is written: if the source is damaged or quantized already, a rule matches no weight or
-        experts whose layout is not known, a
-        group size does not divide, a Gram matrix is missing or of another size, the format has no place for the result,
-        or the disk is too full. Later: if a weight or a Gram matrix holds NaN or inf, with its name.
+      QuantError: before writing: if the source is damaged or quantized already, a rule matches no weight or experts
+        whose layout is not known, a group size does not divide, a Gram matrix is missing or of another size, the format
+        does not support the result, or the disk is too full. While writing: if a weight or a Gram matrix holds NaN or
+        inf, with its name.
       OSError: if a file cannot be read or written.
 
     Example:
@@ -147,7 +149,7 @@ def plan_quantize_hf(
     act: QuantSpec | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> QuantizePlan:
-    """What `quantize_hf` would do, after all of its checks; writes nothing."""
+    """Runs all checks of `quantize_hf` and returns its plan, without writing."""
     found = QuantizedLeaves(source, rules, method=method, grams=grams)
     checkpoint, leaves = found.checkpoint, found.abstract
     config = checkpoint.config
@@ -180,16 +182,16 @@ def plan_quantize_hf(
 
 
 class QuantizedLeaves(Leaves):
-    """The leaves of a float checkpoint as rules quantize them, each when it is asked for.
+    """The leaves of a float checkpoint, quantized by rules on access.
 
     Args:
       source, rules, method, grams: as for `quantize_hf`.
 
     Attributes:
       checkpoint: the float checkpoint.
-      abstract: the leaves, of shapes.
-      skipped: names of tensors that a quantizing rule matches and that stay in float -> why.
-      method: the quantizer, in text.
+      abstract: the leaves, as shapes.
+      skipped: names of tensors that match a quantizing rule but stay in float -> why.
+      method: the quantizer's name.
       grams: the Gram matrices on disk, or None.
 
     Raises:
@@ -236,12 +238,12 @@ class QuantizedLeaves(Leaves):
     def __getitem__(self, name: str) -> Any:
         if name in self._reads:
             return self._reads[name]()
-        self.checkpoint.files[self.checkpoint.place[name]].forget()  # what came before
+        self.checkpoint.files[self.checkpoint.place[name]].forget()  # pages of the leaf before
         return self.checkpoint.array(name)
 
 
 def _assignment(checkpoint: HFCheckpoint, rules: Sequence[Rule]) -> Assignment:
-    """How each weight that a rule quantizes is quantized."""
+    """The quantization of each weight by the rules."""
     assignment = assign(checkpoint.tensors, rules, checkpoint.error, checkpoint.config)
     weights: dict[str, Assigned] = {}
     skipped = dict(assignment.skipped)
@@ -262,18 +264,18 @@ def _assignment(checkpoint: HFCheckpoint, rules: Sequence[Rule]) -> Assignment:
     refusals.close()
     assignment = Assignment(weights, skipped)
     if not weights:
-        raise quant_error(_FUNCTION, "the rules quantize nothing", todo="Give one with a weight spec", rules=len(rules))
+        raise quant_error(_FUNCTION, "no rule quantizes a weight", todo="Add one with a weight spec", rules=len(rules))
     return assignment
 
 
 class _Lies(NamedTuple):
-    """How the matrices lie in a weight.
+    """The layout of the matrices in a weight.
 
     Attributes:
       shape: of the weight.
-      stack: how many matrices it is made of.
-      out, width: of a matrix; what is contracted has ``width`` elements.
-      turned: whether each lies as [in, out].
+      stack: the number of matrices.
+      out, width: the sizes of a matrix; ``width`` is the contracted one.
+      turned: whether each matrix is stored as [in, out].
     """
 
     shape: tuple[int, ...]
@@ -283,7 +285,7 @@ class _Lies(NamedTuple):
     turned: bool
 
     def rows(self, spec: QuantSpec) -> int:
-        """Rows that are quantized at a time: all of a matrix where a row's codes depend on the others."""
+        """Rows that are quantized at a time: the whole matrix if a row's codes depend on other rows."""
         if spec.granularity == "per_tensor" or spec.type.scale_format == "e4m3" or spec.rounding != "nearest":
             return self.out
         rows = max(1, _SLICE // max(1, self.width))
@@ -307,7 +309,7 @@ def _copied(leaves: QuantizedLeaves, name: str) -> Mapping[str, np.ndarray]:
 
 
 def _grams(path: str | os.PathLike[str], lies: Mapping[str, _Lies]) -> Checkpoint:
-    """The Gram matrices on disk, one for each weight, or stacked as its experts are."""
+    """The Gram matrices on disk, one for each weight, or a stack for a weight of experts."""
     found = Checkpoint(path, function=_FUNCTION)
     for name, lie in lies.items():
         stored = found.tensors.get(name)
@@ -320,7 +322,7 @@ def _grams(path: str | os.PathLike[str], lies: Mapping[str, _Lies]) -> Checkpoin
 
 
 def _stats(gram: Any) -> dict[str, Any]:
-    """One Gram matrix [in, in] as `jaxquant.calibrate` gives it."""
+    """One Gram matrix [in, in] in the form of `jaxquant.calibrate`."""
     return {"gram": {"gram": gram[None]}}
 
 
@@ -367,14 +369,14 @@ def _matrix(checkpoint: Checkpoint, name: str, w: np.ndarray, quantize: Callable
             todo = "A checkpoint with NaN or inf cannot be quantized"
             raise checkpoint.error("a weight must be finite", name, todo=todo)
         count = len(part)
-        if count < rows:  # so that one program does for all weights of this width
+        if count < rows:  # pad, so that one program serves all weights of this width
             part = np.concatenate([part, np.repeat(part[-1:], rows - count, 0)])
         parts.append(jax.tree.map(lambda x, count=count: np.asarray(x)[:count], _flat(quantize(jax.device_put(part)))))
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
 def _turned(q: QTensor, lie: _Lies) -> QTensor:
-    """A matrix [out, in] as [in, out], with the codes stored so."""
+    """Transposes a matrix [out, in] to [in, out], stored codes included."""
     codes = patterns(q).T if q.length is not None else q.codes.T
     fields = {key: None if (x := getattr(q, key)) is None else x.T for key in ("scale", "zero_point", "offset")}
     if q.length is None:
@@ -383,7 +385,7 @@ def _turned(q: QTensor, lie: _Lies) -> QTensor:
 
 
 def _finite(part: np.ndarray) -> bool:
-    """Whether all are finite; of bfloat16 by the bits of the exponent, which is seven times as fast."""
+    """Whether all elements are finite; for bfloat16 by the exponent's bits, which is seven times as fast."""
     if part.dtype == ml_dtypes.bfloat16:
         return bool(((part.view(np.uint16) & 0x7F80) != 0x7F80).all())
     return bool(np.isfinite(part).all())
@@ -392,7 +394,7 @@ def _finite(part: np.ndarray) -> bool:
 def _without_values(
     quantize: Callable[..., QTensor], stored: TensorSpec, lie: _Lies, rows: int, *, with_gram: bool
 ) -> QTensor:
-    """What a weight becomes, of shapes; traced for a slice, and so once for all weights of a width."""
+    """The quantized weight as shapes; it is traced for a slice, so once for all weights of a width."""
     w = jax.ShapeDtypeStruct((rows, lie.width), stored.dtype)
     if with_gram:
         h = jax.ShapeDtypeStruct((lie.width, lie.width), np.float32)
@@ -413,21 +415,22 @@ def _without_values(
 
 
 def _stacked(shape: tuple[int, ...], lie: _Lies) -> tuple[int, ...]:
-    """The shape of an array of all matrices, from that of one."""
+    """The shape of the stack of an array over all matrices, from the shape for one matrix."""
     if len(lie.shape) == 3:
         return (lie.stack, *shape)
     return (lie.stack * shape[0], *shape[1:])
 
 
 def _flat(q: QTensor) -> QTensor:
-    """A slice with scales in float: quantized ones would have groups and offsets of their own in each slice."""
+    """A slice with float scales; quantized scales would have separate groups and offsets in each slice."""
     return q.replace(scale=scale_values(q.scale)) if isinstance(q.scale, QTensor) else q
 
 
 def _other_files(path: str) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """The tokenizer and whatever else lies beside the weights, and what is left out of it.
+    """The tokenizer and other files beside the weights that are copied, and the names of files that are not.
 
-    Links are followed to files, and to nothing else: not to directories and not to devices.
+
+    Links are followed to regular files only, not to directories or devices.
     """
     taken: dict[str, bytes] = {}
     left = []

@@ -1,4 +1,4 @@
-"""JSON from files that nobody vouches for."""
+"""JSON from untrusted files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["parse"]
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dict; two equal keys would let one reader see what another does not."""
+    """A dict; raises for two equal keys, of which readers could pick different ones."""
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
@@ -25,8 +25,8 @@ def _constant(name: str) -> None:
 def parse(text: bytes | str) -> Any:
     """The value of a JSON text; ValueError with the reason for anything else.
 
-    Stricter than `json.loads`: UTF-8 only, no key twice in one object, no NaN or Infinity, and nesting too deep for the
-    stack is an error of the text.
+    Stricter than `json.loads`: UTF-8 only, no key twice in one object, no NaN or Infinity, and a ValueError for nesting
+    that is too deep for the stack.
     """
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text

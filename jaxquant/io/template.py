@@ -1,4 +1,4 @@
-"""Does what was saved fit a template? All differences at once."""
+"""Fits a saved tree to a template, and reports all differences at once."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from jaxquant.core.qtensor import QTensor
 __all__ = ["fit"]
 
 _KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
-_NEAREST = 20  # names for which the nearest one is looked up; it takes time
+_NEAREST = 20  # most names for which the nearest one is looked up, since this is slow
 
 
 def fit(saved: Any, like: Any, error: Callable[..., QuantError]) -> tuple[list[Any], Any]:
     """The leaves of ``saved`` in the order of ``like``, and the treedef of ``like``, QTensors being leaves of both.
 
-    A leaf fits if it has the logical shape and the kind of dtype (float, integer, ...) of the template's, which leaves
-    the width free. A saved QTensor fits a float leaf; where the template has a QTensor, only one of the same number
-    type does.
+    A leaf fits if it has the template's logical shape and kind of dtype (float, integer, ...); the width may differ. A
+    saved QTensor fits a float leaf; a QTensor in the template requires a QTensor of the same number type.
 
     Args:
       saved: a tree whose leaves have shape and dtype.
-      like: the template. Containers may differ (a list, and the dict with keys "0", "1"): keys count.
+      like: the template. Its keys must match, but containers may differ (a list, and a dict with keys "0", "1").
       error: makes the exception from ``rule, todo=..., **got``.
     """
     have = dict(_leaves(saved)[0])

@@ -285,7 +285,7 @@ def dot_general(
         output channel (or as their granularity says), both reduced over the contracted axes. A QTensor must agree
         with its spec. With ``spec.act.outliers`` the features that hold an outlier are a separate float product.
       act_scale, act_zero_point: the activation's static range, for ``spec.act.static``; the scale gets a gradient.
-      out_sharding: passed on where nothing is quantized; otherwise it must be None.
+      out_sharding: for float operands only; otherwise it must be None.
       key: a random key, for ``spec.grad`` with stochastic rounding; needed where a gradient is taken.
 
     Returns:

@@ -245,7 +245,7 @@ class Pair:
 
     @property
     def in_float(self) -> bool:
-        """Whether nothing is quantized."""
+        """Whether both operands stay in float."""
         return self.specs == (None, None) and not any(isinstance(x, QTensor) for x in (self.lhs, self.rhs))
 
     def operands(self, lhs_axes: Iterable[int], rhs_axes: Iterable[int]) -> tuple[Operand, Operand]:

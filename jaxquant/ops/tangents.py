@@ -82,7 +82,7 @@ class _Tangent:
         return dataclasses.replace(self, transposed=not self.transposed)
 
     def fast(self, kept: Leaves, operands: Leaves, tangents: Leaves) -> list[Any]:
-        """The map as it is computed."""
+        """The map as a compiled program computes it."""
         if not self.transposed:
             return self._plain(self.rule.reference, operands, tangents)
         whole = jax.tree.unflatten(self.operands, operands)
@@ -133,7 +133,7 @@ class _Batched:
         return dataclasses.replace(self, inner=inner, tangents=self.results, results=self.tangents)
 
     def fast(self, kept: Leaves, operands: Leaves, tangents: Leaves) -> list[Any]:
-        """The map as it is computed."""
+        """The map as a compiled program computes it."""
         axes = list(self.kept), list(self.operands), list(self.tangents)
         return self._summed(jax.vmap(self.inner.fast, axes, self._axes)(list(kept), list(operands), list(tangents)))
 

@@ -23,7 +23,7 @@ def check_target(function: str, target: Any) -> None:
     """Raises if a target is not a known platform."""
     if target is not None and target not in get_args(Platform):
         todo = "Use 'cpu', 'tpu' or 'gpu', or leave it out for where the arrays are"
-        raise quant_error(function, "target is no platform that codes are laid out for", todo=todo, target=target)
+        raise quant_error(function, "target must be a platform that codes are laid out for", todo=todo, target=target)
 
 
 def platform_of(x: Any) -> str:
@@ -54,10 +54,10 @@ def lay_out(params: Any, target: Platform | None = None) -> Any:
       target: ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default the platform of each array.
 
     Returns:
-      The tree; QTensors whose columns are permuted (GPTQ's act-order) stay as they are.
+      The tree; QTensors whose columns are permuted (GPTQ's act-order) stay unchanged.
 
     Raises:
-      QuantError: if the target is none of these.
+      QuantError: if the target is unknown.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq

@@ -221,7 +221,7 @@ def _moment(
     out = []
     for c, scale in zip(codes, absmax, strict=True):
         each = np.repeat(scale, EIGHT_BITS.block)[: c.size]
-        c = np.where(each == 0, zero, c).astype(np.uint8)  # a block without a scale is 0, whatever its codes
+        c = np.where(each == 0, zero, c).astype(np.uint8)  # a block with scale 0 has values 0, for all codes
         c = np.pad(c, (0, math.prod(shape) - c.size), constant_values=zero).reshape(shape)
         scale = np.where(scale == 0, 1, scale).astype(np.float32).reshape(blocks)
         out.append(from_codes(jnp.asarray(c), jnp.asarray(scale), None, qtype=qtype, dtype=jnp.float32))

@@ -1,15 +1,16 @@
 """One step for a parameter and its 8-bit moments on a TPU, in one kernel that reads and writes them once.
 
-XLA writes both moments and their scales out in float32 there, and looks tables up in passes of their own. In a kernel a
-block of rows lies in the chip's memory from the codes to the codes. The maps are computed: in each decade the entries
-are on a line, and twice as many as in the decade below. The exponent of an entry's number, as a float, is its decade:
+XLA would write both moments and their scales in float32, and look tables up in separate passes. In the kernel a block
+of rows stays in the chip's memory from old codes to new codes. The maps are computed instead of looked up: the entries
+of a decade are evenly spaced, and twice as many as in the decade below. The exponent of an entry's number, as a float,
+is its decade:
 
     value(2^i + j) = 10^(i - 6) (0.1 + 0.9 (j + 1/2) / 2^i)        i = 0 .. 6, j = 0 .. 2^i - 1
 
-Numbers decode to within 4e-7 of the table. Codes are the nearest, but for what is closer than 3e-5 of a step to the
-middle of two. Estimated by the TPU compiler for Adam on 4 million parameters on a v5e: 231 thousand cycles, where XLA
-takes 3,156 with the tables, and Adam in float32 233. The vector unit bounds it; moving gradient, step and states takes
-92. Looking tables up, 128 lanes at a time, would take 90 more.
+Numbers decode to within 4e-7 of the table. Codes are the nearest, except for values within 3e-5 of a step from the
+middle between two entries. Estimates of the TPU compiler, in thousand cycles, for Adam on 4 million parameters on a
+v5e: 231 for this kernel, bound by the vector unit; 3,156 for XLA with the tables; 233 for Adam in float32; 92 for
+moving gradient, step and states alone. Table lookups, 128 lanes at a time, would add 90.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ __all__ = ["Hoisted", "Step", "fits", "hoisted", "in_one_pass"]
 
 Step = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
 
-_BLOCK = 256  # numbers of a scale
-_LEAST = 1 << 16  # numbers of a parameter for which a kernel pays
-_ROWS = 128  # that are computed together: registers hold them, and all units have work
-_WIDEST = 128 * _BLOCK  # columns of a program: scales fill a register
-_MEMORY = 24 << 20  # bytes of the blocks of a program, those that are moved meanwhile counted
+_BLOCK = 256  # numbers that share a scale
+_LEAST = 1 << 16  # fewest numbers of a parameter for which a kernel pays
+_ROWS = 128  # rows that are computed together: registers hold them, and all units have work
+_WIDEST = 128 * _BLOCK  # most columns of a program: their scales fill a register
+_MEMORY = 24 << 20  # bytes of the blocks of a program, including the blocks in transfer
 _TINY = float(np.finfo(np.float32).tiny)
 _DECADES = 7
 
@@ -53,18 +54,18 @@ def fits(moments: Sequence[Any]) -> bool:
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a kernel for codes of a shape: their own, or a row for each block."""
+    """Rows and columns of a kernel for codes of a shape: those of the shape, or one row per block."""
     columns = shape[-1] if shape[-1] % _BLOCK == 0 else _BLOCK
     return math.prod(shape) // columns, columns
 
 
 def in_one_pass(step: Step, g: Any, moments: Sequence[QTensor], *, interpret: bool = False) -> Hoisted:
-    """``step(g, *moments)`` in float32, with the moments stored anew.
+    """``step(g, *moments)`` in float32, with the new moments quantized.
 
     Args:
-      step: of elements alone, ``(g, *moments) -> (update, moments)``; other arrays that it uses are float32 scalars.
+      step: elementwise, ``(g, *moments) -> (update, moments)``; other arrays that it uses are float32 scalars.
       g: float32 or bfloat16, of the shape of the codes.
-      moments: what `fits` takes.
+      moments: moments that `fits` accepts.
       interpret: run in Pallas' interpreter.
 
     Returns:
@@ -82,14 +83,14 @@ def in_one_pass(step: Step, g: Any, moments: Sequence[QTensor], *, interpret: bo
 
 
 class Hoisted(NamedTuple):
-    """A function, and the scalars that it is to be called with before its other arguments."""
+    """A function, and the scalars that are its first arguments."""
 
     function: Callable[..., Any]
     scalars: tuple[jax.Array, ...]
 
 
 def hoisted(step: Step, shape: tuple[int, ...], moments: int) -> Hoisted:
-    """``step`` of arrays of a shape, with the arrays that it has from around it as arguments."""
+    """``step`` for arrays of a shape, with the arrays of its closure turned into arguments."""
     traced, out = jax.make_jaxpr(step, return_shape=True)(*(jax.ShapeDtypeStruct(shape, jnp.float32),) * (1 + moments))
     count = len(traced.consts)
 
@@ -180,7 +181,7 @@ def _value(place: jax.Array) -> jax.Array:
 
 @functools.cache
 def _edges(qtype: str) -> tuple[float, ...]:
-    """What is above these is in the decades, and 1."""
+    """The lower edges of the decades, and of the entry 1."""
     table = np.asarray([v for v in QTYPES[qtype].table if v >= 0], np.float32)
     first = [0, *((2**i - 1) * (1 if qtype == "dynamic8" else 2) for i in range(1, _DECADES + 1))]
     return tuple(float((table[k] + table[k + 1]) / np.float32(2)) for k in first)
@@ -204,6 +205,6 @@ def _codes(unit: jax.Array, qtype: str) -> jax.Array:
 
 
 def _signed(magnitude: jax.Array, sign: jax.Array) -> jax.Array:
-    """What is not negative, with the sign of another."""
+    """A nonnegative magnitude with the sign of another number."""
     bits = lax.bitcast_convert_type(sign, jnp.int32) & np.int32(-(1 << 31))
     return lax.bitcast_convert_type(lax.bitcast_convert_type(magnitude, jnp.int32) | bits, jnp.float32)

@@ -65,7 +65,7 @@ def checked(function: str, storage: Storage | None = None, **values: Any) -> Non
 
 
 def _stepped(step: Step, g: jax.Array, moments: list[Any]) -> tuple[jax.Array, list[Any]]:
-    """The update of one parameter in its dtype, and its moments as they are kept."""
+    """The update of one parameter in its dtype, and its moments in stored form."""
 
     def plain(step: Callable[..., Any], scalars: Sequence[jax.Array], g: jax.Array, moments: list[Any]) -> Any:
         update, becomes = step(*scalars, g.astype(jnp.float32), *(real(m, g.shape) for m in moments))

@@ -27,7 +27,7 @@ def gram_of(function: str, stats: Any, layer: Layer) -> tuple[Layer, jax.Array]:
     """The Gram matrix in `calibrate`'s statistics, [batch, channels, channels], and the layer with that batch.
 
     Raises:
-      QuantError: if it is missing, of another size, or (where it is concrete) holds NaN or inf.
+      QuantError: if it is missing, of another size, or (unless traced) holds NaN or inf.
     """
     known = stats.get("gram") if isinstance(stats, dict) else None
     gram = known.get("gram") if isinstance(known, dict) else None

@@ -38,7 +38,7 @@ def _starts(function: str, stages: Any) -> list[int]:
         plan = stage[0] if isinstance(stage, tuple) and len(stage) == 2 else stage
         if plan is not None and not isinstance(plan, Plan):
             todo = "Use a plan, (plan, state), or None for float"
-            raise quant_error(function, "a stage is a plan, or nothing", todo=todo, start=start, stage=stage)
+            raise quant_error(function, "a stage is a plan, (plan, state) or None", todo=todo, start=start, stage=stage)
     starts = sorted(stages)
     if starts[0] != 0:
         raise quant_error(function, "a schedule starts at step 0", todo=f"Add {{0: None}}: float until {starts[0]}")

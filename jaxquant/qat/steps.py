@@ -181,7 +181,7 @@ def learned_steps(
 def _check_spec(function: str, item: Item, operand: str, spec: QuantSpec, method: Method) -> None:
     if spec.type.scale_format is not None or spec.two_level:
         todo = "Use an integer type, fp8 or a table, with scales in a float dtype"
-        rule = f"the scales of this {operand} are no floats of their own"
+        rule = f"the scales of this {operand} are not plain floats"
         raise quant_error(function, rule, todo=todo, path=item.path, qtype=spec.qtype, scale_dtype=spec.scale_dtype)
     if spec.outliers is not None:
         raise quant_error(function, "features with outliers have no steps", todo="Leave outliers out", path=item.path)

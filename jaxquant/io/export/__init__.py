@@ -1,7 +1,7 @@
-"""Layouts of other libraries, written: what each makes of a `QTensor`, and the config that says so.
+"""Writers for layouts of other libraries: the tensors of a `QTensor`, and the quantization config.
 
-interface            what a layout is
-integers             integer codes in the form that several layouts share
+interface            the type of a layout
+integers             integer codes in a form common to several layouts
 .._writer            one file per layout
 """
 

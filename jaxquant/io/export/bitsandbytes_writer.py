@@ -1,9 +1,9 @@
 """bitsandbytes, 4 bits: ``weight``, ``weight.absmax``, ``weight.quant_map``, ``weight.quant_state.bitsandbytes__nf4``.
 
-Blocks run over the flattened weight; the first of two codes is in the high nibble. Scales that are quantized themselves
-with the dynamic map are written so (double quantization): ``weight.absmax`` are their codes, ``weight.nested_absmax``
-one float32 for each 256 of them, ``weight.nested_quant_map`` the map; the state has the offset. Others are written as
-the float32 numbers they stand for.
+Blocks run over the flattened weight; the first of two codes is in the high nibble. Scales that are quantized with the
+dynamic map stay quantized (double quantization): ``weight.absmax`` holds their codes, ``weight.nested_absmax`` one
+float32 for every 256 codes, ``weight.nested_quant_map`` the map; the state holds the offset. Other scales are written
+as their float32 values.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _check(q: QTensor, error: Callable[..., QuantError]) -> None:
 
 
 def _nested(q: QTensor) -> bool:
-    """Whether the scales are those of double quantization, by their structure."""
+    """Whether the scales have the structure of double quantization."""
     s = q.scale
     return isinstance(s, QTensor) and s.qtype == "dynamic8" and s.zero_point is None and _is_array(s.offset, s.scale)
 
@@ -49,14 +49,14 @@ def _is_array(*values: Any) -> bool:
 
 
 def _groups(s: QTensor) -> tuple[np.ndarray, np.ndarray]:
-    """The scale of each group of scales, and the offset of each, the first of every group."""
+    """The scale and the offset of each group of scales, from its first element."""
     each = [spread(np.asarray(value), s.shape) for value in (s.scale, s.offset)]
     scale, offset = (value.reshape(-1)[::_NESTED_BLOCK].astype(np.float32) for value in each)
     return scale, offset
 
 
 def _check_nested(s: QTensor, error: Callable[..., QuantError]) -> None:
-    """Raises unless the groups of scales are as the format has them."""
+    """Raises unless the groups of scales fit the format."""
     scale, offset = _groups(s)
     places = np.arange(s.size) // _NESTED_BLOCK
     table = np.asarray(s.type.table, np.float32)[np.asarray(s.codes).reshape(-1)]

@@ -1,4 +1,4 @@
-"""compressed-tensors, as vLLM and llm-compressor read and write it.
+"""The compressed-tensors layouts that vLLM and llm-compressor read and write.
 
     pack-quantized             integers of 2 to 8 bits: ``weight_packed`` int32 [out, words], ``weight_scale``
                                [out, groups], ``weight_shape``; with zero points ``weight_zero_point``, packed along out
@@ -33,7 +33,7 @@ _SCALES = (np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 def compressed_tensors(act: QuantSpec | None = None) -> Layout:
-    """The layout; ``act`` is how activations are to be quantized: None, or int8 or fp8 per token."""
+    """The layout; ``act`` is the quantization of activations: None, or int8 or fp8 per token."""
     act_type = None if act is None else act.qtype
     dynamic = act is None or (act.symmetric and not act.static and act.granularity == "per_channel")
     if act_type not in (None, "int8", "float8_e4m3fn") or not dynamic:
@@ -80,7 +80,7 @@ def _check_stacked(q: QTensor, act: str | None, error: Callable[..., QuantError]
     check_stack(q, error)
     grid = q.qtype in ("mxfp4", "float8_e4m3fn") or q.type.kind == "int"
     if not grid or q.offset is not None or (q.qtype == "mxfp4" and _turned(q)) or act is not None:
-        todo = "Quantize them to integers or fp8, weights only (mxfp4 where they are [experts, out, in])"
+        todo = "Quantize them to integers or fp8, weights only (mxfp4 only for [experts, out, in])"
         raise error("experts of this kind have no layout", todo=todo, act=act, weight=repr(q))
 
 
@@ -171,7 +171,7 @@ def _config(act: str | None, weights: Mapping[str, QTensor], floats: Sequence[st
         modules[schemes.index(scheme)].append(module)
     formats = {scheme["format"] for scheme in schemes}
     named = [[f"re:^{re.escape(m)}$" for m in names] for names in modules]
-    stacks = [f"re:^{re.escape(m)}$" for m, q in weights.items() if is_stack(q)]  # which are no Linear
+    stacks = [f"re:^{re.escape(m)}$" for m, q in weights.items() if is_stack(q)]  # not of class Linear
     targets = [["Linear", *stacks]] if len(schemes) == 1 else named
     return {
         "config_groups": {

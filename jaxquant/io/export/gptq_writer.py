@@ -1,8 +1,8 @@
 """GPTQ: ``qweight``, ``qzeros``, ``scales``, ``g_idx``; weights [in, out], packed along in.
 
-Symmetric weights are written as version 1 (``checkpoint_format: gptq``), whose stored zero point is one less than the
-zero point; with zero points of their own as version 2 (``gptq_v2``), which stores them as they are. One file has one
-number of bits and one group size.
+Symmetric weights are written as version 1 (``checkpoint_format: gptq``), which stores the zero point minus 1. Weights
+with zero points are written as version 2 (``gptq_v2``), which stores them unchanged. One file has one number of bits
+and one group size.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Integer codes of a weight in the form that several layouts share: unsigned, [out, in], one scale per group."""
+"""Integer codes of a weight in a form common to several layouts: unsigned, [out, in], one scale per group."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def group_size(q: QTensor) -> int:
 
 
 def common_group_size(weights: Collection[QTensor]) -> int | None:
-    """The group size that all weights have, -1 if each has a single group per output; None if there is none.
+    """The group size of all weights, -1 if each has a single group per output; None if they have no common size.
 
-    A weight with one group per output fits any group size that is no smaller than its rows.
+    A weight with one group per output fits any group size that is at least the length of its rows.
     """
     rows = {q.shape[-1] for q in weights if q.scale.shape[-1] == 1}
     sizes = {group_size(q) for q in weights if q.scale.shape[-1] > 1}
@@ -67,25 +67,25 @@ def check_integers(q: QTensor, bits: tuple[int, ...], error: Callable[..., Quant
         todo = f"Quantize to integers of {', '.join(map(str, bits))} bits"
         raise error("this number type is not on the format's grid", todo=todo, weight=repr(q))
     if q.offset is not None or (q.zero_point is not None and not jnp.issubdtype(q.zero_point.dtype, jnp.integer)):
-        todo = "Quantize anew with integer zero points, or symmetrically"
+        todo = "Quantize the float weight with integer zero points, or symmetrically"
         raise error("zero points must be integers on the grid of the codes", todo=todo, weight=repr(q))
     check_matrix(q, error)
 
 
 def check_matrix(q: QTensor, error: Callable[..., QuantError]) -> None:
-    """Raises unless ``q`` is [out, in] with groups along ``in``, stored so."""
+    """Raises unless ``q`` is [out, in] with groups along ``in``, stored in the order of its axes."""
     if len(q.shape) != 2 or q.stored_order != (0, 1) or q.scale.shape[0] not in (1, q.shape[0]):
         todo = "Store the weight as [out, in], quantized along its last axis"
         raise error("the weight must be [out, in], with groups along in", todo=todo, weight=repr(q))
 
 
 def is_stack(q: QTensor) -> bool:
-    """Whether ``q`` holds several matrices, or one as [in, out]: the weights of experts, in their families' layouts."""
+    """Whether ``q`` holds several matrices, or one as [in, out], as weights of experts do in some families."""
     return len(q.shape) == 3 or (len(q.shape) == 2 and q.scale.shape[0] not in (1, q.shape[0]))
 
 
 def check_stack(q: QTensor, error: Callable[..., QuantError]) -> None:
-    """Raises unless ``q`` is [.., out, in] or [.., in, out], stored so, with groups along one of the last two axes."""
+    """Raises unless ``q`` is [.., out, in] or [.., in, out], unpermuted, with groups along one of the last two axes."""
     along = [axis for axis in (-1, -2) if q.scale.shape[axis] != q.shape[axis]]
     if q.stored_order != tuple(range(len(q.shape))) or len(along) > 1:
         todo = "Store it in the order of its axes, quantized along one of the last two"
@@ -93,7 +93,7 @@ def check_stack(q: QTensor, error: Callable[..., QuantError]) -> None:
 
 
 def check_half(q: QTensor, error: Callable[..., QuantError]) -> None:
-    """Raises unless float16 holds every scale. Shapes without values pass if their dtype says so."""
+    """Raises unless float16 holds every scale. Shapes without values pass if their dtype is float16."""
     if q.scale.dtype == np.float16 and not isinstance(q.scale, QTensor):
         return
     todo = "Quantize with scale_dtype='float16'"
@@ -107,7 +107,7 @@ def check_half(q: QTensor, error: Callable[..., QuantError]) -> None:
 
 
 def grouped(q: QTensor) -> Grouped:
-    """The codes of a weight, of NumPy arrays, that passed `check_integers`."""
+    """The codes of a weight of NumPy arrays that passed `check_integers`."""
     low = int(q.type.qmin)
     blocks = (q.shape[0], q.scale.shape[-1])
     codes, group = patterns(q), np.arange(q.shape[1], dtype=np.int32) // group_size(q)

@@ -1,4 +1,4 @@
-"""What a layout of quantized weights is to the writers: tensors for each weight, and the config for all of them."""
+"""The interface of a layout to the writers: tensors for each weight, and a config for all weights."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Layout:
     """One way to write quantized weights.
 
     Attributes:
-      name: what users call it.
-      check: raises (through the ``error`` it is given) unless a weight can be written as it is.
+      name: the user's name for it.
+      check: raises (through the given ``error``) unless a weight can be written without change.
       tensors: suffix of the module's name -> array, of a QTensor of NumPy arrays.
       constants: suffix -> small array, made when the weight is checked.
       config: the ``quantization_config`` for weights by module, and the modules that stay in float.
       files: further JSON files, from that config.
-      stacks: whether there is a place for experts, stacked in one tensor.
-      nested: whether scales that are a QTensor are written as one; ``tensors`` gets all others in float.
-      keys: where ``config.json`` has that config.
+      stacks: whether the layout supports experts that are stacked in one tensor.
+      nested: whether scales that are a QTensor are written in quantized form; ``tensors`` gets all others in float.
+      keys: the keys of ``config.json`` that hold the config.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """MLX: ``weight`` in words of 32 bits, ``scales``, and ``biases`` or exponents; weights [out, in], groups along in.
 
 A weight of the affine mode is ``q * scale + bias`` with unsigned q: for a zero point z the bias is ``-z * scale``,
-which the dtype of the scales has to hold. The modes mxfp4, mxfp8 and nvfp4 have no biases; their scales are bytes.
+which must be exact in the dtype of the scales. The modes mxfp4, mxfp8 and nvfp4 have no biases; their scales are bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _check(q: QTensor, error: Callable[..., QuantError]) -> None:
         raise error("the groups of the format are others", todo=todo, weight=repr(q))
     if abstract and q.zero_point is not None:
         todo = "Quantize symmetrically, such as to int4: then each bias is the scale times a power of two"
-        raise error("zero points times scales are no numbers of the scales' dtype", todo=todo, weight=repr(q))
+        raise error("zero points times scales must be numbers of the scales' dtype", todo=todo, weight=repr(q))
     if not abstract:
         scale, exact = _affine(q.replace(scale=scale_values(q.scale)) if isinstance(q.scale, QTensor) else q)
         if lost := int(np.count_nonzero(exact.astype(scale.dtype) != exact)):
@@ -57,7 +57,7 @@ def _is_nvfp4(q: QTensor) -> bool:
 
 
 def _affine(q: QTensor) -> tuple[np.ndarray, np.ndarray]:
-    """The scales, and in float64 the biases: what unsigned code 0 stands for; [out, groups]."""
+    """The scales, and in float64 the biases, which are the values of unsigned code 0; [out, groups]."""
     _, scale, zero, _ = grouped(q)
     scale = np.ascontiguousarray(scale)
     bias = -zero.astype(np.float64) * scale.astype(np.float64)
@@ -84,8 +84,8 @@ def _entry(q: QTensor) -> dict[str, Any]:
 
 
 def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Any]:
-    """The settings that most weights have, and under their names those of the others."""
-    del floats  # have no scales, by which MLX knows them
+    """The most common settings, and the settings of other weights under their names."""
+    del floats  # MLX recognises them by the missing scales
     entries = {name: _entry(q) for name, q in weights.items()}
     counts = collections.Counter(tuple(entry.items()) for entry in entries.values())
     most = dict(counts.most_common(1)[0][0])

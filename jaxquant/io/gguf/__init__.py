@@ -1,9 +1,10 @@
 """GGUF, the files of ggml and llama.cpp.
 
-container      metadata and tensors of blocks: the file itself
-split          the parts of a model that is in several files
-parts, types   what a block consists of, and the table of all types
-legacy, k_quants, tables, ternary, microscaling   where the bits of each family of types are
+container      the file: metadata and tensors of blocks
+split          models that are split into several files
+block_types    the parts of a block
+types          the table of all types
+legacy, k_quants, tables, ternary, microscaling   the bit layouts of each family of types
 names          names and row order, between llama.cpp and Hugging Face
 read, write    `load_gguf`, `save_gguf`
 """

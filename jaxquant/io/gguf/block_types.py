@@ -1,7 +1,7 @@
-"""What a block consists of: codes, scales, and shifts where a type has them; and the bit fields all types are made of.
+"""The parts of a block (codes, scales, and shifts if a type has them), and the bit fields that all types use.
 
-A type of tensor is a pair of functions between the bytes of its blocks, ``uint8[..., nbytes]``, and `Parts`. They say
-where the bits are and nothing else: every value in a block comes out as it is.
+A type of tensor is a pair of functions between the bytes of its blocks, ``uint8[..., nbytes]``, and `Parts`. They only
+locate the bits: every stored value is returned unchanged.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Scales(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Blocks taken apart: ``grid(codes) * scale + shift``.
+    """The parts of blocks: ``grid(codes) * scale + shift``.
 
     Attributes:
       codes: [..., elements], in the order of the elements.
       scale: [..., groups], or `Scales`.
-      shift: as scale, of the same groups; None where there is none.
+      shift: like scale, of the same groups; None if the type has no shifts.
     """
 
     codes: np.ndarray
@@ -52,7 +52,7 @@ class BlockType:
       number: in files.
       elements: in a block.
       nbytes: of a block.
-      qtype: number type of the codes; None for plain arrays and for what is not read.
+      qtype: number type of the codes; None for plain arrays and for types that are not read.
       dtype: of a plain array.
       split, join: bytes to `Parts` and back.
       groups: scales in a block.
@@ -76,7 +76,7 @@ class BlockType:
 
 
 def fields(raw: np.ndarray, run: int, bits: int) -> np.ndarray:
-    """Fields of ``bits`` bits out of bytes [..., n]: of each run of bytes all lowest fields first, then the next."""
+    """Fields of ``bits`` bits from bytes [..., n]: for each run of bytes, all lowest fields first, then the next."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     planes = raw.reshape(*raw.shape[:-1], -1, 1, run) >> shifts
     return (planes & np.uint8((1 << bits) - 1)).reshape(*raw.shape[:-1], -1)

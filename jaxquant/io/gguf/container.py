@@ -8,8 +8,8 @@ All numbers are little-endian; strings are a uint64 length and UTF-8:
     data     from the next multiple of the alignment on (``general.alignment``, 32 if absent); each tensor begins at
              the next such multiple after the one before it
 
-Nothing in a file is trusted: every length is compared with what is left of the file before anything is taken, and
-tensors must follow one another as the format says, which leaves no room for overlaps.
+Files are not trusted: every length is compared with the rest of the file before memory is allocated, and tensors must
+follow one another as the format says, so that they cannot overlap.
 
 Source: the format's description in the ggml repository (docs/gguf.md), and files written by gguf 0.19.0.
 """
@@ -56,14 +56,14 @@ _KINDS = {dtype: kind for kind, dtype in _NUMBERS.items()}
 
 
 class TensorInfo(NamedTuple):
-    """Type and shape of a stored tensor; the last axis is the one that blocks run along."""
+    """Type and shape of a stored tensor; blocks run along the last axis."""
 
     type: BlockType
     shape: tuple[int, ...]
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Of its bytes: ``[..., blocks, bytes of a block]``."""
+        """The shape of its bytes: ``[..., blocks, bytes of a block]``."""
         *rows, length = self.shape or (1,)
         return (*rows, length // self.type.elements, self.type.nbytes)
 
@@ -81,7 +81,7 @@ class GGUFFile(MappedFile):
 
     Args:
       path: the file.
-      function: who asks, for the error messages.
+      function: the public function that errors name.
 
     Attributes:
       path: the file's path.
@@ -132,7 +132,7 @@ class GGUFFile(MappedFile):
         try:
             return text.decode("utf-8")
         except UnicodeDecodeError:
-            # Tokens are bytes, some of them no characters.
+            # Tokens are bytes, which need not be valid UTF-8.
             return text.decode("utf-8", "surrogateescape")
 
     def _read_metadata(self, count: int) -> dict[str, Any]:
@@ -229,17 +229,17 @@ def write_gguf(
     *,
     function: str = "save_gguf",
 ) -> None:
-    """Writes a file, one tensor at a time; ``path`` is replaced only when all of it is on the disk.
+    """Writes a file, one tensor at a time; ``path`` is replaced only when the whole file is on the disk.
 
     Args:
       path: the file to create or replace.
       metadata: by key: NumPy scalars and arrays of one axis, bool, str, lists of str.
-      tensors: what will be written under each name, in this order.
-      read: gives the bytes of a name, uint8 of its ``stored_shape``. Called once for each, in order.
-      function: who asks, for the error messages.
+      tensors: name -> type and shape, in the order of writing.
+      read: returns the bytes of a name, uint8 of its ``stored_shape``. Called once for each name, in order.
+      function: the public function that errors name.
 
     Raises:
-      QuantError: if a value of the metadata has no kind, or the path is no place for a file.
+      QuantError: if the format has no kind for a value of the metadata, or the path cannot be a file.
     """
     alignment = int(metadata.get(_ALIGNMENT, _DEFAULT_ALIGNMENT))
     head = [_MAGIC, struct.pack("<IQQ", _VERSIONS[-1], len(tensors), len(metadata))]

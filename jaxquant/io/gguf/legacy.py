@@ -1,4 +1,4 @@
-"""Blocks of 32 with one scale: Q8_0, Q4_0, Q5_0; with a scale and a shift: Q4_1, Q5_1.
+"""Blocks of 32 with a scale, Q8_0, Q4_0, Q5_0, or with a scale and a shift, Q4_1, Q5_1.
 
     Q8_0   34 bytes   d f16, q i8[32]                        d * q
     Q4_0   18         d, nibbles[16]                         d * (n - 8)

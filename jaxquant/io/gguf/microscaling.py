@@ -3,8 +3,8 @@
     MXFP4   17 bytes / 32   e, nibbles[16]                 2 ** (e - 127) * value
     NVFP4   36       / 64   scales[4], nibbles[4][8]       scale * value, groups of 16
 
-Low nibbles are the first half of each group. The scales of NVFP4 are e4m3 whose sign is ignored; there is no scale of
-the whole tensor. ggml writes values twice as large and scales half as large; the products are these.
+Low nibbles are the first half of each group. The scales of NVFP4 are e4m3, and their sign is ignored; there is no scale
+of the whole tensor. ggml's code uses values twice as large and scales half as large; the products are the same.
 """
 
 from __future__ import annotations

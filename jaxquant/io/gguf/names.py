@@ -1,16 +1,16 @@
-"""Names, row order and norms of decoders: what llama.cpp's converter changes on the way from a Hugging Face checkpoint.
+"""Names, row order and norms of decoders: the changes that llama.cpp's converter makes to a Hugging Face checkpoint.
 
     token_embd             model.embed_tokens              blk.N.attn_q, attn_k, attn_v   ...self_attn.q_proj, ...
     output_norm, output    model.norm, lm_head             blk.N.attn_output              ...self_attn.o_proj
     blk.N.attn_norm        ...input_layernorm              blk.N.ffn_gate, ffn_up, ...    ...mlp.gate_proj, ...
     blk.N.ffn_norm         ...post_attention_layernorm     blk.N.attn_q_norm, attn_k_norm ...self_attn.q_norm, ...
 
-and what is called otherwise in some architectures. Only architectures of the tables here have names: one name of
-llama.cpp's can mean two things (``ffn_norm`` of llama and of gemma2).
+and other names in some architectures. Names are translated only for the architectures in the tables here, because one
+name of llama.cpp's can mean two things (``ffn_norm`` of llama and of gemma2).
 
-For architectures of Llama's kind the rows of attn_q and attn_k are in another order: those of a head, of which
-Hugging Face has the first half rotated against the second, are interleaved. The norms of Gemma, which multiply by 1
-plus their weight, hold the sum. Both directions are here.
+For architectures of Llama's kind the rows of attn_q and attn_k are reordered: Hugging Face rotates the first half of a
+head's rows against the second half, and llama.cpp interleaves the halves. The norms of Gemma multiply by 1 plus their
+weight; llama.cpp stores the sum. This module converts in both directions.
 
 Source: llama.cpp's convert_hf_to_gguf.py (``permute``, ``undo_permute``, the classes of Gemma) and gguf 0.19.0
 (``tensor_mapping``), against which the tests compare the tables.
@@ -36,7 +36,7 @@ __all__ = [
     "to_hugging_face",
 ]
 
-#: Architectures whose converter interleaves. Verified here for llama; the others as llama.cpp has them.
+#: Architectures whose converter interleaves: verified by tests for llama, taken from llama.cpp for the others.
 _INTERLEAVED = {
     "llama", "mistral3", "granite", "granitemoe", "minicpm", "baichuan", "xverse", "deepseek", "arctic", "deci", "olmo",
     "internlm2", "smollm3", "arcee",
@@ -66,7 +66,7 @@ _LIKE_LLAMA = (
     "llama", "mistral3", "granite", "smollm3", "minicpm", "olmo", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "stablelm",
     "gemma",
 )  # fmt: skip
-#: Architecture -> what its tensors are called where that is not the above.
+#: Architecture -> the names of its tensors that differ from those above.
 ARCHITECTURES: dict[str, dict[str, str]] = {
     **{name: {} for name in _LIKE_LLAMA},
     "gemma2": _AROUND,
@@ -95,19 +95,19 @@ def has_names(metadata: Mapping[str, Any]) -> bool:
 
 @functools.cache
 def _stems(architecture: str) -> tuple[dict[str, str], dict[str, str]]:
-    """llama.cpp's stem -> Hugging Face's, outside of layers and inside of them."""
+    """llama.cpp's stem -> Hugging Face's, outside layers and inside layers."""
     own = ARCHITECTURES.get(architecture)
     if own is None:
         return {}, {}
     outside = _OUTSIDE | {key: name for key, name in own.items() if key in _OUTSIDE}
     inside = _INSIDE | {key: name for key, name in own.items() if key not in _OUTSIDE}
     if architecture == "olmo2":
-        del inside["ffn_norm"]  # what follows the attention is normalised after it
+        del inside["ffn_norm"]  # these architectures normalise the attention's output instead
     return outside, inside
 
 
 def _renamed(name: str, outside: Mapping[str, str], layer: str, inside: Mapping[str, str], renamed: str) -> str | None:
-    """A tensor's name by the tables of stems outside of layers and inside of them; None if they have none."""
+    """A tensor's name by the tables of stems outside and inside layers; None if the tables have none."""
     stem, _, kind = name.rpartition(".")
     if stem in outside:
         return f"{outside[stem]}.{kind}"
@@ -134,9 +134,9 @@ def norm_of_gemma(name: str, metadata: Mapping[str, Any]) -> bool:
 
 
 def heads_of(name: str, metadata: Mapping[str, Any]) -> int | None:
-    """Heads of a tensor whose rows are interleaved; None for all others.
+    """The number of heads of a tensor whose rows are interleaved; None for all others.
 
-    0 if they are interleaved but the metadata does not say how many heads there are.
+    0 if the rows are interleaved but the metadata does not give the number of heads.
     """
     architecture = _architecture(metadata)
     match = re.fullmatch(r"blk\.(\d+)\.attn_([qk])\.(weight|bias)", name)
@@ -152,7 +152,7 @@ def heads_of(name: str, metadata: Mapping[str, Any]) -> int | None:
 
 
 def separate(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows as Hugging Face orders them, from a file's; [heads * head size, ...]."""
+    """Rows of a file in Hugging Face's order; [heads * head size, ...]."""
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 

@@ -26,16 +26,16 @@ __all__ = ["GGUFInfo", "GGUFLeaves", "load_gguf"]
 
 @dataclasses.dataclass(frozen=True)
 class GGUFInfo:
-    """What a GGUF file says about itself.
+    """The metadata of a GGUF file, and how its tensors were read.
 
     Attributes:
       architecture: ``general.architecture``, or None.
-      kind: ``general.type``, such as ``"mmproj"`` for the encoder of images of a model; ``"model"`` if it says nothing.
-      files: the file, or all parts of one that is split.
-      metadata: by key: NumPy scalars and arrays, str, lists of str; what `save_gguf` takes. Of a split file that of the
-        first part, without the keys that number the parts.
+      kind: ``general.type``, such as ``"mmproj"`` for a model's image encoder; ``"model"`` if the file does not say.
+      files: the file, or all parts of a split file.
+      metadata: by key: NumPy scalars and arrays, str, lists of str, in the form that `save_gguf` takes. For a split
+        file, the metadata of the first part, without the keys that number the parts.
       types: tensor -> ggml's name of its type, by the names of ``params``.
-      reordered: the tensors whose rows were brought back to Hugging Face's order.
+      reordered: the tensors whose rows were returned to Hugging Face's order.
     """
 
     architecture: str | None
@@ -58,32 +58,31 @@ def load_gguf(
 
     F32, F16, BF16 and the integer types come as arrays; Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K, IQ4_NL, IQ4_XS,
     TQ1_0, TQ2_0, MXFP4 and NVFP4 as QTensors of logical shape [out, in]. The K-quants and IQ4_XS keep their two levels
-    of scales. Where a type has a shift, ``d * q + m``, ``m`` is the QTensor's offset. ``dequantize()`` gives the
-    values of ggml's own reference, bit for bit.
+    of scales. For types with a shift, ``d * q + m``, ``m`` is the QTensor's offset. ``dequantize()`` gives the values
+    of ggml's own reference, bit for bit.
 
     The rows of attn_q and attn_k, which llama.cpp's converter interleaves for architectures of Llama's kind, are
-    brought back to the order that Hugging Face's rotary embedding expects. From the norms of Gemma the 1 is taken that
-    the converter adds.
+    returned to the order that Hugging Face's rotary embedding expects. The 1 that the converter adds to the norms of
+    Gemma is subtracted.
 
     Args:
-      path: the file, or any part of one that is split (``model-00001-of-00003.gguf``), of which all are read: they must
-        lie beside one another. Files are mapped, not read as a whole.
+      path: the file, or any part of a split file (``model-00001-of-00003.gguf``); all parts are read, and must be in
+        the same directory. Files are mapped, not read as a whole.
       names: ``"gguf"`` for the names in the file (``blk.0.attn_q.weight``), ``"hf"`` for Hugging Face's
-        (``model.layers.0.self_attn.q_proj.weight``), if those of the architecture are known; a name without a
-        counterpart stays as it is.
+        (``model.layers.0.self_attn.q_proj.weight``), if the names of the architecture are known; a name without a
+        counterpart stays unchanged.
       dtype: float dtype that QTensors dequantize to, rounded once.
       sharding: where to put each leaf as it is read, by the names in ``params``; as for `load_hf`.
-      target: the platform that codes are laid out for, ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default where they go. See
-        `jaxquant.ops.lay_out`.
+      target: the platform that codes are laid out for, ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default the platform that
+        each leaf is put on. See `jaxquant.ops.lay_out`.
 
     Returns:
       ``(params, info)``: a flat dict from names to arrays and QTensors, and a `GGUFInfo`.
 
     Raises:
       QuantError: if the file is damaged, a part of it is missing or of another model, it holds an adapter or statistics
-        and no model, the names of the architecture are not known, or a tensor has a type that is
-        not supported (IQ1, IQ2, IQ3: their codebooks are not part of this package) or a scale that is not finite; with
-        the tensor's name.
+        instead of a model, or the names of the architecture are not known; also, with the tensor's name, if a tensor's
+        type is not supported (IQ1, IQ2, IQ3: their codebooks are not part of this package) or a scale is not finite.
       OSError: if it cannot be opened.
 
     Example:
@@ -98,7 +97,7 @@ def load_gguf(
       >>> params["output.weight"], info.types
       (QTensor(int4[2, 64] -> float32, group 32 on axis -1, symmetric, 72 B), {'output.weight': 'Q4_0'})
 
-    Source: ggml's block layouts; each family's file in ``jaxquant/io/gguf`` has them. Reference: gguf 0.19.0.
+    Source: ggml's block layouts, which the modules of ``jaxquant/io/gguf`` describe. Reference: gguf 0.19.0.
     """
     leaves = GGUFLeaves(path, names=names, dtype=dtype)
     place = placing(sharding, "load_gguf", target)
@@ -115,7 +114,7 @@ class GGUFLeaves(Leaves):
     Attributes:
       file: the container, of one file or of parts.
       types: name -> ggml's name of the tensor's type.
-      reordered: the tensors whose rows are brought back to Hugging Face's order.
+      reordered: the tensors whose rows are returned to Hugging Face's order.
     """
 
     def __init__(
@@ -150,7 +149,7 @@ class GGUFLeaves(Leaves):
         self.reordered = tuple(key for key, name in self._inside.items() if heads_of(name, metadata) is not None)
 
     def __getitem__(self, key: str) -> Any:
-        self.file.forget()  # what came before
+        self.file.forget()  # pages of the leaf before
         name = self._inside[key]
         info, blocks, heads = self.file.tensors[name], self.file.blocks(name), heads_of(name, self.file.metadata)
         if heads is not None:
@@ -161,7 +160,7 @@ class GGUFLeaves(Leaves):
         return leaf
 
 
-#: What ``general.type`` may say that holds no weights of a model.
+#: Values of ``general.type`` for files that hold no weights of a model.
 _NOT_WEIGHTS = {
     "adapter": "an adapter, which is added to a model that is in another file",
     "imatrix": "statistics of the activations of a model that is in another file",
@@ -169,7 +168,7 @@ _NOT_WEIGHTS = {
 
 
 def _check_kind(file: GGUFModel) -> None:
-    """Raises for files that hold something else than weights."""
+    """Raises for files that do not hold weights."""
     kind = file.metadata.get("general.type", "model")
     what = _NOT_WEIGHTS.get(kind) if isinstance(kind, str) else None
     if what is not None:
@@ -192,7 +191,7 @@ def _separated(file: GGUFModel, name: str, info: TensorInfo, blocks: np.ndarray,
     """The blocks of a tensor with interleaved rows, in Hugging Face's order."""
     rows = info.shape[0] if info.shape else 0
     if not heads or rows % (2 * heads):
-        todo = "The file is damaged, or of an architecture that is not what it says"
+        todo = "The file is damaged, or its general.architecture is wrong"
         raise file.error("the rows must be heads of an even size", name, todo=todo, heads=heads, rows=rows)
     if len(info.shape) == 1:  # a bias, whose rows are its elements
         return separate(blocks.reshape(rows, -1), heads).reshape(blocks.shape)

@@ -1,13 +1,13 @@
-"""A model in one GGUF file or in several: the parts of a split file are read as one, whichever of them is named.
+"""A model in one GGUF file or in several: the parts of a split file are read as one; any part may be named.
 
     STEM-00001-of-00003.gguf   all metadata, and split.no 0
-    STEM-00002-of-00003.gguf   split.no 1, and nothing else but what all parts have
-    every part                 split.count, the parts; split.tensors.count, the tensors of all of them
+    STEM-00002-of-00003.gguf   split.no 1, and the metadata of every part
+    every part                 split.count, the number of parts; split.tensors.count, the number of tensors in all parts
 
-Parts are found by their names, and names and metadata must agree: a part that is missing or of another model is an
-error, and so are tensors that do not add up.
+Parts are found by their names, and names and metadata must agree. A missing part, a part of another model, and a wrong
+number of tensors are errors.
 
-Source: llama.cpp's gguf-split, and files that gguf 0.19.0 splits as it writes them.
+Source: llama.cpp's gguf-split, and files that gguf 0.19.0 splits on writing.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class GGUFModel:
 
     Args:
       path: the file, or any of its parts.
-      function: who asks, for the error messages.
+      function: the public function that errors name.
 
     Attributes:
       path: of the first part.
       files: the parts.
       version: of the container.
-      metadata: of the first part, without what it says of the parts.
+      metadata: of the first part, without the keys that number the parts.
       tensors: name -> `TensorInfo`, in the order of the parts.
 
     Raises:
-      QuantError: if a part is damaged, missing, or of another model, or the tensors are not as many as they should be.
+      QuantError: if a part is damaged, missing, or of another model, or the number of tensors is wrong.
       OSError: if a part cannot be opened.
     """
 
@@ -73,12 +73,12 @@ class GGUFModel:
         return self._place[name].blocks(name)
 
     def forget(self) -> None:
-        """Gives the memory of what was read back; reading it again is possible."""
+        """Releases the memory of pages that were read; they can be read again."""
         for file in self.files:
             file.forget()
 
     def error(self, rule: str, name: str | None = None, /, *, todo: str, **got: Any) -> QuantError:
-        """A `QuantError` that names the part that has a tensor, or the first."""
+        """A `QuantError` that names the part that holds the tensor, or the first part."""
         place = self.files[0] if name is None else self._place.get(name, self.files[0])
         return place.error(rule, name, todo=todo, **got)
 
@@ -88,7 +88,7 @@ class GGUFModel:
         for file in others:
             for key, value in file.metadata.items():
                 if not key.startswith(_PREFIX) and not _same(value, first.metadata.get(key)):
-                    raise file.error("two parts say different things of the model", key, todo=todo, first=first.path)
+                    raise file.error("two parts say different things about the model", key, todo=todo, first=first.path)
         for file in self.files:
             wanted = _number(file, _TENSORS)
             if wanted != len(self.tensors):
@@ -97,7 +97,7 @@ class GGUFModel:
 
 
 def _number(file: GGUFFile, key: str) -> int | None:
-    """What a file says of its parts; None if it says nothing."""
+    """A number from the file's metadata on its parts; None if the key is missing."""
     value = file.metadata.get(key)
     if value is None:
         return None
@@ -114,7 +114,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _parts(file: GGUFFile, function: str) -> list[GGUFFile]:
-    """The file, or all parts that it is one of, in their order."""
+    """The file, or all parts of the model that it belongs to, in their order."""
     name = _NAME.fullmatch(file.path)
     count, part = _number(file, _COUNT) or 1, _number(file, _PART) or 0
     said = (int(name[2]), int(name[3])) if name else (1, 1)

@@ -1,4 +1,4 @@
-"""The types of tensors that ggml has, by name and by number."""
+"""ggml's types of tensors, by name and by number."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ PLAIN = {kind.dtype: kind for kind in _ALL if kind.dtype is not None}
 
 
 def support_table() -> str:
-    """The types that are read, as a Markdown table."""
+    """A Markdown table of the types, and of the arrays or QTensors that they become."""
     rows = ["| Type | Bits per weight | Becomes |", "| --- | --- | --- |"]
     for kind in sorted(_ALL, key=lambda kind: kind.number):
         if kind.refused:

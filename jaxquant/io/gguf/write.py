@@ -38,9 +38,9 @@ def save_gguf(
     names: Literal["gguf", "hf"] = "gguf",
     types: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a GGUF file whose tensors hold the codes and scales of QTensors, as they are.
+    """Writes a GGUF file whose tensors hold the unchanged codes and scales of QTensors.
 
-    Nothing is quantized anew. A QTensor [..., out, in] fits a type if its number type, blocks and scales do:
+    Values are not quantized again. A QTensor [..., out, in] fits a type if its number type, blocks and scales do:
 
         int8, int4, int5    groups of a multiple of 32, scales that float16 holds     Q8_0, Q4_0, Q5_0
         uint4, uint5        the same, with offsets that float16 holds                 Q4_1, Q5_1
@@ -49,7 +49,8 @@ def save_gguf(
         nvfp4               groups of 16, the scale of the whole tensor 1         NVFP4
         two-level scales    as `load_gguf` makes them                                 Q2_K to Q6_K, IQ4_XS
 
-    Unsigned codes with the zero point in the middle (uint4 and 8) are the signed type. To quantize for this format:
+    Unsigned codes with the zero point in the middle (uint4 and 8) count as the signed type. To quantize for this
+    format:
     ``QuantSpec("int4", granularity="per_group", group_size=32, scale_dtype="float16")``.
 
     Args:
@@ -57,13 +58,13 @@ def save_gguf(
       params: a flat dict from names to arrays and QTensors.
       metadata: by key: NumPy scalars and arrays, bool, str, lists of str; ``general.architecture`` must be among them.
         `load_gguf` returns it. For architectures of Llama's kind the rows of attn_q and attn_k are interleaved as
-        llama.cpp expects them, for which the metadata must hold the numbers of heads.
-      names: ``"hf"`` if the names in ``params`` are Hugging Face's; only of architectures whose names are known.
-      types: name -> type, where the one that is chosen by itself is not wanted.
+        llama.cpp expects, which requires the numbers of heads in the metadata.
+      names: ``"hf"`` if the names in ``params`` are Hugging Face's; only for architectures whose names are known.
+      types: name -> type, to override the default choice.
 
     Raises:
-      QuantError: if a leaf fits no type, naming it and the reason, or the metadata is not as said; before anything is
-        written.
+      QuantError: before writing, if a leaf fits no type, naming it and the reason, or if the metadata does not meet the
+        conditions above.
       OSError: if the disk is full or the place is not writable.
 
     Example:
@@ -127,10 +128,10 @@ def save_gguf(
 
 
 def block_type(leaf: Any, path: str, wanted: str | None = None, *, function: str = "save_gguf") -> BlockType:
-    """The type that holds a leaf as it is.
+    """The type that holds a leaf without change.
 
     Raises:
-      QuantError: if there is none, or the wanted one does not.
+      QuantError: if no type holds it, or the wanted type does not.
     """
 
     def error(rule: str, **got: Any) -> QuantError:
@@ -156,7 +157,7 @@ def block_type(leaf: Any, path: str, wanted: str | None = None, *, function: str
         kind = other if (other.qtype, other.nested, other.shifted) == (kind.qtype, kind.nested, kind.shifted) else None
     if kind is None or leaf.permutation is not None or (leaf.zero_point is not None and qtype == leaf.qtype):
         todo = "Dequantize it, or quantize it to a type in the table of save_gguf"
-        raise error("no type holds these codes and scales without quantizing anew", todo=todo, weight=repr(leaf))
+        raise error("no type holds these codes and scales without quantizing again", todo=todo, weight=repr(leaf))
     shape, blocks = (1, *leaf.shape), (1, *leaf.scale.shape)
     if shape[-1] % kind.elements or len(shape) > 5:
         todo = "Keep this one in float, or quantize it to a type with smaller blocks"
@@ -170,7 +171,7 @@ def block_type(leaf: Any, path: str, wanted: str | None = None, *, function: str
 
 
 def _signed_type(q: QTensor) -> str | None:
-    """The signed type that unsigned codes with the zero point in the middle are; None if they are not."""
+    """The signed type that equals unsigned codes with the zero point in the middle; None if the zero point is not."""
     info = q.type
     if q.zero_point is None or info.kind != "int" or info.signed:
         return None
@@ -203,7 +204,7 @@ def _check_values(q: QTensor, kind: BlockType, error: Callable[..., QuantError])
 
 
 def _in_slices(leaf: Any, info: TensorInfo) -> np.ndarray:
-    """The bytes of a leaf, uint8 of ``info.stored_shape``, made of some rows at a time."""
+    """The bytes of a leaf, uint8 of ``info.stored_shape``, made some rows at a time."""
     if not isinstance(leaf, QTensor) or leaf.ndim < 2 or not stored_by_rows(leaf):
         return _blocks(leaf, info)
     leaf, out = jax.tree.map(to_host, leaf), np.empty(info.stored_shape, np.uint8)
@@ -231,7 +232,7 @@ def _blocks(leaf: Any, info: TensorInfo) -> np.ndarray:
         codes = (codes.astype(np.int16) - (1 << (leaf.type.bits - 1))).astype(np.int8)
 
     def grouped(value: Any, per_block: int) -> np.ndarray:
-        """One entry per group of the format, from one per block of the QTensor."""
+        """Expands one entry per block of the QTensor to one per group of the format."""
         return spread(np.asarray(value), (*outer, count * per_block)).reshape(*outer, count, per_block)
 
     def scales(value: Any) -> np.ndarray | Scales:

@@ -1,4 +1,4 @@
-"""Checkpoints of Hugging Face, by whatever library they were quantized: one file per format.
+"""Reads Hugging Face checkpoints that any supported library quantized: one file per format.
 
 load          `load_hf`: finds the format, reads each module, puts the leaves where they belong
 formats       which formats there are, and how a directory says which one it holds

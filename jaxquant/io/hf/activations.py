@@ -2,12 +2,14 @@
 
 They stay beside the weight, under their own names and in their own dtype. The names that writers have used:
 
-    input_scale, input_zero_point, input_global_scale,          of what a layer takes and gives; also with "output"
+    input_scale, input_zero_point, input_global_scale,          of a layer's inputs and outputs; also with "output"
       input_activation_scale, input_scale_ub, activation_scale    and "act", and after the name of fused experts
-    k_scale, v_scale, q_scale, kv_scale, prob_scale             of the cache and of what meets it: beside the attention,
-                                                                  in its "attn", or beside the projection (ModelOpt)
-    k_proj.output_scale, v_proj.output_scale                    the same as outputs (AutoFP8, compressed-tensors, Quark)
-    k_cache_scale, k_cache.scale, kv_cache_scaling_factor       the same in other words; prob_output_scale (Quark)
+    k_scale, v_scale, q_scale, kv_scale, prob_scale             of the cache, queries and probabilities: beside the
+                                                                  attention, in its "attn", or beside the projection
+                                                                  (ModelOpt)
+    k_proj.output_scale, v_proj.output_scale                    of the cache, as outputs (AutoFP8, compressed-tensors,
+                                                                  Quark)
+    k_cache_scale, k_cache.scale, kv_cache_scaling_factor       of the cache; prob_output_scale (Quark)
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from jaxquant.io.hf.checkpoint import HFCheckpoint
 
 __all__ = ["NAMES", "check", "describes_activations"]
 
-#: What the name of such a tensor ends in, a dot or the name of fused experts in front of it.
+#: Endings of the names of such tensors, after a dot or the name of fused experts.
 NAMES = (
     r"(?:(?:^|[._])(?:input|output|act|activation)(?:_activation)?(?:_global)?_"
     r"|(?:^|\.)(?:q|k|v|kv|p|prob|q_output|k_output|v_output|prob_output|k_cache|v_cache|kv_cache)_"
@@ -41,9 +43,9 @@ def check(checkpoint: HFCheckpoint, names: Iterable[str], *, zero: bool) -> None
     """Raises unless all values are finite, and scales positive.
 
     Args:
-      checkpoint: where the tensors are.
-      names: those that describe activations.
-      zero: whether a scale of 0 means that there is none.
+      checkpoint: the checkpoint of the tensors.
+      names: names of the tensors that describe activations.
+      zero: whether a scale of 0 is allowed, for an activation that is not quantized.
     """
     bad = [name for name in names if not _sound(name, checkpoint.array(name), zero=zero)]
     if bad:

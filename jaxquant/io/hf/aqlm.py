@@ -1,4 +1,4 @@
-"""AQLM: sums of codebook vectors. Read as floats: a QTensor has no such grid.
+"""AQLM: sums of codebook vectors. They are read as floats, since no QTensor represents them.
 
 codes      [out / og, in / ig, books]   signed, to be taken modulo the size of a book
 codebooks  [books, size, og, ig]
@@ -14,7 +14,7 @@ from jaxquant.io.hf.module import Format, Module, Naming
 __all__ = ["AQLM"]
 
 
-_LONGEST = 256  # numbers that one code stands for; keeps what a small file can grow to within bounds
+_LONGEST = 256  # most numbers that one code stands for; bounds the memory that a small file can take
 
 
 def read(m: Module) -> np.ndarray:
@@ -36,7 +36,7 @@ def read(m: Module) -> np.ndarray:
         total += book[index[..., i]]
     total *= scales.astype(np.float32)
     rows, columns = codes.shape[0] * books.shape[2], codes.shape[1] * books.shape[3]
-    m.notes.append("dequantized: sums of codebook vectors are no grid with a scale")
+    m.notes.append("dequantized: no QTensor represents sums of codebook vectors")
     return total.transpose(0, 2, 1, 3).reshape(rows, columns).astype(books.dtype)
 
 

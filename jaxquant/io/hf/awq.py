@@ -1,4 +1,4 @@
-"""AWQ: 4-bit integers with zero points, in one of three kernel layouts, told apart by their shapes.
+"""AWQ: 4-bit integers with zero points, in one of three kernel layouts, which their shapes distinguish.
 
 GEMM       qweight int32 [in, out / 8]   scales [groups, out]   qzeros int32 [groups, out / 8]
            nibble i of a word holds column [0, 2, 4, 6, 1, 3, 5, 7][i] of its eight

@@ -13,9 +13,9 @@
 
 A parameter NAME has NAME.absmax, NAME.quant_map and so on.
 
-Blocks straddle rows where the block size does not divide the input features; they are then cut into parts that do not.
-An int8 weight is multiplied by SCB, rounded to float32, and then by 1/127: its scale has these two factors. The result
-is float32, whatever the dtype of the model.
+Blocks straddle rows if the block size does not divide the input features; they are then split at the ends of rows. An
+int8 weight is multiplied by SCB, rounded to float32, and then by 1/127: its scale has these two factors. The result is
+float32 for models of every dtype.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A Hugging Face directory: the tensors of all shards, and what the configuration says."""
+"""A Hugging Face directory: the tensors of all shards, and the configuration."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class HFCheckpoint(Checkpoint):
     """A checkpoint with its ``config.json``.
 
     Attributes:
-      config: its object, or an empty one.
-      dtype: the dtype that it gives the model, or None.
+      config: the object in ``config.json``, or an empty dict.
+      dtype: the model's dtype by the configuration, or None.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, function: str = "load_hf"):
@@ -39,7 +39,7 @@ class HFCheckpoint(Checkpoint):
 
     @functools.cached_property
     def owners(self) -> frozenset[str]:
-        """What the names of the tensors are without their last part."""
+        """The names of the tensors without their last part."""
         return frozenset(name.rpartition(".")[0] for name in self.tensors)
 
     def metadata(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""compressed-tensors, as llm-compressor writes it: which tensors a module has says how it is quantized.
+"""compressed-tensors, as llm-compressor writes it: the tensors of a module determine its layout.
 
     weight int8 [out, in], weight_scale              int-quantized, naive-quantized; (q - weight_zero_point) * scale
     weight fp8 [out, in], weight_scale               float-quantized: per tensor, channel or block
@@ -12,8 +12,8 @@
 Stacked experts have these shapes behind an axis of experts, and one global scale for each or for all of them; kernels
 of convolutions are [out, in, ..] with a scale per output. A parameter NAME has NAME_packed, NAME_scale and so on.
 
-From version 0.18 on, 3-, 5-, 6- and 7-bit codes are one dense stream; before, a word held 32 // bits of them and was
-padded. The number of words tells.
+From version 0.18 on, 3-, 5-, 6- and 7-bit codes are one dense stream; before, a word held 32 // bits codes and was
+padded. The number of words tells the two apart.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
         raise error(f"the 2:4 sparse format {found[0]!r} was removed from compressed-tensors", todo=todo)
     if config.get("transform_config"):
         todo = "Ask for a checkpoint without online transforms"
-        raise error("its activations are rotated at run time, which a weight alone cannot say", todo=todo)
+        raise error("its activations are rotated at run time, which a weight alone cannot express", todo=todo)
 
 
 def _groups(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -76,7 +76,7 @@ def _groups_of(m: Module) -> list[dict[str, Any]]:
 
 
 def _names(m: Module, target: str) -> str:
-    """How a target names the module: by its "name", by an "expression", perhaps by its "class", or not ("")."""
+    """How a target matches the module: by its "name", an "expression", possibly its "class", or not at all ("")."""
     if target.startswith("re:"):
         return "expression" if matches(re.match, target[3:], m.prefix, m.checkpoint.error) else ""
     if m.prefix == target or m.prefix.endswith("." + target):
@@ -85,7 +85,7 @@ def _names(m: Module, target: str) -> str:
 
 
 def _block(weights: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Rows and columns of a block, as far as the configuration says."""
+    """Rows and columns of a block; None where the configuration does not state them."""
     structure, size = weights.get("block_structure"), weights.get("group_size")
     if isinstance(structure, str):
         structure = [int(n) for n in re.findall(r"\d+", structure)]
@@ -155,8 +155,8 @@ def _fp4(m: Module) -> QTensor:
     m.check(".weight_scale", local.shape, (*codes.shape[:-1], length // 16))
     top = m.unit(".weight_global_scale", stack=codes.shape[:-2])
     unit = np.float32(1) / top
-    # The reference divides. Where a product with the reciprocal is not the same to the last bit of the result, for
-    # every scale and code that occurs, the quotients themselves are kept.
+    # The reference divides by the global scale. If multiplying by its reciprocal gives another bit in any result, over
+    # all scales and codes that occur, the quotients are stored instead.
     used = np.unique(local.view(np.uint8)).view(ml_dtypes.float8_e4m3fn).astype(np.float32)[:, None, None]
     tops, units = top.reshape(-1), unit.reshape(-1)
     same = (E2M1[:, None] * (used / tops)).astype(m.dtype) == (E2M1[:, None] * (used * units)).astype(m.dtype)
@@ -212,7 +212,7 @@ def _grouped(m: Module, suffix: str, values: np.ndarray, shape: tuple[int, ...],
 
 
 def _width(m: Module, words: int, length: int) -> tuple[int, bool]:
-    """Bits of a code, and whether they are one dense stream."""
+    """Bits of a code, and whether the codes are one dense stream."""
     configured = [b for w in _weights(m) if type(b := w.get("num_bits")) is int and 1 <= b <= 8]
     old = str(m.config.get("version", "")).split(".")[:2]
     padded_first = len(old) == 2 and all(n.isdigit() for n in old) and tuple(map(int, old)) < (0, 18)
@@ -245,7 +245,7 @@ def _zeros(m: Module, zero: np.ndarray, bits: int, out: int, scale: np.ndarray) 
         m.check(".weight_zero_point", zero.shape, scale.shape)
         if zero.min() < -(1 << (bits - 1)) or zero.max() >= 1 << (bits - 1):
             got = {"least": int(zero.min()), "greatest": int(zero.max()), "num_bits": bits}
-            raise m.error("a zero point is no code of the type", ".weight_zero_point", todo="Fetch it again", **got)
+            raise m.error("a zero point is not a code of the type", ".weight_zero_point", todo="Fetch it again", **got)
         return zero.astype(np.int8)
     rows = {True: -(-out * bits // 32), False: -(-out // (32 // bits))}
     dense = next((d for d, n in rows.items() if n == zero.shape[-2]), None)
@@ -258,7 +258,7 @@ def _zeros(m: Module, zero: np.ndarray, bits: int, out: int, scale: np.ndarray) 
 
 
 def activation(m: Module) -> Activation | None:
-    """What ``input_activations`` of the module's group says."""
+    """The activation scheme in ``input_activations`` of the module's group."""
     groups = _groups_of(m)
     stated = [group.get("input_activations") or None for group in groups]
     if len(groups) > 1 and any(one != stated[0] for one in stated):

@@ -1,4 +1,4 @@
-"""Which formats there are, and which one a directory holds."""
+"""The table of formats, and the detection of a directory's format."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FORMATS: tuple[Format, ...] = (
 )  # fmt: skip
 _BY_METHOD = {method: form for form in FORMATS for method in form.methods}
 
-#: What is not read, and why.
+#: Formats that are not read -> why.
 UNSUPPORTED = {
     "eetq": "its weights are interleaved for one kernel of CUTLASS",
     "higgs": "its inputs are rotated and its weights tiled for one kernel (FLUTE)",
@@ -47,7 +47,7 @@ UNSUPPORTED = {
 
 
 def detect(checkpoint: HFCheckpoint) -> tuple[Format | None, dict[str, Any]]:
-    """The format of a directory and its quantization configuration; None where nothing is quantized."""
+    """The format of a directory and its quantization configuration; None if no weight is quantized."""
     if "jaxquant" in checkpoint.metadata() and any(name.endswith(".codes") for name in checkpoint.tensors):
         todo = "Read it with jq.io.load"
         raise checkpoint.error("the file is one of jaxquant's own, with quantized weights", todo=todo)
@@ -70,7 +70,7 @@ def detect(checkpoint: HFCheckpoint) -> tuple[Format | None, dict[str, Any]]:
 
 
 def _configuration(checkpoint: HFCheckpoint) -> tuple[dict[str, Any] | None, Any]:
-    """The quantization configuration, and what it says it is."""
+    """The quantization configuration, and its ``quant_method``."""
     places = [p for p in (checkpoint.config, checkpoint.config.get("text_config")) if isinstance(p, dict)]
     for place in places:
         if (found := _of_mlx(checkpoint, place)) is not None:
@@ -99,7 +99,7 @@ def _configuration(checkpoint: HFCheckpoint) -> tuple[dict[str, Any] | None, Any
 
 
 def _of_mlx(checkpoint: HFCheckpoint, place: dict[str, Any]) -> dict[str, Any] | None:
-    """MLX's configuration: it has no name of a method, and "quantization" may have a copy or an older one beside it."""
+    """MLX's configuration, which has no ``quant_method``; a copy or an older one may exist beside "quantization"."""
     own, other = place.get("quantization"), place.get("quantization_config")
     words = (np.uint32, np.int32)
     there = any(
@@ -115,7 +115,8 @@ def _of_mlx(checkpoint: HFCheckpoint, place: dict[str, Any]) -> dict[str, Any] |
 
 
 def _unnamed(checkpoint: HFCheckpoint, config: dict[str, Any], method: Any) -> QuantError:
-    """The error for a configuration that does not say of which format it is, with those that it could be of."""
+    """The error for a configuration that does not name its format, with the formats that are possible."""
+
     able = [form for form in FORMATS if form.modules(checkpoint)] or FORMATS
     meant = ", ".join(f"{form.methods[0]!r} ({form.name})" for form in able)
     rule = "the quantization configuration has no quant_method, the key that names its format"

@@ -6,10 +6,10 @@
 
     W = weight * weight_scale_inv, in spite of the name.
 
-``weight_block_size`` gives rows and columns of a block; the last ones may be short. Without it, the shapes tell, or the
-checkpoint is refused: blocks are mostly 128 x 128, or 32 columns where scales are exponents. Experts may be packed e2m1
-codes with exponents per 32 under the same names. Fused experts are parameters: NAME and NAME_scale_inv or NAME_scale;
-those of FBGEMM (Llama 4) are [experts, in, out] with one scale per output.
+``weight_block_size`` gives rows and columns of a block; the last blocks may be short. Without it, the shapes determine
+the block, or the checkpoint is refused: blocks are mostly 128 x 128, or 32 columns if scales are exponents. Experts may
+be packed e2m1 codes with exponents per 32 under the same names. Fused experts are parameters: NAME and NAME_scale_inv
+or NAME_scale; in FBGEMM (Llama 4) they are [experts, in, out] with one scale per output.
 """
 
 from __future__ import annotations

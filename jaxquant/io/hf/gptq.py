@@ -8,13 +8,13 @@
     W[n, k] = scales[g_idx[k], n] * (q[k, n] - z[g_idx[k], n])
 
 Version 1 stores z - 1 and version 2 stores z. Where a word holds whole fields (2, 4, 8 bits), version 1 was written by
-subtracting 1 from every field at once in 32-bit arithmetic, so that a field of 0 borrows from its neighbour: adding the
-same word back and then unpacking is the inverse; adding 1 to each field is not. 3-bit fields are decremented modulo 8.
+subtracting 1 from every field at once in 32-bit arithmetic, so that a field of 0 borrows from its neighbour. The
+inverse is to add the same word back and then unpack; adding 1 to each field gives other values. 3-bit fields are
+decremented modulo 8. Symmetric checkpoints have z = 2**(bits - 1) throughout, so the stored value tells the version;
+some checkpoints are labelled 1 but hold version 2. They become symmetric QTensors of signed codes with the same
+patterns.
 
-Symmetric checkpoints have z = 2**(bits - 1) throughout, so the stored value tells the version; some are labelled 1 and
-hold 2. They become symmetric QTensors of signed codes: the patterns are the same.
-
-The planar layout of GPTQModel 7 ("gptq_p") stores each 32 values as bit planes, low plane first; its zeros are plain.
+The planar layout of GPTQModel 7 ("gptq_p") stores each 32 values as bit planes, low plane first, and z itself.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
 def _layout(config: dict[str, Any]) -> str:
     """``gptq`` (version 1), ``gptq_v2`` or ``gptq_p``."""
     packing = config.get("packing_format")
-    if isinstance(packing, str):  # AutoRound: its own layout has plain zeros, those named after a tool are the tool's
+    if isinstance(packing, str):  # AutoRound: layouts named after a tool are that tool's; its own stores z itself
         return "gptq" if "gptq" in packing and "v2" not in packing else "gptq_v2"
     return str(config.get("checkpoint_format") or config.get("format") or "gptq")
 
@@ -82,7 +82,7 @@ def read(m: Module) -> QTensor:
 
 
 def _bits(m: Module, rows: int, words: int, out: int, length: int | None) -> int:
-    """The stated width, or the only one that the shapes allow."""
+    """The stated width of codes, or the only width that the shapes allow."""
 
     def fits(bits: int) -> bool:
         inside = rows * 32 % bits == 0 if length is None else rows == -(-length * bits // 32)
@@ -110,7 +110,7 @@ def _groups(m: Module, g_idx: np.ndarray | None, length: int, groups: int) -> np
             return g_idx.astype(np.int64)
         m.notes.append("g_idx is 0 throughout: groups are consecutive")
     elif m.config.get("desc_act") is True and groups > 1:
-        rule = "the configuration says act-order, whose groups g_idx names, and there is none"
+        rule = "the configuration states act-order, but g_idx, which names its groups, is missing"
         raise m.error(rule, ".g_idx", todo="Fetch all files of the checkpoint again", groups=groups)
     stated = m.config.get("group_size")
     size = length if stated == -1 else stated

@@ -47,7 +47,7 @@ def _number(m: Module, suffix: str, key: str) -> Any:
 
 
 def _stated(_: HFCheckpoint, config: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The configuration of one module: by its tag, the end of its name without the number of the layer."""
+    """The configuration of one module, by its tag: the end of its name, without the number of the layer."""
     parts = prefix.split(".")
     tags = [".".join(part for part in parts[i:] if not part.isdigit()) for i in range(len(parts))]
     for place in ("dynamic_config", "quant_config"):
@@ -120,10 +120,10 @@ def _in_rows(m: Module, codes: np.ndarray, scale: Any, zero: Any, size: int, *, 
 def _across_rows(
     m: Module, codes: np.ndarray, scale: Any, zero: Any, size: int, *, bits: int, dtype: np.dtype
 ) -> QTensor:
-    """Groups of elements that are as far apart as there are groups."""
+    """Groups along axis 0: elements of a group are as far apart as the number of groups."""
     m.notes.append("groups along axis 0")
     (out, length), period = codes.shape, codes.size // size
-    if period % length == 0:  # the group repeats after some rows: store rows of one group together, features minor
+    if period % length == 0:  # groups repeat after whole rows: store rows of one group together, features minor
         step = period // length
         order = np.arange(out).reshape(-1, step).T.reshape(-1)
         stream = packed(np.ascontiguousarray(codes.T[:, order]), bits)

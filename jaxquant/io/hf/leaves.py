@@ -1,4 +1,4 @@
-"""The leaves of a Hugging Face directory, each read when it is asked for."""
+"""The leaves of a Hugging Face directory, each read on access."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ class HFLeaves(Leaves):
       checkpoint: the directory.
       form: the format of its quantized modules, or None.
       config: their configuration.
-      dtype: float dtype for arrays and for what QTensors dequantize to; None for that of the checkpoint. What describes
-        activations keeps its own.
-      shapes: (out, in) of modules whose file does not say it.
+      dtype: float dtype of arrays, and of the values of QTensors; None: the checkpoint's. Tensors that describe
+        activations keep their own.
+      shapes: (out, in) of modules whose file does not state it.
 
     Attributes:
       modules: name of each quantized weight -> its tensors.
       config: the quantization configuration.
-      plain: names of the tensors that are part of no quantized weight, in order.
-      activations: those of them that describe activations.
-      described: what each quantized weight that was read is.
+      plain: names of the tensors that belong to no quantized weight, in order.
+      activations: names of plain tensors that describe activations.
+      described: name of each quantized weight that was read -> its description.
 
     Raises:
-      QuantError: if what describes activations is not finite, or a scale not positive; if there are codes that are part
-        of no quantized weight; on reading a leaf: if it is damaged; tensors of a quantized weight that no reader takes
-        are found when the last one was read.
+      QuantError: if a tensor that describes activations is not finite, or a scale not positive; if codes belong to no
+        quantized weight; on reading a leaf, if it is damaged; on reading the last leaf, if no reader has used a tensor
+        of a quantized weight.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class HFLeaves(Leaves):
         super().__init__([*self.modules, *self.plain], [file.path for file in checkpoint.files.values()])
 
     def acts(self) -> dict[str, Activation]:
-        """How what meets each quantized weight is quantized, for those where the checkpoint says so.
+        """The quantization of the activations of each quantized weight for which the checkpoint states it.
 
         Raises:
           QuantError: for a scheme that cannot be run, naming its key.
         """
         found = {}
         for name, module in self.modules.items():
-            bits = module.config.get("act_bits")  # of AutoRound, whatever the layout of the weights
+            bits = module.config.get("act_bits")  # of AutoRound, in every layout of the weights
             if isinstance(bits, int) and bits < 16:
                 raise refused(module, "act_bits", bits)
             one = None if self.form is None or self.form.activation is None else self.form.activation(module)
@@ -88,11 +88,11 @@ class HFLeaves(Leaves):
         return found
 
     def cache(self) -> CacheScales | None:
-        """How keys and values are stored, if the checkpoint says so; raises for what cannot be run."""
+        """The storage of keys and values, if the checkpoint states it; raises for schemes that cannot be run."""
         return None if self.form is None else cache_scales(self.checkpoint, self.config, self.activations)
 
     def runs_otherwise(self) -> bool:
-        """Whether the weights alone compute something else than the checkpoint says."""
+        """Whether the checkpoint quantizes more than weights, so that the weights alone give other results."""
         try:
             return any(one.spec is not None for one in self.acts().values()) or self.cache() is not None
         except QuantError:
@@ -100,11 +100,11 @@ class HFLeaves(Leaves):
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What was wrong with the weights that were read, and was put right."""
+        """Faults of the weights read so far that were corrected."""
         return tuple(dict.fromkeys(p for module in self.modules.values() for p in module.problems))
 
     def __getitem__(self, name: str) -> Any:
-        self.checkpoint.forget()  # what came before
+        self.checkpoint.forget()  # pages of the leaf before
         if name not in self.modules:
             array = self.checkpoint.array(name)
             as_it_is = self._dtype is None or not _is_float(array) or name in self.activations
@@ -121,7 +121,7 @@ class HFLeaves(Leaves):
     def _read(self, module: Module) -> Any:
         """The leaf of a module, of NumPy arrays."""
         assert self.form is not None
-        with np.errstate(all="ignore"):  # what overflows is found below
+        with np.errstate(all="ignore"):  # overflow is detected below
             leaf = self.form.read(module)
         if isinstance(leaf, QTensor):
             for q in (leaf, leaf.scale, leaf.offset):
@@ -140,7 +140,7 @@ class HFLeaves(Leaves):
         return leaf if self._dtype is None else leaf.astype(self._dtype)
 
     def _plain_names(self) -> list[str]:
-        """Tensors that are part of no quantized weight, or stay beside it."""
+        """Names of tensors that belong to no quantized weight, or stay beside it."""
         owners = {module.prefix: module for module in self.modules.values()}
         beside = {module.prefix + ending for module in owners.values() for ending in module.naming.keeps}
 
@@ -152,7 +152,7 @@ class HFLeaves(Leaves):
         return [name for name in self.checkpoint.tensors if not owned(name)]
 
     def _owned(self, name: str, owners: Mapping[str, Module]) -> bool:
-        """Whether a tensor is part of one of the quantized weights, by its name."""
+        """Whether a tensor belongs to one of the quantized weights, by its name."""
         if self.form is not None and self.form.find is not None:  # torchao: P._weight_PART
             owner, _, last = name.rpartition(".")
             return any(f"{owner}._{o.rpartition('.')[2]}_" in f"{owner}.{last}" for o in owners)
@@ -168,7 +168,7 @@ class HFLeaves(Leaves):
         return any(head in owners and owners[head].is_parameter for head in heads)
 
     def _check_rest(self) -> None:
-        """Raises for tensors of quantized weights that no reader has asked for."""
+        """Raises for tensors of quantized weights that no reader has used."""
         used = {name for module in self.modules.values() for name in module.used}
         for name in self.checkpoint.tensors:
             if name not in used and name not in self.plain:
@@ -177,7 +177,7 @@ class HFLeaves(Leaves):
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether all numbers of an array are finite, or of the arrays that a QTensor has."""
+    """Whether all numbers of an array, or of the arrays of a QTensor, are finite."""
     if isinstance(value, QTensor):
         return all(map(_is_finite, (value.codes, value.scale, value.zero_point, value.offset)))
     return value is None or not _is_float(value) or bool(np.isfinite(value.astype(np.float32)).all())

@@ -28,22 +28,22 @@ __all__ = ["CheckpointInfo", "Read", "load_hf", "open_hf", "read_hf"]
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-    """What was found in a directory; prints as a table.
+    """The contents of a directory; prints as a table.
 
     Attributes:
-      directory: where it is.
-      format: the format's name, ``"float"`` where nothing is quantized.
+      directory: its path.
+      format: the format's name, ``"float"`` if no weight is quantized.
       config: the quantization configuration, with the versions that the file names.
       model: ``config.json``.
       files: the safetensors files.
-      modules: name of each quantized weight -> what it is, and what is worth saying about it.
-      floats: names of the tensors that are what they were in the file.
-      problems: what is wrong with the checkpoint and was put right.
+      modules: name of each quantized weight -> its description, with remarks.
+      floats: names of the tensors that are unchanged from the file.
+      problems: faults of the checkpoint that were corrected.
       activations: names of the tensors that describe activations: static scales and zero points of inputs, outputs and
-        of the cache of keys and values. They are in the result under these names, as they are in the file.
-      runs_otherwise: whether the checkpoint says how activations, or keys and values, are quantized: weights alone
-        compute something else.
-      skipped: names of tensors that a quantizing rule matches and that stay as they are -> why.
+        of the cache of keys and values. They are in the result under these names, unchanged.
+      runs_otherwise: whether the checkpoint quantizes activations, or keys and values, so that the weights alone give
+        other results.
+      skipped: names of tensors that match a quantizing rule but stay unchanged -> why.
     """
 
     directory: str
@@ -78,37 +78,37 @@ def load_hf(
     target: Platform | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[dict[str, Any], CheckpointInfo]:
-    """Reads a Hugging Face directory, whatever library quantized it; codes are taken over unchanged.
+    """Reads a Hugging Face directory, quantized by any supported library or in float; codes stay unchanged.
 
-    The format is recognised from the configuration, and each module by the tensors that it has. Files are mapped and
-    read tensor by tensor; a weight never exists in float, except in the formats that have no grid (AQLM, VPTQ) and the
-    float weights that ``rules`` quantize. Nothing in a file is executed, and no file outside of the directory is
-    looked at. For the formats, see the documentation.
+    The format is recognised from the configuration, and the layout of each module from its tensors. Files are mapped
+    and read tensor by tensor; a weight never exists in float, except in the formats that have no grid (AQLM, VPTQ) and
+    the float weights that ``rules`` quantize. Files are never executed, and files outside the directory are not read.
+    For the formats, see the documentation.
 
     Args:
       directory: with ``config.json`` and safetensors files, in shards or not.
-      rules: quantize the weights of a float checkpoint as they are read, by the names that they have in it: contracted
-        along the last axis, as ``torch.nn.Linear`` and embeddings are, experts as the family of the model has them,
-        unless a rule gives ``reduce_axes``. ``info.skipped`` has what a rule matches and does not quantize.
-      names: what each tensor is called in the model, and how it is turned: see `jaxquant.io.NameMap`.
-      dtype: float dtype for arrays and for what QTensors dequantize to; by default that of the checkpoint.
+      rules: quantize the weights of a float checkpoint as they are read, by their names in the checkpoint. The
+        contracted axis is the last one, as in ``torch.nn.Linear`` and embeddings, or that of the model's family for
+        experts, unless a rule gives ``reduce_axes``. ``info.skipped`` lists tensors that match but stay in float.
+      names: the path of each tensor in the model, and its transposition: see `jaxquant.io.NameMap`.
+      dtype: float dtype of arrays, and of the values of QTensors; by default the checkpoint's.
       sharding: where to put each leaf as it is read: a `jax.sharding.Sharding`, or a dict or function from the names in
-        the result ("/" between the keys) to one or None. Arrays of a QTensor follow as in `jaxquant.shardings`.
-      target: the platform that codes are laid out for, ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default where they go. See
-        `jaxquant.ops.lay_out`.
-      shapes: (out, in), or the shape of a convolution's kernel, of modules whose file does not say it (quanto, int4 and
-        int2).
+        the result ("/" between the keys) to a sharding or None. Arrays of a QTensor follow as in `jaxquant.shardings`.
+      target: the platform that codes are laid out for, ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default the platform that
+        each leaf is put on. See `jaxquant.ops.lay_out`.
+      shapes: (out, in), or the shape of a convolution's kernel, of modules whose file does not state it (quanto, int4
+        and int2).
 
     Returns:
       ``(params, info)``. Without ``names``, params is a flat dict from names in the file to arrays; a quantized module
-      is one `QTensor` of shape [out, in] under ``<module>.weight``, with all that belongs to it inside. Tensors that
-      describe activations (``input_scale``, ``k_scale`` and the like) stay as they are, and ``info.activations`` names
-      them. ``info`` is a `CheckpointInfo`.
+      is one `QTensor` of shape [out, in] under ``<module>.weight``, which holds its codes, scales and zero points.
+      Tensors that describe activations (``input_scale``, ``k_scale`` and the like) stay unchanged, and
+      ``info.activations`` names them. ``info`` is a `CheckpointInfo`.
 
     Raises:
-      QuantError: if the format is not supported (with the reason), if the configuration and the shapes leave open how
-        a module is quantized, or if a file is damaged: tensors that are missing, unknown, of a wrong dtype or shape, or
-        scales that the format excludes, such as NaN; with file and tensor.
+      QuantError: if the format is not supported (with the reason), if the configuration and the shapes do not determine
+        how a module is quantized, or if a file is damaged: tensors are missing, unknown, or of a wrong dtype or shape,
+        or scales are invalid in the format, such as NaN; naming file and tensor.
 
     Example:
       >>> import os, tempfile
@@ -121,28 +121,28 @@ def load_hf(
       >>> info.format
       'float'
 
-    A directory that says how its activations are quantized gives a `UserWarning`: its weights alone compute something
-    else. `load_model` has both.
+    A directory that quantizes activations gives a `UserWarning`, since its weights alone give other results.
+    `load_model` reads both.
 
-    Source: the formats' own libraries; each reader's module has the layout to the byte.
+    Source: the formats' own libraries; each reader's module describes the layout to the byte.
     """
     found = read_hf("load_hf", directory, rules, names, dtype, sharding, target, shapes)
     if found.info.runs_otherwise:
         place = os.fsdecode(directory)
         text = f"load_hf: {place} says how its activations are quantized, and this gives its weights alone"
-        warnings.warn(f"{printable(text)}. Use load_model, and run what it returns with its plan.", stacklevel=2)
+        warnings.warn(f"{printable(text)}. Use load_model, and run the model with its plan.", stacklevel=2)
     return found.params, found.info
 
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """What `read_hf` returns.
+    """The result of `read_hf`.
 
     Attributes:
-      params: the parameters; what describes activations is among them, unless it was dropped.
-      info: what was found.
-      leaves: where it comes from.
-      paths: name in the file -> path in the params, of what is there.
+      params: the parameters, including tensors that describe activations unless they were dropped.
+      info: the contents of the directory.
+      leaves: the leaves of the directory.
+      paths: name in the file -> path in the params, for each leaf.
     """
 
     params: dict[str, Any]
@@ -162,7 +162,7 @@ def read_hf(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     drop: Callable[[HFLeaves], Collection[str]] = lambda leaves: (),
 ) -> Read:
-    """`load_hf`, with where things come from; ``drop``: names that are not read."""
+    """`load_hf` that also returns the origin of each leaf; ``drop``: names that are not read."""
     checkpoint = HFCheckpoint(directory, function=function)
     form, config = detect(checkpoint)
     if rules is not None and form is not None:
@@ -209,7 +209,7 @@ def read_hf(
 
 
 def open_hf(directory: str | os.PathLike[str], *, function: str) -> HFLeaves:
-    """The leaves of a directory, each read when it is asked for."""
+    """The leaves of a directory, each read on access."""
     checkpoint = HFCheckpoint(directory, function=function)
     return HFLeaves(checkpoint, *detect(checkpoint))
 

@@ -8,10 +8,10 @@
 
 Codes are one little-endian bit stream per row. Experts (``switch_mlp``) have an axis more, in front.
 
-``{"group_size": 64, "bits": 4, "mode": "affine", PATH: {...}, ...}`` says what the weights are: in ``quantization`` of
-``config.json``, of which mlx-lm writes a copy as ``quantization_config``. What stands under the path of a module takes
-the place of all of the rest, as in MLX: nothing is inherited, and the mode of one that names none is affine. ``false``
-means that the module is not quantized, ``true`` that it is as the rest.
+``{"group_size": 64, "bits": 4, "mode": "affine", PATH: {...}, ...}`` under ``quantization`` of ``config.json``
+describes the weights; mlx-lm writes a copy as ``quantization_config``. An entry under the path of a module replaces the
+general settings, as in MLX: it inherits no setting, and its mode is affine if it names none. ``false`` means that the
+module is not quantized, ``true`` that it has the general settings.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32)
 
 
 class _Mode(NamedTuple):
-    """What a mode has where nothing is said, the only group size that it has, and all widths."""
+    """The default group size of a mode, whether it is the only one, and all widths of codes."""
 
     size: int
     fixed: bool
@@ -49,19 +49,20 @@ _MODES = {
 
 
 def _stated(checkpoint: HFCheckpoint, config: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """What the configuration says of one module."""
+    """The configuration of one module."""
     own, name = config.get(prefix, True), f"{prefix}.weight"
     if own is False:
         todo = "Correct config.json, or fetch the checkpoint again"
-        raise checkpoint.error("the configuration says that it is not quantized, and it has scales", name, todo=todo)
+        raise checkpoint.error("the configuration says that it is not quantized, but it has scales", name, todo=todo)
     if own is not True and not isinstance(own, dict):
         todo = "Correct config.json: a module has false, true or an object"
-        raise checkpoint.error("the configuration of the module is none", name, todo=todo, configuration=own)
+        rule = "the configuration of a module must be a boolean or an object"
+        raise checkpoint.error(rule, name, todo=todo, configuration=own)
     if prefix in config:
         return config if own is True else own
-    for path, other in config.items():  # it could be meant for this one, and shapes do not always tell
+    for path, other in config.items():  # an entry may be meant for this module; shapes do not always show it
         if isinstance(other, dict) and (f".{prefix}".endswith(f".{path}") or f".{path}".endswith(f".{prefix}")):
-            todo = "Correct config.json: the path of a module is what its tensors' names begin with"
+            todo = "Correct config.json: the path of a module is the beginning of its tensors' names"
             raise checkpoint.error("the configuration is of a module of another path", name, todo=todo, configured=path)
     return config
 
@@ -75,7 +76,8 @@ def _number(m: Module, key: str, known: tuple[int, ...] | None) -> int | None:
 
 
 def _bits_and_length(m: Module, mode: _Mode, row: int, groups: int) -> tuple[int, int]:
-    """Bits of a code and codes of a row of ``row`` bits; shapes give one of group size and bits if it is not stated."""
+    """Bits of a code and codes in a row of ``row`` bits; shapes determine group size or bits if one is not stated."""
+
     bits = _number(m, "bits", mode.bits)
     size = _number(m, "group_size", (mode.size,) if mode.fixed else None)
     if size is None and (bits is None or mode.fixed):

@@ -1,4 +1,4 @@
-"""A Hugging Face directory with how its activations are quantized: what `load_model` does with it."""
+"""A Hugging Face directory with the quantization of its activations, for `load_model`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Floating = Literal["saved", "float"]
 
 @dataclasses.dataclass(frozen=True)
 class HFModel:
-    """A directory as it was saved: ``jq.quantized(fn, model)(model.params, ...)``.
+    """A directory with its plan and state: run it by ``jq.quantized(fn, model)(model.params, ...)``.
 
     Attributes:
-      params: the parameters, without what describes activations.
-      plan: how the activations of each weight are quantized; a plan of ``fn`` once it is traced, see
-        `StatedPlan.plan_for`. None: they are not.
-      state: path -> ``{"scale": .., "zero_point": ..}`` of static ranges, as the file has them; None: there are none.
-      info: what was found.
+      params: the parameters, without tensors that describe activations.
+      plan: how the activations of each weight are quantized, which becomes a plan of ``fn`` when it is traced (see
+        `StatedPlan.plan_for`); None: activations are float.
+      state: path -> ``{"scale": .., "zero_point": ..}``, the static ranges in the file; None if there are none.
+      info: the contents of the directory.
       cache: how keys and values are stored, for a model that has a cache; None: in float.
     """
 
@@ -59,8 +59,8 @@ def load_hf_model(
     """Reads a directory with its plan and state.
 
     Raises:
-      QuantError: for what `load_hf` refuses; for a scheme that cannot be run, or tensors that describe activations and
-        that no scheme uses, by their names.
+      QuantError: as `load_hf`; for a scheme that cannot be run, or for tensors that describe activations but that no
+        scheme uses, naming them.
     """
     for key, value in (("activations", activations), ("cache", cache)):
         if value not in ("saved", "float"):

@@ -26,7 +26,7 @@ from jaxquant.io.hf.to_qtensor import aligned, in_blocks, in_unstated_blocks
 
 __all__ = ["MODELOPT"]
 
-_BLOCK = 128  # rows and columns of a block of FP8_PB_WO and its like
+_BLOCK = 128  # rows and columns of a block of FP8_PB_WO and similar algorithms
 
 
 def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
@@ -38,7 +38,7 @@ def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
 
 
 def _said(config: dict[str, Any]) -> dict[str, Any]:
-    """What hf_quant_config.json has under "quantization", and config.json by itself."""
+    """The quantization settings: "quantization" in hf_quant_config.json, or the top level in config.json."""
     outer, inner = {k: v for k, v in config.items() if k != "quantization"}, config.get("quantization")
     return outer | inner if isinstance(inner, dict) else outer
 

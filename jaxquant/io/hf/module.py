@@ -1,7 +1,7 @@
 """One quantized weight of a checkpoint: its tensors by suffix, checked as they are taken.
 
-Readers ask for tensors by what they are called beside ``<module>.weight``. A parameter without a module of its own (the
-fused experts of a layer) has other names for the same things: the table of a format, one `Naming` per row, says which.
+Readers ask for tensors by their suffixes beside ``<module>.weight``. A parameter without its own module (the fused
+experts of a layer) has other names for the same tensors: a format's table, one `Naming` per row, lists them.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from jaxquant.io.hf.to_qtensor import aligned
 
 __all__ = ["RANKS", "Format", "Module", "Naming"]
 
-#: Dimensions that a weight may have: linear layers, stacked experts, convolutions.
+#: Ranks of weights: linear layers, stacked experts, convolutions.
 RANKS = (2, 3, 4, 5)
 
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """A row of a format's table: what the tensors of one weight are called.
+    """A row of a format's table: the names of the tensors of one weight.
 
     Attributes:
-      weight: what follows the prefix in the name of the weight: ``".weight"``, or nothing for a parameter.
-      marks: endings that make what comes before them the prefix of a quantized weight.
-      words: endings that do so only beside codes, because other parameters are called so, too.
-      tensors: what readers ask for -> ending of its name. What is not listed is called as it is asked for.
-      keeps: endings of tensors that stay beside the weight as they are, with what describes activations.
+      weight: the suffix of the weight's name after its prefix: ``".weight"``, or "" for a parameter.
+      marks: endings of names that mark a quantized weight; the rest of the name is its prefix.
+      words: endings that mark a weight only beside codes, because other parameters have them too.
+      tensors: suffix that readers ask for -> ending of the tensor's name. By default the two are equal.
+      keeps: endings of tensors that stay unchanged beside the weight, like tensors that describe activations.
     """
 
     weight: str = ".weight"
@@ -42,7 +42,7 @@ class Naming:
     keeps: tuple[str, ...] = (".bias",)
 
     def claims(self, name: str, checkpoint: HFCheckpoint) -> str | None:
-        """The prefix of the weight that this tensor makes a quantized one; None if it does not."""
+        """The prefix of the weight that this tensor marks as quantized; None if it marks none."""
         for mark in self.marks:
             if name.endswith(mark):
                 return name[: -len(mark)]
@@ -58,12 +58,12 @@ class Module:
     """The tensors of one weight.
 
     Attributes:
-      prefix: what their names begin with (``"model.layers.0.mlp.up_proj"``).
-      naming: what follows it.
-      config: the quantization configuration, as far as it concerns the module.
-      used: the names that have been taken; whatever belongs to the module and is not among them at the end is an error.
-      notes: what is worth saying about it.
-      problems: what is wrong with it and was put right.
+      prefix: the beginning of their names (``"model.layers.0.mlp.up_proj"``).
+      naming: the endings of their names.
+      config: the part of the quantization configuration that concerns the module.
+      used: the names of tensors that were read; tensors of the module that are not read are an error.
+      notes: remarks for the user.
+      problems: faults that were corrected.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Module:
 
     @property
     def is_parameter(self) -> bool:
-        """Whether it is a parameter without a module of its own: its axes may be [.., in, out]."""
+        """Whether it is a parameter without its own module, whose axes may be [.., in, out]."""
         return not self.naming.weight
 
     def named(self, suffix: str) -> str:
@@ -96,15 +96,15 @@ class Module:
 
     @property
     def dtype(self) -> np.dtype:
-        """The model's dtype; bfloat16 if the configuration says nothing."""
+        """The model's dtype; bfloat16 if the configuration does not state it."""
         return self.checkpoint.dtype or np.dtype(ml_dtypes.bfloat16)
 
     def has(self, suffix: str) -> bool:
-        """Whether there is such a tensor."""
+        """Whether the tensor exists."""
         return self.named(suffix) in self.checkpoint.tensors
 
     def array(self, suffix: str, *dtypes: Any, ndim: int | tuple[int, ...] | None = None) -> np.ndarray:
-        """A tensor of one of these dtypes (any, if none is given) and of one of these ranks; never an empty one."""
+        """A nonempty tensor of one of these dtypes (by default any) and of one of these ranks."""
         name = self.named(suffix)
         if name not in self.checkpoint.tensors:
             rule = "a tensor of a quantized module is missing"
@@ -124,7 +124,7 @@ class Module:
         return self.checkpoint.array(name)
 
     def maybe(self, suffix: str, *dtypes: Any, ndim: int | tuple[int, ...] | None = None) -> np.ndarray | None:
-        """The same, or None if there is no such tensor."""
+        """The tensor as by `array`, or None if it does not exist."""
         return self.array(suffix, *dtypes, ndim=ndim) if self.has(suffix) else None
 
     def scales(self, suffix: str, *dtypes: Any, ndim: int | tuple[int, ...] | None = None) -> np.ndarray:
@@ -144,7 +144,7 @@ class Module:
         return value
 
     def unit(self, suffix: str, *dtypes: Any, stack: tuple[int, ...] = ()) -> np.ndarray:
-        """The one scale of a whole weight, or one of each in a stack, of shape [.., 1, 1]: finite and positive."""
+        """The scale of a whole weight, or of each weight in a stack, of shape [.., 1, 1]: finite and positive."""
         value = self.scales(suffix, *(dtypes or (np.float32,)))
         full = aligned(value, (*stack, 1, 1))
         fits = full is not None and all(n in (1, size) for n, size in zip(full.shape, (*stack, 1, 1), strict=True))
@@ -163,17 +163,17 @@ class Module:
         return value
 
     def skip(self, *suffixes: str) -> None:
-        """Tensors that say nothing that is not known."""
+        """Marks tensors as used whose content is known already."""
         self.used.update(self.named(s) for s in suffixes if self.has(s))
 
     def check(self, suffix: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-        """Raises unless a tensor has the shape that the others imply."""
+        """Raises unless a tensor has the shape that the other tensors imply."""
         if tuple(found) != tuple(wanted):
             rule = f"the tensor must have the shape {list(wanted)}, by the other tensors of its module"
             raise self.error(rule, suffix, todo="Check the format and its configuration", shape=tuple(found))
 
     def by_shapes(self, what: str, stated: Any) -> None:
-        """Says that a parameter comes from the shapes: a problem where the configuration states another one."""
+        """Notes that a parameter comes from the shapes; a problem if the configuration states another value."""
         if stated is None:
             self.notes.append(f"{what}, by its shapes")
         else:
@@ -190,15 +190,15 @@ class Format:
 
     Attributes:
       name: for messages and tables.
-      methods: values of ``quant_method`` that mean it.
-      names: what the tensors of a weight may be called; the first row that claims a tensor counts.
+      methods: values of ``quant_method`` for this format.
+      names: the names that the tensors of a weight may have; the first row that claims a tensor counts.
       read: the leaf of one module: a QTensor of NumPy arrays, or a NumPy array.
-      layouts: what it reads, for the table of supported formats.
-      parts: endings of tensors that belong to the weight although a "." is inside of them.
+      layouts: the layouts that it reads, for the table of supported formats.
+      parts: endings of tensors that belong to the weight although they contain a ".".
       zero_is_off: whether an activation scale of 0 means that the activation is not quantized.
-      find: the prefix of every quantized weight, where names alone do not tell.
-      refuse: looks at the configuration and raises for what is not supported; given the checkpoint's ``error``.
-      stated: the configuration of one module, by its prefix, where modules may differ; None if it says that the module
+      find: the prefix of every quantized weight, if names alone do not determine it.
+      refuse: raises, by the checkpoint's ``error``, if the configuration requires an unsupported layout.
+      stated: the configuration of one module, by its prefix, if modules may differ; None if it states that the module
         stays in float.
       activation: how what meets a module's weight is quantized, a `schemes.Activation`; None: it stays in float.
     """
@@ -223,7 +223,7 @@ class Format:
         config: dict[str, Any],
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> Module:
-        """A module with its own configuration. Its tensors decide whether it is quantized, whatever that says."""
+        """A module with its own configuration. Its tensors, not the configuration, decide whether it is quantized."""
         own = config if self.stated is None else self.stated(checkpoint, config, prefix)
         module = Module(checkpoint, prefix, naming, config if own is None else own, shapes)
         if own is None:
@@ -231,7 +231,7 @@ class Format:
         return module
 
     def modules(self, checkpoint: HFCheckpoint) -> dict[str, Naming]:
-        """The prefix of every quantized weight, and what its tensors are called."""
+        """The prefix of every quantized weight, and the names of its tensors."""
         if self.find is not None:
             return dict.fromkeys(self.find(checkpoint), self.names[0])
         found: dict[str, Naming] = {}

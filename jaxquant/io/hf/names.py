@@ -26,7 +26,7 @@ Target = tuple[str, Callable[[Any], Any] | None] | None
 
 
 def _transposed(leaf: Any) -> Any:
-    """[out, in] to [in, out]: what Flax calls a kernel. Codes stay where they are."""
+    """Transposes [out, in] to [in, out], the axes of Flax's kernels. Stored codes do not move."""
     if isinstance(leaf, QTensor):
         return _numpy_transpose(leaf)
     return leaf.T
@@ -42,7 +42,7 @@ def _image_kernel(leaf: Any) -> Any:
     return views.transpose(leaf, order) if isinstance(leaf, QTensor) else jnp.transpose(leaf, order)
 
 
-#: What a row may do to a tensor.
+#: Transforms that a row may apply to a tensor.
 TRANSFORMS: dict[str, Callable[[Any], Any] | None] = {
     "as it is": None,
     "transpose": _transposed,
@@ -52,13 +52,13 @@ TRANSFORMS: dict[str, Callable[[Any], Any] | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class NameMap:
-    """What the tensors of a checkpoint are called in a model.
+    """Maps the names of a checkpoint's tensors to paths in a model.
 
     Args:
       rows: (pattern, path, transform): a regular expression for the whole name; the path, with ``\\1`` for its groups,
         or None for tensors to leave out; and ``"as it is"``, ``"transpose"`` ([out, in] to a kernel [in, out]) or
         ``"image kernel"``. The first row that matches counts.
-      optional: patterns of tensors that may be there and are left out without a word.
+      optional: patterns of tensors that may exist and are left out without an error.
 
     Raises:
       QuantError: if a pattern does not compile, or a transform is not known.
@@ -85,12 +85,12 @@ class NameMap:
                 raise quant_error("NameMap", "unknown transform", todo=todo, transform=transform)
 
     def path(self, name: str) -> str | None:
-        """Where a tensor goes; None if it is left out or not known."""
+        """The path of a tensor in the model; None if it is left out or unknown."""
         found = self._target(name)
         return found[0] if found else None
 
     def _target(self, name: str) -> Target | str:
-        """The path and transform; None to leave out; "" for a name that no row matches."""
+        """The path and transform of a name; None to leave it out; "" if no row matches it."""
         for pattern, path, transform in self.rows:
             match = re.fullmatch(pattern, name)
             if match:
@@ -98,19 +98,19 @@ class NameMap:
         return None if any(re.fullmatch(p, name) for p in self.optional) else ""
 
     def apply(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """A flat dict of leaves, by the names of a checkpoint, as the model's tree.
+        """Turns a flat dict of leaves, by the names of a checkpoint, into the model's tree.
 
-        For what `load_gguf` with ``names="hf"`` returns; `load_hf` does it by itself.
+        Use it for the result of `load_gguf` with ``names="hf"``; `load_hf` applies its map itself.
 
         Raises:
-          QuantError: with all names that do not fit.
+          QuantError: listing all names that do not fit.
         """
         targets = self.resolve(params, functools.partial(quant_error, "NameMap"))
         flat = {t[0]: leaf if t[1] is None else t[1](leaf) for n, leaf in params.items() if (t := targets[n])}
         return nested(flat)
 
     def resolve(self, names: Iterable[str], error: Callable[..., QuantError]) -> dict[str, Target]:
-        """The target of every name; ``error`` with all that have none, and with paths that two names have."""
+        """The target of every name; raises ``error``, listing names without a target and paths with two names."""
         targets: dict[str, Target] = {}
         problems: list[str] = []
         taken: dict[str, str] = {}
@@ -127,7 +127,7 @@ class NameMap:
         for path in taken:
             inside = next((p for p in _parents(path) if p in taken), None)
             if inside is not None:
-                problems.append(f"{taken[path]}: goes to {path}, inside of {inside}")
+                problems.append(f"{taken[path]}: goes to {path}, inside {inside}")
         if problems:
             raise self._error(error, problems)
         return targets
@@ -142,7 +142,7 @@ class NameMap:
     def _error(self, error: Callable[..., QuantError], problems: list[str]) -> QuantError:
         lines = "".join(f"\n  {printable(p)}" for p in problems[:50])
         more = f"\n  and {len(problems) - 50} more" if len(problems) > 50 else ""
-        todo = "Add rows to the map, with the path None for what the model does not have"
+        todo = "Add rows to the map, with the path None for tensors that the model does not have"
         return error(f"the names do not fit the map{lines}{more}\n", todo=todo, mismatches=len(problems))
 
 
@@ -175,7 +175,7 @@ def _norm(pattern: str, path: str) -> list[tuple[str, str | None, str]]:
 
 _ACTIVATION = (rf".*{NAMES}", r".*rotary_emb\.inv_freq")
 
-#: Llama, Mistral, Qwen and the many that are built like them.
+#: Llama, Mistral, Qwen and models of the same structure.
 LLAMA = NameMap(
     [
         (r"model\.embed_tokens\.weight", "embed_tokens/embedding", "as it is"),

@@ -3,10 +3,10 @@
     int8, float8   weight._data [out, in], weight._scale [out, 1]: q * scale
     int4, int2     weight._data._data uint8, weight._scale, weight._shift [rows, 1]: scale * q - shift, rounded twice
 
-Where there are more than 128 input features, rows are groups of 128 of them (96, 64 or 32 if that does not divide), and
-blocks of rows share a byte, the first in the least significant bits. The file does not say how many rows make up one of
-the weight: bias, configuration, or the caller does. Kernels of convolutions [out, in, ..] are the same, in groups of
-what follows the first axis; without groups, codes keep their axes.
+With more than 128 input features, rows are groups of 128 of them (96, 64 or 32 if 128 does not divide), and blocks of
+rows share a byte, the first in the least significant bits. The file does not state how many rows form one row of the
+weight; the bias, the configuration or the caller does. Kernels of convolutions [out, in, ..] are grouped in the same
+way, over all axes after the first; without groups, codes keep their axes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def read(m: Module) -> QTensor:
 
 
 def _bits(m: Module, packed_rows: int, rows: int) -> int:
-    """The width that the configuration states, or the only one that the shapes allow."""
+    """The width of codes that the configuration states, or the only one that the shapes allow."""
     entry = m.config.get(m.prefix)
     stated = (entry if isinstance(entry, dict) else m.config).get("weights")
     said = {"qint4": 4, "int4": 4, "qint2": 2, "int2": 2}.get(str(stated))
@@ -72,7 +72,7 @@ def _bits(m: Module, packed_rows: int, rows: int) -> int:
 
 
 def _group_of(length: int) -> int:
-    """Columns of a row of groups, for so many input features."""
+    """The group size for ``length`` input features."""
     return next((g for g in (128, 96, 64, 32) if length > 128 and length % g == 0), length)
 
 
@@ -99,7 +99,7 @@ def _shape(m: Module, rows: int, columns: int) -> tuple[int, ...]:
 
 
 def _expected(m: Module) -> list[int]:
-    """Output features by the configuration, for the usual names."""
+    """Output features by the configuration, for modules with the usual names."""
     c = m.checkpoint.config
     heads, hidden = c.get("num_attention_heads"), c.get("hidden_size")
     if type(heads) is not int or type(hidden) is not int or heads < 1:

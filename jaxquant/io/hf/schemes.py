@@ -1,11 +1,11 @@
-"""How a checkpoint says that activations are quantized, in the words of this package.
+"""Translates a checkpoint's description of quantized activations to specs.
 
-Each format has a function of a module that returns its `Activation`; what no `QuantSpec` says is refused by the name of
-the key, since leaving it out would compute something else. Scales of the cache of keys and values are of a layer, not
-of a weight: `cache_scales`.
+Each format has a function that returns the `Activation` of a module. Schemes that a `QuantSpec` cannot express are
+refused, naming the key, since leaving them out would change the results. Scales of the cache of keys and values belong
+to a layer instead of a weight: see `cache_scales`.
 
-A range that comes from the array (dynamic) is that of jaxquant: int8 has ``absmax / 127``, as serving engines have it,
-and fp8 ``absmax / 448``. A range that the file has (static) is taken as it is, with all codes of the type.
+A range that comes from the array (dynamic) is jaxquant's: ``absmax / 127`` for int8, as in serving engines, and
+``absmax / 448`` for fp8. A range in the file (static) is used unchanged, with all codes of the type.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _TODO = "Run the weights alone: activations='float', or ask for a checkpoint wit
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """How what meets one weight is quantized.
+    """The quantization of the activation of one weight.
 
     Attributes:
-      spec: the scheme; None where the tensors are there and say nothing.
-      state: its static range: ``scale`` and maybe ``zero_point``, as they are in the file.
-      used: names of the tensors that say it.
+      spec: the scheme; None if the tensors exist but state no scheme.
+      state: its static range from the file: ``scale``, and ``zero_point`` if there is one.
+      used: names of the tensors of the range.
     """
 
     spec: QuantSpec | None
@@ -56,14 +56,14 @@ def dynamic(qtype: str = "int8", group_size: int | None = None, **more: Any) -> 
 
 
 def static(m: Module, key: str, qtype: str, *, symmetric: bool = True) -> Activation:
-    """One range, from the tensors of the file; ``key`` is what says that there is one."""
+    """One range, from the tensors of the file; ``key`` is the configuration key that requires it."""
     found = _names(m, "scale", _WORDS)
     if not found:
         wanted = m.prefix + (f"_{_SCALE}" if m.is_parameter else f".{_SCALE}")
         rule = "the configuration says that the range of activations is static, and the file has none"
         raise m.error(rule, todo=f"Fetch all files again, or calibrate: the tensor is {wanted}", key=key)
     scale = m.checkpoint.array(found[0]).astype(np.float32)
-    if not (scale > 0).all():  # formats in which 0 says that there is none
+    if not (scale > 0).all():  # in some formats 0 means that the activation is not quantized
         raise refused(m, "input_scale", scale.reshape(-1)[:4].tolist(), "a static scale must be positive")
     zeros = _names(m, "zero_point", _WORDS)
     values = None if not zeros else m.checkpoint.array(zeros[0])
@@ -77,7 +77,7 @@ def static(m: Module, key: str, qtype: str, *, symmetric: bool = True) -> Activa
     entry = {"scale": _squeezed(scale)}
     if values is not None:
         if values.min() < spec.type.qmin or values.max() > spec.type.qmax:
-            raise m.error("a zero point is no code of the type", todo="Check the configuration", key=key)
+            raise m.error("a zero point is not a code of the type", todo="Check the configuration", key=key)
         entry["zero_point"] = _squeezed(values.astype(spec.type.code_dtype))
     return Activation(spec, entry, tuple(found + zeros))
 
@@ -93,7 +93,7 @@ def _names(m: Module, what: str, words: Iterable[str]) -> list[str]:
 
 
 def _squeezed(value: np.ndarray) -> np.ndarray:
-    """A scalar, or one for each expert."""
+    """A scalar, or one scalar per expert."""
     return value.reshape(()) if value.size == 1 else value.reshape(-1)
 
 
@@ -107,7 +107,7 @@ class CacheScales:
     Attributes:
       qtype: of their codes.
       scales: name of the attention (``"model.layers.0.self_attn"``) -> ``{"k": .., "v": ..}``, scalars.
-      used: names of the tensors that say it.
+      used: names of the tensors of the scales.
     """
 
     qtype: str
@@ -124,7 +124,7 @@ _BESIDE = re.compile(r"(?:^|\.)(?:q|p|prob)(?:_output)?(?:_|\.)scale$")
 
 
 def is_scale_of_cache(name: str) -> bool:
-    """Whether a tensor that describes activations is one of the cache, or of what meets it."""
+    """Whether a tensor that describes activations belongs to the cache, or to queries or probabilities."""
     if _BESIDE.search(name):
         return True
     found = _OF_CACHE.fullmatch(name)
@@ -132,7 +132,7 @@ def is_scale_of_cache(name: str) -> bool:
 
 
 def cache_scales(checkpoint: HFCheckpoint, config: Mapping[str, Any], names: Iterable[str]) -> CacheScales | None:
-    """The scales of keys and values of each layer; None if the checkpoint says nothing of a cache.
+    """The scales of keys and values of each layer; None if the checkpoint does not mention a cache.
 
     Raises:
       QuantError: if the configuration names a scheme that is not one static scale for keys and one for values.

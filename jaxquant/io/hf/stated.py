@@ -1,4 +1,4 @@
-"""What a configuration states of one module, where modules may differ.
+"""The configuration of one module, in formats whose modules may differ.
 
 dynamic       GPTQModel: {"+:regex": {"bits": 8, ...}, "-:regex": {}}; the first that matches the beginning of the
               module's name counts. "+:" may be left out; "-:" leaves the module in float
@@ -23,7 +23,7 @@ def matches(match: Callable[..., Any], pattern: Any, name: str, error: Callable[
     try:
         return match(pattern, name) is not None
     except (re.error, TypeError, RecursionError, OverflowError) as reason:
-        rule = f"a pattern of the configuration is no regular expression ({reason})"
+        rule = f"a pattern of the configuration is not a regular expression ({reason})"
         raise error(rule, todo="Correct the configuration", pattern=pattern) from None
 
 

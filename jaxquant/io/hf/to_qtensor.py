@@ -1,7 +1,7 @@
-"""From the layouts of files to those of a `QTensor`: bit streams, and which scale belongs to which block.
+"""Converts the layouts of files to those of a `QTensor`: bit streams, and the blocks of scales.
 
 A QTensor's packed codes are a little-endian bit stream along the last axis. Formats that pack the same way into larger
-words are taken over byte by byte; the others are unpacked to one code per byte, one tensor at a time.
+words are copied byte by byte; other formats are unpacked to one code per byte, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -66,33 +66,33 @@ def qtensor(
 
 
 def index_of_blocks(length: int, block: int) -> np.ndarray:
-    """For blocks of gcd(block, length) elements, in which block of ``block`` elements each one lies."""
+    """For each block of gcd(block, length) elements, the index of the block of ``block`` elements that contains it."""
     block = min(block, length)
     return np.arange(0, length, math.gcd(block, length)) // block
 
 
 def block_size(length: int, count: int) -> int | None:
-    """Elements of each of ``count`` blocks along ``length``, where the shapes leave no doubt.
+    """Elements of each of ``count`` blocks along ``length``, if the shapes determine it; otherwise None.
 
-    Blocks are equal parts or powers of two, the last one short. None if the parts are not equal, or if a power of two
-    gives as many: 192 in two blocks are 96 and 96, or 128 and 64.
+    Blocks are equal parts, or powers of two of which the last may be short. Both may be possible: 192 in two blocks is
+    96 and 96, or 128 and 64.
     """
     if count < 1 or length % count:
         return None
     equal = length // count
-    power = 1 << (equal - 1).bit_length()  # the least that is not below equal parts
+    power = 1 << (equal - 1).bit_length()  # the least power of two that is at least the equal part
     return None if power != equal and count > 1 and -(-length // power) == count else equal
 
 
 def refined(values: np.ndarray, length: int, block: int, axis: int = -1) -> np.ndarray:
-    """Per-block values, the last block being short, as values of blocks that divide ``length`` exactly."""
+    """Repeats values per block, of which the last may be short, for smaller blocks that divide ``length`` exactly."""
     return values if length % block == 0 else np.take(values, index_of_blocks(length, block), axis)
 
 
 def flat_blocks(shape: tuple[int, ...], block: int) -> np.ndarray:
-    """For blocks that run over the flattened array: the number of the block of each run along the last axis.
+    """For blocks over the flattened array: the index of the block of each run along the last axis.
 
-    The runs are gcd(block, shape[-1]) long, so that none of them straddles a block.
+    Runs have gcd(block, shape[-1]) elements, so that no run straddles two blocks.
     """
     block = min(block, math.prod(shape))
     step = math.gcd(block, shape[-1])
@@ -100,16 +100,16 @@ def flat_blocks(shape: tuple[int, ...], block: int) -> np.ndarray:
 
 
 def aligned(values: np.ndarray, shape: tuple[int, ...], *, out_first: bool = True) -> np.ndarray | None:
-    """Per-block values with one axis for each of the weight's; None where it is not clear which.
+    """Per-block values with one axis for each axis of the weight; None if their axes are ambiguous.
 
-    Axes that are missing are the last ones, and have one block: [out] or [out, 1] for a kernel [out, in, 3, 3],
-    [experts] for [experts, out, in].
+    Missing axes are the last ones, and have one block: [out] or [out, 1] for a kernel [out, in, 3, 3], [experts] for
+    [experts, out, in].
 
     Args:
       values: one entry per block.
       shape: the shape of the weight.
-      out_first: whether the weight is [.., out, in]. Experts may be [experts, in, out], and [experts, out] then belongs
-        to the axis of that length; to none if both have it.
+      out_first: whether the weight is [.., out, in]. Experts may be [experts, in, out]; the second axis of [experts,
+        out] then belongs to the axis of the same length, and is ambiguous if both axes have it.
     """
     if values.size == 1:
         return values.reshape((1,) * len(shape))
@@ -136,7 +136,7 @@ def spread(values: np.ndarray, shape: tuple[int, ...], block: tuple[int | None, 
     Args:
       values: one entry per block along each axis.
       shape: the shape of the array.
-      block: elements of a block along each axis; None: by `block_size`.
+      block: elements of a block along each axis; None: determined by `block_size`.
     """
     if len(values.shape) != len(shape):
         return None
@@ -150,9 +150,9 @@ def spread(values: np.ndarray, shape: tuple[int, ...], block: tuple[int | None, 
 
 
 def in_blocks(values: np.ndarray, shape: tuple[int, ...], sizes: Iterable[tuple[int, int]]) -> np.ndarray | None:
-    """Values of blocks of the last two axes as `spread` gives them; None if they are not of just one of these sizes.
+    """Values of blocks of the last two axes, as by `spread`; None unless exactly one of these sizes fits.
 
-    An axis may also have one value, or one for each element.
+    An axis may also have one value, or one value per element.
     """
     found: dict[tuple[int | None, ...], np.ndarray] = {}
     for size in sizes:
@@ -168,13 +168,13 @@ def in_blocks(values: np.ndarray, shape: tuple[int, ...], sizes: Iterable[tuple[
 
 
 def in_unstated_blocks(values: np.ndarray, shape: tuple[int, ...], usual: Sequence[int]) -> np.ndarray | None:
-    """The same where nothing states the size: None if the shapes leave it open.
+    """Values of blocks of an unstated size, as by `spread`; None if the shapes do not determine the size.
 
     Args:
       values: one entry per block.
       shape: the shape of the weight.
-      usual: sizes that blocks of this kind have, the last of them short or not. Others are equal parts, or powers of
-        two where there are as many.
+      usual: the usual sizes of such blocks, of which the last may be short. Blocks of other sizes are equal parts, or
+        powers of two if they give the same number of blocks.
     """
     sizes = []
     for n, count in zip(shape[-2:], values.shape[-2:], strict=True):
@@ -184,10 +184,10 @@ def in_unstated_blocks(values: np.ndarray, shape: tuple[int, ...], usual: Sequen
 
 
 class Grouping:
-    """How the groups of act-order become consecutive blocks.
+    """The order of columns that makes the groups of act-order consecutive blocks.
 
     Attributes:
-      order: stored position -> column, or None where groups are consecutive already.
+      order: stored position -> column, or None if groups are consecutive already.
       index: the group of each block of equal length.
     """
 
@@ -200,20 +200,20 @@ class Grouping:
         return None if self.order is None else self.order[None].astype(np.int32)
 
     def scale(self, values: np.ndarray) -> np.ndarray:
-        """Values [out, groups] as values of blocks."""
+        """Expands values [out, groups] to values of blocks."""
         if len(self.index) == values.shape[1] and (self.index == np.arange(len(self.index))).all():
             return values
         return np.take(values, self.index, 1)
 
     def stream(self, stream: np.ndarray, bits: int, length: int) -> np.ndarray:
-        """A bit stream [out, bytes] in the stored order."""
+        """A bit stream [out, bytes] with its columns in the stored order."""
         if self.order is None:
             return stream
         return packed(unpacked(stream, bits, length)[:, self.order], bits)
 
 
 def grouping(groups: np.ndarray) -> Grouping:
-    """From the group of each column."""
+    """The grouping for the group index of each column."""
     order = np.argsort(groups, kind="stable")
     counts = np.bincount(groups)
     block = math.gcd(*counts[counts > 0].tolist()) or 1
@@ -221,7 +221,7 @@ def grouping(groups: np.ndarray) -> Grouping:
     return Grouping(None if (order == np.arange(len(order))).all() else order, index)
 
 
-#: The exact float32 values of nf4, fp4 and the dynamic map, as files hold them.
+#: The exact float32 values of nf4, fp4 and the dynamic map in files.
 TABLES = {name: np.asarray(QTYPES[name].table, np.float32) for name in ("nf4", "fp4", "dynamic8")}
 #: Magnitudes of e2m1.
 E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)

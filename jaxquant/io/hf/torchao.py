@@ -31,7 +31,7 @@ _DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.
 
 
 def _described(checkpoint: HFCheckpoint, name: str, text: str) -> dict[str, Any] | None:
-    """What the metadata says of a parameter; None if it is a plain tensor."""
+    """The metadata of a parameter; None if it is a plain tensor."""
     if "_type" not in text or name == "tensor_names":
         return None
     try:
@@ -74,12 +74,12 @@ def read(m: Module) -> QTensor:
     target = data.get("target_dtype")
     bits = str(target.get("_data")).removeprefix("int") if isinstance(target, dict) else "8"
     if bits not in ("1", "2", "3", "4", "5", "6", "7", "8"):
-        raise m.error("target_dtype is no integer type of 1 to 8 bits", todo="Check the format", target_dtype=target)
+        raise m.error("target_dtype must be an integer of 1 to 8 bits", todo="Check the format", target_dtype=target)
     n = max(int(bits), 2)
     half = 1 << (n - 1)
     if zero is not None and (zero.min() < -half or zero.max() >= half):
         got = {"least": int(zero.min()), "greatest": int(zero.max()), "target_dtype": f"int{n}"}
-        raise inner.error("a zero point is no code of the type", "zero_point", todo="Fetch it again", **got)
+        raise inner.error("a zero point is not a code of the type", "zero_point", todo="Fetch it again", **got)
     if n == 8:
         return QTensor(codes, scale, zero, qtype="int8", dtype=dtype)
     if codes.min() < -half or codes.max() >= half:
@@ -99,7 +99,7 @@ def _blocks(m: Module, part: str, values: np.ndarray, shape: tuple[int, ...], bl
 
 
 def activation(m: Module) -> Activation | None:
-    """What ``act_quant_kwargs`` or ``activation_quantization`` says."""
+    """The activation scheme in ``act_quant_kwargs`` or ``activation_quantization``."""
     entry = _described(m.checkpoint, m.prefix, m.checkpoint.metadata()[m.prefix])
     data = (entry or {}).get("_data")
     data = data if isinstance(data, dict) else {}
@@ -127,7 +127,7 @@ def activation(m: Module) -> Activation | None:
 
 
 def _word(value: Any, key: str) -> str | None:
-    """A value of the metadata as text; those of classes and enumerations are objects."""
+    """A value of the metadata as text; classes and enumerations are stored as objects."""
     value = value.get(key) if isinstance(value, dict) else value
     return None if value is None else str(value)
 

@@ -1,14 +1,14 @@
-"""What is left when the quantized weights of a directory are known: it must not be codes.
+"""Checks the tensors of a directory that belong to no quantized weight: they must not be codes.
 
-Models hold integers that are no codes: positions, counts, tables of experts, masks, the bytes of a tokenizer. They are
-told from codes by what they can hold:
+Models hold other integers than codes: positions, counts, tables of experts, masks, the bytes of a tokenizer. Dtype,
+rank and values tell them from codes:
 
     fp8 and narrower     codes
     int8, uint8          codes, if they have two axes or more, unless they are all 0 and 1 (a mask)
     16 and 32 bits       codes, if they have two axes or more, unless they count: from -1 (none) to below 2**24
     bool, 64 bits        no format packs codes in them
 
-Whatever a tensor named "weight" holds in these dtypes is codes, and so is what has scales beside it.
+A tensor of these dtypes also holds codes if it is named "weight" or has scales beside it.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _PART = re.compile(
 )
 #: Scales that are named after a matrix: "down_proj_scale", "w1.scale"; not "logit_scale", "attn.k_scale".
 _OF_MATRIX = re.compile(r"(.*?(?:(?:^|[._])(?:weight|kernel|w\d+|fc\d*|linear|experts)|proj))[._]scales?(?:_inv)?")
-_LARGEST_COUNT = 1 << 24  # entries of the tables that count reach; a packed word goes beyond sooner or later
+_LARGEST_COUNT = 1 << 24  # bound on entries of tables that count; packed words soon exceed it
 
 
 def weights_of(name: str) -> Iterator[str]:
-    """The parameters that a tensor may hold scales (or another part) of, by its name: the longest name first."""
+    """The names of parameters whose scales (or other parts) a tensor may hold, by its name; the longest name first."""
     for i in reversed(range(name.rfind(".", 0, name.rfind(".")) + 1, len(name))):
         if name[i] in "._" and _PART.fullmatch(name, i):
             yield name[:i]
 
 
 def check_unclaimed(checkpoint: HFCheckpoint, form: Format | None, names: Iterable[str]) -> None:
-    """Raises for codes, and for scales, among the tensors that are part of no quantized weight."""
+    """Raises if tensors that belong to no quantized weight hold codes or scales."""
     parts = [name for name in checkpoint.tensors if not describes_activations(name)]
     scales = {weight: name for name in parts for weight in weights_of(name)}
     for name in names:
@@ -68,7 +68,7 @@ def _todo(form: Format | None) -> str:
 
 
 def _check_scales(checkpoint: HFCheckpoint, form: Format | None, name: str, shape: tuple[int, ...]) -> None:
-    """Raises for scales that have lost their weight: named after a matrix, or more than one row of numbers."""
+    """Raises for scales without a weight: named after a matrix, or with more than one row of numbers."""
     if form is None:
         return
     endings = tuple(word for naming in form.names for word in naming.words)

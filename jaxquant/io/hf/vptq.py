@@ -1,4 +1,4 @@
-"""VPTQ: vectors of a codebook along the output features. Read as floats: a QTensor has no such grid.
+"""VPTQ: vectors of a codebook along the output features. They are read as floats, since no QTensor represents them.
 
 indices            int32 [groups, ceil(out / v), words]   a bit stream along the input features: index_bits of the
                                                           main index, then those of the residual
@@ -19,7 +19,7 @@ from jaxquant.io.hf.module import Format, Module, Naming
 __all__ = ["VPTQ"]
 
 
-_LONGEST = 256  # numbers that one index stands for; keeps what a small file can grow to within bounds
+_LONGEST = 256  # most numbers that one index stands for; bounds the memory that a small file can take
 
 
 def _parameters(m: Module) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def read(m: Module) -> np.ndarray:
             value = m.scales(suffix, ndim=1).astype(np.float32)
             m.check(suffix, value.shape, (length,))
             full = change(full, value)
-    m.notes.append("dequantized: vectors of a codebook are no grid with a scale")
+    m.notes.append("dequantized: no QTensor represents vectors of a codebook")
     return full.astype(main.dtype)
 
 

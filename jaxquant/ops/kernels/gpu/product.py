@@ -46,7 +46,7 @@ _SHALLOWEST_INT8 = 32  # along k, of one step of a tensor core
 
 
 class Weight(NamedTuple):
-    """Codes, as they are stored.
+    """A stored weight.
 
     Attributes:
       codes: [K, N], or [N, K] if ``k_last``; uint8 of two codes along the last axis, or int8, uint8, or int4.

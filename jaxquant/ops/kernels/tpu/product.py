@@ -39,7 +39,7 @@ FEW = 128
 DIGITS = 64
 """The same limit for integers; up to it a bfloat16 x is written as int8 digits."""
 
-_MEMORY = 48 << 20  # bytes of a TPU's vector memory that a program may take: the least that there is is 64 MiB
+_MEMORY = 48 << 20  # bytes of a TPU's vector memory that a program may take; the smallest has 64 MiB
 _DIGIT = 254.0
 _UNROLLED = 32  # blocks that the compiler schedules together
 
