@@ -70,7 +70,7 @@ class MLP(nn.Module):
 
 
 class Model(Protocol):
-    """What is trained and run: a Linen module, or one that is wrapped."""
+    """A model that is trained and run: a Linen module, or a wrapped one."""
 
     @property
     def init(self) -> Callable[..., Any]: ...

@@ -1,4 +1,4 @@
-"""What the demonstration measures."""
+"""The measurements of the demonstration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Result", "Row"]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What was measured of one scheme, after reloading its checkpoint.
+    """The measurements of one scheme, after reloading its checkpoint.
 
     Attributes:
       scheme, weights, activations, qat: as in `Scheme`.

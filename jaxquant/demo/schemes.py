@@ -1,4 +1,4 @@
-"""What the demonstration compares."""
+"""The schemes that the demonstration compares."""
 
 from __future__ import annotations
 

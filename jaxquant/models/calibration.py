@@ -58,11 +58,11 @@ def grams(
     mixture go the tokens that have chosen it.
 
     Args:
-      source: the directory of a decoder in float, of those that `jaxquant.models.load` knows.
-      tokens: of the text; they are cut into windows, and what is left of the last one is not used.
+      source: the directory of a float decoder that `jaxquant.models.load` supports.
+      tokens: of the text, which is cut into windows; an incomplete last window is not used.
       names: the weights, as the files call them.
       place: a directory that is made, or one that an interrupted run has left.
-      window: tokens that see one another; fewer, if the text has no more.
+      window: tokens in one sequence; fewer if the text is shorter.
       progress: called before each layer with how many are done, and of how many.
 
     Raises:
@@ -71,7 +71,7 @@ def grams(
     """
     files = _Files(source)
     if len(tokens) < 2:
-        todo = "Use a text of a few thousand tokens, like what the model is used for"
+        todo = "Use a text of a few thousand tokens, similar to the texts that the model is for"
         raise quant_error(_F, "the text is too short", todo=todo, tokens=len(tokens))
     stages, wanted = _stages(files.config), {name: renamed(name)[0] for name in names}
     of_stage = [{n: whole for n, whole in wanted.items() if whole.startswith(prefix)} for prefix in stages]
@@ -109,7 +109,7 @@ def _states(i: int) -> str:
 
 
 def _stages(config: Config) -> list[str]:
-    """What the names of the parameters of each stage begin with: the layers, and the head."""
+    """The prefix of the parameters' names in each stage: the layers, then the head."""
     return [*(f"model.layers.{i}." for i in range(len(config.layers))), "lm_head."]
 
 
@@ -191,7 +191,7 @@ def _run(files: _Files, i: int, prefix: str, wanted: Mapping[str, str], windows:
 
 
 def _used(config: Config, last: bool, prefix: str) -> list[str]:
-    """What the names of a stage's parameters begin with."""
+    """The prefixes of the names of a stage's parameters."""
     return ["model.norm.", "model.embed_tokens." if config.tied else "lm_head."] if last else [prefix]
 
 

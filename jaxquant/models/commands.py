@@ -48,7 +48,7 @@ def _of_models(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command()
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What to continue; several make a batch.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="A text to continue; several make a batch.")
 @click.option("--ids", multiple=True, metavar="N,N,..", help="The same as ids of tokens, without a tokenizer.")
 @click.option("--chat", is_flag=True, help="Each prompt is what a user says: apply the model's chat template.")
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="At most so many new ones.")

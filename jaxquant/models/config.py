@@ -1,7 +1,7 @@
-"""What a decoder computes, read from ``config.json``.
+"""The architecture of a decoder, read from ``config.json``.
 
-Every field of a configuration is either used here, or known to leave the logits as they are, or refused by name: a
-field that nobody has thought of may change the arithmetic.
+Every field of a configuration is used here, or known not to affect the logits, or refused by name: an unknown field
+might change the arithmetic.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a decoder computes; the sizes have Hugging Face's names.
+    """The architecture of a decoder; the sizes have Hugging Face's names.
 
     Attributes:
       architecture: ``model_type``.
@@ -150,7 +150,7 @@ def _mlp(name: str, wide: int, d: int) -> dict[str, tuple[int, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """What the models of one ``model_type`` have in common, and the defaults of their configurations."""
+    """Properties that the models of one ``model_type`` share, and the defaults of their configurations."""
 
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     biases: tuple[str, ...] = ()
@@ -240,7 +240,7 @@ _READ = {
     "num_key_value_heads", "head_dim", "rope_parameters", "rope_scaling", "layer_types", "tie_word_embeddings",
     "original_max_position_embeddings", "partial_rotary_factor", "hidden_activation",
 }  # fmt: skip
-#: What is not supported unless it is off.
+#: Fields that are refused unless they are off.
 _OFF = {
     "use_bidirectional_attention", "is_encoder_decoder", "add_cross_attention", "pruned_heads", "use_mrope",
     "rope_interleaved",

@@ -1,4 +1,4 @@
-"""What commands have in common: text that no terminal acts on, and refusals without a traceback."""
+"""Shared by the commands: text without control characters, and errors without a traceback."""
 
 from __future__ import annotations
 

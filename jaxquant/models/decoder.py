@@ -1,7 +1,7 @@
 """The decoder: functions of parameters by their names in a Hugging Face checkpoint.
 
 Linear weights are [out, in], as they lie in the file, and are contracted along their last axis. Each parameter is an
-array or, inside of `jaxquant.quantized`, whatever its leaf is.
+array or, inside `jaxquant.quantized`, any leaf of quantized parameters.
 
 The cache holds keys as [batch, head, token, feature] and values as [batch, head, feature, token], so that both products
 contract the last axis; in int8 with one scale per token and head, or in codes by the scales of the checkpoint.
@@ -40,7 +40,7 @@ def logits(config: Config, params: Params, tokens: jax.Array, mask: jax.Array | 
     """Logits of every token that may follow, without a cache.
 
     Args:
-      config: what is computed.
+      config: the architecture.
       params: by name, as `Config.shapes` lists them.
       tokens: int [batch, token].
       mask: bool [batch, token], False where there is padding, on either side; None: all are tokens.
@@ -70,14 +70,14 @@ def hidden(
     cache: Cache | None = None,
     start: jax.Array | int = 0,
 ) -> tuple[jax.Array, list[dict[str, jax.Array]]]:
-    """What the head is applied to, and the cache with these tokens in it.
+    """The head's inputs, and the cache with these tokens in it.
 
     Args:
       config: what is computed.
       params: by name.
-      tokens: int [batch, token], which go to the places of the cache from ``start`` on.
-      valid: bool [batch, place], which of them, these included, hold tokens and no padding.
-      cache: from `empty_cache`, with what came before; None: nothing came before, and nothing comes after.
+      tokens: int [batch, token]; they are written to the cache from place ``start`` on.
+      valid: bool [batch, place]: True for places that hold a token, these included, False for padding.
+      cache: from `empty_cache`, with the earlier tokens; None: there are no earlier or later tokens.
       start: the place of the first of the tokens.
 
     Returns:
@@ -95,13 +95,13 @@ def hidden(
 
 
 def embedded(config: Config, params: Params, tokens: jax.Array) -> jax.Array:
-    """What the first layer is applied to."""
+    """The inputs of the first layer: embeddings [batch, token, feature]."""
     x = jnp.take(params["model.embed_tokens.weight"], tokens, axis=0)
     return x if config.embedding_scale == 1 else x * jnp.asarray(config.embedding_scale, x.dtype)
 
 
 def normed(config: Config, params: Params, x: jax.Array) -> jax.Array:
-    """What the head is applied to, of what the last layer returns."""
+    """The head's inputs: the last layer's outputs, normalized."""
     return _norm(config, _Part(params, "model."), "norm", x)
 
 
@@ -134,7 +134,7 @@ def block(
 
 
 def head(config: Config, params: Params, x: jax.Array) -> jax.Array:
-    """Logits [batch, token, vocabulary] of what `hidden` returns."""
+    """Logits [batch, token, vocabulary] from the outputs of `hidden`."""
     w = params["model.embed_tokens.weight" if config.tied else "lm_head.weight"]
     return _capped(_product(x, w), config.logit_cap)
 
@@ -244,7 +244,10 @@ def _extended(cache: dict[str, jax.Array], new: dict[str, jax.Array], start: jax
 
 
 def _attended(config: Config, q: jax.Array, stored: dict[str, jax.Array], mask: jax.Array) -> jax.Array:
-    """[batch, head, group, token, feature] of queries on what is stored; scales of values go into the weights."""
+    """Attention of queries on the stored keys and values: [batch, head, group, token, feature].
+
+    The scales of the values are multiplied into the attention weights.
+    """
     k, v, coded = stored["k"], stored["v"], "k_scale" in stored
     if coded:
         one, qtype = jnp.ones((1, 1, 1, 1), jnp.float32), config.cache or "int8"

@@ -26,7 +26,7 @@ _CHUNK = 256
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """The results of `evaluate`.
 
     Attributes:
       tokens: how many were predicted: all but the first of each window.
@@ -84,7 +84,7 @@ def evaluate(
       model: from `load`.
       text: a text, or ids of tokens.
       reference: another model with the same vocabulary, most often the same one in float.
-      window: tokens that see one another; at most those that the model is made for.
+      window: tokens in one sequence; at most the model's maximal length.
       progress: called with the windows that are done, and with all of them.
 
     Returns:

@@ -1,7 +1,7 @@
 """`generate` and `stream`: tokens that follow, a chunk of them at a time.
 
-A prompt goes through the model in one call; then a loop inside of one program adds a token to every sequence of the
-batch, until all have ended or a chunk is full, and the chunk is handed out. Prompts of different lengths are padded on
+A prompt goes through the model in one call. Then a loop inside one program adds a token to every sequence of the batch,
+until all have ended or a chunk is full, and yields the chunk. Prompts of different lengths are padded on
 the left, so that every sequence writes to the same place of the cache.
 """
 
@@ -62,7 +62,7 @@ class Sampling:
 
 @dataclasses.dataclass
 class Times:
-    """What a run took, in seconds.
+    """The duration of a run, in seconds.
 
     Attributes:
       compiling: of both programs.
@@ -85,7 +85,7 @@ def generate(
     cache: Literal["float", "int8"] | None = None,
     sampling: Sampling = Sampling(),
 ) -> list[str] | list[list[int]]:
-    """What follows each of the prompts.
+    """Continues each prompt.
 
     Args:
       model: from `load`.
@@ -99,7 +99,7 @@ def generate(
       Texts for texts and ids for ids, without the prompt and without the token that ended it.
 
     Raises:
-      QuantError: for what `stream` refuses.
+      QuantError: in the cases in which `stream` raises.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq

@@ -68,7 +68,7 @@ _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 def configuration(
     metadata: Mapping[str, Any], tensors: Mapping[str, Any], *, ignore: Collection[str] = (), path: str
 ) -> dict[str, Any]:
-    """What ``config.json`` would say of the model.
+    """The model's configuration, as ``config.json`` would have it.
 
     Args:
       metadata: of the file.
@@ -135,7 +135,7 @@ def _rotary(config: dict[str, Any], rope: Mapping[str, Any]) -> None:
 
 
 def _as_family(config: dict[str, Any], architecture: str, tensors: Mapping[str, Any]) -> None:
-    """What an architecture of llama.cpp's is called elsewhere, and what its models do without saying so."""
+    """Hugging Face's name of an architecture of llama.cpp, and the properties that its files leave implicit."""
     if architecture == "llama":
         if config.get("num_experts", 0):
             config |= {"model_type": "mixtral", "num_local_experts": config.pop("num_experts")}

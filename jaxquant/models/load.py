@@ -77,7 +77,7 @@ class Model:
 
     @functools.cached_property
     def kinds(self) -> dict[str, tuple[int, int]]:
-        """What the parameters are, such as ``"int4, groups of 64"`` -> tensors and bytes; the largest part first."""
+        """Kind of parameter, such as ``"int4, groups of 64"`` -> tensors and bytes; the largest part first."""
         found: dict[str, list[Any]] = {}
         for leaf in self.params.values():
             found.setdefault(_kind(leaf), []).append(leaf)
@@ -85,7 +85,7 @@ class Model:
         return dict(sorted(sizes.items(), key=lambda item: -item[1][1]))
 
     def __str__(self) -> str:
-        """What it is, what is quantized, and what stays in float; a line each."""
+        """A line for the model, one for each kind of parameter, and one for each quantized activation."""
         config, numbers = self.config, sum(math.prod(leaf.shape) for leaf in self.params.values())
         what = f"{config.architecture}, {len(config.layers)} layers, {_count(numbers)} parameters, {self.format}"
         some = lambda n: "1 tensor" if n == 1 else f"{n} tensors"  # noqa: E731
@@ -97,7 +97,7 @@ class Model:
 
     @property
     def activations(self) -> tuple[str, ...]:
-        """What is quantized besides the weights, a line for each kind."""
+        """Quantized values other than weights, a line for each kind."""
         kinds = Counter(() if self.plan is None else self.plan.acts.values())
         found = [f"{spec.brief} before {n} weight{'s' if n > 1 else ''}" for spec, n in kinds.items()]
         cache = self.config.cache
@@ -136,7 +136,7 @@ def load(
 
     Raises:
       QuantError: for an architecture, a field of the configuration or a tensor that is not supported, each by its name;
-        and for what `jaxquant.io.load_model` and `jaxquant.io.load_gguf` refuse.
+        and in the cases in which `jaxquant.io.load_model` and `jaxquant.io.load_gguf` raise.
 
     Example:
       >>> import jaxquant as jq
@@ -243,7 +243,7 @@ _PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def renamed(name: str) -> tuple[str, int | None]:
-    """What a parameter is called here, whichever of its names a file has; and which expert of the layer it is of."""
+    """The name of a parameter in this package, from any of its names in files, and the index of its expert."""
     name = re.sub(r"^language_model\.(?=(model|lm_head)\.)", "", name)
     name = re.sub(r"^model\.language_model\.", "model.", name)
     name = name.replace(".block_sparse_moe.", ".mlp.").replace(".switch_mlp.", ".experts.")

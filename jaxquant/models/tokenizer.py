@@ -101,7 +101,7 @@ class Tokenizer:
         environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
         environment.globals["raise_exception"] = refuse
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        # Marks of what a model is trained on, which do not show in the text.
+        # Tags around the trained part of a conversation; they do not change the text.
         template = re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{#\1 \2#}", self.template)
         try:
             return environment.from_string(template).render(

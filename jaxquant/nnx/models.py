@@ -93,7 +93,7 @@ class Wrapped(nnx.Module):
         self.rules = check_all_rules("wrap", rules)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        """What a call with these arguments (arrays or shapes) quantizes; see `jaxquant.make_plan`."""
+        """The plan of a call with these arguments (arrays or shapes); see `jaxquant.make_plan`."""
         fn, params, rest = _pure(self.model)
         return make_plan(fn, params, rest, *args, rules=self.rules, **kwargs)
 
@@ -145,7 +145,7 @@ def wrap(model: Any, rules: Sequence[Rule | OpRule]) -> Wrapped:
 
     Products are found in the trace, so every way in which a parameter reaches one counts, ``x @ self.w`` included.
     Float weights train, QTensors run; the model keeps its stateful ways: `nnx.jit`, `nnx.Optimizer`, batch statistics
-    and dropout streams work through the wrapper. Call it inside `nnx.jit`: without, each call traces anew.
+    and dropout streams work through the wrapper. Call it inside `nnx.jit`; otherwise each call traces again.
 
     Args:
       model: an NNX module. The wrapper holds the model itself: training one trains the other.

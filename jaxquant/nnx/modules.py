@@ -45,7 +45,7 @@ _FLAX_OPERATIONS = (None, lax.dot_general, lax.conv_general_dilated, jnp.einsum)
 
 
 class Quantized:
-    """What the layers share; the first base of each, before Flax's layer."""
+    """Shared by the layers: the first base of each, before Flax's layer."""
 
     _weight_name = "kernel"
     _op = "dot_general"

@@ -31,7 +31,7 @@ def set_value(variable: Any, value: Any) -> None:
 
 
 class QuantStat(nnx.Variable):
-    """What a layer with a static activation range has seen of its input."""
+    """The input statistics of a layer with a static activation range."""
 
 
 class ActRange(nnx.Module):

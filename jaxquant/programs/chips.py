@@ -1,10 +1,10 @@
-"""Accelerators that programs are compiled for: how to ask the compiler for one, and what it can do at most.
+"""Accelerators that programs are compiled for: the compiler's name of each, and its peak rates.
 
-Peaks, bandwidths and capacities are those that the makers publish, for one device as JAX counts them (a TPU7x has two
-on a chip). Clocks turn the cycles that the TPU compiler estimates into time.
+The makers publish peaks, bandwidths and capacities. They are for one device as JAX counts them (a TPU7x chip has two).
+Clocks turn the cycles that the TPU compiler estimates into time.
 
-Source: cloud.google.com/tpu/docs (v5e, v5p, v6e, TPU7x), NVIDIA's data sheets of the H100 SXM and A100 SXM 80 GB, and,
-for what a compiler must know of a GPU, the device descriptions of OpenXLA.
+Source: cloud.google.com/tpu/docs (v5e, v5p, v6e, TPU7x), NVIDIA's data sheets of the H100 SXM and A100 SXM 80 GB, and
+OpenXLA's device descriptions, which the GPU compiler needs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Chip:
     description: str | None = None
 
     def peak(self, dtype: str) -> float:
-        """Operations a second on numbers of a type; on what it has no units for, those of bfloat16."""
+        """Operations per second on numbers of a type; those of bfloat16 if the chip has no units for the type."""
         return self.peaks.get(dtype, self.peaks["bf16"])
 
     @property

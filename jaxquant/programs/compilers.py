@@ -96,7 +96,7 @@ def _axes(mesh: Any) -> tuple[tuple[str, int], ...]:
 
 @contextlib.contextmanager
 def _shared_libtpu() -> Iterator[None]:
-    """While libtpu is loaded to compile only, it takes no lock: that is for those who hold the devices."""
+    """Loads libtpu without its lock, which is needed only by processes that use the devices."""
     name = "ALLOW_MULTIPLE_LIBTPU_LOAD"
     if name in os.environ or "tpu" in os.environ.get("JAX_PLATFORMS", ""):
         yield

@@ -1,4 +1,4 @@
-"""What a program costs by its own text: estimated cycles, arithmetic by number type, collectives."""
+"""The costs of a program, read from its text: estimated cycles, arithmetic by number type, collectives."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Collective:
 
     Attributes:
       kind: HLO's name.
-      dtype: of what is sent.
+      dtype: of the arrays that are sent.
       nbytes: of the arrays that the operation makes on one device, over all runs.
       count: runs.
     """
@@ -104,7 +104,7 @@ def products(program: Program) -> list[tuple[str, Instruction, Product]]:
 
 
 def product_of(program: Program, computation: str, instruction: Instruction) -> Product | None:
-    """What an instruction multiplies; None if it is no product."""
+    """The number types and operations of a product; None if the instruction is no product."""
     operands = program.operands_of(computation, instruction)
     if len(operands) < 2:
         return None
@@ -135,7 +135,7 @@ def _library_product(instruction: Instruction) -> list[int] | None:
 
 
 def _taps(instruction: Instruction, left: Array, right: Array, out: Array) -> float:
-    """Multiplications of a convolution: those with padding and with what dilation puts in are none.
+    """Multiplications of a convolution, without the zeros of padding and dilation.
 
     (The TPU compiler writes batched products as convolutions, with the batch along a dilated window.)
     """

@@ -1,4 +1,4 @@
-"""What a compiled program takes on its target, as its compiler estimates it, and the least that it could take."""
+"""Estimates of a compiled program on its target, by its compiler, and the lower bounds beside them."""
 
 from __future__ import annotations
 

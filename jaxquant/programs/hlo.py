@@ -85,7 +85,7 @@ class Instruction:
 
     @property
     def cycles(self) -> int | None:
-        """What the TPU compiler estimates for one run of it, or None. Of some it says 2**62 or more, which is none.
+        """The TPU compiler's estimate for one run, in cycles, or None; 2**62 or more means that it has none.
 
         The static schedule of its machine code, where the compiler was asked to keep it, has precedence over the model
         that chose how to compile it.
@@ -97,7 +97,7 @@ class Instruction:
 
     @property
     def config(self) -> str:
-        """What the compiler that it is for was given, as JSON; "{}" if nothing was."""
+        """The configuration for the target's compiler, as JSON; "{}" if there is none."""
         _, _, text = self.rest.partition("backend_config=")
         return text[: json.JSONDecoder().raw_decode(text)[1]] if text.startswith("{") else "{}"
 
@@ -241,7 +241,7 @@ class Program:
         return float(stop - start) if start is not None else math.nan
 
     def _traced(self, outer: str, inner: str, outside: tuple[str, ...], name: str) -> int | str | None:
-        """What a value of a loop's condition is: a constant, or the number of an element of the loop's tuple."""
+        """Resolves a value of a loop's condition: to a constant, or to the index of an element of the loop's tuple."""
         instruction = self.computations[inner].get(name)
         while instruction is not None:
             if instruction.opcode == "constant":

@@ -81,7 +81,7 @@ def _kernel(program: Program, computation: str, instruction: Instruction) -> _Ke
 
 
 def _compiled_apart(chip: Chip, kernels: Sequence[_Kernel]) -> Iterator[int | str]:
-    """Cycles of each, or why there are none. A kernel that ends the process is left out, and a process made anew."""
+    """Cycles of each kernel, or why there are none. If a kernel ends the process, a new process takes the rest."""
     left = list(kernels)
     while left:
         request = {"target": chip.name, "kernels": [dataclasses.asdict(kernel) for kernel in left]}

@@ -21,7 +21,7 @@ Place = tuple[str, str, int | None]
 
 @dataclasses.dataclass
 class Reached:
-    """What the values of a weight reach.
+    """The instructions that the values of a weight reach.
 
     Attributes:
       kernels: what multiplies them, in words.
@@ -37,7 +37,7 @@ class Reached:
 
     @property
     def cycles(self) -> float | None:
-        """What the TPU compiler estimates for all steps; None where it gives no estimate for any."""
+        """The TPU compiler's estimate for all steps, in cycles; None if it has none for any of them."""
         known = [step.cycles * times for step, times in self.steps.values() if step.cycles is not None]
         return sum(known) if known else None
 
