@@ -1,5 +1,5 @@
-"""`allocate`: the choice of candidates that fits a budget of bytes best;
-`refine`: a better one, by what choices cost as a whole."""
+"""`allocate`: the best choice of candidates within a budget of bytes; `refine`: a better one, by the measured error of
+whole choices."""
 
 from __future__ import annotations
 
@@ -115,10 +115,10 @@ def refine(
 ) -> Plan:
     """A choice within a budget of bytes, of less error as a whole than another.
 
-    The errors of single weights do not add up exactly: some cancel. This measures whole choices: the given one, each
-    uniform one that is not larger, and, from the best of them, those that differ in one or two weights, in the order of
-    the error that the table predicts; whenever one is better, on from there. Never worse on the batches than where it
-    starts.
+    The errors of single weights do not add up exactly: some cancel. So this measures whole choices: the given one and
+    each uniform one that is not larger. From the best of them it tries choices that differ in one or two weights, in
+    the order of the error that the table predicts, and continues from each improvement. The result is never worse on
+    the batches.
 
     Args:
       fn: the function that was planned.

@@ -1,4 +1,4 @@
-"""What a function is run on, batch after batch."""
+"""The batches on which a function runs."""
 
 from __future__ import annotations
 

@@ -92,8 +92,8 @@ class Calibration:
     Args:
       function: who asks, for errors.
       fn, plan, collect: as for `calibrate`.
-      stages: the paths that are collected at a time; None: all, always. What has the same statistics, and is never
-        collected at one time, shares the place of its results, so that memory is that of the largest stage.
+      stages: the paths that are collected at a time; None: all, always. Paths with equal statistics in different stages
+        share one buffer, so the largest stage determines the memory.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class Calibration:
         return self._checked(named)
 
     def _checked(self, named: dict[str, Tally]) -> dict[str, Any]:
-        """What was seen of each path; raises where that is nothing at all, or no number."""
+        """The statistics of each path; raises if a path has no inputs, or inputs that are NaN or infinite."""
         reached = {path: tally for path, tally in named.items() if tally.seen is None or _all(tally.seen)}
         broken = {p: int(jnp.min(t.value.broken)) for p, t in reached.items() if _is_here(t.value.broken)}
         broken = tuple(f"{path} (batch {number})" for path, number in broken.items() if number != _NEVER)
@@ -228,7 +228,7 @@ def calibrate(
     collect: Collect | None = None,
     mask: Mask = None,
 ) -> dict[str, Any]:
-    """Runs ``fn`` over batches and collects statistics of what goes into each planned weight.
+    """Runs ``fn`` over batches and collects statistics of the inputs of each planned weight.
 
     One jitted pass per batch, on the float params with float activations. Memory is that of the statistics, whatever
     the number of batches.
@@ -254,8 +254,8 @@ def calibrate(
       rows has no effect.
 
     Raises:
-      QuantError: if there are no batches, collect is no dict of statistics, params do not fit the plan, a planned
-        weight is inside of a shard_map. Naming all weights it is true of: if an input that counts holds NaN or inf, a
+      QuantError: if there are no batches, collect is no dict of statistics, params do not fit the plan, or a planned
+        weight is inside a shard_map. Also, naming all such weights: if an input that counts holds NaN or inf, a
         statistic of channels is asked for where only a part of a weight's channels meets an input, or the mask does not
         fit an input (in a scan over the length, say, or in a ragged_dot, which knows rows by expert).
 

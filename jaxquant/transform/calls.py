@@ -73,7 +73,7 @@ def _weights(values: Iterable[Any]) -> list[Weight]:
 
 
 def arrays_of(value: Any) -> Any:
-    """What of a value crosses: a pytree of arrays."""
+    """The arrays of a value that enter the inner trace, as a pytree."""
     if isinstance(value, Joined):
         return [arrays_of(part) for part in value.parts]
     return (value.leaf, value.state) if isinstance(value, Weight) else value
@@ -102,7 +102,7 @@ def handed_on(results: list[Any], given: list[Any]) -> dict[int, int]:
 
 
 def _together(passed: dict[int, int], given: list[Any], rest: Iterable[Any], count: int) -> list[Any]:
-    """All results: those that were handed on, from the outside, and the rest."""
+    """All results: values that were passed through come from outside, the others from ``rest``."""
     others = iter(rest)
     return [given[passed[i]] if i in passed else next(others) for i in range(count)]
 
@@ -218,7 +218,7 @@ def _apart(value: Any) -> Any:
 
 
 def _without_stack(value: Any) -> Any:
-    """What a scan slices of a stack of weights: all but codes in blocks of groups, which kernels find in the stack."""
+    """The arrays that a scan slices: a stack of weights without blocked codes, which kernels index in the stack."""
     if isinstance(value, Weight) and type(value.leaf) is QTensor and value.leaf.split is not None:
         return dataclasses.replace(value, leaf=value.leaf.replace(codes=None))
     return value
@@ -351,6 +351,6 @@ def _cond(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 
 
 def _padded(branch: Any, shapes: dict[str, Tally]) -> Any:
-    """A branch with the statistics of all branches: those that are not its own are empty."""
+    """A branch that returns the statistics of all branches; the statistics of other branches are empty."""
     results, stats = branch()
     return results, {**_empty(shapes), **{path: tally.certain() for path, tally in stats.items()}}

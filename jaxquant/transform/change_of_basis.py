@@ -1,7 +1,7 @@
 """`precondition`: a function whose planned weights are multiplied in another basis; `precondition_params`: the params.
 
-What cannot be fused into a neighbour (`jaxquant.invariances.scale_pairs` finds what can) is done online: the
-input of the product is brought into the basis as it arrives.
+If a change of basis cannot be fused into a neighbour (`jaxquant.invariances.scale_pairs` finds where it can), it runs
+online: the input of the product is transformed at each call.
 """
 
 from __future__ import annotations

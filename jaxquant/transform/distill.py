@@ -22,7 +22,7 @@ __all__ = ["Distillation", "Distilled", "distill", "relative_error", "resumed"]
 
 
 class Distilled(NamedTuple):
-    """What `distill` yields after each batch.
+    """The result of `distill` after each batch.
 
     Attributes:
       params: the quantized parameters, as tuned so far.
@@ -156,7 +156,7 @@ class Distillation:
       loss: ``(outputs, targets) -> scalar``, such as `jaxquant.qat.distillation_loss` for a function of logits.
       floats: ``(path, leaf) -> bool``: which float leaves train beside the scales.
       progress: is called with `Distilled` after each step: to print a bar, and to save ``done.resume`` now and then.
-      resume: what was saved; None: start anew. Then neither calibration for the method nor the method itself runs.
+      resume: the saved state; None: a new run. With it neither calibration for the method nor the method runs.
 
     Raises:
       QuantError: if there is no optimizer, or ``epochs`` is no number above 0.
@@ -192,7 +192,7 @@ _KEPT = ("optimizer", "params", "step", "train")
 
 
 def resumed(function: str, resume: Any, params: Any) -> Any:
-    """The quantized parameters of what was saved, in the containers of ``params``."""
+    """The saved quantized parameters, in the containers of ``params``."""
     if not isinstance(resume, Mapping) or tuple(sorted(resume)) != _KEPT:
         keys = tuple(sorted(map(str, resume))) if isinstance(resume, Mapping) else type(resume).__name__
         todo = "Pass Distilled.resume, or what jq.io.load read of it"
@@ -207,7 +207,7 @@ def resumed(function: str, resume: Any, params: Any) -> Any:
 
 
 def _where_it_was(resume: Any, train: dict[str, jax.Array], opt_state: Any) -> tuple[Any, Any, int]:
-    """What trains, the optimizer's state and the number of steps, of a run that was stopped."""
+    """The trained values, the optimizer's state and the number of steps of an interrupted run."""
     todo = "Go on with the arguments that it began with, and qparams=resume['params']"
     resumed("distill", resume, resume.get("params") if isinstance(resume, Mapping) else None)
     old, kept = resume["train"], jax.tree.leaves(resume["optimizer"])
@@ -218,12 +218,12 @@ def _where_it_was(resume: Any, train: dict[str, jax.Array], opt_state: Any) -> t
         raise quant_error("distill", "resume is of a run with another optimizer or plan", todo=todo, paths=odd)
     for path, value in old.items():
         if value.shape != train[path].shape or not bool(jnp.allclose(value, train[path], rtol=1e-2, atol=1e-2)):
-            raise quant_error("distill", "qparams are not those that resume stopped at", todo=todo, path=path)
+            raise quant_error("distill", "qparams differ from the parameters in resume", todo=todo, path=path)
     return dict(old), jax.tree.unflatten(treedef, map(jnp.asarray, kept)), int(resume["step"])
 
 
 def _parts(plan: Plan, qparams: Any, floats: Callable[[str, Any], bool]) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """What trains (scales by their logarithms), all leaves, and the treedef."""
+    """The trained values (scales by their logarithms), all leaves, and the treedef."""
     leaves, treedef = leaves_with_paths(qparams)
     train: dict[str, Any] = {}
     for path, leaf in leaves.items():

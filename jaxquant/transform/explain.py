@@ -35,13 +35,13 @@ class Use:
 
     Attributes:
       path: the weight's path.
-      kernels: what it reaches. A product is named by its type, ``"int8"``, ``"float32"`` or ``"bfloat16"``; on a CPU
-        with ``", plain"`` where XLA's library of fast kernels does not serve it. ``"float32 GEMV"``: a loop decodes and
+      kernels: the operations that it reaches. A product is named by its type, ``"int8"``, ``"float32"`` or
+        ``"bfloat16"``; on a CPU with ``", plain"`` where XLA's library of fast kernels does not serve it. ``"float32 GEMV"``: a loop decodes and
         multiplies. ``"lookup"``: rows are gathered. ``"dequantized"``: a float array of the weight's size is written
         first. A kernel that is written by hand has its own name. Empty: none of these was found.
       nbytes: bytes of codes, scales and zero points: what one use has to read.
       float_nbytes: bytes of the float weight.
-      written: bytes that the program writes to memory of what it makes of the weight before it multiplies.
+      written: bytes of decoded or copied weights that the program writes to memory before it multiplies.
       seconds: what the compiler estimates for the steps that the weight goes through, or None: the longer of their
         cycles, and of reading the weight once and moving what was written twice. Steps that several weights share count
         for each.
@@ -65,7 +65,7 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a program was compiled for, where that is not the machine at hand.
+    """The chip that a program was compiled for, if it is not the machine at hand.
 
     Attributes:
       name: the chip.
@@ -85,7 +85,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; prints as a table.
+    """The result of `explain`; prints as a table.
 
     Every time in it is an estimate, of the compiler that ``target`` names or of the chip's published figures. None was
     measured.

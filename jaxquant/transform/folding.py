@@ -1,4 +1,4 @@
-"""What moves between parameters, moved: the function of them stays the same.
+"""Moves factors and bases between parameters; the function of them stays the same.
 
 rescale       a scale of channels, along a `ScalePair`
 fold_gains    the gains of norms, into the weights that read them

@@ -1,6 +1,6 @@
 """One interpreter over the jaxpr of a function of params; planning, running and calibrating are three uses of it.
 
-Runs of equations that no planned weight reaches are evaluated as they stand. An equation that a weight does reach goes
+Runs of equations that no planned weight reaches are evaluated unchanged. An equation that a weight does reach goes
 to the handler of its primitive:
 
 - a *view* (transpose, reshape, slice, cast ..) yields the weight seen through one more step
@@ -77,7 +77,7 @@ def _registry() -> dict[Any, Handler]:
 
 
 def handler_of(primitive: Any) -> Handler:
-    """What treats an equation of this primitive that a weight reaches."""
+    """The handler of equations of this primitive that a weight reaches."""
     return _registry().get(primitive, unsupported)
 
 
@@ -116,8 +116,8 @@ class Tally(NamedTuple):
     """Statistics of the inputs of one parameter, and whether there were any.
 
     Attributes:
-      value: what was collected; arbitrary where nothing was.
-      seen: whether something was, as an array; None: yes, for certain. Branches, loops and masks leave it open.
+      value: the statistics; arbitrary if there were no inputs.
+      seen: whether there were inputs, as an array; None: there were. Branches, loops and masks decide it at run time.
     """
 
     value: Any
@@ -148,10 +148,10 @@ class Tally(NamedTuple):
 
 @dataclasses.dataclass
 class Interpreter:
-    """Evaluates a jaxpr some of whose inputs are `Weight`s. Its fields do not change; what it notes goes into the last.
+    """Evaluates a jaxpr some of whose inputs are `Weight`s. Its fields do not change; notes go into the last one.
 
     Attributes:
-      plan: what is quantized, or None: QTensors are, weight-only.
+      plan: the plan, or None: QTensors run weight-only.
       precision: overrides the precision of quantized operations.
       planning: compute nothing, record uses.
       collect: ``(item, () -> inputs) -> {key: Tally}`` of a planned operation; None: collect nothing.
@@ -159,7 +159,7 @@ class Interpreter:
       keys: path -> the key under which its statistics go; None: each path is its own.
       mask: which rows of the inputs count, as `jaxquant.transform.masks` has it; None: all.
       products: products of two activations that are looked for; None: none are.
-      observing: whether what is collected is quantized all the same; calibration runs in float.
+      observing: whether operations are quantized while statistics are collected; calibration runs in float.
       entering: ``(weight, x, channel axes of x) -> x``, applied to the input of each product with a planned weight.
       rounding_key: for stochastic rounding, or None.
       scope: the name stack of the jaxpr that runs.
@@ -210,7 +210,7 @@ class Interpreter:
         return a.merge(b, functools.partial(self.merge, key))
 
     def key(self, path: str) -> str:
-        """What the statistics of a parameter are kept under."""
+        """The key of a parameter's statistics."""
         return path if self.keys is None else self.keys[path]
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
@@ -388,7 +388,7 @@ def unsupported(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
 
 
 def bind(eqn: Any, values: list[Any]) -> list[Any]:
-    """One equation as it stands, on these values."""
+    """Evaluates one equation on these values."""
     given = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, Literal)}
     return list(jaxpr_as_fun(_jaxpr([eqn], list(given), list(eqn.outvars)))(*given.values()))
 

@@ -1,8 +1,8 @@
-"""Weights side by side: a concatenation, and what is done with it, as if it were done with each of them by itself.
+"""Concatenated weights: an operation on them runs as if on each of them by itself.
 
 ``x @ concatenate([a, b], 1)`` is ``concatenate([x @ a, x @ b], 1)``, and along the contracted axis it is a sum. So
 weights that are joined before they are used (the gates of a recurrent cell, say) need no common scales, and each is
-planned, trained, calibrated and quantized on its own. What has no such form runs on the joined floats.
+planned, trained, calibrated and quantized on its own. Other operations run on the concatenated floats.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ Place = RotationGroup | str
 
 
 class LearnedRotations(NamedTuple):
-    """What `learn_rotations` yields after each batch.
+    """The result of `learn_rotations` after each batch.
 
     Attributes:
       matrices: place -> orthogonal matrix, as learned so far.
@@ -63,7 +63,7 @@ def cayley(matrix: jax.Array, skew: jax.Array) -> jax.Array:
     """
     half, eye = skew / 2, jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
     turned = jnp.linalg.solve(eye + half, jnp.matmul(eye - half, matrix, precision="highest"))
-    # What rounding has left of a departure from orthogonality, squared: one step of Newton's iteration.
+    # One step of Newton's iteration squares the departure from orthogonality that rounding leaves.
     gram = jnp.matmul(turned.T, turned, precision="highest")
     return jnp.matmul(turned, 1.5 * eye - gram / 2, precision="highest")
 
@@ -131,8 +131,8 @@ def learn_rotations(
     """Turns orthogonal matrices, fused or online, so that the quantized function does what the float one does.
 
     ``min over R of loss(quantized fn of params turned by R, fn of params)``, over inputs without labels. Rounding
-    passes its gradient on to what is rounded, and to its range, of which the error is a fixed fraction: what is learned
-    is mostly in which basis ranges are small where errors matter.
+    passes its gradient on to the rounded value and to its range, of which the error is a fixed fraction. So training
+    mostly finds a basis in which ranges are small where errors matter.
 
     With G the gradient in R, ``A = G R^T - R G^T`` is how R should turn. Running means of it, in units of their root
     mean square, go into a Cayley step, after which R is orthogonal again. A generator: take as many steps as you like,

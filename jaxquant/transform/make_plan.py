@@ -54,9 +54,9 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
       fn: any JAX function whose argument 0 is a pytree of parameters: ``model.apply``, say.
       params: its parameters: arrays or shapes.
       *args, **kwargs: its further arguments: arrays or shapes, and anything static.
-      rules: the first whose pattern is found in a parameter's path wins; ``Rule(pattern, None)`` keeps what it
+      rules: the first whose pattern is found in a parameter's path wins; ``Rule(pattern, None)`` keeps its
         matches in float. A parameter that no rule matches stays in float. Products of two activations stay in float
-        too, except those that an `OpRule` names.
+        too, unless an `OpRule` names them.
 
     Returns:
       A `Plan`: print it.
@@ -205,11 +205,11 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: 
     can = [use for use in uses if use.reduce_axes is not None]
     cannot = list(dict.fromkeys(use.reason for use in uses if use.reduce_axes is None))
     if cannot and not rule.dequantize:
-        todo = "; Rule(..., dequantize=True) quantizes it all the same"
+        todo = "; Rule(..., dequantize=True) quantizes it anyway"
         return Float(path, shape, dtype, f"also {', '.join(cannot)}{todo}")
     mixed = len({use.stacked for use in can}) > 1
     if mixed and not rule.dequantize:
-        todo = "; Rule(..., dequantize=True) quantizes it all the same"
+        todo = "; Rule(..., dequantize=True) quantizes it anyway"
         return Float(path, shape, dtype, f"used both whole and layer by layer in a scan{todo}")
     main = max([use for use in can if use.op != "take"] or can, key=lambda use: use.stacked)
     assert main.reduce_axes is not None

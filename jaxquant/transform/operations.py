@@ -87,7 +87,7 @@ def _inputs(item: Item, rows: Rows, columns: Callable[[], Rows] | None = None) -
 
 
 def _rows(interpreter: Interpreter, item: Item, x: jax.Array, axes: Axes) -> Rows:
-    """An activation in rows, with those that the mask lets count."""
+    """An activation in rows, with the rows that the mask counts."""
     if interpreter.mask is None:
         return Rows(axes.flatten(x))
     return Rows(axes.flatten(x), axes.flatten(_counted(interpreter, item, x, axes.contract))[..., 0])
@@ -115,8 +115,8 @@ Handler = Callable[[Interpreter, Any, list[Any]], list[Any]]
 def _partitioned(handler: Handler) -> Handler:
     """A handler that runs with automatic axes on a mesh of explicit ones.
 
-    What computes with codes has reshapes and products of its own, for which the program names no shardings. The results
-    are placed where the program's own equation places them.
+    Operations on codes reshape and multiply by themselves, and the program names no shardings for that. The results are
+    placed where the program's own equation places them.
     """
 
     @functools.wraps(handler)

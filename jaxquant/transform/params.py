@@ -35,8 +35,8 @@ __all__ = ["dequantize_params", "quantize_params"]
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """What kind of layer a parameter belongs to: which axes it contracts, how its codes are stored, and whether it has
-    no inputs, since it is only looked up.
+    """The kind of layer of a parameter: which axes it contracts, how its codes are stored, and whether it is only
+    looked up.
     """
 
     reduce_axes: tuple[int, ...]
@@ -246,8 +246,8 @@ def quantize_params(
 
     With a plan, all is settled. With rules, the axes that share a scale come from the kind of layer, by Flax's
     parameter names: the input features of a ``kernel`` of two dimensions, everything but the output features of a
-    convolution's ``kernel``, each row of an ``embedding``. A ``kernel`` with a ``bias`` has its outputs where the bias
-    has them (``DenseGeneral``, stacked layers), and so have those of an attention.
+    convolution's ``kernel``, each row of an ``embedding``. The output axes of a ``kernel`` with a
+    ``bias`` are those of the bias (``DenseGeneral``, stacked layers); the same holds in an attention.
     Where names and shapes leave it open (``DenseGeneral`` without a bias, other libraries), pass a plan, or let the
     rule say it: ``Rule(pattern, spec, reduce_axes=(-3, -2))``. Parameters of no such kind (biases, norms) stay float.
 
@@ -307,7 +307,7 @@ def quantize_params(
             _check_stats(path, (stats or {}).get(path))
     refusals.close()
     known = {path: steps.get(path, (stats or {}).get(path)) for path in assigned}
-    # What a method misses should show before it has worked for long.
+    # Missing statistics should raise before a method has worked for long.
     for done, path in enumerate(sorted(assigned, key=lambda path: known[path] is not None), 1):
         layout = layout_for(target, leaves[path])
         by = by_steps if path in steps else method
@@ -345,7 +345,7 @@ def dequantize_params(params: Any) -> Any:
 
 
 def update_params(fn: Callable[..., Any], plan: Plan, params: Any, *others: Any) -> Any:
-    """``fn`` of the values that quantized params stand for, quantized anew: averages of weights, steps of an optimizer.
+    """Applies ``fn`` to dequantized params and quantizes the result: averages of weights, steps of an optimizer.
 
         update_params(fn, plan, p, ...) = quantize_params(fn(dequantize_params(p), ...), plan)
 
@@ -358,8 +358,8 @@ def update_params(fn: Callable[..., Any], plan: Plan, params: Any, *others: Any)
       others: further trees for ``fn``. QTensors among their leaves are dequantized too.
 
     Returns:
-      What ``fn`` returns, with QTensors for the weights of the plan. A value moves by whole steps of its scale: keep
-      the average itself in float where changes are smaller than half of one.
+      The results of ``fn``, with QTensors for the weights of the plan. A value moves by whole steps of its scale: keep
+      the average itself in float if changes are smaller than half a step.
 
     Raises:
       QuantError: naming the path, if a QTensor is none of the plan's, or its leaves are those of a gradient with

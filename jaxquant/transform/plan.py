@@ -64,7 +64,7 @@ class Item:
 
     @property
     def note(self) -> str:
-        """What to know of it, as one line."""
+        """Remarks, as one line."""
         return "; ".join((*self.in_float, *self.notes))
 
     @property
@@ -74,12 +74,12 @@ class Item:
 
     @property
     def lookup(self) -> bool:
-        """Whether it is only looked up, and so has no inputs."""
+        """Whether it is only looked up, and therefore has no inputs."""
         return self.op == "take"
 
     @property
     def kernel(self) -> str:
-        """What computes it on the default device; `jaxquant.explain` says what the compiled program really does."""
+        """The kernel on the default device; `jaxquant.explain` reads the compiled program."""
         layer = self.shape[self.stacked :]
         length = math.prod(layer[axis] for axis in self.reduce_axes)
         sizes = self.rows if self.rows is None else max(self.rows, 1), math.prod(layer) // length, length
@@ -147,7 +147,7 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """An ordered mapping from path to `Item`, with what stays in float. Made by `make_plan`; prints as a table.
+    """An ordered mapping from path to `Item`, with the parameters that stay in float; prints as a table.
 
     Lines have at most 80 characters, long paths aside. Repeated layers that are alike are one entry of the table:
     ``layers_{0..31}/kernel``, with the bytes of all.

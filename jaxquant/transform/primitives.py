@@ -52,8 +52,8 @@ def public(name: str) -> Callable[[], Any]:
 def _traced(fn: Callable[..., Any], *args: Any) -> Jaxpr:
     """The jaxpr of a function of shapes, by a trace of its own: outside of any mesh or trace, and with `jax.jit`.
 
-    What is found is kept for the whole process, so it must not depend on where it was asked for first. Meshes and
-    traces belong to a thread.
+    The result is kept for the whole process, so it must not depend on the place of the first call. Meshes and traces
+    belong to a thread.
     """
 
     def trace() -> Jaxpr:
@@ -241,7 +241,7 @@ def shard_map_p() -> Any:
 
 
 def pvary_p() -> Any:
-    """The primitive by which a value that is equal on all devices meets one that is not, inside of a shard_map."""
+    """The primitive, inside a shard_map, that marks a replicated value as varying over devices."""
     return _manual().params["jaxpr"].eqns[0].primitive
 
 

@@ -16,12 +16,12 @@ __all__ = ["Products", "product_name", "scoped"]
 
 @dataclasses.dataclass
 class Products:
-    """Products of two activations: those that a plan quantizes, and those met so far.
+    """Products of two activations: the planned ones, and the ones met so far.
 
     Attributes:
       specs: name -> spec; None while planning: every product is looked for.
       met: name -> shapes of the operands, where it was met first.
-      own_derivatives: names of those inside of a function with a derivative rule of its own.
+      own_derivatives: names of products inside a function with a derivative rule of its own.
     """
 
     specs: dict[str, OpSpec] | None

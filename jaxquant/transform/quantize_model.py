@@ -36,7 +36,7 @@ _F = "quantize_model"
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of the parameters; prints as a few lines.
+    """The quantized parameters and those in float; prints as a few lines.
 
     Attributes:
       quantized: how many weights are quantized.

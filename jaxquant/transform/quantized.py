@@ -77,11 +77,11 @@ class Planned(Protocol):
 
     @property
     def plan(self) -> Plan | StatedPlan | None:
-        """What is quantized how."""
+        """The plan."""
 
     @property
     def state(self) -> Any:
-        """What the plan needs besides the parameters."""
+        """Static ranges and learned steps of the plan."""
 
 
 def quantized(
@@ -97,12 +97,12 @@ def quantized(
     ``fn(params, ...)`` is traced to a jaxpr and evaluated; wherever a dot_general, a convolution, an embedding lookup
     or a ragged_dot meets a planned weight, the quantized operation runs instead. The leaf says what happens: a float
     leaf trains (quantization-aware, straight-through gradients), a `QTensor` leaf runs on its codes; their forward
-    values agree. Everything else is evaluated as it stands. Composes with jit, grad, vmap, scan, remat and shard_map,
-    outside and inside; wrap it in `jax.jit`, since without it each call traces anew.
+    values agree. Everything else runs unchanged. Composes with jit, grad, vmap, scan, remat and shard_map,
+    outside and inside; wrap it in `jax.jit`; otherwise each call traces again.
 
     Args:
       fn: any JAX function whose argument 0 is a pytree of parameters.
-      plan: from `make_plan`, or a model that holds its plan and state: what `jaxquant.io.load_model` returned. A
+      plan: from `make_plan`, or a model that holds its plan and state, from `jaxquant.io.load_model`. A
         `StatedPlan`, which checkpoints of other libraries have, becomes the plan of ``fn`` when it is traced. None:
         QTensor leaves run weight-only, all else in float.
       state: path -> ``{"scale": .., "zero_point": ..}`` for the planned activations whose range is static, from
@@ -110,7 +110,7 @@ def quantized(
         range that is there takes the place of the one the spec would choose. Pass it as an argument of the function
         that is differentiated to train it.
       precision: of the quantized operations; None: each operation's own. See `jaxquant.ops.dot_general`.
-      key: a random key for what is planned with ``rounding="stochastic"``, a new one for each step of training. Each
+      key: a random key for the specs with ``rounding="stochastic"``, a new one for each step of training. Each
         weight, its activation and its gradient round with a noise of their own (layers of a scan share it). Needed
         wherever an activation or a float weight is rounded so; for gradients only where they are taken. One key, one
         result. `jaxquant.qat.to_nearest` has the plan for evaluation.
@@ -230,7 +230,7 @@ def _seen(tally: Tally | None, none: Any) -> Any:
 
 
 def _check_products(products: Products) -> None:
-    """Raises if a planned product is not among those that were computed: names depend on the trace."""
+    """Raises if a planned product was not computed: names depend on the trace."""
     assert products.specs is not None
     missing = [name for name in products.specs if name not in products.met]
     if missing:
@@ -283,7 +283,7 @@ def _check_state_of(function: str, plan: Plan, path: str, entry: Any) -> None:
 
 
 def steps_shape(item: Item, operand: str) -> tuple[int, ...]:
-    """The shape of the learned steps of a weight, or of what it is multiplied with."""
+    """The shape of the learned steps of a weight, or of its input."""
     if operand == "weight":
         return item.scale_shape
     spec = item.spec.act

@@ -48,7 +48,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """What `sensitivity` returns: a `Cell` for each weight and candidate. Prints as a table.
+    """The result of `sensitivity`: a `Cell` for each weight and candidate. Prints as a table.
 
     Attributes:
       plan: the plan that was measured.
@@ -214,7 +214,7 @@ def all_batches(
 def targets_of(
     function: str, fn: Callable[..., Any], params: Any, kept: list[tuple[Any, ...]], counted: list[Any]
 ) -> list[Any]:
-    """The outputs of the float function, with 0 in what does not count."""
+    """The outputs of the float function, with 0 in masked rows."""
     run = jax.jit(lambda params, args, only: masked(function, only, fn(params, *args))[0])
     return [run(params, args, only) for args, only in zip(kept, counted, strict=True)]
 

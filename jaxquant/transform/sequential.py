@@ -1,4 +1,4 @@
-"""`quantize_sequentially`: each weight calibrated on what the weights before it give once they are quantized."""
+"""`quantize_sequentially`: calibrates each weight on the outputs of the quantized weights before it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def quantize_sequentially(
       fn: the function that was planned.
       plan: from `make_plan`.
       params: its parameters. Weights that are QTensors already are kept and count as done, so that interrupted
-        work goes on from what ``on_stage`` has saved.
+        work continues from the params that ``on_stage`` has saved.
       batches: as for `calibrate`; kept in a list.
       method: the quantizer or its name, `jaxquant.ptq.gptq` by default.
       stages: patterns, searched in the paths: all weights for which a pattern is the first to match are one stage, in
@@ -96,7 +96,7 @@ def quantize_sequentially(
       collect: the statistics the method needs; the Gram matrix by default.
       mask: which rows count, as for `calibrate`.
       on_stage: called after each stage with the params so far and the paths of the stage: to save them.
-      progress: called after each weight with how many are done, and of how many; those that were done before count.
+      progress: called after each weight with the numbers of finished weights (earlier runs included) and of all.
 
     Returns:
       The params, with `QTensor`s in place of the planned weights.

@@ -1,4 +1,4 @@
-"""`StatedPlan`: how activations are quantized, by what a checkpoint says, before a function is known."""
+"""`StatedPlan`: how a checkpoint says that activations are quantized, before a function is known."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _F = "StatedPlan"
 
 @dataclasses.dataclass(frozen=True)
 class StatedPlan:
-    """What becomes a `Plan` when a function is traced: for each weight, how the activation it meets is quantized.
+    """For each weight, how its input is quantized; becomes a `Plan` when a function is traced.
 
-    A checkpoint of another library says so by names of weights, and does not know the function that will use them.
-    Weights are what their leaves are. ``quantized(fn, model)`` makes the plan whenever it traces ``fn``.
+    A checkpoint of another library names weights, and does not know the function that will use them. Each weight
+    runs as its leaf says. ``quantized(fn, model)`` makes the plan whenever it traces ``fn``.
 
     Attributes:
-      acts: path of a weight -> spec of what it is multiplied with.
+      acts: path of a weight -> spec of its input.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq

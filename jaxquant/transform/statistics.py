@@ -1,8 +1,8 @@
-"""What calibration can know about the inputs of a weight.
+"""Statistics that calibration collects about the inputs of a weight.
 
 A statistic is a small frozen dataclass with two methods over plain pytrees: ``of(x)`` for the inputs of one batch, and
 ``merge(a, b)`` for two batches, two uses, two hosts. ``x`` is ``[batch, rows, channels]``. With a mask it is
-``of(x, counted)``, with the rows that count as a boolean array ``[batch, rows]``. What the channels are, ``sees`` says:
+``of(x, counted)``, with the rows that count as a boolean array ``[batch, rows]``. ``sees`` says which channels x has:
 
 - ``"values"``: none in particular, x is a bag of numbers;
 - ``"channels"``: what the weight contracts, in the order of its reduced axes; the features of a convolution's input.
@@ -36,7 +36,7 @@ class Rows:
     counted: jax.Array | None = None
 
     def seen(self) -> jax.Array | None:
-        """Whether any row counts, as an array; None: yes, for certain."""
+        """Whether any row counts, as an array; None if all rows count."""
         if self.values.size == 0:
             return jnp.array(False)
         return None if self.counted is None else jnp.any(self.counted)
@@ -49,11 +49,11 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What went into one use of a weight, as [batch, rows, channels]; see the module's docstring.
+    """The inputs of one use of a weight, as [batch, rows, channels]; see the module's docstring.
 
     Attributes:
       values: always there.
-      channels: None if only a part of what the weight contracts meets this input.
+      channels: None if this input meets only a part of the weight's contracted axes.
       columns: computed on demand; None likewise, or if they cannot be told.
     """
 
@@ -62,7 +62,7 @@ class Inputs:
     columns: Callable[[], Rows] | None
 
     def seen_by(self, statistic: Statistic) -> Rows | None:
-        """What a statistic looks at, if it is there."""
+        """The rows that a statistic reads, if they are there."""
         if statistic.sees == "columns":
             return None if self.columns is None else self.columns()
         return self.values if statistic.sees == "values" else self.channels
@@ -75,7 +75,7 @@ class Statistic:
     sees: ClassVar[Literal["values", "channels", "columns"]] = "values"
 
     def of(self, x: jax.Array, counted: jax.Array | None = None) -> Any:
-        """The statistic of one batch: of all rows, or of those that count."""
+        """The statistic of one batch: of all rows, or of the counted ones."""
         raise NotImplementedError
 
     def merge(self, a: Any, b: Any) -> Any:
@@ -156,8 +156,8 @@ class Gram(Statistic):
     """``sum x^T x`` over rows, [batch, columns, columns], with the number of rows: GPTQ and what builds on it.
 
     For a weight of K contracted values per output that is K^2 floats; a convolution's input is copied once for each
-    place of its window while it is computed. Many rows are summed in runs, since a product that adds them one by one
-    in float32 adds nothing more once it is 2**24 times as large as what is added.
+    place of its window while it is computed. Many rows are summed in runs: a float32 sum that is 2**24 times as large
+    as a row's term no longer changes.
     """
 
     sees = "columns"

@@ -19,13 +19,13 @@ __all__ = ["Traced", "is_array", "trace"]
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """What `trace` returns.
+    """The result of `trace`.
 
     Attributes:
       jaxpr: inputs are the parameters in tree order, then the array arguments.
       params: path -> leaf.
       arrays: the array arguments.
-      rebuild: outputs of the jaxpr to what the function returns.
+      rebuild: turns the outputs of the jaxpr into the function's results.
     """
 
     jaxpr: ClosedJaxpr

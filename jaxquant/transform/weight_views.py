@@ -80,7 +80,7 @@ def _copy(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 
 
 def _same_place(eqn: Any) -> View:
-    """What the equation does to a float array, and nothing to codes: they lie where the caller placed them."""
+    """Evaluates the equation on a float array. Codes stay unchanged, where the caller placed them."""
     return View(str(eqn.primitive), lambda x: bind(eqn, [x])[0], lambda q: q, lambda: _nothing(eqn))
 
 

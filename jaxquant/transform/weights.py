@@ -114,7 +114,7 @@ def _trained(w: jax.Array, steps: Any, key: Any, spec: QuantSpec, reduce_axes: t
 
 
 def act_spec(spec: QuantSpec) -> QuantSpec:
-    """How an activation with learned steps is quantized: by one for all of it, unless there is one for each group."""
+    """The spec of an activation with learned steps: one step for all of it, or one per group."""
     return spec if spec.granularity == "per_group" else dataclasses.replace(spec, granularity="per_tensor")
 
 
@@ -172,7 +172,7 @@ class Weight:
         return len(self.dims)
 
     def steps_of(self, operand: Literal["weight", "act"]) -> Any:
-        """The learned range of the parameter or of what it is multiplied with; None if that is not learned."""
+        """The learned range of the parameter or of its input; None if it is not learned."""
         return None if self.state is None else self.state.get(operand)
 
     def seen(self, step: View, dims: Dims, dtype: Any = None) -> Weight:
@@ -194,7 +194,7 @@ class Weight:
         return x.dequantize() if isinstance(x, QTensor) else x
 
     def operand(self, spec: QuantSpec | None, reduce_axes: tuple[int, ...], stacked: int = 0, key: Any = None) -> Any:
-        """What an op gets: the QTensor; or codes for the forward and floats for the gradient, if the leaf trains.
+        """The operand of an op: the QTensor; or codes for the forward and floats for the gradient, if the leaf trains.
 
         Args:
           spec: of the weight.

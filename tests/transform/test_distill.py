@@ -143,7 +143,7 @@ REFUSED = {
     "nothing to go on from": r"^quantize_model: there is nothing to go on from in resume; got resume=",
     "of other parameters": r"^quantize_model: resume is of other parameters; got paths=\('b', 'bias'\)",
     "another optimizer": r"^distill: resume is of a run with another optimizer or plan",
-    "other quantized parameters": r"^distill at a: qparams are not those that resume stopped at",
+    "other quantized parameters": r"^distill at a: qparams differ from the parameters in resume",
 }
 
 

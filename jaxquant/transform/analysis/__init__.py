@@ -1,4 +1,4 @@
-"""What holds of every value of a function, found from its trace alone.
+"""Static analyses: properties of every value of a function, found from its trace alone.
 
 axes       an axis in pieces: through a reshape, and cut at the same places as another one
 walk       one walk over a jaxpr, through calls and scans, with one rule for each primitive

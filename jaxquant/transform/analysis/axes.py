@@ -1,8 +1,8 @@
-"""An axis in pieces: what a reshape does to them, and how two descriptions of one axis are cut alike.
+"""An axis in pieces: how a reshape splits and merges them, and how to cut two descriptions of one axis alike.
 
 An analysis describes each axis of a value by pieces, the outermost first, whose sizes multiply to the size of the axis.
-What a piece says is the analysis' own: it hands in how to cut one in two, ``(piece, outer) -> pieces``, the first with
-``outer`` entries. Pieces of size 1 say nothing and are left out.
+Each analysis has its own type of piece. It passes a function that cuts one in two, ``(piece, outer) -> pieces``, the
+first with ``outer`` entries. Pieces of size 1 are left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def factored(
 ) -> tuple[tuple[P, ...], ...]:
     """The pieces of each axis after a row-major reshape to a shape of as many elements, and not of none.
 
-    ``merged`` makes one piece of two neighbours, where an axis ends inside of both.
+    ``merged`` makes one piece of two neighbours, where an axis ends inside both.
     """
     pieces = [piece for dim in dims for piece in dim if piece.size != 1]
     out = []

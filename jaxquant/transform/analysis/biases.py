@@ -1,7 +1,7 @@
 """`biases`: the parameter that is added to the product with a planned weight, by a function's trace.
 
-What is known of a value (`jaxquant.transform.analysis.walk`) is that it is a parameter, or the product of an input with
-a planned weight, seen through reshapes and casts; or nothing.
+Each value (`jaxquant.transform.analysis.walk`) is a parameter, or the product of an input with a planned weight, seen
+through reshapes and casts; or unknown.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ _Value = _Seen | None
 
 
 class _Additions(Walk[_Value]):
-    """What is added to products.
+    """The parameters that are added to products.
 
     Attributes:
-      added: path of a weight -> those of the parameters that are added to its product.
+      added: path of a weight -> paths of the parameters that are added to its product.
       uses: how often each parameter is used.
     """
 
@@ -93,7 +93,7 @@ class _Additions(Walk[_Value]):
         self.uses: dict[str, int] = {}
 
     def count(self, *values: _Value) -> None:
-        """A use of each parameter among the values; nothing is known of what comes of it."""
+        """Counts a use of each parameter among the values, in an operation with an unknown result."""
         for value in values:
             if type(value) is _Seen:
                 self.uses[value.path] = self.uses.get(value.path, 0) + 1

@@ -1,8 +1,8 @@
-"""`Equations`: unknowns on the axes of parameters, and what a function's trace says of them.
+"""`Equations`: unknowns on the axes of parameters, and the equations that a function's trace gives.
 
 Each axis of each parameter gets an unknown: a scale, a matrix. Evaluating the jaxpr on those describes every value
 along every axis, and each operation says that two unknowns are one, or that one is trivial (*fixed*): the terms of a
-sum, for example, are described alike. The jaxpr is evaluated until nothing new is learned. What is left over is free.
+sum, for example, are described alike. The jaxpr is evaluated until nothing changes. The other unknowns are free.
 
 Where an equation could say more than that, an unknown is fixed: a solution may be missed, none is wrong.
 """
@@ -32,7 +32,7 @@ __all__ = ["Dim", "Equations", "Parameter", "Piece", "Unknown", "Value", "joined
 
 
 class Unknown:
-    """What is not known of one axis of one parameter.
+    """An unknown of one axis of one parameter.
 
     Unknowns that turn out to be one point at each other: this one is ``parent ** turn``, and its root stands for all.
 
@@ -93,7 +93,7 @@ Dim = tuple[Piece, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """What is known of a value.
+    """The description of a value.
 
     Attributes:
       dims: the pieces of each axis.
@@ -260,7 +260,7 @@ class Equations(Walk[Value]):
         return self.other(eqn, values)
 
     def moved(self, eqn: Any, values: list[Value], flow: Flow) -> list[Value]:
-        """What moves axes, and is linear: nothing describes an axis that it does not keep."""
+        """A linear operation that moves axes: fixes the unknowns of each axis that it does not keep."""
         kept = {place for places in (*flow.out, *flow.contracted) for place in places}
         for k, value in enumerate(values):
             self.fix(value, [i for i in range(len(value.dims)) if (k, i) not in kept])

@@ -29,7 +29,7 @@ class Flow(NamedTuple):
 
 
 def kept(eqn: Any, worked: Iterable[int] = (), operands: int = 1) -> Flow:
-    """Every axis in its place, except those that are worked along."""
+    """Every axis keeps its place, except the axes along which the operation computes."""
     worked = set(worked)
     return Flow([[] if i in worked else [(k, i) for k in range(operands)] for i in range(_ndim(eqn))])
 
@@ -62,7 +62,7 @@ def _gather(eqn: Any) -> Flow:
 
 
 def _dot(eqn: Any) -> Flow:
-    """What lies on batch axes is a product: none is kept."""
+    """A product: it keeps the free axes; entries along batch axes are multiplied, so these are not kept."""
     contract, batch = eqn.params["dimension_numbers"]
     out: list[list[Place]] = [[] for _ in batch[0]]
     for k, v in enumerate(eqn.invars):

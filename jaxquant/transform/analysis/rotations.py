@@ -6,8 +6,8 @@ not notice, and the function stays what it is. So it does for the values of an a
 projection behind it.
 
 The unknown of an axis (`jaxquant.transform.analysis.equations`) is an orthogonal matrix. The terms of a sum, and
-contracted axes, have one basis. A product with what is constant along an axis keeps the basis there; the sum of squares
-along an axis has none; everything else wants the basis as it was, and so do the function's results. A reshape that cuts
+contracted axes, have one basis. A product with a value that is constant along an axis keeps the basis there; the sum
+of squares along an axis has none; all other operations, and the function's results, fix the basis. A reshape that cuts
 an axis leaves one matrix for all pieces of the inner length.
 """
 
@@ -154,7 +154,7 @@ class _Bases(Equations):
         return Value.plain(np.shape(x), constant=True, nil=known and bool(np.all(np.asarray(x) == 0)))
 
     def cut(self, piece: Piece, outer: int) -> tuple[Piece, Piece]:
-        """What is mixed must stay within the second."""
+        """A matrix must stay within the second piece."""
         inner = piece.size // outer
         if piece.unknown is None:
             return piece._replace(size=outer), piece._replace(size=inner)
@@ -282,7 +282,7 @@ def _constant(leaf: Any, axis: int) -> bool:
 
 @functools.cache
 def _of_squares() -> frozenset[Any]:
-    """What squares may enter as such."""
+    """The primitives that take squares and keep their meaning."""
     return frozenset((p.reduce_sum_p, p.convert_element_type_p, p.copy_p, p.square_p, p.integer_pow_p))
 
 

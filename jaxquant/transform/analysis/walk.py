@@ -1,4 +1,4 @@
-"""`Walk`: evaluates a jaxpr on what is known of its values, in the place of the values."""
+"""`Walk`: evaluates a jaxpr on descriptions of its values instead of the values."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def shape_of(eqn: Any) -> tuple[int, ...]:
 
 
 class Walk(Generic[V]):
-    """An analysis of the values of a jaxpr. Calls are entered, and so are the bodies of scans.
+    """An analysis of the values of a jaxpr. It enters calls and the bodies of scans.
 
     Attributes:
       rules: by primitive.
       constant: ``x ->`` the value of a constant.
-      carried, layer: what one step of a scan sees of what is carried, and of what is scanned over.
-      again: ``(what the first step saw, what it hands on) ->`` what is carried in the end.
-      stacked: ``(result of one step, length) ->`` that of all.
+      carried, layer: the description in one step of a scan, of a carried value and of a scanned one.
+      again: ``(carried value at the first step, after it) ->`` the carried value at the end.
+      stacked: ``(result of one step, length) ->`` the stacked results.
     """
 
     rules: Mapping[Any, Rule[V]]
