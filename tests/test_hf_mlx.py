@@ -154,7 +154,7 @@ def test_two_settings_that_shapes_do_not_tell_apart(tmp_path):
         ({"group_size": 32}, "the group size and bits do not fit the shapes"),
         ({"group_size": -64}, "group_size must be a positive integer"),
         ({"group_size": True}, "group_size must be a positive integer"),
-        ({"m": False}, "says that it is not quantized, and it has scales"),
+        ({"m": False}, "says that it is not quantized, but it has scales"),
         ({"m": "affine"}, "the configuration of a module must be a boolean or an object"),
         ({"m": {"mode": "affine", "bits": 3}}, "the group size and bits do not fit the shapes"),
         ({"model.m": {"bits": 8, "group_size": 32}}, "configuration is of a module of another path.*model.m"),

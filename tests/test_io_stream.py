@@ -222,7 +222,7 @@ def test_killed_at_any_point_source_and_destination_are_sound(at, source, tmp_pa
     "change, rule",
     [
         (lambda rules: [Rule("attention", recipes.w8a16())], "matches no weight"),
-        (lambda rules: [Rule("proj", None)], "quantize nothing"),
+        (lambda rules: [Rule("proj", None)], "no rule quantizes a weight"),
         (lambda rules: [Rule("proj", recipes.w4a16(group_size=64))], "group"),
         (lambda rules: [Rule("proj", recipes.nf4(32))], "not on the format's grid"),
     ],

@@ -126,7 +126,7 @@ def test_files_have_packed_codes(tmp_path):
     assert (tmp_path / "here.safetensors").read_bytes() == (tmp_path / "there.safetensors").read_bytes()
     same(jq.io.load(tmp_path / "there.safetensors"), params)
     same(jq.io.load(tmp_path / "there.safetensors", target="tpu"), there)
-    with pytest.raises(QuantError, match="no platform"):
+    with pytest.raises(QuantError, match="must be a platform"):
         jq.io.load(tmp_path / "there.safetensors", target="v5e")
 
 
@@ -162,9 +162,9 @@ def test_shardings_cut_whole_groups():
 
 
 def test_targets_that_are_none():
-    with pytest.raises(QuantError, match="no platform"):
+    with pytest.raises(QuantError, match="must be a platform"):
         jq.ops.lay_out(weight("int4"), "tpu v5e")
-    with pytest.raises(QuantError, match="no platform"):
+    with pytest.raises(QuantError, match="must be a platform"):
         jq.quantize_params({"kernel": jnp.ones((4, 4))}, [jq.Rule(".*", recipes.w8a16())], target="cuda")
 
 
