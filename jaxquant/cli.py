@@ -30,7 +30,7 @@ __all__ = ["main"]
 
 
 def _say(text: str) -> None:
-    """A line on standard output; names come from files that nobody vouches for."""
+    """Prints a line on standard output; names come from untrusted files."""
     click.echo(printable(text))
 
 
@@ -295,7 +295,7 @@ def _progress(*, counted: bool = False) -> Iterator[Callable[[int, int, str], No
     task = bar.add_task("", total=None)
 
     def update(done: int, total: int, name: str) -> None:
-        bar.start()  # not before all checks have passed
+        bar.start()  # all checks have passed
         bar.update(task, completed=done, total=total, description=printable(name)[-40:])
 
     try:

@@ -144,7 +144,7 @@ def _counts(words: Iterable[str]) -> dict[str, int]:
 
 
 def _one_of_each(leaves: HFLeaves | GGUFLeaves | NativeLeaves) -> _Found:
-    """How the weights are quantized: one is read of those whose tensors are alike."""
+    """How the weights are quantized: reads one weight of each set with tensors alike."""
     alike: dict[Any, list[str]] = {}
     kinds = _tensors_of(leaves) if isinstance(leaves, HFLeaves) else {}
     for name in leaves:
@@ -160,7 +160,7 @@ def _one_of_each(leaves: HFLeaves | GGUFLeaves | NativeLeaves) -> _Found:
 
 
 def _tensors_of(leaves: HFLeaves) -> dict[str, Any]:
-    """Name of each leaf -> the last part of its name, and the types and shapes of its tensors: what tells its kind."""
+    """Name of each leaf -> the last part of its name, and the types and shapes of its tensors."""
     owners = {module.prefix: name for name, module in leaves.modules.items()}
     parts: dict[str, list[Any]] = {name: [] for name in leaves}
     for name, spec in leaves.checkpoint.tensors.items():

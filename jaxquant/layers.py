@@ -73,7 +73,7 @@ def check_shape(layer: str, path: str, weight: Any, shape: tuple[int, ...], todo
 def promoted(
     promote: Callable[[tuple[Any, ...]], Any], spec: OpSpec | None, inputs: Any, weight: Any, *rest: Any
 ) -> tuple[Any, ...]:
-    """``promote`` of all, except that a weight which is or will be quantized only takes part in choosing the dtype.
+    """``promote`` of all arrays; a weight that is or will be quantized only influences the common dtype.
 
     A float weight is quantized in the dtype it is stored in, as `quantize_params` does, not in the compute dtype.
     """
@@ -119,7 +119,7 @@ def observed(seen: Any, x: jax.Array, act: QuantSpec) -> dict[str, Any]:
 
 
 def is_known(lo: Any, hi: Any) -> bool:
-    """Whether a range is one; a traced one may be."""
+    """Whether a range is nonempty and finite; True for a traced range."""
     return isinstance(hi, jax.core.Tracer) or bool(np.all((np.asarray(lo) <= np.asarray(hi)) & np.isfinite(hi)))
 
 

@@ -108,7 +108,7 @@ class _Quantized(nn.Module):
 
     @nn.nowrap
     def _promote(self, promote: Callable[..., Any], inputs: Any, weight: Any, *rest: Any, **kwargs: Any) -> Any:
-        """``promote``, with a weight that stays as it is where it is or will be quantized."""
+        """``promote``, but a weight that is or will be quantized is unchanged."""
         every = lambda args: promote(*args, **kwargs)  # noqa: E731
         return layers.promoted(every, self._product_spec(), inputs, weight, *rest)
 
@@ -131,7 +131,7 @@ class _Quantized(nn.Module):
 
     @nn.nowrap
     def _range(self, x: jax.Array) -> dict[str, Any]:
-        """The static range of the activation, as the ops take it; nothing where it is dynamic."""
+        """The static range of the activation, as arguments of the ops; empty if the range is dynamic."""
         act = layers.static_act(self._spec)
         if act is None:
             return {}

@@ -1,4 +1,4 @@
-"""Which parameters and which products are quantized how: `Rule` and `OpRule`."""
+"""Rules that choose a spec for parameters and products: `Rule` and `OpRule`."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class Stated(Rule):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class OpRule(Value):
-    """Which products of two activations get which `OpSpec`: attention scores and values, say. Without one, none do.
+    """Which products of two activations get which `OpSpec`: attention scores and values, say. The others stay in float.
 
     Such a product has no parameter to be named after. Its name is the name stack of the traced function, which Flax,
     Haiku and `jax.named_scope` write and to which `jnp.einsum` adds its subscripts:

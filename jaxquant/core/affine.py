@@ -55,18 +55,18 @@ def _compute_dtype(x: jax.Array) -> Any:
 
 
 def _concrete(x: Any) -> bool:
-    """Whether the values of an array can be looked at: not traced, and all of it here."""
+    """Whether the values of an array can be read: it is not traced, and all of it is on this host."""
     return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def has_nan(x: Any) -> bool:
     """Whether a concrete array holds a NaN; False for a tracer, or an array on other hosts too."""
-    with jax.ensure_compile_time_eval():  # a constant stays one while something else is traced
+    with jax.ensure_compile_time_eval():  # a constant stays concrete during a trace
         return _concrete(x) and bool(jnp.any(jnp.isnan(x)))
 
 
 def _saturated(scale: Any, dtype: Any) -> bool:
-    """Whether a concrete scale, of an array of that dtype, is the largest its own dtype has because of it."""
+    """Whether a concrete scale is the largest of its dtype because the range of the array's dtype exceeds it."""
     scale = scale.scale if isinstance(scale, QTensor) else scale
     largest = float(ml_dtypes.finfo(scale.dtype).max)
     if float(ml_dtypes.finfo(dtype).max) < 2 * largest or not _concrete(scale):
@@ -114,7 +114,7 @@ def _e4m3_scale(absmax: jax.Array, qmax: float, top: jax.Array | None) -> QTenso
 
 
 def _two_level_scale(absmax: jax.Array, qmax: float, top: jax.Array | None) -> QTensor:
-    """Integers 1 .. 15 times one float32; ``top``, by default the largest absmax, is what 15 stands for."""
+    """Integers 1 .. 15 times one float32; ``top``, by default the largest absmax, gets 15."""
     levels = QTYPES["uint4"].qmax
     unit = _float_scale(_largest(absmax, None) if top is None else top, qmax * levels, jnp.float32)
     multiplier = jnp.rint(divide(divide(absmax.astype(jnp.float32), qmax), unit))
@@ -123,7 +123,7 @@ def _two_level_scale(absmax: jax.Array, qmax: float, top: jax.Array | None) -> Q
 
 
 def _largest(absmax: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
-    """The largest along axes, which stay with size 1; NaN where there is one."""
+    """The largest value along axes, which keep size 1; NaN if there is a NaN."""
     nan = jnp.any(jnp.isnan(absmax), axis=axes, keepdims=True)  # max may drop it
     return jnp.where(nan, jnp.nan, jnp.max(absmax, axis=axes, keepdims=True)).astype(jnp.float32)
 
@@ -245,7 +245,7 @@ def nearest(x: jax.Array, s: jax.Array, z: jax.Array | None, spec: QuantSpec) ->
 
 
 def roundtrip(spec: QuantSpec, top: jax.Array | None = None) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """``(x, lo, hi) -> x``, quantized and dequantized with that range: what calibrators measure the error of.
+    """``(x, lo, hi) -> x``, quantized and dequantized with that range; calibrators measure its error.
 
     ``top`` is the largest magnitude of the whole array, for formats with a scale for all of it; by default that of the
     ranges, which then depend on each other.
@@ -337,7 +337,7 @@ def prepare(
 
 
 def _per_block(function: str, name: str, value: Any, blocks: tuple[int, ...]) -> Any:
-    """A given scale or zero point with one entry per block: as it is, or a scalar repeated."""
+    """A given scale or zero point with one entry per block; a scalar is repeated."""
     if value is None or (isinstance(value, QTensor) and value.shape == blocks):
         return value
     value = value if isinstance(value, QTensor) else jnp.asarray(value)
@@ -371,7 +371,7 @@ def as_codes(
 
 @Replaceable
 def quantized_by_itself(x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...], apart: bool) -> QTensor:
-    """`as_codes` of an array by its own range: a chance to find that and the codes in one pass."""
+    """`as_codes` of an array by its own range. A platform may replace it, to find range and codes in one pass."""
     return _as_codes(x, encode(x, spec, axes), None, spec, axes, apart=apart)
 
 
@@ -384,7 +384,7 @@ def _as_codes(
 
 @Replaceable
 def codes_apart(x: jax.Array, found: Encoded, key: Any, *, spec: QuantSpec, axes: tuple[int, ...]) -> jax.Array:
-    """The codes of an array that `encode` has found the grid values of."""
+    """The codes of an array, from the grid values of `encode`."""
     del x, key, axes
     return codes_of(found.values, spec.type)
 
@@ -403,7 +403,7 @@ def _quantize(x, scale, zero_point, key, *, spec: QuantSpec, axes: tuple[int, ..
 
 @Replaceable
 def codes_in_parts(q: QTensor, x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...]) -> jax.Array:
-    """The codes of an array as they are stored, from those already: a chance to write them a part at a time."""
+    """The codes of an array in stored form. A platform may replace it, to write them a part at a time."""
     del x, spec, axes
     return q.codes
 

@@ -49,13 +49,13 @@ def times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
 
 
 def promoted(a: Any, b: Any) -> Any:
-    """The dtype that holds both: JAX's own choice, which ``jax_numpy_dtype_promotion="strict"`` forbids to ask for."""
+    """The dtype that holds both: JAX's own choice, also under ``jax_numpy_dtype_promotion="strict"``."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(a, b)
 
 
 def two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``a + b``, rounded, and what rounding took away, exactly.
+    """``a + b``, rounded, and the exact rounding error.
 
     Source: Knuth, The Art of Computer Programming, volume 2, section 4.2.2, theorem B.
     """

@@ -139,7 +139,7 @@ def _nearest_by_halves(v: jax.Array, qtype: QType) -> jax.Array:
 
 
 def nearest_codes(v: jax.Array, qtype: QType) -> jax.Array:
-    """``codes_of(round_to_grid(v))``; of a table in one search, and for NaN whichever code."""
+    """``codes_of(round_to_grid(v))``; of a table in one search; NaN has an arbitrary code."""
     if qtype.kind != "table" or len(_table_order(qtype)[0]) not in (16, 256):
         return codes_of(round_to_grid(v, qtype), qtype)
     code = _table_order(qtype)[2]
@@ -201,7 +201,7 @@ def decoded(codes: jax.Array, qtype: QType, dtype: Any) -> jax.Array:
 
 
 def chosen(codes: jax.Array, table: np.ndarray) -> jax.Array:
-    """The entry of a short table for each code: selects, four deep, are faster than to gather."""
+    """The entry of a short table for each code: four nested selects are faster than a gather."""
     found, bit = [jnp.asarray(v) for v in table], 1
     while len(found) > 1:
         found = [jnp.where((codes & bit) != 0, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]
@@ -241,7 +241,7 @@ def from_int4(stored: jax.Array, qtype: QType) -> jax.Array:
 
 
 def values_of_int4(stored: jax.Array, qtype: QType, dtype: jnp.dtype) -> jax.Array:
-    """``values_of(from_int4(stored))``, by one conversion where that will do: a GPU's compiler fuses no more."""
+    """``values_of(from_int4(stored))``, by one conversion if possible, since a GPU's compiler fuses only one."""
     if qtype.kind == "float":
         return lax.bitcast_convert_type(stored, jnp.dtype(qtype.element)).astype(dtype)
     if qtype.kind == "int":

@@ -37,7 +37,7 @@ class QuantError(ValueError):
         super().__init__(text if function is None else f"{place}: {text}")
 
     def at(self, path: str) -> QuantError:
-        """The same error of a parameter, whose path the function that refuses did not know."""
+        """The same error with the path of the parameter, which the function that raised it did not know."""
         return type(self)(self.text, self.function, path)
 
 
@@ -71,7 +71,7 @@ class Refusals:
             self.errors.append(error)
 
     def close(self) -> None:
-        """Raises what was kept: a single error as it was, several as one."""
+        """Raises the kept errors: a single one unchanged, several as one."""
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
@@ -80,7 +80,7 @@ class Refusals:
 
 
 def printable(text: str) -> str:
-    r"""Text with an escape in the place of every character that is not printed: the names of a file are not trusted.
+    r"""Text with an escape for every unprintable character, since names in files are not trusted.
 
     A terminal acts on some characters (ESC, C1 codes, carriage returns, directions of writing) and would show a name
     with a line feed as two lines. Printable characters, the backslash included, are unchanged.
@@ -96,7 +96,7 @@ def printable(text: str) -> str:
 
 
 def _lines(text: str) -> str:
-    """A text of several lines, which stay lines."""
+    """Several lines of text, each made printable."""
     return "\n".join(map(printable, text.split("\n")))
 
 

@@ -26,7 +26,7 @@ class Slopes:
     """Which derivatives a given range has.
 
     Attributes:
-      ends: whether what is on an end of the range is inside.
+      ends: whether values on an end of the range count as inside.
       rounding: whether the scale has a derivative inside the range: that of the rounding error.
       whole: whether a float zero point holds integers, and is used as those.
     """
@@ -132,7 +132,7 @@ def fake_quant_given(
     zero_point: jax.Array | None,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """`fake_quant` with a range that is given, one entry per block, and the derivatives that are asked for."""
+    """`fake_quant` with a given range, one entry per block, and the derivatives in ``slopes``."""
     return _given(spec, axes, slopes, x, scale, zero_point, key)
 
 

@@ -1,4 +1,4 @@
-"""Indices in a dtype that can say every place they are compared with."""
+"""Indices in a dtype that can hold every position they are compared with."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ __all__ = ["clamped", "widened"]
 
 
 def widened(indices: Any) -> jax.Array:
-    """The same indices in int32, or int64 if they are that wide; what no signed integer of the width says becomes the
-    largest.
+    """The same indices in int32, or int64 if they are that wide; larger unsigned indices become the largest signed one.
 
     XLA has no gathers and scatters by some narrow dtypes, and sizes of axes wrap in them.
     """
@@ -27,8 +26,8 @@ def widened(indices: Any) -> jax.Array:
 def clamped(start: Any, size: int, length: int) -> Any:
     """The start of a slice of ``size`` that `jax.lax.dynamic_slice_p` uses: clamped to fit in an axis of ``length``.
 
-    A start that is negative is before the axis. `jax.lax.dynamic_slice` has counted from the end before it binds that
-    primitive, and would again.
+    A negative start lies before the axis and is clamped to 0. `jax.lax.dynamic_slice` counts negative starts from the
+    end before it binds that primitive; calling it here would count twice.
     """
     if isinstance(start, int | np.integer):
         return min(max(int(start), 0), length - size)

@@ -13,11 +13,11 @@ __all__ = ["transpose", "written_transposed"]
 
 
 def transpose(x: jax.Array, order: Sequence[int]) -> jax.Array:
-    """`jnp.transpose`, and nothing at all where nothing moves."""
+    """`jnp.transpose`; emits no operation for the identity."""
     return x if tuple(order) == tuple(range(x.ndim)) else jnp.transpose(x, order)
 
 
 @Replaceable
 def written_transposed(x: jax.Array, *, order: tuple[int, ...]) -> jax.Array:
-    """The transpose of an array in memory that is to be written to memory."""
+    """The transpose of an array, from memory to memory."""
     return transpose(x, order)

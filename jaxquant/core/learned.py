@@ -1,4 +1,4 @@
-"""Ranges that are trained: what an entry of the ``state`` says, and the gradients of the papers.
+"""Ranges that are trained: the entries of the ``state``, and the gradients of the papers.
 
 An entry is a dict of float arrays. Its keys say what is learned, and so whose gradients it has:
 
@@ -114,7 +114,7 @@ def learned_values(
 def learned_codes(
     x: jax.Array, spec: QuantSpec, axes: tuple[int, ...], entry: Entry, blocks: tuple[int, ...]
 ) -> QTensor:
-    """The same as a QTensor, of which nothing is differentiated; arguments as for `learned_values`."""
+    """The values of `learned_values` as a QTensor, without gradients; the arguments are the same."""
     scale, zero_point = learned_range(jax.lax.stop_gradient(dict(entry)), spec)
     if zero_point is not None:
         zero_point = jnp.broadcast_to(zero_point.astype(spec.type.code_dtype), blocks)

@@ -40,7 +40,7 @@ def _only(x: jax.Array, counted: jax.Array | None) -> jax.Array:
 
 
 def _finite_or_nan(x: jax.Array) -> jax.Array:
-    """Infinities to 0, everything else as it is, in at least float32."""
+    """Sets infinities to 0; the result is at least float32."""
     x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
     return jnp.where(jnp.isinf(x), jnp.zeros_like(x), x)
 
@@ -88,7 +88,7 @@ def extremes(x: jax.Array, *, axes: Axes, reductions: tuple[Extreme, ...]) -> tu
 
 
 def absmax_over(x: jax.Array, axes: Axes) -> jax.Array:
-    """The largest finite magnitude along axes, which stay with size 1; NaN where there is one."""
+    """The largest finite magnitude along axes, which keep size 1; NaN if there is a NaN."""
     return _extremes(x, axes, _ABSMAX)[0]
 
 
@@ -114,11 +114,11 @@ class Observer:
         raise NotImplementedError
 
     def update(self, state: Any, x: jax.Array, axes: Axes, counted: jax.Array | None = None) -> Any:
-        """State after seeing ``x``, or what of it counts."""
+        """State after ``x``, or after its elements that count."""
         raise NotImplementedError
 
     def merge(self, a: Any, b: Any) -> Any:
-        """State after what ``a`` has seen and then what ``b`` has seen: other batches, other hosts."""
+        """State after the batches of ``a`` and then those of ``b``, as from several hosts."""
         raise NotImplementedError
 
     def result(self, state: Any, *, symmetric: bool, roundtrip: Roundtrip) -> Range:
@@ -302,7 +302,7 @@ class _Limbs(NamedTuple):
 
     @classmethod
     def of(cls, counts: jax.Array, rest: jax.Array) -> _Limbs:
-        """Of a float32 and what it lacks."""
+        """From a float32 and its remainder."""
         high = jnp.floor(counts * 2.0**-_LIMB)
         return cls((counts - high * 2.0**_LIMB + rest).astype(jnp.int32), high.astype(jnp.int32)).carried()
 
@@ -410,7 +410,7 @@ def _scatter(index: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _quantile(rows: jax.Array, q: float) -> jax.Array:
-    """The quantile of each row, between two neighbours. NaN where there is one.
+    """The quantile of each row, interpolated between two neighbours; NaN if there is a NaN.
 
     Which two is computed while tracing: in float32 the place of a quantile among 2**24 elements is not exact.
     """
@@ -450,7 +450,7 @@ class Percentile(_Histogram):
         limbs = self._limbs(state)
 
         def bins_inside(limbs: _Limbs) -> jax.Array:
-            """How many bins, from the first on, leave no more than 1 - p behind them (what is small is exact)."""
+            """How many bins, from the first on, leave at most 1 - p of the mass after them (small masses are exact)."""
             sums = limbs.flipped().map(lambda half: lax.cumsum(half, half.ndim - 1))  # 2048 halves: less than 2**31
             rest = sums.carried().flipped().real()
             return jnp.maximum(jnp.sum(rest > (100 - self.p) / 100 * rest[..., :1], -1), 1)

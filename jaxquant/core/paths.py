@@ -50,7 +50,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def folded(entries: Mapping[str, Hashable]) -> dict[str, list[str]]:
-    """Paths that differ in one number and stand for equal things, together: those of repeated layers.
+    """Groups paths that differ in one number and have equal entries, such as repeated layers.
 
     Args:
       entries: path -> what has to be equal.

@@ -45,7 +45,7 @@ Layout = Literal["packed", "elements"]
 
 
 def _block_rows(n: int, groups: int) -> int:
-    """Elements of a block along an axis of n: 128 if that is some groups, else one.
+    """Elements of a block along an axis of n: 128 if that is a whole number of groups, else one.
 
     A TPU keeps 4-bit arrays in tiles of 64 rows by 128 columns; shorter blocks would be padded or copied when they are
     sliced, and a product sums fastest over 128 at a time.
@@ -67,7 +67,7 @@ def _own_dtype(qtype: Any) -> np.dtype | None:
 
 
 def _viewed(x: Any, old: np.dtype | None, new: np.dtype | None) -> Any:
-    """An array (or its shape) of one dtype as one of another of as many bytes; whatever else there is as it is."""
+    """An array (or its shape) viewed as another dtype of the same size; other objects are unchanged."""
     if old is None or new is None or getattr(x, "dtype", None) != old:
         return x
     if isinstance(x, np.ndarray):
@@ -190,10 +190,10 @@ class QTensor:
 
     @property
     def codes(self) -> Any:
-        """The codes in their own dtype. Those of fp8 are a leaf of uint8 patterns, which no arithmetic leaves such."""
+        """The codes in their own dtype. fp8 codes are stored as uint8 patterns; arithmetic would change their dtype."""
         return _viewed(self.stored, np.dtype(np.uint8), _own_dtype(self.qtype))
 
-    # -- what a float array would say ----------------------------------------------------------------------------------
+    # -- attributes of an array ----------------------------------------------------------------------------------------
     @property
     def shape(self) -> tuple[int, ...]:
         """The logical shape, equal to the float array's."""
@@ -218,7 +218,7 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """True bytes of codes, scales and whatever else there is, from bit widths."""
+        """True bytes of all leaves (codes, scales, zero points and so on), from bit widths."""
         return sum(_nbytes(leaf) for leaf in jax.tree.leaves(self, is_leaf=lambda x: isinstance(x, Layer)))
 
     @property
@@ -258,7 +258,7 @@ class QTensor:
     __matmul__ = __rmatmul__ = __pow__ = __neg__ = __abs__ = __getitem__ = _no_operator
 
     def checked(self) -> QTensor:
-        """Itself; raises if its leaves are not those of a QTensor any more: arithmetic has reached them.
+        """Returns itself; raises if arithmetic has changed the dtypes of its leaves.
 
         Asked where values are made of codes, since JAX builds trees of anything: shapes, shardings, gradients, flags.
         """
@@ -336,32 +336,32 @@ class QTensor:
 
     @property
     def layout(self) -> Layout:
-        """How codes lie; see `laid_out`."""
+        """The layout of the codes; see `laid_out`."""
         one_each = self.length is None and (self.type.packed or self.split is not None)
         return "elements" if one_each else "packed"
 
     def lies(self, layout: Layout) -> bool:
-        """Whether codes lie so already, or have no other way to lie."""
+        """Whether codes have this layout already, or only one layout exists for them."""
         if self.permutation is not None or (not self.type.packed and self._group_axis() is None):
             return True
         return self.layout == layout and (layout == "packed" or (not self.minor and self.split == self._group_axis()))
 
     def _shared_axes(self) -> tuple[int, ...]:
-        """The axes along which elements share scales; the last but one where all do."""
+        """The axes along which elements share scales; the last but one if all elements share one."""
         found = tuple(i - self.ndim for i, (n, s) in enumerate(zip(self.shape, self.scale.shape, strict=True)) if s < n)
         return found if 0 < len(found) < self.ndim else (-2,) if self.ndim > 1 else ()
 
     def _group_axis(self) -> int | None:
-        """The axis whose elements share scales in groups, counted from the end; None if there is not one such."""
+        """The axis with groups, counted from the end; None unless exactly one axis has them."""
         found = [i - self.ndim for i, (n, s) in enumerate(zip(self.shape, self.scale.shape, strict=True)) if 1 < s < n]
         return found[0] if len(found) == 1 else None
 
     def apart(self) -> QTensor:
-        """The same with an array of codes of its own, where they are a `Layer` of a stack."""
+        """The same values, with codes copied out if they are a `Layer` of a stack."""
         return self.replace(codes=self.codes) if isinstance(self.kept, Layer) else self
 
     def layer_of(self, stack: QTensor, index: Any) -> QTensor:
-        """This, a layer of a stack without its codes, with those of the stack where they lie."""
+        """This layer, with its codes given as a `Layer` of the stack, without a copy."""
         return self.replace(codes=Layer(stack.kept, index))
 
     def whole(self) -> QTensor:
@@ -471,7 +471,7 @@ def from_codes(
     if info.packed:
         length = codes.shape[order[-1]]
         stored = pack(to_bits(codes, info), info.bits, order[-1])
-    # Packing is fused into nothing: a plain transpose of its bytes is fast.
+    # XLA fuses packing with no other operation, so a plain transpose of the bytes is fast.
     stored = transpose(stored, order) if info.packed else written_transposed(stored, order=tuple(order))
     return QTensor(stored, scale, zero_point, offset, permutation, qtype=qtype, dtype=dtype, minor=minor, length=length)
 
@@ -485,7 +485,7 @@ def _unpermute(x: jax.Array, permutation: jax.Array, axis: int) -> jax.Array:
 
 
 def flat(value: Any) -> Any:
-    """A per-block value as an array: what it stands for where it is quantized itself."""
+    """A per-block value as an array: its dequantized values if it is quantized itself."""
     return dequantize(value) if isinstance(value, QTensor) else value
 
 
@@ -502,13 +502,13 @@ def _factors(scale: Any) -> tuple[jax.Array, ...]:
     """The factors of the grid values, in the order of multiplication."""
     if not isinstance(scale, QTensor) or scale.qtype != FACTOR.name:
         return (scale_values(scale),)
-    # Of two constants XLA would make one.
+    # The barrier keeps XLA from folding two constants into one.
     first = jax.lax.optimization_barrier(jax.lax.stop_gradient(scale.logical_codes()))
     return first, jnp.broadcast_to(scale_values(scale.scale), first.shape)
 
 
 def cast(x: jax.Array, dtype: Any) -> jax.Array:
-    """``x.astype(dtype)``, but what overflows there becomes the largest finite number.
+    """``x.astype(dtype)``, but numbers that overflow become the largest finite one.
 
     A code may stand for up to half a step more than the largest element, which no dtype can always hold.
     """

@@ -1,4 +1,4 @@
-"""The number types: what a code can stand for, and how many bits it takes.
+"""The number types: the values of the codes, and their bits.
 
 Three kinds of grid share the law ``x ~ (grid(code) - zero_point) * scale``:
 

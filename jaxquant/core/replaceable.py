@@ -1,4 +1,4 @@
-"""Functions that a platform may compute in a way of its own.
+"""Functions that have another implementation on some platforms.
 
 This level knows no platform: it says what is computed, plainly. `jaxquant.ops.kernels` replaces what a compiler is slow
 at, for that compiler alone, by the same values.

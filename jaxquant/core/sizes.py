@@ -1,4 +1,4 @@
-"""Sizes of axes to compare: one may be a symbol, where a program is exported for every batch."""
+"""Comparison of axis sizes, which may be symbols in a program exported for every batch size."""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ class QuantSpec(Value):
 
     @property
     def whole_range(self) -> bool:
-        """Whether a symmetric type has one code more below 0 than above, which its range makes use of."""
+        """Whether the range uses the extra negative code of a symmetric type."""
         return self.symmetric and self.type.kind == "int" and self.type.qmin < -self.type.qmax < 0
 
     @property
@@ -276,7 +276,7 @@ class QuantSpec(Value):
 
 
 def _is_plain(spec: QuantSpec) -> bool:
-    """Whether a spec gives integers or fp8 with one scale for all that is reduced, from the array, without clipping."""
+    """Whether a spec gives integers or fp8 with one scale for all reduced axes, from the array, without clipping."""
     known = spec.type.kind == "int" or (spec.type.kind == "float" and spec.type.bits == 8)
     one = spec.granularity != "per_group" and not spec.two_level
     return known and one and not (spec.static or spec.observer.clips) and spec.outliers is None
@@ -332,7 +332,7 @@ class OpSpec(Value):
             self._check_grad(self.grad)
 
     def _check_grad(self, grad: QuantSpec) -> None:
-        """Products of codes need what does not change along the axis they sum over."""
+        """Raises unless gradients have scales that are constant along the axes that the products sum over."""
         if not (_is_plain(grad) and grad.symmetric and grad.type.signed):
             todo = "Use for example grad=QuantSpec('int8')"
             raise quant_error(

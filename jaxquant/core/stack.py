@@ -1,4 +1,4 @@
-"""One layer of a stack of arrays, which is cut out where its values are used and nowhere else."""
+"""One layer of a stack of arrays, sliced only where its values are used."""
 
 from __future__ import annotations
 

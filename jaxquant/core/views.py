@@ -1,4 +1,4 @@
-"""Transposes, reshapes, slices and casts of a `QTensor`, with the values that the same view of the float array has.
+"""Transposes, reshapes, slices and casts of a `QTensor`; values equal the same view of the float array.
 
 Codes are never touched by a transpose or a cast. The others unpack codes narrower than a byte (to one per byte) and
 move them; under ``jit`` that fuses into whatever reads them.
@@ -27,7 +27,7 @@ def cast(q: QTensor, dtype: Any) -> QTensor:
 
 
 def transpose(q: QTensor, permutation: tuple[int, ...]) -> QTensor:
-    """Axes permuted; codes stay where they are."""
+    """Permutes axes; codes do not move in memory."""
     q = q.whole()
     place = {axis: i for i, axis in enumerate(permutation)}
     minor = tuple(place[axis] - q.ndim for axis in q.stored_order)

@@ -61,7 +61,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """One input, and what became of its outputs.
+    """One input, and the errors of its outputs.
 
     Attributes:
       number: its place among all inputs.
@@ -199,7 +199,7 @@ def compare(
     labels: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> Comparison:
-    """Runs a function with float and with quantized parameters on the same inputs, and says where they part.
+    """Runs a function with float and with quantized parameters on the same inputs, and measures where they differ.
 
     Three comparisons: each weight with its quantized form; the input of each layer with its input when all weights
     before it are quantized; and the outputs for each input (each index of the first axis).

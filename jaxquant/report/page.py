@@ -42,7 +42,7 @@ class Axis(NamedTuple):
         return cls(first * step, last * step, [round(i * step, 10) for i in range(first, last + 1)])
 
     def place(self, value: float) -> float:
-        """Where a value lies, in percent; what is beyond, at the end."""
+        """The position of a value, in percent; values beyond an end lie on it."""
         return round(100 * min(max((value - self.low) / (self.high - self.low), 0.0), 1.0), 2)
 
 
