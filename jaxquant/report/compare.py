@@ -18,11 +18,12 @@ from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.paths import leaves_with_paths
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.core.specs import OpSpec
 from jaxquant.rules import Rule
 from jaxquant.transform import Explanation, Plan, calibrate, make_plan, quantized
 from jaxquant.transform.batches import arguments
 from jaxquant.transform.sequential import in_order_of_use
+from jaxquant.transform.stated import described
 from jaxquant.transform.statistics import Statistic
 
 __all__ = ["Comparison", "Input", "Layer", "compare"]
@@ -78,6 +79,15 @@ class Input:
     kl: float
 
 
+#: Outputs that are off by so much of their size, at most -> what that is called; a hundredth is 40 dB.
+_DEGREES = (
+    (0.01, "hardly differ"),
+    (0.1, "differ a little"),
+    (0.32, "differ clearly"),
+    (math.inf, "are not those of the float model any more"),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """The result of `compare`. Prints as a table; `save` writes one HTML page, `plot` a picture.
@@ -105,6 +115,21 @@ class Comparison:
     def kl(self) -> float:
         """Mean over inputs, in nats."""
         return float(np.mean([x.kl for x in self.inputs]))
+
+    @property
+    def verdict(self) -> str:
+        """What came of it, in words: how much smaller, how far the outputs are, and which weight to look at."""
+        smaller = f"{self.bytes_before / max(self.bytes_after, 1):.2f} times smaller"
+        if math.isinf(self.sqnr):
+            return f"{smaller}, and the outputs are unchanged."
+        off = 10 ** (-self.sqnr / 20)
+        degree = next(word for most, word in _DEGREES if off <= most)
+        weights = [x for x in self.layers if x.weight_sqnr is not None and math.isfinite(x.weight_sqnr)]
+        text = f"{smaller}; the outputs {degree}: by {off:.2%} of their size."
+        if not weights:
+            return text
+        worst = min(weights, key=lambda x: x.weight_sqnr)
+        return f"{text} The weight that lost most is {worst.path} ({worst.weight_sqnr:.1f} dB)."
 
     def worst(self, number: int = 8) -> tuple[Input, ...]:
         """The inputs whose outputs changed most."""
@@ -293,11 +318,9 @@ def _plan_of(fn: Callable[..., Any], params: Any, changed: dict[str, Any], args:
     if not found:
         todo = "Pass what quantize_params returned, or the plan too if its leaves are float"
         raise quant_error("compare", "there are no QTensors among qparams", todo=todo, leaves=len(changed))
-    rules = [
-        Rule(f"^{re.escape(path)}$", OpSpec(QuantSpec(q.qtype, symmetric=q.symmetric)), dequantize=True)
-        for path, q in found.items()
-    ]
-    return make_plan(fn, params, *args, rules=rules)
+    rules = [Rule(f"^{re.escape(path)}$", OpSpec(), dequantize=True) for path in found]
+    plan = make_plan(fn, params, *args, rules=rules)
+    return dataclasses.replace(plan, items=tuple(described(item, found[item.path]) for item in plan.items))
 
 
 def _input_sums(plan: Plan, path: str, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:

@@ -23,7 +23,7 @@ class Axis(NamedTuple):
     Attributes:
       low: the first tick.
       high: the last tick.
-      ticks: round numbers between them.
+      ticks: whole numbers between them.
     """
 
     low: float
@@ -37,7 +37,7 @@ class Axis(NamedTuple):
         if low == high:
             low, high = low - 1, high + 1
         step = 10 ** math.floor(math.log10((high - low) / 3))
-        step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 7)
+        step = max(1.0, step * next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 7))
         first, last = math.floor(low / step), math.ceil(high / step)
         return cls(first * step, last * step, [round(i * step, 10) for i in range(first, last + 1)])
 

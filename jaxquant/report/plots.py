@@ -13,6 +13,7 @@ def plot(found: Any, file: Path) -> None:
     """Layers with the ratio of signal to noise of their weights and inputs; the outputs' cosines as a histogram."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     layers = found.layers[::-1]
     figure = Figure(figsize=(10, max(3.0, 0.24 * len(layers) + 1.2)), dpi=130, layout="constrained")
@@ -34,6 +35,8 @@ def plot(found: Any, file: Path) -> None:
     axes[1].hist([x.cosine for x in found.inputs], bins=30, color="#4269d0")
     axes[1].set_xlabel("cosine of an input's outputs")
     axes[1].set_ylabel("inputs")
+    axes[1].yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[1].set_title(f"mean {found.cosine:.5f}, {found.bytes_before / found.bytes_after:.2f}x smaller", fontsize=9)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

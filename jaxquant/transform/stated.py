@@ -19,7 +19,7 @@ from jaxquant.rules import Stated
 from jaxquant.transform.make_plan import make_plan
 from jaxquant.transform.plan import UNUSED, Item, Plan
 
-__all__ = ["StatedPlan"]
+__all__ = ["StatedPlan", "described"]
 
 _F = "StatedPlan"
 
@@ -82,7 +82,7 @@ class StatedPlan:
         if wrong:
             todo = "Use these weights in products, or run the weights alone: leave the plan out"
             raise self._error("the function has no place for quantized activations", wrong, todo)
-        return dataclasses.replace(plan, items=tuple(_described(item, leaves[item.path]) for item in plan.items))
+        return dataclasses.replace(plan, items=tuple(described(item, leaves[item.path]) for item in plan.items))
 
     def state_for(self, plan: Plan, state: Mapping[str, Any] | None) -> dict[str, Any]:
         """The static ranges of a plan that `plan_for` gave: one for each layer where the weight is a stack.
@@ -115,7 +115,7 @@ class StatedPlan:
         return quant_error(_F, f"{rule}: {'; '.join(wrong[:10])}{more}", todo=todo, weights=len(wrong))
 
 
-def _described(item: Item, leaf: Any) -> Item:
+def described(item: Item, leaf: Any) -> Item:
     """The item with the spec of its weight, where there is one that says what the leaf is."""
     simple = isinstance(leaf, QTensor) and not isinstance(leaf.scale, QTensor)
     if not simple or leaf.offset is not None or leaf.permutation is not None:

@@ -1,7 +1,10 @@
 """Where the error is: the numbers against NumPy, the page as a page."""
 
 import dataclasses
+import html
 import json
+import math
+import re
 from html.parser import HTMLParser
 
 import jax
@@ -11,7 +14,7 @@ import pytest
 import jaxquant as jq
 from jaxquant import OpSpec, QuantSpec, Rule, report
 from jaxquant.report.compare import Comparison, Input, Layer
-from jaxquant.report.page import Axis
+from jaxquant.report.page import Axis, render
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -185,3 +188,51 @@ def test_axes_hold_their_values(values):
 def test_it_is_loaded_on_use():
     assert jq.compare is report.compare
     assert "compare" in dir(jq)
+
+
+def test_a_verdict_in_words(found, tmp_path):
+    """First thing on the page: the numbers in it are those of the comparison."""
+    off = 10 ** (-found.sqnr / 20)
+    worst = min(found.layers, key=lambda x: x.weight_sqnr)
+    for part in (f"{found.bytes_before / found.bytes_after:.2f} times smaller", f"{off:.2%} of their size", worst.path):
+        assert part in found.verdict
+    for sqnr, words in ((45, "hardly differ"), (25, "differ a little"), (12, "differ clearly"), (3, "not those of")):
+        assert words in dataclasses.replace(found, sqnr=float(sqnr)).verdict
+    assert dataclasses.replace(found, sqnr=math.inf).verdict.endswith("the outputs are unchanged.")
+    page = render(found, "title")
+    assert page.index("title</h1>") < page.index(str(html.escape(found.verdict))) < page.index('class="cards"')
+
+
+def test_no_column_is_empty(found):
+    def columns(page, heading):
+        table = page[page.index(heading) :]
+        rows = re.findall(r"<tr>(.*?)</tr>", table[: table.index("</table>")], re.DOTALL)
+        each = (re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL) for row in rows)
+        cells = [[re.sub(r"<.*?>", "", cell).strip() for cell in row] for row in each]
+        return list(zip(*cells, strict=True))
+
+    bare = dataclasses.replace(
+        found,
+        inputs=tuple(dataclasses.replace(x, label="") for x in found.inputs),
+        layers=tuple(dataclasses.replace(x, input_sqnr=None, input_cosine=None, act_sqnr=None) for x in found.layers),
+    )
+    for one in (found, bare):
+        for heading in ("The inputs that change most", "All layers"):
+            for name, *values in columns(render(one, "title"), heading):
+                assert any(value not in ("", "–") for value in values), name
+
+
+def test_ticks_are_whole_numbers():
+    for values in ([0.0, 1.2], [3.1, 3.4], [-2.0, 40.0]):
+        assert all(tick == int(tick) for tick in Axis.of(values).ticks)
+
+
+def test_groups_need_no_plan():
+    """Without a plan weights are what their leaves are, in groups too."""
+    w = RNG.normal(size=(32, 8)).astype(np.float32)
+    x = RNG.normal(size=(4, 32)).astype(np.float32)
+    q = jq.quantize(w, QuantSpec("int4", granularity="per_group", group_size=8), reduce_axes=(-2,))
+    one = report.compare(lambda p, x: x @ p["w"], {"w": w}, {"w": q}, [x])
+    off = w - np.asarray(q.dequantize())
+    np.testing.assert_allclose(one.layers[0].weight_sqnr, 10 * np.log10((w**2).sum() / (off**2).sum()), rtol=1e-5)
+    assert one.layers[0].bytes_after == q.nbytes
