@@ -9,8 +9,8 @@ scheme says so, by unsigned codes, since inputs are images and what a ReLU gives
 
 - with the ranges that its spec chooses from each array: of least squared error for weights, of each token for
   activations;
-- with learned steps: LSQ, which starts where it is published, and from the least squared error instead; PACT, and LSQ+
-  (activations with an offset).
+- with learned steps: LSQ, which starts where it is published, and from the least squared error instead; LSQ for weights
+  beside activations with a range for each token; PACT, and LSQ+ (activations with an offset).
 
 Learned steps have the learning rate of the weights and no weight decay. Prints the table, and writes it to
 benchmarks/results as text and as JSON.
@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import measure
 import numpy as np
 import optax
 from digits_accuracy import CNN, machine, summary, text
@@ -36,6 +36,7 @@ from jaxquant import OpSpec, QuantSpec, Rule, qat
 from jaxquant.demo import digits
 
 MSE = jq.observers.MSE
+BY_TOKEN = "lsq, by token"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Scheme:
         """Weights per channel; activations per token, or with one learned step."""
         if way == "ranges":
             return OpSpec(QuantSpec(self.weight, calibration=MSE()), self.act and QuantSpec(self.act))
+        if way == BY_TOKEN:
+            return OpSpec(QuantSpec(self.weight), self.act and QuantSpec(self.act))
         start: dict[str, Any] = {"calibration": MSE()} if way == "lsq, least error" else {}
         act: dict[str, Any] = {"granularity": "per_tensor", "static": True, "symmetric": way != "lsq+", **start}
         return OpSpec(QuantSpec(self.weight, **start), self.act and QuantSpec(self.act, **act))
@@ -92,7 +95,10 @@ class Training:
             return {}
         batch = self.data.train_images[:512]
         method: Any = self.way.partition(",")[0]
-        return qat.learned_steps(self.apply, self.plan, params, [batch], method)
+        state = qat.learned_steps(self.apply, self.plan, params, [batch], method)
+        if self.way == BY_TOKEN:
+            return {path: {"weight": entry["weight"]} for path, entry in state.items()}
+        return state
 
     def _loss(self, both: Any, images: Any, labels: Any) -> jax.Array:
         targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), self.recipe.smoothing)
@@ -122,7 +128,7 @@ class Training:
         )
 
 
-WAYS = ("ranges", "lsq", "lsq, least error", "lsq+", "pact")
+WAYS = ("ranges", "lsq", "lsq, least error", BY_TOKEN, "lsq+", "pact")
 
 
 def main() -> None:
@@ -136,6 +142,7 @@ def main() -> None:
     args = parser.parse_args()
     data = digits.load()
     lines: list[dict[str, Any]] = []
+    results: dict[str, Any] = {}
     for name in args.models:
         model = MODELS[name]
         floats = [
@@ -147,7 +154,7 @@ def main() -> None:
         for kind in args.schemes:
             scheme = SCHEMES[kind]
             for way in args.ways:
-                if way == "lsq+" and scheme.act is None:
+                if way in ("lsq+", BY_TOKEN) and scheme.act is None:
                     continue  # weights have no offset
                 training = Training(model, scheme, way, floats[0], data, args.rate)
                 found = [training.measure(params, seed) for seed, params in enumerate(floats)]
@@ -157,12 +164,9 @@ def main() -> None:
                     f"{name}: {line['row']}: {line['mean']} {line['each']} {lines[-1]['trained to frozen']:.1e}",
                     flush=True,
                 )
-    results = {"seeds": args.seeds, "rate of steps": args.rate, "machine": machine(), "rows": lines}
-    table = text(results)
-    print(f"\n{table}")
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "qat_digits.txt").write_text(table + "\n", encoding="utf-8")
-    (args.output / "qat_digits.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+                results = {"seeds": args.seeds, "rate of steps": args.rate, "machine": machine(), "rows": lines}
+                measure.keep("qat_digits", text(results), results, args.output)
+    print(f"\n{text(results)}")
 
 
 if __name__ == "__main__":

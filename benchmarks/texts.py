@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 
 PACKAGES = ("jax", "numpy", "flax", "optax")
+_LEFT_OUT = ("test", "site-packages", "idlelib", "topics")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
@@ -30,7 +31,7 @@ def _docstrings() -> Iterator[tuple[str, str, str]]:
     for folder, prefix in folders:
         for file in sorted(folder.rglob("*.py")):
             name = file.relative_to(folder).as_posix()
-            if any(part in name for part in ("test", "site-packages", "idlelib", "topics")):
+            if any(part in name for part in _LEFT_OUT):
                 continue
             try:
                 tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -64,6 +65,20 @@ def _sentences(text: str) -> list[str]:
 
 def _half(source: str) -> int:
     return zlib.crc32(source.encode()) & 1
+
+
+def sources() -> tuple[bytes, bytes]:
+    """The standard library's own files, code and docstrings: an eighth of them to evaluate on, the others to train on.
+
+    Files are dealt out by a hash of their name, and stand in the order of it.
+    """
+    library = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    found = {file.relative_to(library).as_posix(): file for file in library.rglob("*.py")}
+    names = sorted((n for n in found if not any(part in n for part in _LEFT_OUT)), key=_order)
+    held_out = [n for n in names if zlib.crc32(n.encode()) % 8 == 0]
+    train = [n for n in names if zlib.crc32(n.encode()) % 8]
+    evaluate, rest = (b"\n".join(found[n].read_bytes() for n in part) for part in (held_out, train))
+    return evaluate, rest
 
 
 def _order(text: str) -> tuple[int, str]:

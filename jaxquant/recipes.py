@@ -16,6 +16,7 @@ from jaxquant.core.qtypes import QTYPES
 from jaxquant.core.specs import OpSpec, QuantSpec
 
 __all__ = [
+    "binary",
     "fp4",
     "fp8",
     "fp8_train",
@@ -162,6 +163,27 @@ def ternary(granularity: Literal["per_tensor", "per_channel"] = "per_tensor") ->
     """
     weight = QuantSpec("int2", granularity=granularity, narrow_range=True, calibration=AbsMean())
     return OpSpec(weight, QuantSpec("int8"))
+
+
+def binary(granularity: Literal["per_tensor", "per_channel"] = "per_channel", *, act: bool = False) -> OpSpec:
+    """XNOR-Net's weights, -1 and 1 times the mean magnitude of their output; ``act``: int8 activations per token.
+
+    The mean is the scale of least squared error for these codes. BitNet's one-bit weights have it over the whole
+    tensor (``"per_tensor"``) with ``act``; it subtracts the mean of the weights before, which is not done here.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> w = jnp.array([[0.3, -0.1], [-1.0, 0.7]])
+      >>> jq.quantize(w, recipes.binary().weight, reduce_axes=(-2,)).dequantize()
+      Array([[ 0.65, -0.4 ],
+             [-0.65,  0.4 ]], dtype=float32)
+
+    Source: Rastegari et al. 2016, XNOR-Net (arXiv:1603.05279), equations 5 and 6; Wang et al. 2023, BitNet
+      (arXiv:2310.11453), section 2.1.
+    """
+    weight = QuantSpec("binary", granularity=granularity, calibration=AbsMean())
+    return OpSpec(weight, QuantSpec("int8") if act else None)
 
 
 # Options after the colon of a recipe name: the parameters an option may set. A recipe has at most one of them.

@@ -77,8 +77,10 @@ def _saturated(scale: Any, dtype: Any) -> bool:
 # -- scale and zero point ---------------------------------------------------------------------------------------------
 
 
-def _float_scale(absmax: jax.Array, qmax: float | jax.Array, dtype: Any) -> jax.Array:
+def _float_scale(absmax: jax.Array, qmax: float | jax.Array, dtype: Any, empty: float = 1.0) -> jax.Array:
     """``absmax / qmax`` in the scale's dtype, from the least number that is not taken for 0; 1 where absmax is 0.
+
+    A grid without 0 has ``empty=0`` instead: the least number there, since no code stands for 0.
 
     In float16 that least number is subnormal. A step that coarse is rounded up, so that the codes reach absmax.
     """
@@ -89,7 +91,9 @@ def _float_scale(absmax: jax.Array, qmax: float | jax.Array, dtype: Any) -> jax.
         scale = jnp.where(scale < float(info.tiny), jnp.ceil(scale / least) * least, scale)
     scale = scale.astype(dtype)
     return jnp.where(
-        absmax == 0, jnp.ones_like(scale), jnp.where(jnp.isnan(absmax), np.asarray(np.nan, scale.dtype), scale)
+        absmax == 0,
+        jnp.full_like(scale, max(empty, least)),
+        jnp.where(jnp.isnan(absmax), np.asarray(np.nan, scale.dtype), scale),
     )
 
 
@@ -156,7 +160,7 @@ def affine(lo: jax.Array, hi: jax.Array, spec: QuantSpec, top: jax.Array | None 
             return _e8m0_scale(absmax, int(np.floor(np.log2(info.qmax)))), None
         if info.scale_format == "e4m3":
             return _e4m3_scale(absmax, info.qmax, top), None
-        return _float_scale(absmax, steps, dtype), None
+        return _float_scale(absmax, steps, dtype, 1.0 if info.has_zero else 0.0), None
     lo, hi = jnp.minimum(lo, 0), jnp.maximum(hi, 0)
     # Halves where hi - lo may overflow; not elsewhere, since the half of the smallest normal number is flushed to 0.
     half = jnp.where(jnp.maximum(hi, -lo) > 1, jnp.asarray(0.5, lo.dtype), jnp.asarray(1, lo.dtype))
@@ -173,7 +177,8 @@ def scale_zero_point(lo: Any, hi: Any, spec: QuantSpec) -> tuple[Any, jax.Array 
     fewer bits, ``scale = max(-lo / (1/2 - qmin), hi / (qmax + 1/2))``: at 4 bits ``-lo / 8.5`` or ``hi / 7.5``. Steps
     are smaller then, and still no element is off by more than half of one. Asymmetric: the range is first widened to
     contain 0; ``scale = (hi - lo) / (qmax - qmin)`` and ``zero_point = round(qmin - lo / scale)``, so real 0.0 has a
-    code of its own and is exact. An empty range (both 0) gives scale 1.
+    code of its own and is exact. An empty range (both 0) gives scale 1, or the
+    least number for a type without a 0 (binary, iq4_nl).
 
     Args:
       lo, hi: float arrays of one shape (or scalars), in the units of the array to be quantized.

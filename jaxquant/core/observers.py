@@ -159,12 +159,15 @@ class AbsMax(Observer):
 
 @dataclasses.dataclass(frozen=True)
 class AbsMean(Observer):
-    """``(-mean|x|, mean|x|)``: with three codes, -1, 0 and 1, the ternary weights of BitNet b1.58.
+    """``(-mean|x|, mean|x|)``: with codes -1, 0 and 1 the weights of BitNet b1.58, with two codes those of XNOR-Net.
 
-    There ``q = clip(round(x / mean|x|), -1, 1)``; see `jaxquant.recipes.ternary`.
+    There ``q = clip(round(x / mean|x|), -1, 1)``; see `jaxquant.recipes.ternary` and `jaxquant.recipes.binary`. The
+    gradient passes all values, as published: those beyond the mean, two in five, would never train otherwise.
 
-    Source: Ma et al. 2024 (arXiv:2402.17764), equations 1 to 3.
+    Source: Ma et al. 2024 (arXiv:2402.17764), equations 1 to 3; Rastegari et al. 2016 (arXiv:1603.05279), equation 6.
     """
+
+    clips: ClassVar[bool] = False  # it has a mean, and gradients beyond it
 
     def init(self, shape):
         return {"sum": jnp.zeros(shape, jnp.float32), "count": jnp.zeros(shape, jnp.float32)}

@@ -75,6 +75,8 @@ def _float_value(pattern: int, exponent_bits: int, mantissa_bits: int, bias: int
 def grid(qtype: str, narrow: bool = False) -> Grid:
     """The grid of a number type; ``narrow`` leaves out the lowest code of a signed integer."""
     qtype = _ELEMENT.get(qtype, qtype)
+    if qtype == "binary":
+        return Grid(np.array([-1.0, 1.0]), np.arange(2), is_table=True)
     if qtype == "dynamic4":  # Li et al. 2023 (arXiv:2309.01507): three decades of 1, 2 and 4 steps
         edges = [np.linspace(0.1, 1, n + 1, dtype=np.float32) for n in (1, 2, 4)]
         middles = [np.float32(u) * (e[1:] + e[:-1]) / np.float32(2) for u, e in zip((0.01, 0.1, 1), edges, strict=True)]
@@ -177,8 +179,9 @@ def _to_dtype(scale, dtype):
 
 
 def _scale(spec, top, steps, r):
-    """top / steps in the scale's dtype, 1 where top is 0."""
-    return np.where(top == 0, 1.0, _to_dtype(r(top / steps), np.dtype(spec.scale_dtype or np.float32)))
+    """top / steps in the scale's dtype; where top is 0, 1, or the least number if no value of the grid is 0."""
+    empty = 1.0 if 0.0 in grid(spec.qtype).values else float(ml_dtypes.finfo(spec.scale_dtype or np.float32).tiny)
+    return np.where(top == 0, empty, _to_dtype(r(top / steps), np.dtype(spec.scale_dtype or np.float32)))
 
 
 def _whole_scale(spec, ids, x, lo, hi, g, r):

@@ -85,13 +85,13 @@ def test_grids_are_whole_numbers(name):
     """Whole numbers times a unit, in 16 bits: exact but for nf4."""
     qtype = QTYPES[name]
     of, unit, exact = gemv._numbers(qtype)
-    codes = jnp.arange(16, dtype=jnp.uint8)
+    codes = jnp.arange(1 << qtype.bits, dtype=jnp.uint8)
     whole, values = of(codes), np.asarray(values_of(codes, qtype), np.float64)
     np.testing.assert_allclose(
         np.asarray(whole, np.float64) * unit, values, rtol=0, atol=(1 / 65534 if name == "nf4" else 2**-24) * qtype.qmax
     )
     assert exact == (name != "nf4")
-    assert whole.dtype == (np.int16 if qtype.kind == "table" and name != "iq4_nl" else np.int8)
+    assert whole.dtype == (np.int16 if qtype.kind == "table" and name not in ("iq4_nl", "binary") else np.int8)
 
 
 @makes_nan

@@ -234,6 +234,31 @@ def test_ternary_weights_are_those_of_bitnet(granularity):
     assert jq.Plan.from_json(plan.to_json()) == plan
 
 
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_binary_weights_are_those_of_xnor_net(granularity):
+    """sign(w) times mean|w|, in a bit each; trained and frozen alike."""
+    plan = jq.make_plan(product, PARAMS, X, rules=[Rule("w", recipes.binary(granularity))])
+    w = np.asarray(PARAMS["w"], np.float64)
+    mean = np.abs(w).mean(None if granularity == "per_tensor" else 0, keepdims=True)
+    qparams = jq.quantize_params(PARAMS, plan)
+    np.testing.assert_allclose(qparams["w"].dequantize(), np.sign(w) * mean, rtol=1e-6)
+    assert qparams["w"].nbytes == 16 * 5 // 8 + mean.size * 4
+    zeros = jq.quantize(jnp.zeros((16, 5)), recipes.binary(granularity).weight, reduce_axes=(-2,))
+    assert float(jnp.max(jnp.abs(zeros.dequantize()))) < 1e-37  # no code stands for 0
+    run = jax.jit(jq.quantized(product, plan))
+    np.testing.assert_allclose(run(PARAMS, X), run(qparams, X), rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(run(qparams, X), np.asarray(X, np.float64) @ (np.sign(w) * mean), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [recipes.ternary(), recipes.binary()], ids=["ternary", "binary"])
+def test_gradients_pass_all_weights_with_a_mean_for_a_scale(spec):
+    """As published: the product's own gradient, for weights beyond the mean, too."""
+    plan = jq.make_plan(product, PARAMS, X, rules=[Rule("w", OpSpec(spec.weight))])
+    cotangent = unequal((6, 5), 9)
+    got = jax.grad(lambda p: jnp.sum(jq.quantized(product, plan)(p, X) * cotangent))(PARAMS)["w"]
+    np.testing.assert_allclose(got, X.T @ cotangent, rtol=1e-4, atol=1e-5)
+
+
 def test_the_mean_magnitude_of_batches_is_that_of_all():
     observer, parts = observers.AbsMean(), [X[:2], X[2:]]
     state = observer.init((1, 1))
