@@ -38,7 +38,8 @@ class Use:
       kernels: the operations that it reaches. A product is named by its type, ``"int8"``, ``"float32"`` or
         ``"bfloat16"``; on a CPU with ``", plain"`` where XLA's library of fast kernels does not serve it.
         ``"float32 GEMV"``: a loop decodes and multiplies. ``"lookup"``: rows are gathered. ``"dequantized"``: a float
-        array of the weight's size is written first. A kernel that is written by hand has its own name. Empty: none of these was found.
+        array of the weight's size is written first. A kernel that is written by hand has its own name. Empty: none of
+        these was found.
       nbytes: bytes of codes, scales and zero points: what one use has to read.
       float_nbytes: bytes of the float weight.
       written: bytes of decoded or copied weights that the program writes to memory before it multiplies.
