@@ -13,7 +13,7 @@ from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_safetenso
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = sorted(path.parent.name for path in (GOLDEN / "models").glob("*/model.safetensors"))
 
-__all__ = ["GOLDEN", "MODELS", "checkpoint", "digest", "dtype_of", "of_model", "unit", "values"]
+__all__ = ["GOLDEN", "MODELS", "checkpoint", "digest", "dtype_of", "of_model", "stream", "unit", "values"]
 
 
 def dtype_of(name: str) -> np.dtype:
@@ -65,3 +65,11 @@ def checkpoint(folder, tensors, config=None, *, metadata=None, shards=None, file
         index = {"weight_map": {name: file for file, arrays in groups.items() for name in arrays}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def stream(codes, bits):
+    """A little-endian bit stream of 32-bit words along the last axis, bit by bit."""
+    flat = (codes[..., None] >> np.arange(bits)) & 1
+    flat = flat.reshape(*codes.shape[:-1], -1).astype(np.uint8)
+    flat = np.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, -flat.shape[-1] % 32)])
+    return np.packbits(flat, axis=-1, bitorder="little").view("<u4")

@@ -1,7 +1,7 @@
 """`quantize_hf`: quantizes a checkpoint of any size tensor by tensor.
 
 Memory holds one tensor's codes and a slice of its float rows at most, and JAX compiles one program for each width of a
-weight; ``tests/test_io_stream.py`` measures the peaks. All checks that do not need the values run before the first byte
+weight; ``tests/io/test_stream.py`` measures the peaks. All checks that do not need the values run before the first byte
 is written; `jaxquant.io.directory` describes how interruptions are handled.
 """
 

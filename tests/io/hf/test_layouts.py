@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hf_cases import CASES
-from hf_files import checkpoint, unit, values
+from hf_files import checkpoint, stream, unit, values
 
 import jaxquant as jq
 
@@ -20,14 +20,6 @@ BF16, E4M3, E8M0 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8
 def load(folder, parts, config, **kwargs):
     params, info = jq.io.load_hf(checkpoint(folder, {f"m.{n}": a for n, a in parts.items()}, config, **kwargs))
     return params["m.weight"], info
-
-
-def stream(codes, bits):
-    """A little-endian bit stream of 32-bit words along the last axis, bit by bit."""
-    flat = (codes[..., None] >> np.arange(bits)) & 1
-    flat = flat.reshape(*codes.shape[:-1], -1).astype(np.uint8)
-    flat = np.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, -flat.shape[-1] % 32)])
-    return np.packbits(flat, axis=-1, bitorder="little").view("<u4")
 
 
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}

@@ -277,7 +277,7 @@ def test_a_weight_with_nan_is_named(tmp_path, bad, dtype):
 
 
 def test_a_quantized_source_is_refused(tmp_path):
-    golden = Path(__file__).parent / "golden" / "models" / "gptq_w4g64_sym"
+    golden = Path(__file__).parents[1] / "golden" / "models" / "gptq_w4g64_sym"
     with pytest.raises(QuantError, match="quantized already"):
         jq.io.quantize_hf(golden, tmp_path / "out", RULES)
 

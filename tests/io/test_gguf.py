@@ -23,7 +23,7 @@ from jaxquant.io.safetensors import SafetensorsFile
 
 pytestmark = pytest.mark.every
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 MODEL = GOLDEN / "models" / "gguf_Q4_0"
 REFUSED = sorted(kind.name for kind in BY_ID.values() if kind.refused)
 BLOCKS = sorted(kind.name for kind in BY_ID.values() if kind.split)

@@ -704,7 +704,7 @@ def test_a_header_too_long(path, monkeypatch):
 
 def test_import_loads_nothing_optional():
     program = "import sys, jaxquant.io; print(*{name.partition('.')[0] for name in sys.modules})"
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not set(done.stdout.split()) & {"safetensors", "flax", "optax", "torch"}

@@ -16,7 +16,7 @@ from jaxquant.io.sharded import Checkpoint
 # Weights are what is read here, also of files that say how activations are quantized.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gives its weights alone")
 
-MODELS = Path(__file__).parent / "golden" / "models"
+MODELS = Path(__file__).parents[1] / "golden" / "models"
 #: Golden checkpoint -> (format, activations, keys of its config that must be the same).
 REWRITTEN = {
     "ct_w4a16_g64_asym": ("compressed-tensors", None, ("format", "ignore", "quant_method")),

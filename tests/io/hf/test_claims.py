@@ -7,8 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hf_files import checkpoint, unit, values
-from test_hf_layouts import stream
+from hf_files import checkpoint, stream, unit, values
 
 import jaxquant as jq
 
