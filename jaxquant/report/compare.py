@@ -118,7 +118,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """What came of it, in words: how much smaller, how far the outputs are, and which weight to look at."""
+        """The result in words: how much smaller, how far the outputs are, and which weight to look at."""
         smaller = f"{self.bytes_before / max(self.bytes_after, 1):.2f} times smaller"
         if math.isinf(self.sqnr):
             return f"{smaller}, and the outputs are unchanged."
