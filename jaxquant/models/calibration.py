@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.errors import quant_error
+from jaxquant.io.atomic import replacing
 from jaxquant.io.directory import identity, json_bytes
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.safetensors import TensorSpec, write_safetensors
@@ -97,7 +98,8 @@ def grams(
             _run(files, i, prefix, of_stage[i], windows, place)
         (place / _states(i)).unlink(missing_ok=True)
     placed = {name: _layer(i) for i, of in enumerate(of_stage) for name in of}
-    (place / _INDEX).write_bytes(json_bytes({"weight_map": placed}))
+    with replacing(place / _INDEX, function=_F) as file:
+        file.write(json_bytes({"weight_map": placed}))
 
 
 def _layer(i: int) -> str:
@@ -118,7 +120,8 @@ def _begin(place: Path, stated: Mapping[str, Any]) -> None:
     place.mkdir(exist_ok=True)
     run = place / "run.json"
     if not run.exists():
-        run.write_bytes(json_bytes(stated))
+        with replacing(run, function=_F) as file:
+            file.write(json_bytes(stated))
     elif json.loads(run.read_bytes()) != stated:
         todo = "Remove it, or repeat the command that it is of"
         raise quant_error(_F, "there is an interrupted run of something else", todo=todo, path=os.fspath(place))
