@@ -216,7 +216,7 @@ CODES, ONES = np.zeros((64, 64), np.uint8), np.ones((64, 1), np.float32)
         (
             lambda: {"a.weight": quantized("int8")},
             {"format": "gptq", "act": QuantSpec("int8")},
-            "nothing about activations",
+            "does not describe activations",
         ),
         (lambda: {"a.weight": quantized("int8")}, {"act": QuantSpec("int4")}, "activations are int8 or fp8"),
         (lambda: {"a.weight": quantized("int4")}, {"act": QuantSpec("int8")}, "quantized like the weight"),

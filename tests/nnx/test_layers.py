@@ -450,7 +450,7 @@ X = wavy((3, 32))
 
 BAD = {
     "spec is a QuantSpec": (lambda: _linear(spec=jq.QuantSpec("int8")), "QuantLinear: spec must be an OpSpec or None"),
-    "spec is a string": (lambda: _linear(spec="w8a8"), r"got spec='w8a8'. Use OpSpec"),
+    "spec is no recipe": (lambda: _linear(spec="w9a8"), r"unknown recipe; got recipe='w9a8'"),
     "static per token": (
         lambda: _linear(spec=STATIC_PER_TOKEN),
         "one for the whole activation",

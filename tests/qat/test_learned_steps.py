@@ -16,6 +16,7 @@ from jaxquant import OpSpec, QuantSpec, Rule, qat
 X = unequal((6, 16), 3, 0.5)
 W = unequal((16, 5), 1, 0.4)
 PARAMS = {"w": W}
+WIDE = {"w": unequal((32, 5), 1, 0.4)}
 
 
 def Q(qtype: str, **kwargs: Any) -> QuantSpec:
@@ -421,8 +422,10 @@ REFUSED = {
         "^learned_steps at w: the weight is quantized already",
     ),
     "scales that are powers of two": (
-        lambda: qat.learned_steps(product, planned(QuantSpec("mxfp8", granularity="per_group")), PARAMS, []),
-        "^learned_steps at w: the scales of this weight are no floats",
+        lambda: qat.learned_steps(
+            product, planned(QuantSpec("mxfp8"), params=WIDE, x=unequal((6, 32), 3, 0.5)), WIDE, []
+        ),
+        "^learned_steps at w: the scales of this weight are not plain floats",
     ),
     "pact of an asymmetric range": (
         lambda: qat.learned_steps(product, planned(QuantSpec("uint4", symmetric=False)), PARAMS, [], "pact"),

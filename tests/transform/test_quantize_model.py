@@ -120,7 +120,7 @@ def test_the_model_runs_as_it_was_saved(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"recipe": "w4a17"}, r"recipe: unknown recipe; got recipe='w4a17'. Nearest: 'w4a16'.*All: fp4, fp8"),
+        ({"recipe": "w4a17"}, r"recipe: unknown recipe; got recipe='w4a17'. Nearest: 'w4a16'.*All: binary, fp4, fp8"),
         ({"recipe": "int4"}, r"int4 is a number type; recipes with such weights: w4a4, w4a8, w4a16"),
         ({"recipe": "w8a8:g64"}, r"w8a8 has no such option; got option='g64'.*Use each.*: asym, static"),
         ({"recipe": 4}, r"a recipe is an OpSpec, or the name of one; got got=4"),
