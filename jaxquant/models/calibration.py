@@ -1,10 +1,10 @@
-"""`grams`: what quantizers need to know of the inputs of a decoder's weights, from a text, a layer at a time.
+"""`grams`: the Gram matrices of the inputs of a decoder's weights, from a text, a layer at a time.
 
-The float model is never whole in memory: each layer is read, run on the whole text, and let go. A directory keeps what
-comes of it, so that an interrupted run goes on with the next layer:
+The float model is never whole in memory: each layer is read, run on the whole text, and released. A directory keeps the
+results, so that an interrupted run continues with the next layer:
 
-    run.json              what the run is of: it is continued if it was begun with the same
-    states-00003.npy      float32 [window, token, feature]: what layer 3 is applied to; the last one only
+    run.json              the arguments of the run: a run with the same ones continues it
+    states-00003.npy      float32 [window, token, feature]: the inputs of layer 3; only the latest file is kept
     layer-00002.safetensors   the Gram matrices of layer 2, under the names of the weights
     model.safetensors.index.json   at the end: which name is in which file
 """
@@ -55,8 +55,8 @@ def grams(
 ) -> None:
     """Writes the Gram matrices of the inputs of weights, over a text, to a directory.
 
-    In memory are one layer, its Gram matrices, and what one window of tokens becomes in it. Through an expert of a
-    mixture go the tokens that have chosen it.
+    Memory holds one layer, its Gram matrices, and the activations of one window of tokens. An expert of a mixture
+    counts only the tokens that are routed to it.
 
     Args:
       source: the directory of a float decoder that `jaxquant.models.load` supports.
@@ -116,7 +116,7 @@ def _stages(config: Config) -> list[str]:
 
 
 def _begin(place: Path, stated: Mapping[str, Any]) -> None:
-    """Makes the directory, or takes up the one of an interrupted run."""
+    """Makes the directory, or checks that an interrupted run with the same arguments left it."""
     place.mkdir(exist_ok=True)
     run = place / "run.json"
     if not run.exists():
@@ -160,7 +160,7 @@ class _Files:
         return leaves[-1] if -1 in leaves else stacked(whole, leaves, self._path)
 
     def below(self, *prefixes: str) -> dict[str, jax.Array]:
-        """The parameters whose names begin so."""
+        """The parameters whose names begin with one of the prefixes."""
         return {whole: self[whole] for whole in self._names if whole.startswith(prefixes)}
 
 
@@ -168,7 +168,7 @@ _FIRST = "model.layers.0."
 
 
 def _run(files: _Files, i: int, prefix: str, wanted: Mapping[str, str], windows: np.ndarray, place: Path) -> None:
-    """One layer on the whole text: its Gram matrices, and what the next one is applied to."""
+    """Runs one layer on the whole text, and writes its Gram matrices and the inputs of the next layer."""
     config, last = files.config, i == len(files.config.layers)
     if i == 0:
         params = files.below("model.embed_tokens.")
@@ -200,7 +200,7 @@ def _used(config: Config, last: bool, prefix: str) -> list[str]:
 
 @functools.lru_cache(maxsize=8)
 def _programs(config: Config, last: bool, wanted: tuple[str, ...], x: Any) -> tuple[Any, Calibration | None]:
-    """The function of a stage, compiled, and what collects the Gram matrices of its weights."""
+    """The function of a stage, compiled, and the calibration that collects the Gram matrices of its weights."""
 
     def fn(params: Any, x: jax.Array) -> jax.Array:
         return head(config, params, normed(config, params, x)) if last else block(config, 0, params, x)[0]

@@ -170,7 +170,7 @@ def _decoded(codes: jax.Array, qtype: str) -> jax.Array:
 
 
 def _value(place: jax.Array) -> jax.Array:
-    """Of a place among the positive entries, the first of decade i having 2^i, half a step on."""
+    """The value at a place among the positive entries: decade i begins at 2^i, and its entries lie half a step on."""
     fraction = lax.bitcast_convert_type(place, jnp.int32) & 0x7FFFFF | 0x3F800000
     unit = jnp.zeros_like(place)
     for i in range(_DECADES):

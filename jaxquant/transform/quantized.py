@@ -40,7 +40,7 @@ def check_plan(function: str, plan: Plan, params: Mapping[str, Any]) -> None:
             wrong.append(f"{item.path} {got}, planned {item.shape}")
         elif isinstance(leaf, QTensor):
             w = item.spec.weight
-            if w is None:  # it is what it is
+            if w is None:  # the plan has no spec of the weight: its leaf decides
                 continue
             if leaf.qtype != w.qtype or leaf.symmetric != w.symmetric:
                 wrong.append(f"{item.path} is {leaf!r}, planned {w!r}")
