@@ -15,6 +15,7 @@ from jaxquant.core.blocks import BlockView
 from jaxquant.core.codec import from_bits, from_int4, to_bits, to_int4, values_of
 from jaxquant.core.errors import quant_error
 from jaxquant.core.layout import transpose, written_transposed
+from jaxquant.core.no_gradient import guarded
 from jaxquant.core.packing import pack, packed_length, unpack
 from jaxquant.core.qtypes import FACTOR, QTYPES, QType
 from jaxquant.core.stack import Layer
@@ -181,7 +182,8 @@ class QTensor:
     @classmethod
     def tree_unflatten(cls, aux, children):
         qtype, dtype, minor, length, split = aux
-        return cls(*children, qtype=qtype, dtype=dtype, minor=minor, length=length, split=split)
+        codes, *rest = children
+        return cls(guarded(codes), *rest, qtype=qtype, dtype=dtype, minor=minor, length=length, split=split)
 
     @property
     def stored(self) -> Any:

@@ -117,6 +117,46 @@ def test_freezing_needs_the_params():
         tx.update({"w": W}, tx.init({"w": W}))
 
 
+OPTIMIZERS = {
+    "sgd": lambda: optax.sgd(0.1),
+    "momentum": lambda: optax.sgd(optax.constant_schedule(0.1), momentum=0.9),
+    "adam": lambda: optax.adam(1e-3),
+    "lion": lambda: optax.lion(1e-3),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_that_meets_gradients_of_codes_raises(name, wrap):
+    params = mixed()
+    gradient = jax.grad(
+        lambda p: jnp.sum(p["frozen"]["kernel"].dequantize()) + jnp.sum(p["frozen"]["bias"]), allow_int=True
+    )(params)
+    tx = OPTIMIZERS[name]()
+    with pytest.raises(jq.QuantError, match=r"codes are integers and have no gradient.*qat.split"):
+        wrap(tx.update)(gradient, tx.init(params), params)
+
+
+def test_gradients_of_codes_pass_through_jax():
+    kernel = mixed()["frozen"]["kernel"]
+
+    def loss(q):
+        return jnp.sum(q.dequantize() ** 2)
+
+    plain = jax.grad(loss, allow_int=True)(kernel)
+    for gradient in (
+        jax.jit(jax.grad(loss, allow_int=True))(kernel),
+        jax.jit(lambda g: g)(plain),
+        jax.device_put(plain),
+    ):
+        assert gradient.kept.dtype == jax.dtypes.float0
+        assert gradient.kept.shape == kernel.kept.shape
+        np.testing.assert_allclose(gradient.scale, plain.scale, rtol=1e-6)
+    assert jax.eval_shape(lambda g: g, plain).kept.dtype == jax.dtypes.float0
+    _, tangent = jax.jvp(loss, (kernel,), (plain,))  # the squared norm of the gradient in the scales
+    np.testing.assert_allclose(tangent, jnp.sum(plain.scale**2), rtol=1e-5)
+
+
 def test_jax_refuses_gradients_of_integer_leaves():
     """The first line of defence is JAX's own, and it has to stay."""
     with pytest.raises(TypeError, match="grad requires real- or complex-valued inputs"):
