@@ -24,8 +24,8 @@ class NoGradient(np.ndarray):
         raise quant_error(
             "QTensor",
             "codes are integers and have no gradient, so that no optimizer can update them",
-            todo="Train float parameters through jaxquant.quantized and quantize them afterwards, or give the optimizer "
-            "the float leaves alone: trained, frozen = jaxquant.qat.split(params)",
+            todo="Train float parameters through jaxquant.quantized and quantize them afterwards, or give the "
+            "optimizer the float leaves alone: trained, frozen = jaxquant.qat.split(params)",
             shape=self.shape,
         )
 
