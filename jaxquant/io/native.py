@@ -134,7 +134,7 @@ def save(
         keys, traced, deleted or remote arrays), state without a plan, a QTensor whose fields contradict each other or
         whose scales are not finite, metadata that JSON would change, a path that cannot be a file or that another
         writer has, or a full disk. NaN in a plain array is saved like any other value.
-      OSError: if the disk is full or the place is not writable.
+      OSError: if the place is not writable.
 
     Example:
       >>> import os, tempfile

@@ -368,26 +368,9 @@ def test_an_interrupted_save_leaves_the_old_file(path, monkeypatch, exists, owne
         save(path, {"old": jnp.ones(3)})
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
     monkeypatch.setattr(owner, name, fails_on(call, exception, getattr(owner, name)))
-    with pytest.raises(type(exception)):
+    with pytest.raises(jq.QuantError if exception is FULL else type(exception)):
         save(path, [jnp.full(1 << 12, i) for i in range(4)])
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
-
-
-@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
-def test_a_disk_that_fills_up_leaves_the_old_file(path):
-    import resource
-
-    save(path, {"old": jnp.ones(3)})
-    before = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            save(path, [jnp.full(1 << 12, i) for i in range(4)])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-    assert path.read_bytes() == before
 
 
 def test_an_array_that_changes_while_it_is_saved(path, monkeypatch):
