@@ -42,6 +42,22 @@ def check_room(directory: str, needed: int, *, function: str, path: str) -> None
         raise quant_error(function, "the disk is too full", todo=todo, path=path, needed=needed, free=free)
 
 
+#: No room, no quota left, or a file larger than its file system holds.
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
+
+
+@contextlib.contextmanager
+def _room(function: str, path: str) -> Iterator[None]:
+    """Raises `QuantError` where the block finds the disk full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        todo = "Make room, or choose another place"
+        raise quant_error(function, "the disk is full", todo=todo, path=path, error=error.strerror) from error
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], *, nbytes: int = 0, function: str = "save") -> Iterator[BinaryIO]:
     """A file to write, which replaces ``path`` when the block ends without an exception.
@@ -57,7 +73,7 @@ def replacing(path: str | os.PathLike[str], *, nbytes: int = 0, function: str = 
 
     Raises:
       QuantError: if ``path`` is a directory or its directory does not exist, another writer has ``path``, or the disk
-        has no room for ``nbytes``.
+        has no room for ``nbytes`` or fills up.
     """
     target = os.path.realpath(path)
     directory, name = os.path.split(target)
@@ -69,7 +85,7 @@ def replacing(path: str | os.PathLike[str], *, nbytes: int = 0, function: str = 
     temporary = os.path.join(directory, f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}{_SUFFIX}")
     for left in filter(is_temporary, os.listdir(directory)):
         _remove_abandoned(os.path.join(directory, left))
-    with _created(temporary, function, target) as file:
+    with _room(function, target), _created(temporary, function, target) as file:
         check_room(directory, nbytes, function=function, path=target)
         yield file
         file.flush()
@@ -104,9 +120,10 @@ def claimed(directory: str, *, function: str, target: str) -> Iterator[None]:
     If the block ends with an exception and the directory is empty, it is removed. It may be renamed inside the block.
 
     Raises:
-      QuantError: if another writer has it, or the path is not a directory; the error names ``target``, the final path.
+      QuantError: if another writer has it, the path is not a directory, or the disk is full; the error names
+        ``target``, the final path.
     """
-    with contextlib.suppress(FileExistsError):
+    with _room(function, target), contextlib.suppress(FileExistsError):
         os.mkdir(directory)
     if not os.path.isdir(directory):
         todo = f"Remove {directory}, or choose another destination"

@@ -1,7 +1,8 @@
 """Trees to manifest nodes and back; the grammar is in `jaxquant.io.native`.
 
 `encode` returns the node and the arrays to write, `decode` the tree with a `SavedArray` in the place of each array.
-They do no input or output. Both check a QTensor by the same rules, so that every tree that can be saved can be loaded.
+They do no input or output. Both check a QTensor by the same rules, so that every tree that can be saved can be loaded:
+`check_qtensor` before its arrays are read, `check_values` after.
 """
 
 from __future__ import annotations
@@ -22,10 +23,21 @@ from jaxquant.core.packing import packed_length
 from jaxquant.core.paths import key_of
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.qtypes import FACTOR, QTYPES
+from jaxquant.io.arrays import to_host
 from jaxquant.io.patterns import NAMELESS, pattern_spec
 from jaxquant.io.safetensors import DTYPES, SafetensorsFile, TensorSpec, is_shape
 
-__all__ = ["MAX_DEPTH", "Encoder", "SavedArray", "check_qtensor", "decode", "encode", "stored_spec"]
+__all__ = [
+    "MAX_DEPTH",
+    "Encoder",
+    "SavedArray",
+    "check_qtensor",
+    "check_values",
+    "decode",
+    "encode",
+    "not_finite",
+    "stored_spec",
+]
 
 #: The deepest nesting of containers, counting a QTensor in the place of a scale. Deeper trees are mistakes (a list that
 #: holds itself) or attacks on the stack.
@@ -121,6 +133,27 @@ def check_qtensor(q: QTensor, error: Callable[..., QuantError]) -> None:
             raise error("a permutation has integers", todo=todo, permutation=q.permutation)
 
 
+def check_values(q: QTensor, error: Callable[..., QuantError], *, todo: str) -> None:
+    """Raises ``error(rule, todo=todo, **got)`` unless all numbers are finite and the permutation is one."""
+    with np.errstate(all="ignore"):  # an overflow is found below
+        scale, offset = scale_values(q.scale), None if q.offset is None else scale_values(q.offset)
+    parts = {"the codes of a weight": q.codes, "scales": scale, "zero points": q.zero_point, "offsets": offset}
+    for what, numbers in parts.items():
+        if numbers is not None and (bad := not_finite(numbers)):
+            raise error(f"{what} must be finite", todo=todo, bad=bad, weight=repr(q))
+    if q.permutation is not None:
+        axis = q.stored_order[-1]
+        order = np.moveaxis(np.sort(to_host(q.permutation), axis), axis, -1)
+        if (order != np.arange(order.shape[-1])).any():
+            raise error("a permutation must have each position once", todo=todo, weight=repr(q))
+
+
+def not_finite(x: Any) -> int:
+    """The number of elements of an array that are NaN or infinite."""
+    floats = jnp.issubdtype(x.dtype, jnp.floating)
+    return int(np.count_nonzero(~np.isfinite(to_host(x)))) if floats else 0
+
+
 # -- to nodes ----------------------------------------------------------------------------------------------------------
 
 
@@ -169,10 +202,7 @@ class Encoder:
             return quant_error("save", rule, path=place, **got)
 
         check_qtensor(q, error)
-        values = scale_values(q.scale)
-        if not (np if isinstance(values, np.ndarray) else jnp).isfinite(values).all():
-            todo = "Look for NaN and inf in the array that was quantized"
-            raise error("scales must be finite", todo=todo, scale=q.scale)
+        check_values(q, error, todo="Look for NaN and inf in the array that was quantized")
         static = {"qtype": q.qtype, "dtype": q.dtype.name, "minor": list(q.minor), "length": q.length}
         return {"qtensor": static | fields}
 

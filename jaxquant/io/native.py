@@ -47,8 +47,9 @@ import numpy as np
 
 from jaxquant.core.errors import QuantError, printable, quant_error
 from jaxquant.core.paths import is_qtensor
+from jaxquant.core.qtensor import QTensor
 from jaxquant.io.arrays import to_device, to_host
-from jaxquant.io.manifest import MAX_DEPTH, Encoder, SavedArray, decode, encode, stored_spec
+from jaxquant.io.manifest import MAX_DEPTH, Encoder, SavedArray, check_values, decode, encode, not_finite, stored_spec
 from jaxquant.io.mapped import Leaves
 from jaxquant.io.patterns import NAMELESS, from_patterns, to_patterns
 from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_parts, write_safetensors
@@ -70,6 +71,7 @@ __all__ = [
 
 _KEY = "jaxquant"
 _VERSION = 1
+_DAMAGED = "The file is damaged: fetch it or save it again"
 
 
 class SavedMetadata(NamedTuple):
@@ -132,7 +134,7 @@ def save(
         keys, traced, deleted or remote arrays), state without a plan, a QTensor whose fields contradict each other or
         whose scales are not finite, metadata that JSON would change, a path that cannot be a file or that another
         writer has, or a full disk. NaN in a plain array is saved like any other value.
-      OSError: if the disk is full or the place is not writable.
+      OSError: if the place is not writable.
 
     Example:
       >>> import os, tempfile
@@ -157,6 +159,10 @@ def save(
             raise quant_error("save", "state is of no use without its plan", todo=todo, plan=plan)
         encoder = Encoder(taken=arrays)
         more["state"] = encoder.node(state, ("state",))
+        for name, (value, _) in encoder.arrays.items():
+            if bad := not_finite(value):
+                todo = "Look for NaN and inf in the training or calibration that it comes from"
+                raise quant_error("save", "state must be finite", todo=todo, path=name, bad=bad)
         arrays |= encoder.arrays
     manifest = _manifest_text(node, _checked_metadata(metadata), text, **more)
     specs = {name: stored_spec(spec) for name, (_, spec) in arrays.items()}
@@ -274,9 +280,21 @@ class _File(SafetensorsFile):
         """Reads the arrays of a tree to the default device; QTensors one by one, laid out for the target."""
 
         def one(leaf: Any) -> Any:
-            return lay_out(jax.tree.map(lambda entry: to_device(_array(self, entry)), leaf), self._target)
+            return lay_out(jax.tree.map(to_device, self.leaf(leaf)), self._target)
 
         return jax.tree.map(one, tree, is_leaf=is_qtensor)
+
+    def leaf(self, saved: Any) -> Any:
+        """Reads a `SavedArray`, or a QTensor of them, to NumPy arrays that may be views of the file."""
+        read = jax.tree.map(self._array, saved)
+        if isinstance(read, QTensor):
+            name = saved.codes.name.removesuffix(".codes")
+            check_values(read, lambda rule, **got: self.error(rule, name, **got), todo=_DAMAGED)
+        return read
+
+    def _array(self, entry: SavedArray) -> np.ndarray:
+        array = self.array(entry.name)
+        return from_patterns(array, entry.spec) if entry.dtype in NAMELESS else array
 
     def params(self, like: Any) -> Any:
         """The tree, in the containers of the template if one is given."""
@@ -287,6 +305,9 @@ class _File(SafetensorsFile):
 
     def state(self) -> Any:
         """The state; None if there is none."""
+        for saved in jax.tree.leaves(self._state):
+            if bad := not_finite(self._array(saved)):
+                raise self.error("state must be finite", saved.name, todo=_DAMAGED, bad=bad)
         return self.read(self._state)
 
     def runs_otherwise(self) -> bool:
@@ -299,11 +320,6 @@ class _File(SafetensorsFile):
         return False
 
 
-def _array(file: SafetensorsFile, entry: SavedArray) -> np.ndarray:
-    array = file.array(entry.name)
-    return from_patterns(array, entry.spec) if entry.dtype in NAMELESS else array
-
-
 class NativeLeaves(Leaves):
     """The leaves of a file by path, "/" between the keys."""
 
@@ -314,7 +330,7 @@ class NativeLeaves(Leaves):
 
     def __getitem__(self, name: str) -> Any:
         self.file.forget()  # pages of the leaf before
-        return jax.tree.map(lambda entry: _array(self.file, entry), self._entries[name])
+        return self.file.leaf(self._entries[name])
 
 
 def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -59,7 +59,8 @@ def save_hf(
       shard_bytes: size that a file should not exceed.
 
     Raises:
-      QuantError: before writing, if a weight does not fit the format, naming it and the reason, or the disk is full.
+      QuantError: before writing, if a weight does not fit the format, naming it and the reason, or the disk is too
+        full. While writing: if another writer has filled it; the same call continues where this one has ended.
       OSError: if the place is not writable.
 
     Example:

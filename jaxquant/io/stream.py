@@ -122,7 +122,7 @@ def quantize_hf(
       QuantError: before writing: if the source is damaged or quantized already, a rule matches no weight or experts
         whose layout is not known, a group size does not divide, a Gram matrix is missing or of another size, the format
         does not support the result, or the disk is too full. While writing: if a weight or a Gram matrix holds NaN or
-        inf, with its name.
+        inf, with its name, or the disk fills up; the same call continues where this one has ended.
       OSError: if a file cannot be read or written.
 
     Example:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -122,7 +121,7 @@ def _begin(place: Path, stated: Mapping[str, Any]) -> None:
     if not run.exists():
         with replacing(run, function=_F) as file:
             file.write(json_bytes(stated))
-    elif json.loads(run.read_bytes()) != stated:
+    elif run.read_bytes() != json_bytes(stated):
         todo = "Remove it, or repeat the command that it is of"
         raise quant_error(_F, "there is an interrupted run of something else", todo=todo, path=os.fspath(place))
 

@@ -19,6 +19,7 @@ from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.paths import leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
+from jaxquant.io.atomic import replacing
 from jaxquant.rules import Rule
 from jaxquant.transform import Explanation, Plan, calibrate, make_plan, quantized
 from jaxquant.transform.batches import arguments
@@ -186,10 +187,15 @@ class Comparison:
         """Writes one HTML page that needs nothing else: no network, no other file. Needs Jinja2.
 
         With what `jaxquant.explain` found for a target, it shows what the program costs there, too.
+
+        Raises:
+          QuantError: if the path cannot be a file, another writer has it, or the disk is full.
         """
         from jaxquant.report.page import render
 
-        Path(file).write_text(render(self, title, explanation), encoding="utf-8")
+        page = render(self, title, explanation).encode()
+        with replacing(file, nbytes=len(page), function="Comparison.save") as opened:
+            opened.write(page)
 
     def plot(self, file: str | Path) -> None:
         """Writes a picture of the layers and the outputs; the suffix says which kind. Needs Matplotlib."""

@@ -1,5 +1,7 @@
 """Writers that meet, writers that are killed, and disks that are full."""
 
+import contextlib
+import errno
 import multiprocessing
 import os
 import shutil
@@ -16,6 +18,9 @@ from jaxquant import QuantError, Rule, recipes
 from jaxquant.io import atomic
 from jaxquant.io.atomic import claimed, is_temporary, replacing
 from jaxquant.io.safetensors import TensorSpec, write_safetensors
+from jaxquant.report.compare import Comparison, Input, Layer
+
+resource = pytest.importorskip("resource", reason="limits of POSIX")
 
 pytestmark = [pytest.mark.skipif(atomic.fcntl is None, reason="locks of POSIX"), pytest.mark.every]
 SPAWN = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
@@ -213,20 +218,78 @@ def test_a_claim_ends_with_its_block(tmp_path):
 # -- disks -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("write", ["save", "save_gguf", "quantize_hf"])
+@contextlib.contextmanager
+def limited(nbytes):
+    """No file may be larger."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+ARRAYS = {"w": np.zeros((1 << 8, 64), np.float32)}
+METADATA = {"general.architecture": "x"}
+
+
+def quantized():
+    return jq.quantize(ARRAYS["w"], jq.QuantSpec("int8"), reduce_axes=(-1,))
+
+
+WRITE = {
+    "save": lambda source, out: jq.io.save(out, ARRAYS),
+    "save_gguf": lambda source, out: jq.io.save_gguf(out, ARRAYS, metadata=METADATA),
+    "save_hf": lambda source, out: jq.io.save_hf(out, {"m.weight": quantized()}),
+    "quantize_hf": lambda source, out: jq.io.quantize_hf(source, out, RULES, shard_bytes=1000),
+}
+
+
+@pytest.mark.parametrize("write", WRITE)
 def test_a_full_disk_is_known_before_anything_is_written(write, source, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    (tmp_path / "free").mkdir()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 1 << 40, 1000))
-    w = jnp.zeros((64, 32))
-    call = {
-        "save": lambda: jq.io.save(out, {"w": w}),
-        "save_gguf": lambda: jq.io.save_gguf(out, {"w": w}, metadata={"general.architecture": "x"}),
-        "quantize_hf": lambda: jq.io.quantize_hf(source, out, RULES),
-    }[write]
     with pytest.raises(QuantError, match=r"at .*out: the disk is too full; got needed=\d+, free=1000"):
-        call()
-    assert names(tmp_path) == ["free", "source"]
+        WRITE[write](source, tmp_path / "out")
+    assert names(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("write", ["save", "save_gguf", "page"])
+def test_a_disk_that_fills_up_leaves_the_old_file(write, exists, tmp_path):
+    """The limit of a process on the size of files stands for the disk."""
+    layer = Layer("w", "dot", "int8", (2,), 16, 8, 40.0, 1.0, None, None)
+    page = Comparison((layer,), (Input(0, "", 0.0, 1.0, 0.0),), 16, 8, 40.0)
+    call = {**WRITE, "page": lambda source, out: page.save(out)}[write]
+    out = tmp_path / "out"
+    if exists:
+        out.write_text("old")
+    with limited(1000), pytest.raises(QuantError, match=r"at .*out: the disk is full; got error='File too large'"):
+        call(None, out)
+    assert names(tmp_path) == ["out"] * exists
+    assert not exists or out.read_text() == "old"
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+def test_a_directory_is_continued_when_there_is_room_again(error, source, tmp_path, monkeypatch):
+    """It is not there before it is complete."""
+    WRITE["quantize_hf"](source, tmp_path / "whole")
+    out, synchronize, room = tmp_path / "out", os.fsync, iter(range(3))  # for the plan and two files
+
+    def full(descriptor):
+        if next(room, None) is None:
+            raise OSError(error, os.strerror(error))
+        synchronize(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(QuantError, match="the disk is full"):
+        WRITE["quantize_hf"](source, out)
+    monkeypatch.undo()
+    assert names(tmp_path) == ["out.partial", "source", "whole"]
+    assert not any(is_temporary(name) for name in names(tmp_path / "out.partial"))
+    WRITE["quantize_hf"](source, out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()
+    }
 
 
 # -- links -------------------------------------------------------------------------------------------------------------

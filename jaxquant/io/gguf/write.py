@@ -64,8 +64,8 @@ def save_gguf(
 
     Raises:
       QuantError: before writing, if a leaf fits no type, naming it and the reason, or if the metadata does not meet the
-        conditions above.
-      OSError: if the disk is full or the place is not writable.
+        conditions above; also if the path cannot be a file, another writer has it, or the disk is full.
+      OSError: if the place is not writable.
 
     Example:
       >>> import os, tempfile

@@ -17,10 +17,12 @@ from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.module import Format, Module
 from jaxquant.io.hf.schemes import Activation, CacheScales, cache_scales, refused
 from jaxquant.io.hf.unclaimed import check_unclaimed, weights_of
-from jaxquant.io.manifest import check_qtensor
+from jaxquant.io.manifest import check_qtensor, check_values
 from jaxquant.io.mapped import Leaves
 
 __all__ = ["HFLeaves"]
+
+_DAMAGED = "The checkpoint is damaged: fetch it again"
 
 
 class HFLeaves(Leaves):
@@ -127,16 +129,10 @@ class HFLeaves(Leaves):
             for q in (leaf, leaf.scale, leaf.offset):
                 if isinstance(q, QTensor):
                     check_qtensor(q, module.error)
-            codes = leaf.codes
-            if _is_float(codes) and (bad := int((~np.isfinite(codes.astype(np.float16))).sum())):
-                todo = "The checkpoint is damaged: fetch it again"
-                raise module.error("the codes of a weight must be finite", todo=todo, bad=bad)
-        parts = [leaf.scale, leaf.zero_point, leaf.offset] if isinstance(leaf, QTensor) else [leaf]
-        if not all(map(_is_finite, parts)):
-            todo = "The checkpoint is damaged: fetch it again"
-            raise module.error("scales and what comes of them must be finite", todo=todo, shape=leaf.shape)
-        if isinstance(leaf, QTensor):
+            check_values(leaf, module.error, todo=_DAMAGED)
             return leaf if self._dtype is None else leaf.replace(dtype=self._dtype)
+        if _is_float(leaf) and not np.isfinite(leaf.astype(np.float32)).all():
+            raise module.error("a weight must be finite", todo=_DAMAGED, shape=leaf.shape)
         return leaf if self._dtype is None else leaf.astype(self._dtype)
 
     def _plain_names(self) -> list[str]:
@@ -174,13 +170,6 @@ class HFLeaves(Leaves):
             if name not in used and name not in self.plain:
                 todo = "Check the format; a reader that ignored it could be wrong about the weight"
                 raise self.checkpoint.error("an unknown tensor beside a quantized weight", name, todo=todo)
-
-
-def _is_finite(value: Any) -> bool:
-    """Whether all numbers of an array, or of the arrays of a QTensor, are finite."""
-    if isinstance(value, QTensor):
-        return all(map(_is_finite, (value.codes, value.scale, value.zero_point, value.offset)))
-    return value is None or not _is_float(value) or bool(np.isfinite(value.astype(np.float32)).all())
 
 
 def _is_float(array: Any) -> bool:
