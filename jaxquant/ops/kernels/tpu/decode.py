@@ -167,10 +167,12 @@ def _normal_form(truth: list[int]) -> frozenset[int]:
 
 
 def scale_of(stored: jax.Array, form: str) -> jax.Array:
-    """Scales in float32, from numbers or from the patterns of 8-bit floats."""
+    """Scales in float32, from numbers or from 8-bit floats or their patterns."""
+    from jax.experimental.pallas import tpu as pltpu
+
     if form not in ("float8_e8m0fnu", "float8_e4m3fn"):
         return stored.astype(jnp.float32)
-    bits = stored.astype(jnp.int32)
+    bits = pltpu.bitcast(stored, jnp.uint8).astype(jnp.int32)
     if form == "float8_e8m0fnu":
         return jnp.where(bits == 255, jnp.nan, lax.bitcast_convert_type(bits << 23, jnp.float32))
     exponent, fraction = bits >> 3 & 15, bits & 7  # float8_e4m3fn

@@ -128,7 +128,6 @@ def _groups(w: QTensor) -> Groups | None:
         return None
     scale = jax.eval_shape(lambda w: _scale(w)[0], w)
     form = "float8_e4m3fn" if _two_level(w.scale) and w.scale.qtype == "float8_e4m3fn" else str(scale.dtype)
-    form = "float8_e8m0fnu" if not isinstance(w.scale, QTensor) and w.scale.dtype == jnp.float8_e8m0fnu else form
     return Groups(size, decode, form)
 
 
@@ -151,7 +150,7 @@ def _scale(w: QTensor) -> tuple[jax.Array, jax.Array | None]:
         return codes, jnp.broadcast_to(unit, (*unit.shape[:-1], w.shape[-1]))
     if isinstance(scale, QTensor):
         return scale_values(scale).astype(jnp.float32), None
-    return (lax.bitcast_convert_type(scale, jnp.uint8) if scale.dtype == jnp.float8_e8m0fnu else scale), None
+    return scale, None
 
 
 def _numbers(scale: QTensor) -> jax.Array:

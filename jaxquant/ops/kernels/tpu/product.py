@@ -124,12 +124,9 @@ def grouped_product(
     body = body_for(m, x.dtype, groups)
     planes = _planes(m, x.dtype, groups) if body is Sums else (jnp.dtype(jnp.bfloat16),)
     half = body is Sums and m <= 8 and planes == (jnp.dtype(jnp.bfloat16),) and groups.in_block > 1
-    multiple = 16 if planes[0] == jnp.bfloat16 else 8  # rows of a register
-    pad = lambda v: jnp.pad(v, ((0, 0), (0, -m % multiple), (0, 0)))  # noqa: E731
-    x, rows = pad(x), None if rows is None else pad(rows)
     given = {"scale": scale, "zero": zero, "offset": offset, "rows": rows, "columns": columns}
     arrays = {name: v for name, v in given.items() if v is not None}
-    return body(groups, planes, result, half)(x, codes, layer, arrays, interpret=interpret)[:, :m]
+    return body(groups, planes, result, half)(x, codes, layer, arrays, interpret=interpret)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +207,9 @@ class _Body:
     def blocks(self, m: int, k: int, n: int) -> tuple[int, int]:
         """Rows and columns of a program: as many as fit in memory."""
         most = n if n < BLOCK else -(-n // BLOCK) * BLOCK
-        found = [(min(bm, m), min(bn, most)) for bm in self.row_blocks for bn in (1024, 512, 256, 128)]
+        rows = 16 if self.planes[0] == jnp.bfloat16 else 8  # of a register; those beyond m hold nothing
+        whole = -(-m // rows) * rows
+        found = [(min(bm, whole), min(bn, most)) for bm in self.row_blocks for bn in (1024, 512, 256, 128)]
         fitting = [block for block in found if self._bytes(*block, k) <= _MEMORY]
         return max(fitting, key=lambda block: (block[0] * block[1], block[1]), default=found[-1])
 
