@@ -62,7 +62,12 @@ def _concrete(x: Any) -> bool:
 def has_nan(x: Any) -> bool:
     """Whether a concrete array holds a NaN; False for a tracer, or an array on other hosts too."""
     with jax.ensure_compile_time_eval():  # a constant stays concrete during a trace
-        return _concrete(x) and bool(jnp.any(jnp.isnan(x)))
+        return _concrete(x) and bool(_any_nan(x))
+
+
+@jax.jit
+def _any_nan(x: Any) -> jax.Array:
+    return jnp.any(jnp.isnan(x))
 
 
 def _saturated(scale: Any, dtype: Any) -> bool:

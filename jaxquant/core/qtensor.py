@@ -558,6 +558,12 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
             "dequantize", "dtype must be a float dtype", todo="Use float32, bfloat16 or float16", dtype=dtype
         )
     q.checked()
+    # One program, also in eager use: an operation at a time would compile up to 20. A sum after a product stays apart
+    # from it there, or the compiler may round the two as one.
+    return (_dequantize if q.offset is None else _dequantized)(q, out)
+
+
+def _dequantized(q: QTensor, out: np.dtype) -> jax.Array:
     compute = jnp.float64 if np.dtype(q.dtype) == np.float64 else jnp.float32
     view = BlockView.of_scale(q.shape, tuple(q.scale.shape))
     values = view.split(values_of(jax.lax.stop_gradient(q.logical_codes()), q.type, compute))
@@ -569,6 +575,9 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
         values = _rounded(values, q.offset.dtype) + view.split_scale(scale_values(q.offset)).astype(compute)
     values = cast(view.join(values), out)
     return values if q.permutation is None else _unpermute(values, q.permutation, q.stored_order[-1])
+
+
+_dequantize: Any = jax.jit(_dequantized, static_argnums=1, inline=True)
 
 
 def _rounded(x: jax.Array, dtype: Any) -> jax.Array:

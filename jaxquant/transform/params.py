@@ -174,12 +174,17 @@ def _check_weight(path: str, leaf: Any, spec: QuantSpec, layer: _Layer) -> None:
     block_shape(shape[layer.stacked :], spec.granularity, spec.group_size, axes, function="quantize_params", path=path)
     if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer) or not getattr(leaf, "is_fully_addressable", True):
         return
-    if not bool(jnp.all(jnp.isfinite(leaf))):
-        bad = int(jnp.sum(~jnp.isfinite(jnp.asarray(leaf))))
+    if bad := int(_not_finite(leaf)):
         todo = "Find out why training produced them; a checkpoint with NaN or inf cannot be quantized"
         raise quant_error(
             "quantize_params", "a weight must be finite", todo=todo, path=path, nan_or_inf=bad, shape=shape
         )
+
+
+@jax.jit
+def _not_finite(leaf: Any) -> jax.Array:
+    """How many elements are NaN or infinite."""
+    return jnp.sum(~jnp.isfinite(leaf))
 
 
 def _check_stats(path: str, stats: Any) -> None:
