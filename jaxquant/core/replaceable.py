@@ -6,11 +6,12 @@ at, for that compiler alone, by the same values.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
-from jax import lax
+from jaxquant.core.by_platform import Platform, by_platform
 
 __all__ = ["Replaceable"]
 
@@ -52,10 +53,32 @@ class Replaceable:
 
     def __call__(self, *arrays: Any, **static: Any) -> Any:
         """The value, as the platform that the program is lowered for computes it."""
-        own = {
-            platform: functools.partial(fn, **static)
-            for platform, (fn, when) in self._own.items()
-            if when(*arrays, **static)
-        }
-        plain = functools.partial(self._plain, **static)
-        return lax.platform_dependent(*arrays, **own, default=plain) if own else plain(*arrays)
+        if any(when(*arrays, **static) for _, when in self._own.values()):
+            return by_platform(_Call(self, tuple(sorted(static.items()))), *arrays)
+        return self._plain(*arrays, **static)
+
+    def on_platform(self, platform: Platform, *arrays: Any, **static: Any) -> Any:
+        """The value, as one platform computes it."""
+        own, when = self._own.get(platform, (self._plain, None))
+        return own(*arrays, **static) if when is None or when(*arrays, **static) else self._plain(*arrays, **static)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call of a `Replaceable` but for its arrays.
+
+    Attributes:
+      function: the function.
+      static: its keywords, by name.
+    """
+
+    function: Replaceable
+    static: tuple[tuple[str, Any], ...]
+
+    def on(self, platform: Platform, *arrays: Any) -> Any:
+        """The value, as one platform computes it."""
+        return self.function.on_platform(platform, *arrays, **dict(self.static))
+
+    def stands_for(self, *arrays: Any) -> None:
+        """No operation that a policy of `jax.checkpoint` knows."""
+        del arrays

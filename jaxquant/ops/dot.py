@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,26 +56,24 @@ class _Contraction(Call):
         """The product, and the codes of operands quantized on the way whose gradient needs only these."""
         lhs, rhs, lhs_static, rhs_static, _ = operands
         left, right = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
-        out = run(self._product(left, right), self._frozen(left, right))
+        out = run(self.product(left, right), self._stored(left, right))
         sides = (self.lhs, left, lhs, lhs_static), (self.rhs, right, rhs, rhs_static)
         made = lambda q, x: q is not x and not isinstance(x, QTensor)  # noqa: E731
         return out, tuple(q if made(q, x) and side.passes(x, static) else None for side, q, x, static in sides)
 
-    def _product(self, left: Any, right: Any) -> Product:
+    def product(self, left: Any, right: Any) -> Product:
+        """The product of these operands."""
         return Product.of(left, right, self.lhs_axes, self.rhs_axes, self.precision, self.dtype)
 
-    def _frozen(self, left: Any, right: Any) -> Callable[[], Product] | None:
-        """In training, a function that makes the frozen model's product, with the weight as `quantize` stores it.
-
-        None outside training, and for a weight with a symbolic size.
-        """
+    def _stored(self, left: Any, right: Any) -> _Stored | None:
+        """In training, what makes the frozen model's product; None otherwise, and for a weight with a symbolic size."""
         if isinstance(right, TrainedTensor):
-            known = math.inf not in map(number, right.shape)
-            return (lambda: self._product(left, as_quantized(right, self.rhs_axes.contract))) if known else None
-        if isinstance(left, TrainedTensor) and self.lhs.spec is None and not isinstance(right, QTensor):
-            known = math.inf not in map(number, left.shape)
-            return (lambda: self._product(as_quantized(left, self.lhs_axes.contract), right)) if known else None
-        return None
+            weight, first = right, False
+        elif isinstance(left, TrainedTensor) and self.lhs.spec is None and not isinstance(right, QTensor):
+            weight, first = left, True
+        else:
+            return None
+        return None if math.inf in map(number, weight.shape) else _Stored(self, first)
 
     def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
         lhs, rhs, lhs_static, rhs_static, key = operands
@@ -119,6 +116,25 @@ class _Contraction(Call):
         axes = Axes.of(g.ndim, tuple(range(batch)), tuple(range(rows, g.ndim)))
         turned = Axes(right.batch, right.contract, right.rows)
         return restored(run(Product.of(g, w, axes, turned, self.precision, g.dtype)), left.order, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """Turns a product in training into the frozen model's, with the weight as `quantize` stores it.
+
+    Attributes:
+      how: the call.
+      first: whether the left operand is the weight.
+    """
+
+    how: _Contraction
+    first: bool
+
+    def __call__(self, problem: Product) -> Product:
+        left, right = problem.sides
+        if self.first:
+            return self.how.product(as_quantized(left, self.how.lhs_axes.contract), right)
+        return self.how.product(left, as_quantized(right, self.how.rhs_axes.contract))
 
 
 def _codes(x: QTensor | jax.Array, axes: Axes, kind: str, form: Axes | None = None) -> Matrix | None:

@@ -23,7 +23,7 @@ from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.core.qtypes import QType
 from jaxquant.ops.trained import TrainedTensor
 
-__all__ = ["Axes", "Form", "Matrix", "Packed", "canonical", "form", "matrix", "packed"]
+__all__ = ["Axes", "Form", "Matrix", "Packed", "canonical", "form", "matrix", "packed", "pytree"]
 
 Class = TypeVar("Class", bound=type)
 
@@ -70,7 +70,7 @@ class Axes:
         return [math.prod(x.shape[i] for i in part) for part in (self.batch, self.rows, self.contract)]
 
 
-def _pytree(*static: str) -> Callable[[Class], Class]:
+def pytree(*static: str) -> Callable[[Class], Class]:
     """A class decorator that registers a frozen dataclass as a pytree; the ``static`` fields are not arrays."""
 
     def register(cls: Class) -> Class:
@@ -119,7 +119,7 @@ class _Quantized:
         return self.one_scale or (self.minifloat and dtype == jnp.bfloat16)
 
 
-@_pytree("qtype", "rows_last", "power_of_two")
+@pytree("qtype", "rows_last", "power_of_two")
 @dataclasses.dataclass(frozen=True)
 class Matrix(_Quantized):
     """A quantized matrix, or a stack of them.
@@ -215,7 +215,7 @@ def _real(codes: jax.Array, scale: Any, zero_point: Any, offset: Any, qtype: QTy
     return values.reshape(b, r, k)
 
 
-@_pytree("qtype", "length", "power_of_two")
+@pytree("qtype", "length", "power_of_two")
 @dataclasses.dataclass(frozen=True)
 class Packed(_Quantized):
     """A quantized matrix, or a stack of them, in stored form: packed (see `jaxquant.core.packing`), or in uint8.

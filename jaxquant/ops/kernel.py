@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.abstract import abstract
+from jaxquant.core.by_platform import Platform
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.forms import Axes
-from jaxquant.ops.problem import Convolution, Geometry, Platform, Problem, Product, RaggedProduct, Window
+from jaxquant.ops.problem import Convolution, Geometry, Problem, Product, RaggedProduct, Window
 from jaxquant.ops.select import select
 from jaxquant.ops.trained import TrainedTensor
 

@@ -1,7 +1,7 @@
 """The problems that kernels solve, and the interface of a kernel.
 
-A problem holds the unchanged operands of one product: arrays and `QTensor`s. The choice of a kernel depends on shapes
-and dtypes alone, so that a plan can make it for arrays that do not exist.
+A problem is a pytree of the unchanged operands of one product: arrays and `QTensor`s. The choice of a kernel depends on
+shapes and dtypes alone, so that a plan can make it for arrays that do not exist.
 """
 
 from __future__ import annotations
@@ -10,32 +10,30 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
 
 from jaxquant.core.arithmetic import promoted
+from jaxquant.core.by_platform import Platform
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.sizes import number
-from jaxquant.ops.forms import Axes, Form, Matrix, Packed, canonical, form, matrix
+from jaxquant.ops.forms import Axes, Form, Matrix, Packed, canonical, form, matrix, pytree
 from jaxquant.ops.trained import is_in_training
 
 __all__ = [
     "Convolution",
     "Geometry",
     "Kernel",
-    "Platform",
     "Problem",
     "Product",
     "RaggedProduct",
     "Window",
     "wide_values",
 ]
-
-Platform = Literal["cpu", "tpu", "cuda", "other"]
-"""Platforms that a program is lowered for."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,6 +66,11 @@ class Problem:
         """The canonical forms of both operands, from shapes alone."""
         raise NotImplementedError
 
+    @property
+    def float_operation(self) -> tuple[Primitive, dict[str, Any]] | None:
+        """The primitive of the float operation, with the parameters that policies of `jax.checkpoint` read."""
+        return None
+
     @functools.cached_property
     def quantized(self) -> tuple[Matrix | Packed, ...]:
         """The forms of the quantized operands."""
@@ -91,6 +94,7 @@ class Problem:
         raise NotImplementedError
 
 
+@pytree("precision", "result", "x_axes", "w_axes", "weight_first")
 @dataclasses.dataclass(frozen=True, eq=False)
 class Product(Problem):
     """A `jax.lax.dot_general`.
@@ -116,6 +120,22 @@ class Product(Problem):
     def forms(self) -> tuple[Form, Form]:
         """[B, M, K] and [B, N, K]; None for an operand whose scales form no groups along K."""
         return form(self.x, self.x_axes), form(self.w, self.w_axes)
+
+    @property
+    def float_operation(self) -> tuple[Primitive, dict[str, Any]]:
+        """As for `Problem`."""
+        return lax.dot_general_p, {"dimension_numbers": self.numbers, "precision": self.precision}
+
+    @property
+    def numbers(self) -> Any:
+        """The dimension numbers."""
+        left, right = (self.w_axes, self.x_axes) if self.weight_first else (self.x_axes, self.w_axes)
+        return (left.contract, right.contract), (left.batch, right.batch)
+
+    @property
+    def sides(self) -> tuple[Any, Any]:
+        """The left and the right operand."""
+        return (self.w, self.x) if self.weight_first else (self.x, self.w)
 
     @functools.cached_property
     def rows(self) -> float:
@@ -145,11 +165,8 @@ class Product(Problem):
 
     def in_float(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """As for `Problem`."""
-        (lhs, left), (rhs, right) = sides = (x, self.x_axes), (w, self.w_axes)
-        if self.weight_first:
-            (lhs, left), (rhs, right) = reversed(sides)
-        numbers = (left.contract, right.contract), (left.batch, right.batch)
-        return lax.dot_general(lhs, rhs, numbers, precision=self.precision)
+        lhs, rhs = (w, x) if self.weight_first else (x, w)
+        return lax.dot_general(lhs, rhs, self.numbers, precision=self.precision)
 
 
 class Window(NamedTuple):
@@ -196,6 +213,7 @@ class Geometry:
         )
 
 
+@pytree("precision", "result", "geometry", "window")
 @dataclasses.dataclass(frozen=True, eq=False)
 class Convolution(Problem):
     """A `jax.lax.conv_general_dilated` of images and a kernel.
@@ -213,6 +231,11 @@ class Convolution(Problem):
         """The problem of a call."""
         places = math.prod(w.shape[i] for i in geometry.rhs_spec[2:])
         return cls(x, w, precision, result, geometry, Window(geometry.feature_groups, geometry.batch_groups, places))
+
+    @property
+    def float_operation(self) -> tuple[Primitive, dict[str, Any]]:
+        """As for `Problem`."""
+        return lax.conv_general_dilated_p, {}
 
     @property
     def _axes(self) -> tuple[Axes, Axes]:
@@ -236,6 +259,7 @@ class Convolution(Problem):
         return self.geometry.conv(x, w, self.precision)
 
 
+@pytree("precision", "result")
 @dataclasses.dataclass(frozen=True, eq=False)
 class RaggedProduct(Problem):
     """A `jax.lax.ragged_dot` of rows [M, K] and experts [E, K, N].

@@ -1,7 +1,7 @@
 """Chooses the kernel of a product from an ordered table: the first kernel that takes a problem runs it.
 
-The choice is made from shapes, dtypes and number types when a program is traced, for each platform that it may be
-lowered for. The plan uses the same table. On the CPU:
+The choice is made from shapes, dtypes and number types when a program is lowered, for the platform that it is lowered
+for. The plan uses the same table. On the CPU:
 
 | weight | activation | rows M | kernel |
 |---|---|---|---|
@@ -23,13 +23,14 @@ scale per row are an int8 product, and all others are products of dequantized va
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable
-from typing import get_args
+from typing import Any
 
 import jax
-from jax import lax
+from jax.extend.core import Primitive
 
+from jaxquant.core.by_platform import Platform, by_platform
 from jaxquant.ops.kernels import convolution, decoded, dequantized, integer, ragged
 from jaxquant.ops.kernels.cpu import blocked, floats, gemv, int8, residual
 from jaxquant.ops.kernels.cpu import convolution as cpu_convolution
@@ -39,7 +40,7 @@ from jaxquant.ops.kernels.gpu import int8 as gpu_int8
 from jaxquant.ops.kernels.tpu import decoded as tpu_decoded
 from jaxquant.ops.kernels.tpu import grouped
 from jaxquant.ops.kernels.tpu.dots import as_it_is, has_few_rows
-from jaxquant.ops.problem import Kernel, Platform, Problem, Product
+from jaxquant.ops.problem import Kernel, Problem, Product
 
 __all__ = ["TABLE", "run", "select"]
 
@@ -87,47 +88,45 @@ def select(problem: Problem, platform: Platform) -> Kernel:
     raise AssertionError("the last kernels of the table take everything")
 
 
-def _as_frozen(
-    frozen: Callable[[], Problem], trained: Kernel, result: Callable[[Kernel, Problem], jax.Array]
-) -> dict[str, Callable[[], jax.Array]]:
-    """The branch for the CPU that computes a product as the frozen model does, unless ``trained`` is exact in both.
+@dataclasses.dataclass(frozen=True)
+class _Kernels:
+    """The kernel of a problem on each platform.
 
-    The kernel is chosen from shapes, so that the weight is packed only inside the branch.
+    Attributes:
+      stored: turns the problem of a weight in training into that of the weight as stored after training, or None.
     """
-    found: list[tuple[Kernel, bool]] = []
 
-    def look() -> None:
-        stored = frozen()
-        kernel = select(stored, "cpu")
-        exact = kernel.exact and kernel == trained and all(form.groups == 1 for form in stored.quantized)
-        found.append((kernel, exact))
+    stored: Callable[[Problem], Problem] | None
 
-    jax.eval_shape(look)
-    ((kernel, exact),) = found
-    return {} if exact else {"cpu": lambda: result(kernel, frozen())}
+    def on(self, platform: Platform, problem: Problem) -> jax.Array:
+        """The product, in the requested dtype."""
+        kernel = select(problem, platform)
+        if platform == "cpu" and self.stored is not None:
+            kernel, problem = _as_stored(kernel, problem, self.stored(problem))
+        out = kernel.run(problem).astype(problem.result)
+        return as_it_is(out) if platform == "tpu" and isinstance(problem, Product) and has_few_rows(problem) else out
+
+    def stands_for(self, problem: Problem) -> tuple[Primitive, dict[str, Any]] | None:
+        """The float operation."""
+        return problem.float_operation
 
 
-def run(problem: Problem, frozen: Callable[[], Problem] | None = None) -> jax.Array:
+def _as_stored(kernel: Kernel, problem: Problem, stored: Problem) -> tuple[Kernel, Problem]:
+    """The kernel and the problem of the frozen model, unless the one in training is exact and so agrees with it."""
+    found = select(stored, "cpu")
+    exact = found.exact and found == kernel and all(form.groups == 1 for form in stored.quantized)
+    return (kernel, problem) if exact else (found, stored)
+
+
+def run(problem: Problem, stored: Callable[[Problem], Problem] | None = None) -> jax.Array:
     """The product, in the requested dtype, by the kernel for the platform that the program is lowered for.
+
+    It counts as a constant for derivatives, which `jaxquant.ops.tangents` defines.
 
     Args:
       problem: what is computed.
-      frozen: makes the same problem with the weight as stored after training. On the CPU this problem is computed
-        instead if its kernel differs, so that both models agree to the last bit. Programs for other platforms do not
-        contain it.
+      stored: makes the same problem with the weight as stored after training; hashable. On the CPU that problem is
+        computed instead if its kernel differs, so that both models agree to the last bit. Programs for other platforms
+        do not contain it.
     """
-
-    def result(kernel: Kernel, problem: Problem) -> jax.Array:
-        return kernel.run(problem).astype(problem.result)
-
-    def on_tpu(kernel: Kernel, problem: Problem) -> jax.Array:
-        return as_it_is(result(kernel, problem))
-
-    chosen = {platform: (select(problem, platform), problem) for platform in get_args(Platform)}
-    other = chosen.pop("other")
-    own = {name: functools.partial(result, *how) for name, how in chosen.items() if how != other}
-    if frozen is not None:
-        own |= _as_frozen(frozen, chosen["cpu"][0], result)
-    if isinstance(problem, Product) and has_few_rows(problem):
-        own["tpu"] = functools.partial(on_tpu, *chosen["tpu"])
-    return lax.platform_dependent(**own, default=functools.partial(result, *other)) if own else result(*other)
+    return by_platform(_Kernels(stored), problem)

@@ -23,12 +23,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.core
-import jax.extend
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+from jaxquant.core.by_platform import unmapped
 
 __all__ = ["Rule", "straight_through"]
 
@@ -218,11 +218,10 @@ def _batch(args: Any, dims: Any, *, of: Any, sizes: tuple[int, int], results: tu
     axes = (0,) * len(results)
     kept, operands, given = map(tuple, _split(dims, sizes))
     of = _Batched(of, kept, operands, given, axes)
-    out = _tangent_p.bind(*args, of=of, sizes=sizes, results=tuple(_unmapped(size, 0, r) for r in results))
+    out = _tangent_p.bind(*args, of=of, sizes=sizes, results=tuple(unmapped(size, 0, r) for r in results))
     return out, axes
 
 
-_unmapped: Callable[..., Any] = getattr(jax.extend.core, "unmapped_aval", None) or getattr(jax.core, "unmapped_aval")  # noqa: B009
 ad.primitive_jvps[_tangent_p] = _jvp
 ad.primitive_transposes[_tangent_p] = _transpose
 batching.primitive_batchers[_tangent_p] = _batch

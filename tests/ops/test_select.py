@@ -12,10 +12,11 @@ from jax import lax
 import jaxquant as jq
 from jaxquant import ops, recipes
 from jaxquant.core.abstract import abstract
+from jaxquant.core.by_platform import Platform
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernel import kernel
 from jaxquant.ops.kernels.cpu import machine
-from jaxquant.ops.problem import Convolution, Geometry, Platform, Product, RaggedProduct
+from jaxquant.ops.problem import Convolution, Geometry, Product, RaggedProduct
 from jaxquant.ops.select import TABLE, select
 from jaxquant.ops.trained import TrainedTensor
 
@@ -97,6 +98,31 @@ def test_a_weight_in_training_is_packed_for_the_cpu_alone(spec, platform):
     packs = lambda platform: "stablehlo.shift_left" in lowered(product, w, x, platform=platform)  # noqa: E731
     assert packs("cpu")
     assert not packs(platform)
+
+
+def test_a_kernel_is_traced_for_its_own_platform_alone(monkeypatch):
+    """And once for equal products, such as those of the layers of a model."""
+    ran = []
+
+    def recording(kernel):
+        run = kernel.run
+
+        def recorded(self, problem):
+            ran.append(kernel.platforms)
+            return run(self, problem)
+
+        return recorded
+
+    for kind in TABLE:
+        monkeypatch.setattr(kind, "run", recording(kind))
+    spec = recipes.w8a8()
+    x, w = (jax.ShapeDtypeStruct((n, 384), jnp.bfloat16) for n in (296, 384))
+    product = lambda w, x: ops.dot_general(ops.dot_general(x, w, MATMUL, spec=spec), w, MATMUL, spec=spec)  # noqa: E731
+    for platform in ("cpu", "tpu", "cuda"):
+        ran.clear()
+        lowered(product, w, x, platform=platform)
+        assert all(platform in platforms or "other" in platforms for platforms in ran)
+        assert len(ran) <= 4  # each for its shape, and for its program
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)

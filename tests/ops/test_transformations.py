@@ -234,3 +234,26 @@ def test_donation_and_static_ranges_under_jit():
     many = jax.vmap(f)(jnp.asarray([0.03, 0.3]), jnp.asarray([4, 4], jnp.int8))
     assert error(many[0], want) <= INTEGER
     assert error(many[1], want) > 1e-3
+
+
+POLICIES = ["dots_saveable", "dots_with_no_batch_dims_saveable", "nothing_saveable"]
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["one", "vmap"])
+@pytest.mark.parametrize("policy", slow_but(POLICIES, "dots_with_no_batch_dims_saveable"))
+def test_policies_of_checkpoint_keep_products_as_dots(policy, mapped, capsys):
+    """As many results of products are kept for the backward pass as those of the float dots."""
+    x, w = unequal(0, (3, 8, 32)), unequal(1, (32, 16))
+
+    def kept(spec):
+        def layer(x):
+            return jnp.sum(jnp.tanh(jnp.sin(ops.einsum("mk,kn->mn", x, w, spec=spec))))
+
+        one = jax.checkpoint(layer, policy=getattr(jax.checkpoint_policies, policy))
+        f = (lambda x: jnp.sum(jax.vmap(one)(x))) if mapped else lambda x: one(x[0])
+        jax.ad_checkpoint.print_saved_residuals(f, x)
+        return [line for line in capsys.readouterr().out.splitlines() if "f32[3,8,16]" in line or "f32[8,16]" in line]
+
+    products = [line for line in kept(recipes.w8a8()) if "by_platform" in line]
+    assert len(products) == len([line for line in kept(OpSpec()) if "dot_general" in line])
+    assert (policy == "nothing_saveable") == (not products)

@@ -1,0 +1,201 @@
+"""`by_platform`: a value that each platform computes in its own way, as one equation.
+
+The program of a platform is traced when it is lowered, for that platform alone. JAX's own choice between platforms
+traces the programs of all of them at once: a product on a CPU would trace kernels for GPUs first. And equal equations,
+such as those of equal layers, are lowered once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, get_args
+
+import jax
+import jax.core
+import jax.extend
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.interpreters import partial_eval as pe
+
+__all__ = ["Platform", "Ways", "by_platform", "unmapped"]
+
+Platform = Literal["cpu", "tpu", "cuda", "other"]
+"""Platforms that a program is lowered for."""
+
+
+class Ways(Protocol):
+    """How each platform computes one value. Hashable: equal ones compute the same."""
+
+    def on(self, platform: Platform, *operands: Any) -> Any:
+        """The value, of the same shapes and dtypes on all platforms."""
+        ...
+
+    def stands_for(self, *operands: Any) -> tuple[Primitive, dict[str, Any]] | None:
+        """The primitive and the parameters by which a policy of `jax.checkpoint` decides whether to keep the value.
+
+        Operands have shapes and dtypes. None: the value is no operation that policies know.
+        """
+        ...
+
+
+def by_platform(ways: Ways, *operands: Any) -> Any:
+    """The value as the platform that the program is lowered for computes it.
+
+    Args:
+      ways: how each platform computes it. ``"other"`` is traced here too, for the shapes and dtypes.
+      operands: pytrees of arrays.
+
+    Gradient: none; a float value that is differentiated raises.
+    """
+    arrays, tree = jax.tree.flatten(operands)
+    flat = _Flat(ways, tree)
+    shapes, like = jax.make_jaxpr(functools.partial(flat.whole, "other"), return_shape=True)(*arrays)
+    found = _p.bind(*arrays, ways=flat, results=tuple(shapes.out_avals), needs_devices=_needs_devices())
+    return jax.tree.unflatten(jax.tree.structure(like), found)
+
+
+@functools.cache
+def _needs_devices() -> Any:
+    """A program that JAX lowers for known devices only; none runs it.
+
+    JAX tells a program's lowering for which devices it is only if an equation needs that, and looks for such equations
+    in the parameters of others. Kernels that partition their operands do, and are not traced before.
+    """
+    from jax.experimental.custom_partitioning import custom_partitioning
+
+    identity = custom_partitioning(lambda x: x)
+    identity.def_partition(lambda *_: None, lambda *_: None, sharding_rule="i -> i")
+    return jax.make_jaxpr(identity)(jax.ShapeDtypeStruct((1,), jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flat:
+    """`Ways` with lists of arrays for pytrees.
+
+    Attributes:
+      inner: with pytrees.
+      tree: of the operands.
+    """
+
+    inner: Ways
+    tree: Any
+
+    def whole(self, platform: Platform, *arrays: Any) -> Any:
+        """The value as a pytree."""
+        return self.inner.on(platform, *jax.tree.unflatten(self.tree, arrays))
+
+    def on(self, platform: Platform, *arrays: Any) -> list[Any]:
+        """The arrays of the value."""
+        return jax.tree.leaves(self.whole(platform, *arrays))
+
+    def stands_for(self, *arrays: Any) -> tuple[Primitive, dict[str, Any]] | None:
+        """As for `Ways`."""
+        return self.inner.stands_for(*jax.tree.unflatten(self.tree, arrays))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batched:
+    """`Ways` under `jax.vmap`.
+
+    Attributes:
+      inner: of one example.
+      axes: the axis of the examples in each operand; None: the same for all.
+    """
+
+    inner: Ways
+    axes: tuple[int | None, ...]
+
+    def on(self, platform: Platform, *arrays: Any) -> list[Any]:
+        """The arrays of all examples, in front."""
+        return jax.vmap(functools.partial(self.inner.on, platform), self.axes)(*arrays)
+
+    def stands_for(self, *arrays: Any) -> tuple[Primitive, dict[str, Any]] | None:
+        """That of one example."""
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+        one = jax.eval_shape(
+            lambda *x: [v if axis is None else v.take(0, axis) for v, axis in zip(x, self.axes, strict=True)], *shapes
+        )
+        return self.inner.stands_for(*one)
+
+
+_p = Primitive("by_platform")
+_p.multiple_results = True
+
+
+@functools.partial(jax.jit, static_argnames=("ways", "results"))
+def _compiled(*arrays: Any, ways: Ways, results: Any) -> list[Any]:
+    return _p.bind(*arrays, ways=ways, results=results, needs_devices=_needs_devices())
+
+
+@_p.def_impl
+def _run(*arrays: Any, ways: Ways, results: Any, needs_devices: Any) -> list[Any]:
+    del needs_devices
+    with jax.disable_jit(False):
+        return _compiled(*arrays, ways=ways, results=results)
+
+
+@_p.def_abstract_eval
+def _shapes(*arrays: Any, ways: Ways, results: Any, needs_devices: Any) -> Any:
+    del arrays, ways, needs_devices
+    return results
+
+
+def _jvp(primals: Any, tangents: Any, *, results: Any, **params: Any) -> tuple[list[Any], list[Any]]:
+    del tangents
+    if any(jnp.issubdtype(result.dtype, jnp.inexact) for result in results):
+        raise NotImplementedError("by_platform: floats have no derivative here; use jax.lax.stop_gradient on operands")
+    out = _p.bind(*primals, results=results, **params)
+    return out, [ad.Zero.from_primal_value(x) for x in out]
+
+
+def _batch(arrays: Any, axes: Any, *, ways: Ways, results: Any, needs_devices: Any) -> tuple[list[Any], list[int]]:
+    size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
+    batched = tuple(unmapped(size, 0, result) for result in results)
+    out = _p.bind(*arrays, ways=_Batched(ways, tuple(axes)), results=batched, needs_devices=needs_devices)
+    return out, [0] * len(results)
+
+
+def _checkpoint(
+    saveable: Any, unknown: Any, ready: Any, equation: Any
+) -> tuple[Any, Any, list[bool], list[bool], list[Any]]:
+    """How `jax.checkpoint` treats an equation: whether it keeps the value or computes it again.
+
+    JAX's own treatment, but for what the policy is asked about. A policy that moves values to another memory has them
+    computed again.
+    """
+    every, missing = (
+        [True] * len(equation.outvars),
+        [x for x, here in zip(equation.invars, ready, strict=True) if not here],
+    )
+    none = [False] * len(equation.outvars)
+    if any(unknown):
+        return None, equation, every, every, missing
+    shapes = [x.aval for x in equation.invars]
+    primitive, params = equation.params["ways"].stands_for(*shapes) or (_p, equation.params)
+    kept = saveable(primitive, *shapes, **params)
+    if kept is True or type(kept).__name__ == "SaveableType":
+        return equation, None, none, none, []
+    return equation, equation, none, every, missing
+
+
+def _lowering(platform: Platform) -> Any:
+    def on(*arrays: Any, ways: Ways, results: Any, needs_devices: Any) -> list[Any]:
+        del results, needs_devices
+        return ways.on(platform, *arrays)
+
+    return mlir.lower_fun(on, multiple_results=True)
+
+
+unmapped: Callable[..., Any] = getattr(jax.extend.core, "unmapped_aval", None) or getattr(jax.core, "unmapped_aval")  # noqa: B009
+"""The shape of an array with one more axis of a given size, at a given place."""
+
+ad.primitive_jvps[_p] = _jvp
+batching.primitive_batchers[_p] = _batch
+pe.partial_eval_jaxpr_custom_rules[_p] = _checkpoint
+mlir.register_lowering(_p, _lowering("other"))
+for _platform in get_args(Platform):
+    if _platform != "other":
+        mlir.register_lowering(_p, _lowering(_platform), platform=_platform)
