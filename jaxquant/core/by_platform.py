@@ -163,14 +163,11 @@ def _checkpoint(
 ) -> tuple[Any, Any, list[bool], list[bool], list[Any]]:
     """How `jax.checkpoint` treats an equation: whether it keeps the value or computes it again.
 
-    JAX's own treatment, but for what the policy is asked about. A policy that moves values to another memory has them
-    computed again.
+    JAX's own treatment, except that the policy is asked about the operation that the equation stands for.
+    Where a policy moves values to another memory, the value is computed again.
     """
-    every, missing = (
-        [True] * len(equation.outvars),
-        [x for x, here in zip(equation.invars, ready, strict=True) if not here],
-    )
-    none = [False] * len(equation.outvars)
+    none, every = ([value] * len(equation.outvars) for value in (False, True))
+    missing = [x for x, here in zip(equation.invars, ready, strict=True) if not here]
     if any(unknown):
         return None, equation, every, every, missing
     shapes = [x.aval for x in equation.invars]
