@@ -66,7 +66,7 @@ def _uint4(group: int) -> jq.OpSpec:
 
 
 def _few(qtype: str, group: int) -> jq.OpSpec:
-    return jq.OpSpec(jq.QuantSpec(qtype, granularity="per_group", group_size=group))
+    return jq.OpSpec(jq.QuantSpec(qtype, granularity=jq.PerGroup(group)))
 
 
 SCHEMES = {

@@ -54,7 +54,7 @@ COLLECT = {
 
 
 def grouped(qtype: str, **kwargs: Any) -> OpSpec:
-    return OpSpec(QuantSpec(qtype, granularity="per_group", group_size=64, **kwargs))
+    return OpSpec(QuantSpec(qtype, granularity=jq.PerGroup(64), **kwargs))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,8 +37,8 @@ def candidates(widths: tuple[int, ...], *group_sizes: int | None) -> dict[str, O
     for size in group_sizes:
         for b in widths:
             name = f"int{b}" if size is None else f"int{b} g{size}"
-            granularity = "per_channel" if size is None else "per_group"
-            made[name] = OpSpec(QuantSpec(f"int{b}", granularity=granularity, group_size=size))
+            granularity = jq.PerChannel() if size is None else jq.PerGroup(size)
+            made[name] = OpSpec(QuantSpec(f"int{b}", granularity=granularity))
     return made
 
 

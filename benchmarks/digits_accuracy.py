@@ -46,8 +46,8 @@ class CNN(nn.Module):
 
 def weight(qtype: str, group_size: int | None = None, **kwargs: Any) -> OpSpec:
     """Weight-only, with the range of least squared error: per output channel, or per group."""
-    granularity = "per_channel" if group_size is None else "per_group"
-    return OpSpec(QuantSpec(qtype, granularity=granularity, group_size=group_size, calibration=MSE(), **kwargs))
+    granularity = jq.PerChannel() if group_size is None else jq.PerGroup(group_size)
+    return OpSpec(QuantSpec(qtype, granularity=granularity, calibration=MSE(), **kwargs))
 
 
 def with_activations(spec: QuantSpec) -> OpSpec:

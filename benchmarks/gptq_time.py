@@ -52,8 +52,8 @@ def row(size: int, rounds: int) -> list[dict[str, Any]]:
     h, w = x.T @ x / 512 + jnp.eye(size), jax.random.normal(rng[2], (size, size))
     stats = {"gram": {"gram": h[None], "rows": jnp.float32(512)}}
     runs, compile_seconds = {}, {}
-    for name, how in (("group 128", {"granularity": "per_group", "group_size": 128}), ("channel", {})):
-        spec = jq.QuantSpec("int4", symmetric=False, **how)
+    for name, how in (("group 128", jq.PerGroup(128)), ("channel", jq.PerChannel())):
+        spec = jq.QuantSpec("int4", granularity=how, symmetric=False)
         one = functools.partial(jq.ptq.gptq, spec=spec, reduce_axes=(-2,))
         runs[name], compile_seconds[name] = compiled(lambda w, stats, one=one: one(w, stats=stats), w, stats)
     lower = jnp.linalg.cholesky(h)

@@ -39,7 +39,7 @@ MATMUL = (((1,), (0,)), ((), ()))
 FLOAT = "XLA float32"
 NARROW = "XLA bfloat16, float32 result"  # on the path of XLA's library; to a bfloat16 result it is not
 PLAIN = "XLA bfloat16"
-GROUP = QuantSpec("int4", granularity="per_group", group_size=128)
+GROUP = QuantSpec("int4", granularity=jq.PerGroup(128))
 SCHEMES: dict[str, tuple[OpSpec, lax.Precision | None]] = {
     "W8A8 dynamic": (recipes.w8a8(), None),
     "W8A16": (recipes.w8a16(), None),

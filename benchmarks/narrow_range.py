@@ -44,8 +44,8 @@ def rounded(w: jax.Array, bits: int, group: int | None, way: str) -> jax.Array:
         scale = jnp.where(-lo > hi, -lo, -hi) / half
         scale = jnp.where(scale == 0, 1, scale)
         return (jnp.clip(jnp.rint(x / scale), -half, half - 1) * scale).reshape(w.shape)
-    grouped = {} if group is None else {"granularity": "per_group", "group_size": group}
-    return jq.quantize(w, jq.QuantSpec(f"int{bits}", **grouped, **WAYS[way]), reduce_axes=(-2,)).dequantize()
+    spec = jq.QuantSpec(f"int{bits}", granularity=jq.PerGroup(group) if group else jq.PerChannel(), **WAYS[way])
+    return jq.quantize(w, spec, reduce_axes=(-2,)).dequantize()
 
 
 def error(weights: list[jax.Array], *how: Any) -> float:

@@ -72,8 +72,8 @@ def measure() -> dict[str, dict[str, float]]:
     for bits, group, symmetric in CELLS:
         row = table[name_of(bits, group, symmetric)] = {}
         for name, (method, calibration) in METHODS.items():
-            how = {"granularity": "per_group", "group_size": group} if group else {}
-            spec = jq.QuantSpec(f"int{bits}", symmetric=symmetric, calibration=calibration, **how)
+            how = jq.PerGroup(group) if group else jq.PerChannel()
+            spec = jq.QuantSpec(f"int{bits}", granularity=how, symmetric=symmetric, calibration=calibration)
             q = method(jnp.asarray(w, jnp.float32), spec, reduce_axes=(-2,), stats=stats)
             lost = unseen @ (w - np.asarray(q.dequantize(), np.float64))
             row[name] = float(100 * np.linalg.norm(lost) / np.linalg.norm(unseen @ w))

@@ -53,7 +53,7 @@ class Scheme:
         if way == BY_TOKEN:
             return OpSpec(QuantSpec(self.weight), self.act and QuantSpec(self.act))
         start: dict[str, Any] = {"calibration": MSE()} if way == "lsq, least error" else {}
-        act: dict[str, Any] = {"granularity": "per_tensor", "static": True, "symmetric": way != "lsq+", **start}
+        act: dict[str, Any] = {"granularity": jq.PerTensor(), "static": True, "symmetric": way != "lsq+", **start}
         return OpSpec(QuantSpec(self.weight, **start), self.act and QuantSpec(self.act, **act))
 
 

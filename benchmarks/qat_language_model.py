@@ -47,7 +47,7 @@ STEP_RATE = 1e-3
 
 def grouped(qtype: str, group_size: int, **kwargs: Any) -> QuantSpec:
     """Weights of which so many inputs of one output share a scale."""
-    return QuantSpec(qtype, granularity="per_group", group_size=group_size, **kwargs)
+    return QuantSpec(qtype, granularity=jq.PerGroup(group_size), **kwargs)
 
 
 SCHEMES = {

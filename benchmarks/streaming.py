@@ -40,8 +40,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4)
     parser.add_argument("--qtype", default="int4")
     options = parser.parse_args()
-    group = {"granularity": "per_group", "group_size": 64} if options.qtype == "int4" else {}
-    spec = jq.QuantSpec(options.qtype, **group)
+    spec = jq.QuantSpec(options.qtype, granularity=jq.PerGroup(64) if options.qtype == "int4" else jq.PerChannel())
     one = np.random.default_rng(0).normal(size=SHAPE).astype(ml_dtypes.bfloat16)
     count = max(1, round(options.gigabytes * 1e9 / one.nbytes))
     source, result = options.directory / "source", options.directory / "result"

@@ -25,6 +25,7 @@ from jaxquant.core import observers
 from jaxquant.core.affine import quantize, scale_zero_point
 from jaxquant.core.errors import QuantError
 from jaxquant.core.fake_quant import fake_quant
+from jaxquant.core.granularity import PerChannel, PerGroup, PerTensor
 from jaxquant.core.qtensor import QTensor, dequantize
 from jaxquant.core.qtypes import dtype_table
 from jaxquant.core.specs import OpSpec, QuantSpec
@@ -52,6 +53,9 @@ __version__ = "0.1.0"
 __all__ = [
     "OpRule",
     "OpSpec",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
     "Plan",
     "QTensor",
     "QuantError",

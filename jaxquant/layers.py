@@ -13,6 +13,7 @@ import numpy as np
 from jaxquant.core.affine import roundtrip, scale_zero_point
 from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
+from jaxquant.core.granularity import PerTensor
 from jaxquant.core.observers import no_range, or_nan
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
@@ -44,8 +45,8 @@ def checked_spec(layer: str, spec: Any) -> OpSpec | None:
         todo = "Use OpSpec(weight=...), a recipe such as recipes.w8a8() or 'w8a8', or None"
         raise quant_error(layer, "spec must be an OpSpec or None", todo=todo, spec=spec)
     act = static_act(spec)
-    if act is not None and act.granularity != "per_tensor":
-        todo = "Use granularity='per_tensor', or static=False"
+    if act is not None and not isinstance(act.granularity, PerTensor):
+        todo = "Use granularity=PerTensor(), or static=False"
         raise quant_error(layer, "a static range is one for the whole activation", todo=todo, act=repr(act))
     return spec
 
@@ -57,7 +58,7 @@ def static_act(spec: OpSpec | None) -> QuantSpec | None:
 
 def act_alone(spec: OpSpec | None) -> OpSpec:
     """The spec of a product with a fake-quantized weight: that of its activation alone."""
-    return OpSpec(act=None if spec is None else spec.act)
+    return OpSpec() if spec is None else OpSpec(act=spec.act, outliers=spec.outliers)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

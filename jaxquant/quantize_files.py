@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.granularity import grouped
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.files import Watched
@@ -96,7 +97,7 @@ def scheme_of(asked: Scheme, format: str, source: Path) -> OpSpec:
         spec = named(asked.recipe)
         if spec.weight is None:
             raise quant_error(_F, "the recipe leaves weights in float", todo="Use another", recipe=asked.recipe)
-        if spec.grad is not None or (spec.act is not None and spec.act.outliers is not None) or spec.weight.two_level:
+        if spec.grad is not None or spec.outliers is not None or spec.weight.two_level:
             todo = "Use a recipe of weights, or of weights and activations, such as w4a16:g64 or w8a8"
             rule = "no file says how gradients, outliers or two levels of scales are quantized"
             raise quant_error(_F, rule, todo=todo, recipe=asked.recipe)
@@ -127,8 +128,7 @@ def _weight(asked: Scheme, habit: _Habit, format: str) -> QuantSpec:
     group = asked.group_size
     if group is None and kind.group_size is None and kind.kind in ("int", "table"):
         group = habit.groups.get(kind.bits)
-    grouped = {} if group in (None, -1) else {"granularity": "per_group", "group_size": group}
-    return QuantSpec(qtype, symmetric=symmetric, **grouped)
+    return QuantSpec(qtype, symmetric=symmetric, granularity=grouped(None if group == -1 else group))
 
 
 def rules_of(spec: OpSpec, source: Path, ignore: Sequence[str]) -> list[Rule]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.granularity import PerChannel, PerTensor, grouped
 from jaxquant.core.observers import AbsMean
 from jaxquant.core.paths import nearest
 from jaxquant.core.qtypes import QTYPES
@@ -36,10 +37,11 @@ __all__ = [
 ]
 
 
+_Whole: TypeAlias = PerTensor | PerChannel | Literal["per_tensor", "per_channel"]
+
+
 def _grouped(qtype: str, group_size: int | None, **kwargs: Any) -> QuantSpec:
-    if group_size is None:
-        return QuantSpec(qtype, **kwargs)
-    return QuantSpec(qtype, granularity="per_group", group_size=group_size, **kwargs)
+    return QuantSpec(qtype, granularity=grouped(group_size), **kwargs)
 
 
 def w8a16(group_size: int | None = None) -> OpSpec:
@@ -55,7 +57,7 @@ def w4a16(group_size: int | None = 64, *, symmetric: bool = True, two_level: boo
       >>> recipes.w4a16(group_size=128).weight.group_size
       128
     """
-    return OpSpec(_grouped("int4", group_size, symmetric=symmetric, scale_dtype="uint4" if two_level else None))
+    return OpSpec(_grouped("int4", group_size, symmetric=symmetric, two_level=two_level))
 
 
 def nf4(group_size: int = 64) -> OpSpec:
@@ -80,14 +82,14 @@ def llm_int8(threshold: float = 6.0) -> OpSpec:
     Example:
       >>> from jaxquant import recipes
       >>> recipes.llm_int8()
-      OpSpec(weight=QuantSpec('int8'), act=QuantSpec('int8', outliers=6.0))
+      OpSpec(weight=QuantSpec('int8'), act=QuantSpec('int8'), outliers=6.0)
     """
-    return OpSpec(QuantSpec("int8"), QuantSpec("int8", outliers=threshold))
+    return OpSpec(QuantSpec("int8"), QuantSpec("int8"), outliers=threshold)
 
 
 def w8a8(*, static: bool = False, act_symmetric: bool = True) -> OpSpec:
     """int8 weights per output channel; int8 activations per token, or one calibrated range per tensor (``static``)."""
-    granularity = "per_tensor" if static else "per_channel"
+    granularity = PerTensor() if static else PerChannel()
     return OpSpec(QuantSpec("int8"), QuantSpec("int8", granularity=granularity, symmetric=act_symmetric, static=static))
 
 
@@ -120,7 +122,7 @@ def fp8_train(*, rounding: Literal["nearest", "stochastic"] = "nearest") -> OpSp
 
 def w4a8(group_size: int | None = 64, *, two_level: bool = False) -> OpSpec:
     """int4 weights per group, int8 activations per token; ``two_level`` as for `w4a16`."""
-    return OpSpec(_grouped("int4", group_size, scale_dtype="uint4" if two_level else None), QuantSpec("int8"))
+    return OpSpec(_grouped("int4", group_size, two_level=two_level), QuantSpec("int8"))
 
 
 def w4a4(group_size: int | None = None) -> OpSpec:
@@ -148,7 +150,7 @@ def nvfp4(*, act: bool = False) -> OpSpec:
     return OpSpec(QuantSpec("nvfp4"), QuantSpec("nvfp4") if act else None)
 
 
-def ternary(granularity: Literal["per_tensor", "per_channel"] = "per_tensor") -> OpSpec:
+def ternary(granularity: _Whole = "per_tensor") -> OpSpec:
     """BitNet b1.58: weights -1, 0 and 1 times their mean magnitude, activations in int8 per token; for training.
 
     Example:
@@ -165,11 +167,11 @@ def ternary(granularity: Literal["per_tensor", "per_channel"] = "per_tensor") ->
     return OpSpec(weight, QuantSpec("int8"))
 
 
-def binary(granularity: Literal["per_tensor", "per_channel"] = "per_channel", *, act: bool = False) -> OpSpec:
+def binary(granularity: _Whole = "per_channel", *, act: bool = False) -> OpSpec:
     """XNOR-Net's weights, -1 and 1 times the mean magnitude of their output; ``act``: int8 activations per token.
 
     The mean is the scale of least squared error for these codes. BitNet's one-bit weights have it over the whole
-    tensor (``"per_tensor"``) with ``act``; it subtracts the mean of the weights before, which is not done here.
+    tensor (``PerTensor()``) with ``act``; it subtracts the mean of the weights before, which is not done here.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq

@@ -153,7 +153,7 @@ def test_a_recipe_by_name(source, tmp_path):
     invoke("quantize", source, tmp_path / "out", "--recipe", "w8a8")
     model = jq.io.load_model(tmp_path / "out")
     assert model.info.config["config_groups"]["group_0"]["input_activations"]["num_bits"] == 8
-    assert set(model.plan.acts.values()) == {jq.QuantSpec("int8")}
+    assert set(model.plan.specs.values()) == {jq.OpSpec(act=jq.QuantSpec("int8"))}
     assert "activations" in invoke("quantize", source, tmp_path / "no", "--recipe", "w8a8", "--to", "gguf", code=1)
     assert "Use --recipe, or" in invoke("quantize", source, tmp_path / "no", "--recipe", "nf4", "--bits", 4, code=2)
     assert "Use 4, or say the type" in invoke(

@@ -57,15 +57,17 @@ def test_four_bits_with_double_quantization_and_a_compute_dtype(qtype, recipe):
 
 
 def test_refusals():
-    spec = recipes.llm_int8().act
-    with pytest.raises(jq.QuantError, match=r"outliers must be a positive threshold; got .*outliers=-1"):
-        jq.QuantSpec("int8", outliers=-1)
-    with pytest.raises(jq.QuantError, match="dynamic, symmetric range per token"):
-        jq.QuantSpec("int8", outliers=6.0, granularity="per_tensor")
-    with pytest.raises(jq.QuantError, match="OpSpec: a weight has no outliers"):
-        jq.OpSpec(spec)
-    with pytest.raises(jq.QuantError, match="quantize: an array on its own has no outliers"):
-        jq.quantize(jnp.ones((2, 2)), spec, reduce_axes=(-1,))
+    int8 = jq.QuantSpec("int8")
+    for bad in (-1, 0, True, "6", float("nan")):
+        with pytest.raises(jq.QuantError, match=r"outliers must be a positive threshold; got outliers="):
+            jq.OpSpec(int8, int8, outliers=bad)
+    for change in ({"granularity": jq.PerTensor()}, {"static": True}, {"symmetric": False}, {"rounding": "stochastic"}):
+        with pytest.raises(jq.QuantError, match=r"dynamic, symmetric range per token.*use act=QuantSpec\('int8'\)"):
+            jq.OpSpec(int8, jq.QuantSpec("int8", **change), outliers=6.0)
+    with pytest.raises(jq.QuantError, match="OpSpec: outliers are for activations"):
+        jq.OpSpec(int8, outliers=6.0)
+    with pytest.raises(jq.QuantError, match="quantized gradients need"):
+        jq.OpSpec(int8, int8, int8, outliers=6.0)
     with pytest.raises(jq.QuantError, match="outliers are for products of matrices"):
         ops.ragged_dot(jnp.ones((2, 4)), jnp.ones((1, 4, 3)), jnp.array([2]), spec=recipes.llm_int8())
 
@@ -77,7 +79,7 @@ def test_recipes_by_name():
         "int4", granularity="per_group", group_size=32, symmetric=False
     )
     assert recipes.recipe("w4a16:channel") == jq.OpSpec(jq.QuantSpec("int4"))
-    assert recipes.recipe("w4a8:g128:two_level").weight.scale_dtype == "uint4"
+    assert recipes.recipe("w4a8:g128:two_level").weight.two_level
     assert recipes.recipe("nvfp4:act") == jq.OpSpec(jq.QuantSpec("nvfp4"), jq.QuantSpec("nvfp4"))
     spec = recipes.w8a8()
     assert recipes.recipe(spec) is spec

@@ -42,7 +42,7 @@ def abstract(
       >>> abstract((64, 32), "float32", jq.QuantSpec("int4"), (-2,)).nbytes
       1152
     """
-    blocks = scale_shape(shape, block_shape(shape, spec.granularity, spec.group_size, axes))
+    blocks = scale_shape(shape, block_shape(shape, spec.granularity, axes))
     zero_point = None if spec.symmetric else jax.ShapeDtypeStruct(blocks, spec.type.code_dtype)
     parts = {"scale": _scale(blocks, spec, axes), "zero_point": zero_point, "qtype": spec.qtype, "dtype": dtype}
     if not stored:

@@ -281,7 +281,7 @@ def encode(
 ) -> Encoded:
     """Grid values, scale and zero point of an array; everything in `quantize` before codes are made and packed."""
     dtype = _compute_dtype(x)
-    view = BlockView(x.shape, block_shape(x.shape, spec.granularity, spec.group_size, axes))
+    view = BlockView(x.shape, block_shape(x.shape, spec.granularity, axes))
     xv = view.split(x.astype(dtype))
     if scale is None:
         # Of x itself: a reduction of bfloat16 needs no copy in float32.
@@ -317,9 +317,6 @@ def prepare(
         raise quant_error(function, "the array is quantized already", todo="Pass x.dequantize()", x=x)
     if not isinstance(spec, QuantSpec):
         raise quant_error(function, "spec must be a QuantSpec", todo="Use for example QuantSpec('int8')", spec=spec)
-    if spec.outliers is not None:
-        todo = "Leave outliers out here; ops.dot_general and einsum know what to do with them"
-        raise quant_error(function, "an array on its own has no outliers", todo=todo, outliers=spec.outliers)
     try:
         x = jnp.asarray(x)
     except (TypeError, ValueError):
@@ -330,7 +327,7 @@ def prepare(
     if x.size == 0:
         raise quant_error(function, "the array is empty", todo="Leave it as it is", x=x)
     axes = negative_axes(reduce_axes, x.ndim, function=function, shape=x.shape)
-    blocks = scale_shape(x.shape, block_shape(x.shape, spec.granularity, spec.group_size, axes, function=function))
+    blocks = scale_shape(x.shape, block_shape(x.shape, spec.granularity, axes, function=function))
     if spec.rounding == "stochastic" and key is None:
         raise quant_error(function, "stochastic rounding needs a key", todo="Pass key=jax.random.key(...)", key=None)
     if spec.rounding == "nearest" and key is not None:

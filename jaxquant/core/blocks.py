@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.granularity import Granularity, PerChannel, PerGroup, PerTensor
 
 __all__ = ["BlockView", "block_shape", "group_error", "groups_fit", "negative_axes", "scale_shape", "spread"]
 
@@ -57,7 +58,7 @@ def group_error(
     group_size: int,
     *,
     path: str | None,
-    todo: str = "granularity='per_channel'",
+    todo: str = "granularity=PerChannel()",
     fixed: bool = False,
 ) -> QuantError:
     """The error for groups that do not fit: names sizes that fit, unless the size is fixed, and the caller's remedy."""
@@ -89,8 +90,7 @@ def groups_fit(shape: tuple[int, ...], axes: tuple[int, ...], group_size: int) -
 
 def block_shape(
     shape: tuple[int, ...],
-    granularity: str,
-    group_size: int | None,
+    granularity: Granularity,
     reduce_axes: tuple[int, ...],
     *,
     function: str = "quantize",
@@ -100,32 +100,27 @@ def block_shape(
 
     Args:
       shape: the array's shape.
-      granularity: ``"per_tensor"``: one block; ``"per_channel"``: blocks span the reduced axes; ``"per_group"``:
-        ``group_size`` consecutive elements along the reduced axes, taken together in row-major order.
-      group_size: elements of a group (``"per_group"`` only).
+      granularity: `PerTensor`: one block; `PerChannel`: blocks span the reduced axes; `PerGroup`: ``size`` consecutive
+        elements along the reduced axes, taken together in row-major order.
       reduce_axes: negative axes that share a scale.
       function, path: who asks, for the error message.
 
     Returns:
       One block size per axis; each divides that axis.
     """
-    if granularity == "per_tensor":
-        return tuple(shape)
     ndim = len(shape)
-    if granularity == "per_channel":
-        return tuple(shape[i] if i - ndim in reduce_axes else 1 for i in range(ndim))
-    assert group_size is not None
-    if not reduce_axes:
-        raise quant_error(
-            function,
-            "per_group needs at least one reduced axis for the groups to run along",
-            todo="Name the contracted axes in reduce_axes",
-            path=path,
-            reduce_axes=reduce_axes,
-            shape=shape,
-        )
-    group = _group_block(shape, reduce_axes, group_size, function, path)
-    return tuple(group.get(i - ndim, 1) for i in range(ndim))
+    match granularity:
+        case PerTensor():
+            return tuple(shape)
+        case PerChannel():
+            return tuple(shape[i] if i - ndim in reduce_axes else 1 for i in range(ndim))
+        case PerGroup(size) if reduce_axes:
+            group = _group_block(shape, reduce_axes, size, function, path)
+            return tuple(group.get(i - ndim, 1) for i in range(ndim))
+        case PerGroup():
+            rule = "groups need at least one reduced axis to run along"
+            todo = "Name the contracted axes in reduce_axes"
+            raise quant_error(function, rule, todo=todo, path=path, reduce_axes=reduce_axes, shape=shape)
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[int, ...]:

@@ -171,7 +171,7 @@ def fake_quant(
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxquant as jq
-      >>> spec = jq.QuantSpec("int4", granularity="per_tensor")
+      >>> spec = jq.QuantSpec("int4", granularity=jq.PerTensor())
       >>> f = lambda x: jq.fake_quant(x, spec, reduce_axes=(), scale=0.1).sum()
       >>> x = jnp.array([0.32, -0.08, 5.0])
       >>> jax.grad(f)(x)

@@ -109,6 +109,9 @@ class Observer:
     clips: ClassVar[bool] = True
     """Whether elements of the observed array may lie outside the range."""
 
+    all_codes: ClassVar[bool] = False
+    """Whether ranges are for all codes of a type: for those of a signed type, specs keep its lowest code by default."""
+
     def init(self, shape: tuple[int, ...]) -> Any:
         """State before any data, for ranges of the given shape."""
         raise NotImplementedError
@@ -531,6 +534,8 @@ class MSE(_Histogram):
     Source: the grid search is common practice (for example Banner et al. 2019, arXiv:1810.05723); the refinement is
     Lloyd's algorithm (1982) restricted to a uniform grid.
     """
+
+    all_codes: ClassVar[bool] = True
 
     def range(self, x, axes, *, symmetric, roundtrip):
         x = _finite_or_nan(x)

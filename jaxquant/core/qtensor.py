@@ -144,7 +144,7 @@ class QTensor:
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
       >>> w = jnp.linspace(-1.0, 1.0, 256 * 512).reshape(256, 512)
-      >>> spec = jq.QuantSpec("int4", granularity="per_group", group_size=64)
+      >>> spec = jq.QuantSpec("int4", granularity=jq.PerGroup(64))
       >>> jq.quantize(w, spec, reduce_axes=(-2,))
       QTensor(int4[256, 512] -> float32, group 64 on axis -2, symmetric, 72.0 KiB)
     """
@@ -396,7 +396,7 @@ class QTensor:
 
         Example:
           >>> import jax.numpy as jnp, jaxquant as jq
-          >>> spec = jq.QuantSpec("int4", granularity="per_group", group_size=64)
+          >>> spec = jq.QuantSpec("int4", granularity=jq.PerGroup(64))
           >>> jq.quantize(jnp.ones((128, 8)), spec, reduce_axes=(-2,)).scheme
           'int4, groups of 64, symmetric'
         """

@@ -5,69 +5,88 @@ All are hashable (they can be static arguments of a jitted function) and survive
 
 from __future__ import annotations
 
+import abc
 import dataclasses
+import inspect
 import json
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core import observers
-from jaxquant.core.errors import quant_error
+from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.granularity import Granularity, PerChannel, PerGroup, PerTensor, group_of
 from jaxquant.core.qtypes import QType, qtype_of
 
 __all__ = ["OpSpec", "QuantSpec", "Value", "checked_keys"]
 
-_GRANULARITIES = ("per_tensor", "per_channel", "per_group")
-_CALIBRATORS = {
+_CALIBRATORS: dict[str, type[observers.Observer]] = {
     c.__name__: c for c in (getattr(observers, n) for n in observers.__all__) if c is not observers.Observer
 }
+_Self = TypeVar("_Self", bound="Value")
 
 
-class Value:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Value(abc.ABC):
     """A brief ``repr``, and JSON on top of ``to_dict`` and ``from_dict``."""
 
     def __repr__(self) -> str:
-        parts = []
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if field.default is dataclasses.MISSING:
+        given, parts = inspect.signature(type(self)).parameters, list[str]()
+        for field in dataclasses.fields(self):
+            value, default = getattr(self, field.name), given[field.name].default
+            if default is inspect.Parameter.empty:
                 parts.append(repr(value))
-            elif value != field.default:
+            elif value != default:
                 parts.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
-    def to_json(self) -> str:
-        """This value as one line of JSON."""
-        return json.dumps(self.to_dict())  # type: ignore[attr-defined]
+    @abc.abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only."""
 
     @classmethod
-    def from_json(cls, text: str):
+    @abc.abstractmethod
+    def from_dict(cls: type[_Self], data: dict[str, Any]) -> _Self:
+        """Inverse of `to_dict`."""
+
+    def to_json(self) -> str:
+        """This value as one line of JSON."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls: type[_Self], text: str) -> _Self:
         """Inverse of `to_json`; unknown keys and wrong values raise `QuantError`."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise quant_error(cls.__name__, f"not JSON ({error})", todo="Pass what to_json returned") from None
-        return cls.from_dict(data)  # type: ignore[attr-defined]
+        return cls.from_dict(data)
 
 
-def checked_keys(cls: type, data: Any) -> dict[str, Any]:
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    if not isinstance(data, dict) or not set(data) <= set(names):
-        got: dict[str, Any] = {"fields": tuple(sorted(map(str, data)))} if isinstance(data, dict) else {"data": data}
-        raise quant_error(cls.__name__, "unknown fields", todo=f"Use a dict with only {', '.join(names)}", **got)
-    return data
+def checked_keys(cls: type[Value], data: object) -> dict[str, Any]:
+    """The data of a value, a dict with no other keys than the arguments of its class."""
+    names = list(inspect.signature(cls).parameters)
+    if not isinstance(data, dict):
+        got: dict[str, Any] = {"data": data}
+    elif not set(data) <= set(names):
+        got = {"fields": tuple(sorted(map(str, data)))}
+    else:
+        return cast(dict[str, Any], data)
+    raise quant_error(cls.__name__, "unknown fields", todo=f"Use a dict with only {', '.join(names)}", **got)
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, init=False)
 class QuantSpec(Value):
     """How one array is quantized. Axis-free: the operation supplies ``reduce_axes``, the axes that share a scale.
 
     Args:
       qtype: the number type, by name (``"int4"``) or dtype (``jnp.int8``); see `dtype_table`.
-      granularity: ``"per_tensor"``: one scale; ``"per_channel"``: one for each index of the axes that are not reduced
-        (per token, for an activation); ``"per_group"``: one per ``group_size`` elements along the reduced axes.
-      group_size: elements of a group. Fixed (32, 32, 16) for mxfp8, mxfp4 and nvfp4, which are always per group.
+      granularity: ``PerTensor()``: one scale; ``PerChannel()``: one for each index of the axes that are not reduced
+        (per token, for an activation); ``PerGroup(64)``: one for every 64 elements along the reduced axes. Also by
+        name: ``"per_tensor"``, ``"per_channel"``, or ``"per_group"`` with ``group_size``. The attribute is a value,
+        which equals its name. mxfp8, mxfp4 and nvfp4 fix their groups, of 32, 32 and 16.
+      group_size: elements of a group, with ``"per_group"``. The attribute is the size of any groups, else None.
       symmetric: True: no zero point. False: an integer zero point, for integer types only. A symmetric *unsigned*
         type represents nothing below 0: negative values saturate to 0.
       narrow_range: True: a symmetric signed type leaves out its lowest code (-127..127 rather than -128..127), and
@@ -79,11 +98,10 @@ class QuantSpec(Value):
       calibration: an observer from `jaxquant.observers`; None: AbsMax when symmetric, MinMax when not
         (and for a symmetric unsigned type, whose range is ``[0, max(x)]``); for a whole range both ends on their own.
       static: for an activation, True if its range comes from ``state`` and not from the very array.
-      scale_dtype: float dtype of the scales; None: float32. ``"uint4"``, for symmetric types of at most 4 bits per
-        group: two-level scales, integers 1 .. 15 times one float32 for all that ``reduce_axes`` join. A code times its
-        integer stays within 8 bits, so that a product needs no more than one integer dot.
-      outliers: for an activation of a product, symmetric and per token: a feature in which any magnitude reaches this
-        threshold is multiplied in float, all others by their codes (LLM.int8(); None: no feature is).
+      scale_dtype: float dtype of the scales; None: float32.
+      two_level: the scales of groups are integers 1 .. 15 times one float32 for all groups along ``reduce_axes``; for
+        symmetric integers of at most 4 bits. A code times its integer fits in 8 bits, so a product takes one integer
+        dot.
       rounding: ``"nearest"`` (half to even) or ``"stochastic"`` (up with the probability of the fraction; needs a key).
 
     Raises:
@@ -91,122 +109,75 @@ class QuantSpec(Value):
 
     Example:
       >>> import jaxquant as jq
-      >>> spec = jq.QuantSpec("int4", granularity="per_group", group_size=64)
+      >>> spec = jq.QuantSpec("int4", granularity=jq.PerGroup(64))
       >>> jq.QuantSpec.from_json(spec.to_json()) == spec
       True
     """
 
     qtype: str
-    _: dataclasses.KW_ONLY
-    granularity: Literal["per_tensor", "per_channel", "per_group"] = "per_channel"
-    group_size: int | None = None
-    symmetric: bool = True
-    narrow_range: bool | None = None
-    calibration: observers.Observer | None = None
-    static: bool = False
-    scale_dtype: Any = None
-    rounding: Literal["nearest", "stochastic"] = "nearest"
-    outliers: float | None = None
+    granularity: Granularity
+    symmetric: bool
+    narrow_range: bool | None
+    calibration: observers.Observer | None
+    static: bool
+    scale_dtype: str | None
+    two_level: bool
+    rounding: Literal["nearest", "stochastic"]
 
-    def __post_init__(self):
-        info = qtype_of(self.qtype)
-        self._set(qtype=info.name)
-        self._check_blocks(info)
-        self._check_range(info)
-        self._check_scale_dtype(info)
-        if self.rounding not in ("nearest", "stochastic"):
-            raise self._error("unknown rounding", todo="Use 'nearest' or 'stochastic'", rounding=self.rounding)
-        self._check_outliers()
-
-    def _set(self, **values: Any) -> None:
-        for name, value in values.items():
+    def __init__(
+        self,
+        qtype: Any,
+        *,
+        granularity: Granularity | Literal["per_tensor", "per_channel", "per_group"] = "per_channel",
+        group_size: int | None = None,
+        symmetric: bool = True,
+        narrow_range: bool | None = None,
+        calibration: observers.Observer | None = None,
+        static: bool = False,
+        scale_dtype: Any = None,
+        two_level: bool = False,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
+    ):
+        info = qtype_of(qtype)
+        fields = {
+            "qtype": info.name,
+            "granularity": _granularity(info, granularity, group_size),
+            "symmetric": symmetric,
+            "narrow_range": narrow_range,
+            "calibration": calibration,
+            "static": static,
+            "scale_dtype": None if scale_dtype is None else _scale_dtype(info, scale_dtype),
+            "two_level": two_level,
+            "rounding": rounding,
+        }
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
+        _check_kinds(info, fields)
+        self._check(info)
 
-    def _check_blocks(self, info: QType) -> None:
-        """Settles which elements share a scale: ``granularity`` and ``group_size``."""
-        got = {"granularity": self.granularity, "group_size": self.group_size}
-        if self.granularity not in _GRANULARITIES:
-            todo = f"Use one of {', '.join(_GRANULARITIES)}"
-            raise self._error("unknown granularity", todo=todo, granularity=self.granularity)
-        if info.group_size is not None:
-            if self.group_size not in (None, info.group_size) or self.granularity == "per_tensor":
-                rule = f"{info.name} always has one scale per {info.group_size} elements"
-                raise self._error(rule, todo="Leave granularity and group_size out", **got)
-            self._set(granularity="per_group", group_size=info.group_size)
-        if (self.granularity == "per_group") != (self.group_size is not None):
-            rule = "group_size goes with granularity='per_group', and only with it"
-            raise self._error(rule, todo="Give both or neither", **got)
-        if self.group_size is None:
-            return
-        integer = isinstance(self.group_size, int | np.integer) and not isinstance(self.group_size, bool)
-        if not integer or self.group_size < 1:
-            rule = "group_size must be a positive integer"
-            raise self._error(rule, todo="Use 32, 64 or 128", group_size=self.group_size)
-        self._set(group_size=int(self.group_size))
-
-    def _check_range(self, info: QType) -> None:
-        """Which range the codes cover, and where it comes from."""
-        for name in ("symmetric", "static"):
-            if not isinstance(getattr(self, name), bool):
-                raise self._error(f"{name} must be True or False", todo="Pass a bool", **{name: getattr(self, name)})
-        if not isinstance(self.narrow_range, bool | None):
-            rule = "narrow_range must be True, False or None"
-            raise self._error(rule, todo="Leave it out", narrow_range=self.narrow_range)
+    def _check(self, info: QType) -> None:
+        """Raises for a combination that has no meaning."""
         if not self.symmetric and info.kind != "int":
             todo = "Use symmetric=True, or an integer type"
-            raise self._error(f"{info.name} has no zero point", todo=todo, symmetric=False)
+            raise _error(info, f"{info.name} has no zero point", todo=todo, symmetric=False)
         if self.narrow_range and not (self.symmetric and info.kind == "int" and info.signed):
             rule = "narrow_range=True needs a symmetric signed integer type"
-            raise self._error(rule, todo="Leave narrow_range out", narrow_range=True, symmetric=self.symmetric)
-        if self.calibration is not None and not isinstance(self.calibration, observers.Observer):
-            todo = f"Use None or one of {', '.join(f'{n}(...)' for n in _CALIBRATORS)} from jaxquant.observers"
-            raise self._error("calibration must be an observer", todo=todo, calibration=self.calibration)
-
-    def _check_scale_dtype(self, info: QType) -> None:
-        """Settles ``scale_dtype`` as the name of a dtype."""
-        if self.scale_dtype is None:
+            raise _error(info, rule, todo="Leave narrow_range out", narrow_range=True, symmetric=self.symmetric)
+        if not self.two_level:
             return
-        if info.group_size is not None:
-            rule = f"{info.name} fixes the format of its scales"
-            raise self._error(rule, todo="Leave scale_dtype out", scale_dtype=str(self.scale_dtype))
-        try:
-            dtype = np.dtype(self.scale_dtype)
-        except (TypeError, ValueError):
-            dtype = None
-        if dtype is not None and dtype == jnp.uint4:
-            if self.granularity != "per_group" or not self.symmetric or info.kind != "int" or info.qmax > 7:
-                raise self._error(
-                    "two-level scales ('uint4') are for symmetric integers of at most 4 bits, per group",
-                    todo="Leave scale_dtype out, or use QuantSpec('int4', granularity='per_group', ...)",
-                    granularity=self.granularity,
-                    symmetric=self.symmetric,
-                )
-        elif dtype is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
-            raise self._error(
-                "scale_dtype must be a float dtype of 16 bits or more, or 'uint4'",
-                todo="Use float32, bfloat16 or float16; 'uint4' for two-level scales",
-                scale_dtype=str(self.scale_dtype),
-            )
-        self._set(scale_dtype=dtype.name)
+        grouped = isinstance(self.granularity, PerGroup) and info.group_size is None
+        if not (grouped and self.symmetric and info.kind == "int" and info.qmax <= 7):
+            rule = "two-level scales are for symmetric integers of at most 4 bits, per group"
+            todo = "Leave two_level out, or use QuantSpec('int4', granularity=PerGroup(64), two_level=True)"
+            raise _error(info, rule, todo=todo, granularity=self.granularity, symmetric=self.symmetric)
+        if self.scale_dtype is not None:
+            rule = "two-level scales are integers times one float32"
+            raise _error(info, rule, todo="Leave scale_dtype out", scale_dtype=self.scale_dtype)
 
-    def _check_outliers(self) -> None:
-        """Settles the threshold ``outliers`` as a float."""
-        if self.outliers is None:
-            return
-        if not isinstance(self.outliers, int | float) or not self.outliers > 0:
-            raise self._error("outliers must be a positive threshold", todo="Use 6.0", outliers=self.outliers)
-        if self.static or not self.symmetric or self.granularity != "per_channel":
-            raise self._error(
-                "outliers are for activations with a dynamic, symmetric range per token",
-                todo="Leave outliers out, or static, symmetric and granularity",
-                granularity=self.granularity,
-                symmetric=self.symmetric,
-                static=self.static,
-            )
-        self._set(outliers=float(self.outliers))
-
-    def _error(self, rule: str, *, todo: str, **got: Any):
-        return quant_error("QuantSpec", rule, todo=todo, qtype=self.qtype, **got)
+    @property
+    def group_size(self) -> int | None:
+        """Elements of a group; None if scales are per channel or per tensor."""
+        return self.granularity.size if isinstance(self.granularity, PerGroup) else None
 
     @property
     def type(self) -> QType:
@@ -214,7 +185,7 @@ class QuantSpec(Value):
         info = qtype_of(self.qtype)
         narrow = self.narrow_range
         if narrow is None:
-            narrow = self.symmetric and info.bits > 6 and not isinstance(self.calibration, observers.MSE)
+            narrow = self.symmetric and info.bits > 6 and not (self.calibration and self.calibration.all_codes)
         if narrow and info.kind == "int" and info.signed:
             return dataclasses.replace(info, qmin=-info.qmax)
         return info
@@ -222,19 +193,19 @@ class QuantSpec(Value):
     @property
     def brief(self) -> str:
         """A few words for tables: the type, what shares a scale unless it is a channel, and what else is not usual."""
-        outliers = "" if self.outliers is None else f" below {self.outliers:g}"
-        group = f" g{self.group_size}" if self.group_size else {"per_tensor": " tensor"}.get(self.granularity, "")
-        return f"{self.qtype}{group}{'' if self.symmetric else ' asym'}{' static' if self.static else ''}{outliers}"
+        match self.granularity:
+            case PerGroup(size):
+                shared = f" g{size}"
+            case PerTensor():
+                shared = " tensor"
+            case PerChannel():
+                shared = ""
+        return f"{self.qtype}{shared}{'' if self.symmetric else ' asym'}{' static' if self.static else ''}"
 
     @property
     def whole_range(self) -> bool:
         """Whether the range uses the extra negative code of a symmetric type."""
         return self.symmetric and self.type.kind == "int" and self.type.qmin < -self.type.qmax < 0
-
-    @property
-    def two_level(self) -> bool:
-        """Whether scales are integers times one float for all groups that are reduced together."""
-        return self.scale_dtype == "uint4"
 
     @property
     def observer(self) -> observers.Observer:
@@ -246,16 +217,22 @@ class QuantSpec(Value):
         return observers.AbsMax() if self.symmetric and self.type.signed else observers.MinMax()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only; defaults left out."""
-        out: dict[str, Any] = {}
-        fixed = qtype_of(self.qtype).group_size is not None
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value == field.default or (fixed and field.name in ("granularity", "group_size")):
-                continue
-            if field.name == "calibration":
-                value = {type(value).__name__: dataclasses.asdict(value)}
-            out[field.name] = value
+        """Plain values only; defaults left out.
+
+        Files have the granularity as its name and ``group_size``, and two-level scales as ``"scale_dtype": "uint4"``.
+        """
+        out: dict[str, Any] = {"qtype": self.qtype}
+        if self.granularity != PerChannel() and qtype_of(self.qtype).group_size is None:
+            out["granularity"] = self.granularity.name
+            if self.group_size is not None:
+                out["group_size"] = self.group_size
+        plain = ("symmetric", "narrow_range", "calibration", "static", "scale_dtype", "rounding")
+        defaults = inspect.signature(QuantSpec).parameters
+        out |= {name: value for name in plain if (value := getattr(self, name)) != defaults[name].default}
+        if self.calibration is not None:
+            out["calibration"] = {type(self.calibration).__name__: dataclasses.asdict(self.calibration)}
+        if self.two_level:
+            out["scale_dtype"] = "uint4"
         return out
 
     @classmethod
@@ -266,20 +243,87 @@ class QuantSpec(Value):
             raise quant_error("QuantSpec", "the field qtype is missing", todo="Name a number type", fields=tuple(data))
         calibration = data.get("calibration")
         if isinstance(calibration, dict):
-            name, arguments = next(iter(calibration.items())) if len(calibration) == 1 else (None, {})
-            try:
-                data["calibration"] = _CALIBRATORS[name](**arguments)  # type: ignore[index]
-            except (KeyError, TypeError):
-                todo = f"Use one of {', '.join(_CALIBRATORS)}"
-                raise quant_error("QuantSpec", "unknown calibration", todo=todo, calibration=calibration) from None
+            data["calibration"] = _calibrator(cast(dict[str, Any], calibration))
+        if data.get("scale_dtype") == "uint4":
+            del data["scale_dtype"]
+            data["two_level"] = True
         return cls(data.pop("qtype"), **data)
+
+
+def _calibrator(data: dict[str, Any]) -> observers.Observer:
+    """The observer of ``{name: arguments}``."""
+    name, arguments = next(iter(data.items())) if len(data) == 1 else ("", {})
+    try:
+        return _CALIBRATORS[name](**arguments)
+    except (KeyError, TypeError):
+        todo = f"Use one of {', '.join(_CALIBRATORS)}"
+        raise quant_error("QuantSpec", "unknown calibration", todo=todo, calibration=data) from None
+
+
+def _error(info: QType, rule: str, *, todo: str, **got: Any) -> QuantError:
+    return quant_error("QuantSpec", rule, todo=todo, qtype=info.name, **got)
+
+
+def _granularity(info: QType, granularity: Any, group_size: Any) -> Granularity:
+    """Which elements share a scale, from a value, or from a name and the size of a group."""
+    got = {"granularity": granularity, "group_size": group_size}
+    if isinstance(granularity, PerGroup):
+        if group_size is not None:
+            rule = "granularity and group_size both give the size of a group"
+            raise _error(info, rule, todo="Use one of them: granularity=PerGroup(...)", **got)
+        granularity, group_size = "per_group", granularity.size
+    if granularity not in (names := [kind.name for kind in (PerTensor, PerChannel, PerGroup)]):
+        todo = f"Use PerTensor(), PerChannel(), PerGroup(64), or a name: {', '.join(names)}"
+        raise _error(info, "unknown granularity", todo=todo, granularity=granularity)
+    if info.group_size is not None:
+        if group_size not in (None, info.group_size) or granularity == "per_tensor":
+            rule = f"{info.name} always has one scale per {info.group_size} elements"
+            raise _error(info, rule, todo="Leave granularity and group_size out", **got)
+        return PerGroup(info.group_size)
+    if (granularity == "per_group") != (group_size is not None):
+        rule = "group_size goes with granularity='per_group', and only with it"
+        raise _error(info, rule, todo="Give both or neither, or granularity=PerGroup(64)", **got)
+    if group_size is None:
+        return PerTensor() if granularity == "per_tensor" else PerChannel()
+    return PerGroup(group_of("QuantSpec", "group_size", group_size))
+
+
+def _scale_dtype(info: QType, given: Any) -> str:
+    """The name of the dtype of scales."""
+    if info.group_size is not None:
+        rule = f"{info.name} fixes the format of its scales"
+        raise _error(info, rule, todo="Leave scale_dtype out", scale_dtype=str(given))
+    try:
+        dtype = np.dtype(given)
+    except (TypeError, ValueError):
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        todo = "Use float32, bfloat16 or float16; for two-level scales two_level=True"
+        rule = "scale_dtype must be a float dtype of 16 bits or more"
+        raise _error(info, rule, todo=todo, scale_dtype=str(given))
+    return dtype.name
+
+
+def _check_kinds(info: QType, fields: dict[str, Any]) -> None:
+    """Raises for values that are not of the kind that their field has."""
+    for name in ("symmetric", "static", "two_level"):
+        if not isinstance(fields[name], bool):
+            raise _error(info, f"{name} must be True or False", todo="Pass a bool", **{name: fields[name]})
+    if not isinstance(narrow := fields["narrow_range"], bool | None):
+        rule = "narrow_range must be True, False or None"
+        raise _error(info, rule, todo="Leave it out", narrow_range=narrow)
+    if not isinstance(calibration := fields["calibration"], observers.Observer | None):
+        todo = f"Use None or one of {', '.join(f'{n}(...)' for n in _CALIBRATORS)} from jaxquant.observers"
+        raise _error(info, "calibration must be an observer", todo=todo, calibration=calibration)
+    if (rounding := fields["rounding"]) not in ("nearest", "stochastic"):
+        raise _error(info, "unknown rounding", todo="Use 'nearest' or 'stochastic'", rounding=rounding)
 
 
 def _is_plain(spec: QuantSpec) -> bool:
     """Whether a spec gives integers or fp8 with one scale for all reduced axes, from the array, without clipping."""
     known = spec.type.kind == "int" or (spec.type.kind == "float" and spec.type.bits == 8)
-    one = spec.granularity != "per_group" and not spec.two_level
-    return known and one and not (spec.static or spec.observer.clips) and spec.outliers is None
+    one = not isinstance(spec.granularity, PerGroup)
+    return known and one and not (spec.static or spec.observer.clips)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -293,11 +337,15 @@ class OpSpec(Value):
         products of the backward pass then are such products too; None for float ones. It has one scale per token for
         the activation's gradient and per output channel for the weight's, from the gradient itself. With
         ``rounding="stochastic"`` its expectation is the gradient; `quantized` and the ops then take a key.
+      outliers: a positive threshold: a feature of the activation in which any magnitude reaches it is multiplied in
+        float, all others by their codes (LLM.int8()). The activation is symmetric, dynamic, per token and rounded to
+        nearest. None: all features are multiplied by their codes.
 
     Raises:
-      QuantError: if a field is not a `QuantSpec` or None, the weight spec is static, the weight is quantized to a
+      QuantError: if a spec is not a `QuantSpec` or None, the weight spec is static, the weight is quantized to a
         symmetric unsigned type (which would set every negative weight to 0), or ``grad`` is no symmetric integer or fp8
-        type, or goes with a weight or activation of another kind, or with more than one scale per channel or token.
+        type, or goes with a weight or activation of another kind, or with more than one scale per channel or token; if
+        ``outliers`` is not positive, or the activation is not of that kind.
 
     Example:
       >>> import jaxquant as jq
@@ -308,6 +356,7 @@ class OpSpec(Value):
     weight: QuantSpec | None = None
     act: QuantSpec | None = None
     grad: QuantSpec | None = None
+    outliers: float | None = None
 
     def __post_init__(self):
         for name in ("weight", "act", "grad"):
@@ -318,9 +367,6 @@ class OpSpec(Value):
             raise quant_error(
                 "OpSpec", "a weight's range is taken from the weight", todo="Use static=True on act only", static=True
             )
-        if self.weight is not None and self.weight.outliers is not None:
-            todo = "Use outliers on act only"
-            raise quant_error("OpSpec", "a weight has no outliers", todo=todo, outliers=self.weight.outliers)
         if self.weight is not None and self.weight.symmetric and not self.weight.type.signed:
             raise quant_error(
                 "OpSpec",
@@ -330,6 +376,20 @@ class OpSpec(Value):
             )
         if self.grad is not None:
             self._check_grad(self.grad)
+        if self.outliers is not None:
+            object.__setattr__(self, "outliers", self._threshold(self.outliers))
+
+    def _threshold(self, outliers: Any) -> float:
+        """The threshold ``outliers``; raises if it is none, or the activation cannot be split."""
+        if isinstance(outliers, bool) or not isinstance(outliers, int | float) or not outliers > 0:
+            raise quant_error("OpSpec", "outliers must be a positive threshold", todo="Use 6.0", outliers=outliers)
+        act = self.act
+        plain = act is not None and not act.static and act.symmetric and act.rounding == "nearest"
+        if act is None or not plain or not isinstance(act.granularity, PerChannel):
+            rule = "outliers are for activations with a dynamic, symmetric range per token, rounded to nearest"
+            todo = "Leave outliers out, or use act=QuantSpec('int8')"
+            raise quant_error("OpSpec", rule, todo=todo, outliers=outliers, act=act)
+        return float(outliers)
 
     def _check_grad(self, grad: QuantSpec) -> None:
         """Raises unless gradients have scales that are constant along the axes that the products sum over."""
@@ -342,18 +402,40 @@ class OpSpec(Value):
         def fits(spec: QuantSpec) -> bool:
             return _is_plain(spec) and spec.type.kind == grad.type.kind
 
-        if self.act is None or not fits(self.act) or not (self.weight is None or fits(self.weight)):
+        act = self.act if self.outliers is None else None
+        if act is None or not fits(act) or not (self.weight is None or fits(self.weight)):
             integer = grad.type.kind == "int"
             recipe, kind = ("recipes.w8a8()", "an integer") if integer else ("recipes.fp8()", "an fp8")
             todo = f"Leave grad out, or use one scale per channel and per token, such as {recipe}"
             rule = f"quantized gradients need {kind} activation, and {kind} weight, with one scale per channel"
             raise quant_error("OpSpec", rule, todo=todo, weight=self.weight, act=self.act)
 
+    @property
+    def brief(self) -> str:
+        """A few words for tables: the types of weight, activation and gradient."""
+        parts = {"w": self.weight and self.weight.brief, "a": self.act_brief, "g": self.grad and self.grad.brief}
+        return ", ".join(f"{name} {text}" for name, text in parts.items() if text) or "float"
+
+    @property
+    def act_brief(self) -> str:
+        """A few words on the activation; none if it stays in float."""
+        below = "" if self.outliers is None else f" below {self.outliers:g}"
+        return "" if self.act is None else f"{self.act.brief}{below}"
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only."""
-        return {f.name: s.to_dict() for f in dataclasses.fields(self) if (s := getattr(self, f.name)) is not None}
+        """Plain values only. Files have ``outliers`` beside the fields of ``act``."""
+        specs = {"weight": self.weight, "act": self.act, "grad": self.grad}
+        out = {name: spec.to_dict() for name, spec in specs.items() if spec is not None}
+        if self.outliers is not None:
+            out["act"]["outliers"] = self.outliers
+        return out
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> OpSpec:
         """Inverse of `to_dict`."""
-        return cls(**{k: QuantSpec.from_dict(v) for k, v in checked_keys(cls, data).items()})
+        data = dict(checked_keys(cls, data))
+        outliers, act = data.pop("outliers", None), data.get("act")
+        if isinstance(act, dict) and "outliers" in act:
+            data["act"] = {name: value for name, value in cast(dict[str, Any], act).items() if name != "outliers"}
+            outliers = act["outliers"]
+        return cls(**{name: QuantSpec.from_dict(spec) for name, spec in data.items()}, outliers=outliers)

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxquant.core.errors import QuantError
+from jaxquant.core.granularity import PerChannel, PerGroup
 from jaxquant.core.paths import nearest
 from jaxquant.core.specs import QuantSpec
 from jaxquant.io.experts import experts_of, is_experts
@@ -39,9 +40,9 @@ class Assigned:
 
     def whole(self, shape: tuple[int, ...]) -> QuantSpec:
         """The spec that quantizes the whole weight at once, with no scale shared between matrices."""
-        if self.stack == 1 or self.reduce_axes != (-2,) or self.spec.granularity != "per_channel":
+        if self.stack == 1 or self.reduce_axes != (-2,) or not isinstance(self.spec.granularity, PerChannel):
             return self.spec
-        return dataclasses.replace(self.spec, granularity="per_group", group_size=shape[0] // self.stack)
+        return dataclasses.replace(self.spec, granularity=PerGroup(shape[0] // self.stack))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,7 @@ def save_hf(
     Example:
       >>> import os, tempfile
       >>> import jax.numpy as jnp, jaxquant as jq
-      >>> spec = jq.QuantSpec("int4", granularity="per_group", group_size=32)
+      >>> spec = jq.QuantSpec("int4", granularity=jq.PerGroup(32))
       >>> params = {"lm_head.weight": jq.quantize(jnp.eye(64), spec, reduce_axes=(-1,)), "norm.weight": jnp.ones(64)}
       >>> with tempfile.TemporaryDirectory() as parent:
       ...     directory = os.path.join(parent, "model")

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxquant.core.errors import Refusals, quant_error
+from jaxquant.core.granularity import PerTensor
 from jaxquant.core.packing import packed_length
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.specs import OpSpec, QuantSpec
@@ -286,7 +287,7 @@ class _Lies(NamedTuple):
 
     def rows(self, spec: QuantSpec) -> int:
         """Rows that are quantized at a time: the whole matrix if a row's codes depend on other rows."""
-        if spec.granularity == "per_tensor" or spec.type.scale_format == "e4m3" or spec.rounding != "nearest":
+        if isinstance(spec.granularity, PerTensor) or spec.type.scale_format == "e4m3" or spec.rounding != "nearest":
             return self.out
         rows = max(1, _SLICE // max(1, self.width))
         return rows if self.stack == 1 else min(rows, self.out)

@@ -18,6 +18,7 @@ from jax import lax
 
 from jaxquant import ops
 from jaxquant.core.affine import quantize
+from jaxquant.core.granularity import PerTensor
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.models.config import Config, Layer, Mixture
@@ -226,7 +227,7 @@ def _coded(config: Config, x: jax.Array, scale: jax.Array | None) -> jax.Array:
     """Keys or values as they are stored: the codes by the scale of the checkpoint, or themselves."""
     if config.cache is None or scale is None:
         return x
-    spec = QuantSpec(config.cache, granularity="per_tensor", narrow_range=False if config.cache == "int8" else None)
+    spec = QuantSpec(config.cache, granularity=PerTensor(), narrow_range=False if config.cache == "int8" else None)
     return quantize(x, spec, reduce_axes=(-4, -3, -2, -1), scale=scale).codes
 
 

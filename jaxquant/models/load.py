@@ -98,8 +98,8 @@ class Model:
     @property
     def activations(self) -> tuple[str, ...]:
         """Quantized values other than weights, a line for each kind."""
-        kinds = Counter(() if self.plan is None else self.plan.acts.values())
-        found = [f"{spec.brief} before {n} weight{'s' if n > 1 else ''}" for spec, n in kinds.items()]
+        kinds = Counter(() if self.plan is None else self.plan.specs.values())
+        found = [f"{spec.act_brief} before {n} weight{'s' if n > 1 else ''}" for spec, n in kinds.items()]
         cache = self.config.cache
         return (*found, *([f"{cache} keys and values, by the scales of the checkpoint"] if cache else []))
 
@@ -277,7 +277,7 @@ def _named_plan(found: HFModel, path: str) -> tuple[StatedPlan | None, dict[str,
     acts, state = {}, {}
     for whole, members in groups.items():
         ordered = [members[i] for i in sorted(members, key=lambda i: -1 if i is None else i)]
-        specs = {found.plan.acts.get(name) for name in ordered}
+        specs = {found.plan.specs.get(name) for name in ordered}
         if len(specs) > 1:
             rule, todo = "the activations of all experts must be quantized in one way", "Use activations='float'"
             raise quant_error("models", rule, todo=todo, path=f"{path}, {whole}", ways=len(specs))

@@ -211,7 +211,7 @@ def contract(
     key: Any = None,
 ) -> jax.Array:
     """`dot_general` for a public function, which errors name."""
-    if isinstance(spec, OpSpec) and spec.act is not None and spec.act.outliers is not None:
+    if isinstance(spec, OpSpec) and spec.outliers is not None:
         refuse_range(function, act_scale, act_zero_point)
         return _beside_outliers(function, lhs, rhs, numbers, precision, preferred, spec)
     pair = Pair.of(function, lhs, rhs, spec)
@@ -252,13 +252,14 @@ def _beside_outliers(
 ) -> jax.Array:
     """The sum of two products: features without outliers by their codes, features with an outlier in float."""
     assert spec.act is not None
-    inner = dataclasses.replace(spec, act=dataclasses.replace(spec.act, outliers=None))
+    assert spec.outliers is not None
+    inner = dataclasses.replace(spec, outliers=None)
     pair = Pair.of(function, lhs, rhs, inner)
     side = 1 - pair.weight
     if 0 in pair.lhs.shape or 0 in pair.rhs.shape:  # no outliers
         return contract(function, lhs, rhs, numbers, precision, preferred, inner, None, None)
     axes = _check_dimensions(function, pair.lhs, pair.rhs, numbers)[side]
-    small, large, some = outliers.split((pair.lhs, pair.rhs)[side], axes, spec.act)
+    small, large, some = outliers.split((pair.lhs, pair.rhs)[side], axes, spec.act, spec.outliers)
 
     def product(x: Any, spec: OpSpec) -> jax.Array:
         operands = (x, pair.rhs) if side == 0 else (pair.lhs, x)
@@ -299,7 +300,7 @@ def dot_general(
       preferred_element_type: dtype of the result; by default the operands' (dequantized) dtypes, promoted.
       spec: quantizes float operands on the way: ``spec.act`` with one scale per token, ``spec.weight`` with one per
         output channel (or as their granularity says), both reduced over the contracted axes. A QTensor must agree
-        with its spec. With ``spec.act.outliers`` the features that hold an outlier are a separate float product.
+        with its spec. With ``spec.outliers`` the features that hold an outlier are a separate float product.
       act_scale, act_zero_point: the activation's static range, for ``spec.act.static``; the scale gets a gradient.
       out_sharding: for float operands only; otherwise it must be None.
       key: a random key, for ``spec.grad`` with stochastic rounding; needed where a gradient is taken.

@@ -22,7 +22,7 @@ def _checked(x: Any, w: Any, threshold: float) -> None:
         todo = "Pass quantize(w, QuantSpec('int8'), reduce_axes=(-2,)) of a weight [in, out]"
         raise quant_error("llm_int8", "the weight must be a symmetric int8 QTensor of two axes", todo=todo, w=w)
     if w.scale.shape != (1, w.shape[1]) or w.offset is not None or w.permutation is not None:
-        todo = "Quantize it with granularity='per_channel' over axis -2"
+        todo = "Quantize it with granularity=PerChannel() over axis -2"
         raise quant_error("llm_int8", "the weight must have one scale per output", todo=todo, scale=w.scale)
     if x.ndim < 1 or x.shape[-1] != w.shape[0] or not jnp.issubdtype(x.dtype, jnp.floating):
         todo = "Pass floats [..., in]"
@@ -69,7 +69,7 @@ def llm_int8(x: jax.Array, w: QTensor, bias: jax.Array | None = None, *, thresho
     """
     x = jnp.asarray(x)
     _checked(x, w, threshold)
-    spec = OpSpec(act=QuantSpec("int8", outliers=threshold or math.inf))
+    spec = OpSpec(act=QuantSpec("int8"), outliers=threshold or math.inf)
     numbers = ((x.ndim - 1,), (0,)), ((), ())
     y = contract("llm_int8", x, w, numbers, lax.Precision.HIGHEST, jnp.float32, spec, None, None)
     if bias is not None:

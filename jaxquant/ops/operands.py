@@ -96,9 +96,9 @@ def refuse_range(function: str, act_scale: Any, act_zero_point: Any) -> None:
 
 def refuse_product_specs(function: str, spec: OpSpec) -> None:
     """Raises if a spec has options for matrix products alone: outlier features or quantized gradients."""
-    if spec.act is not None and spec.act.outliers is not None:
+    if spec.outliers is not None:
         todo = "Use recipes.w8a8() here; dot_general and einsum have outliers"
-        raise quant_error(function, "outliers are for products of matrices", todo=todo, outliers=spec.act.outliers)
+        raise quant_error(function, "outliers are for products of matrices", todo=todo, outliers=spec.outliers)
     if spec.grad is not None:
         rule, todo = "gradients are quantized in dot_general and einsum only", "Leave grad out of the spec"
         raise quant_error(function, rule, todo=todo, grad=spec.grad)
@@ -157,7 +157,7 @@ class Operand:
         """Raises if the spec's groups do not fit the operand."""
         if self.spec is not None and not isinstance(x, QTensor):
             s = self.spec
-            scale_shape(x.shape, block_shape(x.shape, s.granularity, s.group_size, self.axes, function=function))
+            scale_shape(x.shape, block_shape(x.shape, s.granularity, self.axes, function=function))
 
     def quantized(self, x: Any, static: Static) -> QTensor | jax.Array:
         """The operand of the forward pass: a `TrainedTensor` if it is quantized on the way."""

@@ -20,7 +20,7 @@ from jaxquant.ops.trained import TrainedTensor
 __all__ = ["split"]
 
 
-def split(x: jax.Array, axes: Axes, spec: QuantSpec) -> tuple[TrainedTensor, jax.Array, jax.Array]:
+def split(x: jax.Array, axes: Axes, spec: QuantSpec, threshold: float) -> tuple[TrainedTensor, jax.Array, jax.Array]:
     """An activation as the sum of two: the features without an outlier, quantized, and those with one.
 
     The range of each row is that of its magnitudes below the threshold, also in features with an outlier.
@@ -28,14 +28,14 @@ def split(x: jax.Array, axes: Axes, spec: QuantSpec) -> tuple[TrainedTensor, jax
     Args:
       x: the activation.
       axes: its axes.
-      spec: symmetric integers, with ``outliers``: the smallest magnitude of an outlier; infinity: no outliers.
+      spec: symmetric integers.
+      threshold: the smallest magnitude of an outlier; infinity: no outliers.
 
     Returns:
       Codes (0 where there is an outlier), with the float array that gradients go to; the float features with an outlier
       (0 elsewhere); and whether there are any.
     """
-    assert spec.outliers is not None
-    large = jnp.abs(x) >= spec.outliers
+    large = jnp.abs(x) >= threshold
     outlier = jnp.any(large, axis=axes.rows, keepdims=True)
     absmax = jnp.max(jnp.where(large, 0, jnp.abs(x)), axis=axes.contract, keepdims=True).astype(jnp.float32)
     magnitude, steps = reach(-absmax, absmax, spec)

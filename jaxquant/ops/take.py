@@ -108,7 +108,7 @@ def _fake_quantized(
     a: jax.Array, rows: jax.Array, axis: int, spec: QuantSpec, reduce_axes: Sequence[int] | int
 ) -> jax.Array:
     axes = negative_axes(reduce_axes, a.ndim, function="take", shape=a.shape)
-    block = block_shape(a.shape, spec.granularity, spec.group_size, axes, function="take")
+    block = block_shape(a.shape, spec.granularity, axes, function="take")
     # A scale that several rows share depends on rows that are not looked up.
     if block[axis] > 1 or axis - a.ndim in axes or spec.type.scale_format == "e4m3":
         return jnp.take(fake_quant(a, spec, reduce_axes=axes), rows, axis=axis, mode="clip")

@@ -61,7 +61,7 @@ def lay_out(params: Any, target: Platform | None = None) -> Any:
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
-      >>> w = jq.quantize(jnp.eye(64), jq.QuantSpec("int4", granularity="per_group", group_size=32), reduce_axes=(-2,))
+      >>> w = jq.quantize(jnp.eye(64), jq.QuantSpec("int4", granularity=jq.PerGroup(32)), reduce_axes=(-2,))
       >>> jq.ops.lay_out({"w": w}, "tpu")["w"]
       QTensor(int4[64, 64] -> float32, group 32 on axis -2, symmetric, 2.5 KiB, one code per element)
     """

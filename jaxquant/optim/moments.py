@@ -26,6 +26,7 @@ import numpy as np
 from jaxquant.core.blocks import BlockView, block_shape, groups_fit, scale_shape
 from jaxquant.core.codec import nearest_codes
 from jaxquant.core.errors import quant_error
+from jaxquant.core.granularity import PerGroup
 from jaxquant.core.qtensor import QTensor, from_codes
 from jaxquant.core.qtypes import QTYPES, QType
 
@@ -103,7 +104,7 @@ class Storage:
         """The shapes of codes and scales for a parameter of this shape."""
         axes = tuple(range(-len(shape), 0))
         if shape and groups_fit(shape, axes, self.block) and shape[-1] % 2 == 0:
-            return tuple(shape), scale_shape(shape, block_shape(shape, "per_group", self.block, axes))
+            return tuple(shape), scale_shape(shape, block_shape(shape, PerGroup(self.block), axes))
         blocks = -(-int(np.prod(shape, dtype=np.int64)) // self.block)
         return (blocks, self.block), (blocks, 1)
 

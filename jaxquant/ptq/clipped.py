@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxquant.core.affine import affine, quantize, roundtrip
 from jaxquant.core.errors import quant_error
+from jaxquant.core.granularity import PerTensor
 from jaxquant.core.observers import MinMax, array_absmax, least_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
@@ -133,7 +134,7 @@ def _ranges(w: jax.Array, gram: jax.Array, *, layer: Layer, weighting: Weighting
         if weighting == "diagonal":
             h = jnp.diagonal(h, axis1=-2, axis2=-1)[..., None]
     top = array_absmax(w) if spec.type.scale_format == "e4m3" else None
-    if spec.granularity == "per_tensor":
+    if isinstance(spec.granularity, PerTensor):
         lo, hi = least_ranges(x, h, spec, axes=(0, 1, 2, 3))
         lo, hi = (jnp.broadcast_to(b, (layer.batch, 1, 1, x.shape[-1])) for b in (lo, hi))
     else:

@@ -54,7 +54,7 @@ def double_quantized(
       >>> import jax.numpy as jnp, jaxquant as jq
       >>> from jaxquant.ptq.double import double_quantized
       >>> w = jnp.linspace(-1.0, 1.0, 256 * 512).reshape(256, 512)
-      >>> spec = jq.QuantSpec("nf4", granularity="per_group", group_size=64)
+      >>> spec = jq.QuantSpec("nf4", granularity=jq.PerGroup(64))
       >>> double_quantized(w, spec, reduce_axes=(-2,))
       QTensor(nf4[256, 512] -> float32, group 64 on axis -2, symmetric, 66.1 KiB)
 

@@ -81,7 +81,7 @@ def hqq(
         raise quant_error("hqq", "p must be in (0, 1]", todo="Use 0.7", p=p)
     layer, w = Layer.of("hqq", w, spec, reduce_axes)
     if layer.shared:
-        todo = "Use granularity='per_channel' or 'per_group'"
+        todo = "Use granularity=PerChannel() or PerGroup(64)"
         raise quant_error("hqq", "needs scales of their own", todo=todo, qtype=spec.qtype, granularity=spec.granularity)
     if spec.symmetric and zero == "float":
         todo = "Use symmetric=False, or leave zero out"

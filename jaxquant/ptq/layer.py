@@ -20,6 +20,7 @@ from jaxquant.core.affine import affine, has_nan, minor_axes, nearest, prepare, 
 from jaxquant.core.blocks import block_shape, scale_shape
 from jaxquant.core.codec import codes_of, values_of
 from jaxquant.core.errors import quant_error
+from jaxquant.core.granularity import PerTensor
 from jaxquant.core.qtensor import QTensor, from_codes, scale_values
 from jaxquant.core.specs import QuantSpec
 
@@ -61,7 +62,7 @@ class Layer:
     def batched(self, function: str, batch: int) -> Layer:
         """This layer, with statistics for each of ``batch`` matrices."""
         layer = dataclasses.replace(self, batch=batch)
-        if not layer.is_leading() and (layer._rows() % batch or self.spec.granularity == "per_tensor"):
+        if not layer.is_leading() and (layer._rows() % batch or isinstance(self.spec.granularity, PerTensor)):
             raise quant_error(
                 function,
                 "the batch of the statistics must be the leading axes of the weight, or divide its outputs",
@@ -105,7 +106,7 @@ class Layer:
     @property
     def shared(self) -> bool:
         """Whether scales depend on each other: one scale for the whole array, or a factor common to all scales."""
-        return self.spec.granularity == "per_tensor" or self.spec.type.scale_format == "e4m3"
+        return isinstance(self.spec.granularity, PerTensor) or self.spec.type.scale_format == "e4m3"
 
     def _apart(self, x: jax.Array, shape: tuple[int, ...], length: int) -> jax.Array:
         """An array of ``shape``, with ``length`` entries along the reduced axes, as [batch, length, rows]."""
@@ -129,18 +130,18 @@ class Layer:
         return self._together(x, self.shape)
 
     def _scale_shape(self) -> tuple[int, ...]:
-        return scale_shape(self.shape, block_shape(self.shape, self.spec.granularity, self.spec.group_size, self.axes))
+        return scale_shape(self.shape, block_shape(self.shape, self.spec.granularity, self.axes))
 
     def split_scale(self, scale: Any) -> jax.Array:
         """Scales or zero points of a `QTensor` as ``[batch, groups, rows]``, in float32."""
         scale = scale_values(scale) if isinstance(scale, QTensor) else scale.astype(jnp.float32)
-        if self.spec.granularity == "per_tensor":
+        if isinstance(self.spec.granularity, PerTensor):
             return jnp.broadcast_to(scale.reshape(1, 1, 1), (self.batch, 1, self._rows() // self.batch))
         return self._apart(scale, self._scale_shape(), self.length // self.group)
 
     def join_scale(self, scale: jax.Array) -> jax.Array:
         """Inverse of `split_scale`."""
-        if self.spec.granularity == "per_tensor":
+        if isinstance(self.spec.granularity, PerTensor):
             return scale.reshape(-1)[0].reshape(self._scale_shape())
         return self._together(scale, self._scale_shape())
 

@@ -43,7 +43,7 @@ def observed(fn: Callable[..., Any], plan: Plan, state: Mapping[str, Any] | None
     Example:
       >>> import jax, jax.numpy as jnp, jaxquant as jq
       >>> from jaxquant import observers, qat
-      >>> act = jq.QuantSpec("int8", granularity="per_tensor", static=True, calibration=observers.EMA(0.5))
+      >>> act = jq.QuantSpec("int8", granularity=jq.PerTensor(), static=True, calibration=observers.EMA(0.5))
       >>> fn, params, x = lambda p, x: x @ p["w"], {"w": jnp.eye(4)}, jnp.ones((2, 4))
       >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("w", jq.OpSpec(None, act))])
       >>> ranges = jq.calibrate(fn, plan, params, [x], collect={})

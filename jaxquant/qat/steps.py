@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxquant.core.affine import encode, roundtrip, scale_zero_point
 from jaxquant.core.blocks import BlockView, block_shape
 from jaxquant.core.errors import Refusals, quant_error
+from jaxquant.core.granularity import PerGroup
 from jaxquant.core.learned import STEPS
 from jaxquant.core.observers import MSE, AbsMean
 from jaxquant.core.paths import is_qtensor, leaves_with_paths, path_of
@@ -150,6 +151,10 @@ def learned_steps(
     check_plan(function, plan, leaves)
     refusals = Refusals(function)
     for item in plan.items:
+        if item.spec.outliers is not None:
+            with refusals.gather():
+                rule, todo = "features with outliers have no steps", "Leave outliers out"
+                raise quant_error(function, rule, todo=todo, path=item.path)
         for operand, spec in (("weight", item.spec.weight), ("activation", item.spec.act)):
             if spec is not None:
                 with refusals.gather():
@@ -182,9 +187,7 @@ def _check_spec(function: str, item: Item, operand: str, spec: QuantSpec, method
     if spec.type.scale_format is not None or spec.two_level:
         todo = "Use an integer type, fp8 or a table, with scales in a float dtype"
         rule = f"the scales of this {operand} are not plain floats"
-        raise quant_error(function, rule, todo=todo, path=item.path, qtype=spec.qtype, scale_dtype=spec.scale_dtype)
-    if spec.outliers is not None:
-        raise quant_error(function, "features with outliers have no steps", todo="Leave outliers out", path=item.path)
+        raise quant_error(function, rule, todo=todo, path=item.path, qtype=spec.qtype, two_level=spec.two_level)
     if spec.rounding != "nearest":
         todo = "Use rounding='nearest'"
         raise quant_error(function, "learned steps round to nearest", todo=todo, path=item.path, rounding=spec.rounding)
@@ -193,8 +196,8 @@ def _check_spec(function: str, item: Item, operand: str, spec: QuantSpec, method
         raise quant_error(
             function, f"PACT clips symmetric ranges, and this {operand} has none", todo=todo, path=item.path
         )
-    if operand == "activation" and spec.granularity == "per_group" and item.op != "dot_general":
-        todo = "Use granularity='per_tensor'"
+    if operand == "activation" and isinstance(spec.granularity, PerGroup) and item.op != "dot_general":
+        todo = "Use granularity=PerTensor()"
         raise quant_error(function, "steps per group are for dot_general", todo=todo, path=item.path, op=item.op)
 
 
@@ -202,7 +205,7 @@ def _weight_range(w: jax.Array, item: Item, method: Method) -> Any:
     spec = item.spec.weight
     assert spec is not None
     if _starts_at_mean(spec, method):
-        view = BlockView(w.shape, block_shape(w.shape, spec.granularity, spec.group_size, item.reduce_axes))
+        view = BlockView(w.shape, block_shape(w.shape, spec.granularity, item.reduce_axes))
         mean = view.join_scale(jnp.mean(jnp.abs(view.split(w.astype(jnp.float32))), axis=view.axes, keepdims=True))
         return _step(-mean, mean, spec, method)
     found = encode(w, _calibrated(spec, method), item.reduce_axes)

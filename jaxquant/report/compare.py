@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.fake_quant import fake_quant
+from jaxquant.core.granularity import PerTensor
 from jaxquant.core.paths import leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
@@ -336,7 +337,8 @@ def _input_sums(plan: Plan, path: str, x: jax.Array, y: jax.Array) -> dict[str, 
     total = lambda v: jnp.sum(v, axis=axes)  # noqa: E731
     out = {"noise": total((x - y) ** 2), "signal": total(x**2), "other": total(y**2), "dot": total(x * y)}
     act = item.spec.act
-    if act is not None and not act.static and act.granularity != "per_tensor" and act.outliers is None:
+    by_token = act is not None and not act.static and not isinstance(act.granularity, PerTensor)
+    if act is not None and by_token and item.spec.outliers is None:
         out["act_noise"] = total((y - fake_quant(y, act, reduce_axes=(-1,))) ** 2)
     return out
 

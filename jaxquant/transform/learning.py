@@ -77,7 +77,7 @@ class _State(NamedTuple):
 
 def _with_range(x: jax.Array, spec: QuantSpec, axes: tuple[int, ...]) -> jax.Array:
     """Quantized and dequantized; its error is a fraction of the range, through which it has a gradient."""
-    block = block_shape(tuple(x.shape), spec.granularity, spec.group_size, tuple(a - x.ndim for a in axes))
+    block = block_shape(tuple(x.shape), spec.granularity, tuple(a - x.ndim for a in axes))
     view = BlockView(tuple(x.shape), block)
     v = view.split(x)
     if spec.symmetric:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxquant.core.errors import Refusals, quant_error
+from jaxquant.core.granularity import PerTensor
 from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.sizes import number
@@ -182,16 +183,16 @@ def _spec(path: str, spec: OpSpec, main: Use, can: list[Use]) -> tuple[OpSpec, s
     note = ""
     if all(use.op == "take" for use in can):  # indices are not quantized
         note = "only looked up: methods that look at inputs round it to nearest, since it has none"
-        spec = dataclasses.replace(spec, act=None, grad=None)
+        spec = OpSpec(spec.weight)
     elif spec.grad is not None and main.op != "dot_general":
         spec = dataclasses.replace(spec, grad=None)
         note = f"gradients stay in float: the backward pass of {main.op} has no integer products"
     act = spec.act
-    if act is not None and act.static and act.granularity != "per_tensor":
+    if act is not None and act.static and not isinstance(act.granularity, PerTensor):
         raise quant_error(
             "make_plan",
             "a static activation has one range for the whole tensor",
-            todo="Use granularity='per_tensor', or static=False",
+            todo="Use granularity=PerTensor(), or static=False",
             path=path,
             granularity=act.granularity,
         )

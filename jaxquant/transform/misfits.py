@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from jaxquant.core.blocks import group_error, groups_fit
+from jaxquant.core.granularity import PerChannel
 from jaxquant.core.qtypes import qtype_of
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.rules import Rule
@@ -37,7 +38,7 @@ def fitted(
     changed, notes = {}, []
     for name, (of, along) in places.items():
         part = getattr(spec, name)
-        if part is None or part.granularity != "per_group" or groups_fit(of, along, part.group_size):
+        if part is None or part.group_size is None or groups_fit(of, along, part.group_size):
             continue
         fixed = qtype_of(part.qtype).group_size is not None
         if rule.misfit is None or (rule.misfit == "per_channel" and fixed):
@@ -54,11 +55,10 @@ def fitted(
 
 
 def _per_channel(spec: QuantSpec) -> QuantSpec:
-    scale_dtype = None if spec.two_level else spec.scale_dtype
-    return dataclasses.replace(spec, granularity="per_channel", group_size=None, scale_dtype=scale_dtype)
+    return dataclasses.replace(spec, granularity=PerChannel(), two_level=False)
 
 
 def _todo(spec: QuantSpec, fixed: bool) -> str:
     if fixed:
         return f"another type, since {spec.qtype} has no other groups, or Rule(..., misfit='float')"
-    return "granularity='per_channel', or Rule(..., misfit='per_channel')"
+    return "granularity=PerChannel(), or Rule(..., misfit='per_channel')"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +16,6 @@ from jax.sharding import PartitionSpec
 from jaxquant import ops
 from jaxquant.core.indices import widened
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.specs import OpSpec
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.calls import arrays_of, inside
@@ -57,7 +57,7 @@ def _activation(
     def marked(state: Any) -> Any:  # in a shard_map a range varies as the array does: their gradients do, too
         return jax.tree.map(lambda v: marked_varying(v, varying_axes(x)), dict(state))
 
-    out: dict[str, Any] = {"spec": OpSpec(act=item.spec.act, grad=item.spec.grad)}
+    out: dict[str, Any] = {"spec": dataclasses.replace(item.spec, weight=None)}
     grad, key = item.spec.grad, interpreter.rounding_key
     if grad is not None and grad.rounding == "stochastic" and key is not None:
         out["key"] = key_of(key, weight.path)

@@ -17,7 +17,7 @@ from jaxquant.core.errors import QuantError, Refusals, quant_error
 from jaxquant.core.learned import learned_range
 from jaxquant.core.paths import is_qtensor, leaves_with_paths, nearest
 from jaxquant.core.qtensor import Layout, QTensor, dequantize
-from jaxquant.core.specs import QuantSpec
+from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.targets import Platform, check_target, layout_for
 from jaxquant.ptq.gram import NeedsStatisticsError
 from jaxquant.ptq.named import quantizer
@@ -157,8 +157,8 @@ def _fitted(path: str, leaf: Any, rule: Rule, layer: _Layer) -> QuantSpec | None
     """The weight's spec for a layer of this shape; None: it stays in float."""
     assert rule.spec is not None
     shape = tuple(leaf.shape)
-    weight_only = dataclasses.replace(rule.spec, act=None, grad=None)
-    spec, _ = fitted("quantize_params", path, rule, weight_only, shape[layer.stacked :], _axes(path, shape, layer))
+    weight = OpSpec(rule.spec.weight)
+    spec, _ = fitted("quantize_params", path, rule, weight, shape[layer.stacked :], _axes(path, shape, layer))
     return None if spec is None else spec.weight
 
 
@@ -171,7 +171,7 @@ def _check_weight(path: str, leaf: Any, spec: QuantSpec, layer: _Layer) -> None:
         todo = "Leave it in float with Rule(pattern, None)"
         raise quant_error("quantize_params", "the weight is empty", todo=todo, path=path, shape=shape)
     axes = _axes(path, shape, layer)
-    block_shape(shape[layer.stacked :], spec.granularity, spec.group_size, axes, function="quantize_params", path=path)
+    block_shape(shape[layer.stacked :], spec.granularity, axes, function="quantize_params", path=path)
     if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer) or not getattr(leaf, "is_fully_addressable", True):
         return
     if bad := int(_not_finite(leaf)):

@@ -93,7 +93,7 @@ class Item:
         """Of the scales, one for each block: those of each layer, if the weight is stacked."""
         spec, stack, layer = self.spec.weight, self.shape[: self.stacked], self.shape[self.stacked :]
         assert spec is not None
-        return (*stack, *scale_shape(layer, block_shape(layer, spec.granularity, spec.group_size, self.reduce_axes)))
+        return (*stack, *scale_shape(layer, block_shape(layer, spec.granularity, self.reduce_axes)))
 
     @property
     def nbytes(self) -> tuple[int, int]:
@@ -202,7 +202,7 @@ class Plan:
         sizes: dict[str, tuple[int, int]] = {}
         for item in self.items:
             axes = ", ".join(map(str, item.reduce_axes))
-            details[item.path] = f"{item.op} {list(item.shape)} over {axes}: {_brief(item.spec)}; {item.kernel}"
+            details[item.path] = f"{item.op} {list(item.shape)} over {axes}: {item.spec.brief}; {item.kernel}"
             sizes[item.path] = item.nbytes
         for left in self.floats:
             details[left.path] = f"{list(left.shape)} {left.dtype}: {left.reason}"
@@ -272,16 +272,9 @@ def _indented(text: str) -> list[str]:
     return _wrapped(text, "  ", "    ")
 
 
-def _brief(spec: OpSpec) -> str:
-    specs = ("w", spec.weight), ("a", spec.act), ("g", spec.grad)
-    parts = [f"{name} {s.brief}" for name, s in specs if s is not None]
-    return ", ".join(parts) or "float"
-
-
 def _product(spec: OpSpec) -> str:
-    assert spec.act is not None
     assert spec.weight is not None
-    return f"{spec.act.brief} x {spec.weight.brief}"
+    return f"{spec.act_brief} x {spec.weight.brief}"
 
 
 def is_float(x: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.granularity import PerChannel, PerGroup, PerTensor
 from jaxquant.core.paths import leaves_with_paths, nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import qtype_of
@@ -32,30 +33,30 @@ class StatedPlan:
     runs as its leaf says. ``quantized(fn, model)`` makes the plan whenever it traces ``fn``.
 
     Attributes:
-      acts: path of a weight -> spec of its input.
+      specs: path of a weight -> how its input is quantized, an `OpSpec` with ``act``.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
       >>> from jaxquant.transform.stated import StatedPlan
       >>> fn, x = (lambda p, x: x @ p["w"]), jnp.ones((2, 32))
       >>> params = {"w": jq.quantize(jnp.ones((32, 16)), jq.QuantSpec("int8"), reduce_axes=(-2,))}
-      >>> plan = StatedPlan({"w": jq.QuantSpec("int8")})
+      >>> plan = StatedPlan({"w": jq.OpSpec(act=jq.QuantSpec("int8"))})
       >>> plan.plan_for(fn, params, x)["w"].spec
       OpSpec(weight=QuantSpec('int8'), act=QuantSpec('int8'))
       >>> bool((jq.quantized(fn, plan)(params, x) == fn({"w": params["w"].dequantize()}, x)).all())
       True
     """
 
-    acts: Mapping[str, QuantSpec]
+    specs: Mapping[str, OpSpec]
 
     def __hash__(self) -> int:
-        return hash(frozenset(self.acts.items()))
+        return hash(frozenset(self.specs.items()))
 
     def __str__(self) -> str:
-        kinds: dict[QuantSpec, int] = {}
-        for spec in self.acts.values():
+        kinds: dict[OpSpec, int] = {}
+        for spec in self.specs.values():
             kinds[spec] = kinds.get(spec, 0) + 1
-        lines = [f"{n} weights with activations in {spec!r}" for spec, n in kinds.items()]
+        lines = [f"{n} weights with {spec!r}" for spec, n in kinds.items()]
         return "\n".join([*lines, "plan_for(fn, params, *args) gives the plan of a function"])
 
     def plan_for(self, fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Plan:
@@ -67,17 +68,17 @@ class StatedPlan:
         """
         leaves, _ = leaves_with_paths(params)
         missing = [
-            f"{path} is no parameter (nearest: {nearest(path, leaves)})" for path in self.acts if path not in leaves
+            f"{path} is no parameter (nearest: {nearest(path, leaves)})" for path in self.specs if path not in leaves
         ]
         if missing:
             todo = "Pass the params that were loaded; load with names= to call them as the function does"
             raise self._error("weights whose activations are quantized are missing", missing, todo)
-        by_spec: dict[QuantSpec, set[str]] = {}
-        for path, spec in self.acts.items():
+        by_spec: dict[OpSpec, set[str]] = {}
+        for path, spec in self.specs.items():
             by_spec.setdefault(spec, set()).add(path)
-        rules = [Stated(frozenset(paths), OpSpec(act=spec)) for spec, paths in by_spec.items()]
+        rules = [Stated(frozenset(paths), spec) for spec, paths in by_spec.items()]
         plan = make_plan(fn, params, *args, rules=rules, **kwargs)
-        wrong = [f"{f.path}: {f.reason}" for f in plan.floats if f.path in self.acts and f.reason != UNUSED]
+        wrong = [f"{f.path}: {f.reason}" for f in plan.floats if f.path in self.specs and f.reason != UNUSED]
         wrong += [f"{i.path}: {'; '.join(i.in_float)}" for i in plan.items if i.in_float]
         if wrong:
             todo = "Use these weights in products, or run the weights alone: leave the plan out"
@@ -123,10 +124,9 @@ def described(item: Item, leaf: Any) -> Item:
     if leaf.symmetric and not qtype_of(leaf.qtype).signed:
         return item
     length = item.channels // max(1, math.prod(leaf.scale.shape[axis] for axis in item.reduce_axes))
-    for granularity in ("per_channel", "per_tensor", "per_group"):
-        size = length if granularity == "per_group" else None
+    for granularity in (PerChannel(), PerTensor(), PerGroup(length)):
         with contextlib.suppress(QuantError):
-            own = QuantSpec(leaf.qtype, symmetric=leaf.symmetric, granularity=granularity, group_size=size)
+            own = QuantSpec(leaf.qtype, symmetric=leaf.symmetric, granularity=granularity)
             found = dataclasses.replace(item, spec=dataclasses.replace(item.spec, weight=own))
             if found.scale_shape == tuple(leaf.scale.shape):
                 return found

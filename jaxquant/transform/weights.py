@@ -21,6 +21,7 @@ from jaxquant.core import views
 from jaxquant.core.affine import as_codes, prepare
 from jaxquant.core.blocks import block_shape, scale_shape
 from jaxquant.core.fake_quant import fake_quant
+from jaxquant.core.granularity import PerGroup, PerTensor
 from jaxquant.core.indices import clamped
 from jaxquant.core.learned import learned_codes, learned_values
 from jaxquant.core.qtensor import QTensor
@@ -107,7 +108,7 @@ def _trained(w: jax.Array, steps: Any, key: Any, spec: QuantSpec, reduce_axes: t
     if steps is None:
         q = as_codes(jax.lax.stop_gradient(w), spec, reduce_axes, key=key)
         return TrainedTensor(q, fake_quant(w, spec, reduce_axes=reduce_axes, key=key))
-    blocks = scale_shape(w.shape, block_shape(w.shape, spec.granularity, spec.group_size, reduce_axes))
+    blocks = scale_shape(w.shape, block_shape(w.shape, spec.granularity, reduce_axes))
     n = w.size // math.prod(blocks)
     q = learned_codes(w, spec, reduce_axes, steps, blocks)
     return TrainedTensor(q, learned_values(w, spec, reduce_axes, steps, n, blocks))
@@ -115,14 +116,14 @@ def _trained(w: jax.Array, steps: Any, key: Any, spec: QuantSpec, reduce_axes: t
 
 def act_spec(spec: QuantSpec) -> QuantSpec:
     """The spec of an activation with learned steps: one step for all of it, or one per group."""
-    return spec if spec.granularity == "per_group" else dataclasses.replace(spec, granularity="per_tensor")
+    return spec if isinstance(spec.granularity, PerGroup) else dataclasses.replace(spec, granularity=PerTensor())
 
 
 def trained_activation(x: jax.Array, steps: Any, spec: QuantSpec, axes: tuple[int, ...]) -> TrainedTensor:
     """An activation by its learned steps: a scalar, or one for each group along the one axis that is contracted."""
     spec, axes = act_spec(spec), tuple(sorted(a - x.ndim for a in axes))
     n = math.prod(x.shape[a] for a in axes) if spec.group_size is None else spec.group_size
-    blocks = scale_shape(x.shape, block_shape(x.shape, spec.granularity, spec.group_size, axes))
+    blocks = scale_shape(x.shape, block_shape(x.shape, spec.granularity, axes))
     along = [blocks[a] if a - x.ndim in axes else 1 for a in range(x.ndim)]
     steps = {name: value.reshape(along if value.ndim else (1,) * x.ndim) for name, value in steps.items()}
     q = learned_codes(x, spec, axes, steps, blocks)

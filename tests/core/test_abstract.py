@@ -22,7 +22,7 @@ SPECS = [
     jq.QuantSpec("int8", granularity="per_tensor"),
     jq.QuantSpec("int4", granularity="per_tensor", symmetric=False),
     jq.QuantSpec("int4", scale_dtype=jnp.bfloat16),
-    group("int4"), group("uint4", symmetric=False), group("int3", scale_dtype="uint4"),
+    group("int4"), group("uint4", symmetric=False), group("int3", two_level=True),
     group("int8", scale_dtype="float16"),
     jq.QuantSpec("mxfp8"), jq.QuantSpec("mxfp4"), jq.QuantSpec("nvfp4"),
 ]  # fmt: skip

@@ -346,7 +346,7 @@ ENDS = (
     QuantSpec("mxfp8"),
     QuantSpec("mxfp4"),
     QuantSpec("nvfp4"),
-    QuantSpec("int4", granularity="per_group", group_size=16, scale_dtype="uint4"),
+    QuantSpec("int4", granularity="per_group", group_size=16, two_level=True),
 )
 
 

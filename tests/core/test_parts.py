@@ -20,7 +20,7 @@ CASES = [
     (QuantSpec("int8", granularity="per_tensor"), (-2,)),
     (QuantSpec("int3", granularity="per_group", group_size=8), (-1,)),
     (QuantSpec("nvfp4"), (-1,)),
-    (QuantSpec("int4", granularity="per_group", group_size=16, scale_dtype="uint4"), (-1,)),
+    (QuantSpec("int4", granularity="per_group", group_size=16, two_level=True), (-1,)),
 ]
 CASES = [case if i < 2 else pytest.param(*case, marks=pytest.mark.slow) for i, case in enumerate(CASES)]
 

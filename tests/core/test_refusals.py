@@ -9,7 +9,7 @@ import pytest
 from jax_settings import makes_nan
 
 import jaxquant as jq
-from jaxquant import QuantError, QuantSpec
+from jaxquant import PerGroup, QuantError, QuantSpec
 from jaxquant.core.blocks import block_shape
 from jaxquant.core.errors import quant_error
 
@@ -52,7 +52,7 @@ BAD = {
     "group larger than the axis": (lambda f: f(X, group(16), -1), "group_size must divide the length 8", ["2, 4, 8"]),
     "group across an axis boundary": (lambda f: f(jnp.ones((4, 6)), group(4), (0, 1)), "end on an axis", ["3, 6"]),
     "block format does not divide": (lambda f: f(X, QuantSpec("mxfp4"), -1), "group_size must divide", ["=32", "8"]),
-    "group without axes": (lambda f: f(X, group(4), ()), "per_group needs at least one reduced", ["reduce_axes=()"]),
+    "group without axes": (lambda f: f(X, group(4), ()), "groups need at least one reduced", ["reduce_axes=()"]),
     "stochastic without key": (lambda f: f(X, STOCHASTIC, 0), "stochastic rounding needs a key", ["key=None"]),
     "key without stochastic": (lambda f: f(X, INT8, 0, key=jax.random.key(0)), "rounding to nearest uses no key",
                                ["'nearest'", "'stochastic'"]),
@@ -152,7 +152,7 @@ def test_the_nearest_group_sizes_are_named():
 
 def test_the_path_is_named():
     with pytest.raises(QuantError, match=r"^quantize_params at params/Dense_0/kernel: group_size must divide"):
-        block_shape((6, 8), "per_group", 5, (-2,), function="quantize_params", path="params/Dense_0/kernel")
+        block_shape((6, 8), PerGroup(5), (-2,), function="quantize_params", path="params/Dense_0/kernel")
     error = quant_error("load", "shapes differ", path="a/b", todo="Check the file", saved=(2, 3), shape=(3, 2))
     assert str(error) == "load at a/b: shapes differ; got saved=(2, 3), shape=(3, 2). Check the file."
 

@@ -1,6 +1,7 @@
 """Specs: values that hash, freeze, print briefly and survive JSON; and every combination that has no meaning."""
 
 import dataclasses
+import inspect
 import json
 import pickle
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxquant as jq
-from jaxquant import OpSpec, QuantError, QuantSpec, Rule
+from jaxquant import OpSpec, PerChannel, PerGroup, PerTensor, QuantError, QuantSpec, Rule
 from jaxquant.core.observers import EMA, MSE, AbsMax, Entropy, MinMax, Percentile, WholeRange
 from jaxquant.core.qtypes import QTYPES
 
@@ -28,7 +29,8 @@ calibrations = st.one_of(
 
 @st.composite
 def quant_specs(draw, weight=False):
-    name = draw(st.sampled_from(sorted(QTYPES)))
+    fit = [name for name, info in QTYPES.items() if not weight or info.signed or info.kind == "int"]
+    name = draw(st.sampled_from(sorted(fit)))
     info = QTYPES[name]
     symmetric = draw(st.booleans()) if info.kind == "int" else True
     if weight:
@@ -40,16 +42,21 @@ def quant_specs(draw, weight=False):
         "rounding": draw(st.sampled_from(["nearest", "stochastic"])),
     }
     if info.group_size is None:
-        kwargs["granularity"] = draw(st.sampled_from(["per_tensor", "per_channel", "per_group"]))
-        if kwargs["granularity"] == "per_group":
-            kwargs["group_size"] = draw(st.integers(1, 4096))
+        values = st.one_of(st.just(PerTensor()), st.just(PerChannel()), st.builds(PerGroup, st.integers(1, 4096)))
+        kwargs["granularity"] = draw(values)
         kwargs["scale_dtype"] = draw(st.sampled_from([None, "float32", "bfloat16", jnp.float16]))
+        if isinstance(kwargs["granularity"], PerGroup) and symmetric and info.kind == "int" and info.qmax <= 7:
+            kwargs["two_level"] = draw(st.booleans())
+            kwargs["scale_dtype"] = None if kwargs["two_level"] else kwargs["scale_dtype"]
     if symmetric and info.kind == "int" and info.qmin < 0:
         kwargs["narrow_range"] = draw(st.sampled_from([None, True, False]))
     return QuantSpec(name, **kwargs)
 
 
-op_specs = st.builds(OpSpec, weight=st.none() | quant_specs(weight=True), act=st.none() | quant_specs())
+op_specs = st.one_of(
+    st.builds(OpSpec, weight=st.none() | quant_specs(weight=True), act=st.none() | quant_specs()),
+    st.builds(OpSpec, weight=quant_specs(weight=True), act=st.just(QuantSpec("int8")), outliers=st.floats(0.1, 9)),
+)
 rules = st.builds(
     Rule,
     st.sampled_from([".*", "head", r"layers/\d+/", "^params/(a|b)$"]),
@@ -72,7 +79,8 @@ def test_json_round_trip(value):
 
 @given(quant_specs())
 def test_repr_evaluates_and_pickles(spec):
-    names = {"QuantSpec": QuantSpec, **{c.__name__: c for c in (AbsMax, MinMax, MSE, Entropy, Percentile, EMA)}}
+    classes = (QuantSpec, AbsMax, MinMax, MSE, Entropy, Percentile, EMA, PerTensor, PerChannel, PerGroup)
+    names = {c.__name__: c for c in classes}
     assert eval(repr(spec), names) == spec
     assert pickle.loads(pickle.dumps(spec)) == spec
 
@@ -117,10 +125,75 @@ def test_frozen_hashable_and_static():
 
 def test_reprs_are_brief():
     assert repr(QuantSpec("int8")) == "QuantSpec('int8')"
-    assert repr(QuantSpec("mxfp4")) == "QuantSpec('mxfp4', granularity='per_group', group_size=32)"
+    assert repr(QuantSpec("mxfp4")) == "QuantSpec('mxfp4', granularity=PerGroup(32))"
     assert repr(OpSpec(QuantSpec("int4", calibration=MSE()))) == "OpSpec(weight=QuantSpec('int4', calibration=MSE()))"
     assert repr(Rule("head", None)) == "Rule('head', None)"
     assert repr(Rule("a", OpSpec(), (-2,))) == "Rule('a', OpSpec(), reduce_axes=(-2,))"
+
+
+def test_granularity_is_a_value_that_equals_its_name():
+    """A name, with the size of a group, and a value make equal specs; each value equals its own name alone."""
+    names = ("per_tensor", "per_channel", "per_group")
+    for value, name in zip((PerTensor(), PerChannel(), PerGroup(32)), names, strict=True):
+        size = {"group_size": 32} if name == "per_group" else {}
+        spec = QuantSpec("int4", granularity=name, **size)
+        assert spec == QuantSpec("int4", granularity=value)
+        assert hash(spec) == hash(QuantSpec("int4", granularity=value))
+        assert type(spec.granularity) is type(value)
+        assert spec.group_size == size.get("group_size")
+        assert [spec.granularity == other for other in names] == [name == other for other in names]
+        assert [spec.granularity != other for other in names] == [name != other for other in names]
+        assert {name: 1}[spec.granularity] == 1
+        assert pickle.loads(pickle.dumps(value)) == value
+        assert QuantSpec.from_json(spec.to_json()) == spec
+        assert json.loads(spec.to_json()) == {
+            "qtype": "int4",
+            **({} if name == "per_channel" else {"granularity": name}),
+            **size,
+        }
+    assert PerGroup(32) != PerGroup(64)
+    assert PerTensor() != PerChannel()
+    assert PerGroup(np.int32(64)) == PerGroup(64)
+    assert [repr(v) for v in (PerTensor(), PerChannel(), PerGroup(64))] == [
+        "PerTensor()",
+        "PerChannel()",
+        "PerGroup(64)",
+    ]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PerGroup(64).size = 32  # type: ignore[misc]
+    assert inspect.signature(QuantSpec).parameters["granularity"].default == "per_channel"
+
+
+def test_granularity_is_replaced_as_one():
+    spec = QuantSpec("int4", granularity=PerGroup(64), symmetric=False)
+    assert dataclasses.replace(spec, granularity=PerGroup(32)).group_size == 32
+    assert dataclasses.replace(spec, granularity=PerTensor()) == QuantSpec(
+        "int4", granularity="per_tensor", symmetric=False
+    )
+    assert dataclasses.replace(spec, symmetric=True) == QuantSpec("int4", granularity=PerGroup(64))
+    with pytest.raises(QuantError, match=r"both give the size of a group; .*granularity=PerGroup\(64\), group_size=32"):
+        dataclasses.replace(spec, group_size=32)
+
+
+# As jaxquant has written them since before granularity was a value.
+FILES = {
+    '{"qtype": "int4", "granularity": "per_group", "group_size": 64}': QuantSpec("int4", granularity=PerGroup(64)),
+    '{"qtype": "int8", "granularity": "per_tensor", "static": true}': QuantSpec(
+        "int8", granularity=PerTensor(), static=True
+    ),
+    '{"qtype": "int4", "granularity": "per_group", "group_size": 64, "scale_dtype": "uint4"}': QuantSpec(
+        "int4", granularity=PerGroup(64), two_level=True
+    ),
+    '{"weight": {"qtype": "int8"}, "act": {"qtype": "int8", "outliers": 6.0}}': OpSpec(
+        QuantSpec("int8"), QuantSpec("int8"), outliers=6.0
+    ),
+}
+
+
+@pytest.mark.parametrize("text, value", FILES.items())
+def test_files_are_as_before(text, value):
+    assert type(value).from_json(text) == value
+    assert value.to_json() == text
 
 
 def test_block_formats_fix_their_groups():
@@ -164,6 +237,22 @@ BAD = [
     (lambda: QuantSpec("int8", granularity="per_group", group_size=-4), "QuantSpec: group_size must be", "=-4", "64"),
     (lambda: QuantSpec("int8", granularity="per_group", group_size=8.0), "QuantSpec: group_size must be", "8.0", "64"),
     (lambda: QuantSpec("int8", granularity="per_group", group_size=True), "QuantSpec: group_size must", "True", "64"),
+    (lambda: QuantSpec("int8", granularity=PerGroup), "QuantSpec: unknown granularity", "PerGroup", "PerGroup(64)"),
+    (lambda: QuantSpec("int8", granularity=64), "QuantSpec: unknown granularity", "=64", "PerGroup(64)"),
+    (lambda: QuantSpec("int8", granularity=PerTensor(), group_size=8), "QuantSpec: group_size goes", "=8", "neither"),
+    (lambda: QuantSpec("int8", granularity=PerGroup(8), group_size=8), "QuantSpec: granularity and group_size both",
+     "group_size=8", "one of them"),
+    (lambda: PerGroup(0), "PerGroup: size must be a positive integer", "size=0", "64"),
+    (lambda: PerGroup(True), "PerGroup: size must be a positive integer", "size=True", "64"),
+    (lambda: PerGroup("64"), "PerGroup: size must be a positive integer", "size='64'", "64"),
+    (lambda: QuantSpec("mxfp4", granularity=PerGroup(64)), "QuantSpec: mxfp4 always has one", "(64)", "Leave"),
+    (lambda: QuantSpec("nvfp4", granularity=PerTensor()), "QuantSpec: nvfp4 always has", "PerTensor()", "Leave"),
+    (lambda: QuantSpec("int4", granularity=PerGroup(8), scale_dtype=jnp.uint4), "QuantSpec: scale_dtype must be",
+     "uint4", "two_level=True"),
+    (lambda: QuantSpec("int4", two_level=1), "QuantSpec: two_level must be True or False", "two_level=1", "bool"),
+    (lambda: QuantSpec("int4", two_level=True), "QuantSpec: two-level scales are for symmetric integers",
+     "PerChannel()", "PerGroup(64)"),
+    (lambda: QuantSpec("mxfp4", two_level=True), "QuantSpec: two-level scales are for", "PerGroup(32)", "Leave"),
     (lambda: QuantSpec("mxfp4", group_size=64), "QuantSpec: mxfp4 always has one scale per 32", "=64", "Leave"),
     (lambda: QuantSpec("nvfp4", granularity="per_tensor"), "QuantSpec: nvfp4 always has", "per_tensor", "Leave"),
     (lambda: QuantSpec("mxfp8", scale_dtype="float32"), "QuantSpec: mxfp8 fixes the format", "float32", "Leave"),

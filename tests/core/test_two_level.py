@@ -10,7 +10,7 @@ import jaxquant as jq
 from jaxquant import QTensor, QuantError, QuantSpec, observers, recipes
 from jaxquant.io import native
 
-SPEC = QuantSpec("int4", granularity="per_group", group_size=32, scale_dtype="uint4")
+SPEC = QuantSpec("int4", granularity="per_group", group_size=32, two_level=True)
 
 
 def weight(shape=(128, 12), decades=1.0):
@@ -45,13 +45,13 @@ def test_error_is_close_to_that_of_float_scales():
         return float(jnp.linalg.norm(jq.quantize(w, spec, reduce_axes=(-2,)).dequantize() - w) / jnp.linalg.norm(w))
 
     grouped = QuantSpec("int4", granularity="per_group", group_size=128)
-    two_level = QuantSpec("int4", granularity="per_group", group_size=128, scale_dtype="uint4")
+    two_level = QuantSpec("int4", granularity="per_group", group_size=128, two_level=True)
     assert error(grouped) < error(two_level) < 1.01 * error(grouped) < error(QuantSpec("int4"))
 
 
 @pytest.mark.parametrize("calibration", [None, observers.MSE(), observers.Percentile(99.0)], ids=str)
 def test_calibrators(calibration):
-    spec = QuantSpec("int4", granularity="per_group", group_size=32, scale_dtype="uint4", calibration=calibration)
+    spec = QuantSpec("int4", granularity="per_group", group_size=32, two_level=True, calibration=calibration)
     w = weight()
     q = jq.quantize(w, spec, reduce_axes=(-2,))
     assert q.scale.scale.shape == (1, 12)
@@ -94,8 +94,14 @@ def test_saved_and_loaded(tmp_path):
 def test_spec():
     assert recipes.w4a16(32, two_level=True).weight == SPEC
     assert recipes.w4a8(32, two_level=True).weight == SPEC
-    assert QuantSpec.from_json(SPEC.to_json()) == SPEC
-    assert QuantSpec("int4", granularity="per_group", group_size=32, scale_dtype=jnp.uint4) == SPEC
+    text = '{"qtype": "int4", "granularity": "per_group", "group_size": 32, "scale_dtype": "uint4"}'  # as in files
+    assert SPEC.to_json() == text
+    assert QuantSpec.from_json(text) == SPEC
+    assert (
+        QuantSpec.from_dict({"qtype": "int4", "granularity": "per_group", "group_size": 32, "two_level": True}) == SPEC
+    )
+    with pytest.raises(QuantError, match=r"two-level scales are integers times one float32; .*Leave scale_dtype out"):
+        QuantSpec("int4", granularity=jq.PerGroup(32), scale_dtype="float16", two_level=True)
     for bad in (
         dict(qtype="int4"),
         dict(qtype="int8", granularity="per_group", group_size=32),
@@ -103,4 +109,4 @@ def test_spec():
         dict(qtype="nf4", granularity="per_group", group_size=32),
     ):
         with pytest.raises(QuantError, match="two-level"):
-            QuantSpec(bad.pop("qtype"), scale_dtype="uint4", **bad)
+            QuantSpec(bad.pop("qtype"), two_level=True, **bad)

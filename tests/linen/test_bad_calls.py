@@ -47,7 +47,7 @@ CALLS = {
     "a spec that is a number": (lambda: jq.linen.QuantConv(6, 3, spec=8), "QuantConv: spec must be an OpSpec"),
     "a static range per token": (
         lambda: Dense(6, spec=jq.OpSpec(INT8, jq.QuantSpec("int8", static=True))),
-        "a static range is one for the whole activation; .*Use granularity='per_tensor'",
+        r"a static range is one for the whole activation; .*Use granularity=PerTensor\(\)",
     ),
     "a static range per group": (
         lambda: jq.linen.QuantEmbed(3, 32, spec=jq.OpSpec(INT8, jq.QuantSpec("nvfp4", static=True))),

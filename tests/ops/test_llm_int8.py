@@ -25,7 +25,7 @@ def test_results_are_those_of_bitsandbytes(threshold):
     assert np.count_nonzero(different) <= 2
     np.testing.assert_allclose(np.asarray(own.scale)[0] * 127, ref["SCB"], rtol=1e-6)
     w = from_codes(jnp.asarray(ref["CB"].T), own.scale, None, qtype="int8", dtype=jnp.float16, minor=(-2,))
-    q, large, some = split(x, Axes((), (0,), (1,)), jq.QuantSpec("int8", outliers=threshold or np.inf))
+    q, large, some = split(x, Axes((), (0,), (1,)), jq.QuantSpec("int8"), threshold or np.inf)
     np.testing.assert_array_equal(q.codes, ref["CA"])
     np.testing.assert_allclose(np.asarray(q.scale)[:, 0] * 127, ref["SCA"], rtol=1e-6)
     assert bool(some) == bool(threshold)

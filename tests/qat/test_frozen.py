@@ -30,7 +30,7 @@ SCHEMES = {
     "w2 asymmetric in groups, a4": OpSpec(grouped("uint2", symmetric=False), QuantSpec("uint4", symmetric=False)),
     "w3 in groups": OpSpec(grouped("int3")),
     "w8, a8 in groups": OpSpec(QuantSpec("int8"), grouped("int8")),
-    "two levels": OpSpec(grouped("int4", scale_dtype="uint4"), A8),
+    "two levels": OpSpec(grouped("int4", two_level=True), A8),
     "fp8": OpSpec(QuantSpec("float8_e4m3fn"), QuantSpec("float8_e4m3fn")),
     "nf4": OpSpec(grouped("nf4")),
 }

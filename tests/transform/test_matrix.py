@@ -36,7 +36,7 @@ CELLS = [
 def rules(framework, model, spec):
     if (framework, model) == ("equinox", "cnn") and spec.weight.group_size:
         # Its kernels are [out, in, 3, 3], and groups end on the boundary of an axis.
-        by_nine = OpSpec(dataclasses.replace(spec.weight, group_size=9), spec.act)
+        by_nine = OpSpec(dataclasses.replace(spec.weight, granularity=jq.PerGroup(9)), spec.act)
         return [jq.Rule("head", spec), jq.Rule(".*", by_nine)]
     return [*KEEP[model], jq.Rule(".*", spec)]
 

@@ -77,7 +77,7 @@ def test_suggested_sizes(length, group, sizes):
     text = str(group_error("f", (length, 2), (-2,), group, path=None))
     found = text.split("such as ")[1].split(", or")[0].split(", ") if "such as" in text else []
     assert sorted(found) == sorted(sizes)
-    assert "granularity='per_channel'" in text
+    assert "granularity=PerChannel()" in text
 
 
 @pytest.mark.every

@@ -280,7 +280,7 @@ BAD = {
     ),
     "a static range per token": (
         lambda: plan_of([jq.Rule("dense", STATIC_TOKENS)]),
-        r"^make_plan at dense/kernel: a static activation has one range .*'per_channel'\. Use granularity=",
+        r"^make_plan at dense/kernel: a static activation has one range .*PerChannel\(\)\. Use granularity=PerTensor",
     ),
     "params without arrays": (
         lambda: jq.make_plan(lambda p: p, {"n": 3}, rules=[]),

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.granularity import PerChannel
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.io.bits import patterns
@@ -35,7 +36,7 @@ _SCALES = (np.float32, np.float16, ml_dtypes.bfloat16)
 def compressed_tensors(act: QuantSpec | None = None) -> Layout:
     """The layout; ``act`` is the quantization of activations: None, or int8 or fp8 per token."""
     act_type = None if act is None else act.qtype
-    dynamic = act is None or (act.symmetric and not act.static and act.granularity == "per_channel")
+    dynamic = act is None or (act.symmetric and not act.static and isinstance(act.granularity, PerChannel))
     if act_type not in (None, "int8", "float8_e4m3fn") or not dynamic:
         todo = "Use QuantSpec('int8') or QuantSpec('float8_e4m3fn')"
         raise quant_error("save_hf", "activations are int8 or fp8, symmetric, dynamic, per token", todo=todo, act=act)

@@ -40,7 +40,7 @@ def _check(q: QTensor, error: Callable[..., QuantError]) -> None:
     if q.permutation is not None:
         raise error("the format has no reordered columns", todo="Write gptq instead", weight=repr(q))
     if group_size(q) not in _GROUPS:
-        todo = f"Quantize with granularity='per_group' and a group size of {', '.join(map(str, _GROUPS))}"
+        todo = f"Quantize with granularity=PerGroup(size), of size {', '.join(map(str, _GROUPS))}"
         raise error("the groups of the format are others", todo=todo, weight=repr(q))
     if abstract and q.zero_point is not None:
         todo = "Quantize symmetrically, such as to int4: then each bias is the scale times a power of two"

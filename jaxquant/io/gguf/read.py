@@ -88,7 +88,7 @@ def load_gguf(
     Example:
       >>> import os, tempfile
       >>> import jax.numpy as jnp, jaxquant as jq
-      >>> spec = jq.QuantSpec("int4", granularity="per_group", group_size=32, scale_dtype="float16")
+      >>> spec = jq.QuantSpec("int4", granularity=jq.PerGroup(32), scale_dtype="float16")
       >>> w = jq.quantize(jnp.linspace(-1.0, 1.0, 128).reshape(2, 64), spec, reduce_axes=(-1,))
       >>> with tempfile.TemporaryDirectory() as directory:
       ...     path = os.path.join(directory, "model.gguf")

@@ -51,7 +51,7 @@ def save_gguf(
 
     Unsigned codes with the zero point in the middle (uint4 and 8) count as the signed type. To quantize for this
     format:
-    ``QuantSpec("int4", granularity="per_group", group_size=32, scale_dtype="float16")``.
+    ``QuantSpec("int4", granularity=PerGroup(32), scale_dtype="float16")``.
 
     Args:
       path: the file to create or replace; it appears only when it is complete.

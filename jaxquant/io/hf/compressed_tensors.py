@@ -26,6 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxquant.core.errors import QuantError
+from jaxquant.core.granularity import PerGroup, PerTensor
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of, packed, unpacked
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
@@ -290,9 +291,11 @@ def activation(m: Module) -> Activation | None:
     if wide is True and strategy == "token":
         return dynamic(qtype, symmetric=symmetric)
     if wide is True and strategy == "tensor":
-        return dynamic(qtype, symmetric=symmetric, granularity="per_tensor")
+        return dynamic(qtype, symmetric=symmetric, granularity=PerTensor())
     if wide is True and strategy == "group" and isinstance(group, int) and group > 0:
-        return dynamic(qtype) if qtype.startswith("mx") else dynamic(qtype, group, symmetric=symmetric)
+        if qtype.startswith("mx"):
+            return dynamic(qtype)
+        return dynamic(qtype, symmetric=symmetric, granularity=PerGroup(group))
     raise refused(m, "input_activations", how)
 
 

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxquant.core.errors import QuantError
+from jaxquant.core.granularity import PerGroup
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
 from jaxquant.io.hf.schemes import Activation, dynamic, refused, static
@@ -101,7 +102,7 @@ def activation(m: Module) -> Activation | None:
         return dynamic(_FP8)
     if not isinstance(blocks, list) or len(blocks) != 2 or type(blocks[1]) is not int or blocks[1] < 1:
         raise refused(m, "weight_block_size", blocks, "the groups of activations are as wide as a block")
-    return dynamic(_FP8, blocks[1])
+    return dynamic(_FP8, granularity=PerGroup(blocks[1]))
 
 
 _FP8 = "float8_e4m3fn"

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from jaxquant.core.errors import QuantError
-from jaxquant.core.specs import QuantSpec
+from jaxquant.core.granularity import PerTensor
+from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.module import Module
 
@@ -33,12 +34,12 @@ class Activation:
     """The quantization of the activation of one weight.
 
     Attributes:
-      spec: the scheme; None if the tensors exist but state no scheme.
+      spec: the scheme, whose ``act`` is set; None if the tensors exist but state no scheme.
       state: its static range from the file: ``scale``, and ``zero_point`` if there is one.
       used: names of the tensors of the range.
     """
 
-    spec: QuantSpec | None
+    spec: OpSpec | None
     state: Mapping[str, np.ndarray] | None = None
     used: tuple[str, ...] = ()
 
@@ -49,10 +50,9 @@ def refused(m: Module, key: str, value: Any, why: str = "no scheme of jaxquant c
     return m.error(rule, todo=_TODO, **{re.sub(r"\W", "_", key): value})
 
 
-def dynamic(qtype: str = "int8", group_size: int | None = None, **more: Any) -> Activation:
-    """A range for each token, or for each group of its features, from the array itself."""
-    grouped = {} if group_size is None else {"granularity": "per_group", "group_size": group_size}
-    return Activation(QuantSpec(qtype, **grouped, **more))
+def dynamic(qtype: str = "int8", *, outliers: float | None = None, **more: Any) -> Activation:
+    """A range for each token from the array itself; ``more`` are fields of its `QuantSpec`."""
+    return Activation(OpSpec(act=QuantSpec(qtype, **more), outliers=outliers))
 
 
 def static(m: Module, key: str, qtype: str, *, symmetric: bool = True) -> Activation:
@@ -73,13 +73,13 @@ def static(m: Module, key: str, qtype: str, *, symmetric: bool = True) -> Activa
         got = "no zero point" if values is None else "zero points"
         raise m.error(f"a range with {got} does not fit symmetric={symmetric}", todo="Check the configuration", key=key)
     narrow = None if qtype.startswith("float") or not symmetric else False
-    spec = QuantSpec(qtype, granularity="per_tensor", symmetric=symmetric, static=True, narrow_range=narrow)
+    spec = QuantSpec(qtype, granularity=PerTensor(), symmetric=symmetric, static=True, narrow_range=narrow)
     entry = {"scale": _squeezed(scale)}
     if values is not None:
         if values.min() < spec.type.qmin or values.max() > spec.type.qmax:
             raise m.error("a zero point is not a code of the type", todo="Check the configuration", key=key)
         entry["zero_point"] = _squeezed(values.astype(spec.type.code_dtype))
-    return Activation(spec, entry, tuple(found + zeros))
+    return Activation(OpSpec(act=spec), entry, tuple(found + zeros))
 
 
 _SCALE = "input_scale"

@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxquant.core.granularity import PerTensor
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import packed
 from jaxquant.io.hf.checkpoint import HFCheckpoint
@@ -123,7 +124,7 @@ def activation(m: Module) -> Activation | None:
     symmetric = _word(said.get("mapping_type"), "_data") in (None, "SYMMETRIC")
     if qtype is None or granularity not in ("PerRow", "PerTensor") or bounded or not symmetric:
         raise refused(m, "act_quant_kwargs", how)
-    return dynamic(qtype) if granularity == "PerRow" else dynamic(qtype, granularity="per_tensor")
+    return dynamic(qtype) if granularity == "PerRow" else dynamic(qtype, granularity=PerTensor())
 
 
 def _word(value: Any, key: str) -> str | None:

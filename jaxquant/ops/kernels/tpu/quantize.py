@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxquant.core.affine import quantized_by_itself
 from jaxquant.core.arithmetic import divide
+from jaxquant.core.granularity import PerChannel
 from jaxquant.core.observers import AbsMax
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.sizes import number
@@ -72,8 +73,8 @@ def quantized_rows(x: jax.Array, *, qmax: int, interpret: bool = False) -> tuple
 def _fits(x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...], apart: bool) -> bool:
     """Whether an array is large, with one scale per row: its largest magnitude divided by the largest code."""
     del apart
-    plain = spec.qtype == "int8" and spec.symmetric and spec.granularity == "per_channel" and not spec.whole_range
-    plain = plain and type(spec.observer) is AbsMax and spec.scale_dtype in (None, "float32")
+    plain = spec.qtype == "int8" and spec.symmetric and not spec.whole_range and type(spec.observer) is AbsMax
+    plain = plain and isinstance(spec.granularity, PerChannel) and spec.scale_dtype in (None, "float32")
     if not plain or axes != (-1,) or x.ndim < 2 or x.dtype not in (jnp.bfloat16, jnp.float32):
         return False
     sizes = all(math.isfinite(number(n)) for n in x.shape)
