@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jaxquant as jq
 from jaxquant import ops, recipes
 from jaxquant.ops.forms import Axes
-from jaxquant.ops.kernels.tpu import grouped
+from jaxquant.ops.kernels.tpu import decode, grouped
 from jaxquant.ops.kernels.tpu.quantize import quantized_rows
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
@@ -36,6 +36,9 @@ SPECS = {
     "int2 128": few("int2", 128),
     "two-level": recipes.w4a16(128, two_level=True).weight,
     "nf4": few("nf4", 64),
+    "nf4 16": few("nf4", 16),
+    "iq4_nl 32": few("iq4_nl", 32),
+    "binary 64": few("binary", 64),
     "fp4": few("fp4", 128),
     "mxfp4": jq.QuantSpec("mxfp4"),
     "nvfp4": jq.QuantSpec("nvfp4"),
@@ -82,12 +85,27 @@ def test_the_product_of_the_dequantized_weight(name: str, rows: int, monkeypatch
     """Codes of numbers are multiplied exactly or in two digits; values are rounded to bfloat16."""
     w, x = weight(SPECS[name], (512, 200)), normal(2, (rows, 512))
     kernel, y = interpreted(problem_of(x, w), monkeypatch)
-    many = rows == 300 and name in ("nf4", "fp4", "mxfp4", "nvfp4")
+    many = rows == 300 and (SPECS[name].type.kind == "table" or name in ("mxfp4", "nvfp4"))
     assert many == ("grouped" not in kernel)
     if many:  # XLA decodes these in the order of rows, and takes less time
         return
     rounded = kernel != "grouped_sums" or SPECS[name].type.kind == "table"
     assert_close(y, x, w, exact=name in EXACT, rounded=rounded)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "iq4_nl"])
+def test_words_of_a_table(name: str):
+    """A word, shifted by 16 if bit 3 of the stored code is set, rounds to the entry of the code."""
+    spec = few(name, 64)
+    table = spec.type.table
+    assert table is not None
+    want = jnp.asarray(table, jnp.bfloat16).astype(jnp.float32)
+    words = decode.decoder(spec.type).entries
+    for code, value in enumerate(want.tolist()):
+        stored = (code - 8) & 15
+        word = np.uint32((words[stored & 7] << (16 if stored & 8 else 0)) & 0xFFFFFFFF)
+        got = float(jnp.asarray(word.view(np.float32)).astype(jnp.bfloat16))
+        assert got == pytest.approx(value, rel=0, abs=1e-37)
 
 
 @pytest.mark.parametrize("rows", [3, 300])

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxquant.core.codec import values_of
 from jaxquant.core.qtensor import QTensor, flat, scale_values
@@ -115,12 +114,9 @@ def _groups(w: QTensor) -> Groups | None:
     k, (count, columns) = w.shape[-2], w.scale.shape[-2:]
     size = k // count
     blocked = w.kept.shape[-2] % BLOCK == 0 and (BLOCK % size == 0 if size < BLOCK else size % BLOCK == 0)
-    if not blocked or columns != w.shape[-1] or (w.type.kind == "table" and not w.in_int4):
+    if size < 8 or not blocked or columns != w.shape[-1] or (w.type.kind == "table" and not w.in_int4):
         return None
     if w.type.kind == "int" and not w.in_int4 and not w.type.signed:
-        return None
-    decode = decoder(w.type)
-    if size // decode.parts < 8:  # rows of a register
         return None
     if w.zero_point is not None and not _exact(w.zero_point.dtype):
         return None
@@ -128,7 +124,7 @@ def _groups(w: QTensor) -> Groups | None:
         return None
     scale = jax.eval_shape(lambda w: _scale(w)[0], w)
     form = "float8_e4m3fn" if _two_level(w.scale) and w.scale.qtype == "float8_e4m3fn" else str(scale.dtype)
-    return Groups(size, decode, form)
+    return Groups(size, decoder(w.type), form)
 
 
 def _exact(dtype: Any) -> bool:

@@ -126,7 +126,7 @@ def grouped_product(
     half = body is Sums and m <= 8 and planes == (jnp.dtype(jnp.bfloat16),) and groups.in_block > 1
     given = {"scale": scale, "zero": zero, "offset": offset, "rows": rows, "columns": columns}
     arrays = {name: v for name, v in given.items() if v is not None}
-    return body(groups, planes, result, half)(x, codes, layer, arrays, interpret=interpret)
+    return body(groups, planes, result, half, interpret)(x, codes, layer, arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,16 +138,16 @@ class _Body:
       planes: the dtypes of the terms of x.
       result: the dtype of the result.
       half: whether 8 of the 16 bfloat16 rows of a register are padding of x: only the other 8 are repeated for groups.
+      interpret: whether Pallas' interpreter runs it.
     """
 
     groups: Groups
     planes: tuple[Any, ...]
     result: Any
     half: bool = False
+    interpret: bool = False
 
-    def __call__(
-        self, x: Any, codes: jax.Array, layer: jax.Array | None, arrays: dict[str, jax.Array], *, interpret: bool
-    ) -> jax.Array:
+    def __call__(self, x: Any, codes: jax.Array, layer: jax.Array | None, arrays: dict[str, jax.Array]) -> jax.Array:
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import tpu as pltpu
 
@@ -175,8 +175,8 @@ class _Body:
                 out_specs=pl.BlockSpec((None, bm, bn), lambda e, j, i, *at: (e, i, j)),
                 scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in self._scratch(bm, bn, k, count)],
             ),
-            interpret=interpret,
-            compiler_params=None if interpret else params(vmem_limit_bytes=_MEMORY + (8 << 20)),
+            interpret=self.interpret,
+            compiler_params=None if self.interpret else params(vmem_limit_bytes=_MEMORY + (8 << 20)),
             name=self.name,
         )(*first, x, codes, *arrays.values())
 
@@ -293,7 +293,8 @@ class Sums(_Body):
         def block(i: Any, total: jax.Array) -> jax.Array:
             given = scratch[1][i] if self._spread else _repeated(activation[:, _lanes(i)], group, planes)
             dtype = activation.dtype
-            sums = _dot(given.astype(dtype), decode.numbers(codes[i], dtype)).astype(jnp.float32)
+            numbers = decode.numbers(codes[i], dtype, interpret=self.interpret)
+            sums = _dot(given.astype(dtype), numbers).astype(jnp.float32)
             wide: Any = None
             if shifted or "offset" in of:
                 wide = jnp.sum(given.astype(jnp.float32), axis=1, keepdims=True)
@@ -338,17 +339,26 @@ class Values(_Body):
         group, decode = self.groups, self.groups.decoder
         count = codes.shape[0]
 
+        run = BLOCK // decode.parts
+        shared = run // group.in_block < 8  # several groups in a register
+
         def by_row(name: str, i: Any) -> jax.Array:
             """Values of the groups of a block, shaped to multiply [parts, groups, rows of both, columns]."""
             first = i * group.in_block if group.size <= BLOCK else i * BLOCK // group.size
             value = of[name][pl.ds(first, group.in_block), :]
             value = scale_of(value, group.scale_form if name == "scale" else "float32")
-            return value[None, :, None, :]
+            if not shared:
+                return value[None, :, None, :]
+            row = lax.broadcasted_iota(jnp.int32, (run, value.shape[1]), 0)
+            rows = value[:1]
+            for p in range(1, group.in_block):
+                rows = jnp.where(row >= p * run // group.in_block, value[p : p + 1], rows)
+            return rows[None, None]
 
         def real(i: Any) -> jax.Array:
-            numbers = decode.numbers(codes[i], jnp.bfloat16 if decode.parts > 1 else jnp.float32)
-            value = numbers.astype(jnp.float32)
-            value = value.reshape(decode.parts, group.in_block, -1, value.shape[1])
+            dtype = jnp.bfloat16 if decode.parts > 1 else jnp.float32
+            value = decode.numbers(codes[i], dtype, interpret=self.interpret).astype(jnp.float32)
+            value = value.reshape(decode.parts, 1 if shared else group.in_block, -1, value.shape[1])
             if "zero" in of:
                 value = value - (by_row("zero", i) - decode.shift)
             elif decode.shift:
