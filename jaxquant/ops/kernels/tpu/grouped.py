@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxquant.core.codec import values_of
 from jaxquant.core.qtensor import QTensor, flat, scale_values
