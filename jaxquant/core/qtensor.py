@@ -7,6 +7,7 @@ import math
 from typing import Any, Literal
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -34,15 +35,15 @@ __all__ = [
 ]
 
 #: The fields of a QTensor that are arrays (or None, or a QTensor).
-LEAVES = ("codes", "scale", "zero_point", "offset", "permutation")
+LEAVES = ("codes", "scale", "zero_point", "offset", "permutation", "seal")
 
 
 #: The arguments of the constructor.
 FIELDS = (*LEAVES, "qtype", "dtype", "minor", "length", "split")
 
 
-Layout = Literal["packed", "elements"]
-"""How codes of a few bits lie in memory; see `QTensor.laid_out`."""
+Layout = Literal["packed", "elements", "native"]
+"""How codes lie in memory; see `QTensor.laid_out`."""
 
 
 def _block_rows(n: int, groups: int) -> int:
@@ -59,6 +60,11 @@ def _nbytes(leaf: Any) -> int:
     """Bytes of an array, of 4-bit types two elements each."""
     size, dtype = math.prod(leaf.shape), np.dtype(leaf.dtype)
     return -(-size // 2) if dtype in (jnp.int4, jnp.uint4) else size * dtype.itemsize
+
+
+def _seal(codes: Any, scale: Any) -> jax.Array:
+    """The seal of codes: of the scale's shape, but 1 along an axis with groups."""
+    return jnp.zeros([s if s == n else 1 for n, s in zip(codes.shape, scale.shape, strict=True)], bool)
 
 
 def _own_dtype(qtype: Any) -> np.dtype | None:
@@ -124,7 +130,7 @@ class QTensor:
       codes: uint8 bit patterns packed along the last axis for types below 8 bits, else int8, uint8 or fp8; stored with
         the ``minor`` axes last (contraction-minor). Or one code per element: in int8 or uint8, which views make; in
         int4, of which a TPU has two in a byte (`laid_out`), as a signed code, the pattern of a 4-bit float, or 8 less
-        than any other code.
+        than any other code. Codes of fp8 are stored as bytes, or in their own dtype beside a seal.
       scale: float array of the logical rank, one entry per block, positive unless imported otherwise; or a QTensor,
         where the scales are quantized themselves (nvfp4, double quantization), or the product of two factors that are
         multiplied one after the other, each product rounded (LLM.int8(); ``qtype="float32"``).
@@ -135,6 +141,8 @@ class QTensor:
       permutation: where columns were reordered to make groups consecutive (GPTQ's act-order): stored position j along
         the last stored axis holds the logical element ``permutation[j]``. Of the logical rank, with size 1 on the other
         axes unless the tensor is stacked; or None.
+      seal: False for each block along the axes without groups, where codes are in fp8 (`laid_out`); or None. fp8 keeps
+        its dtype in arithmetic, and a bool does not.
       qtype: name of the number type.
       dtype: dtype of the dequantized array.
       minor: the logical axes (negative) that are stored last, in this order.
@@ -149,7 +157,10 @@ class QTensor:
       QTensor(int4[256, 512] -> float32, group 64 on axis -2, symmetric, 72.0 KiB)
     """
 
-    __slots__ = ("dtype", "kept", "length", "minor", "offset", "permutation", "qtype", "scale", "split", "zero_point")
+    __slots__ = (
+        *("dtype", "kept", "length", "minor", "offset", "permutation", "qtype"),
+        *("scale", "seal", "split", "zero_point"),
+    )
 
     def __init__(
         self,
@@ -158,6 +169,7 @@ class QTensor:
         zero_point: Any,
         offset: Any = None,
         permutation: Any = None,
+        seal: Any = None,
         *,
         qtype: str,
         dtype: Any,
@@ -165,8 +177,9 @@ class QTensor:
         length: int | None = None,
         split: int | None = None,
     ):
-        self.kept, self.scale, self.zero_point = _patterns(codes, qtype), scale, zero_point
-        self.offset, self.permutation = offset, permutation
+        self.kept = _patterns(codes, qtype) if seal is None else codes
+        self.scale, self.zero_point = scale, zero_point
+        self.offset, self.permutation, self.seal = offset, permutation, seal
         self.qtype, self.dtype = qtype, np.dtype(dtype)
         self.minor, self.length, self.split = tuple(minor), length, split
 
@@ -176,14 +189,15 @@ class QTensor:
         return tuple((jax.tree_util.GetAttrKey(n), x) for n, x in zip(LEAVES, children, strict=True)), aux
 
     def tree_flatten(self):
-        children = (self.kept, self.scale, self.zero_point, self.offset, self.permutation)
+        children = (self.kept, self.scale, self.zero_point, self.offset, self.permutation, self.seal)
         return children, (self.qtype, self.dtype, self.minor, self.length, self.split)
 
     @classmethod
     def tree_unflatten(cls, aux, children):
         qtype, dtype, minor, length, split = aux
-        codes, *rest = children
-        return cls(guarded(codes), *rest, qtype=qtype, dtype=dtype, minor=minor, length=length, split=split)
+        codes, *rest, seal = children
+        leaves = dict(zip(LEAVES, (guarded(codes), *rest, guarded(seal)), strict=True))
+        return cls(**leaves, qtype=qtype, dtype=dtype, minor=minor, length=length, split=split)
 
     @property
     def stored(self) -> Any:
@@ -192,7 +206,9 @@ class QTensor:
 
     @property
     def codes(self) -> Any:
-        """The codes in their own dtype. fp8 codes are stored as uint8 patterns; arithmetic would change their dtype."""
+        """The codes in their own dtype. Codes of fp8 are stored as uint8 patterns, or in fp8 beside a seal."""
+        if self.seal is not None:  # floats, but codes have no gradient
+            return jax.lax.stop_gradient(self.stored) if isinstance(self.stored, jax.core.Tracer) else self.stored
         return _viewed(self.stored, np.dtype(np.uint8), _own_dtype(self.qtype))
 
     # -- attributes of an array ----------------------------------------------------------------------------------------
@@ -268,8 +284,10 @@ class QTensor:
         if self.qtype == FACTOR.name:
             dtype = np.dtype(np.float32)
         else:
-            dtype = self.type.code_dtype if self.type.kind == "int" and self.length is None else np.dtype(np.uint8)
+            own = self.seal is not None or (self.type.kind == "int" and self.length is None)
+            dtype = self.type.code_dtype if own else np.dtype(np.uint8)
         fits = (codes.dtype == dtype or self.in_int4) and self.ndim == len(scale.shape)
+        fits = fits and (self.seal is None or self.seal.dtype == bool)
         fits = fits and (self.length is None or codes.shape[-1:] == (packed_length(self.length, self.type.bits),))
         if not fits or not all(n % s == 0 for n, s in zip(self.shape, scale.shape, strict=True)):
             raise quant_error(
@@ -312,9 +330,11 @@ class QTensor:
 
         Args:
           layout: ``"packed"``, for CPUs and files: codes of fewer than 8 bits are packed into bytes along the last of
-            the ``minor`` axes. ``"elements"``, for TPUs and GPUs: there is one code per element, in the array's own
-            order, and in int4 up to 4 bits. An axis with groups is stored as two: blocks, and the elements of a block.
-            A block is one group, or as many as make 128 elements. Codes of 8 bits without groups stay as they are.
+            the ``minor`` axes. ``"elements"``, for GPUs: there is one code per element, in the array's own order, and
+            in int4 up to 4 bits. An axis with groups is stored as two: blocks, and the elements of a block. A block is
+            one group, or as many as make 128 elements. Codes of 8 bits without groups stay as they are. ``"native"``,
+            for TPUs: likewise, and codes of fp8 are in their own dtype, which a TPU's compiler converts within a
+            product; bytes keep it from that.
           minor: the axes that are stored last where codes are packed. By default the axes that share scales;
             packed codes keep theirs.
 
@@ -329,22 +349,29 @@ class QTensor:
             return from_codes(self.logical_codes(), self.scale, self.zero_point, self.offset, **rest, minor=minor)
         split = self._group_axis()
         codes = self.logical_codes()
+        seal = _seal(codes, self.scale) if layout == "native" and _own_dtype(self.qtype) is not None else None
         if self.type.packed and self.type.bits <= 4:
             codes = to_int4(codes, self.type)
         if split is not None:
             at, rows = self.ndim + split, _block_rows(self.shape[split], self.scale.shape[split])
             codes = codes.reshape(*codes.shape[:at], -1, rows, *codes.shape[at + 1 :])
-        return QTensor(codes, self.scale, self.zero_point, self.offset, **rest, split=split)
+        return QTensor(codes, self.scale, self.zero_point, self.offset, seal=seal, **rest, split=split)
 
     @property
     def layout(self) -> Layout:
-        """The layout of the codes; see `laid_out`."""
+        """The layout of the codes; see `laid_out`. Only fp8 has the native one."""
+        if self.seal is not None:
+            return "native"
         one_each = self.length is None and (self.type.packed or self.split is not None)
         return "elements" if one_each else "packed"
 
     def lies(self, layout: Layout) -> bool:
         """Whether codes have this layout already, or only one layout exists for them."""
-        if self.permutation is not None or (not self.type.packed and self._group_axis() is None):
+        if self.permutation is not None:
+            return True
+        if layout == "native" and _own_dtype(self.qtype) is None:
+            layout = "elements"
+        if not self.type.packed and self._group_axis() is None and layout != "native" and self.seal is None:
             return True
         return self.layout == layout and (layout == "packed" or (not self.minor and self.split == self._group_axis()))
 
@@ -424,7 +451,7 @@ class QTensor:
         kind += "" if self.permutation is None else ", permuted"
         unit, power = next((u, p) for u, p in (("MiB", 20), ("KiB", 10), ("B", 0)) if nbytes >= 1 << p or p == 0)
         size = f"{nbytes / (1 << power):.1f} {unit}" if power else f"{nbytes} B"
-        size += ", one code per element" if self.layout == "elements" else ""
+        size += {"packed": "", "elements": ", one code per element", "native": ", codes in fp8"}[self.layout]
         return f"QTensor({self.qtype}[{', '.join(map(str, shape))}] -> {self.dtype.name}, {per}, {kind}, {size})"
 
 

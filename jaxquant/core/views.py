@@ -43,13 +43,15 @@ def transpose(q: QTensor, permutation: tuple[int, ...]) -> QTensor:
         zero_point=per_block(q.zero_point),
         offset=per_block(q.offset),
         permutation=per_block(q.permutation),
+        seal=per_block(q.seal),
         minor=minor,
     )
 
 
 def _unpacked(q: QTensor, codes: jax.Array, *per_block: jax.Array | None) -> QTensor:
     """Codes one per element, with scale, zero point, offset and permutation."""
-    return QTensor(codes, *per_block, qtype=q.qtype, dtype=q.dtype)
+    found = QTensor(codes, *per_block, qtype=q.qtype, dtype=q.dtype)
+    return found if q.seal is None else found.laid_out("native")
 
 
 def _per_block(q: QTensor, change: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array | None, ...]:

@@ -187,7 +187,8 @@ class Encoder:
 
     def qtensor(self, q: QTensor, path: tuple[str, ...], place: str) -> Any:
         self._check_depth(path, place)
-        if getattr(q.codes, "dtype", None) == jnp.int4 or q.split is not None:  # files have packed codes
+        own = q.split is not None or q.seal is not None
+        if getattr(q.codes, "dtype", None) == jnp.int4 or own:  # files have packed codes
             q = q.checked().laid_out("packed")
         fields = {
             "codes": self.array(q.codes, f"{place}.codes"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxquant.core.abstract import abstract
 from jaxquant.core.by_platform import Platform
+from jaxquant.core.qtensor import Layout
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.problem import Convolution, Geometry, Problem, Product, RaggedProduct, Window
@@ -17,6 +19,8 @@ from jaxquant.ops.select import select
 from jaxquant.ops.trained import TrainedTensor
 
 __all__ = ["kernel"]
+
+_LAYOUTS: Mapping[Platform, Layout] = {"tpu": "native"}  # of platforms other than the CPU, but for "elements"
 
 _MANY = 1 << 20  # rows: more than any choice depends on
 
@@ -64,7 +68,7 @@ def kernel(
         found = abstract(shape, jnp.dtype(dtype), spec, axes, stored=stored)
         if not stored:
             return TrainedTensor(found, None)
-        return found if on == "cpu" else jax.eval_shape(lambda q: q.laid_out("elements"), found)
+        return found if on == "cpu" else jax.eval_shape(lambda q: q.laid_out(_LAYOUTS.get(on, "elements")), found)
 
     most, own = _MANY if rows is None else rows, jnp.dtype(dtype)
     if op == "ragged_dot":

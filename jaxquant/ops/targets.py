@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.core
+import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import LEAVES, Layout, QTensor
@@ -16,7 +17,7 @@ __all__ = ["Platform", "check_target", "lay_out", "layout_for", "platform_of"]
 Platform = Literal["cpu", "tpu", "gpu"]
 """Platforms that codes are laid out for."""
 
-_LAYOUTS: dict[str, Layout] = {"cpu": "packed", "tpu": "elements", "gpu": "elements"}
+_LAYOUTS: dict[str, Layout] = {"cpu": "packed", "tpu": "native", "gpu": "elements"}
 
 
 def check_target(function: str, target: Any) -> None:
@@ -44,10 +45,10 @@ def lay_out(params: Any, target: Platform | None = None) -> Any:
     """Stores the codes of parameters in the layout that a platform reads fastest; values do not change.
 
     A CPU reads bytes that are packed along the contracted axis. The compilers of TPUs and GPUs decode only weights with
-    one code per element within the product, and write a float weight to memory otherwise. `quantize_params` and the
-    checkpoint readers lay codes out for the device that they put them on. Call this for parameters that move to another
-    platform, once, before the first step. It converts one weight at a time. Under `jax.eval_shape` it plans for a
-    machine that is not there.
+    one code per element within the product, and write a float weight to memory otherwise. A TPU's compiler converts
+    fp8 fast only from its own dtype, not from bytes. `quantize_params` and the checkpoint readers lay codes out for the
+    device that they put them on. Call this for parameters that move to another platform, once, before the first step.
+    It converts one weight at a time. Under `jax.eval_shape` it plans for a machine that is not there.
 
     Args:
       params: a tree with QTensors.
@@ -71,8 +72,9 @@ def lay_out(params: Any, target: Platform | None = None) -> Any:
         if not isinstance(x, QTensor) or x.lies(layout := layout_for(target, x.stored)):
             return x
         like = jax.eval_shape(lambda q: q.laid_out(layout), x)
-        rest = {name: getattr(x, name) for name in LEAVES if name != "codes"}
-        return like.replace(codes=_codes(x, layout), **rest)
+        rest = {name: getattr(x, name) for name in LEAVES if name not in ("codes", "seal")}
+        seal = None if like.seal is None else jnp.zeros(like.seal.shape, bool)
+        return like.replace(codes=_codes(x, layout), seal=seal, **rest)
 
     return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, QTensor))
 

@@ -209,7 +209,7 @@ def _quantized(
     def by(method: Callable[..., QTensor]) -> QTensor:
         def one(w: jax.Array, known: Any) -> QTensor:
             q = method(w, spec, reduce_axes=layer.reduce_axes, stats=known)
-            if layout == "elements":
+            if layout != "packed":
                 return q.laid_out(layout)
             return q if layer.contraction_minor else q.store(())
 

@@ -77,6 +77,7 @@ def leaf_specs(leaf: Any, cut: Cut) -> Any:
         None if leaf.zero_point is None else _per_block(leaf.zero_point, cut),
         None if leaf.offset is None else _per_block(leaf.offset, cut),
         None if leaf.permutation is None else _per_block(leaf.permutation, whole),
+        None if leaf.seal is None else _per_block(leaf.seal, cut),
         qtype=leaf.qtype, dtype=leaf.dtype, minor=leaf.minor, length=leaf.length, split=leaf.split,
     )  # fmt: skip
     return TrainedTensor(specs, leaf_specs(leaf.real, cut)) if isinstance(leaf, TrainedTensor) else specs

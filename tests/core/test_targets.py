@@ -28,6 +28,7 @@ SPECS = {
     "nvfp4": jq.QuantSpec("nvfp4"),
     "mxfp8": jq.QuantSpec("mxfp8"),
     "float8": jq.QuantSpec("float8_e4m3fn"),
+    "float8 e5m2 g8": jq.QuantSpec("float8_e5m2", granularity="per_group", group_size=8),
 }
 
 
@@ -49,9 +50,14 @@ def test_there_and_back(name):
     there = jq.ops.lay_out(q, "tpu")
     np.testing.assert_array_equal(there.dequantize(), q.dequantize())
     same(jq.ops.lay_out(there, "cpu"), q)
-    assert jq.ops.lay_out(there, "gpu") is there
+    on_gpu = jq.ops.lay_out(there, "gpu")
+    if there.seal is None:
+        assert on_gpu is there
+    same(jq.ops.lay_out(on_gpu, "tpu"), there)
+    np.testing.assert_array_equal(jq.ops.lay_out(on_gpu, "cpu").dequantize(), q.dequantize())
     assert there.shape == q.shape
-    assert there.nbytes <= q.nbytes * (8 / q.type.bits if q.type.packed else 1)
+    sealed = 0 if there.seal is None else there.seal.size
+    assert there.nbytes <= q.nbytes * (8 / q.type.bits if q.type.packed else 1) + sealed
     if q.type.bits == 4:
         assert there.nbytes == q.nbytes
         assert "one code per element" in repr(there)
@@ -71,7 +77,7 @@ def test_any_shape(name, lead, heads, contracted):
 
     @jax.jit  # one program: each operation on its own would be compiled for every shape
     def values(q):
-        there = q.laid_out("elements")
+        there = q.laid_out("native")
         return q.dequantize(), there.dequantize(), there.laid_out("packed", axes).dequantize()
 
     wanted, there, back = values(q)
@@ -80,10 +86,10 @@ def test_any_shape(name, lead, heads, contracted):
 
 
 @pytest.mark.every
-@pytest.mark.parametrize("name", ["int4 g8", "nf4 g8", "uint2", "mxfp8"])
+@pytest.mark.parametrize("name", ["int4 g8", "nf4 g8", "uint2", "mxfp8", "float8"])
 def test_views(name):
     q = weight(name, (3, 64, 24), (-2,))
-    there, values = q.laid_out("elements"), np.asarray(q.dequantize())
+    there, values = q.laid_out("native"), np.asarray(q.dequantize())
     np.testing.assert_array_equal(transpose(there, (0, 2, 1)).dequantize(), values.transpose(0, 2, 1))
     np.testing.assert_array_equal(slice_along(there, 1, 8, 16).dequantize(), values[:, 8:24])
     np.testing.assert_array_equal(slice_along(there, 1, 3, 7).dequantize(), values[:, 3:10])
@@ -104,7 +110,7 @@ def test_lookups(axis):
 
 
 @pytest.mark.every
-@pytest.mark.parametrize("name", ["int4 g8", "int4", "nf4 g8", "int8"])
+@pytest.mark.parametrize("name", ["int4 g8", "int4", "nf4 g8", "int8", "float8", "mxfp8"])
 def test_quantize_params_lays_out_for_its_target(name):
     w = jnp.asarray(np.random.default_rng(1).standard_normal((64, 16)), jnp.float32)
     fn, x = (lambda p, x: x @ p["w"]), jnp.ones((2, 64))
@@ -119,7 +125,7 @@ def test_quantize_params_lays_out_for_its_target(name):
 
 
 def test_files_have_packed_codes(tmp_path):
-    params = {name: weight(name) for name in ("int4 g8", "nf4 g8", "int8", "mxfp4")}
+    params = {name: weight(name) for name in ("int4 g8", "nf4 g8", "int8", "mxfp4", "mxfp8", "float8")}
     there = jq.ops.lay_out(params, "tpu")
     jq.io.save(tmp_path / "here.safetensors", params)
     jq.io.save(tmp_path / "there.safetensors", there)
@@ -174,8 +180,42 @@ def test_arithmetic_on_int4_is_refused():
         jax.tree.map(lambda v: v.astype(jnp.float32) * 0.5, q).dequantize()
 
 
+@pytest.mark.parametrize("name", ["float8", "mxfp8", "float8 e5m2 g8"])
+def test_arithmetic_on_fp8_is_refused(name):
+    """fp8 keeps its dtype in ``a * 0.5``; the seal does not."""
+    q, x = weight(name).laid_out("native"), jnp.ones((2, 64))
+    assert q.stored.dtype == q.type.code_dtype
+    for change in (lambda a: a * 0.5, lambda a: 0.9 * a + 0.1 * a, lambda a: jnp.sqrt(jnp.abs(a)), lambda a: a * 2):
+        changed = jax.tree.map(change, q)
+        for use in (changed.dequantize, lambda c=changed: jq.quantized(lambda p, x: x @ p)(c, x)):
+            with pytest.raises(QuantError, match="something has computed with them"):
+                use()
+    grads = jax.grad(lambda q: jnp.sum(ops.dot_general(x, q, (((1,), (0,)), ((), ())))), allow_int=True)(q)
+    with pytest.raises(QuantError, match="have no gradient"):
+        jax.tree.map(lambda p, g: p - 0.1 * g, q, grads)
+
+
+@pytest.mark.parametrize("name", ["float8", "mxfp8"])
+def test_fp8_in_its_own_dtype_is_a_leaf_like_others(name):
+    """Stacks, slices of them, mapped axes and shardings have a seal that fits."""
+    q = weight(name, (3, 64, 24))
+    there, values = q.laid_out("native"), np.asarray(q.dequantize())
+    np.testing.assert_array_equal(jax.tree.map(lambda a: a[1], there).dequantize(), values[1])
+    rows = weight(name, (24, 64), (-1,)).laid_out("native")
+    if name == "float8":
+        np.testing.assert_array_equal(jax.vmap(lambda q: q.dequantize())(rows), rows.dequantize())
+    mesh = AbstractMesh((4, 2), ("data", "model"))
+    flat = weight(name, (128, 24)).laid_out("native")
+    found = jq.shardings({"w": flat}, {"w": NamedSharding(mesh, P("data", "model"))})["w"]
+    assert jax.tree.structure(found) == jax.tree.structure(flat)
+    assert tuple(found.seal.spec) == (None, "model")
+    shapes = jax.eval_shape(lambda q: ops.lay_out(q, "tpu"), flat.laid_out("packed"))
+    assert jax.tree.structure(shapes) == jax.tree.structure(flat)
+    assert [leaf.dtype for leaf in jax.tree.leaves(shapes)] == [leaf.dtype for leaf in jax.tree.leaves(flat)]
+
+
 @pytest.mark.every
-@pytest.mark.parametrize("name", ["int4 g8", "nf4 g8", "int8"])
+@pytest.mark.parametrize("name", ["int4 g8", "nf4 g8", "int8", "float8"])
 def test_other_products(name):
     """Convolutions and ragged products take every layout."""
     q = weight(name, (2, 16, 24), (-2,))

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
 from jaxquant import ops, recipes
+from jaxquant.core.qtypes import QTYPES
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels.tpu import decode, grouped
 from jaxquant.ops.kernels.tpu.quantize import quantized_rows
@@ -43,6 +45,8 @@ SPECS = {
     "mxfp4": jq.QuantSpec("mxfp4"),
     "nvfp4": jq.QuantSpec("nvfp4"),
     "mxfp8": jq.QuantSpec("mxfp8"),
+    "float8_e4m3fn 64": few("float8_e4m3fn", 64),
+    "float8_e5m2 128": few("float8_e5m2", 128),
     "int8 64": few("int8", 64),
 }
 EXACT = ("mxfp4", "nvfp4", "mxfp8")
@@ -217,6 +221,21 @@ def test_sharded(monkeypatch: pytest.MonkeyPatch):
     mapped = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P(None, "b"), check_vma=False))
     lowered = mapped.lower(x, placed.stored, placed.scale)
     assert_close(lowered.compile()(x, placed.stored, placed.scale), x, w, exact=False, rounded=False)
+
+
+@pytest.mark.parametrize("qtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_every_code_of_fp8(qtype: str):
+    """-0, subnormal numbers, infinities and NaN too, from bytes and from the dtype itself."""
+    decode = decode.decoder(QTYPES[qtype])
+    patterns = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, 128))
+    wanted = np.ascontiguousarray(patterns).view(QTYPES[qtype].code_dtype).astype(np.float32)
+
+    def kernel(codes: Any, out: Any) -> None:
+        out[...] = decode.numbers(codes[...], jnp.float32) * decode.factor
+
+    for codes in (jnp.asarray(patterns), jnp.asarray(np.ascontiguousarray(patterns).view(QTYPES[qtype].code_dtype))):
+        run = pl.pallas_call(kernel, jax.ShapeDtypeStruct((256, 128), jnp.float32), interpret=True)
+        np.testing.assert_array_equal(run(codes), wanted)
 
 
 def test_gradients_are_those_of_the_float_product():

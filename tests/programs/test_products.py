@@ -32,10 +32,21 @@ SCHEMES = {
     "w4a8 g128": recipes.w4a8(128),
     "two-level": recipes.w4a16(128, two_level=True),
     "mxfp4": recipes.mxfp4(),
+    "fp8": recipes.fp8(),
+    "fp8 weights": jq.OpSpec(jq.QuantSpec("float8_e4m3fn")),
     "nf4": recipes.nf4(64),
     "int3": jq.OpSpec(jq.QuantSpec("int3", granularity="per_group", group_size=64)),
 }
-FASTER = {"w8a16", "w4a16", "w4a16 g128", "w4a16 g64", "w4a8 g128", "two-level"}  # at eight rows, than bfloat16
+FASTER = {
+    "w8a16",
+    "fp8",
+    "fp8 weights",
+    "w4a16",
+    "w4a16 g128",
+    "w4a16 g64",
+    "w4a8 g128",
+    "two-level",
+}  # at eight rows, than bfloat16
 
 
 def weight(spec: jq.OpSpec, *lead: int) -> Any:
@@ -90,7 +101,7 @@ def test_one_row_is_multiplied_in_the_matrix_unit(name: str):
     assert one < 1.2 * eight
 
 
-@pytest.mark.parametrize("name", ["w4a16 g128", "w4a16 g32 zero", "mxfp4"])
+@pytest.mark.parametrize("name", ["w4a16 g128", "w4a16 g32 zero", "mxfp4", "fp8 weights"])
 def test_layers_of_a_stack_are_neither_copied_nor_decoded(name: str):
     spec = SCHEMES[name]
 
@@ -170,7 +181,7 @@ def test_a_table_for_lookups_and_products():
     assert found.temporaries < 0.02 * 2 * SIZE * SIZE
 
 
-@pytest.mark.parametrize("name", ["w8a16", "w4a16", "w4a16 g128"])
+@pytest.mark.parametrize("name", ["w8a16", "w4a16", "w4a16 g128", "fp8 weights"])
 def test_the_gradient_of_an_activation_decodes_within_its_product(name: str, float_seconds: float):
     """As the product does, in about its time: scales of channels go into the gradient, those of groups to the codes.
 

@@ -147,7 +147,8 @@ def _stored(w: QTensor, axes: Axes) -> tuple[Weight, Decoding]:
     place = Place.of(w, axes)
     assert place is not None
     b, last = place.batch, place.ordered(place.length, place.columns)[1]
-    codes = w.stored.reshape(b, *place.ordered(place.length, place.columns))
+    stored = w.stored if w.seal is None else lax.bitcast_convert_type(w.stored, jnp.uint8)  # fp8, as for a TPU
+    codes = stored.reshape(b, *place.ordered(place.length, place.columns))
     how = "bytes"
     if w.in_int4:
         how = "int4" if last % 2 else "nibbles"
