@@ -68,7 +68,7 @@ def unequal(shape, seed=0, size=1.0):
     x = rng.normal(size=shape) * size
     for axis, n in enumerate(shape):
         x = x * rng.uniform(0.3, 2, n).reshape([-1 if i == axis else 1 for i in range(len(shape))])
-    return jnp.asarray(x, jnp.float32)
+    return jax.device_put(np.asarray(x, np.float32))
 
 
 def _case(name, args, shape, *axes, fields=None, **case):

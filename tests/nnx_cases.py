@@ -74,7 +74,7 @@ def wavy(shape: tuple[int, ...], dtype: Any = F32) -> jax.Array:
     x = np.sin(1 + np.arange(np.prod(shape), dtype=np.float64) * 1.7).reshape(shape)
     for axis, n in enumerate(shape):
         x = x * np.geomspace(0.6, 1.6, n).reshape([-1 if i == axis else 1 for i in range(len(shape))])
-    return jnp.asarray(x, dtype)
+    return jax.device_put(np.asarray(x, dtype))
 
 
 def value(variable: Any) -> Any:

@@ -6,6 +6,7 @@ alike, so that a scale on the wrong axis shows however small its channel is.
 
 import string
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def unequal(seed, shape, dtype=np.float32, *, decades=1.0):
     x = rng.standard_normal(shape)
     for axis, n in enumerate(shape):
         x *= 10 ** (decades * (rng.random(n) - 0.5)).reshape([-1 if i == axis else 1 for i in range(len(shape))])
-    return jnp.asarray(x.astype(np.float32)).astype(dtype)
+    return jax.device_put(x.astype(np.float32).astype(dtype))
 
 
 def spec_of(qtype, granularity="per_channel", *, group=8, symmetric=True, **kwargs):

@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -28,14 +27,14 @@ def inputs(rows: int, length: int, seed: int = 0, rank: int | None = None) -> ja
     rank = rank or length
     mix = rng.normal(size=(rank, length)) * 0.9 ** np.arange(rank)[:, None]
     x = rng.normal(size=(rows, rank)) @ mix * np.exp(rng.normal(size=length))
-    return jnp.asarray(x, jnp.float32)
+    return jax.device_put(np.asarray(x, np.float32))
 
 
 def weight(*shape: int, seed: int = 1) -> jax.Array:
     """Weights whose last axis has unequal magnitudes, with a few outliers."""
     rng = np.random.default_rng(seed)
     w = rng.standard_t(5, size=shape) * np.exp(rng.normal(size=shape[-1]))
-    return jnp.asarray(w, jnp.float32)
+    return jax.device_put(np.asarray(w, np.float32))
 
 
 def gram(x: jax.Array) -> dict:

@@ -27,7 +27,7 @@ def unequal(shape: tuple[int, ...], seed: int = 0, size: float = 1.0) -> jax.Arr
     for axis, n in enumerate(shape):
         spread = 2.0 ** rng.uniform(-1, 1, n)
         x = x * spread.reshape([-1 if i == axis else 1 for i in range(len(shape))])
-    return jnp.asarray(x, jnp.float32)
+    return jax.device_put(np.asarray(x, np.float32))
 
 
 def randomized(tree: Any, seed: int = 0) -> Any:

@@ -100,7 +100,7 @@ def plain_moe():
 
 
 def _linen(module, x):
-    return module.apply, randomized(module.init(jax.random.key(0), x), 11), x
+    return module.apply, randomized(jax.jit(module.init)(jax.random.key(0), x), 11), x
 
 
 def linen_mlp():
@@ -218,7 +218,7 @@ def nnx_moe():
 
 def _haiku(function, x):
     transformed = hk.without_apply_rng(hk.transform(function))
-    return transformed.apply, randomized(transformed.init(jax.random.key(0), x), 11), x
+    return transformed.apply, randomized(jax.jit(transformed.init)(jax.random.key(0), x), 11), x
 
 
 def haiku_mlp():

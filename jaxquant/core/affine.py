@@ -41,6 +41,7 @@ __all__ = [
     "has_nan",
     "minor_axes",
     "nearest",
+    "not_finite",
     "prepare",
     "quantize",
     "quantized_by_itself",
@@ -59,15 +60,37 @@ def _concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
+def _on_host(x: Any) -> bool:
+    """Whether NumPy reads an array sooner than a program for its shape is compiled."""
+    return x.size <= 1 << 16 and getattr(x, "is_fully_addressable", True)
+
+
 def has_nan(x: Any) -> bool:
     """Whether a concrete array holds a NaN; False for a tracer, or an array on other hosts too."""
+    if not _concrete(x):
+        return False
+    if _on_host(x):
+        return bool(np.any(np.isnan(x)))
     with jax.ensure_compile_time_eval():  # a constant stays concrete during a trace
-        return _concrete(x) and bool(_any_nan(x))
+        return bool(_any_nan(x))
 
 
 @jax.jit
 def _any_nan(x: Any) -> jax.Array:
     return jnp.any(jnp.isnan(x))
+
+
+def not_finite(x: Any) -> int:
+    """How many elements of a concrete array are NaN or infinite."""
+    if _on_host(x):
+        return int(np.count_nonzero(~np.isfinite(x)))
+    with jax.ensure_compile_time_eval():
+        return int(_not_finite(x))
+
+
+@jax.jit
+def _not_finite(x: Any) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(x))
 
 
 def _saturated(scale: Any, dtype: Any) -> bool:
@@ -474,7 +497,7 @@ def quantize(
         todo = "Use a wider scale_dtype, or scale the array down"
         raise quant_error("quantize", "the range needs a scale that its dtype cannot hold", todo=todo, x=x, spec=spec)
     # A NaN in x makes a computed scale NaN, and scales are few.
-    if has_nan(x if given else scale_values(q.scale)):
+    if has_nan(x if given else scale_values(q.scale) if isinstance(q.scale, QTensor) else q.scale):
         todo = "Find where it comes from; NaN has no code"
         raise quant_error("quantize", "NaN cannot be quantized", todo=todo, x=x)
     return q

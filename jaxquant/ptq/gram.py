@@ -13,6 +13,7 @@ import jax.core
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.core.affine import not_finite
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.ptq.layer import Layer
 
@@ -47,7 +48,7 @@ def gram_of(function: str, stats: Any, layer: Layer) -> tuple[Layer, jax.Array]:
             todo="Take the statistics of this very weight",
             shape=gram.shape,
         )
-    if not isinstance(gram, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(gram))):
+    if not isinstance(gram, jax.core.Tracer) and not_finite(gram):
         todo = "Find the batch that holds NaN or inf, or inputs beyond 1e19, whose squares overflow"
         raise quant_error(function, "the Gram matrix must be finite", todo=todo, gram=gram)
     return layer.batched(function, gram.shape[0]), gram

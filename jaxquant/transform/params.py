@@ -11,7 +11,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from jaxquant.core.affine import has_nan, quantize
+from jaxquant.core.affine import has_nan, not_finite, quantize
 from jaxquant.core.blocks import block_shape, negative_axes
 from jaxquant.core.errors import QuantError, Refusals, quant_error
 from jaxquant.core.learned import learned_range
@@ -174,17 +174,11 @@ def _check_weight(path: str, leaf: Any, spec: QuantSpec, layer: _Layer) -> None:
     block_shape(shape[layer.stacked :], spec.granularity, axes, function="quantize_params", path=path)
     if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer) or not getattr(leaf, "is_fully_addressable", True):
         return
-    if bad := int(_not_finite(leaf)):
+    if bad := not_finite(leaf):
         todo = "Find out why training produced them; a checkpoint with NaN or inf cannot be quantized"
         raise quant_error(
             "quantize_params", "a weight must be finite", todo=todo, path=path, nan_or_inf=bad, shape=shape
         )
-
-
-@jax.jit
-def _not_finite(leaf: Any) -> jax.Array:
-    """How many elements are NaN or infinite."""
-    return jnp.sum(~jnp.isfinite(leaf))
 
 
 def _check_stats(path: str, stats: Any) -> None:

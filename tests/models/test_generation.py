@@ -25,7 +25,7 @@ def model(name="llama"):
 
 @functools.cache
 def forward(config):
-    return jax.jit(functools.partial(logits, config))
+    return jax.jit(jq.quantized(functools.partial(logits, config)))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
@@ -36,7 +36,7 @@ def test_greedy_is_the_most_likely_token_of_the_whole_sequence(name):
     assert times.steps == 11
     for row, prompt in enumerate(PROMPTS):
         found = [i for chunk in chunks for i in chunk[row]]
-        whole = forward(model(name).config)(model(name).params, jnp.array([prompt + found]))[0]
+        whole = forward(model(name).config)(model(name).params, np.array([prompt + found]))[0]
         assert found == whole.argmax(-1)[len(prompt) - 1 : -1].tolist()
 
 
@@ -124,7 +124,7 @@ def test_refusals(prompts, settings, message):
 
 def log_probabilities(one, ids):
     """In float64, from the logits of a window."""
-    x = np.asarray(forward(one.config)(one.params, jnp.array([ids])), np.float64)[0, :-1]
+    x = np.asarray(forward(one.config)(one.params, np.array([ids])), np.float64)[0, :-1]
     x = x - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
@@ -246,16 +246,14 @@ def test_keys_and_values_by_the_scales_of_the_checkpoint(qtype, tmp_path):
     assert f"  activations: {qtype} keys and values" in str(found)
     plain = in_numpy(w, ids, lambda _, x: x)
     wanted = in_numpy(w, ids, lambda name, x: codes(x.astype(np.float32) / SCALES[name]) * SCALES[name])
-    run = jax.jit(
-        lambda model_params: jq.quantized(functools.partial(logits, found.config), found)(model_params, ids[None])
-    )
+    run = jax.jit(jq.quantized(functools.partial(logits, found.config), found))
     # A key within a rounding of a tie may go to the other side: the bound is a few such steps.
-    np.testing.assert_allclose(run(found.params)[0], wanted, atol=0.05 * np.abs(plain - wanted).max())
+    np.testing.assert_allclose(run(found.params, ids[None])[0], wanted, atol=0.05 * np.abs(plain - wanted).max())
     floats = load(place, cache="float")
-    alone = jq.quantized(functools.partial(logits, floats.config))(floats.params, ids[None])[0]
+    alone = forward(floats.config)(floats.params, ids[None])[0]
     np.testing.assert_allclose(alone, plain, atol=1e-4)
     made = generate(dataclasses.replace(found, ends=frozenset()), [ids.tolist()], tokens=4)[0]
-    whole = jq.quantized(functools.partial(logits, found.config), found)(found.params, np.array([[*ids, *made]]))[0]
+    whole = run(found.params, np.array([[*ids, *made]]))[0]
     assert made == whole.argmax(-1)[len(ids) - 1 : -1].tolist()  # from the cache as without one
     with pytest.raises(jq.QuantError, match="says how keys and values are stored"):
         generate(found, [[1]], tokens=1, cache="int8")

@@ -1,7 +1,6 @@
 """Random programs of one or two ops with random specs, against the float64 reference."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -58,7 +57,7 @@ def windows(x):
     return np.stack([padded[:, i : i + x.shape[1]] for i in range(3)], axis=2)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(programs(), st.integers(0, 1000))
 def test_programs(steps, seed):
     check(steps, seed)
@@ -101,4 +100,4 @@ def check(steps, seed):
         digits = sum(s is not None and s.type.kind == "int" for s in (spec.weight, spec.act)) == 1
         digits = digits and None in (spec.weight, spec.act)
         assert np.linalg.norm(off / np.where(unit == 0, 1, unit)) <= (3e-5 if digits else 3e-7) * want.size**0.5
-        x = jnp.asarray(got)
+        x = got

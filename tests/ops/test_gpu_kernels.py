@@ -58,7 +58,7 @@ def problem_of(spec, rows, k, n, *, lead=(), k_last=False, act=None, dtype=jnp.f
     """A product of `rows` rows with a quantized weight, as it is stored on a GPU, and the kernel for it."""
     axis = -1 if k_last else -2
     w = unequal(seed, (*lead, n, k) if k_last else (*lead, k, n))
-    q = jq.quantize(w, spec, reduce_axes=(axis,)).laid_out("elements").replace(dtype=dtype)
+    q = jax.jit(lambda w: jq.quantize(w, spec, reduce_axes=(axis,)).laid_out("elements"))(w).replace(dtype=dtype)
     x = unequal(seed + 1, (*lead, rows, k), dtype)
     x = x if act is None else jq.quantize(x, act, reduce_axes=(-1,))
     batch = tuple(range(len(lead)))
@@ -70,10 +70,16 @@ def problem_of(spec, rows, k, n, *, lead=(), k_last=False, act=None, dtype=jnp.f
     return problem, kernel, numbers
 
 
+def ran(problem, dtype):
+    """A product in the interpreter, as one program: each operation on its own would be compiled."""
+    axes = problem.x_axes, problem.w_axes
+    fn = lambda x, w: run(Product.of(x, w, *axes, None, jnp.float32), dtype, interpret=True)  # noqa: E731
+    return jax.jit(fn)(problem.x, problem.w)
+
+
 def off(problem, kernel, numbers):
     """The error of a product, in the natural magnitude of each entry."""
-    out = run(problem, kernel.dtype, interpret=True)
-    return dot_error(out, real(problem.x), real(problem.w), numbers)
+    return dot_error(ran(problem, kernel.dtype), real(problem.x), real(problem.w), numbers)
 
 
 @pytest.mark.parametrize("name", slow_but(SPECS, "int4 g128", "uint4 g16 zero", "nf4", "mxfp4", "nvfp4", "mxfp8"))
@@ -129,9 +135,9 @@ def test_offsets():
 
 def test_a_row_is_the_same_beside_others():
     problem, kernel, _ = problem_of(SPECS["int4 g32"], 5, 64, 32)
-    whole = run(problem, kernel.dtype, interpret=True)
+    whole = ran(problem, kernel.dtype)
     one = Product.of(problem.x[1:2], problem.w, problem.x_axes, problem.w_axes, None, jnp.float32)
-    np.testing.assert_array_equal(whole[1:2], run(one, kernel.dtype, interpret=True))
+    np.testing.assert_array_equal(whole[1:2], ran(one, kernel.dtype))
 
 
 def test_several_axes_and_transformations():
@@ -147,8 +153,8 @@ def test_several_axes_and_transformations():
         return run(problem, kernel.dtype, interpret=True)
 
     wanted = np.stack([np.tensordot(np.asarray(x, np.float64), v, ((1, 2), (0, 1))) for v in real(w)])
-    mapped = jax.vmap(one, in_axes=(0, None))(w, x)
-    scanned = lax.scan(lambda c, q: (c, jax.checkpoint(one)(q, x)), 0, w)[1]
+    mapped = jax.jit(jax.vmap(one, in_axes=(0, None)))(w, x)
+    scanned = jax.jit(lambda w, x: lax.scan(lambda c, q: (c, jax.checkpoint(one)(q, x)), 0, w)[1])(w, x)
     for found in (mapped, scanned):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
@@ -180,7 +186,8 @@ def test_weights_stay_where_they_are(cut):
     assert "all-gather" not in text
     assert "all-to-all" not in text
     assert ("all-reduce" in text) == (cut == "contracted")
-    np.testing.assert_allclose(jax.jit(fn)(w, x), fn(problem.w, problem.x), rtol=1e-5, atol=1e-4)
+    whole = jax.jit(fn)(problem.w, problem.x)
+    np.testing.assert_allclose(jax.jit(fn)(w, x), whole, rtol=1e-5, atol=1e-4)
 
 
 def test_rows_are_quantized_where_they_are():
@@ -190,9 +197,10 @@ def test_rows_are_quantized_where_they_are():
     placed = on_devices(x, mesh, P("d"))
     text = jax.jit(fn).lower(placed).compile().as_text()
     assert "all-gather" not in text
-    for found in (jax.jit(fn)(placed), jax.vmap(fn)(x)):
-        np.testing.assert_array_equal(found.codes, fn(x).codes)
-        np.testing.assert_array_equal(found.scale, fn(x).scale)
+    wanted = jax.jit(fn)(x)
+    for found in (jax.jit(fn)(placed), jax.jit(jax.vmap(fn))(x)):
+        np.testing.assert_array_equal(found.codes, wanted.codes)
+        np.testing.assert_array_equal(found.scale, wanted.scale)
 
 
 def kernel_of(spec, k=64, n=32, *, dtype=jnp.bfloat16, axes=None, act=None):
@@ -226,7 +234,7 @@ def test_int8_on_both_sides(minor):
     axes = Axes((), (0,), (1,)), Axes((), (1,), (0,))
     problem = Product.of(x, q, *axes, None, jnp.float32)
     assert isinstance(select(problem, "cuda"), TritonInt8)
-    assert dot_error(run(problem, jnp.float32, interpret=True), real(x), real(q), (((1,), (0,)), ((), ()))) <= 1e-6
+    assert dot_error(ran(problem, jnp.float32), real(x), real(q), (((1,), (0,)), ((), ()))) <= 1e-6
     few = Product.of(jax.ShapeDtypeStruct((1, 96), jnp.float32), q, *axes, None, jnp.float32)
     assert not isinstance(select(few, "cuda"), TritonInt8)
 
@@ -242,8 +250,9 @@ def test_rows_are_quantized_as_everywhere(shape, dtype):
     x[0, :3], x[-1, :5] = (np.inf, -np.inf, 0), (1, -1, 127, 63.5, -0.5)
     if len(x) > 8:
         x[3], x[4, 2], x[5], x[6], x[7] = 0, np.nan, 1e-45, 3e38, 1e-38
-    x = jnp.asarray(x.reshape(shape)).astype(dtype)
-    wanted, found = jax.jit(lambda x: as_codes(x, INT8, (-1,)))(x), rows_at_once(x, INT8, (-1,), interpret=True)
+    x = jax.device_put(x.reshape(shape).astype(dtype))
+    wanted = jax.jit(lambda x: as_codes(x, INT8, (-1,)))(x)
+    found = jax.jit(lambda x: rows_at_once(x, INT8, (-1,), interpret=True))(x)
     np.testing.assert_array_equal(found.codes, wanted.codes)
     np.testing.assert_array_equal(found.scale, wanted.scale)
     assert jax.tree.structure(found) == jax.tree.structure(wanted)

@@ -65,7 +65,7 @@ def test_frozen_operand(qtype):
     def reference(x, q):
         return jnp.sum(lax.dot_general(x, q.dequantize(), MATMUL, precision="highest") * g)
 
-    both = [jax.grad(f, (0, 1), allow_int=True)(x, q) for f in (loss, reference)]
+    both = jax.jit(lambda x, q: [jax.grad(f, (0, 1), allow_int=True)(x, q) for f in (loss, reference)])(x, q)
     same_leaves(*both)
     dx, dq = both[0]
     assert error(dx, np.asarray(g, np.float64) @ np.asarray(q.dequantize(), np.float64).T) <= INTEGER
@@ -78,8 +78,10 @@ def test_frozen_operand(qtype):
 
 def test_both_frozen():
     x, w = quantized(unequal(6, (5, 32)), spec_of("int8"), (-1,)), quantized(unequal(7, (32, 4)), spec_of("int4"))
-    got = jax.grad(lambda x, w: ops.dot_general(x, w, MATMUL).sum(), (0, 1), allow_int=True)(x, w)
-    want = jax.grad(lambda x, w: (x.dequantize() @ w.dequantize()).sum(), (0, 1), allow_int=True)(x, w)
+    slope = lambda fn: jax.grad(fn, (0, 1), allow_int=True)  # noqa: E731
+    product = slope(lambda x, w: ops.dot_general(x, w, MATMUL).sum())
+    reference = slope(lambda x, w: (x.dequantize() @ w.dequantize()).sum())
+    got, want = jax.jit(lambda x, w: (product(x, w), reference(x, w)))(x, w)
     same_leaves(got, want)
 
 
@@ -108,7 +110,8 @@ def test_static_scale():
         scale = jnp.asarray(0.2)
         for weight in (w, frozen):
             args = (x, weight, scale, given)
-            got, want = (jax.grad(f, (0, 1, 2, 3), allow_int=True)(*args) for f in (loss, reference))
+            slopes = [jax.grad(f, (0, 1, 2, 3), allow_int=True) for f in (loss, reference)]
+            got, want = jax.jit(lambda *args, slopes=slopes: [f(*args) for f in slopes])(*args)
             same_leaves(got, want)
             assert got[2] != 0
             np.testing.assert_array_equal(got[0] != 0, inside)

@@ -226,12 +226,12 @@ def test_sharded(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("qtype", ["float8_e4m3fn", "float8_e5m2"])
 def test_every_code_of_fp8(qtype: str):
     """-0, subnormal numbers, infinities and NaN too, from bytes and from the dtype itself."""
-    decode = decode.decoder(QTYPES[qtype])
+    how = decode.decoder(QTYPES[qtype])
     patterns = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, 128))
     wanted = np.ascontiguousarray(patterns).view(QTYPES[qtype].code_dtype).astype(np.float32)
 
     def kernel(codes: Any, out: Any) -> None:
-        out[...] = decode.numbers(codes[...], jnp.float32) * decode.factor
+        out[...] = how.numbers(codes[...], jnp.float32) * how.factor
 
     for codes in (jnp.asarray(patterns), jnp.asarray(np.ascontiguousarray(patterns).view(QTYPES[qtype].code_dtype))):
         run = pl.pallas_call(kernel, jax.ShapeDtypeStruct((256, 128), jnp.float32), interpret=True)

@@ -145,7 +145,7 @@ def test_allowed_on_values():
 def test_recurrent_cells(cell):
     """Flax's own layers, one of which joins its kernels."""
     model, x = nn.RNN(cell(8)), unequal((2, 3, 16), 3, 0.5)
-    params = randomized(jax.tree.map(jnp.asarray, model.init(jax.random.key(0), x)))
+    params = randomized(jax.jit(model.init)(jax.random.key(0), x))
     plan = check(model.apply, params, x, rules=[jq.Rule("kernel", recipes.w8a16())], tolerance=1e-3)
     assert len(plan) == (6 if cell is nn.GRUCell else 8)
     assert all(item.reduce_axes == (-2,) for item in plan.items)

@@ -23,7 +23,7 @@ def weights(*shape, seed=0):
     w = np.random.default_rng(seed).normal(size=shape)
     for axis, n in enumerate(shape):
         w *= np.exp(np.linspace(-1, 1, n)).reshape([-1 if i == axis else 1 for i in range(len(shape))])
-    return jnp.asarray(w, jnp.float32)
+    return jax.device_put(np.asarray(w, np.float32))
 
 
 def both(fn, params, *args, spec=INT8):
