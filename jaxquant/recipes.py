@@ -169,7 +169,8 @@ def binary(granularity: Literal["per_tensor", "per_channel"] = "per_channel", *,
     """XNOR-Net's weights, -1 and 1 times the mean magnitude of their output; ``act``: int8 activations per token.
 
     The mean is the scale of least squared error for these codes. BitNet's one-bit weights have it over the whole
-    tensor (``"per_tensor"``) with ``act``; it subtracts the mean of the weights before, which is not done here.
+    tensor (``"per_tensor"``) with ``act``, after the mean of the weights is subtracted. Its mean is not added back, so
+    subtract it from the float weights after each update, ``w - jnp.mean(w)``: then this recipe is BitNet's.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
