@@ -171,7 +171,8 @@ def binary(granularity: _Whole = "per_channel", *, act: bool = False) -> OpSpec:
     """XNOR-Net's weights, -1 and 1 times the mean magnitude of their output; ``act``: int8 activations per token.
 
     The mean is the scale of least squared error for these codes. BitNet's one-bit weights have it over the whole
-    tensor (``PerTensor()``) with ``act``; it subtracts the mean of the weights before, which is not done here.
+    tensor (``PerTensor()``) with ``act``, after the mean of the weights is subtracted. Its mean is not added back, so
+    subtract it from the float weights after each update, ``w - jnp.mean(w)``: then this recipe is BitNet's.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq

@@ -110,11 +110,25 @@ def _resharded(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[An
     return [w.seen(View("reshard", place, lambda q: q, lambda: _nothing(eqn)), w.dims)]
 
 
-@handles(_traced(primitives.stopped), primitives.pvary_p)
+@handles(_traced(primitives.stopped))
 def _every_leaf(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    """Frozen weights, and weights of a shard_map that are equal on all devices: codes and scales alike."""
+    """Frozen weights: codes and scales alike."""
     (w,) = values
     return [w.seen(_leafwise(eqn), w.dims)]
+
+
+@handles(primitives.pvary_p)
+def _marked(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+    """A weight of a shard_map that is equal on all devices, unless each device rounded it with its own key."""
+    (w,) = values
+    return [w.seen(_marking(str(eqn.primitive), eqn.params["axes"]), w.dims)]
+
+
+def _marking(name: str, axes: tuple[str, ...]) -> View:
+    def marked(x: Any) -> Any:
+        return jax.tree.map(lambda v: primitives.marked_varying(v, axes), x)
+
+    return View(name, marked, marked, lambda: _marking(name, axes))
 
 
 def _leafwise(eqn: Any) -> View:

@@ -6,6 +6,7 @@ Needs the compilers (extras ``aot-tpu`` and ``aot-gpu``); the tests of one that 
 import importlib.util
 import json
 import math
+import re
 from typing import Any
 
 import jax
@@ -192,3 +193,40 @@ def test_arguments_of_two_meshes():
     shapes = [jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=NamedSharding(m, P("a"))) for m in (one, other)]
     with pytest.raises(QuantError, match="several meshes"):
         compilers.compiled_for("explain", "tpu v5e", lambda a, b: a + b, tuple(shapes))
+
+
+def factors(text: str) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    """Of each product in a program: the types that are read, and the types that are multiplied."""
+    found = []
+    for block in text.split("\n\n"):
+        lines = dict(re.findall(r"%([\w.-]+) = (\w+\[.*)", block))
+        for left, right in re.findall(r" (?:dot|convolution)\(%([\w.-]+), %([\w.-]+)\)", block):
+            read = [re.sub(r".* convert\(%([\w.-]+)\).*", r"\1", lines[name]) for name in (left, right)]
+            read = [name if name in lines else own for name, own in zip(read, (left, right), strict=True)]
+            types = [tuple(lines[name].partition("[")[0] for name in names) for names in (read, (left, right))]
+            found.append(tuple(types))
+    return found
+
+
+@pytest.mark.parametrize(
+    "target, multiplied",
+    [
+        pytest.param("h100", None, marks=needs_gpu),
+        pytest.param("tpu v7x", {"f8e4m3fn", "f8e5m2"}, marks=needs_tpu),
+    ],
+)
+def test_all_products_of_fp8_training_read_fp8(target, multiplied):
+    """e4m3 by e4m3, and e5m2 by e4m3 twice: a v7x multiplies them, an H100 converts them to bfloat16 in registers."""
+
+    def loss(x, w):
+        return jnp.sum(ops.dot_general(x, w, MATMUL, spec=recipes.fp8_train()).astype(jnp.float32) ** 2)
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((256, K), (K, N))]
+    text = compilers.compiled_for("test", target, jax.grad(loss, (0, 1)), tuple(shapes)).executable.as_text()
+    products = factors(text)
+    assert sorted(tuple(sorted(read)) for read, _ in products) == [
+        ("f8e4m3fn", "f8e4m3fn"),
+        ("f8e4m3fn", "f8e5m2"),
+        ("f8e4m3fn", "f8e5m2"),
+    ]
+    assert {kind for _, kinds in products for kind in kinds} == (multiplied or {"bf16"})

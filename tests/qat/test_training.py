@@ -1,5 +1,6 @@
 """What goes around learned steps: schedules, ranges that are followed, losses, batch norms, ternary weights."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from transform_cases import unequal
 
 import jaxquant as jq
@@ -250,6 +253,17 @@ def test_binary_weights_are_those_of_xnor_net(granularity):
     np.testing.assert_allclose(run(qparams, X), np.asarray(X, np.float64) @ (np.sign(w) * mean), rtol=1e-5, atol=1e-5)
 
 
+def test_binary_weights_without_their_mean_are_those_of_bitnet():
+    """sign(w - mean) times mean|w|: the mean is subtracted from the float weights, and a code is still one bit."""
+    centred = {"w": PARAMS["w"] - jnp.mean(PARAMS["w"])}
+    plan = jq.make_plan(product, centred, X, rules=[Rule("w", recipes.binary("per_tensor"))])
+    w = np.asarray(PARAMS["w"], np.float64)
+    w -= w.mean()
+    want = np.where(w > 0, 1, -1) * np.abs(w).mean()
+    np.testing.assert_allclose(jq.quantize_params(centred, plan)["w"].dequantize(), want, rtol=1e-5)
+    assert np.any(np.sign(w) != np.sign(PARAMS["w"]))
+
+
 @pytest.mark.parametrize("spec", [recipes.ternary(), recipes.binary()], ids=["ternary", "binary"])
 def test_gradients_pass_all_weights_with_a_mean_for_a_scale(spec):
     """As published: the product's own gradient, for weights beyond the mean, too."""
@@ -323,6 +337,63 @@ def test_layers_of_a_scan_are_rounded_with_a_key():
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert first[0] != other[0]
     assert bool(jnp.all(jnp.isfinite(first[1]["w"])))
+
+
+ALL_THREE = recipes.w8a8g8(rounding="stochastic")
+NOISY = {
+    "forward": OpSpec(UP_OR_DOWN, QuantSpec("int8", rounding="stochastic")),
+    "gradients": ALL_THREE,
+    "both": OpSpec(UP_OR_DOWN, QuantSpec("int8", rounding="stochastic"), ALL_THREE.grad),
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_devices_and_remat_do_not_change_what_a_key_gives(name):
+    """Rows of x and columns of the layers on several devices: one key gives one loss and one gradient.
+
+    Noise is that of the whole array, sums of codes are exact, and the noise of a gradient is that of its own bits.
+    Another key moves the gradients a hundred times farther.
+    """
+    plan = jq.make_plan(stacked, STACK, X, rules=[Rule(".*", NOISY[name])])
+
+    def step(fn, key, p, x):
+        return jax.value_and_grad(lambda p: jnp.sum(jq.quantized(fn, plan, key=key)(p, x) ** 2))(p)
+
+    key, mesh = jax.random.key(5), Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("rows", "columns"))
+    plain, kept = (jax.jit(functools.partial(step, fn)) for fn in (stacked, jax.checkpoint(stacked)))
+    loss, grads = plain(key, STACK, X)
+    w, x = (
+        jax.device_put(v, NamedSharding(mesh, spec))
+        for v, spec in ((STACK["w"], P(None, None, "columns")), (X, P("rows")))
+    )
+    runs = {"again": plain(key, STACK, X), "remat": kept(key, STACK, X), "devices": plain(key, {"w": w}, x)}
+    size = float(jnp.max(jnp.abs(grads["w"])))
+    for where, (other, theirs) in runs.items():
+        np.testing.assert_allclose(other, loss, rtol=1e-5, err_msg=where)
+        np.testing.assert_allclose(theirs["w"], grads["w"], rtol=0, atol=1e-5 * size, err_msg=where)
+    noise = plain(jax.random.key(6), STACK, X)[1]
+    assert float(jnp.max(jnp.abs(noise["w"] - grads["w"]))) > 1e-3 * size
+
+
+def test_a_shard_of_a_shard_map_has_a_key_of_its_own():
+    """Within `jax.shard_map` an array is the shard: with one key all shards have the same noise."""
+    plan = planned(UP_OR_DOWN, QuantSpec("int8", rounding="stochastic"))
+    mesh = Mesh(np.array(jax.devices()[:2]), ("d",))
+    x = jnp.concatenate([X, X])
+
+    def rows(own, x):
+        key = jax.random.key(0)
+        key = jax.random.fold_in(key, lax.axis_index("d")) if own else key
+        return jq.quantized(product, plan, key=key)(PARAMS, x)
+
+    one, each = (
+        np.asarray(
+            jax.jit(jax.shard_map(functools.partial(rows, own), mesh=mesh, in_specs=P("d"), out_specs=P("d")))(x)
+        )
+        for own in (False, True)
+    )
+    np.testing.assert_array_equal(one[:6], one[6:])
+    assert np.any(each[:6] != each[6:])
 
 
 @pytest.mark.parametrize("operand", ["weight", "act"])
