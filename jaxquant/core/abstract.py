@@ -44,7 +44,12 @@ def abstract(
     """
     blocks = scale_shape(shape, block_shape(shape, spec.granularity, axes))
     zero_point = None if spec.symmetric else jax.ShapeDtypeStruct(blocks, spec.type.code_dtype)
-    parts = {"scale": _scale(blocks, spec, axes), "zero_point": zero_point, "qtype": spec.qtype, "dtype": dtype}
+    parts: dict[str, Any] = {
+        "scale": _scale(blocks, spec, axes),
+        "zero_point": zero_point,
+        "qtype": spec.qtype,
+        "dtype": dtype,
+    }
     if not stored:
         return QTensor(jax.ShapeDtypeStruct(shape, spec.type.code_dtype), **parts)
     return _packed(shape, minor_axes(axes, len(shape)) if minor is None else minor, **parts)

@@ -10,22 +10,21 @@ Jacob et al. 2018 (arXiv:1712.05877), equations 1 and 12, with round half to eve
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax import lax
 
-from jaxquant.core.arithmetic import divide, exponent, power_of_two, promoted, times_reciprocal
+from jaxquant.core.arithmetic import divide, exponent, finfo, power_of_two, promoted, times_reciprocal
 from jaxquant.core.blocks import BlockView, block_shape, negative_axes, scale_shape
 from jaxquant.core.codec import codes_of, round_to_grid
 from jaxquant.core.errors import quant_error
-from jaxquant.core.observers import absmax_over, array_absmax
+from jaxquant.core.extremes import absmax_over, array_absmax
+from jaxquant.core.jitted import jitted
 from jaxquant.core.qtensor import QTensor, cast, from_codes, scale_values
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.core.replaceable import Replaceable
@@ -96,8 +95,8 @@ def _not_finite(x: Any) -> jax.Array:
 def _saturated(scale: Any, dtype: Any) -> bool:
     """Whether a concrete scale is the largest of its dtype because the range of the array's dtype exceeds it."""
     scale = scale.scale if isinstance(scale, QTensor) else scale
-    largest = float(ml_dtypes.finfo(scale.dtype).max)
-    if float(ml_dtypes.finfo(dtype).max) < 2 * largest or not _concrete(scale):
+    largest = float(finfo(scale.dtype).max)
+    if float(finfo(dtype).max) < 2 * largest or not _concrete(scale):
         return False
     return bool(np.any(np.asarray(scale, np.float64) >= largest))
 
@@ -112,7 +111,7 @@ def _float_scale(absmax: jax.Array, qmax: float | jax.Array, dtype: Any, empty: 
 
     In float16 that least number is subnormal. A step that coarse is rounded up, so that the codes reach absmax.
     """
-    info = ml_dtypes.finfo(dtype)
+    info = finfo(dtype)
     least = float(info.smallest_subnormal if np.dtype(dtype) == np.float16 else info.tiny)
     scale = jnp.clip(divide(absmax, qmax), least, float(info.max))
     if least < float(info.tiny):
@@ -134,12 +133,12 @@ def _e8m0_scale(absmax: jax.Array, largest_exponent: int) -> jax.Array:
 
 def _e4m3_scale(absmax: jax.Array, qmax: float, top: jax.Array | None) -> QTensor:
     """fp8 block scales and one float32 for the whole array; ``top``, by default the largest absmax, has scale 448."""
-    largest = float(ml_dtypes.finfo(jnp.float8_e4m3fn).max)
-    least = float(ml_dtypes.finfo(jnp.float8_e4m3fn).smallest_subnormal)
+    largest = float(finfo(jnp.float8_e4m3fn).max)
+    least = float(finfo(jnp.float8_e4m3fn).smallest_subnormal)
     top = jnp.max(absmax) if top is None else top
     top = jnp.where(jnp.any(jnp.isnan(absmax)), jnp.nan, top).reshape((1,) * absmax.ndim)  # max may drop NaN
     unit = _float_scale(top, qmax * largest, jnp.float32)
-    unit = jnp.maximum(unit, float(ml_dtypes.finfo(np.float32).tiny) / least)  # so that no product is subnormal
+    unit = jnp.maximum(unit, float(finfo(np.float32).tiny) / least)  # so that no product is subnormal
     local = jnp.clip(divide(divide(absmax, qmax), unit), least, largest)
     local = jnp.where(absmax == 0, 1.0, local).astype(jnp.float8_e4m3fn)
     return QTensor(local, unit, None, qtype="float8_e4m3fn", dtype=jnp.float32)
@@ -172,7 +171,7 @@ def reach(lo: jax.Array, hi: jax.Array, spec: QuantSpec) -> tuple[jax.Array, flo
     if not spec.whole_range:
         return jnp.maximum(jnp.abs(lo), jnp.abs(hi)), info.qmax
     above, below = info.qmax + 0.5, 0.5 - info.qmin
-    least = float(ml_dtypes.finfo(lo.dtype).tiny)  # a product that is less is flushed to 0, which is no range
+    least = float(finfo(lo.dtype).tiny)  # a product that is less is flushed to 0, which is no range
     below_zero = jnp.where(lo >= 0, 0, jnp.maximum(-lo * (above / below), least))
     return jnp.maximum(below_zero, jnp.maximum(hi, 0)), above
 
@@ -237,8 +236,8 @@ def scale_zero_point(lo: Any, hi: Any, spec: QuantSpec) -> tuple[Any, jax.Array 
     if lo.shape != hi.shape:
         todo = "Give one lo and one hi per block"
         raise quant_error("scale_zero_point", "lo and hi must have one shape", todo=todo, lo=lo.shape, hi=hi.shape)
-    lo, hi = (b.astype(promoted(b.dtype, jnp.float32)) for b in (lo, hi))
-    if not isinstance(lo, jax.core.Tracer) and not isinstance(hi, jax.core.Tracer):
+    lo, hi = lo.astype(promoted(lo.dtype, jnp.float32)), hi.astype(promoted(hi.dtype, jnp.float32))
+    if not any(isinstance(end, jax.core.Tracer) for end in (lo, hi)):
         if not (np.all(np.isfinite(lo)) and np.all(np.isfinite(hi))):  # NumPy: a trace in progress stays out of it
             todo = "Remove NaN and inf from the data first"
             raise quant_error("scale_zero_point", "the range must be finite", todo=todo, lo=lo, hi=hi)
@@ -419,8 +418,10 @@ def codes_apart(x: jax.Array, found: Encoded, key: Any, *, spec: QuantSpec, axes
     return codes_of(found.values, spec.type)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "axes"), inline=True)
-def _quantize(x, scale, zero_point, key, *, spec: QuantSpec, axes: tuple[int, ...]) -> QTensor:
+@jitted(static_argnames=("spec", "axes"))
+def _quantize(
+    x: jax.Array, scale: Any, zero_point: Any, key: jax.Array | None, *, spec: QuantSpec, axes: tuple[int, ...]
+) -> QTensor:
     x, minor = lax.stop_gradient(x), minor_axes(axes, x.ndim)
     # Codes are written transposed, or packed along their rows. Packing along another axis is fast as it is.
     apart = bool(minor) != spec.type.packed

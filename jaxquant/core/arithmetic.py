@@ -5,10 +5,11 @@ XLA is free to rewrite float arithmetic, and does: these say what they compute, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 from jax import lax
 
 __all__ = ["divide", "exponent", "power_of_two", "promoted", "times_power_of_two", "times_reciprocal", "two_sum"]
@@ -45,7 +46,12 @@ def power_of_two(exponent: jax.Array) -> jax.Array:
 def times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """``x * 2.0 ** exponent`` in float32 for exponents 0 to 254, at most the largest finite number."""
     half = exponent >> 1
-    return jnp.minimum(x * power_of_two(half) * power_of_two(exponent - half), jnp.finfo(jnp.float32).max)
+    return jnp.minimum(x * power_of_two(half) * power_of_two(exponent - half), float(finfo(jnp.float32).max))
+
+
+def finfo(dtype: Any) -> Any:
+    """The limits of a float dtype, as `ml_dtypes.finfo`, whose numbers have no types of their own."""
+    return cast(Any, ml_dtypes.finfo(dtype))
 
 
 def promoted(a: Any, b: Any) -> Any:

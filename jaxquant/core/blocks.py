@@ -43,7 +43,7 @@ def _group_block(
 ) -> dict[int, int]:
     """Block sizes of the reduced axes when groups run along them in row-major order."""
     if groups_fit(shape, axes, group_size):
-        block, left = {}, group_size
+        block, left = dict[int, int](), group_size
         for axis in reversed(axes):
             block[axis] = min(left, shape[axis])
             left = max(left // shape[axis], 1)
@@ -136,7 +136,7 @@ class BlockView:
     """
 
     def __init__(self, shape: tuple[int, ...], block: tuple[int, ...]):
-        view, scale, axes = [], [], []
+        view, scale, axes = list[int](), list[int](), list[int]()
         for n, b in zip(shape, block, strict=True):
             if b in (1, n):
                 view.append(n)

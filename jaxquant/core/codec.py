@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxquant.core.arithmetic import exponent, power_of_two
+from jaxquant.core.arithmetic import exponent, finfo, power_of_two
 from jaxquant.core.qtypes import QType
 from jaxquant.core.replaceable import Replaceable
 
@@ -187,7 +187,7 @@ def values_of_patterns(codes: jax.Array, *, qtype: QType, dtype: Any) -> jax.Arr
 def decoded(codes: jax.Array, qtype: QType, dtype: Any) -> jax.Array:
     """Float patterns: exponent and mantissa as those of a float32, but for magnitudes that are subnormal."""
     bits, sign = codes.astype(jnp.int32), 1 << (qtype.bits - 1)
-    magnitude, mantissa = bits & (sign - 1), jnp.finfo(jnp.float32).nmant
+    magnitude, mantissa = bits & (sign - 1), int(finfo(jnp.float32).nmant)
     shift, bias = mantissa - qtype.mantissa_bits, 127 - 1 + qtype.min_exponent
     normal = lax.bitcast_convert_type((magnitude << shift) + (bias << mantissa), jnp.float32)
     least = 2.0 ** (qtype.min_exponent - qtype.mantissa_bits)

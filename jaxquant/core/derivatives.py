@@ -6,7 +6,7 @@ Second derivatives go through the body of the function, where rounding has deriv
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax import lax
@@ -18,6 +18,10 @@ __all__ = ["with_derivatives"]
 _p = Primitive("with_derivatives")
 
 
+def _bound(value: Any, of: Any) -> jax.Array:
+    return cast(jax.Array, _p.bind(value, of))
+
+
 def with_derivatives(value: jax.Array, of: jax.Array) -> jax.Array:
     """``value``, with the derivatives of ``of``, of every order and in both modes.
 
@@ -27,20 +31,26 @@ def with_derivatives(value: jax.Array, of: jax.Array) -> jax.Array:
       value: an array; itself it counts as constant.
       of: of the same shape and dtype.
     """
-    return _p.bind(lax.stop_gradient(value), of)
+    return _bound(lax.stop_gradient(value), of)
 
 
 def _jvp(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
-    return _p.bind(*primals), tangents[1]
+    return _bound(*primals), tangents[1]
 
 
 def _batch(args: Any, dims: Any) -> tuple[jax.Array, int]:
     size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
-    return _p.bind(*(batching.bdim_at_front(x, d, size) for x, d in zip(args, dims, strict=True))), 0
+    value, of = (cast(Any, batching.bdim_at_front(x, d, size)) for x, d in zip(args, dims, strict=True))
+    return _bound(value, of), 0
 
 
-_p.def_impl(lambda value, of: value)
-_p.def_abstract_eval(lambda value, of: value)
+def _value(value: Any, of: Any) -> Any:
+    del of
+    return value
+
+
+_p.def_impl(_value)
+_p.def_abstract_eval(_value)
 ad.primitive_jvps[_p] = _jvp
 batching.primitive_batchers[_p] = _batch
-mlir.register_lowering(_p, mlir.lower_fun(lambda value, of: value, multiple_results=False))
+mlir.register_lowering(_p, mlir.lower_fun(_value, multiple_results=False))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator
+from typing import Any, cast
 
 import numpy as np
 
@@ -60,10 +60,11 @@ class Refusals:
     """
 
     def __init__(self, function: str):
-        self.function, self.errors = function, []
+        self.function = function
+        self.errors: list[QuantError] = []
 
     @contextlib.contextmanager
-    def gather(self) -> Iterator[None]:
+    def gather(self) -> Generator[None]:
         """Keeps a `QuantError` that is raised inside."""
         try:
             yield
@@ -102,7 +103,7 @@ def _lines(text: str) -> str:
 
 def _show(value: Any) -> str:
     if isinstance(value, np.dtype | type(None) | bool | int | float | str | tuple):
-        text = repr(value) if not isinstance(value, np.dtype) else value.name
+        text = repr(cast(object, value)) if not isinstance(value, np.dtype) else value.name
     elif hasattr(value, "shape") and hasattr(value, "dtype"):
         text = f"{np.dtype(value.dtype).name}{list(value.shape)}"
     else:

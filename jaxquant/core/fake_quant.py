@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxquant.core.affine import encode, prepare, values_with_scale
 from jaxquant.core.arithmetic import divide, promoted
 from jaxquant.core.blocks import BlockView
 from jaxquant.core.derivatives import with_derivatives
+from jaxquant.core.jitted import jitted
 from jaxquant.core.qtensor import scale_values
 from jaxquant.core.specs import QuantSpec
 
@@ -48,8 +49,16 @@ PACT = Slopes(ends=False, rounding=False, whole=True)
 """As PACT is published."""
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "axes"), inline=True)
-def _forward(x, scale, zero_point, key, *, spec, axes):
+@jitted(static_argnames=("spec", "axes"))
+def _forward(
+    x: jax.Array,
+    scale: jax.Array | None,
+    zero_point: jax.Array | None,
+    key: jax.Array | None,
+    *,
+    spec: QuantSpec,
+    axes: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """(result, scale, zero point). Compiled in eager use too, or a calibrator's sums may differ in the last bit."""
     encoded = encode(x, spec, axes, scale, zero_point, key)
     return values_with_scale(encoded, x.shape, x.dtype), scale_values(encoded.scale), encoded.zero_point
@@ -61,8 +70,8 @@ def never_clips(spec: QuantSpec) -> bool:
     return covers and (spec.type.signed or not spec.symmetric)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _computed(spec, axes, x, key):
+@jitted(static_argnums=(0, 1))
+def _computed(spec: QuantSpec, axes: tuple[int, ...], x: jax.Array, key: jax.Array | None) -> jax.Array:
     """`fake_quant` with a range that is computed of the array, and counts as constant."""
     fixed = lax.stop_gradient(x)
     value, scale, zero_point = _forward(fixed, None, None, key, spec=spec, axes=axes)
@@ -71,7 +80,12 @@ def _computed(spec, axes, x, key):
     view = BlockView.of_scale(x.shape, scale.shape)
     inside = _inside(view, view.split(fixed.astype(promoted(x.dtype, scale.dtype))), spec, scale, zero_point)
     # Keeps the mask alone for the backward pass.
-    return with_derivatives(value, jax.checkpoint(functools.partial(_masked, view), prevent_cse=False)(inside, x))
+    return with_derivatives(value, _again(functools.partial(_masked, view))(inside, x))
+
+
+def _again(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The function, whose intermediate values the backward pass computes again."""
+    return cast(Callable[..., jax.Array], jax.checkpoint(fn, prevent_cse=False))
 
 
 def _masked(view: BlockView, inside: jax.Array, x: jax.Array) -> jax.Array:
@@ -99,16 +113,32 @@ def _inside(
     return (x >= lo) & (x <= hi) if ends else (x > lo) & (x < hi)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _given(spec, axes, slopes, x, scale, zero_point, key):
+@jitted(static_argnums=(0, 1, 2))
+def _given(
+    spec: QuantSpec,
+    axes: tuple[int, ...],
+    slopes: Slopes,
+    x: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    key: jax.Array | None,
+) -> jax.Array:
     fixed = lax.stop_gradient((x, scale, zero_point))
     value, _, _ = _forward(*fixed[:2], slopes.used(fixed[2], spec), key, spec=spec, axes=axes)
     # Computed again in the backward pass, which is handed the arguments.
-    differentiable = jax.checkpoint(functools.partial(_differentiable, spec, axes, slopes), prevent_cse=False)
+    differentiable = _again(functools.partial(_differentiable, spec, axes, slopes))
     return with_derivatives(value, differentiable(x, scale, zero_point, key))
 
 
-def _differentiable(spec, axes, slopes, x, scale, zero_point, key):
+def _differentiable(
+    spec: QuantSpec,
+    axes: tuple[int, ...],
+    slopes: Slopes,
+    x: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    key: jax.Array | None,
+) -> jax.Array:
     """An array with the derivatives of `_given`; rounding has derivative 1 in its argument, and no second one."""
     fixed = lax.stop_gradient((x, scale, zero_point))
     encoded = encode(fixed[0], spec, axes, fixed[1], slopes.used(fixed[2], spec), key)

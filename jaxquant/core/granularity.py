@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 import numpy as np
 
@@ -89,7 +89,7 @@ def group_of(function: str, name: str, size: object) -> int:
     if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
         got: dict[str, Any] = {name: size}
         raise quant_error(function, f"{name} must be a positive integer", todo="Use 32, 64 or 128", **got)
-    return int(size)
+    return int(cast(int, size))
 
 
 def grouped(size: int | None) -> PerChannel | PerGroup:

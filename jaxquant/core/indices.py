@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,6 @@ def clamped(start: Any, size: int, length: int) -> Any:
     end before it binds that primitive; calling it here would count twice.
     """
     if isinstance(start, int | np.integer):
-        return min(max(int(start), 0), length - size)
+        return min(max(int(cast(int, start)), 0), length - size)
     start = widened(start)
     return jnp.clip(start, 0, np.asarray(length - size, start.dtype))

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.core
@@ -123,21 +123,23 @@ def learned_codes(
 
 def check_entry(function: str, path: str, entry: Any, spec: QuantSpec, shape: tuple[int, ...]) -> None:
     """Raises unless an entry holds one learned range for each place of ``shape``; checks concrete values."""
-    names = tuple(sorted(entry)) if isinstance(entry, Mapping) else ()
+    found: dict[str, Any] = dict(cast(Mapping[str, Any], entry)) if isinstance(entry, Mapping) else {}
+    names = tuple(sorted(found))
     todo = "Pass what qat.learned_steps returned for this plan, trained or not"
     if names not in ENTRIES or (("zero_point" in names or "offset" in names) == spec.symmetric):
-        keys = names if names else type(entry).__name__
+        keys = names if names else type(cast(object, entry)).__name__
         rule = "an entry of the state is no learned range of its spec"
         raise quant_error(function, rule, todo=todo, path=path, entry=keys, symmetric=spec.symmetric)
-    for name, value in entry.items():
+    for name, value in found.items():
         if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating) or value.shape != shape:
-            got = {name: value, "expected": shape}
+            got: dict[str, Any] = {name: value, "expected": shape}
             raise quant_error(function, f"{name} must be floats, one for each step", todo=todo, path=path, **got)
         known = not isinstance(value, jax.core.Tracer) and getattr(value, "is_fully_addressable", True)
         if known and isinstance(value, jax.Array | np.ndarray):
-            if not np.all(np.isfinite(value)):
+            numbers = np.asarray(cast(Any, value))
+            if not np.all(np.isfinite(numbers)):
                 raise quant_error(function, f"{name} must be finite", todo="Lower its learning rate", path=path)
-            if name in STEPS and not np.all(np.asarray(value) > 0):
+            if name in STEPS and not np.all(numbers > 0):
                 todo = "Keep it so: state = qat.clamp_steps(state) after each update"
-                least = float(np.min(value))
+                least = float(np.min(numbers))
                 raise quant_error(function, f"{name} must be above 0", todo=todo, path=path, least=least)

@@ -81,7 +81,7 @@ def unpack(packed: jax.Array, bits: int, length: int) -> jax.Array:
     runs = _to_multiple(packed, unit_bytes)
     runs = runs.reshape(*packed.shape[:-1], -1, unit_bytes)
     mask = jnp.uint8((1 << bits) - 1)
-    codes = []
+    codes: list[jax.Array] = []
     for k in range(per_unit):
         byte, shift = divmod(k * bits, 8)
         code = runs[..., byte] >> shift

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -32,7 +32,9 @@ def path_of(keys: Iterable[Any]) -> str:
 
 def leaves_with_paths(tree: Any) -> tuple[dict[str, Any], Any]:
     """Leaves by path, in tree order, and the treedef; QTensors are leaves."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
+    leaves, treedef = cast(
+        tuple[list[tuple[Any, Any]], Any], jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
+    )
     by_path = {path_of(keys): leaf for keys, leaf in leaves}
     if len(by_path) < len(leaves):
         paths = [path_of(keys) for keys, _ in leaves]

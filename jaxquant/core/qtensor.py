@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+import typing
 from typing import Any, Literal
 
 import jax
 import jax.core
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
+from jaxquant.core.arithmetic import finfo
 from jaxquant.core.blocks import BlockView
 from jaxquant.core.codec import from_bits, from_int4, to_bits, to_int4, values_of
 from jaxquant.core.errors import quant_error
@@ -78,7 +79,7 @@ def _viewed(x: Any, old: np.dtype | None, new: np.dtype | None) -> Any:
     if old is None or new is None or getattr(x, "dtype", None) != old:
         return x
     if isinstance(x, np.ndarray):
-        return x.view(new)
+        return typing.cast(Any, x).view(new)
     if isinstance(x, jax.Array):
         return jax.lax.bitcast_convert_type(x, new)
     if isinstance(x, jax.ShapeDtypeStruct):
@@ -184,16 +185,16 @@ class QTensor:
         self.minor, self.length, self.split = tuple(minor), length, split
 
     # -- pytree ----------------------------------------------------------------------------------------------------
-    def tree_flatten_with_keys(self):
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
         children, aux = QTensor.tree_flatten(self)
         return tuple((jax.tree_util.GetAttrKey(n), x) for n, x in zip(LEAVES, children, strict=True)), aux
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         children = (self.kept, self.scale, self.zero_point, self.offset, self.permutation, self.seal)
         return children, (self.qtype, self.dtype, self.minor, self.length, self.split)
 
     @classmethod
-    def tree_unflatten(cls, aux, children):
+    def tree_unflatten(cls, aux: Any, children: Any) -> QTensor:
         qtype, dtype, minor, length, split = aux
         codes, *rest, seal = children
         leaves = dict(zip(LEAVES, (guarded(codes), *rest, guarded(seal)), strict=True))
@@ -343,7 +344,7 @@ class QTensor:
         """
         if self.lies(layout) and minor in (None, self.minor):
             return self
-        rest = {"qtype": self.qtype, "dtype": self.dtype}
+        rest: dict[str, Any] = {"qtype": self.qtype, "dtype": self.dtype}
         if layout == "packed":
             minor = self._shared_axes() if minor is None else tuple(minor)
             return from_codes(self.logical_codes(), self.scale, self.zero_point, self.offset, **rest, minor=minor)
@@ -402,7 +403,9 @@ class QTensor:
         if self.permutation is None:
             return self
         axis, n = self.stored_order[-1], self.shape[self.stored_order[-1]]
-        move = lambda x: _unpermute(x, self.permutation, axis)  # noqa: E731
+
+        def move(x: jax.Array) -> jax.Array:
+            return _unpermute(x, self.permutation, axis)
 
         def spread(value: Any) -> Any:
             if value is None or value.shape[axis] == 1:
@@ -413,7 +416,7 @@ class QTensor:
             return value if value is None or value.shape[axis] == 1 else spread(flat(value))
 
         scale, offset = whole(self.scale), whole(self.offset)
-        rest = {"qtype": self.qtype, "dtype": self.dtype, "minor": self.minor}
+        rest: dict[str, Any] = {"qtype": self.qtype, "dtype": self.dtype, "minor": self.minor}
         codes = move(self.logical_codes())
         return from_codes(codes, scale, spread(self.zero_point), offset, **rest)
 
@@ -541,8 +544,8 @@ def cast(x: jax.Array, dtype: Any) -> jax.Array:
 
     A code may stand for up to half a step more than the largest element, which no dtype can always hold.
     """
-    info = ml_dtypes.finfo(dtype)
-    if info.maxexp <= ml_dtypes.finfo(x.dtype).maxexp:
+    info = finfo(dtype)
+    if info.maxexp <= finfo(x.dtype).maxexp:
         x = jnp.clip(x, float(info.min), float(info.max))
     return x.astype(dtype)
 
@@ -609,6 +612,6 @@ _dequantize: Any = jax.jit(_dequantized, static_argnums=1, inline=True)
 
 def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
     """``x`` with the precision of a narrower float dtype; XLA would leave the two casts out."""
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits >= jnp.finfo(x.dtype).bits:
+    if not jnp.issubdtype(dtype, jnp.floating) or finfo(dtype).bits >= finfo(x.dtype).bits:
         return x
     return jax.lax.optimization_barrier(x.astype(dtype)).astype(x.dtype)

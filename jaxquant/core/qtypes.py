@@ -16,7 +16,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, cast
 
 import ml_dtypes
 import numpy as np
@@ -63,7 +64,7 @@ def _dynamic_map(decades: int, *, signed: bool) -> tuple[float, ...]:
     values = [np.float32(0), np.float32(1)]
     for i in range(decades):
         n, low, high = 2**i if signed else 2 ** (i + 1), np.float32(0.1), np.float32(1)
-        step, at = np.float64((high - low) / np.float32(n)), np.arange(n + 1)
+        step, at = np.float64((high - low) / np.float32(n)), np.asarray(range(n + 1))
         edges = np.where(at < (n + 1) // 2, low + step * at, high - step * (n - at)).astype(np.float32)
         middles = np.float32(10.0 ** (i + 1 - decades)) * ((edges[:-1] + edges[1:]) / np.float32(2))
         values += [*middles, *-middles] if signed else [*middles]
@@ -134,7 +135,7 @@ def _int(bits: int, signed: bool) -> QType:
 
 
 def _float(name: str, element: str, **block: Any) -> QType:
-    info = ml_dtypes.finfo(element)
+    info = cast(Any, ml_dtypes.finfo(element))
     return QType(
         name,
         "float",
@@ -231,7 +232,7 @@ class DtypeTable:
         text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         return "\n".join(line.rstrip() for line in [text[0], "  ".join("-" * w for w in widths), *text[1:]])
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, str]]:
         return (dict(zip(self.columns, row, strict=True)) for row in self.rows)
 
     def __len__(self) -> int:
@@ -265,13 +266,13 @@ def dtype_table() -> DtypeTable:
     Source: the formats' own definitions, read from ``ml_dtypes.finfo``; OCP Microscaling Formats v1.0 (2023) for mx.
     """
     columns = ("dtype", "bits", "sign", "exponent", "mantissa", "min", "max", "smallest normal", "resolution", "scale")
-    rows = []
+    rows: list[tuple[str, ...]] = []
 
     def show(value: float) -> str:
         return f"{value:.6g}"
 
     def float_row(name: str, element: Any, scale: str) -> tuple[str, ...]:
-        info = ml_dtypes.finfo(element)
+        info = cast(Any, ml_dtypes.finfo(element))
         return (
             name,
             str(info.bits),

@@ -69,10 +69,10 @@ def checked_keys(cls: type[Value], data: object) -> dict[str, Any]:
     names = list(inspect.signature(cls).parameters)
     if not isinstance(data, dict):
         got: dict[str, Any] = {"data": data}
-    elif not set(data) <= set(names):
+    elif not set(data := cast(dict[str, Any], data)) <= set(names):
         got = {"fields": tuple(sorted(map(str, data)))}
     else:
-        return cast(dict[str, Any], data)
+        return data
     raise quant_error(cls.__name__, "unknown fields", todo=f"Use a dict with only {', '.join(names)}", **got)
 
 
@@ -252,7 +252,7 @@ class QuantSpec(Value):
 
 def _calibrator(data: dict[str, Any]) -> observers.Observer:
     """The observer of ``{name: arguments}``."""
-    name, arguments = next(iter(data.items())) if len(data) == 1 else ("", {})
+    name, arguments = next(iter(data.items())) if len(data) == 1 else ("", dict[str, Any]())
     try:
         return _CALIBRATORS[name](**arguments)
     except (KeyError, TypeError):
@@ -434,8 +434,8 @@ class OpSpec(Value):
     def from_dict(cls, data: dict[str, Any]) -> OpSpec:
         """Inverse of `to_dict`."""
         data = dict(checked_keys(cls, data))
-        outliers, act = data.pop("outliers", None), data.get("act")
-        if isinstance(act, dict) and "outliers" in act:
-            data["act"] = {name: value for name, value in cast(dict[str, Any], act).items() if name != "outliers"}
-            outliers = act["outliers"]
+        outliers = data.pop("outliers", None)
+        if isinstance(data.get("act"), dict) and "outliers" in data["act"]:
+            data["act"] = dict(data["act"])
+            outliers = data["act"].pop("outliers")
         return cls(**{name: QuantSpec.from_dict(spec) for name, spec in data.items()}, outliers=outliers)

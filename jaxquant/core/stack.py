@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax import lax
@@ -43,4 +43,4 @@ class Layer:
 
     def array(self) -> jax.Array:
         """The layer, cut out."""
-        return lax.dynamic_index_in_dim(self.stack, self.index, keepdims=False)
+        return cast(jax.Array, lax.dynamic_index_in_dim(self.stack, self.index, keepdims=False))

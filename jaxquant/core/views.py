@@ -169,7 +169,7 @@ def _consecutive(shape: list[int], blocks: list[int]) -> bool:
 
 def _blocks_of(total: int, count: int, sizes: list[int]) -> list[int] | None:
     """Blocks along each new axis if ``count`` equal runs of ``total`` elements end on the axes' boundaries."""
-    left, out = total // count, []
+    left, out = total // count, list[int]()
     for n in reversed(sizes):
         if left >= n:
             if left % n:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxquant.core.observers import Axes, Extreme, extremes
+from jaxquant.core.extremes import Axes, Extreme, extremes
 from jaxquant.core.sizes import number
 from jaxquant.ops.kernels.cpu.layout import LARGE
 
