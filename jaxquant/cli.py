@@ -249,6 +249,11 @@ def quantize(
         }
         with _progress(counted=calibrate is not None or format in ("gguf", "jaxquant")) as progress:
             plan = quantize_files.quantize(source, destination, chosen, **arguments, progress=progress)
+    _show_quantized(plan, dry_run=dry_run, as_json=as_json)
+
+
+def _show_quantized(plan: Any, *, dry_run: bool, as_json: bool) -> None:
+    """Prints the plan that `quantize_files.quantize` returned."""
     sizes = {"before": plan.before, "after": plan.after}
     if as_json:
         weights = {name: {"qtype": q.qtype, "shape": q.shape, "bytes": q.nbytes} for name, q in plan.weights.items()}

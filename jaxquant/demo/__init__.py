@@ -86,6 +86,11 @@ def run(output: Path, *, seed: int, epochs: int, qat_epochs: int, console: Any) 
         "batch": recipe.batch,
         "test_images": len(data.test_images),
     }
+    return _written(rows, settings, output)
+
+
+def _written(rows: list[Row], settings: dict[str, Any], output: Path) -> Result:
+    """The result, with its plot and its JSON file in the directory."""
     picture, file = output / "accuracy-bytes.png", output / "results.json"
     plot(rows, picture)
     result = Result(rows, settings, str(picture), str(file))

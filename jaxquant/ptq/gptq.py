@@ -200,9 +200,7 @@ def solve(
         found = find_steps(weights[None], local, spec)
     unit = padded if found is not None else max(group, block)  # elements whose steps are computed together
     table = jnp.pad(table if found is not None else table % (unit // group), spare)
-    factor = lower_factor(h, options.damping)
-    if padded > length:
-        factor = jnp.pad(factor, (spare, spare)) + jnp.diag((jnp.arange(padded) >= length).astype(factor.dtype))
+    factor = _padded(lower_factor(h, options.damping), padded)
     weights = jnp.pad(weights, (spare, (0, 0)))
     if local is not None:
         local = jnp.pad(local, ((0, -(-padded // group) - local.shape[0]), (0, 0), (0, 0)))
@@ -224,14 +222,7 @@ def solve(
             now = lax.cond(start % unit == 0, lambda: steps_of(state, start), lambda: now)
         own, known, which = (lax.dynamic_slice_in_dim(a, start, block) for a in (weights, state, table))
         square = lax.dynamic_slice(factor, (start, start), (block, block))
-
-        def element(errors: jax.Array, each: Any) -> Any:
-            i, row, g = each
-            step = now[g]
-            value = step.round(own[i] + (known[i] + row @ errors) / row[i], spec)
-            return errors.at[i].set(own[i] - step.real(value)), value
-
-        errors, values = lax.scan(element, jnp.zeros_like(own), (jnp.arange(block), square, which))
+        errors, values = _rounded(own, known, square, which, now, spec)
         state = lax.dynamic_update_slice_in_dim(state, errors, start, 0)
         return (push(state, factor, start // block + 1, block), now), (values, now if found is None else None)
 
@@ -240,14 +231,42 @@ def solve(
     _, (values, own_steps) = lax.scan(in_block, (jnp.zeros_like(weights), first), jnp.arange(0, padded, block))
     values, scattered = values.reshape(padded, rows)[:length], found is None and options.order == "descending"
     if not scattered:
-        values = jnp.zeros_like(x).at[visit].set(values)
+        values = _placed(values, visit)
     if found is None:
         own_steps = jax.tree.map(lambda s: s[:: unit // block].reshape(-1, rows)[: length // group], own_steps)
-        found = jax.tree.map(lambda s: jnp.zeros_like(s).at[groups].set(s), own_steps)
+        found = jax.tree.map(lambda s: _placed(s, groups), own_steps)
     # NaN in H makes every code meaningless, so it is put into the scales, where the caller of a jitted call sees it.
     broken = jnp.isnan(factor[0, 0])
     found = Steps(jnp.where(broken, jnp.nan, found.scale), found.zero)
     return values, found, visit if scattered else None
+
+
+def _rounded(
+    own: jax.Array, known: jax.Array, square: jax.Array, which: jax.Array, steps: Steps, spec: QuantSpec
+) -> tuple[jax.Array, jax.Array]:
+    """``(errors, values)`` of a block, element by element, each with the errors before it compensated."""
+
+    def element(errors: jax.Array, each: Any) -> Any:
+        i, row, g = each
+        step = steps[g]
+        value = step.round(own[i] + (known[i] + row @ errors) / row[i], spec)
+        return errors.at[i].set(own[i] - step.real(value)), value
+
+    return lax.scan(element, jnp.zeros_like(own), (jnp.arange(own.shape[0]), square, which))
+
+
+def _padded(factor: jax.Array, length: int) -> jax.Array:
+    """A triangular factor with the identity beyond its end."""
+    own = factor.shape[0]
+    if own == length:
+        return factor
+    spare = (0, length - own)
+    return jnp.pad(factor, (spare, spare)) + jnp.diag((jnp.arange(length) >= own).astype(factor.dtype))
+
+
+def _placed(rows: jax.Array, order: jax.Array) -> jax.Array:
+    """Rows that were visited in ``order``, each in its own place."""
+    return jnp.zeros_like(rows).at[order].set(rows)
 
 
 def push(state: jax.Array, factor: jax.Array, done: jax.Array, block: int) -> jax.Array:

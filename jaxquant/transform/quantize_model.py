@@ -157,13 +157,12 @@ def quantize_model(
     if begun is not None:
         moves, looks = (moves if static else []), False  # static ranges are those of the scaled activations
     for name in moves:
-        assert seen is not None
         move, collect = _MOVES[name]
         pairs = scale_pairs(fn, plan, params, *args, **kwargs)
         if not pairs:
             todo = "Use another method, or scale the inputs: jq.invariances.precondition"
             raise quant_error(_F, f"{name} finds no scales that could move in this function", todo=todo, method=name)
-        params = move(params, plan, pairs, calibrate(run, plan, params, seen, collect=collect))
+        params = move(params, plan, pairs, calibrate(run, plan, params, seen or (), collect=collect))
     stats = None
     if seen is not None and (looks is not False or static):
         wanted: dict[str, Statistic] = {} if looks is False else {"gram": Gram()}
@@ -174,23 +173,20 @@ def quantize_model(
     else:
         made = begun
     if distillation is not None:
-        assert seen is not None
-        for done in distill(
-            run,
-            plan,
-            teacher,
-            made,
-            seen * distillation.epochs,
-            distillation.tx,
-            loss=distillation.loss,
-            floats=distillation.floats,
-            state=state,
-            resume=resume,
-        ):
-            made = done.params
-            if distillation.progress is not None:
-                distillation.progress(done)
+        made = _distilled(distillation, run, plan, teacher, made, seen or [], state)
     return QuantizedModel(quantized(fn, plan, state), made, plan, state, _report(plan, made))
+
+
+def _distilled(
+    how: Distillation, fn: Callable[..., Any], plan: Plan, teacher: Any, made: Any, batches: list[Any], state: Any
+) -> Any:
+    """The quantized parameters after all steps of a distillation."""
+    options: dict[str, Any] = {"loss": how.loss, "floats": how.floats, "state": state, "resume": how.resume}
+    for done in distill(fn, plan, teacher, made, batches * how.epochs, how.tx, **options):
+        made = done.params
+        if how.progress is not None:
+            how.progress(done)
+    return made
 
 
 _MOVES: dict[str, tuple[Callable[..., Any], dict[str, Statistic]]] = {
