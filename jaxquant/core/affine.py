@@ -74,7 +74,7 @@ def has_nan(x: Any) -> bool:
         return bool(_any_nan(x))
 
 
-@jax.jit
+@jitted()
 def _any_nan(x: Any) -> jax.Array:
     return jnp.any(jnp.isnan(x))
 
@@ -87,7 +87,7 @@ def not_finite(x: Any) -> int:
         return int(_not_finite(x))
 
 
-@jax.jit
+@jitted()
 def _not_finite(x: Any) -> jax.Array:
     return jnp.sum(~jnp.isfinite(x))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import jax
 import jax.core
@@ -50,11 +50,11 @@ def by_platform(ways: Ways, *operands: Any) -> Any:
 
     Gradient: none; a float value that is differentiated raises.
     """
-    arrays, tree = jax.tree.flatten(operands)
+    arrays, tree = cast(tuple[list[Any], Any], jax.tree.flatten(operands))
     flat = _Flat(ways, tree)
     shapes, like = jax.make_jaxpr(functools.partial(flat.whole, "other"), return_shape=True)(*arrays)
-    found = _p.bind(*arrays, ways=flat, results=tuple(shapes.out_avals), needs_devices=_needs_devices())
-    return jax.tree.unflatten(jax.tree.structure(like), found)
+    found = _bound(*arrays, ways=flat, results=tuple(shapes.out_avals), needs_devices=_needs_devices())
+    return jax.tree.unflatten(cast(Any, jax.tree.structure(like)), found)
 
 
 @functools.cache
@@ -66,8 +66,14 @@ def _needs_devices() -> Any:
     """
     from jax.experimental.custom_partitioning import custom_partitioning
 
-    identity = custom_partitioning(lambda x: x)
-    identity.def_partition(lambda *_: None, lambda *_: None, sharding_rule="i -> i")
+    def itself(x: Any) -> Any:
+        return x
+
+    def unused(*_: Any) -> None:
+        return None
+
+    identity: Any = custom_partitioning(itself)
+    identity.def_partition(unused, unused, sharding_rule="i -> i")
     return jax.make_jaxpr(identity)(jax.ShapeDtypeStruct((1,), jnp.float32))
 
 
@@ -115,26 +121,31 @@ class _Batched:
     def stands_for(self, *arrays: Any) -> tuple[Primitive, dict[str, Any]] | None:
         """That of one example."""
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
-        one = jax.eval_shape(
-            lambda *x: [v if axis is None else v.take(0, axis) for v, axis in zip(x, self.axes, strict=True)], *shapes
-        )
-        return self.inner.stands_for(*one)
+
+        def first(*x: Any) -> list[Any]:
+            return [v if axis is None else v.take(0, axis) for v, axis in zip(x, self.axes, strict=True)]
+
+        return self.inner.stands_for(*jax.eval_shape(first, *shapes))
 
 
 _p = Primitive("by_platform")
 _p.multiple_results = True
 
 
+def _bound(*arrays: Any, **params: Any) -> list[Any]:
+    return cast(list[Any], _p.bind(*arrays, **params))
+
+
 @functools.partial(jax.jit, static_argnames=("ways", "results"))
 def _compiled(*arrays: Any, ways: Ways, results: Any) -> list[Any]:
-    return _p.bind(*arrays, ways=ways, results=results, needs_devices=_needs_devices())
+    return _bound(*arrays, ways=ways, results=results, needs_devices=_needs_devices())
 
 
 @_p.def_impl
 def _run(*arrays: Any, ways: Ways, results: Any, needs_devices: Any) -> list[Any]:
     del needs_devices
     with jax.disable_jit(False):
-        return _compiled(*arrays, ways=ways, results=results)
+        return cast(list[Any], _compiled(*arrays, ways=ways, results=results))
 
 
 @_p.def_abstract_eval
@@ -147,14 +158,14 @@ def _jvp(primals: Any, tangents: Any, *, results: Any, **params: Any) -> tuple[l
     del tangents
     if any(jnp.issubdtype(result.dtype, jnp.inexact) for result in results):
         raise NotImplementedError("by_platform: floats have no derivative here; use jax.lax.stop_gradient on operands")
-    out = _p.bind(*primals, results=results, **params)
-    return out, [ad.Zero.from_primal_value(x) for x in out]
+    out = _bound(*primals, results=results, **params)
+    return out, [cast(Any, ad.Zero).from_primal_value(x) for x in out]
 
 
 def _batch(arrays: Any, axes: Any, *, ways: Ways, results: Any, needs_devices: Any) -> tuple[list[Any], list[int]]:
     size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
     batched = tuple(unmapped(size, 0, result) for result in results)
-    out = _p.bind(*arrays, ways=_Batched(ways, tuple(axes)), results=batched, needs_devices=needs_devices)
+    out = _bound(*arrays, ways=_Batched(ways, tuple(axes)), results=batched, needs_devices=needs_devices)
     return out, [0] * len(results)
 
 
@@ -183,7 +194,7 @@ def _lowering(platform: Platform) -> Any:
         del results, needs_devices
         return ways.on(platform, *arrays)
 
-    return mlir.lower_fun(on, multiple_results=True)
+    return cast(Any, mlir.lower_fun(on, multiple_results=True))
 
 
 unmapped: Callable[..., Any] = getattr(jax.extend.core, "unmapped_aval", None) or getattr(jax.core, "unmapped_aval")  # noqa: B009

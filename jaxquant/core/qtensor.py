@@ -209,7 +209,8 @@ class QTensor:
     def codes(self) -> Any:
         """The codes in their own dtype. Codes of fp8 are stored as uint8 patterns, or in fp8 beside a seal."""
         if self.seal is not None:  # floats, but codes have no gradient
-            return jax.lax.stop_gradient(self.stored) if isinstance(self.stored, jax.core.Tracer) else self.stored
+            traced = isinstance(stored := self.stored, jax.core.Tracer)
+            return jax.lax.stop_gradient(typing.cast(Any, stored)) if traced else stored
         return _viewed(self.stored, np.dtype(np.uint8), _own_dtype(self.qtype))
 
     # -- attributes of an array ----------------------------------------------------------------------------------------
