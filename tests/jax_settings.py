@@ -8,4 +8,14 @@ promotes = pytest.mark.skipif(
     jax.config.jax_numpy_dtype_promotion == "strict",
     reason="mixes dtypes on purpose, which jax_numpy_dtype_promotion='strict' refuses before jaxquant can",
 )
+optax_promotes = pytest.mark.skipif(
+    jax.config.jax_numpy_dtype_promotion == "strict",
+    reason="Optax multiplies floats by counts of int32, which jax_numpy_dtype_promotion='strict' refuses",
+)
+flax_promotes = pytest.mark.skipif(
+    jax.config.jax_numpy_dtype_promotion == "strict",
+    reason="Flax promotes the dtypes of a layer, which jax_numpy_dtype_promotion='strict' refuses",
+)
+donates = pytest.mark.skipif(jax.config.jax_debug_nans, reason="jax_debug_nans keeps arguments that are donated")
+draws = pytest.mark.skipif(jax.config.jax_enable_x64, reason="chance decides, and draws are others in 64 bits")
 needs_jit = pytest.mark.skipif(jax.config.jax_disable_jit, reason="tells compiled from eager: jax_disable_jit is set")

@@ -78,7 +78,7 @@ def _computed(spec: QuantSpec, axes: tuple[int, ...], x: jax.Array, key: jax.Arr
     if never_clips(spec):
         return with_derivatives(value, x)
     view = BlockView.of_scale(x.shape, scale.shape)
-    inside = _inside(view, view.split(fixed.astype(promoted(x.dtype, scale.dtype))), spec, scale, zero_point)
+    inside = _inside(view, view.split(fixed), spec, scale, zero_point)
     # Keeps the mask alone for the backward pass.
     return with_derivatives(value, _again(functools.partial(_masked, view))(inside, x))
 
@@ -108,8 +108,9 @@ def _inside(
     *,
     ends: bool = True,
 ) -> Any:
-    """Where the elements of a viewed array lie in the range of their block."""
-    lo, hi = (view.split_scale(b) for b in _bounds(spec, scale, zero_point))
+    """Where the elements of a viewed array lie in the range of their block, which no narrow dtype rounds."""
+    wide = promoted(promoted(x.dtype, scale.dtype), jnp.float32)
+    x, (lo, hi) = x.astype(wide), map(view.split_scale, _bounds(spec, scale.astype(wide), zero_point))
     return (x >= lo) & (x <= hi) if ends else (x > lo) & (x < hi)
 
 

@@ -88,7 +88,9 @@ def take(
     if mode in (None, "fill"):
         inside = inside.reshape([-1 if i == along else 1 for i in range(a.ndim)])
         # jax_debug_nans would report an array of NaN as a fault, so the NaN is a constant.
-        out = jnp.where(inside, out, np.nan if fill_value is None else jnp.asarray(fill_value, out.dtype))
+        fill = np.nan if fill_value is None else fill_value
+        fill = fill.astype(out.dtype) if isinstance(fill, jax.Array) else np.asarray(fill, out.dtype)
+        out = jnp.where(inside, out, fill)
     return out.reshape(shape)
 
 

@@ -5,6 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from jax_settings import flax_promotes
 from linen_cases import unequal
 
 import jaxquant as jq
@@ -35,6 +36,7 @@ class Nested(nn.Module):
         return nn.Sequential([nn.Dense(32), Dense(6, spec=recipes.w4a16(group_size=5))])(x)
 
 
+MIXED = "integers where a spec wants floats"
 CALLS = {
     "a spec that is a QuantSpec": (
         lambda: Dense(6, spec=INT8),
@@ -148,14 +150,14 @@ CALLS = {
         run(Dense(6, spec=recipes.w8a8(static=True)), kernel=q(), bias=B),
         r"QuantDense at params/kernel: the static range of the activation is not known.*mutable=\['quant'\]",
     ),
-    "integers where a spec wants floats": (
+    MIXED: (
         run(Dense(6, spec=recipes.w8a8()), kernel=W.astype(jnp.int32), bias=B),
         "dot_general at params/kernel: the weight .*must be a float array",
     ),
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=flax_promotes if name == MIXED else ()) for name in CALLS])
 def test_bad_calls(name):
     call, message = CALLS[name]
     with pytest.raises(jq.QuantError, match=message) as caught:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import serialization
+from jax_settings import flax_promotes
 from linen_cases import CASES, SPECS, assert_close, unequal
 
 import jaxquant as jq
@@ -98,6 +99,7 @@ def test_bfloat16_compute_quantizes_the_stored_weight(name):
         assert bool(jnp.all(jnp.isfinite(leaf)))
 
 
+@flax_promotes
 def test_bfloat16_params():
     spec = recipes.w4a16(group_size=32)
     layer = jq.linen.QuantDense(6, spec=spec, param_dtype=jnp.bfloat16)

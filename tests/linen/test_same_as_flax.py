@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_settings import flax_promotes
 from linen_cases import CASES, assert_close, assert_same, init, unequal
 
 import jaxquant as jq
@@ -28,7 +29,9 @@ def test_variables_and_outputs_are_those_of_flax(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("fields", [{"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"dtype": jnp.bfloat16}, pytest.param({"param_dtype": jnp.bfloat16}, marks=flax_promotes)], ids=str
+)
 def test_dtypes_are_those_of_flax(name, fields):
     case = CASES[name]
     x = case.inputs()

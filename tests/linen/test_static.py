@@ -29,7 +29,7 @@ def test_init_creates_the_collection_and_observes_nothing():
     layer = jq.linen.QuantDense(4, use_bias=False, spec=static())
     y, variables = layer.init_with_output(jax.random.key(0), X)
     empty = {"lo": jnp.float32(1), "hi": jnp.float32(-1)}
-    assert_same(variables["quant"], {"act": {**empty, "seen": {"absmax": jnp.zeros(1)}}})
+    assert_same(variables["quant"], {"act": {**empty, "seen": {"absmax": jnp.zeros(1, jnp.float32)}}})
     assert_close(y, layer.apply({"params": variables["params"]}, X, mutable=["quant"])[0], 1e-6)
     # Without a static spec there is no such collection.
     assert jq.linen.QuantDense(4, spec=recipes.w8a8()).init(jax.random.key(0), X).keys() == {"params"}

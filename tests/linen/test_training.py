@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from jax_settings import optax_promotes
 from linen_cases import assert_close, assert_same
 
 import jaxquant as jq
@@ -77,11 +78,13 @@ def trained():
     return train(Classifier(SPEC), 30)
 
 
+@optax_promotes
 def test_the_loss_falls_in_one_trace(trained):
     _, _, losses = trained
     assert losses[-1] < 0.3 * losses[0]
 
 
+@optax_promotes
 def test_params_and_optimizer_state_keep_the_structure_of_the_float_model(trained):
     params, state, _ = trained
     images, _ = data()
@@ -93,6 +96,7 @@ def test_params_and_optimizer_state_keep_the_structure_of_the_float_model(traine
         assert jax.tree.map(lambda a: (a.shape, a.dtype), got) == jax.tree.map(lambda a: (a.shape, a.dtype), want)
 
 
+@optax_promotes
 def test_trained_params_freeze_without_a_change_of_logits(trained):
     params, _, _ = trained
     images, labels = data(seed=1)
@@ -104,6 +108,7 @@ def test_trained_params_freeze_without_a_change_of_logits(trained):
     assert float(jnp.mean(jnp.argmax(got, -1) == labels)) > 0.9
 
 
+@optax_promotes
 def test_checkpoints_are_those_of_the_float_model(trained, tmp_path):
     params, state, _ = trained
     images, _ = data()
@@ -122,6 +127,7 @@ def test_checkpoints_are_those_of_the_float_model(trained, tmp_path):
     assert Classifier(quantized=False).apply({"params": restored["params"]}, images[:1]).shape == (1, CLASSES)
 
 
+@optax_promotes
 def test_static_ranges_are_observed_while_training():
     """The collection is carried as batch statistics are; gradients flow past it."""
     spec = jq.OpSpec(
@@ -157,6 +163,7 @@ def test_static_ranges_are_observed_while_training():
     assert_close(logits, model.apply({"params": params, "quant": quant}, images))
 
 
+@optax_promotes
 def test_training_around_a_frozen_layer():
     """A frozen kernel and a trained bias: the optimizer sees only the bias."""
     (images, labels), spec = data(), recipes.w8a16()

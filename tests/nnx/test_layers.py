@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax_settings import makes_nan
 from nnx_cases import LAYERS, SPECS, assign, calibrated, close, dequantize_params, inits, pure, value, wavy
 
 import jaxquant as jq
@@ -349,6 +350,7 @@ def test_conv_kernels_are_stored_as_convolutions_read_them():
 
 
 @pytest.mark.parametrize("spec", ["w8a16", "nvfp4", *rarely("w4a16 grouped", "int2")])
+@makes_nan
 def test_lookup(spec):
     case = LAYERS["embed"]
     layer = case.ours(spec=SPECS[spec])
@@ -427,6 +429,7 @@ def test_static_table():
     assert layer(jnp.array([1])).shape == (1, 32)  # a lookup has no activation
 
 
+@makes_nan
 def test_a_range_that_was_never_observed_shows_under_jit():
     layer = LAYERS["linear"].ours(spec=recipes.w8a8(static=True))
     assert bool(jnp.isnan(nnx.jit(lambda m, x: m(x))(layer, LAYERS["linear"].x())).all())

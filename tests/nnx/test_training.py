@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax_settings import optax_promotes
 from nnx_cases import MLP, SPECS, calibrated, close, pure, value, wavy
 
 import jaxquant as jq
@@ -39,6 +40,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "spec", ["w8a8", "int2", *(pytest.param(s, marks=SLOW) for s in ("w4a16 grouped", "w8a8 static"))]
 )
+@optax_promotes
 def test_quantization_aware_training(spec):
     model = calibrated(MLP(nnx.Rngs(0), SPECS[spec]), X)
     tx = optax.adamw(optax.schedules.cosine_decay_schedule(3e-2, 100))
@@ -60,6 +62,7 @@ def test_optimizer_state_is_the_float_model_s():
     assert [x.shape for x in jax.tree.leaves(a)] == [x.shape for x in jax.tree.leaves(b)]
 
 
+@optax_promotes
 def test_a_range_that_moves_during_training():
     act = jq.QuantSpec("int8", granularity="per_tensor", static=True, calibration=jq.observers.EMA(0.9))
     model = MLP(nnx.Rngs(0), jq.OpSpec(jq.QuantSpec("int8"), act))
@@ -80,6 +83,7 @@ def frozen():
     return jq.nnx.quantize(MLP(nnx.Rngs(0), recipes.w4a8(group_size=16)))
 
 
+@optax_promotes
 def test_what_is_float_trains_and_codes_stay(frozen):
     before = pure(frozen)
     optimizer = nnx.Optimizer(frozen, qat.refuse_quantized(optax.adamw(3e-2)), wrt=jq.nnx.trainable)

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax_settings import draws, makes_nan, optax_promotes
 from nnx_cases import MLP, SPECS, Block, assign, calibrated, close, pure, run_stack, stack, value, wavy
 
 import jaxquant as jq
@@ -234,6 +235,8 @@ def test_wrap_runs_and_quantizes_a_model_of_flax_layers():
     same_values(pure(model), before)
 
 
+@draws
+@optax_promotes
 def test_a_wrapped_model_trains_and_keeps_its_state():
     class Net(nnx.Module):
         def __init__(self, rngs):
@@ -383,6 +386,7 @@ def test_bad_calls(name):
         fn()
 
 
+@makes_nan
 def test_nan_in_a_weight_names_it_and_changes_nothing():
     model = MLP(nnx.Rngs(0), recipes.w8a16())
     assign(model.second.kernel, value(model.second.kernel).at[3, 1].set(jnp.nan))

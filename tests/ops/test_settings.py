@@ -43,6 +43,18 @@ def test_strict_promotion_of_one_array(calibration):
             assert jax.eval_shape(jax.grad(lambda x: jq.fake_quant(x, spec, reduce_axes=-1).sum()), x).dtype == dtype
 
 
+@pytest.mark.parametrize("scale_dtype", [jnp.bfloat16, jnp.float16])
+def test_scales_in_a_narrow_dtype(scale_dtype):
+    """The gradient ends at the last code, and not at a product that the narrow dtype has rounded."""
+    spec = QuantSpec("uint8", symmetric=False, scale_dtype=scale_dtype)
+    scale = jnp.array([[1 + 3 * 2.0**-7]], scale_dtype)  # 255 times this has more bits than the dtype
+    end = np.float32(255) * np.float32(scale[0, 0])
+    x, given = jnp.array([[end * 0.9999, end * 1.0001]], jnp.float32), {"zero_point": jnp.zeros((1, 1), jnp.uint8)}
+    with jax.numpy_dtype_promotion("strict"):
+        slope = jax.grad(lambda x: jq.fake_quant(x, spec, reduce_axes=-1, scale=scale, **given).sum())(x)
+    np.testing.assert_array_equal(slope, [[1, 0]])
+
+
 @pytest.mark.parametrize("zero", [False, True])
 def test_no_nan_on_the_way(zero):
     """Outside of jit, with quantized gradients, a row of zeros among them."""
@@ -61,6 +73,9 @@ def test_no_nan_of_its_own():
         for rows in (table, jq.quantize(table, INT8, reduce_axes=-1)):
             found = ops.take(rows, jnp.array([4, 1]), 0, spec=OpSpec(INT8))
             np.testing.assert_allclose(found, table[jnp.array([4, 1])], atol=float(jnp.abs(table).max()) / 250)
+        lookup = lambda p, i: jnp.take(p, i, axis=0)  # noqa: E731
+        plan = jq.make_plan(lookup, table, jnp.array([4, 1]), rules=[jq.Rule("", recipes.w8a16())])
+        assert jnp.isfinite(jq.quantized(lookup, plan)(jq.quantize_params(table, plan), jnp.array([4, 1]))).all()
         variables = jax.jit(layer.init)(jax.random.key(0), x)
         assert np.all(np.isfinite(layer.apply(variables, x, mutable=["quant"])[0]))
         dense = jq.nnx.QuantLinear(8, 2, spec=recipes.w8a8(static=True), rngs=nnx.Rngs(0))

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax_settings import donates, makes_nan, optax_promotes
 from ptq_cases import golden
 
 import jaxquant as jq
@@ -207,6 +208,7 @@ def test_states_are_a_quarter_and_less():
     assert size(optim.adam4bit(1e-3)) < 0.15 * floats
 
 
+@makes_nan
 def test_a_broken_moment_stays_visible():
     x = jnp.ones((16, 512)).at[2, 3].set(jnp.nan).at[5, 6].set(jnp.inf)
     for how in (optim.EIGHT_BITS, optim.FOUR_BITS):
@@ -227,6 +229,7 @@ TRAINED = {
 
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.every
+@optax_promotes
 def test_trains_like_float(name):
     """On gradients with noise: without, a mean that moves by less than half a step of its map stays where it is."""
     target = jnp.asarray(np.random.default_rng(0).normal(size=(80, 80)), jnp.float32)
@@ -235,7 +238,7 @@ def test_trains_like_float(name):
     def run(tx):
         def step(carry, key):
             p, state = carry
-            g = jax.grad(loss)(p + jax.random.normal(key, p.shape))
+            g = jax.grad(loss)(p + jax.random.normal(key, p.shape, p.dtype))
             updates, state = tx.update(g, state, p)
             return (optax.apply_updates(p, updates), state), None
 
@@ -293,6 +296,7 @@ def test_restores_from_orbax(tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, back, state))
 
 
+@donates
 def test_lies_where_the_parameters_do_and_is_donated():
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
@@ -371,6 +375,7 @@ def test_maps_are_computed_where_a_chip_looks_nothing_up(qtype):
 @pytest.mark.parametrize("shape", [(64, 1024), (4, 160, 128), (3, 22000)])
 @pytest.mark.parametrize("name", ["adam8bit", "ademamix8bit", "rmsprop8bit"])
 @pytest.mark.every
+@makes_nan
 def test_one_pass_takes_the_same_step(name, shape, monkeypatch):
     """The kernel for TPUs, in the interpreter: two steps as they are elsewhere, a broken block and one of zeros."""
     rng = np.random.default_rng(0)

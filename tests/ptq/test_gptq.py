@@ -186,7 +186,7 @@ def test_grouped_outputs_are_quantized_each_with_its_own_statistics():
 def test_stacked_and_convolution_weights_in_a_model():
     def fn(params, x):
         x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["stack"])[0]
-        image = x.reshape(-1, 4, 4, 1) * jnp.ones((1, 1, 1, 3))
+        image = x.reshape(-1, 4, 4, 1) * jnp.ones((1, 1, 1, 3), x.dtype)
         numbers = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(image, params["conv"], (1, 1), "SAME", dimension_numbers=numbers)
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from jax_settings import optax_promotes
 from transform_cases import unequal
 
 import jaxquant as jq
@@ -219,7 +220,7 @@ def test_the_frozen_model_computes_what_was_trained(mix, method):
 def test_codes_and_values_of_the_frozen_weight_are_those_in_training():
     plan = planned(Q("int3", granularity="per_group", group_size=4))
     state = qat.learned_steps(product, plan, PARAMS, [])
-    eye = jnp.eye(16)
+    eye = jnp.eye(16, dtype=W.dtype)
     inside = jax.jit(lambda p: jq.quantized(product, plan, state)(p, eye))(PARAMS)
     np.testing.assert_array_equal(inside, jq.quantize_params(PARAMS, plan, state=state)["w"].dequantize())
 
@@ -376,6 +377,7 @@ def test_the_state_is_saved_and_loaded(tmp_path):
     np.testing.assert_array_equal(jq.quantized(product, loaded.plan, loaded.state)(loaded.params, X), want)
 
 
+@optax_promotes
 def test_labels_and_positive_steps():
     plan = planned(QuantSpec("int2"), QuantSpec("uint4", symmetric=False))
     state = qat.learned_steps(product, plan, PARAMS, [X])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax_settings import optax_promotes
 
 import jaxquant as jq
 from jaxquant import qat
@@ -40,6 +41,7 @@ def test_quantized_leaves_are_refused_by_name(qtype):
         qat.check_trainable([W, jnp.arange(3)])
 
 
+@optax_promotes
 def test_refusing_changes_nothing_for_float_params():
     params = {"kernel": W, "bias": jnp.ones(4, jnp.bfloat16)}
     tx, plain = qat.refuse_quantized(optax.adamw(1e-3)), optax.adamw(1e-3)
@@ -66,6 +68,7 @@ def test_masks_take_quantized_leaves_out():
 
 
 @pytest.mark.parametrize("qtype", TYPES)
+@optax_promotes
 def test_frozen_leaves_stay_bit_for_bit(qtype):
     params = {**mixed(qtype), "steps": jnp.int32(3)}
     tx = qat.freeze_quantized(optax.adamw(1e-2))
@@ -92,6 +95,7 @@ def test_frozen_leaves_stay_bit_for_bit(qtype):
     step(new, state)  # and again, with the state that came back
 
 
+@optax_promotes
 def test_freezing_changes_nothing_for_float_params():
     params = {"kernel": W, "bias": jnp.ones(4)}
     tx, plain = qat.freeze_quantized(optax.adamw(1e-3)), optax.adamw(1e-3)
@@ -104,6 +108,7 @@ def test_freezing_changes_nothing_for_float_params():
     )
 
 
+@optax_promotes
 def test_extra_arguments_reach_the_optimizer():
     tx = qat.freeze_quantized(optax.contrib.reduce_on_plateau(factor=0.5))
     params = mixed()
@@ -164,6 +169,7 @@ def test_jax_refuses_gradients_of_integer_leaves():
 
 
 @pytest.mark.parametrize("qtype", TYPES)
+@optax_promotes
 def test_split_and_merge(qtype):
     """Any optimizer trains the one half; both together are the parameters, bit for bit."""
     params = {**mixed(qtype), "steps": jnp.int32(3), "none": None}

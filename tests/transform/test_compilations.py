@@ -39,7 +39,7 @@ def chain(count, features):
     def fn(p, x):
         x = x @ jnp.eye(8, features)
         for i in range(count):
-            x = jnp.tanh(x * p[f"g{i}"][None]) @ p[f"w{i}"]
+            x = (jnp.tanh(x) * p[f"g{i}"][None]) @ p[f"w{i}"]
         return x
 
     params = {f"w{i}": unequal((features, features), i + 1, 0.3) for i in range(count)}

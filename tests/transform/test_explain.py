@@ -25,10 +25,10 @@ def test_kernels():
         "two-level": weight(recipes.w4a16(128, two_level=True)),
         "nf4": weight(recipes.nf4()),
         "dequantized": weight(recipes.w8a16()),
-        "table": jq.quantize(jnp.ones((SIZE, SIZE)), spec_of("int8"), reduce_axes=(-1,)),
+        "table": jq.quantize(jnp.ones((SIZE, SIZE), jnp.float32), spec_of("int8"), reduce_axes=(-1,)),
         "layers": jax.tree.map(lambda v: jnp.stack([v, v]), weight(recipes.w8a16())),
         "unused": weight(recipes.w8a8()),
-        "bias": jnp.ones(SIZE),
+        "bias": jnp.ones(SIZE, jnp.float32),
     }
 
     def fn(params, x, tokens):

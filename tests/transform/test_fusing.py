@@ -69,7 +69,7 @@ def normed(y):
         (lambda y: jnp.concatenate([y[:, :4], y[:, 4:]], axis=1), False),
         (lambda y: jax.lax.cond(y[0, 0] > 0, lambda y: y, lambda y: 2 * y, y), False),
         (lambda y: y / y[:, :1], False),
-        (lambda y: jax.lax.dynamic_update_slice(jnp.ones((3, 8)), y, (1, 0)), False),
+        (lambda y: jax.lax.dynamic_update_slice(jnp.ones((3, 8), y.dtype), y, (1, 0)), False),
         (lambda y: y * jnp.sum(y * y, axis=0, keepdims=True), False),
     ],
 )
