@@ -72,7 +72,7 @@ class Decoder:
             words = _in_fnuz(words) if self.element == _FNUZ else words
             return pltpu.bitcast(words, jnp.dtype(self.element)).astype(dtype)
         if self.kind == "table":
-            return _looked_up(words, self.entries, interpret=interpret).astype(dtype)
+            return _looked_up(words, self.entries, interpret=interpret).astype(jnp.bfloat16).astype(dtype)
         # Sign, exponent and fraction in the places that they have in an 8-bit float.
         even = (words & _word(0x08080808)) << 4 | (words & _word(0x07070707)) << 1
         odd = words & _word(0x80808080) | _right(words, 3) & _word(0x0E0E0E0E)
@@ -149,13 +149,9 @@ def scale_of(stored: jax.Array, form: str) -> jax.Array:
     """Scales in float32, from numbers or from 8-bit floats or their patterns."""
     from jax.experimental.pallas import tpu as pltpu
 
-    if form not in ("float8_e8m0fnu", "float8_e4m3fn"):
+    if form == "float8_e4m3fn":
+        return pltpu.bitcast(stored, jnp.float8_e4m3fn).astype(jnp.float32)
+    if form != "float8_e8m0fnu":
         return stored.astype(jnp.float32)
     bits = pltpu.bitcast(stored, jnp.uint8).astype(jnp.int32)
-    if form == "float8_e8m0fnu":
-        return jnp.where(bits == 255, jnp.nan, lax.bitcast_convert_type(bits << 23, jnp.float32))
-    exponent, fraction = bits >> 3 & 15, bits & 7  # float8_e4m3fn
-    normal = lax.bitcast_convert_type(exponent + 120 << 23 | fraction << 20, jnp.float32)
-    value = jnp.where(exponent == 0, fraction.astype(jnp.float32) * 2.0**-9, normal)
-    value = jnp.where(bits & 127 == 127, jnp.nan, value)
-    return jnp.where(bits >= 128, -value, value)
+    return jnp.where(bits == 255, jnp.nan, lax.bitcast_convert_type(bits << 23, jnp.float32))
