@@ -83,7 +83,9 @@ def _planes(rows: int, dtype: Any, groups: Groups) -> tuple[Any, ...]:
 def body_for(rows: int, dtype: Any, groups: Groups) -> type[_Body]:
     """The kernel for so many rows of a dtype."""
     summed = dtype == jnp.int8 and groups.decoder.kind == "integers" and groups.in_block == 1
-    few = FEW if groups.decoder.kind != "integers" else DIGITS
+    # Per block and 128 columns, `sums` scales a register for each 8 of its rows; `values` scales 16 and adds rows / 8.
+    table = min(FEW, FEW // 2 + rows // 2)
+    few = {"integers": DIGITS, "table": table}.get(groups.decoder.kind, FEW)
     return Sums if summed or rows_of_sums(rows, dtype, groups) <= few else Values
 
 
@@ -411,7 +413,7 @@ def _in_blocks(scale: Any, form: str, out: Any) -> None:
 
 
 def _rows_of(blocks: Any, at: Any) -> jax.Array:
-    """A row of what `_in_blocks` wrote, eight times."""
+    """A row of the scales that `_in_blocks` wrote, eight times."""
     return jnp.concatenate([jnp.broadcast_to(blocks[j, at, :], (8, BLOCK)) for j in range(blocks.shape[0])], axis=1)
 
 
