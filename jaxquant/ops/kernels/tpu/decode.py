@@ -21,7 +21,7 @@ from jax import lax
 
 from jaxquant.core.qtypes import QType
 
-__all__ = ["BLOCK", "Decoder", "decoder", "scale_of"]
+__all__ = ["BLOCK", "Decoder", "decoder", "scale_of", "table_words"]
 
 BLOCK = 128
 """Rows of codes that are decoded and multiplied at a time: the length of a matrix unit's sum."""
