@@ -99,17 +99,20 @@ def test_the_product_of_the_dequantized_weight(name: str, rows: int, monkeypatch
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "iq4_nl"])
 def test_words_of_a_table(name: str):
-    """A word, shifted by 16 if bit 3 of the stored code is set, rounds to the entry of the code."""
-    spec = few(name, 64)
-    table = spec.type.table
+    """A word, shifted by 16 if bit 3 of the stored code is set, rounds to the entry of the code, or is near it."""
+    table = few(name, 64).type.table
     assert table is not None
-    want = jnp.asarray(table, jnp.bfloat16).astype(jnp.float32)
-    words = decode.decoder(spec.type).entries
-    for code, value in enumerate(want.tolist()):
-        stored = (code - 8) & 15
-        word = np.uint32((words[stored & 7] << (16 if stored & 8 else 0)) & 0xFFFFFFFF)
-        got = float(jnp.asarray(word.view(np.float32)).astype(jnp.bfloat16))
-        assert got == pytest.approx(value, rel=0, abs=1e-37)
+    near = jnp.asarray(table, jnp.bfloat16).astype(jnp.float32).tolist()
+    for rounded in (True, False):
+        words = decode.table_words(table, rounded=rounded)
+        for code, value in enumerate(near if rounded else table):
+            stored = (code - 8) & 15
+            word = np.uint32((words[stored & 7] << (16 if stored & 8 else 0)) & 0xFFFFFFFF)
+            got = word.view(np.float32)
+            if rounded:
+                assert float(jnp.asarray(got).astype(jnp.bfloat16)) == pytest.approx(value, rel=0, abs=1e-37)
+            else:
+                assert float(got) == pytest.approx(value, rel=2**-8, abs=1e-37)
 
 
 @pytest.mark.parametrize("rows", [3, 300])

@@ -21,7 +21,7 @@ from jax import lax
 
 from jaxquant.core.qtypes import QType
 
-__all__ = ["BLOCK", "Decoder", "decoder", "scale_of"]
+__all__ = ["BLOCK", "Decoder", "decoder", "scale_of", "table_words"]
 
 BLOCK = 128
 """Rows of codes that are decoded and multiplied at a time: the length of a matrix unit's sum."""
@@ -41,14 +41,14 @@ class Decoder:
       kind: integers, unchanged; 4-bit floats, by way of an 8-bit float; entries of a table of 16; 8-bit floats.
       shift: added to a number.
       factor: multiplied by the sum.
-      entries: of a table, two in a word: of codes with the same three lower bits.
+      table: its entries.
       element: the dtype of 8-bit floats.
     """
 
     kind: Literal["integers", "floats4", "table", "floats8"]
     shift: float = 0
     factor: float = 1
-    entries: tuple[int, ...] = ()
+    table: tuple[float, ...] = ()
     element: str = ""
 
     @property
@@ -62,7 +62,10 @@ class Decoder:
         return (row & (run - 1)) * self.parts | row >> run.bit_length() - 1
 
     def numbers(self, codes: jax.Array, dtype: Any, *, interpret: bool = False) -> jax.Array:
-        """[128, columns] of codes as numbers, in bfloat16, or integers in int8."""
+        """[128, columns] of codes as numbers, in bfloat16 or float32, or integers in int8.
+
+        Entries of a table are off by at most half a step of bfloat16.
+        """
         from jax.experimental.pallas import tpu as pltpu
 
         if self.kind == "integers":
@@ -72,7 +75,8 @@ class Decoder:
             words = _in_fnuz(words) if self.element == _FNUZ else words
             return pltpu.bitcast(words, jnp.dtype(self.element)).astype(dtype)
         if self.kind == "table":
-            return _looked_up(words, self.entries, interpret=interpret).astype(dtype)
+            entries = table_words(self.table, rounded=dtype != jnp.float32)
+            return _looked_up(words, entries, interpret=interpret).astype(dtype)
         # Sign, exponent and fraction in the places that they have in an 8-bit float.
         even = (words & _word(0x08080808)) << 4 | (words & _word(0x07070707)) << 1
         odd = words & _word(0x80808080) | _right(words, 3) & _word(0x0E0E0E0E)
@@ -89,7 +93,7 @@ def decoder(qtype: QType) -> Decoder:
         return Decoder("floats8", factor=16, element=_FNUZ)
     if qtype.kind == "float":
         return Decoder("floats8", element=str(qtype.element))
-    return Decoder("table", entries=_entries(qtype.table))
+    return Decoder("table", table=tuple(qtype.table or ()))
 
 
 def _in_fnuz(words: jax.Array) -> jax.Array:
@@ -112,22 +116,24 @@ def _right(x: jax.Array, count: int) -> jax.Array:
     return lax.shift_right_logical(x, jnp.int32(count)) if count else x
 
 
-def _entries(table: Any) -> tuple[int, ...]:
-    """Words with an entry of a table in bfloat16 in each half.
+def table_words(table: tuple[float, ...], *, rounded: bool) -> tuple[int, ...]:
+    """Words with two entries of a table each.
 
-    The entry of a stored code (code - 8) without bit 3 is in the upper half. Rounding a word to bfloat16 gives this
-    entry: where the lower half rounds it up, the upper half is less by one. (Beside a zero the lower half is less than
-    the smallest normal number.)
+    The lower half of a word is the pattern in bfloat16 of the entry whose stored code (code - 8) has bit 3. The upper
+    half is such that the word in float32 is as near as possible to the other entry, or if ``rounded`` is set, such that
+    the word is rounded to this entry in bfloat16. (Beside a zero the lower half is below the smallest normal number.)
     """
     values = np.zeros(16, np.float32)
     values[: len(table)] += np.asarray(table, np.float32)  # -0.0 is 0.0
-    bits = values.astype(jnp.bfloat16).view(np.uint16).astype(np.int64)
-    upper, lower = bits[8:], bits[:8]
-    return tuple((upper - ((lower > 0x8000) & (upper != 0)) << 16 | lower).tolist())
+    near = values.astype(jnp.bfloat16)
+    lower = near[:8].view(np.uint16).astype(np.int64)
+    other = near.astype(np.float32)[8:] if rounded else values[8:]
+    upper = other.view(np.uint32).astype(np.int64) - lower + 0x8000 >> 16
+    return tuple((np.where(other == 0, 0, upper) << 16 | lower).tolist())
 
 
 def _looked_up(words: jax.Array, entries: tuple[int, ...], *, interpret: bool) -> jax.Array:
-    """The entries of eight codes per word, in float32 with bits that are less than half of a step of bfloat16."""
+    """The entries of eight codes per word, in float32."""
     rows, columns = len(entries), words.shape[1]
     row = lax.broadcasted_iota(jnp.int32, (rows, columns), 0)
     table = jnp.zeros_like(row)
@@ -149,13 +155,9 @@ def scale_of(stored: jax.Array, form: str) -> jax.Array:
     """Scales in float32, from numbers or from 8-bit floats or their patterns."""
     from jax.experimental.pallas import tpu as pltpu
 
-    if form not in ("float8_e8m0fnu", "float8_e4m3fn"):
+    if form == "float8_e4m3fn":
+        return pltpu.bitcast(stored, jnp.float8_e4m3fn).astype(jnp.float32)
+    if form != "float8_e8m0fnu":
         return stored.astype(jnp.float32)
     bits = pltpu.bitcast(stored, jnp.uint8).astype(jnp.int32)
-    if form == "float8_e8m0fnu":
-        return jnp.where(bits == 255, jnp.nan, lax.bitcast_convert_type(bits << 23, jnp.float32))
-    exponent, fraction = bits >> 3 & 15, bits & 7  # float8_e4m3fn
-    normal = lax.bitcast_convert_type(exponent + 120 << 23 | fraction << 20, jnp.float32)
-    value = jnp.where(exponent == 0, fraction.astype(jnp.float32) * 2.0**-9, normal)
-    value = jnp.where(bits & 127 == 127, jnp.nan, value)
-    return jnp.where(bits >= 128, -value, value)
+    return jnp.where(bits == 255, jnp.nan, lax.bitcast_convert_type(bits << 23, jnp.float32))

@@ -8,15 +8,15 @@ The number of rows decides between two bodies.
 : with few rows codes are multiplied directly, and scales are applied to the sums. The matrix unit takes 128 rows of the
   weight at a time. If these hold several groups, each row of x is repeated for each group, with zeros in the other
   groups, so that one product gives the sums of all groups. With integer weights, a float x is written as two int8
-  digits.
+  digits. Blocks of x may be larger than x: further rows hold nothing, and are not written.
 
 `values`
 : with many rows a block of columns is decoded once, with its scales, into the chip's own memory, and all rows of x are
   multiplied with it.
 
-Estimates of the TPU compiler: at few rows `sums` takes as long as reading the codes for integers and 4-bit floats
-(memory bound), and two to four times as long for tables (bound by the vector unit); `values` takes as long as the
-bfloat16 product (bound by the matrix unit).
+Estimates of the TPU compiler for a v5e: at few rows `sums` takes as long as reading the codes for integers in groups of
+128 (memory bound), 1.4 times as long for mxfp4, 1.7 for nvfp4 and 1.8 for tables (bound by the vector unit); at many
+rows `values` takes as long as the bfloat16 product (bound by the matrix unit).
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def _planes(rows: int, dtype: Any, groups: Groups) -> tuple[Any, ...]:
 def body_for(rows: int, dtype: Any, groups: Groups) -> type[_Body]:
     """The kernel for so many rows of a dtype."""
     summed = dtype == jnp.int8 and groups.decoder.kind == "integers" and groups.in_block == 1
-    few = FEW if groups.decoder.kind != "integers" else DIGITS
+    # Per block and 128 columns, `sums` scales a register for each 8 of its rows; `values` scales 16 and adds rows / 8.
+    table = min(FEW, FEW // 2 + rows // 2)
+    few = {"integers": DIGITS, "table": table}.get(groups.decoder.kind, FEW)
     return Sums if summed or rows_of_sums(rows, dtype, groups) <= few else Values
 
 
@@ -226,9 +228,7 @@ class Sums(_Body):
     row_blocks = (256, 128)
 
     def _scratch(self, bm: int, bn: int, k: int, count: int) -> list[tuple[tuple[int, ...], Any]]:
-        found: list[tuple[tuple[int, ...], Any]] = (
-            [((count, bn), jnp.float32)] if self.groups.scale_form != "float32" else []
-        )
+        found: list[tuple[tuple[int, ...], Any]] = [((bn // BLOCK, count, BLOCK), jnp.float32)]
         if self._prepared:
             found += [((len(self.planes) * bm, k), self.planes[0])]
         if self._spread:
@@ -262,10 +262,8 @@ class Sums(_Body):
         from jax.experimental import pallas as pl
 
         group, decode, in_block = self.groups, self.groups.decoder, self.groups.in_block
-        if group.scale_form != "float32":
-            scales = scratch.pop(0)
-            scales[...] = scale_of(of["scale"][...], group.scale_form)
-            of["scale"] = scales
+        scales = scratch.pop(0)
+        _in_blocks(of["scale"], group.scale_form, scales)
         rows, activation = shape[0], x
         if self._prepared:
             activation = scratch[0]
@@ -300,12 +298,13 @@ class Sums(_Body):
                 wide = jnp.sum(given.astype(jnp.float32), axis=1, keepdims=True)
             for p in range(in_block):
                 at = pl.ds(i * in_block + p if group.size <= BLOCK else i * BLOCK // group.size, 1)
+                scale = _rows_of(scales, at)
                 here = slice(p * planes, (p + 1) * planes)
                 part = sums[here]
                 if shifted:
                     zero = of["zero"][at, :].astype(jnp.float32) if "zero" in of else 0.0
                     part = part - wide[here] * (zero - decode.shift)
-                part = part * of["scale"][at, :].astype(jnp.float32)
+                part = (part.reshape(-1, 8, part.shape[1]) * scale[None]).reshape(part.shape)
                 if "offset" in of:
                     part = part + wide[here] * of["offset"][at, :].astype(jnp.float32)
                 total = total + part
@@ -327,7 +326,8 @@ class Values(_Body):
     row_blocks = (512, 256, 128)
 
     def _scratch(self, bm: int, bn: int, k: int, count: int) -> list[tuple[tuple[int, ...], Any]]:
-        found: list[tuple[tuple[int, ...], Any]] = [((k, bn), jnp.bfloat16)] if bm > FEW else []
+        found: list[tuple[tuple[int, ...], Any]] = [((bn // BLOCK, count, BLOCK), jnp.float32)]
+        found += [((k, bn), jnp.bfloat16)] if bm > FEW else []
         return found + ([((bm, k), jnp.bfloat16)] if self.groups.decoder.parts > 1 else [])
 
     def _bytes(self, bm: int, bn: int, k: int) -> int:
@@ -337,35 +337,40 @@ class Values(_Body):
         from jax.experimental import pallas as pl
 
         group, decode = self.groups, self.groups.decoder
-        count = codes.shape[0]
+        count, scales = codes.shape[0], scratch.pop(0)
+
+        @pl.when(pl.program_id(2) == 0)
+        def _() -> None:
+            _in_blocks(of["scale"], group.scale_form, scales)
 
         run = BLOCK // decode.parts
         shared = run // group.in_block < 8  # several groups in a register
 
         def by_row(name: str, i: Any) -> jax.Array:
-            """Values of the groups of a block, shaped to multiply [parts, groups, rows of both, columns]."""
+            """Values of the groups of a block, shaped to multiply [parts, groups, rows of both / 8, 8, columns]."""
             first = i * group.in_block if group.size <= BLOCK else i * BLOCK // group.size
+            if name == "scale" and not shared:
+                rows = [_rows_of(scales, pl.ds(first + p, 1)) for p in range(group.in_block)]
+                return jnp.stack(rows)[None, :, None]
             value = of[name][pl.ds(first, group.in_block), :]
             value = scale_of(value, group.scale_form if name == "scale" else "float32")
             if not shared:
-                return value[None, :, None, :]
+                return value[None, :, None, None, :]
             row = lax.broadcasted_iota(jnp.int32, (run, value.shape[1]), 0)
             rows = value[:1]
             for p in range(1, group.in_block):
                 rows = jnp.where(row >= p * run // group.in_block, value[p : p + 1], rows)
-            return rows[None, None]
+            return rows.reshape(1, 1, -1, 8, rows.shape[1])
 
         def real(i: Any) -> jax.Array:
-            dtype = jnp.bfloat16 if decode.parts > 1 else jnp.float32
-            value = decode.numbers(codes[i], dtype, interpret=self.interpret).astype(jnp.float32)
-            value = value.reshape(decode.parts, 1 if shared else group.in_block, -1, value.shape[1])
+            value = decode.numbers(codes[i], jnp.float32, interpret=self.interpret)
+            value = value.reshape(decode.parts, 1 if shared else group.in_block, -1, 8, value.shape[1])
             if "zero" in of:
                 value = value - (by_row("zero", i) - decode.shift)
             elif decode.shift:
                 value = value + decode.shift
-            value = value * by_row("scale", i)
-            if decode.factor != 1:
-                value = value * decode.factor
+            scale = by_row("scale", i)
+            value = value * (scale if decode.factor == 1 else scale * decode.factor)
             if "offset" in of:
                 value = value + by_row("offset", i)
             return value.reshape(BLOCK, -1).astype(jnp.bfloat16)
@@ -399,6 +404,17 @@ def _lanes(i: Any) -> Any:
     from jax.experimental import pallas as pl
 
     return pl.ds(i * BLOCK if isinstance(i, int) else pl.multiple_of(i * BLOCK, BLOCK), BLOCK)
+
+
+def _in_blocks(scale: Any, form: str, out: Any) -> None:
+    """Writes scales in blocks of 128 columns, from which one load takes a row and repeats it."""
+    for j in range(out.shape[0]):
+        out[j] = scale_of(scale[:, _lanes(j)], form)
+
+
+def _rows_of(blocks: Any, at: Any) -> jax.Array:
+    """A row of the scales that `_in_blocks` wrote, eight times."""
+    return jnp.concatenate([jnp.broadcast_to(blocks[j, at, :], (8, BLOCK)) for j in range(blocks.shape[0])], axis=1)
 
 
 def _in_order(x: jax.Array, decode: Decoder, out: Any, first: int) -> None:
