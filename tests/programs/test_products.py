@@ -164,6 +164,19 @@ def test_a_kernel_in_a_sharded_program():
     assert {(c.kind, c.dtype) for c in found.collectives} == {("all-reduce", "bf16")}
 
 
+@pytest.mark.parametrize("name", ["w8a8", "w8a16", "w4a16 g128"])
+def test_experts_are_neither_decoded_nor_transposed(name: str):
+    """A ragged product reads the codes of its experts, and writes nothing of their size."""
+    spec = recipes.w8a8() if name == "w8a8" else SCHEMES[name]
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+    fn = lambda p, x, sizes: ops.ragged_dot(x, p["w"], sizes, spec=spec)  # noqa: E731
+    compiled = compiled_for("test", "tpu v5e", fn, ({"w": weight(spec, 4)}, x(40), sizes))
+    found = estimate(compiled)
+    assert found.temporaries < 0.02 * 4 * SIZE * SIZE
+    kernels = [i for body in Program(compiled.executable.as_text()).computations.values() for i in body.values()]
+    assert any(i.is_kernel and i.arrays[0].shape == (40, SIZE) for i in kernels)
+
+
 def test_a_table_for_lookups_and_products():
     spec = recipes.w8a16()
     table = jax.eval_shape(
