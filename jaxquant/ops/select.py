@@ -39,6 +39,7 @@ from jaxquant.ops.kernels.gpu import decoded as gpu_decoded
 from jaxquant.ops.kernels.gpu import int8 as gpu_int8
 from jaxquant.ops.kernels.tpu import decoded as tpu_decoded
 from jaxquant.ops.kernels.tpu import grouped
+from jaxquant.ops.kernels.tpu import ragged as tpu_ragged
 from jaxquant.ops.kernels.tpu.dots import as_it_is, has_few_rows
 from jaxquant.ops.problem import Kernel, Problem, Product
 
@@ -59,6 +60,7 @@ TABLE: tuple[type[Kernel], ...] = (
     # Elsewhere codes are decoded within the product.
     gpu_decoded.TritonDecoded,
     gpu_int8.TritonInt8,
+    tpu_ragged.RaggedExperts,
     grouped.GroupedSums,
     grouped.GroupedValues,
     tpu_decoded.BatchedDecoded,

@@ -218,8 +218,10 @@ def _apart(value: Any) -> Any:
 
 
 def _without_stack(value: Any) -> Any:
-    """The arrays that a scan slices: a stack of weights without blocked codes, which kernels index in the stack."""
-    if isinstance(value, Weight) and type(value.leaf) is QTensor and value.leaf.split is not None:
+    """The arrays that a scan slices: all but codes in blocks and codes of experts, which kernels index in the stack."""
+    if not isinstance(value, Weight) or type(value.leaf) is not QTensor:
+        return value
+    if value.leaf.split is not None or value.leaf.ndim == 4:
         return dataclasses.replace(value, leaf=value.leaf.replace(codes=None))
     return value
 

@@ -186,6 +186,9 @@ def problems():
         codes = x if spec.act is None else abstract(x.shape, jnp.dtype(float32), spec.act, (-1,), stored=False)
         experts = abstract((3, 64, 8), jnp.dtype(float32), spec.weight, (-2,))
         yield RaggedProduct(codes, experts, None, float32, sizes)
+    rows = jax.ShapeDtypeStruct((6, 128), jnp.bfloat16)
+    experts = abstract((3, 128, 128), jnp.dtype(jnp.bfloat16), recipes.w8a16().weight, (-2,))
+    yield RaggedProduct(rows, experts, None, jnp.bfloat16, jax.ShapeDtypeStruct((3,), jnp.int32))
 
 
 @pytest.mark.every

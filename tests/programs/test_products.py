@@ -140,6 +140,21 @@ def test_kernels_find_layers_in_their_stack(name: str):
     assert not [i for _, i in steps if i.opcode in ("dynamic-slice", "copy") and i.arrays[0].size >= codes]
 
 
+@pytest.mark.parametrize("name", ["w8a16", "w4a16 g128"])
+def test_experts_in_a_stack_are_read_there(name: str):
+    shape, args = jax.ShapeDtypeStruct((3, 4, 512, 512), jnp.bfloat16), jax.ShapeDtypeStruct((8, 512), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+    fn = lambda p, x, n: lax.scan(lambda x, w: (lax.ragged_dot(x, w, n), None), x, p["w"])[0]  # noqa: E731
+    plan = jq.make_plan(fn, {"w": shape}, args, sizes, rules=[jq.Rule("w", SCHEMES[name])])
+    params = jax.eval_shape(lambda w: jq.quantize_params({"w": w}, plan, target="tpu"), shape)
+    compiled = compiled_for("test", "tpu v5e", jq.quantized(fn, plan), (params, args, sizes))
+    program = Program(compiled.executable.as_text())
+    steps = [(name, i) for name, body in program.computations.items() for i in body.values()]
+    kernels = [found for found in steps if found[1].is_kernel and found[1].arrays[0].shape == (8, 512)]
+    assert 12 * 512 * 512 in [a.size for kernel in kernels for a in program.operands_of(*kernel)]
+    assert not [i for _, i in steps if i.opcode in ("dynamic-slice", "copy") and i.arrays[0].size >= 4 * 512 * 512]
+
+
 def test_a_kernel_in_a_sharded_program():
     """XLA divides no kernel: in a `shard_map` it runs, elsewhere a product that XLA divides. No weight is gathered."""
     mesh, spec = AbstractMesh((4, 4), ("data", "model")), SCHEMES["w4a16 g128"]
@@ -162,6 +177,19 @@ def test_a_kernel_in_a_sharded_program():
     found = jq.explain(mapped, *args, target="tpu v5e")
     assert found["w"].kernels == ("grouped_sums",)
     assert {(c.kind, c.dtype) for c in found.collectives} == {("all-reduce", "bf16")}
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w8a16", "w4a16 g128"])
+def test_experts_are_neither_decoded_nor_transposed(name: str):
+    """A ragged product reads the codes of its experts, and writes nothing of their size."""
+    spec = recipes.w8a8() if name == "w8a8" else SCHEMES[name]
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+    fn = lambda p, x, sizes: ops.ragged_dot(x, p["w"], sizes, spec=spec)  # noqa: E731
+    compiled = compiled_for("test", "tpu v5e", fn, ({"w": weight(spec, 4)}, x(40), sizes))
+    found = estimate(compiled)
+    assert found.temporaries < 0.02 * 4 * SIZE * SIZE
+    kernels = [i for body in Program(compiled.executable.as_text()).computations.values() for i in body.values()]
+    assert any(i.is_kernel and i.arrays[0].shape == (40, SIZE) for i in kernels)
 
 
 def test_a_table_for_lookups_and_products():
