@@ -98,18 +98,20 @@ class _Kernels:
       stored: turns the problem of a weight in training into that of the weight as stored after training, or None.
     """
 
-    stored: Callable[[Problem], Problem] | None
+    stored: Callable[[Any], Problem] | None
 
-    def on(self, platform: Platform, problem: Problem) -> jax.Array:
-        """The product, in the requested dtype."""
+    def on(self, platform: Platform, *operands: Any) -> jax.Array:
+        """The product of a problem, in the requested dtype."""
+        (problem,) = operands
         kernel = select(problem, platform)
         if platform == "cpu" and self.stored is not None:
             kernel, problem = _as_stored(kernel, problem, self.stored(problem))
         out = kernel.run(problem).astype(problem.result)
         return as_it_is(out) if platform == "tpu" and isinstance(problem, Product) and has_few_rows(problem) else out
 
-    def stands_for(self, problem: Problem) -> tuple[Primitive, dict[str, Any]] | None:
+    def stands_for(self, *operands: Any) -> tuple[Primitive, dict[str, Any]] | None:
         """The float operation."""
+        (problem,) = operands
         return problem.float_operation
 
 
@@ -120,7 +122,7 @@ def _as_stored(kernel: Kernel, problem: Problem, stored: Problem) -> tuple[Kerne
     return (kernel, problem) if exact else (found, stored)
 
 
-def run(problem: Problem, stored: Callable[[Problem], Problem] | None = None) -> jax.Array:
+def run(problem: Problem, stored: Callable[[Any], Problem] | None = None) -> jax.Array:
     """The product, in the requested dtype, by the kernel for the platform that the program is lowered for.
 
     It counts as a constant for derivatives, which `jaxquant.ops.tangents` defines.
