@@ -9,6 +9,7 @@ from ops_reference import MATMUL, unequal
 
 import jaxquant as jq
 from jaxquant import OpSpec, QuantSpec, observers, ops, recipes
+from jaxquant.ops.kernels.tpu.undivided import if_undivided
 from jaxquant.ptq.gram import lower_factor
 
 INT8 = QuantSpec("int8")
@@ -53,6 +54,13 @@ def test_scales_in_a_narrow_dtype(scale_dtype):
     with jax.numpy_dtype_promotion("strict"):
         slope = jax.grad(lambda x: jq.fake_quant(x, spec, reduce_axes=-1, scale=scale, **given).sum())(x)
     np.testing.assert_array_equal(slope, [[1, 0]])
+
+
+def test_a_kernel_runs_where_functions_are_not_compiled():
+    """The choice between a kernel and what XLA partitions is an operation, compiled as XLA's own are."""
+    with jax.disable_jit():
+        found = if_undivided(lambda x: x + 1, lambda x: x - 1, jnp.ones(3))
+    np.testing.assert_array_equal(found, [2, 2, 2])
 
 
 @pytest.mark.parametrize("zero", [False, True])

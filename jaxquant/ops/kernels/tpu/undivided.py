@@ -62,7 +62,8 @@ def _shapes(*arrays: Any, kernel: Function, divided: Function, shapes: tuple[Any
 
 @_choice_p.def_impl
 def _run(*arrays: Any, **how: Any) -> Any:
-    return jax.jit(lambda *arrays: _choice_p.bind(*arrays, **how))(*arrays)
+    with jax.disable_jit(False):  # an operation is compiled, as each of XLA's own is
+        return jax.jit(lambda *arrays: _choice_p.bind(*arrays, **how))(*arrays)
 
 
 def _batch(arrays: Any, axes: Any, *, kernel: Function, divided: Function, shapes: tuple[Any, ...]) -> Any:
