@@ -310,7 +310,14 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write a picture there")
     parser.add_argument("--page", type=Path, help="of --models: write the page of the documentation there")
     parser.add_argument("--models", action="store_true", help="whole decoders instead: see benchmarks/decoders.py")
+    parser.add_argument("--training", action="store_true", help="a step of training: see benchmarks/training_step.py")
     args = parser.parse_args()
+    if args.training:
+        import training_step
+
+        print(f"Estimates of the compilers ({packages()}); nothing was run.\n")
+        print(training_step.table(list(training_step.cells(args.chips or ("tpu v5e",)))))
+        return
     if args.models:
         args.chips = args.chips or tuple(case[1] for case in decoders.CASES)
         models(args)
