@@ -67,7 +67,7 @@ def test_views_of_permuted(view, request):
 @pytest.mark.parametrize("side", ["rhs", "transposed", "lhs", "rows"])
 def test_products_with_permuted(side):
     q, real = permuted()
-    x = jnp.asarray(RNG.normal(size=(3, K)), jnp.float32)
+    x = jax.device_put(np.asarray(RNG.normal(size=(3, K)), jnp.float32))
     if side == "rhs":
         found, wanted = ops.dot_general(x, q, (((1,), (1,)), ((), ()))), x @ real.T
     elif side == "transposed":
@@ -75,7 +75,7 @@ def test_products_with_permuted(side):
     elif side == "lhs":
         found, wanted = ops.einsum("nk,bk->nb", q, x), real @ x.T
     else:  # the permuted axis is not contracted
-        y = jnp.asarray(RNG.normal(size=(3, N)), jnp.float32)
+        y = jax.device_put(np.asarray(RNG.normal(size=(3, N)), jnp.float32))
         found, wanted = ops.einsum("bn,nk->bk", y, q), y @ real
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
@@ -88,7 +88,7 @@ def test_permuted_under_transformations():
     np.testing.assert_array_equal(jax.vmap(jq.dequantize)(stacked), real)
     np.testing.assert_array_equal(views.slice_along(stacked, 0, 1, 1).dequantize(), real[1:])
     np.testing.assert_array_equal(jax.lax.map(jq.dequantize, stacked), real)
-    x = jnp.asarray(RNG.normal(size=(2, 3, K)), jnp.float32)
+    x = jax.device_put(np.asarray(RNG.normal(size=(2, 3, K)), jnp.float32))
     wanted = np.einsum("lbk,lnk->lbn", x, real)
     for found in (
         jax.vmap(lambda x, q: ops.einsum("bk,nk->bn", x, q))(x, stacked),
@@ -104,15 +104,15 @@ def test_rows_of_a_permuted_table():
 
 
 def test_offsets():
-    codes = jnp.asarray(RNG.integers(0, 16, (N, K)), jnp.uint8)
-    scale, offset = (jnp.asarray(RNG.normal(size=(N, K // GROUP)), jnp.float32) for _ in range(2))
+    codes = jax.device_put(np.asarray(RNG.integers(0, 16, (N, K)), jnp.uint8))
+    scale, offset = (jax.device_put(np.asarray(RNG.normal(size=(N, K // GROUP)), jnp.float32)) for _ in range(2))
     q = from_codes(codes, scale, None, offset, qtype="uint4", dtype=jnp.float32)
     assert not q.symmetric
     wide = lambda v: np.repeat(np.asarray(v), GROUP, 1)  # noqa: E731
     real = np.asarray(codes, np.float32) * wide(scale) + wide(offset)
     np.testing.assert_array_equal(q.dequantize(), real)
     np.testing.assert_array_equal(views.slice_along(q, 1, 4, 8).dequantize(), real[:, 4:12])
-    x = jnp.asarray(RNG.normal(size=(3, K)), jnp.float32)
+    x = jax.device_put(np.asarray(RNG.normal(size=(3, K)), jnp.float32))
     np.testing.assert_allclose(ops.einsum("bk,nk->bn", x, q), x @ real.T, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(ops.take(q, jnp.array([4, 1]), axis=0), real[[4, 1]])
 

@@ -531,7 +531,7 @@ def test_products_lookups_and_checkpoints_of_loaded_weights(name, tmp_path):
     write_blocks(tmp_path / "a.gguf", name, blocks, (3, per_row * BY_NAME[name].elements))
     q = jq.io.load_gguf(tmp_path / "a.gguf")[0]["w"]
     w = q.dequantize()
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, w.shape[1])), jnp.float32)
+    x = jax.device_put(np.asarray(np.random.default_rng(0).normal(size=(2, w.shape[1])), jnp.float32))
     got, expected = jq.ops.einsum("bk,nk->bn", x, q), jnp.einsum("bk,nk->bn", x, w, precision="highest")
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(x)) * jnp.sum(jnp.abs(w))))
     np.testing.assert_array_equal(jq.ops.take(q, jnp.array([2, 0]), axis=0), w[jnp.array([2, 0])])

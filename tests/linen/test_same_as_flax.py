@@ -199,7 +199,7 @@ def test_convolutions_pad_and_stride_as_flax(fields):
     """On a grid of integers int8 is exact: the frozen layer gives what Flax gives."""
     rng = np.random.default_rng(0)
     if "mask" in fields:
-        fields = {**fields, "mask": jnp.asarray(rng.integers(0, 2, (3, 2, 2, 4)), jnp.float32)}
+        fields = {**fields, "mask": jax.device_put(np.asarray(rng.integers(0, 2, (3, 2, 2, 4)), jnp.float32))}
     kernel = rng.integers(-20, 20, (3, 2, 2, 4))
     kernel[0, 0, 0] = 127
     params = {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.arange(4.0)}

@@ -119,7 +119,7 @@ def test_long_sums():
     """Sums that could overflow are cut, and so are zero points that there is one of per token."""
     k = 70_000
     codes = jnp.full((1, k, 1), 255, jnp.uint8)
-    zero = jnp.asarray(np.random.default_rng(0).integers(0, 2, (1, k, 1)), jnp.uint8)
+    zero = jax.device_put(np.asarray(np.random.default_rng(0).integers(0, 2, (1, k, 1)), jnp.uint8))
     w = QTensor(codes, jnp.ones((1, k, 1)), zero, qtype="uint8", dtype=jnp.float32)
     got = ops.einsum("hqk,hkd->hqd", jnp.ones((1, 1, k)), w)
     np.testing.assert_allclose(got.item(), 255 * k - int(np.asarray(zero, np.int64).sum()), rtol=1e-6)

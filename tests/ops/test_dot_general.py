@@ -249,13 +249,13 @@ def test_stochastic_weights_run_frozen():
 
 def test_negative_scales_and_zero_points_in_float():
     x, rng = unequal(30, (5, 16)), np.random.default_rng(0)
-    codes = jnp.asarray(rng.integers(0, 16, (16, 6)), jnp.uint8)
+    codes = jax.device_put(np.asarray(rng.integers(0, 16, (16, 6)), jnp.uint8))
     scale = unequal(31, (2, 6))  # of either sign
     for zero, minor in ((unequal(32, (2, 6)) * 7, ()), (None, (-2,)), (jnp.full((2, 6), 9, jnp.uint8), ())):
         q = from_codes(codes, scale, zero, qtype="uint4", dtype=jnp.float32, minor=minor)
         check_dot(x, q, bound=WEIGHT_ONLY)
         check_dot(x, q, spec=OpSpec(act=spec_of("uint8", symmetric=False)))
-    codes = jnp.asarray(rng.integers(0, 256, (16, 6)), jnp.uint8)
+    codes = jax.device_put(np.asarray(rng.integers(0, 256, (16, 6)), jnp.uint8))
     q = from_codes(codes, scale, unequal(33, (2, 6)) * 100, qtype="uint8", dtype=jnp.float32)
     check_dot(x, q)
 
@@ -364,7 +364,7 @@ def test_static_activations(granularity):
     x, w = unequal(49, (6, 16)), unequal(50, (16, 5))
     blocks = {"per_tensor": (1, 1), "per_channel": (6, 1), "per_group": (6, 2)}[granularity]
     scale = jnp.abs(unequal(51, blocks)) / 40
-    zero = jnp.asarray(np.random.default_rng(0).integers(-100, 100, blocks), jnp.int8)
+    zero = jax.device_put(np.asarray(np.random.default_rng(0).integers(-100, 100, blocks), jnp.int8))
     symmetric = OpSpec(spec_of("int8"), spec_of("int8", granularity, static=True))
     asymmetric = OpSpec(spec_of("int8"), spec_of("int8", granularity, symmetric=False, static=True))
     check_dot(x, w, spec=symmetric, act_scale=scale)

@@ -63,7 +63,7 @@ def test_the_lowest_code():
 def test_asymmetric_uint8(k):
     """Positive arrays: codes up to 255 and zero point 0."""
     rng = np.random.default_rng(0)
-    x, w = (jnp.asarray(rng.uniform(0.99, 1, s), jnp.float32) for s in ((2, k), (k, 3)))
+    x, w = (jax.device_put(np.asarray(rng.uniform(0.99, 1, s), jnp.float32)) for s in ((2, k), (k, 3)))
     spec = spec_of("uint8", symmetric=False)
     q = quantized(w, spec)
     assert np.asarray(q.logical_codes(), np.int64).sum(0).max() * 252 > 2**31

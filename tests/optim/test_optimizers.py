@@ -232,7 +232,7 @@ TRAINED = {
 @optax_promotes
 def test_trains_like_float(name):
     """On gradients with noise: without, a mean that moves by less than half a step of its map stays where it is."""
-    target = jnp.asarray(np.random.default_rng(0).normal(size=(80, 80)), jnp.float32)
+    target = jax.device_put(np.asarray(np.random.default_rng(0).normal(size=(80, 80)), jnp.float32))
     loss = lambda p: jnp.mean((p - target) ** 2)  # noqa: E731
 
     def run(tx):
@@ -272,7 +272,10 @@ def test_rules_and_the_leaf_say_what_is_kept():
 
 
 def test_saves_and_restores(tmp_path):
-    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 256)), jnp.float32), "b": jnp.ones(8)}
+    params = {
+        "w": jax.device_put(np.asarray(np.random.default_rng(0).normal(size=(64, 256)), jnp.float32)),
+        "b": jnp.ones(8),
+    }
     tx = optax.chain(optax.clip_by_global_norm(1.0), optim.adamw4bit(1e-3))
     _, state = tx.update(params, tx.init(params), params)
     jq.io.save(tmp_path / "state.safetensors", state)

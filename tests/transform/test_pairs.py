@@ -35,7 +35,7 @@ def pairs_of(fn, params, *args, rules="kernel"):
         moved = jq.invariances.rescale(moved, pair, scale)
     run = jax.jit(fn)
     expected = run(params, *args)
-    np.testing.assert_allclose(run(moved, *args), expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(run(moved, *args), expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
     return {str(pair).rpartition(" (")[0] for pair in pairs}
 
 

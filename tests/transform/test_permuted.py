@@ -11,13 +11,13 @@ from jaxquant.core.qtensor import from_codes
 
 RNG = np.random.default_rng(0)
 ROWS, COLUMNS, GROUP = 32, 64, 16
-X = jnp.asarray(RNG.normal(size=(4, COLUMNS)), jnp.float32)
+X = jax.device_put(np.asarray(RNG.normal(size=(4, COLUMNS)), jnp.float32))
 
 
 def weight():
-    codes = jnp.asarray(RNG.integers(-8, 8, (ROWS, COLUMNS)), jnp.int8)
+    codes = jax.device_put(np.asarray(RNG.integers(-8, 8, (ROWS, COLUMNS)), jnp.int8))
     magnitude = 10.0 ** RNG.integers(-2, 2, (ROWS, COLUMNS // GROUP))
-    scale = jnp.asarray(RNG.random(magnitude.shape) * magnitude, jnp.float32)
+    scale = jax.device_put(np.asarray(RNG.random(magnitude.shape) * magnitude, jnp.float32))
     order = jnp.asarray(RNG.permutation(COLUMNS)[None], jnp.int32)
     return from_codes(codes, scale, None, None, order, qtype="int4", dtype=jnp.float32)
 
@@ -48,7 +48,7 @@ def test_same_as_the_dequantized_weight(name):
     fn, w = FUNCTIONS[name], weight()
     wanted = fn(w.dequantize(), X)
     found = jax.jit(jq.quantized(fn))(w, X)
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * float(jnp.abs(wanted).max()))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * float(np.abs(wanted).max()))
 
 
 def test_stacked():
@@ -59,7 +59,7 @@ def test_stacked():
     np.testing.assert_allclose(jax.jit(jq.quantized(scanned))(stacked, X), wanted, rtol=1e-3, atol=1e-4)
     mapped = jax.jit(jax.vmap(jq.quantized(FUNCTIONS["product"]), in_axes=(0, None)))(stacked, X)
     wanted = jnp.einsum("bk,lnk->lbn", X, stacked.dequantize())
-    np.testing.assert_allclose(mapped, wanted, rtol=1e-4, atol=1e-4 * float(jnp.abs(wanted).max()))
+    np.testing.assert_allclose(mapped, wanted, rtol=1e-4, atol=1e-4 * float(np.abs(wanted).max()))
 
 
 def test_gradient_to_the_scales():

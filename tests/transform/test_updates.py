@@ -11,7 +11,7 @@ from jaxquant import QuantError, recipes
 
 RNG = np.random.default_rng(0)
 FLOAT = {"w": jnp.asarray(RNG.normal(size=(32, 8)) * np.exp2(np.arange(8) / 2), jnp.float32), "b": jnp.ones(8)}
-X = jnp.asarray(RNG.normal(size=(2, 32)), jnp.float32)
+X = jax.device_put(np.asarray(RNG.normal(size=(2, 32)), jnp.float32))
 SPECS = {"int8": recipes.w8a8(), "int4": recipes.w4a16(16), "nf4": recipes.nf4(16), "fp8": recipes.fp8()}
 
 
