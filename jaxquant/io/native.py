@@ -328,6 +328,10 @@ class NativeLeaves(Leaves):
         self._entries = dict(_flat(self.file.tree))
         super().__init__(self._entries, [self.file.path])
 
+    def runs_otherwise(self) -> bool:
+        """Whether the file has a plan that quantizes activations, so that the weights alone give other results."""
+        return self.file.runs_otherwise()
+
     def __getitem__(self, name: str) -> Any:
         self.file.forget()  # pages of the leaf before
         return self.file.leaf(self._entries[name])
