@@ -117,7 +117,7 @@ class Bounded(AbsMax):
     most: float | None = None
     clips: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         most = math.inf if self.most is None else self.most
         if not 0 <= self.least < math.inf or not most > self.least:
             todo = "Use for example Bounded(most=1200.0)"
@@ -129,10 +129,10 @@ class Bounded(AbsMax):
         bounded = jnp.where(jnp.isnan(absmax), absmax, bounded)
         return -bounded, bounded
 
-    def result(self, state, *, symmetric, roundtrip):
+    def result(self, state: State, *, symmetric: bool, roundtrip: Roundtrip) -> Range:
         return self._bounded(super().result(state, symmetric=symmetric, roundtrip=roundtrip)[1])
 
-    def range(self, x, axes, *, symmetric, roundtrip):
+    def range(self, x: jax.Array, axes: Axes, *, symmetric: bool, roundtrip: Roundtrip) -> Range:
         return self._bounded(super().range(x, axes, symmetric=symmetric, roundtrip=roundtrip)[1])
 
 
@@ -149,20 +149,20 @@ class RoundedUp(AbsMax):
 
     unit: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 2.0**-64 < self.unit < 2.0**64:
             raise quant_error("RoundedUp", "unit must be a positive number", todo="Use 448.0 for fp8", unit=self.unit)
 
     def _rounded(self, absmax: jax.Array) -> Range:
         below = self.unit * power_of_two(exponent(absmax / self.unit)).astype(absmax.dtype)
-        up = jnp.minimum(jnp.where(below < absmax, 2 * below, below), float(jnp.finfo(jnp.float32).max))
+        up = jnp.minimum(jnp.where(below < absmax, 2 * below, below), float(finfo(jnp.float32).max))
         up = jnp.where(jnp.isnan(absmax), absmax, up)
         return -up, up
 
-    def result(self, state, *, symmetric, roundtrip):
+    def result(self, state: State, *, symmetric: bool, roundtrip: Roundtrip) -> Range:
         return self._rounded(super().result(state, symmetric=symmetric, roundtrip=roundtrip)[1])
 
-    def range(self, x, axes, *, symmetric, roundtrip):
+    def range(self, x: jax.Array, axes: Axes, *, symmetric: bool, roundtrip: Roundtrip) -> Range:
         return self._rounded(super().range(x, axes, symmetric=symmetric, roundtrip=roundtrip)[1])
 
 
