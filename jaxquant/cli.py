@@ -323,11 +323,14 @@ def convert(source: Path, destination: Path, format: str, architecture: str | No
     """Write a checkpoint in another layout; no weight is quantized again.
 
     Where the other layout has no place for a weight's codes, scales or zero points, it is refused by name, before
-    anything is written. One tensor at a time is in memory. DESTINATION must not exist; it appears when it is complete.
+    anything is written. Where it cannot say how activations are quantized, a note says so. One tensor at a time is in
+    memory. DESTINATION must not exist; it appears when it is complete.
     """
     with refusals(), _progress(counted=True) as progress:
-        files.convert(source, destination, format, architecture=architecture, progress=progress)
+        lost = files.convert(source, destination, format, architecture=architecture, progress=progress)
     _say(f"{destination}: {format}")
+    if lost is not None:
+        _say(f"note: {lost}.")
 
 
 @main.command()

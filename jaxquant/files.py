@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 import os
@@ -19,6 +20,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.io import save_gguf
 from jaxquant.io.directory import identity
+from jaxquant.io.export import describes
 from jaxquant.io.gguf.metadata import metadata_of
 from jaxquant.io.gguf.names import has_names
 from jaxquant.io.gguf.read import GGUFLeaves
@@ -252,8 +254,11 @@ def convert(
     *,
     architecture: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> None:
+) -> str | None:
     """Writes a checkpoint in another layout, with the same codes.
+
+    How activations are quantized is kept where the layout can say it: one dynamic int8 or fp8 range per token, for all
+    weights, in compressed-tensors.
 
     One leaf at a time is in memory. Each is read twice: all are checked before anything is written. A directory that an
     interruption left is continued.
@@ -264,12 +269,16 @@ def convert(
       format: of `save_hf`, or ``"gguf"`` or ``"jaxquant"``.
       architecture: with gguf, llama.cpp's name of the model's.
       progress: called with the leaves that are done, how many there are to do, and the name of the one that comes next.
+
+    Returns:
+      A sentence on the quantization of activations that the result does not have; None if it has all.
     """
     if format in ("gguf", "jaxquant") and os.path.lexists(destination):
         raise quant_error(
             "convert", "the destination exists", todo="Choose another, or remove it first", path=os.fspath(destination)
         )
     leaves = _leaves(source, "convert")
+    act, lost = _activations(leaves, format)
     watched = Watched(leaves, 2, progress)
     config = leaves.checkpoint.config if isinstance(leaves, HFLeaves) else {}
     if format == "gguf":
@@ -281,7 +290,45 @@ def convert(
         save_leaves(destination, watched)
     else:
         described = {"files": identity(leaves.paths), "format": format}
-        write_hf(destination, watched, layout_of(format, function="convert"), config, source=described)
+        write_hf(destination, watched, layout_of(format, act, function="convert"), config, source=described)
+    return lost
+
+
+def _activations(leaves: HFLeaves | GGUFLeaves | NativeLeaves, format: str) -> tuple[QuantSpec | None, str | None]:
+    """How the result quantizes activations, and a sentence on how it does not, of a source that does."""
+    if isinstance(leaves, GGUFLeaves) or not leaves.runs_otherwise():
+        return None, None
+    acts: dict[str, Any] = {}
+    cached = isinstance(leaves, HFLeaves)
+    if isinstance(leaves, HFLeaves):
+        with contextlib.suppress(QuantError):  # a scheme that does not run
+            acts = leaves.acts()
+            cached = leaves.cache() is not None
+    specs = {one.spec.act for one in acts.values() if one.spec is not None and one.spec.act is not None}
+    outliers = any(one.spec is not None and one.spec.outliers is not None for one in acts.values())
+    if (
+        format == "compressed-tensors"
+        and isinstance(leaves, HFLeaves)
+        and len(specs) == 1
+        and not cached
+        and not outliers
+    ):
+        spec = specs.pop()
+        if len(acts) == len(leaves.modules) and all(describes(spec, leaves[name]) for name in leaves.modules):
+            return spec, None
+        specs.add(spec)
+    what = "activations, or keys and values," if cached else "activations"
+    said = f" ({', '.join(sorted({spec.brief for spec in specs}))})" if specs else ""
+    if format == "jaxquant":
+        todo = "To keep the scheme, load the source with load_model, and save it with the plan of your function"
+    else:
+        todo = "The layout can say at most int8 or fp8 per token, alike for all weights"
+        todo = (
+            todo
+            if format == "compressed-tensors"
+            else "Of the layouts, compressed-tensors can say int8 or fp8 per token"
+        )
+    return None, f"the source quantizes {what}{said} and the result holds its weights alone. {todo}"
 
 
 # -- comparison --------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def checked_spec(layer: str, spec: Any) -> OpSpec | None:
         todo = "Use OpSpec(weight=...), a recipe such as recipes.w8a8() or 'w8a8', or None"
         raise quant_error(layer, "spec must be an OpSpec or None", todo=todo, spec=spec)
     act = static_act(spec)
-    if act is not None and not isinstance(act.granularity, PerTensor):
+    if act is not None and not isinstance(act.granularity, PerTensor) and not act.static_unit:
         todo = "Use granularity=PerTensor(), or static=False"
         raise quant_error(layer, "a static range is one for the whole activation", todo=todo, act=repr(act))
     return spec

@@ -153,7 +153,8 @@ def test_a_recipe_by_name(source, tmp_path):
     invoke("quantize", source, tmp_path / "out", "--recipe", "w8a8")
     model = jq.io.load_model(tmp_path / "out")
     assert model.info.config["config_groups"]["group_0"]["input_activations"]["num_bits"] == 8
-    assert set(model.plan.specs.values()) == {jq.OpSpec(act=jq.QuantSpec("int8"))}
+    whole = jq.QuantSpec("int8", narrow_range=False, calibration=jq.observers.AbsMax())  # as compressed-tensors runs it
+    assert set(model.plan.specs.values()) == {jq.OpSpec(act=whole)}
     assert "activations" in invoke("quantize", source, tmp_path / "no", "--recipe", "w8a8", "--to", "gguf", code=1)
     assert "Use --recipe, or" in invoke("quantize", source, tmp_path / "no", "--recipe", "nf4", "--bits", 4, code=2)
     assert "Use 4, or say the type" in invoke(
@@ -225,6 +226,42 @@ def test_refusals_end_with_code_1_and_a_message(source, tmp_path):
 def test_convert_keeps_every_value(format, tmp_path):
     invoke("convert", GOLDEN / "gptq_w4g64_sym", tmp_path / "out", "--to", format)
     assert invoke("compare", GOLDEN / "gptq_w4g64_sym", tmp_path / "out").endswith("equal\n")
+
+
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+
+
+def w8a8(folder, *, dynamic=True, groups=1):
+    """A directory of compressed-tensors with int8 activations."""
+    rng = np.random.default_rng(0)
+    weights = {"strategy": "channel"} if groups == 1 else {"strategy": "group", "group_size": 32 // groups}
+    acts = INT8 | {"strategy": "token" if dynamic else "tensor", "dynamic": dynamic}
+    group = {"targets": ["Linear"], "weights": INT8 | weights, "input_activations": acts}
+    tensors = {"m.weight": rng.integers(-127, 128, (32, 32)).astype(np.int8)}
+    tensors["m.weight_scale"] = rng.random((32, groups)).astype(np.float16)
+    if not dynamic:
+        tensors["m.input_scale"] = np.float32(0.1)
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    return checkpoint(folder, tensors, {"torch_dtype": "float32", "quantization_config": config})
+
+
+def test_convert_keeps_activations_that_the_layout_can_say(tmp_path):
+    source = w8a8(tmp_path / "a")
+    assert "note" not in invoke("convert", source, tmp_path / "b", "--to", "compressed-tensors")
+    first, second = (jq.io.load_model(tmp_path / name) for name in "ab")
+    assert first.plan == second.plan
+    x, product = np.ones((2, 32), np.float32), lambda p, x: jnp.einsum("bi,oi->bo", x, p["m.weight"])
+    y = jq.quantized(product, first)(first.params, x)
+    np.testing.assert_array_equal(y, jq.quantized(product, second)(second.params, x))
+
+
+@pytest.mark.parametrize("kind", [{"dynamic": False}, {"groups": 2}, {}], ids=str)
+def test_convert_says_which_activations_are_lost(kind, tmp_path):
+    source = w8a8(tmp_path / "a", **kind)
+    for format in ("jaxquant", "compressed-tensors") if kind else ("jaxquant", "gptq"):
+        out = invoke("convert", source, tmp_path / format, "--to", format)
+        assert "note: the source quantizes activations (int8" in out
+        assert "the result holds its weights alone" in out
 
 
 def test_convert_needs_a_new_destination(tmp_path):

@@ -144,6 +144,13 @@ def _e4m3_scale(absmax: jax.Array, qmax: float, top: jax.Array | None) -> QTenso
     return QTensor(local, unit, None, qtype="float8_e4m3fn", dtype=jnp.float32)
 
 
+def _e4m3_scale_in(unit: jax.Array, absmax: jax.Array, qmax: float) -> QTensor:
+    """fp8 block scales beside a given float32: of a block so small that its scale rounds to 0, all codes are 0."""
+    local = jnp.minimum(divide(divide(absmax, qmax), unit.astype(absmax.dtype)), 448.0).astype(jnp.float8_e4m3fn)
+    local = jnp.where(local == 0, jnp.asarray(0.125, local.dtype), local)
+    return QTensor(local, unit.astype(jnp.float32), None, qtype="float8_e4m3fn", dtype=jnp.float32)
+
+
 def _two_level_scale(absmax: jax.Array, qmax: float, top: jax.Array | None) -> QTensor:
     """Integers 1 .. 15 times one float32; ``top``, by default the largest absmax, gets 15."""
     levels = QTYPES["uint4"].qmax
@@ -213,8 +220,9 @@ def scale_zero_point(lo: Any, hi: Any, spec: QuantSpec) -> tuple[Any, jax.Array 
 
     Returns:
       ``(scale, zero_point)`` of that shape. The scale is float32 or ``spec.scale_dtype``; a power of two in
-      float8_e8m0fnu for mxfp8 and mxfp4; for nvfp4 a QTensor of fp8 scales with one float32. The zero point has the
-      integer dtype of the codes, or is None if ``spec.symmetric``.
+      float8_e8m0fnu for mxfp8 and mxfp4; for nvfp4 a QTensor of fp8 scales with one float32, or that float32 alone
+      for the range of a whole array whose spec is static. The zero point has the integer dtype of the codes, or is
+      None if ``spec.symmetric``.
 
     Raises:
       QuantError: if the shapes differ, a bound is NaN or infinite, or ``lo > hi`` (for concrete arrays).
@@ -243,7 +251,8 @@ def scale_zero_point(lo: Any, hi: Any, spec: QuantSpec) -> tuple[Any, jax.Array 
             raise quant_error("scale_zero_point", "the range must be finite", todo=todo, lo=lo, hi=hi)
         if np.any(np.asarray(lo) > np.asarray(hi)):
             raise quant_error("scale_zero_point", "lo must not exceed hi", todo="Swap them", lo=lo, hi=hi)
-    return affine(lo, hi, spec)
+    scale, zero_point = affine(lo, hi, spec)
+    return (scale.scale.reshape(lo.shape) if spec.static_unit and not lo.ndim else scale), zero_point
 
 
 # -- codes ---------------------------------------------------------------------------------------------------------
@@ -305,9 +314,12 @@ def encode(
     dtype = _compute_dtype(x)
     view = BlockView(x.shape, block_shape(x.shape, spec.granularity, axes))
     xv = view.split(x.astype(dtype))
-    if scale is None:
-        # Of x itself: a reduction of bfloat16 needs no copy in float32.
-        clips, xs = spec.observer.clips, view.split(x)
+    xs = view.split(x)  # of x itself: a reduction of bfloat16 needs no copy in float32
+    if scale is not None and spec.static_unit:
+        absmax = view.join_scale(absmax_over(xs, view.axes))
+        scale = _e4m3_scale_in(scale.reshape((1,) * x.ndim), absmax, spec.type.qmax)
+    elif scale is None:
+        clips = spec.observer.clips
         top = array_absmax(x) if spec.type.scale_format == "e4m3" and clips else None
         if spec.two_level and clips:
             top = absmax_over(x, axes)
@@ -362,6 +374,8 @@ def prepare(
     if spec.symmetric != (zero_point is None):
         todo = "Give a zero_point with an asymmetric spec and none with a symmetric one"
         raise quant_error(function, "zero_point does not fit the spec", todo=todo, symmetric=spec.symmetric)
+    if spec.static_unit:
+        return x, axes, _per_block(function, "scale", scale, (1,) * x.ndim), None
     return x, axes, _per_block(function, "scale", scale, blocks), _per_block(function, "zero_point", zero_point, blocks)
 
 

@@ -71,10 +71,12 @@ def never_clips(spec: QuantSpec) -> bool:
 
 
 @jitted(static_argnums=(0, 1))
-def _computed(spec: QuantSpec, axes: tuple[int, ...], x: jax.Array, key: jax.Array | None) -> jax.Array:
-    """`fake_quant` with a range that is computed of the array, and counts as constant."""
-    fixed = lax.stop_gradient(x)
-    value, scale, zero_point = _forward(fixed, None, None, key, spec=spec, axes=axes)
+def _computed(
+    spec: QuantSpec, axes: tuple[int, ...], x: jax.Array, key: jax.Array | None, unit: Any = None
+) -> jax.Array:
+    """`fake_quant` with a range that is computed of the array, or within a given unit, and counts as constant."""
+    fixed, unit = lax.stop_gradient((x, unit))
+    value, scale, zero_point = _forward(fixed, unit, None, key, spec=spec, axes=axes)
     if never_clips(spec):
         return with_derivatives(value, x)
     view = BlockView.of_scale(x.shape, scale.shape)
@@ -212,6 +214,6 @@ def fake_quant(
       (arXiv:1902.08153), equation 3, for the gradient of the scale, here without LSQ's gradient scale factor.
     """
     x, axes, scale, zero_point = prepare("fake_quant", x, spec, reduce_axes, scale, zero_point, key)
-    if scale is None:
-        return _computed(spec, axes, x, key)
+    if scale is None or spec.static_unit:
+        return _computed(spec, axes, x, key, scale)
     return _given(spec, axes, STRAIGHT, x, scale_values(scale), zero_point, key)

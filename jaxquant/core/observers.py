@@ -22,13 +22,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core import histograms
-from jaxquant.core.arithmetic import finfo
+from jaxquant.core.arithmetic import exponent, finfo, power_of_two
 from jaxquant.core.errors import quant_error
 from jaxquant.core.extremes import Axes, Range, absmax_over, finite_or_nan, minmax, only_counted
 from jaxquant.core.histograms import BINS, Limbs, scatter
 from jaxquant.core.least_error import Roundtrip, evaluator, least_error
 
-__all__ = ["EMA", "MSE", "AbsMax", "AbsMean", "Entropy", "MinMax", "Observer", "Percentile"]
+__all__ = [
+    "EMA",
+    "MSE",
+    "AbsMax",
+    "AbsMean",
+    "Bounded",
+    "Entropy",
+    "MinMax",
+    "Observer",
+    "Percentile",
+    "RoundedUp",
+]
 
 State = dict[str, jax.Array]
 
@@ -89,6 +100,70 @@ class AbsMax(Observer):
         del symmetric, roundtrip
         absmax = absmax_over(x, axes)
         return -absmax, absmax
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounded(AbsMax):
+    """``(-m, m)`` with ``m = min(max(max|x|, least), most)``: larger magnitudes saturate.
+
+    With ``most=1200`` the activations of FBGEMM's fp8 layers, whose setting is named ``activation_scale_ub``.
+
+    Args:
+      least: the least range, in the units of x; it keeps the scale of a token of tiny values from vanishing.
+      most: the largest range, in the units of x; None: no bound.
+    """
+
+    least: float = 0.0
+    most: float | None = None
+    clips: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        most = math.inf if self.most is None else self.most
+        if not 0 <= self.least < math.inf or not most > self.least:
+            todo = "Use for example Bounded(most=1200.0)"
+            rule = "bounds must be numbers with 0 <= least < most"
+            raise quant_error("Bounded", rule, todo=todo, least=self.least, most=self.most)
+
+    def _bounded(self, absmax: jax.Array) -> Range:
+        bounded = jnp.clip(absmax, self.least, self.most)
+        bounded = jnp.where(jnp.isnan(absmax), absmax, bounded)
+        return -bounded, bounded
+
+    def result(self, state: State, *, symmetric: bool, roundtrip: Roundtrip) -> Range:
+        return self._bounded(super().result(state, symmetric=symmetric, roundtrip=roundtrip)[1])
+
+    def range(self, x: jax.Array, axes: Axes, *, symmetric: bool, roundtrip: Roundtrip) -> Range:
+        return self._bounded(super().range(x, axes, symmetric=symmetric, roundtrip=roundtrip)[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundedUp(AbsMax):
+    """``(-m, m)``, where m is the least ``unit * 2**k`` that is not below ``max|x|``: nothing is clipped.
+
+    With the largest value of a type as unit (448 for float8_e4m3fn), every scale is a power of two: the ``ue8m0``
+    scales of DeepSeek V3.1.
+
+    Args:
+      unit: a positive float32.
+    """
+
+    unit: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 2.0**-64 < self.unit < 2.0**64:
+            raise quant_error("RoundedUp", "unit must be a positive number", todo="Use 448.0 for fp8", unit=self.unit)
+
+    def _rounded(self, absmax: jax.Array) -> Range:
+        below = self.unit * power_of_two(exponent(absmax / self.unit)).astype(absmax.dtype)
+        up = jnp.minimum(jnp.where(below < absmax, 2 * below, below), float(finfo(jnp.float32).max))
+        up = jnp.where(jnp.isnan(absmax), absmax, up)
+        return -up, up
+
+    def result(self, state: State, *, symmetric: bool, roundtrip: Roundtrip) -> Range:
+        return self._rounded(super().result(state, symmetric=symmetric, roundtrip=roundtrip)[1])
+
+    def range(self, x: jax.Array, axes: Axes, *, symmetric: bool, roundtrip: Roundtrip) -> Range:
+        return self._rounded(super().range(x, axes, symmetric=symmetric, roundtrip=roundtrip)[1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -266,8 +266,14 @@ class QTensor:
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         """No conversion by NumPy, which would make an array of one Python object of it."""
-        todo = "Call .dequantize() for its values, or keep it with jaxquant.io.save"
+        todo = "Run the function through jaxquant.quantized, call .dequantize() for its values, or keep it with "
+        todo += "jaxquant.io.save"
         raise quant_error("QTensor", "this is no array", todo=todo, tensor=repr(self))
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for attributes that do not exist, such as those of arrays: T, astype, at, mean."""
+        todo = "Call .dequantize() for its values, or run the function through jaxquant.quantized"
+        raise AttributeError(f"QTensor has no attribute {name!r}, since it is no array. {todo}.", name=name, obj=self)
 
     def _no_operator(self, *_: Any) -> Any:
         """No operator of Python's: in a function of params, `jaxquant.quantized` replaces the operations."""

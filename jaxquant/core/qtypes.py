@@ -194,7 +194,7 @@ def _nearest(name: str) -> list[str]:
     word = name.lower().replace("_", "").replace("-", "").removesuffix("fn")
     if word in _OTHER_NAMES:
         return list(_OTHER_NAMES[word])
-    integer = re.match(r"(u?)(?:int|i|q|w)(\d+)", name.lower())
+    integer = re.match(r"(u?)(?:int|i|q|w)?(\d+)", name.lower())
     if integer:
         sign, bits = integer.groups()
         return [f"{sign}int{n}" for n in sorted(range(2, 9), key=lambda n: abs(n - int(bits)))[:2]]

@@ -97,7 +97,8 @@ class QuantSpec(Value):
         to .221 at 3, from .766 to .507 at 2 (benchmarks/narrow_range.py).
       calibration: an observer from `jaxquant.observers`; None: AbsMax when symmetric, MinMax when not
         (and for a symmetric unsigned type, whose range is ``[0, max(x)]``); for a whole range both ends on their own.
-      static: for an activation, True if its range comes from ``state`` and not from the very array.
+      static: for an activation, True if its range comes from ``state`` and not from the very array. For nvfp4 the
+        float32 scale of the whole array comes from ``state``, and the scales of its blocks from the array.
       scale_dtype: float dtype of the scales; None: float32.
       two_level: the scales of groups are integers 1 .. 15 times one float32 for all groups along ``reduce_axes``; for
         symmetric integers of at most 4 bits. A code times its integer fits in 8 bits, so a product takes one integer
@@ -206,6 +207,11 @@ class QuantSpec(Value):
     def whole_range(self) -> bool:
         """Whether the range uses the extra negative code of a symmetric type."""
         return self.symmetric and self.type.kind == "int" and self.type.qmin < -self.type.qmax < 0
+
+    @property
+    def static_unit(self) -> bool:
+        """Whether the one float32 beside fp8 block scales comes from ``state``, and the block scales from the array."""
+        return self.static and self.type.scale_format == "e4m3"
 
     @property
     def observer(self) -> observers.Observer:

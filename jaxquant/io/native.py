@@ -247,6 +247,9 @@ def load(path: str | os.PathLike[str], *, like: Any = None, target: Platform | N
     Source: the container is safetensors (https://github.com/huggingface/safetensors); the manifest is our own.
     """
     check_target("load", target)
+    if os.path.isdir(path):
+        todo = "Use jaxquant.io.load_model, or load_hf, for a directory of another library"
+        raise quant_error("load", "the path is a directory", todo=todo, path=os.fspath(path))
     file = _File(path, "load", target)
     if file.runs_otherwise():
         text = f"load: {file.path} says how its activations are quantized, and this gives its weights alone"
@@ -327,6 +330,10 @@ class NativeLeaves(Leaves):
         self.file = _File(path, function)
         self._entries = dict(_flat(self.file.tree))
         super().__init__(self._entries, [self.file.path])
+
+    def runs_otherwise(self) -> bool:
+        """Whether the file has a plan that quantizes activations, so that the weights alone give other results."""
+        return self.file.runs_otherwise()
 
     def __getitem__(self, name: str) -> Any:
         self.file.forget()  # pages of the leaf before

@@ -17,9 +17,9 @@ from jaxquant.ptq.gptq import gptq
 from jaxquant.ptq.hqq import hqq
 from jaxquant.ptq.rtn import rtn
 
-__all__ = ["looks_at_inputs", "quantizer"]
+__all__ = ["QUANTIZERS", "looks_at_inputs", "quantizer"]
 
-_QUANTIZERS = {f.__name__: f for f in (rtn, clipped, gptq, hqq, autoround, descend, double_quantized)}
+QUANTIZERS = {f.__name__: f for f in (rtn, clipped, gptq, hqq, autoround, descend, double_quantized)}
 _DATA_FREE = (rtn, hqq)
 
 
@@ -35,15 +35,15 @@ def quantizer(function: str, method: str | Callable[..., QTensor]) -> Callable[.
       QuantError: if the name is unknown, or ``method`` is neither a name nor a function.
     """
     if isinstance(method, str):
-        if method in _QUANTIZERS:
-            return _QUANTIZERS[method]
-        todo = f"Nearest: {nearest(method, _QUANTIZERS)}. All: {', '.join(_QUANTIZERS)}"
+        if method in QUANTIZERS:
+            return QUANTIZERS[method]
+        todo = f"Nearest: {nearest(method, QUANTIZERS)}. All: {', '.join(QUANTIZERS)}"
         if method in ("awq", "smoothquant"):
             todo = "It changes float params before they are quantized: jq.quantize_model(..., method="
-            todo += f"{method!r}) does both. Quantizers: {', '.join(_QUANTIZERS)}"
+            todo += f"{method!r}) does both. Quantizers: {', '.join(QUANTIZERS)}"
         raise quant_error(function, "no quantizer has this name", todo=todo, method=method)
     if not callable(method):
-        todo = f"Pass a function, such as jq.ptq.gptq, or a name: {', '.join(_QUANTIZERS)}"
+        todo = f"Pass a function, such as jq.ptq.gptq, or a name: {', '.join(QUANTIZERS)}"
         raise quant_error(function, "method must be a quantizer", todo=todo, method=method)
     return method
 
@@ -56,6 +56,6 @@ def looks_at_inputs(method: Callable[..., QTensor]) -> bool | None:
         method = method.func
     if method is double_quantized:
         return looks_at_inputs(given.get("method", rtn))
-    if method not in _QUANTIZERS.values():
+    if method not in QUANTIZERS.values():
         return None
     return method not in _DATA_FREE and not (method is clipped and given.get("weighting") == "none")

@@ -188,7 +188,7 @@ def _spec(path: str, spec: OpSpec, main: Use, can: list[Use]) -> tuple[OpSpec, s
         spec = dataclasses.replace(spec, grad=None)
         note = f"gradients stay in float: the backward pass of {main.op} has no integer products"
     act = spec.act
-    if act is not None and act.static and not isinstance(act.granularity, PerTensor):
+    if act is not None and act.static and not isinstance(act.granularity, PerTensor) and not act.static_unit:
         raise quant_error(
             "make_plan",
             "a static activation has one range for the whole tensor",

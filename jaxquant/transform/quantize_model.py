@@ -8,13 +8,14 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
+from jaxquant import recipes
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.paths import folded, leaves_with_paths, nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.core.units import in_bytes
 from jaxquant.ops.targets import Platform, check_target
-from jaxquant.ptq.named import looks_at_inputs, quantizer
+from jaxquant.ptq.named import QUANTIZERS, looks_at_inputs, quantizer
 from jaxquant.ptq.rtn import rtn
 from jaxquant.recipes import recipe as named
 from jaxquant.rules import OpRule, Rule
@@ -199,6 +200,9 @@ def _rules(recipe: Any, ignore: Sequence[str], misfit: Any) -> list[Rule | OpRul
     if isinstance(ignore, str):
         raise quant_error(_F, "ignore must be a sequence of patterns", todo=f"Pass [{ignore!r}]", ignore=ignore)
     kept: list[Rule | OpRule] = [Rule(pattern, None) for pattern in ignore]
+    if isinstance(recipe, str) and recipe in (*QUANTIZERS, *_MOVES):
+        todo = f"Pass a recipe for the types, and the method beside it: recipe='w4a16', method={recipe!r}"
+        raise quant_error(_F, "this is a method, which chooses codes of given types", todo=todo, recipe=recipe)
     if isinstance(recipe, str | OpSpec):
         return [*kept, Rule(".*", named(recipe), misfit=misfit)]
     if misfit is not None:
@@ -215,6 +219,9 @@ def _steps(method: Any) -> tuple[list[str], Callable[..., QTensor]]:
         return [], rtn
     if not isinstance(method, str):
         return [], quantizer(_F, method)
+    if method.partition(":")[0] in recipes.__all__:
+        todo = f"Pass recipe={method!r}, and leave method out or use one of {', '.join((*QUANTIZERS, *_MOVES))}"
+        raise quant_error(_F, "this is a recipe, which says the types", todo=todo, method=method)
     *first, last = method.split("+")
     if last in _MOVES:
         first, last = [*first, last], "rtn"

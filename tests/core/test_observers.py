@@ -15,9 +15,9 @@ from jax_settings import makes_nan
 import jaxquant as jq
 from jaxquant import QuantError, QuantSpec
 from jaxquant.core.affine import roundtrip
-from jaxquant.core.observers import EMA, MSE, AbsMax, Entropy, MinMax, Percentile
+from jaxquant.core.observers import EMA, MSE, AbsMax, Bounded, Entropy, MinMax, Percentile, RoundedUp
 
-ALL = (AbsMax(), MinMax(), EMA(0.9), Percentile(99.0), MSE(), Entropy())
+ALL = (AbsMax(), MinMax(), EMA(0.9), Percentile(99.0), MSE(), Entropy(), Bounded(0.01, 2.0), RoundedUp(448.0))
 HISTOGRAMS = (Percentile(99.0), MSE(), Entropy())
 STEP = roundtrip(QuantSpec("int4", calibration=MSE()))
 
@@ -124,6 +124,40 @@ def test_percentile_through_quantize():
     assert np.mean(np.abs(q.logical_codes()) == 127) == pytest.approx(0.01, abs=0.005)
 
 
+@given(st.floats(2**-100, 2**100, width=32), st.sampled_from([1.0, 1.5, 448.0, 3.0]))
+@settings(max_examples=50)
+def test_ranges_are_rounded_up_to_a_power_of_two(absmax, unit):
+    """The least unit * 2**k that is not below: in Python's exact floats."""
+    x = np.float32([0, -absmax / 3, absmax])
+    lo, hi = RoundedUp(unit).range(jnp.asarray(x), (0,), symmetric=True, roundtrip=STEP)
+    k = int(np.floor(np.log2(absmax / unit))) - 1
+    while unit * 2.0**k < absmax:
+        k += 1
+    assert (-float(lo[0]), float(hi[0])) == (unit * 2.0**k, unit * 2.0**k)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec("float8_e4m3fn", granularity=jq.PerGroup(16), calibration=RoundedUp(448.0)),
+        QuantSpec("float8_e4m3fn", calibration=Bounded(1 / 512, 2.0)),
+        QuantSpec("float8_e4m3fn", calibration=Bounded(1 / 512)),
+    ],
+    ids=str,
+)
+def test_ranges_of_other_libraries(spec):
+    assert QuantSpec.from_json(spec.to_json()) == spec
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal((6, 32)) * unequal(rng, (6, 1), 4.0)).astype(np.float32)
+    scale = np.asarray(jq.quantize(x, spec, reduce_axes=(-1,)).scale)
+    if isinstance(spec.calibration, RoundedUp):
+        absmax = np.abs(x.reshape(6, 2, 16)).max(-1)
+        np.testing.assert_array_equal(scale, np.exp2(np.ceil(np.log2(absmax / 448))))
+    else:
+        absmax = np.clip(np.abs(x).max(-1, keepdims=True), 1 / 512, spec.calibration.most)
+        np.testing.assert_allclose(scale, absmax / 448, rtol=1e-6)
+
+
 def test_entropy_clips_outliers_and_keeps_what_is_dense():
     rng = np.random.default_rng(0)
     uniform = rng.uniform(-1, 1, 4096)
@@ -218,7 +252,7 @@ def result(observer, state, symmetric=True):
     return [np.asarray(b) for b in compiled(observer)[1](state, symmetric)]
 
 
-@pytest.mark.parametrize("observer", [AbsMax(), MinMax()], ids=str)
+@pytest.mark.parametrize("observer", [AbsMax(), MinMax(), Bounded(0.1, 3.0), RoundedUp(1.5)], ids=str)
 def test_streaming_is_the_range_of_all_batches(observer):
     xs = batches()
     lo, hi = result(observer, stream(observer, xs))
@@ -395,6 +429,9 @@ def test_large_arrays_take_the_same_values(axes, dtype):
     [
         (lambda: EMA(1.0), "EMA: decay must be in"),
         (lambda: EMA(-0.1), "EMA: decay must be in"),
+        (lambda: Bounded(-1.0), "Bounded: bounds must be"),
+        (lambda: Bounded(2.0, 2.0), "Bounded: bounds must be"),
+        (lambda: RoundedUp(0.0), "RoundedUp: unit must be"),
         (lambda: Percentile(50.0), "Percentile: p must be in"),
         (lambda: Percentile(101), "Percentile: p must be in"),
         (lambda: Percentile(float("nan")), "Percentile: p must be in"),

@@ -111,6 +111,12 @@ def test_is_no_array():
     for convert in (np.asarray, np.array, lambda q: np.asarray(q, np.float32), lambda q: np.save(io.BytesIO(), q)):
         with pytest.raises(jq.QuantError, match=r"QTensor: this is no array; got tensor='QTensor\(.*\.dequantize\(\)"):
             convert(q)
+    for name in ("T", "astype", "mean", "at", "reshape"):
+        assert not hasattr(q, name)
+        with pytest.raises(
+            AttributeError, match=rf"QTensor has no attribute '{name}'.*\.dequantize\(\).*jaxquant\.quantized"
+        ):
+            getattr(q, name)
     for use in (
         lambda: jnp.asarray(q),
         lambda: jnp.sum(q),

@@ -222,6 +222,7 @@ BAD = [
     (lambda: QuantSpec("int1"), "QuantSpec: unknown number type", "'int1'", "Nearest: int2, int3. All: "),
     (lambda: QuantSpec("uint16"), "QuantSpec: unknown number type", "'uint16'", "Nearest: uint8, uint7. All: "),
     (lambda: QuantSpec("float4"), "QuantSpec: unknown number type", "'float4'", "float4_e2m1fn, mxfp4, nvfp4."),
+    (lambda: QuantSpec(4), "QuantSpec: unknown number type", "'4'", "Nearest: int4, int3. All: "),
     (lambda: QuantSpec("q4_0"), "QuantSpec: unknown number type", "'q4_0'", "Nearest: int4, int3. All: "),
     (lambda: QuantSpec("bf16"), "QuantSpec: unknown number type", "'bf16'", "float8_e4m3fn, float8_e5m2, int8."),
     (lambda: QuantSpec("iq4_xs"), "QuantSpec: unknown number type", "'iq4_xs'", "iq4_nl"),

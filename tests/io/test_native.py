@@ -735,6 +735,8 @@ def test_places_that_cannot_be_files(path, tmp_path):
         save(tmp_path / "missing" / "x.safetensors", {})
     with pytest.raises(jq.QuantError, match=r"save at .*: the path is a directory. Name a file in it"):
         save(tmp_path, {})
+    with pytest.raises(jq.QuantError, match=r"load at .*: the path is a directory.*load_model"):
+        load(tmp_path)
     with pytest.raises(FileNotFoundError):
         load(path)
 

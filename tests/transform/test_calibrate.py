@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax import lax
@@ -265,3 +266,32 @@ def test_merging_refuses_other_statistics():
         jq.calibration.merge_stats(plan, [stats, stats])
     with pytest.raises(jq.QuantError, match="merge_stats: there is nothing to merge"):
         jq.calibration.merge_stats(plan, [])
+
+
+def test_the_float_beside_nvfp4_blocks_is_static():
+    """It comes from the state, and the fp8 scales from the array: the values of NumPy, in training and after it."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((8, 32), (32, 16)))
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    spec = jq.OpSpec(act=jq.QuantSpec("nvfp4", static=True))
+    plan = jq.make_plan(fn, {"w": w}, x, rules=[jq.Rule(".*", spec)])
+    state = jq.act_state(plan, jq.calibrate(fn, plan, {"w": w}, [x]))
+    np.testing.assert_allclose(state["w"]["scale"], np.abs(x).max() / (6 * 448), rtol=1e-6)
+
+    def wanted(x, unit):
+        blocks = x.reshape(8, 2, 16)
+        local = np.minimum(np.abs(blocks).max(-1, keepdims=True) / 6 / unit, 448)
+        scale = local.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * unit
+        return (np.clip(blocks / scale, -6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float32) * scale).reshape(
+            8, 32
+        )
+
+    for unit in (state["w"]["scale"], jnp.float32(2e-4)):  # the second one saturates
+        run = jq.quantized(fn, plan, {"w": {"scale": unit}})
+        np.testing.assert_allclose(run({"w": w}, x), wanted(x, np.float32(unit)) @ w, rtol=1e-4, atol=1e-4)
+    gradient = jax.grad(lambda x: jq.quantized(fn, plan, state)({"w": w}, x).sum())(x)
+    np.testing.assert_allclose(np.median(np.abs(np.asarray(gradient) / w.sum(-1))), 1, rtol=1e-5)  # straight through
+    layer = jq.linen.QuantDense(4, spec=spec)
+    variables = layer.init(jax.random.key(0), x)
+    y, seen = layer.apply(variables, x, mutable=["quant"])
+    np.testing.assert_array_equal(layer.apply({**variables, **seen}, x), y)

@@ -120,6 +120,9 @@ def test_the_model_runs_as_it_was_saved(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"recipe": "gptq"}, r"this is a method.*recipe='w4a16', method='gptq'"),
+        ({"recipe": "awq"}, r"this is a method.*method='awq'"),
+        ({"recipe": "w8a8", "method": "w4a16:g32"}, r"this is a recipe.*Pass recipe='w4a16:g32'"),
         ({"recipe": "w4a17"}, r"recipe: unknown recipe; got recipe='w4a17'. Nearest: 'w4a16'.*All: binary, fp4, fp8"),
         ({"recipe": "int4"}, r"int4 is a number type; recipes with such weights: w4a4, w4a8, w4a16"),
         ({"recipe": "w8a8:g64"}, r"w8a8 has no such option; got option='g64'.*Use each.*: asym, static"),

@@ -7,9 +7,9 @@ integers             integer codes in a form common to several layouts
 
 from jaxquant.io.export.awq_writer import AWQ
 from jaxquant.io.export.bitsandbytes_writer import BITSANDBYTES
-from jaxquant.io.export.compressed_tensors_writer import compressed_tensors
+from jaxquant.io.export.compressed_tensors_writer import compressed_tensors, describes
 from jaxquant.io.export.gptq_writer import GPTQ
 from jaxquant.io.export.interface import Layout
 from jaxquant.io.export.mlx_writer import MLX
 
-__all__ = ["AWQ", "BITSANDBYTES", "GPTQ", "MLX", "Layout", "compressed_tensors"]
+__all__ = ["AWQ", "BITSANDBYTES", "GPTQ", "MLX", "Layout", "compressed_tensors", "describes"]

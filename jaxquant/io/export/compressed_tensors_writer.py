@@ -22,13 +22,14 @@ import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.granularity import PerChannel
+from jaxquant.core.observers import AbsMax
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.io.bits import patterns
 from jaxquant.io.export.integers import check_integers, check_matrix, check_stack, group_size, grouped, is_stack, words
 from jaxquant.io.export.interface import Layout
 
-__all__ = ["compressed_tensors"]
+__all__ = ["compressed_tensors", "describes"]
 
 _SCALES = (np.float32, np.float16, ml_dtypes.bfloat16)
 
@@ -48,6 +49,13 @@ def compressed_tensors(act: QuantSpec | None = None) -> Layout:
         functools.partial(_constants, act_type),
         stacks=True,
     )
+
+
+def describes(act: QuantSpec, q: Any) -> bool:
+    """Whether the layout says, of activations beside a weight, exactly this: as the library computes their range."""
+    plain = QuantSpec("float8_e4m3fn"), QuantSpec("int8", narrow_range=False, calibration=AbsMax())
+    fits = isinstance(q, QTensor) and len(q.shape) == 2 and not isinstance(q.scale, QTensor)
+    return fits and act in plain and q.qtype == act.qtype and group_size(q) == q.shape[-1]
 
 
 def _format(act: str | None, q: QTensor) -> str:

@@ -18,6 +18,7 @@ padded. The number of words tells the two apart.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -25,12 +26,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxquant.core import observers
 from jaxquant.core.errors import QuantError
 from jaxquant.core.granularity import PerGroup, PerTensor
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of, packed, unpacked
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
-from jaxquant.io.hf.schemes import Activation, dynamic, refused, static
+from jaxquant.io.hf.schemes import Activation, dynamic, in_unit, refused, static, whole
 from jaxquant.io.hf.stated import matches
 from jaxquant.io.hf.to_qtensor import E2M1, Grouping, aligned, grouping, qtensor, spread
 
@@ -258,6 +260,10 @@ def _zeros(m: Module, zero: np.ndarray, bits: int, out: int, scale: np.ndarray) 
     return np.ascontiguousarray(np.swapaxes(signed, -1, -2))
 
 
+#: The library rounds a block's largest magnitude up to a power of two from 1.75 times one on: just above this number.
+_UP_FROM = float(np.nextafter(np.float32(1.75), np.float32(0)))
+
+
 def activation(m: Module) -> Activation | None:
     """The activation scheme in ``input_activations`` of the module's group."""
     groups = _groups_of(m)
@@ -281,21 +287,24 @@ def activation(m: Module) -> Activation | None:
     qtype = f"int{bits}" if kind == "int" and bits in range(2, 9) else None
     if kind == "float" and symmetric:
         exponents = how.get("scale_dtype") in ("torch.uint8", "uint8")
-        qtype = {8: "mxfp8" if exponents else "float8_e4m3fn", 4: "mxfp4" if exponents else None}.get(bits)
+        qtype = {8: "mxfp8" if exponents else "float8_e4m3fn", 4: "mxfp4" if exponents else "nvfp4"}.get(bits)
     if qtype is None or (kind == "float" and bits == 8 and how.get("format") == "e5m2"):
-        four = (kind, bits) == ("float", 4)
-        why = "the global scale of its blocks is in the file" if four else "there is no such type"
-        raise refused(m, "input_activations", how, why)
+        raise refused(m, "input_activations", how, "there is no such type")
+    if qtype == "nvfp4":
+        if wide != "local" or strategy != "tensor_group" or group != 16:
+            raise refused(m, "input_activations", how)
+        return in_unit(m, "input_activations", "input_global_scale", inverse=True)
     if wide is False and strategy == "tensor":
         return static(m, "input_activations", qtype, symmetric=symmetric)
-    if wide is True and strategy == "token":
-        return dynamic(qtype, symmetric=symmetric)
-    if wide is True and strategy == "tensor":
-        return dynamic(qtype, symmetric=symmetric, granularity=PerTensor())
+    ranged = whole if kind == "int" and symmetric else functools.partial(dynamic, symmetric=symmetric)
+    if wide is True and strategy == "token" and not qtype.startswith("mx"):
+        return ranged(qtype)
+    if wide is True and strategy == "tensor" and not qtype.startswith("mx"):
+        return ranged(qtype, granularity=PerTensor())
+    if wide is True and strategy == "group" and qtype.startswith("mx") and group in (None, 32):
+        return dynamic(qtype, calibration=observers.RoundedUp(_UP_FROM))
     if wide is True and strategy == "group" and isinstance(group, int) and group > 0:
-        if qtype.startswith("mx"):
-            return dynamic(qtype)
-        return dynamic(qtype, symmetric=symmetric, granularity=PerGroup(group))
+        return ranged(qtype, granularity=PerGroup(group))
     raise refused(m, "input_activations", how)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxquant.core import observers
 from jaxquant.core.errors import QuantError
 from jaxquant.core.granularity import PerGroup
 from jaxquant.core.qtensor import QTensor
@@ -79,13 +80,16 @@ def _of_outputs(m: Module, scale: np.ndarray, shape: tuple[int, ...]) -> np.ndar
 
 
 def activation(m: Module) -> Activation | None:
-    """By ``activation_scheme``: one static range; or one for each token, in groups as wide as a block."""
+    """By ``activation_scheme``: one static range; or one for each token, in groups as wide as a block.
+
+    With ``scale_fmt: ue8m0`` (DeepSeek V3.1) the scales of activations are rounded up to powers of two.
+    """
     method, scheme = m.config.get("quant_method"), m.config.get("activation_scheme")
     if method == "fbgemm_fp8":
         bound = m.config.get("activation_scale_ub")
-        if bound is not None:
-            raise refused(m, "activation_scale_ub", bound, "the range of each token has an upper bound")
-        return dynamic(_FP8)
+        if bound is not None and not (isinstance(bound, int | float) and bound > _LEAST):
+            raise refused(m, "activation_scale_ub", bound, "an upper bound of ranges must be a positive number")
+        return dynamic(_FP8, calibration=observers.Bounded(_LEAST, None if bound is None else float(bound)))
     if scheme is None:
         given = any(m.prefix + end in m.checkpoint.tensors for end in (".input_scale", "_input_scale"))
         return static(m, "input_scale", _FP8) if given else None
@@ -93,19 +97,22 @@ def activation(m: Module) -> Activation | None:
         return static(m, "activation_scheme=static", _FP8)
     if scheme != "dynamic":
         raise refused(m, "activation_scheme", scheme)
-    if m.config.get("scale_fmt") not in (None, "float"):
-        raise refused(m, "scale_fmt", m.config["scale_fmt"], "scales of activations are powers of two")
+    form = m.config.get("scale_fmt")
+    if form not in (None, "float", "ue8m0"):
+        raise refused(m, "scale_fmt", form)
+    calibration = observers.RoundedUp(448.0) if form == "ue8m0" else None
     if method == "mxfp8":
         return dynamic("mxfp8")
     blocks = m.config.get("weight_block_size")
     if blocks is None:
-        return dynamic(_FP8)
+        return dynamic(_FP8, calibration=calibration)
     if not isinstance(blocks, list) or len(blocks) != 2 or type(blocks[1]) is not int or blocks[1] < 1:
         raise refused(m, "weight_block_size", blocks, "the groups of activations are as wide as a block")
-    return dynamic(_FP8, granularity=PerGroup(blocks[1]))
+    return dynamic(_FP8, granularity=PerGroup(blocks[1]), calibration=calibration)
 
 
 _FP8 = "float8_e4m3fn"
+_LEAST = 1 / 512  # FBGEMM's scale of a token is at least 1 / (448 * 512)
 
 FP8 = Format(
     "fp8",

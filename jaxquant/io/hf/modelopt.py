@@ -21,7 +21,7 @@ from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
-from jaxquant.io.hf.schemes import Activation, dynamic, refused, static
+from jaxquant.io.hf.schemes import Activation, dynamic, in_unit, refused, static
 from jaxquant.io.hf.to_qtensor import aligned, in_blocks, in_unstated_blocks
 
 __all__ = ["MODELOPT"]
@@ -95,7 +95,7 @@ _ALONE = ("FP8_PB_WO", "FP8_PER_TENSOR_WO", "W4A16_NVFP4", "NVFP4_WEIGHT_ONLY", 
 
 
 def activation(m: Module) -> Activation | None:
-    """Of fp8, a static range or one for each token; of MXFP8, blocks; the global scale of NVFP4 has no place."""
+    """Of fp8, a static range or one for each token; of MXFP8 and NVFP4, blocks."""
     algorithm = m.config.get("quant_algo")
     given = m.prefix + ("_input_scale" if m.is_parameter else ".input_scale") in m.checkpoint.tensors
     if algorithm in _ALONE:
@@ -106,7 +106,7 @@ def activation(m: Module) -> Activation | None:
         return dynamic("mxfp8")
     four = m.checkpoint.tensors[m.named(".weight")].dtype == np.uint8
     if four and (given or "NVFP4" in str(algorithm)):
-        raise refused(m, "input_scale", algorithm, "blocks of inputs have a global scale that the file gives")
+        return in_unit(m, f"quant_algo={algorithm}", "input_scale", inverse=False)
     if algorithm in (*_STATIC, None, "MIXED_PRECISION") and (given or algorithm in _STATIC):
         return static(m, f"quant_algo={algorithm}", "float8_e4m3fn")
     if algorithm in (None, "MIXED_PRECISION"):

@@ -4,8 +4,9 @@ Each format has a function that returns the `Activation` of a module. Schemes th
 refused, naming the key, since leaving them out would change the results. Scales of the cache of keys and values belong
 to a layer instead of a weight: see `cache_scales`.
 
-A range that comes from the array (dynamic) is jaxquant's: ``absmax / 127`` for int8, as in serving engines, and
-``absmax / 448`` for fp8. A range in the file (static) is used unchanged, with all codes of the type.
+A range that comes from the array (dynamic) is the one that the library of the format computes: ``absmax / 448`` for
+fp8; for int8 ``absmax / 127`` (BitNet, LLM.int8()) or ``absmax / 127.5`` (`whole`: compressed-tensors, torchao). A
+range in the file (static) is used unchanged, with all codes of the type.
 """
 
 from __future__ import annotations
@@ -17,13 +18,25 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant.core import observers
 from jaxquant.core.errors import QuantError
 from jaxquant.core.granularity import PerTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.module import Module
 
-__all__ = ["Activation", "CacheScales", "cache_scales", "dynamic", "is_scale_of_cache", "refused", "static"]
+__all__ = [
+    "Activation",
+    "CacheScales",
+    "cache_scales",
+    "dynamic",
+    "given",
+    "in_unit",
+    "is_scale_of_cache",
+    "refused",
+    "static",
+    "whole",
+]
 
 _FP8 = "float8_e4m3fn"
 _TODO = "Run the weights alone: activations='float', or ask for a checkpoint without this scheme"
@@ -55,6 +68,31 @@ def dynamic(qtype: str = "int8", *, outliers: float | None = None, **more: Any) 
     return Activation(OpSpec(act=QuantSpec(qtype, **more), outliers=outliers))
 
 
+def whole(qtype: str = "int8", **more: Any) -> Activation:
+    """A dynamic symmetric range over all codes: the scale is ``absmax / (qmax + 1/2)``, 127.5 for int8."""
+    return dynamic(qtype, narrow_range=False, calibration=observers.AbsMax(), **more)
+
+
+def in_unit(m: Module, key: str, name: str, *, inverse: bool) -> Activation:
+    """nvfp4: blocks of 16 with scales from the array, beside one float32 from the file.
+
+    Args:
+      m: the module.
+      key: the configuration key that requires the tensor.
+      name: of the tensor, after the module's name.
+      inverse: whether scales of blocks are divided by the tensor, and not multiplied.
+    """
+    tensor = m.prefix + ("_" if m.is_parameter else ".") + name
+    if tensor not in m.checkpoint.tensors:
+        rule = "the configuration says that activations have a global scale, and the file has none"
+        raise m.error(rule, todo=f"Fetch all files again: the tensor is {tensor}", key=key)
+    value = m.checkpoint.array(tensor).astype(np.float32)
+    if not (value > 0).all():
+        raise refused(m, name, value.reshape(-1)[:4].tolist(), "a global scale must be positive")
+    unit = np.float32(1) / value if inverse else value
+    return Activation(OpSpec(act=QuantSpec("nvfp4", static=True)), {"scale": _squeezed(unit)}, (tensor,))
+
+
 def static(m: Module, key: str, qtype: str, *, symmetric: bool = True) -> Activation:
     """One range, from the tensors of the file; ``key`` is the configuration key that requires it."""
     found = _names(m, "scale", _WORDS)
@@ -62,11 +100,25 @@ def static(m: Module, key: str, qtype: str, *, symmetric: bool = True) -> Activa
         wanted = m.prefix + (f"_{_SCALE}" if m.is_parameter else f".{_SCALE}")
         rule = "the configuration says that the range of activations is static, and the file has none"
         raise m.error(rule, todo=f"Fetch all files again, or calibrate: the tensor is {wanted}", key=key)
-    scale = m.checkpoint.array(found[0]).astype(np.float32)
+    zeros = _names(m, "zero_point", _WORDS)
+    tensors = {"scale": m.checkpoint.array(found[0]), "zero_point": m.checkpoint.array(zeros[0]) if zeros else None}
+    return given(m, key, qtype, tensors, tuple(found + zeros), symmetric=symmetric)
+
+
+def given(
+    m: Module,
+    key: str,
+    qtype: str,
+    tensors: Mapping[str, np.ndarray | None],
+    names: tuple[str, ...],
+    *,
+    symmetric: bool,
+) -> Activation:
+    """One range: ``scale`` and ``zero_point`` (or None) as the file has them, under these names."""
+    assert tensors["scale"] is not None
+    scale, values = tensors["scale"].astype(np.float32), tensors["zero_point"]
     if not (scale > 0).all():  # in some formats 0 means that the activation is not quantized
         raise refused(m, "input_scale", scale.reshape(-1)[:4].tolist(), "a static scale must be positive")
-    zeros = _names(m, "zero_point", _WORDS)
-    values = None if not zeros else m.checkpoint.array(zeros[0])
     if values is not None and not values.astype(np.float32).any() and symmetric:
         values = None
     if (values is None) != symmetric:
@@ -79,7 +131,7 @@ def static(m: Module, key: str, qtype: str, *, symmetric: bool = True) -> Activa
         if values.min() < spec.type.qmin or values.max() > spec.type.qmax:
             raise m.error("a zero point is not a code of the type", todo="Check the configuration", key=key)
         entry["zero_point"] = _squeezed(values.astype(spec.type.code_dtype))
-    return Activation(OpSpec(act=spec), entry, tuple(found + zeros))
+    return Activation(OpSpec(act=spec), entry, names)
 
 
 _SCALE = "input_scale"

@@ -3,7 +3,8 @@
 The header's metadata holds, for each parameter P.weight, {"_type", "_data", "_tensor_data_names"} as JSON; its parts
 are the tensors P._weight_PART.
 
-    Int8Tensor                 qdata int8, scale, zero_point    (q - z) * s
+    Int8Tensor                 qdata int8, scale, zero_point    (q - z) * s; act_quant_scale and act_quant_zero_point
+                                                                  of a static range of its activations
     IntxUnpackedToInt8Tensor   the same in groups, 1 to 8 bits
     Float8Tensor               qdata fp8, scale                 q * s
 
@@ -17,12 +18,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxquant.core import observers
+from jaxquant.core.errors import QuantError
 from jaxquant.core.granularity import PerTensor
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import packed
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
-from jaxquant.io.hf.schemes import Activation, dynamic, refused
+from jaxquant.io.hf.schemes import Activation, dynamic, given, refused, whole
 from jaxquant.io.hf.to_qtensor import aligned, spread
 from jaxquant.io.strict_json import parse
 
@@ -44,6 +47,18 @@ def _described(checkpoint: HFCheckpoint, name: str, text: str) -> dict[str, Any]
     return None if plain else entry
 
 
+#: Parts of an Int8Tensor with a static range of its activations.
+_STATIC = ("act_quant_scale", "act_quant_zero_point")
+
+
+def _inner(m: Module) -> Module:
+    """The parts of a parameter P, whose names begin with P's place and ``_weight_``."""
+    owner, _, name = m.prefix.rpartition(".")
+    inner = Module(m.checkpoint, f"{owner}._{name}_" if owner else f"_{name}_", m.naming, m.config)
+    inner.used = m.used
+    return inner
+
+
 def _find(checkpoint: HFCheckpoint) -> list[str]:
     return [name for name, text in checkpoint.metadata().items() if _described(checkpoint, name, text)]
 
@@ -54,10 +69,13 @@ def read(m: Module) -> QTensor:
     assert entry is not None
     kind, data = entry["_type"], entry.get("_data")
     data = data if isinstance(data, dict) else {}
-    owner, _, name = m.prefix.rpartition(".")
-    part = lambda p: f"{owner}._{name}_{p}" if owner else f"_{name}_{p}"  # noqa: E731
-    inner = Module(m.checkpoint, part(""), m.naming, m.config)
-    inner.used = m.used
+    inner = _inner(m)
+    for part in _STATIC:
+        inner.maybe(part)
+    if inner.has("act_pre_scale"):
+        rule = "its input is multiplied by a scale for each feature, which no layer before it holds"
+        todo = "Quantize the model without SmoothQuant or AWQ, or ask for its float weights"
+        raise inner.error(rule, "act_pre_scale", todo=todo)
     if kind not in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor"):
         todo = "Quantize the model with Int8, Intx or Float8 weight-only configs, or ask for its float weights"
         raise m.error(f"the layout of {kind} belongs to one GPU kernel and is not read", todo=todo)
@@ -120,11 +138,29 @@ def activation(m: Module) -> Activation | None:
     written = _word(said.get("float8_dtype"), "_data")
     if qtype == "float8_e4m3fn" and written is not None:
         qtype = written if written in ("float8_e4m3fn", "float8_e5m2") else None
-    bounded = any(said.get(key) is not None for key in ("hp_value_lb", "hp_value_ub"))
-    symmetric = _word(said.get("mapping_type"), "_data") in (None, "SYMMETRIC")
-    if qtype is None or granularity not in ("PerRow", "PerTensor") or bounded or not symmetric:
+    mapping = _word(said.get("mapping_type"), "_data") or "SYMMETRIC"
+    if qtype is None or granularity not in ("PerRow", "PerTensor") or mapping not in ("SYMMETRIC", "ASYMMETRIC"):
         raise refused(m, "act_quant_kwargs", how)
-    return dynamic(qtype) if granularity == "PerRow" else dynamic(qtype, granularity=PerTensor())
+    inner = _inner(m)
+    if inner.has(_STATIC[0]):
+        tensors = {part.rpartition("quant_")[2]: inner.maybe(part) for part in _STATIC}
+        if granularity != "PerTensor" or qtype != "int8" or said.get("reduce_range"):
+            raise refused(m, "act_quant_kwargs", how, "a static range is one int8 range for the whole tensor")
+        names = tuple(inner.named(part) for part in _STATIC if inner.has(part))
+        return given(m, "act_quant_kwargs", qtype, tensors, names, symmetric=mapping == "SYMMETRIC")
+    shared: dict[str, Any] = {} if granularity == "PerRow" else {"granularity": PerTensor()}
+    if qtype == "int8":
+        qtype = "int7" if said.get("reduce_range") else "int8"  # -64 .. 63, for processors whose sums overflow
+        return whole(qtype, **shared) if mapping == "SYMMETRIC" else dynamic(qtype, symmetric=False, **shared)
+    least, most = said.get("hp_value_lb"), said.get("hp_value_ub")
+    if least is None and most is None:
+        return dynamic(qtype, **shared)
+    try:
+        bounds = observers.Bounded(float(least or 0), None if most is None else float(most))
+    except (QuantError, TypeError, ValueError):
+        why = "hp_value_lb and hp_value_ub must be bounds of a range"
+        raise refused(m, "act_quant_kwargs", how, why) from None
+    return dynamic(qtype, calibration=bounds, **shared)
 
 
 def _word(value: Any, key: str) -> str | None:

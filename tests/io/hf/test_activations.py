@@ -1,5 +1,6 @@
 """Directories that say how activations are quantized run as they were saved: against NumPy."""
 
+import json
 import re
 
 import jax
@@ -14,10 +15,11 @@ from jaxquant.core.specs import QuantSpec
 
 pytestmark = pytest.mark.every
 
-FP8 = ml_dtypes.float8_e4m3fn
+FP8, FP4 = ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
 OUT, IN = 6, 64
 RNG = np.random.default_rng(0)
 X = (RNG.normal(size=(5, IN)) * np.exp(RNG.normal(size=(5, 1)))).astype(np.float32)
+X[4, :16] *= 1e-6  # a block of which the scale vanishes beside the others
 CODES = RNG.integers(-127, 128, (OUT, IN)).astype(np.int8)
 SMALL = RNG.normal(size=(OUT, IN)).astype(FP8)
 SCALE = np.exp(RNG.normal(size=(OUT, 1))).astype(np.float32)
@@ -40,6 +42,35 @@ def on_fp8(x, scale):
 
 def per_token(x):
     return np.abs(x).max(-1, keepdims=True)
+
+
+def blocks_of(x, size, rounded):
+    """Each block of so many features on its own."""
+    return rounded(x.reshape(len(x), -1, size)).reshape(x.shape)
+
+
+def powers_of_two(x):
+    """DeepSeek V3.1: scales rounded up to powers of two."""
+    return on_fp8(x, np.exp2(np.ceil(np.log2(per_token(x) / np.float32(448)))).astype(np.float32))
+
+
+def on_mx(x, dtype, greatest, up=0.0):
+    """OCP MX; compressed-tensors takes the next power of two from 1.75 times one on: ``up=0.25``."""
+    mantissa, exponent = np.frexp(per_token(x))  # mantissa * 2 of [1, 2)
+    exponent = exponent - 1 + (2 * mantissa + up >= 2) - int(np.log2(greatest))
+    scale = np.exp2(exponent).astype(np.float32)
+    return np.clip(x / scale, -greatest, greatest).astype(dtype).astype(np.float32) * scale
+
+
+def on_nvfp4(x, unit):
+    """fp8 scales of blocks in units of one float; a block whose scale rounds to 0 becomes 0."""
+    local = np.minimum(per_token(x) / np.float32(6) / unit, 448).astype(FP8).astype(np.float32)
+    scale = np.where(local == 0, np.float32(1), local) * unit
+    return np.where(local == 0, 0, np.clip(x / scale, -6, 6).astype(FP4).astype(np.float32) * scale)
+
+
+def fbgemm(x, most=np.inf):
+    return on_fp8(x, np.clip(per_token(x), 1 / 512, most).astype(np.float32) / np.float32(448))
 
 
 def in_groups(x, size):
@@ -81,18 +112,33 @@ BLOCK_W = SMALL.astype(np.float32) * np.repeat(np.repeat(BLOCKS, 3, 0), 32, 1)
 INT = {"num_bits": 8, "type": "int", "symmetric": True}
 FLOAT = {"num_bits": 8, "type": "float", "symmetric": True}
 
+EXPONENTS = RNG.integers(124, 130, (OUT, 2)).astype(np.uint8)
+MX8 = named(weight=SMALL, weight_scale=EXPONENTS)
+MX8_W = SMALL.astype(np.float32) * np.repeat(np.exp2(EXPONENTS - 127.0), 32, 1).astype(np.float32)
+GRID = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+NIBBLES = RNG.integers(0, 16, (OUT, IN)).astype(np.uint8)
+NV = NIBBLES[:, ::2] | NIBBLES[:, 1::2] << 4
+NV_SCALES = np.exp(RNG.normal(size=(OUT, 4))).astype(FP8)
+NV_W = GRID[NIBBLES] * np.repeat(NV_SCALES.astype(np.float32), 16, 1)
+UNIT = np.float32(0.0019)
+TERNARY = RNG.integers(0, 3, (4, 2, IN)).astype(np.uint8)
+
 #: Name -> (tensors, quantization configuration, the weight, what the activations become).
 SCHEMES = {
     "int8 per token": (
         INT8, grouped({}, **INT, strategy="token", dynamic=True), INT8_W,
-        lambda x: on_int8(x, per_token(x) / np.float32(127)),
+        lambda x: on_int8(x, per_token(x) / np.float32(127.5)),
+    ),
+    "int8 in groups": (
+        INT8, grouped({}, **INT, strategy="group", group_size=16, dynamic=True), INT8_W,
+        lambda x: blocks_of(x, 16, lambda x: on_int8(x, per_token(x) / np.float32(127.5))),
     ),
     "int8 per token, asymmetric": (
         INT8, grouped({}, **INT | {"symmetric": False}, strategy="token", dynamic=True), INT8_W, asymmetric,
     ),
     "int8 of the tensor": (
         INT8, grouped({}, **INT, strategy="tensor", dynamic=True), INT8_W,
-        lambda x: on_int8(x, np.abs(x).max() / np.float32(127)),
+        lambda x: on_int8(x, np.abs(x).max() / np.float32(127.5)),
     ),
     "int8 static": (
         INT8 | named(input_scale=STATIC), grouped({}, **INT, strategy="tensor", dynamic=False), INT8_W,
@@ -131,8 +177,48 @@ SCHEMES = {
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [3, 32]}, BLOCK_W,
         lambda x: in_groups(x, 32),
     ),
-    "fbgemm": (
-        FLOAT8, {"quant_method": "fbgemm_fp8"}, FP8_W, lambda x: on_fp8(x, per_token(x) / np.float32(448)),
+    "fp8 in blocks, ue8m0": (
+        named(weight=SMALL, weight_scale_inv=BLOCKS),
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [3, 32], "scale_fmt": "ue8m0"},
+        BLOCK_W, lambda x: blocks_of(x, 32, powers_of_two),
+    ),
+    "fbgemm": (FLOAT8, {"quant_method": "fbgemm_fp8"}, FP8_W, fbgemm),
+    "fbgemm, bounded": (
+        FLOAT8, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1.5}, FP8_W, lambda x: fbgemm(x, 1.5),
+    ),
+    "mxfp8": (
+        MX8, {"quant_method": "mxfp8", "activation_scheme": "dynamic"}, MX8_W,
+        lambda x: blocks_of(x, 32, lambda x: on_mx(x, FP8, 448)),
+    ),
+    "ModelOpt MXFP8": (
+        MX8, {"quant_method": "modelopt", "quant_algo": "MXFP8"}, MX8_W,
+        lambda x: blocks_of(x, 32, lambda x: on_mx(x, FP8, 448)),
+    ),
+    "compressed-tensors mxfp8": (
+        MX8, grouped({}, **FLOAT, strategy="group", group_size=32, dynamic=True, scale_dtype="torch.uint8"), MX8_W,
+        lambda x: blocks_of(x, 32, lambda x: on_mx(x, FP8, 448, 0.25)),
+    ),
+    "compressed-tensors mxfp4": (
+        MX8, grouped({}, **FLOAT | {"num_bits": 4}, strategy="group", group_size=32, dynamic=True,
+                     scale_dtype="torch.uint8"), MX8_W,
+        lambda x: blocks_of(x, 32, lambda x: on_mx(x, FP4, 6, 0.25)),
+    ),
+    "compressed-tensors nvfp4": (
+        named(weight_packed=NV, weight_scale=NV_SCALES, weight_global_scale=np.float32([4]),
+              input_global_scale=np.float32([1 / UNIT])),
+        grouped({}, **FLOAT | {"num_bits": 4}, strategy="tensor_group", group_size=16, dynamic="local",
+                scale_dtype="torch.float8_e4m3fn"), NV_W / 4,
+        lambda x: blocks_of(x, 16, lambda x: on_nvfp4(x, UNIT)),
+    ),
+    "ModelOpt NVFP4": (
+        named(weight=NV, weight_scale=NV_SCALES, weight_scale_2=np.float32(0.5), input_scale=UNIT),
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"}, NV_W / 2,
+        lambda x: blocks_of(x, 16, lambda x: on_nvfp4(x, UNIT)),
+    ),
+    "BitNet": (
+        named(weight=TERNARY[0] + 4 * TERNARY[1] + 16 * TERNARY[2] + 64 * TERNARY[3], weight_scale=np.float32([2])),
+        {"quant_method": "bitnet"}, (TERNARY.reshape(8, IN).astype(np.float32) - 1) / 2,
+        lambda x: on_int8(x, per_token(x) / np.float32(127)),
     ),
     "ModelOpt FP8": (
         ONE | named(input_scale=STATIC), {"quant_method": "modelopt", "quant_algo": "FP8"}, ONE_W,
@@ -160,7 +246,10 @@ def directory(folder, tensors, config):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_directory_runs_as_it_was_saved(name, tmp_path):
     tensors, config, w, rounded = SCHEMES[name]
-    place = directory(tmp_path / "model", tensors, config)
+    assert_runs(directory(tmp_path / "model", tensors, config), rounded, w)
+
+
+def assert_runs(place, rounded, w):
     model = jq.io.load_model(place)
     assert set(model.params) == {"m.weight"}
     y = jax.jit(jq.quantized(product, model))(model.params, jnp.asarray(X))
@@ -171,6 +260,74 @@ def test_a_directory_runs_as_it_was_saved(name, tmp_path):
     assert off.max() < 4e-3
     assert np.median(off) < 1e-5
     assert np.abs(wanted - alone).max() > 50 * np.median(np.abs(y - wanted)), "the rounding of activations is seen"
+
+
+def torchao(folder, kind, parts, **data):
+    """A weight of torchao as its safetensors support writes it."""
+    entry = {"_type": kind, "_data": {"dtype": {"_type": "torch.dtype", "_data": "float32"}, **data}}
+    tensors = {f"m._weight_{name}": value for name, value in parts.items()}
+    config = {"torch_dtype": "float32", "quantization_config": {"quant_method": "torchao"}}
+    return checkpoint(folder, tensors, config, metadata={"m.weight": json.dumps(entry)})
+
+
+def kwargs(kind, granularity="PerRow", **data):
+    return {"_type": f"QuantizeTensorTo{kind}Kwargs", "_data": {"granularity": {"_type": granularity}, **data}}
+
+
+AS_INT8 = {"qdata": CODES, "scale": SCALE}
+AS_FLOAT8 = {"qdata": SMALL, "scale": SCALE}
+INT4 = (CODES.astype(np.int32) % 16 - 8).astype(np.int8)
+GROUPS = np.exp(RNG.normal(size=(OUT, 2))).astype(np.float32)
+ASYMMETRIC = {"mapping_type": {"_type": "MappingType", "_data": "ASYMMETRIC"}}
+
+#: Name -> (type, tensors, metadata, the weight, what the activations become).
+OF_TORCHAO = {
+    "int8, int8 per token": (
+        "Int8Tensor", AS_INT8, {"act_quant_kwargs": kwargs("Int8")}, INT8_W,
+        lambda x: on_int8(x, per_token(x) / np.float32(127.5)),
+    ),
+    "int8, int8 of the tensor": (
+        "Int8Tensor", AS_INT8, {"act_quant_kwargs": kwargs("Int8", "PerTensor")}, INT8_W,
+        lambda x: on_int8(x, np.abs(x).max() / np.float32(127.5)),
+    ),
+    "int8, 7 bits": (
+        "Int8Tensor", AS_INT8, {"act_quant_kwargs": kwargs("Int8", reduce_range=True)}, INT8_W,
+        lambda x: np.clip(np.rint(x / (s := per_token(x) / np.float32(63.5))), -64, 63) * s,
+    ),
+    "int8, asymmetric": (
+        "Int8Tensor", AS_INT8, {"act_quant_kwargs": kwargs("Int8", **ASYMMETRIC)}, INT8_W, asymmetric,
+    ),
+    "int8, static": (
+        "Int8Tensor", AS_INT8 | {"act_quant_scale": STATIC.reshape(1, 1), "act_quant_zero_point": np.int8([[-11]])},
+        {"act_quant_kwargs": kwargs("Int8", "PerTensor", **ASYMMETRIC)}, INT8_W, lambda x: on_int8(x, STATIC, -11),
+    ),
+    "int4 in groups, int8 per token": (
+        "IntxUnpackedToInt8Tensor", {"qdata": INT4, "scale": GROUPS, "zero_point": np.zeros((OUT, 2), np.int8)},
+        {"block_size": [1, 32], "target_dtype": {"_type": "torch.dtype", "_data": "int4"},
+         "activation_quantization": "int8_asym_per_token"}, INT4 * np.repeat(GROUPS, 32, 1), asymmetric,
+    ),
+    "fp8 per token": (
+        "Float8Tensor", AS_FLOAT8, {"act_quant_kwargs": kwargs("Float8")}, FP8_W,
+        lambda x: on_fp8(x, per_token(x) / np.float32(448)),
+    ),
+    "fp8, bounded": (
+        "Float8Tensor", AS_FLOAT8, {"act_quant_kwargs": kwargs("Float8", hp_value_lb=1.0, hp_value_ub=1.5)}, FP8_W,
+        lambda x: on_fp8(x, np.clip(per_token(x), 1, 1.5).astype(np.float32) / np.float32(448)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_TORCHAO)
+def test_a_directory_of_torchao_runs_as_it_was_saved(name, tmp_path):
+    kind, parts, data, w, rounded = OF_TORCHAO[name]
+    assert_runs(torchao(tmp_path / "model", kind, parts, **data), rounded, w)
+
+
+def test_scales_of_features_are_refused(tmp_path):
+    parts = AS_INT8 | {"act_pre_scale": np.ones(IN, np.float32)}
+    place = torchao(tmp_path / "model", "Int8Tensor", parts, act_quant_kwargs=kwargs("Int8"))
+    with pytest.raises(jq.QuantError, match="act_pre_scale': its input is multiplied by a scale for each"):
+        jq.io.load_model(place)
 
 
 @pytest.mark.parametrize("name", ["int8 per token", "fp8 static", "fp8 in blocks", "LLM.int8()"])
@@ -187,9 +344,13 @@ def test_weights_alone_are_warned_of(name, tmp_path):
 
 #: A part of the message -> tensors and configuration.
 REFUSED = {
-    "activation_scale_ub=1200.0": (FLOAT8, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
+    "activation_scale_ub=0.0": (FLOAT8, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 0.0}),
+    "the tensor is m.input_global_scale": (
+        named(weight_packed=NV, weight_scale=NV_SCALES, weight_global_scale=np.float32([4])),
+        grouped({}, **FLOAT | {"num_bits": 4}, strategy="tensor_group", group_size=16, dynamic="local"),
+    ),
     "activation_scheme='odd'": (ONE, {"quant_method": "fp8", "activation_scheme": "odd"}),
-    "scale_fmt='ue8m0'": (ONE, {"quant_method": "fp8", "activation_scheme": "dynamic", "scale_fmt": "ue8m0"}),
+    "scale_fmt='odd'": (ONE, {"quant_method": "fp8", "activation_scheme": "dynamic", "scale_fmt": "odd"}),
     "the tensor is m.input_scale": (ONE, {"quant_method": "fp8", "activation_scheme": "static"}),
     "output_activations=": (INT8, grouped({}) | {"config_groups": {"g": {"targets": ["Linear"], "weights": INT,
                                                                         "output_activations": INT}}}),
@@ -286,3 +447,45 @@ def test_files_take_no_options_of_directories(tmp_path):
         jq.io.load_model(directory(tmp_path / "model", *SCHEMES["fbgemm"][:2]), like={})
     with pytest.raises(jq.QuantError, match="activations must be 'saved' or 'float'"):
         jq.io.load_model(tmp_path / "model", activations="int8")
+
+
+# -- against the library itself, where it is installed -----------------------------------------------------------------
+
+#: Arguments of compressed-tensors' QuantizationArgs.
+OF_THE_LIBRARY = {
+    "token": INT | {"strategy": "token", "dynamic": True},
+    "tensor": INT | {"strategy": "tensor", "dynamic": True},
+    "group": INT | {"strategy": "group", "group_size": 16, "dynamic": True},
+    "int4": INT | {"num_bits": 4, "strategy": "token", "dynamic": True},
+    "asymmetric": INT | {"symmetric": False, "strategy": "token", "dynamic": True},
+    "fp8": FLOAT | {"strategy": "token", "dynamic": True},
+    "mxfp8": FLOAT | {"strategy": "group", "group_size": 32, "dynamic": True, "scale_dtype": "torch.uint8"},
+    "mxfp4": FLOAT
+    | {"num_bits": 4, "strategy": "group", "group_size": 32, "dynamic": True, "scale_dtype": "torch.uint8"},
+    "nvfp4": FLOAT
+    | {
+        "num_bits": 4, "strategy": "tensor_group", "group_size": 16, "dynamic": "local",
+        "scale_dtype": "torch.float8_e4m3fn",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_THE_LIBRARY)
+def test_values_are_those_of_compressed_tensors(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("compressed_tensors", exc_type=ImportError)
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    x = np.concatenate([X, RNG.normal(size=(20, IN)).astype(np.float32)])
+    x[6, 0] = 1.75 * 2**6  # from which on scales of MX are rounded up
+    args, unit = OF_THE_LIBRARY[name], torch.tensor([500.0]) if name == "nvfp4" else None
+    value, how = torch.from_numpy(x)[None], QuantizationArgs(**args)
+    scale, zero = compute_dynamic_scales_and_zp(value, how, None, unit)
+    wanted = fake_quantize(value, scale, zero, how, global_scale=unit).numpy()[0]
+    tensors = INT8 | (named(input_global_scale=np.float32([500.0])) if unit is not None else {})
+    model = jq.io.load_model(directory(tmp_path / "model", tensors, grouped({}, **args)))
+    spec, state = model.plan.specs["m.weight"].act, model.state
+    found = jq.fake_quant(x, spec, reduce_axes=(-1,), scale=state and jnp.asarray(state["m.weight"]["scale"]))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
