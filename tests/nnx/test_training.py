@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax_settings import optax_promotes
+from jax_settings import needs_jit, optax_promotes
 from nnx_cases import MLP, SPECS, calibrated, close, pure, value, wavy
 
 import jaxquant as jq
@@ -84,6 +84,7 @@ def frozen():
 
 
 @optax_promotes
+@needs_jit
 def test_what_is_float_trains_and_codes_stay(frozen):
     before = pure(frozen)
     optimizer = nnx.Optimizer(frozen, qat.refuse_quantized(optax.adamw(3e-2)), wrt=jq.nnx.trainable)
