@@ -9,8 +9,9 @@ scheme says so, by unsigned codes, since inputs are images and what a ReLU gives
 
 - with the ranges that its spec chooses from each array: of least squared error for weights, of each token for
   activations;
-- with learned steps: LSQ, which starts where it is published, and from the least squared error instead; LSQ for weights
-  beside activations with a range for each token; PACT, and LSQ+ (activations with an offset).
+- with learned steps: LSQ, which starts where it is published, and from the least squared error instead; LSQ towards the
+  float model's predictions in place of labels (KL); LSQ for weights beside activations with a range for each token;
+  PACT, and LSQ+ (activations with an offset).
 
 Learned steps have the learning rate of the weights and no weight decay. Prints the table, and writes it to
 benchmarks/results as text and as JSON.
@@ -36,7 +37,8 @@ from jaxquant import OpSpec, QuantSpec, Rule, qat
 from jaxquant.demo import digits
 
 MSE = jq.observers.MSE
-BY_TOKEN = "lsq, by token"
+BY_TOKEN, KL = "lsq, by token", "lsq, KL"
+TEMPERATURE = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,27 +102,31 @@ class Training:
             return {path: {"weight": entry["weight"]} for path, entry in state.items()}
         return state
 
-    def _loss(self, both: Any, images: Any, labels: Any) -> jax.Array:
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), self.recipe.smoothing)
+    def _loss(self, both: Any, images: Any, goal: Any) -> jax.Array:
         logits = jq.quantized(self.apply, self.plan, both[1])(both[0], images)
+        if self.way == KL:
+            return qat.distillation_loss(logits, goal, temperature=TEMPERATURE)
+        targets = optax.smooth_labels(jax.nn.one_hot(goal, 10), self.recipe.smoothing)
         return optax.softmax_cross_entropy(logits, targets).mean()
 
-    def _epoch(self, both: Any, opt_state: Any, images: Any, labels: Any) -> Any:
+    def _epoch(self, both: Any, opt_state: Any, images: Any, goals: Any) -> Any:
         def step(carry: Any, batch: Any) -> Any:
             both, opt_state = carry
             updates, opt_state = self.tx.update(jax.grad(self._loss)(both, *batch), opt_state, both)
             moved: Any = optax.apply_updates(both, updates)
             return ((moved[0], qat.clamp_steps(moved[1])), opt_state), None
 
-        return jax.lax.scan(step, (both, opt_state), (images, labels))[0]
+        return jax.lax.scan(step, (both, opt_state), (images, goals))[0]
 
     def measure(self, params: Any, seed: int) -> tuple[float, float]:
         """Test accuracy of the frozen model, and the largest difference of its logits from those in training."""
         both, rng, size = (params, self.start(params)), np.random.default_rng(seed), self.recipe.batch
-        opt_state = self.tx.init(both)
+        opt_state, goals = self.tx.init(both), self.data.train_labels
+        if self.way == KL:
+            goals = np.asarray(self.apply(params, self.data.train_images))
         for _ in range(self.recipe.epochs):
             order = rng.permutation(len(self.data.train_images))[: self.batches * size].reshape(self.batches, size)
-            both, opt_state = self.epoch(both, opt_state, self.data.train_images[order], self.data.train_labels[order])
+            both, opt_state = self.epoch(both, opt_state, self.data.train_images[order], goals[order])
         params, state = both
         frozen = self.run(jq.quantize_params(params, self.plan, state=state), state, self.data.test_images)
         return self.data.accuracy(frozen), float(
@@ -128,7 +134,7 @@ class Training:
         )
 
 
-WAYS = ("ranges", "lsq", "lsq, least error", BY_TOKEN, "lsq+", "pact")
+WAYS = ("ranges", "lsq", "lsq, least error", KL, BY_TOKEN, "lsq+", "pact")
 
 
 def main() -> None:

@@ -1,21 +1,25 @@
 """A small language model on real text, quantized after training and in training: what to combine.
 
-    python benchmarks/qat_language_model.py                        # some 15 minutes on a core
+    python benchmarks/qat_language_model.py                        # an hour on a core
     python benchmarks/qat_language_model.py --float m.safetensors  # keeps the float model, or takes it from there
+    python benchmarks/qat_language_model.py --float m.safetensors --schemes "W4A8, groups of 64"
 
 The model is the transformer over bytes of benchmarks/optimizers.py with two layers of width 128 (.4 million
-parameters); the text are the sources and docstrings of the standard library, an eighth of the files held out (see
-texts.py). It is trained in float first. Then all products of its layers are quantized, each output in groups of inputs;
-embeddings, which are the last layer's weights too, stay in float. From the float parameters there are
+parameters), which starts as GPT-2 does and is trained by AdamW; the text is the sources and docstrings of the standard
+library, an eighth of the files held out (see texts.py). Then all products of its layers are quantized; embeddings,
+which are the last layer's weights too, stay in float. All rows start from one float model. There are
 
-- methods after training, which see 64 batches of the training text; the best is distilled on them, too;
+- methods after training, which see 16 batches of the training text;
 - training with the ranges of the arrays, on labels and towards the float model's predictions (KL);
 - training with learned steps, in the same two ways;
-- what the float model itself gains by as many further steps on labels: a model that learns from labels is to be held
-  against that one.
+- the float model, trained further for as many steps on labels: a control, since a model that learns from labels may
+  gain what quantization has no part in.
 
-Prints bits per byte of held-out text, relative to the float model's, and the divergence from its predictions; writes
-them as text and as JSON.
+Rates of weights and of steps rise for a twentieth of the steps and fall along a cosine.
+
+Prints bits per byte of held-out text, relative to the float model's, and the divergence from its predictions; means and
+standard deviations over seeds, which choose the batches. Writes them as text and as JSON. Rows that the file has with
+the same settings are kept, so that an interrupted run goes on, and processes can share the schemes.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,8 +47,8 @@ import texts  # noqa: E402
 import jaxquant as jq  # noqa: E402
 from jaxquant import OpSpec, QuantSpec, Rule, qat  # noqa: E402
 
+STEM = "qat_language_model"
 WIDTH, LAYERS, BATCH, TRAINED, LENGTH = 128, 2, 32, 16, optimizers.LENGTH
-STEP_RATE = 1e-3
 
 
 def grouped(qtype: str, group_size: int, **kwargs: Any) -> QuantSpec:
@@ -51,9 +57,24 @@ def grouped(qtype: str, group_size: int, **kwargs: Any) -> QuantSpec:
 
 
 SCHEMES = {
+    "float": OpSpec(),
     "W4A8, groups of 64": OpSpec(grouped("int4", 64), QuantSpec("int8")),
-    "W2, groups of 32": OpSpec(grouped("int2", 32)),
+    "W2, groups of 64": OpSpec(grouped("int2", 64)),
+    "W2, per channel": OpSpec(QuantSpec("int2")),
 }
+RATES = {4: (3e-4, 1e-4), 2: (2e-3, 1e-3)}
+"""Bits of a weight: learning rates of weights and of steps, at their peak."""
+
+
+def init(key: jax.Array) -> Any:
+    """Fresh parameters: GPT-2's standard deviation of .02, less where layers add to the stream of their inputs."""
+    params = optimizers.init(key, WIDTH, LAYERS)
+
+    def start(name: str, w: jax.Array) -> jax.Array:
+        return w * (0.02 * w.shape[0] ** 0.5 * ((2 * LAYERS) ** -0.5 if name in ("out", "down") else 1.0))
+
+    layers = [{name: start(name, w) for name, w in layer.items()} for layer in params["layers"]]
+    return {**params, "layers": layers, "place": 0.5 * params["place"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +103,21 @@ def text() -> Text:
     return Text(rows(train), held[:: len(held) // 2048][:2048])
 
 
+def risen(step: int, steps: int) -> float:
+    """The part of its peak that a rate has at a step."""
+    warm = steps // 20
+    return min((step + 1) / warm, 0.5 * (1 + np.cos(np.pi * max(step - warm, 0) / (steps - warm))))
+
+
 def train_float(params: Any, data: Text, steps: int, rate: float, seed: int, size: int = BATCH) -> Any:
-    """Adam on labels."""
-    tx = optax.adam(optax.warmup_cosine_decay_schedule(0, rate, steps // 20, steps))
+    """AdamW on labels."""
+    tx = optax.adamw(optax.warmup_cosine_decay_schedule(0, rate, steps // 20, steps), b2=0.98, weight_decay=0.05)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, rows: jax.Array) -> Any:
-        updates, state = tx.update(jax.grad(lambda p: optimizers.bits(optimizers.logits, p, rows))(params), state)
+        updates, state = tx.update(
+            jax.grad(lambda p: optimizers.bits(optimizers.logits, p, rows))(params), state, params
+        )
         return optax.apply_updates(params, updates), state
 
     params = jax.tree.map(jnp.array, params)
@@ -98,58 +127,50 @@ def train_float(params: Any, data: Text, steps: int, rate: float, seed: int, siz
     return params
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a quantized model is trained.
+class Training:
+    """Training of the quantized model, compiled once for all seeds.
 
-    Attributes:
-      steps: of training.
-      rate: of the weights, at its peak.
-      step_rate: of learned steps; None: they are not learned, and ranges are those of the arrays.
+    Args:
+      spec: of all products of layers.
       kl: whether towards the float model's predictions; else on labels.
+      learned: whether steps are learned; else ranges are those of the arrays.
+      params: the float model, where training starts.
+      data: the text.
+      steps: of training.
     """
 
-    steps: int
-    rate: float = 1e-3
-    step_rate: float | None = None
-    kl: bool = True
+    def __init__(self, spec: OpSpec, kl: bool, learned: bool, params: Any, data: Text, steps: int):
+        logits = optimizers.logits
+        example = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+        plan = jq.make_plan(logits, params, example, rules=[Rule("layers", spec), Rule(".*", None)])
+        rows = [rows[:, :-1] for rows in data.batches(2, 99)]
+        state: Any = qat.learned_steps(logits, plan, params, rows) if learned else {}
+        self.plan, self.data, self.steps, self.start = plan, data, steps, (params, state)
+        self.tx, labels = optax.scale_by_adam(b2=0.99), qat.labels(params, state)
 
+        def loss(both: Any, rows: jax.Array) -> jax.Array:
+            run = jq.quantized(logits, plan, both[1] or None)
+            if not kl:
+                return optimizers.bits(run, both[0], rows)
+            return qat.distillation_loss(run(both[0], rows[:, :-1]), logits(params, rows[:, :-1]))
 
-def train_quantized(spec: OpSpec, recipe: Recipe, params: Any, data: Text, seed: int = 1) -> tuple[Any, Any, jq.Plan]:
-    """The frozen model: quantized parameters, state, plan."""
-    logits = optimizers.logits
-    example = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
-    plan = jq.make_plan(logits, params, example, rules=[Rule("layers", spec), Rule(".*", None)])
-    teacher = params
-    state: Any = {}
-    if recipe.step_rate is not None:
-        state = qat.learned_steps(logits, plan, params, [rows[:, :-1] for rows in data.batches(4, 99)])
-    fall = lambda peak: optax.warmup_cosine_decay_schedule(0, peak, recipe.steps // 20, recipe.steps)  # noqa: E731
-    rates: Any = {
-        "weights": optax.adam(fall(recipe.rate)),
-        "steps": optax.adam(fall(recipe.step_rate or 0.0)),
-        "frozen": optax.set_to_zero(),
-    }
-    both = (params, state)
-    tx = optax.multi_transform(rates, qat.labels(*both))
+        @jax.jit
+        def step(both: Any, opt_state: Any, rows: jax.Array, rates: Any) -> Any:
+            updates, opt_state = self.tx.update(jax.grad(loss)(both, rows), opt_state, both)
+            updates = jax.tree.map(lambda label, u: -rates[label] * u, labels, updates)
+            moved: Any = optax.apply_updates(both, updates)
+            return (moved[0], qat.clamp_steps(moved[1])), opt_state
 
-    def loss(both: Any, teacher: Any, rows: jax.Array) -> jax.Array:
-        run = jq.quantized(logits, plan, both[1] or None)
-        if not recipe.kl:
-            return optimizers.bits(run, both[0], rows)
-        return qat.distillation_loss(run(both[0], rows[:, :-1]), logits(teacher, rows[:, :-1]))
+        self.step = step
 
-    @jax.jit
-    def step(both: Any, opt_state: Any, teacher: Any, rows: jax.Array) -> Any:
-        updates, opt_state = tx.update(jax.grad(loss)(both, teacher, rows), opt_state, both)
-        moved: Any = optax.apply_updates(both, updates)
-        return (moved[0], qat.clamp_steps(moved[1])), opt_state
-
-    opt_state = tx.init(both)
-    for rows in data.batches(recipe.steps, seed, TRAINED):
-        both, opt_state = step(both, opt_state, teacher, rows)
-    params, state = both
-    return jq.quantize_params(params, plan, state=state or None), state or None, plan
+    def __call__(self, rates: tuple[float, float], seed: int) -> tuple[Any, Any, jq.Plan]:
+        """The frozen model: quantized parameters, state, plan."""
+        both, opt_state = self.start, self.tx.init(self.start)
+        for i, rows in enumerate(self.data.batches(self.steps, seed, TRAINED)):
+            weights, steps = (np.float32(rate * risen(i, self.steps)) for rate in rates)
+            both, opt_state = self.step(both, opt_state, rows, {"weights": weights, "steps": steps, "frozen": 0.0})
+        params, state = both
+        return jq.quantize_params(params, self.plan, state=state or None), state or None, self.plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,58 +194,71 @@ def score(run: Callable[..., jax.Array], params: Any, teacher: Any, data: Text) 
     return Score(float(found[0]), float(found[1]))
 
 
-def after_training(spec: OpSpec, method: Any, params: Any, data: Text, epochs: int = 0) -> tuple[Any, Any, jq.Plan]:
-    """The model by a method, and distilled for some epochs."""
-    batches = [rows[:, :-1] for rows in data.batches(64, 99)]
-    steps = len(batches) * epochs
-    tx = optax.adam(optax.cosine_decay_schedule(2e-3, max(steps, 1)))
-    looks = epochs > 0 or method != "rtn"
+def after_training(spec: OpSpec, method: Any, params: Any, data: Text) -> tuple[Any, Any, jq.Plan]:
+    """The model by a method that looks at the training text, or by ``"rtn"``, which does not."""
+    batches = [rows[:, :-1] for rows in data.batches(16, 99)]
     model = jq.quantize_model(
         optimizers.logits,
         params,
         batches[0],
         recipe=[Rule("layers", spec), Rule(".*", None)],
         method=method,
-        batches=batches if looks else None,
-        distillation=jq.calibration.Distillation(tx, epochs, qat.distillation_loss) if epochs else None,
+        batches=None if method == "rtn" else batches,
     )
     return model.params, model.state, model.plan
 
 
-DESCENDED = functools.partial(jq.ptq.descend, start=jq.ptq.gptq)
+METHODS = {"to nearest": "rtn", "GPTQ, descended": functools.partial(jq.ptq.descend, start=jq.ptq.gptq)}
+TRAININGS = {
+    "trained, KL": {"kl": True, "learned": False},
+    "learned steps, KL": {"kl": True, "learned": True},
+    "trained, labels": {"kl": False, "learned": False},
+    "learned steps, labels": {"kl": False, "learned": True},
+}
 
 
-def ways(steps: int) -> dict[str, Callable[..., tuple[Any, Any, jq.Plan]]]:
-    """What is compared: ``(spec, params, data) -> frozen model``."""
+class Rows:
+    """The rows of the file, by scheme and way; scores of the same settings are kept."""
 
-    def trained(**how: Any) -> Callable[..., tuple[Any, Any, jq.Plan]]:
-        return lambda spec, params, data: train_quantized(spec, Recipe(steps, **how), params, data)
+    def __init__(self, settings: dict[str, Any], directory: Path):
+        self.settings, self.directory = settings, directory
 
-    def method(name: Any, epochs: int = 0) -> Callable[..., tuple[Any, Any, jq.Plan]]:
-        return lambda spec, params, data: after_training(spec, name, params, data, epochs)
+    def all(self) -> dict[str, Any]:
+        """What the file has: ``{"scheme: way": {"bits": [..], "kl": [..]}}``, one entry for each seed."""
+        file = self.directory / f"{STEM}.json"
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return found["rows"] if found.get("settings") == self.settings else {}
 
-    return {
-        "to nearest": method("rtn"),
-        "GPTQ, descended": method(DESCENDED),
-        "learned steps, KL": trained(step_rate=STEP_RATE),
-        "trained, KL": trained(),
-        "learned steps, labels": trained(kl=False, step_rate=STEP_RATE),
-        "trained, labels": trained(kl=False),
-        "GPTQ, descended, distilled": method(DESCENDED, 2),
-    }
+    def add(self, scheme: str, way: str, seed: int, score: Score) -> None:
+        """Puts the score of a seed after those of the seeds before, prints and writes it."""
+        rows = self.all()
+        row = rows.setdefault(f"{scheme}: {way}" if way else scheme, {"bits": [], "kl": []})
+        row["bits"][seed:], row["kl"][seed:] = [score.bits], [score.kl]
+        results = {"machine": measure.machine(("optax",)), "settings": self.settings, "rows": rows}
+        print(f"{scheme}: {way}: {score.bits:.4f}, KL {score.kl:.5f}", flush=True)
+        measure.keep(STEM, table(results), results, self.directory)
+
+    def seeds(self, scheme: str, way: str, number: int) -> range:
+        """The seeds that are missing."""
+        return range(len(self.all().get(f"{scheme}: {way}" if way else scheme, {"bits": []})["bits"]), number)
 
 
 def table(results: dict[str, Any]) -> str:
-    """As it is printed."""
-    rows = [
-        [line["scheme"], line["way"], f"{line['bits']:.4f}", f"{line['relative']:+.2f} %", f"{line['kl']:.5f}"]
-        for line in results["rows"]
-    ]
+    """As it is printed, in the order of schemes and ways."""
+    found, lines = results["rows"], []
+    base = found["float"]["bits"][0]
+    for name in [f"{scheme}: {way}" if way else scheme for scheme in SCHEMES for way in ("", *METHODS, *TRAININGS)]:
+        if name in found:
+            relative = [100 * (bits / base - 1) for bits in found[name]["bits"]]
+            cells = [f"{statistics.fmean(relative):+.3f} %", f"{statistics.fmean(found[name]['kl']):.5f}"]
+            spread = f"{statistics.stdev(relative):.3f}" if len(relative) > 1 else ""
+            bits = f"{statistics.fmean(found[name]['bits']):.4f}"
+            lines.append([name, str(len(relative)), bits, cells[0], spread, cells[1]])
     return "\n\n".join(
         [
             measure.header(results["machine"]),
             measure.header({name: str(value) for name, value in results["settings"].items()}),
-            measure.table(("scheme", "way", "bits per byte", "of float's", "KL"), rows),
+            measure.table(("scheme: way", "seeds", "bits per byte", "of float's", "spread", "KL"), lines),
         ]
     )
 
@@ -234,47 +268,51 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[measure.CORES]
     )
     parser.add_argument("--float", type=Path, metavar="FILE", help="where the float model is kept")
-    parser.add_argument("--float-steps", type=int, default=1000, metavar="N", help="steps in float (default: 1000)")
-    parser.add_argument("--steps", type=int, default=200, metavar="N", help="steps of each training (default: 200)")
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES), metavar="SCHEME")
+    parser.add_argument("--float-steps", type=int, default=1400, metavar="N", help="steps in float (default: 1400)")
+    parser.add_argument("--steps", type=int, default=300, metavar="N", help="steps of each training (default: 300)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds of each training (default: 3)")
+    parser.add_argument("--schemes", nargs="*", default=list(SCHEMES), choices=list(SCHEMES), metavar="SCHEME")
+    parser.add_argument(
+        "--ways", nargs="*", default=[*METHODS, *TRAININGS], choices=[*METHODS, *TRAININGS], metavar="WAY"
+    )
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="where results are written")
     args = parser.parse_args()
     data = text()
     if args.float is not None and args.float.exists():
         params = jq.io.load(args.float)
     else:
-        params = train_float(optimizers.init(jax.random.key(0), WIDTH, LAYERS), data, args.float_steps, 3e-3, 0)
+        params = train_float(init(jax.random.key(0)), data, args.float_steps, 5e-3, 0)
         if args.float is not None:
             jq.io.save(args.float, params)
-    base = score(optimizers.logits, params, params, data)
     settings = {
         "float steps": args.float_steps,
         "steps": args.steps,
         "batch": f"{BATCH}, then {TRAINED}",
         "length": LENGTH,
         "width": WIDTH,
+        "layers": LAYERS,
+        "rates": {f"{bits} bits": list(rates) for bits, rates in RATES.items()},
     }
-    results: dict[str, Any] = {
-        "machine": measure.machine(("optax",)),
-        "settings": {**settings, "layers": LAYERS, "rate of weights": Recipe.rate, "rate of steps": STEP_RATE},
-        "rows": [],
-    }
-
-    def add(scheme: str, way: str, found: Score) -> None:
-        relative = 100 * (found.bits / base.bits - 1)
-        results["rows"].append({"scheme": scheme, "way": way, "relative": relative, **dataclasses.asdict(found)})
-        print(f"{scheme}: {way}: {found.bits:.4f}, {relative:+.2f} %, KL {found.kl:.5f}", flush=True)
-        measure.keep("qat_language_model", table(results), results, args.output)
-
-    add("float", "", base)
-    for name in args.schemes:
-        spec = SCHEMES[name]
-        for way, make in ways(args.steps).items():
-            qparams, state, plan = make(spec, params, data)
-            add(name, way, score(jq.quantized(optimizers.logits, plan, state), qparams, params, data))
-    further = train_float(params, data, args.steps, Recipe.rate, 1, TRAINED)
-    add("float", "trained further, labels", score(optimizers.logits, further, params, data))
-    print(f"\n{table(results)}")
+    rows = Rows(settings, args.output)
+    for seed in rows.seeds("float", "", 1):
+        rows.add("float", "", seed, score(optimizers.logits, params, params, data))
+    for scheme in args.schemes:
+        spec = SCHEMES[scheme]
+        bits = 4 if spec.weight is None else spec.weight.type.bits
+        for way in args.ways if spec.weight is not None else ["trained, labels"]:
+            if way in METHODS:
+                for seed in rows.seeds(scheme, way, 1):
+                    qparams, state, plan = after_training(spec, METHODS[way], params, data)
+                    rows.add(
+                        scheme, way, seed, score(jq.quantized(optimizers.logits, plan, state), qparams, params, data)
+                    )
+            elif missing := rows.seeds(scheme, way, args.seeds):
+                training = Training(spec, **TRAININGS[way], params=params, data=data, steps=args.steps)
+                for seed in missing:
+                    qparams, state, plan = training(RATES[bits], seed + 1)
+                    rows.add(
+                        scheme, way, seed, score(jq.quantized(optimizers.logits, plan, state), qparams, params, data)
+                    )
 
 
 if __name__ == "__main__":
