@@ -52,7 +52,7 @@ CALLS = {
         r"a static range is one for the whole activation; .*Use granularity=PerTensor\(\)",
     ),
     "a static range per group": (
-        lambda: jq.linen.QuantEmbed(3, 32, spec=jq.OpSpec(INT8, jq.QuantSpec("nvfp4", static=True))),
+        lambda: jq.linen.QuantEmbed(3, 32, spec=jq.OpSpec(INT8, jq.QuantSpec("mxfp4", static=True))),
         "QuantEmbed: a static range is one for the whole activation",
     ),
     "a kernel of another width": (
