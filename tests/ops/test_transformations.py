@@ -252,8 +252,9 @@ def test_policies_of_checkpoint_keep_products_as_dots(policy, mapped, capsys):
         one = jax.checkpoint(layer, policy=getattr(jax.checkpoint_policies, policy))
         f = (lambda x: jnp.sum(jax.vmap(one)(x))) if mapped else lambda x: one(x[0])
         jax.ad_checkpoint.print_saved_residuals(f, x)
-        return [line for line in capsys.readouterr().out.splitlines() if "f32[3,8,16]" in line or "f32[8,16]" in line]
+        shape = "f32[3,8,16] output of" if mapped else "f32[8,16] output of"
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith(shape)]
 
-    products = [line for line in kept(recipes.w8a8()) if "by_platform" in line]
-    assert len(products) == len([line for line in kept(OpSpec()) if "dot_general" in line])
+    products = kept(recipes.w8a8())
+    assert len(products) == len(kept(OpSpec()))
     assert (policy == "nothing_saveable") == (not products)
