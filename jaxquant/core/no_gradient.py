@@ -34,7 +34,7 @@ class NoGradient(np.ndarray):
 
 
 def guarded(leaf: Any) -> Any:
-    """The leaf itself, or `NoGradient` in place of a ``float0`` array, which holds nothing else than its shape."""
+    """The leaf, or `NoGradient` in place of a ``float0`` array. Such an array has a shape and no values."""
     if (
         getattr(leaf, "dtype", None) != jax.dtypes.float0
         or isinstance(leaf, NoGradient)

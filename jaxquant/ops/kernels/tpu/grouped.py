@@ -21,7 +21,7 @@ from jaxquant.ops.kernels.tpu.product import FEW, Groups, Sums, Values, body_for
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 from jaxquant.ops.problem import Kernel, Product
 
-__all__ = ["Grouped", "GroupedSums", "GroupedValues"]
+__all__ = ["Grouped", "GroupedSums", "GroupedValues", "weight_arrays", "weight_groups"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Grouped(Kernel):
         in_order = axes.batch + axes.contract + axes.rows == tuple(range(lead + 2)) and len(axes.contract) == 1
         if lead > 1 or not in_order or w.ndim != lead + 2 or w.split != -2 or w.scale.shape[:lead] != w.shape[:lead]:
             return None
-        groups, dtype = _groups(w), _dtype_of(problem)
+        groups, dtype = weight_groups(w), _dtype_of(problem)
         if groups is None or dtype is None or not isinstance(rows, int) or rows == 0:
             return None
         if body_for(rows, dtype, groups) is not cls.body:
@@ -90,7 +90,7 @@ class Grouped(Kernel):
             factors, x = scale_values(x.scale), x.logical_codes()
         elif isinstance(x, QTensor):
             x = x.dequantize(self.dtype)
-        arrays: dict[str, Any] = _arrays(problem.w) | {"x": axes.flatten(x.astype(self.dtype))}
+        arrays: dict[str, Any] = weight_arrays(problem.w) | {"x": axes.flatten(x.astype(self.dtype))}
         if factors is not None:
             own = [factors.shape[i] if i in axes.contract else x.shape[i] for i in range(x.ndim)]
             arrays["rows"] = axes.flatten(jnp.broadcast_to(factors.astype(jnp.float32), own))
@@ -109,7 +109,7 @@ class GroupedValues(Grouped):
     body = Values
 
 
-def _groups(w: QTensor) -> Groups | None:
+def weight_groups(w: QTensor) -> Groups | None:
     """The static properties of a weight; None if the kernels do not take it."""
     k, (count, columns) = w.shape[-2], w.scale.shape[-2:]
     size = k // count
@@ -155,7 +155,7 @@ def _numbers(scale: QTensor) -> jax.Array:
     return codes if scale.type.kind == "int" else values_of(codes, scale.type)
 
 
-def _arrays(w: QTensor) -> dict[str, jax.Array | None]:
+def weight_arrays(w: QTensor) -> dict[str, jax.Array | None]:
     """The arrays of a weight, as `grouped_product` takes them."""
     scale, columns = _scale(w)
     offset = None if w.offset is None else flat(w.offset)

@@ -31,7 +31,22 @@ from jax import lax
 
 from jaxquant.ops.kernels.tpu.decode import BLOCK, Decoder, scale_of
 
-__all__ = ["DIGITS", "FEW", "Groups", "Sums", "Values", "body_for", "grouped_product", "rows_of_sums"]
+__all__ = [
+    "DIGITS",
+    "FEW",
+    "MEMORY",
+    "Groups",
+    "Sums",
+    "Values",
+    "body_for",
+    "dot",
+    "grouped_product",
+    "lanes",
+    "looped",
+    "repeated",
+    "rows_of_sums",
+    "shape_like",
+]
 
 FEW = 128
 """The most rows (times terms of x and groups of a block) for which sums of floats and tables are scaled."""
@@ -39,7 +54,9 @@ FEW = 128
 DIGITS = 64
 """The same limit for integers; up to it a bfloat16 x is written as int8 digits."""
 
-_MEMORY = 48 << 20  # bytes of a TPU's vector memory that a program may take; the smallest has 64 MiB
+MEMORY = 48 << 20
+"""Bytes of a TPU's vector memory that a program may take; the smallest has 64 MiB."""
+
 _DIGIT = 254.0
 _UNROLLED = 32  # blocks that the compiler schedules together
 
@@ -165,7 +182,7 @@ class _Body:
         params: Any = getattr(pltpu, "CompilerParams", None) or getattr(pltpu, "TPUCompilerParams")  # noqa: B009
         return pl.pallas_call(
             functools.partial(self._run, names=tuple(arrays), skipped=len(first)),
-            out_shape=_like(x, (b, m, n), self.result),
+            out_shape=shape_like(x, (b, m, n), self.result),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(first),
                 grid=(b, pl.cdiv(n, bn), pl.cdiv(m, bm)),
@@ -178,7 +195,7 @@ class _Body:
                 scratch_shapes=[pltpu.VMEM(shape, dtype) for shape, dtype in self._scratch(bm, bn, k, count)],
             ),
             interpret=self.interpret,
-            compiler_params=None if self.interpret else params(vmem_limit_bytes=_MEMORY + (8 << 20)),
+            compiler_params=None if self.interpret else params(vmem_limit_bytes=MEMORY + (8 << 20)),
             name=self.name,
         )(*first, x, codes, *arrays.values())
 
@@ -204,7 +221,7 @@ class _Body:
 
     def fits(self, m: int, k: int, n: int) -> bool:
         """Whether the smallest blocks fit in memory."""
-        return self._bytes(*self.blocks(m, k, n), k) <= _MEMORY
+        return self._bytes(*self.blocks(m, k, n), k) <= MEMORY
 
     def blocks(self, m: int, k: int, n: int) -> tuple[int, int]:
         """Rows and columns of a program: as many as fit in memory."""
@@ -212,7 +229,7 @@ class _Body:
         rows = 16 if self.planes[0] == jnp.bfloat16 else 8  # of a register; those beyond m hold nothing
         whole = -(-m // rows) * rows
         found = [(min(bm, whole), min(bn, most)) for bm in self.row_blocks for bn in (1024, 512, 256, 128)]
-        fitting = [block for block in found if self._bytes(*block, k) <= _MEMORY]
+        fitting = [block for block in found if self._bytes(*block, k) <= MEMORY]
         return max(fitting, key=lambda block: (block[0] * block[1], block[1]), default=found[-1])
 
     name: ClassVar[str]
@@ -283,16 +300,16 @@ class Sums(_Body):
                     _in_order(term, decode, activation, i * rows)
                 if self._spread:
                     for i in range(codes.shape[0]):
-                        parts = _repeated(activation[:, _lanes(i)], group, self._used(rows))
+                        parts = repeated(activation[:, lanes(i)], group, self._used(rows))
                         scratch[1][i] = parts.astype(jnp.bfloat16)
 
         planes, shifted = self._used(activation.shape[0]), "zero" in of or decode.shift != 0
 
         def block(i: Any, total: jax.Array) -> jax.Array:
-            given = scratch[1][i] if self._spread else _repeated(activation[:, _lanes(i)], group, planes)
+            given = scratch[1][i] if self._spread else repeated(activation[:, lanes(i)], group, planes)
             dtype = activation.dtype
             numbers = decode.numbers(codes[i], dtype, interpret=self.interpret)
-            sums = _dot(given.astype(dtype), numbers).astype(jnp.float32)
+            sums = dot(given.astype(dtype), numbers).astype(jnp.float32)
             wide: Any = None
             if shifted or "offset" in of:
                 wide = jnp.sum(given.astype(jnp.float32), axis=1, keepdims=True)
@@ -310,7 +327,7 @@ class Sums(_Body):
                 total = total + part
             return total
 
-        total = _loop(codes.shape[0], block, jnp.zeros((planes, shape[1]), jnp.float32))
+        total = looped(codes.shape[0], block, jnp.zeros((planes, shape[1]), jnp.float32))
         if self._digits:
             total = (total[:rows] + total[rows:] * (1 / _DIGIT)) * scratch[1][:, :1]
         elif planes > rows:
@@ -380,19 +397,19 @@ class Values(_Body):
             activation = scratch.pop()
             _in_order(x[...], decode, activation, 0)
         if not scratch:  # few rows: a block is multiplied while the next is decoded
-            step = lambda i, total: total + _dot(activation[:, _lanes(i)].astype(jnp.bfloat16), real(i))  # noqa: E731
-            return _loop(count, step, jnp.zeros(shape, jnp.float32))
+            step = lambda i, total: total + dot(activation[:, lanes(i)].astype(jnp.bfloat16), real(i))  # noqa: E731
+            return looped(count, step, jnp.zeros(shape, jnp.float32))
         (values,) = scratch
 
         @pl.when(pl.program_id(2) == 0)
         def _() -> None:
             def store(i: Any, total: int) -> int:
-                values[_lanes(i), :] = real(i)
+                values[lanes(i), :] = real(i)
                 return total
 
-            _loop(count, store, 0)
+            looped(count, store, 0)
 
-        return _dot(activation[...].astype(jnp.bfloat16), values[...])
+        return dot(activation[...].astype(jnp.bfloat16), values[...])
 
 
 def _first(at: tuple[Any, ...]) -> Any:
@@ -400,7 +417,7 @@ def _first(at: tuple[Any, ...]) -> Any:
     return at[0][0] if at else 0
 
 
-def _lanes(i: Any) -> Any:
+def lanes(i: Any) -> Any:
     from jax.experimental import pallas as pl
 
     return pl.ds(i * BLOCK if isinstance(i, int) else pl.multiple_of(i * BLOCK, BLOCK), BLOCK)
@@ -409,7 +426,7 @@ def _lanes(i: Any) -> Any:
 def _in_blocks(scale: Any, form: str, out: Any) -> None:
     """Writes scales in blocks of 128 columns, from which one load takes a row and repeats it."""
     for j in range(out.shape[0]):
-        out[j] = scale_of(scale[:, _lanes(j)], form)
+        out[j] = scale_of(scale[:, lanes(j)], form)
 
 
 def _rows_of(blocks: Any, at: Any) -> jax.Array:
@@ -426,10 +443,10 @@ def _in_order(x: jax.Array, decode: Decoder, out: Any, first: int) -> None:
     row, place = (lax.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), axis) for axis in (0, 1))
     order = (row == decode.source(place)).astype(jnp.float32).astype(jnp.bfloat16)
     for i in range(0, x.shape[1], BLOCK):
-        out[rows, i : i + BLOCK] = _dot(x[:, i : i + BLOCK], order).astype(jnp.bfloat16)
+        out[rows, i : i + BLOCK] = dot(x[:, i : i + BLOCK], order).astype(jnp.bfloat16)
 
 
-def _like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+def shape_like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """A shape that varies over the same axes of a `jax.shard_map` as an array."""
     for name in ("manual_axis_type", "vma"):
         if hasattr(jax.typeof(x), name):
@@ -438,7 +455,7 @@ def _like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStr
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+def dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.dot(x, w, preferred_element_type=jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
 
 
@@ -452,7 +469,7 @@ def _digits(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return first.astype(jnp.int8), second.astype(jnp.int8), step
 
 
-def _repeated(x: jax.Array, groups: Groups, rows: int) -> jax.Array:
+def repeated(x: jax.Array, groups: Groups, rows: int) -> jax.Array:
     """Repeats rows of x for each group of a block, with zeros in the other groups: [groups * rows, 128], in 32 bits."""
     if groups.in_block == 1:
         return x
@@ -461,7 +478,7 @@ def _repeated(x: jax.Array, groups: Groups, rows: int) -> jax.Array:
     return jnp.concatenate([jnp.where(lane == p, wide, 0) for p in range(groups.in_block)], axis=0)
 
 
-def _loop(count: int, step: Any, start: Any) -> Any:
+def looped(count: int, step: Any, start: Any) -> Any:
     """Applies ``step`` ``count`` times, in an unrolled loop."""
     whole = count - count % _UNROLLED if count > _UNROLLED else 0
 

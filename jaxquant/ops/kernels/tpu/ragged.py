@@ -25,15 +25,8 @@ from jaxquant.ops.kernels import dequantized
 from jaxquant.ops.kernels.precision import is_default
 from jaxquant.ops.kernels.ragged import Int8Ragged
 from jaxquant.ops.kernels.tpu.decode import BLOCK, Decoder, scale_of
-from jaxquant.ops.kernels.tpu.grouped import _arrays as weight_arrays
-from jaxquant.ops.kernels.tpu.grouped import _groups as weight_groups
-from jaxquant.ops.kernels.tpu.product import _MEMORY as MEMORY
-from jaxquant.ops.kernels.tpu.product import Groups
-from jaxquant.ops.kernels.tpu.product import _dot as dot
-from jaxquant.ops.kernels.tpu.product import _lanes as lanes
-from jaxquant.ops.kernels.tpu.product import _like as shape_like
-from jaxquant.ops.kernels.tpu.product import _loop as looped
-from jaxquant.ops.kernels.tpu.product import _repeated as repeated
+from jaxquant.ops.kernels.tpu.grouped import weight_arrays, weight_groups
+from jaxquant.ops.kernels.tpu.product import MEMORY, Groups, dot, lanes, looped, repeated, shape_like
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 from jaxquant.ops.problem import Kernel, RaggedProduct
 from jaxquant.ops.trained import is_in_training
