@@ -14,7 +14,7 @@ import jaxquant as jq
 from jaxquant import ops, recipes
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.ops.forms import Axes
-from jaxquant.ops.kernels.tpu import decode, grouped
+from jaxquant.ops.kernels.tpu import decode, grouped, undivided
 from jaxquant.ops.kernels.tpu.quantize import quantized_rows
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
@@ -50,6 +50,7 @@ SPECS = {
     "int8 64": few("int8", 64),
 }
 EXACT = ("mxfp4", "nvfp4", "mxfp8")
+V6E = "TPU v6 lite"
 
 
 def normal(key: int, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.Array:
@@ -95,6 +96,43 @@ def test_the_product_of_the_dequantized_weight(name: str, rows: int, monkeypatch
         return
     rounded = kernel != "grouped_sums" or SPECS[name].type.kind == "table"
     assert_close(y, x, w, exact=name in EXACT, rounded=rounded)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("name", ["nf4", "nf4 16", "iq4_nl 32", "binary 64", "fp4", "mxfp4", "nvfp4", "float4 64"])
+def test_a_chip_that_gathers_bytes(name: str, rows: int, monkeypatch: pytest.MonkeyPatch):
+    """It reads all 4-bit floats from tables, and computes what others do."""
+    monkeypatch.setattr(undivided, "_device", lambda module: V6E)
+    spec = SPECS.get(name, few("float4_e2m1fn", 64))
+    assert decode.decoder(spec.type).on(V6E).bytewise
+    w, x = weight(spec, (512, 200)), normal(2, (rows, 512))
+    kernel, y = interpreted(problem_of(x, w), monkeypatch)
+    assert kernel.startswith("grouped")
+    rounded = kernel != "grouped_sums" or spec.type.kind == "table"
+    assert_close(y, x, w, exact=name in EXACT, rounded=rounded)
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("qtype", ["nf4", "iq4_nl", "binary", "float4_e2m1fn"])
+@pytest.mark.parametrize("device", ["", V6E])
+def test_every_code_of_four_bits(qtype: str, device: str):
+    """Its value in bfloat16, in the place that the decoder says; -0 may be 0."""
+    how, kind = decode.decoder(QTYPES[qtype]).on(device), QTYPES[qtype]
+    bits = np.arange(128)[:, None] * 5 + np.arange(128) * 3 & 15
+    entries = np.zeros(16)
+    if kind.kind == "table":
+        entries[: len(kind.table or ())] = kind.table
+        wanted = entries[bits ^ 8]  # stored less 8
+    else:
+        wanted = bits.astype(np.uint8).view(jnp.float4_e2m1fn).astype(np.float64)
+    wanted = wanted.astype(jnp.bfloat16).astype(np.float64)[np.asarray(how.source(jnp.arange(128)))]
+
+    def kernel(codes: Any, out: Any) -> None:
+        out[...] = how.numbers(codes[...], jnp.bfloat16, interpret=True) * how.factor
+
+    run = pl.pallas_call(kernel, jax.ShapeDtypeStruct((128, 128), jnp.bfloat16), interpret=True)
+    found = np.asarray(run(jnp.asarray(bits - 16 * (bits > 7), jnp.int4)), np.float64)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-37)
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "iq4_nl"])

@@ -6,7 +6,11 @@ bytes has every second row, into nibbles every eighth. The activation is permute
 
 A table is read by an operation that gathers 32-bit words along the eight rows of a register: three bits of a code
 choose a word, which has two entries, and the fourth bit one of these. Eight codes of a word take 44 operations of the
-vector unit. (Algebraic normal forms of all bits of the entries take 88.)
+vector unit, and 52 on a v6e. (Algebraic normal forms of all bits of the entries take 88.)
+
+From the v6e on an operation gathers bytes among the 32 rows of a register. Two tables have the upper and the lower
+bytes of the entries in bfloat16. Eight codes of a word take 13 operations. So 4-bit floats, which take 21 otherwise,
+are read from a table too.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from jax import lax
 
 from jaxquant.core.qtypes import QType
 
-__all__ = ["BLOCK", "Decoder", "decoder", "scale_of", "table_words"]
+__all__ = ["BLOCK", "Decoder", "decoder", "scale_of", "table_bytes", "table_words"]
 
 BLOCK = 128
 """Rows of codes that are decoded and multiplied at a time: the length of a matrix unit's sum."""
@@ -29,6 +33,9 @@ BLOCK = 128
 _FNUZ = "float8_e4m3b11fnuz"
 """The 8-bit float that TPUs convert in one instruction. Its numbers have the patterns of float8_e4m3fn's, which are 16
 times as large, but for -0 and NaN."""
+
+_GATHER_BYTES = ("TPU v6 lite", "TPU7x")
+"""The kinds of devices, as JAX names them, that have the operation."""
 
 _SUBNORMAL = 2.0**14  # float8_e5m2 has its exponents this much lower than a 4-bit float, of the same other bits
 
@@ -43,6 +50,7 @@ class Decoder:
       factor: multiplied by the sum.
       table: its entries.
       element: the dtype of 8-bit floats.
+      bytewise: whether a table is read by gathers of bytes.
     """
 
     kind: Literal["integers", "floats4", "table", "floats8"]
@@ -50,11 +58,22 @@ class Decoder:
     factor: float = 1
     table: tuple[float, ...] = ()
     element: str = ""
+    bytewise: bool = False
 
     @property
     def parts(self) -> int:
         """The number of runs of rows that a block is sorted into: row ``parts * i + j`` is the i-th of the j-th run."""
-        return {"integers": 1, "floats4": 2, "table": 8, "floats8": 1}[self.kind]
+        return {"integers": 1, "floats4": 2, "table": 4 if self.bytewise else 8, "floats8": 1}[self.kind]
+
+    def on(self, device: str) -> Decoder:
+        """The decoder for a kind of device, as JAX names it; an unknown one is taken for the oldest."""
+        if device not in _GATHER_BYTES or self.kind not in ("floats4", "table"):
+            return self
+        if self.kind == "table":
+            return dataclasses.replace(self, bytewise=True)
+        patterns = np.arange(16, dtype=np.uint8) ^ 8
+        values = patterns.view(jnp.float4_e2m1fn).astype(np.float32)
+        return Decoder("table", table=tuple(values.tolist()), bytewise=True)
 
     def source(self, row: jax.Array) -> jax.Array:
         """The row of a block that decoding moves to each place."""
@@ -74,6 +93,8 @@ class Decoder:
         if self.kind == "floats8":
             words = _in_fnuz(words) if self.element == _FNUZ else words
             return pltpu.bitcast(words, jnp.dtype(self.element)).astype(dtype)
+        if self.bytewise:
+            return _gathered(words, table_bytes(self.table), interpret=interpret).astype(dtype)
         if self.kind == "table":
             entries = table_words(self.table, rounded=dtype != jnp.float32)
             return _looked_up(words, entries, interpret=interpret).astype(dtype)
@@ -123,8 +144,7 @@ def table_words(table: tuple[float, ...], *, rounded: bool) -> tuple[int, ...]:
     half is such that the word in float32 is as near as possible to the other entry, or if ``rounded`` is set, such that
     the word is rounded to this entry in bfloat16. (Beside a zero the lower half is below the smallest normal number.)
     """
-    values = np.zeros(16, np.float32)
-    values[: len(table)] += np.asarray(table, np.float32)  # -0.0 is 0.0
+    values = _entries(table)
     near = values.astype(jnp.bfloat16)
     lower = near[:8].view(np.uint16).astype(np.int64)
     other = near.astype(np.float32)[8:] if rounded else values[8:]
@@ -132,13 +152,60 @@ def table_words(table: tuple[float, ...], *, rounded: bool) -> tuple[int, ...]:
     return tuple((np.where(other == 0, 0, upper) << 16 | lower).tolist())
 
 
-def _looked_up(words: jax.Array, entries: tuple[int, ...], *, interpret: bool) -> jax.Array:
-    """The entries of eight codes per word, in float32."""
-    rows, columns = len(entries), words.shape[1]
-    row = lax.broadcasted_iota(jnp.int32, (rows, columns), 0)
+def _entries(table: tuple[float, ...]) -> np.ndarray:
+    values = np.zeros(16, np.float32)
+    values[: len(table)] += np.asarray(table, np.float32)  # -0.0 is 0.0
+    return values
+
+
+def table_bytes(table: tuple[float, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The lower and the upper bytes of the entries in bfloat16, by the 4 bits of stored codes, four bytes in a word."""
+    near = _entries(table).astype(jnp.bfloat16)[np.arange(16) ^ 8]  # a code is stored less 8
+    pairs = near.view(np.uint8).reshape(16, 2)
+    lower, upper = (tuple(np.ascontiguousarray(pairs[:, i]).view("<u4").tolist()) for i in (0, 1))
+    return lower, upper
+
+
+def _gathered(words: jax.Array, tables: tuple[tuple[int, ...], ...], *, interpret: bool) -> jax.Array:
+    """The entries of eight codes per word, in bfloat16, from tables of their lower and upper bytes."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    columns = words.shape[1]
+    row = lax.broadcasted_iota(jnp.int32, (8, columns), 0) & 3  # a register has each table twice
+
+    def bytes_of(x: jax.Array) -> jax.Array:
+        return pltpu.bitcast(x, jnp.int8)
+
+    def gathered(table: jax.Array, index: jax.Array) -> jax.Array:
+        # The operation counts modulo the length of the table.
+        index = bytes_of(index).astype(jnp.int32) & 31 if interpret else bytes_of(index)
+        return pltpu.bitcast(jnp.take_along_axis(table, index, axis=0, mode="promise_in_bounds"), jnp.int32)
+
+    lower, upper = (bytes_of(_of_rows(row, entries)) for entries in tables)
+    odd = bytes_of(jnp.full((8, columns), _word(0xFF00FF00))) != 0
+    found: list[list[jax.Array]] = [[], [], [], []]
+    for first in range(0, words.shape[0], 8):
+        word = words[first : first + 8]
+        for half, index in enumerate((word, _right(word, 4))):
+            low, high = gathered(lower, index), gathered(upper, index)
+            even = jnp.where(odd, bytes_of(high << 8), bytes_of(low))
+            found[half].append(even)
+            found[half + 2].append(jnp.where(odd, bytes_of(high), bytes_of(_right(low, 8))))
+    return jnp.concatenate([pltpu.bitcast(v, jnp.bfloat16) for run in found for v in run], axis=0)
+
+
+def _of_rows(row: jax.Array, entries: tuple[int, ...]) -> jax.Array:
+    """Entry i of a table of words where ``row`` is i."""
     table = jnp.zeros_like(row)
     for i, entry in enumerate(entries):
         table = jnp.where(row == i, _word(entry), table)
+    return table
+
+
+def _looked_up(words: jax.Array, entries: tuple[int, ...], *, interpret: bool) -> jax.Array:
+    """The entries of eight codes per word, in float32."""
+    rows, columns = len(entries), words.shape[1]
+    table = _of_rows(lax.broadcasted_iota(jnp.int32, (rows, columns), 0), entries)
     found = []
     for place in range(0, 32, 4):
         for first in range(0, words.shape[0], rows):

@@ -75,16 +75,16 @@ class Grouped(Kernel):
         plain = BatchedDecoded.takes(problem) or Decoded.takes(problem)
         assert plain is not None
 
-        def of(run: Callable[[Product], jax.Array]) -> Callable[..., jax.Array]:
-            def fn(*leaves: jax.Array) -> jax.Array:
+        def of(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+            def fn(*leaves: jax.Array, **how: str) -> jax.Array:
                 x, w = jax.tree.unflatten(tree, leaves)
-                return run(dataclasses.replace(problem, x=x, w=w)).astype(problem.result)
+                return run(dataclasses.replace(problem, x=x, w=w), **how).astype(problem.result)
 
             return fn
 
         return if_undivided(of(self._undivided), of(plain.run), *leaves)
 
-    def _undivided(self, problem: Product) -> jax.Array:
+    def _undivided(self, problem: Product, *, device: str) -> jax.Array:
         x, axes, factors = problem.x, problem.x_axes, None
         if isinstance(x, QTensor) and self.dtype == jnp.int8:
             factors, x = scale_values(x.scale), x.logical_codes()
@@ -95,7 +95,8 @@ class Grouped(Kernel):
             own = [factors.shape[i] if i in axes.contract else x.shape[i] for i in range(x.ndim)]
             arrays["rows"] = axes.flatten(jnp.broadcast_to(factors.astype(jnp.float32), own))
         result = jnp.dtype(problem.result)
-        out = grouped_product(**arrays, groups=self.groups, result=result, interpret=self.interpret)
+        how = {"groups": self.groups.on(device), "body": self.body, "result": result, "interpret": self.interpret}
+        out = grouped_product(**arrays, **how)
         return problem.restored(out)
 
 

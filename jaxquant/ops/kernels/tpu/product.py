@@ -16,7 +16,8 @@ The number of rows decides between two bodies.
 
 Estimates of the TPU compiler for a v5e: at few rows `sums` takes as long as reading the codes for integers in groups of
 128 (memory bound), 1.4 times as long for mxfp4, 1.7 for nvfp4 and 1.8 for tables (bound by the vector unit); at many
-rows `values` takes as long as the bfloat16 product (bound by the matrix unit).
+rows `values` takes as long as the bfloat16 product (bound by the matrix unit). For a v6e: 1.5 to 1.8 times as long for
+tables, mxfp4 and nvfp4 at few rows.
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ class Groups:
         """Groups in a block; 1 if a group is a block or longer."""
         return max(BLOCK // self.size, 1)
 
+    def on(self, device: str) -> Groups:
+        """The properties on a kind of device, as JAX names it."""
+        return dataclasses.replace(self, decoder=self.decoder.on(device))
+
 
 def rows_of_sums(rows: int, dtype: Any, groups: Groups) -> int:
     """The number of rows that `sums` multiplies for ``rows`` rows of x."""
@@ -106,13 +111,14 @@ def body_for(rows: int, dtype: Any, groups: Groups) -> type[_Body]:
     return Sums if summed or rows_of_sums(rows, dtype, groups) <= few else Values
 
 
-@functools.partial(jax.jit, static_argnames=("groups", "result", "interpret"))
+@functools.partial(jax.jit, static_argnames=("groups", "body", "result", "interpret"))
 def grouped_product(
     x: jax.Array,
     codes: jax.Array,
     scale: jax.Array,
     *,
     groups: Groups,
+    body: type[_Body],
     zero: jax.Array | None = None,
     offset: jax.Array | None = None,
     rows: jax.Array | None = None,
@@ -128,6 +134,7 @@ def grouped_product(
       codes: [L B, K / 128, 128, N], a stack of L layers of B weights in the form that `QTensor.laid_out` stores.
       scale, zero, offset: [B, K / group size, N]; zero and offset may be None.
       groups: the rest of the weight.
+      body: the kernel, as `body_for` chooses it.
       rows: float32 [B, M, 1], factors of the rows of x; None is 1.
       columns: float32 [B, 1, N], further factors of the columns; None is 1.
       layer: the index in the stack; None is the first. The kernel reads the layer without a copy.
@@ -140,7 +147,6 @@ def grouped_product(
     if x.dtype == jnp.int8 and groups.decoder.kind != "integers":
         x = x.astype(jnp.bfloat16)
     m = x.shape[1]
-    body = body_for(m, x.dtype, groups)
     planes = _planes(m, x.dtype, groups) if body is Sums else (jnp.dtype(jnp.bfloat16),)
     half = body is Sums and m <= 8 and planes == (jnp.dtype(jnp.bfloat16),) and groups.in_block > 1
     given = {"scale": scale, "zero": zero, "offset": offset, "rows": rows, "columns": columns}
