@@ -13,6 +13,7 @@ import pytest
 
 from jaxquant import OpSpec, QTensor, QuantSpec, fake_quant, ops, quantize
 from jaxquant.core.arithmetic import promoted
+from jaxquant.core.by_platform import Target
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
@@ -132,4 +133,4 @@ def kernel_of(x, w, numbers=MATMUL, precision=None, platform="cpu"):
     """The class of the kernel that takes a product, by name."""
     (xc, wc), (xb, wb) = numbers
     problem = Product.of(x, w, Axes.of(x.ndim, xb, xc), Axes.of(w.ndim, wb, wc), precision, jnp.float32)
-    return type(select(problem, platform)).__name__
+    return type(select(problem, Target(platform))).__name__

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import jax
 import jax.core
@@ -20,17 +20,30 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
-__all__ = ["Platform", "Ways", "by_platform", "unmapped"]
+__all__ = ["Platform", "Target", "Ways", "by_platform", "unmapped"]
 
 Platform = Literal["cpu", "tpu", "cuda", "other"]
 """Platforms that a program is lowered for."""
 
 
+class Target(NamedTuple):
+    """The platform and the chip that a program is lowered for.
+
+    Attributes:
+      platform: the platform.
+      chip: the kind of its devices, as JAX names it (`jax.Device.device_kind`); None if it is not known, as in a
+        program that is exported.
+    """
+
+    platform: Platform
+    chip: str | None = None
+
+
 class Ways(Protocol):
     """How each platform computes one value. Hashable: equal ones compute the same."""
 
-    def on(self, platform: Platform, *operands: Any) -> Any:
-        """The value, of the same shapes and dtypes on all platforms."""
+    def on(self, target: Target, *operands: Any) -> Any:
+        """The value, of the same shapes and dtypes for all targets."""
         ...
 
     def stands_for(self, *operands: Any) -> tuple[Primitive, dict[str, Any]] | None:
@@ -52,7 +65,7 @@ def by_platform(ways: Ways, *operands: Any) -> Any:
     """
     arrays, tree = cast(tuple[list[Any], Any], jax.tree.flatten(operands))
     flat = _Flat(ways, tree)
-    shapes, like = jax.make_jaxpr(functools.partial(flat.whole, "other"), return_shape=True)(*arrays)
+    shapes, like = jax.make_jaxpr(functools.partial(flat.whole, Target("other")), return_shape=True)(*arrays)
     found = _bound(*arrays, ways=flat, results=tuple(shapes.out_avals), needs_devices=_needs_devices())
     return jax.tree.unflatten(cast(Any, jax.tree.structure(like)), found)
 
@@ -89,13 +102,13 @@ class _Flat:
     inner: Ways
     tree: Any
 
-    def whole(self, platform: Platform, *arrays: Any) -> Any:
+    def whole(self, target: Target, *arrays: Any) -> Any:
         """The value as a pytree."""
-        return self.inner.on(platform, *jax.tree.unflatten(self.tree, arrays))
+        return self.inner.on(target, *jax.tree.unflatten(self.tree, arrays))
 
-    def on(self, platform: Platform, *arrays: Any) -> list[Any]:
+    def on(self, target: Target, *arrays: Any) -> list[Any]:
         """The arrays of the value."""
-        return jax.tree.leaves(self.whole(platform, *arrays))
+        return jax.tree.leaves(self.whole(target, *arrays))
 
     def stands_for(self, *arrays: Any) -> tuple[Primitive, dict[str, Any]] | None:
         """As for `Ways`."""
@@ -114,9 +127,9 @@ class _Batched:
     inner: Ways
     axes: tuple[int | None, ...]
 
-    def on(self, platform: Platform, *arrays: Any) -> list[Any]:
+    def on(self, target: Target, *arrays: Any) -> list[Any]:
         """The arrays of all examples, in front."""
-        return jax.vmap(functools.partial(self.inner.on, platform), self.axes)(*arrays)
+        return jax.vmap(functools.partial(self.inner.on, target), self.axes)(*arrays)
 
     def stands_for(self, *arrays: Any) -> tuple[Primitive, dict[str, Any]] | None:
         """That of one example."""
@@ -190,11 +203,18 @@ def _checkpoint(
 
 
 def _lowering(platform: Platform) -> Any:
-    def on(*arrays: Any, ways: Ways, results: Any, needs_devices: Any) -> list[Any]:
+    def rule(ctx: Any, *arrays: Any, ways: Ways, results: Any, needs_devices: Any) -> Any:
         del results, needs_devices
-        return ways.on(platform, *arrays)
+        on = functools.partial(ways.on, Target(platform, _chip(ctx)))
+        return cast(Any, mlir.lower_fun(on, multiple_results=True))(ctx, *arrays)
 
-    return cast(Any, mlir.lower_fun(on, multiple_results=True))
+    return rule
+
+
+def _chip(ctx: Any) -> str | None:
+    """The kind of the first device of a program that is lowered."""
+    devices = getattr(ctx.module_context.axis_context, "device_assignment", None)
+    return devices[0].device_kind if devices else None
 
 
 unmapped: Callable[..., Any] = getattr(jax.extend.core, "unmapped_aval", None) or getattr(jax.core, "unmapped_aval")  # noqa: B009

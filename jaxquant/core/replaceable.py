@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from jaxquant.core.by_platform import Platform, by_platform
+from jaxquant.core.by_platform import Platform, Target, by_platform
 
 __all__ = ["Replaceable"]
 
@@ -75,9 +75,9 @@ class _Call:
     function: Replaceable
     static: tuple[tuple[str, Any], ...]
 
-    def on(self, platform: Platform, *arrays: Any) -> Any:
-        """The value, as one platform computes it."""
-        return self.function.on_platform(platform, *arrays, **dict(self.static))
+    def on(self, target: Target, *arrays: Any) -> Any:
+        """The value, as the target's platform computes it."""
+        return self.function.on_platform(target.platform, *arrays, **dict(self.static))
 
     def stands_for(self, *arrays: Any) -> None:
         """No operation that a policy of `jax.checkpoint` knows."""

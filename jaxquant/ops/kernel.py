@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.abstract import abstract
-from jaxquant.core.by_platform import Platform
+from jaxquant.core.by_platform import Platform, Target
 from jaxquant.core.qtensor import Layout
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.forms import Axes
@@ -34,7 +34,7 @@ def kernel(
     dtype: Any,
     op: str = "dot_general",
     window: tuple[int, ...] = (),
-    platform: Platform | None = None,
+    target: Target | None = None,
 ) -> str:
     """The name of the kernel for ``[rows, length] x [columns, length]``.
 
@@ -45,7 +45,7 @@ def kernel(
       dtype: of the float arrays.
       op: ``"dot_general"``, ``"conv_general_dilated"`` or ``"ragged_dot"``.
       window: of a convolution, a `jaxquant.ops.problem.Window`.
-      platform: the platform that the program is lowered for, with codes laid out for it; None: the default device's.
+      target: what the program is lowered for, with codes laid out for it; None: the default device.
 
     Returns:
       ``"int8"``: a product of int8; ``"int8 residual split"``: one, with the float activation in int8 digits;
@@ -60,7 +60,7 @@ def kernel(
       >>> kernel(8, 64, 64, recipes.nf4(), "float32")
       'float32 blocks'
     """
-    on = _platform() if platform is None else platform
+    on = _default() if target is None else target
 
     def operand(shape: tuple[int, ...], spec: QuantSpec | None, axes: tuple[int, ...], *, stored: bool) -> Any:
         if spec is None:
@@ -68,7 +68,9 @@ def kernel(
         found = abstract(shape, jnp.dtype(dtype), spec, axes, stored=stored)
         if not stored:
             return TrainedTensor(found, None)
-        return found if on == "cpu" else jax.eval_shape(lambda q: q.laid_out(_LAYOUTS.get(on, "elements")), found)
+        if on.platform == "cpu":
+            return found
+        return jax.eval_shape(lambda q: q.laid_out(_LAYOUTS.get(on.platform, "elements")), found)
 
     most, own = _MANY if rows is None else rows, jnp.dtype(dtype)
     if op == "ragged_dot":
@@ -87,7 +89,8 @@ def kernel(
     return select(problem, on).name
 
 
-def _platform() -> Platform:
-    """The platform that programs are lowered for by default."""
+def _default() -> Target:
+    """The target of programs by default."""
     platform = jax.default_backend()
-    return {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda", "cuda": "cuda"}.get(platform, "other")  # pyright: ignore
+    name = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda", "cuda": "cuda"}.get(platform, "other")
+    return Target(name, jax.devices()[0].device_kind)  # pyright: ignore[reportArgumentType]

@@ -18,7 +18,7 @@ from jax import lax
 from jax.extend.core import Primitive
 
 from jaxquant.core.arithmetic import promoted
-from jaxquant.core.by_platform import Platform
+from jaxquant.core.by_platform import Platform, Target
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.sizes import number
 from jaxquant.ops.forms import Axes, Form, Matrix, Packed, canonical, form, matrix, pytree
@@ -321,8 +321,13 @@ class Kernel:
     """Whether it sums integers, so that with one scale per row the result does not depend on how codes are stored."""
 
     @classmethod
+    def runs_on(cls, target: Target) -> bool:
+        """Whether it is lowered for a target; by default for all chips of its platforms."""
+        return target.platform in cls.platforms
+
+    @classmethod
     def takes(cls, problem: Any) -> Kernel | None:
-        """The kernel set up for a problem of its operation, on one of its platforms; None if it does not take it."""
+        """The kernel set up for a problem of its operation, on a target it runs on; None if it does not take it."""
         raise NotImplementedError
 
     def run(self, problem: Any) -> jax.Array:

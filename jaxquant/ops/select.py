@@ -30,13 +30,13 @@ from typing import Any
 import jax
 from jax.extend.core import Primitive
 
-from jaxquant.core.by_platform import Platform, by_platform
+from jaxquant.core.by_platform import Target, by_platform
 from jaxquant.ops.kernels import convolution, decoded, dequantized, integer, ragged
 from jaxquant.ops.kernels.cpu import blocked, floats, gemv, int8, residual
 from jaxquant.ops.kernels.cpu import convolution as cpu_convolution
 from jaxquant.ops.kernels.cpu import ragged as cpu_ragged
 from jaxquant.ops.kernels.gpu import decoded as gpu_decoded
-from jaxquant.ops.kernels.gpu import int8 as gpu_int8
+from jaxquant.ops.kernels.gpu import scaled as gpu_scaled
 from jaxquant.ops.kernels.tpu import decoded as tpu_decoded
 from jaxquant.ops.kernels.tpu import grouped
 from jaxquant.ops.kernels.tpu import ragged as tpu_ragged
@@ -59,7 +59,8 @@ TABLE: tuple[type[Kernel], ...] = (
     cpu_ragged.ResidualSplitRagged,
     # Elsewhere codes are decoded within the product.
     gpu_decoded.TritonDecoded,
-    gpu_int8.TritonInt8,
+    gpu_scaled.TritonInt8,
+    gpu_scaled.TritonFloat8,
     tpu_ragged.RaggedExperts,
     grouped.GroupedSums,
     grouped.GroupedValues,
@@ -80,10 +81,10 @@ TABLE: tuple[type[Kernel], ...] = (
 """All kernels, in order of preference."""
 
 
-def select(problem: Problem, platform: Platform) -> Kernel:
-    """The kernel for a problem on a platform: the first of `TABLE` that takes it."""
+def select(problem: Problem, target: Target) -> Kernel:
+    """The kernel for a problem on a target: the first of `TABLE` that takes it."""
     for kind in TABLE:
-        if platform in kind.platforms and isinstance(problem, kind.operation):
+        if isinstance(problem, kind.operation) and kind.runs_on(target):
             kernel = kind.takes(problem)
             if kernel is not None:
                 return kernel
@@ -100,14 +101,18 @@ class _Kernels:
 
     stored: Callable[[Any], Problem] | None
 
-    def on(self, platform: Platform, *operands: Any) -> jax.Array:
+    def on(self, target: Target, *operands: Any) -> jax.Array:
         """The product of a problem, in the requested dtype."""
         (problem,) = operands
-        kernel = select(problem, platform)
-        if platform == "cpu" and self.stored is not None:
-            kernel, problem = _as_stored(kernel, problem, self.stored(problem))
+        kernel = select(problem, target)
+        if target.platform == "cpu" and self.stored is not None:
+            kernel, problem = _as_stored(kernel, problem, self.stored(problem), target)
         out = kernel.run(problem).astype(problem.result)
-        return as_it_is(out) if platform == "tpu" and isinstance(problem, Product) and has_few_rows(problem) else out
+        return (
+            as_it_is(out)
+            if target.platform == "tpu" and isinstance(problem, Product) and has_few_rows(problem)
+            else out
+        )
 
     def stands_for(self, *operands: Any) -> tuple[Primitive, dict[str, Any]] | None:
         """The float operation."""
@@ -115,9 +120,9 @@ class _Kernels:
         return problem.float_operation
 
 
-def _as_stored(kernel: Kernel, problem: Problem, stored: Problem) -> tuple[Kernel, Problem]:
+def _as_stored(kernel: Kernel, problem: Problem, stored: Problem, target: Target) -> tuple[Kernel, Problem]:
     """The kernel and the problem of the frozen model, unless the one in training is exact and so agrees with it."""
-    found = select(stored, "cpu")
+    found = select(stored, target)
     exact = found.exact and found == kernel and all(form.groups == 1 for form in stored.quantized)
     return (kernel, problem) if exact else (found, stored)
 

@@ -111,8 +111,8 @@ class _Walk:
         if (computation, user.name) in self.found.steps:
             return
         self.found.steps[computation, user.name] = user, self.program.times.get(computation, 0.0)
-        if product is not None or self._multiplies(user) or user.opcode.endswith("-start"):
-            return
+        if product is not None or user.is_kernel or self._multiplies(user) or user.opcode.endswith("-start"):
+            return  # what a product writes is its result
         large = [array for array in user.arrays if array.size >= self.size]
         self.found.written += sum(array.nbytes for array in large if array.in_memory)
         if any(array.dtype in _FLOATS for array in large):

@@ -15,6 +15,7 @@ from jax import lax
 
 import jaxquant as jq
 from jaxquant import ops, recipes
+from jaxquant.core.by_platform import Target
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
@@ -43,7 +44,7 @@ def array(shape, seed, dtype=jnp.float32):
 def decoded(x, w, x_axes, w_axes, platform="other"):
     """The kernel off the CPU, and its problem."""
     problem = Product.of(x, w, x_axes, w_axes, None, jnp.float32)
-    kernel = select(problem, platform)
+    kernel = select(problem, Target(platform))
     assert "ecoded" in type(kernel).__name__
     return kernel, problem
 
@@ -147,7 +148,7 @@ def test_scales_along_what_is_contracted(qtype):
     axes = Axes((2,), (1,), (0,)), Axes((0,), (2,), (1,))
     q = jq.quantize(w, jq.QuantSpec(qtype), reduce_axes=(-1,)).laid_out("elements")
     problem = Product.of(x, q, *axes, None, jnp.float32)
-    kernel = select(problem, "other")
+    kernel = select(problem, Target("other"))
     assert type(kernel).__name__ == ("ScaledActivation" if q.type.bits == 8 else "Decoded")
     wanted = in_numpy(np.asarray(x, np.float64), np.asarray(q.dequantize(), np.float64), (((0,), (1,)), ((2,), (0,))))
     assert error(kernel.run(problem), wanted) < 1e-6

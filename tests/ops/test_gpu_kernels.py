@@ -19,11 +19,12 @@ from ops_reference import dot_error, real, slow_but, unequal
 import jaxquant as jq
 from jaxquant import recipes
 from jaxquant.core.affine import as_codes
+from jaxquant.core.by_platform import Target
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels.gpu.decoded import TritonDecoded, run
-from jaxquant.ops.kernels.gpu.int8 import TritonInt8
 from jaxquant.ops.kernels.gpu.product import Decoding, blocks
 from jaxquant.ops.kernels.gpu.quantizing import rows_at_once
+from jaxquant.ops.kernels.gpu.scaled import TritonFloat8, TritonInt8
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
 
@@ -64,7 +65,7 @@ def problem_of(spec, rows, k, n, *, lead=(), k_last=False, act=None, dtype=jnp.f
     batch = tuple(range(len(lead)))
     axes = Axes.of(x.ndim, batch, (x.ndim - 1,)), Axes.of(q.ndim, batch, (q.ndim + axis,))
     problem = Product.of(x, q, *axes, None, jnp.float32)
-    kernel = select(problem, "cuda")
+    kernel = select(problem, Target("cuda"))
     assert isinstance(kernel, TritonDecoded)
     numbers = (axes[0].contract, axes[1].contract), (axes[0].batch, axes[1].batch)
     return problem, kernel, numbers
@@ -148,7 +149,7 @@ def test_several_axes_and_transformations():
 
     def one(q, x):
         problem = Product.of(x, q, *axes, None, jnp.float32)
-        kernel = select(problem, "cuda")
+        kernel = select(problem, Target("cuda"))
         assert isinstance(kernel, TritonDecoded)
         return run(problem, kernel.dtype, interpret=True)
 
@@ -210,7 +211,7 @@ def kernel_of(spec, k=64, n=32, *, dtype=jnp.bfloat16, axes=None, act=None):
     )
     x = jax.ShapeDtypeStruct((8, k), dtype)
     axes = axes or (Axes((), (0,), (1,)), Axes((), (1,), (0,)))
-    return select(Product.of(x, q, *axes, None, dtype), "cuda")
+    return select(Product.of(x, q, *axes, None, dtype), Target("cuda"))
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -233,10 +234,29 @@ def test_int8_on_both_sides(minor):
     x = jq.quantize(unequal(1, (70, 96)), INT8, reduce_axes=(-1,))
     axes = Axes((), (0,), (1,)), Axes((), (1,), (0,))
     problem = Product.of(x, q, *axes, None, jnp.float32)
-    assert isinstance(select(problem, "cuda"), TritonInt8)
+    assert isinstance(select(problem, Target("cuda")), TritonInt8)
     assert dot_error(ran(problem, jnp.float32), real(x), real(q), (((1,), (0,)), ((), ()))) <= 1e-6
     few = Product.of(jax.ShapeDtypeStruct((1, 96), jnp.float32), q, *axes, None, jnp.float32)
-    assert not isinstance(select(few, "cuda"), TritonInt8)
+    assert not isinstance(select(few, Target("cuda")), TritonInt8)
+
+
+E4M3 = jq.QuantSpec("float8_e4m3fn")
+
+
+@pytest.mark.parametrize("minor", slow_but([(), (-2,)], (-2,)))
+def test_float8_on_both_sides(minor):
+    """Codes are multiplied as they are. Only chips that multiply float8 run it: Triton aborts for others."""
+    q = jax.jit(lambda w: jq.quantize(w, E4M3, reduce_axes=(-2,)).store(minor))(unequal(0, (96, 40)))
+    x = jax.jit(lambda x: jq.quantize(x, E4M3, reduce_axes=(-1,)))(unequal(1, (70, 96)))
+    axes = Axes((), (0,), (1,)), Axes((), (1,), (0,))
+    problem = Product.of(x, q, *axes, None, jnp.float32)
+    for chip in ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA L4", "NVIDIA GeForce RTX 4090"):
+        assert isinstance(select(problem, Target("cuda", chip)), TritonFloat8)
+    for chip in (None, "NVIDIA A100-SXM4-80GB", "NVIDIA L4000", "NVIDIA GeForce RTX 3090"):
+        assert not isinstance(select(problem, Target("cuda", chip)), TritonFloat8)
+    highest = Product.of(x, q, *axes, lax.Precision.HIGHEST, jnp.float32)
+    assert not isinstance(select(highest, Target("cuda", "NVIDIA H200")), TritonFloat8)
+    assert dot_error(ran(problem, jnp.float8_e4m3fn), real(x), real(q), (((1,), (0,)), ((), ()))) <= 1e-6
 
 
 ROWS = slow_but([(5, 300), (3, 7, 1000), (40, 16), (1, 64)], (40, 16))

@@ -12,7 +12,7 @@ from jax import lax
 import jaxquant as jq
 from jaxquant import ops, recipes
 from jaxquant.core.abstract import abstract
-from jaxquant.core.by_platform import Platform
+from jaxquant.core.by_platform import Platform, Target
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernel import kernel
 from jaxquant.ops.kernels.cpu import machine
@@ -21,6 +21,7 @@ from jaxquant.ops.select import TABLE, select
 from jaxquant.ops.trained import TrainedTensor
 
 MATMUL = (((1,), (0,)), ((), ()))
+H100 = Target("cuda", "NVIDIA H100 80GB HBM3")
 SCHEMES = {
     "w8a8": recipes.w8a8(),
     "w8a16": recipes.w8a16(),
@@ -154,10 +155,10 @@ def test_every_kernel_is_chosen_somewhere(monkeypatch):
         monkeypatch.setattr(machine, "int8_dots", lambda found=int8: found)
         monkeypatch.setattr(machine, "bfloat16_dots", lambda found=bfloat16: found)
         monkeypatch.setattr(machine, "cores", lambda found=cores: found)
-        for problem, platform in itertools.product(problems(), get_args(Platform)):
-            asked = (kind for kind in TABLE if platform in kind.platforms and isinstance(problem, kind.operation))
+        for problem, target in itertools.product(problems(), (*map(Target, get_args(Platform)), H100)):
+            asked = (kind for kind in TABLE if kind.runs_on(target) and isinstance(problem, kind.operation))
             kind, kernel = next((kind, k) for kind in asked if (k := kind.takes(problem)) is not None)
-            assert kernel == select(problem, platform)
+            assert kernel == select(problem, target)
             found.add(kind)
     assert found == set(TABLE)
 
@@ -194,10 +195,10 @@ def problems():
 @pytest.mark.every
 def test_the_plan_reads_the_table():
     """For another platform too, with codes as they would lie there."""
-    names = {name: kernel(8, 256, 256, spec, "bfloat16", platform="tpu") for name, spec in SCHEMES.items()}
+    names = {name: kernel(8, 256, 256, spec, "bfloat16", target=Target("tpu")) for name, spec in SCHEMES.items()}
     assert names["w8a8"] == "int8"
     assert names["w4a16"] == names["nf4"] == "bfloat16, decoded"
-    assert kernel(8, 256, 256, recipes.w4a16(128), "bfloat16", platform="tpu") == "bfloat16, batched"
-    assert kernel(8, 256, 256, recipes.w4a16(128), "bfloat16", platform="cuda") == "bfloat16, decoded by Triton"
-    assert kernel(8, 256, 256, recipes.w4a16(128), "bfloat16", platform="other") == "bfloat16, batched"
-    assert kernel(8, 256, 256, recipes.w8a8(), "bfloat16", "conv_general_dilated", platform="cuda") == "bfloat16"
+    assert kernel(8, 256, 256, recipes.w4a16(128), "bfloat16", target=Target("tpu")) == "bfloat16, batched"
+    assert kernel(8, 256, 256, recipes.w4a16(128), "bfloat16", target=Target("cuda")) == "bfloat16, decoded by Triton"
+    assert kernel(8, 256, 256, recipes.w4a16(128), "bfloat16", target=Target("other")) == "bfloat16, batched"
+    assert kernel(8, 256, 256, recipes.w8a8(), "bfloat16", "conv_general_dilated", target=Target("cuda")) == "bfloat16"

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
 from jaxquant import ops, recipes
+from jaxquant.core.by_platform import Target
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels.tpu import decode, grouped, undivided
@@ -67,7 +68,7 @@ def weight(spec: Any, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jq.Q
 def interpreted(problem: Product, monkeypatch: pytest.MonkeyPatch) -> tuple[str, jax.Array]:
     """What a TPU would run, run here: its name and its result."""
     monkeypatch.setattr(grouped.Grouped, "interpret", True)
-    kernel = select(problem, "tpu")
+    kernel = select(problem, Target("tpu"))
     return kernel.name, kernel.run(problem)
 
 
@@ -209,9 +210,9 @@ def test_float32_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch):
         assert kernel == "grouped_sums"
         assert y.dtype == jnp.float32
         assert_close(y, x, w, exact=False, rounded=False)
-        assert "grouped" not in select(problem_of(normal(2, (300, 256), jnp.float32), w), "tpu").name
+        assert "grouped" not in select(problem_of(normal(2, (300, 256), jnp.float32), w), Target("tpu")).name
     w = weight(SPECS["nf4"], (256, 128), jnp.float32)
-    assert "grouped" not in select(problem_of(x, w), "tpu").name
+    assert "grouped" not in select(problem_of(x, w), Target("tpu")).name
 
 
 def test_what_others_take():
@@ -220,7 +221,7 @@ def test_what_others_take():
 
     def name_of(w: Any, x: Any = x, precision: Any = None) -> str:
         axes = Axes.of(2, (), (1,)), Axes.of(2, (), (0,))
-        return select(Product.of(x, w, *axes, precision, jnp.float32), "tpu").name
+        return select(Product.of(x, w, *axes, precision, jnp.float32), Target("tpu")).name
 
     w = weight(few("int4", 64), (256, 128))
     assert name_of(w) == "grouped_sums"

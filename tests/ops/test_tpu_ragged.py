@@ -9,6 +9,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import ops
+from jaxquant.core.by_platform import Target
 from jaxquant.core.stack import Layer
 from jaxquant.ops.kernels.tpu import ragged
 from jaxquant.ops.problem import RaggedProduct
@@ -49,7 +50,7 @@ def experts(name: str, *lead: int) -> jq.QTensor:
 
 def interpreted(problem: RaggedProduct, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     monkeypatch.setattr(ragged.RaggedExperts, "interpret", True)
-    kernel = select(problem, "tpu")
+    kernel = select(problem, Target("tpu"))
     assert kernel.name == "ragged_experts"
     return np.asarray(kernel.run(problem), np.float64)
 
@@ -119,7 +120,7 @@ def test_a_step_for_every_tile_of_every_expert():
 
 def test_others_are_multiplied_as_before():
     x, sizes = normal(0, (6, K)), jnp.asarray([2, 2, 0, 2])
-    name = lambda x, w: select(RaggedProduct(x, w, None, jnp.float32, sizes), "tpu").name  # noqa: E731
+    name = lambda x, w: select(RaggedProduct(x, w, None, jnp.float32, sizes), Target("tpu")).name  # noqa: E731
     assert name(x.astype(jnp.float32), experts("int8")) != "ragged_experts"
     assert name(jq.quantize(x, jq.QuantSpec("uint8", symmetric=False), reduce_axes=(-1,)), experts("int8")) == "int8"
     nf4 = jq.ops.lay_out(jq.quantize(normal(1, (4, K, N)), few("nf4", 64), reduce_axes=(-2,)), "tpu")

@@ -81,6 +81,16 @@ def test_int8_activations():
     assert found.temporaries <= 1.01 * rows * K
 
 
+def test_float8_activations():
+    """As int8, on a chip that multiplies float8; an older one multiplies bfloat16."""
+    spec, rows = recipes.fp8(), 1024
+    found: Any = jq.explain(product(spec), {"w": weight(spec)}, x(rows), target="h100")
+    assert found["w"].kernels == ("quantized_product",)
+    assert found.temporaries <= 1.01 * rows * K
+    older: Any = jq.explain(product(spec), {"w": weight(spec)}, x(rows), target="a100")
+    assert "bfloat16" in older["w"].kernels
+
+
 def test_sizes_that_no_block_divides():
     spec = SCHEMES["w4a16 g32 zero"]
     found: Any = jq.explain(product(spec), {"w": weight(spec, k=1056, n=2047)}, x(3, 1056), target="h100")

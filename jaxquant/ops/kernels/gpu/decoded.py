@@ -110,14 +110,17 @@ def run(problem: Product, dtype: Any, *, interpret: bool = False) -> jax.Array:
 
     Args:
       problem: see `TritonDecoded.takes`.
-      dtype: of the values.
+      dtype: of the values, or the float8 of the codes of both operands.
       interpret: see `jaxquant.ops.kernels.gpu.product.product`.
     """
     from jaxquant.ops.kernels.gpu.product import batched  # Pallas takes long to load
 
     x, axes, rows = problem.x, problem.x_axes, None
-    if isinstance(x, QTensor) and in_int8(x) and all(x.scale.shape[i] == 1 for i in axes.contract):
-        values = axes.flatten(x.logical_codes())
+    in_codes = isinstance(x, QTensor) and (in_int8(x) or jnp.dtype(dtype).itemsize == 1)
+    if in_codes and all(x.scale.shape[i] == 1 for i in axes.contract):
+        codes = x.logical_codes()
+        patterns = jnp.issubdtype(codes.dtype, jnp.floating)
+        values = axes.flatten(lax.bitcast_convert_type(codes, jnp.uint8) if patterns else codes)
         rows = jnp.broadcast_to(axes.flatten(scale_values(x.scale).astype(jnp.float32))[:, :, 0], values.shape[:2])
     else:
         values = axes.flatten(x.dequantize(dtype) if isinstance(x, QTensor) else x.astype(dtype))

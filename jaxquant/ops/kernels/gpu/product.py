@@ -130,8 +130,13 @@ _NARROWEST = 32  # bytes of a row that are read at once
 _PART_COST = 1 / 16  # of the weight's bytes: the most that sums of parts may write and read
 
 
-def blocks(rows: int, w: Decoding, *, integers: bool = False) -> Blocks:
+def blocks(rows: int, w: Decoding, *, codes: bool = False) -> Blocks:
     """Blocks for a product of so many rows, by a small model of the processor.
+
+    Args:
+      rows: M.
+      w: the weight.
+      codes: whether codes of 8 bits are multiplied, and not values.
 
     A warp holds 16 rows of the left operand of a tensor core, here columns of the weight. With few rows of x there are
     too few warps to keep all processors busy. So the warps of a program share columns, and each has a slice of k. The
@@ -143,18 +148,18 @@ def blocks(rows: int, w: Decoding, *, integers: bool = False) -> Blocks:
         """Cycles for one k, of all programs."""
         m, slices, warps = tile
         programs = math.ceil(rows / m) * math.ceil(w.columns / _columns(w, slices, warps))
-        left, right, size = 16 * warps, m * slices, 1 if integers else 2
-        products = left * right / _PRODUCTS / (2 if integers else 1)
+        left, right, size = 16 * warps, m * slices, 1 if codes else 2
+        products = left * right / _PRODUCTS / (2 if codes else 1)
         loads, decoding = (left + right * size) / _LOADS, left * (1 if plain else _DECODING) / _INSTRUCTIONS
         return (math.ceil(programs / _PROCESSORS) * (max(products, loads) + decoding) + decoding) / slices
 
-    plain = integers and w.stored == "bytes"
+    plain = codes and w.stored == "bytes"
     tiles = itertools.product((8, 16, 32, 64, 128), (1, 2, 4), (4, 8))
     fitting = [(m, s, warps) for m, s, warps in tiles if m * s <= 128 and 16 * warps // s >= _NARROWEST]
     m, slices, warps = min(fitting, key=cycles)
     columns, power = _columns(w, slices, warps), w.group & -w.group
     depth = 128 if m * slices <= 64 and power >= 128 else 64
-    if w.groups > 1 and (integers or depth % w.group):  # a sum of integers stays within a group
+    if w.groups > 1 and (codes or depth % w.group):  # a sum of integers stays within a group
         depth = min(depth, power)
     programs = math.ceil(rows / m) * math.ceil(w.columns / columns)
     affordable = int(_PART_COST * w.nbytes / (8.0 * rows * w.columns))  # float32, written and read
@@ -179,7 +184,7 @@ class _Kernel:
       w: the weight.
       b: the blocks.
       rows: M.
-      dtype: of the factors: float32, bfloat16, float16 or int8.
+      dtype: of the factors: float32, bfloat16, float16, or that of the codes of both operands: int8 or float8.
       names: of the operands after x and the codes.
       precision: of the product.
     """
@@ -211,6 +216,11 @@ class _Kernel:
     def integers(self) -> bool:
         """Whether the codes of both operands are multiplied as integers."""
         return self.dtype == jnp.int8
+
+    @property
+    def patterns(self) -> bool:
+        """Whether the codes of both operands are multiplied as float8, and are stored as patterns in uint8."""
+        return self.dtype.itemsize == 1 and not self.integers
 
     def __call__(self, x: Any, codes: Any, *rest: Any) -> None:
         *given, out = rest
@@ -303,7 +313,8 @@ class _Kernel:
         m = (row * self.b.rows + lax.iota(jnp.int32, self.b.rows))[None, :, None]
         at = (plane or 0) + stride * lax.iota(jnp.int32, self.b.depth // stride)[None, None, :] + k[:, None, None]
         tile = load(x, (m, at), _both(self._in_m(m), self._in_k(at, self.w.length)))
-        return jnp.transpose(tile.reshape(-1, self.b.depth // stride).astype(self.dtype))
+        tile = lax.bitcast_convert_type(tile, self.dtype) if self.patterns else tile.astype(self.dtype)
+        return jnp.transpose(tile.reshape(-1, self.b.depth // stride))
 
     def _tiles(self, codes: Any, column: Any, k: jax.Array) -> list[jax.Array]:
         """The codes of a step: one tile, or its two planes. Codes narrower than a byte are unsigned patterns."""
@@ -344,6 +355,8 @@ class _Kernel:
     def _values(self, refs: Any, tile: jax.Array) -> jax.Array:
         """Grid values of codes, in the dtype that is multiplied."""
         qtype, small = self.w.qtype, self.w.stored != "bytes"
+        if self.patterns:
+            return lax.bitcast_convert_type(tile, self.dtype)
         if qtype.kind == "float":
             exponents = qtype.bits - 1 - qtype.mantissa_bits
             values = _minifloat(tile, exponents, qtype.mantissa_bits)
@@ -530,13 +543,12 @@ def product(
     """The product of an activation and the values of a weight.
 
     Args:
-      x: [M, K]: bfloat16, float16 or float32, or int8 codes.
+      x: [M, K]: bfloat16, float16 or float32, or codes in int8 or patterns of float8 in uint8.
       w: the weight, with groups of a multiple of 16 codes.
       how: the values and the layout of its codes.
       result: dtype of the result.
-      dtype: bfloat16, float16 or float32, in which values are multiplied. Codes of x stay int8 if the weight has
-      integer
-        codes in groups that are long enough.
+      dtype: bfloat16, float16 or float32, in which values are multiplied, or the float8 of the codes of both operands,
+        on chips that multiply it. Codes of x stay int8 if the weight has integer codes in groups that are long enough.
       rows: float32 [M], scales of x, or None.
       interpret: run in Pallas' interpreter, on any device.
 
@@ -547,7 +559,7 @@ def product(
     m = x.shape[0]
     integers = x.dtype == jnp.int8 and _multiplies_integers(w, how)
     multiplied = jnp.dtype(jnp.int8 if integers else dtype)
-    b = blocks(m, how, integers=integers)
+    b = blocks(m, how, codes=multiplied.itemsize == 1)
     given = {"rows": rows, **{name: getattr(w, name) for name in Weight._fields[1:]}}
     if b.parts > 1:  # sums are scaled when they are complete
         given |= {"columns": None, "rows": None}
