@@ -26,6 +26,7 @@ from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.io.bits import packed, patterns
 from jaxquant.io.directory import SHARD_BYTES, Layout, Piece, identity, in_shards, write_directory
+from jaxquant.io.heap import give_back
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
 from jaxquant.io.mapped import Leaves
@@ -238,6 +239,8 @@ class QuantizedLeaves(Leaves):
 
     def __getitem__(self, name: str) -> Any:
         if name in self._reads:
+            if self.grams is not None:  # the weight before was quantized as a whole
+                give_back()
             return self._reads[name]()
         self.checkpoint.files[self.checkpoint.place[name]].forget()  # pages of the leaf before
         return self.checkpoint.array(name)

@@ -27,6 +27,7 @@ import numpy as np
 from jaxquant.core.errors import quant_error
 from jaxquant.io.atomic import replacing
 from jaxquant.io.directory import identity, json_bytes
+from jaxquant.io.heap import give_back
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.safetensors import TensorSpec, write_safetensors
 from jaxquant.models.config import Config, config_of
@@ -95,6 +96,7 @@ def grams(
             progress(i, len(stages))
         if not (place / _layer(i)).exists():
             _run(files, i, prefix, of_stage[i], windows, place)
+            give_back()
         (place / _states(i)).unlink(missing_ok=True)
     placed = {name: _layer(i) for i, of in enumerate(of_stage) for name in of}
     with replacing(place / _INDEX, function=_F) as file:

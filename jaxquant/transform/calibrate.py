@@ -17,6 +17,7 @@ from jaxquant.core.affine import roundtrip, scale_zero_point
 from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import leaves_with_paths
 from jaxquant.transform.interpreter import Interpreter, Misfit, Tally
+from jaxquant.transform.kept import Kept
 from jaxquant.transform.masks import Mask, with_masks
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.quantized import check_plan, weights_of
@@ -231,7 +232,8 @@ def calibrate(
     """Runs ``fn`` over batches and collects statistics of the inputs of each planned weight.
 
     One jitted pass per batch, on the float params with float activations. Memory is that of the statistics, whatever
-    the number of batches.
+    the number of batches. A second call compiles nothing if fn is the same object, and plan, statistics and shapes are
+    equal; as for `jax.jit`, what fn closes over is read when it is compiled.
 
     Args:
       fn: the function that was planned.
@@ -271,8 +273,12 @@ def calibrate(
       Array(0.02362205, dtype=float32)
     """
     check_plan("calibrate", plan, leaves_with_paths(params)[0])
-    calibration = Calibration("calibrate", fn, plan, collect)
+    key = plan, tuple(collect.items()) if isinstance(collect, Mapping) else collect
+    calibration = _KEPT.get(fn, key, lambda fn: Calibration("calibrate", fn, plan, collect))
     return calibration(params, batches, mask)
+
+
+_KEPT: Kept[Calibration] = Kept()
 
 
 def _merged(wanted: Collect, a: Any, b: Any) -> Any:

@@ -2,15 +2,22 @@
 
 import functools
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from models.decoders import GOLDEN
 from models.test_commands import checkpoint, invoke
 
 import jaxquant as jq
+from jaxquant.io.safetensors import TensorSpec, write_safetensors
 from jaxquant.io.sharded import Checkpoint
 from jaxquant.models import calibration, decoder, load, logits
 from jaxquant.models.calibration import grams
@@ -159,3 +166,67 @@ def test_a_command_from_a_text_to_gptq(checkpoint, tmp_path):
         "quantize", checkpoint / "float", tmp_path / "x", *small, "--calibrate", tmp_path / "bad", code=1
     ).output
     assert "not UTF-8" in output
+
+
+HIDDEN, WIDE = 1024, 2816
+#: Of a layer of `_decoder`: bytes of its weights in bfloat16, and of the Gram matrices of its seven projections.
+WEIGHTS, GRAMS = 2 * (4 * HIDDEN**2 + 3 * HIDDEN * WIDE), 4 * (6 * HIDDEN**2 + WIDE**2)
+MEMORY = """
+import sys
+from jaxquant import cli
+cli.main(sys.argv[1:], standalone_mode=False)
+with open("/proc/self/status") as file:  # ru_maxrss would be the parent's
+    print(next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(os, "confstr"), reason="of glibc's allocator")
+def test_memory_does_not_grow_with_the_layers(checkpoint, tmp_path, capsys):
+    """Six layers more cost less than what is held of one: its weights and its Gram matrices.
+
+    If each layer left one array behind, the smallest that there is, a Gram matrix of 4 MB for each projection, six
+    layers would be beyond it.
+    """
+    (tmp_path / "text").write_text((TEXT * 20)[: 4 * 512])
+    few, many = (_peak(checkpoint, tmp_path / str(layers), layers) for layers in (2, 8))
+    with capsys.disabled():
+        print(f"\npeak of 2 layers {few / 1e6:.0f} MB, of 8 layers {many / 1e6:.0f} MB")
+    assert many < few + WEIGHTS + GRAMS
+
+
+def _peak(checkpoint, place, layers):
+    """The peak of a process that quantizes a decoder of so many layers by GPTQ, JAX and the interpreter included."""
+    _decoder(place / "float", layers)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint / "float" / name, place / "float" / name)
+    args = ("quantize", place / "float", place / "out", "--calibrate", place.parent / "text")
+    done = subprocess.run([sys.executable, "-c", MEMORY, *map(str, args)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(place)
+    return int(done.stdout.splitlines()[-1])
+
+
+def _decoder(place, layers):
+    sides = {"self_attn.q_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (WIDE, HIDDEN), "mlp.down_proj": (HIDDEN, WIDE)}
+    sides |= {f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "kvo"} | {"mlp.up_proj": (WIDE, HIDDEN)}
+    sides |= {"input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,)}
+    shapes = {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in sides.items()}
+    shapes |= {"model.embed_tokens.weight": (40, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    rng = np.random.default_rng(0)
+
+    def read(name):
+        shape = shapes[name]
+        array = np.ones(shape) if len(shape) == 1 else rng.normal(size=shape) / np.sqrt(shape[-1])
+        return array.astype(ml_dtypes.bfloat16)
+
+    place.mkdir(parents=True)
+    specs = {name: TensorSpec(np.dtype(ml_dtypes.bfloat16), shape) for name, shape in shapes.items()}
+    write_safetensors(place / "model.safetensors", specs, read, {})
+    config = {
+        "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": WIDE, "num_hidden_layers": layers,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 40, "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "hidden_act": "silu", "max_position_embeddings": 512,
+    }  # fmt: skip
+    (place / "config.json").write_text(json.dumps(config))

@@ -1,11 +1,14 @@
 """How often methods compile: once for each shape, not for each weight."""
 
 import contextlib
+import gc
+import weakref
 from typing import Any
 
 import jax
 import jax.monitoring
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from transform_cases import unequal
 
@@ -97,3 +100,49 @@ def test_results_do_not_share(stages):
         want |= {name: made[name] for name in names}
     for path in plan:
         assert jnp.array_equal(got[path].codes, want[path].codes)
+
+
+def test_a_second_calibration_compiles_nothing():
+    model = Scaled(2.0)
+    params = {"w": unequal((8, 20), 1, 0.3)}
+    plan = jq.make_plan(model.apply, params, X, rules=[jq.Rule("w", recipes.w8a8(static=True))])
+
+    def count(fn, plan, params, batches, **more):
+        with compilations() as found:
+            jax.block_until_ready(jq.calibrate(fn, plan, params, batches, **more))
+        return len(found)
+
+    assert count(model.apply, plan, params, [X, X]) > 0
+    twice = jq.Plan.from_json(plan.to_json())  # an equal one
+    assert count(model.apply, twice, jax.tree.map(lambda w: 2 * w, params), [3 * X] * 3) == 0
+    stats = jq.calibrate(model.apply, plan, params, [3 * X])
+    reference = 2 * 3 * np.abs(np.asarray(X)).max(0)
+    np.testing.assert_array_equal(stats["w"]["absmax"][0], reference)  # of these batches, not of those before
+    assert count(model.apply, plan, params, [X[:3]]) > 0  # another shape
+    assert count(model.apply, plan, params, [X], collect={}) > 0  # other statistics
+    assert count(model.apply, plan, params, [X], collect={}) == 0
+    other = jq.make_plan(model.apply, params, X, rules=[jq.Rule("w", recipes.w4a16(4))])
+    assert count(model.apply, other, params, [X]) > 0  # another plan
+
+
+def test_a_calibration_does_not_keep_a_function_alive_and_is_not_of_another():
+    params = {"w": unequal((8, 20), 1, 0.3)}
+    found = []
+    for gain in (2.0, 5.0):  # functions at one address, one after the other
+        model = Scaled(gain)
+        plan = jq.make_plan(model.apply, params, X, rules=[jq.Rule("w", recipes.w8a16())])
+        stats = jq.calibrate(model.apply, plan, params, [X])
+        found.append(np.asarray(stats["w"]["absmax"][0] / np.abs(np.asarray(X)).max(0)))
+        gone = weakref.ref(model)
+        del model
+        gc.collect()
+        assert gone() is None
+    np.testing.assert_allclose(np.stack(found), np.broadcast_to([[2.0], [5.0]], (2, 8)), rtol=1e-6)
+
+
+class Scaled:
+    def __init__(self, gain):
+        self.gain = gain
+
+    def apply(self, p, x):
+        return (x * self.gain) @ p["w"]
