@@ -45,7 +45,7 @@ import optimizers  # noqa: E402
 import texts  # noqa: E402
 
 import jaxquant as jq  # noqa: E402
-from jaxquant import OpSpec, QuantSpec, Rule, qat  # noqa: E402
+from jaxquant import OpSpec, QuantSpec, Rule, qat, recipes  # noqa: E402
 
 STEM = "qat_language_model"
 WIDTH, LAYERS, BATCH, TRAINED, LENGTH = 128, 2, 32, 16, optimizers.LENGTH
@@ -60,6 +60,7 @@ SCHEMES = {
     "float": OpSpec(),
     "W4A8, groups of 64": OpSpec(grouped("int4", 64), QuantSpec("int8")),
     "W2, groups of 64": OpSpec(grouped("int2", 64)),
+    "W2 without 0, groups of 64": recipes.w2a16(64),
     "W2, per channel": OpSpec(QuantSpec("int2")),
 }
 RATES = {4: (3e-4, 1e-4), 2: (2e-3, 1e-3)}

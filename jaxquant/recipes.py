@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.granularity import PerChannel, PerTensor, grouped
-from jaxquant.core.observers import AbsMean
+from jaxquant.core.observers import MSE, AbsMean
 from jaxquant.core.paths import nearest
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.core.specs import OpSpec, QuantSpec
@@ -28,6 +28,7 @@ __all__ = [
     "nvfp4",
     "recipe",
     "ternary",
+    "w2a16",
     "w4a4",
     "w4a8",
     "w4a16",
@@ -165,6 +166,30 @@ def ternary(granularity: _Whole = "per_tensor") -> OpSpec:
     """
     weight = QuantSpec("int2", granularity=granularity, narrow_range=True, calibration=AbsMean())
     return OpSpec(weight, QuantSpec("int8"))
+
+
+def w2a16(group_size: int | None = 64) -> OpSpec:
+    """2-bit weights, symmetric about 0 without a code for it: -3, -1, 1 and 3 times a scale for each group.
+
+    For training: the range is that of the least squared error, from which `jaxquant.qat.learned_steps` starts. After
+    training with learned steps a small language model lost less by these codes than by int2, whose four codes are
+    -2 to 1 (``benchmarks/qat_language_model.py``).
+
+    Args:
+      group_size: weights of an output that share a scale; None: all of them.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxquant as jq
+      >>> from jaxquant import recipes
+      >>> w = jnp.array([[0.5, -0.25], [-1.5, 0.75]])
+      >>> jq.quantize(w, recipes.w2a16(None).weight, reduce_axes=(-2,)).dequantize()
+      Array([[ 0.5 , -0.25],
+             [-1.5 ,  0.75]], dtype=float32)
+
+    Source: Liu et al. 2025, ParetoQ (arXiv:2502.02631), section 3.2: the levels of its stretched elastic quantization.
+      Its steps have one gradient for all weights of a row; here the scale may be one of a group.
+    """
+    return OpSpec(_grouped("quaternary", group_size, calibration=MSE()))
 
 
 def binary(granularity: _Whole = "per_channel", *, act: bool = False) -> OpSpec:

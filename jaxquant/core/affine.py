@@ -212,7 +212,7 @@ def scale_zero_point(lo: Any, hi: Any, spec: QuantSpec) -> tuple[Any, jax.Array 
     are smaller then, and still no element is off by more than half of one. Asymmetric: the range is first widened to
     contain 0; ``scale = (hi - lo) / (qmax - qmin)`` and ``zero_point = round(qmin - lo / scale)``, so real 0.0 has a
     code of its own and is exact. An empty range (both 0) gives scale 1, or the
-    least number for a type without a 0 (binary, iq4_nl).
+    least number for a type without a 0 (binary, quaternary, iq4_nl).
 
     Args:
       lo, hi: float arrays of one shape (or scalars), in the units of the array to be quantized.

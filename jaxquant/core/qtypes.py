@@ -4,8 +4,8 @@ Three kinds of grid share the law ``x ~ (grid(code) - zero_point) * scale``:
 
 - ``"int"``: the grid is the integers ``qmin .. qmax``;
 - ``"float"``: the grid is a small floating-point format (fp8, fp4), symmetric about 0;
-- ``"table"``: the grid is a list of 2**bits values (binary; nf4, bitsandbytes' fp4 and its dynamic maps, in [-1, 1];
-  ggml's iq4_nl, integers).
+- ``"table"``: the grid is a list of 2**bits values (nf4, bitsandbytes' fp4 and its dynamic maps, in [-1, 1]; binary,
+  quaternary and ggml's iq4_nl, integers).
 
 The block formats (mxfp8, mxfp4, nvfp4) are a float grid together with a group size and a format for the scales.
 To add a number type, add one entry to ``QTYPES``; `jaxquant.core.codec` handles the kinds.
@@ -163,6 +163,7 @@ QTYPES: dict[str, QType] = {
         _float("float8_e5m2", "float8_e5m2"),
         _float("float4_e2m1fn", "float4_e2m1fn"),
         QType("binary", "table", 1, -1.0, 1.0, table=(-1.0, 1.0)),
+        QType("quaternary", "table", 2, -3.0, 3.0, table=(-3.0, -1.0, 1.0, 3.0)),
         QType("nf4", "table", 4, -1.0, 1.0, table=_NF4),
         QType("fp4", "table", 4, -1.0, 1.0, table=_BNB_FP4),
         QType("iq4_nl", "table", 4, -127.0, 113.0, table=tuple(float(v) for v in _IQ4_NL)),

@@ -77,6 +77,8 @@ def grid(qtype: str, narrow: bool = False) -> Grid:
     qtype = _ELEMENT.get(qtype, qtype)
     if qtype == "binary":
         return Grid(np.array([-1.0, 1.0]), np.arange(2), is_table=True)
+    if qtype == "quaternary":  # Liu et al. 2025, ParetoQ (arXiv:2502.02631): half a step from 0, in units of half steps
+        return Grid(2.0 * (np.arange(4) - 1.5), np.arange(4), is_table=True)
     if qtype == "dynamic4":  # Li et al. 2023 (arXiv:2309.01507): three decades of 1, 2 and 4 steps
         edges = [np.linspace(0.1, 1, n + 1, dtype=np.float32) for n in (1, 2, 4)]
         middles = [np.float32(u) * (e[1:] + e[:-1]) / np.float32(2) for u, e in zip((0.01, 0.1, 1), edges, strict=True)]

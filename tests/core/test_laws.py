@@ -34,6 +34,10 @@ class Quantized:
         return grid_of(self.case).value_of(self.codes)
 
 
+WITHOUT_ZERO = ("binary", "quaternary", "iq4_nl")
+"""Types none of whose codes stands for 0."""
+
+
 def bits(codes: np.ndarray) -> np.ndarray:
     """fp8 codes as their bit patterns, integers as they are."""
     return codes if codes.dtype.kind in "iu" else codes.view(np.uint8)
@@ -91,7 +95,7 @@ def fake_quant_is_quantize_and_dequantize(case, x, q, run):
 
 
 def zero_is_exact(case, x, q, run):
-    if case.spec.qtype in ("iq4_nl", "binary"):
+    if case.spec.qtype in WITHOUT_ZERO:
         return  # grids without 0
     assert np.all(q.y[x == 0] == 0)
 
@@ -193,7 +197,7 @@ def permutations_commute(case, x, q, run):
 def zero_blocks_have_scale_one(case, x, q, run):
     ids = reference.block_ids(case.shape, case.spec.granularity, case.spec.group_size, case.axes)
     zero = ~np.isin(ids, ids[x != 0])
-    if case.spec.qtype in ("iq4_nl", "binary"):  # no code stands for 0: the least scale is the nearest to it
+    if case.spec.qtype in WITHOUT_ZERO:  # no code stands for 0: the least scale is the nearest to it
         assert np.all(q.scale[zero] == np.finfo(np.float32).tiny)
         return
     assert np.all(q.values[zero] == q.zero_point[zero])

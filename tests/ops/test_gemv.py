@@ -91,7 +91,9 @@ def test_grids_are_whole_numbers(name):
         np.asarray(whole, np.float64) * unit, values, rtol=0, atol=(1 / 65534 if name == "nf4" else 2**-24) * qtype.qmax
     )
     assert exact == (name != "nf4")
-    assert whole.dtype == (np.int16 if qtype.kind == "table" and name not in ("iq4_nl", "binary") else np.int8)
+    assert whole.dtype == (
+        np.int16 if qtype.kind == "table" and name not in ("iq4_nl", "binary", "quaternary") else np.int8
+    )
 
 
 @makes_nan

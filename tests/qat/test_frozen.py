@@ -33,6 +33,7 @@ SCHEMES = {
     "two levels": OpSpec(grouped("int4", two_level=True), A8),
     "fp8": OpSpec(QuantSpec("float8_e4m3fn"), QuantSpec("float8_e4m3fn")),
     "nf4": OpSpec(grouped("nf4")),
+    "w2 without 0, a8": OpSpec(grouped("quaternary"), A8),
 }
 
 

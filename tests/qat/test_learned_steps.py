@@ -173,6 +173,7 @@ MIXED = {
     "w8, a4 group": (Q("int8"), Q("int4", granularity="per_group", group_size=8)),
     "w3 asymmetric, a uint4": (Q("uint3", symmetric=False), Q("uint4", symmetric=False)),
     "fp8": (Q("float8_e4m3fn"), Q("float8_e4m3fn")),
+    "w2 without 0": (Q("quaternary", granularity="per_group", group_size=8), Q("int8")),
     "nf4 in bfloat16": (Q("nf4", granularity="per_group", group_size=8, scale_dtype="bfloat16"), None),
 }
 
