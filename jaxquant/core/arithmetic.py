@@ -12,7 +12,19 @@ import jax.numpy as jnp
 import ml_dtypes
 from jax import lax
 
-__all__ = ["divide", "exponent", "power_of_two", "promoted", "times_power_of_two", "times_reciprocal", "two_sum"]
+from jaxquant.core.sizes import number
+
+__all__ = [
+    "divide",
+    "exponent",
+    "finfo",
+    "power_of_two",
+    "promoted",
+    "sums",
+    "times_power_of_two",
+    "times_reciprocal",
+    "two_sum",
+]
 
 
 def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
@@ -58,6 +70,24 @@ def promoted(a: Any, b: Any) -> Any:
     """The dtype that holds both: JAX's own choice, also under ``jax_numpy_dtype_promotion="strict"``."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(a, b)
+
+
+def sums(*terms: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """Sums of two or more arrays of one shape and dtype along axes, which keep size 1; the arrays need not be written.
+
+    One loop sums them all along the longest axis. A sum of one array is left to a library on CPUs, which reads it from
+    memory. The other axes follow, so that no float32 sum is long.
+    """
+    if not axes:
+        return terms
+    longest = max(axes, key=lambda axis: number(terms[0].shape[axis]))
+
+    def plus(a: Any, b: Any) -> Any:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    zeros = tuple(jnp.zeros((), term.dtype) for term in terms)
+    found = lax.reduce(terms, zeros, plus, (longest % terms[0].ndim,))
+    return tuple(jnp.sum(jnp.expand_dims(x, longest), axis=axes, keepdims=True) for x in found)
 
 
 def two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:

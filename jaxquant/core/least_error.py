@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.core.arithmetic import sums
 from jaxquant.core.extremes import Axes, Range
 
 __all__ = ["Roundtrip", "evaluator", "least_error"]
@@ -72,7 +73,7 @@ def evaluator(x: jax.Array, weights: jax.Array | None, axes: Axes, unit: jax.Arr
         v = roundtrip(x, lo, hi) / unit
         xn = x / unit
         terms = ((xn - v) ** 2, xn * v, v * v)
-        error, xv, vv = (jnp.sum(t if weights is None else t * weights, axis=axes, keepdims=True) for t in terms)
+        error, xv, vv = sums(*(t if weights is None else t * weights for t in terms), axes=axes)
         return error, jnp.where(vv > 0, xv / jnp.where(vv > 0, vv, 1), 1)
 
     return evaluate

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core import histograms
-from jaxquant.core.arithmetic import exponent, finfo, power_of_two
+from jaxquant.core.arithmetic import exponent, finfo, power_of_two, sums
 from jaxquant.core.errors import quant_error
 from jaxquant.core.extremes import Axes, Range, absmax_over, finite_or_nan, minmax, only_counted
 from jaxquant.core.histograms import BINS, Limbs, scatter
@@ -240,14 +240,15 @@ class WholeRange(MinMax):
     def range(self, x: jax.Array, axes: Axes, *, symmetric: bool, roundtrip: Roundtrip) -> Range:
         lo, hi = minmax(x, axes)
         wider = lo * ((self.qmax + 1.5) / (self.qmax + 1)), hi * ((self.qmax + 0.5) / self.qmax)
-        finite = finite_or_nan(x)
+        finite = finite_or_nan(lax.stop_gradient(x))
         largest = jnp.maximum(-lo, hi)
         unit = jnp.where(largest > 0, largest, 1)
 
         def error(lo: jax.Array, hi: jax.Array) -> jax.Array:
-            return jnp.sum(((roundtrip(finite, lo, hi) - finite) / unit) ** 2, axis=axes, keepdims=True)
+            return ((roundtrip(finite, lo, hi) - finite) / unit) ** 2
 
-        on_codes = 4 * error(*wider) < error(lo, hi)
+        of_wider, of_narrower = sums(error(*wider), error(lo, hi), axes=axes)
+        on_codes = 4 * of_wider < of_narrower
         return jnp.where(on_codes, wider[0], lo), jnp.where(on_codes, wider[1], hi)
 
 

@@ -328,6 +328,7 @@ def mesh():
         (QuantSpec("int8"), (-1,), P("d", None)),
         (QuantSpec("uint4", symmetric=False, granularity="per_group", group_size=16), (-1,), P("d", None)),
         (QuantSpec("int3", granularity="per_group", group_size=8), (-2,), P(None, "d")),
+        (QuantSpec("int4"), (-1,), P("d", None)),
         (QuantSpec("mxfp4"), (-1,), P("d", None)),
         (QuantSpec("nvfp4"), (-1,), P("d", None)),
         (QuantSpec("int4", calibration=MSE()), (-1,), P("d", None)),
