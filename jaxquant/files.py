@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,17 +228,25 @@ def _leaves(path: Path, function: str) -> HFLeaves | GGUFLeaves | NativeLeaves:
 
 
 class Watched(Mapping[str, Any]):
-    """Leaves, and how many of them were asked for."""
+    """Leaves without some of their names, and how many were asked for."""
 
-    def __init__(self, leaves: Mapping[str, Any], passes: int, progress: Callable[[int, int, str], None] | None):
+    def __init__(
+        self,
+        leaves: Mapping[str, Any],
+        passes: int,
+        progress: Callable[[int, int, str], None] | None,
+        without: Iterable[str] = (),
+    ):
         self._leaves, self._progress = leaves, progress
-        self._count, self._total = 0, passes * len(leaves)
+        without = set(without)
+        self._names = [name for name in leaves if name not in without]
+        self._count, self._total = 0, passes * len(self._names)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._leaves)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._leaves)
+        return len(self._names)
 
     def __getitem__(self, name: str) -> Any:
         if self._progress is not None:
@@ -258,7 +266,7 @@ def convert(
     """Writes a checkpoint in another layout, with the same codes.
 
     How activations are quantized is kept where the layout can say it: one dynamic int8 or fp8 range per token, for all
-    weights, in compressed-tensors.
+    weights, in compressed-tensors. Tensors of static ranges are left out, since no scheme of the result uses them.
 
     One leaf at a time is in memory. Each is read twice: all are checked before anything is written. A directory that an
     interruption left is continued.
@@ -279,8 +287,10 @@ def convert(
         )
     leaves = _leaves(source, "convert")
     act, lost = _activations(leaves, format)
-    watched = Watched(leaves, 2, progress)
-    config = leaves.checkpoint.config if isinstance(leaves, HFLeaves) else {}
+    of_directory = isinstance(leaves, HFLeaves)
+    ranges = [name for name in leaves.activations if name in leaves] if of_directory else []
+    watched = Watched(leaves, 2, progress, without=ranges)
+    config = leaves.checkpoint.config if of_directory else {}
     if format == "gguf":
         own = isinstance(leaves, GGUFLeaves)
         found = leaves.file.metadata if own else metadata_of(config, architecture, function="convert")
@@ -291,7 +301,13 @@ def convert(
     else:
         described = {"files": identity(leaves.paths), "format": format}
         write_hf(destination, watched, layout_of(format, act, function="convert"), config, source=described)
+    if lost is None and ranges:
+        lost = f"tensors that describe activations are left out, since no scheme uses them ({_some(ranges)})"
     return lost
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], *([f"and {len(names) - 3} more"] if len(names) > 3 else [])])
 
 
 def _activations(leaves: HFLeaves | GGUFLeaves | NativeLeaves, format: str) -> tuple[QuantSpec | None, str | None]:

@@ -153,8 +153,9 @@ def test_a_recipe_by_name(source, tmp_path):
     invoke("quantize", source, tmp_path / "out", "--recipe", "w8a8")
     model = jq.io.load_model(tmp_path / "out")
     assert model.info.config["config_groups"]["group_0"]["input_activations"]["num_bits"] == 8
-    whole = jq.QuantSpec("int8", narrow_range=False, calibration=jq.observers.AbsMax())  # as compressed-tensors runs it
-    assert set(model.plan.specs.values()) == {jq.OpSpec(act=whole)}
+    assert set(model.plan.specs.values()) == {jq.OpSpec(act=jq.recipes.w8a8().act)}  # exactly ours
+    invoke("convert", tmp_path / "out", tmp_path / "again", "--to", "compressed-tensors")
+    assert jq.io.load_model(tmp_path / "again").plan == model.plan
     assert "activations" in invoke("quantize", source, tmp_path / "no", "--recipe", "w8a8", "--to", "gguf", code=1)
     assert "Use --recipe, or" in invoke("quantize", source, tmp_path / "no", "--recipe", "nf4", "--bits", 4, code=2)
     assert "Use 4, or say the type" in invoke(
@@ -262,6 +263,19 @@ def test_convert_says_which_activations_are_lost(kind, tmp_path):
         out = invoke("convert", source, tmp_path / format, "--to", format)
         assert "note: the source quantizes activations (int8" in out
         assert "the result holds its weights alone" in out
+        result = jq.io.load_model(tmp_path / format)  # with no range that nothing uses
+        assert set(result.params) == {"m.weight"}
+        assert result.plan is None
+
+
+def test_convert_leaves_out_ranges_that_the_source_does_not_use(tmp_path):
+    source = w8a8(tmp_path / "a", dynamic=False)
+    text = json.loads((source / "config.json").read_text())
+    del text["quantization_config"]["config_groups"]["group_0"]["input_activations"]
+    (source / "config.json").write_text(json.dumps(text))
+    out = invoke("convert", source, tmp_path / "b", "--to", "compressed-tensors")
+    assert "note: tensors that describe activations are left out, since no scheme uses them (m.input_scale)." in out
+    assert set(jq.io.load_model(tmp_path / "b").params) == {"m.weight"}
 
 
 def test_convert_needs_a_new_destination(tmp_path):

@@ -17,6 +17,7 @@ from jaxquant.io.arrays import PackedLeaves, to_host
 from jaxquant.io.directory import SHARD_BYTES, Piece, in_shards, json_bytes, write_directory
 from jaxquant.io.export import AWQ, BITSANDBYTES, GPTQ, MLX, Layout, compressed_tensors
 from jaxquant.io.export.integers import is_stack
+from jaxquant.io.hf.activations import describes_activations
 from jaxquant.io.safetensors import DTYPES, TensorSpec
 
 __all__ = ["FORMATS", "Format", "export_config", "export_piece", "layout_of", "save_hf", "write_hf"]
@@ -55,12 +56,14 @@ def save_hf(
       format: the layout.
       config: the model's ``config.json``; ``quantization_config`` is added to a copy.
       act: with compressed-tensors, the quantization of activations (int8 or fp8, dynamic, per token); None for weights
-        only.
+        only. ``QuantSpec("int8")``, with a step of absmax / 127, is marked as such, and `load_model` runs it so;
+        vLLM does too, and compressed-tensors by itself takes absmax / 127.5.
       shard_bytes: size that a file should not exceed.
 
     Raises:
-      QuantError: before writing, if a weight does not fit the format, naming it and the reason, or the disk is too
-        full. While writing: if another writer has filled it; the same call continues where this one has ended.
+      QuantError: before writing, if a weight does not fit the format, naming it and the reason, if tensors describe
+        activations (``input_scale``), or the disk is too full. While writing: if another writer has filled it; the
+        same call continues where this one has ended.
       OSError: if the place is not writable.
 
     Example:
@@ -93,6 +96,11 @@ def write_hf(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """`save_hf` for leaves of a known origin: ``source`` identifies it, as for `write_directory`."""
+    orphans = tuple(name for name in params if describes_activations(name))
+    if orphans:
+        rule = "these tensors describe activations, and no scheme of the file would use them"
+        todo = "Leave them out: load_hf lists them in info.activations, and params of load_model are without them"
+        raise quant_error("save_hf", rule, todo=todo, path=orphans[0], tensors=orphans[:10])
     leaves: dict[str, Any] = {}
     pieces = []
     for name in params:  # memory holds one leaf at a time if params reads its leaves on access

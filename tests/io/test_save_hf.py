@@ -117,7 +117,7 @@ def test_conversion_keeps_every_value_where_the_grids_agree(name, format, tmp_pa
     ],
 )
 def test_conversion_is_refused_where_they_do_not(name, format, rule, tmp_path):
-    params, _ = jq.io.load_hf(MODELS / name)
+    params = jq.io.load_model(MODELS / name, activations="float").params
     with pytest.raises(QuantError, match=rule) as error:
         jq.io.save_hf(tmp_path / "out", params, format=format)
     assert "_proj.weight" in str(error.value)
@@ -220,6 +220,16 @@ CODES, ONES = np.zeros((64, 64), np.uint8), np.ones((64, 1), np.float32)
         ),
         (lambda: {"a.weight": quantized("int8")}, {"act": QuantSpec("int4")}, "activations are int8 or fp8"),
         (lambda: {"a.weight": quantized("int4")}, {"act": QuantSpec("int8")}, "quantized like the weight"),
+        (
+            lambda: {"a.weight": quantized("int8"), "a.input_scale": jnp.ones(())},
+            {},
+            "at a.input_scale: these tensors describe activations",
+        ),
+        (
+            lambda: {"a.weight": quantized("int8")},
+            {"act": QuantSpec("int8", calibration=jq.observers.MSE())},
+            "with the range of the largest magnitude",
+        ),
         (lambda: {"a.weight": quantized("int4", scale_dtype=None)}, {"format": "gptq"}, "must be a float16 number"),
         (lambda: {"a.weight": quantized("int4", weight(48, 64))}, {"format": "gptq"}, "multiples of 32"),
         (lambda: {"a.weight": quantized("int4", weight(48, 64))}, {"format": "awq"}, "multiples of 32"),

@@ -21,13 +21,13 @@ import ml_dtypes
 import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.core.granularity import PerChannel
 from jaxquant.core.observers import AbsMax
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.io.bits import patterns
 from jaxquant.io.export.integers import check_integers, check_matrix, check_stack, group_size, grouped, is_stack, words
 from jaxquant.io.export.interface import Layout
+from jaxquant.io.hf.schemes import NARROW
 
 __all__ = ["compressed_tensors", "describes"]
 
@@ -37,25 +37,33 @@ _SCALES = (np.float32, np.float16, ml_dtypes.bfloat16)
 def compressed_tensors(act: QuantSpec | None = None) -> Layout:
     """The layout; ``act`` is the quantization of activations: None, or int8 or fp8 per token."""
     act_type = None if act is None else act.qtype
-    dynamic = act is None or (act.symmetric and not act.static and isinstance(act.granularity, PerChannel))
-    if act_type not in (None, "int8", "float8_e4m3fn") or not dynamic:
+    if act is not None and act not in _TOKENS:
+        rule = "activations are int8 or fp8, symmetric, dynamic, per token, with the range of the largest magnitude"
         todo = "Use QuantSpec('int8') or QuantSpec('float8_e4m3fn')"
-        raise quant_error("save_hf", "activations are int8 or fp8, symmetric, dynamic, per token", todo=todo, act=act)
+        raise quant_error("save_hf", rule, todo=todo, act=act)
     return Layout(
         "compressed-tensors",
         functools.partial(_check, act_type),
         functools.partial(_tensors, act_type),
-        functools.partial(_config, act_type),
+        functools.partial(_config, act),
         functools.partial(_constants, act_type),
         stacks=True,
     )
 
 
+#: The activations that the layout can say -> the keys in which their schemes differ. The library's int8 has a step of
+#: absmax / 127.5; ours, absmax / 127, is marked where its readers look at nothing.
+_TOKENS: dict[QuantSpec, dict[str, Any]] = {
+    QuantSpec("float8_e4m3fn"): {"type": "float"},
+    QuantSpec("int8", narrow_range=False, calibration=AbsMax()): {"type": "int"},
+    QuantSpec("int8"): {"type": "int", "observer_kwargs": {NARROW: True}},
+}
+
+
 def describes(act: QuantSpec, q: Any) -> bool:
-    """Whether the layout says, of activations beside a weight, exactly this: as the library computes their range."""
-    plain = QuantSpec("float8_e4m3fn"), QuantSpec("int8", narrow_range=False, calibration=AbsMax())
+    """Whether the layout says, of activations beside a weight, exactly this."""
     fits = isinstance(q, QTensor) and len(q.shape) == 2 and not isinstance(q.scale, QTensor)
-    return fits and act in plain and q.qtype == act.qtype and group_size(q) == q.shape[-1]
+    return fits and act in _TOKENS and q.qtype == act.qtype and group_size(q) == q.shape[-1]
 
 
 def _format(act: str | None, q: QTensor) -> str:
@@ -131,9 +139,13 @@ def _constants(act: str | None, q: QTensor) -> dict[str, np.ndarray]:
     return {"weight_shape": np.array(q.shape, np.int64)} if _format(act, q) == "pack-quantized" else {}
 
 
-def _scheme(act: str | None, q: QTensor) -> dict[str, Any]:
+def _scheme(act: QuantSpec | None, q: QTensor) -> dict[str, Any]:
     axis = -2 if is_stack(q) and _turned(q) else -1
-    kind, size, width = _format(act, q), q.shape[axis] // q.scale.shape[axis], q.shape[axis]
+    kind, size, width = (
+        _format(None if act is None else act.qtype, q),
+        q.shape[axis] // q.scale.shape[axis],
+        q.shape[axis],
+    )
     weights = {
         "actorder": None,
         "block_structure": None,
@@ -159,17 +171,16 @@ def _scheme(act: str | None, q: QTensor) -> dict[str, Any]:
         "observer": None,
         "strategy": "token",
         "symmetric": True,
-        "type": "int" if act == "int8" else "float",
     }
     return {
         "format": kind,
-        "input_activations": None if act is None else tokens,
+        "input_activations": None if act is None else tokens | _TOKENS[act],
         "output_activations": None,
         "weights": weights,
     }
 
 
-def _config(act: str | None, weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Any]:
+def _config(act: QuantSpec | None, weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Any]:
     schemes: list[dict[str, Any]] = []
     modules: list[list[str]] = []
     for module, q in weights.items():

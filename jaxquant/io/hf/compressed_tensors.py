@@ -32,7 +32,7 @@ from jaxquant.core.granularity import PerGroup, PerTensor
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of, packed, unpacked
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
-from jaxquant.io.hf.schemes import Activation, dynamic, in_unit, refused, static, whole
+from jaxquant.io.hf.schemes import NARROW, Activation, dynamic, in_unit, refused, static, whole
 from jaxquant.io.hf.stated import matches
 from jaxquant.io.hf.to_qtensor import E2M1, Grouping, aligned, grouping, qtensor, spread
 
@@ -296,7 +296,9 @@ def activation(m: Module) -> Activation | None:
         return in_unit(m, "input_activations", "input_global_scale", inverse=True)
     if wide is False and strategy == "tensor":
         return static(m, "input_activations", qtype, symmetric=symmetric)
-    ranged = whole if kind == "int" and symmetric else functools.partial(dynamic, symmetric=symmetric)
+    more = how.get("observer_kwargs")
+    narrow = isinstance(more, dict) and more.get(NARROW) is True
+    ranged = whole if kind == "int" and symmetric and not narrow else functools.partial(dynamic, symmetric=symmetric)
     if wide is True and strategy == "token" and not qtype.startswith("mx"):
         return ranged(qtype)
     if wide is True and strategy == "tensor" and not qtype.startswith("mx"):

@@ -26,6 +26,7 @@ from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.module import Module
 
 __all__ = [
+    "NARROW",
     "Activation",
     "CacheScales",
     "cache_scales",
@@ -39,6 +40,9 @@ __all__ = [
 ]
 
 _FP8 = "float8_e4m3fn"
+#: Beside ``observer_kwargs`` of a dynamic int8 scheme of compressed-tensors, which no reader looks at: the step is
+#: absmax / 127, with codes of -127 to 127. Files of jaxquant have it.
+NARROW = "narrow_range"
 _TODO = "Run the weights alone: activations='float', or ask for a checkpoint without this scheme"
 
 

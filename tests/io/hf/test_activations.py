@@ -399,6 +399,25 @@ def test_the_plan_of_a_function_is_one_to_print_and_to_save(tmp_path):
         jq.calibrate(product, model.plan, model.params, [X])
 
 
+@pytest.mark.parametrize("qtype", ["int8", "float8_e4m3fn"])
+def test_what_we_save_runs_as_it_ran(qtype, tmp_path):
+    """Bit for bit, and the library of the format reads the file."""
+    spec = QuantSpec(qtype)
+    params = {"m.weight": jq.quantize(jnp.asarray(INT8_W), spec, reduce_axes=(-1,))}
+    plan = jq.make_plan(product, params, X, rules=[jq.Rule("m", jq.OpSpec(weight=spec, act=spec))])
+    jq.io.save_hf(tmp_path / "model", params, act=spec)
+    model = jq.io.load_model(tmp_path / "model")
+    assert model.plan.specs["m.weight"].act == spec
+    y = jax.jit(jq.quantized(product, model))(model.params, jnp.asarray(X))
+    np.testing.assert_array_equal(y, jax.jit(jq.quantized(product, plan))(params, jnp.asarray(X)))
+    pytest.importorskip("compressed_tensors", exc_type=ImportError)
+    from compressed_tensors.quantization import QuantizationConfig
+
+    stated = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    theirs = QuantizationConfig.model_validate(stated).config_groups["group_0"].input_activations
+    assert (theirs.num_bits, theirs.dynamic, theirs.strategy) == (8, True, "token")
+
+
 def test_a_function_that_has_no_place_for_it_is_refused(tmp_path):
     model = loaded(tmp_path)
     with pytest.raises(jq.QuantError, match=r"no place for quantized activations: m.weight: .*mul"):
