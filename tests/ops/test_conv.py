@@ -113,6 +113,15 @@ def test_windows(name):
     assert conv_error(digits, real(x), real(weight_only), name) <= WEIGHT_ONLY
 
 
+def test_holes_of_dilated_images_are_real_zeros():
+    """As in a transposed convolution: a zero point stands for 0 in no hole, since there is no code."""
+    name = "one spatial axis, channels first"
+    x, k = unequal(0, WINDOWS[name][0]) + 0.1, unequal(1, WINDOWS[name][1])
+    got = jax.jit(lambda x, k: conv(x, k, name, spec=ASYMMETRIC))(x, k)
+    ax, ak, _ = axes_of(name)
+    assert conv_error(got, real(x, ASYMMETRIC.act, ax), real(k, ASYMMETRIC.weight, ak), name) <= INTEGER
+
+
 SPECS = {
     "w8a8": recipes.w8a8(),
     "w8a8 asymmetric": recipes.w8a8(act_symmetric=False),

@@ -14,7 +14,7 @@ from jaxquant.ops.forms import Form, Matrix, Packed
 from jaxquant.ops.kernels.integer import overflow_limit
 from jaxquant.ops.problem import Convolution, Geometry, Kernel, Window
 
-__all__ = ["Int8Convolution", "convolved_codes", "fits_int32", "is_whole"]
+__all__ = ["Int8Convolution", "convolved_codes", "fits_int32", "is_whole", "one_image"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +73,27 @@ def int8_convolution(
       lshape, rshape: the shapes of the operands.
     """
     x, kernel = codes_in(lhs, lshape, g.lhs_spec), codes_in(rhs, rshape, g.rhs_spec)
-    return convolved_codes(g, x, kernel, lhs, rhs)
+    return convolved_codes(g, x, one_image(x, g), kernel, lhs, rhs)
 
 
-def convolved_codes(g: Geometry, x: jax.Array, kernel: jax.Array, lhs: Matrix, rhs: Matrix) -> jax.Array:
+def one_image(x: jax.Array, g: Geometry) -> jax.Array:
+    """An image of ones, of the shape of the images."""
+    return jnp.ones_like(_part(x, g.lhs_spec[0], 0, 1))
+
+
+def convolved_codes(
+    g: Geometry, x: jax.Array, ones: jax.Array, kernel: jax.Array, lhs: Matrix, rhs: Matrix
+) -> jax.Array:
     """The convolution of codes in the geometry's order of axes, with the scales and zero points of two matrices.
 
     Padding stands for real 0, so it adds 0 to each of the four sums of (q_l - z_l)(q_r - z_r).
+
+    Args:
+      g: the geometry.
+      x: codes of images.
+      ones: one image, 1 where images have codes and 0 where they are padded already.
+      kernel: codes of the kernel.
+      lhs, rhs: the images and the kernel as matrices.
     """
     images, features = g.out_spec[:2]
     of_image, of_feature = ([-1 if i == axis else 1 for i in range(len(g.out_spec))] for axis in (images, features))
@@ -91,25 +105,24 @@ def convolved_codes(g: Geometry, x: jax.Array, kernel: jax.Array, lhs: Matrix, r
         """Repeats sums with one output channel per feature group for each output feature."""
         return jnp.repeat(sums, kernel.shape[g.rhs_spec[0]] // g.feature_groups, axis=features)
 
-    def exact(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        one_image = jnp.ones_like(_part(x, g.lhs_spec[0], 0, 1))
+    def exact(x: jax.Array, ones: jax.Array, kernel: jax.Array) -> jax.Array:
         one_feature = jnp.ones_like(_part(kernel, g.rhs_spec[0], 0, g.feature_groups))
         out = conv(x, kernel)
         if rz is not None:
             out = out - rz * all_features(conv(x, one_feature))
         if lz is not None:
-            out = out - lz * conv(one_image, kernel)
+            out = out - lz * conv(ones, kernel)
         if lz is not None and rz is not None:
-            out = out + lz * rz * all_features(conv(one_image, one_feature))
+            out = out + lz * rz * all_features(conv(ones, one_feature))
         return out.astype(jnp.float32)
 
     summed, places = kernel.shape[g.rhs_spec[1]], math.prod(kernel.shape[i] for i in g.rhs_spec[2:])
     step = max(overflow_limit(lhs.reach, rhs.reach) // places, 1)
     if summed <= step:
-        out = exact(x, kernel)
+        out = exact(x, ones, kernel)
     else:
         cuts = [
-            exact(_part(x, g.lhs_spec[1], i, i + step), _part(kernel, g.rhs_spec[1], i, i + step))
+            exact(*(_part(v, g.lhs_spec[1], i, i + step) for v in (x, ones)), _part(kernel, g.rhs_spec[1], i, i + step))
             for i in range(0, summed, step)
         ]
         out = functools.reduce(jnp.add, cuts)

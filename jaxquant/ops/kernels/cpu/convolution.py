@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxquant.ops.forms import Matrix
 from jaxquant.ops.kernels import convolution
-from jaxquant.ops.kernels.convolution import convolved_codes, fits_int32, is_whole
+from jaxquant.ops.kernels.convolution import convolved_codes, fits_int32, is_whole, one_image
 from jaxquant.ops.kernels.cpu import machine
 from jaxquant.ops.kernels.cpu.blocks import sum_of_parts
 from jaxquant.ops.kernels.cpu.residual import digit_count, digit_matrix
@@ -93,7 +93,8 @@ def _convolved(problem: Convolution, x: Matrix, kernel: Matrix) -> jax.Array:
         rhs_dilation=lift + g.rhs_dilation,
     )
     # The library has no fast path for dilated images.
-    return convolved_codes(geometry, lax.pad(images, jnp.int8(0), dilate), features, x, kernel)
+    dilated, ones = (lax.pad(v, jnp.int8(0), dilate) for v in (images, one_image(images, geometry)))
+    return convolved_codes(geometry, dilated, ones, features, x, kernel)
 
 
 def _restored(problem: Convolution, out: jax.Array) -> jax.Array:
