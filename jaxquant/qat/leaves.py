@@ -129,18 +129,28 @@ def check_trainable(params: Any) -> None:
             )
 
 
+def _transformation(function: str, tx: Any) -> Any:
+    """The named tuple of functions that a transformation is; `optax.MultiSteps` makes it of itself."""
+    if callable(made := getattr(tx, "gradient_transformation", None)):
+        tx = made()
+    if not all(callable(getattr(tx, name, None)) for name in ("init", "update", "_replace")):
+        todo = "Give it one of Optax, such as optax.adam(1e-3)"
+        raise quant_error(function, "it takes an Optax transformation", todo=todo, tx=tx)
+    return tx
+
+
 def refuse_quantized(tx: Any) -> Any:
     """An optimizer that raises on parameters that it cannot train, and on gradients of integers.
 
     Args:
-      tx: an Optax transformation.
+      tx: an Optax transformation, or an `optax.MultiSteps`.
 
     Returns:
       An Optax transformation whose ``init`` calls `check_trainable` first, and whose ``update`` refuses the float0
       zeros that ``jax.grad(..., allow_int=True)`` returns for integers. Its state is that of ``tx``.
 
     Raises:
-      QuantError: from ``init`` and ``update``.
+      QuantError: from ``init`` and ``update``, and for anything but a transformation.
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq, optax
@@ -152,6 +162,8 @@ def refuse_quantized(tx: Any) -> Any:
       ...     print(str(error).split(";")[0])
       check_trainable at kernel: quantized and integer leaves cannot be trained
     """
+
+    tx = _transformation("refuse_quantized", tx)
 
     def init(params: Any) -> Any:
         check_trainable(params)
@@ -179,13 +191,13 @@ def freeze_quantized(tx: Any) -> Any:
     ``jax.grad(..., allow_int=True)``. Their updates are zeros, so `optax.apply_updates` leaves them unchanged.
 
     Args:
-      tx: an Optax transformation.
+      tx: an Optax transformation, or an `optax.MultiSteps`.
 
     Returns:
       An Optax transformation; it equals ``tx`` if all parameters are float.
 
     Raises:
-      QuantError: from ``update``, if the parameters are not passed.
+      QuantError: from ``update``, if the parameters are not passed, and for anything but a transformation.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxquant as jq, optax
@@ -198,6 +210,8 @@ def freeze_quantized(tx: Any) -> Any:
       >>> optax.apply_updates(params, updates)
       {'bias': Array([-2., -2.], dtype=float32), 'kernel': QTensor(int8[4, 2] -> float32, per channel on axis -1, ...)}
     """
+
+    tx = _transformation("freeze_quantized", tx)
 
     def train_only(params: Any, tree: Any) -> Any:
         return jax.tree.map(lambda p, x: None if _frozen(p) else x, params, tree, is_leaf=is_qtensor)

@@ -202,3 +202,38 @@ def test_gradients_of_integers_are_named():
     grads = jax.grad(lambda p: jnp.sum(p["frozen"]["kernel"].dequantize()), allow_int=True)(params)
     with pytest.raises(jq.QuantError, match=r"frozen/kernel/codes: integers have no gradients.*qat.split"):
         tx.update(grads, optax.sgd(0.1).init(W))
+
+
+#: Transformations that end in an error of JAX's where they are given float0 zeros and nothing wraps them.
+FIRST = {
+    "clip": lambda: optax.clip(1.0),
+    "clip_by_global_norm": lambda: optax.clip_by_global_norm(1.0),
+    "clip_by_block_rms": lambda: optax.clip_by_block_rms(1.0),
+    "normalize_by_update_norm": lambda: optax.normalize_by_update_norm(),
+    "zero_nans": lambda: optax.zero_nans(),
+    "scale_by_schedule": lambda: optax.scale_by_schedule(lambda count: 0.5),
+    "scale_by_trust_ratio": lambda: optax.scale_by_trust_ratio(),
+    "scale_by_factored_rms": lambda: optax.scale_by_factored_rms(),
+    "several steps": lambda: optax.MultiSteps(optax.sgd(0.1), 2),
+}
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("name", FIRST)
+@optax_promotes
+def test_whatever_comes_first(name):
+    """Frozen leaves are kept, and refused ones named, before any transformation computes with their gradients."""
+    params, tx = mixed(), FIRST[name]()
+    grads = jax.grad(lambda p: jnp.sum(p["frozen"]["kernel"].dequantize()), allow_int=True)(params)
+    freeze, refuse = qat.freeze_quantized(tx), qat.refuse_quantized(tx)
+    updates, _ = freeze.update(grads, freeze.init(params), params)
+    new = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(new["frozen"]["kernel"].codes, params["frozen"]["kernel"].codes)
+    with pytest.raises(jq.QuantError, match="frozen/kernel/codes: integers have no gradients"):
+        refuse.update(grads, refuse.init({"w": W}), params)
+
+
+def test_what_is_no_transformation():
+    for wrap in (qat.refuse_quantized, qat.freeze_quantized):
+        with pytest.raises(jq.QuantError, match=f"{wrap.__name__}: it takes an Optax transformation.*optax.adam"):
+            wrap(optax.adam)
