@@ -205,15 +205,18 @@ def _checkpoint(
 def _lowering(platform: Platform) -> Any:
     def rule(ctx: Any, *arrays: Any, ways: Ways, results: Any, needs_devices: Any) -> Any:
         del results, needs_devices
-        on = functools.partial(ways.on, Target(platform, _chip(ctx)))
+        on = functools.partial(ways.on, Target(platform, _chip(ctx.module_context, platform)))
         return cast(Any, mlir.lower_fun(on, multiple_results=True))(ctx, *arrays)
 
     return rule
 
 
-def _chip(ctx: Any) -> str | None:
-    """The kind of the first device of a program that is lowered."""
-    devices = getattr(ctx.module_context.axis_context, "device_assignment", None)
+def _chip(module: Any, platform: Platform) -> str | None:
+    """The kind of the first device of a program that is lowered; in a `jax.shard_map`, of all that it may run on."""
+    devices = getattr(module.axis_context, "device_assignment", None)
+    if not devices:
+        backend = getattr(module, "backend", None)
+        devices = backend.devices() if backend is not None and backend.platform == platform else None
     return devices[0].device_kind if devices else None
 
 

@@ -62,6 +62,8 @@ TABLE: tuple[type[Kernel], ...] = (
     gpu_scaled.TritonInt8,
     gpu_scaled.TritonFloat8,
     tpu_ragged.RaggedExperts,
+    grouped.ByteSums,
+    grouped.ByteValues,
     grouped.GroupedSums,
     grouped.GroupedValues,
     tpu_decoded.BatchedDecoded,

@@ -22,6 +22,7 @@ from jaxquant.ops.trained import TrainedTensor
 
 MATMUL = (((1,), (0,)), ((), ()))
 H100 = Target("cuda", "NVIDIA H100 80GB HBM3")
+V6E = Target("tpu", "TPU v6 lite")
 SCHEMES = {
     "w8a8": recipes.w8a8(),
     "w8a16": recipes.w8a16(),
@@ -155,7 +156,7 @@ def test_every_kernel_is_chosen_somewhere(monkeypatch):
         monkeypatch.setattr(machine, "int8_dots", lambda found=int8: found)
         monkeypatch.setattr(machine, "bfloat16_dots", lambda found=bfloat16: found)
         monkeypatch.setattr(machine, "cores", lambda found=cores: found)
-        for problem, target in itertools.product(problems(), (*map(Target, get_args(Platform)), H100)):
+        for problem, target in itertools.product(problems(), (*map(Target, get_args(Platform)), H100, V6E)):
             asked = (kind for kind in TABLE if kind.runs_on(target) and isinstance(problem, kind.operation))
             kind, kernel = next((kind, k) for kind in asked if (k := kind.takes(problem)) is not None)
             assert kernel == select(problem, target)
@@ -166,7 +167,7 @@ def test_every_kernel_is_chosen_somewhere(monkeypatch):
 def problems():
     """Products of every scheme, frozen and in training; a cache with a scale per token; and the other operations."""
     axes, float32 = (Axes((), (0,), (1,)), Axes((), (1,), (0,))), jnp.float32
-    schemes = [*SCHEMES.values(), recipes.w4a16(128)]
+    schemes = [*SCHEMES.values(), recipes.w4a16(128), recipes.nf4(64)]
     for spec, rows, dtype in itertools.product(schemes, (1, 100), (float32, jnp.bfloat16)):
         x = jax.ShapeDtypeStruct((rows, 256), dtype)
         codes = x if spec.act is None else TrainedTensor(abstract(x.shape, dtype, spec.act, (-1,), stored=False), None)

@@ -15,7 +15,7 @@ from jaxquant import ops, recipes
 from jaxquant.core.by_platform import Target
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.ops.forms import Axes
-from jaxquant.ops.kernels.tpu import decode, grouped, undivided
+from jaxquant.ops.kernels.tpu import decode, grouped
 from jaxquant.ops.kernels.tpu.quantize import quantized_rows
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
@@ -65,10 +65,10 @@ def weight(spec: Any, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jq.Q
     return jq.ops.lay_out(jq.quantize(normal(1, shape, dtype), spec, reduce_axes=(-2,)), "tpu")
 
 
-def interpreted(problem: Product, monkeypatch: pytest.MonkeyPatch) -> tuple[str, jax.Array]:
+def interpreted(problem: Product, monkeypatch: pytest.MonkeyPatch, chip: str | None = None) -> tuple[str, jax.Array]:
     """What a TPU would run, run here: its name and its result."""
     monkeypatch.setattr(grouped.Grouped, "interpret", True)
-    kernel = select(problem, Target("tpu"))
+    kernel = select(problem, Target("tpu", chip))
     return kernel.name, kernel.run(problem)
 
 
@@ -99,26 +99,26 @@ def test_the_product_of_the_dequantized_weight(name: str, rows: int, monkeypatch
     assert_close(y, x, w, exact=name in EXACT, rounded=rounded)
 
 
-@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("rows", [3, 40, 300])
 @pytest.mark.parametrize("name", ["nf4", "nf4 16", "iq4_nl 32", "binary 64", "fp4", "mxfp4", "nvfp4", "float4 64"])
 def test_a_chip_that_gathers_bytes(name: str, rows: int, monkeypatch: pytest.MonkeyPatch):
     """It reads all 4-bit floats from tables, and computes what others do."""
-    monkeypatch.setattr(undivided, "_device", lambda module: V6E)
     spec = SPECS.get(name, few("float4_e2m1fn", 64))
-    assert decode.decoder(spec.type).on(V6E).bytewise
     w, x = weight(spec, (512, 200)), normal(2, (rows, 512))
-    kernel, y = interpreted(problem_of(x, w), monkeypatch)
-    assert kernel.startswith("grouped")
+    problem = problem_of(x, w)
+    assert type(select(problem, Target("tpu", V6E))).__name__.startswith("Byte") or name == "nf4 16"
+    kernel, y = interpreted(problem, monkeypatch, V6E)
     rounded = kernel != "grouped_sums" or spec.type.kind == "table"
     assert_close(y, x, w, exact=name in EXACT, rounded=rounded)
 
 
 @pytest.mark.every
 @pytest.mark.parametrize("qtype", ["nf4", "iq4_nl", "binary", "float4_e2m1fn"])
-@pytest.mark.parametrize("device", ["", V6E])
-def test_every_code_of_four_bits(qtype: str, device: str):
+@pytest.mark.parametrize("bytewise", [False, True])
+def test_every_code_of_four_bits(qtype: str, bytewise: bool):
     """Its value in bfloat16, in the place that the decoder says; -0 may be 0."""
-    how, kind = decode.decoder(QTYPES[qtype]).on(device), QTYPES[qtype]
+    how, kind = decode.decoder(QTYPES[qtype]), QTYPES[qtype]
+    how = how.in_bytes() if bytewise else how
     bits = np.arange(128)[:, None] * 5 + np.arange(128) * 3 & 15
     entries = np.zeros(16)
     if kind.kind == "table":

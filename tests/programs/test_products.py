@@ -124,6 +124,18 @@ def test_a_kernel_is_estimated_by_its_own_schedule(float_seconds: float):
     assert found.target.compiler.endswith("of kernels their own schedules")
 
 
+@pytest.mark.slow
+def test_many_rows_by_a_table_where_bytes_are_gathered():
+    """A v6e decodes in a kernel; XLA would transpose the result in memory there. A v5e has no such operation."""
+    spec = SCHEMES["nf4"]
+    kernels = {
+        chip: jq.explain(product(spec), {"w": weight(spec)}, x(256), target=chip)["w"].kernels
+        for chip in ("tpu v5e", "tpu v6e")
+    }
+    assert kernels["tpu v6e"] == ("grouped_values",)
+    assert "grouped_values" not in kernels["tpu v5e"]
+
+
 @pytest.mark.parametrize("name", ["w4a16 g128", "nf4"])
 def test_kernels_find_layers_in_their_stack(name: str):
     """A scan takes no layer out of the codes: the kernel has all of them, and the number of the layer."""

@@ -16,6 +16,7 @@ are read from a table too.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -25,17 +26,20 @@ from jax import lax
 
 from jaxquant.core.qtypes import QType
 
-__all__ = ["BLOCK", "Decoder", "decoder", "scale_of", "table_bytes", "table_words"]
+__all__ = ["BLOCK", "GATHER_BYTES", "RUN", "Decoder", "decoder", "scale_of", "table_words"]
 
 BLOCK = 128
 """Rows of codes that are decoded and multiplied at a time: the length of a matrix unit's sum."""
+
+RUN = 64
+"""Rows of 4-bit codes in a register, which are read from one table."""
 
 _FNUZ = "float8_e4m3b11fnuz"
 """The 8-bit float that TPUs convert in one instruction. Its numbers have the patterns of float8_e4m3fn's, which are 16
 times as large, but for -0 and NaN."""
 
-_GATHER_BYTES = ("TPU v6 lite", "TPU7x")
-"""The kinds of devices, as JAX names them, that have the operation."""
+GATHER_BYTES = ("TPU v6 lite", "TPU7x")
+"""The chips, as JAX names them, that gather bytes among the rows of a register."""
 
 _SUBNORMAL = 2.0**14  # float8_e5m2 has its exponents this much lower than a 4-bit float, of the same other bits
 
@@ -65,15 +69,19 @@ class Decoder:
         """The number of runs of rows that a block is sorted into: row ``parts * i + j`` is the i-th of the j-th run."""
         return {"integers": 1, "floats4": 2, "table": 4 if self.bytewise else 8, "floats8": 1}[self.kind]
 
-    def on(self, device: str) -> Decoder:
-        """The decoder for a kind of device, as JAX names it; an unknown one is taken for the oldest."""
-        if device not in _GATHER_BYTES or self.kind not in ("floats4", "table"):
-            return self
+    def in_bytes(self) -> Decoder:
+        """The decoder of the same 4-bit floats, or of the same table, by gathers of bytes."""
         if self.kind == "table":
             return dataclasses.replace(self, bytewise=True)
         patterns = np.arange(16, dtype=np.uint8) ^ 8
         values = patterns.view(jnp.float4_e2m1fn).astype(np.float32)
         return Decoder("table", table=tuple(values.tolist()), bytewise=True)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether numbers are exact in bfloat16."""
+        entries = _entries(self.table)  # zeros where there is no table
+        return bool((entries.astype(jnp.bfloat16).astype(np.float32) == entries).all())
 
     def source(self, row: jax.Array) -> jax.Array:
         """The row of a block that decoding moves to each place."""
@@ -94,7 +102,7 @@ class Decoder:
             words = _in_fnuz(words) if self.element == _FNUZ else words
             return pltpu.bitcast(words, jnp.dtype(self.element)).astype(dtype)
         if self.bytewise:
-            return _gathered(words, table_bytes(self.table), interpret=interpret).astype(dtype)
+            return self.scaled(codes, None, interpret=interpret).astype(dtype)
         if self.kind == "table":
             entries = table_words(self.table, rounded=dtype != jnp.float32)
             return _looked_up(words, entries, interpret=interpret).astype(dtype)
@@ -102,6 +110,22 @@ class Decoder:
         even = (words & _word(0x08080808)) << 4 | (words & _word(0x07070707)) << 1
         odd = words & _word(0x80808080) | _right(words, 3) & _word(0x0E0E0E0E)
         return pltpu.bitcast(jnp.concatenate([even, odd], axis=0), jnp.float8_e5m2).astype(dtype)
+
+    def scaled(self, codes: jax.Array, scales: Sequence[jax.Array] | None, *, interpret: bool = False) -> jax.Array:
+        """[128, columns] of codes as values in bfloat16, read from tables that are scaled before.
+
+        Args:
+          codes: of a decoder that is ``bytewise``.
+          scales: for each `RUN` rows, [8, columns] with equal rows; None is 1.
+          interpret: run in Pallas' interpreter.
+        """
+        from jax.experimental.pallas import tpu as pltpu
+
+        columns, count = codes.shape[1], codes.shape[0] // RUN
+        given = [None] if scales is None else scales
+        tables = [_table_bytes(self.table, columns, scale, interpret) for scale in given]
+        tables = tables * count if scales is None else tables
+        return _gathered(pltpu.bitcast(codes, jnp.int32), tables, interpret=interpret)
 
 
 def decoder(qtype: QType) -> Decoder:
@@ -158,40 +182,56 @@ def _entries(table: tuple[float, ...]) -> np.ndarray:
     return values
 
 
-def table_bytes(table: tuple[float, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The lower and the upper bytes of the entries in bfloat16, by the 4 bits of stored codes, four bytes in a word."""
-    near = _entries(table).astype(jnp.bfloat16)[np.arange(16) ^ 8]  # a code is stored less 8
-    pairs = near.view(np.uint8).reshape(16, 2)
-    lower, upper = (tuple(np.ascontiguousarray(pairs[:, i]).view("<u4").tolist()) for i in (0, 1))
-    return lower, upper
+def _table_bytes(
+    table: tuple[float, ...], columns: int, scale: jax.Array | None, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The lower and the upper bytes of entries in bfloat16, times a scale for each column, by the bits of stored codes.
 
-
-def _gathered(words: jax.Array, tables: tuple[tuple[int, ...], ...], *, interpret: bool) -> jax.Array:
-    """The entries of eight codes per word, in bfloat16, from tables of their lower and upper bytes."""
+    Both are int8 [32, columns] and have each entry twice.
+    """
     from jax.experimental.pallas import tpu as pltpu
 
-    columns = words.shape[1]
-    row = lax.broadcasted_iota(jnp.int32, (8, columns), 0) & 3  # a register has each table twice
+    entries = _entries(table)[np.arange(16) ^ 8].view(np.uint32)  # a code is stored less 8
+    row = lax.broadcasted_iota(jnp.int32, (8, columns), 0)
+
+    def pairs(first: int) -> jax.Array:
+        """Every second entry in bfloat16, two in a word."""
+        real = lax.bitcast_convert_type(_of_rows(row, tuple(entries[first::2].tolist())), jnp.float32)
+        real = real if scale is None else real * scale
+        words = pltpu.bitcast(jnp.concatenate([real, real], axis=0).astype(jnp.bfloat16), jnp.int32)
+        return lax.optimization_barrier(words) if interpret else words  # XLA merges conversions wrongly
+
+    return _interleaved(pairs(0), pairs(1))
+
+
+def _interleaved(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The even bytes of the words of x and y by turns, and the odd bytes, in int8."""
+    from jax.experimental.pallas import tpu as pltpu
 
     def bytes_of(x: jax.Array) -> jax.Array:
         return pltpu.bitcast(x, jnp.int8)
 
+    odd = bytes_of(jnp.full(x.shape, _word(0xFF00FF00))) != 0
+    return jnp.where(odd, bytes_of(y << 8), bytes_of(x)), jnp.where(odd, bytes_of(y), bytes_of(_right(x, 8)))
+
+
+def _gathered(words: jax.Array, tables: list[tuple[jax.Array, jax.Array]], *, interpret: bool) -> jax.Array:
+    """The entries of eight codes per word, in bfloat16, from tables of bytes for every eight rows of words."""
+    from jax.experimental.pallas import tpu as pltpu
+
     def gathered(table: jax.Array, index: jax.Array) -> jax.Array:
         # The operation counts modulo the length of the table.
-        index = bytes_of(index).astype(jnp.int32) & 31 if interpret else bytes_of(index)
+        index = pltpu.bitcast(index, jnp.int8)
+        index = index.astype(jnp.int32) & 31 if interpret else index
         return pltpu.bitcast(jnp.take_along_axis(table, index, axis=0, mode="promise_in_bounds"), jnp.int32)
 
-    lower, upper = (bytes_of(_of_rows(row, entries)) for entries in tables)
-    odd = bytes_of(jnp.full((8, columns), _word(0xFF00FF00))) != 0
     found: list[list[jax.Array]] = [[], [], [], []]
-    for first in range(0, words.shape[0], 8):
-        word = words[first : first + 8]
+    for i, (lower, upper) in enumerate(tables):
+        word = words[8 * i : 8 * i + 8]
         for half, index in enumerate((word, _right(word, 4))):
-            low, high = gathered(lower, index), gathered(upper, index)
-            even = jnp.where(odd, bytes_of(high << 8), bytes_of(low))
-            found[half].append(even)
-            found[half + 2].append(jnp.where(odd, bytes_of(high), bytes_of(_right(low, 8))))
-    return jnp.concatenate([pltpu.bitcast(v, jnp.bfloat16) for run in found for v in run], axis=0)
+            for j, pair in enumerate(_interleaved(gathered(lower, index), gathered(upper, index))):
+                found[half + 2 * j].append(pltpu.bitcast(pair, jnp.bfloat16))
+    return jnp.concatenate([v for run in found for v in run], axis=0)
 
 
 def _of_rows(row: jax.Array, entries: tuple[int, ...]) -> jax.Array:

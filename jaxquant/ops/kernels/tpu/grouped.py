@@ -9,19 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant.core.by_platform import Target
 from jaxquant.core.codec import values_of
 from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.core.qtypes import FACTOR
 from jaxquant.core.stack import Layer
 from jaxquant.ops.kernels.decoded import Decoded
 from jaxquant.ops.kernels.precision import is_default
-from jaxquant.ops.kernels.tpu.decode import BLOCK, decoder
+from jaxquant.ops.kernels.tpu.decode import BLOCK, GATHER_BYTES, decoder
 from jaxquant.ops.kernels.tpu.decoded import BatchedDecoded
 from jaxquant.ops.kernels.tpu.product import FEW, Groups, Sums, Values, body_for, grouped_product
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 from jaxquant.ops.problem import Kernel, Product
 
-__all__ = ["Grouped", "GroupedSums", "GroupedValues", "weight_arrays", "weight_groups"]
+__all__ = ["ByteSums", "ByteValues", "Grouped", "GroupedSums", "GroupedValues", "weight_arrays", "weight_groups"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +51,24 @@ class Grouped(Kernel):
         in_order = axes.batch + axes.contract + axes.rows == tuple(range(lead + 2)) and len(axes.contract) == 1
         if lead > 1 or not in_order or w.ndim != lead + 2 or w.split != -2 or w.scale.shape[:lead] != w.shape[:lead]:
             return None
-        groups, dtype = weight_groups(w), _dtype_of(problem)
+        groups, dtype = cls._groups(w), _dtype_of(problem)
         if groups is None or dtype is None or not isinstance(rows, int) or rows == 0:
             return None
         if body_for(rows, dtype, groups) is not cls.body:
             return None
-        if cls.body is Values and groups.decoder.parts > 1 and rows > FEW:
+        if cls.body is Values and groups.decoder.parts > 1 and rows > FEW and not groups.decoder.bytewise:
             return None  # XLA decodes such codes in the order of rows, in a tenth less time
-        exact = groups.decoder.kind != "table" and cls.body is Sums
+        exact = groups.decoder.is_exact and cls.body is Sums
         if not exact and problem.dtype != jnp.bfloat16:
             return None
         k, n = w.shape[-2:]
         fits = cls.body(groups, (jnp.dtype(jnp.bfloat16),), jnp.float32).fits(rows, k, n)
         return cls(groups, jnp.dtype(dtype)) if n >= BLOCK and fits else None
+
+    @staticmethod
+    def _groups(w: QTensor) -> Groups | None:
+        """The static properties of a weight; None if the kernel does not take it."""
+        return weight_groups(w)
 
     @property
     def name(self) -> str:
@@ -75,16 +81,16 @@ class Grouped(Kernel):
         plain = BatchedDecoded.takes(problem) or Decoded.takes(problem)
         assert plain is not None
 
-        def of(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-            def fn(*leaves: jax.Array, **how: str) -> jax.Array:
+        def of(run: Callable[[Product], jax.Array]) -> Callable[..., jax.Array]:
+            def fn(*leaves: jax.Array) -> jax.Array:
                 x, w = jax.tree.unflatten(tree, leaves)
-                return run(dataclasses.replace(problem, x=x, w=w), **how).astype(problem.result)
+                return run(dataclasses.replace(problem, x=x, w=w)).astype(problem.result)
 
             return fn
 
         return if_undivided(of(self._undivided), of(plain.run), *leaves)
 
-    def _undivided(self, problem: Product, *, device: str) -> jax.Array:
+    def _undivided(self, problem: Product) -> jax.Array:
         x, axes, factors = problem.x, problem.x_axes, None
         if isinstance(x, QTensor) and self.dtype == jnp.int8:
             factors, x = scale_values(x.scale), x.logical_codes()
@@ -95,7 +101,7 @@ class Grouped(Kernel):
             own = [factors.shape[i] if i in axes.contract else x.shape[i] for i in range(x.ndim)]
             arrays["rows"] = axes.flatten(jnp.broadcast_to(factors.astype(jnp.float32), own))
         result = jnp.dtype(problem.result)
-        how = {"groups": self.groups.on(device), "body": self.body, "result": result, "interpret": self.interpret}
+        how = {"groups": self.groups, "body": self.body, "result": result, "interpret": self.interpret}
         out = grouped_product(**arrays, **how)
         return problem.restored(out)
 
@@ -108,6 +114,33 @@ class GroupedValues(Grouped):
     """Many rows: decodes values once."""
 
     body = Values
+
+
+class _Bytewise(Grouped):
+    """Reads 4-bit floats and tables by gathers of bytes, on chips that have them."""
+
+    @classmethod
+    def runs_on(cls, target: Target) -> bool:
+        """As for `Kernel`: only on chips that are known to gather bytes."""
+        return target.platform in cls.platforms and target.chip in GATHER_BYTES
+
+    @classmethod
+    def _groups(cls, w: QTensor) -> Groups | None:
+        """As for `Grouped`; no entry of a table is rounded both before it is scaled and after."""
+        groups = weight_groups(w)
+        if groups is None or groups.decoder.kind not in ("floats4", "table"):
+            return None
+        groups = dataclasses.replace(groups, decoder=groups.decoder.in_bytes())
+        once = cls.body is Sums or groups.decoder.is_exact or (groups.scales_tables and w.offset is None)
+        return groups if once else None
+
+
+class ByteSums(_Bytewise, GroupedSums):
+    """As `GroupedSums`."""
+
+
+class ByteValues(_Bytewise, GroupedValues):
+    """As `GroupedValues`."""
 
 
 def weight_groups(w: QTensor) -> Groups | None:

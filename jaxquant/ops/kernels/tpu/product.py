@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.ops.kernels.tpu.decode import BLOCK, Decoder, scale_of
+from jaxquant.ops.kernels.tpu.decode import BLOCK, RUN, Decoder, scale_of
 
 __all__ = [
     "DIGITS",
@@ -81,9 +81,10 @@ class Groups:
         """Groups in a block; 1 if a group is a block or longer."""
         return max(BLOCK // self.size, 1)
 
-    def on(self, device: str) -> Groups:
-        """The properties on a kind of device, as JAX names it."""
-        return dataclasses.replace(self, decoder=self.decoder.on(device))
+    @property
+    def scales_tables(self) -> bool:
+        """Whether `values` scales tables, and not what it reads from them: with fewer operations, and rounded once."""
+        return self.decoder.bytewise and self.size % RUN == 0
 
 
 def rows_of_sums(rows: int, dtype: Any, groups: Groups) -> int:
@@ -386,6 +387,9 @@ class Values(_Body):
             return rows.reshape(1, 1, -1, 8, rows.shape[1])
 
         def real(i: Any) -> jax.Array:
+            if group.scales_tables and "offset" not in of:
+                starts = [pl.ds((i * BLOCK + row) // group.size, 1) for row in range(0, BLOCK, RUN)]
+                return decode.scaled(codes[i], [_rows_of(scales, at) for at in starts], interpret=self.interpret)
             value = decode.numbers(codes[i], jnp.float32, interpret=self.interpret)
             value = value.reshape(decode.parts, 1 if shared else group.in_block, -1, 8, value.shape[1])
             if "zero" in of:

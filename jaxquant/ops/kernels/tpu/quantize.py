@@ -85,8 +85,7 @@ def _fits(x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...], apart: bool) 
 def rows_in_one_pass(x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...], apart: bool) -> QTensor:
     """The QTensor of `quantized_rows`."""
 
-    def kernel(x: jax.Array, *, device: str) -> QTensor:
-        del device
+    def kernel(x: jax.Array) -> QTensor:
         codes, scale = quantized_rows(x.reshape(-1, x.shape[-1]), qmax=int(spec.type.qmax))
         scale = scale.reshape(*x.shape[:-1], 1)
         return QTensor(codes.reshape(x.shape), scale, None, qtype=spec.qtype, dtype=x.dtype)

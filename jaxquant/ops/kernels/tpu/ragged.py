@@ -89,16 +89,16 @@ class RaggedExperts(Kernel):
         plain = Int8Ragged.takes(problem) or dequantized.Float.takes(problem)
         assert plain is not None
 
-        def of(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-            def fn(*leaves: jax.Array, **how: str) -> jax.Array:
+        def of(run: Callable[[RaggedProduct], jax.Array]) -> Callable[..., jax.Array]:
+            def fn(*leaves: jax.Array) -> jax.Array:
                 x, w, sizes = jax.tree.unflatten(tree, leaves)
-                return run(dataclasses.replace(problem, x=x, w=w, sizes=sizes), **how).astype(problem.result)
+                return run(dataclasses.replace(problem, x=x, w=w, sizes=sizes)).astype(problem.result)
 
             return fn
 
         return if_undivided(of(self._undivided), of(plain.run), *leaves)
 
-    def _undivided(self, problem: RaggedProduct, *, device: str) -> jax.Array:
+    def _undivided(self, problem: RaggedProduct) -> jax.Array:
         x, w, rows = problem.x, problem.w, None
         if isinstance(x, QTensor):
             rows = jnp.broadcast_to(scale_values(x.scale).astype(jnp.float32), (x.shape[0], 1))

@@ -25,21 +25,15 @@ _choice_p.multiple_results = True
 
 
 def if_undivided(kernel: Function, divided: Function, *arrays: jax.Array) -> Any:
-    """A kernel on one device, or ``divided(*arrays)`` in a program that XLA partitions over several.
-
-    Args:
-      kernel: is called as ``kernel(*arrays, device=kind)``, with the kind of the device as JAX names it.
-      divided: computes the same.
-      *arrays: arguments of both.
-    """
+    """``kernel(*arrays)`` on one device, ``divided(*arrays)`` in a program that XLA partitions over several."""
     jaxpr, shape = jax.make_jaxpr(divided, return_shape=True)(*arrays)
     kernel, divided = (functools.partial(_leaves, fn) for fn in (kernel, divided))
     found = _choice_p.bind(*_varying_alike(arrays), kernel=kernel, divided=divided, shapes=tuple(jaxpr.out_avals))
     return jax.tree.unflatten(jax.tree.structure(shape), found)
 
 
-def _leaves(fn: Function, *arrays: jax.Array, **how: str) -> list[jax.Array]:
-    return jax.tree.leaves(fn(*arrays, **how))
+def _leaves(fn: Function, *arrays: jax.Array) -> list[jax.Array]:
+    return jax.tree.leaves(fn(*arrays))
 
 
 def _varying_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
@@ -77,15 +71,8 @@ def _batch(arrays: Any, axes: Any, *, kernel: Function, divided: Function, shape
     return if_undivided(one, other, *arrays), (0,) * len(shapes)
 
 
-def _mapped(fn: Function, axes: tuple[int | None, ...], *arrays: jax.Array, **how: str) -> list[jax.Array]:
-    return jax.vmap(functools.partial(fn, **how), axes)(*arrays)
-
-
-def _device(module: Any) -> str:
-    """The kind of the TPU that a program is lowered for; empty if it is lowered without one."""
-    backend = getattr(module, "backend", None)
-    found = () if backend is None else backend.devices()
-    return found[0].device_kind if found and found[0].platform == "tpu" else ""
+def _mapped(fn: Function, axes: tuple[int | None, ...], *arrays: jax.Array) -> list[jax.Array]:
+    return jax.vmap(fn, axes)(*arrays)
 
 
 def _lower(ctx: Any, *arrays: Any, kernel: Function, divided: Function, shapes: tuple[Any, ...]) -> Any:
@@ -93,8 +80,7 @@ def _lower(ctx: Any, *arrays: Any, kernel: Function, divided: Function, shapes: 
     where = ctx.module_context.axis_context
     manual = getattr(where, "manual_axes", frozenset())
     alone = where.num_devices == 1 if hasattr(where, "num_devices") else set(manual) == set(where.mesh.axis_names)
-    run = functools.partial(kernel, device=_device(ctx.module_context)) if alone else divided
-    return mlir.lower_fun(run, multiple_results=True)(ctx, *arrays)
+    return mlir.lower_fun(kernel if alone else divided, multiple_results=True)(ctx, *arrays)
 
 
 batching.primitive_batchers[_choice_p] = _batch
