@@ -9,11 +9,14 @@ Slow tests (`@pytest.mark.slow`: more than a few seconds) are skipped. So are al
 hash of their names, unless it is cheap (`@pytest.mark.every`). Except
 
     pytest --slow              runs all of them
-    pytest --slow-sample N     runs one in N of them, rounded up
+    pytest --slow-sample N     runs one in N of them, rounded up, and one set of each function that has only slow ones
+    pytest --salt TEXT         chooses another sample of the slow ones
 
 and `pytest --fast-sample N` runs one in N of the others, where even those are too many.
 
-A sample depends on nothing but the tests' names: it is the same on every machine and in every order of collection.
+A sample depends on nothing but the tests' names and the salt, which is empty by default: it is the same on every
+machine and in every order of collection. .ci/run gives the commit as the salt and prints it, so that each commit runs
+another sample, and a failure can be run again.
 
 Programs are compiled without most of LLVM's optimizations, and by XLA's older and quicker generator of code: almost all
 of them run once, and compiling takes a third of the time so. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` compiles them as
@@ -23,6 +26,7 @@ No test measures time and none uses the network; a connection attempted from Pyt
 """
 
 import gc
+import itertools
 import math
 import os
 import socket
@@ -52,7 +56,8 @@ hypothesis.settings.load_profile("ci")
 def pytest_addoption(parser):
     group = parser.getgroup("slow tests")
     group.addoption("--slow", action="store_true", help="run the slow tests too")
-    group.addoption("--slow-sample", type=int, default=0, metavar="N", help="run one slow test in N, always the same")
+    group.addoption("--slow-sample", type=int, default=0, metavar="N", help="run one slow test in N, by --salt")
+    group.addoption("--salt", default="", metavar="TEXT", help="what the choice of slow tests depends on")
     group.addoption("--fast-sample", type=int, default=0, metavar="N", help="run one fast test in N, always the same")
 
 
@@ -73,33 +78,47 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 100)
 
 
+def pytest_report_header(config):
+    if config.getoption("--slow-sample"):
+        return f"slow sample: --slow-sample {config.getoption('--slow-sample')} --salt '{config.getoption('--salt')}'"
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
     functions = {}
     for item in items:
-        if hasattr(item, "callspec") and not {"slow", "every"} & set(item.keywords):
-            functions.setdefault((item.path, item.cls, item.originalname), []).append(item)
+        functions.setdefault(
+            (item.path, getattr(item, "cls", None), getattr(item, "originalname", item.name)), []
+        ).append(item)
     for sets in functions.values():
-        for item in sorted(sets, key=_by_hash)[1:]:
+        optional = [item for item in sets if hasattr(item, "callspec") and not {"slow", "every"} & set(item.keywords)]
+        for item in _in_order(optional)[1:]:
             item.add_marker(pytest.mark.slow)
-    slow = [item for item in items if "slow" in item.keywords]
     if not config.getoption("--slow"):
-        for item in _left_out(slow, config.getoption("--slow-sample")):
-            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        sampled = _slow_sample(functions.values(), config.getoption("--slow-sample"), config.getoption("--salt"))
+        for item in items:
+            if "slow" in item.keywords and item not in sampled:
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
     n = config.getoption("--fast-sample")
     if n > 0:  # not skipped: pytest cannot skip a doctest whose line it does not know
-        out = set(_left_out([item for item in items if "slow" not in item.keywords], n))
+        fast = [item for item in items if "slow" not in item.keywords]
+        out = set(_in_order(fast)[math.ceil(len(fast) / n) :])
         config.hook.pytest_deselected(items=list(out))
         items[:] = [item for item in items if item not in out]
 
 
-def _left_out(items, n):
-    """All but one in n; with n = 0 all of them."""
-    items = sorted(items, key=_by_hash)
-    return items[math.ceil(len(items) / n) if n > 0 else 0 :]
+def _slow_sample(functions, n, salt):
+    """One slow test in n, and one of each function that has only slow ones; with n = 0 none."""
+    if n == 0:
+        return set()
+    slow = [[item for item in sets if "slow" in item.keywords] for sets in functions]
+    alone = [sets for sets, every in zip(slow, functions, strict=True) if sets and len(sets) == len(every)]
+    whole = _in_order(itertools.chain.from_iterable(slow), salt)
+    return {*whole[: math.ceil(len(whole) / n)], *(_in_order(sets, salt)[0] for sets in alone)}
 
 
-def _by_hash(item):
-    return zlib.crc32(item.nodeid.encode()), item.nodeid
+def _in_order(items, salt=""):
+    return sorted(items, key=lambda item: (zlib.crc32(f"{salt}{item.nodeid}".encode()), item.nodeid))
 
 
 @pytest.fixture(autouse=True, scope="session")

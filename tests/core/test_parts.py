@@ -41,7 +41,6 @@ def test_codes(spec, axes, monkeypatch):
     np.testing.assert_array_equal(q.dequantize(), jq.fake_quant(x, spec, reduce_axes=axes))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("spec, axes", CASES)
 @pytest.mark.parametrize("part", [P("d", None), P(None, "d")])
 def test_sharded(spec, axes, part, monkeypatch):

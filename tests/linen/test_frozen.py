@@ -15,8 +15,7 @@ from jaxquant import recipes
 OTHERS = [case for case in CASES if case != "dense"]
 PAIRS = [("dense", spec) for spec in SPECS] + [(case, "w8a8") for case in OTHERS]
 PAIRS += [(case, "w4a16") for case in ("dense_general", "conv-groups", "embed", "einsum")]
-SLOW = [(case, spec) for case in OTHERS for spec in ("w4a16", "w4a4", "nvfp4", "int2", "w8a8-static")]
-SLOW = [pair for pair in SLOW if pair not in PAIRS]
+PAIRS += [(case, spec) for case in OTHERS for spec in ("w4a16", "w4a4", "nvfp4", "int2", "w8a8-static")]
 
 
 def calibrated(case, layer, variables, x):
@@ -61,14 +60,8 @@ def agree(case, spec):
         assert_close(ours_, theirs_)
 
 
-@pytest.mark.parametrize("case, spec", PAIRS)
+@pytest.mark.parametrize("case, spec", list(dict.fromkeys(PAIRS)))
 def test_trained_and_frozen_agree(case, spec):
-    agree(CASES[case], SPECS[spec])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case, spec", SLOW)
-def test_trained_and_frozen_agree_everywhere(case, spec):
     agree(CASES[case], SPECS[spec])
 
 

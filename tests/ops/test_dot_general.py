@@ -161,15 +161,12 @@ def test_dimension_numbers(name):
         assert dot_error(got, real(x, a, numbers[0][0]), real(q), numbers) <= INTEGER, a
 
 
-@pytest.mark.slow
-def test_weight_only_dimension_numbers():
-    operands = {k: (unequal(12, l), unequal(13, r), n) for k, (l, r, n) in LAYOUTS.items()}
-    q = {k: quantize(w, spec_of("int8"), reduce_axes=n[0][1]) for k, (_, w, n) in operands.items()}
-    numbers = {k: n for k, (_, _, n) in operands.items()}
-    inputs = {k: x for k, (x, _, _) in operands.items()}
-    got = jax.jit(lambda xs, qs: {k: ops.dot_general(xs[k], qs[k], n) for k, n in numbers.items()})(inputs, q)
-    for k, n in numbers.items():
-        check_product(got[k], real(inputs[k]), real(q[k]), n, WEIGHT_ONLY)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weight_only_dimension_numbers(layout):
+    left, right, numbers = LAYOUTS[layout]
+    x, q = unequal(12, left), quantize(unequal(13, right), spec_of("int8"), reduce_axes=numbers[0][1])
+    got = jax.jit(lambda x, q: ops.dot_general(x, q, numbers))(x, q)
+    check_product(got, real(x), real(q), numbers, WEIGHT_ONLY)
 
 
 @pytest.mark.parametrize("m", slow_but([1, 2, 3, 33], 1, 33))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_reference import quantized, real, unequal
+from ops_reference import quantized, real, slow_but, unequal
 
 from jaxquant import OpSpec, QuantSpec, ops
 
@@ -57,17 +57,9 @@ def windows(x):
     return np.stack([padded[:, i : i + x.shape[1]] for i in range(3)], axis=2)
 
 
-@settings(max_examples=10)
-@given(programs(), st.integers(0, 1000))
-def test_programs(steps, seed):
-    check(steps, seed)
-
-
-@pytest.mark.slow
-@settings(max_examples=300)
-@given(programs(), st.integers(0, 1000))
-def test_many_programs(steps, seed):
-    check(steps, seed)
+@pytest.mark.parametrize("examples", slow_but([10, 300], 10))
+def test_programs(examples):
+    settings(max_examples=examples)(given(programs(), st.integers(0, 1000))(check))()
 
 
 def check(steps, seed):

@@ -178,7 +178,6 @@ def test_the_plan_and_the_program_say_so():
     assert jq.explain(lambda p, x: product(x, p["w"]), {"w": q}, x)["w"].kernels == ("float32 GEMV",)
 
 
-@pytest.mark.slow
 def test_over_devices():
     """Inside shard_map, the weight's rows over the devices; the sum is a loop of its own."""
     k, n = 12672, 48

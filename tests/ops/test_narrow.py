@@ -94,7 +94,6 @@ def test_groups(name):
     assert np.all(off <= (ROUNDED + INTEGER) * dot(np.abs(left), np.abs(right), MATMUL))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [*EXACT, *GROUPS])
 @pytest.mark.parametrize("rows", [1, 2, 13, 40, 200])
 def test_rows(name, rows):
@@ -106,7 +105,6 @@ def test_rows(name, rows):
     assert dot_error(product(x, q), *exact_operands(x, q), MATMUL) <= WEIGHT_ONLY
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [*GROUPS])
 def test_a_float32_weight_is_not_rounded(name):
     x, q = operands(GROUPS[name], weight=jnp.float32)
@@ -130,7 +128,6 @@ def test_mx_formats_on_both_sides(spec, rows):
         assert re.fullmatch(rf"\(tensor<[\dx]*{dtype}>, tensor<[\dx]*{dtype}>\) -> tensor<[\dx]*f32>.*", found)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int8", "int4 in groups"])
 def test_transformations(name):
     """Under vmap over weights, and with a weight on the left."""

@@ -285,7 +285,6 @@ def test_saves_and_restores(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.slow
 def test_restores_from_orbax(tmp_path):
     pytest.importorskip("orbax.checkpoint")
     tx, params = (

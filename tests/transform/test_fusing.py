@@ -149,7 +149,6 @@ def test_the_residual_stream_of_a_scanned_decoder():
     np.testing.assert_allclose(fn(moved, tokens), expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
 
 
-@pytest.mark.slow
 def test_a_llama():
     model, ids = jq.models.load(GOLDEN / "base"), jnp.arange(12)[None]
     fn = jax.jit(lambda params, ids: jq.models.logits(model.config, params, ids))
@@ -189,7 +188,6 @@ def test_learned_matrices_stay_orthogonal_and_lower_the_error_fused_and_online()
     np.testing.assert_allclose(run(moved, x), expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
 
 
-@pytest.mark.slow
 def test_a_cayley_step_is_a_rotation():
     skew = RNG.normal(size=(6, 6)).astype(np.float32)
     r = cayley(jnp.eye(6), skew - skew.T)

@@ -144,7 +144,6 @@ def test_stacks_are_scaled_layer_by_layer():
     assert pairs_of(fn, params, jnp.ones((2, 4))) == {"a_kernel[-1]^-1 -> b_kernel[-2]"}
 
 
-@pytest.mark.slow
 def test_a_transformer_in_a_scan(monkeypatch):
     monkeypatch.syspath_prepend(str(snippets.ROOT / "examples"))
     import plain_transformer
