@@ -46,6 +46,10 @@ class Ways(Protocol):
         """The value, of the same shapes and dtypes for all targets."""
         ...
 
+    def like(self, *operands: Any) -> Any:
+        """A value of those shapes and dtypes, quick to trace; no program contains it."""
+        ...
+
     def stands_for(self, *operands: Any) -> tuple[Primitive, dict[str, Any]] | None:
         """The primitive and the parameters by which a policy of `jax.checkpoint` decides whether to keep the value.
 
@@ -58,14 +62,14 @@ def by_platform(ways: Ways, *operands: Any) -> Any:
     """The value as the platform that the program is lowered for computes it.
 
     Args:
-      ways: how each platform computes it. ``"other"`` is traced here too, for the shapes and dtypes.
+      ways: how each platform computes it.
       operands: pytrees of arrays.
 
     Gradient: none; a float value that is differentiated raises.
     """
     arrays, tree = cast(tuple[list[Any], Any], jax.tree.flatten(operands))
     flat = _Flat(ways, tree)
-    shapes, like = jax.make_jaxpr(functools.partial(flat.whole, Target("other")), return_shape=True)(*arrays)
+    shapes, like = jax.make_jaxpr(flat.like, return_shape=True)(*arrays)
     found = _bound(*arrays, ways=flat, results=tuple(shapes.out_avals), needs_devices=_needs_devices())
     return jax.tree.unflatten(cast(Any, jax.tree.structure(like)), found)
 
@@ -102,13 +106,13 @@ class _Flat:
     inner: Ways
     tree: Any
 
-    def whole(self, target: Target, *arrays: Any) -> Any:
-        """The value as a pytree."""
-        return self.inner.on(target, *jax.tree.unflatten(self.tree, arrays))
-
     def on(self, target: Target, *arrays: Any) -> list[Any]:
         """The arrays of the value."""
-        return jax.tree.leaves(self.whole(target, *arrays))
+        return jax.tree.leaves(self.inner.on(target, *jax.tree.unflatten(self.tree, arrays)))
+
+    def like(self, *arrays: Any) -> Any:
+        """As for `Ways`, a pytree."""
+        return self.inner.like(*jax.tree.unflatten(self.tree, arrays))
 
     def stands_for(self, *arrays: Any) -> tuple[Primitive, dict[str, Any]] | None:
         """As for `Ways`."""
@@ -124,7 +128,7 @@ class _Batched:
       axes: the axis of the examples in each operand; None: the same for all.
     """
 
-    inner: Ways
+    inner: _Flat | _Batched
     axes: tuple[int | None, ...]
 
     def on(self, target: Target, *arrays: Any) -> list[Any]:
@@ -150,19 +154,19 @@ def _bound(*arrays: Any, **params: Any) -> list[Any]:
 
 
 @functools.partial(jax.jit, static_argnames=("ways", "results"))
-def _compiled(*arrays: Any, ways: Ways, results: Any) -> list[Any]:
+def _compiled(*arrays: Any, ways: _Flat | _Batched, results: Any) -> list[Any]:
     return _bound(*arrays, ways=ways, results=results, needs_devices=_needs_devices())
 
 
 @_p.def_impl
-def _run(*arrays: Any, ways: Ways, results: Any, needs_devices: Any) -> list[Any]:
+def _run(*arrays: Any, ways: _Flat | _Batched, results: Any, needs_devices: Any) -> list[Any]:
     del needs_devices
     with jax.disable_jit(False):
         return cast(list[Any], _compiled(*arrays, ways=ways, results=results))
 
 
 @_p.def_abstract_eval
-def _shapes(*arrays: Any, ways: Ways, results: Any, needs_devices: Any) -> Any:
+def _shapes(*arrays: Any, ways: _Flat | _Batched, results: Any, needs_devices: Any) -> Any:
     del arrays, ways, needs_devices
     return results
 
@@ -175,7 +179,9 @@ def _jvp(primals: Any, tangents: Any, *, results: Any, **params: Any) -> tuple[l
     return out, [cast(Any, ad.Zero).from_primal_value(x) for x in out]
 
 
-def _batch(arrays: Any, axes: Any, *, ways: Ways, results: Any, needs_devices: Any) -> tuple[list[Any], list[int]]:
+def _batch(
+    arrays: Any, axes: Any, *, ways: _Flat | _Batched, results: Any, needs_devices: Any
+) -> tuple[list[Any], list[int]]:
     size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
     batched = tuple(unmapped(size, 0, result) for result in results)
     out = _bound(*arrays, ways=_Batched(ways, tuple(axes)), results=batched, needs_devices=needs_devices)
@@ -203,7 +209,7 @@ def _checkpoint(
 
 
 def _lowering(platform: Platform) -> Any:
-    def rule(ctx: Any, *arrays: Any, ways: Ways, results: Any, needs_devices: Any) -> Any:
+    def rule(ctx: Any, *arrays: Any, ways: _Flat | _Batched, results: Any, needs_devices: Any) -> Any:
         del results, needs_devices
         on = functools.partial(ways.on, Target(platform, _chip(ctx.module_context, platform)))
         return cast(Any, mlir.lower_fun(on, multiple_results=True))(ctx, *arrays)

@@ -19,7 +19,7 @@ from jaxquant.core.jitted import jitted
 from jaxquant.core.qtensor import scale_values
 from jaxquant.core.specs import QuantSpec
 
-__all__ = ["PACT", "PAPER", "STRAIGHT", "Slopes", "fake_quant", "fake_quant_given", "never_clips"]
+__all__ = ["PACT", "PAPER", "STRAIGHT", "Slopes", "fake_quant", "fake_quant_given"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +64,6 @@ def _forward(
     return values_with_scale(encoded, x.shape, x.dtype), scale_values(encoded.scale), encoded.zero_point
 
 
-def never_clips(spec: QuantSpec) -> bool:
-    """Whether a range computed from the array itself covers all of it, so that the mask is 1 everywhere."""
-    covers = not spec.observer.clips and spec.type.scale_format is None and not spec.two_level
-    return covers and (spec.type.signed or not spec.symmetric)
-
-
 @jitted(static_argnums=(0, 1))
 def _computed(
     spec: QuantSpec, axes: tuple[int, ...], x: jax.Array, key: jax.Array | None, unit: Any = None
@@ -77,7 +71,7 @@ def _computed(
     """`fake_quant` with a range that is computed of the array, or within a given unit, and counts as constant."""
     fixed, unit = lax.stop_gradient((x, unit))
     value, scale, zero_point = _forward(fixed, unit, None, key, spec=spec, axes=axes)
-    if never_clips(spec):
+    if spec.never_clips:
         return with_derivatives(value, x)
     view = BlockView.of_scale(x.shape, scale.shape)
     inside = _inside(view, view.split(fixed), spec, scale, zero_point)

@@ -68,6 +68,7 @@ def _seal(codes: Any, scale: Any) -> jax.Array:
     return jnp.zeros([s if s == n else 1 for n, s in zip(codes.shape, scale.shape, strict=True)], bool)
 
 
+@functools.cache
 def _own_dtype(qtype: Any) -> np.dtype | None:
     """The dtype of fp8 codes; None for other types."""
     info = QTYPES.get(qtype) if isinstance(qtype, str) else None
@@ -104,6 +105,7 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order.index(axis) for axis in range(len(order)))
 
 
+@functools.cache
 def _type(name: str) -> QType:
     return FACTOR if name == FACTOR.name else QTYPES[name]
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any, Literal, cast
@@ -102,17 +103,17 @@ class QType:
     group_size: int | None = None
     scale_format: Literal["e8m0", "e4m3"] | None = None
 
-    @property
+    @functools.cached_property
     def signed(self) -> bool:
         """Whether the grid has negative values."""
         return self.qmin < 0
 
-    @property
+    @functools.cached_property
     def has_zero(self) -> bool:
         """Whether 0 is on the grid."""
         return self.kind != "table" or 0.0 in self.table
 
-    @property
+    @functools.cached_property
     def code_dtype(self) -> np.dtype:
         """The dtype of one unpacked code.
 
@@ -123,7 +124,7 @@ class QType:
             return np.dtype(np.int8 if self.signed else np.uint8)
         return np.dtype(self.element) if self.bits >= 8 and self.element else np.dtype(np.uint8)
 
-    @property
+    @functools.cached_property
     def packed(self) -> bool:
         """Whether codes are stored packed, several to a byte or across bytes."""
         return self.bits < 8

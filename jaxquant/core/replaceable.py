@@ -19,6 +19,9 @@ __all__ = ["Replaceable"]
 class Replaceable:
     """A pure function of positional arrays and static keywords; a decorator.
 
+    Attributes:
+      plainly: the function as it was written.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxquant.core.replaceable import Replaceable
@@ -33,7 +36,7 @@ class Replaceable:
     """
 
     def __init__(self, plain: Callable[..., Any]):
-        self._plain = plain
+        self.plainly = plain
         self._own: dict[str, tuple[Callable[..., Any], Callable[..., bool]]] = {}
         functools.update_wrapper(self, plain)
 
@@ -46,21 +49,16 @@ class Replaceable:
 
         return register
 
-    @property
-    def plainly(self) -> Callable[..., Any]:
-        """The function as it was written."""
-        return self._plain
-
     def __call__(self, *arrays: Any, **static: Any) -> Any:
         """The value, as the platform that the program is lowered for computes it."""
         if any(when(*arrays, **static) for _, when in self._own.values()):
             return by_platform(_Call(self, tuple(sorted(static.items()))), *arrays)
-        return self._plain(*arrays, **static)
+        return self.plainly(*arrays, **static)
 
     def on_platform(self, platform: Platform, *arrays: Any, **static: Any) -> Any:
         """The value, as one platform computes it."""
-        own, when = self._own.get(platform, (self._plain, None))
-        return own(*arrays, **static) if when is None or when(*arrays, **static) else self._plain(*arrays, **static)
+        own, when = self._own.get(platform, (self.plainly, None))
+        return own(*arrays, **static) if when is None or when(*arrays, **static) else self.plainly(*arrays, **static)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +76,10 @@ class _Call:
     def on(self, target: Target, *arrays: Any) -> Any:
         """The value, as the target's platform computes it."""
         return self.function.on_platform(target.platform, *arrays, **dict(self.static))
+
+    def like(self, *arrays: Any) -> Any:
+        """The value."""
+        return self.function.plainly(*arrays, **dict(self.static))
 
     def stands_for(self, *arrays: Any) -> None:
         """No operation that a policy of `jax.checkpoint` knows."""

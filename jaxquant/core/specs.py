@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import inspect
 import json
 from typing import Any, Literal, TypeVar, cast
@@ -180,7 +181,7 @@ class QuantSpec(Value):
         """Elements of a group; None if scales are per channel or per tensor."""
         return self.granularity.size if isinstance(self.granularity, PerGroup) else None
 
-    @property
+    @functools.cached_property
     def type(self) -> QType:
         """The number type with this spec's ``qmin`` (narrowed where ``narrow_range`` says so)."""
         info = qtype_of(self.qtype)
@@ -203,7 +204,7 @@ class QuantSpec(Value):
                 shared = ""
         return f"{self.qtype}{shared}{'' if self.symmetric else ' asym'}{' static' if self.static else ''}"
 
-    @property
+    @functools.cached_property
     def whole_range(self) -> bool:
         """Whether the range uses the extra negative code of a symmetric type."""
         return self.symmetric and self.type.kind == "int" and self.type.qmin < -self.type.qmax < 0
@@ -213,7 +214,7 @@ class QuantSpec(Value):
         """Whether the one float32 beside fp8 block scales comes from ``state``, and the block scales from the array."""
         return self.static and self.type.scale_format == "e4m3"
 
-    @property
+    @functools.cached_property
     def observer(self) -> observers.Observer:
         """The calibrator in force."""
         if self.calibration is not None:
@@ -221,6 +222,12 @@ class QuantSpec(Value):
         if self.whole_range:
             return observers.WholeRange(self.type.qmax)
         return observers.AbsMax() if self.symmetric and self.type.signed else observers.MinMax()
+
+    @functools.cached_property
+    def never_clips(self) -> bool:
+        """Whether a range computed from the array itself covers all of it."""
+        covers = not self.observer.clips and self.type.scale_format is None and not self.two_level
+        return covers and (self.type.signed or not self.symmetric)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only; defaults left out.

@@ -57,9 +57,7 @@ class _Contraction(Call):
         lhs, rhs, lhs_static, rhs_static, _ = operands
         left, right = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
         out = run(self.product(left, right), self._stored(left, right))
-        sides = (self.lhs, left, lhs, lhs_static), (self.rhs, right, rhs, rhs_static)
-        made = lambda q, x: q is not x and not isinstance(x, QTensor)  # noqa: E731
-        return out, tuple(q if made(q, x) and side.passes(x, static) else None for side, q, x, static in sides)
+        return out, (self.lhs.kept(left, lhs, lhs_static), self.rhs.kept(right, rhs, rhs_static))
 
     def product(self, left: Any, right: Any) -> Product:
         """The product of these operands."""
@@ -170,15 +168,14 @@ def _check_dimensions(function: str, lhs: Any, rhs: Any, numbers: Any) -> tuple[
     if len(lc) != len(rc) or len(lb) != len(rb):
         raise bad("dimension_numbers must pair axes of lhs with axes of rhs")
     for axes, ndim in ((lc + lb, lhs.ndim), (rc + rb, rhs.ndim)):
-        if len(set(axes)) != len(axes) or any(not 0 <= a < ndim for a in axes):
+        if len(set(axes).intersection(range(ndim))) != len(axes):
             raise bad("dimension_numbers repeat an axis or name one that does not exist")
-    if any(lhs.shape[a] != rhs.shape[b] for a, b in zip(lc + lb, rc + rb, strict=True)):
+    if [lhs.shape[a] for a in lc + lb] != [rhs.shape[b] for b in rc + rb]:
         raise bad("paired axes must have one size")
     # Contract in the weight's storage order, so that no transpose of the weight is needed.
-    keep = rhs if isinstance(rhs, QTensor) or not isinstance(lhs, QTensor) else lhs
-    pairs = sorted(zip(lc, rc, strict=True), key=lambda pair: pair[1] if keep is rhs else pair[0])
-    lc, rc = (tuple(p[i] for p in pairs) for i in (0, 1))
-    return Axes.of(lhs.ndim, lb, lc), Axes.of(rhs.ndim, rb, rc)
+    of_weight = rc if isinstance(rhs, QTensor) or not isinstance(lhs, QTensor) else lc
+    order = sorted(range(len(lc)), key=of_weight.__getitem__)
+    return Axes.of(lhs.ndim, lb, tuple(lc[i] for i in order)), Axes.of(rhs.ndim, rb, tuple(rc[i] for i in order))
 
 
 def _in_stored_order(lhs: Any, rhs: Any, lhs_axes: Axes, rhs_axes: Axes) -> tuple[Any, Any]:

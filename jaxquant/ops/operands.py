@@ -16,7 +16,7 @@ from jaxquant.core.affine import as_codes, prepare
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.blocks import block_shape, scale_shape
 from jaxquant.core.errors import quant_error
-from jaxquant.core.fake_quant import fake_quant, never_clips
+from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.problem import wide_values
@@ -167,14 +167,16 @@ class Operand:
             return x
         return TrainedTensor(as_codes(x, self.spec, self.axes, *(static or (None, None))), None)
 
-    @property
-    def straight(self) -> bool:
-        """Whether the spec lets the gradient pass the quantization unchanged."""
-        return self.spec is None or (never_clips(self.spec) and not self.spec.static)
-
     def passes(self, x: Any, static: Static) -> bool:
-        """Whether the gradient of an operand equals that of its real values."""
-        return self.spec is None or isinstance(x, QTensor) or (self.straight and static is None)
+        """Whether the gradient of an operand equals that of its real values: nothing is quantized here, or clipped."""
+        if self.spec is None or isinstance(x, QTensor):
+            return True
+        return static is None and not self.spec.static and self.spec.never_clips
+
+    def kept(self, q: Any, x: Any, static: Static) -> Any:
+        """The codes q of an operand if they were made of x and suffice for its gradient; else None."""
+        made = isinstance(q, TrainedTensor) and not isinstance(x, QTensor)
+        return q if made and self.passes(x, static) else None
 
     def gradient(self, x: Any, static: Static, dx: jax.Array) -> tuple[Any, Any]:
         """The gradients of an operand and of its range, from the gradient of its real values.

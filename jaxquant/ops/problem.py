@@ -93,6 +93,11 @@ class Problem:
         """The float product of the values of both, in the result's shape."""
         raise NotImplementedError
 
+    def like(self) -> jax.Array:
+        """An array of the product's shape and dtype, quick to trace: the float product of codes."""
+        x, w = (v.logical_codes() if isinstance(v, QTensor) else v for v in (self.x, self.w))
+        return self.in_float(x.astype(self.dtype), w.astype(self.dtype)).astype(self.result)
+
 
 @pytree("precision", "result", "x_axes", "w_axes", "weight_first")
 @dataclasses.dataclass(frozen=True, eq=False)

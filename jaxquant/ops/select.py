@@ -116,6 +116,11 @@ class _Kernels:
             else out
         )
 
+    def like(self, *operands: Any) -> jax.Array:
+        """An array of the product's shape and dtype."""
+        (problem,) = operands
+        return problem.like()
+
     def stands_for(self, *operands: Any) -> tuple[Primitive, dict[str, Any]] | None:
         """The float operation."""
         (problem,) = operands

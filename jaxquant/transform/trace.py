@@ -53,12 +53,12 @@ def trace(function: str, fn: Callable[..., Any], params: Any, args: tuple[Any, .
     the trace, as written. A QTensor is traced as the float array it stands for.
     """
     leaves, treedef = leaves_with_paths(params)
-    if not any(is_array(leaf) or is_qtensor(leaf) for leaf in leaves.values()):
+    known = [path for path, leaf in leaves.items() if is_array(leaf) or is_qtensor(leaf)]
+    if not known:
         todo = "Params are argument 0 of the function, as in jax.grad"
         raise quant_error(function, "params hold no arrays", todo=todo, params=type(params).__name__)
     flat, structure = jax.tree.flatten((args, kwargs))
     where = [i for i, x in enumerate(flat) if is_array(x)]
-    known = [path for path, leaf in leaves.items() if is_array(leaf) or is_qtensor(leaf)]
     out: dict[str, Any] = {}
 
     def flat_fn(weights: list[Any], arrays: list[Any]) -> list[Any]:
@@ -70,18 +70,14 @@ def trace(function: str, fn: Callable[..., Any], params: Any, args: tuple[Any, .
         new_args, new_kwargs = jax.tree.unflatten(structure, values)
         result = fn(jax.tree.unflatten(treedef, filled.values()), *new_args, **new_kwargs)
         results, out["tree"] = jax.tree.flatten(result)
-        out["dynamic"] = [is_array(r) for r in results]
-        out["static"] = [None if d else r for r, d in zip(results, out["dynamic"], strict=True)]
-        return [r for r, d in zip(results, out["dynamic"], strict=True) if d]
+        out["static"] = [None if is_array(r) else r for r in results]  # None is no leaf
+        return [r for r in results if is_array(r)]
 
     arrays = [flat[i] for i in where]
     jaxpr = jax.make_jaxpr(flat_fn)([_abstract(leaves[p]) for p in known], arrays)
 
     def rebuild(outs: list[Any]) -> Any:
-        values, outs = list(out["static"]), list(outs)
-        for i, dynamic in enumerate(out["dynamic"]):
-            if dynamic:
-                values[i] = outs.pop(0)
-        return jax.tree.unflatten(out["tree"], values)
+        arrays = iter(outs)
+        return jax.tree.unflatten(out["tree"], [next(arrays) if r is None else r for r in out["static"]])
 
     return Traced(jaxpr, {p: leaves[p] for p in known}, arrays, rebuild)

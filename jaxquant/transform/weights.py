@@ -217,16 +217,16 @@ class Weight:
         """The parameter's axes that make up the contracted axes of the view; a reason if only a part of one does."""
         inside = {atom.id for i in contracted for atom in self.dims[i]}
         atoms = [atom for dim in self.dims for atom in dim]
-        reduced: set[int] = set()
-        for axis in sorted({a for atom in atoms for a in atom.axes}):
-            parts = [atom for atom in atoms if axis in atom.axes and atom.size > 1]
-            hit = [atom.id in inside for atom in parts]
-            if any(hit) and not all(hit):
+        reduced: list[int] = []
+        for axis in sorted(set[int]().union(*(atom.axes for atom in atoms))):
+            every = [atom for atom in atoms if axis in atom.axes]
+            parts = [atom for atom in every if atom.size > 1]
+            hit = {atom.id in inside for atom in parts or every}
+            if parts and len(hit) == 2:
                 return f"only a part of axis {axis} is contracted"
-            whole = parts or [atom for atom in atoms if axis in atom.axes]
-            if all(atom.id in inside for atom in whole):
-                reduced.add(axis)
-        return tuple(sorted(reduced))
+            if hit == {True}:
+                reduced.append(axis)
+        return tuple(reduced)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import ml_dtypes
 
 from jaxquant.core.affine import quantized_by_itself
+from jaxquant.core.granularity import PerChannel
+from jaxquant.core.observers import AbsMax
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 
@@ -29,8 +31,9 @@ _AT_ONCE = 1 << 12  # elements of a program, where rows are shorter
 def _fits(x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...], apart: bool) -> bool:
     """Whether an array has rows, each with a scale for int8 by its largest magnitude, that a program can hold."""
     del apart
-    plain = QuantSpec("int8", static=spec.static, narrow_range=spec.narrow_range, calibration=spec.calibration)
-    if spec != plain or spec.whole_range or type(spec.observer).__name__ != "AbsMax" or x.dtype == jnp.float64:
+    per_row = spec.qtype == "int8" and spec.symmetric and isinstance(spec.granularity, PerChannel)
+    plain = per_row and spec.scale_dtype is None and spec.rounding == "nearest" and not spec.whole_range
+    if not plain or type(spec.observer) is not AbsMax or x.dtype == jnp.float64:
         return False
     if not all(isinstance(n, int) for n in x.shape) or axes != tuple(range(-len(axes), 0)) or len(axes) >= x.ndim:
         return False
