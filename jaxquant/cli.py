@@ -112,7 +112,7 @@ def _print(columns: Sequence[str], rows: Sequence[Sequence[str]], **options: Any
 @click.option("--deep", is_flag=True, help="Also read the weights, one at a time, and say what each one is.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect_(path: Path, tensors: bool, deep: bool, as_json: bool) -> None:
-    """Say what a checkpoint holds: format, tensors, types, true bytes, problems.
+    """Say what a checkpoint holds: format, types, bytes, problems.
 
     PATH is a Hugging Face directory, a safetensors file or a GGUF file. Headers are read, and one weight of each kind;
     with --deep all weights are.
@@ -127,7 +127,8 @@ def inspect_(path: Path, tensors: bool, deep: bool, as_json: bool) -> None:
     _say(f"{path}: {summary.format}, {len(summary.tensors)} tensors, {in_bytes(summary.nbytes)}")
     _say(f"weights: {schemes}")
     _say(f"{summary.parameters:,} parameters, {8 * summary.nbytes / max(1, summary.parameters):.2f} bits each")
-    _say(f"read by {summary.runs}({str(path)!r})")
+    if not summary.problems:
+        _say(f"read by {summary.runs}({str(path)!r})")
     kinds: dict[str, list[int]] = {}
     for tensor in summary.tensors:
         count = kinds.setdefault(tensor.type, [0, 0])
@@ -167,7 +168,7 @@ _METHODS = ("rtn", "hqq", "gptq")
     type=click.IntRange(-1),
     help="Inputs that share a scale; -1: all of them.  [64 below 8 bits; mlx 64; gguf 32]",
 )
-@click.option("--asymmetric", is_flag=True, help="With zero points (unsigned types).  [awq]")
+@click.option("--asymmetric", is_flag=True, help="With zero points (unsigned types).  [awq: always]")
 @click.option(
     "--scale-dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -320,7 +321,7 @@ def _progress(*, counted: bool = False) -> Iterator[Callable[[int, int, str], No
 )
 @click.option("--architecture", help="With gguf, llama.cpp's name of the model's architecture.  [from the source]")
 def convert(source: Path, destination: Path, format: str, architecture: str | None) -> None:
-    """Write a checkpoint in another layout; no weight is quantized again.
+    """Write a checkpoint in another layout, with the same codes.
 
     Where the other layout has no place for a weight's codes, scales or zero points, it is refused by name, before
     anything is written. Where it cannot say how activations are quantized, a note says so. One tensor at a time is in
@@ -360,7 +361,3 @@ def compare(first: Path, second: Path, as_json: bool) -> None:
 
 main.add_command(commands.generate)
 main.add_command(commands.eval_)
-
-
-if __name__ == "__main__":
-    main()

@@ -109,10 +109,12 @@ def summary(path: Path, *, deep: bool = False) -> Summary:
         problems = []
         found = _Found({}, _numbers(tensors))
     weights: dict[str, str] = {}
-    if kind != "gguf" and name != "float":
+    if kind != "gguf":
         try:
-            found = _one_of_each(_leaves(path, "inspect"))
+            leaves = _leaves(path, "inspect")
+            found = found if name == "float" else _one_of_each(leaves)
         except QuantError as error:
+            name = "an unknown format" if name == "float" else name
             problems.append(str(error))
     if deep and not problems:
         leaves = _leaves(path, "inspect")
@@ -288,6 +290,9 @@ def convert(
     leaves = _leaves(source, "convert")
     act, lost = _activations(leaves, format)
     of_directory = isinstance(leaves, HFLeaves)
+    if of_directory and not leaves.modules and format not in ("gguf", "jaxquant"):
+        todo = "Use jaxquant quantize, which rounds the weights and writes every layout"
+        raise quant_error("convert", "nothing in the source is quantized", todo=todo, path=os.fspath(source))
     ranges = [name for name in leaves.activations if name in leaves] if of_directory else []
     watched = Watched(leaves, 2, progress, without=ranges)
     config = leaves.checkpoint.config if of_directory else {}

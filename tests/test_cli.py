@@ -31,6 +31,11 @@ def test_help_of_demo_names_its_options_and_defaults():
         assert text in result.output
 
 
+def test_it_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "jaxquant", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"jaxquant {jaxquant.__version__}\n", done.stderr
+
+
 def test_version():
     result = invoke("--version")
     assert (result.exit_code, result.output) == (0, f"jaxquant {jaxquant.__version__}\n")

@@ -277,6 +277,22 @@ def test_convert_leaves_out_ranges_that_the_source_does_not_use(tmp_path):
     assert set(jq.io.load_model(tmp_path / "b").params) == {"m.weight"}
 
 
+def test_a_directory_without_its_configuration(source, tmp_path):
+    """Codes without config.json are no float weights: all commands say so, and where."""
+    shutil.copytree(w8a8(tmp_path / "a"), tmp_path / "b", ignore=shutil.ignore_patterns("config.json"))
+    said = "codes, and no configuration that says of which format"
+    inspected = invoke("inspect", tmp_path / "b")
+    assert said in inspected
+    assert "/b: an unknown format, 2 tensors" in inspected
+    assert "read by" not in inspected
+    assert said in invoke("quantize", tmp_path / "b", tmp_path / "c", code=1)
+    assert said in invoke("convert", tmp_path / "b", tmp_path / "c", "--to", "gptq", code=1)
+    output = invoke("convert", source, tmp_path / "c", "--to", "gptq", code=1)
+    assert "nothing in the source is quantized" in output
+    assert "Use jaxquant quantize" in output
+    assert not (tmp_path / "c").exists()
+
+
 def test_convert_needs_a_new_destination(tmp_path):
     for format in ("gguf", "jaxquant", "awq"):
         assert "destination exists" in invoke("convert", GOLDEN / "gptq_w4g64_sym", GOLDEN, "--to", format, code=1)

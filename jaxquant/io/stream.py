@@ -29,6 +29,7 @@ from jaxquant.io.directory import SHARD_BYTES, Layout, Piece, identity, in_shard
 from jaxquant.io.heap import give_back
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
+from jaxquant.io.hf.unclaimed import check_unclaimed
 from jaxquant.io.mapped import Leaves
 from jaxquant.io.rules import Assigned, Assignment, assign
 from jaxquant.io.safetensors import TensorSpec
@@ -215,6 +216,7 @@ class QuantizedLeaves(Leaves):
         if "quantization_config" in checkpoint.config or detect(checkpoint)[0] is not None:
             todo = "Take the float checkpoint, or convert this one"
             raise checkpoint.error("the checkpoint is quantized already", "config.json", todo=todo)
+        check_unclaimed(checkpoint, None, checkpoint.tensors)
         base = method.func if isinstance(method, functools.partial) else method
         nested = [rule for rule in rules if rule.spec and rule.spec.weight and rule.spec.weight.two_level]
         if base is double_quantized or nested:

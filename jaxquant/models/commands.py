@@ -74,6 +74,7 @@ def generate(
         raise click.UsageError("give --prompt TEXT, or --ids N,N,.. where there is no tokenizer")
     if ids and chat:
         raise click.UsageError("--chat needs --prompt")
+    given = [_numbers(text) for text in ids]
     sampling = Sampling(temperature, top_k, top_p, seed)
     with refusals():
         sampling.checked()
@@ -82,7 +83,7 @@ def generate(
         how = {"activations": activations, "cache": "float" if cache == "float" else activations}
         loaded = load(model, dtype=dtype, tokenizer=tokenizer, ignore=ignore, **how)
         _note(str(loaded))
-        rows = [_numbers(text) for text in ids] or _tokens(loaded, prompts, chat)
+        rows = given or _tokens(loaded, prompts, chat)
         times = Times()
         chunks = stream(loaded, rows, tokens=tokens, cache=cache, sampling=sampling, times=times)
         if len(rows) == 1:
@@ -135,7 +136,7 @@ def eval_(
     model: Path, text: Path, reference: Path | None, window: int | None, tokens: int | None, as_json: bool, dtype: str,
     activations: Any, tokenizer: Path | None, ignore: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Measure a model on a text: perplexity, and divergence from another model.
+    """Measure a model on a text: perplexity, and divergence.
 
     MODEL and the reference are Hugging Face directories or GGUF files. The text is cut into windows that do not
     overlap; all tokens of a window but the first are predicted.

@@ -127,6 +127,8 @@ def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[R
         if not hit and not isinstance(rule, Stated):
             weights_seen = [p for p, u in uses.items() if any(use.reduce_axes is not None for use in u)]
             todo = f"Nearest parameters that can be quantized: {nearest(rule.pattern, weights_seen)}"
+            if not weights_seen:
+                todo = "None can be: that takes float arrays that enter a product, a convolution or a lookup"
             left = [f"{f.path} ({f.reason})" for f in floats if rule.matches(f.path)]
             if left:
                 todo = f"It matches only what cannot be quantized: {', '.join(left[:3])}"

@@ -243,15 +243,15 @@ def _check_batches(
     batches: Any, moves: Sequence[str], looks: bool | None, static: bool, method: Any, distillation: Any
 ) -> None:
     """Raises if batches are missing, or nobody would look at them; of a method of the user's own only it can say."""
+    todo = "Pass batches=[x, ...]: each the tuple of fn's further arguments, or one array"
+    todo += "" if batches is None else "; a generator is used up by one pass"
     if distillation is not None:
         if not batches:
-            todo = "Pass batches=[x, ...]: each the tuple of fn's further arguments, or one array"
             raise quant_error(_F, "a model is distilled on batches", todo=todo, batches=batches)
         return
     who = "+".join([*moves, *([getattr(method, "__name__", "the method")] if looks else [])])
     if not batches and (who or static):
         rule = f"{who} looks at inputs" if who else "static activation ranges come from inputs"
-        todo = "Pass batches=[x, ...]: each the tuple of fn's further arguments, or one array"
         raise quant_error(_F, rule, todo=todo, batches=batches)
     if batches is not None and looks is False and not moves and not static:
         todo = "Leave batches out, or use a method that looks at inputs, such as method='gptq', or a static recipe, or "

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
-from jaxquant.core.errors import quant_error
+from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.paths import is_qtensor, leaves_with_paths
 from jaxquant.transform.shardings import explicit_of
 
@@ -46,11 +46,27 @@ def _abstract(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=explicit_of(leaf))
 
 
+def _called(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """A call in words: the arguments' types, and shapes of arrays."""
+
+    def said(x: Any) -> str:
+        if is_array(x):
+            return f"{np.dtype(x.dtype).name if isinstance(x.dtype, np.dtype) else x.dtype}{list(x.shape)}"
+        leaves = jax.tree.leaves(x)
+        if len(leaves) == 1 and leaves[0] is x:
+            return repr(x)[:40]
+        return f"{type(x).__name__} of {len(leaves)} {'leaf' if len(leaves) == 1 else 'leaves'}"
+
+    words = [said(params), *map(said, args), *(f"{name}={said(x)}" for name, x in kwargs.items())]
+    return f"fn({', '.join(words)})"
+
+
 def trace(function: str, fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     """Traces ``fn(params, *args, **kwargs)``.
 
     Arrays among the arguments become inputs; everything else (flags, strings, None, Python numbers) is a constant of
-    the trace, as written. A QTensor is traced as the float array it stands for.
+    the trace, as written. A QTensor is traced as the float array it stands for. An error of the function's own gets a
+    note of how it was called.
     """
     leaves, treedef = leaves_with_paths(params)
     known = [path for path, leaf in leaves.items() if is_array(leaf) or is_qtensor(leaf)]
@@ -68,7 +84,15 @@ def trace(function: str, fn: Callable[..., Any], params: Any, args: tuple[Any, .
         for i, x in zip(where, arrays, strict=True):
             values[i] = x
         new_args, new_kwargs = jax.tree.unflatten(structure, values)
-        result = fn(jax.tree.unflatten(treedef, filled.values()), *new_args, **new_kwargs)
+        try:
+            result = fn(jax.tree.unflatten(treedef, filled.values()), *new_args, **new_kwargs)
+        except QuantError:
+            raise
+        except Exception as error:  # of the user's own function, which does not say how it was called
+            note = f"jaxquant: fn raised this when {function} called it as {_called(params, args, kwargs)}"
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
+            raise
         results, out["tree"] = jax.tree.flatten(result)
         out["static"] = [None if is_array(r) else r for r in results]  # None is no leaf
         return [r for r in results if is_array(r)]

@@ -67,3 +67,29 @@ def test_good_batches():
     for batches in ([X], (X,), iter([X]), [[X]], ((X,),)):
         found = jq.calibrate(fn, PLAN, PARAMS, batches)
         assert jax.tree.all(jax.tree.map(jnp.array_equal, found, expected))
+
+
+def test_an_error_of_the_function_itself_says_how_it_was_called():
+    """A batch of dicts for a function of arrays, and the wrong level of a tree: JAX and Flax speak of their insides."""
+    calls = {
+        "make_plan called it as fn(dict of 1 leaf, dict of 1 leaf)": lambda: jq.quantize_model(
+            fn, PARAMS, recipe="w8a8:static", batches=[{"x": X}]
+        ),
+        "make_plan called it as fn(dict of 1 leaf, float32[4, 8])": lambda: jq.quantize_model(
+            lambda p, x: x @ p["params"]["w"], PARAMS, X, recipe="w8a8"
+        ),
+        "calibrate called it as fn(dict of 1 leaf, float32[4, 7])": lambda: jq.calibrate(
+            fn, PLAN, PARAMS, [X, X[:, :7]]
+        ),
+    }
+    for words, call in calls.items():
+        with pytest.raises((TypeError, KeyError, IndexError, AttributeError)) as error:
+            call()
+        assert [note for note in error.value.__notes__ if note.startswith("jaxquant: fn raised this when")] == [
+            f"jaxquant: fn raised this when {words}"
+        ]
+
+
+def test_parameters_that_no_rule_can_match():
+    with pytest.raises(jq.QuantError, match="None can be: that takes float arrays"):
+        jq.quantize_model(fn, {"w": jnp.ones((8, 8), jnp.int32)}, X, recipe="w8a16")

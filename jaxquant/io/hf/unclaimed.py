@@ -50,11 +50,12 @@ def check_unclaimed(checkpoint: HFCheckpoint, form: Format | None, names: Iterab
             continue
         sibling = scales.get(name) or scales.get(name.removesuffix(".weight"))
         got = {"dtype": spec.dtype.name, "shape": spec.shape}
+        unknown = "codes, and no configuration that says of which format"
         if sibling is not None:
-            rule = "codes without scales under a name of the format"
+            rule = "codes without scales under a name of the format" if form else unknown
             raise checkpoint.error(rule, name, todo=_todo(form), scales=sibling, **got)
         if name.endswith("weight") or _are_codes(checkpoint, name):
-            rule = "codes without scales" if form else "codes, and no configuration that says of which format"
+            rule = "codes without scales" if form else unknown
             raise checkpoint.error(rule, name, todo=_todo(form), **got)
 
 
