@@ -61,6 +61,7 @@ TABLE: tuple[type[Kernel], ...] = (
     gpu_decoded.TritonDecoded,
     gpu_scaled.TritonInt8,
     gpu_scaled.TritonFloat8,
+    tpu_ragged.ByteExperts,
     tpu_ragged.RaggedExperts,
     grouped.ByteSums,
     grouped.ByteValues,

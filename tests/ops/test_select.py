@@ -190,7 +190,11 @@ def problems():
         yield RaggedProduct(codes, experts, None, float32, sizes)
     rows = jax.ShapeDtypeStruct((6, 128), jnp.bfloat16)
     experts = abstract((3, 128, 128), jnp.dtype(jnp.bfloat16), recipes.w8a16().weight, (-2,))
-    yield RaggedProduct(rows, experts, None, jnp.bfloat16, jax.ShapeDtypeStruct((3,), jnp.int32))
+    tables = jax.eval_shape(
+        lambda w: ops.lay_out(w, "tpu"), abstract((3, 128, 128), rows.dtype, jq.QuantSpec("mxfp4"), (-2,))
+    )
+    for stored_experts in (experts, tables):
+        yield RaggedProduct(rows, stored_experts, None, jnp.bfloat16, jax.ShapeDtypeStruct((3,), jnp.int32))
 
 
 @pytest.mark.every

@@ -22,7 +22,16 @@ from jaxquant.ops.kernels.tpu.product import FEW, Groups, Sums, Values, body_for
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 from jaxquant.ops.problem import Kernel, Product
 
-__all__ = ["ByteSums", "ByteValues", "Grouped", "GroupedSums", "GroupedValues", "weight_arrays", "weight_groups"]
+__all__ = [
+    "ByteSums",
+    "ByteValues",
+    "GathersBytes",
+    "Grouped",
+    "GroupedSums",
+    "GroupedValues",
+    "weight_arrays",
+    "weight_groups",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +74,8 @@ class Grouped(Kernel):
         fits = cls.body(groups, (jnp.dtype(jnp.bfloat16),), jnp.float32).fits(rows, k, n)
         return cls(groups, jnp.dtype(dtype)) if n >= BLOCK and fits else None
 
-    @staticmethod
-    def _groups(w: QTensor) -> Groups | None:
+    @classmethod
+    def _groups(cls, w: QTensor) -> Groups | None:
         """The static properties of a weight; None if the kernel does not take it."""
         return weight_groups(w)
 
@@ -116,21 +125,27 @@ class GroupedValues(Grouped):
     body = Values
 
 
-class _Bytewise(Grouped):
-    """Reads 4-bit floats and tables by gathers of bytes, on chips that have them."""
+class GathersBytes(Kernel):
+    """Reads 4-bit floats and tables by gathers of bytes, on chips that are known to have them."""
 
     @classmethod
     def runs_on(cls, target: Target) -> bool:
-        """As for `Kernel`: only on chips that are known to gather bytes."""
+        """As for `Kernel`."""
         return target.platform in cls.platforms and target.chip in GATHER_BYTES
 
     @classmethod
     def _groups(cls, w: QTensor) -> Groups | None:
-        """As for `Grouped`; no entry of a table is rounded both before it is scaled and after."""
         groups = weight_groups(w)
-        if groups is None or groups.decoder.kind not in ("floats4", "table"):
+        return None if groups is None else groups.in_bytes()
+
+
+class _Bytewise(GathersBytes, Grouped):
+    @classmethod
+    def _groups(cls, w: QTensor) -> Groups | None:
+        """As for `Grouped`; no entry of a table is rounded both before it is scaled and after."""
+        groups = super()._groups(w)
+        if groups is None:
             return None
-        groups = dataclasses.replace(groups, decoder=groups.decoder.in_bytes())
         once = cls.body is Sums or groups.decoder.is_exact or (groups.scales_tables and w.offset is None)
         return groups if once else None
 
@@ -172,12 +187,12 @@ def _two_level(scale: Any) -> bool:
 
 
 def _scale(w: QTensor) -> tuple[jax.Array, jax.Array | None]:
-    """Scales by group, 8-bit floats as their patterns, and the factor of all of them."""
+    """Scales by group, 8-bit floats as their patterns, and the factor of all of them, or of those of a column."""
     scale = w.scale
     if _two_level(scale):
         unit = scale_values(scale.scale).astype(jnp.float32)
         codes = scale.stored if scale.qtype == "float8_e4m3fn" else _numbers(scale)
-        return codes, jnp.broadcast_to(unit, (*unit.shape[:-1], w.shape[-1]))
+        return codes, unit
     if isinstance(scale, QTensor):
         return scale_values(scale).astype(jnp.float32), None
     return scale, None

@@ -42,9 +42,11 @@ __all__ = [
     "body_for",
     "dot",
     "grouped_product",
+    "in_blocks",
     "lanes",
     "looped",
     "repeated",
+    "row_of_blocks",
     "rows_of_sums",
     "shape_like",
 ]
@@ -85,6 +87,12 @@ class Groups:
     def scales_tables(self) -> bool:
         """Whether `values` scales tables, and not what it reads from them: with fewer operations, and rounded once."""
         return self.decoder.bytewise and self.size % RUN == 0
+
+    def in_bytes(self) -> Groups | None:
+        """The same, decoded by gathers of bytes; None for codes that are not read from a table so."""
+        if self.decoder.kind not in ("floats4", "table"):
+            return None
+        return dataclasses.replace(self, decoder=self.decoder.in_bytes())
 
 
 def rows_of_sums(rows: int, dtype: Any, groups: Groups) -> int:
@@ -137,7 +145,7 @@ def grouped_product(
       groups: the rest of the weight.
       body: the kernel, as `body_for` chooses it.
       rows: float32 [B, M, 1], factors of the rows of x; None is 1.
-      columns: float32 [B, 1, N], further factors of the columns; None is 1.
+      columns: float32 [B, 1, N] or [B, 1, 1], further factors of the columns; None is 1.
       layer: the index in the stack; None is the first. The kernel reads the layer without a copy.
       result: the dtype of the result.
       interpret: run in Pallas' interpreter.
@@ -150,7 +158,8 @@ def grouped_product(
     m = x.shape[1]
     planes = _planes(m, x.dtype, groups) if body is Sums else (jnp.dtype(jnp.bfloat16),)
     half = body is Sums and m <= 8 and planes == (jnp.dtype(jnp.bfloat16),) and groups.in_block > 1
-    given = {"scale": scale, "zero": zero, "offset": offset, "rows": rows, "columns": columns}
+    further = "all" if columns is not None and columns.shape[2] == 1 else "columns"
+    given = {"scale": scale, "zero": zero, "offset": offset, "rows": rows, further: columns}
     arrays = {name: v for name, v in given.items() if v is not None}
     return body(groups, planes, result, half, interpret)(x, codes, layer, arrays)
 
@@ -185,6 +194,7 @@ class _Body:
         specs = {
             "rows": pl.BlockSpec((None, bm, 1), lambda e, j, i, *at: (e, i, 0)),
             "columns": pl.BlockSpec((None, 1, bn), lambda e, j, i, *at: (e, 0, j)),
+            "all": pl.BlockSpec((None, 1, 1), lambda e, j, i, *at: (e, 0, 0)),
         }
         params: Any = getattr(pltpu, "CompilerParams", None) or getattr(pltpu, "TPUCompilerParams")  # noqa: B009
         return pl.pallas_call(
@@ -212,7 +222,7 @@ class _Body:
         total = self._product(x, codes, of, out.shape, scratch)
         factor = self.groups.decoder.factor if self.summed else 1
         total = total if factor == 1 else total * factor
-        for name in ("rows", "columns"):
+        for name in ("rows", "columns", "all"):
             total = total * of[name][...] if name in of else total
         out[...] = total.astype(out.dtype)
 
@@ -287,7 +297,7 @@ class Sums(_Body):
 
         group, decode, in_block = self.groups, self.groups.decoder, self.groups.in_block
         scales = scratch.pop(0)
-        _in_blocks(of["scale"], group.scale_form, scales)
+        in_blocks(of["scale"], group.scale_form, scales)
         rows, activation = shape[0], x
         if self._prepared:
             activation = scratch[0]
@@ -322,7 +332,7 @@ class Sums(_Body):
                 wide = jnp.sum(given.astype(jnp.float32), axis=1, keepdims=True)
             for p in range(in_block):
                 at = pl.ds(i * in_block + p if group.size <= BLOCK else i * BLOCK // group.size, 1)
-                scale = _rows_of(scales, at)
+                scale = row_of_blocks(scales, at)
                 here = slice(p * planes, (p + 1) * planes)
                 part = sums[here]
                 if shifted:
@@ -365,7 +375,7 @@ class Values(_Body):
 
         @pl.when(pl.program_id(2) == 0)
         def _() -> None:
-            _in_blocks(of["scale"], group.scale_form, scales)
+            in_blocks(of["scale"], group.scale_form, scales)
 
         run = BLOCK // decode.parts
         shared = run // group.in_block < 8  # several groups in a register
@@ -374,7 +384,7 @@ class Values(_Body):
             """Values of the groups of a block, shaped to multiply [parts, groups, rows of both / 8, 8, columns]."""
             first = i * group.in_block if group.size <= BLOCK else i * BLOCK // group.size
             if name == "scale" and not shared:
-                rows = [_rows_of(scales, pl.ds(first + p, 1)) for p in range(group.in_block)]
+                rows = [row_of_blocks(scales, pl.ds(first + p, 1)) for p in range(group.in_block)]
                 return jnp.stack(rows)[None, :, None]
             value = of[name][pl.ds(first, group.in_block), :]
             value = scale_of(value, group.scale_form if name == "scale" else "float32")
@@ -389,7 +399,7 @@ class Values(_Body):
         def real(i: Any) -> jax.Array:
             if group.scales_tables and "offset" not in of:
                 starts = [pl.ds((i * BLOCK + row) // group.size, 1) for row in range(0, BLOCK, RUN)]
-                return decode.scaled(codes[i], [_rows_of(scales, at) for at in starts], interpret=self.interpret)
+                return decode.scaled(codes[i], [row_of_blocks(scales, at) for at in starts], interpret=self.interpret)
             value = decode.numbers(codes[i], jnp.float32, interpret=self.interpret)
             value = value.reshape(decode.parts, 1 if shared else group.in_block, -1, 8, value.shape[1])
             if "zero" in of:
@@ -433,14 +443,14 @@ def lanes(i: Any) -> Any:
     return pl.ds(i * BLOCK if isinstance(i, int) else pl.multiple_of(i * BLOCK, BLOCK), BLOCK)
 
 
-def _in_blocks(scale: Any, form: str, out: Any) -> None:
+def in_blocks(scale: Any, form: str, out: Any) -> None:
     """Writes scales in blocks of 128 columns, from which one load takes a row and repeats it."""
     for j in range(out.shape[0]):
         out[j] = scale_of(scale[:, lanes(j)], form)
 
 
-def _rows_of(blocks: Any, at: Any) -> jax.Array:
-    """A row of the scales that `_in_blocks` wrote, eight times."""
+def row_of_blocks(blocks: Any, at: Any) -> jax.Array:
+    """A row of the scales that `in_blocks` wrote, eight times."""
     return jnp.concatenate([jnp.broadcast_to(blocks[j, at, :], (8, BLOCK)) for j in range(blocks.shape[0])], axis=1)
 
 

@@ -19,19 +19,30 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.core.codec import values_of
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.stack import Layer
 from jaxquant.ops.kernels import dequantized
 from jaxquant.ops.kernels.precision import is_default
 from jaxquant.ops.kernels.ragged import Int8Ragged
-from jaxquant.ops.kernels.tpu.decode import BLOCK, Decoder, scale_of
-from jaxquant.ops.kernels.tpu.grouped import weight_arrays, weight_groups
-from jaxquant.ops.kernels.tpu.product import MEMORY, Groups, dot, lanes, looped, repeated, shape_like
+from jaxquant.ops.kernels.tpu.decode import BLOCK, Decoder, decoder, scale_of
+from jaxquant.ops.kernels.tpu.grouped import GathersBytes, weight_arrays, weight_groups
+from jaxquant.ops.kernels.tpu.product import (
+    MEMORY,
+    Groups,
+    dot,
+    in_blocks,
+    lanes,
+    looped,
+    repeated,
+    row_of_blocks,
+    shape_like,
+)
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 from jaxquant.ops.problem import Kernel, RaggedProduct
 from jaxquant.ops.trained import is_in_training
 
-__all__ = ["RaggedExperts", "Steps", "ragged_product"]
+__all__ = ["ByteExperts", "RaggedExperts", "Steps", "ragged_product"]
 
 _ROWS = 128
 """Rows of a tile, at most: the matrix unit loads weights in the time that it multiplies so many rows."""
@@ -43,13 +54,13 @@ def _tile(rows: int, groups: Groups, result: Any) -> tuple[int, bool]:
     If a block holds several groups, each row is repeated for each of them, so that one product gives the sums of all.
     """
     most = _ROWS // groups.in_block
-    summed = groups.in_block == 1 or rows <= most or result != jnp.bfloat16
+    summed = groups.in_block == 1 or rows <= most or result != jnp.bfloat16 or groups.decoder.parts > 1
     return min(-(-rows // 16) * 16, most if summed else _ROWS), summed
 
 
 @dataclasses.dataclass(frozen=True)
 class RaggedExperts(Kernel):
-    """A ragged product of integer experts, with rows of bfloat16, or of int8 with one scale per row.
+    """A ragged product of experts, with rows of bfloat16, or of int8 or fp8 with one scale per row.
 
     Attributes:
       groups: the static properties of the experts.
@@ -66,22 +77,30 @@ class RaggedExperts(Kernel):
 
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:
-        """As for `Kernel`: stored experts of signed integers with one scale per channel, or integers in groups."""
+        """As for `Kernel`: stored experts in groups, or of signed integers or fp8 with one scale per channel.
+
+        4-bit floats and tables are taken for as many rows as a tile has: for more, XLA decodes an expert once.
+        """
         x, w = problem.x, problem.w
         if is_in_training(w) or not is_default(problem.precision) or not _takes_rows(problem):
             return None
-        if w.type.kind != "int" or w.permutation is not None or w.offset is not None or w.scale.shape[0] != w.shape[0]:
+        if w.permutation is not None or w.offset is not None or w.scale.shape[0] != w.shape[0]:
             return None
         k, n = w.shape[-2:]
         if not all(isinstance(v, int) for v in (*x.shape, *w.shape)) or k % BLOCK or n < BLOCK:
             return None
         if w.split == -2:
-            groups, rows_last = weight_groups(w), False
+            groups, rows_last = cls._groups(w), False
         else:
             groups, rows_last = _whole(w), w.minor == (-2,)
-        if groups is None:
+        if groups is None or (groups.decoder.parts > 1 and x.shape[0] > _ROWS):
             return None
         return cls(groups, rows_last) if _columns(k, n, groups) else None
+
+    @classmethod
+    def _groups(cls, w: QTensor) -> Groups | None:
+        """The static properties of experts in groups; None if the kernel does not take them."""
+        return weight_groups(w)
 
     def run(self, problem: RaggedProduct) -> jax.Array:
         """As for `Kernel`; if XLA partitions the program over several devices, by a product that it partitions."""
@@ -100,9 +119,13 @@ class RaggedExperts(Kernel):
 
     def _undivided(self, problem: RaggedProduct) -> jax.Array:
         x, w, rows = problem.x, problem.w, None
-        if isinstance(x, QTensor):
+        if isinstance(x, QTensor) and x.scale.shape[1] == 1:
             rows = jnp.broadcast_to(scale_values(x.scale).astype(jnp.float32), (x.shape[0], 1))
-            x = x.logical_codes()
+            x = x.logical_codes() if x.type.kind == "int" else values_of(x.logical_codes(), x.type)
+        elif isinstance(x, QTensor):
+            x = x.dequantize(jnp.bfloat16)
+        if self.groups.decoder.kind != "integers":
+            x = x.astype(jnp.bfloat16)
         if w.split is not None:
             arrays = weight_arrays(w)
             columns = arrays.pop("columns")
@@ -117,27 +140,39 @@ class RaggedExperts(Kernel):
         )  # fmt: skip
 
 
+class ByteExperts(GathersBytes, RaggedExperts):
+    """As `RaggedExperts`."""
+
+
 def _takes_rows(problem: RaggedProduct) -> bool:
-    """Whether the activation is bfloat16, or int8 with one scale per row."""
+    """Whether the activation is bfloat16, int8 with one scale per row, or a float that is exact in bfloat16."""
     x = problem.x
     if not isinstance(x, QTensor):
         return problem.dtype == jnp.bfloat16
-    plain = x.type.kind == "int" and x.type.signed and x.symmetric and x.permutation is None and x.scale.shape[1] == 1
-    return plain and (problem.w.split is not None or Int8Ragged.takes(problem) is not None)
+    plain = x.type.signed and x.symmetric and x.permutation is None
+    if x.type.kind != "int":
+        alone = x.scale.shape[1] == 1 or x.type.scale_format == "e8m0"
+        return plain and alone and x.type.kind == "float" and problem.w.type.kind != "int"
+    plain = plain and x.scale.shape[1] == 1
+    exact = problem.w.split is not None or problem.w.type.kind != "int"
+    return plain and (exact or Int8Ragged.takes(problem) is not None)
 
 
 def _whole(w: QTensor) -> Groups | None:
     """The static properties of signed experts with one scale per channel; None for others."""
     plain = w.symmetric and w.type.signed and w.split is None and w.scale.shape[1:] == (1, w.shape[2])
+    native = w.type.kind == "float" and w.kept.dtype == jnp.dtype(w.type.element or "int8")
+    if plain and native and w.minor in ((), (-2,)):
+        return Groups(w.shape[1], decoder(w.type))
     stored = (w.in_int4 and w.minor == ()) or (w.kept.dtype == jnp.int8 and w.minor in ((), (-2,)))
-    return Groups(w.shape[1], Decoder("integers")) if plain and stored else None
+    return Groups(w.shape[1], Decoder("integers")) if plain and stored and w.type.kind == "int" else None
 
 
 def _columns(k: int, n: int, groups: Groups) -> int:
     """Columns of a block: as many as fit in memory twice, with sums of a tile; 0 if none fit."""
     most = -(-n // BLOCK) * BLOCK
     for bn in (1024, 512, 256, 128):
-        if (2 * k + 8 * k // groups.size + 16 * _ROWS) * min(bn, most) + 4 * _ROWS * k <= MEMORY // 2:
+        if (2 * k + 12 * k // groups.size + 16 * _ROWS) * min(bn, most) + 4 * _ROWS * k <= MEMORY // 2:
             return min(bn, most)
     return 0
 
@@ -205,7 +240,7 @@ def ragged_product(
       groups: the rest of the experts.
       rows_last: whether codes are [L E, N, K].
       rows: float32 [M, 1], factors of the rows of x; None is 1.
-      columns: float32 [E, 1, N], further factors of the columns; None is 1.
+      columns: float32 [E, 1, N] or [E, 1, 1], further factors of the columns; None is 1.
       layer: the index in the stack; None is the first. The kernel reads the layer without a copy.
       result: the dtype of the result.
       interpret: run in Pallas' interpreter.
@@ -217,8 +252,9 @@ def ragged_product(
     from jax.experimental.pallas import tpu as pltpu
 
     (m, k), n, experts = x.shape, scale.shape[-1], sizes.shape[0]
+    x = _in_order(x, groups.decoder.parts)
     (bm, summed), bn = _tile(m, groups, result), _columns(k, n, groups)
-    steps = Steps.of(sizes, m, bm)
+    steps, by_block = Steps.of(sizes, m, bm), summed and codes.ndim == 4
     first = jnp.zeros(1, jnp.int32) if layer is None else jnp.reshape(layer * experts, 1).astype(jnp.int32)
     given = {"scale": scale, "zero": zero, "columns": columns, "rows": rows}
     arrays = {name: v for name, v in given.items() if v is not None}
@@ -228,14 +264,16 @@ def ragged_product(
         return (at, j, 0) if rows_last else (at, *(0,) * (codes.ndim - 2), j)
 
     def of(v: jax.Array) -> Any:
-        return pl.BlockSpec((None, v.shape[1], bn), lambda j, t, first, expert, *_: (expert[t], 0, j))
+        one = v.shape[2] == 1 < n
+        block = (None, v.shape[1], 1 if one else bn)
+        return pl.BlockSpec(block, lambda j, t, first, expert, *_: (expert[t], 0, 0 if one else j))
 
     specs = {name: of(v) for name, v in arrays.items() if name != "rows"}
     specs["rows"] = pl.BlockSpec((bm, 1), lambda j, t, first, expert, tile, *_: (tile[t], 0))
     block = (None, bn, k) if rows_last else (None, *codes.shape[1:-1], bn)
     params: Any = getattr(pltpu, "CompilerParams", None) or getattr(pltpu, "TPUCompilerParams")  # noqa: B009
     return pl.pallas_call(
-        functools.partial(_kernel, names=tuple(arrays), groups=groups, summed=summed, rows_last=rows_last),
+        functools.partial(_kernel, tuple(arrays), groups, summed, rows_last, interpret),
         out_shape=shape_like(x, (m, n), result),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1 + len(steps),
@@ -246,6 +284,7 @@ def ragged_product(
                 *(specs[name] for name in arrays),
             ],
             out_specs=pl.BlockSpec((bm, bn), lambda j, t, first, expert, tile, *_: (tile[t], j)),
+            scratch_shapes=[pltpu.VMEM((bn // BLOCK, scale.shape[1], BLOCK), jnp.float32)] if by_block else [],
         ),
         interpret=interpret,
         compiler_params=None if interpret else params(vmem_limit_bytes=MEMORY + (8 << 20)),
@@ -253,12 +292,22 @@ def ragged_product(
     )(first, *steps, x, codes, *arrays.values())
 
 
-def _kernel(first: Any, *refs: Any, names: tuple[str, ...], groups: Groups, summed: bool, rows_last: bool) -> None:
+def _in_order(x: jax.Array, parts: int) -> jax.Array:
+    """Each 128 elements of rows in the order of decoded codes, `Decoder.parts`."""
+    if parts == 1:
+        return x
+    return jnp.swapaxes(x.reshape(x.shape[0], -1, BLOCK // parts, parts), 2, 3).reshape(x.shape)
+
+
+def _kernel(
+    names: tuple[str, ...], groups: Groups, summed: bool, rows_last: bool, interpret: bool, first: Any, *refs: Any
+) -> None:
     from jax.experimental import pallas as pl
 
     del first
-    steps, (x, codes, *rest, out) = Steps(*refs[:5]), refs[5:]
-    of, t = dict(zip(names, rest, strict=True)), pl.program_id(1)
+    numbers = functools.partial(groups.decoder.numbers, interpret=interpret)
+    steps, (x, codes, *rest) = Steps(*refs[:5]), refs[5:]
+    of, (out, *scratch), t = dict(zip(names, rest, strict=False)), rest[len(names) :], pl.program_id(1)
     tile, start, end = steps.tile[t], steps.start[t], steps.end[t]
 
     @pl.when((t == 0) | (tile != steps.tile[jnp.maximum(t - 1, 0)]))
@@ -268,30 +317,34 @@ def _kernel(first: Any, *refs: Any, names: tuple[str, ...], groups: Groups, summ
     @pl.when((t < steps.count[0]) & (end > start))
     def _() -> None:
         if codes.ndim == 2:
-            total = _whole_sums(x, codes, of, rows_last=rows_last)
+            total = _whole_sums(x, codes, of, numbers, rows_last=rows_last)
+        elif summed:
+            in_blocks(of["scale"], groups.scale_form, scratch[0])
+            total = _block_sums(x, codes, of | {"scale": scratch[0]}, groups, numbers)
         else:
-            total = (_block_sums if summed else _values)(x, codes, of, groups)
+            total = _values(x, codes, of, groups, numbers)
+        total = total if groups.decoder.factor == 1 else total * groups.decoder.factor
         for name in ("rows", "columns"):
             total = total * of[name][...] if name in of else total
         row = tile * out.shape[0] + lax.broadcasted_iota(jnp.int32, out.shape, 0)
         out[...] = jnp.where((row >= start) & (row < end), total.astype(out.dtype), out[...])
 
 
-def _whole_sums(x: Any, codes: Any, of: dict[str, Any], *, rows_last: bool) -> jax.Array:
+def _whole_sums(x: Any, codes: Any, of: dict[str, Any], numbers: Any, *, rows_last: bool) -> jax.Array:
     """One product of codes, scaled."""
     sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    numbers = ((1,), (1 if rows_last else 0,)), ((), ())
+    axes = ((1,), (1 if rows_last else 0,)), ((), ())
 
     def step(i: Any, total: jax.Array) -> jax.Array:
-        w = (codes[:, lanes(i)] if rows_last else codes[lanes(i), :]).astype(x.dtype)
-        return total + lax.dot_general(x[:, lanes(i)], w, numbers, preferred_element_type=sums)
+        w = numbers(codes[:, lanes(i)] if rows_last else codes[lanes(i), :], x.dtype)
+        return total + lax.dot_general(x[:, lanes(i)], w, axes, preferred_element_type=sums)
 
     shape = x.shape[0], of["scale"].shape[1]
     total = looped(x.shape[1] // BLOCK, step, jnp.zeros(shape, sums))
     return total.astype(jnp.float32) * of["scale"][...]
 
 
-def _block_sums(x: Any, codes: Any, of: dict[str, Any], groups: Groups) -> jax.Array:
+def _block_sums(x: Any, codes: Any, of: dict[str, Any], groups: Groups, numbers: Any) -> jax.Array:
     """A product of codes for each block, whose sums are scaled: exact in int8 and bfloat16."""
     from jax.experimental import pallas as pl
 
@@ -299,7 +352,7 @@ def _block_sums(x: Any, codes: Any, of: dict[str, Any], groups: Groups) -> jax.A
 
     def step(i: Any, total: jax.Array) -> jax.Array:
         rows = repeated(x[:, lanes(i)], groups, tile).astype(x.dtype)
-        sums = dot(rows, groups.decoder.numbers(codes[i], rows.dtype)).astype(jnp.float32)
+        sums = dot(rows, numbers(codes[i], rows.dtype)).astype(jnp.float32)
         wide = jnp.sum(rows.astype(jnp.float32), axis=1, keepdims=True) if shift or "zero" in of else None
         for p in range(groups.in_block):
             at = pl.ds(i * groups.in_block + p if groups.size <= BLOCK else i * BLOCK // groups.size, 1)
@@ -307,13 +360,14 @@ def _block_sums(x: Any, codes: Any, of: dict[str, Any], groups: Groups) -> jax.A
             if wide is not None:
                 zero = of["zero"][at, :].astype(jnp.float32) if "zero" in of else 0.0
                 part = part - wide[p * tile : (p + 1) * tile] * (zero - shift)
-            total = total + part * scale_of(of["scale"][at, :], groups.scale_form)
+            scale = row_of_blocks(of["scale"], at)
+            total = total + (part.reshape(-1, 8, part.shape[1]) * scale[None]).reshape(part.shape)
         return total
 
     return looped(codes.shape[0], step, jnp.zeros((x.shape[0], codes.shape[2]), jnp.float32))
 
 
-def _values(x: Any, codes: Any, of: dict[str, Any], groups: Groups) -> jax.Array:
+def _values(x: Any, codes: Any, of: dict[str, Any], groups: Groups, numbers: Any) -> jax.Array:
     """A product of values in bfloat16 for each block, which has several groups."""
     from jax.experimental import pallas as pl
 
@@ -322,7 +376,7 @@ def _values(x: Any, codes: Any, of: dict[str, Any], groups: Groups) -> jax.Array
         return scale_of(value, groups.scale_form if name == "scale" else "float32")[:, None, :]
 
     def step(i: Any, total: jax.Array) -> jax.Array:
-        value = groups.decoder.numbers(codes[i], jnp.float32).astype(jnp.float32)
+        value = numbers(codes[i], jnp.float32).astype(jnp.float32)
         value = value.reshape(groups.in_block, groups.size, -1)
         value = value - (by_row("zero", i) - groups.decoder.shift) if "zero" in of else value + groups.decoder.shift
         value = (value * by_row("scale", i)).reshape(BLOCK, -1).astype(jnp.bfloat16)
