@@ -18,6 +18,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.core import affine
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.packing import packed_length
 from jaxquant.core.paths import key_of
@@ -28,6 +29,7 @@ from jaxquant.io.patterns import NAMELESS, pattern_spec
 from jaxquant.io.safetensors import DTYPES, SafetensorsFile, TensorSpec, is_shape
 
 __all__ = [
+    "DAMAGED",
     "MAX_DEPTH",
     "Encoder",
     "SavedArray",
@@ -38,6 +40,9 @@ __all__ = [
     "not_finite",
     "stored_spec",
 ]
+
+DAMAGED = "The file is damaged: fetch it or save it again"
+"""The remedy for values that `check_values` refuses in a file."""
 
 #: The deepest nesting of containers, counting a QTensor in the place of a scale. Deeper trees are mistakes (a list that
 #: holds itself) or attacks on the stack.
@@ -142,16 +147,17 @@ def check_values(q: QTensor, error: Callable[..., QuantError], *, todo: str) -> 
         if numbers is not None and (bad := not_finite(numbers)):
             raise error(f"{what} must be finite", todo=todo, bad=bad, weight=repr(q))
     if q.permutation is not None:
-        axis = q.stored_order[-1]
-        order = np.moveaxis(np.sort(to_host(q.permutation), axis), axis, -1)
-        if (order != np.arange(order.shape[-1])).any():
+        axis, numpy = q.stored_order[-1], jnp if isinstance(q.permutation, jax.Array) else np
+        order = numpy.moveaxis(numpy.sort(q.permutation, axis), axis, -1)
+        if bool(numpy.any(order != numpy.broadcast_to(numpy.arange(order.shape[-1]), order.shape))):
             raise error("a permutation must have each position once", todo=todo, weight=repr(q))
 
 
 def not_finite(x: Any) -> int:
-    """The number of elements of an array that are NaN or infinite."""
-    floats = jnp.issubdtype(x.dtype, jnp.floating)
-    return int(np.count_nonzero(~np.isfinite(to_host(x)))) if floats else 0
+    """The number of elements of an array that are NaN or infinite; a large one on devices is looked at there."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return 0
+    return affine.not_finite(x) if isinstance(x, jax.Array) else int(np.count_nonzero(~np.isfinite(to_host(x))))
 
 
 # -- to nodes ----------------------------------------------------------------------------------------------------------

@@ -49,7 +49,17 @@ from jaxquant.core.errors import QuantError, printable, quant_error
 from jaxquant.core.paths import is_qtensor
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.arrays import to_device, to_host
-from jaxquant.io.manifest import MAX_DEPTH, Encoder, SavedArray, check_values, decode, encode, not_finite, stored_spec
+from jaxquant.io.manifest import (
+    DAMAGED,
+    MAX_DEPTH,
+    Encoder,
+    SavedArray,
+    check_values,
+    decode,
+    encode,
+    not_finite,
+    stored_spec,
+)
 from jaxquant.io.mapped import Leaves
 from jaxquant.io.patterns import NAMELESS, from_patterns, to_patterns
 from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_parts, write_safetensors
@@ -71,7 +81,6 @@ __all__ = [
 
 _KEY = "jaxquant"
 _VERSION = 1
-_DAMAGED = "The file is damaged: fetch it or save it again"
 
 
 class SavedMetadata(NamedTuple):
@@ -292,7 +301,7 @@ class _File(SafetensorsFile):
         read = jax.tree.map(self._array, saved)
         if isinstance(read, QTensor):
             name = saved.codes.name.removesuffix(".codes")
-            check_values(read, lambda rule, **got: self.error(rule, name, **got), todo=_DAMAGED)
+            check_values(read, lambda rule, **got: self.error(rule, name, **got), todo=DAMAGED)
         return read
 
     def _array(self, entry: SavedArray) -> np.ndarray:
@@ -310,7 +319,7 @@ class _File(SafetensorsFile):
         """The state; None if there is none."""
         for saved in jax.tree.leaves(self._state):
             if bad := not_finite(self._array(saved)):
-                raise self.error("state must be finite", saved.name, todo=_DAMAGED, bad=bad)
+                raise self.error("state must be finite", saved.name, todo=DAMAGED, bad=bad)
         return self.read(self._state)
 
     def runs_otherwise(self) -> bool:

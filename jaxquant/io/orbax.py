@@ -8,6 +8,7 @@ fp8 element by element, on their own devices, others packed.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -18,7 +19,9 @@ import numpy as np
 from jax import lax
 
 from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.io.manifest import SavedArray, decode, encode, stored_spec
+from jaxquant.core.paths import is_qtensor
+from jaxquant.core.qtensor import QTensor
+from jaxquant.io.manifest import DAMAGED, SavedArray, check_values, decode, encode, stored_spec
 from jaxquant.io.patterns import NAMELESS, from_patterns, to_patterns
 from jaxquant.io.safetensors import DTYPES, TensorSpec, is_shape
 
@@ -84,7 +87,8 @@ def load_orbax(directory: str | os.PathLike[str], *, shardings: Any = None) -> A
       The tree; arrays of 64-bit dtypes as NumPy arrays where JAX would halve their width.
 
     Raises:
-      QuantError: if there is no manifest, it contradicts itself or the arrays, or Orbax is not installed.
+      QuantError: if there is no manifest, it contradicts itself or the arrays, scales or codes are NaN or infinite,
+        or Orbax is not installed.
     """
     library = _library()
     place = os.path.abspath(directory)
@@ -106,7 +110,15 @@ def load_orbax(directory: str | os.PathLike[str], *, shardings: Any = None) -> A
                 arrays=library.args.StandardRestore(wanted or {"none": jax.ShapeDtypeStruct((1,), jnp.float32)})
             ),
         ).arrays
-    return jax.tree.map(lambda saved: _value(restored[source.keys[saved.name]], source.specs[saved.name]), tree)
+
+    def one(leaf: Any) -> Any:
+        value = jax.tree.map(lambda saved: _value(restored[source.keys[saved.name]], source.specs[saved.name]), leaf)
+        if isinstance(value, QTensor):
+            name = leaf.codes.name.removesuffix(".codes")
+            check_values(value, functools.partial(source.error, name=name), todo=DAMAGED)
+        return value
+
+    return jax.tree.map(one, tree, is_leaf=is_qtensor)
 
 
 class _Arrays:
@@ -128,7 +140,7 @@ class _Arrays:
         self.tensors = {name: stored_spec(spec) for name, spec in self.specs.items()}
         self.stored = {name: _held_spec(spec) for name, spec in self.specs.items()}
 
-    def error(self, rule: str, name: str | None = None, /, *, todo: str, **got: Any) -> QuantError:
+    def error(self, rule: str, name: str | None = None, *, todo: str, **got: Any) -> QuantError:
         place = self.path if name is None else f"{self.path}, {name[:200]!r}"
         return quant_error("load_orbax", rule, todo=todo, path=place, **got)
 

@@ -67,3 +67,21 @@ def test_a_manifest_that_lies_is_refused(tmp_path):
         file.write_text(text.replace(old, new))
         with pytest.raises(QuantError):
             jq.io.load_orbax(tmp_path / "step")
+
+
+@pytest.mark.parametrize(
+    "qtype, field, message",
+    [
+        ("int8", "scale", "scales must be finite; got bad=1"),
+        ("float8_e4m3fn", "codes", "the codes of a weight must be"),
+    ],
+)
+def test_values_are_checked(tmp_path, monkeypatch, qtype, field, message):
+    q = quantized(qtype)
+    broken = q.replace(**{field: getattr(q, field).at[2, 0].set(jnp.nan)})
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr("jaxquant.io.manifest.check_values", lambda *args, **given: None)
+        jq.io.save_orbax(tmp_path / "step", {"layer": {"w": broken}})
+    with pytest.raises(QuantError, match=message) as error:
+        jq.io.load_orbax(tmp_path / "step")
+    assert "layer/w" in str(error.value)
