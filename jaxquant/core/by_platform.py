@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 
 import jax
 import jax.core
@@ -20,7 +21,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
-__all__ = ["Platform", "Target", "Ways", "by_platform", "unmapped"]
+__all__ = ["Platform", "Target", "Ways", "by_platform", "run_program", "unmapped"]
+
+T = TypeVar("T")
 
 Platform = Literal["cpu", "tpu", "cuda", "other"]
 """Platforms that a program is lowered for."""
@@ -158,11 +161,41 @@ def _compiled(*arrays: Any, ways: _Flat | _Batched, results: Any) -> list[Any]:
     return _bound(*arrays, ways=ways, results=results, needs_devices=_needs_devices())
 
 
+_running: ContextVar[bool] = ContextVar("_running", default=False)
+
+
+def run_program(program: Callable[[], T], uncompiled: Callable[[], T]) -> T:
+    """The result of a compiled program that stands for an operation.
+
+    Where ``jax_debug_nans`` finds a NaN in the results of a program, JAX calls its function again without compiling it,
+    to see which operation made the NaN. That call ends here too, and must not run the program once more.
+    """
+    config = cast(Any, jax.config)
+    if _running.get() and (config.jax_debug_nans or config.jax_debug_infs):
+        return uncompiled()
+    token = _running.set(True)
+    try:
+        with jax.disable_jit(False):  # an operation is compiled, as each of XLA's own is
+            return program()
+    finally:
+        _running.reset(token)
+
+
 @_p.def_impl
 def _run(*arrays: Any, ways: _Flat | _Batched, results: Any, needs_devices: Any) -> list[Any]:
     del needs_devices
-    with jax.disable_jit(False):
-        return cast(list[Any], _compiled(*arrays, ways=ways, results=results))
+    return run_program(
+        lambda: cast(list[Any], _compiled(*arrays, ways=ways, results=results)),
+        lambda: ways.on(_target_of(arrays), *arrays),
+    )
+
+
+def _target_of(arrays: Any) -> Target:
+    """The device of concrete arrays; the default device if they are NumPy's."""
+    held = [device for x in arrays if isinstance(x, jax.Array) for device in x.devices()]
+    device = cast(Any, held or jax.devices())[0]
+    name = {"gpu": "cuda"}.get(device.platform, device.platform)
+    return Target(cast(Platform, name) if name in get_args(Platform) else "other", device.device_kind)
 
 
 @_p.def_abstract_eval

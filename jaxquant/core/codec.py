@@ -85,7 +85,7 @@ def round_to_grid(v: jax.Array, qtype: QType, noise: jax.Array | None = None) ->
         out = jnp.asarray(grid, v.dtype).at[_nearest_of(v, qtype)].get(mode="promise_in_bounds")
     elif noise is None:
         out = jnp.full_like(v, grid[0])
-        for middle, value in zip(middles, grid[1:], strict=True):
+        for middle, value in zip(middles.astype(v.dtype), grid[1:], strict=True):
             out = jnp.where(v > middle, jnp.asarray(value, v.dtype), out)
     else:
         out = jnp.full_like(v, grid[0])
@@ -153,7 +153,7 @@ def codes_of(values: jax.Array, qtype: QType) -> jax.Array:
     if qtype.kind == "int" or (qtype.kind == "float" and not qtype.packed):
         return values.astype(qtype.code_dtype)
     if qtype.kind == "float":  # 4-bit floats: sign bit, then the rank of the magnitude
-        magnitudes = values_of(jnp.arange(8, dtype=jnp.uint8), qtype)
+        magnitudes = values_of(jnp.arange(8, dtype=jnp.uint8), qtype, values.dtype)
         rank = sum((jnp.abs(values) >= magnitudes[k]).astype(jnp.uint8) for k in range(1, 8))
         return rank + jnp.where(jnp.signbit(values), jnp.uint8(8), jnp.uint8(0))
     grid, _, code = _table_order(qtype)
@@ -161,7 +161,7 @@ def codes_of(values: jax.Array, qtype: QType) -> jax.Array:
         return jnp.asarray(code).at[_nearest_of(values, qtype)].get(mode="promise_in_bounds")
     out = jnp.full(values.shape, code[0], jnp.uint8)
     for k in range(1, len(grid)):
-        out = jnp.where(values >= grid[k], code[k], out)
+        out = jnp.where(values >= grid[k].astype(values.dtype), code[k], out)
     return out
 
 

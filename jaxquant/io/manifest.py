@@ -147,7 +147,8 @@ def check_values(q: QTensor, error: Callable[..., QuantError], *, todo: str) -> 
         if numbers is not None and (bad := not_finite(numbers)):
             raise error(f"{what} must be finite", todo=todo, bad=bad, weight=repr(q))
     if q.permutation is not None:
-        axis, numpy = q.stored_order[-1], jnp if isinstance(q.permutation, jax.Array) else np
+        axis = q.stored_order[-1]
+        numpy: Any = jnp if isinstance(q.permutation, jax.Array) else np
         order = numpy.moveaxis(numpy.sort(q.permutation, axis), axis, -1)
         if bool(numpy.any(order != numpy.broadcast_to(numpy.arange(order.shape[-1]), order.shape))):
             raise error("a permutation must have each position once", todo=todo, weight=repr(q))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from double_precision import double_precision
 from jax import lax
+from jax_settings import makes_nan
 from ops_reference import INTEGER, WEIGHT_ONLY, error, quantized, real, slow_but, spec_of, unequal
 
 from jaxquant import OpSpec, QuantSpec, ops, recipes
@@ -220,6 +221,7 @@ def test_float64():
         assert conv_error(conv(x, q, "same", spec=recipes.w8a8()), left, real(q), "same") <= INTEGER
 
 
+@makes_nan
 def test_images_stay_alone():
     x = unequal(18, (3, 6, 5, 3))
     k = quantized(unequal(19, (3, 3, 3, 4)), spec_of("int8"), (0, 1, 2))

@@ -1,9 +1,12 @@
 """Settings of JAX that forbid something: implicit promotion of dtypes, and NaN anywhere on the way."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from double_precision import double_precision
 from flax import nnx
 from ops_reference import MATMUL, unequal
 
@@ -44,6 +47,20 @@ def test_strict_promotion_of_one_array(calibration):
             assert jax.eval_shape(jax.grad(lambda x: jq.fake_quant(x, spec, reduce_axes=-1).sum()), x).dtype == dtype
 
 
+def test_strict_promotion_in_64_bits():
+    """Tables and 4-bit floats in float64; a product whose zero points lie along what is summed, as a CPU runs it."""
+    x = jax.ShapeDtypeStruct((4, 64), np.float64)
+    with jax.numpy_dtype_promotion("strict"), double_precision():
+        for spec in (QuantSpec("nf4"), QuantSpec("float4_e2m1fn")):
+            values = jax.eval_shape(lambda x, spec=spec: jq.quantize(x, spec, reduce_axes=-1).dequantize(), x)
+            assert values.dtype == np.float64
+        x, w = unequal(0, (4, 64)), unequal(1, (64, 8))
+        q = jq.quantize(w, QuantSpec("int4", symmetric=False), reduce_axes=-1)
+        found = ops.dot_general(x, q, MATMUL)
+        assert found.dtype == np.float32
+    np.testing.assert_allclose(found, np.asarray(x) @ q.dequantize(), atol=1e-4 * np.abs(x).sum(1).max())
+
+
 @pytest.mark.parametrize("scale_dtype", [jnp.bfloat16, jnp.float16])
 def test_scales_in_a_narrow_dtype(scale_dtype):
     """The gradient ends at the last code, and not at a product that the narrow dtype has rounded."""
@@ -59,7 +76,7 @@ def test_scales_in_a_narrow_dtype(scale_dtype):
 def test_a_kernel_runs_where_functions_are_not_compiled():
     """The choice between a kernel and what XLA partitions is an operation, compiled as XLA's own are."""
     with jax.disable_jit():
-        found = if_undivided(lambda x: x + 1, lambda x: x - 1, jnp.ones(3))
+        found = if_undivided(lambda x, device: x + 1, lambda x: x - 1, jnp.ones(3))
     np.testing.assert_array_equal(found, [2, 2, 2])
 
 
@@ -71,6 +88,16 @@ def test_no_nan_on_the_way(zero):
     with jax.debug_nans(True):
         found = jax.grad(lambda w: ops.dot_general(x, w, MATMUL, spec=WITH_GRAD).sum())(w)
     assert np.all(np.isfinite(found))
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_a_nan_on_the_way(rows):
+    """JAX's own error, which names an operation: it runs a program again that returned a NaN, without compiling it."""
+    x, w = unequal(0, (rows, 64)).at[1, 2].set(np.nan), jq.quantize(unequal(1, (64, 8)), INT8, reduce_axes=-2)
+    product = functools.partial(ops.dot_general, dimension_numbers=MATMUL, spec=recipes.w8a8())
+    for fn in (lambda: product(x, w), lambda: jq.fake_quant(x, INT8, reduce_axes=-1)):
+        with jax.debug_nans(True), pytest.raises(FloatingPointError, match="encountered in"):
+            fn()
 
 
 def test_no_nan_of_its_own():

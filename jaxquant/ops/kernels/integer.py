@@ -74,7 +74,7 @@ def _corrected(lhs: jax.Array, rhs: Matrix, lz: jax.Array | None, rz: jax.Array 
     """
     out = sums(lhs, rhs)
     if rz is not None and rz.shape[2] > 1:
-        return out - jnp.sum(lhs.astype(rz.dtype) * rz, axis=2, keepdims=True)
+        return out - jnp.sum(lhs.astype(rz.dtype) * rz, axis=2, keepdims=True, dtype=jnp.int32)
     if rz is not None:
         rz = jnp.swapaxes(rz, 1, 2)
         out = out - rz * jnp.sum(lhs, axis=2, dtype=jnp.int32)[:, :, None]

@@ -16,6 +16,8 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from jaxquant.core.by_platform import run_program
+
 __all__ = ["if_undivided"]
 
 Function = Callable[..., Any]
@@ -62,8 +64,9 @@ def _shapes(*arrays: Any, kernel: Function, divided: Function, shapes: tuple[Any
 
 @_choice_p.def_impl
 def _run(*arrays: Any, **how: Any) -> Any:
-    with jax.disable_jit(False):  # an operation is compiled, as each of XLA's own is
-        return jax.jit(lambda *arrays: _choice_p.bind(*arrays, **how))(*arrays)
+    return run_program(
+        lambda: jax.jit(lambda *arrays: _choice_p.bind(*arrays, **how))(*arrays), lambda: how["divided"](*arrays)
+    )
 
 
 def _batch(arrays: Any, axes: Any, *, kernel: Function, divided: Function, shapes: tuple[Any, ...]) -> Any:
