@@ -9,6 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax_settings import makes_nan
 
 import jaxquant as jq
 from jaxquant import ops, recipes
@@ -265,6 +266,7 @@ def test_sharded(monkeypatch: pytest.MonkeyPatch):
     assert_close(lowered.compile()(x, placed.stored, placed.scale), x, w, exact=False, rounded=False)
 
 
+@makes_nan
 @pytest.mark.parametrize("qtype", ["float8_e4m3fn", "float8_e5m2"])
 def test_every_code_of_fp8(qtype: str):
     """-0, subnormal numbers, infinities and NaN too, from bytes and from the dtype itself."""
@@ -289,6 +291,7 @@ def test_gradients_are_those_of_the_float_product():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(np.max(np.abs(want))))
 
 
+@makes_nan
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_codes_and_scales_in_one_pass(dtype: Any):
     """To the bit what `quantize` finds: zeros, infinities, the least numbers, ties, and a NaN that stays visible."""
