@@ -76,7 +76,7 @@ def test_scales_in_a_narrow_dtype(scale_dtype):
 def test_a_kernel_runs_where_functions_are_not_compiled():
     """The choice between a kernel and what XLA partitions is an operation, compiled as XLA's own are."""
     with jax.disable_jit():
-        found = if_undivided(lambda x, device: x + 1, lambda x: x - 1, jnp.ones(3))
+        found = if_undivided(lambda x: x + 1, lambda x: x - 1, jnp.ones(3))
     np.testing.assert_array_equal(found, [2, 2, 2])
 
 
