@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxquant.core.errors import quant_error
-from jaxquant.io.hf.model import Floating, HFModel, load_hf_model
+from jaxquant.io.hf.model import Activations, Floating, HFModel, load_hf_model
 from jaxquant.io.hf.names import NameMap
 from jaxquant.io.native import SavedModel, load_native_model
 from jaxquant.io.sharded import located
@@ -26,7 +26,7 @@ def load_model(
     names: NameMap | None = None,
     dtype: Any = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
-    activations: Floating = "saved",
+    activations: Activations = "saved",
     cache: Floating = "saved",
 ) -> SavedModel | HFModel:
     """Reads a model with its plan and state: run it by ``jq.quantized(fn, model)(model.params, ...)``.
@@ -40,7 +40,8 @@ def load_model(
       like: for a file, a template for the params, as for `load`.
       target: as for `load` and `load_hf`.
       names, dtype, shapes: for a directory, as for `load_hf`.
-      activations: for a directory, ``"float"`` leaves the plan out, so that only weights are quantized.
+      activations: for a directory, ``"float"`` leaves the plan out, so that only weights are quantized; ``"inputs"``
+        leaves out that outputs of weights are rounded, which cannot be run.
       cache: for a directory, ``"float"`` leaves out the quantization of keys and values, which a plan cannot express.
         `jaxquant.models.load` runs such a checkpoint with its quantized cache.
 

@@ -37,8 +37,9 @@ def _of_models(command: Callable[..., None]) -> Callable[..., None]:
                      "is not known and leaves the result as it is."),
         click.option("--tokenizer", type=click.Path(file_okay=False, path_type=Path), help="Directory of another "
                      "tokenizer.json."),
-        click.option("--activations", type=click.Choice(["saved", "float"]), default="saved", show_default=True,
-                     help="As the checkpoint says (W8A8, fp8, keys and values), or all in --dtype."),
+        click.option("--activations", type=click.Choice(["saved", "inputs", "float"]), default="saved",
+                     show_default=True, help="As the checkpoint says (W8A8, fp8, keys and values); without its "
+                     "rounding of outputs; or all in --dtype."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
                      show_default=True, help="Of activations and float weights."),
         click.argument("model", type=click.Path(path_type=Path)),
@@ -80,7 +81,8 @@ def generate(
         sampling.checked()
         if prompts:
             _check_tokenizer(model, tokenizer)
-        how = {"activations": activations, "cache": "float" if cache == "float" else activations}
+        floating = "float" in (cache, activations)
+        how = {"activations": activations, "cache": "float" if floating else "saved"}
         loaded = load(model, dtype=dtype, tokenizer=tokenizer, ignore=ignore, **how)
         _note(str(loaded))
         rows = given or _tokens(loaded, prompts, chat)
@@ -144,9 +146,10 @@ def eval_(
     with refusals():
         _check_tokenizer(model, tokenizer)
         options = {"dtype": dtype, "tokenizer": tokenizer, "ignore": ignore}
-        loaded = load(model, activations=activations, cache=activations, **options)
+        options |= {"activations": activations, "cache": "float" if activations == "float" else "saved"}
+        loaded = load(model, **options)
         _note(str(loaded))
-        other = None if reference is None else load(reference, activations=activations, cache=activations, **options)
+        other = None if reference is None else load(reference, **options)
         if other is not None:
             _note(f"reference {other}")
         ids = loaded.tokenizer.encode(read_text(text, function="eval"))[:tokens]

@@ -21,7 +21,7 @@ from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.units import in_bytes
 from jaxquant.io import load_gguf
-from jaxquant.io.hf.model import Floating, HFModel, load_hf_model
+from jaxquant.io.hf.model import Activations, Floating, HFModel, load_hf_model
 from jaxquant.io.hf.schemes import CacheScales
 from jaxquant.io.sharded import located, read_json
 from jaxquant.models import gguf
@@ -120,7 +120,7 @@ def load(
     dtype: Any = np.float32,
     tokenizer: str | os.PathLike[str] | None = None,
     ignore: Collection[str] = (),
-    activations: Floating = "saved",
+    activations: Activations = "saved",
     cache: Floating = "saved",
 ) -> Model:
     """Loads a decoder, quantized by whatever library or in float.
@@ -131,7 +131,8 @@ def load(
       dtype: of activations, and of the weights that are in float.
       tokenizer: a directory with ``tokenizer.json``, if the checkpoint has none that can be used.
       ignore: fields of the configuration that this package does not know and that leave the logits as they are.
-      activations: ``"float"`` leaves activations in ``dtype`` where the checkpoint says how they are quantized.
+      activations: ``"float"`` leaves activations in ``dtype`` where the checkpoint says how they are quantized;
+        ``"inputs"`` only the outputs of weights.
       cache: ``"float"`` leaves keys and values so.
 
     Raises:
@@ -173,7 +174,7 @@ def place_of(path: str | os.PathLike[str]) -> Path:
 
 
 def _from_directory(
-    place: Path, dtype: np.dtype, ignore: Collection[str], activations: Floating, cache: Floating
+    place: Path, dtype: np.dtype, ignore: Collection[str], activations: Activations, cache: Floating
 ) -> Model:
     path = str(place)
     stated = read_json(place / "config.json", function="models")

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -32,7 +32,7 @@ from jaxquant.core.granularity import PerGroup, PerTensor
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import bytes_of, packed, unpacked
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
-from jaxquant.io.hf.schemes import NARROW, Activation, dynamic, in_unit, refused, static, whole
+from jaxquant.io.hf.schemes import NARROW, Activation, dynamic, in_unit, refused, static, whole, with_outputs
 from jaxquant.io.hf.stated import matches
 from jaxquant.io.hf.to_qtensor import E2M1, Grouping, aligned, grouping, qtensor, spread
 
@@ -265,14 +265,19 @@ _UP_FROM = float(np.nextafter(np.float32(1.75), np.float32(0)))
 
 
 def activation(m: Module) -> Activation | None:
-    """The activation scheme in ``input_activations`` of the module's group."""
+    """The activation scheme in ``input_activations`` of the module's group, beside ``output_activations``."""
     groups = _groups_of(m)
+    found = _inputs(m, groups)
+    outputs = [group["output_activations"] for group in groups if group.get("output_activations")]
+    if not outputs or re.search(r"\b[kv]_proj$", m.prefix):  # those are of the cache
+        return found
+    return with_outputs(m, found or Activation(None), "output_activations", outputs[0])
+
+
+def _inputs(m: Module, groups: Sequence[dict[str, Any]]) -> Activation | None:
     stated = [group.get("input_activations") or None for group in groups]
     if len(groups) > 1 and any(one != stated[0] for one in stated):
         raise refused(m, "config_groups", len(groups), "several groups can be meant, which differ in input_activations")
-    outputs = [group["output_activations"] for group in groups if group.get("output_activations")]
-    if outputs and not re.search(r"\b[kv]_proj$", m.prefix):  # those are of the cache
-        raise refused(m, "output_activations", outputs[0], "outputs are rounded, too")
     how = stated[0] if stated else None
     if how is None:
         return None

@@ -73,8 +73,11 @@ class HFLeaves(Leaves):
         self.described: dict[str, str] = {}
         super().__init__([*self.modules, *self.plain], [file.path for file in checkpoint.files.values()])
 
-    def acts(self) -> dict[str, Activation]:
+    def acts(self, *, inputs: bool = False) -> dict[str, Activation]:
         """The quantization of the activations of each quantized weight for which the checkpoint states it.
+
+        Args:
+          inputs: leave out how outputs are rounded, which cannot be run.
 
         Raises:
           QuantError: for a scheme that cannot be run, naming its key.
@@ -85,6 +88,8 @@ class HFLeaves(Leaves):
             if isinstance(bits, int) and bits < 16:
                 raise refused(module, "act_bits", bits)
             one = None if self.form is None or self.form.activation is None else self.form.activation(module)
+            if one is not None and one.outputs is not None and not inputs:
+                raise one.outputs
             if one is not None:
                 found[name] = one
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.io.hf.leaves import HFLeaves
@@ -15,10 +15,12 @@ from jaxquant.io.hf.schemes import CacheScales, is_scale_of_cache
 from jaxquant.ops.targets import Platform
 from jaxquant.transform.stated import StatedPlan
 
-__all__ = ["Floating", "HFModel", "load_hf_model"]
+__all__ = ["Activations", "Floating", "HFModel", "load_hf_model"]
 
 #: Whether a scheme of the checkpoint runs, or is left out.
 Floating = Literal["saved", "float"]
+#: Of activations it may also be that of the inputs of weights alone, without that of their outputs.
+Activations = Literal["saved", "inputs", "float"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ def load_hf_model(
     dtype: Any = None,
     target: Platform | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
-    activations: Floating = "saved",
+    activations: Activations = "saved",
     cache: Floating = "saved",
 ) -> HFModel:
     """Reads a directory with its plan and state.
@@ -62,16 +64,17 @@ def load_hf_model(
       QuantError: as `load_hf`; for a scheme that cannot be run, or for tensors that describe activations but that no
         scheme uses, naming them.
     """
-    for key, value in (("activations", activations), ("cache", cache)):
-        if value not in ("saved", "float"):
-            raise quant_error(function, f"{key} must be 'saved' or 'float'", todo="Use one of them", got=value)
+    for key, value, allowed in (("activations", activations, Activations), ("cache", cache, Floating)):
+        if value not in get_args(allowed):
+            words = " or ".join(map(repr, get_args(allowed)))
+            raise quant_error(function, f"{key} must be {words}", todo="Use one of them", got=value)
 
     def drop(leaves: HFLeaves) -> list[str]:
         stored.append(leaves.cache() if cache == "saved" else None)
-        acts.update(leaves.acts() if activations == "saved" else {})
+        acts.update(leaves.acts(inputs=activations == "inputs") if activations != "float" else {})
         used = {name for one in acts.values() for name in one.used}
         rest = [n for n in leaves.activations if n not in used and not is_scale_of_cache(n)]
-        if rest and activations == "saved":
+        if rest and activations != "float":
             rule = "the file describes activations that no scheme of its configuration uses"
             todo = "Correct the configuration, or run the weights alone: activations='float'"
             raise leaves.checkpoint.error(rule, rest[0], todo=todo, tensors=tuple(rest[:10]), count=len(rest))

@@ -21,7 +21,7 @@ import numpy as np
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.bits import packed
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
-from jaxquant.io.hf.schemes import Activation, refused, static
+from jaxquant.io.hf.schemes import Activation, refused, static, with_outputs
 from jaxquant.io.hf.to_qtensor import flat_blocks, qtensor
 
 __all__ = ["QUANTO"]
@@ -117,22 +117,28 @@ def _expected(m: Module) -> list[int]:
 
 
 def activation(m: Module) -> Activation | None:
-    """A static range of inputs. Ranges of outputs, which a layer rounds to after its bias, are not run."""
+    """A static range of inputs; outputs, after the bias, are rounded to a range as well.
+
+    The library calibrates with both. By default it then rounds no outputs that an operation would have to turn back to
+    float, in the model in memory; the file does not say so, and a model that is loaded from it rounds all of them.
+    """
     entry = m.config.get(m.prefix)
     stated = (entry if isinstance(entry, dict) else m.config).get("activations")
     if stated in (None, "none"):
-        idle = (f"{m.prefix}.{side}_scale" for side in ("input", "output"))
-        return Activation(None, used=tuple(name for name in idle if name in m.checkpoint.tensors))
+        idle = tuple(n for side in ("input", "output") if (n := f"{m.prefix}.{side}_scale") in m.checkpoint.tensors)
+        if stated is None and not all((m.checkpoint.array(name).astype(np.float32) == 1).all() for name in idle):
+            raise refused(m, "activations", None, "the file has their scales, and does not say of which type they are")
+        return Activation(None, used=idle)
     qtype = {"qint8": "int8", "int8": "int8", "qfloat8": _FP8, "qfloat8_e4m3fn": _FP8, "float8": _FP8}.get(str(stated))
     qtype = "float8_e5m2" if stated == "qfloat8_e5m2" else qtype
     if qtype is None:
         raise refused(m, "activations", stated)
     output = f"{m.prefix}.output_scale"
     value = m.checkpoint.array(output) if output in m.checkpoint.tensors else np.ones(())
-    if not (value.astype(np.float32) == 1).all():
-        raise refused(m, "output_scale", float(value.reshape(-1)[0]), "outputs are rounded, too")
     found = static(m, f"activations={stated}", qtype)
-    return dataclasses.replace(found, used=(*found.used, output))
+    if (value.astype(np.float32) == 1).all():
+        return dataclasses.replace(found, used=(*found.used, output))
+    return with_outputs(m, found, "output_scale", float(value.reshape(-1)[0]))
 
 
 _FP8 = "float8_e4m3fn"

@@ -37,6 +37,7 @@ __all__ = [
     "refused",
     "static",
     "whole",
+    "with_outputs",
 ]
 
 _FP8 = "float8_e4m3fn"
@@ -54,17 +55,30 @@ class Activation:
       spec: the scheme, whose ``act`` is set; None if the tensors exist but state no scheme.
       state: its static range from the file: ``scale``, and ``zero_point`` if there is one.
       used: names of the tensors of the range.
+      outputs: why the outputs of the weight, which are rounded as well, cannot be; None if they are not.
     """
 
     spec: OpSpec | None
     state: Mapping[str, np.ndarray] | None = None
     used: tuple[str, ...] = ()
+    outputs: QuantError | None = None
 
 
-def refused(m: Module, key: str, value: Any, why: str = "no scheme of jaxquant computes this") -> QuantError:
+def refused(
+    m: Module, key: str, value: Any, why: str = "no scheme of jaxquant computes this", todo: str = _TODO
+) -> QuantError:
     """The error for a scheme that cannot be expressed."""
     rule = f"the activations of this weight are quantized in a way that cannot be run: {why}"
-    return m.error(rule, todo=_TODO, **{re.sub(r"\W", "_", key): value})
+    return m.error(rule, todo=todo, **{re.sub(r"\W", "_", key): value})
+
+
+def with_outputs(m: Module, found: Activation, key: str, value: Any) -> Activation:
+    """An activation beside which outputs are rounded, as a key says."""
+    todo = "Round the inputs alone: activations='inputs'; or run the weights alone: activations='float'"
+    idle = (f"{m.prefix}.output_{part}" for part in ("scale", "zero_point"))
+    used = (*found.used, *(name for name in idle if name in m.checkpoint.tensors))
+    outputs = refused(m, key, value, "outputs are rounded, too", todo)
+    return dataclasses.replace(found, used=used, outputs=outputs)
 
 
 def dynamic(qtype: str = "int8", *, outliers: float | None = None, **more: Any) -> Activation:

@@ -249,8 +249,8 @@ def test_a_directory_runs_as_it_was_saved(name, tmp_path):
     assert_runs(directory(tmp_path / "model", tensors, config), rounded, w)
 
 
-def assert_runs(place, rounded, w):
-    model = jq.io.load_model(place)
+def assert_runs(place, rounded, w, **how):
+    model = jq.io.load_model(place, **how)
     assert set(model.params) == {"m.weight"}
     y = jax.jit(jq.quantized(product, model))(model.params, jnp.asarray(X))
     wanted, alone = rounded(X).astype(np.float64) @ w.T.astype(np.float64), X.astype(np.float64) @ w.T
@@ -330,6 +330,28 @@ def test_scales_of_features_are_refused(tmp_path):
         jq.io.load_model(place)
 
 
+def test_inputs_are_rounded_where_outputs_cannot_be(tmp_path):
+    tensors = {"m.weight._data": CODES, "m.weight._scale": SCALE}
+    tensors |= named(input_scale=STATIC, output_scale=np.float32(0.3))
+    place = directory(
+        tmp_path / "quanto", tensors, {"quant_method": "quanto", "weights": "int8", "activations": "qint8"}
+    )
+    with pytest.raises(jq.QuantError, match="Round the inputs alone: activations='inputs'"):
+        jq.io.load_model(place)
+    assert_runs(place, lambda x: on_int8(x, STATIC), INT8_W, activations="inputs")
+    stated = {
+        "targets": ["Linear"],
+        "weights": INT,
+        "output_activations": INT,
+        "input_activations": INT | {"strategy": "token", "dynamic": True},
+    }
+    config = grouped({}) | {"config_groups": {"g": stated}}
+    place = directory(tmp_path / "compressed", INT8 | named(output_scale=np.float32(0.3)), config)
+    with pytest.raises(jq.QuantError, match="outputs are rounded, too"):
+        jq.io.load_model(place)
+    assert_runs(place, lambda x: on_int8(x, per_token(x) / np.float32(127.5)), INT8_W, activations="inputs")
+
+
 @pytest.mark.parametrize("name", ["int8 per token", "fp8 static", "fp8 in blocks", "LLM.int8()"])
 def test_weights_alone_are_warned_of(name, tmp_path):
     place = directory(tmp_path / "model", *SCHEMES[name][:2])
@@ -360,6 +382,10 @@ REFUSED = {
     "output_scale=3.0": (
         {"m.weight._data": CODES, "m.weight._scale": SCALE} | named(input_scale=STATIC, output_scale=np.float32(3)),
         {"quant_method": "quanto", "weights": "int8", "activations": "qint8"},
+    ),
+    "does not say of which type they are": (
+        {"m.weight._data": CODES, "m.weight._scale": SCALE} | named(input_scale=STATIC, output_scale=np.float32(1)),
+        {"quant_method": "quanto", "weights": "int8"},
     ),
     "scales for a cache of keys and values": (
         ONE | {"attn.k_scale": STATIC, "attn.v_scale": STATIC}, {"quant_method": "fp8"},
@@ -464,7 +490,7 @@ def test_files_take_no_options_of_directories(tmp_path):
         jq.io.load_model(tmp_path / "a.safetensors", dtype=jnp.float32)
     with pytest.raises(jq.QuantError, match="like is for files that save wrote"):
         jq.io.load_model(directory(tmp_path / "model", *SCHEMES["fbgemm"][:2]), like={})
-    with pytest.raises(jq.QuantError, match="activations must be 'saved' or 'float'"):
+    with pytest.raises(jq.QuantError, match="activations must be 'saved' or 'inputs' or 'float'"):
         jq.io.load_model(tmp_path / "model", activations="int8")
 
 
@@ -508,3 +534,33 @@ def test_values_are_those_of_compressed_tensors(name, tmp_path):
     spec, state = model.plan.specs["m.weight"].act, model.state
     found = jq.fake_quant(x, spec, reduce_axes=(-1,), scale=state and jnp.asarray(state["m.weight"]["scale"]))
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["qint8", "qfloat8"])
+def test_values_are_those_of_quanto(kind, tmp_path):
+    """Of a model that the library has calibrated: by default it rounds no output that an operation takes as float."""
+    torch = pytest.importorskip("torch")
+    quanto = pytest.importorskip("optimum.quanto", exc_type=ImportError)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(IN, 48), torch.nn.SiLU(), torch.nn.Linear(48, OUT))
+    quanto.quantize(model, weights=quanto.qint8, activations=getattr(quanto, kind))
+    with torch.no_grad(), quanto.Calibration():
+        model(torch.from_numpy(X))
+    quanto.freeze(model)
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(X)).numpy()
+    tensors = {name: value.float() if "scale" in name else value for name, value in model.state_dict().items()}
+    arrays = {name: value.detach().numpy() for name, value in tensors.items()}
+    place = checkpoint(tmp_path / "model", arrays, {"torch_dtype": "float32"})
+    (place / "quanto_qmap.json").write_text(json.dumps(quanto.quantization_map(model)))
+    assert all(float(tensors[f"{i}.output_scale"]) != 1 for i in (0, 2))
+    loaded = jq.io.load_model(place, activations="inputs")
+
+    def ours(p, x):
+        x = x @ p["0.weight"].T + p["0.bias"][None]
+        return jax.nn.silu(x) @ p["2.weight"].T + p["2.bias"][None]
+
+    found = jq.quantized(ours, loaded)(loaded.params, X)
+    off = np.abs(found - wanted)
+    assert np.median(off) < 1e-5 * np.abs(wanted).max()  # a quotient near a tie may go to the other side of it
+    assert off.max() < 5e-3 * np.abs(wanted).max()
