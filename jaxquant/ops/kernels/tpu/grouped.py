@@ -157,6 +157,14 @@ class ByteSums(_Bytewise, GroupedSums):
 class ByteValues(_Bytewise, GroupedValues):
     """As `GroupedValues`."""
 
+    @classmethod
+    def takes(cls, problem: Product) -> Kernel | None:
+        """As for `Kernel`; few rows of 4-bit floats in small groups take less time as `GroupedValues`."""
+        kernel = super().takes(problem)
+        if isinstance(kernel, Grouped) and problem.rows <= FEW and problem.w.type.kind == "float":
+            return kernel if kernel.groups.scales_tables or kernel.groups.scales_exactly else None
+        return kernel
+
 
 def weight_groups(w: QTensor) -> Groups | None:
     """The static properties of a weight; None if the kernels do not take it."""

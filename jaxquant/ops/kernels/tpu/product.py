@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxquant.ops.kernels.tpu.decode import BLOCK, RUN, Decoder, scale_of
@@ -87,6 +88,14 @@ class Groups:
     def scales_tables(self) -> bool:
         """Whether `values` scales tables, and not what it reads from them: with fewer operations, and rounded once."""
         return self.decoder.bytewise and self.size % RUN == 0
+
+    @property
+    def scales_exactly(self) -> bool:
+        """Whether values are exact in bfloat16, so that chips that multiply it scale two in one operation."""
+        fractions = {"float8_e8m0fnu": 1, "float8_e4m3fn": 8}.get(self.scale_form, 0)
+        products = np.outer(self.decoder.table, 1 + np.arange(fractions) / 8).astype(np.float32)
+        exact = (products.astype(jnp.bfloat16).astype(np.float32) == products).all()
+        return bool(self.decoder.bytewise and fractions and exact)
 
     def in_bytes(self) -> Groups | None:
         """The same, decoded by gathers of bytes; None for codes that are not read from a table so."""
@@ -400,6 +409,10 @@ class Values(_Body):
             if group.scales_tables and "offset" not in of:
                 starts = [pl.ds((i * BLOCK + row) // group.size, 1) for row in range(0, BLOCK, RUN)]
                 return decode.scaled(codes[i], [row_of_blocks(scales, at) for at in starts], interpret=self.interpret)
+            if group.scales_exactly and group.in_block > 1 and "offset" not in of:
+                scale = _repeated_scales(scales, i * group.in_block, group.in_block, run).astype(jnp.bfloat16)
+                value = decode.numbers(codes[i], jnp.bfloat16, interpret=self.interpret)
+                return (value.reshape(decode.parts, run, -1) * scale[None]).reshape(value.shape)
             value = decode.numbers(codes[i], jnp.float32, interpret=self.interpret)
             value = value.reshape(decode.parts, 1 if shared else group.in_block, -1, 8, value.shape[1])
             if "zero" in of:
@@ -452,6 +465,23 @@ def in_blocks(scale: Any, form: str, out: Any) -> None:
 def row_of_blocks(blocks: Any, at: Any) -> jax.Array:
     """A row of the scales that `in_blocks` wrote, eight times."""
     return jnp.concatenate([jnp.broadcast_to(blocks[j, at, :], (8, BLOCK)) for j in range(blocks.shape[0])], axis=1)
+
+
+def _repeated_scales(blocks: Any, first: Any, count: int, rows: int) -> jax.Array:
+    """``count`` rows of the scales that `in_blocks` wrote, each repeated: [rows, columns]."""
+    from jax.experimental import pallas as pl
+
+    found = [row_of_blocks(blocks, pl.ds(first + p, 1)) for p in range(count)]
+    each = rows // count
+    if each >= 8:
+        return jnp.concatenate([v for v in found for _ in range(each // 8)], axis=0)
+    row, mixed = lax.broadcasted_iota(jnp.int32, found[0].shape, 0), []
+    for start in range(0, count, 8 // each):
+        part = found[start]
+        for p in range(1, 8 // each):
+            part = jnp.where(row >= p * each, found[start + p], part)
+        mixed.append(part)
+    return jnp.concatenate(mixed, axis=0)
 
 
 def _in_order(x: jax.Array, decode: Decoder, out: Any, first: int) -> None:
