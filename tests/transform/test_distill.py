@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax_settings import optax_promotes
 from transform_cases import unequal
 
 import jaxquant as jq
 from jaxquant import OpSpec, QuantSpec, Rule, qat
 from jaxquant.calibration import Distillation, distill
+
+pytestmark = optax_promotes
 
 PARAMS = {"a": unequal((16, 12), 1, 0.4), "bias": unequal((1, 12), 5, 0.1), "b": unequal((12, 5), 2, 0.4)}
 BATCHES = [unequal((8, 16), seed, 0.5) for seed in (3, 4, 6)]
