@@ -10,6 +10,7 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_settings import needs_jit
 from transform_cases import unequal
 
 import jaxquant as jq
@@ -102,6 +103,7 @@ def test_results_do_not_share(stages):
         assert jnp.array_equal(got[path].codes, want[path].codes)
 
 
+@needs_jit
 def test_a_second_calibration_compiles_nothing():
     model = Scaled(2.0)
     params = {"w": unequal((8, 20), 1, 0.3)}
