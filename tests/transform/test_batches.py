@@ -92,4 +92,4 @@ def test_an_error_of_the_function_itself_says_how_it_was_called():
 
 def test_parameters_that_no_rule_can_match():
     with pytest.raises(jq.QuantError, match="None can be: that takes float arrays"):
-        jq.quantize_model(fn, {"w": jnp.ones((8, 8), jnp.int32)}, X, recipe="w8a16")
+        jq.quantize_model(fn, {"w": jnp.ones((8, 8), jnp.int32)}, jnp.ones((4, 8), jnp.int32), recipe="w8a16")
