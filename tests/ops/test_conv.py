@@ -244,7 +244,7 @@ def test_nothing_to_quantize():
 
 def test_no_integer_convolution_on_gpus():
     """XLA refuses them there; the program that is lowered for each platform has its own."""
-    x, k = jnp.ones((2, 6, 5, 3)), jnp.ones((3, 3, 3, 4))
+    x, k = jnp.ones((2, 6, 5, 3), jnp.float32), jnp.ones((3, 3, 3, 4), jnp.float32)
     for spec in (recipes.w8a8(), recipes.w8a16()):
         q = quantized(k, spec.weight, (0, 1, 2))
         traced = jax.jit(lambda x, q, spec=spec: conv(x, q, "same", spec=spec)).trace(x, q)

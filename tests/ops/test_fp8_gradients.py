@@ -39,7 +39,7 @@ def test_the_formula(kind):
         return jnp.asarray((np.asarray(v) / scale).astype(jnp.float8_e4m3fn).astype(np.float32)), jnp.asarray(scale)
 
     (cx, sx), (cw, sw) = parts(x, spec.act, lc), parts(w, spec.weight, rc)
-    ones = [jnp.ones([1 if i in c else n for i, n in enumerate(v.shape)]) for v, c in ((x, lc), (w, rc))]
+    ones = [jnp.ones([1 if i in c else n for i, n in enumerate(v.shape)], v.dtype) for v, c in ((x, lc), (w, rc))]
     rows = x.ndim - len(lc) - len(lb)
     over_m, over_n = tuple(range(len(lb), len(lb) + rows)), tuple(range(len(lb) + rows, g.ndim))
     u = fake_quant(g * product(ones[0], sw), spec.grad, reduce_axes=over_n)
@@ -113,7 +113,7 @@ def test_layers_of_a_scan_have_noise_of_their_own():
         pull = jax.vjp(lambda x: ops.dot_general(x, w, MATMUL, spec=spec, key=jax.random.key(0)), x)[1]
         return g, pull(g * factor)[0] / factor
 
-    found = lax.scan(layer, g, jnp.array([1.0, 2.0, 4.0]))[1]  # powers of two: nothing but the noise differs
+    found = lax.scan(layer, g, jnp.array([1, 2, 4], jnp.float32))[1]  # powers of two: nothing but the noise differs
     assert not np.array_equal(found[0], found[1])
     assert not np.array_equal(found[1], found[2])
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax_settings import makes_nan
 from transform_cases import close, unequal
 
 import jaxquant as jq
@@ -147,6 +148,7 @@ def test_refusals(mask, message):
         jq.calibrate(layers, plan, PARAMS, [CLEAN], mask=mask)
 
 
+@makes_nan
 def test_nan_that_counts_is_named():
     """With the first batch of each weight; inf too. Padding may hold what it likes."""
     plan = jq.make_plan(layers, PARAMS, CLEAN, rules=[jq.Rule(".*", recipes.w8a16())])
