@@ -20,7 +20,8 @@ another sample, and a failure can be run again.
 
 Programs are compiled without most of LLVM's optimizations, and by XLA's older and quicker generator of code: almost all
 of them run once, and compiling takes a third of the time so. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` compiles them as
-users do; .ci/run takes samples of that.
+users do; .ci/run takes samples of that. A program is compiled in one piece: the threads for its parts cost more than
+they save where two processes share two cores.
 
 No test measures time and none uses the network; a connection attempted from Python raises.
 """
@@ -36,6 +37,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         # Before those of the caller, which count more.
         f"--xla_cpu_use_fusion_emitters={os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1') == '0'}".lower(),
+        "--xla_cpu_parallel_codegen_split_count=1",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
     ]
