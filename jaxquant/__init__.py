@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from jaxquant import calibration, invariances, mixed, ops, ptq, qat, recipes
 from jaxquant.core import observers
-from jaxquant.core.affine import quantize, scale_zero_point
+from jaxquant.core.affine import quantize
 from jaxquant.core.errors import QuantError
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.granularity import PerChannel, PerGroup, PerTensor
 from jaxquant.core.qtensor import QTensor, dequantize
 from jaxquant.core.qtypes import dtype_table
+from jaxquant.core.scale_zero_point import scale_zero_point
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.rules import OpRule, Rule
 from jaxquant.transform import (

@@ -10,12 +10,13 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.core.affine import roundtrip, scale_zero_point
+from jaxquant.core.affine import roundtrip
 from jaxquant.core.errors import quant_error
 from jaxquant.core.extremes import no_range, or_nan
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.granularity import PerTensor
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.scale_zero_point import scale_zero_point
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.recipes import recipe
 

@@ -18,7 +18,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.core import affine
+from jaxquant.core import finite
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.packing import packed_length
 from jaxquant.core.paths import key_of
@@ -158,7 +158,7 @@ def not_finite(x: Any) -> int:
     """The number of elements of an array that are NaN or infinite; a large one on devices is looked at there."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return 0
-    return affine.not_finite(x) if isinstance(x, jax.Array) else int(np.count_nonzero(~np.isfinite(to_host(x))))
+    return finite.not_finite(x) if isinstance(x, jax.Array) else int(np.count_nonzero(~np.isfinite(to_host(x))))
 
 
 # -- to nodes ----------------------------------------------------------------------------------------------------------

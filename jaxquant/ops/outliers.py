@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.core.affine import reach
 from jaxquant.core.arithmetic import divide
 from jaxquant.core.codec import codes_of, round_to_grid
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.scale_zero_point import reach
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.trained import TrainedTensor

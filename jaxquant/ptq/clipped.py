@@ -8,13 +8,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxquant.core.affine import affine, quantize, roundtrip
+from jaxquant.core.affine import quantize, roundtrip
 from jaxquant.core.errors import quant_error
 from jaxquant.core.extremes import array_absmax
 from jaxquant.core.granularity import PerTensor
 from jaxquant.core.least_error import least_error
 from jaxquant.core.observers import MinMax
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.scale_zero_point import affine
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ptq.gram import gram_of, normal
 from jaxquant.ptq.layer import Layer

@@ -13,8 +13,8 @@ import jax.core
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.core.affine import not_finite
 from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.finite import not_finite
 from jaxquant.ptq.layer import Layer
 
 __all__ = ["NeedsStatisticsError", "damped", "gram_of", "lower_factor", "normal"]

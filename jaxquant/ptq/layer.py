@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.core.affine import affine, has_nan, minor_axes, nearest, prepare, quantize
+from jaxquant.core.affine import minor_axes, nearest, prepare, quantize
 from jaxquant.core.blocks import block_shape, scale_shape
 from jaxquant.core.codec import codes_of, values_of
 from jaxquant.core.errors import quant_error
+from jaxquant.core.finite import has_nan
 from jaxquant.core.granularity import PerTensor
 from jaxquant.core.qtensor import QTensor, from_codes, scale_values
+from jaxquant.core.scale_zero_point import affine
 from jaxquant.core.specs import QuantSpec
 
 __all__ = ["Layer", "Steps", "stored_scale"]

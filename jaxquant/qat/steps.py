@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxquant.core.affine import encode, roundtrip, scale_zero_point
+from jaxquant.core.affine import encode, roundtrip
 from jaxquant.core.blocks import BlockView, block_shape
 from jaxquant.core.errors import Refusals, quant_error
 from jaxquant.core.granularity import PerGroup
@@ -19,6 +19,7 @@ from jaxquant.core.observers import MSE, AbsMean
 from jaxquant.core.paths import is_qtensor, leaves_with_paths, path_of
 from jaxquant.core.qtensor import scale_values
 from jaxquant.core.qtypes import qtype_of
+from jaxquant.core.scale_zero_point import scale_zero_point
 from jaxquant.core.specs import QuantSpec
 from jaxquant.qat.leaves import trainable
 from jaxquant.transform.calibrate import Calibration

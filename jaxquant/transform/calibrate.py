@@ -13,9 +13,10 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from jaxquant.core.affine import roundtrip, scale_zero_point
+from jaxquant.core.affine import roundtrip
 from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import leaves_with_paths
+from jaxquant.core.scale_zero_point import scale_zero_point
 from jaxquant.transform.interpreter import Interpreter, Misfit, Tally
 from jaxquant.transform.kept import Kept
 from jaxquant.transform.masks import Mask, with_masks

@@ -11,9 +11,10 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from jaxquant.core.affine import has_nan, not_finite, quantize
+from jaxquant.core.affine import quantize
 from jaxquant.core.blocks import block_shape, negative_axes
 from jaxquant.core.errors import QuantError, Refusals, quant_error
+from jaxquant.core.finite import has_nan, not_finite
 from jaxquant.core.learned import learned_range
 from jaxquant.core.paths import is_qtensor, leaves_with_paths, nearest
 from jaxquant.core.qtensor import Layout, QTensor, dequantize
