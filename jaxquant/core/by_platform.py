@@ -17,7 +17,7 @@ import jax
 import jax.core
 import jax.extend
 import jax.numpy as jnp
-from jax.extend.core import Primitive
+from jax.extend.core import JaxprEqn, Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
@@ -222,7 +222,7 @@ def _batch(
 
 
 def _checkpoint(
-    saveable: Any, unknown: Any, ready: Any, equation: Any
+    saveable: Any, unknown: Any, ready: Any, equation: JaxprEqn
 ) -> tuple[Any, Any, list[bool], list[bool], list[Any]]:
     """How `jax.checkpoint` treats an equation: whether it keeps the value or computes it again.
 

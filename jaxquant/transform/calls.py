@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jax.sharding import Sharding
 
 from jaxquant.core import views
@@ -31,7 +31,7 @@ def _traced(fn: Any) -> Any:
 
 
 @handles(_traced(primitives.jit_call), public("closed_call_p"), public("call_p"), joined=True)
-def _jit(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _jit(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """Entered in place: the caller's own ``jit`` is around all of it. Shardings it names become constraints."""
     p = eqn.params
     values = _placed(interpreter, values, p.get("in_shardings", ()))
@@ -49,7 +49,7 @@ def _placed(interpreter: Interpreter, values: list[Any], shardings: Any) -> list
 
 
 @handles(_traced(primitives.with_custom_jvp), _traced(primitives.with_custom_vjp), joined=True)
-def _custom_derivative(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _custom_derivative(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """Entered in place: gradients are those of the quantized body, not the custom rule's."""
     products = interpreter.products
     before = set() if products is None else set(products.met)
@@ -133,7 +133,7 @@ def _entering(interpreter: Interpreter, w: Weight, op: str) -> Any:
 
 
 @handles(_traced(primitives.checkpointed), joined=True)
-def _remat(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _remat(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     closed, p = body_of(eqn), eqn.params
     count = len(eqn.outvars)
     if interpreter.planning:
@@ -234,7 +234,7 @@ def _in_stack(stack: Any, layer: Any, index: Any) -> Any:
 
 
 @handles(public("scan_p"), joined=True)
-def _scan(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _scan(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     p = eqn.params
     closed, n_consts, n_carry = p["jaxpr"], p["num_consts"], p["num_carry"]
     consts, stacks = values[:n_consts], _whole(interpreter, values[n_consts + n_carry :])
@@ -280,7 +280,7 @@ def _unstack(interpreter: Interpreter, stats: dict[str, Tally], stacked: list[st
 
 
 @handles(public("while_p"), joined=True)
-def _while(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _while(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
@@ -319,7 +319,7 @@ def _empty(like: dict[str, Tally]) -> dict[str, Tally]:
 
 
 @handles(public("cond_p"), joined=True)
-def _cond(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _cond(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     index, *operands = values
     if isinstance(index, Weight):
         return unsupported(interpreter, eqn, values)

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
@@ -257,7 +257,7 @@ class Interpreter:
         return [read(v) for v in jaxpr.outvars]
 
     @contextlib.contextmanager
-    def _entered(self, eqn: Any) -> Iterator[Interpreter]:
+    def _entered(self, eqn: JaxprEqn) -> Iterator[Interpreter]:
         """In the scope of an equation, for profiles, error messages and names of products, and under its mesh."""
         own = str(eqn.source_info.name_stack)
         with eqn.ctx.manager, jax.named_scope(own) if own else contextlib.nullcontext():
@@ -376,7 +376,7 @@ _REASONS = {
 }  # fmt: skip
 
 
-def unsupported(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def unsupported(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """The handler of every other primitive."""
     op = str(eqn.primitive)
     if interpreter.planning:
@@ -387,7 +387,7 @@ def unsupported(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
     return bind(eqn, [interpreter.float_of(v, repr(op)) if isinstance(v, Weight) else v for v in values])
 
 
-def bind(eqn: Any, values: list[Any]) -> list[Any]:
+def bind(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """Evaluates one equation on these values."""
     given = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, Literal)}
     return list(jaxpr_as_fun(_jaxpr([eqn], list(given), list(eqn.outvars)))(*given.values()))

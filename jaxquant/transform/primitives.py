@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, primitives
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun, primitives
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 __all__ = [
@@ -152,12 +152,12 @@ def _bodies() -> dict[Any, str]:
     return {**found, named("closed_call_p"): "call_jaxpr", named("call_p"): "call_jaxpr"}
 
 
-def is_call(eqn: Any) -> bool:
+def is_call(eqn: JaxprEqn) -> bool:
     """Whether an equation calls a jaxpr once, on its operands."""
     return eqn.primitive in _bodies()
 
 
-def body_of(eqn: Any) -> ClosedJaxpr:
+def body_of(eqn: JaxprEqn) -> ClosedJaxpr:
     """The jaxpr that a call holds."""
     return closed(eqn.params[_bodies()[eqn.primitive]])
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from jaxquant.core.specs import OpSpec
 from jaxquant.transform import primitives
@@ -33,7 +33,7 @@ class Products:
         """Whether a product of this name is one of them."""
         return self.specs is None or name in self.specs
 
-    def in_equation(self, eqn: Any, scope: str) -> bool:
+    def in_equation(self, eqn: JaxprEqn, scope: str) -> bool:
         """Whether an equation in this scope is one of them, or holds one."""
         scope = scoped(scope, str(eqn.source_info.name_stack))
         if eqn.primitive is primitives.named("dot_general_p"):
@@ -57,7 +57,7 @@ def product_name(scope: str) -> str:
     return f"{scope}/dot_general" if scope else "dot_general"
 
 
-def _jaxprs_of(eqn: Any) -> Iterator[Jaxpr]:
+def _jaxprs_of(eqn: JaxprEqn) -> Iterator[Jaxpr]:
     for value in eqn.params.values():
         for x in value if isinstance(value, tuple | list) else (value,):
             if isinstance(x, ClosedJaxpr):

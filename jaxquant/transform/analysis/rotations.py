@@ -22,6 +22,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
 
 from jaxquant.ptq.bases import Rotation
@@ -193,7 +194,7 @@ class _Bases(Equations):
         return Value((*Value.plain([length]).dims, *self._unsquared(value).dims), value.nil)
 
     # -- rules ---------------------------------------------------------------------------------------------------------
-    def simple(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def simple(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         if eqn.primitive is p.mul_p and eqn.invars[0] is eqn.invars[1]:
             return self.square(eqn, values[:1])
         if eqn.primitive not in _of_squares():
@@ -206,7 +207,7 @@ class _Bases(Equations):
             self.fix(value)
         return Value(value.dims, value.nil)
 
-    def pointwise(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def pointwise(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         """Constant where all operands are."""
         for value in values:
             self.fix(value)
@@ -215,13 +216,13 @@ class _Bases(Equations):
         shape = zip(shape_of(eqn), constant, strict=True)
         return [Value(tuple((Piece(n, constant=c),) if n != 1 else () for n, c in shape))]
 
-    def select(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def select(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         """A sum, times what selects the terms."""
         (chosen,) = self.sum(eqn, values[1:])
         (out,) = self.product(eqn, [chosen, values[0]])
         return [Value(out.dims, chosen.nil)]
 
-    def product(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def product(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         a, b = self.full(values, shape_of(eqn))
         pairs = (self.aligned(d, e) for d, e in zip(a.dims, b.dims, strict=True))
         return [Value(tuple(joined(self._times(x, y) for x, y in axis) for axis in pairs), a.nil or b.nil)]
@@ -239,13 +240,13 @@ class _Bases(Equations):
         self.fix_dim((x, y))
         return Piece(x.size, constant=x.constant and y.constant)
 
-    def square(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def square(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         (value,) = values
         if isinstance(value, _Squares) or eqn.params.get("y", 2) != 2:
             return self.pointwise(eqn, values)
         return [(_Squares if value.unknowns else Value)(value.dims, value.nil)]
 
-    def reduce_sum(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def reduce_sum(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         (value,) = values
         if not isinstance(value, _Squares):
             return moving(self, eqn, values)
@@ -253,12 +254,12 @@ class _Bases(Equations):
         self.fix(rest)
         return [rest]
 
-    def extreme(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def extreme(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         """A maximum along some axes is constant where its operand is."""
         self.fix(values[0])
         return moving(self, eqn, values)
 
-    def update(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def update(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         """A piece of an array replaced: one basis for both, along axes that are replaced whole."""
         operand, update = values[:2]
         sizes = zip(operand.shape, update.shape, strict=True)

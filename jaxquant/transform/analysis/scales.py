@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
 
 from jaxquant.transform.analysis.equations import (
@@ -189,7 +190,7 @@ class _Scales(Equations):
         return Value.plain((length, *value.shape))
 
     # -- rules ---------------------------------------------------------------------------------------------------------
-    def simple(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def simple(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         """A parameter that is used whole and layer by layer has no scale."""
         for value in values:
             if isinstance(value, Parameter):
@@ -200,26 +201,26 @@ class _Scales(Equations):
                         self.fix_unknown(unknown)
         return super().simple(eqn, [Value(value.dims, value.nil) for value in values])
 
-    def select(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def select(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         self.fix(values[0])
         return self.sum(eqn, values[1:])
 
-    def compare(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def compare(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         """Whether a value is above zero does not depend on its scale."""
         if not any(v.nil for v in values):
             self.sum(eqn, values)
         return self.unscaled(eqn, values)
 
-    def unscaled(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def unscaled(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         return [Value.plain(shape_of(eqn))]
 
-    def product(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def product(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         a, b = self.full(values, shape_of(eqn))
         if a.unknowns and b.unknowns:
             self.fix(b)
         return [Value((a if a.unknowns else b).dims, a.nil or b.nil)]
 
-    def dot(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def dot(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         """Of a batch axis one operand is scaled; but an unknown that is contracted in part is matched there too."""
         contract, batch = eqn.params["dimension_numbers"]
         (out, contracted), summed = flows()[eqn.primitive](eqn), set()
