@@ -141,7 +141,7 @@ def test_stacks(name):
     (Not of fp8: to cut them, XLA's CPU backend turns the codes of all layers into float16 first.)
     """
     spec, e, m = SCHEMES[name], 6, 4
-    q = jax.vmap(lambda w: quantized(w, spec.weight))(jnp.ones((e, K, 256)))
+    q = jax.vmap(lambda w: quantized(w, spec.weight))(jnp.ones((e, K, 256), jnp.float32))
     x = jax.ShapeDtypeStruct((e, m, K), jnp.float32)
     numbers = (((2,), (1,)), ((0,), (0,)))
     text, temporaries = compiled(lambda x, q: ops.dot_general(x, q, numbers, spec=spec), x, q)

@@ -173,7 +173,7 @@ def test_codes_are_decoded_on_their_own(name):
 def test_the_plan_and_the_program_say_so():
     from jaxquant.ops.kernel import kernel
 
-    q, x = quantized(jnp.ones((512, 256)), SPECS["int4"]), jnp.ones((1, 512))
+    q, x = quantized(jnp.ones((512, 256), jnp.float32), SPECS["int4"]), jnp.ones((1, 512), jnp.float32)
     assert kernel(1, 256, 512, OpSpec(SPECS["int4"]), "float32") == "float32 GEMV"
     assert jq.explain(lambda p, x: product(x, p["w"]), {"w": q}, x)["w"].kernels == ("float32 GEMV",)
 

@@ -36,7 +36,7 @@ def by_hand(x, w, g, numbers, spec):
         return jnp.round(q.dequantize() / q.scale), q.scale
 
     (cx, sx), (cw, sw) = parts(x, spec.act, lc), parts(w, spec.weight, rc)
-    ones = [jnp.ones([1 if i in c else n for i, n in enumerate(v.shape)]) for v, c in ((x, lc), (w, rc))]
+    ones = [jnp.ones([1 if i in c else n for i, n in enumerate(v.shape)], v.dtype) for v, c in ((x, lc), (w, rc))]
     rows = x.ndim - len(lc) - len(lb)
     over_m = tuple(range(len(lb), len(lb) + rows))
     over_n = tuple(range(len(lb) + rows, g.ndim))

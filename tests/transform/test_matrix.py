@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax_settings import optax_promotes
 from transform_cases import SPECS, check, close
 from transform_models import KEEP, MODELS, WEIGHTS
 
@@ -27,7 +28,11 @@ FAST = {
     ("equinox", "moe", "int8"),
 }
 CELLS = [
-    pytest.param(*model, way, marks=() if (*model, way) in FAST else pytest.mark.slow)
+    pytest.param(
+        *model,
+        way,
+        marks=[optax_promotes] * (way == "qat") + [pytest.mark.slow] * ((*model, way) not in FAST),
+    )
     for model in MODELS
     for way in WAYS
 ]

@@ -56,7 +56,7 @@ def test_other_kinds_of_errors_are_named_with_them():
     text = str(caught.value)
     assert "3 things" in text
     assert all(part in text for part in ("pattern='nothing'", "at l1/kernel: group_size", "at l0/kernel: the rule's"))
-    broken = {**PARAMS, "a": {"kernel": jnp.full((2, 2), jnp.nan)}, "b": {"kernel": jnp.zeros((0, 2))}}
+    broken = {**PARAMS, "a": {"kernel": np.full((2, 2), np.nan, np.float32)}, "b": {"kernel": jnp.zeros((0, 2))}}
     with pytest.raises(
         jq.QuantError, match=r"(?s)at a/kernel: a weight must be finite.*at b/kernel: the weight is empty"
     ):
