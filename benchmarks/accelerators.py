@@ -84,7 +84,7 @@ SCHEMES = {
     "mxfp4": Scheme(recipes.mxfp4(), qwix=("mxfp4", None, 32)),
     "nvfp4": Scheme(recipes.nvfp4(), qwix=("nvfp4", None, 16)),
     "mxfp8": Scheme(recipes.mxfp8(), qwix=("mxfp8", "mxfp8", 32)),
-    "fp8": Scheme(recipes.fp8(), qwix=("float8_e4m3fn", "float8_e4m3fn", None)),
+    "fp8": Scheme(recipes.fp8(), "f8e4m3fn", ("float8_e4m3fn", "float8_e4m3fn", None)),
     "int3 g64": Scheme(_few("int3", 64)),
     "int2 g64": Scheme(_few("int2", 64), qwix=("int2", None, 64)),
 }
