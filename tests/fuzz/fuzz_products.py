@@ -9,8 +9,10 @@ any order, or a ragged_dot with empty experts. Either operand is quantized: the 
 without zero points. A case is a function of seed and number.
 
 Each entry may be off by 1e-5 of the product of the magnitudes; without a quantized activation also by what the two
-digits of a residual split leave of its largest element, times the magnitudes of the weight. A QuantError is an answer and is counted; anything else
-is a finding, printed with what reruns it, and the program ends with code 1.
+digits of a residual split leave of its largest element, times the magnitudes of the weight. A QuantError is an answer
+and is counted; anything else is a finding, printed with what reruns it, and the program ends with code 1.
+
+Seeds 2 and 3 tried 206 cases in 20 minutes beside other work; all agreed.
 """
 
 from __future__ import annotations
