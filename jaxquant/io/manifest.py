@@ -350,6 +350,8 @@ class _Decoder:
             raise self.error("unknown dtype", path, dtype=dtype)
         if not isinstance(minor, list):
             raise self.error("minor must be a list of axes", path, minor=minor)
+        if not isinstance(content["qtype"], str):
+            raise self.error("unknown number type", path, qtype=content["qtype"])
         q = QTensor(
             self.array(content["codes"], (*path, "codes")),
             self.per_block(scale, (*path, "scale")),
