@@ -16,6 +16,7 @@ from jaxquant.core.sizes import number
 
 __all__ = [
     "divide",
+    "divide_twice",
     "exponent",
     "finfo",
     "power_of_two",
@@ -35,6 +36,14 @@ def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
     divisor that depends elementwise on ``x`` is left alone.
     """
     return x / jnp.where(jnp.isnan(x), x, jnp.asarray(y, x.dtype))
+
+
+def divide_twice(x: jax.Array, a: jax.Array | float, b: jax.Array | float) -> jax.Array:
+    """``x / a / b`` of magnitudes, each quotient correctly rounded.
+
+    XLA turns ``(x / a) / b`` into ``x / (a b)``, unless another operation stands between: here a maximum with 0.
+    """
+    return divide(jnp.maximum(divide(x, a), 0), b)
 
 
 def times_reciprocal(x: jax.Array, y: jax.Array) -> jax.Array:

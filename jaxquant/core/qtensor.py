@@ -599,7 +599,12 @@ def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
     q.checked()
     # One program, also in eager use: an operation at a time would compile up to 20. A sum after a product stays apart
     # from it there, or the compiler may round the two as one.
-    return (_dequantize if q.offset is None else _dequantized)(q, out)
+    return (_dequantized if _adds(q) else _dequantize)(q, out)
+
+
+def _adds(q: QTensor) -> bool:
+    """Whether an offset is added to its values or to those of its scales."""
+    return q.offset is not None or (isinstance(q.scale, QTensor) and _adds(q.scale))
 
 
 def _dequantized(q: QTensor, out: np.dtype) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.core.arithmetic import divide, exponent, finfo, power_of_two, promoted
+from jaxquant.core.arithmetic import divide, divide_twice, exponent, finfo, power_of_two, promoted
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor, from_codes
 from jaxquant.core.qtypes import QTYPES
@@ -60,14 +60,14 @@ def _e4m3_scale(absmax: jax.Array, qmax: float, top: jax.Array | None) -> QTenso
     top = jnp.where(jnp.any(jnp.isnan(absmax)), jnp.nan, top).reshape((1,) * absmax.ndim)  # max may drop NaN
     unit = _float_scale(top, qmax * largest, jnp.float32)
     unit = jnp.maximum(unit, float(finfo(np.float32).tiny) / least)  # so that no product is subnormal
-    local = jnp.clip(divide(divide(absmax, qmax), unit), least, largest)
+    local = jnp.clip(divide_twice(absmax, qmax, unit), least, largest)
     local = jnp.where(absmax == 0, 1.0, local).astype(jnp.float8_e4m3fn)
     return QTensor(local, unit, None, qtype="float8_e4m3fn", dtype=jnp.float32)
 
 
 def e4m3_scale_in(unit: jax.Array, absmax: jax.Array, qmax: float) -> QTensor:
     """fp8 block scales beside a given float32: of a block so small that its scale rounds to 0, all codes are 0."""
-    local = jnp.minimum(divide(divide(absmax, qmax), unit.astype(absmax.dtype)), 448.0).astype(jnp.float8_e4m3fn)
+    local = jnp.minimum(divide_twice(absmax, qmax, unit.astype(absmax.dtype)), 448.0).astype(jnp.float8_e4m3fn)
     local = jnp.where(local == 0, jnp.asarray(0.125, local.dtype), local)
     return QTensor(local, unit.astype(jnp.float32), None, qtype="float8_e4m3fn", dtype=jnp.float32)
 
@@ -76,7 +76,7 @@ def _two_level_scale(absmax: jax.Array, qmax: float, top: jax.Array | None) -> Q
     """Integers 1 .. 15 times one float32; ``top``, by default the largest absmax, gets 15."""
     levels = QTYPES["uint4"].qmax
     unit = _float_scale(largest_magnitude(absmax, None) if top is None else top, qmax * levels, jnp.float32)
-    multiplier = jnp.rint(divide(divide(absmax.astype(jnp.float32), qmax), unit))
+    multiplier = jnp.rint(divide_twice(absmax.astype(jnp.float32), qmax, unit))
     multiplier = jnp.where(multiplier >= 1, jnp.minimum(multiplier, levels), 1.0).astype(jnp.uint8)
     return from_codes(multiplier, unit, None, qtype="uint4", dtype=jnp.float32)
 

@@ -207,7 +207,7 @@ def test_fp8_in_its_own_dtype_is_a_leaf_like_others(name):
     if name == "float8":
         np.testing.assert_array_equal(jax.vmap(lambda q: q.dequantize())(rows), rows.dequantize())
     mesh = AbstractMesh((4, 2), ("data", "model"))
-    flat = weight(name, (128, 24)).laid_out("native")
+    flat = weight(name, (512, 24)).laid_out("native")  # mxfp8: pieces of 128
     found = jq.shardings({"w": flat}, {"w": NamedSharding(mesh, P("data", "model"))})["w"]
     assert jax.tree.structure(found) == jax.tree.structure(flat)
     assert tuple(found.seal.spec) == (None, "model")
