@@ -21,7 +21,7 @@ from jax.extend.core import JaxprEqn, Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
-__all__ = ["Platform", "Target", "Ways", "by_platform", "run_program", "unmapped"]
+__all__ = ["Platform", "Target", "Ways", "by_platform", "run_program", "target_of", "unmapped"]
 
 T = TypeVar("T")
 
@@ -186,14 +186,18 @@ def _run(*arrays: Any, ways: _Flat | _Batched, results: Any, needs_devices: Any)
     del needs_devices
     return run_program(
         lambda: cast(list[Any], _compiled(*arrays, ways=ways, results=results)),
-        lambda: ways.on(_target_of(arrays), *arrays),
+        lambda: ways.on(target_of(_device_of(arrays)), *arrays),
     )
 
 
-def _target_of(arrays: Any) -> Target:
+def _device_of(arrays: Any) -> Any:
     """The device of concrete arrays; the default device if they are NumPy's."""
     held = [device for x in arrays if isinstance(x, jax.Array) for device in x.devices()]
-    device = cast(Any, held or jax.devices())[0]
+    return cast(Any, held or jax.devices())[0]
+
+
+def target_of(device: Any) -> Target:
+    """The target of programs that are lowered for a `jax.Device`."""
     name = {"gpu": "cuda"}.get(device.platform, device.platform)
     return Target(cast(Platform, name) if name in get_args(Platform) else "other", device.device_kind)
 
@@ -251,12 +255,17 @@ def _lowering(platform: Platform) -> Any:
 
 
 def _chip(module: Any, platform: Platform) -> str | None:
-    """The kind of the first device of a program that is lowered; in a `jax.shard_map`, of all that it may run on."""
+    """The kind of the first device of a program that is lowered; in a `jax.shard_map`, of all that it may run on.
+
+    An exported program may run on other chips than the one that exports it.
+    """
+    if module.lowering_parameters.for_export:
+        return None
     devices = getattr(module.axis_context, "device_assignment", None)
-    if not devices:
-        backend = getattr(module, "backend", None)
-        devices = backend.devices() if backend is not None and backend.platform == platform else None
-    return devices[0].device_kind if devices else None
+    backend = getattr(module, "backend", None)
+    devices = devices or (backend.devices() if backend is not None else ())
+    found = target_of(devices[0]) if devices else None
+    return found.chip if found is not None and found.platform == platform else None
 
 
 unmapped: Callable[..., Any] = getattr(jax.extend.core, "unmapped_aval", None) or getattr(jax.core, "unmapped_aval")  # noqa: B009

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.abstract import abstract
-from jaxquant.core.by_platform import Platform, Target
+from jaxquant.core.by_platform import Platform, Target, target_of
 from jaxquant.core.qtensor import Layout
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.forms import Axes
@@ -60,7 +60,7 @@ def kernel(
       >>> kernel(8, 64, 64, recipes.nf4(), "float32")
       'float32 blocks'
     """
-    on = _default() if target is None else target
+    on = target_of(jax.devices()[0]) if target is None else target
 
     def operand(shape: tuple[int, ...], spec: QuantSpec | None, axes: tuple[int, ...], *, stored: bool) -> Any:
         if spec is None:
@@ -87,10 +87,3 @@ def kernel(
         w = operand((columns, length), spec.weight, (-1,), stored=True)
         problem = Product(x, w, None, own, Axes((), (0,), (1,)), Axes((), (0,), (1,)))
     return select(problem, on).name
-
-
-def _default() -> Target:
-    """The target of programs by default."""
-    platform = jax.default_backend()
-    name = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda", "cuda": "cuda"}.get(platform, "other")
-    return Target(name, jax.devices()[0].device_kind)  # pyright: ignore[reportArgumentType]
