@@ -187,7 +187,7 @@ def w2a16(group_size: int | None = 64) -> OpSpec:
              [-1.5 ,  0.75]], dtype=float32)
 
     Source: Liu et al. 2025, ParetoQ (arXiv:2502.02631), section 3.2: the levels of its stretched elastic quantization.
-      Its steps have one gradient for all weights of a row; here the scale may be one of a group.
+      The paper learns one step for each row; here each group may have its own.
     """
     return OpSpec(_grouped("quaternary", group_size, calibration=MSE()))
 

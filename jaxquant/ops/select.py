@@ -111,11 +111,8 @@ class _Kernels:
         if target.platform == "cpu" and self.stored is not None:
             kernel, problem = _as_stored(kernel, problem, self.stored(problem), target)
         out = kernel.run(problem).astype(problem.result)
-        return (
-            as_it_is(out)
-            if target.platform == "tpu" and isinstance(problem, Product) and has_few_rows(problem)
-            else out
-        )
+        few = target.platform == "tpu" and isinstance(problem, Product) and has_few_rows(problem)
+        return as_it_is(out) if few else out
 
     def like(self, *operands: Any) -> jax.Array:
         """An array of the product's shape and dtype."""

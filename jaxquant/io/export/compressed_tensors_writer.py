@@ -141,11 +141,8 @@ def _constants(act: str | None, q: QTensor) -> dict[str, np.ndarray]:
 
 def _scheme(act: QuantSpec | None, q: QTensor) -> dict[str, Any]:
     axis = -2 if is_stack(q) and _turned(q) else -1
-    kind, size, width = (
-        _format(None if act is None else act.qtype, q),
-        q.shape[axis] // q.scale.shape[axis],
-        q.shape[axis],
-    )
+    kind = _format(None if act is None else act.qtype, q)
+    size, width = q.shape[axis] // q.scale.shape[axis], q.shape[axis]
     weights = {
         "actorder": None,
         "block_structure": None,

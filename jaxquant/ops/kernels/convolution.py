@@ -123,8 +123,8 @@ def convolved_codes(
     else:
         cuts = []
         for i in range(0, summed, step):
-            images, whole = (_part(v, g.lhs_spec[1], i, i + step) for v in (x, ones))
-            cuts.append(exact(images, whole, _part(kernel, g.rhs_spec[1], i, i + step)))
+            some, some_ones = (_part(v, g.lhs_spec[1], i, i + step) for v in (x, ones))
+            cuts.append(exact(some, some_ones, _part(kernel, g.rhs_spec[1], i, i + step)))
         out = functools.reduce(jnp.add, cuts)
     return out * lhs.scale.reshape(of_image) * rhs.scale.reshape(of_feature)
 

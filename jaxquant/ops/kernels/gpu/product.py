@@ -133,15 +133,15 @@ _PART_COST = 1 / 16  # of the weight's bytes: the most that sums of parts may wr
 def blocks(rows: int, w: Decoding, *, codes: bool = False) -> Blocks:
     """Blocks for a product of so many rows, by a small model of the processor.
 
-    Args:
-      rows: M.
-      w: the weight.
-      codes: whether codes of 8 bits are multiplied, and not values.
-
     A warp holds 16 rows of the left operand of a tensor core, here columns of the weight. With few rows of x there are
     too few warps to keep all processors busy. So the warps of a program share columns, and each has a slice of k. The
     tensor cores then multiply every slice of the weight by every slice of x, although only matching slices are needed.
     This is free as long as reading the weight is the bound.
+
+    Args:
+      rows: M.
+      w: the weight.
+      codes: whether codes of 8 bits are multiplied, and not values.
     """
 
     def cycles(tile: tuple[int, int, int]) -> float:
