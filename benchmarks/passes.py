@@ -3,8 +3,9 @@
     python benchmarks/passes.py [--list]
 
 Each operation runs once, in a process of its own: first it is traced, then lowered for the CPU, where its kernel is
-chosen and traced. Counted are the Python functions of jaxquant that are entered, comprehensions and lambdas too, and
-the files they are in. ``--list`` prints the functions by file.
+chosen and traced. Counted are the Python functions of jaxquant that are entered, and the files they are in. Lambdas
+count; a comprehension is a loop and does not, which versions of Python disagree on. ``--list`` prints the functions by
+file.
 """
 
 import argparse
@@ -81,7 +82,8 @@ def entered(call: Callable[[], object]) -> collections.Counter:
 
     def enter(frame, event, _):
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(PACKAGE):
+        loop = code.co_name.endswith(("comp>", "genexpr>"))
+        if event == "call" and code.co_filename.startswith(PACKAGE) and not loop:
             found[code.co_filename[len(PACKAGE) + 1 :], code.co_qualname, code.co_firstlineno] += 1
 
     sys.setprofile(enter)

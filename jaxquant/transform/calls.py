@@ -13,24 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, JaxprEqn, primitives
 from jax.sharding import Sharding
 
 from jaxquant.core import views
 from jaxquant.core.qtensor import QTensor
-from jaxquant.transform import primitives
 from jaxquant.transform.interpreter import ABSENT, Interpreter, Tally, handles, unsupported
-from jaxquant.transform.primitives import body_of, public, used_by
+from jaxquant.transform.primitives import body_of
 from jaxquant.transform.weights import Joined, Weight
 
 __all__ = ["absent", "arrays_of", "floats", "inside"]
 
 
-def _traced(fn: Any) -> Any:
-    return functools.partial(used_by, fn, (3,))
-
-
-@handles(_traced(primitives.jit_call), public("closed_call_p"), public("call_p"), joined=True)
+@handles(jax.jit, primitives.closed_call_p, primitives.call_p, joined=True)
 def _jit(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """Entered in place: the caller's own ``jit`` is around all of it. Shardings it names become constraints."""
     p = eqn.params
@@ -48,7 +43,7 @@ def _placed(interpreter: Interpreter, values: list[Any], shardings: Any) -> list
     ]
 
 
-@handles(_traced(primitives.with_custom_jvp), _traced(primitives.with_custom_vjp), joined=True)
+@handles(jax.custom_jvp, jax.custom_vjp, joined=True)
 def _custom_derivative(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """Entered in place: gradients are those of the quantized body, not the custom rule's."""
     products = interpreter.products
@@ -132,7 +127,7 @@ def _entering(interpreter: Interpreter, w: Weight, op: str) -> Any:
     return interpreter.float_of(w, f"the carry of {op}")
 
 
-@handles(_traced(primitives.checkpointed), joined=True)
+@handles(jax.checkpoint, joined=True)
 def _remat(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     closed, p = body_of(eqn), eqn.params
     count = len(eqn.outvars)
@@ -233,7 +228,7 @@ def _in_stack(stack: Any, layer: Any, index: Any) -> Any:
     return layer
 
 
-@handles(public("scan_p"), joined=True)
+@handles(primitives.scan_p, joined=True)
 def _scan(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     p = eqn.params
     closed, n_consts, n_carry = p["jaxpr"], p["num_consts"], p["num_carry"]
@@ -279,7 +274,7 @@ def _unstack(interpreter: Interpreter, stats: dict[str, Tally], stacked: list[st
     return {key: tally if key in by_layer else merged(key, tally) for key, tally in stats.items()}
 
 
-@handles(public("while_p"), joined=True)
+@handles(primitives.while_p, joined=True)
 def _while(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
@@ -318,7 +313,7 @@ def _empty(like: dict[str, Tally]) -> dict[str, Tally]:
 # -- branches ----------------------------------------------------------------------------------------------------------
 
 
-@handles(public("cond_p"), joined=True)
+@handles(primitives.cond_p, joined=True)
 def _cond(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     index, *operands = values
     if isinstance(index, Weight):

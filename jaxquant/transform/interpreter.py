@@ -29,13 +29,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var, jaxpr_as_fun
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
-from jaxquant.transform import primitives
 from jaxquant.transform.plan import Item, Plan
+from jaxquant.transform.primitives import USES, inlined, used_by
 from jaxquant.transform.products import Products, scoped
 from jaxquant.transform.weights import Joined, Weight
 
@@ -51,12 +51,13 @@ ABSENT = _Absent()
 """Stands for every value that is not a weight while planning, when nothing is computed."""
 
 Handler = Callable[["Interpreter", Any, list[Any]], list[Any]]
+Key = Primitive | Callable[..., Any]
 _take_joined: set[Handler] = set()
-_handlers: list[tuple[Callable[[], Any], Handler]] = []
+_handlers: dict[Key, Handler] = {}
 
 
-def handles(*primitives: Callable[[], Any], joined: bool = False) -> Callable[[Handler], Handler]:
-    """Registers a handler for primitives, given as functions that return them (some need a trace to be found).
+def handles(*keys: Key, joined: bool = False) -> Callable[[Handler], Handler]:
+    """Registers a handler for primitives, given as such, or as functions of JAX of which `used_by` finds them.
 
     ``joined``: it takes `Joined` values as they are; of others, `jaxquant.transform.joined` makes weights before.
     """
@@ -64,16 +65,16 @@ def handles(*primitives: Callable[[], Any], joined: bool = False) -> Callable[[H
     def register(handler: Handler) -> Handler:
         if joined:
             _take_joined.add(handler)
-        _handlers.extend((primitive, handler) for primitive in primitives)
+        _handlers.update(dict.fromkeys(keys, handler))
         return handler
 
     return register
 
 
 @functools.cache
-def _registry() -> dict[Any, Handler]:
+def _registry() -> Mapping[Any, Handler]:
     """Handlers by primitive. The package imports every module that registers some."""
-    return {primitive(): handler for primitive, handler in _handlers}
+    return {k if isinstance(k, Primitive) or k not in USES else used_by(k): handler for k, handler in _handlers.items()}
 
 
 def handler_of(primitive: Any) -> Handler:
@@ -226,7 +227,7 @@ class Interpreter:
         env.update(zip(jaxpr.invars, args, strict=True))
         if not self.planning and self.products is None and not any(isinstance(a, Weight | Joined) for a in args):
             return list(jaxpr_as_fun(closed)(*args))
-        last_use = _last_uses(jaxpr)
+        last_use = {} if self.planning else _last_uses(jaxpr)
         pending: list[int] = []
 
         def read(v: Any) -> Any:
@@ -409,7 +410,7 @@ def _evaluate(eqns: list[Any], env: dict[Var, Any], last_use: dict[Var, int], en
     made = {v for eqn in eqns for v in eqn.outvars}
     needed = list(dict.fromkeys(v for e in eqns for v in e.invars if not isinstance(v, Literal) and v not in made))
     kept = [v for eqn in eqns for v in eqn.outvars if last_use.get(v, -1) > end]
-    values = primitives.inlined(_jaxpr(eqns, needed, kept))(*(env[v] for v in needed))
+    values = inlined(_jaxpr(eqns, needed, kept))(*(env[v] for v in needed))
     env.update(zip(kept, values, strict=True))
 
 

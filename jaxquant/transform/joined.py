@@ -17,10 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import primitives
 
 from jaxquant.core.arithmetic import promoted
 from jaxquant.transform.interpreter import ABSENT, Interpreter, bind, handler_of, handles
-from jaxquant.transform.primitives import in_halves, named, public, stack_p, used_by
+from jaxquant.transform.primitives import used_by
 from jaxquant.transform.weights import Joined, Weight, reshape_dims, reshape_view
 
 __all__: list[str] = []
@@ -28,13 +29,13 @@ __all__: list[str] = []
 _NOTE = "joined with other weights before a product: multiplied one after the other"
 
 
-@handles(public("concatenate_p"))
+@handles(primitives.concatenate_p)
 def _concatenate(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     axis = eqn.params["dimension"]
     return [Joined(tuple(values), axis, tuple(v.aval.shape[axis] for v in eqn.invars))]
 
 
-@handles(stack_p)
+@handles(jnp.stack)
 def _stack(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     """A concatenation along a new axis."""
     axis = eqn.params["axis"]
@@ -50,7 +51,7 @@ def _reshaped(interpreter: Interpreter, part: Any, shape: tuple[int, ...]) -> An
     return part if interpreter.planning else jnp.reshape(part, shape)
 
 
-@handles(lambda: Joined)
+@handles(Joined)
 def _by_parts(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     """Any equation that a concatenation reaches, in whose place this is the handler."""
     places = [i for i, v in enumerate(values) if isinstance(v, Joined)]
@@ -148,7 +149,7 @@ def _reshape(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) 
     lead, n = math.prod(old[: joined.axis]), old[joined.axis]
     axes = [i for i, m in enumerate(new) if m == n and math.prod(new[:i]) == lead]
     ordered = kept is None or list(kept) == sorted(kept)
-    permuted = eqn.primitive is named("reshape_p") and eqn.params["dimensions"] is not None
+    permuted = eqn.primitive is primitives.reshape_p and eqn.params["dimensions"] is not None
     if len(axes) != 1 or math.prod(new) != math.prod(old) or not ordered or permuted:
         return None
     (axis,) = axes
@@ -200,14 +201,14 @@ def _again(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) ->
 @functools.cache
 def _rules() -> dict[Any, Callable[[Interpreter, Any, list[Any], int], list[Any] | None]]:
     found = {
-        named("dot_general_p"): _dot_general,
-        named("conv_general_dilated_p"): _conv,
-        named("convert_element_type_p"): _elementwise,
-        named("copy_p"): _elementwise,
-        named("transpose_p"): _transpose,
-        named("slice_p"): _slice,
-        used_by(in_halves, (4,)): _split,
-        named("concatenate_p"): _again,
+        primitives.dot_general_p: _dot_general,
+        primitives.conv_general_dilated_p: _conv,
+        primitives.convert_element_type_p: _elementwise,
+        primitives.copy_p: _elementwise,
+        primitives.transpose_p: _transpose,
+        primitives.slice_p: _slice,
+        used_by(lax.split): _split,
+        primitives.concatenate_p: _again,
     }
-    found.update(dict.fromkeys(map(named, ("reshape_p", "squeeze_p", "broadcast_in_dim_p")), _reshape))
+    found.update(dict.fromkeys((primitives.reshape_p, primitives.squeeze_p, primitives.broadcast_in_dim_p), _reshape))
     return found

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import primitives
 from jax.sharding import PartitionSpec
 
 from jaxquant import ops
@@ -26,8 +27,6 @@ from jaxquant.transform.primitives import (
     automatic,
     explicit_sharding,
     marked_varying,
-    named,
-    ragged_dot_p,
     varying_axes,
 )
 from jaxquant.transform.products import product_name
@@ -35,8 +34,6 @@ from jaxquant.transform.statistics import Inputs, Rows
 from jaxquant.transform.weights import Weight, rounded_activation, trained_activation
 
 __all__: list[str] = []
-
-_public = functools.partial(functools.partial, named)
 
 
 def _activation(
@@ -121,8 +118,7 @@ def _partitioned(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     def run(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-        placed = [explicit_sharding(v.aval) for v in eqn.outvars]
-        if interpreter.planning or None in placed:
+        if interpreter.planning or None in (placed := [explicit_sharding(v.aval) for v in eqn.outvars]):
             return handler(interpreter, eqn, values)
         if "out_sharding" in eqn.params:
             eqn = eqn.replace(params={**eqn.params, "out_sharding": None})
@@ -146,22 +142,15 @@ def _as_it_stands(eqn: Any, values: list[Any]) -> list[Any]:
     return [eqn.primitive.bind(*values, **eqn.params)]
 
 
-def _two_weights(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any] | None:
-    """A product of two parameters, or none at all in the places that are quantized."""
-    if sum(isinstance(v, Weight) for v in values[:2]) == 2:
-        return unsupported(interpreter, eqn, values)
-    return None
-
-
-@handles(_public("dot_general_p"))
+@handles(primitives.dot_general_p)
 @_partitioned
 def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    refused = _two_weights(interpreter, eqn, values)
-    if refused is not None:
-        return refused
-    if not any(isinstance(v, Weight) for v in values):
+    weights = [side for side, v in enumerate(values) if isinstance(v, Weight)]
+    if len(weights) == 2:
+        return unsupported(interpreter, eqn, values)
+    if not weights:
         return _product(interpreter, eqn, values)
-    side = 0 if isinstance(values[0], Weight) else 1
+    (side,) = weights
     weight, x = values[side], values[1 - side]
     p = eqn.params
     contract, batch = p["dimension_numbers"]
@@ -245,7 +234,7 @@ def _swapped(eqn: Any, interpreter: Interpreter, operands: list[Any], act: dict[
     return jnp.transpose(out, order)
 
 
-@handles(_public("conv_general_dilated_p"))
+@handles(primitives.conv_general_dilated_p)
 @_partitioned
 def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     x, weight = values
@@ -364,7 +353,7 @@ def _lookup(eqn: Any) -> _Lookup | None:
     return _Lookup(axis, d.start_index_map.index(axis), sizes[axis], order)
 
 
-@handles(_public("gather_p"))
+@handles(primitives.gather_p)
 @_partitioned
 def _gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     weight, indices = values
@@ -392,7 +381,7 @@ def _gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return [jnp.transpose(out, lookup.order)]
 
 
-@handles(ragged_dot_p)
+@handles(lax.ragged_dot)
 @_partitioned
 def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     x, weight, sizes = values[:3]

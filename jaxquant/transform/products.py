@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, primitives
 
 from jaxquant.core.specs import OpSpec
-from jaxquant.transform import primitives
 
 __all__ = ["Products", "product_name", "scoped"]
 
@@ -36,7 +35,7 @@ class Products:
     def in_equation(self, eqn: JaxprEqn, scope: str) -> bool:
         """Whether an equation in this scope is one of them, or holds one."""
         scope = scoped(scope, str(eqn.source_info.name_stack))
-        if eqn.primitive is primitives.named("dot_general_p"):
+        if eqn.primitive is primitives.dot_general_p:
             return self.wanted(product_name(scope))
         return any(self._in_jaxpr(jaxpr, scope) for jaxpr in _jaxprs_of(eqn))
 

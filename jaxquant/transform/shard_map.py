@@ -26,7 +26,7 @@ from jaxquant.transform.weights import Atom, Weight
 __all__: list[str] = []
 
 
-@handles(primitives.shard_map_p)
+@handles(jax.shard_map)
 def _shard_map(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     p = eqn.params
     mesh, closed = p["mesh"], primitives.closed(p["jaxpr"])

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Literal
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Literal, primitives
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxquant.transform import primitives
 from jaxquant.transform.interpreter import ABSENT, Interpreter, bind, handles, unsupported
-from jaxquant.transform.primitives import named, public, used_by
+from jaxquant.transform.primitives import marked_varying, reshard
 from jaxquant.transform.weights import (
     Atom,
     View,
@@ -30,23 +29,23 @@ from jaxquant.transform.weights import (
 __all__: list[str] = []
 
 
-@handles(public("transpose_p"))
+@handles(primitives.transpose_p)
 def _transpose(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     (w,) = values
     permutation = tuple(eqn.params["permutation"])
     return [w.seen(transpose_view(permutation), tuple(w.dims[i] for i in permutation))]
 
 
-@handles(public("reshape_p"), public("squeeze_p"))
+@handles(primitives.reshape_p, primitives.squeeze_p)
 def _reshape(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     w, shape = values[0], tuple(eqn.outvars[0].aval.shape)
     order = eqn.params.get("dimensions")
-    if eqn.primitive is named("reshape_p") and order is not None:  # row-major after a transpose
+    if eqn.primitive is primitives.reshape_p and order is not None:  # row-major after a transpose
         w = w.seen(transpose_view(tuple(order)), tuple(w.dims[i] for i in order))
     return [w.seen(reshape_view(shape, w.shape), reshape_dims(w.dims, shape))]
 
 
-@handles(public("broadcast_in_dim_p"))
+@handles(primitives.broadcast_in_dim_p)
 def _broadcast(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     w, shape = values[0], tuple(eqn.outvars[0].aval.shape)
     kept = eqn.params["broadcast_dimensions"]
@@ -62,7 +61,7 @@ def _size(shape: tuple[int, ...]) -> int:
     return size
 
 
-@handles(public("convert_element_type_p"))
+@handles(primitives.convert_element_type_p)
 def _cast(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     (w,), dtype = values, eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
@@ -70,11 +69,7 @@ def _cast(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return [w.seen(cast_view(dtype), w.dims, dtype)]
 
 
-def _traced(fn: Any) -> Any:
-    return functools.partial(used_by, fn, (3,))
-
-
-@handles(public("copy_p"))
+@handles(primitives.copy_p)
 def _copy(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return values
 
@@ -89,13 +84,13 @@ def _nothing(eqn: Any) -> View:
     return View(str(eqn.primitive), lambda x: x, lambda q: q, lambda: _nothing(eqn))
 
 
-@handles(public("sharding_constraint_p"), _traced(primitives.with_name))
+@handles(primitives.sharding_constraint_p, checkpoint_name)
 def _placed(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     (w,) = values
     return [w.seen(_same_place(eqn), w.dims)]
 
 
-@handles(primitives.reshard_p)
+@handles(reshard)
 def _resharded(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     """Where an array goes on a mesh of explicit axes; operations run with automatic ones, and constrain it there.
 
@@ -110,14 +105,14 @@ def _resharded(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[An
     return [w.seen(View("reshard", place, lambda q: q, lambda: _nothing(eqn)), w.dims)]
 
 
-@handles(_traced(primitives.stopped))
+@handles(lax.stop_gradient)
 def _every_leaf(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     """Frozen weights: codes and scales alike."""
     (w,) = values
     return [w.seen(_leafwise(eqn), w.dims)]
 
 
-@handles(primitives.pvary_p)
+@handles(marked_varying)
 def _marked(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     """A weight of a shard_map that is equal on all devices, unless each device rounded it with its own key."""
     (w,) = values
@@ -126,7 +121,7 @@ def _marked(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 
 def _marking(name: str, axes: tuple[str, ...]) -> View:
     def marked(x: Any) -> Any:
-        return jax.tree.map(lambda v: primitives.marked_varying(v, axes), x)
+        return jax.tree.map(lambda v: marked_varying(v, axes), x)
 
     return View(name, marked, marked, lambda: _marking(name, axes))
 
@@ -139,7 +134,7 @@ def _leafwise(eqn: Any) -> View:
     return View(str(eqn.primitive), apply, lambda q: jax.tree.map(apply, q), lambda: _leafwise(eqn))
 
 
-@handles(_traced(primitives.behind_barrier))
+@handles(lax.optimization_barrier)
 def _barrier(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     """Orders computations and computes nothing; a weight is computed by nobody."""
     others = [i for i, v in enumerate(values) if not isinstance(v, Weight)]
@@ -149,7 +144,7 @@ def _barrier(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return values
 
 
-@handles(public("rev_p"))
+@handles(primitives.rev_p)
 def _flip(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     (w,) = values
     return [w.seen(flip_view(tuple(eqn.params["dimensions"])), w.dims)]
@@ -165,7 +160,7 @@ def _cut(w: Weight, cuts: list[tuple[int, Any, int]]) -> Weight:
     return w.seen(slice_view(tuple(cuts)), tuple(dims))
 
 
-@handles(public("slice_p"))
+@handles(primitives.slice_p)
 def _slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     (w,), p = values, eqn.params
     if p["strides"] is not None and any(s != 1 for s in p["strides"]):
@@ -174,7 +169,7 @@ def _slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return [_cut(w, [(i, a, b - a) for i, (a, b, n) in enumerate(bounds) if b - a != n])]
 
 
-@handles(primitives.unstack_p)
+@handles(jnp.unstack)
 def _unstack(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     """Each index of an axis, by a slice and a reshape."""
     (w,), axis, shape = values, eqn.params["axis"], tuple(eqn.outvars[0].aval.shape)
@@ -182,7 +177,7 @@ def _unstack(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return [row.seen(reshape_view(shape, row.shape), reshape_dims(row.dims, shape)) for row in rows]
 
 
-@handles(lambda: used_by(primitives.in_halves, (4,)))
+@handles(lax.split)
 def _split(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     (w,), axis = values, eqn.params["axis"]
     sizes = [int(n) for n in eqn.params["sizes"]]
@@ -190,7 +185,7 @@ def _split(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     return [_cut(w, [(axis, start, n)] if n != w.shape[axis] else []) for start, n in zip(starts, sizes, strict=True)]
 
 
-@handles(public("dynamic_slice_p"))
+@handles(primitives.dynamic_slice_p)
 def _dynamic_slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     w, *starts = values
     if not isinstance(w, Weight):

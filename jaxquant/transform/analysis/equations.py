@@ -15,16 +15,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import primitives as p
 
 from jaxquant.core.paths import leaves_with_paths
 from jaxquant.core.qtensor import QTensor
-from jaxquant.transform import primitives
 from jaxquant.transform.analysis.axes import aligned, factored, size_of
 from jaxquant.transform.analysis.flow import Flow, Place, flows
 from jaxquant.transform.analysis.walk import Rule, Walk, shape_of
 from jaxquant.transform.plan import Plan, is_float
-from jaxquant.transform.primitives import used_by
+from jaxquant.transform.primitives import marked_varying, used_by
 from jaxquant.transform.quantized import check_plan
 from jaxquant.transform.trace import Traced, trace
 
@@ -333,9 +334,9 @@ def moving(equations: Equations, eqn: Any, values: list[Value]) -> list[Value]:
 @functools.cache
 def rules() -> dict[Any, Rule[Value]]:
     """The rules that are the same whatever is unknown."""
-    split = used_by(primitives.in_halves, (4,))
-    traced = [used_by(fn, (3,)) for fn in (primitives.with_name, primitives.stopped, primitives.behind_barrier)]
-    unchanged = [p.neg_p, p.copy_p, p.real_p, p.reduce_precision_p, p.sharding_constraint_p, primitives.pvary_p()]
+    split = used_by(lax.split)
+    traced = map(used_by, (checkpoint_name, lax.stop_gradient, lax.optimization_barrier, marked_varying))
+    unchanged = [p.neg_p, p.copy_p, p.real_p, p.reduce_precision_p, p.sharding_constraint_p]
     return {
         **dict.fromkeys((p.cumsum_p, split, p.rev_p, p.concatenate_p, p.transpose_p, p.gather_p), moving),
         **dict.fromkeys((p.slice_p, p.dynamic_slice_p), moving),

@@ -6,9 +6,10 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from jax import lax
 from jax.extend.core import primitives as p
 
-from jaxquant.transform import primitives
+from jaxquant.transform.primitives import used_by
 
 __all__ = ["Flow", "Place", "flows", "kept"]
 
@@ -86,7 +87,7 @@ def _conv(eqn: Any) -> Flow:
 @functools.cache
 def flows() -> dict[Any, Callable[[Any], Flow]]:
     """Of the primitives that move axes."""
-    split = primitives.used_by(primitives.in_halves, (4,))
+    split = used_by(lax.split)
     return {
         **dict.fromkeys((p.cumsum_p, p.cummax_p, p.cummin_p, split), lambda eqn: kept(eqn, [eqn.params["axis"]])),
         p.rev_p: lambda eqn: kept(eqn, eqn.params["dimensions"]),
