@@ -242,7 +242,7 @@ def measured(m: Decoder, target: str, devices: int, batch: int, scheme: str, by:
         elif by == "qwix":
             fn, params = qwix_program(m, scheme, params)
         if devices > 1:
-            where = jq.shardings(params, where)
+            where = jq.ops.shardings(params, where)
             params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, where)
         found = estimate(compiled_for("accelerators", target, fn, (params, *args)))
     except Exception as e:

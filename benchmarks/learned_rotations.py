@@ -22,7 +22,7 @@ import measure
 
 import jaxquant as jq
 from jaxquant import recipes
-from jaxquant.ptq import Orthogonal
+from jaxquant.ptq.bases import Orthogonal
 
 
 def row(encoder: accuracy.Encoder, plan: jq.Plan, bases: dict[str, Any], seconds: float) -> dict[str, Any]:

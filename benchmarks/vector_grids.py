@@ -119,7 +119,7 @@ def main() -> None:
     rows: dict[str, dict[str, float]] = {}
     for name, (weight, *grams) in layers.items():
         weight, seen, unseen = (jnp.asarray(a, jnp.float32) for a in (weight, *grams))
-        turn = ptq.Rotation.random(jax.random.key(0), len(weight))
+        turn = ptq.bases.Rotation.random(jax.random.key(0), len(weight))
         rows[name] = row(weight, seen, unseen)
         rotated = [turn.inputs(turn.inputs(g).T) for g in (seen, unseen)]
         rows[f"{name}, rotated"] = row(turn.weights(weight), *rotated)

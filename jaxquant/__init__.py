@@ -13,7 +13,7 @@ Layers; imports point down only:
     ptq               3  quantizers: rtn, clipped, gptq; what transforms are made of: scales, bases
     rules             3  Rule, OpRule: which parameters get which OpSpec
     recipes           2  named OpSpecs
-    ops               2  quantized primitives: dot_general, einsum, conv_general_dilated, take
+    ops               2  quantized primitives: dot_general, einsum, conv_general_dilated, take; lay_out, shardings
     core              1  QuantSpec, QTensor, quantize, dequantize, fake_quant, observers
 """
 
@@ -31,19 +31,13 @@ from jaxquant.core.qtypes import dtype_table
 from jaxquant.core.scale_zero_point import scale_zero_point
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.rules import OpRule, Rule
-from jaxquant.transform import (
-    Plan,
-    act_state,
-    calibrate,
-    dequantize_params,
-    explain,
-    make_plan,
-    quantize_model,
-    quantize_params,
-    quantized,
-    shardings,
-    update_params,
-)
+from jaxquant.transform.calibrate import act_state, calibrate
+from jaxquant.transform.explain import explain
+from jaxquant.transform.make_plan import make_plan
+from jaxquant.transform.params import dequantize_params, quantize_params
+from jaxquant.transform.plan import Plan
+from jaxquant.transform.quantize_model import quantize_model
+from jaxquant.transform.quantized import quantized
 
 if TYPE_CHECKING:
     from jaxquant import io, linen, models, nnx, optim
@@ -89,8 +83,6 @@ __all__ = [
     "quantized",
     "recipes",
     "scale_zero_point",
-    "shardings",
-    "update_params",
 ]
 
 _ON_USE = ("io", "linen", "models", "nnx", "optim")

@@ -8,7 +8,7 @@ Distillation             its settings, for `quantize_model`: a method and distil
 """
 
 from jaxquant.transform.calibrate import merge_stats
-from jaxquant.transform.distill import Distillation, Distilled, distill
+from jaxquant.transform.distill import Distillation, distill
 from jaxquant.transform.sequential import quantize_sequentially
 from jaxquant.transform.statistics import ChannelAbsMax, ChannelMean, Gram, Inputs, Range, Rows, Statistic
 
@@ -16,7 +16,6 @@ __all__ = [
     "ChannelAbsMax",
     "ChannelMean",
     "Distillation",
-    "Distilled",
     "Gram",
     "Inputs",
     "Range",

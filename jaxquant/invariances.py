@@ -9,17 +9,14 @@ biases            which biases a weight's outputs go through; correct_bias takes
 """
 
 from jaxquant.transform.analysis.biases import biases
-from jaxquant.transform.analysis.rotations import RotationGroup, rotation_groups
-from jaxquant.transform.analysis.scales import ScalePair, scale_pairs
+from jaxquant.transform.analysis.rotations import rotation_groups
+from jaxquant.transform.analysis.scales import scale_pairs
 from jaxquant.transform.change_of_basis import precondition, precondition_params
 from jaxquant.transform.folding import correct_bias, fold_gains, rescale, rotate
-from jaxquant.transform.learning import LearnedRotations, learn_rotations
+from jaxquant.transform.learning import learn_rotations
 from jaxquant.transform.smoothing import awq, awq_bases, equalize, rotation_bases, smooth_bases, smoothquant
 
 __all__ = [
-    "LearnedRotations",
-    "RotationGroup",
-    "ScalePair",
     "awq",
     "awq_bases",
     "biases",

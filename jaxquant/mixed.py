@@ -6,6 +6,6 @@ refine        that choice, improved by trial
 """
 
 from jaxquant.transform.allocation import allocate, refine
-from jaxquant.transform.sensitivity import Sensitivity, sensitivity
+from jaxquant.transform.sensitivity import sensitivity
 
-__all__ = ["Sensitivity", "allocate", "refine", "sensitivity"]
+__all__ = ["allocate", "refine", "sensitivity"]

@@ -123,7 +123,7 @@ class QTensor:
     be scanned, vmapped, stacked and sliced like the float array it stands for.
 
     Arithmetic by `jax.tree.map` reaches codes and scales apart. Where it changes the dtype of the codes, what uses the
-    result raises. ``a + a``, ``-a`` and ``a * 2`` of integers do not: use `jaxquant.update_params`, or pass
+    result raises. ``a + a``, ``-a`` and ``a * 2`` of integers do not: use `jaxquant.qat.update_params`, or pass
     ``is_leaf=lambda x: isinstance(x, QTensor)``.
 
     There is no ``__jax_array__``: using a QTensor where a float array is expected raises instead of dequantizing

@@ -12,23 +12,16 @@ orbax         Orbax checkpoints (`save_orbax`, `load_orbax`)
 stream        checkpoints larger than memory, quantized on disk (`quantize_hf`)
 """
 
-from jaxquant.io.gguf import GGUFInfo, load_gguf, save_gguf
-from jaxquant.io.hf import CheckpointInfo, NameMap, load_hf
-from jaxquant.io.hf.model import HFModel
+from jaxquant.io.gguf import load_gguf, save_gguf
+from jaxquant.io.hf import NameMap, load_hf
 from jaxquant.io.model import load_model
-from jaxquant.io.native import SavedMetadata, SavedModel, load, read_metadata, save
+from jaxquant.io.native import load, read_metadata, save
 from jaxquant.io.orbax import load_orbax, save_orbax
 from jaxquant.io.save_hf import save_hf
-from jaxquant.io.stream import QuantizePlan, plan_quantize_hf, quantize_hf
+from jaxquant.io.stream import plan_quantize_hf, quantize_hf
 
 __all__ = [
-    "CheckpointInfo",
-    "GGUFInfo",
-    "HFModel",
     "NameMap",
-    "QuantizePlan",
-    "SavedMetadata",
-    "SavedModel",
     "load",
     "load_gguf",
     "load_hf",

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from jaxquant.core.errors import quant_error
+from jaxquant.ops.shardings import shardings
 from jaxquant.ops.targets import Platform, check_target, lay_out
-from jaxquant.transform.shardings import shardings
 
 __all__ = ["PackedLeaves", "placing", "to_device", "to_host"]
 

@@ -12,31 +12,19 @@ Llama, Mistral, Mixtral, Qwen 2 and 3 and their mixtures, Gemma 1 to 3. It is th
 one.
 """
 
-from jaxquant.models.config import ARCHITECTURES, Config, Layer, Mixture, config_of
-from jaxquant.models.decoder import empty_cache, head, hidden, logits
-from jaxquant.models.evaluation import Evaluation, evaluate
+from jaxquant.models.config import config_of
+from jaxquant.models.decoder import logits
+from jaxquant.models.evaluation import evaluate
 from jaxquant.models.generation import Sampling, Times, generate, stream
 from jaxquant.models.load import Model, load
-from jaxquant.models.rope import Rope
-from jaxquant.models.tokenizer import Tokenizer
 
 __all__ = [
-    "ARCHITECTURES",
-    "Config",
-    "Evaluation",
-    "Layer",
-    "Mixture",
     "Model",
-    "Rope",
     "Sampling",
     "Times",
-    "Tokenizer",
     "config_of",
-    "empty_cache",
     "evaluate",
     "generate",
-    "head",
-    "hidden",
     "load",
     "logits",
     "stream",

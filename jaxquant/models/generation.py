@@ -23,7 +23,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.models.config import Config
 from jaxquant.models.decoder import empty_cache, head, hidden
 from jaxquant.models.load import Model
-from jaxquant.transform import quantized
+from jaxquant.transform.quantized import quantized
 from jaxquant.transform.stated import StatedPlan
 
 __all__ = ["Sampling", "Times", "generate", "stream", "tokens_of"]

@@ -27,7 +27,7 @@ from jaxquant.io.sharded import located, read_json
 from jaxquant.models import gguf
 from jaxquant.models.config import Config, Layer, config_of
 from jaxquant.models.tokenizer import Tokenizer, ends_of, tokenizer_of, tokenizer_of_gguf
-from jaxquant.transform import quantized
+from jaxquant.transform.quantized import quantized
 from jaxquant.transform.stated import StatedPlan
 
 __all__ = ["IMAGES", "Model", "fitted", "load", "place_of", "renamed", "stacked"]

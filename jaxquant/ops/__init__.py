@@ -1,7 +1,7 @@
 """Quantized primitives: each operand an array or a `QTensor`, otherwise the signatures of `jax.lax` and `jax.numpy`.
 
     dot_general, einsum, conv_general_dilated, ragged_dot, take; llm_int8
-    lay_out: lays codes out for the platform that will read them
+    lay_out: lays codes out for the platform that will read them; shardings: where their arrays lie on a mesh
 
 `jaxquant.ops.select` chooses how a product is computed.
 """
@@ -11,7 +11,8 @@ from jaxquant.ops.dot import dot_general
 from jaxquant.ops.einsum import einsum
 from jaxquant.ops.llm_int8 import llm_int8
 from jaxquant.ops.ragged import ragged_dot
+from jaxquant.ops.shardings import shardings
 from jaxquant.ops.take import take
 from jaxquant.ops.targets import lay_out
 
-__all__ = ["conv_general_dilated", "dot_general", "einsum", "lay_out", "llm_int8", "ragged_dot", "take"]
+__all__ = ["conv_general_dilated", "dot_general", "einsum", "lay_out", "llm_int8", "ragged_dot", "shardings", "take"]

@@ -18,24 +18,17 @@ A *basis* is a change of basis of a weight's input channels, before it is quanti
     scaling  smooth_scale, awq_scale: scales of the channels; awq_clip: clips of the weights
 """
 
-from jaxquant.ptq import bases
+from jaxquant.ptq import bases, scaling
 from jaxquant.ptq.autoround import autoround
-from jaxquant.ptq.bases import ChannelScale, Orthogonal, Rotation
 from jaxquant.ptq.clipped import clipped
 from jaxquant.ptq.descend import descend
 from jaxquant.ptq.double import double_quantized
 from jaxquant.ptq.gptq import gptq
 from jaxquant.ptq.hqq import hqq
 from jaxquant.ptq.rtn import rtn
-from jaxquant.ptq.scaling import awq_clip, awq_scale, smooth_scale
 
 __all__ = [
-    "ChannelScale",
-    "Orthogonal",
-    "Rotation",
     "autoround",
-    "awq_clip",
-    "awq_scale",
     "bases",
     "clipped",
     "descend",
@@ -43,5 +36,5 @@ __all__ = [
     "gptq",
     "hqq",
     "rtn",
-    "smooth_scale",
+    "scaling",
 ]

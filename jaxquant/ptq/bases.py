@@ -49,7 +49,7 @@ class ChannelScale(Basis):
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxquant.ptq import ChannelScale
+      >>> from jaxquant.ptq.bases import ChannelScale
       >>> basis = ChannelScale(jnp.array([1.0, 4.0]))
       >>> basis.inputs(jnp.array([[2.0, 8.0]])) @ basis.weights(jnp.array([[1.0], [0.5]]))
       Array([[6.]], dtype=float32)
@@ -83,7 +83,7 @@ class Rotation(Basis):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from jaxquant.ptq import Rotation
+      >>> from jaxquant.ptq.bases import Rotation
       >>> x = jnp.zeros((1, 384)).at[0, 5].set(1.0)
       >>> float(jnp.abs(Rotation.random(jax.random.key(0), 384).inputs(x)).max()).__round__(4)  # 1 / sqrt(384)
       0.051
@@ -123,7 +123,7 @@ class Orthogonal(Basis):
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxquant.ptq import Orthogonal
+      >>> from jaxquant.ptq.bases import Orthogonal
       >>> Orthogonal(jnp.array([[0.0, 1.0], [1.0, 0.0]])).inputs(jnp.array([2.0, 3.0]))
       Array([3., 2.], dtype=float32)
     """

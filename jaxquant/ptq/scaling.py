@@ -36,7 +36,7 @@ def smooth_scale(absmax: jax.Array, weights: Sequence[jax.Array], *, alpha: floa
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxquant.ptq import smooth_scale
+      >>> from jaxquant.ptq.scaling import smooth_scale
       >>> smooth_scale(jnp.array([100.0, 1.0]), [jnp.array([[1.0], [0.25]])])
       Array([10.,  2.], dtype=float32)
 
@@ -137,7 +137,7 @@ def awq_clip(w: jax.Array, spec: QuantSpec, stats: Any, *, steps: int = 20, leas
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
-      >>> from jaxquant.ptq import awq_clip
+      >>> from jaxquant.ptq.scaling import awq_clip
       >>> w = jnp.array([[0.3], [0.6], [-0.6], [1.0]])
       >>> stats = {"gram": {"gram": jnp.diag(jnp.array([9.0, 9.0, 9.0, 0.1]))[None]}}
       >>> round(float(awq_clip(w, jq.QuantSpec("int2", narrow_range=True), stats)[0, 0]), 2)  # the last input is small

@@ -22,8 +22,12 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.io.atomic import replacing
 from jaxquant.rules import Rule
-from jaxquant.transform import Explanation, Plan, calibrate, make_plan, quantized
 from jaxquant.transform.batches import arguments
+from jaxquant.transform.calibrate import calibrate
+from jaxquant.transform.explain import Explanation
+from jaxquant.transform.make_plan import make_plan
+from jaxquant.transform.plan import Plan
+from jaxquant.transform.quantized import quantized
 from jaxquant.transform.sequential import in_order_of_use
 from jaxquant.transform.stated import described
 from jaxquant.transform.statistics import Statistic

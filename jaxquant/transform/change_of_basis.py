@@ -55,7 +55,7 @@ def precondition(fn: Callable[..., Any], plan: Plan, bases: Mapping[str, Basis])
       >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.eye(8)}
       >>> x = jnp.arange(8.0)[None]
       >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("w", recipes.w8a8())])
-      >>> bases = {"w": jq.ptq.Rotation.random(jax.random.key(0), 8)}
+      >>> bases = {"w": jq.ptq.bases.Rotation.random(jax.random.key(0), 8)}
       >>> rotated = jq.invariances.precondition(fn, plan, bases)
       >>> turned = jq.invariances.precondition_params(params, plan, bases)
       >>> bool(jnp.allclose(rotated(turned, x), fn(params, x), atol=1e-5))

@@ -18,17 +18,13 @@ from jaxquant import ops
 from jaxquant.core.indices import widened
 from jaxquant.core.qtensor import QTensor
 from jaxquant.ops.forms import Axes
+from jaxquant.ops.shardings import explicit_sharding
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.calls import arrays_of, inside
 from jaxquant.transform.interpreter import ABSENT, Interpreter, Misfit, Tally, handles, key_of, unsupported
 from jaxquant.transform.masks import along
 from jaxquant.transform.plan import Item
-from jaxquant.transform.primitives import (
-    automatic,
-    explicit_sharding,
-    marked_varying,
-    varying_axes,
-)
+from jaxquant.transform.primitives import automatic, marked_varying, varying_axes
 from jaxquant.transform.products import product_name
 from jaxquant.transform.statistics import Inputs, Rows
 from jaxquant.transform.weights import Weight, rounded_activation, trained_activation

@@ -24,7 +24,6 @@ __all__ = [
     "automatic",
     "body_of",
     "closed",
-    "explicit_sharding",
     "inlined",
     "is_call",
     "marked_varying",
@@ -194,10 +193,3 @@ def body_of(eqn: JaxprEqn) -> ClosedJaxpr:
 def automatic(fn: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
     """``fn`` with automatic axes in the place of the mesh's explicit ones, and results that are placed as given."""
     return _of_sharding("auto_axes")(fn, out_sharding=out_sharding)
-
-
-def explicit_sharding(aval: Any) -> NamedSharding | None:
-    """The sharding that is part of a type, where the mesh has explicit axes; else None."""
-    sharding = getattr(aval, "sharding", None)
-    explicit = isinstance(sharding, NamedSharding) and AxisType.Explicit in (sharding.mesh.axis_types or ())
-    return sharding if explicit else None

@@ -16,11 +16,11 @@ from jax.sharding import PartitionSpec
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
+from jaxquant.ops.shardings import Cut, leaf_specs, whole_blocks
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform import primitives
 from jaxquant.transform.calls import absent, floats
 from jaxquant.transform.interpreter import Interpreter, handles
-from jaxquant.transform.shardings import Cut, leaf_specs, whole_blocks
 from jaxquant.transform.weights import Atom, Weight
 
 __all__: list[str] = []

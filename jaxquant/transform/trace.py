@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr
 
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.paths import is_qtensor, leaves_with_paths
-from jaxquant.transform.shardings import explicit_of
+from jaxquant.ops.shardings import explicit_of
 
 __all__ = ["Traced", "is_array", "trace"]
 

@@ -162,11 +162,11 @@ def test_checkpoints_of_others(tmp_path):
 def test_shardings_cut_whole_groups():
     mesh = AbstractMesh((4, 2), ("data", "model"))
     q = weight("int4 g8", (64, 24)).laid_out("elements")
-    found = jq.shardings({"w": q}, {"w": NamedSharding(mesh, P("data", "model"))})["w"]
+    found = jq.ops.shardings({"w": q}, {"w": NamedSharding(mesh, P("data", "model"))})["w"]
     assert tuple(found.codes.spec) == ("data", None, "model")
     assert tuple(found.scale.spec) == ("data", "model")
     with pytest.raises(QuantError, match="6 blocks"):
-        jq.shardings({"w": weight("int4 g8", (48, 24)).laid_out("elements")}, {"w": NamedSharding(mesh, P("data"))})
+        jq.ops.shardings({"w": weight("int4 g8", (48, 24)).laid_out("elements")}, {"w": NamedSharding(mesh, P("data"))})
 
 
 def test_targets_that_are_none():
@@ -208,7 +208,7 @@ def test_fp8_in_its_own_dtype_is_a_leaf_like_others(name):
         np.testing.assert_array_equal(jax.vmap(lambda q: q.dequantize())(rows), rows.dequantize())
     mesh = AbstractMesh((4, 2), ("data", "model"))
     flat = weight(name, (512, 24)).laid_out("native")  # mxfp8: pieces of 128
-    found = jq.shardings({"w": flat}, {"w": NamedSharding(mesh, P("data", "model"))})["w"]
+    found = jq.ops.shardings({"w": flat}, {"w": NamedSharding(mesh, P("data", "model"))})["w"]
     assert jax.tree.structure(found) == jax.tree.structure(flat)
     assert tuple(found.seal.spec) == (None, "model")
     shapes = jax.eval_shape(lambda q: ops.lay_out(q, "tpu"), flat.laid_out("packed"))

@@ -38,7 +38,7 @@ def test_a_tree_comes_back_to_the_last_bit(tmp_path):
 def test_sharded_trees(tmp_path):
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(4), ("x",))
     params = {"w": quantized("int4"), "v": quantized("float8_e4m3fn")}
-    where = jq.shardings(params, {name: NamedSharding(mesh, P("x", None)) for name in params})
+    where = jq.ops.shardings(params, {name: NamedSharding(mesh, P("x", None)) for name in params})
     placed = jax.device_put(params, where)
     jq.io.save_orbax(tmp_path / "step", placed)
     got = jq.io.load_orbax(tmp_path / "step", shardings=where)

@@ -13,7 +13,8 @@ from models.decoders import DECODERS, GOLDEN, make
 
 import jaxquant as jq
 from jaxquant.core.qtensor import QTensor
-from jaxquant.models import empty_cache, head, hidden, load, logits
+from jaxquant.models import load, logits
+from jaxquant.models.decoder import empty_cache, head, hidden
 
 SPEC = jq.OpSpec(jq.QuantSpec("int4", granularity="per_group", group_size=8))
 RULES = [jq.Rule(r"embed_tokens|lm_head|\.gate\.|shared_expert_gate|norm", None), jq.Rule(r"\.weight$", SPEC)]

@@ -8,8 +8,7 @@ from hf_files import GOLDEN
 
 import jaxquant as jq
 from jaxquant import OpSpec, QuantSpec
-from jaxquant.ptq import Orthogonal
-from jaxquant.ptq.bases import orthogonal
+from jaxquant.ptq.bases import Orthogonal, orthogonal
 from jaxquant.transform.learning import cayley
 
 RNG = np.random.default_rng(0)

@@ -107,7 +107,7 @@ def test_sharded_transformer():
     }
     where = {"table": P("model"), "blocks": cut}
     where = jax.tree.map(lambda s: NamedSharding(mesh, s), where, is_leaf=lambda s: isinstance(s, P))
-    placed = jax.device_put(qparams, jq.shardings(qparams, where))
+    placed = jax.device_put(qparams, jq.ops.shardings(qparams, where))
     x = jax.device_put(tokens, NamedSharding(mesh, P()))
     run = jax.jit(jq.quantized(fn, plan))
     close(run(placed, x), run(qparams, tokens), 1e-5)

@@ -149,7 +149,9 @@ def test_other_axes_run_in_float_and_the_plan_says_so():
     assert (plan["w"].in_float, plan["w"].notes) == ((plan["w"].note,), ())
     assert jq.Plan.from_json(plan.to_json()) == plan
     with pytest.raises(jq.QuantError, match="precondition at w: the weight is used in another way too"):
-        jq.invariances.precondition(fn, plan, {"w": jq.ptq.Rotation.random(jax.random.key(0), plan["w"].channels)})
+        jq.invariances.precondition(
+            fn, plan, {"w": jq.ptq.bases.Rotation.random(jax.random.key(0), plan["w"].channels)}
+        )
     assert f"w: {plan['w'].note}" in " ".join(str(plan).split())
 
 

@@ -132,7 +132,7 @@ def test_sharded_mlp(layout, spec):
     plan, qparams, _ = planned(mlp, PARAMS, X, spec=spec)
     expected = jax.jit(jq.quantized(mlp, plan))(qparams, X)
     where = jax.tree.map(lambda s: NamedSharding(mesh(), s), LAYOUTS[layout], is_leaf=lambda s: isinstance(s, P))
-    found = jq.shardings(qparams, where)
+    found = jq.ops.shardings(qparams, where)
     assert jax.tree.structure(found) == jax.tree.structure(qparams)
     placed = jax.device_put(qparams, found)
     for name, spec_ in LAYOUTS[layout].items():  # each device holds its part of the codes, not all
@@ -149,18 +149,18 @@ def test_sharded_mlp(layout, spec):
 def test_scales_follow_codes_or_lie_everywhere():
     spec = jq.QuantSpec("int4", granularity="per_group", group_size=8, symmetric=False)
     q = jq.quantize(PARAMS["a"], spec, reduce_axes=(-2,))  # 4 groups of 8
-    specs = lambda s: [tuple(leaf.spec) for leaf in jax.tree.leaves(jq.shardings(q, NamedSharding(mesh(), s)))]  # noqa: E731
+    specs = lambda s: [tuple(leaf.spec) for leaf in jax.tree.leaves(jq.ops.shardings(q, NamedSharding(mesh(), s)))]  # noqa: E731
     assert specs(P("data", "model")) == [("model", "data"), ("data", "model"), ("data", "model")]
     # 8 ways: every group straddles a boundary
     assert specs(P(("data", "model"))) == [(None, ("data", "model")), (None, None), (None, None)]
     assert specs(P()) == [(None, None)] * 3
     one = SingleDeviceSharding(jax.devices()[0])
-    assert jax.tree.leaves(jq.shardings({"w": q, "b": X}, one)) == [one] * 4
+    assert jax.tree.leaves(jq.ops.shardings({"w": q, "b": X}, one)) == [one] * 4
 
 
 def test_scales_that_are_quantized_themselves():
     q = jq.quantize(unequal((64, 32), 1), jq.QuantSpec("nvfp4"), reduce_axes=(-2,))
-    placed = jax.device_put(q, jq.shardings(q, NamedSharding(mesh(), P("data", "model"))))
+    placed = jax.device_put(q, jq.ops.shardings(q, NamedSharding(mesh(), P("data", "model"))))
     assert tuple(placed.scale.codes.sharding.spec) == ("data", "model")
     np.testing.assert_array_equal(placed.dequantize(), q.dequantize())
 
@@ -168,7 +168,7 @@ def test_scales_that_are_quantized_themselves():
 def test_stacked_and_abstract():
     stacked = jax.eval_shape(lambda w: jax.vmap(lambda v: jq.quantize(v, SPECS["int4"].weight, reduce_axes=(-2,)))(w),
                              jax.ShapeDtypeStruct((3, 32, 64), jnp.float32))  # fmt: skip
-    found = jq.shardings({"w": stacked}, {"w": NamedSharding(mesh(), P(None, "data", "model"))})["w"]
+    found = jq.ops.shardings({"w": stacked}, {"w": NamedSharding(mesh(), P(None, "data", "model"))})["w"]
     assert tuple(found.codes.spec) == (None, "model", "data")
     assert tuple(found.scale.spec) == (None, "data", "model")
 
@@ -194,4 +194,4 @@ def test_bad_shardings(name):
     q = {"w": jq.quantize(unequal((12, 10)), jq.QuantSpec("int4"), reduce_axes=(-2,))}
     tree = {k: NamedSharding(mesh(), s) if isinstance(s, P) else s for k, s in tree.items()}
     with pytest.raises(jq.QuantError, match=message):
-        jq.shardings(q, tree)
+        jq.ops.shardings(q, tree)

@@ -9,7 +9,8 @@ import snippets
 
 import jaxquant as jq
 from jaxquant import QuantSpec, recipes
-from jaxquant.ptq import ChannelScale, Rotation, bases
+from jaxquant.ptq import bases
+from jaxquant.ptq.bases import ChannelScale, Rotation
 
 K, H, N = 24, 32, 8
 RNG = np.random.default_rng(0)
@@ -134,7 +135,7 @@ def test_awq_is_never_worse_on_the_data_it_saw(stats):
         e = np.asarray(w - jq.ptq.rtn(w * s[:, None], spec, reduce_axes=(-2,)).dequantize() / s[:, None])
         return np.sum(e * (gram @ e))
 
-    scale = jax.jit(lambda known: jq.ptq.awq_scale([w], [spec], known, ratios=8))(stats["up"])
+    scale = jax.jit(lambda known: jq.ptq.scaling.awq_scale([w], [spec], known, ratios=8))(stats["up"])
     assert output_error(scale) < output_error(jnp.ones(K))
 
 
@@ -146,7 +147,7 @@ def test_awq_gives_the_scales_of_autoawq():
     known = {"mean": {"abs_sum": np.abs(x).sum(1), "rows": np.float32(x.shape[1])}}
 
     def search(ws):
-        return jq.ptq.awq_scale(
+        return jq.ptq.scaling.awq_scale(
             ws,
             [spec, spec],
             known,
@@ -163,7 +164,7 @@ def test_awq_gives_the_clips_of_autoawq_and_clipped_loses_less():
         w1, x, expected = (reference.get_tensor(name) for name in ("w1", "x", "best_clip_w1"))
     spec = QuantSpec("uint4", granularity="per_group", group_size=32, symmetric=False)
     known, w = {"gram": {"gram": np.einsum("bri,brj->bij", x, x)}}, w1.T
-    clip = jq.ptq.awq_clip(jnp.asarray(w), spec, known)
+    clip = jq.ptq.scaling.awq_clip(jnp.asarray(w), spec, known)
     np.testing.assert_allclose(clip.T, expected[..., 0], rtol=1e-5)
 
     def lost(q):  # by each group's own outputs, which is what both search by
@@ -209,7 +210,7 @@ def test_refusals(stats):
     with pytest.raises(jq.QuantError, match="smoothquant at down: there is no absmax of the inputs"):
         jq.invariances.smoothquant(PARAMS, plan, jq.invariances.scale_pairs(fn, plan, PARAMS, X), {})
     with pytest.raises(jq.QuantError, match=r"awq_scale: unknown families of scales; got families=\('both',\)"):
-        jq.ptq.awq_scale([jnp.ones((2, 2))], [QuantSpec("int4")], {}, families=("both",))
+        jq.ptq.scaling.awq_scale([jnp.ones((2, 2))], [QuantSpec("int4")], {}, families=("both",))
     table, ids = {"t": jnp.ones((4, 3))}, jnp.zeros(2, jnp.int32)
     tied = lambda p, i: jnp.take(p["t"], i, axis=0) @ p["t"].T  # noqa: E731
     both = jq.make_plan(tied, table, ids, rules=[jq.Rule("t", recipes.w8a16())])

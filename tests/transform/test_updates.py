@@ -42,13 +42,13 @@ def test_averages_and_steps(name):
         (optax.apply_updates, old + new, 4),
         (lambda a, b: optax.incremental_update(b, a, 0.25), 0.75 * old + 0.25 * new, 1.5),
     ):
-        for run in (jq.update_params, jax.jit(jq.update_params, static_argnums=(0, 1))):
+        for run in (jq.qat.update_params, jax.jit(jq.qat.update_params, static_argnums=(0, 1))):
             got = run(fn, plan, q, other)
             assert isinstance(got["w"], jq.QTensor)
             off = np.abs(np.asarray(got["w"].dequantize()) - want)
             assert np.all(off <= largest(want) * STEP[name] * 0.51)
             np.testing.assert_allclose(got["b"], bias)
-    twice = jq.update_params(lambda a, b: jax.tree.map(jnp.add, a, b), plan, q, q)
+    twice = jq.qat.update_params(lambda a, b: jax.tree.map(jnp.add, a, b), plan, q, q)
     np.testing.assert_allclose(twice["w"].dequantize(), 2 * old, rtol=1e-5, atol=largest(old).max() * STEP[name] / 2)
     np.testing.assert_array_equal(q["w"].dequantize(), old)
 
@@ -60,8 +60,8 @@ def test_what_stands_for_no_values():
     nothing = {"w": jax.tree.map(lambda a: None, q["w"]), "b": jnp.ones(8)}
     for tree in (gradients, halves, nothing):
         with pytest.raises(QuantError, match=r"update_params at w: the leaves of this QTensor are no codes and scales"):
-            jq.update_params(optax.apply_updates, plan, q, tree)
+            jq.qat.update_params(optax.apply_updates, plan, q, tree)
     with pytest.raises(QuantError, match="the plan does not quantize this QTensor"):
-        jq.update_params(lambda p: p, plan, {**q, "b": q["w"]})
+        jq.qat.update_params(lambda p: p, plan, {**q, "b": q["w"]})
     with pytest.raises(QuantError, match="plan must be a Plan"):
-        jq.update_params(lambda p: p, [jq.Rule("w", SPECS["int8"])], q)
+        jq.qat.update_params(lambda p: p, [jq.Rule("w", SPECS["int8"])], q)

@@ -10,8 +10,8 @@ read, write    `load_gguf`, `save_gguf`
 """
 
 from jaxquant.io.gguf.names import ARCHITECTURES
-from jaxquant.io.gguf.read import GGUFInfo, load_gguf
+from jaxquant.io.gguf.read import load_gguf
 from jaxquant.io.gguf.types import support_table
 from jaxquant.io.gguf.write import save_gguf
 
-__all__ = ["ARCHITECTURES", "GGUFInfo", "load_gguf", "save_gguf", "support_table"]
+__all__ = ["ARCHITECTURES", "load_gguf", "save_gguf", "support_table"]

@@ -7,7 +7,7 @@ checkpoint    the directory; module, layout: what all readers use
 """
 
 from jaxquant.io.hf.formats import FORMATS, UNSUPPORTED, support_table
-from jaxquant.io.hf.load import CheckpointInfo, load_hf
+from jaxquant.io.hf.load import load_hf
 from jaxquant.io.hf.names import BERT, GPT2, LLAMA, OPT, VIT, NameMap
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "OPT",
     "UNSUPPORTED",
     "VIT",
-    "CheckpointInfo",
     "NameMap",
     "load_hf",
     "support_table",

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxquant.core.blocks import spread
 from jaxquant.core.errors import QuantError, quant_error
@@ -15,9 +15,8 @@ from jaxquant.core.packing import packed_length
 from jaxquant.core.paths import is_qtensor, path_of
 from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.ops.trained import TrainedTensor
-from jaxquant.transform.primitives import explicit_sharding
 
-__all__ = ["Cut", "explicit_of", "leaf_specs", "shardings", "whole_blocks"]
+__all__ = ["Cut", "explicit_of", "explicit_sharding", "leaf_specs", "shardings", "whole_blocks"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +112,13 @@ def whole_blocks(q: QTensor, cut: Cut) -> QTensor:
     return q
 
 
+def explicit_sharding(aval: Any) -> NamedSharding | None:
+    """The sharding that is part of a type, where the mesh has explicit axes; else None."""
+    sharding = getattr(aval, "sharding", None)
+    explicit = isinstance(sharding, NamedSharding) and AxisType.Explicit in (sharding.mesh.axis_types or ())
+    return sharding if explicit else None
+
+
 def explicit_of(leaf: Any) -> NamedSharding | None:
     """Where an array, or the one that a QTensor stands for, lies on a mesh of explicit axes; None on any other."""
     if not isinstance(leaf, QTensor):
@@ -190,10 +196,10 @@ def shardings(qparams: Any, shardings: Any) -> Any:
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxquant as jq
-      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
       >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("model",))
       >>> w = jq.quantize(jnp.ones((64, 32)), jq.QuantSpec("int8"), reduce_axes=(-2,))
-      >>> found = jq.shardings({"w": w}, {"w": NamedSharding(mesh, P("model", None))})["w"]
+      >>> found = jq.ops.shardings({"w": w}, {"w": NamedSharding(mesh, P("model", None))})["w"]
       >>> tuple(found.codes.spec), tuple(found.scale.spec)  # codes are stored [32, 64]: contraction-minor
       ((None, 'model'), (None, None))
     """
