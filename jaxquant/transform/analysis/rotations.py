@@ -63,7 +63,7 @@ class RotationGroup:
         return f"{show(self.others)} -> {show(self.sinks)} ({self.size} channels)"
 
     def random(self, key: jax.Array) -> jax.Array:
-        """A random orthogonal matrix [size, size], as flat as a `jaxquant.ptq.bases.Rotation`: Hadamard if there is one."""
+        """A random orthogonal matrix [size, size], as flat as `ptq.bases.Rotation`: Hadamard where there is one."""
         return Rotation.random(key, self.size).inputs(jnp.eye(self.size))
 
 
