@@ -146,8 +146,6 @@ def inspect_(path: Path, tensors: bool, deep: bool, as_json: bool) -> None:
 
 # -- quantize ----------------------------------------------------------------------------------------------------------
 
-_METHODS = ("rtn", "hqq", "gptq")
-
 
 @main.command()
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
@@ -176,13 +174,14 @@ _METHODS = ("rtn", "hqq", "gptq")
 )
 @click.option(
     "--method",
-    type=click.Choice([*_METHODS]),
-    help="How codes are chosen.  [rtn: to nearest; gptq with --calibrate or --grams]",
+    metavar="NAME",
+    help="How codes are chosen: rtn (to nearest), hqq; by inputs: gptq, clipped, descend, autoround, or after awq or "
+    "smoothquant have moved scales: awq, awq+gptq.  [rtn; gptq with --calibrate or --grams]",
 )
 @click.option(
     "--calibrate",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A text in UTF-8 to run the float model on, so that gptq knows the inputs of each weight.",
+    help="A text in UTF-8 to run the float model on, so that the method knows the inputs of each weight.",
 )
 @click.option(
     "--grams",
@@ -217,16 +216,14 @@ def quantize(
     SOURCE is a directory with safetensors files; DESTINATION must not exist. The defaults suit the format:
     4 bits in groups of 64, with scales in the dtype of the checkpoint, unless --help says otherwise. All checks that
     need no weights run first. An interrupted run leaves DESTINATION.partial; the same command continues it.
-    gptq needs the inputs of each weight. --calibrate TEXT collects them for the decoders that `jaxquant generate` runs,
-    mixtures of experts too, with one layer in memory at a time; finished layers are kept on the disk, in
-    DESTINATION.calibration, until the end. For other models, collect the inputs with jaxquant.calibrate.
+    gptq and others need the inputs of each weight. --calibrate TEXT collects them for the decoders that
+    `jaxquant generate` runs, mixtures of experts too, with one layer in memory at a time; finished layers are kept on
+    the disk, in DESTINATION.calibration, until the end. For other models, collect the inputs with jaxquant.calibrate.
+    awq and smoothquant move scales between the weights and norms of a layer, so norms change too.
     """
     if calibrate is not None and grams is not None:
         raise click.UsageError("Use --calibrate or --grams, not both")
-    knows = calibrate is not None or grams is not None
-    method = method or ("gptq" if knows else "rtn")
-    if (method == "gptq") != knows:
-        raise click.UsageError("--method gptq goes with --calibrate or --grams, and no other method does")
+    method = method or ("rtn" if calibrate is None and grams is None else "gptq")
     asked = quantize_files.Scheme(recipe, qtype, bits, group_size, asymmetric, scale_dtype)
     if rules is not None and (asked != quantize_files.Scheme() or ignore):
         raise click.UsageError("Use --rules alone, or the other options of the scheme and --ignore")

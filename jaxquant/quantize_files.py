@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +26,11 @@ from jaxquant.io.safetensors import TensorSpec
 from jaxquant.io.save_hf import FORMATS
 from jaxquant.io.sharded import Checkpoint
 from jaxquant.io.stream import QuantizedLeaves, QuantizePlan
-from jaxquant.models.calibration import grams as write_grams
+from jaxquant.models.calibration import calibrated
 from jaxquant.models.tokenizer import read_text, tokenizer_of
 from jaxquant.recipes import recipe as named
 from jaxquant.rules import Rule
+from jaxquant.transform.methods import Method, method_of
 
 __all__ = ["TARGETS", "Scheme", "quantize", "rules_of", "scheme_of"]
 
@@ -149,7 +150,7 @@ def quantize(
     rules: Sequence[Rule],
     *,
     format: str,
-    method: str | Callable[..., QTensor] = "rtn",
+    method: str = "rtn",
     grams: Path | None = None,
     calibrate: Path | None = None,
     act: QuantSpec | None = None,
@@ -160,33 +161,68 @@ def quantize(
 ) -> QuantizePlan:
     """Quantizes a float checkpoint to a directory of one of `FORMATS`, or to a GGUF or native file.
 
-    With ``calibrate``, a text, the float model runs first, layer by layer, and the inputs of its weights are known to
-    the method. Until all is written ``DESTINATION.calibration`` holds the layers that are done. For a file each weight
+    With ``calibrate``, a text, the float model runs first, layer by layer, and the method learns about the inputs of
+    its weights. Until all is written ``DESTINATION.calibration`` holds the layers that are done. For a file each weight
     is quantized twice: all are checked before anything is written, and one is in memory at a time.
     """
-    if calibrate is not None and dry_run:
-        method = "rtn"  # the sizes are the same
-    elif calibrate is not None:
-        _check_destination(destination)
-        options = {"format": format, "act": act, "architecture": architecture, "shard_bytes": shard_bytes}
-        planned = quantize(source, destination, rules, dry_run=True, **options)
-        place = destination.with_name(f"{destination.name}.calibration")
-        _calibrate(source, list(planned.weights), calibrate, place, progress)
-        made = quantize(source, destination, rules, method=method, grams=place, progress=progress, **options)
-        shutil.rmtree(place)
-        return made
+    chosen = _checked_method(method, calibrate, grams)
+    _check_destination(destination, directory=format in FORMATS)
+    options = {"format": format, "act": act, "architecture": architecture, "shard_bytes": shard_bytes}
+    if calibrate is None:
+        how: dict[str, Any] = {"method": chosen.quantizer, "grams": grams}
+        return _written(source, destination, rules, how, **options, dry_run=dry_run, progress=progress)
+    # Sizes do not depend on the method.
+    planned = _written(source, destination, rules, {"method": "rtn"}, **options, dry_run=True, progress=None)
+    if dry_run:
+        return planned
+    place = destination.with_name(f"{destination.name}.calibration")
+    tokens = tokenizer_of(source).encode(read_text(calibrate, function=_F))
+    told = None if progress is None else lambda done, total: progress(done, total, "calibrating, in layers")
+    found = calibrated(source, tokens, QuantizedLeaves(source, rules).specs, place, method=chosen, progress=told)
+    how = {"method": chosen.quantizer, "grams": found.grams, "moved": found.moved}
+    made = _written(source, destination, rules, how, **options, dry_run=False, progress=progress)
+    shutil.rmtree(place)
+    return made
+
+
+def _checked_method(method: str, calibrate: Path | None, grams: Path | None) -> Method:
+    """The method; raises if it needs data that are missing, or has no use for the data that are given."""
+    chosen = method_of(_F, method)
+    if chosen.steps and calibrate is None:
+        todo = "Give --calibrate TEXT"
+        raise quant_error(_F, "the scales to move are found by running the model on a text", todo=todo, method=method)
+    if chosen.looks and calibrate is None and grams is None:
+        todo = "Give --calibrate TEXT, or --grams FILE"
+        raise quant_error(_F, "the method looks at the inputs of weights", todo=todo, method=method)
+    if not (chosen.looks or chosen.steps) and (calibrate is not None or grams is not None):
+        todo = "Leave --calibrate and --grams out, or use a method such as gptq or awq"
+        raise quant_error(_F, "the method does not look at inputs", todo=todo, method=method)
+    return chosen
+
+
+def _written(
+    source: Path,
+    destination: Path,
+    rules: Sequence[Rule],
+    how: Mapping[str, Any],
+    *,
+    format: str,
+    act: QuantSpec | None,
+    architecture: str | None,
+    shard_bytes: int,
+    dry_run: bool,
+    progress: Callable[[int, int, str], None] | None,
+) -> QuantizePlan:
+    """Writes the checkpoint, or plans it; ``how`` are the method and its data, as for `quantize_hf`."""
     if format in FORMATS:
-        options: dict[str, Any] = {"format": format, "method": method, "grams": grams, "act": act}
+        options: dict[str, Any] = {**how, "format": format, "act": act, "shard_bytes": shard_bytes}
         if dry_run:
-            return plan_quantize_hf(source, rules, **options, shard_bytes=shard_bytes)
-        return quantize_hf(source, destination, rules, **options, shard_bytes=shard_bytes, progress=progress)
+            return plan_quantize_hf(source, rules, **options)
+        return quantize_hf(source, destination, rules, **options, progress=progress)
     if act is not None:
         todo = "Write compressed-tensors, or use a recipe of weights alone, such as w8a16"
         raise quant_error(_F, "the format does not describe activations", todo=todo, format=format, act=act)
-    if not dry_run and os.path.lexists(destination):
-        path = os.fspath(destination)
-        raise quant_error(_F, "the destination exists", todo="Choose another, or remove it first", path=path)
-    leaves = QuantizedLeaves(source, rules, method=method, grams=grams)
+    leaves = QuantizedLeaves(source, rules, **how)
     if format == "gguf":
         metadata = metadata_of(leaves.checkpoint.config, architecture, function=_F)
         if not dry_run:
@@ -196,22 +232,14 @@ def quantize(
     return _plan(leaves, destination.name)
 
 
-def _check_destination(destination: Path) -> None:
-    """Raises before the model runs for faults that the writer would find after it."""
+def _check_destination(destination: Path, *, directory: bool) -> None:
+    """Raises first for faults that the writer would find after hours."""
     path = os.fspath(destination)
     if not destination.absolute().parent.is_dir():
         raise quant_error(_F, "the directory of the destination does not exist", todo="Create it first", path=path)
-    if os.path.lexists(destination) and not (destination.is_dir() and not any(destination.iterdir())):
+    empty = directory and destination.is_dir() and not any(destination.iterdir())
+    if os.path.lexists(destination) and not empty:
         raise quant_error(_F, "the destination exists", todo="Choose another, or remove it first", path=path)
-
-
-def _calibrate(
-    source: Path, names: list[str], text: Path, place: Path, progress: Callable[[int, int, str], None] | None
-) -> None:
-    """The Gram matrices of the inputs of weights, where the model runs on a text."""
-    tokens = tokenizer_of(source).encode(read_text(text, function=_F))
-    told = None if progress is None else lambda done, total: progress(done, total, "calibrating, in layers")
-    write_grams(source, tokens, names, place, progress=told)
 
 
 def _plan(leaves: QuantizedLeaves, name: str) -> QuantizePlan:

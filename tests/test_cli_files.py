@@ -177,10 +177,6 @@ def test_a_recipe_by_name(source, tmp_path):
     assert files.read_rules(rules) == [jq.Rule("proj", jq.recipes.w4a16(32, symmetric=False))]
 
 
-def test_gptq_and_grams_go_together(source, tmp_path):
-    assert "goes with --calibrate" in invoke("quantize", source, tmp_path / "out", "--method", "gptq", code=2)
-
-
 def test_rules_from_a_file(source, tmp_path):
     rules = tmp_path / "rules.toml"
     rules.write_text("""

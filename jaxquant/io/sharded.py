@@ -119,6 +119,15 @@ class Checkpoint:
         if not isinstance(weight_map, str):
             self._check_index(weight_map)
 
+    def replace(self, other: Checkpoint) -> None:
+        """Reads the tensors of another checkpoint in place of those with the same names and forms."""
+        for name, spec in other.tensors.items():
+            if self.tensors.get(name) != spec:
+                rule, todo = "a tensor does not fit the checkpoint that it is for", "Make it for this checkpoint"
+                raise other.error(rule, name, todo=todo, got=spec, wanted=self.tensors.get(name))
+            self.place[name] = os.path.join(other.path, other.place[name])
+        self.files |= {os.path.join(other.path, name): file for name, file in other.files.items()}
+
     def array(self, name: str) -> np.ndarray:
         """The array of a name: a read-only view of its file."""
         return self.files[self.place[name]].array(name)

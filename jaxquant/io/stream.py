@@ -87,6 +87,7 @@ def quantize_hf(
     format: str = "compressed-tensors",
     method: str | Callable[..., QTensor] = rtn,
     grams: str | os.PathLike[str] | None = None,
+    moved: str | os.PathLike[str] | None = None,
     act: QuantSpec | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int, str], None] | None = None,
@@ -114,6 +115,8 @@ def quantize_hf(
       grams: a safetensors file (or a directory of such files) with the Gram matrix x^T x [in, in] of the inputs of each
         weight, under the weight's name; [experts, in, in] for experts. A weight is then quantized as a whole, and
         memory holds the weight and its Gram matrix.
+      moved: a safetensors file (or a directory of such files) with float tensors to take in place of the source's of
+        the same names, such as weights and norms between which scales have moved.
       act: as for `save_hf`.
       shard_bytes: size that a file should not exceed; an interruption loses at most the work on one file.
       progress: called with the bytes written, all bytes, and the name of the tensor that comes next.
@@ -137,7 +140,8 @@ def quantize_hf(
       ...     jq.io.load_hf(os.path.join(d, "int8"))[0]["proj.weight"]
       QTensor(int8[64, 64] -> float32, per channel on axis -2, symmetric, 4.2 KiB)
     """
-    plan = plan_quantize_hf(source, rules, format=format, method=method, grams=grams, act=act, shard_bytes=shard_bytes)
+    options: dict[str, Any] = {"format": format, "method": method, "grams": grams, "moved": moved, "act": act}
+    plan = plan_quantize_hf(source, rules, **options, shard_bytes=shard_bytes)
     write_directory(destination, plan.layout, source=plan.source, function=_FUNCTION, progress=progress)
     return plan
 
@@ -149,11 +153,12 @@ def plan_quantize_hf(
     format: str = "compressed-tensors",
     method: str | Callable[..., QTensor] = rtn,
     grams: str | os.PathLike[str] | None = None,
+    moved: str | os.PathLike[str] | None = None,
     act: QuantSpec | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> QuantizePlan:
     """Runs all checks of `quantize_hf` and returns its plan, without writing."""
-    found = QuantizedLeaves(source, rules, method=method, grams=grams)
+    found = QuantizedLeaves(source, rules, method=method, grams=grams, moved=moved)
     checkpoint, leaves = found.checkpoint, found.abstract
     config = checkpoint.config
     layout = layout_of(format, act, function=_FUNCTION)
@@ -188,11 +193,12 @@ class QuantizedLeaves(Leaves):
     """The leaves of a float checkpoint, quantized by rules on access.
 
     Args:
-      source, rules, method, grams: as for `quantize_hf`.
+      source, rules, method, grams, moved: as for `quantize_hf`.
 
     Attributes:
       checkpoint: the float checkpoint.
       abstract: the leaves, as shapes.
+      specs: name of each quantized weight -> how each matrix in it is quantized.
       skipped: names of tensors that match a quantizing rule but stay in float -> why.
       method: the quantizer's name.
       grams: the Gram matrices on disk, or None.
@@ -208,6 +214,7 @@ class QuantizedLeaves(Leaves):
         *,
         method: str | Callable[..., QTensor] = rtn,
         grams: str | os.PathLike[str] | None = None,
+        moved: str | os.PathLike[str] | None = None,
     ):
         method = quantizer(_FUNCTION, method)
         partial = isinstance(method, functools.partial)
@@ -217,6 +224,8 @@ class QuantizedLeaves(Leaves):
             todo = "Take the float checkpoint, or convert this one"
             raise checkpoint.error("the checkpoint is quantized already", "config.json", todo=todo)
         check_unclaimed(checkpoint, None, checkpoint.tensors)
+        if moved is not None:
+            checkpoint.replace(Checkpoint(moved, function=_FUNCTION))
         base = method.func if isinstance(method, functools.partial) else method
         nested = [rule for rule in rules if rule.spec and rule.spec.weight and rule.spec.weight.two_level]
         if base is double_quantized or nested:
@@ -224,6 +233,7 @@ class QuantizedLeaves(Leaves):
             raise checkpoint.error("scales that are quantized themselves are not written slice by slice", todo=todo)
         assignment = _assignment(checkpoint, rules)
         self.skipped = assignment.skipped
+        self.specs = {name: how.spec for name, how in assignment.weights.items()}
         lies = {name: _lies(checkpoint.tensors[name].shape, how) for name, how in assignment.weights.items()}
         self.grams = None if grams is None else _grams(grams, lies)
         self.abstract: dict[str, Any] = {}

@@ -26,6 +26,11 @@ def _check_tokenizer(model: Path, other: Path | None) -> None:
         tokenizer_of(place)
 
 
+def _as_told(activations: Any, cache: str | None = None) -> dict[str, Any]:
+    """The arguments of `load` for two options: keys and values stay in float if either says float."""
+    return {"activations": activations, "cache": "float" if "float" in (activations, cache) else "saved"}
+
+
 def _note(text: str) -> None:
     click.echo(shown(text), err=True)
 
@@ -81,9 +86,7 @@ def generate(
         sampling.checked()
         if prompts:
             _check_tokenizer(model, tokenizer)
-        floating = "float" in (cache, activations)
-        how = {"activations": activations, "cache": "float" if floating else "saved"}
-        loaded = load(model, dtype=dtype, tokenizer=tokenizer, ignore=ignore, **how)
+        loaded = load(model, dtype=dtype, tokenizer=tokenizer, ignore=ignore, **_as_told(activations, cache))
         _note(str(loaded))
         rows = given or _tokens(loaded, prompts, chat)
         times = Times()
@@ -145,8 +148,7 @@ def eval_(
     """
     with refusals():
         _check_tokenizer(model, tokenizer)
-        options = {"dtype": dtype, "tokenizer": tokenizer, "ignore": ignore}
-        options |= {"activations": activations, "cache": "float" if activations == "float" else "saved"}
+        options = {"dtype": dtype, "tokenizer": tokenizer, "ignore": ignore, **_as_told(activations)}
         loaded = load(model, **options)
         _note(str(loaded))
         other = None if reference is None else load(reference, **options)

@@ -40,7 +40,8 @@ def quantizer(function: str, method: str | Callable[..., QTensor]) -> Callable[.
         todo = f"Nearest: {nearest(method, QUANTIZERS)}. All: {', '.join(QUANTIZERS)}"
         if method in ("awq", "smoothquant"):
             todo = "It changes float params before they are quantized: jq.quantize_model(..., method="
-            todo += f"{method!r}) does both. Quantizers: {', '.join(QUANTIZERS)}"
+            todo += f"{method!r}), or jaxquant quantize --method {method}, does both. "
+            todo += f"Quantizers: {', '.join(QUANTIZERS)}"
         raise quant_error(function, "no quantizer has this name", todo=todo, method=method)
     if not callable(method):
         todo = f"Pass a function, such as jq.ptq.gptq, or a name: {', '.join(QUANTIZERS)}"

@@ -8,15 +8,13 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
-from jaxquant import recipes
 from jaxquant.core.errors import printable, quant_error
-from jaxquant.core.paths import folded, leaves_with_paths, nearest
+from jaxquant.core.paths import folded, leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.core.units import in_bytes
 from jaxquant.ops.targets import Platform, check_target
-from jaxquant.ptq.named import QUANTIZERS, looks_at_inputs, quantizer
-from jaxquant.ptq.rtn import rtn
+from jaxquant.ptq.named import QUANTIZERS
 from jaxquant.recipes import recipe as named
 from jaxquant.rules import OpRule, Rule
 from jaxquant.transform.analysis.scales import scale_pairs
@@ -24,11 +22,11 @@ from jaxquant.transform.batches import arguments
 from jaxquant.transform.calibrate import act_state, calibrate
 from jaxquant.transform.distill import Distillation, distill, resumed
 from jaxquant.transform.make_plan import check_all_rules, make_plan
+from jaxquant.transform.methods import STEPS, Method, method_of
 from jaxquant.transform.params import quantize_params
 from jaxquant.transform.plan import Float, Plan
 from jaxquant.transform.quantized import quantized
-from jaxquant.transform.smoothing import awq, smoothquant
-from jaxquant.transform.statistics import ChannelAbsMax, ChannelMean, Gram, Statistic
+from jaxquant.transform.statistics import Gram, Statistic
 
 __all__ = ["QuantizedModel", "Report", "quantize_model"]
 
@@ -138,7 +136,7 @@ def quantize_model(
       >>> y = jax.jit(model.fn)(model.params, jnp.ones((1, 64)))
     """
     rules = _rules(recipe, ignore, misfit)
-    moves, method = _steps(method)
+    chosen = method_of(_F, method)
     check_target(_F, target)
     _check_function(fn)
     if distillation is not None and not isinstance(distillation, Distillation):
@@ -150,15 +148,15 @@ def quantize_model(
         args = seen[0]
     plan = make_plan(fn, params, *args, rules=rules, **kwargs)
     static = any(item.spec.act is not None and item.spec.act.static for item in plan.items)
-    looks = looks_at_inputs(method)
-    _check_batches(seen, moves, looks, static, method, distillation)
+    steps, looks = chosen.steps, chosen.looks
+    _check_batches(seen, chosen, static, distillation)
     teacher = params
     resume = None if distillation is None else distillation.resume
     begun = None if resume is None else resumed(_F, resume, params)
     if begun is not None:
-        moves, looks = (moves if static else []), False  # static ranges are those of the scaled activations
-    for name in moves:
-        move, collect = _MOVES[name]
+        steps, looks = (steps if static else ()), False  # static ranges are those of the scaled activations
+    for name in steps:
+        move, collect = STEPS[name]
         pairs = scale_pairs(fn, plan, params, *args, **kwargs)
         if not pairs:
             todo = "Use another method, or scale the inputs: jq.invariances.precondition"
@@ -170,7 +168,8 @@ def quantize_model(
         stats = calibrate(run, plan, params, seen, collect=wanted)
     state = act_state(plan, stats) if static and stats is not None else None
     if begun is None:
-        made = quantize_params(params, plan, method=method, stats=None if looks is False else stats, target=target)
+        stats = None if looks is False else stats
+        made = quantize_params(params, plan, method=chosen.quantizer, stats=stats, target=target)
     else:
         made = begun
     if distillation is not None:
@@ -190,17 +189,11 @@ def _distilled(
     return made
 
 
-_MOVES: dict[str, tuple[Callable[..., Any], dict[str, Statistic]]] = {
-    "awq": (awq, {"gram": Gram(), "mean": ChannelMean()}),
-    "smoothquant": (smoothquant, {"absmax": ChannelAbsMax()}),
-}
-
-
 def _rules(recipe: Any, ignore: Sequence[str], misfit: Any) -> list[Rule | OpRule]:
     if isinstance(ignore, str):
         raise quant_error(_F, "ignore must be a sequence of patterns", todo=f"Pass [{ignore!r}]", ignore=ignore)
     kept: list[Rule | OpRule] = [Rule(pattern, None) for pattern in ignore]
-    if isinstance(recipe, str) and recipe in (*QUANTIZERS, *_MOVES):
+    if isinstance(recipe, str) and recipe in (*QUANTIZERS, *STEPS):
         todo = f"Pass a recipe for the types, and the method beside it: recipe='w4a16', method={recipe!r}"
         raise quant_error(_F, "this is a method, which chooses codes of given types", todo=todo, recipe=recipe)
     if isinstance(recipe, str | OpSpec):
@@ -213,25 +206,6 @@ def _rules(recipe: Any, ignore: Sequence[str], misfit: Any) -> list[Rule | OpRul
     return [*kept, *check_all_rules(_F, recipe)]
 
 
-def _steps(method: Any) -> tuple[list[str], Callable[..., QTensor]]:
-    """The transforms of float params, by name, and the quantizer."""
-    if method is None:
-        return [], rtn
-    if not isinstance(method, str):
-        return [], quantizer(_F, method)
-    if method.partition(":")[0] in recipes.__all__:
-        todo = f"Pass recipe={method!r}, and leave method out or use one of {', '.join((*QUANTIZERS, *_MOVES))}"
-        raise quant_error(_F, "this is a recipe, which says the types", todo=todo, method=method)
-    *first, last = method.split("+")
-    if last in _MOVES:
-        first, last = [*first, last], "rtn"
-    unknown = [name for name in first if name not in _MOVES]
-    if unknown:
-        todo = f"Nearest: {nearest(unknown[0], _MOVES)}. Before a '+' come {' and '.join(_MOVES)}"
-        raise quant_error(_F, "no such step before a quantizer", todo=todo, method=method)
-    return first, quantizer(_F, last)
-
-
 def _check_function(fn: Any) -> None:
     if not callable(fn) or (hasattr(fn, "apply") and hasattr(fn, "init")):
         todo = "Pass a function of params: model.apply of Flax Linen and Haiku. For NNX: "
@@ -239,9 +213,7 @@ def _check_function(fn: Any) -> None:
         raise quant_error(_F, "fn must be a function of params", todo=todo, fn=type(fn).__name__)
 
 
-def _check_batches(
-    batches: Any, moves: Sequence[str], looks: bool | None, static: bool, method: Any, distillation: Any
-) -> None:
+def _check_batches(batches: Any, method: Method, static: bool, distillation: Any) -> None:
     """Raises if batches are missing, or nobody would look at them; of a method of the user's own only it can say."""
     todo = "Pass batches=[x, ...]: each the tuple of fn's further arguments, or one array"
     todo += "" if batches is None else "; a generator is used up by one pass"
@@ -249,11 +221,12 @@ def _check_batches(
         if not batches:
             raise quant_error(_F, "a model is distilled on batches", todo=todo, batches=batches)
         return
-    who = "+".join([*moves, *([getattr(method, "__name__", "the method")] if looks else [])])
+    last = [getattr(method.quantizer, "__name__", "the method")] if method.looks else []
+    who = "+".join([*method.steps, *last])
     if not batches and (who or static):
         rule = f"{who} looks at inputs" if who else "static activation ranges come from inputs"
         raise quant_error(_F, rule, todo=todo, batches=batches)
-    if batches is not None and looks is False and not moves and not static:
+    if batches is not None and method.looks is False and not method.steps and not static:
         todo = "Leave batches out, or use a method that looks at inputs, such as method='gptq', or a static recipe, or "
         todo += "a distillation"
         raise quant_error(_F, "nothing here looks at the batches", todo=todo, batches=len(batches))

@@ -86,6 +86,26 @@ def test_gptq_with_grams_from_disk(source, grams, tmp_path):
             np.testing.assert_array_equal(params[name].logical_codes(), want.logical_codes())
 
 
+def test_tensors_in_place_of_those_of_the_source(source, tmp_path):
+    """Weights and floats are taken from there; of another shape or name they are refused before anything is written."""
+    arrays, name = model(), "layers.1.proj.weight"
+    for of in (name, "norm.weight"):
+        arrays[of] = (arrays[of].astype(np.float32) * 3).astype(ml_dtypes.bfloat16)
+    write(tmp_path / "moved.safetensors", {of: arrays[of] for of in (name, "norm.weight")})
+    jq.io.quantize_hf(source, tmp_path / "out", RULES, moved=tmp_path / "moved.safetensors")
+    (tmp_path / "whole").mkdir()
+    write(tmp_path / "whole" / "model.safetensors", arrays)
+    jq.io.quantize_hf(tmp_path / "whole", tmp_path / "wanted", RULES)
+    made, wanted = (jq.io.load_hf(tmp_path / place)[0] for place in ("out", "wanted"))
+    for of, leaf in wanted.items():
+        jax.tree.map(np.testing.assert_array_equal, made[of], leaf)
+    for of, value in ((name, arrays[name][:1]), ("nothing", arrays["norm.weight"])):
+        write(tmp_path / "other.safetensors", {of: value})
+        with pytest.raises(QuantError, match="does not fit the checkpoint"):
+            jq.io.quantize_hf(source, tmp_path / "no", RULES, moved=tmp_path / "other.safetensors")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("no")]
+
+
 def test_grams_are_checked_first(source, grams, tmp_path):
     run = functools.partial(jq.io.quantize_hf, source, tmp_path / "out", RULES, method=jq.ptq.gptq)
     with pytest.raises(QuantError, match="needs the Gram matrix"):

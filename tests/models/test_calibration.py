@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,15 +21,27 @@ import jaxquant as jq
 from jaxquant.io.safetensors import TensorSpec, write_safetensors
 from jaxquant.io.sharded import Checkpoint
 from jaxquant.models import calibration, decoder, load, logits
-from jaxquant.models.calibration import grams
+from jaxquant.models.calibration import calibrated
 from jaxquant.models.decoder import _mixed
+from jaxquant.transform.methods import method_of
 
 assert checkpoint  # a fixture
 TEXT = "the quick brown fox jumps over the lazy dog. pack my box with five dozen liquor jugs! " * 4
 
 
+def grams(source, tokens, names, place, **options):
+    """The Gram matrices of the inputs of weights, as GPTQ asks for them."""
+    specs = dict.fromkeys(names, jq.QuantSpec("int8"))
+    calibrated(source, tokens, specs, place, method=method_of("test", "gptq"), **options)
+
+
 def as_files(place):
     """The Gram matrices that a run has left."""
+    return arrays(place / "grams")
+
+
+def arrays(place):
+    """All tensors of a checkpoint."""
     found = Checkpoint(place, function="test")
     return {name: found.array(name) for name in found.tensors}
 
@@ -119,9 +132,9 @@ def test_an_interrupted_run_goes_on_with_the_next_layer(tmp_path, monkeypatch):
     read, done = [], []
     real = calibration._Files.below
 
-    def below(files, *prefixes):
+    def below(files, *prefixes, **options):
         read.extend(prefixes)
-        return real(files, *prefixes)
+        return real(files, *prefixes, **options)
 
     def stop(i, _):
         if i == 2 and not done:
@@ -131,7 +144,7 @@ def test_an_interrupted_run_goes_on_with_the_next_layer(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration._Files, "below", below)
     with pytest.raises(KeyboardInterrupt):
         grams(GOLDEN / "gemma3", tokens, names, tmp_path / "cut", window=16, progress=stop)
-    assert {p.name for p in (tmp_path / "cut").iterdir()} == {
+    assert {p.name for p in (tmp_path / "cut").rglob("*") if p.is_file()} == {
         "run.json", "layer-00000.safetensors", "layer-00001.safetensors", "states-00002.npy",
     }  # fmt: skip
     assert read == ["model.embed_tokens.", "model.layers.0.", "model.layers.1."]  # never more than a layer
@@ -141,26 +154,109 @@ def test_an_interrupted_run_goes_on_with_the_next_layer(tmp_path, monkeypatch):
         np.testing.assert_array_equal(gram, as_files(tmp_path / "cut")[name])
 
 
-def test_a_command_from_a_text_to_gptq(checkpoint, tmp_path):
+def moved(name, tmp_path, tokens, method, spec, pattern="_proj.weight$"):
+    """A decoder's parameters, and those of its files with the tensors that a method has moved scales between."""
+    place = in_float32(name, tmp_path)
+    before = arrays(place)
+    specs = {n: spec for n in before if re.search(pattern, n)}
+    found = calibrated(place, tokens, specs, tmp_path / "run", method=method_of("test", method), window=20)
+    return place, before, found
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", pytest.param("qwen3", marks=pytest.mark.slow), pytest.param("mixtral", marks=pytest.mark.slow)]
+)
+def test_moved_scales_are_those_of_the_whole_model_and_keep_its_function(name, tmp_path):
+    tokens = np.random.default_rng(1).integers(3, 40, 40)
+    spec = jq.QuantSpec("int4", granularity=jq.PerGroup(16))
+    place, before, found = moved(name, tmp_path, tokens, "awq", spec)
+    assert found.grams is None  # nothing reads them
+    after = arrays(found.moved)
+    changed = {n for n in after if not np.array_equal(after[n], before[n])}
+    assert {n.split(".")[-2] for n in changed} >= {"input_layernorm", "q_proj", "up_proj", "down_proj"}
+    model = load(place)
+    fn, ids = functools.partial(logits, model.config), jnp.asarray(tokens, jnp.int32).reshape(2, 20)
+    shutil.copytree(place, tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").unlink()
+    jq.io.save(tmp_path / "other" / "model.safetensors", before | after)
+    other = load(tmp_path / "other")
+    wanted = jax.jit(fn)(model.params, ids)
+    np.testing.assert_allclose(jax.jit(fn)(other.params, ids), wanted, atol=1e-4 * float(jnp.abs(wanted).max()))
+    rules = [jq.Rule("_proj.weight$", jq.OpSpec(spec)), jq.Rule(".*", None)]
+    plan = jq.make_plan(fn, model.params, ids, rules=rules)
+    collect = {"gram": jq.calibration.Gram(), "mean": jq.calibration.ChannelMean()}
+    stats = jq.calibrate(fn, plan, model.params, [(ids[:1],), (ids[1:],)], collect=collect)
+    pairs = jq.invariances.scale_pairs(fn, plan, model.params, ids)
+    whole = jq.invariances.awq(model.params, plan, pairs, stats)
+    for n, leaf in other.params.items():
+        np.testing.assert_allclose(leaf, whole[n], rtol=1e-3, err_msg=n)
+
+
+def test_grams_are_those_of_the_moved_model(tmp_path):
+    """Inputs are divided by what the weights of the layer were multiplied with."""
+    tokens = np.random.default_rng(3).integers(3, 40, 40)
+    q, norm = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.input_layernorm.weight"
+    place, before, found = moved("llama", tmp_path, tokens, "awq+gptq", jq.QuantSpec("int3"), re.escape(q))
+    grams(place, tokens, [q], tmp_path / "plain", window=20)
+    ratio = before[norm] / arrays(found.moved)[norm]
+    plain = as_files(tmp_path / "plain")[q]
+    np.testing.assert_allclose(arrays(found.grams)[q] * np.outer(ratio, ratio), plain, atol=1e-4 * np.abs(plain).max())
+
+
+def test_a_head_of_its_own_is_calibrated_too(tmp_path):
+    tokens = np.random.default_rng(4).integers(3, 40, 40)
+    _, before, found = moved("qwen2", tmp_path, tokens, "awq+gptq", jq.QuantSpec("int4"), "^lm_head")
+    assert set(arrays(found.grams)) == {"lm_head.weight"}
+    assert set(arrays(found.moved)) <= {"lm_head.weight", "model.norm.weight"} & set(before)
+
+
+def test_methods_that_cannot_be(tmp_path, checkpoint):
+    (tmp_path / "text").write_text(TEXT)
+    source, text = checkpoint / "float", ("--calibrate", tmp_path / "text")
+    for options, rule in (
+        (("--method", "awq"), "Give --calibrate TEXT"),
+        (("--method", "gptq"), "Give --calibrate TEXT, or --grams FILE"),
+        (("--method", "rtn", *text), "does not look at inputs"),
+        (("--method", "awg", *text), "Nearest: 'awq'"),
+        (("--method", "w4a16"), "this is a recipe"),
+    ):
+        assert rule in invoke("quantize", source, tmp_path / "out", *options, code=1).output
+    assert {path.name for path in tmp_path.iterdir()} == {"text"}
+
+
+def test_a_command_from_a_text_to_codes(checkpoint, tmp_path):
     (tmp_path / "text").write_text(TEXT)
     float_model = load(checkpoint / "float")
     tokens = np.asarray([float_model.tokenizer.encode(TEXT)[:60]])
     expected = jax.jit(functools.partial(logits, float_model.config))(float_model.params, tokens)
     lost, small = {}, ("--bits", 3, "--group-size", 16)
-    for name, options in (("rtn", ()), ("gptq", ("--calibrate", tmp_path / "text"))):
+    text = ("--calibrate", tmp_path / "text")
+    for name, options in (
+        ("rtn", ()),
+        ("gptq", text),
+        ("awq", (*text, "--method", "awq")),
+        ("both", (*text, "--method", "awq+gptq")),
+    ):
         invoke("quantize", checkpoint / "float", tmp_path / name, *small, *options)
-        assert {path.name for path in tmp_path.iterdir()} <= {"text", "rtn", "gptq"}  # nothing is left beside it
+        assert {path.name for path in tmp_path.iterdir()} <= {
+            "text",
+            "rtn",
+            "gptq",
+            "awq",
+            "both",
+        }  # nothing else is left
         model = load(tmp_path / name)
         found = jax.jit(jq.quantized(functools.partial(logits, model.config)))(model.params, tokens)
         lost[name] = float(np.linalg.norm(np.asarray(found) - np.asarray(expected)))
-    assert lost["gptq"] < 0.9 * lost["rtn"]
-    text = ("--calibrate", tmp_path / "text")
+    assert lost["awq"] < lost["rtn"]  # a random model has no channels that stand out
+    assert max(lost["gptq"], lost["both"]) < 0.9 * lost["rtn"]
     assert (
         "would be written"
         in invoke("quantize", checkpoint / "float", tmp_path / "x", *small, *text, "--dry-run").output
     )
-    taken = invoke("quantize", checkpoint / "float", tmp_path / "rtn", *small, *text, code=1).output
-    assert "the destination exists" in taken
+    for more in ((), ("--dry-run",)):
+        taken = invoke("quantize", checkpoint / "float", tmp_path / "rtn", *small, *text, *more, code=1).output
+        assert "the destination exists" in taken
     (tmp_path / "bad").write_bytes(b"\xff\xfe\xff")
     output = invoke(
         "quantize", checkpoint / "float", tmp_path / "x", *small, "--calibrate", tmp_path / "bad", code=1

@@ -68,6 +68,7 @@ def test_layers_of_a_stack():
         lambda p, x: jax.nn.relu(x @ p["w"]) + p["b"],
         lambda p, x: x @ p["w"] + x @ p["w"] + p["b"],
         lambda p, x: (x @ p["w"] + p["b"], p["b"]),
+        lambda p, x: x @ p["w"] + jax.lax.cond(x[0, 0] > 0, lambda: p["b"], lambda: 2 * p["b"]),
         lambda p, x: x @ p["w"] + p["one"],  # one number for all outputs
         lambda p, x: x[:6] @ p["w"] + p["b"].T,  # along the rows, which are as many
         lambda p, x: (x[:6] @ p["w"]).T + p["b"],

@@ -56,6 +56,8 @@ def normed(y):
         (lambda y: y[::-1].astype(jnp.float32)[:1], True),
         (lambda y: jax.lax.dynamic_update_slice(jnp.zeros((3, 8), y.dtype), y, (1, 0)), True),
         (jax.checkpoint(normed), True),
+        (lambda y: jax.lax.cond(jnp.sum(X) > 0, lambda y: 2 * y, jnp.zeros_like, y), True),
+        (lambda y: jax.lax.cond(jnp.sum(X) > 0, lambda y: 2 * y, jax.nn.relu, y), False),
         (lambda y: jax.nn.softmax(y @ y.T) @ y, True),
         (jax.nn.relu, False),
         (lambda y: y * y, False),

@@ -89,7 +89,11 @@ def test_a_residual_keeps_its_scale():
         (lambda y: y / jnp.sum(jnp.abs(y), axis=1, keepdims=True), False),
         (lambda y: jnp.sort(y, axis=0), False),
         (lambda y: jnp.concatenate([y, y]), True),
-        (lambda y: jax.lax.cond(y[0, 0] > 0, lambda y: y, lambda y: 2 * y, y), False),
+        (lambda y: jax.lax.cond(y[0, 0] > 1, lambda y: y, lambda y: 2 * y, y), False),
+        (lambda y: jax.lax.cond(jnp.bool_(True), jnp.zeros_like, lambda y: 2 * y, y), True),
+        (lambda y: jax.lax.cond(jnp.bool_(True), lambda y: y, lambda y: y + 1, y), False),
+        (lambda y: jax.lax.cond(jnp.bool_(True), lambda y: y, jnp.ones_like, y), False),
+        (lambda y: jax.lax.switch(jnp.int32(1), [jnp.negative, jax.nn.relu, jnp.abs], y), True),
         (jax.checkpoint(jax.nn.relu), True),
         (lambda y: y.reshape(2, 3, 2).transpose(2, 1, 0).reshape(6, 2).T, False),
         (lambda y: y.reshape(2, 2, 3).transpose(1, 2, 0).reshape(6, 2).T, True),
@@ -169,6 +173,17 @@ def test_used_whole_and_by_layer():
 
     plan = jq.make_plan(fn, params, jnp.ones((2, 3)), rules=[jq.Rule("v", recipes.w8a8())])
     assert jq.invariances.scale_pairs(fn, plan, params, jnp.ones((2, 3))) == ()
+
+
+def test_a_parameter_that_a_branch_returns_is_left_alone():
+    """It could be used whole after it was used layer by layer, which no one scale serves."""
+    params = dense((4, 6), (4, 6), (6, 3))
+
+    def fn(p, x):
+        w = jax.lax.cond(x[0, 0] > 0, lambda: p["a_kernel"], lambda: p["b_kernel"])
+        return jax.nn.relu(x @ w) @ p["c_kernel"]
+
+    assert pairs_of(fn, params, jnp.ones((2, 4)), rules="c_kernel") == set()
 
 
 def test_a_scale_of_the_wrong_shape():

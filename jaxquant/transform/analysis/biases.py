@@ -117,6 +117,9 @@ class _Additions(Walk[_Value]):
     def stacked(self, value: _Value, length: int) -> _Value:
         self.count(value)
 
+    def either(self, index: _Value, results: list[_Value]) -> _Value:
+        self.count(index, *results)
+
     def view(self, eqn: Any, values: list[_Value]) -> list[_Value]:
         """The same numbers in another shape."""
         return values if values[0] is not None and self._kept(eqn, values[0]) else self.other(eqn, values)

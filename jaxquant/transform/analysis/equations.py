@@ -296,12 +296,21 @@ class Equations(Walk[Value]):
 
     def sum(self, eqn: Any, values: list[Value]) -> list[Value]:
         """All terms are described alike; a nil one fits any."""
-        values = self.full(values, shape_of(eqn))
+        return [self.alike(self.full(values, shape_of(eqn)))]
+
+    def either(self, index: Value, results: list[Value]) -> Value:
+        """The results of all branches are described alike; a parameter that a branch returns stays as it is."""
+        for value in (index, *(r for r in results if isinstance(r, Parameter))):
+            self.fix(value)
+        return self.alike([Value(r.dims, r.nil) for r in results])
+
+    def alike(self, values: list[Value]) -> Value:
+        """One description of values of one shape; a nil one fits any."""
         first, *rest = [v for v in values if not v.nil] or values[:1]
         dims = first.dims
         for term in rest:
             dims = tuple(self.equated(zip(dims, term.dims, strict=True)))
-        return [Value(dims, first.nil)]
+        return Value(dims, first.nil)
 
     def quotient(self, eqn: Any, values: list[Value]) -> list[Value]:
         self.fix(values[1])

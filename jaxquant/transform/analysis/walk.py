@@ -22,7 +22,7 @@ def shape_of(eqn: Any) -> tuple[int, ...]:
 
 
 class Walk(Generic[V]):
-    """An analysis of the values of a jaxpr. It enters calls and the bodies of scans.
+    """An analysis of the values of a jaxpr. It enters calls, the bodies of scans, and the branches of conds.
 
     Attributes:
       rules: by primitive.
@@ -30,6 +30,7 @@ class Walk(Generic[V]):
       carried, layer: the description in one step of a scan, of a carried value and of a scanned one.
       again: ``(carried value at the first step, after it) ->`` the carried value at the end.
       stacked: ``(result of one step, length) ->`` the stacked results.
+      either: ``(index, a result of each branch) ->`` the result of a cond, whichever branch runs.
     """
 
     rules: Mapping[Any, Rule[V]]
@@ -38,6 +39,7 @@ class Walk(Generic[V]):
     layer: Callable[[V], V]
     again: Callable[[V, V], V]
     stacked: Callable[[V, int], V]
+    either: Callable[[V, list[V]], V]
 
     def other(self, eqn: Any, values: list[V]) -> list[V]:
         """The rule of a primitive that has none."""
@@ -63,12 +65,20 @@ class Walk(Generic[V]):
         """The values of an equation's results."""
         if is_call(eqn):
             return self.run(body_of(eqn), values)
-        return self.scan(eqn, values) if eqn.primitive is primitives.scan_p else self.simple(eqn, values)
+        if eqn.primitive is primitives.scan_p:
+            return self.scan(eqn, values)
+        return self.cond(eqn, values) if eqn.primitive is primitives.cond_p else self.simple(eqn, values)
 
     def simple(self, eqn: Any, values: list[V]) -> list[V]:
         """The same of an equation that is not entered."""
         rule = self.rules.get(eqn.primitive)
         return self.other(eqn, values) if rule is None else rule(self, eqn, values)
+
+    def cond(self, eqn: Any, values: list[V]) -> list[V]:
+        """The same of a cond."""
+        index, *operands = values
+        branches = [self.run(branch, operands) for branch in eqn.params["branches"]]
+        return [self.either(index, list(results)) for results in zip(*branches, strict=True)]
 
     def scan(self, eqn: Any, values: list[V]) -> list[V]:
         """The same of a scan."""
