@@ -21,6 +21,7 @@ except ModuleNotFoundError:
 
 from jaxquant import QuantError, __version__, files, quantize_files
 from jaxquant.core.errors import printable
+from jaxquant.core.paths import folded
 from jaxquant.core.units import in_bytes
 from jaxquant.io.save_hf import FORMATS
 from jaxquant.models import commands
@@ -199,7 +200,12 @@ def inspect_(path: Path, tensors: bool, deep: bool, as_json: bool) -> None:
     "ignore",
     multiple=True,
     metavar="PATTERN",
-    help="Weights to leave in float, besides embeddings and head.",
+    help="Weights to leave in float, besides embeddings, head and routers of experts.",
+)
+@click.option(
+    "--misfit",
+    type=click.Choice(["per_channel", "float"]),
+    help="Weights whose inputs no group divides: one scale for each output, or left in float.  [refused]",
 )
 @click.option("--architecture", help="With gguf, llama.cpp's name of the model's architecture.  [from the source]")
 @click.option("--shard-size", type=click.IntRange(1), default=4096, show_default=True, help="MiB of a file at most.")
@@ -208,8 +214,8 @@ def inspect_(path: Path, tensors: bool, deep: bool, as_json: bool) -> None:
 def quantize(
     source: Path, destination: Path, format: str, recipe: str | None, bits: int | None, qtype: str | None,
     group_size: int | None, asymmetric: bool, scale_dtype: str | None, method: str | None, calibrate: Path | None,
-    grams: Path | None, rules: Path | None, ignore: tuple[str, ...], architecture: str | None, shard_size: int,
-    dry_run: bool, as_json: bool,
+    grams: Path | None, rules: Path | None, ignore: tuple[str, ...], misfit: Any, architecture: str | None,
+    shard_size: int, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize a float checkpoint, tensor by tensor, however large.
 
@@ -225,8 +231,8 @@ def quantize(
         raise click.UsageError("Use --calibrate or --grams, not both")
     method = method or ("rtn" if calibrate is None and grams is None else "gptq")
     asked = quantize_files.Scheme(recipe, qtype, bits, group_size, asymmetric, scale_dtype)
-    if rules is not None and (asked != quantize_files.Scheme() or ignore):
-        raise click.UsageError("Use --rules alone, or the other options of the scheme and --ignore")
+    if rules is not None and (asked != quantize_files.Scheme() or ignore or misfit):
+        raise click.UsageError("Use --rules alone, or the other options of the scheme, --ignore and --misfit")
     if recipe is not None and (qtype or bits or group_size is not None or asymmetric):
         raise click.UsageError("Use --recipe, or --weights, --bits, --group-size and --asymmetric, not both")
     if architecture is not None and format != "gguf":
@@ -237,7 +243,7 @@ def quantize(
             chosen = files.read_rules(rules)
         else:
             spec = quantize_files.scheme_of(asked, format, source)
-            act, chosen = spec.act, quantize_files.rules_of(spec, source, ignore)
+            act, chosen = spec.act, quantize_files.rules_of(spec, source, ignore, misfit)
         arguments: dict[str, Any] = {"format": format, "method": method, "grams": grams, "act": act}
         arguments |= {
             "calibrate": calibrate,
@@ -258,6 +264,8 @@ def _show_quantized(plan: Any, *, dry_run: bool, as_json: bool) -> None:
         shards = {name: [t for piece in pieces for t in piece.tensors] for name, pieces in plan.layout.shards.items()}
         rest = {
             "floats": plan.floats,
+            "skipped": plan.skipped,
+            "notes": plan.notes,
             "left_out": plan.left_out,
             "links": plan.links,
             "shards": shards,
@@ -268,8 +276,9 @@ def _show_quantized(plan: Any, *, dry_run: bool, as_json: bool) -> None:
     if dry_run:
         _print(("weight", "becomes"), [(name, repr(q)) for name, q in plan.weights.items()])
     _say(f"{_some(len(plan.weights), 'weight')} quantized, {_some(len(plan.floats), 'tensor')} as they are")
-    for name, why in plan.skipped.items():
-        _say(f"{name} stays in float: {why}")
+    for told, form in ((plan.skipped, "{} stays in float: {}"), (plan.notes, "{}: {}")):
+        for label, names in folded(told).items():
+            _say(form.format(label, told[names[0]]))
     if plan.left_out:
         _say(f"not taken over: {', '.join(plan.left_out)}")
     for name, place in plan.links.items():

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -37,7 +37,10 @@ __all__ = ["TARGETS", "Scheme", "quantize", "rules_of", "scheme_of"]
 _F = "quantize"
 #: Layouts that can be written: directories, and single files.
 TARGETS = (*FORMATS, "gguf", "jaxquant")
+#: Embeddings and the head.
 _KEEP = r"(^|\.)(lm_head|embed_tokens|embeddings|word_embeddings|wte|wpe|shared)\b"
+#: Routers of mixtures of experts: small, and rounding them changes which experts run.
+_ROUTERS = r"\.(gate|router|shared_expert_gate)\.weight$"
 
 
 class _Habit(NamedTuple):
@@ -132,16 +135,18 @@ def _weight(asked: Scheme, habit: _Habit, format: str) -> QuantSpec:
     return QuantSpec(qtype, symmetric=symmetric, granularity=grouped(None if group == -1 else group))
 
 
-def rules_of(spec: OpSpec, source: Path, ignore: Sequence[str]) -> list[Rule]:
-    """Rules for all weights but those to be ignored, the embeddings and the head.
+def rules_of(
+    spec: OpSpec, source: Path, ignore: Sequence[str], misfit: Literal["per_channel", "float"] | None = None
+) -> list[Rule]:
+    """Rules for all weights but those to be ignored, the embeddings, the head, and the routers of experts.
 
-    Of what stays in float by itself, a checkpoint need not have all; what the user names must be there.
+    Of the weights that stay in float by themselves, a checkpoint need not have all; what the user names must be there.
     """
     names = Checkpoint(source, function=_F).tensors
-    keep = Rule(_KEEP, None)
-    idle = [] if any(keep.matches(name) for name in names) else [keep]
-    rules = [*(Rule(pattern, None) for pattern in ignore), keep, Rule(r"\.weight$", OpSpec(spec.weight))]
-    return [rule for rule in rules if rule not in idle or rule.pattern in ignore]
+    kept = [Rule(_KEEP, None), *([Rule(_ROUTERS, None)] if any(".experts." in name for name in names) else [])]
+    kept = [rule for rule in kept if any(map(rule.matches, names))]
+    ignored = [Rule(pattern, None) for pattern in ignore]
+    return [*ignored, *kept, Rule(r"\.weight$", OpSpec(spec.weight), misfit=misfit)]
 
 
 def quantize(
@@ -249,9 +254,8 @@ def _plan(leaves: QuantizedLeaves, name: str) -> QuantizePlan:
     sizes = {name: _nbytes(leaf) for name, leaf in leaves.abstract.items()}
     pieces = [Piece({name: TensorSpec(np.dtype(np.uint8), (size,))}, dict) for name, size in sizes.items()]
     before = sum(spec.nbytes for spec in leaves.checkpoint.tensors.values())
-    return QuantizePlan(
-        weights, floats, leaves.skipped, (), {}, before, sum(sizes.values()), Layout({name: pieces}, {}), {}
-    )
+    after, layout = sum(sizes.values()), Layout({name: pieces}, {})
+    return QuantizePlan(weights, floats, leaves.skipped, leaves.notes, (), {}, before, after, layout, {})
 
 
 def _nbytes(leaf: Any) -> int:

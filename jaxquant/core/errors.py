@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator
 from typing import Any, cast
 
 import numpy as np
 
-__all__ = ["QuantError", "Refusals", "printable", "quant_error"]
+__all__ = ["QuantError", "printable", "quant_error"]
 
 
 class QuantError(ValueError):
@@ -39,45 +37,6 @@ class QuantError(ValueError):
     def at(self, path: str) -> QuantError:
         """The same error with the path of the parameter, which the function that raised it did not know."""
         return type(self)(self.text, self.function, path)
-
-
-class Refusals:
-    """Errors of a function that looks at many parameters, so that one run names all that it refuses.
-
-    Example:
-      >>> from jaxquant.core.errors import QuantError, Refusals, quant_error
-      >>> refusals = Refusals("make_plan")
-      >>> for path in ("a", "b"):
-      ...     with refusals.gather():
-      ...         raise quant_error("make_plan", "it is too long", todo="Cut it", path=path)
-      >>> try:
-      ...     refusals.close()
-      ... except QuantError as error:
-      ...     print(error)
-      make_plan: 2 things are refused.
-        make_plan at a: it is too long. Cut it.
-        make_plan at b: it is too long. Cut it.
-    """
-
-    def __init__(self, function: str):
-        self.function = function
-        self.errors: list[QuantError] = []
-
-    @contextlib.contextmanager
-    def gather(self) -> Generator[None]:
-        """Keeps a `QuantError` that is raised inside."""
-        try:
-            yield
-        except QuantError as error:
-            self.errors.append(error)
-
-    def close(self) -> None:
-        """Raises the kept errors: a single one unchanged, several as one."""
-        if len(self.errors) == 1:
-            raise self.errors[0]
-        if self.errors:
-            lines = [f"{self.function}: {len(self.errors)} things are refused.", *map(str, self.errors)]
-            raise QuantError("\n  ".join(lines))
 
 
 def printable(text: str) -> str:

@@ -19,10 +19,11 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxquant.core.errors import Refusals, quant_error
+from jaxquant.core.errors import quant_error
 from jaxquant.core.granularity import PerTensor
 from jaxquant.core.packing import packed_length
 from jaxquant.core.qtensor import QTensor, scale_values
+from jaxquant.core.refusals import Refusals
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.io.bits import packed, patterns
 from jaxquant.io.directory import SHARD_BYTES, Layout, Piece, identity, in_shards, write_directory
@@ -60,6 +61,7 @@ class QuantizePlan:
       weights: name of each quantized weight -> its QTensor, as shapes.
       floats: names of the tensors that stay unchanged.
       skipped: names of unchanged tensors that match a quantizing rule -> why they stay unchanged.
+      notes: names of quantized weights that are not quantized as their rule says -> how, and why.
       left_out: files and directories of the source that are not copied.
       links: files of the source that are links -> their targets, which are copied.
       before: bytes of the source's tensors.
@@ -71,6 +73,7 @@ class QuantizePlan:
     weights: dict[str, QTensor]
     floats: tuple[str, ...]
     skipped: dict[str, str]
+    notes: dict[str, str]
     left_out: tuple[str, ...]
     links: dict[str, str]
     before: int
@@ -186,7 +189,8 @@ def plan_quantize_hf(
     arranged = in_shards(pieces, files, shard_bytes, function=_FUNCTION)
     before = sum(spec.nbytes for spec in checkpoint.tensors.values())
     floats = tuple(name for name in leaves if name not in weights)
-    return QuantizePlan(weights, floats, found.skipped, left_out, links, before, arranged.nbytes, arranged, described)
+    told = found.skipped, found.notes, left_out, links
+    return QuantizePlan(weights, floats, *told, before, arranged.nbytes, arranged, described)
 
 
 class QuantizedLeaves(Leaves):
@@ -200,6 +204,7 @@ class QuantizedLeaves(Leaves):
       abstract: the leaves, as shapes.
       specs: name of each quantized weight -> how each matrix in it is quantized.
       skipped: names of tensors that match a quantizing rule but stay in float -> why.
+      notes: names of quantized weights that are not quantized as their rule says -> how, and why.
       method: the quantizer's name.
       grams: the Gram matrices on disk, or None.
 
@@ -231,7 +236,7 @@ class QuantizedLeaves(Leaves):
         if base is double_quantized or nested:
             todo = "Quantize in memory and save with jq.io.save, which keeps them"
             raise checkpoint.error("scales that are quantized themselves are not written slice by slice", todo=todo)
-        assignment = _assignment(checkpoint, rules)
+        assignment, self.notes = _assignment(checkpoint, rules)
         self.skipped = assignment.skipped
         self.specs = {name: how.spec for name, how in assignment.weights.items()}
         lies = {name: _lies(checkpoint.tensors[name].shape, how) for name, how in assignment.weights.items()}
@@ -258,11 +263,11 @@ class QuantizedLeaves(Leaves):
         return self.checkpoint.array(name)
 
 
-def _assignment(checkpoint: HFCheckpoint, rules: Sequence[Rule]) -> Assignment:
-    """The quantization of each weight by the rules."""
+def _assignment(checkpoint: HFCheckpoint, rules: Sequence[Rule]) -> tuple[Assignment, dict[str, str]]:
+    """The quantization of each weight by the rules, and the notes of `QuantizePlan`."""
     assignment = assign(checkpoint.tensors, rules, checkpoint.error, checkpoint.config)
     weights: dict[str, Assigned] = {}
-    skipped = dict(assignment.skipped)
+    skipped, notes = dict(assignment.skipped), dict[str, str]()
     refusals = Refusals(_FUNCTION)
     for name, how in assignment.weights.items():
         shape = checkpoint.tensors[name].shape
@@ -275,13 +280,13 @@ def _assignment(checkpoint: HFCheckpoint, rules: Sequence[Rule]) -> Assignment:
             spec, why = fitted(_FUNCTION, name, how.rule, OpSpec(weight=how.spec), one, how.reduce_axes)
             if spec is not None and spec.weight is not None:
                 weights[name] = dataclasses.replace(how, spec=spec.weight)
+                notes |= {name: why} if why else {}
             else:
                 skipped[name] = why
     refusals.close()
-    assignment = Assignment(weights, skipped)
     if not weights:
         raise quant_error(_FUNCTION, "no rule quantizes a weight", todo="Add one with a weight spec", rules=len(rules))
-    return assignment
+    return Assignment(weights, skipped), notes
 
 
 class _Lies(NamedTuple):

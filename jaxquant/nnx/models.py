@@ -10,9 +10,10 @@ import jax.core
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxquant.core.errors import Refusals, quant_error
+from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import nearest, path_of
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.refusals import Refusals
 from jaxquant.core.specs import OpSpec
 from jaxquant.nnx.modules import Quantized
 from jaxquant.nnx.ranges import set_value, value_of

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 
 from jaxquant.core.affine import encode, roundtrip
 from jaxquant.core.blocks import BlockView, block_shape
-from jaxquant.core.errors import Refusals, quant_error
+from jaxquant.core.errors import quant_error
 from jaxquant.core.granularity import PerGroup
 from jaxquant.core.learned import STEPS
 from jaxquant.core.observers import MSE, AbsMean
 from jaxquant.core.paths import is_qtensor, leaves_with_paths, path_of
 from jaxquant.core.qtensor import scale_values
 from jaxquant.core.qtypes import qtype_of
+from jaxquant.core.refusals import Refusals
 from jaxquant.core.scale_zero_point import scale_zero_point
 from jaxquant.core.specs import QuantSpec
 from jaxquant.qat.leaves import trainable

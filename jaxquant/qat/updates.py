@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxquant.core.errors import QuantError, Refusals, quant_error
+from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.paths import is_qtensor, leaves_with_paths
+from jaxquant.core.refusals import Refusals
 from jaxquant.transform.params import dequantize_params, quantize_params
 from jaxquant.transform.plan import Plan
 

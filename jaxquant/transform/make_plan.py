@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant.core.errors import Refusals, quant_error
+from jaxquant.core.errors import quant_error
 from jaxquant.core.granularity import PerTensor
 from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.refusals import Refusals
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import OpSpec
 from jaxquant.rules import OpRule, Rule, Stated

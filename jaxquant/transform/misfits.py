@@ -60,5 +60,5 @@ def _per_channel(spec: QuantSpec) -> QuantSpec:
 
 def _todo(spec: QuantSpec, fixed: bool) -> str:
     if fixed:
-        return f"another type, since {spec.qtype} has no other groups, or Rule(..., misfit='float')"
-    return "granularity=PerChannel(), or Rule(..., misfit='per_channel')"
+        return f"another type, since {spec.qtype} has no other groups, or misfit='float' in the rule (--misfit float)"
+    return "granularity=PerChannel(), or misfit='per_channel' in the rule (--misfit per_channel)"

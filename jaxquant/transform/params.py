@@ -13,11 +13,12 @@ import jax.numpy as jnp
 
 from jaxquant.core.affine import quantize
 from jaxquant.core.blocks import block_shape, negative_axes
-from jaxquant.core.errors import QuantError, Refusals, quant_error
+from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.finite import has_nan, not_finite
 from jaxquant.core.learned import learned_range
 from jaxquant.core.paths import is_qtensor, leaves_with_paths, nearest
 from jaxquant.core.qtensor import Layout, QTensor, dequantize
+from jaxquant.core.refusals import Refusals
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.shardings import explicit_of, shardings
 from jaxquant.ops.targets import Platform, check_target, layout_for

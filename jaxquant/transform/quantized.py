@@ -9,10 +9,11 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from jaxquant.core.errors import Refusals, quant_error
+from jaxquant.core.errors import quant_error
 from jaxquant.core.learned import check_entry
 from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.refusals import Refusals
 from jaxquant.ops.operands import random_key
 from jaxquant.transform.interpreter import Interpreter, Tally
 from jaxquant.transform.plan import Item, Plan, is_float

@@ -264,6 +264,23 @@ def test_a_command_from_a_text_to_codes(checkpoint, tmp_path):
     assert "not UTF-8" in output
 
 
+def test_routers_stay_in_float_and_misfits_are_told(tmp_path):
+    """The input of a down projection is 48 wide, that of each of its experts 24."""
+    source, small = GOLDEN / "qwen3_moe", ("--group-size", 32)
+    refused = invoke("quantize", source, tmp_path / "out", *small, code=1).output
+    assert "model.layers.1.mlp.experts.{0..3}.down_proj.weight: group_size must divide" in refused
+    assert "--misfit per_channel" in refused
+    told = invoke("quantize", source, tmp_path / "channels", *small, "--misfit", "per_channel").output
+    assert "experts.{0..3}.down_proj.weight: weight per channel: no group of 32 divides 24" in told
+    leaves = jq.io.load_hf(tmp_path / "channels")[0]
+    assert not isinstance(leaves["model.layers.1.mlp.gate.weight"], jq.QTensor)
+    assert leaves["model.layers.1.mlp.experts.0.down_proj.weight"].qtype == "int4"
+    told = invoke("quantize", source, tmp_path / "floats", *small, "--misfit", "float", "--json").output
+    assert json.loads(told)["skipped"]["model.layers.0.mlp.down_proj.weight"] == "no group of 32 divides 48"
+    leaves = jq.io.load_hf(tmp_path / "floats")[0]
+    assert not isinstance(leaves["model.layers.1.mlp.experts.0.down_proj.weight"], jq.QTensor)
+
+
 HIDDEN, WIDE = 1024, 2816
 #: Bytes of the Gram matrices of a layer of `_decoder`, which has seven projections.
 GRAMS = 4 * (6 * HIDDEN**2 + WIDE**2)
