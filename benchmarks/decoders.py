@@ -3,7 +3,8 @@
 `python benchmarks/accelerators.py --models` runs this. Shapes are those of Llama 3 (8B, 70B) and Mixtral 8x7B; there
 are no values, and nothing is run. A step is the decoding of one token per sequence with 2,048 tokens cached, or the
 prefill of 2,048 tokens. Layers are stacked, and a `jax.lax.scan` goes through them; keys and values of the new tokens
-are results. Of a mixture, every expert multiplies every token, and the results are weighted.
+are results. Attention is the same in all programs (`attention.py`). Of a mixture, every expert multiplies every token,
+and the results are weighted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+import attention
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -101,28 +103,6 @@ def norm(x: jax.Array, weight: jax.Array) -> jax.Array:
     return wide.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
-def heads(x: jax.Array, count: int) -> jax.Array:
-    """[B, S, heads times width] as [B, heads, S, width]."""
-    return jnp.swapaxes(x.reshape(*x.shape[:2], count, -1), 1, 2)
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> jax.Array:
-    """q [B, H, S, W] over the keys and values [B, G, S, W] of the same tokens, and of the cached ones before them."""
-    b, _, s, w = q.shape
-    q = q.reshape(b, k.shape[1], -1, s, w) * jnp.asarray(w**-0.5, q.dtype)
-    parts = [(k, v)] if cache is None else [cache, (k, v)]
-    dot = lambda k: jnp.einsum("bgrsw,bgtw->bgrst", q, k, preferred_element_type=jnp.float32)  # noqa: E731
-    scores = [dot(k) for k, _ in parts]
-    if s > 1:
-        scores[-1] = jnp.where(jnp.tri(s, dtype=bool).reshape(1, 1, 1, s, s), scores[-1], -1e30)
-    top = jnp.stack([x.max(axis=-1, keepdims=True) for x in scores]).max(axis=0)
-    weights = [jnp.exp(x - top) for x in scores]
-    total = sum(x.sum(axis=-1, keepdims=True) for x in weights)
-    values = (jnp.einsum("bgrst,bgtw->bgrsw", x.astype(q.dtype), v) for x, (_, v) in zip(weights, parts, strict=True))
-    out = sum(x.astype(jnp.float32) for x in values) / total
-    return jnp.swapaxes(out.astype(q.dtype).reshape(b, -1, s, w), 1, 2).reshape(b, s, -1)
-
-
 def mlp(x: jax.Array, p: dict[str, Any], dot: Dot, experts: Dot, *, mixture: bool) -> jax.Array:
     if not mixture:
         return dot(jax.nn.silu(dot(x, p["gate"])) * dot(x, p["up"]), p["down"])
@@ -136,14 +116,15 @@ def mlp(x: jax.Array, p: dict[str, Any], dot: Dot, experts: Dot, *, mixture: boo
     return out.reshape(x.shape)
 
 
-def step(m: Decoder, dot: Dot, experts: Dot) -> Callable[..., Any]:
+def step(m: Decoder, dot: Dot, experts: Dot, mesh: Any = None) -> Callable[..., Any]:
     """``(params, tokens, cache) -> logits of the last token, its keys and values``; a prefill has no cache."""
 
     def layer(x: jax.Array, p: dict[str, Any], cache: Any) -> tuple[jax.Array, Any]:
         h = norm(x, p["norm_attention"])
-        q = heads(dot(h, p["q"]), m.heads)
-        k, v = (heads(dot(h, p[name]), m.cached) for name in "kv")
-        x = x + dot(attention(q, k, v, cache), p["o"])
+        q = attention.heads(dot(h, p["q"]), m.heads)
+        k, v = (attention.heads(dot(h, p[name]), m.cached) for name in "kv")
+        mixed = attention.causal(q, k, v, mesh) if cache is None else attention.cached(q, k, v, cache)
+        x = x + dot(attention.joined(mixed), p["o"])
         return x + mlp(norm(x, p["norm_mlp"]), p, dot, experts, mixture=bool(m.experts)), (k, v)
 
     def run(params: dict[str, Any], tokens: jax.Array, cache: Any = None) -> Any:
@@ -226,13 +207,13 @@ def cells(cases: Any, schemes: Collection[str], by: Collection[str]) -> Iterator
 def measured(m: Decoder, target: str, devices: int, batch: int, scheme: str, by: str) -> Cell:
     prefill = batch == 0
     name = f"prefill {TOKENS}" if prefill else f"decode {batch}"
-    params, fn = m.params(), step(m, plain, experts)
+    params, mesh = m.params(), AbstractMesh((devices,), ("t",)) if devices > 1 else None
+    fn = step(m, plain, experts, mesh)
     tokens = jax.ShapeDtypeStruct((1, TOKENS) if prefill else (batch, 1), jnp.int32)
     args = (tokens,) if prefill else (tokens, m.cache(batch))
     blank = Cell(m.name, target, devices, scheme, by, name, None, None, None, None)
     try:
-        if devices > 1:
-            mesh = AbstractMesh((devices,), ("t",))
+        if mesh is not None:
             place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
             cut = P(None, None, "t" if m.cached % devices == 0 else None)
             args = (args[0], *(tuple(place(x, cut) for x in c) for c in args[1:]))
@@ -241,7 +222,7 @@ def measured(m: Decoder, target: str, devices: int, batch: int, scheme: str, by:
             fn, params = our_program(m, RULES[scheme], fn, params, args)
         elif by == "qwix":
             fn, params = qwix_program(m, scheme, params)
-        if devices > 1:
+        if mesh is not None:
             where = jq.ops.shardings(params, where)
             params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, where)
         found = estimate(compiled_for("accelerators", target, fn, (params, *args)))
@@ -311,6 +292,8 @@ prefill of TOKENS tokens. The estimate is the longer of the compiler's cycles, a
 (twice) temporaries at the bandwidth of the memory; kernels that are written by hand count by the static schedules of
 their code. The floor is what reading arguments and writing results takes, or the arithmetic: no program can be
 faster. It leaves out the arithmetic of kernels that are written by hand, which a prefill in W4A16 and W4A8 consists of.
+Attention is the same in all programs: over a cache XLA's products, in a prefill JAX's own kernel for TPUs
+(`flash_attention`), of which the estimate counts all blocks, also those that the mask makes zero.
 `x` is the speed relative to the bfloat16 program; at batch 1 XLA's own program is far
 from its floor, so there the comparison with that floor says more. Cells were compiled at several commits;
 a dash was not compiled. GB are the arguments, results and

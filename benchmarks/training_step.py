@@ -1,7 +1,8 @@
 """A step of quantization-aware training from abstract weights: what it costs on a TPU, as its compiler estimates it.
 
 `python benchmarks/accelerators.py --training` runs this. Two decoder layers of the shapes of Llama 3 8B, two sequences
-of 2,048 tokens: the loss, the gradients of all weights in bfloat16, and a step of SGD. Nothing is run.
+of 2,048 tokens: the loss, the gradients of all weights in bfloat16, and a step of SGD. Attention is JAX's own kernel in
+all programs, forward and backward (`attention.py`). Nothing is run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import attention
 import decoders
 import jax
 import jax.numpy as jnp
@@ -41,8 +43,8 @@ def loss(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
     m = decoders.LLAMA_8B
     for p in params:
         h = decoders.norm(x, p["norm_attention"])
-        q, k, v = (decoders.heads(h @ p[n], count) for n, count in (("q", m.heads), ("k", m.cached), ("v", m.cached)))
-        x = x + decoders.attention(q, k, v, None) @ p["o"]
+        q, k, v = (attention.heads(h @ p[n], count) for n, count in (("q", m.heads), ("k", m.cached), ("v", m.cached)))
+        x = x + attention.joined(attention.causal(q, k, v)) @ p["o"]
         h = decoders.norm(x, p["norm_mlp"])
         x = x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
     return jnp.mean(x.astype(jnp.float32) ** 2)

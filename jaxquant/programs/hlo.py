@@ -14,7 +14,9 @@ from typing import NamedTuple
 __all__ = ["Array", "Instruction", "Program", "arrays_of"]
 
 _HEAD = re.compile(r"^(ENTRY )?%([\w.-]+) \(")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.-]+) = (.*?) ([\w-]+)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.-]+) = (.*?) ([\w-]+)\((.*)$", re.DOTALL)
+# An instruction ends before the next one, not where its line does: the metadata of a kernel has several.
+_NEXT = re.compile(r"\n(?=(?:ENTRY )?%[\w.-]+ \(|\s+(?:ROOT )?%[\w.-]+ = |\}?\s*(?:\n|\Z))")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations)=\{?%?([\w.-]+)")
 _KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call", "mosaic_gpu")
@@ -149,7 +151,7 @@ class Program:
         self.entry = ""
         current: dict[str, Instruction] = {}
         name = ""
-        for line in text.splitlines():
+        for line in _NEXT.split(text):
             if head := _HEAD.match(line):
                 name, current = head[2], {}
                 self.computations[name] = current

@@ -89,6 +89,18 @@ def test_schedules_that_were_found_apart():
     assert step.schedule == "it took too long"
 
 
+def test_attributes_of_several_lines():
+    """As XLA prints the metadata of a kernel. What follows them belongs to the same instruction."""
+    lines = 'frontend_attributes={kernel_metadata={\n"tiles":"{\\"rows\\": 512}"\n}}, metadata={op_name="a"}'
+    text = LOOP.replace("backend_config={KNOWN}", f'{lines}, backend_config={{"custom_call_config":{{"body":"B"}}}}')
+    program = Program(text.replace("START", "0").replace("STOP", "6"))
+    kernel = program.computations["main"]["k"]
+    assert kernel.config == '{"custom_call_config":{"body":"B"}}'
+    assert kernel.attribute("op_name") == '"a"'
+    assert list(program.computations["main"]) == ["x", "start", "begin", "both", "k", "loop"]
+    assert program.computations["main"]["loop"].rest == ", condition=%condition, body=%body"
+
+
 def test_no_estimate_is_none():
     """The compiler writes the largest int64 where it has none."""
     program = Program(LOOP.replace('"100"', f'"{2**63 - 1}"').replace("START", "0").replace("STOP", "1"))

@@ -1,0 +1,69 @@
+"""Attention of the benchmarks: JAX's kernel for a TPU over many tokens, and plain products over a cache.
+
+The kernel keeps the scores near the arithmetic units; plain products write [heads, tokens, tokens] to memory.
+Its keys are one block: then the compiler's schedule counts every step, also those above the diagonal of the mask. With
+several blocks the kernel passes over some, and the schedule counts such a branch by a share that is not its own. (For
+that reason it is not splash attention: of that the schedule counts less than its products take.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
+from jax.sharding import PartitionSpec as P
+
+BLOCK = 512
+
+
+def heads(x: jax.Array, count: int) -> jax.Array:
+    """[B, S, heads times width] as [B, heads, S, width]."""
+    return jnp.swapaxes(x.reshape(*x.shape[:2], count, -1), 1, 2)
+
+
+def joined(x: jax.Array) -> jax.Array:
+    """[B, heads, S, width] as [B, S, heads times width]."""
+    x = jnp.swapaxes(x, 1, 2)
+    return x.reshape(*x.shape[:2], -1)
+
+
+def causal(q: jax.Array, k: jax.Array, v: jax.Array, mesh: Any = None) -> jax.Array:
+    """q [B, H, S, W] over the keys and values [B, G, S, W] of the same tokens; over the mesh's axis "t" by heads."""
+    if mesh is None:
+        return _causal(q, k, v)
+    devices = mesh.shape["t"]
+    k, v = (jnp.repeat(x, devices // math.gcd(devices, x.shape[1]), axis=1) for x in (k, v))
+    by_heads = P(None, "t")
+    run = jax.shard_map(_causal, mesh=mesh, in_specs=(by_heads,) * 3, out_specs=by_heads, check_vma=False)
+    return run(q, k, v)
+
+
+def _causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    batch, count, s, w = q.shape
+    n = min(BLOCK, s)
+    forward = {"block_b": 1, "block_q": n, "block_k_major": s, "block_k": n}
+    to_keys = {"block_q_major_dkv": n, "block_q_dkv": n, "block_k_major_dkv": s, "block_k_dkv": n}
+    to_queries = {"block_q_dq": n, "block_k_major_dq": s, "block_k_dq": n}
+    sizes = BlockSizes(**forward, **to_keys, **to_queries)
+
+    def one(q: jax.Array) -> jax.Array:
+        return flash_attention(q, k, v, causal=True, sm_scale=w**-0.5, block_sizes=sizes)
+
+    grouped = q.reshape(batch, k.shape[1], -1, s, w)
+    return jax.vmap(one, 2, 2)(grouped).reshape(batch, count, s, w)
+
+
+def cached(q: jax.Array, k: jax.Array, v: jax.Array, cache: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """q [B, H, 1, W] of one token over its own key and value [B, G, 1, W] and the cached ones, [B, G, S, W]."""
+    b, _, s, w = q.shape
+    grouped = q.reshape(b, k.shape[1], -1, s, w) * jnp.asarray(w**-0.5, q.dtype)
+    parts = [cache, (k, v)]
+    scores = [jnp.einsum("bgrsw,bgtw->bgrst", grouped, k, preferred_element_type=jnp.float32) for k, _ in parts]
+    top = jnp.stack([x.max(axis=-1, keepdims=True) for x in scores]).max(axis=0)
+    weights = [jnp.exp(x - top) for x in scores]
+    total = sum(x.sum(axis=-1, keepdims=True) for x in weights)
+    values = (jnp.einsum("bgrst,bgtw->bgrsw", x.astype(q.dtype), v) for x, (_, v) in zip(weights, parts, strict=True))
+    return (sum(x.astype(jnp.float32) for x in values) / total).astype(q.dtype).reshape(q.shape)
