@@ -18,7 +18,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,12 +118,12 @@ def calibrated(
             "window": window,
         },
     )
-    for i, prefix in enumerate(stages):
+    for i in range(len(stages)):
         if progress is not None:
             progress(i, len(stages))
         if not (place / "grams" / _layer(i)).exists():
             whole_specs = {whole: wholes[whole] for whole in of_stage[i].values()}
-            _run(files, i, prefix, of_stage[i], whole_specs, windows, place, method)
+            _run(files, i, of_stage[i], whole_specs, windows, place, method)
             give_back()
         (place / _states(i)).unlink(missing_ok=True)
     return Calibrated(*(_indexed(place / kind) for kind in Calibrated._fields))
@@ -206,9 +206,10 @@ class _Files:
         return one[0] if -1 in members else jax.ShapeDtypeStruct((len(one), *one[0].shape), self.dtype)
 
     def __getitem__(self, whole: str) -> jax.Array:
-        return self._read(whole, self.dtype)
+        return self.read(whole, self.dtype)
 
-    def _read(self, whole: str, dtype: np.dtype) -> jax.Array:
+    def read(self, whole: str, dtype: np.dtype) -> jax.Array:
+        """A parameter in another dtype than the model's."""
         leaves = {i: jnp.asarray(self.checkpoint.array(name), dtype) for i, name in self._members[whole].items()}
         self.checkpoint.forget()
         return leaves[-1] if -1 in leaves else stacked(whole, leaves, self._path)
@@ -216,10 +217,6 @@ class _Files:
     def names(self, *prefixes: str) -> list[str]:
         """The names of parameters that begin with one of the prefixes."""
         return [name for name in self._names if name.startswith(prefixes)]
-
-    def below(self, *prefixes: str, dtype: np.dtype | None = None) -> dict[str, jax.Array]:
-        """The parameters whose names begin with one of the prefixes, in this dtype, or the model's."""
-        return {n: self._read(n, dtype or self.dtype) for n in self.names(*prefixes)}
 
     def tensors(self, params: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
         """Parameters as the files have them: by their names there, in their dtypes, experts one by one."""
@@ -234,49 +231,51 @@ _FIRST = "model.layers.0."
 
 
 def _run(
-    files: _Files,
-    i: int,
-    prefix: str,
-    wanted: Mapping[str, str],
-    specs: Mapping[str, QuantSpec],
-    windows: np.ndarray,
-    place: Path,
+    files: _Files, i: int, wanted: Mapping[str, str], specs: Mapping[str, QuantSpec], tokens: np.ndarray, place: Path,
     method: Method,
-) -> None:
+) -> None:  # fmt: skip
     """Runs one layer on the whole text, and writes what it has found and the inputs of the next layer."""
     config, last = files.config, i == len(files.config.layers)
     if i == 0:
-        params = files.below("model.embed_tokens.")
+        params = {n: files[n] for n in files.names("model.embed_tokens.")}
         first = jax.jit(functools.partial(embedded, config))
-        _write(place / _states(0), (first(params, jnp.asarray(tokens)) for tokens in windows), len(windows))
-    grams: dict[str, np.ndarray] = {}
-    moved: dict[str, np.ndarray] = {}
+        _write(place / _states(0), (first(params, jnp.asarray(window)) for window in tokens), len(tokens))
+    found: dict[str, dict[str, np.ndarray]] = {"moved": {}, "grams": {}}
     if wanted or not last:
         states = np.load(place / _states(i), mmap_mode="r")
+        inputs = functools.partial(jnp.asarray, dtype=files.dtype)
         # Layers of one kind have one program: that of a model which has this layer alone.
         alone = config if last else dataclasses.replace(config, layers=(config.layers[i],))
-        used = _used(config, last, prefix)
-        local = {n: n if last else n.replace(prefix, _FIRST, 1) for n in files.names(*used)}
+        prefix = _stages(config)[i]
+        local = {n: n if last else n.replace(prefix, _FIRST, 1) for n in files.names(*_used(config, last, prefix))}
         x = jax.ShapeDtypeStruct(states.shape[1:], files.dtype)
         stage = _stage(alone, last, tuple(sorted((local[n], spec) for n, spec in specs.items())), x, method)
-        inputs = functools.partial(jnp.asarray, dtype=files.dtype)
-        params = {local[n]: leaf for n, leaf in files.below(*used).items()}
         if not last:
+            params = {local[n]: files[n] for n in local}
             _write(place / _states(i + 1), (stage.run(params, inputs(x)) for x in states), len(states))
-        if wanted and method.steps:
-            exact = {local[n]: leaf for n, leaf in files.below(*used, dtype=np.dtype(np.float32)).items()}
-            after = exact
-            for name in method.steps:
-                stats = stage.statistics[name](params, ((inputs(x),) for x in states), None)
-                after = STEPS[name].move(after, stage.plan, stage.pairs, stats)
-                params = {n: leaf.astype(files.dtype) for n, leaf in after.items()}
-            moved = files.tensors({n: after[m] for n, m in local.items() if after[m] is not exact[m]})
-        if wanted and method.looks is not False:
-            stats = stage.statistics["gram"](params, ((inputs(x),) for x in states), None)
-            grams = {name: _gram(name, stats[local[whole]]) for name, whole in wanted.items()}
-    for kind, found in (("moved", moved), ("grams", grams)):  # the last is the mark of a layer that is done
-        specs_of = {name: TensorSpec(array.dtype, array.shape) for name, array in found.items()}
-        write_safetensors(place / kind / _layer(i), specs_of, found.__getitem__, {})
+        if wanted:
+            found = _learned(files, local, stage, wanted, lambda: ((inputs(x),) for x in states), method)
+    for kind, arrays in found.items():  # the Gram matrices, last, are the mark of a layer that is done
+        forms = {name: TensorSpec(array.dtype, array.shape) for name, array in arrays.items()}
+        write_safetensors(place / kind / _layer(i), forms, arrays.__getitem__, {})
+
+
+def _learned(
+    files: _Files, local: Mapping[str, str], stage: _Stage, wanted: Mapping[str, str],
+    batches: Callable[[], Iterator[Any]], method: Method,
+) -> dict[str, dict[str, np.ndarray]]:  # fmt: skip
+    """The tensors between which the method moves scales in a layer, and then the Gram matrices."""
+    before = {m: files.read(n, np.dtype(np.float32)) for n, m in local.items()} if method.steps else {}
+    after, params = before, {m: files[n] for n, m in local.items()}
+    for name in method.steps:
+        after = STEPS[name].move(after, stage.plan, stage.pairs, stage.statistics[name](params, batches(), None))
+        params = {n: leaf.astype(files.dtype) for n, leaf in after.items()}
+    changed = {n: after[m] for n, m in local.items() if m in after and after[m] is not before[m]}
+    grams = {}
+    if method.looks is not False:
+        stats = stage.statistics["gram"](params, batches(), None)
+        grams = {name: _gram(name, stats[local[whole]]) for name, whole in wanted.items()}
+    return {"moved": files.tensors(changed), "grams": grams}
 
 
 def _used(config: Config, last: bool, prefix: str) -> list[str]:
