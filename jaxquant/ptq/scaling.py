@@ -7,6 +7,7 @@ share an input. `jaxquant.invariances.rescale` fuses the scales into neighbourin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -65,9 +66,10 @@ def awq_scale(
     means no scaling, so the result is never worse than no scaling.
 
     Args:
-      weights: the weights that share the input, each [channels, outputs].
+      weights: the weights that share the input, each [channels, outputs], or [experts, channels, outputs].
       specs: how each is quantized.
-      stats: of the input: ``"gram"`` and ``"mean"`` as `calibrate` collects them with ``Gram`` and ``ChannelMean``.
+      stats: of the input: ``"gram"`` and ``"mean"`` as `calibrate` collects them with ``Gram`` and ``ChannelMean``. A
+        list has those of each weight, which see different rows of the input; of experts they have a leading axis.
       method: the quantizer to search for.
       ratios: the number of values of r.
       families: ``"duo"`` is the first of the two, ``"activations"`` the second.
@@ -87,10 +89,13 @@ def awq_scale(
     if not families or not set(families) <= {"duo", "activations"}:
         todo = "Use 'duo', 'activations' or both"
         raise quant_error("awq_scale", "unknown families of scales", todo=todo, families=tuple(families))
-    gram = jnp.mean(stats["gram"]["gram"], axis=0) if module is None else None
-    mean = jnp.maximum(jnp.mean(stats["mean"]["abs_sum"], axis=0) / jnp.mean(stats["mean"]["rows"]), 1e-8)
+    distinct = stats if isinstance(stats, list) else [stats]
+    mean = jnp.maximum(_mean_magnitude([s["mean"] for s in distinct]), 1e-8)
+    grams = None if module is not None else [jnp.mean(s["gram"]["gram"], axis=-3) for s in distinct]
+    if grams is not None and len(grams) < len(weights):
+        grams = grams * len(weights)
     parts = []
-    for w, spec in zip(weights, specs, strict=True):
+    for w, spec in zip((_experts_as_outputs(w) for w in weights), specs, strict=True):
         size = spec.group_size or w.shape[0]
         groups = jnp.abs(w).reshape(-1, size, w.shape[1])
         parts.append((groups / (jnp.max(groups, axis=1, keepdims=True) + 1e-6)).reshape(w.shape))
@@ -103,20 +108,41 @@ def awq_scale(
 
     def error(choice: tuple[jax.Array, jax.Array]) -> jax.Array:
         s = scaled(*choice)[:, None]
-        rounded = [
-            method(w * s, spec, reduce_axes=(-2,), stats=None).dequantize(jnp.float32) / s
-            for w, spec in zip(weights, specs, strict=True)
-        ]
-        if module is not None:
-            return jnp.mean((module(list(weights)) - module(rounded)) ** 2)
-        assert gram is not None
-        errors = [w - q for w, q in zip(weights, rounded, strict=True)]
-        return sum((jnp.sum(e * (gram @ e)) for e in errors), start=jnp.zeros(()))
+
+        def rounded(w: jax.Array, spec: QuantSpec) -> jax.Array:
+            return method(w * s, spec, reduce_axes=(-2,), stats=None).dequantize(jnp.float32) / s
+
+        def lost(w: jax.Array, gram: jax.Array, spec: QuantSpec) -> jax.Array:
+            e = w - rounded(w, spec)
+            return jnp.sum(e * (gram @ e))
+
+        each = zip(weights, specs, strict=True)
+        if grams is None:
+            assert module is not None
+            return jnp.mean((module(list(weights)) - module([rounded(*one) for one in each])) ** 2)
+        total = jnp.zeros(())
+        for (w, spec), gram in zip(each, grams, strict=True):
+            of_one = functools.partial(lost, spec=spec)
+            total += of_one(w, gram) if w.ndim == 2 else jnp.sum(jax.vmap(of_one)(w, gram))
+        return total
 
     r = jnp.arange(ratios) / ratios
     choices = jnp.tile(r, len(families)), jnp.repeat(jnp.array([f == "duo" for f in families]), ratios)
     best = jnp.argmin(lax.map(error, choices))
     return scaled(choices[0][best], choices[1][best])
+
+
+def _mean_magnitude(seen: Sequence[Any]) -> jax.Array:
+    """``mean |x|`` of each channel, over all rows of all inputs; statistics of experts have a leading axis."""
+    sums = [jnp.mean(mean["abs_sum"], axis=-2) for mean in seen]
+    rows = [jnp.mean(jnp.reshape(mean["rows"], (*s.shape[:-1], -1)), -1) for mean, s in zip(seen, sums, strict=True)]
+    total = functools.reduce(jnp.add, [jnp.sum(s, axis=tuple(range(s.ndim - 1))) for s in sums])
+    return total / functools.reduce(jnp.add, map(jnp.sum, rows))
+
+
+def _experts_as_outputs(w: jax.Array) -> jax.Array:
+    """[channels, outputs] of all experts."""
+    return w if w.ndim == 2 else jnp.moveaxis(w, 0, 1).reshape(w.shape[1], -1)
 
 
 def awq_clip(w: jax.Array, spec: QuantSpec, stats: Any, *, steps: int = 20, least: float = 0.5) -> jax.Array:

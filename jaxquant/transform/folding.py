@@ -29,7 +29,8 @@ __all__ = ["correct_bias", "fold_gains", "rescale", "rotate"]
 
 def _spread(values: jax.Array, w: jax.Array, member: Member) -> jax.Array:
     """Values [stack.., channels] along a member's axis of its parameter, repeated along all others."""
-    shape = [*w.shape[: member.stacked], *[1] * (w.ndim - member.stacked)]
+    stack = values.shape[:-1]
+    shape = [*stack, *[1] * (w.ndim - len(stack))]
     shape[member.axis] = values.shape[-1]
     return values.reshape(shape)
 

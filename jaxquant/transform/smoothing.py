@@ -83,13 +83,12 @@ def smoothquant(
         absmax, rows = [], []
         for member in pair.sinks:
             item = plan[member.path]
-            seen = jnp.max(_stat("smoothquant", stats, member.path, "absmax"), axis=-2)
-            absmax.append(_along(item, member, seen))
-            axes = tuple(i for i in range(-(len(item.shape) - item.stacked), 0) if i != member.axis)
-            rows.append(jnp.max(jnp.abs(jnp.asarray(leaves[member.path], jnp.float32)), axis=axes))
+            seen = _along(item, member, jnp.max(_stat("smoothquant", stats, member.path, "absmax"), axis=-2))
+            absmax.append(jnp.max(seen, axis=tuple(range(len(pair.stack), seen.ndim - 1))))
+            rows.append(_ranges(leaves, pair, member))
         one = functools.partial(smooth_scale, alpha=alpha)
-        largest = functools.reduce(jnp.maximum, rows)
-        scale = _layers(lambda a, w, one=one: one(a, [w[:, None]]), pair.stack)(absmax[0], largest)
+        inputs, largest = (functools.reduce(jnp.maximum, each) for each in (absmax, rows))
+        scale = _layers(lambda a, w, one=one: one(a, [w[:, None]]), pair.stack)(inputs, largest)
         params = rescale(params, pair, scale)
     return params
 
@@ -117,10 +116,13 @@ def awq(params: Any, plan: Plan, pairs: Iterable[ScalePair], stats: Mapping[str,
         sinks = [m for m in pair.sinks if len(plan[m.path].reduce_axes) == 1]
         if not sinks:
             continue
-        found = {name: _stat("awq", stats, sinks[0].path, name) for name in ("gram", "mean")}
-        how = tuple((plan[m.path].reduce_axes, _weight_spec("awq", plan[m.path])) for m in sinks)
+        found = [{name: _stat("awq", stats, m.path, name) for name in ("gram", "mean")} for m in sinks]
+        experts = [m.stacked - len(pair.stack) for m in sinks]
+        known = found if any(experts) else found[0]  # experts see different rows
+        items = [plan[m.path] for m in sinks]
+        how = tuple((i.reduce_axes, _weight_spec("awq", i), n) for i, n in zip(items, experts, strict=True))
         weights = [jnp.asarray(leaves[m.path]) for m in sinks]
-        scale = _awq_scales(weights, found, how=how, stack=pair.stack, ratios=ratios)
+        scale = _awq_scales(weights, known, how=how, stack=pair.stack, ratios=ratios)
         params = rescale(params, pair, scale)
     return params
 
@@ -130,17 +132,34 @@ def _awq_scales(
     weights: list[jax.Array],
     known: Any,
     *,
-    how: tuple[tuple[tuple[int, ...], QuantSpec], ...],
+    how: tuple[tuple[tuple[int, ...], QuantSpec, int], ...],
     stack: tuple[int, ...],
     ratios: int,
 ) -> jax.Array:
-    """`awq_scale` of each layer, of weights with these axes and specs: compiled once for all of one shape."""
+    """`awq_scale` of each layer: compiled once for all weights of one shape.
+
+    ``how`` is for each weight its contracted axes, its spec, and how many axes of experts it has.
+    """
 
     def one(weights: list[jax.Array], known: Any) -> jax.Array:
-        matrices = [as_matrix(w, axes) for (axes, _), w in zip(how, weights, strict=True)]
-        return awq_scale(matrices, [spec for _, spec in how], known, ratios=ratios)
+        matrices = [_matrices(w, axes, experts) for (axes, _, experts), w in zip(how, weights, strict=True)]
+        if isinstance(known, list):
+            known = [_one_axis(seen, experts) for seen, (_, _, experts) in zip(known, how, strict=True)]
+        return awq_scale(matrices, [spec for _, spec, _ in how], known, ratios=ratios)
 
     return _layers(one, stack)(weights, known)
+
+
+def _matrices(w: jax.Array, axes: tuple[int, ...], experts: int) -> jax.Array:
+    """[channels, outputs] of a weight, or [experts, channels, outputs]."""
+    if not experts:
+        return as_matrix(w, axes)
+    return jax.vmap(lambda one: as_matrix(one, axes))(w.reshape(-1, *w.shape[experts:]))
+
+
+def _one_axis(seen: Any, experts: int) -> Any:
+    """Statistics with all axes of experts as one."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[experts:]), seen) if experts else seen
 
 
 def _weight_spec(function: str, item: Item) -> QuantSpec:
@@ -182,7 +201,7 @@ def equalize(params: Any, plan: Plan, pairs: Iterable[ScalePair], *, rounds: int
 
 def _ranges(leaves: Mapping[str, Any], pair: ScalePair, member: Member) -> jax.Array:
     w = jnp.abs(jnp.asarray(leaves[member.path], jnp.float32))
-    return jnp.max(w, axis=tuple(i for i in range(-(w.ndim - len(pair.stack)), 0) if i != member.axis))
+    return jnp.max(w, axis=tuple(i for i in range(len(pair.stack) - w.ndim, 0) if i != member.axis))
 
 
 def smooth_bases(params: Any, plan: Plan, stats: Mapping[str, Any], *, alpha: float = 0.5) -> dict[str, Basis]:
@@ -206,7 +225,7 @@ def awq_bases(params: Any, plan: Plan, stats: Mapping[str, Any], *, ratios: int 
     out: dict[str, Basis] = {}
     for item in _products(plan):
         known = {name: _stat("awq_bases", stats, item.path, name) for name in ("gram", "mean")}
-        how, w = ((item.reduce_axes, _weight_spec("awq_bases", item)),), jnp.asarray(leaves[item.path])
+        how, w = ((item.reduce_axes, _weight_spec("awq_bases", item), 0),), jnp.asarray(leaves[item.path])
         scale = _awq_scales([w], known, how=how, stack=item.shape[: item.stacked], ratios=ratios)
         out[item.path] = ChannelScale(scale)
     return out

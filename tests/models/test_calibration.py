@@ -165,16 +165,17 @@ def moved(name, tmp_path, tokens, method, spec, pattern="_proj.weight$"):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", pytest.param("qwen3", marks=pytest.mark.slow), pytest.param("mixtral", marks=pytest.mark.slow)]
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "mixtral", "qwen2_moe"))]
 )
 def test_moved_scales_are_those_of_the_whole_model_and_keep_its_function(name, tmp_path):
     tokens = np.random.default_rng(1).integers(3, 40, 40)
-    spec = jq.QuantSpec("int4", granularity=jq.PerGroup(16))
+    spec = jq.QuantSpec("int4", granularity=jq.PerGroup(8))
     place, before, found = moved(name, tmp_path, tokens, "awq", spec)
     assert found.grams is None  # nothing reads them
     after = arrays(found.moved)
     changed = {n for n in after if not np.array_equal(after[n], before[n])}
-    assert {n.split(".")[-2] for n in changed} >= {"input_layernorm", "q_proj", "up_proj", "down_proj"}
+    norms = {"input_layernorm", "post_attention_layernorm"}
+    assert {n.split(".")[-2] for n in changed} >= norms | {"q_proj", "up_proj", "down_proj"}
     model = load(place)
     fn, ids = functools.partial(logits, model.config), jnp.asarray(tokens, jnp.int32).reshape(2, 20)
     shutil.copytree(place, tmp_path / "other")

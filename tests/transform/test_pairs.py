@@ -148,6 +148,30 @@ def test_stacks_are_scaled_layer_by_layer():
     assert pairs_of(fn, params, jnp.ones((2, 4))) == {"a_kernel[-1]^-1 -> b_kernel[-2]"}
 
 
+def experts(p, x, share):
+    """Experts one after another read one input, those that no row has chosen not at all."""
+    y = x * p["gain"]
+
+    def add(total, expert):
+        share, w = expert
+        one = lambda y: jax.nn.relu(jnp.where(share[:, None] == 0, 0, y) @ w["up"]) @ w["down"] * share[:, None]  # noqa: E731
+        return total + jax.lax.cond(jnp.any(share != 0), one, jnp.zeros_like, y), None
+
+    return jax.lax.scan(add, jnp.zeros_like(x), (share, p["experts"]))[0]
+
+
+def test_layers_that_read_one_input_share_its_scale():
+    shapes = {"gain": (1, 4), "experts": {"up": (3, 4, 6), "down": (3, 6, 4)}}
+    params = filled(
+        jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, np.float32), shapes, is_leaf=lambda s: type(s) is tuple)
+    )
+    x, share = jax.random.normal(jax.random.key(8), (5, 4)), jnp.array([[0.5, 0, 1, 0, 0], [0.5, 1, 0, 0, 2], [0] * 5])
+    assert pairs_of(experts, params, x, share, rules="up|down") == {
+        "experts/up[-1]^-1 -> experts/down[-2]",
+        "gain[-1]^-1 -> experts/up[-2]",
+    }
+
+
 def test_a_transformer_in_a_scan(monkeypatch):
     monkeypatch.syspath_prepend(str(snippets.ROOT / "examples"))
     import plain_transformer

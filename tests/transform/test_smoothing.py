@@ -139,6 +139,35 @@ def test_awq_is_never_worse_on_the_data_it_saw(stats):
     assert output_error(scale) < output_error(jnp.ones(K))
 
 
+def test_experts_share_the_scale_of_their_input():
+    """Each sees its own rows: SmoothQuant's scales by hand, and for AWQ the error over all experts."""
+    spec, experts = QuantSpec("int3", granularity="per_group", group_size=8), 3
+    params = {"gain": np.ones((1, K), np.float32), "up": RNG.normal(size=(experts, K, H)).astype(np.float32) / K}
+    mine = np.arange(len(X)) % 4 == np.arange(experts)[:, None]  # a quarter of the rows is no expert's
+
+    def fn(p, x):
+        y = x * p["gain"]
+        one = lambda total, e: (total + jnp.where(e[0][:, None], y, 0) @ e[1], None)  # noqa: E731
+        return jax.lax.scan(one, jnp.zeros((len(x), H)), (mine, p["up"]))[0]
+
+    plan = jq.make_plan(fn, params, X, rules=[jq.Rule("up", jq.OpSpec(spec))])
+    stats = jq.calibrate(fn, plan, params, [X], collect=COLLECT)
+    (pair,) = jq.invariances.scale_pairs(fn, plan, params, X)
+    smooth = jq.invariances.smoothquant(params, plan, [pair], stats)
+    scale = np.sqrt(np.abs(X[mine.any(0)]).max(0) / np.abs(params["up"]).max((0, 2)))
+    np.testing.assert_allclose(smooth["gain"][0], 1 / scale, rtol=1e-5)
+    np.testing.assert_allclose(smooth["up"], params["up"] * scale[:, None], rtol=1e-5)
+
+    def lost(p):
+        q = jax.vmap(lambda w: jq.ptq.rtn(w, spec, reduce_axes=(-2,)).dequantize())(jnp.asarray(p["up"]))
+        errors = [X[rows] * p["gain"] @ (w - q) for rows, w, q in zip(mine, p["up"], q, strict=True)]
+        return sum(float(np.sum(np.square(e))) for e in errors)
+
+    moved = jq.invariances.awq(params, plan, [pair], stats)
+    same(fn(moved, X), fn(params, X))
+    assert lost(moved) < 0.9 * lost(params)
+
+
 def test_awq_gives_the_scales_of_autoawq():
     file = snippets.ROOT / "tests/golden/awq_search_zp1_duo1.safetensors"
     with safetensors.safe_open(file, "np") as reference:

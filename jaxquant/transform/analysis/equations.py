@@ -69,8 +69,9 @@ class Unknown:
         return joined([Piece(self.size, self, 1)])
 
     def fits(self, other: Any) -> bool:
-        """Whether two roots can be one."""
-        return (self.size, self.stack) == (other.size, other.stack)
+        """Whether two roots can be one. One that is the same for all layers fits one of each layer."""
+        shared = min(len(self.stack), len(other.stack))
+        return self.size == other.size and self.stack[:shared] == other.stack[:shared]
 
 
 class Piece(NamedTuple):
@@ -234,6 +235,8 @@ class Equations(Walk[Value]):
             self.fix_unknown(a)
             self.fix_unknown(b)
         else:
+            if len(ra.stack) < len(rb.stack):
+                ra, rb = rb, ra
             ra.parent, ra.turn = rb, turn
             self.changes += 1
 

@@ -67,7 +67,7 @@ class ScalePair:
       sources: what makes those channels (a norm's gain and bias, a linear weight's outputs and its bias), and whatever
         else has to be scaled along with it.
       channels: how many channels; the scale has shape [channels], or [layers, channels] for stacked parameters.
-      stack: sizes of the stacked axes.
+      stack: sizes of the stacked axes. A member with more of them has the same scale in all its layers.
     """
 
     sinks: tuple[Member, ...]
@@ -119,7 +119,7 @@ def scale_pairs(fn: Callable[..., Any], plan: Plan, params: Any, *args: Any, **k
         sinks = [m for m in members if m.path in plan and m.axis in plan[m.path].reduce_axes and m.power > 0]
         sources = [m for m in members if m not in sinks]
         if sources:
-            out.append(ScalePair(tuple(sinks), tuple(sources), first.size, first.stack))
+            out.append(ScalePair(tuple(sinks), tuple(sources), first.size, first.root.stack))
     return tuple(out)
 
 
@@ -141,7 +141,7 @@ class _Scales(Equations):
 
     def constant(self, x: Any) -> Value:
         known = np.ndim(x) == 0 and not isinstance(x, jax.core.Tracer)
-        number = known and jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        number = known and jnp.issubdtype(jnp.result_type(x), jnp.number)
         return Value.plain(np.shape(x), nil=bool(number and (x == 0 or not np.isfinite(x))))
 
     def read(self, value: Value) -> Value:
