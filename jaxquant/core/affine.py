@@ -207,7 +207,20 @@ def as_codes(
     """
     if scale is None and key is None:
         return quantized_by_itself(x, spec=spec, axes=axes, apart=apart)
-    return _as_codes(x, encode(x, spec, axes, scale, zero_point, key), key, spec, axes, apart=apart)
+    found = encode(x, spec, axes, scale, zero_point, key)
+    if scale is not None and not (spec.static_unit or spec.type.has_nan):
+        found = found._replace(scale=_nan_where(x, found.scale))
+    return _as_codes(x, found, key, spec, axes, apart=apart)
+
+
+def _nan_where(x: jax.Array, scale: Any) -> Any:
+    """A given scale, with NaN for each block that holds one, since no code stands for it."""
+    if isinstance(scale, QTensor):
+        return scale.replace(scale=_nan_where(x, scale.scale))
+    view = BlockView.of_scale(x.shape, scale.shape)
+    # A maximum of floats, which the TPU compiler finds in the pass that writes codes; any() takes it another one.
+    nan = jnp.max(jnp.where(jnp.isnan(view.split(x)), 1.0, 0.0), axis=view.axes, keepdims=True, initial=0.0) > 0
+    return jnp.where(view.join_scale(nan), jnp.asarray(np.nan, scale.dtype), scale)
 
 
 @Replaceable
@@ -280,10 +293,10 @@ def quantize(
       computed here.
 
     Raises:
-      QuantError: on NaN (in a concrete array; under ``jit``, a block with NaN gets scale NaN, so the NaN stays
-        visible), integer input, an empty array, an axis out of range, a group size that does not divide, a scale
-        that does not fit, or a range whose scale is too large for its dtype (float16 ends at 65504; under ``jit`` the
-        values beyond saturate).
+      QuantError: on NaN (in a concrete array; under ``jit``, a block with NaN gets scale NaN, also in place of a given
+        one, so the NaN stays visible), integer input, an empty array, an axis out of range, a group size that does not
+        divide, a scale that does not fit, or a range whose scale is too large for its dtype (float16 ends at 65504;
+        under ``jit`` the values beyond saturate).
 
     Gradient: none with respect to ``x`` (codes are integers); use `fake_quant` to train.
 

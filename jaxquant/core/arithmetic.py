@@ -20,6 +20,7 @@ __all__ = [
     "exponent",
     "finfo",
     "power_of_two",
+    "promote",
     "promoted",
     "sums",
     "times_power_of_two",
@@ -79,6 +80,15 @@ def promoted(a: Any, b: Any) -> Any:
     """The dtype that holds both: JAX's own choice, also under ``jax_numpy_dtype_promotion="strict"``."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(a, b)
+
+
+def promote(a: Any, b: Any) -> bool:
+    """Whether a dtype holds both, by JAX's rules: floats of 8 bits promote to no other."""
+    try:
+        promoted(a, b)
+    except jax.dtypes.TypePromotionError:
+        return False
+    return True
 
 
 def sums(*terms: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ...]:

@@ -114,6 +114,11 @@ class QType:
         return self.kind != "table" or 0.0 in self.table
 
     @functools.cached_property
+    def has_nan(self) -> bool:
+        """Whether a code stands for NaN."""
+        return self.kind == "float" and self.bits == 8
+
+    @functools.cached_property
     def code_dtype(self) -> np.dtype:
         """The dtype of one unpacked code.
 

@@ -35,7 +35,7 @@ def split(x: jax.Array, axes: Axes, spec: QuantSpec, threshold: float) -> tuple[
       Codes (0 where there is an outlier), with the float array that gradients go to; the float features with an outlier
       (0 elsewhere); and whether there are any.
     """
-    large = jnp.abs(x) >= threshold
+    large = ~(jnp.abs(x) < threshold)  # NaN too, which int8 cannot hold
     outlier = jnp.any(large, axis=axes.rows, keepdims=True)
     absmax = jnp.max(jnp.where(large, 0, jnp.abs(x)), axis=axes.contract, keepdims=True).astype(jnp.float32)
     magnitude, steps = reach(-absmax, absmax, spec)

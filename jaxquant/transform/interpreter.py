@@ -377,13 +377,14 @@ _REASONS = {
 }  # fmt: skip
 
 
-def unsupported(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def unsupported(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any], reason: str | None = None) -> list[Any]:
     """The handler of every other primitive."""
     op = str(eqn.primitive)
     if interpreter.planning:
         for value in values:
             if isinstance(value, Weight):
-                interpreter.refuse(value, op, _REASONS.get(op, f"goes into {op}, which has no quantized form"))
+                why = reason or _REASONS.get(op, f"goes into {op}, which has no quantized form")
+                interpreter.refuse(value, op, why)
         return [ABSENT] * len(eqn.outvars)
     return bind(eqn, [interpreter.float_of(v, repr(op)) if isinstance(v, Weight) else v for v in values])
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxquant import ops
 from jaxquant.core.indices import widened
@@ -114,7 +114,8 @@ def _partitioned(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     def run(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-        if interpreter.planning or None in (placed := [explicit_sharding(v.aval) for v in eqn.outvars]):
+        (placed,) = (explicit_sharding(v.aval) for v in eqn.outvars)
+        if interpreter.planning or placed is None:
             return handler(interpreter, eqn, values)
         if "out_sharding" in eqn.params:
             eqn = eqn.replace(params={**eqn.params, "out_sharding": None})
@@ -125,8 +126,8 @@ def _partitioned(handler: Handler) -> Handler:
             results = handler(inner, eqn, [inside(v, a) for v, a in zip(values, arrays, strict=True)])
             return results, inner.stats
 
-        arrays = [arrays_of(v) for v in values]
-        results, stats = automatic(body, (placed, PartitionSpec()))(arrays, interpreter.mask, interpreter.rounding_key)
+        arrays, everywhere = [arrays_of(v) for v in values], NamedSharding(placed.mesh, PartitionSpec())
+        results, stats = automatic(body, ([placed], everywhere))(arrays, interpreter.mask, interpreter.rounding_key)
         interpreter.add_stats(stats)
         return results
 
@@ -138,8 +139,35 @@ def _as_it_stands(eqn: Any, values: list[Any]) -> list[Any]:
     return [eqn.primitive.bind(*values, **eqn.params)]
 
 
+def _of_reals(handler: Handler) -> Handler:
+    """A handler of products that are real: `lax` multiplies weights by complex numbers too.
+
+    It also multiplies them by integers and by floats of 8 bits, which no activation is quantized from: these are cast.
+    """
+
+    @functools.wraps(handler)
+    def run(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+        dtype = eqn.outvars[0].aval.dtype
+        if any(isinstance(v, Weight) for v in values) and not jnp.issubdtype(dtype, jnp.floating):
+            return unsupported(interpreter, eqn, values, f"in a product of dtype {dtype}")
+        if not interpreter.planning:
+            left, right = eqn.invars[:2]
+            values = [_real(values[0], right), _real(values[1], left), *values[2:]]
+        return handler(interpreter, eqn, values)
+
+    return run
+
+
+def _real(value: Any, other: Any) -> Any:
+    """An operand in the dtype of the other one, if it is an array of none that arithmetic promotes to."""
+    if isinstance(value, Weight) or (jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize > 1):
+        return value
+    return value.astype(other.aval.dtype)
+
+
 @handles(primitives.dot_general_p)
 @_partitioned
+@_of_reals
 def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     weights = [side for side, v in enumerate(values) if isinstance(v, Weight)]
     if len(weights) == 2:
@@ -232,6 +260,7 @@ def _swapped(eqn: Any, interpreter: Interpreter, operands: list[Any], act: dict[
 
 @handles(primitives.conv_general_dilated_p)
 @_partitioned
+@_of_reals
 def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     x, weight = values
     if not isinstance(weight, Weight) or isinstance(x, Weight):
@@ -379,6 +408,7 @@ def _gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 
 @handles(lax.ragged_dot)
 @_partitioned
+@_of_reals
 def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
     x, weight, sizes = values[:3]
     p = eqn.params.get("ragged_dot_dimension_numbers")

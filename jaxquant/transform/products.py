@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, primitives
 
 from jaxquant.core.specs import OpSpec
@@ -36,7 +37,8 @@ class Products:
         """Whether an equation in this scope is one of them, or holds one."""
         scope = scoped(scope, str(eqn.source_info.name_stack))
         if eqn.primitive is primitives.dot_general_p:
-            return self.wanted(product_name(scope))
+            result: Any = eqn.outvars[0].aval
+            return jnp.issubdtype(result.dtype, jnp.floating) and self.wanted(product_name(scope))
         return any(self._in_jaxpr(jaxpr, scope) for jaxpr in _jaxprs_of(eqn))
 
     def _in_jaxpr(self, jaxpr: Jaxpr, scope: str) -> bool:

@@ -8,12 +8,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.finite import is_concrete
 from jaxquant.core.learned import check_entry
 from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.refusals import Refusals
+from jaxquant.core.specs import QuantSpec
 from jaxquant.ops.operands import random_key
 from jaxquant.transform.interpreter import Interpreter, Tally
 from jaxquant.transform.plan import Item, Plan, is_float
@@ -183,8 +186,8 @@ def _run(interpreter: Interpreter, fn: Callable[..., Any], state: Any, params: A
     traced, plan = trace("quantized", fn, params, args, kwargs), interpreter.plan
     if plan is not None:
         check_plan("quantized", plan, traced.params)
-        _check_static(plan, state)
         check_state("quantized", plan, state)
+        _check_static(plan, state)
         if plan.products:
             interpreter.products = Products({p.name: p.spec for p in plan.products})
     results = interpreter.run(traced.jaxpr, weights_of(traced, plan, state))
@@ -258,6 +261,9 @@ def _check_static(plan: Plan, state: Mapping[str, Any] | None) -> None:
 
 def check_state(function: str, plan: Plan, state: Mapping[str, Any] | None) -> None:
     """Raises if the state holds what is not of the plan: all mismatches at once."""
+    if not isinstance(state, Mapping | None):
+        todo = "Pass what act_state or qat.learned_steps returned for this plan"
+        raise quant_error(function, "state must be a dict by path", todo=todo, state=state)
     refusals = Refusals(function)
     for path, entry in (state or {}).items():
         with refusals.gather():
@@ -271,6 +277,7 @@ def _check_state_of(function: str, plan: Plan, path: str, entry: Any) -> None:
         todo = "Use what act_state or qat.learned_steps returned for this plan"
         raise quant_error(function, "state does not fit the plan", todo=todo, path=path, entry=type(entry).__name__)
     if "scale" in names:
+        _check_range(function, path, entry, item.spec.act)
         return
     for operand in sorted(names):
         spec = getattr(item.spec, operand)
@@ -281,6 +288,24 @@ def _check_state_of(function: str, plan: Plan, path: str, entry: Any) -> None:
             todo = "Make the plan with rounding='nearest'"
             raise quant_error(function, "learned steps round to nearest", todo=todo, path=path, rounding=spec.rounding)
         check_entry(function, path, entry[operand], spec, steps_shape(item, operand))
+
+
+def _check_range(function: str, path: str, entry: Mapping[str, Any], act: QuantSpec | None) -> None:
+    """Raises unless an entry holds the static range of an activation; checks values that can be read."""
+    if act is None or not act.static:
+        todo = "Leave it out, or make the plan with static=True for this activation"
+        raise quant_error(function, "the plan takes no static range here", todo=todo, path=path, act=act)
+    names = ("scale",) if act.symmetric else ("scale", "zero_point")
+    if tuple(sorted(entry)) != names:
+        todo = "Use what act_state returned for this plan"
+        got = tuple(sorted(entry))
+        raise quant_error(function, f"a static range here has {' and '.join(names)}", todo=todo, path=path, entry=got)
+    scale = entry["scale"]
+    if not jnp.issubdtype(jnp.result_type(scale), jnp.floating):
+        raise quant_error(function, "scale must be a float", todo="Cast it to float32", path=path, scale=scale)
+    if is_concrete(scale) and not np.all((np.asarray(scale) > 0) & np.isfinite(np.asarray(scale))):
+        rule, todo = "scale must be finite and above 0", "Calibrate again, on finite data"
+        raise quant_error(function, rule, todo=todo, path=path, least=float(np.min(scale)))
 
 
 def steps_shape(item: Item, operand: str) -> tuple[int, ...]:

@@ -198,6 +198,20 @@ def test_nan_with_a_given_scale():
     np.testing.assert_array_equal(y, [1.0, np.nan, 2.0])
 
 
+@makes_nan
+@pytest.mark.parametrize("qtype", ["int8", "uint4", "nf4", "float4_e2m1fn", "float8_e4m3fn"])
+def test_nan_with_a_given_scale_stays_visible_under_jit(qtype):
+    """No code stands for it but in fp8, so it becomes the scale of its block."""
+    spec = QuantSpec(qtype, granularity="per_group", group_size=2)
+    x, scale = np.array([[1.0, 0.5, np.nan, 0.5], [1.0, 0.0, 0.5, 1.0]], np.float32), np.full((2, 2), 0.5, np.float32)
+    y = np.asarray(jax.jit(lambda x: jq.quantize(x, spec, reduce_axes=(-1,), scale=scale).dequantize())(x))
+    touched = np.zeros((2, 4), bool)
+    touched[0, 2 : 3 if qtype == "float8_e4m3fn" else 4] = True
+    np.testing.assert_array_equal(np.isnan(y), touched)
+    clean = jq.quantize(np.nan_to_num(x), spec, reduce_axes=(-1,), scale=scale).dequantize()
+    np.testing.assert_array_equal(y[~touched], np.asarray(clean)[~touched])
+
+
 # -- given scales -----------------------------------------------------------------------------------------------------
 
 

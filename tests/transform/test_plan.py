@@ -252,6 +252,12 @@ def other_params():
 
 INT8 = recipes.w8a16()
 STATIC_TOKENS = jq.OpSpec(jq.QuantSpec("int8"), jq.QuantSpec("int8", static=True))
+
+
+def with_range(entry):
+    return jq.quantized(mlp, plan_of([jq.Rule("out", SPECS["static"])]), {"out/kernel": entry})(PARAMS, X)
+
+
 BAD = {
     "a rule that matches nothing": (
         lambda: plan_of([jq.Rule("dens/kernel", INT8)]),
@@ -315,6 +321,30 @@ BAD = {
     "state of another plan": (
         lambda: jq.quantized(mlp, a_plan(), {"elsewhere": {"scale": 1.0}})(PARAMS, X),
         r"^quantized at elsewhere: state does not fit the plan; got entry='dict'\. Use what act_state",
+    ),
+    "state that is no dict": (
+        lambda: jq.quantized(mlp, a_plan(), [0.1])(PARAMS, X),
+        r"^quantized: state must be a dict by path; got state=\[0\.1\]\. Pass what act_state",
+    ),
+    "a range for an activation that has its own": (
+        lambda: jq.quantized(mlp, a_plan(), {"out/kernel": {"scale": 1.0}})(PARAMS, X),
+        r"^quantized at out/kernel: the plan takes no static range here; got act=QuantSpec.*Leave it out",
+    ),
+    "a range with a zero point that its spec has not": (
+        lambda: with_range({"scale": np.float32(1), "zero_point": np.int8(0)}),
+        r"^quantized at out/kernel: a static range here has scale; got entry=\('scale', 'zero_point'\)",
+    ),
+    "a step that is an integer": (
+        lambda: with_range({"scale": np.int32(1)}),
+        r"^quantized at out/kernel: scale must be a float; got scale=int32\[\]\. Cast it",
+    ),
+    "a step of 0": (
+        lambda: with_range({"scale": np.float32(0)}),
+        r"^quantized at out/kernel: scale must be finite and above 0; got least=0\.0\. Calibrate again",
+    ),
+    "a step that is not finite": (
+        lambda: with_range({"scale": jnp.float32(jnp.inf)}),
+        r"^quantized at out/kernel: scale must be finite and above 0; got least=inf\. Calibrate again",
     ),
     "state without a plan": (
         lambda: jq.quantized(mlp, state={"w": 1}),

@@ -196,6 +196,14 @@ def test_results_and_gradients_lie_where_the_program_puts_them(case, spec, mesh)
     assert np.linalg.norm(grads - expected) < 30 * rounded * np.linalg.norm(expected)
 
 
+def test_calibration_follows_arrays_on_a_mesh_that_is_not_set(mesh):
+    w, x = weights(8, 6), weights(8, 8, seed=1)
+    plan = jq.make_plan(layer, {"w": w}, x, rules=[jq.Rule("w", recipes.w8a8(static=True))])
+    sharded = jax.device_put(x, NamedSharding(mesh, P("a", None)))
+    state = jq.act_state(plan, jq.calibrate(layer, plan, {"w": w}, [sharded]))
+    np.testing.assert_allclose(state["w"]["scale"], np.abs(x).max() / 127, rtol=1e-6)
+
+
 def test_lookups_lie_where_the_program_puts_them(mesh):
     fn = lambda p, i: p["e"].at[i].get(out_sharding=P("a", None))  # noqa: E731
     w = weights(16, 8)
