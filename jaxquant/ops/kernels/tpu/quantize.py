@@ -1,7 +1,7 @@
 """Finds a row's range and its int8 codes in one pass over an activation, which XLA reads at least twice.
 
 A block of rows stays in the chip's own memory between the two steps. Estimate of the TPU compiler for [4096, 4096]
-bfloat16 on a v5e: 86 thousand cycles, bound by the vector unit, compared to 473 thousand for XLA and 61 thousand for
+bfloat16 on a v5e: 78 thousand cycles, bound by the vector unit, compared to 473 thousand for XLA and 61 thousand for
 reading alone.
 """
 
@@ -29,6 +29,8 @@ _LEAST, _LONGEST = 1 << 18, 1 << 15  # fewest elements of an array for which it 
 
 _BLOCK = 1 << 20  # elements of a block of rows, at most
 
+_STRIP = 32  # rows that are quantized together
+
 _STEPS = 8  # blocks at least, of 32 rows or more: one is moved while another is quantized
 
 
@@ -49,15 +51,28 @@ def quantized_rows(x: jax.Array, *, qmax: int, interpret: bool = False) -> tuple
     m, k = x.shape
     rows = min(m, max(min(_BLOCK, x.size // _STEPS) // k // 32 * 32, 32))
 
+    columns = next((n for n in (512, 256, 128) if k % n == 0), k)  # a piece stays in registers
+
     def kernel(x: Any, codes: Any, scales: Any) -> None:
-        v = x[...].astype(jnp.float32)
-        magnitude = jnp.abs(v)
-        nan = jnp.max(jnp.where(jnp.isnan(v), 1.0, 0.0), axis=1, keepdims=True) > 0
-        absmax = jnp.max(jnp.where(magnitude < jnp.inf, magnitude, 0.0), axis=1, keepdims=True)
-        scale = jnp.maximum(divide(absmax, qmax), jnp.finfo(jnp.float32).tiny)
-        scale = jnp.where(nan, jnp.nan, jnp.where(absmax == 0, 1.0, scale))
-        scales[...] = scale
-        codes[...] = jnp.round(jnp.clip(over(v, scale), -qmax, qmax)).astype(jnp.int8)
+        odd = jnp.float32(0)
+        for i in range(0, rows, _STRIP):
+            strip = slice(i, min(i + _STRIP, rows))
+            largest = least = jnp.zeros((strip.stop - i, columns), jnp.float32)
+            for j in range(0, k, columns):
+                magnitude = jnp.abs(x[strip, j : j + columns].astype(jnp.float32))
+                finite = jnp.where(magnitude < jnp.inf, magnitude, -1.0)
+                largest, least = jnp.maximum(largest, finite), jnp.minimum(least, finite)
+            absmax, odd = jnp.max(largest, axis=1, keepdims=True), jnp.minimum(odd, jnp.min(least))
+            scale = jnp.where(absmax == 0, 1.0, jnp.maximum(divide(absmax, qmax), jnp.finfo(jnp.float32).tiny))
+            scales[strip, :] = scale
+            for j in range(0, k, columns):
+                v = over(x[strip, j : j + columns].astype(jnp.float32), scale)
+                codes[strip, j : j + columns] = jnp.round(jnp.clip(v, -qmax, qmax)).astype(jnp.int8)
+
+        @pl.when(odd < 0)
+        def _() -> None:  # an infinity, or a NaN
+            nan = jnp.where(jnp.isnan(x[...].astype(jnp.float32)), 1.0, 0.0)
+            scales[...] = jnp.where(jnp.max(nan, axis=1, keepdims=True) > 0, jnp.nan, scales[...])
 
     return pl.pallas_call(
         kernel,
