@@ -50,6 +50,18 @@ def test_names_in_text_exist(page):
             value = getattr(value, name)
 
 
+def test_accuracies_are_those_of_the_benchmark():
+    """Each row of the table on the choice of a scheme is in the results of benchmarks/accuracy.py."""
+    results = (snippets.ROOT / "benchmarks/results/accuracy.txt").read_text(encoding="utf-8").split("\n\n")
+    table = (DOCS / "choose.md").read_text(encoding="utf-8").split("| scheme | to nearest |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert len(rows) == 6
+    for scheme, *cells in rows:
+        (block,) = (block for block in results if block.lstrip().startswith(f"{scheme} ("))
+        found = {line[:40].strip(): line[40:].split()[0] for line in block.splitlines() if "0." in line[40:]}
+        assert cells == [found[way] for way in ("RTN", "GPTQ", "GPTQ, descended")]
+
+
 def test_quoted_source_is_the_source():
     quoted = next(block for block in snippets.blocks(DOCS / "how-it-works.md", "python") if block.skipped)
     assert quoted.code in (snippets.ROOT / "jaxquant/transform/weight_views.py").read_text(encoding="utf-8")
