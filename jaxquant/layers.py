@@ -15,7 +15,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.extremes import no_range, or_nan
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.granularity import PerTensor
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import QTensor, Scale
 from jaxquant.core.scale_zero_point import scale_zero_point
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.recipes import recipe
@@ -125,6 +125,6 @@ def is_known(lo: Any, hi: Any) -> bool:
     return isinstance(hi, jax.core.Tracer) or bool(np.all((np.asarray(lo) <= np.asarray(hi)) & np.isfinite(hi)))
 
 
-def act_range(lo: Any, hi: Any, act: QuantSpec) -> tuple[jax.Array, jax.Array | None]:
+def act_range(lo: Any, hi: Any, act: QuantSpec) -> tuple[Scale, jax.Array | None]:
     """Scale and zero point of a static range; NaN where nothing was observed and tracing hides it."""
     return scale_zero_point(*or_nan(lo, hi), act)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxquant.core.affine import minor_axes
 from jaxquant.core.blocks import block_shape, scale_shape
@@ -19,7 +20,7 @@ __all__ = ["abstract"]
 
 def abstract(
     shape: tuple[int, ...],
-    dtype: Any,
+    dtype: DTypeLike,
     spec: QuantSpec,
     axes: tuple[int, ...],
     *,

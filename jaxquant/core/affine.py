@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxquant.core.arithmetic import divide, finfo, times_reciprocal
 from jaxquant.core.blocks import BlockView, block_shape, negative_axes, scale_shape
@@ -23,7 +24,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.extremes import absmax_over, array_absmax
 from jaxquant.core.finite import has_nan, is_concrete
 from jaxquant.core.jitted import jitted
-from jaxquant.core.qtensor import QTensor, cast, from_codes, scale_values
+from jaxquant.core.qtensor import QTensor, Scale, cast, from_codes, scale_values
 from jaxquant.core.replaceable import Replaceable
 from jaxquant.core.scale_zero_point import affine, e4m3_scale_in, largest_magnitude, reach
 from jaxquant.core.specs import QuantSpec
@@ -43,11 +44,11 @@ __all__ = [
 ]
 
 
-def _compute_dtype(x: jax.Array) -> Any:
+def _compute_dtype(x: jax.Array) -> type[jnp.floating]:
     return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
-def _saturated(scale: Any, dtype: Any) -> bool:
+def _saturated(scale: Scale, dtype: DTypeLike) -> bool:
     """Whether a concrete scale is the largest of its dtype because the range of the array's dtype exceeds it."""
     scale = scale.scale if isinstance(scale, QTensor) else scale
     largest = float(finfo(scale.dtype).max)
@@ -60,11 +61,11 @@ class Encoded(NamedTuple):
     """An array as grid values (floats, before they become codes), with their scales and zero points."""
 
     values: jax.Array
-    scale: Any
+    scale: Scale
     zero_point: jax.Array | None
 
 
-def _real(view: BlockView, value: jax.Array, dtype: Any) -> jax.Array:
+def _real(view: BlockView, value: jax.Array, dtype: DTypeLike) -> jax.Array:
     return view.split_scale(value).astype(dtype)
 
 
@@ -104,7 +105,7 @@ def encode(
     x: jax.Array,
     spec: QuantSpec,
     axes: tuple[int, ...],
-    scale: Any = None,
+    scale: Scale | None = None,
     zero_point: jax.Array | None = None,
     key: jax.Array | None = None,
 ) -> Encoded:
@@ -137,13 +138,13 @@ def encode(
 
 def prepare(
     function: str,
-    x: Any,
+    x: ArrayLike | QTensor,
     spec: QuantSpec,
     reduce_axes: Sequence[int] | int,
-    scale: Any,
-    zero_point: Any,
-    key: Any,
-) -> tuple[jax.Array, tuple[int, ...], Any, Any]:
+    scale: ArrayLike | QTensor | None,
+    zero_point: ArrayLike | None,
+    key: jax.Array | None,
+) -> tuple[jax.Array, tuple[int, ...], Scale | None, jax.Array | None]:
     """The checks shared by `quantize` and `fake_quant`: (x, negative axes, scale, zero point), broadcast to blocks."""
     if isinstance(x, QTensor):
         raise quant_error(function, "the array is quantized already", todo="Pass x.dequantize()", x=x)
@@ -193,7 +194,7 @@ def as_codes(
     x: jax.Array,
     spec: QuantSpec,
     axes: tuple[int, ...],
-    scale: Any = None,
+    scale: Scale | None = None,
     zero_point: jax.Array | None = None,
     key: jax.Array | None = None,
     *,
@@ -230,14 +231,16 @@ def quantized_by_itself(x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...],
 
 
 def _as_codes(
-    x: jax.Array, found: Encoded, key: Any, spec: QuantSpec, axes: tuple[int, ...], *, apart: bool
+    x: jax.Array, found: Encoded, key: jax.Array | None, spec: QuantSpec, axes: tuple[int, ...], *, apart: bool
 ) -> QTensor:
     codes = codes_apart(x, found, key, spec=spec, axes=axes) if apart else codes_of(found.values, spec.type)
     return QTensor(codes, found.scale, found.zero_point, qtype=spec.qtype, dtype=x.dtype)
 
 
 @Replaceable
-def codes_apart(x: jax.Array, found: Encoded, key: Any, *, spec: QuantSpec, axes: tuple[int, ...]) -> jax.Array:
+def codes_apart(
+    x: jax.Array, found: Encoded, key: jax.Array | None, *, spec: QuantSpec, axes: tuple[int, ...]
+) -> jax.Array:
     """The codes of an array, from the grid values of `encode`."""
     del x, key, axes
     return codes_of(found.values, spec.type)
@@ -245,7 +248,13 @@ def codes_apart(x: jax.Array, found: Encoded, key: Any, *, spec: QuantSpec, axes
 
 @jitted(static_argnames=("spec", "axes"))
 def _quantize(
-    x: jax.Array, scale: Any, zero_point: Any, key: jax.Array | None, *, spec: QuantSpec, axes: tuple[int, ...]
+    x: jax.Array,
+    scale: Scale | None,
+    zero_point: jax.Array | None,
+    key: jax.Array | None,
+    *,
+    spec: QuantSpec,
+    axes: tuple[int, ...],
 ) -> QTensor:
     x, minor = lax.stop_gradient(x), minor_axes(axes, x.ndim)
     # Codes are written transposed, or packed along their rows. Packing along another axis is fast as it is.
@@ -270,12 +279,12 @@ def minor_axes(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
 
 
 def quantize(
-    x: Any,
+    x: ArrayLike | QTensor,
     spec: QuantSpec,
     *,
     reduce_axes: Sequence[int] | int,
-    scale: Any = None,
-    zero_point: Any = None,
+    scale: ArrayLike | QTensor | None = None,
+    zero_point: ArrayLike | None = None,
     key: jax.Array | None = None,
 ) -> QTensor:
     """Quantizes a float array: ``q = clip(round(x / scale) + zero_point, qmin, qmax)``.
@@ -329,7 +338,7 @@ def quantize(
     return q
 
 
-def values_with_scale(encoded: Encoded, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def values_with_scale(encoded: Encoded, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """Real values of an `Encoded` array, rounded once to ``dtype``."""
     compute = encoded.values.dtype
     view = BlockView.of_scale(shape, tuple(encoded.scale.shape))

@@ -10,7 +10,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxquant.core.sizes import number
 
@@ -71,12 +73,12 @@ def times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
     return jnp.minimum(x * power_of_two(half) * power_of_two(exponent - half), float(finfo(jnp.float32).max))
 
 
-def finfo(dtype: Any) -> Any:
+def finfo(dtype: DTypeLike) -> Any:
     """The limits of a float dtype, as `ml_dtypes.finfo`, whose numbers have no types of their own."""
     return cast(Any, ml_dtypes.finfo(dtype))
 
 
-def promoted(a: Any, b: Any) -> Any:
+def promoted(a: DTypeLike, b: DTypeLike) -> np.dtype:
     """The dtype that holds both: JAX's own choice, also under ``jax_numpy_dtype_promotion="strict"``."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(a, b)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +17,8 @@ from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.granularity import Granularity, PerChannel, PerGroup, PerTensor
 
 __all__ = ["BlockView", "block_shape", "group_error", "groups_fit", "negative_axes", "scale_shape", "spread"]
+
+Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 def negative_axes(axes: Sequence[int] | int, ndim: int, *, function: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -177,7 +179,7 @@ class BlockView:
         return scale.reshape(scale_shape(self.shape, self.block))
 
 
-def spread(values: Any, shape: Sequence[int]) -> Any:
+def spread(values: Array, shape: Sequence[int]) -> Array:
     """Values of blocks, each repeated over its block: to ``shape``, a multiple of their own along every axis."""
     for axis, n in enumerate(shape):
         if values.shape[axis] != n:

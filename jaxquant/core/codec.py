@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxquant.core.arithmetic import exponent, finfo, power_of_two
 from jaxquant.core.qtypes import QType
@@ -179,12 +179,12 @@ def values_of(codes: jax.Array, qtype: QType, dtype: jnp.dtype = jnp.float32) ->
 
 
 @Replaceable
-def values_of_patterns(codes: jax.Array, *, qtype: QType, dtype: Any) -> jax.Array:
+def values_of_patterns(codes: jax.Array, *, qtype: QType, dtype: DTypeLike) -> jax.Array:
     """Values of the uint8 patterns of an 8-bit float."""
     return lax.bitcast_convert_type(codes, qtype.code_dtype).astype(dtype)
 
 
-def decoded(codes: jax.Array, qtype: QType, dtype: Any) -> jax.Array:
+def decoded(codes: jax.Array, qtype: QType, dtype: DTypeLike) -> jax.Array:
     """Float patterns: exponent and mantissa as those of a float32, but for magnitudes that are subnormal."""
     bits, sign = codes.astype(jnp.int32), 1 << (qtype.bits - 1)
     magnitude, mantissa = bits & (sign - 1), int(finfo(jnp.float32).nmant)

@@ -77,7 +77,7 @@ def quant_error(
     todo: str,
     path: str | None = None,
     shape: tuple[int, ...] | None = None,
-    **got: Any,
+    **got: object,
 ) -> QuantError:
     """Builds (does not raise) a `QuantError` in the form its docstring gives.
 

@@ -10,13 +10,14 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from jaxquant.core.affine import encode, prepare, values_with_scale
 from jaxquant.core.arithmetic import divide, promoted
 from jaxquant.core.blocks import BlockView
 from jaxquant.core.derivatives import with_derivatives
 from jaxquant.core.jitted import jitted
-from jaxquant.core.qtensor import scale_values
+from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.specs import QuantSpec
 
 __all__ = ["PACT", "PAPER", "STRAIGHT", "Slopes", "fake_quant", "fake_quant_given"]
@@ -164,12 +165,12 @@ def fake_quant_given(
 
 
 def fake_quant(
-    x: Any,
+    x: ArrayLike | QTensor,
     spec: QuantSpec,
     *,
     reduce_axes: Sequence[int] | int,
-    scale: Any = None,
-    zero_point: Any = None,
+    scale: ArrayLike | QTensor | None = None,
+    zero_point: ArrayLike | None = None,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """``dequantize(quantize(x))`` in float, with a straight-through gradient: the building block of QAT.

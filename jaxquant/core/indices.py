@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,13 @@ def widened(indices: Any) -> jax.Array:
     return indices.astype(signed)
 
 
-def clamped(start: Any, size: int, length: int) -> Any:
+def clamped(start: int | jax.Array, size: int, length: int) -> int | jax.Array:
     """The start of a slice of ``size`` that `jax.lax.dynamic_slice_p` uses: clamped to fit in an axis of ``length``.
 
     A negative start lies before the axis and is clamped to 0. `jax.lax.dynamic_slice` counts negative starts from the
     end before it binds that primitive; calling it here would count twice.
     """
     if isinstance(start, int | np.integer):
-        return min(max(int(cast(int, start)), 0), length - size)
+        return min(max(int(start), 0), length - size)
     start = widened(start)
     return jnp.clip(start, 0, np.asarray(length - size, start.dtype))

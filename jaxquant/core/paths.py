@@ -5,32 +5,35 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import jax
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 
-__all__ = ["folded", "is_qtensor", "key_of", "leaves_with_paths", "nearest", "path_of"]
+__all__ = ["Params", "folded", "is_qtensor", "key_of", "leaves_with_paths", "nearest", "path_of"]
+
+Params: TypeAlias = Any
+"""A pytree of parameters: arrays, `QTensor`s, shapes."""
 
 
-def is_qtensor(x: Any) -> bool:
+def is_qtensor(x: object) -> TypeGuard[QTensor]:
     """For ``is_leaf=``: a QTensor is one leaf."""
     return isinstance(x, QTensor)
 
 
-def key_of(entry: Any) -> Any:
+def key_of(entry: object) -> Any:
     """The key itself of an entry of a key path of `jax.tree_util`; the kinds of entries call it by different names."""
     return next((getattr(entry, field) for field in ("key", "name", "idx") if hasattr(entry, field)), str(entry))
 
 
-def path_of(keys: Iterable[Any]) -> str:
+def path_of(keys: Iterable[object]) -> str:
     """A key path of `jax.tree_util` with ``/`` between its names."""
     return "/".join(str(key_of(entry)) for entry in keys)
 
 
-def leaves_with_paths(tree: Any) -> tuple[dict[str, Any], Any]:
+def leaves_with_paths(tree: Params) -> tuple[dict[str, Any], Any]:
     """Leaves by path, in tree order, and the treedef; QTensors are leaves."""
     leaves, treedef = cast(
         tuple[list[tuple[Any, Any]], Any], jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import typing
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxquant.core.arithmetic import finfo
 from jaxquant.core.blocks import BlockView
@@ -27,6 +28,7 @@ __all__ = [
     "LEAVES",
     "Layout",
     "QTensor",
+    "Scale",
     "cast",
     "dequantize",
     "flat",
@@ -41,6 +43,10 @@ LEAVES = ("codes", "scale", "zero_point", "offset", "permutation", "seal")
 
 #: The arguments of the constructor.
 FIELDS = (*LEAVES, "qtype", "dtype", "minor", "length", "split")
+
+
+Scale: TypeAlias = "jax.Array | QTensor"
+"""Scales, one for each block; a `QTensor` where they are quantized themselves."""
 
 
 Layout = Literal["packed", "elements", "native"]
@@ -175,7 +181,7 @@ class QTensor:
         seal: Any = None,
         *,
         qtype: str,
-        dtype: Any,
+        dtype: DTypeLike,
         minor: tuple[int, ...] = (),
         length: int | None = None,
         split: int | None = None,
@@ -262,7 +268,7 @@ class QTensor:
         """A QTensor with other fields than this one."""
         return QTensor(**{name: getattr(self, name) for name in FIELDS} | fields)
 
-    def dequantize(self, dtype: Any = None) -> jax.Array:
+    def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
         """The float array this stands for; see `jaxquant.dequantize`."""
         return dequantize(self, dtype)
 
@@ -490,7 +496,7 @@ def from_codes(
     permutation: Any = None,
     *,
     qtype: str,
-    dtype: Any,
+    dtype: DTypeLike,
     minor: tuple[int, ...] = (),
 ) -> QTensor:
     """A QTensor from codes in logical order (but for the permutation), one per element.
@@ -530,7 +536,7 @@ def flat(value: Any) -> Any:
     return dequantize(value) if isinstance(value, QTensor) else value
 
 
-def scale_values(scale: Any) -> jax.Array:
+def scale_values(scale: Scale) -> jax.Array:
     """The real scales of a QTensor's ``scale`` field, quantized or not, in at least float32."""
     if isinstance(scale, QTensor):
         return dequantize(scale)
@@ -539,7 +545,7 @@ def scale_values(scale: Any) -> jax.Array:
     return scale if scale.dtype == jnp.float64 else scale.astype(jnp.float32)
 
 
-def _factors(scale: Any) -> tuple[jax.Array, ...]:
+def _factors(scale: Scale) -> tuple[jax.Array, ...]:
     """The factors of the grid values, in the order of multiplication."""
     if not isinstance(scale, QTensor) or scale.qtype != FACTOR.name:
         return (scale_values(scale),)
@@ -548,7 +554,7 @@ def _factors(scale: Any) -> tuple[jax.Array, ...]:
     return first, jnp.broadcast_to(scale_values(scale.scale), first.shape)
 
 
-def cast(x: jax.Array, dtype: Any) -> jax.Array:
+def cast(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """``x.astype(dtype)``, but numbers that overflow become the largest finite one.
 
     A code may stand for up to half a step more than the largest element, which no dtype can always hold.
@@ -559,7 +565,7 @@ def cast(x: jax.Array, dtype: Any) -> jax.Array:
     return x.astype(dtype)
 
 
-def dequantize(q: QTensor, dtype: Any = None) -> jax.Array:
+def dequantize(q: QTensor, dtype: DTypeLike | None = None) -> jax.Array:
     """The float array a QTensor stands for: ``(q - zero_point) * scale + offset``.
 
     It is formed in float32 (float64 for a float64 tensor) and rounded once to ``dtype``. Only where an imported format
@@ -624,7 +630,7 @@ def _dequantized(q: QTensor, out: np.dtype) -> jax.Array:
 _dequantize: Any = jax.jit(_dequantized, static_argnums=1, inline=True)
 
 
-def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
+def _rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """``x`` with the precision of a narrower float dtype; XLA would leave the two casts out."""
     if not jnp.issubdtype(dtype, jnp.floating) or finfo(dtype).bits >= finfo(x.dtype).bits:
         return x

@@ -9,23 +9,22 @@ Jacob et al. 2018 (arXiv:1712.05877), equations 1 and 12, with round half to eve
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxquant.core.arithmetic import divide, divide_twice, exponent, finfo, power_of_two, promoted
 from jaxquant.core.errors import quant_error
-from jaxquant.core.qtensor import QTensor, from_codes
+from jaxquant.core.qtensor import QTensor, Scale, from_codes
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.core.specs import QuantSpec
 
 __all__ = ["affine", "e4m3_scale_in", "largest_magnitude", "reach", "scale_zero_point"]
 
 
-def _float_scale(absmax: jax.Array, qmax: float | jax.Array, dtype: Any, empty: float = 1.0) -> jax.Array:
+def _float_scale(absmax: jax.Array, qmax: float | jax.Array, dtype: DTypeLike, empty: float = 1.0) -> jax.Array:
     """``absmax / qmax`` in the scale's dtype, from the least number that is not taken for 0; 1 where absmax is 0.
 
     A grid without 0 has ``empty=0`` instead: the least number there, since no code stands for 0.
@@ -104,7 +103,9 @@ def reach(lo: jax.Array, hi: jax.Array, spec: QuantSpec) -> tuple[jax.Array, flo
     return jnp.maximum(below_zero, jnp.maximum(hi, 0)), above
 
 
-def affine(lo: jax.Array, hi: jax.Array, spec: QuantSpec, top: jax.Array | None = None) -> tuple[Any, jax.Array | None]:
+def affine(
+    lo: jax.Array, hi: jax.Array, spec: QuantSpec, top: jax.Array | None = None
+) -> tuple[Scale, jax.Array | None]:
     """`scale_zero_point` without the checks."""
     info, dtype = spec.type, np.dtype(spec.scale_dtype or np.float32)
     if spec.symmetric:
@@ -124,7 +125,7 @@ def affine(lo: jax.Array, hi: jax.Array, spec: QuantSpec, top: jax.Array | None 
     return scale, zero_point.astype(info.code_dtype)
 
 
-def scale_zero_point(lo: Any, hi: Any, spec: QuantSpec) -> tuple[Any, jax.Array | None]:
+def scale_zero_point(lo: ArrayLike, hi: ArrayLike, spec: QuantSpec) -> tuple[Scale, jax.Array | None]:
     """Scale and zero point that make codes cover the range ``[lo, hi]``.
 
     Symmetric: no zero point, and ``scale = max(|lo|, |hi|) / qmax`` where the lowest code is left out
@@ -173,4 +174,6 @@ def scale_zero_point(lo: Any, hi: Any, spec: QuantSpec) -> tuple[Any, jax.Array 
         if np.any(np.asarray(lo) > np.asarray(hi)):
             raise quant_error("scale_zero_point", "lo must not exceed hi", todo="Swap them", lo=lo, hi=hi)
     scale, zero_point = affine(lo, hi, spec)
-    return (scale.scale.reshape(lo.shape) if spec.static_unit and not lo.ndim else scale), zero_point
+    return (
+        scale.scale.reshape(lo.shape) if isinstance(scale, QTensor) and spec.static_unit and not lo.ndim else scale
+    ), zero_point

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, cast
 
 import jax
+import numpy as np
 from jax import lax
 
 __all__ = ["Layer"]
@@ -21,8 +22,8 @@ class Layer:
       index: an integer, of which layer.
     """
 
-    stack: Any
-    index: Any
+    stack: jax.Array
+    index: int | jax.Array
 
     def tree_flatten(self) -> tuple[tuple[Any, Any], None]:
         return (self.stack, self.index), None
@@ -37,7 +38,7 @@ class Layer:
         return tuple(self.stack.shape[1:])
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """Of the layer."""
         return self.stack.dtype
 

@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxquant.core.indices import clamped
-from jaxquant.core.qtensor import QTensor, flat, scale_values
+from jaxquant.core.qtensor import QTensor, Scale, flat, scale_values
 
 __all__ = ["by_layer", "cast", "move", "reshape", "slice_along", "transpose"]
 
 
-def cast(q: QTensor, dtype: Any) -> QTensor:
+def cast(q: QTensor, dtype: DTypeLike) -> QTensor:
     """The same codes, dequantized to another float dtype."""
     return q.replace(dtype=np.dtype(dtype))
 
@@ -33,7 +34,7 @@ def transpose(q: QTensor, permutation: tuple[int, ...]) -> QTensor:
     minor = tuple(place[axis] - q.ndim for axis in q.stored_order)
     minor = () if minor == tuple(range(-q.ndim, 0)) else minor
 
-    def per_block(value: Any) -> Any:
+    def per_block(value: Scale | None) -> Any:
         if isinstance(value, QTensor):
             return transpose(value, permutation)
         return None if value is None else jnp.transpose(value, permutation)
@@ -82,7 +83,7 @@ def move(q: QTensor, change: Callable[[jax.Array], jax.Array], axes: tuple[int, 
     return _unpacked(q, change(q.logical_codes()), *_per_block(q, blocks))
 
 
-def slice_along(q: QTensor, axis: int, start: Any, size: int) -> QTensor:
+def slice_along(q: QTensor, axis: int, start: int | jax.Array, size: int) -> QTensor:
     """``size`` indices from ``start`` (which may be traced) along one axis; see `jaxquant.core.indices.clamped`."""
     n = q.shape[axis]
     if size == n:

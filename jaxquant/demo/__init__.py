@@ -12,6 +12,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxquant import QTensor, Rule, io, quantize_params
+from jaxquant.core.paths import Params
 from jaxquant.demo import digits
 from jaxquant.demo.result import Result, Row
 from jaxquant.demo.schemes import SCHEMES, Scheme
@@ -43,7 +44,7 @@ def run(output: Path, *, seed: int, epochs: int, qat_epochs: int, console: Any) 
             task = progress.add_task(description, total=total)
             return lambda: progress.advance(task)
 
-        def train(scheme: Scheme, params: Any, recipe: digits.Recipe) -> Any:
+        def train(scheme: Scheme, params: Params, recipe: digits.Recipe) -> Any:
             done = bar(f"Train {scheme.name}", recipe.epochs)
             trained = digits.train(
                 digits.quantized(digits.MLP(), scheme.spec), params, data, recipe, seed=seed, on_epoch=done
@@ -51,7 +52,7 @@ def run(output: Path, *, seed: int, epochs: int, qat_epochs: int, console: Any) 
             steps[scheme] = trained.step_seconds
             return trained.params
 
-        def save(scheme: Scheme, params: Any) -> None:
+        def save(scheme: Scheme, params: Params) -> None:
             if scheme.spec is not None:
                 params = quantize_params(params, [Rule("kernel", scheme.spec)])
             io.save(files[scheme], params)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxquant.core.paths import Params
 from jaxquant.core.specs import OpSpec
 from jaxquant.linen import wrap
 from jaxquant.rules import Rule
@@ -103,7 +104,7 @@ QAT = Recipe(epochs=15)
 class Trained(NamedTuple):
     """Parameters, and the time of the fastest training step: what others do on the machine only adds to it."""
 
-    params: Any
+    params: Params
     step_seconds: float
 
 
@@ -114,7 +115,7 @@ def init(model: Model, data: Digits, seed: int) -> Any:
 
 def train(
     model: Model,
-    params: Any,
+    params: Params,
     data: Digits,
     recipe: Recipe,
     *,

@@ -21,7 +21,7 @@ import numpy as np
 from jaxquant.core import finite
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.packing import packed_length
-from jaxquant.core.paths import key_of
+from jaxquant.core.paths import Params, key_of
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.qtypes import FACTOR, QTYPES
 from jaxquant.io.arrays import to_host
@@ -164,7 +164,7 @@ def not_finite(x: Any) -> int:
 # -- to nodes ----------------------------------------------------------------------------------------------------------
 
 
-def encode(params: Any) -> tuple[Any, dict[str, tuple[Any, TensorSpec]]]:
+def encode(params: Params) -> tuple[Any, dict[str, tuple[Any, TensorSpec]]]:
     """The node of a tree, and its arrays by name, each with its spec; `QuantError` if something cannot be saved."""
     encoder = Encoder()
     return encoder.node(params, ()), encoder.arrays

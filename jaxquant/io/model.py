@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from jax.typing import DTypeLike
+
 from jaxquant.core.errors import quant_error
 from jaxquant.io.hf.model import Activations, Floating, HFModel, load_hf_model
 from jaxquant.io.hf.names import NameMap
@@ -24,7 +26,7 @@ def load_model(
     like: Any = None,
     target: Platform | None = None,
     names: NameMap | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     activations: Activations = "saved",
     cache: Floating = "saved",

@@ -46,7 +46,7 @@ import jax
 import numpy as np
 
 from jaxquant.core.errors import QuantError, printable, quant_error
-from jaxquant.core.paths import is_qtensor
+from jaxquant.core.paths import Params, is_qtensor
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.arrays import to_device, to_host
 from jaxquant.io.manifest import (
@@ -104,7 +104,7 @@ class SavedModel(NamedTuple):
       state: the ``state`` given to `save`, or None.
     """
 
-    params: Any
+    params: Params
     plan: Plan | None
     state: Any
 
@@ -114,7 +114,7 @@ class SavedModel(NamedTuple):
 
 def save(
     path: str | os.PathLike[str],
-    params: Any,
+    params: Params,
     *,
     plan: Any = None,
     state: Any = None,

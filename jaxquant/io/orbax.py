@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.core.paths import is_qtensor
+from jaxquant.core.paths import Params, is_qtensor
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.manifest import DAMAGED, SavedArray, check_values, decode, encode, stored_spec
 from jaxquant.io.patterns import NAMELESS, from_patterns, to_patterns
@@ -40,7 +40,7 @@ def _library() -> Any:
     return orbax.checkpoint
 
 
-def save_orbax(directory: str | os.PathLike[str], params: Any) -> None:
+def save_orbax(directory: str | os.PathLike[str], params: Params) -> None:
     """Saves a tree of arrays and QTensors as an Orbax checkpoint; each device writes its own shards.
 
     Args:

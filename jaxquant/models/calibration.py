@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.paths import Params
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.io.atomic import replacing
 from jaxquant.io.directory import identity, json_bytes
@@ -303,7 +304,7 @@ class _Stage(NamedTuple):
 def _stage(config: Config, last: bool, specs: tuple[tuple[str, QuantSpec], ...], x: Any, method: Method) -> _Stage:
     """The programs of a stage that quantizes these weights by this method."""
 
-    def fn(params: Any, x: jax.Array) -> jax.Array:
+    def fn(params: Params, x: jax.Array) -> jax.Array:
         return head(config, params, normed(config, params, x)) if last else block(config, 0, params, x)[0]
 
     used = tuple(_used(config, last, _FIRST))

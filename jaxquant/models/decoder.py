@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxquant import ops
 from jaxquant.core.affine import quantize
@@ -140,7 +141,7 @@ def head(config: Config, params: Params, x: jax.Array) -> jax.Array:
     return _capped(_product(x, w), config.logit_cap)
 
 
-def empty_cache(config: Config, batch: int, length: int, dtype: Any) -> list[dict[str, jax.Array]]:
+def empty_cache(config: Config, batch: int, length: int, dtype: DTypeLike) -> list[dict[str, jax.Array]]:
     """Room for ``length`` keys and values in every layer; with ``dtype`` int8 also for their scales."""
     kv, size = config.num_key_value_heads, config.head_dim
     layer = {"k": jnp.zeros((batch, kv, length, size), dtype), "v": jnp.zeros((batch, kv, size, length), dtype)}

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.paths import Params
 from jaxquant.models.config import Config
 from jaxquant.models.decoder import empty_cache, head, hidden
 from jaxquant.models.load import Model
@@ -235,13 +237,13 @@ def _programs(
 
 
 def _prefill(
-    config: Config, plan: StatedPlan | None, sampling: Sampling, dtype: Any, weights: Any, tokens: jax.Array,
+    config: Config, plan: StatedPlan | None, sampling: Sampling, dtype: DTypeLike, weights: Any, tokens: jax.Array,
     valid: jax.Array, key: jax.Array,
 ) -> State:  # fmt: skip
     """The cache with the prompt in it, and the token that follows."""
     cache = empty_cache(config, valid.shape[0], valid.shape[1], dtype)
 
-    def run(params: Any, tokens: jax.Array, cache: Any) -> Any:
+    def run(params: Params, tokens: jax.Array, cache: Any) -> Any:
         x, cache = hidden(config, params, tokens, valid, cache, 0)
         return head(config, params, x[:, -1:])[:, 0], cache
 
@@ -256,7 +258,7 @@ def _decode(
 ) -> tuple[State, jax.Array, jax.Array]:  # fmt: skip
     """A chunk of tokens, each handed out and then put through the model; how many there are."""
 
-    def step(params: Any, token: jax.Array, cache: Any, at: jax.Array) -> Any:
+    def step(params: Params, token: jax.Array, cache: Any, at: jax.Array) -> Any:
         x, cache = hidden(config, params, token[:, None], valid, cache, at)
         return head(config, params, x)[:, 0], cache
 

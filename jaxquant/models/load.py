@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.paths import nearest
@@ -117,7 +118,7 @@ def _count(n: int) -> str:
 def load(
     path: str | os.PathLike[str],
     *,
-    dtype: Any = np.float32,
+    dtype: DTypeLike = np.float32,
     tokenizer: str | os.PathLike[str] | None = None,
     ignore: Collection[str] = (),
     activations: Activations = "saved",

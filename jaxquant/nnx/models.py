@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.paths import nearest, path_of
+from jaxquant.core.paths import Params, nearest, path_of
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.refusals import Refusals
 from jaxquant.core.specs import OpSpec
@@ -133,7 +133,7 @@ def _pure(model: Any) -> tuple[Callable[..., Any], Any, Any]:
     """``fn(params, rest, *args) -> (result, new rest)``, with the model's params and the rest of its state."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
-    def fn(params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
+    def fn(params: Params, rest: Any, *args: Any, **kwargs: Any) -> Any:
         merged = nnx.merge(graphdef, params, _own(rest))
         out = merged(*args, **kwargs)
         return out, nnx.state(merged, nnx.Not(nnx.Param))
@@ -297,7 +297,7 @@ def functional(model: Any) -> tuple[Callable[..., Any], Any]:
     with_state, params, rest = _pure(model)
     rest = _own(rest)
 
-    def fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def fn(params: Params, *args: Any, **kwargs: Any) -> Any:
         return with_state(params, rest, *args, **kwargs)[0]
 
     return fn, params

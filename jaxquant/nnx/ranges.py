@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxquant import layers
 from jaxquant.core.errors import quant_error
+from jaxquant.core.qtensor import Scale
 from jaxquant.core.specs import QuantSpec
 
 __all__ = ["ActRange", "QuantStat", "set_value", "value_of"]
@@ -54,7 +55,7 @@ class ActRange(nnx.Module):
         for name, value in fresh["seen"].items():
             setattr(self, f"seen_{name}", QuantStat(value))
 
-    def __call__(self, x: jax.Array, layer: str) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(self, x: jax.Array, layer: str) -> tuple[Scale, jax.Array | None]:
         """Scale and zero point for an activation; NaN where nothing was observed and tracing hides it."""
         if self.calibrating:
             names = self.spec.observer.init((1,))

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.core.paths import leaves_with_paths
+from jaxquant.core.paths import Params, leaves_with_paths
 from jaxquant.core.qtensor import QTensor, from_codes
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.optim.moments import EIGHT_BITS
@@ -54,7 +54,7 @@ def _found(function: str, state: Any) -> State:
     return states[0]
 
 
-def _numbered(function: str, params: Any, names: Sequence[str] | None) -> list[tuple[str, Any]]:
+def _numbered(function: str, params: Params, names: Sequence[str] | None) -> list[tuple[str, Any]]:
     """Parameters in the order of their numbers, with their paths."""
     leaves, _ = leaves_with_paths(params)
     if names is None:
@@ -69,7 +69,7 @@ def _moments(state: State, name: str) -> dict[str, Any]:
     return leaves_with_paths(state.moments[name])[0]
 
 
-def to_bitsandbytes(state: Any, params: Any, *, names: Sequence[str] | None = None) -> dict[int, dict[str, Any]]:
+def to_bitsandbytes(state: Any, params: Params, *, names: Sequence[str] | None = None) -> dict[int, dict[str, Any]]:
     """The state of an 8-bit optimizer as bitsandbytes keeps it.
 
     Args:
@@ -127,7 +127,7 @@ def _parts(function: str, m: Any, p: Any, path: str) -> dict[str, np.ndarray]:
 
 
 def from_bitsandbytes(
-    states: Mapping[Any, Mapping[str, Any]], state: Any, params: Any, *, names: Sequence[str] | None = None
+    states: Mapping[Any, Mapping[str, Any]], state: Any, params: Params, *, names: Sequence[str] | None = None
 ) -> Any:
     """A state of an 8-bit optimizer from one of bitsandbytes; codes and scales are copied bit by bit.
 

@@ -9,14 +9,14 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.paths import is_qtensor, leaves_with_paths
+from jaxquant.core.paths import Params, is_qtensor, leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.optim.scale import State
 
 __all__ = ["shardings"]
 
 
-def shardings(state: Any, params: Any) -> Any:
+def shardings(state: Any, params: Params) -> Any:
     """Shardings for a state: each moment is sharded like its parameter.
 
     Codes and scales of a moment in its parameter's shape are partitioned as the parameter is, along each axis on which

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.paths import is_qtensor, path_of
+from jaxquant.core.paths import Params, is_qtensor, path_of
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 from jaxquant.optim.moments import EIGHT_BITS, Storage, as_form, as_parameter, real, stored
 from jaxquant.optim.one_pass import Step, fits, hoisted, in_one_pass
@@ -102,7 +102,7 @@ def _scale_by(signs: dict[str, bool], rule: Rule, storage: Storage) -> optax.Gra
     ``signs`` maps the names of the moments, in the rule's order, to whether they have both signs.
     """
 
-    def init(params: Any) -> State:
+    def init(params: Params) -> State:
         leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
         for keys, p in leaves:
             if is_qtensor(p) or not jnp.issubdtype(jnp.result_type(p), jnp.floating):
@@ -115,7 +115,7 @@ def _scale_by(signs: dict[str, bool], rule: Rule, storage: Storage) -> optax.Gra
         }
         return State(jnp.zeros((), jnp.int32), moments)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, State]:
+    def update(updates: Any, state: Any, params: Params = None) -> tuple[Any, State]:
         del params
         count: Any = optax.safe_increment(state.count)
         leaves, treedef = jax.tree.flatten(updates)

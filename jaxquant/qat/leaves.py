@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.paths import is_qtensor, path_of
+from jaxquant.core.paths import Params, is_qtensor, path_of
 
 __all__ = ["check_trainable", "freeze_quantized", "merge", "refuse_quantized", "split", "trainable"]
 
@@ -31,7 +31,7 @@ def _nothing(x: Any) -> jax.Array:
     return jnp.zeros_like(x)
 
 
-def trainable(params: Any) -> Any:
+def trainable(params: Params) -> Any:
     """A mask for `optax.masked` and similar functions: True for float leaves, False for the rest.
 
     Args:
@@ -52,7 +52,7 @@ def trainable(params: Any) -> Any:
     )
 
 
-def split(params: Any) -> tuple[Any, Any]:
+def split(params: Params) -> tuple[Any, Any]:
     """Splits parameters into trained and frozen leaves, each in the structure of ``params`` with None for the others.
 
     The trained leaves are float arrays: take gradients with respect to them and give them to any optimizer.
@@ -103,7 +103,7 @@ def merge(trained: Any, frozen: Any) -> Any:
     return jax.tree_util.tree_map_with_path(whole, trained, frozen, is_leaf=lambda x: x is None or is_qtensor(x))
 
 
-def check_trainable(params: Any) -> None:
+def check_trainable(params: Params) -> None:
     """Raises if an optimizer could not train every leaf.
 
     Args:
@@ -165,7 +165,7 @@ def refuse_quantized(tx: Any) -> Any:
 
     tx = _transformation("refuse_quantized", tx)
 
-    def init(params: Any) -> Any:
+    def init(params: Params) -> Any:
         check_trainable(params)
         return tx.init(params)
 
@@ -213,13 +213,13 @@ def freeze_quantized(tx: Any) -> Any:
 
     tx = _transformation("freeze_quantized", tx)
 
-    def train_only(params: Any, tree: Any) -> Any:
+    def train_only(params: Params, tree: Any) -> Any:
         return jax.tree.map(lambda p, x: None if _frozen(p) else x, params, tree, is_leaf=is_qtensor)
 
-    def init(params: Any) -> Any:
+    def init(params: Params) -> Any:
         return tx.init(train_only(params, params))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Params = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             todo = "Call tx.update(grads, state, params)"
             raise quant_error("freeze_quantized", "update needs the parameters", todo=todo, params=None)

@@ -12,6 +12,7 @@ import jax.core
 import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.paths import Params
 from jaxquant.core.qtypes import QTYPES, qtype_of
 from jaxquant.core.specs import QuantSpec
 from jaxquant.transform.plan import Plan
@@ -82,7 +83,7 @@ def scheduled(fn: Callable[..., Any], stages: Mapping[int, Stage]) -> Callable[.
             return fn
         return quantized(fn, *how) if isinstance(how, tuple) else quantized(fn, how)
 
-    def run(step: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(step: Any, params: Params, *args: Any, **kwargs: Any) -> Any:
         integer = not isinstance(step, bool) and jnp.issubdtype(jnp.result_type(step), jnp.integer)
         if not integer or jnp.shape(step) != ():
             raise quant_error("scheduled", "step must be an integer", todo="Count steps in int32", step=step)

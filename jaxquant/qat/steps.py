@@ -16,8 +16,8 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.granularity import PerGroup
 from jaxquant.core.learned import STEPS
 from jaxquant.core.observers import MSE, AbsMean
-from jaxquant.core.paths import is_qtensor, leaves_with_paths, path_of
-from jaxquant.core.qtensor import scale_values
+from jaxquant.core.paths import Params, is_qtensor, leaves_with_paths, path_of
+from jaxquant.core.qtensor import Scale, scale_values
 from jaxquant.core.qtypes import qtype_of
 from jaxquant.core.refusals import Refusals
 from jaxquant.core.scale_zero_point import scale_zero_point
@@ -68,7 +68,7 @@ def _calibrated(spec: QuantSpec, method: Method) -> QuantSpec:
     return dataclasses.replace(spec, calibration=calibration, narrow_range=narrow)
 
 
-def _step(lo: jax.Array, hi: jax.Array, spec: QuantSpec, method: Method) -> tuple[jax.Array, jax.Array | None]:
+def _step(lo: jax.Array, hi: jax.Array, spec: QuantSpec, method: Method) -> tuple[Scale, jax.Array | None]:
     """Scale and zero point of a range; for a mean magnitude, LSQ's ``2 mean|x| / sqrt(qmax)``."""
     if not _starts_at_mean(spec, method):
         return scale_zero_point(lo, hi, spec)
@@ -78,7 +78,7 @@ def _step(lo: jax.Array, hi: jax.Array, spec: QuantSpec, method: Method) -> tupl
 def learned_steps(
     fn: Callable[..., Any],
     plan: Plan,
-    params: Any,
+    params: Params,
     batches: Iterable[Any],
     method: Method = "lsq",
     *,
@@ -215,7 +215,7 @@ def _weight_range(w: jax.Array, item: Item, method: Method) -> Any:
 
 
 def _act_ranges(
-    fn: Callable[..., Any], plan: Plan, params: Any, batches: Iterable[Any], mask: Mask, method: Method
+    fn: Callable[..., Any], plan: Plan, params: Params, batches: Iterable[Any], mask: Mask, method: Method
 ) -> Any:
     """path -> the state of the observer of each activation."""
     acts = {item.path: _calibrated(item.spec.act, method) for item in plan.items if item.spec.act is not None}
@@ -285,7 +285,7 @@ def clamp_steps(state: Any, least: float = 1e-6) -> Any:
     )
 
 
-def labels(params: Any, state: Any = None) -> Any:
+def labels(params: Params, state: Any = None) -> Any:
     """Labels for `optax.multi_transform`: weights, steps with their own learning rate, and frozen leaves.
 
     Args:

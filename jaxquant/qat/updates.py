@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.core.paths import is_qtensor, leaves_with_paths
+from jaxquant.core.paths import Params, is_qtensor, leaves_with_paths
 from jaxquant.core.refusals import Refusals
 from jaxquant.transform.params import dequantize_params, quantize_params
 from jaxquant.transform.plan import Plan
@@ -14,7 +14,7 @@ from jaxquant.transform.plan import Plan
 __all__ = ["update_params"]
 
 
-def update_params(fn: Callable[..., Any], plan: Plan, params: Any, *others: Any) -> Any:
+def update_params(fn: Callable[..., Any], plan: Plan, params: Params, *others: Any) -> Any:
     """Applies ``fn`` to dequantized params and quantizes the result: averages of weights, steps of an optimizer.
 
         update_params(fn, plan, p, ...) = quantize_params(fn(dequantize_params(p), ...), plan)

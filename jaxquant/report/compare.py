@@ -17,7 +17,7 @@ import numpy as np
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.granularity import PerTensor
-from jaxquant.core.paths import leaves_with_paths
+from jaxquant.core.paths import Params, leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.io.atomic import replacing
@@ -226,8 +226,8 @@ class _Rows(Statistic):
 
 def compare(
     fn: Callable[..., Any],
-    params: Any,
-    qparams: Any,
+    params: Params,
+    qparams: Params,
     batches: Iterable[Any],
     *,
     plan: Plan | None = None,
@@ -281,7 +281,7 @@ def compare(
     used = plan
 
     @jax.jit
-    def measure(params: Any, qparams: Any, args: tuple[Any, ...]) -> Any:
+    def measure(params: Params, qparams: Params, args: tuple[Any, ...]) -> Any:
         inputs = [calibrate(fn, used, p, [args], collect={"x": _Rows()}) for p in (params, qparams)]
         sums = {path: _input_sums(used, path, inputs[0][path]["x"], inputs[1][path]["x"]) for path in inputs[0]}
         return sums, _output_sums(fn(params, *args), run(qparams, *args))
@@ -323,7 +323,7 @@ def _all_bytes(leaves: dict[str, Any]) -> int:
     return sum(int(leaf.nbytes) for leaf in leaves.values() if hasattr(leaf, "nbytes"))
 
 
-def _plan_of(fn: Callable[..., Any], params: Any, changed: dict[str, Any], args: tuple[Any, ...]) -> Plan:
+def _plan_of(fn: Callable[..., Any], params: Params, changed: dict[str, Any], args: tuple[Any, ...]) -> Plan:
     """The weight-only plan that the QTensors stand for."""
     found = {path: leaf for path, leaf in changed.items() if isinstance(leaf, QTensor)}
     if not found:

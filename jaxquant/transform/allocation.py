@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.paths import leaves_with_paths
+from jaxquant.core.paths import Params, leaves_with_paths
 from jaxquant.ptq.rtn import rtn
 from jaxquant.transform.distill import relative_error
 from jaxquant.transform.masks import Mask, masked
@@ -102,7 +102,7 @@ def refine(
     fn: Callable[..., Any],
     sensitivity: Sensitivity,
     plan: Plan,
-    params: Any,
+    params: Params,
     batches: Iterable[Any],
     *,
     budget: int | None = None,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxquant.core.affine import roundtrip
 from jaxquant.core.errors import quant_error
-from jaxquant.core.paths import leaves_with_paths
+from jaxquant.core.paths import Params, leaves_with_paths
 from jaxquant.core.scale_zero_point import scale_zero_point
 from jaxquant.transform.interpreter import Interpreter, Misfit, Tally
 from jaxquant.transform.kept import Kept
@@ -180,7 +180,7 @@ class Calibration:
         self._known = {key: path for path, key in self.keys.items()}
         self._shared = True
 
-    def __call__(self, params: Any, batches: Iterable[Any], mask: Mask, paths: Sequence[str] | None = None) -> Any:
+    def __call__(self, params: Params, batches: Iterable[Any], mask: Mask, paths: Sequence[str] | None = None) -> Any:
         """path -> name -> statistic, over all batches; of these paths, if only a stage is collected."""
         if mask is not None:
             _check_counts(self.function, self.wanted)
@@ -224,7 +224,7 @@ def _all(seen: jax.Array) -> bool:
 def calibrate(
     fn: Callable[..., Any],
     plan: Plan,
-    params: Any,
+    params: Params,
     batches: Iterable[Any],
     *,
     collect: Collect | None = None,

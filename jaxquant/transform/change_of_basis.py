@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.paths import leaves_with_paths, nearest
+from jaxquant.core.paths import Params, leaves_with_paths, nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.ptq.bases import Basis
@@ -67,7 +67,7 @@ def precondition(fn: Callable[..., Any], plan: Plan, bases: Mapping[str, Basis])
     bare = Plan(items)
 
     @functools.wraps(fn)
-    def run(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(params: Params, *args: Any, **kwargs: Any) -> Any:
         traced = trace("precondition", fn, params, args, kwargs)
         check_plan("precondition", bare, traced.params)
         interpreter = Interpreter(bare, entering=_into_basis)
@@ -85,7 +85,7 @@ def _into_basis(weight: Weight, x: jax.Array, axes: tuple[int, ...]) -> jax.Arra
     return jnp.moveaxis(weight.state.inputs(flat).reshape(moved.shape), last, axes)
 
 
-def precondition_params(params: Any, plan: Plan, bases: Mapping[str, Basis]) -> Any:
+def precondition_params(params: Params, plan: Plan, bases: Mapping[str, Basis]) -> Any:
     """The parameters for `precondition`: the weights in the dual bases.
 
     Args:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.paths import is_qtensor, leaves_with_paths
+from jaxquant.core.paths import Params, is_qtensor, leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.transform.masks import Mask, masked, with_masks
 from jaxquant.transform.params import dequantize_params
@@ -33,7 +33,7 @@ class Distilled(NamedTuple):
         `jaxquant.io.save` writes and `jaxquant.io.load` reads. Saving it is what costs; making it does not.
     """
 
-    params: Any
+    params: Params
     loss: jax.Array
     step: int
     seconds: float
@@ -54,8 +54,8 @@ def _is_vector(path: str, leaf: Any) -> bool:
 def distill(
     fn: Callable[..., Any],
     plan: Plan,
-    params: Any,
-    qparams: Any,
+    params: Params,
+    qparams: Params,
     batches: Iterable[Any],
     tx: Any,
     *,
@@ -130,7 +130,7 @@ def distill(
 
     @jax.jit
     def step(
-        train: Any, opt_state: Any, rest: Any, params: Any, args: tuple[Any, ...], counted: Any
+        train: Any, opt_state: Any, rest: Any, params: Params, args: tuple[Any, ...], counted: Any
     ) -> tuple[Any, Any, jax.Array]:
         value, grads = jax.value_and_grad(objective)(train, rest, args, fn(params, *args), counted)
         updates, opt_state = tx.update(grads, opt_state, train)
@@ -191,7 +191,7 @@ class Distillation:
 _KEPT = ("optimizer", "params", "step", "train")
 
 
-def resumed(function: str, resume: Any, params: Any) -> Any:
+def resumed(function: str, resume: Any, params: Params) -> Any:
     """The saved quantized parameters, in the containers of ``params``."""
     if not isinstance(resume, Mapping) or tuple(sorted(resume)) != _KEPT:
         keys = tuple(sorted(map(str, resume))) if isinstance(resume, Mapping) else type(resume).__name__
@@ -222,7 +222,9 @@ def _where_it_was(resume: Any, train: dict[str, jax.Array], opt_state: Any) -> t
     return dict(old), jax.tree.unflatten(treedef, map(jnp.asarray, kept)), int(resume["step"])
 
 
-def _parts(plan: Plan, qparams: Any, floats: Callable[[str, Any], bool]) -> tuple[dict[str, Any], dict[str, Any], Any]:
+def _parts(
+    plan: Plan, qparams: Params, floats: Callable[[str, Any], bool]
+) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """The trained values (scales by their logarithms), all leaves, and the treedef."""
     leaves, treedef = leaves_with_paths(qparams)
     train: dict[str, Any] = {}

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxquant.core.errors import printable, quant_error
-from jaxquant.core.paths import is_qtensor, path_of
+from jaxquant.core.paths import Params, is_qtensor, path_of
 from jaxquant.core.units import in_bytes
 from jaxquant.ops.kernels.cpu.gemv import LOOP
 from jaxquant.ops.kernels.cpu.machine import FAST
@@ -185,7 +185,7 @@ def _time(seconds: float | None) -> str:
     return f"{seconds * factor:.1f} {unit}"
 
 
-def explain(fn: Callable[..., Any], params: Any, *args: Any, target: str | None = None) -> Explanation:
+def explain(fn: Callable[..., Any], params: Params, *args: Any, target: str | None = None) -> Explanation:
     """Compiles ``fn(params, *args)`` and says, for each quantized weight, which kernel runs and what it reads.
 
     The answer is read from the optimized program: weights are followed from the parameter that holds their codes to the
@@ -227,7 +227,7 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, target: str | None 
             "explain", "a program is compiled for sizes that are numbers", todo=todo, shape=symbolic[0].shape
         )
 
-    def called(params: Any, *args: Any) -> Any:
+    def called(params: Params, *args: Any) -> Any:
         return fn(params, *args)
 
     found = None if target is None else compiled_for("explain", target, called, (params, *args))
@@ -261,7 +261,7 @@ def explain(fn: Callable[..., Any], params: Any, *args: Any, target: str | None 
     )
 
 
-def _local(params: Any) -> list[Any]:
+def _local(params: Params) -> list[Any]:
     """The QTensors of shapes with shardings, as one device has them."""
     local = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype), params)
     return [leaf for leaf in jax.tree.leaves(local, is_leaf=is_qtensor) if is_qtensor(leaf)]
@@ -283,7 +283,7 @@ def _finite(seconds: float | None) -> float | None:
     return None if seconds is None or math.isnan(seconds) else seconds
 
 
-def _parameter_numbers(params: Any) -> dict[tuple[Any, ...], int]:
+def _parameter_numbers(params: Params) -> dict[tuple[Any, ...], int]:
     """Which parameter of the program holds the codes of each QTensor."""
     found = {}
     for i, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(params)[0]):

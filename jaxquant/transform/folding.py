@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.errors import quant_error
-from jaxquant.core.paths import leaves_with_paths
+from jaxquant.core.paths import Params, leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.transform.analysis.rotations import RotationGroup
 from jaxquant.transform.analysis.scales import Member, ScalePair
@@ -35,7 +35,7 @@ def _spread(values: jax.Array, w: jax.Array, member: Member) -> jax.Array:
     return values.reshape(shape)
 
 
-def rescale(params: Any, pair: ScalePair, scale: jax.Array) -> Any:
+def rescale(params: Params, pair: ScalePair, scale: jax.Array) -> Any:
     """Moves a scale: sinks are multiplied by it along their channels, sources divided. The function stays the same.
 
     Args:
@@ -71,7 +71,7 @@ def rescale(params: Any, pair: ScalePair, scale: jax.Array) -> Any:
     return jax.tree.unflatten(treedef, leaves.values())
 
 
-def fold_gains(params: Any, pairs: Iterable[ScalePair]) -> Any:
+def fold_gains(params: Params, pairs: Iterable[ScalePair]) -> Any:
     """The gains of norms multiplied into the weights that read them, and 1 in their place. The function stays.
 
     Args:
@@ -106,7 +106,7 @@ def fold_gains(params: Any, pairs: Iterable[ScalePair]) -> Any:
     return jax.tree.unflatten(treedef, leaves.values())
 
 
-def rotate(params: Any, group: RotationGroup, matrix: jax.Array) -> Any:
+def rotate(params: Params, group: RotationGroup, matrix: jax.Array) -> Any:
     """Turns every member of a group by an orthogonal matrix R: ``w[.., j] = sum_i w[.., i] R[i, j]`` along its axis.
 
     Args:
@@ -138,7 +138,9 @@ def rotate(params: Any, group: RotationGroup, matrix: jax.Array) -> Any:
     return jax.tree.unflatten(treedef, leaves.values())
 
 
-def correct_bias(params: Any, qparams: Any, plan: Plan, found: Mapping[str, str], stats: Mapping[str, Any]) -> Any:
+def correct_bias(
+    params: Params, qparams: Params, plan: Plan, found: Mapping[str, str], stats: Mapping[str, Any]
+) -> Any:
     """``b <- b + E[x] (W - W_q)``: the mean of each output is what it was.
 
     Args:

@@ -180,7 +180,7 @@ class Interpreter:
     mask: Any = None
     products: Products | None = None
     entering: Callable[[Weight, jax.Array, tuple[int, ...]], jax.Array] | None = None
-    rounding_key: Any = None
+    rounding_key: jax.Array | None = None
     scope: str = ""
     uses: list[Use] = dataclasses.field(default_factory=list)
     own_derivatives: set[str] = dataclasses.field(default_factory=set)
@@ -230,7 +230,7 @@ class Interpreter:
         last_use = {} if self.planning else _last_uses(jaxpr)
         pending: list[int] = []
 
-        def read(v: Any) -> Any:
+        def read(v: Var | Literal) -> Any:
             return v.val if isinstance(v, Literal) else env[v]
 
         def flush() -> None:
@@ -325,7 +325,7 @@ class Interpreter:
             key = self.rounding_key_of(weight.path, "weight", item.spec.weight)
         return weight.operand(item.spec.weight, item.reduce_axes, item.stacked, key)
 
-    def rounding_key_of(self, path: str, operand: str, spec: QuantSpec | None) -> Any:
+    def rounding_key_of(self, path: str, operand: str, spec: QuantSpec | None) -> jax.Array | None:
         """The key that an operand of the forward pass is rounded with: one for each; None if it rounds to nearest."""
         if spec is None or spec.rounding == "nearest":
             return None

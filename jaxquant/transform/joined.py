@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import primitives
+from jax.extend.core import JaxprEqn, primitives
 
 from jaxquant.core.arithmetic import promoted
 from jaxquant.transform.interpreter import ABSENT, Interpreter, bind, handler_of, handles
-from jaxquant.transform.primitives import used_by
+from jaxquant.transform.primitives import shape_of, used_by
 from jaxquant.transform.weights import Joined, Weight, reshape_dims, reshape_view
 
 __all__: list[str] = []
@@ -30,16 +30,16 @@ _NOTE = "joined with other weights before a product: multiplied one after the ot
 
 
 @handles(primitives.concatenate_p)
-def _concatenate(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _concatenate(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     axis = eqn.params["dimension"]
-    return [Joined(tuple(values), axis, tuple(v.aval.shape[axis] for v in eqn.invars))]
+    return [Joined(tuple(values), axis, tuple(shape_of(v)[axis] for v in eqn.invars))]
 
 
 @handles(jnp.stack)
-def _stack(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _stack(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """A concatenation along a new axis."""
     axis = eqn.params["axis"]
-    shape = tuple(eqn.invars[0].aval.shape)
+    shape = shape_of(eqn.invars[0])
     values = [interpreter.whole(v) if isinstance(v, Joined) else v for v in values]
     parts = tuple(_reshaped(interpreter, v, (*shape[:axis], 1, *shape[axis:])) for v in values)
     return [Joined(parts, axis, (1,) * len(parts))]
@@ -52,7 +52,7 @@ def _reshaped(interpreter: Interpreter, part: Any, shape: tuple[int, ...]) -> An
 
 
 @handles(Joined)
-def _by_parts(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _by_parts(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """Any equation that a concatenation reaches, in whose place this is the handler."""
     places = [i for i, v in enumerate(values) if isinstance(v, Joined)]
     rule = _rules().get(eqn.primitive)
@@ -64,7 +64,7 @@ def _by_parts(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any
     return _evaluated(interpreter, eqn, values)
 
 
-def _evaluated(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _evaluated(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """An equation on weights, or on none."""
     if any(isinstance(v, Weight) for v in values):
         return handler_of(eqn.primitive)(interpreter, eqn, values)
@@ -75,7 +75,7 @@ def _evaluated(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[An
 
 
 def _of_each(
-    interpreter: Interpreter, eqn: Any, values: list[Any], place: int, other: int | None, out: int | None
+    interpreter: Interpreter, eqn: JaxprEqn, values: list[Any], place: int, other: int | None, out: int | None
 ) -> list[Any]:
     """The equation for each part: concatenated along ``out``, or summed.
 
@@ -99,7 +99,7 @@ def _of_each(
     return [functools.reduce(jax.lax.add, [y.astype(wide) for y in outs]).astype(outs[0].dtype)]
 
 
-def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any], side: int) -> list[Any] | None:
+def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any], side: int) -> list[Any] | None:
     if isinstance(values[1 - side], Weight):
         return None
     contract, batch = eqn.params["dimension_numbers"]
@@ -110,13 +110,13 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any], side: in
         place = tuple(batch[side]).index(axis)
         return _of_each(interpreter, eqn, values, side, batch[1 - side][place], place)
     free = [
-        [i for i in range(len(v.aval.shape)) if i not in (*contract[s], *batch[s])] for s, v in enumerate(eqn.invars)
+        [i for i in range(len(shape_of(v))) if i not in (*contract[s], *batch[s])] for s, v in enumerate(eqn.invars)
     ]
     out = len(batch[side]) + free[side].index(axis) + (len(free[0]) if side == 1 else 0)
     return _of_each(interpreter, eqn, values, side, None, out)
 
 
-def _conv(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) -> list[Any] | None:
+def _conv(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any], place: int) -> list[Any] | None:
     p = eqn.params
     numbers = p["dimension_numbers"]
     if place != 1 or isinstance(values[0], Weight) or p["feature_group_count"] > 1 or p["batch_group_count"] > 1:
@@ -131,20 +131,20 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) -> 
 # -- views -------------------------------------------------------------------------------------------------------------
 
 
-def _elementwise(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) -> list[Any]:
+def _elementwise(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any], place: int) -> list[Any]:
     joined = values[place]
     parts = tuple(_evaluated(interpreter, eqn, [part])[0] for part in joined.parts)
     return [dataclasses.replace(joined, parts=parts)]
 
 
-def _transpose(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) -> list[Any]:
+def _transpose(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any], place: int) -> list[Any]:
     (same,) = _elementwise(interpreter, eqn, values, place)
     return [dataclasses.replace(same, axis=tuple(eqn.params["permutation"]).index(same.axis))]
 
 
-def _reshape(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) -> list[Any] | None:
+def _reshape(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any], place: int) -> list[Any] | None:
     """A reshape, or new axes of size 1, that leaves the joined axis alone."""
-    old, new = tuple(eqn.invars[place].aval.shape), tuple(eqn.outvars[0].aval.shape)
+    old, new = shape_of(eqn.invars[place]), shape_of(eqn.outvars[0])
     joined, kept = values[place], eqn.params.get("broadcast_dimensions")
     lead, n = math.prod(old[: joined.axis]), old[joined.axis]
     axes = [i for i, m in enumerate(new) if m == n and math.prod(new[:i]) == lead]
@@ -169,17 +169,17 @@ def _taken(joined: Joined, low: int, high: int) -> Any:
     return parts[0] if len(parts) == 1 else Joined(parts, joined.axis, sizes)
 
 
-def _slice(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) -> list[Any] | None:
+def _slice(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any], place: int) -> list[Any] | None:
     joined, p = values[place], eqn.params
     bounds = list(zip(p["start_indices"], p["limit_indices"], strict=True))
-    others = [b == (0, n) for b, n in zip(bounds, eqn.invars[place].aval.shape, strict=True)]
+    others = [b == (0, n) for b, n in zip(bounds, shape_of(eqn.invars[place]), strict=True)]
     if not all(whole for i, whole in enumerate(others) if i != joined.axis) or p["strides"] is not None:
         return None
     taken = _taken(joined, *bounds[joined.axis])
     return None if taken is None else [taken]
 
 
-def _split(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) -> list[Any] | None:
+def _split(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any], place: int) -> list[Any] | None:
     joined, ends = values[place], list(itertools.accumulate(map(int, eqn.params["sizes"]), initial=0))
     if eqn.params["axis"] != joined.axis:
         return None
@@ -187,12 +187,12 @@ def _split(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) ->
     return None if any(part is None for part in taken) else taken
 
 
-def _again(interpreter: Interpreter, eqn: Any, values: list[Any], place: int) -> list[Any] | None:
+def _again(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any], place: int) -> list[Any] | None:
     """A concatenation of a concatenation."""
     joined, axis = values[place], eqn.params["dimension"]
     if joined.axis != axis:
         return None
-    sizes = [(v.aval.shape[axis],) for v in eqn.invars]
+    sizes = [(shape_of(v)[axis],) for v in eqn.invars]
     parts = [(v,) for v in values]
     parts[place], sizes[place] = joined.parts, joined.sizes
     return [Joined(sum(parts, ()), axis, sum(sizes, ()))]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxquant.core.blocks import BlockView, block_shape
 from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
-from jaxquant.core.paths import leaves_with_paths
+from jaxquant.core.paths import Params, leaves_with_paths
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ptq.bases import Orthogonal
 from jaxquant.transform.analysis.rotations import RotationGroup
@@ -102,7 +102,7 @@ def _rounding(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
         spec = plan[weight.path].spec.act
         return x if spec is None else _with_range(x, spec, tuple(a % x.ndim for a in axes))
 
-    def run(params: Any, *args: Any) -> Any:
+    def run(params: Params, *args: Any) -> Any:
         leaves, treedef = leaves_with_paths(params)
         check_plan("learn_rotations", plan, leaves)
         for item in plan.items:
@@ -120,7 +120,7 @@ def _rounding(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
 def learn_rotations(
     fn: Callable[..., Any],
     plan: Plan,
-    params: Any,
+    params: Params,
     matrices: Mapping[Place, jax.Array],
     batches: Iterable[Any],
     *,
@@ -189,7 +189,7 @@ def learn_rotations(
     places = list(matrices)
 
     @jax.jit
-    def step(number: jax.Array, now: Any, states: Any, params: Any, args: tuple[Any, ...], counted: Any) -> Any:
+    def step(number: jax.Array, now: Any, states: Any, params: Params, args: tuple[Any, ...], counted: Any) -> Any:
         targets = fn(params, *args)
         split = lambda ms: objective(dict(zip(places, ms, strict=True)), params, args, targets, counted)  # noqa: E731
         value, gradients = jax.value_and_grad(split)(now)

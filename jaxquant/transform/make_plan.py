@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.granularity import PerTensor
-from jaxquant.core.paths import nearest
+from jaxquant.core.paths import Params, nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.refusals import Refusals
 from jaxquant.core.sizes import number
@@ -46,7 +46,9 @@ def check_all_rules(function: str, rules: Any) -> tuple[Rule | OpRule, ...]:
     return tuple(rules)
 
 
-def make_plan(fn: Callable[..., Any], params: Any, *args: Any, rules: Sequence[Rule | OpRule], **kwargs: Any) -> Plan:
+def make_plan(
+    fn: Callable[..., Any], params: Params, *args: Any, rules: Sequence[Rule | OpRule], **kwargs: Any
+) -> Plan:
     """Which parameters of ``fn`` are quantized, by which operation and over which axes, according to rules.
 
     ``fn(params, *args, **kwargs)`` is traced (never run) and every parameter followed to the operations it reaches, so

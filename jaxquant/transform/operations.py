@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import primitives
+from jax.extend.core import JaxprEqn, Literal, Var, primitives
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxquant import ops
@@ -24,7 +24,7 @@ from jaxquant.transform.calls import arrays_of, inside
 from jaxquant.transform.interpreter import ABSENT, Interpreter, Misfit, Tally, handles, key_of, unsupported
 from jaxquant.transform.masks import along
 from jaxquant.transform.plan import Item
-from jaxquant.transform.primitives import automatic, marked_varying, varying_axes
+from jaxquant.transform.primitives import automatic, dtype_of, marked_varying, shape_of, varying_axes
 from jaxquant.transform.products import product_name
 from jaxquant.transform.statistics import Inputs, Rows
 from jaxquant.transform.weights import Weight, rounded_activation, trained_activation
@@ -113,14 +113,13 @@ def _partitioned(handler: Handler) -> Handler:
     """
 
     @functools.wraps(handler)
-    def run(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-        (placed,) = (explicit_sharding(v.aval) for v in eqn.outvars)
-        if interpreter.planning or placed is None:
+    def run(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+        if interpreter.planning or (placed := explicit_sharding(eqn.outvars[0].aval)) is None:
             return handler(interpreter, eqn, values)
         if "out_sharding" in eqn.params:
             eqn = eqn.replace(params={**eqn.params, "out_sharding": None})
 
-        def body(arrays: list[Any], mask: Any, key: Any) -> tuple[list[Any], dict[str, Tally]]:
+        def body(arrays: list[Any], mask: Any, key: jax.Array | None) -> tuple[list[Any], dict[str, Tally]]:
             inner = interpreter.child()
             inner.mask, inner.rounding_key = mask, key
             results = handler(inner, eqn, [inside(v, a) for v, a in zip(values, arrays, strict=True)])
@@ -134,7 +133,7 @@ def _partitioned(handler: Handler) -> Handler:
     return run
 
 
-def _as_it_stands(eqn: Any, values: list[Any]) -> list[Any]:
+def _as_it_stands(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """The primitive on these values, under the mesh that is set now: an equation would bring its own."""
     return [eqn.primitive.bind(*values, **eqn.params)]
 
@@ -146,8 +145,8 @@ def _of_reals(handler: Handler) -> Handler:
     """
 
     @functools.wraps(handler)
-    def run(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-        dtype = eqn.outvars[0].aval.dtype
+    def run(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+        dtype = dtype_of(eqn.outvars[0])
         if any(isinstance(v, Weight) for v in values) and not jnp.issubdtype(dtype, jnp.floating):
             return unsupported(interpreter, eqn, values, f"in a product of dtype {dtype}")
         if not interpreter.planning:
@@ -158,17 +157,17 @@ def _of_reals(handler: Handler) -> Handler:
     return run
 
 
-def _real(value: Any, other: Any) -> Any:
+def _real(value: Any, other: Var | Literal) -> Any:
     """An operand in the dtype of the other one, if it is an array of none that arithmetic promotes to."""
     if isinstance(value, Weight) or (jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize > 1):
         return value
-    return value.astype(other.aval.dtype)
+    return value.astype(dtype_of(other))
 
 
 @handles(primitives.dot_general_p)
 @_partitioned
 @_of_reals
-def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     weights = [side for side, v in enumerate(values) if isinstance(v, Weight)]
     if len(weights) == 2:
         return unsupported(interpreter, eqn, values)
@@ -179,7 +178,7 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
     p = eqn.params
     contract, batch = p["dimension_numbers"]
     if interpreter.planning:
-        shape = eqn.invars[1 - side].aval.shape
+        shape = shape_of(eqn.invars[1 - side])
         rows = math.prod(n for i, n in enumerate(shape) if i not in contract[1 - side] + batch[1 - side])
         interpreter.record(weight, "dot_general", tuple(contract[side]), rows=rows)
         return [ABSENT]
@@ -191,7 +190,7 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
     channels = [i for _, i in sorted(zip(contract[side], contract[1 - side], strict=True), key=weight_order(weight))]
     if interpreter.entering is not None:
         operands[1 - side] = x = interpreter.entering(weight, x, tuple(channels))
-    rows = Axes.of(len(eqn.invars[1 - side].aval.shape), tuple(batch[1 - side]), tuple(channels))
+    rows = Axes.of(len(shape_of(eqn.invars[1 - side])), tuple(batch[1 - side]), tuple(channels))
     operands[1 - side], act = _activation(
         interpreter, weight, x, contract[1 - side], lambda item: _inputs(item, _rows(interpreter, item, x, rows))
     )
@@ -204,17 +203,17 @@ def _dot_general(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[
         operands[1],
         p["dimension_numbers"],
         _precision(interpreter, p["precision"]),
-        eqn.outvars[0].aval.dtype,
+        dtype_of(eqn.outvars[0]),
         **act,
     )
     return [out]
 
 
-def _product(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _product(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """A product of two activations that the plan quantizes, or that planning has found."""
     products, name = interpreter.products, product_name(interpreter.scope)
     assert products is not None
-    left, right = (tuple(v.aval.shape) for v in eqn.invars)
+    left, right = (shape_of(v) for v in eqn.invars)
     products.met.setdefault(name, (left, right))
     if products.specs is None:
         return [ABSENT]
@@ -224,7 +223,7 @@ def _product(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]
             values[1],
             eqn.params["dimension_numbers"],
             _precision(interpreter, eqn.params["precision"]),
-            eqn.outvars[0].aval.dtype,
+            dtype_of(eqn.outvars[0]),
             spec=products.specs[name],
         )
     ]
@@ -242,7 +241,7 @@ def _precision(interpreter: Interpreter, own: Any) -> Any:
     return own if interpreter.precision is None else interpreter.precision
 
 
-def _swapped(eqn: Any, interpreter: Interpreter, operands: list[Any], act: dict[str, Any]) -> jax.Array:
+def _swapped(eqn: JaxprEqn, interpreter: Interpreter, operands: list[Any], act: dict[str, Any]) -> jax.Array:
     """A dot whose weight is on the left, as one with the weight on the right."""
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     out = ops.dot_general(
@@ -250,7 +249,7 @@ def _swapped(eqn: Any, interpreter: Interpreter, operands: list[Any], act: dict[
         operands[1],
         ((rc, lc), (rb, lb)),
         _precision(interpreter, eqn.params["precision"]),
-        eqn.outvars[0].aval.dtype,
+        dtype_of(eqn.outvars[0]),
         **act,
     )
     batch, rows = len(lb), operands[0].ndim - len(rc) - len(rb)
@@ -261,7 +260,7 @@ def _swapped(eqn: Any, interpreter: Interpreter, operands: list[Any], act: dict[
 @handles(primitives.conv_general_dilated_p)
 @_partitioned
 @_of_reals
-def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _conv(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     x, weight = values
     if not isinstance(weight, Weight) or isinstance(x, Weight):
         return unsupported(interpreter, eqn, values)
@@ -288,7 +287,7 @@ def _conv(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
         **{name: p[name] for name in names},
         dimension_numbers=numbers,
         precision=_precision(interpreter, p["precision"]),
-        preferred_element_type=eqn.outvars[0].aval.dtype,
+        preferred_element_type=dtype_of(eqn.outvars[0]),
         **act,
     )
     return [out]
@@ -354,9 +353,9 @@ class _Lookup(NamedTuple):
     order: tuple[int, ...]
 
 
-def _lookup(eqn: Any) -> _Lookup | None:
+def _lookup(eqn: JaxprEqn) -> _Lookup | None:
     """How a gather looks up rows, or None if it does something else."""
-    p, table, indices = eqn.params, eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+    p, table, indices = eqn.params, shape_of(eqn.invars[0]), shape_of(eqn.invars[1])
     d, sizes = p["dimension_numbers"], p["slice_sizes"]
     cut = {i for i, (n, s) in enumerate(zip(table, sizes, strict=True)) if n != s} | set(d.collapsed_slice_dims)
     if len(cut) != 1 or getattr(d, "operand_batching_dims", ()) or p["mode"] not in _MODES:
@@ -366,7 +365,7 @@ def _lookup(eqn: Any) -> _Lookup | None:
         return None  # a start along a whole axis is clipped to 0, or drops what it starts
     offsets = iter(d.offset_dims)
     place: dict[int, int] = {}  # of an axis of take's result in the gather's
-    batch = (i for i in range(len(eqn.outvars[0].aval.shape)) if i not in d.offset_dims)
+    batch = (i for i in range(len(shape_of(eqn.outvars[0]))) if i not in d.offset_dims)
     place.update((axis + i, next(batch)) for i in range(count))
     rows = 0 if d.collapsed_slice_dims else 1
     for i in range(len(table)):
@@ -380,7 +379,7 @@ def _lookup(eqn: Any) -> _Lookup | None:
 
 @handles(primitives.gather_p)
 @_partitioned
-def _gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _gather(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     weight, indices = values
     lookup = _lookup(eqn) if isinstance(weight, Weight) else None
     if lookup is None:
@@ -409,7 +408,7 @@ def _gather(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 @handles(lax.ragged_dot)
 @_partitioned
 @_of_reals
-def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _ragged_dot(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     x, weight, sizes = values[:3]
     p = eqn.params.get("ragged_dot_dimension_numbers")
     plain = p is not None and (
@@ -430,7 +429,7 @@ def _ragged_dot(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[A
     rows, act = _activation(interpreter, weight, x, (1,), lambda item: _ragged_inputs(interpreter, item, x, sizes))
     if not isinstance(experts, QTensor) and not act:
         return _as_it_stands(eqn, [rows, experts, *values[2:]])
-    precision, dtype = _precision(interpreter, eqn.params["precision"]), eqn.outvars[0].aval.dtype
+    precision, dtype = _precision(interpreter, eqn.params["precision"]), dtype_of(eqn.outvars[0])
     return [ops.ragged_dot(rows, experts, sizes, precision=precision, preferred_element_type=dtype, **act)]
 
 

@@ -16,7 +16,7 @@ from jaxquant.core.blocks import block_shape, negative_axes
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.finite import has_nan, not_finite
 from jaxquant.core.learned import learned_range
-from jaxquant.core.paths import is_qtensor, leaves_with_paths, nearest
+from jaxquant.core.paths import Params, is_qtensor, leaves_with_paths, nearest
 from jaxquant.core.qtensor import Layout, QTensor, dequantize
 from jaxquant.core.refusals import Refusals
 from jaxquant.core.specs import OpSpec, QuantSpec
@@ -234,7 +234,7 @@ def by_steps(w: jax.Array, spec: QuantSpec, *, reduce_axes: tuple[int, ...], sta
 
 
 def quantize_params(
-    params: Any,
+    params: Params,
     plan: Plan | Sequence[Rule],
     *,
     method: str | Callable[..., QTensor] = rtn,
@@ -319,7 +319,7 @@ def quantize_params(
     return jax.tree.unflatten(treedef, leaves.values())
 
 
-def dequantize_params(params: Any) -> Any:
+def dequantize_params(params: Params) -> Any:
     """Every `QTensor` of a tree to the float array it stands for; other leaves as they are.
 
     Args:

@@ -10,13 +10,15 @@ import functools
 import importlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Primitive, jaxpr_as_fun, primitives
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var, jaxpr_as_fun, primitives
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 __all__ = [
@@ -24,10 +26,12 @@ __all__ = [
     "automatic",
     "body_of",
     "closed",
+    "dtype_of",
     "inlined",
     "is_call",
     "marked_varying",
     "reshard",
+    "shape_of",
     "used_by",
     "varying_axes",
 ]
@@ -165,6 +169,16 @@ def inlined(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
         return list((outer if not jaxpr.effects and all(type(a) is kind for a in args) else plain)(*args))
 
     return run
+
+
+def shape_of(v: Var | Literal) -> tuple[int, ...]:
+    """The shape of an operand or a result of an equation."""
+    return tuple(cast(ShapedArray, v.aval).shape)
+
+
+def dtype_of(v: Var | Literal) -> np.dtype:
+    """The dtype of an operand or a result of an equation."""
+    return cast(ShapedArray, v.aval).dtype
 
 
 def closed(jaxpr: Any) -> ClosedJaxpr:

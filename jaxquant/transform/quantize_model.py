@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from jaxquant.core.errors import printable, quant_error
-from jaxquant.core.paths import folded, leaves_with_paths
+from jaxquant.core.paths import Params, folded, leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.core.units import in_bytes
@@ -79,7 +79,7 @@ class QuantizedModel:
     """
 
     fn: Callable[..., Any]
-    params: Any
+    params: Params
     plan: Plan
     state: Any
     report: Report
@@ -87,7 +87,7 @@ class QuantizedModel:
 
 def quantize_model(
     fn: Callable[..., Any],
-    params: Any,
+    params: Params,
     *args: Any,
     recipe: str | OpSpec | Sequence[Rule | OpRule],
     method: str | Callable[..., QTensor] | None = None,

@@ -13,7 +13,7 @@ import numpy as np
 from jaxquant.core.errors import quant_error
 from jaxquant.core.finite import is_concrete
 from jaxquant.core.learned import check_entry
-from jaxquant.core.paths import nearest
+from jaxquant.core.paths import Params, nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.refusals import Refusals
 from jaxquant.core.specs import QuantSpec
@@ -158,7 +158,7 @@ def quantized(
     key = _checked_key(known, key)
 
     @functools.wraps(fn)
-    def run(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(params: Params, *args: Any, **kwargs: Any) -> Any:
         plan, ranges = known, state
         if stated is not None:
             plan = stated.plan_for(fn, params, *args, **kwargs)
@@ -169,7 +169,7 @@ def quantized(
     return run
 
 
-def _checked_key(plan: Plan | None, key: Any) -> Any:
+def _checked_key(plan: Plan | None, key: jax.Array | None) -> jax.Array | None:
     """A key, typed; raises if it is none, or nothing is rounded with it."""
     if key is None:
         return None
@@ -181,7 +181,7 @@ def _checked_key(plan: Plan | None, key: Any) -> Any:
     return random_key("quantized", key)
 
 
-def _run(interpreter: Interpreter, fn: Callable[..., Any], state: Any, params: Any, args: Any, kwargs: Any) -> Any:
+def _run(interpreter: Interpreter, fn: Callable[..., Any], state: Any, params: Params, args: Any, kwargs: Any) -> Any:
     """The function, evaluated by an interpreter, which notes what there is to be noted."""
     traced, plan = trace("quantized", fn, params, args, kwargs), interpreter.plan
     if plan is not None:
@@ -207,7 +207,7 @@ def quantized_and_seen(fn: Callable[..., Any], plan: Plan, state: Mapping[str, A
         return {item.path: Tally(ranges[item.path].of(jax.lax.stop_gradient(rows.values)), rows.seen())}
 
     @functools.wraps(fn)
-    def run(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(params: Params, *args: Any, **kwargs: Any) -> Any:
         def merge(path: str, a: Any, b: Any) -> Any:
             return ranges[path].merge(a, b)
 

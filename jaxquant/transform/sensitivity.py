@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.errors import printable, quant_error
-from jaxquant.core.paths import leaves_with_paths
+from jaxquant.core.paths import Params, leaves_with_paths
 from jaxquant.core.specs import OpSpec
 from jaxquant.ptq.rtn import rtn
 from jaxquant.transform.distill import relative_error
@@ -116,7 +116,7 @@ class Sensitivity:
 def sensitivity(
     fn: Callable[..., Any],
     plan: Plan,
-    params: Any,
+    params: Params,
     batches: Iterable[Any],
     candidates: Mapping[str, OpSpec],
     *,
@@ -212,7 +212,7 @@ def all_batches(
 
 
 def targets_of(
-    function: str, fn: Callable[..., Any], params: Any, kept: list[tuple[Any, ...]], counted: list[Any]
+    function: str, fn: Callable[..., Any], params: Params, kept: list[tuple[Any, ...]], counted: list[Any]
 ) -> list[Any]:
     """The outputs of the float function, with 0 in masked rows."""
     run = jax.jit(lambda params, args, only: masked(function, only, fn(params, *args))[0])
@@ -233,7 +233,7 @@ def _floats(tree: Any) -> list[Any]:
 
 
 def _probe(
-    fn: Callable[..., Any], plan: Plan, params: Any, kept: list[tuple[Any, ...]], counted: list[Any], probes: int
+    fn: Callable[..., Any], plan: Plan, params: Params, kept: list[tuple[Any, ...]], counted: list[Any], probes: int
 ) -> list[dict[str, jax.Array]]:
     """Gradients of random projections of the outputs: path -> array, for each probe."""
     leaves, treedef = leaves_with_paths(params)

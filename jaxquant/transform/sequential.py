@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.paths import leaves_with_paths
+from jaxquant.core.paths import Params, leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.ptq.gptq import gptq
 from jaxquant.transform.batches import arguments
@@ -28,7 +28,7 @@ from jaxquant.transform.weights import Weight, dims_of
 __all__ = ["in_order_of_use", "quantize_sequentially"]
 
 
-def in_order_of_use(fn: Callable[..., Any], plan: Plan, params: Any, args: tuple[Any, ...]) -> list[str]:
+def in_order_of_use(fn: Callable[..., Any], plan: Plan, params: Params, args: tuple[Any, ...]) -> list[str]:
     """The planned paths in the order in which the function meets them."""
     traced = trace("quantize_sequentially", fn, params, args, {})
     interpreter = Interpreter(planning=True)
@@ -68,7 +68,7 @@ def _later(progress: Callable[[int, int], None], before: int, total: int, done: 
 def quantize_sequentially(
     fn: Callable[..., Any],
     plan: Plan,
-    params: Any,
+    params: Params,
     batches: Iterable[Any],
     *,
     method: str | Callable[..., QTensor] = gptq,

@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import jax
+from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 
 from jaxquant.core.errors import quant_error
@@ -21,16 +22,17 @@ from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform import primitives
 from jaxquant.transform.calls import absent, floats
 from jaxquant.transform.interpreter import Interpreter, handles
+from jaxquant.transform.primitives import shape_of
 from jaxquant.transform.weights import Atom, Weight
 
 __all__: list[str] = []
 
 
 @handles(jax.shard_map)
-def _shard_map(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _shard_map(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     p = eqn.params
     mesh, closed = p["mesh"], primitives.closed(p["jaxpr"])
-    cuts = [Cut.of(mesh, spec, len(v.aval.shape)) for spec, v in zip(p["in_specs"], eqn.invars, strict=True)]
+    cuts = [Cut.of(mesh, spec, len(shape_of(v))) for spec, v in zip(p["in_specs"], eqn.invars, strict=True)]
     if interpreter.planning:
         values = [_shard(v, v.leaf, cut) if isinstance(v, Weight) else v for v, cut in zip(values, cuts, strict=True)]
         return absent(interpreter, interpreter.run(closed, values), "shard_map")
@@ -61,7 +63,7 @@ def _shard_map(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[An
         mesh=mesh,
         in_specs=(specs,),
         out_specs=list(p["out_specs"]),
-        axis_names=set(p.get("newly_manual_axes", p.get("manual_axes"))),
+        axis_names=set(p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"]),
         check_vma=p["check_vma"],
     )(arrays)
 

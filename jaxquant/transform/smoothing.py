@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.paths import leaves_with_paths
+from jaxquant.core.paths import Params, leaves_with_paths
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ptq.bases import Basis, ChannelScale, Rotation
 from jaxquant.ptq.scaling import awq_scale, smooth_scale
@@ -59,7 +59,7 @@ def _along(item: Item, member: Member, values: jax.Array) -> jax.Array:
 
 
 def smoothquant(
-    params: Any, plan: Plan, pairs: Iterable[ScalePair], stats: Mapping[str, Any], *, alpha: float = 0.5
+    params: Params, plan: Plan, pairs: Iterable[ScalePair], stats: Mapping[str, Any], *, alpha: float = 0.5
 ) -> Any:
     """Outliers moved from the activations into the weights: `smooth_scale` along every pair. The function stays.
 
@@ -93,7 +93,7 @@ def smoothquant(
     return params
 
 
-def awq(params: Any, plan: Plan, pairs: Iterable[ScalePair], stats: Mapping[str, Any], *, ratios: int = 20) -> Any:
+def awq(params: Params, plan: Plan, pairs: Iterable[ScalePair], stats: Mapping[str, Any], *, ratios: int = 20) -> Any:
     """Channels that matter scaled up before they are rounded: `awq_scale` along every pair. The function stays.
 
     Args:
@@ -168,7 +168,7 @@ def _weight_spec(function: str, item: Item) -> QuantSpec:
     return item.spec.weight
 
 
-def equalize(params: Any, plan: Plan, pairs: Iterable[ScalePair], *, rounds: int = 10) -> Any:
+def equalize(params: Params, plan: Plan, pairs: Iterable[ScalePair], *, rounds: int = 10) -> Any:
     """Ranges of channels made equal on both sides of every pair: cross-layer equalization. Needs no data.
 
     ``s = sqrt(max|source| / max|sink|)`` per channel, where both are weights; repeated, since a weight is sink of one
@@ -204,7 +204,7 @@ def _ranges(leaves: Mapping[str, Any], pair: ScalePair, member: Member) -> jax.A
     return jnp.max(w, axis=tuple(i for i in range(len(pair.stack) - w.ndim, 0) if i != member.axis))
 
 
-def smooth_bases(params: Any, plan: Plan, stats: Mapping[str, Any], *, alpha: float = 0.5) -> dict[str, Basis]:
+def smooth_bases(params: Params, plan: Plan, stats: Mapping[str, Any], *, alpha: float = 0.5) -> dict[str, Basis]:
     """`smooth_scale` for every planned product, to be applied online: path -> `ChannelScale`."""
     leaves, _ = leaves_with_paths(params)
     out: dict[str, Basis] = {}
@@ -219,7 +219,7 @@ def _smooth_one(axes: tuple[int, ...], alpha: float, absmax: jax.Array, w: jax.A
     return smooth_scale(absmax, [as_matrix(w, axes)], alpha=alpha)
 
 
-def awq_bases(params: Any, plan: Plan, stats: Mapping[str, Any], *, ratios: int = 20) -> dict[str, Basis]:
+def awq_bases(params: Params, plan: Plan, stats: Mapping[str, Any], *, ratios: int = 20) -> dict[str, Basis]:
     """`awq_scale` for every planned product, to be applied online: path -> `ChannelScale`."""
     leaves, _ = leaves_with_paths(params)
     out: dict[str, Basis] = {}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.granularity import PerChannel, PerGroup, PerTensor
-from jaxquant.core.paths import leaves_with_paths, nearest
+from jaxquant.core.paths import Params, leaves_with_paths, nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import qtype_of
 from jaxquant.core.specs import OpSpec, QuantSpec
@@ -59,7 +59,7 @@ class StatedPlan:
         lines = [f"{n} weights with {spec!r}" for spec, n in kinds.items()]
         return "\n".join([*lines, "plan_for(fn, params, *args) gives the plan of a function"])
 
-    def plan_for(self, fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Plan:
+    def plan_for(self, fn: Callable[..., Any], params: Params, *args: Any, **kwargs: Any) -> Plan:
         """The plan of a function, to print or to save; arguments as for `make_plan`.
 
         Raises:

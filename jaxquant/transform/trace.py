@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.core.paths import is_qtensor, leaves_with_paths
+from jaxquant.core.paths import Params, is_qtensor, leaves_with_paths
 from jaxquant.ops.shardings import explicit_of
 
 __all__ = ["Traced", "is_array", "trace"]
@@ -46,7 +46,7 @@ def _abstract(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=explicit_of(leaf))
 
 
-def _called(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def _called(params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """A call in words: the arguments' types, and shapes of arrays."""
 
     def said(x: Any) -> str:
@@ -61,7 +61,9 @@ def _called(params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return f"fn({', '.join(words)})"
 
 
-def trace(function: str, fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
+def trace(
+    function: str, fn: Callable[..., Any], params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Traced:
     """Traces ``fn(params, *args, **kwargs)``.
 
     Arrays among the arguments become inputs; everything else (flags, strings, None, Python numbers) is a constant of

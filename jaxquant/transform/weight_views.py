@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Literal, primitives
+from jax.extend.core import JaxprEqn, Literal, primitives
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxquant.transform.interpreter import ABSENT, Interpreter, bind, handles, unsupported
-from jaxquant.transform.primitives import marked_varying, reshard
+from jaxquant.transform.primitives import marked_varying, reshard, shape_of
 from jaxquant.transform.weights import (
     Atom,
     View,
@@ -30,15 +30,15 @@ __all__: list[str] = []
 
 
 @handles(primitives.transpose_p)
-def _transpose(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _transpose(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     (w,) = values
     permutation = tuple(eqn.params["permutation"])
     return [w.seen(transpose_view(permutation), tuple(w.dims[i] for i in permutation))]
 
 
 @handles(primitives.reshape_p, primitives.squeeze_p)
-def _reshape(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    w, shape = values[0], tuple(eqn.outvars[0].aval.shape)
+def _reshape(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+    w, shape = values[0], shape_of(eqn.outvars[0])
     order = eqn.params.get("dimensions")
     if eqn.primitive is primitives.reshape_p and order is not None:  # row-major after a transpose
         w = w.seen(transpose_view(tuple(order)), tuple(w.dims[i] for i in order))
@@ -46,8 +46,8 @@ def _reshape(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 
 
 @handles(primitives.broadcast_in_dim_p)
-def _broadcast(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
-    w, shape = values[0], tuple(eqn.outvars[0].aval.shape)
+def _broadcast(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+    w, shape = values[0], shape_of(eqn.outvars[0])
     kept = eqn.params["broadcast_dimensions"]
     if not isinstance(w, Weight) or w.shape != tuple(shape[i] for i in kept) or _size(shape) != _size(w.shape):
         return unsupported(interpreter, eqn, values)  # not only new axes of size 1
@@ -62,7 +62,7 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 @handles(primitives.convert_element_type_p)
-def _cast(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _cast(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     (w,), dtype = values, eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
         return unsupported(interpreter, eqn, values)
@@ -70,28 +70,28 @@ def _cast(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 
 
 @handles(primitives.copy_p)
-def _copy(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _copy(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     return values
 
 
-def _same_place(eqn: Any) -> View:
+def _same_place(eqn: JaxprEqn) -> View:
     """Evaluates the equation on a float array. Codes stay unchanged, where the caller placed them."""
     return View(str(eqn.primitive), lambda x: bind(eqn, [x])[0], lambda q: q, lambda: _nothing(eqn))
 
 
-def _nothing(eqn: Any) -> View:
+def _nothing(eqn: JaxprEqn) -> View:
     """For one layer of a stack that was placed as a whole: a scan slices what lies where it lies."""
     return View(str(eqn.primitive), lambda x: x, lambda q: q, lambda: _nothing(eqn))
 
 
 @handles(primitives.sharding_constraint_p, checkpoint_name)
-def _placed(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _placed(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     (w,) = values
     return [w.seen(_same_place(eqn), w.dims)]
 
 
 @handles(reshard)
-def _resharded(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _resharded(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """Where an array goes on a mesh of explicit axes; operations run with automatic ones, and constrain it there.
 
     JAX runs some operations with automatic axes itself: then every array of the leaf goes over to those.
@@ -106,14 +106,14 @@ def _resharded(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[An
 
 
 @handles(lax.stop_gradient)
-def _every_leaf(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _every_leaf(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """Frozen weights: codes and scales alike."""
     (w,) = values
     return [w.seen(_leafwise(eqn), w.dims)]
 
 
 @handles(marked_varying)
-def _marked(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _marked(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """A weight of a shard_map that is equal on all devices, unless each device rounded it with its own key."""
     (w,) = values
     return [w.seen(_marking(str(eqn.primitive), eqn.params["axes"]), w.dims)]
@@ -126,7 +126,7 @@ def _marking(name: str, axes: tuple[str, ...]) -> View:
     return View(name, marked, marked, lambda: _marking(name, axes))
 
 
-def _leafwise(eqn: Any) -> View:
+def _leafwise(eqn: JaxprEqn) -> View:
     def apply(x: Any) -> Any:
         out = eqn.primitive.bind(x, **eqn.params)
         return out[0] if eqn.primitive.multiple_results else out
@@ -135,7 +135,7 @@ def _leafwise(eqn: Any) -> View:
 
 
 @handles(lax.optimization_barrier)
-def _barrier(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _barrier(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """Orders computations and computes nothing; a weight is computed by nobody."""
     others = [i for i, v in enumerate(values) if not isinstance(v, Weight)]
     if others and values[others[0]] is not ABSENT:
@@ -145,7 +145,7 @@ def _barrier(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 
 
 @handles(primitives.rev_p)
-def _flip(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _flip(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     (w,) = values
     return [w.seen(flip_view(tuple(eqn.params["dimensions"])), w.dims)]
 
@@ -161,7 +161,7 @@ def _cut(w: Weight, cuts: list[tuple[int, Any, int]]) -> Weight:
 
 
 @handles(primitives.slice_p)
-def _slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _slice(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     (w,), p = values, eqn.params
     if p["strides"] is not None and any(s != 1 for s in p["strides"]):
         return unsupported(interpreter, eqn, values)
@@ -170,15 +170,15 @@ def _slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 
 
 @handles(jnp.unstack)
-def _unstack(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _unstack(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     """Each index of an axis, by a slice and a reshape."""
-    (w,), axis, shape = values, eqn.params["axis"], tuple(eqn.outvars[0].aval.shape)
+    (w,), axis, shape = values, eqn.params["axis"], shape_of(eqn.outvars[0])
     rows = [_cut(w, [(axis, i, 1)] if w.shape[axis] > 1 else []) for i in range(w.shape[axis])]
     return [row.seen(reshape_view(shape, row.shape), reshape_dims(row.dims, shape)) for row in rows]
 
 
 @handles(lax.split)
-def _split(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _split(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     (w,), axis = values, eqn.params["axis"]
     sizes = [int(n) for n in eqn.params["sizes"]]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -186,7 +186,7 @@ def _split(_: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
 
 
 @handles(primitives.dynamic_slice_p)
-def _dynamic_slice(interpreter: Interpreter, eqn: Any, values: list[Any]) -> list[Any]:
+def _dynamic_slice(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     w, *starts = values
     if not isinstance(w, Weight):
         return unsupported(interpreter, eqn, values)

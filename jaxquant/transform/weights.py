@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxquant.core import views
 from jaxquant.core.affine import as_codes, prepare
@@ -24,7 +25,7 @@ from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.granularity import PerGroup, PerTensor
 from jaxquant.core.indices import clamped
 from jaxquant.core.learned import learned_codes, learned_values
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import QTensor, Scale
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.analysis.axes import factored
@@ -103,7 +104,9 @@ class View:
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "reduce_axes"))  # traced once for all weights of one shape
-def _trained(w: jax.Array, steps: Any, key: Any, spec: QuantSpec, reduce_axes: tuple[int, ...]) -> TrainedTensor:
+def _trained(
+    w: jax.Array, steps: Any, key: jax.Array | None, spec: QuantSpec, reduce_axes: tuple[int, ...]
+) -> TrainedTensor:
     """A weight in training, by its own range or by learned ones."""
     if steps is None:
         q = as_codes(jax.lax.stop_gradient(w), spec, reduce_axes, key=key)
@@ -131,7 +134,12 @@ def trained_activation(x: jax.Array, steps: Any, spec: QuantSpec, axes: tuple[in
 
 
 def rounded_activation(
-    x: jax.Array, spec: QuantSpec, axes: tuple[int, ...], key: jax.Array, scale: Any, zero_point: Any
+    x: jax.Array,
+    spec: QuantSpec,
+    axes: tuple[int, ...],
+    key: jax.Array,
+    scale: Scale | None,
+    zero_point: jax.Array | None,
 ) -> TrainedTensor:
     """An activation rounded stochastically, by its own range or one that is given."""
     axes = tuple(sorted(a - x.ndim for a in axes))
@@ -158,7 +166,7 @@ class Weight:
     leaf: Any
     state: Any
     dims: Dims
-    dtype: Any
+    dtype: DTypeLike
     stacked: int = 0
     steps: tuple[View, ...] = ()
 
@@ -176,7 +184,7 @@ class Weight:
         """The learned range of the parameter or of its input; None if it is not learned."""
         return None if self.state is None else self.state.get(operand)
 
-    def seen(self, step: View, dims: Dims, dtype: Any = None) -> Weight:
+    def seen(self, step: View, dims: Dims, dtype: DTypeLike | None = None) -> Weight:
         """This weight through one more view."""
         return dataclasses.replace(
             self, dims=dims, steps=(*self.steps, step), dtype=self.dtype if dtype is None else dtype
@@ -194,7 +202,9 @@ class Weight:
         x = self.value()
         return x.dequantize() if isinstance(x, QTensor) else x
 
-    def operand(self, spec: QuantSpec | None, reduce_axes: tuple[int, ...], stacked: int = 0, key: Any = None) -> Any:
+    def operand(
+        self, spec: QuantSpec | None, reduce_axes: tuple[int, ...], stacked: int = 0, key: jax.Array | None = None
+    ) -> Any:
         """The operand of an op: the QTensor; or codes for the forward and floats for the gradient, if the leaf trains.
 
         Args:
@@ -279,7 +289,7 @@ def reshape_view(shape: tuple[int, ...], old: tuple[int, ...]) -> View:
     )
 
 
-def cast_view(dtype: Any) -> View:
+def cast_view(dtype: DTypeLike) -> View:
     """A cast to a float dtype."""
     return View(
         "convert_element_type",

@@ -8,6 +8,7 @@ import os
 from typing import Any, Literal
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
@@ -50,7 +51,7 @@ def load_gguf(
     path: str | os.PathLike[str],
     *,
     names: Literal["gguf", "hf"] = "gguf",
-    dtype: Any = np.float32,
+    dtype: DTypeLike = np.float32,
     sharding: Any = None,
     target: Platform | None = None,
 ) -> tuple[dict[str, Any], GGUFInfo]:
@@ -122,7 +123,7 @@ class GGUFLeaves(Leaves):
         path: str | os.PathLike[str],
         *,
         names: Literal["gguf", "hf"] = "gguf",
-        dtype: Any = np.float32,
+        dtype: DTypeLike = np.float32,
         function: str = "load_gguf",
     ):
         if names not in ("gguf", "hf"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.qtensor import QTensor
@@ -73,7 +74,7 @@ def load_hf(
     *,
     rules: Sequence[Rule] | None = None,
     names: NameMap | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     sharding: Any = None,
     target: Platform | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
@@ -156,7 +157,7 @@ def read_hf(
     directory: str | os.PathLike[str],
     rules: Sequence[Rule] | None = None,
     names: NameMap | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     sharding: Any = None,
     target: Platform | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
@@ -214,7 +215,7 @@ def open_hf(directory: str | os.PathLike[str], *, function: str) -> HFLeaves:
     return HFLeaves(checkpoint, *detect(checkpoint))
 
 
-def _checked_dtype(function: str, dtype: Any) -> np.dtype | None:
+def _checked_dtype(function: str, dtype: DTypeLike | None) -> np.dtype | None:
     if dtype is None:
         return None
     try:

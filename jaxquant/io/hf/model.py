@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from jax.typing import DTypeLike
+
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.io.hf.leaves import HFLeaves
 from jaxquant.io.hf.load import CheckpointInfo, read_hf
@@ -52,7 +54,7 @@ def load_hf_model(
     directory: str | os.PathLike[str],
     *,
     names: NameMap | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     target: Platform | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     activations: Activations = "saved",

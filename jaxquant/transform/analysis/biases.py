@@ -12,17 +12,20 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
 
+from jaxquant.core.paths import Params
 from jaxquant.core.qtensor import QTensor
 from jaxquant.transform.analysis.equations import traced_for
-from jaxquant.transform.analysis.walk import Rule, Walk, shape_of
+from jaxquant.transform.analysis.walk import Rule, Walk
 from jaxquant.transform.plan import Plan, is_float
+from jaxquant.transform.primitives import shape_of
 
 __all__ = ["biases"]
 
 
-def biases(fn: Callable[..., Any], plan: Plan, params: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
+def biases(fn: Callable[..., Any], plan: Plan, params: Params, *args: Any, **kwargs: Any) -> dict[str, str]:
     """Which parameter is added to the product with each planned weight, and to nothing else.
 
     Found from the trace: the result of a weight's product, reshaped or cast, plus a parameter, reshaped, repeated or
@@ -101,7 +104,7 @@ class _Additions(Walk[_Value]):
     def constant(self, x: Any) -> _Value:
         return None
 
-    def other(self, eqn: Any, values: list[_Value]) -> list[_Value]:
+    def other(self, eqn: JaxprEqn, values: list[_Value]) -> list[_Value]:
         self.count(*values)
         return [None] * len(eqn.outvars)
 
@@ -120,18 +123,18 @@ class _Additions(Walk[_Value]):
     def either(self, index: _Value, results: list[_Value]) -> _Value:
         self.count(index, *results)
 
-    def view(self, eqn: Any, values: list[_Value]) -> list[_Value]:
+    def view(self, eqn: JaxprEqn, values: list[_Value]) -> list[_Value]:
         """The same numbers in another shape."""
         return values if values[0] is not None and self._kept(eqn, values[0]) else self.other(eqn, values)
 
-    def _kept(self, eqn: Any, value: _Seen) -> bool:
+    def _kept(self, eqn: JaxprEqn, value: _Seen) -> bool:
         """Whether a view keeps what is known: the outputs, and what is added to them, must stay on the last axes."""
-        shape, weight = shape_of(eqn), type(value) is _Seen and value.path in self.plan
+        shape, weight = shape_of(eqn.outvars[0]), type(value) is _Seen and value.path in self.plan
         if eqn.primitive is p.transpose_p:
             return weight and len(shape) == 2
         if weight:
             return True
-        before = eqn.invars[0].aval.shape
+        before = shape_of(eqn.invars[0])
         if eqn.primitive is p.broadcast_in_dim_p:
             long = [i for i, n in zip(eqn.params["broadcast_dimensions"], before, strict=True) if n > 1]
             if long != list(range(len(shape) - len(long), len(shape))):
@@ -142,7 +145,7 @@ class _Additions(Walk[_Value]):
             size = math.prod(item.shape[item.stacked :]) // item.channels
         return size in [math.prod(shape[i:]) for i in range(len(shape))] and (shape[-1] != 1 or size == 1)
 
-    def dot(self, eqn: Any, values: list[_Value]) -> list[_Value]:
+    def dot(self, eqn: JaxprEqn, values: list[_Value]) -> list[_Value]:
         """A product whose outputs are the last axes: with a planned weight on the right, and no batch axes."""
         left, right = values
         self.count(left, right)
@@ -150,7 +153,7 @@ class _Additions(Walk[_Value]):
             return [None]
         return [None if eqn.params["dimension_numbers"][1][1] else _Outputs(right.path)]
 
-    def add(self, eqn: Any, values: list[_Value]) -> list[_Value]:
+    def add(self, eqn: JaxprEqn, values: list[_Value]) -> list[_Value]:
         """A product, plus a parameter."""
         for outputs, bias in (values, values[::-1]):
             if isinstance(outputs, _Outputs) and type(bias) is _Seen:

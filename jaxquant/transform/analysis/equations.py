@@ -17,15 +17,16 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
 
-from jaxquant.core.paths import leaves_with_paths
+from jaxquant.core.paths import Params, leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.transform.analysis.axes import aligned, factored, size_of
 from jaxquant.transform.analysis.flow import Flow, Place, flows
-from jaxquant.transform.analysis.walk import Rule, Walk, shape_of
+from jaxquant.transform.analysis.walk import Rule, Walk
 from jaxquant.transform.plan import Plan, is_float
-from jaxquant.transform.primitives import marked_varying, used_by
+from jaxquant.transform.primitives import marked_varying, shape_of, used_by
 from jaxquant.transform.quantized import check_plan
 from jaxquant.transform.trace import Traced, trace
 
@@ -254,16 +255,16 @@ class Equations(Walk[Value]):
         return Piece(a.size * b.size)
 
     # -- rules ---------------------------------------------------------------------------------------------------------
-    def other(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def other(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         for value in values:
             self.fix(value)
-        return [Value.plain(v.aval.shape) for v in eqn.outvars]
+        return [Value.plain(shape_of(v)) for v in eqn.outvars]
 
-    def pointwise(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def pointwise(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         """Any function of each element."""
         return self.other(eqn, values)
 
-    def moved(self, eqn: Any, values: list[Value], flow: Flow) -> list[Value]:
+    def moved(self, eqn: JaxprEqn, values: list[Value], flow: Flow) -> list[Value]:
         """A linear operation that moves axes: fixes the unknowns of each axis that it does not keep."""
         kept = {place for places in (*flow.out, *flow.contracted) for place in places}
         for k, value in enumerate(values):
@@ -278,7 +279,7 @@ class Equations(Walk[Value]):
         for n in range(1, len(values)):
             more = {j: at(places[n]) for j, places in enumerate(flow.out) if n < len(places)}
             dims.update(zip(more, self.equated([(dims[j], more[j]) for j in more]), strict=True))
-        arrays, plain = [v for v in values if v.dims], [Value.plain(v.aval.shape).dims for v in eqn.outvars]
+        arrays, plain = [v for v in values if v.dims], [Value.plain(shape_of(v)).dims for v in eqn.outvars]
         nil = len(arrays) == 1 and arrays[0].nil
         return [Value(tuple(dims.get(j, dim) for j, dim in enumerate(result)), nil) for result in plain]
 
@@ -290,16 +291,16 @@ class Equations(Walk[Value]):
             out.append(Value(tuple(dim or r for dim, r in zip(dims, repeated, strict=True)), value.nil))
         return out
 
-    def same(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def same(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         """Linear, each element for itself: each result is described as its operand."""
         return values[: len(eqn.outvars)]
 
-    def cast(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def cast(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         return values if jnp.issubdtype(eqn.params["new_dtype"], jnp.floating) else self.pointwise(eqn, values)
 
-    def sum(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def sum(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         """All terms are described alike; a nil one fits any."""
-        return [self.alike(self.full(values, shape_of(eqn)))]
+        return [self.alike(self.full(values, shape_of(eqn.outvars[0])))]
 
     def either(self, index: Value, results: list[Value]) -> Value:
         """The results of all branches are described alike; a parameter that a branch returns stays as it is."""
@@ -315,30 +316,30 @@ class Equations(Walk[Value]):
             dims = tuple(self.equated(zip(dims, term.dims, strict=True)))
         return Value(dims, first.nil)
 
-    def quotient(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def quotient(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         self.fix(values[1])
         (result,) = self.product(eqn, values)
         return [Value(result.dims, values[0].nil)]
 
-    def broadcast(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def broadcast(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         """New axes, and repeated ones, are constant."""
-        dims = list(Value.plain(shape_of(eqn), constant=True).dims)
+        dims = list(Value.plain(shape_of(eqn.outvars[0]), constant=True).dims)
         for i, dim in zip(eqn.params["broadcast_dimensions"], values[0].dims, strict=True):
             dims[i] = dim or dims[i]
         return [Value(tuple(dims), values[0].nil)]
 
-    def reshape(self, eqn: Any, values: list[Value]) -> list[Value]:
-        shape = shape_of(eqn)
+    def reshape(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+        shape = shape_of(eqn.outvars[0])
         if 0 in shape or (eqn.primitive is p.reshape_p and eqn.params["dimensions"] is not None):
             return self.other(eqn, values)
         dims = factored(values[0].dims, shape, self.cut, self.merged)
         return [Value(tuple(map(joined, dims)), values[0].nil)]
 
-    def pad(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def pad(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         return moving(self, eqn, values[:1]) if values[1].nil else self.other(eqn, values)
 
 
-def moving(equations: Equations, eqn: Any, values: list[Value]) -> list[Value]:
+def moving(equations: Equations, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """The rule of the primitives that `flows` has."""
     return equations.moved(eqn, values, flows()[eqn.primitive](eqn))
 
@@ -362,7 +363,7 @@ def rules() -> dict[Any, Rule[Value]]:
     }
 
 
-def traced_for(function: str, fn: Any, plan: Plan, params: Any, args: tuple[Any, ...], kwargs: Any) -> Traced:
+def traced_for(function: str, fn: Any, plan: Plan, params: Params, args: tuple[Any, ...], kwargs: Any) -> Traced:
     """The trace of a function that an analysis of a plan looks at."""
     check_plan(function, plan, leaves_with_paths(params)[0])
     return trace(function, fn, params, args, kwargs)

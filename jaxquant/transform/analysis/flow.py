@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from jax import lax
+from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
 
-from jaxquant.transform.primitives import used_by
+from jaxquant.transform.primitives import shape_of, used_by
 
 __all__ = ["Flow", "Place", "flows", "kept"]
 
@@ -29,53 +30,53 @@ class Flow(NamedTuple):
     contracted: list[tuple[Place, Place]] = []  # noqa: RUF012  (never changed)
 
 
-def kept(eqn: Any, worked: Iterable[int] = (), operands: int = 1) -> Flow:
+def kept(eqn: JaxprEqn, worked: Iterable[int] = (), operands: int = 1) -> Flow:
     """Every axis keeps its place, except the axes along which the operation computes."""
     worked = set(worked)
     return Flow([[] if i in worked else [(k, i) for k in range(operands)] for i in range(_ndim(eqn))])
 
 
-def _ndim(eqn: Any) -> int:
-    return len(eqn.invars[0].aval.shape)
+def _ndim(eqn: JaxprEqn) -> int:
+    return len(shape_of(eqn.invars[0]))
 
 
-def _transpose(eqn: Any) -> Flow:
+def _transpose(eqn: JaxprEqn) -> Flow:
     return Flow([[(0, i)] for i in eqn.params["permutation"]])
 
 
-def _reduce(eqn: Any) -> Flow:
+def _reduce(eqn: JaxprEqn) -> Flow:
     return Flow([[(0, i)] for i in range(_ndim(eqn)) if i not in eqn.params["axes"]])
 
 
-def _slice(eqn: Any) -> Flow:
-    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+def _slice(eqn: JaxprEqn) -> Flow:
+    before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     return kept(eqn, [i for i, (n, m) in enumerate(zip(before, after, strict=True)) if n != m])
 
 
-def _gather(eqn: Any) -> Flow:
+def _gather(eqn: JaxprEqn) -> Flow:
     """Whole rows of a table are kept."""
-    table, sizes, d = eqn.invars[0].aval.shape, eqn.params["slice_sizes"], eqn.params["dimension_numbers"]
+    table, sizes, d = shape_of(eqn.invars[0]), eqn.params["slice_sizes"], eqn.params["dimension_numbers"]
     dropped = {*d.collapsed_slice_dims, *getattr(d, "operand_batching_dims", ())}
-    out: list[list[Place]] = [[] for _ in eqn.outvars[0].aval.shape]
+    out: list[list[Place]] = [[] for _ in shape_of(eqn.outvars[0])]
     for place, i in zip(d.offset_dims, (i for i in range(len(sizes)) if i not in dropped), strict=True):
         out[place] = [(0, i)] if sizes[i] == table[i] else []
     return Flow(out)
 
 
-def _dot(eqn: Any) -> Flow:
+def _dot(eqn: JaxprEqn) -> Flow:
     """A product: it keeps the free axes; entries along batch axes are multiplied, so these are not kept."""
     contract, batch = eqn.params["dimension_numbers"]
     out: list[list[Place]] = [[] for _ in batch[0]]
     for k, v in enumerate(eqn.invars):
-        out += [[(k, i)] for i in range(len(v.aval.shape)) if i not in contract[k] and i not in batch[k]]
+        out += [[(k, i)] for i in range(len(shape_of(v))) if i not in contract[k] and i not in batch[k]]
     return Flow(out, [((0, i), (1, j)) for i, j in zip(*contract, strict=True)])
 
 
-def _window(eqn: Any) -> Flow:
+def _window(eqn: JaxprEqn) -> Flow:
     return kept(eqn, [i for i, n in enumerate(eqn.params["window_dimensions"]) if n != 1])
 
 
-def _conv(eqn: Any) -> Flow:
+def _conv(eqn: JaxprEqn) -> Flow:
     n = eqn.params["dimension_numbers"]
     out: list[list[Place]] = [[] for _ in n.out_spec]
     if eqn.params["feature_group_count"] != 1 or eqn.params["batch_group_count"] != 1:

@@ -25,6 +25,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
 
+from jaxquant.core.paths import Params
 from jaxquant.ptq.bases import Rotation
 from jaxquant.transform.analysis.equations import (
     Dim,
@@ -38,8 +39,9 @@ from jaxquant.transform.analysis.equations import (
     traced_for,
 )  # fmt: skip
 from jaxquant.transform.analysis.flow import Flow, kept
-from jaxquant.transform.analysis.walk import Rule, shape_of
+from jaxquant.transform.analysis.walk import Rule
 from jaxquant.transform.plan import Plan
+from jaxquant.transform.primitives import shape_of
 
 __all__ = ["RotationGroup", "rotation_groups"]
 
@@ -68,7 +70,7 @@ class RotationGroup:
 
 
 def rotation_groups(
-    fn: Callable[..., Any], plan: Plan, params: Any, *args: Any, **kwargs: Any
+    fn: Callable[..., Any], plan: Plan, params: Params, *args: Any, **kwargs: Any
 ) -> tuple[RotationGroup, ...]:
     """Which orthogonal matrices can be moved into the parameters of ``fn``, and where each goes.
 
@@ -211,9 +213,9 @@ class _Bases(Equations):
         """Constant where all operands are."""
         for value in values:
             self.fix(value)
-        full = [v.dims for v in self.full(values, shape_of(eqn))]
-        constant = [all(x.constant for dims in full for x in dims[i]) for i in range(len(shape_of(eqn)))]
-        shape = zip(shape_of(eqn), constant, strict=True)
+        full = [v.dims for v in self.full(values, shape_of(eqn.outvars[0]))]
+        constant = [all(x.constant for dims in full for x in dims[i]) for i in range(len(shape_of(eqn.outvars[0])))]
+        shape = zip(shape_of(eqn.outvars[0]), constant, strict=True)
         return [Value(tuple((Piece(n, constant=c),) if n != 1 else () for n, c in shape))]
 
     def select(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
@@ -223,7 +225,7 @@ class _Bases(Equations):
         return [Value(out.dims, chosen.nil)]
 
     def product(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-        a, b = self.full(values, shape_of(eqn))
+        a, b = self.full(values, shape_of(eqn.outvars[0]))
         pairs = (self.aligned(d, e) for d, e in zip(a.dims, b.dims, strict=True))
         return [Value(tuple(joined(self._times(x, y) for x, y in axis) for axis in pairs), a.nil or b.nil)]
 

@@ -23,6 +23,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 from jax.extend.core import primitives as p
 
+from jaxquant.core.paths import Params
 from jaxquant.transform.analysis.equations import (
     Dim,
     Equations,
@@ -36,8 +37,9 @@ from jaxquant.transform.analysis.equations import (
     traced_for,
 )  # fmt: skip
 from jaxquant.transform.analysis.flow import Flow, flows
-from jaxquant.transform.analysis.walk import Rule, shape_of
+from jaxquant.transform.analysis.walk import Rule
 from jaxquant.transform.plan import Plan
+from jaxquant.transform.primitives import shape_of
 
 __all__ = ["Member", "ScalePair", "scale_pairs"]
 
@@ -82,7 +84,7 @@ class ScalePair:
         return f"{', '.join(map(show, self.sources))} -> {', '.join(map(show, self.sinks))} ({self.channels} channels)"
 
 
-def scale_pairs(fn: Callable[..., Any], plan: Plan, params: Any, *args: Any, **kwargs: Any) -> tuple[ScalePair, ...]:
+def scale_pairs(fn: Callable[..., Any], plan: Plan, params: Params, *args: Any, **kwargs: Any) -> tuple[ScalePair, ...]:
     """Which scales can move into the planned weights of ``fn``, and from where.
 
     Args:
@@ -212,10 +214,10 @@ class _Scales(Equations):
         return self.unscaled(eqn, values)
 
     def unscaled(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-        return [Value.plain(shape_of(eqn))]
+        return [Value.plain(shape_of(eqn.outvars[0]))]
 
     def product(self, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-        a, b = self.full(values, shape_of(eqn))
+        a, b = self.full(values, shape_of(eqn.outvars[0]))
         if a.unknowns and b.unknowns:
             self.fix(b)
         return [Value((a if a.unknowns else b).dims, a.nil or b.nil)]

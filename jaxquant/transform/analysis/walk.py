@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
-from jax.extend.core import ClosedJaxpr, Literal, primitives
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Primitive, Var, primitives
 
 from jaxquant.transform.primitives import body_of, is_call
 
-__all__ = ["Rule", "Walk", "shape_of"]
+__all__ = ["Rule", "Walk"]
 
 V = TypeVar("V")
-Rule = Callable[[Any, Any, list[V]], list[V]]
+Rule = Callable[[Any, JaxprEqn, list[V]], list[V]]
 """``(analysis, equation, values of the operands) -> values of the results``."""
-
-
-def shape_of(eqn: Any) -> tuple[int, ...]:
-    """The shape of an equation's first result."""
-    return tuple(eqn.outvars[0].aval.shape)
 
 
 class Walk(Generic[V]):
@@ -33,7 +28,7 @@ class Walk(Generic[V]):
       either: ``(index, a result of each branch) ->`` the result of a cond, whichever branch runs.
     """
 
-    rules: Mapping[Any, Rule[V]]
+    rules: Mapping[Primitive | None, Rule[V]]
     constant: Callable[[Any], V]
     carried: Callable[[V], V]
     layer: Callable[[V], V]
@@ -41,7 +36,7 @@ class Walk(Generic[V]):
     stacked: Callable[[V, int], V]
     either: Callable[[V, list[V]], V]
 
-    def other(self, eqn: Any, values: list[V]) -> list[V]:
+    def other(self, eqn: JaxprEqn, values: list[V]) -> list[V]:
         """The rule of a primitive that has none."""
         raise NotImplementedError
 
@@ -51,17 +46,17 @@ class Walk(Generic[V]):
 
     def run(self, jaxpr: ClosedJaxpr, inputs: list[V]) -> list[V]:
         """The values of the results."""
-        env: dict[Any, V] = dict(zip(jaxpr.jaxpr.invars, inputs, strict=True))
+        env: dict[Var, V] = dict(zip(jaxpr.jaxpr.invars, inputs, strict=True))
         env.update(zip(jaxpr.jaxpr.constvars, map(self.constant, jaxpr.consts), strict=True))
 
-        def read(v: Any) -> V:
+        def read(v: Var | Literal) -> V:
             return self.constant(v.val) if isinstance(v, Literal) else self.read(env[v])
 
         for eqn in jaxpr.jaxpr.eqns:
             env.update(zip(eqn.outvars, self.equation(eqn, [read(v) for v in eqn.invars]), strict=True))
         return [read(v) for v in jaxpr.jaxpr.outvars]
 
-    def equation(self, eqn: Any, values: list[V]) -> list[V]:
+    def equation(self, eqn: JaxprEqn, values: list[V]) -> list[V]:
         """The values of an equation's results."""
         if is_call(eqn):
             return self.run(body_of(eqn), values)
@@ -69,18 +64,18 @@ class Walk(Generic[V]):
             return self.scan(eqn, values)
         return self.cond(eqn, values) if eqn.primitive is primitives.cond_p else self.simple(eqn, values)
 
-    def simple(self, eqn: Any, values: list[V]) -> list[V]:
+    def simple(self, eqn: JaxprEqn, values: list[V]) -> list[V]:
         """The same of an equation that is not entered."""
         rule = self.rules.get(eqn.primitive)
         return self.other(eqn, values) if rule is None else rule(self, eqn, values)
 
-    def cond(self, eqn: Any, values: list[V]) -> list[V]:
+    def cond(self, eqn: JaxprEqn, values: list[V]) -> list[V]:
         """The same of a cond."""
         index, *operands = values
         branches = [self.run(branch, operands) for branch in eqn.params["branches"]]
         return [self.either(index, list(results)) for results in zip(*branches, strict=True)]
 
-    def scan(self, eqn: Any, values: list[V]) -> list[V]:
+    def scan(self, eqn: JaxprEqn, values: list[V]) -> list[V]:
         """The same of a scan."""
         first, length = eqn.params["num_consts"], eqn.params["length"]
         carry = [self.carried(value) for value in values[first : first + eqn.params["num_carry"]]]
