@@ -26,6 +26,7 @@ import texts
 import jaxquant as jq
 from jaxquant import OpSpec, QuantSpec
 from jaxquant.demo import digits
+from jaxquant.transform.distill import relative_error
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import minilm
@@ -93,7 +94,7 @@ def classifier(name: str, model: Any, *group_sizes: int | None) -> dict[str, lis
 
     def measure(params: Any) -> dict[str, float]:
         logits = fn(params, unseen)
-        error = float(jq.transform.relative_error(logits, reference))
+        error = float(relative_error(logits, reference))
         return {"error": round(error, 5), "accuracy": round(data.accuracy(logits), 4)}
 
     return {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -18,15 +18,15 @@ from jax.sharding import Sharding
 
 from jaxquant.core import views
 from jaxquant.core.qtensor import QTensor
-from jaxquant.transform.interpreter import ABSENT, Interpreter, Tally, handles, unsupported
+from jaxquant.transform.interpreter import Interpreter, Tally, handles, unsupported
 from jaxquant.transform.primitives import body_of
-from jaxquant.transform.weights import Joined, Weight
+from jaxquant.transform.weights import ABSENT, Absent, Joined, Value, Weight
 
 __all__ = ["absent", "arrays_of", "floats", "inside"]
 
 
 @handles(jax.jit, primitives.closed_call_p, primitives.call_p, joined=True)
-def _jit(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _jit(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """Entered in place: the caller's own ``jit`` is around all of it. Shardings it names become constraints."""
     p = eqn.params
     values = _placed(interpreter, values, p.get("in_shardings", ()))
@@ -34,7 +34,7 @@ def _jit(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any
     return _placed(interpreter, results, p.get("out_shardings", ()))
 
 
-def _placed(interpreter: Interpreter, values: list[Any], shardings: Any) -> list[Any]:
+def _placed(interpreter: Interpreter, values: list[Value], shardings: Iterable[Any]) -> list[Value]:
     if interpreter.planning or not any(isinstance(s, Sharding) for s in shardings):
         return values
     return [
@@ -44,7 +44,7 @@ def _placed(interpreter: Interpreter, values: list[Any], shardings: Any) -> list
 
 
 @handles(jax.custom_jvp, jax.custom_vjp, joined=True)
-def _custom_derivative(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _custom_derivative(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """Entered in place: gradients are those of the quantized body, not the custom rule's."""
     products = interpreter.products
     before = set() if products is None else set(products.met)
@@ -56,7 +56,7 @@ def _custom_derivative(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any
     return results
 
 
-def _weights(values: Iterable[Any]) -> list[Weight]:
+def _weights(values: Iterable[Value]) -> list[Weight]:
     """The weights among values, those in joined ones too."""
     every = (v.parts if isinstance(v, Joined) else (v,) for v in values)
     return [part for parts in every for part in parts if isinstance(part, Weight)]
@@ -67,14 +67,14 @@ def _weights(values: Iterable[Any]) -> list[Weight]:
 # A weight enters as its leaf (all arrays of a QTensor) and its state; inside, it is put together again.
 
 
-def arrays_of(value: Any) -> Any:
+def arrays_of(value: Value) -> Any:
     """The arrays of a value that enter the inner trace, as a pytree."""
     if isinstance(value, Joined):
         return [arrays_of(part) for part in value.parts]
     return (value.leaf, value.state) if isinstance(value, Weight) else value
 
 
-def inside(outer: Any, arrays: Any) -> Any:
+def inside(outer: Value, arrays: Any) -> Value:
     """The value on the inside."""
     if isinstance(outer, Joined):
         parts = tuple(inside(part, a) for part, a in zip(outer.parts, arrays, strict=True))
@@ -85,7 +85,7 @@ def inside(outer: Any, arrays: Any) -> Any:
     return dataclasses.replace(outer, leaf=leaf, state=state)
 
 
-def handed_on(results: list[Any], given: list[Any]) -> dict[int, int]:
+def handed_on(results: list[Value], given: list[Value]) -> dict[int, int]:
     """Which results are weights that came in, unchanged: NNX hands a module's parameters out of every transform."""
     return {
         i: j
@@ -96,22 +96,22 @@ def handed_on(results: list[Any], given: list[Any]) -> dict[int, int]:
     }
 
 
-def _together(passed: dict[int, int], given: list[Any], rest: Iterable[Any], count: int) -> list[Any]:
+def _together(passed: dict[int, int], given: list[Value], rest: Iterable[Value], count: int) -> list[Value]:
     """All results: values that were passed through come from outside, the others from ``rest``."""
     others = iter(rest)
     return [given[passed[i]] if i in passed else next(others) for i in range(count)]
 
 
-def _without(passed: Iterable[int], results: list[Any]) -> list[Any]:
+def _without(passed: Iterable[int], results: list[Value]) -> list[Value]:
     return [r for i, r in enumerate(results) if i not in passed]
 
 
-def floats(interpreter: Interpreter, results: list[Any], op: str) -> list[Any]:
+def floats(interpreter: Interpreter, results: list[Value], op: str) -> list[Value]:
     """Results of an inner trace: a weight that is returned from it is a use in float."""
     return [interpreter.float_of(r, f"the result of {op}") if isinstance(r, Weight) else r for r in results]
 
 
-def absent(interpreter: Interpreter, results: list[Any], op: str) -> list[Any]:
+def absent(interpreter: Interpreter, results: list[Value], op: str) -> list[Value]:
     """Planning: the same."""
     for r in results:
         if isinstance(r, Weight):
@@ -119,7 +119,7 @@ def absent(interpreter: Interpreter, results: list[Any], op: str) -> list[Any]:
     return [ABSENT] * len(results)
 
 
-def _entering(interpreter: Interpreter, w: Weight, op: str) -> Any:
+def _entering(interpreter: Interpreter, w: Weight, op: str) -> jax.Array | Absent:
     """A weight that cannot go in as one: absent while planning, else in float."""
     if interpreter.planning:
         interpreter.refuse(w, op, f"changed from one step of a {op} to the next")
@@ -128,7 +128,7 @@ def _entering(interpreter: Interpreter, w: Weight, op: str) -> Any:
 
 
 @handles(jax.checkpoint, joined=True)
-def _remat(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _remat(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     closed, p = body_of(eqn), eqn.params
     count = len(eqn.outvars)
     if interpreter.planning:
@@ -151,21 +151,21 @@ def _remat(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[A
 # -- loops -------------------------------------------------------------------------------------------------------------
 
 
-def _abstract_run(body: ClosedJaxpr, before: int, carry: list[Any]) -> list[Any]:
+def _abstract_run(body: ClosedJaxpr, before: int, carry: list[Value]) -> list[Value]:
     """The body's results when it is planned with nothing but the weights of the carry."""
     known = [c if isinstance(c, Weight) else ABSENT for c in carry]
     after = [ABSENT] * (len(body.jaxpr.invars) - before - len(carry))
     return Interpreter(planning=True).run(body, [*[ABSENT] * before, *known, *after])
 
 
-def _whole(interpreter: Interpreter, values: list[Any]) -> list[Any]:
+def _whole(interpreter: Interpreter, values: list[Value]) -> list[Value]:
     return [interpreter.whole(v) if isinstance(v, Joined) else v for v in values]
 
 
 class _Carry:
     """The carry of a loop: weights that the body hands on unchanged are constants of it, and stay outside."""
 
-    def __init__(self, interpreter: Interpreter, op: str, carry: list[Any], body: ClosedJaxpr, before: int):
+    def __init__(self, interpreter: Interpreter, op: str, carry: list[Value], body: ClosedJaxpr, before: int):
         carry = _whole(interpreter, carry)
         weights = any(isinstance(c, Weight) for c in carry)
         returned = _abstract_run(body, before, carry) if weights else carry
@@ -176,21 +176,21 @@ class _Carry:
         ]
 
     @property
-    def start(self) -> list[Any]:
+    def start(self) -> list[Value]:
         """The part that moves."""
         return self.moving(self.values)
 
-    def moving(self, values: list[Any]) -> list[Any]:
+    def moving(self, values: list[Value]) -> list[Value]:
         """The part of the body's results that moves."""
         return [v for v, f in zip(values, self.fixed, strict=True) if not f]
 
-    def full(self, moving: Iterable[Any]) -> list[Any]:
+    def full(self, moving: Iterable[Value]) -> list[Value]:
         """The whole carry, constants put back."""
         moving = iter(moving)
         return [v if f else next(moving) for v, f in zip(self.values, self.fixed, strict=True)]
 
 
-def _layer(interpreter: Interpreter, w: Weight) -> Any:
+def _layer(interpreter: Interpreter, w: Weight) -> jax.Array | Weight | Absent:
     """One layer of a stacked weight, whose first axis a scan takes. Steps so far must leave that axis alone."""
     moved = next((step for step in w.steps if step.layer is None), None)
     if moved is not None:
@@ -205,14 +205,14 @@ def _layer(interpreter: Interpreter, w: Weight) -> Any:
     return dataclasses.replace(w, leaf=leaf, dims=w.dims[1:], stacked=w.stacked + 1, steps=steps)
 
 
-def _apart(value: Any) -> Any:
+def _apart(value: Value) -> Value:
     """A value whose weight, a layer of a stack itself, has codes of its own."""
     if isinstance(value, Weight) and type(value.leaf) is QTensor:
         return dataclasses.replace(value, leaf=value.leaf.apart())
     return value
 
 
-def _without_stack(value: Any) -> Any:
+def _without_stack(value: Value) -> Value:
     """The arrays that a scan slices: all but codes in blocks and codes of experts, which kernels index in the stack."""
     if not isinstance(value, Weight) or type(value.leaf) is not QTensor:
         return value
@@ -221,15 +221,16 @@ def _without_stack(value: Any) -> Any:
     return value
 
 
-def _in_stack(stack: Any, layer: Any, index: Any) -> Any:
+def _in_stack(stack: Value, layer: Value, index: jax.Array) -> Value:
     """A layer of weights, with the codes that `_without_stack` has left where they are."""
-    if isinstance(layer, Weight) and type(layer.leaf) is QTensor and layer.leaf.kept is None:
-        return dataclasses.replace(layer, leaf=layer.leaf.layer_of(stack.leaf, index))
-    return layer
+    if not (isinstance(stack, Weight) and isinstance(layer, Weight)):
+        return layer
+    left = type(layer.leaf) is QTensor and layer.leaf.kept is None
+    return dataclasses.replace(layer, leaf=layer.leaf.layer_of(stack.leaf, index)) if left else layer
 
 
 @handles(primitives.scan_p, joined=True)
-def _scan(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _scan(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     p = eqn.params
     closed, n_consts, n_carry = p["jaxpr"], p["num_consts"], p["num_carry"]
     consts, stacks = values[:n_consts], _whole(interpreter, values[n_consts + n_carry :])
@@ -246,7 +247,7 @@ def _scan(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[An
 
     cut = [_without_stack(x) for x in xs]
 
-    def body(state: list[Any], given: Any) -> Any:
+    def body(state: list[Value], given: Any) -> Any:
         index, arrays = given
         inner = interpreter.child()
         layers = [_in_stack(x, inside(x, a), index) for x, a in zip(xs, arrays, strict=True)]
@@ -275,7 +276,7 @@ def _unstack(interpreter: Interpreter, stats: dict[str, Tally], stacked: list[st
 
 
 @handles(primitives.while_p, joined=True)
-def _while(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _while(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     p = eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
@@ -286,17 +287,17 @@ def _while(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[A
         results = interpreter.run(body, [*body_consts, *carry.values])
         return carry.full(absent(interpreter, carry.moving(results), "while"))
 
-    def test(state: tuple[list[Any], Any]) -> Any:
+    def test(state: tuple[list[Value], Any]) -> Value:
         return interpreter.child().run(cond, [*cond_consts, *carry.full(state[0])])[0]
 
-    def step(state: list[Any]) -> tuple[list[Any], dict[str, Tally]]:
+    def step(state: list[Value]) -> tuple[list[Value], dict[str, Tally]]:
         inner = interpreter.child()
         if interpreter.collect is not None:  # a condition has no results but one: look at its inputs from here
             inner.run(cond, [*cond_consts, *carry.full(state)])
         results = inner.run(body, [*body_consts, *carry.full(state)])
         return floats(interpreter, carry.moving(results), "while"), inner.stats
 
-    def counted(state: tuple[list[Any], dict[str, Tally]]) -> tuple[list[Any], dict[str, Tally]]:
+    def counted(state: tuple[list[Value], dict[str, Tally]]) -> tuple[list[Value], dict[str, Tally]]:
         moving, new = step(state[0])
         return moving, {path: interpreter.merged(path, total, new[path]) for path, total in state[1].items()}
 
@@ -310,17 +311,20 @@ def _empty(like: dict[str, Tally]) -> dict[str, Tally]:
     return {path: Tally.none(tally) for path, tally in like.items()}
 
 
+Branch = Callable[[], tuple[list[Value], dict[str, Tally]]]
+
+
 # -- branches ----------------------------------------------------------------------------------------------------------
 
 
 @handles(primitives.cond_p, joined=True)
-def _cond(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _cond(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     index, *operands = values
     if isinstance(index, Weight):
         return unsupported(interpreter, eqn, values)
     branches = eqn.params["branches"]
     # A weight that every branch hands on; found without computing, so that all branches agree.
-    known = [v if isinstance(v, Weight | Joined) else ABSENT for v in operands]
+    known: list[Value] = [v if isinstance(v, Weight | Joined) else ABSENT for v in operands]
     kept = [handed_on(Interpreter(planning=True).run(branch, known), known).items() for branch in branches]
     passed = dict(functools.reduce(lambda a, b: a & b, [set(items) for items in kept]))
     count = len(eqn.outvars)
@@ -329,8 +333,8 @@ def _cond(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[An
             absent(interpreter, _without(passed, interpreter.run(branch, operands)), "cond")
         return _together(passed, operands, [ABSENT] * count, count)
 
-    def branch_of(closed: ClosedJaxpr) -> Any:
-        def branch() -> tuple[list[Any], dict[str, Tally]]:
+    def branch_of(closed: ClosedJaxpr) -> Branch:
+        def branch() -> tuple[list[Value], dict[str, Tally]]:
             inner = interpreter.child()
             return floats(interpreter, _without(passed, inner.run(closed, operands)), "cond"), inner.stats
 
@@ -347,7 +351,7 @@ def _cond(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[An
     return _together(passed, operands, results, count)
 
 
-def _padded(branch: Any, shapes: dict[str, Tally]) -> Any:
+def _padded(branch: Branch, shapes: dict[str, Tally]) -> Any:
     """A branch that returns the statistics of all branches; the statistics of other branches are empty."""
     results, stats = branch()
     return results, {**_empty(shapes), **{path: tally.certain() for path, tally in stats.items()}}

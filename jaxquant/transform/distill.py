@@ -100,7 +100,7 @@ def distill(
       >>> plan = jq.make_plan(fn, params, x, rules=[jq.Rule("w", jq.OpSpec(jq.QuantSpec("int3")))])
       >>> qparams = jq.quantize_params(params, plan)
       >>> *_, last = jq.calibration.distill(fn, plan, params, qparams, [x] * 50, optax.adam(0.02))
-      >>> error = lambda q: float(jq.transform.relative_error(fn(jq.dequantize_params(q), x), fn(params, x)))
+      >>> error = lambda q: float(relative_error(fn(jq.dequantize_params(q), x), fn(params, x)))
       >>> error(last.params) < 0.9 * error(qparams)
       True
 

@@ -51,8 +51,8 @@ def rescale(params: Params, pair: ScalePair, scale: jax.Array) -> Any:
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
-      >>> from jaxquant.transform.analysis.scales import Member
-      >>> pair = jq.transform.ScalePair((Member("b", -2, 1, 0),), (Member("a", -1, -1, 0),), 2)
+      >>> from jaxquant.transform.analysis.scales import Member, ScalePair
+      >>> pair = ScalePair((Member("b", -2, 1, 0),), (Member("a", -1, -1, 0),), 2)
       >>> params = {"a": jnp.ones((1, 2)), "b": jnp.ones((2, 1))}
       >>> new = jq.invariances.rescale(params, pair, jnp.array([2.0, 4.0]))
       >>> new["a"].tolist(), new["b"].tolist()

@@ -37,20 +37,12 @@ from jaxquant.core.specs import QuantSpec
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.primitives import USES, inlined, used_by
 from jaxquant.transform.products import Products, scoped
-from jaxquant.transform.weights import Joined, Weight
+from jaxquant.transform.weights import ABSENT, Absent, Joined, Value, Weight
 
-__all__ = ["ABSENT", "Interpreter", "Misfit", "Tally", "Use", "handler_of", "handles"]
-
-
-class _Absent:
-    def __repr__(self) -> str:
-        return "ABSENT"
+__all__ = ["Interpreter", "Misfit", "Tally", "Use", "handler_of", "handles"]
 
 
-ABSENT = _Absent()
-"""Stands for every value that is not a weight while planning, when nothing is computed."""
-
-Handler = Callable[["Interpreter", Any, list[Any]], list[Any]]
+Handler = Callable[["Interpreter", JaxprEqn, list[Value]], list[Value]]
 Key = Primitive | Callable[..., Any]
 _take_joined: set[Handler] = set()
 _handlers: dict[Key, Handler] = {}
@@ -72,12 +64,12 @@ def handles(*keys: Key, joined: bool = False) -> Callable[[Handler], Handler]:
 
 
 @functools.cache
-def _registry() -> Mapping[Any, Handler]:
+def _registry() -> Mapping[Key | None, Handler]:
     """Handlers by primitive. The package imports every module that registers some."""
     return {k if isinstance(k, Primitive) or k not in USES else used_by(k): handler for k, handler in _handlers.items()}
 
 
-def handler_of(primitive: Any) -> Handler:
+def handler_of(primitive: Key) -> Handler:
     """The handler of equations of this primitive that a weight reaches."""
     return _registry().get(primitive, unsupported)
 
@@ -171,7 +163,7 @@ class Interpreter:
 
     plan: Plan | None = None
     _: dataclasses.KW_ONLY
-    precision: Any = None
+    precision: jax.lax.PrecisionLike = None
     planning: bool = False
     collect: Callable[..., Any] | None = None
     merge: Callable[[str, Any, Any], Any] | None = None
@@ -215,22 +207,22 @@ class Interpreter:
         return path if self.keys is None else self.keys[path]
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
-    def run(self, closed: ClosedJaxpr, args: list[Any]) -> list[Any]:
+    def run(self, closed: ClosedJaxpr, args: list[Value]) -> list[Any]:
         """Values of the outputs; weights that are returned unchanged stay weights, joined ones are values."""
         return [self.whole(v) if isinstance(v, Joined) else v for v in self.run_in_place(closed, args)]
 
-    def run_in_place(self, closed: ClosedJaxpr, args: list[Any]) -> list[Any]:
+    def run_in_place(self, closed: ClosedJaxpr, args: list[Value]) -> list[Any]:
         """The same of a call whose equations might stand in the place of it: joined weights stay what they are."""
         jaxpr = closed.jaxpr
         consts = [ABSENT] * len(closed.consts) if self.planning else closed.consts
-        env: dict[Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env: dict[Var, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
         if not self.planning and self.products is None and not any(isinstance(a, Weight | Joined) for a in args):
             return list(jaxpr_as_fun(closed)(*args))
         last_use = {} if self.planning else _last_uses(jaxpr)
         pending: list[int] = []
 
-        def read(v: Var | Literal) -> Any:
+        def read(v: Var | Literal) -> Value:
             return v.val if isinstance(v, Literal) else env[v]
 
         def flush() -> None:
@@ -300,14 +292,14 @@ class Interpreter:
         one_each = act is not None and (act.static or weight.steps_of("act") is not None)
         return weight.stacked == item.stacked or (self.collect is None and not one_each)
 
-    def whole(self, joined: Joined) -> Any:
+    def whole(self, joined: Joined) -> jax.Array | Absent:
         """Joined weights as one value: in float, for a use that is not quantized."""
         if self.planning:
             for part in joined.parts:
                 if isinstance(part, Weight):
                     self.refuse(part, "concatenate", _REASONS["concatenate"])
             return ABSENT
-        parts = [self.float_of(p, "'concatenate'") if isinstance(p, Weight) else p for p in joined.parts]
+        parts: list[Any] = [self.float_of(p, "'concatenate'") if isinstance(p, Weight) else p for p in joined.parts]
         return jax.lax.concatenate(parts, joined.axis)
 
     def by_layer(self, weight: Weight) -> bool:
@@ -377,7 +369,7 @@ _REASONS = {
 }  # fmt: skip
 
 
-def unsupported(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any], reason: str | None = None) -> list[Any]:
+def unsupported(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value], reason: str | None = None) -> list[Value]:
     """The handler of every other primitive."""
     op = str(eqn.primitive)
     if interpreter.planning:
@@ -400,13 +392,13 @@ def _empty() -> Jaxpr:
     return jax.make_jaxpr(lambda: ())().jaxpr
 
 
-def _jaxpr(eqns: list[Any], invars: list[Var], outvars: list[Var]) -> ClosedJaxpr:
+def _jaxpr(eqns: list[JaxprEqn], invars: list[Var], outvars: list[Var]) -> ClosedJaxpr:
     """Equations as a jaxpr."""
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
     return ClosedJaxpr(_empty().replace(invars=invars, outvars=outvars, eqns=eqns, effects=effects), ())
 
 
-def _evaluate(eqns: list[Any], env: dict[Var, Any], last_use: dict[Var, int], end: int) -> None:
+def _evaluate(eqns: list[JaxprEqn], env: dict[Var, Value], last_use: dict[Var, int], end: int) -> None:
     """A run of equations, all at once; only what is used after it is kept."""
     made = {v for eqn in eqns for v in eqn.outvars}
     needed = list(dict.fromkeys(v for e in eqns for v in e.invars if not isinstance(v, Literal) and v not in made))

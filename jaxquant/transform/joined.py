@@ -20,9 +20,9 @@ from jax import lax
 from jax.extend.core import JaxprEqn, primitives
 
 from jaxquant.core.arithmetic import promoted
-from jaxquant.transform.interpreter import ABSENT, Interpreter, bind, handler_of, handles
+from jaxquant.transform.interpreter import Interpreter, bind, handler_of, handles
 from jaxquant.transform.primitives import shape_of, used_by
-from jaxquant.transform.weights import Joined, Weight, reshape_dims, reshape_view
+from jaxquant.transform.weights import ABSENT, Joined, Weight, reshape_dims, reshape_view
 
 __all__: list[str] = []
 

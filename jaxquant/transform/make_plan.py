@@ -17,12 +17,12 @@ from jaxquant.core.refusals import Refusals
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import OpSpec
 from jaxquant.rules import OpRule, Rule, Stated
-from jaxquant.transform.interpreter import ABSENT, Interpreter, Use
+from jaxquant.transform.interpreter import Interpreter, Use
 from jaxquant.transform.misfits import fitted
 from jaxquant.transform.plan import UNUSED, Float, Item, Plan, Product, is_float
 from jaxquant.transform.products import Products
 from jaxquant.transform.trace import trace
-from jaxquant.transform.weights import Weight, dims_of
+from jaxquant.transform.weights import ABSENT, Weight, dims_of
 
 __all__ = ["check_all_rules", "check_rules", "make_plan"]
 

@@ -21,13 +21,13 @@ from jaxquant.ops.forms import Axes
 from jaxquant.ops.shardings import explicit_sharding
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.calls import arrays_of, inside
-from jaxquant.transform.interpreter import ABSENT, Interpreter, Misfit, Tally, handles, key_of, unsupported
+from jaxquant.transform.interpreter import Interpreter, Misfit, Tally, handles, key_of, unsupported
 from jaxquant.transform.masks import along
 from jaxquant.transform.plan import Item
 from jaxquant.transform.primitives import automatic, dtype_of, marked_varying, shape_of, varying_axes
 from jaxquant.transform.products import product_name
 from jaxquant.transform.statistics import Inputs, Rows
-from jaxquant.transform.weights import Weight, rounded_activation, trained_activation
+from jaxquant.transform.weights import ABSENT, Weight, rounded_activation, trained_activation
 
 __all__: list[str] = []
 
@@ -237,7 +237,7 @@ def weight_order(weight: Weight) -> Callable[[tuple[int, int]], Any]:
     return lambda pair: [(min(atom.axes), atom.id) for atom in weight.dims[pair[0]]]
 
 
-def _precision(interpreter: Interpreter, own: Any) -> Any:
+def _precision(interpreter: Interpreter, own: lax.PrecisionLike) -> lax.PrecisionLike:
     return own if interpreter.precision is None else interpreter.precision
 
 

@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -106,7 +106,7 @@ class Item:
         layer = abstract(self.shape[self.stacked :], np.dtype(self.dtype), spec, self.reduce_axes, minor=minor)
         return before, math.prod(self.shape[: self.stacked]) * layer.nbytes
 
-    def stack(self, fn: Any) -> Any:
+    def stack(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """A function of one layer's weight as a function of the whole stack."""
         for _ in range(self.stacked):
             fn = jax.vmap(fn)

@@ -24,7 +24,7 @@ from jaxquant.transform.products import Products
 from jaxquant.transform.stated import StatedPlan
 from jaxquant.transform.statistics import Inputs, Range
 from jaxquant.transform.trace import Traced, trace
-from jaxquant.transform.weights import Weight, dims_of
+from jaxquant.transform.weights import Value, Weight, dims_of
 
 __all__ = ["check_plan", "check_state", "quantized", "quantized_and_seen", "steps_shape", "weights_of"]
 
@@ -65,7 +65,7 @@ def weights_of(traced: Traced, plan: Plan | None, state: Mapping[str, Any] | Non
     planned = set(plan or ())
     if plan is not None and plan.products:
         planned |= {path for path, leaf in traced.params.items() if is_float(leaf)}
-    values: list[Any] = []
+    values: list[Value] = []
     for path, leaf in traced.params.items():
         if isinstance(leaf, QTensor) or path in planned:
             entry = (state or {}).get(path)

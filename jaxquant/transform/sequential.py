@@ -16,14 +16,14 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.ptq.gptq import gptq
 from jaxquant.transform.batches import arguments
 from jaxquant.transform.calibrate import Calibration
-from jaxquant.transform.interpreter import ABSENT, Interpreter
+from jaxquant.transform.interpreter import Interpreter
 from jaxquant.transform.masks import Mask
 from jaxquant.transform.params import dequantize_params, quantize_params
 from jaxquant.transform.plan import Plan, is_float
 from jaxquant.transform.quantized import check_plan
 from jaxquant.transform.statistics import Gram, Statistic
 from jaxquant.transform.trace import trace
-from jaxquant.transform.weights import Weight, dims_of
+from jaxquant.transform.weights import ABSENT, Weight, dims_of
 
 __all__ = ["in_order_of_use", "quantize_sequentially"]
 

@@ -23,13 +23,13 @@ from jaxquant.transform import primitives
 from jaxquant.transform.calls import absent, floats
 from jaxquant.transform.interpreter import Interpreter, handles
 from jaxquant.transform.primitives import shape_of
-from jaxquant.transform.weights import Atom, Weight
+from jaxquant.transform.weights import Atom, Value, Weight
 
 __all__: list[str] = []
 
 
 @handles(jax.shard_map)
-def _shard_map(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _shard_map(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     p = eqn.params
     mesh, closed = p["mesh"], primitives.closed(p["jaxpr"])
     cuts = [Cut.of(mesh, spec, len(shape_of(v))) for spec, v in zip(p["in_specs"], eqn.invars, strict=True)]

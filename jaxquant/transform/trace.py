@@ -34,7 +34,7 @@ class Traced:
     rebuild: Callable[[list[Any]], Any]
 
 
-def is_array(x: Any) -> bool:
+def is_array(x: object) -> bool:
     """Whether a leaf is an array (or the shape of one), and so an input of the trace."""
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 

@@ -12,9 +12,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import JaxprEqn, Literal, primitives
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxquant.transform.interpreter import ABSENT, Interpreter, bind, handles, unsupported
+from jaxquant.transform.interpreter import Interpreter, bind, handles, unsupported
 from jaxquant.transform.primitives import marked_varying, reshard, shape_of
 from jaxquant.transform.weights import (
+    ABSENT,
     Atom,
     View,
     Weight,
@@ -150,7 +151,7 @@ def _flip(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     return [w.seen(flip_view(tuple(eqn.params["dimensions"])), w.dims)]
 
 
-def _cut(w: Weight, cuts: list[tuple[int, Any, int]]) -> Weight:
+def _cut(w: Weight, cuts: list[tuple[int, int | jax.Array, int]]) -> Weight:
     """The weight through slices; a sliced axis is one atom of the new size."""
     dims = list(w.dims)
     for axis, _, size in cuts:

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,12 @@ from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.analysis.axes import factored
 
 __all__ = [
+    "ABSENT",
+    "Absent",
     "Atom",
     "Dims",
     "Joined",
+    "Value",
     "View",
     "Weight",
     "act_spec",
@@ -239,6 +242,17 @@ class Weight:
         return tuple(reduced)
 
 
+class Absent:
+    """The type of `ABSENT`."""
+
+    def __repr__(self) -> str:
+        return "ABSENT"
+
+
+ABSENT = Absent()
+"""Stands for every value that is not a weight while planning, when nothing is computed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Joined:
     """Weights, and maybe arrays, side by side: what a concatenation of them gives (`jaxquant.transform.joined`).
@@ -249,9 +263,13 @@ class Joined:
       sizes: of each along that axis.
     """
 
-    parts: tuple[Any, ...]
+    parts: tuple[jax.Array | Weight | Absent, ...]
     axis: int
     sizes: tuple[int, ...]
+
+
+Value: TypeAlias = "jax.Array | Weight | Joined | Absent"
+"""A value of a jaxpr that is evaluated with weights among its inputs."""
 
 
 def as_matrix(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -307,7 +325,7 @@ def flip_view(axes: tuple[int, ...]) -> View:
     return View("rev", flip, lambda q: views.move(q, flip, axes), layer)
 
 
-def slice_view(cuts: tuple[tuple[int, Any, int], ...]) -> View:
+def slice_view(cuts: tuple[tuple[int, int | jax.Array, int], ...]) -> View:
     """Slices ``(axis, start, size)``; starts may be traced."""
 
     def array(x: jax.Array) -> jax.Array:

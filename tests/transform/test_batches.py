@@ -7,6 +7,7 @@ from transform_cases import unequal
 
 import jaxquant as jq
 from jaxquant import recipes
+from jaxquant.transform.sensitivity import Sensitivity
 
 PARAMS = {"w": unequal((8, 8), 1)}
 X = unequal((4, 8), 2)
@@ -21,14 +22,14 @@ PLAN = jq.make_plan(fn, PARAMS, X, rules=[jq.Rule("w", SPEC)])
 
 
 def table():
-    return jq.transform.Sensitivity(PLAN, {"a": jq.OpSpec(jq.QuantSpec("int8"))}, ())
+    return Sensitivity(PLAN, {"a": jq.OpSpec(jq.QuantSpec("int8"))}, ())
 
 
 CALLS = {
     "calibrate": lambda b: jq.calibrate(fn, PLAN, PARAMS, b),
     "compare": lambda b: jq.compare(fn, PARAMS, jq.quantize_params(PARAMS, PLAN), b, plan=PLAN),
     "sensitivity": lambda b: jq.mixed.sensitivity(fn, PLAN, PARAMS, b, {"a": SPEC}),
-    "refine": lambda b: jq.transform.refine(fn, table(), PLAN, PARAMS, b),
+    "refine": lambda b: jq.mixed.refine(fn, table(), PLAN, PARAMS, b),
     "quantize_sequentially": lambda b: jq.calibration.quantize_sequentially(fn, PLAN, PARAMS, b),
     "distill": lambda b: next(jq.calibration.distill(fn, PLAN, PARAMS, jq.quantize_params(PARAMS, PLAN), b, _Never())),
     "learn_rotations": lambda b: next(jq.invariances.learn_rotations(fn, PLAN, PARAMS, {"w": jnp.eye(8)}, b)),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import jaxquant as jq
 from jaxquant import OpSpec, QuantSpec
 from jaxquant.transform.allocation import _knapsack
+from jaxquant.transform.distill import relative_error
 from jaxquant.transform.sensitivity import Cell, Sensitivity
 
 RNG = np.random.default_rng(0)
@@ -35,14 +36,12 @@ def table():
 
 
 def error(plan):
-    return float(
-        jq.transform.relative_error(fn(jq.dequantize_params(jq.quantize_params(PARAMS, plan)), X), fn(PARAMS, X))
-    )
+    return float(relative_error(fn(jq.dequantize_params(jq.quantize_params(PARAMS, plan)), X), fn(PARAMS, X)))
 
 
 def test_errors_are_those_of_one_weight_quantized_alone(table):
     alone = dict(PARAMS, b=jq.quantize(PARAMS["b"], QuantSpec("int2"), reduce_axes=(-2,)).dequantize())
-    losses = [jq.transform.relative_error(fn(alone, x), fn(PARAMS, x)) for x in (X, 0.5 * X)]
+    losses = [relative_error(fn(alone, x), fn(PARAMS, x)) for x in (X, 0.5 * X)]
     cell = table["b", "int2"]
     assert cell.error == pytest.approx(float(np.mean(losses)), rel=1e-4)
     delta = alone["b"] - PARAMS["b"]
@@ -137,9 +136,7 @@ def test_distilling_makes_up_for_rounding():
     sgd = _SignDescent()
     *_, last = jq.calibration.distill(fn, plan, PARAMS, qparams, [X] * 60, sgd)
     target = fn(PARAMS, X)
-    before, after = (
-        float(jq.transform.relative_error(fn(jq.dequantize_params(p), X), target)) for p in (qparams, last.params)
-    )
+    before, after = (float(relative_error(fn(jq.dequantize_params(p), X), target)) for p in (qparams, last.params))
     assert after < 0.8 * before
     assert last.step == 60
     assert jax.tree.structure(last.params) == jax.tree.structure(qparams)
