@@ -23,9 +23,9 @@ from jaxquant.core.affine import as_codes
 from jaxquant.core.by_platform import Target
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels.gpu.decoded import TritonDecoded, run
-from jaxquant.ops.kernels.gpu.product import Decoding, blocks
 from jaxquant.ops.kernels.gpu.quantizing import rows_at_once
 from jaxquant.ops.kernels.gpu.scaled import TritonFloat8, TritonInt8
+from jaxquant.ops.kernels.gpu.tiling import Decoding, blocks
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
 

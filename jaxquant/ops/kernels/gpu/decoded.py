@@ -16,7 +16,8 @@ from jaxquant.ops.kernels.decoded import Decoded
 from jaxquant.ops.problem import Kernel, Product
 
 if TYPE_CHECKING:
-    from jaxquant.ops.kernels.gpu.product import Decoding, Weight
+    from jaxquant.ops.kernels.gpu.product import Weight
+    from jaxquant.ops.kernels.gpu.tiling import Decoding
 
 __all__ = ["Place", "TritonDecoded", "has_blocks", "in_int8", "run"]
 
@@ -145,7 +146,8 @@ def in_int8(x: QTensor) -> bool:
 
 def _stored(w: QTensor, axes: Axes) -> tuple[Weight, Decoding]:
     """The stored arrays of a weight, [B, K, N] or [B, N, K], and their decoding."""
-    from jaxquant.ops.kernels.gpu.product import Decoding, Weight
+    from jaxquant.ops.kernels.gpu.product import Weight
+    from jaxquant.ops.kernels.gpu.tiling import Decoding
 
     place = Place.of(w, axes)
     assert place is not None

@@ -1,50 +1,23 @@
-"""Flax Linen layers that quantize: Flax's own, with one more field, ``spec``.
-
-    QuantDense, QuantDenseGeneral, QuantConv, QuantEmbed, QuantEinsum
-    wrap(model, rules)        any model, in low precision: its own code, transformed
-
-Each layer is a subclass of Flax's, with Flax's constructor arguments, parameter names, initial values and dtypes: the
-variables of a model do not change when `nn.Dense` becomes `QuantDense`. The weight decides:
-
-- a float weight and a ``spec``: quantization-aware training. The forward pass computes what the quantized model
-  computes, gradients go straight through.
-- a `QTensor`: the quantized model. Without a ``spec``, weight-only.
-- a float weight and no ``spec``: Flax's own layer.
-
-**Static activation ranges** (``spec.act.static``) live in the variable collection ``"quant"``, at
-``quant/<module>/act``: the range ``lo`` and ``hi``, and what the spec's observer has ``seen``. Where the collection is
-mutable the observer sees the input, and the forward pass uses the range so far; elsewhere the range is read.
-
-    variables = model.init(key, x)                               # creates the collection, observes nothing
-    _, seen = model.apply(variables, batch, mutable=["quant"])   # calibration; repeat for more batches
-    y = model.apply({**variables, **seen}, x)
-"""
+"""Flax Linen layers whose weight may be quantized: Flax's own, with one more field, ``spec``."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import serialization
 from flax.core import meta, unfreeze
 
 from jaxquant import layers, ops
 from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.core.qtensor import LEAVES, QTensor
+from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
-from jaxquant.rules import OpRule, Rule
-from jaxquant.transform.make_plan import check_all_rules, make_plan
-from jaxquant.transform.plan import Plan
-from jaxquant.transform.quantized import quantized
 
-__all__ = ["QuantConv", "QuantDense", "QuantDenseGeneral", "QuantEinsum", "QuantEmbed", "Wrapped", "wrap"]
+__all__ = ["QuantConv", "QuantDense", "QuantDenseGeneral", "QuantEinsum", "QuantEmbed"]
 
 
 def _named_as_flax(cls: Any) -> Any:
@@ -400,99 +373,3 @@ class QuantEmbed(_Quantized, nn.Embed):
         query, table = self._promote(self.promote_dtype, query, self.embedding, dtype=self.dtype)
         contract = (((query.ndim - 1,), (1,)), ((), ()))
         return self._product(ops.dot_general, query, table, contract, act=query)
-
-
-@dataclasses.dataclass(frozen=True)
-class Wrapped:
-    """A Linen model in low precision; made by `wrap`.
-
-    Attributes:
-      model: the model itself, unchanged.
-      rules: which of its parameters are quantized, and how.
-      state: static activation ranges, from `jaxquant.act_state`.
-    """
-
-    model: nn.Module
-    rules: tuple[Rule | OpRule, ...]
-    state: Mapping[str, Any] | None = None
-
-    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model's own ``init``: its tree and its values."""
-        return self.model.init(rngs, *args, **kwargs)
-
-    def plan(self, variables: Any, *args: Any, **kwargs: Any) -> Plan:
-        """The plan of ``apply`` with these arguments (arrays or shapes); see `jaxquant.make_plan`."""
-        return make_plan(self.model.apply, variables, *args, rules=self.rules, **kwargs)
-
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model's own ``apply`` in low precision: float weights train, QTensors run."""
-        plan = self.plan(variables, *args, **kwargs)
-        return quantized(self.model.apply, plan, self.state)(variables, *args, **kwargs)
-
-
-def wrap(model: nn.Module, rules: Sequence[Rule | OpRule], *, state: Mapping[str, Any] | None = None) -> Wrapped:
-    """Any Linen model in low precision: its own code, transformed by `jaxquant.quantized` at each ``apply``.
-
-    Products are found in the trace, so raw ``x @ w``, einsum, tied embeddings and scanned stacks count as well as
-    ``nn.Dense``. Use ``apply`` inside `jax.jit`: otherwise each call traces the model again.
-
-    Args:
-      model: a Linen module; it is not changed.
-      rules: searched in the paths of the variables, such as ``"params/encoder/Dense_0/kernel"``; see
-        `jaxquant.make_plan`.
-      state: static activation ranges, where rules have static specs.
-
-    Returns:
-      A `Wrapped` with ``init``, ``apply`` and ``plan``.
-
-    Raises:
-      QuantError: if rules are no rules; ``plan`` and ``apply`` as `jaxquant.make_plan` and `jaxquant.quantized`.
-
-    Example:
-      >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
-      >>> from jaxquant import recipes
-      >>> qmodel = jq.linen.wrap(nn.Dense(3), [jq.Rule("kernel", recipes.w8a8())])
-      >>> x = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
-      >>> variables = qmodel.init(jax.random.key(0), x)
-      >>> frozen = jq.quantize_params(variables, qmodel.plan(variables, x))
-      >>> bool(jnp.allclose(qmodel.apply(variables, x), qmodel.apply(frozen, x)))
-      True
-    """
-    if not isinstance(model, nn.Module):
-        todo = "For NNX use jq.nnx.wrap, for other functions jq.quantized"
-        raise quant_error("wrap", "the model must be a Linen module", todo=todo, model=type(model).__name__)
-    return Wrapped(model, check_all_rules("wrap", rules), state)
-
-
-# -- serialization -----------------------------------------------------------------------------------------------------
-
-
-def _to_state_dict(q: QTensor) -> dict[str, Any]:
-    """The leaves of a QTensor by name, for `flax.serialization`; the rest comes from the target that is restored."""
-    children, _ = q.checked().tree_flatten()
-    leaves = {
-        name: serialization.to_state_dict(leaf) for name, leaf in zip(LEAVES, children, strict=True) if leaf is not None
-    }
-    return leaves | {"kind": _kind(q)}
-
-
-def _kind(q: QTensor) -> str:
-    """The facts that give the leaves their meaning: type, dtype, layout and shape."""
-    _, (qtype, dtype, minor, length, split) = q.tree_flatten()
-    return repr((qtype, np.dtype(dtype).name, minor, length, split, tuple(q.shape)))
-
-
-def _from_state_dict(target: QTensor, state: dict[str, Any]) -> QTensor:
-    """A QTensor of the target's kind with the leaves that were saved."""
-    children, aux = target.tree_flatten()
-    wanted = {name: leaf for name, leaf in zip(LEAVES, children, strict=True) if leaf is not None}
-    if not isinstance(state, dict) or set(state) != {*wanted, "kind"} or state["kind"] != _kind(target):
-        todo = "Restore into params that are quantized by the plan of the saved params"
-        saved = state.get("kind", tuple(sorted(state))) if isinstance(state, dict) else "an array"
-        got = {"saved": saved, "target": repr(target)}
-        raise quant_error("QTensor", "the target is quantized in another way than the saved params", todo=todo, **got)
-    leaves = {name: serialization.from_state_dict(leaf, state[name]) for name, leaf in wanted.items()}
-    return QTensor.tree_unflatten(aux, tuple(map(leaves.get, LEAVES))).checked()
-
-
-serialization.register_serialization_state(QTensor, _to_state_dict, _from_state_dict)
