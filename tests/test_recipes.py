@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from ptq_cases import golden
 
 import jaxquant as jq
@@ -75,6 +76,28 @@ def test_refusals():
         jq.OpSpec(int8, int8, int8, outliers=6.0)
     with pytest.raises(jq.QuantError, match="outliers are for products of matrices"):
         ops.ragged_dot(jnp.ones((2, 4)), jnp.ones((1, 4, 3)), jnp.array([2]), spec=recipes.llm_int8())
+
+
+def test_outliers_of_other_operations_are_refused_while_planning():
+    """All of them at once, and by name; a lookup has no activation."""
+
+    def fn(p, x):
+        image = lax.conv_general_dilated(
+            p["table"][x][None], p["image"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+        return lax.ragged_dot(image[0] @ p["dense"], p["experts"], jnp.array([3]))
+
+    params = {
+        "table": jnp.ones((9, 4)),
+        "image": jnp.ones((2, 4, 6)),
+        "dense": jnp.ones((6, 8)),
+        "experts": jnp.ones((1, 8, 5)),
+    }
+    with pytest.raises(jq.QuantError, match="2 things are refused") as caught:
+        jq.make_plan(fn, params, jnp.array([1, 0, 7]), rules=[jq.Rule(".", "llm_int8")])
+    rule = "outliers are for products of matrices, not"
+    assert f"make_plan at experts: {rule} ragged_dot; got outliers=6.0. Give it a rule of its own" in str(caught.value)
+    assert f"make_plan at image: {rule} conv_general_dilated" in str(caught.value)
 
 
 def test_recipes_by_name():

@@ -183,15 +183,18 @@ def _unlike(use: Use, main: Use, spec: OpSpec) -> str:
     return ""
 
 
-def _spec(path: str, spec: OpSpec, main: Use, can: list[Use]) -> tuple[OpSpec, str]:
+def _spec(path: str, spec: OpSpec, can: list[Use]) -> tuple[OpSpec, str]:
     """The part of a rule's spec that the uses of a parameter have a place for, and what to know of it."""
-    note = ""
+    note, others = "", [use.op for use in can if use.op not in ("dot_general", "take")]
     if all(use.op == "take" for use in can):  # indices are not quantized
         note = "only looked up: methods that look at inputs round it to nearest, since it has none"
         spec = OpSpec(spec.weight)
-    elif spec.grad is not None and main.op != "dot_general":
+    elif spec.grad is not None and others:
         spec = dataclasses.replace(spec, grad=None)
-        note = f"gradients stay in float: the backward pass of {main.op} has no integer products"
+        note = f"gradients stay in float: the backward pass of {others[0]} has no integer products"
+    elif spec.outliers is not None and others:
+        rule, todo = f"outliers are for products of matrices, not {others[0]}", "Give it a rule of its own with 'w8a8'"
+        raise quant_error("make_plan", rule, todo=todo, path=path, outliers=spec.outliers)
     act = spec.act
     if act is not None and act.static and not isinstance(act.granularity, PerTensor) and not act.static_unit:
         raise quant_error(
@@ -232,7 +235,7 @@ def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: 
         )
     if own_derivative:
         notes.append("enters a function with a derivative rule of its own, which the derivative of its body replaces")
-    spec, own = _spec(path, rule.spec, main, can)
+    spec, own = _spec(path, rule.spec, can)
     spec, note = fitted("make_plan", path, rule, spec, shape[main.stacked :], main.reduce_axes)
     if spec is None:
         return Float(path, shape, dtype, note)
