@@ -39,6 +39,7 @@ from jaxquant.ops.kernels.gpu import decoded as gpu_decoded
 from jaxquant.ops.kernels.gpu import scaled as gpu_scaled
 from jaxquant.ops.kernels.tpu import decoded as tpu_decoded
 from jaxquant.ops.kernels.tpu import grouped
+from jaxquant.ops.kernels.tpu import int8 as tpu_int8
 from jaxquant.ops.kernels.tpu import ragged as tpu_ragged
 from jaxquant.ops.kernels.tpu.dots import as_it_is, has_few_rows
 from jaxquant.ops.problem import Kernel, Problem, Product
@@ -74,6 +75,7 @@ TABLE: tuple[type[Kernel], ...] = (
     convolution.Int8Convolution,
     ragged.Int8Ragged,
     dequantized.ExactBfloat16,
+    tpu_int8.Int8Blocks,
     integer.Int8,
     dequantized.ScaledActivation,
     floats.Float,

@@ -213,10 +213,10 @@ def _apart(value: Value) -> Value:
 
 
 def _without_stack(value: Value) -> Value:
-    """The arrays that a scan slices: all but codes in blocks and codes of experts, which kernels index in the stack."""
+    """The arrays that a scan slices: all but codes in blocks, of experts or in int8, which kernels find in a stack."""
     if not isinstance(value, Weight) or type(value.leaf) is not QTensor:
         return value
-    if value.leaf.split is not None or value.leaf.ndim == 4:
+    if value.leaf.split is not None or value.leaf.ndim == 4 or value.leaf.kept.dtype == jnp.int8:
         return dataclasses.replace(value, leaf=value.leaf.replace(codes=None))
     return value
 
@@ -247,18 +247,21 @@ def _scan(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[
 
     cut = [_without_stack(x) for x in xs]
 
-    def body(state: list[Value], given: Any) -> Any:
-        index, arrays = given
+    def body(state: Any, arrays: Any) -> Any:
+        index, state = state
         inner = interpreter.child()
         layers = [_in_stack(x, inside(x, a), index) for x, a in zip(xs, arrays, strict=True)]
         results = inner.run(closed, [*consts, *carry.full(state), *layers])
         moving = floats(interpreter, carry.moving(results[:n_carry]), "scan")
         passed.update(handed_on(results[n_carry:], layers))
-        return moving, (floats(interpreter, _without(passed, results[n_carry:]), "scan"), inner.stats)
+        after = None if index is None else index + (-1 if p["reverse"] else 1)
+        return (after, moving), (floats(interpreter, _without(passed, results[n_carry:]), "scan"), inner.stats)
 
-    index = jnp.arange(p["length"]) if any(a is not b for a, b in zip(cut, xs, strict=True)) else None
-    given = index, [arrays_of(x) for x in cut]
-    end, (ys, stats) = lax.scan(body, carry.start, given, length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
+    # Counted, and not one of the arrays that are sliced: a slice of one number takes a TPU a microsecond.
+    whole = any(a is not b for a, b in zip(cut, xs, strict=True))
+    start = (jnp.int32(p["length"] - 1 if p["reverse"] else 0) if whole else None), carry.start
+    how = {"length": p["length"], "reverse": p["reverse"], "unroll": p["unroll"]}
+    (_, end), (ys, stats) = lax.scan(body, start, [arrays_of(x) for x in cut], **how)
     interpreter.add_stats(_unstack(interpreter, stats, [x.path for x in xs if isinstance(x, Weight)]))
     return carry.full(end) + _together(passed, stacks, ys, count)
 

@@ -174,6 +174,9 @@ def problems():
         w = abstract((256, 128), jnp.dtype(dtype), spec.weight, (-2,), stored=False)
         for weight in (stored(spec, dtype, "cpu"), stored(spec, dtype, "tpu"), TrainedTensor(w, None)):
             yield Product.of(codes, weight, *axes, None, dtype)
+    for spec in (recipes.w8a8(), recipes.w4a8(128)):
+        x = abstract((2000, 256), jnp.dtype(jnp.bfloat16), spec.act, (-1,), stored=False)
+        yield Product.of(x, stored(spec, jnp.bfloat16, "tpu"), *axes, None, jnp.bfloat16)
     x = jax.ShapeDtypeStruct((1, 256), float32)
     yield Product.of(x, stored(recipes.w4a16(128), float32, "tpu"), *axes, lax.Precision.HIGHEST, float32)
     tokens = abstract((256, 128), jnp.dtype(float32), jq.QuantSpec("int8"), (-1,), minor=())

@@ -13,13 +13,17 @@ from jax_settings import makes_nan
 
 import jaxquant as jq
 from jaxquant import ops, recipes
+from jaxquant.core.affine import as_codes
 from jaxquant.core.by_platform import Target
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.ops.forms import Axes
+from jaxquant.ops.kernels import integer
 from jaxquant.ops.kernels.tpu import decode, grouped
+from jaxquant.ops.kernels.tpu import int8 as tpu_int8
 from jaxquant.ops.kernels.tpu.quantize import quantized_rows
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
+from jaxquant.ops.trained import TrainedTensor
 
 MATMUL = (((1,), (0,)), ((), ()))
 
@@ -306,3 +310,29 @@ def test_codes_and_scales_in_one_pass(dtype: Any):
     np.testing.assert_array_equal(scale, want.scale)
     _, scale = quantized_rows(x.at[7, 1].set(jnp.nan), qmax=127, interpret=True)
     np.testing.assert_array_equal(np.isnan(scale[:, 0]), np.arange(40) == 7)
+
+
+INT8 = jq.QuantSpec("int8")
+
+
+def int8_problem(x: Any, w: Any, minor: bool, result: Any = jnp.bfloat16) -> Product:
+    """A product of codes with a scale per row on both sides, of a stored weight or of one in training."""
+    w = jq.quantize(w, INT8, reduce_axes=(-2,)) if minor else TrainedTensor(as_codes(w, INT8, (-2,)), None)
+    x = jq.quantize(x, INT8, reduce_axes=(-1,))
+    lead = tuple(range(x.ndim - 2))
+    return Product.of(
+        x, w, Axes.of(x.ndim, lead, (x.ndim - 1,)), Axes.of(w.ndim, lead, (w.ndim - 2,)), None, jnp.dtype(result)
+    )
+
+
+@pytest.mark.every
+@pytest.mark.parametrize(("lead", "minor"), [((), True), ((), False), ((2,), True)])
+def test_many_rows_of_int8_are_what_one_dot_gives(lead: tuple[int, ...], minor: bool, monkeypatch: pytest.MonkeyPatch):
+    """To the bit, for sizes that no block divides and for weights stored either way."""
+    problem = int8_problem(normal(1, (*lead, 1030, 128)), normal(2, (*lead, 128, 1200)), minor, jnp.float32)
+    monkeypatch.setattr(tpu_int8.Int8Blocks, "interpret", True)
+    kernel = select(problem, Target("tpu", V6E))
+    assert kernel.name == "int8_blocks"
+    assert select(problem, Target("tpu")).name == "int8"
+    want = jax.jit(integer.Int8().run)(problem)
+    np.testing.assert_array_equal(jax.jit(kernel.run)(problem), want)

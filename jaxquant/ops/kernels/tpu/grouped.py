@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from jaxquant.ops.kernels.precision import is_default
 from jaxquant.ops.kernels.tpu.decode import BLOCK, GATHER_BYTES, decoder
 from jaxquant.ops.kernels.tpu.decoded import BatchedDecoded
 from jaxquant.ops.kernels.tpu.product import FEW, Groups, Sums, Values, body_for, grouped_product
-from jaxquant.ops.kernels.tpu.undivided import if_undivided
+from jaxquant.ops.kernels.tpu.undivided import run_undivided
 from jaxquant.ops.problem import Kernel, Product
 
 __all__ = [
@@ -86,18 +85,9 @@ class Grouped(Kernel):
 
     def run(self, problem: Product) -> jax.Array:
         """As for `Kernel`; if XLA partitions the program over several devices, by a product that it partitions."""
-        leaves, tree = jax.tree.flatten((problem.x, problem.w))
         plain = BatchedDecoded.takes(problem) or Decoded.takes(problem)
         assert plain is not None
-
-        def of(run: Callable[[Product], jax.Array]) -> Callable[..., jax.Array]:
-            def fn(*leaves: jax.Array) -> jax.Array:
-                x, w = jax.tree.unflatten(tree, leaves)
-                return run(dataclasses.replace(problem, x=x, w=w)).astype(problem.result)
-
-            return fn
-
-        return if_undivided(of(self._undivided), of(plain.run), *leaves)
+        return run_undivided(problem, self._undivided, plain.run)
 
     def _undivided(self, problem: Product) -> jax.Array:
         x, axes, factors = problem.x, problem.x_axes, None

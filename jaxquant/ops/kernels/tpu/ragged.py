@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +37,7 @@ from jaxquant.ops.kernels.tpu.product import (
     row_of_blocks,
     shape_like,
 )
-from jaxquant.ops.kernels.tpu.undivided import if_undivided
+from jaxquant.ops.kernels.tpu.undivided import run_undivided
 from jaxquant.ops.problem import Kernel, RaggedProduct
 from jaxquant.ops.trained import is_in_training
 
@@ -104,18 +103,9 @@ class RaggedExperts(Kernel):
 
     def run(self, problem: RaggedProduct) -> jax.Array:
         """As for `Kernel`; if XLA partitions the program over several devices, by a product that it partitions."""
-        leaves, tree = jax.tree.flatten((problem.x, problem.w, problem.sizes))
         plain = Int8Ragged.takes(problem) or dequantized.Float.takes(problem)
         assert plain is not None
-
-        def of(run: Callable[[RaggedProduct], jax.Array]) -> Callable[..., jax.Array]:
-            def fn(*leaves: jax.Array) -> jax.Array:
-                x, w, sizes = jax.tree.unflatten(tree, leaves)
-                return run(dataclasses.replace(problem, x=x, w=w, sizes=sizes)).astype(problem.result)
-
-            return fn
-
-        return if_undivided(of(self._undivided), of(plain.run), *leaves)
+        return run_undivided(problem, self._undivided, plain.run)
 
     def _undivided(self, problem: RaggedProduct) -> jax.Array:
         x, w, rows = problem.x, problem.w, None

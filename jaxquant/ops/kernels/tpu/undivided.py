@@ -18,7 +18,7 @@ from jax.interpreters import batching, mlir
 
 from jaxquant.core.by_platform import run_program
 
-__all__ = ["if_undivided"]
+__all__ = ["if_undivided", "run_undivided"]
 
 Function = Callable[..., Any]
 
@@ -32,6 +32,16 @@ def if_undivided(kernel: Function, divided: Function, *arrays: jax.Array) -> Any
     kernel, divided = (functools.partial(_leaves, fn) for fn in (kernel, divided))
     found = _choice_p.bind(*_varying_alike(arrays), kernel=kernel, divided=divided, shapes=tuple(jaxpr.out_avals))
     return jax.tree.unflatten(jax.tree.structure(shape), found)
+
+
+def run_undivided(problem: Any, kernel: Function, divided: Function) -> jax.Array:
+    """`if_undivided` for functions of a problem, a pytree with the dtype of its ``result``."""
+    leaves, tree = jax.tree.flatten(problem)
+
+    def of(run: Function) -> Function:
+        return lambda *leaves: run(jax.tree.unflatten(tree, leaves)).astype(problem.result)
+
+    return if_undivided(of(kernel), of(divided), *leaves)
 
 
 def _leaves(fn: Function, *arrays: jax.Array) -> list[jax.Array]:
