@@ -10,8 +10,9 @@ from jax.typing import DTypeLike
 
 from jaxquant.core.affine import minor_axes
 from jaxquant.core.blocks import block_shape, scale_shape
+from jaxquant.core.layout import stored_order
 from jaxquant.core.packing import packed_length
-from jaxquant.core.qtensor import QTensor, stored_order
+from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.core.specs import QuantSpec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import typing
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.core
@@ -16,17 +16,28 @@ from jax.typing import DTypeLike
 from jaxquant.core.arithmetic import finfo
 from jaxquant.core.blocks import BlockView
 from jaxquant.core.codec import from_bits, from_int4, to_bits, to_int4, values_of
+from jaxquant.core.describe import granularity, granularity_by_axes
 from jaxquant.core.errors import quant_error
-from jaxquant.core.layout import transpose, written_transposed
+from jaxquant.core.layout import (
+    Layout,
+    block_rows,
+    inverse,
+    nbytes_of,
+    own_dtype,
+    stored_order,
+    transpose,
+    viewed,
+    written_transposed,
+)
 from jaxquant.core.no_gradient import guarded
 from jaxquant.core.packing import pack, packed_length, unpack
 from jaxquant.core.qtypes import FACTOR, QTYPES, QType
 from jaxquant.core.stack import Layer
+from jaxquant.core.units import in_bytes
 
 __all__ = [
     "FIELDS",
     "LEAVES",
-    "Layout",
     "QTensor",
     "Scale",
     "cast",
@@ -34,7 +45,6 @@ __all__ = [
     "flat",
     "from_codes",
     "scale_values",
-    "stored_order",
 ]
 
 #: The fields of a QTensor that are arrays (or None, or a QTensor).
@@ -49,66 +59,9 @@ Scale: TypeAlias = "jax.Array | QTensor"
 """Scales, one for each block; a `QTensor` where they are quantized themselves."""
 
 
-Layout = Literal["packed", "elements", "native"]
-"""How codes lie in memory; see `QTensor.laid_out`."""
-
-
-def _block_rows(n: int, groups: int) -> int:
-    """Elements of a block along an axis of n: 128 if that is a whole number of groups, else one.
-
-    A TPU keeps 4-bit arrays in tiles of 64 rows by 128 columns; shorter blocks would be padded or copied when they are
-    sliced, and a product sums fastest over 128 at a time.
-    """
-    group = n // groups
-    return 128 if 128 % group == 0 and n % 128 == 0 else group
-
-
-def _nbytes(leaf: Any) -> int:
-    """Bytes of an array, of 4-bit types two elements each."""
-    size, dtype = math.prod(leaf.shape), np.dtype(leaf.dtype)
-    return -(-size // 2) if dtype in (jnp.int4, jnp.uint4) else size * dtype.itemsize
-
-
 def _seal(codes: Any, scale: Any) -> jax.Array:
     """The seal of codes: of the scale's shape, but 1 along an axis with groups."""
     return jnp.zeros([s if s == n else 1 for n, s in zip(codes.shape, scale.shape, strict=True)], bool)
-
-
-@functools.cache
-def _own_dtype(qtype: Any) -> np.dtype | None:
-    """The dtype of fp8 codes; None for other types."""
-    info = QTYPES.get(qtype) if isinstance(qtype, str) else None
-    return info.code_dtype if info is not None and info.kind == "float" and not info.packed else None
-
-
-def _viewed(x: Any, old: np.dtype | None, new: np.dtype | None) -> Any:
-    """An array (or its shape) viewed as another dtype of the same size; other objects are unchanged."""
-    if old is None or new is None or getattr(x, "dtype", None) != old:
-        return x
-    if isinstance(x, np.ndarray):
-        return typing.cast(Any, x).view(new)
-    if isinstance(x, jax.Array):
-        return jax.lax.bitcast_convert_type(x, new)
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(x.shape, new, sharding=x.sharding)
-    return x
-
-
-def _patterns(codes: Any, qtype: str) -> Any:
-    """Codes as they are stored."""
-    return _viewed(codes, _own_dtype(qtype), np.dtype(np.uint8))
-
-
-@functools.cache
-def stored_order(ndim: int, minor: tuple[int, ...]) -> tuple[int, ...]:
-    """Axes of the logical array in the order in which codes are stored: the others, then ``minor``."""
-    last = tuple(axis + ndim for axis in minor)
-    return tuple(axis for axis in range(ndim) if axis not in last) + last
-
-
-@functools.cache
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(order.index(axis) for axis in range(len(order)))
 
 
 @functools.cache
@@ -186,7 +139,7 @@ class QTensor:
         length: int | None = None,
         split: int | None = None,
     ):
-        self.kept = _patterns(codes, qtype) if seal is None else codes
+        self.kept = viewed(codes, own_dtype(qtype), np.dtype(np.uint8)) if seal is None else codes
         self.scale, self.zero_point = scale, zero_point
         self.offset, self.permutation, self.seal = offset, permutation, seal
         self.qtype, self.dtype = qtype, np.dtype(dtype)
@@ -219,7 +172,7 @@ class QTensor:
         if self.seal is not None:  # floats, but codes have no gradient
             traced = isinstance(stored := self.stored, jax.core.Tracer)
             return jax.lax.stop_gradient(typing.cast(Any, stored)) if traced else stored
-        return _viewed(self.stored, np.dtype(np.uint8), _own_dtype(self.qtype))
+        return viewed(self.stored, np.dtype(np.uint8), own_dtype(self.qtype))
 
     # -- attributes of an array ----------------------------------------------------------------------------------------
     @property
@@ -231,7 +184,7 @@ class QTensor:
             return (*stored[: at - 1], stored[at - 1] * stored[at], *stored[at + 1 :])
         if self.length is not None:
             stored = (*stored[:-1], self.length)
-        order = _inverse(self.stored_order)
+        order = inverse(self.stored_order)
         return tuple(stored[i] for i in order)
 
     @property
@@ -247,7 +200,7 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """True bytes of all leaves (codes, scales, zero points and so on), from bit widths."""
-        return sum(_nbytes(leaf) for leaf in jax.tree.leaves(self, is_leaf=lambda x: isinstance(x, Layer)))
+        return sum(nbytes_of(leaf) for leaf in jax.tree.leaves(self, is_leaf=lambda x: isinstance(x, Layer)))
 
     @property
     def symmetric(self) -> bool:
@@ -332,7 +285,7 @@ class QTensor:
 
     def logical_codes(self) -> jax.Array:
         """Codes one per element, in the logical axis order; a permuted axis stays permuted."""
-        return transpose(self.unpacked(), _inverse(self.stored_order))
+        return transpose(self.unpacked(), inverse(self.stored_order))
 
     def store(self, minor: tuple[int, ...]) -> QTensor:
         """The same values with other axes stored last; ``()`` is the float array's own order."""
@@ -365,11 +318,11 @@ class QTensor:
             return from_codes(self.logical_codes(), self.scale, self.zero_point, self.offset, **rest, minor=minor)
         split = self._group_axis()
         codes = self.logical_codes()
-        seal = _seal(codes, self.scale) if layout == "native" and _own_dtype(self.qtype) is not None else None
+        seal = _seal(codes, self.scale) if layout == "native" and own_dtype(self.qtype) is not None else None
         if self.type.packed and self.type.bits <= 4:
             codes = to_int4(codes, self.type)
         if split is not None:
-            at, rows = self.ndim + split, _block_rows(self.shape[split], self.scale.shape[split])
+            at, rows = self.ndim + split, block_rows(self.shape[split], self.scale.shape[split])
             codes = codes.reshape(*codes.shape[:at], -1, rows, *codes.shape[at + 1 :])
         return QTensor(codes, self.scale, self.zero_point, self.offset, seal=seal, **rest, split=split)
 
@@ -385,7 +338,7 @@ class QTensor:
         """Whether codes have this layout already, or only one layout exists for them."""
         if self.permutation is not None:
             return True
-        if layout == "native" and _own_dtype(self.qtype) is None:
+        if layout == "native" and own_dtype(self.qtype) is None:
             layout = "elements"
         if not self.type.packed and self._group_axis() is None and layout != "native" and self.seal is None:
             return True
@@ -445,14 +398,7 @@ class QTensor:
           >>> jq.quantize(jnp.ones((128, 8)), spec, reduce_axes=(-2,)).scheme
           'int4, groups of 64, symmetric'
         """
-        blocks = [n // s for n, s in zip(self.shape, self.scale.shape, strict=True)]
-        several = [b for b in blocks if b > 1]
-        if math.prod(self.scale.shape) == 1:
-            shared = "per tensor"
-        elif all(b in (1, n) for b, n in zip(blocks, self.shape, strict=True)):
-            shared = "per channel"
-        else:
-            shared = f"groups of {several[0]}" if len(several) == 1 else f"blocks of {' x '.join(map(str, several))}"
+        shared = granularity(self.shape, tuple(self.scale.shape))
         words = [self.qtype, shared, "symmetric" if self.symmetric else "asymmetric"]
         words += ["two-level scales"] if isinstance(self.scale, QTensor) else []
         words += ["act-order"] if self.permutation is not None else []
@@ -460,32 +406,14 @@ class QTensor:
 
     def __repr__(self) -> str:
         try:
-            shape, nbytes = self.shape, self.nbytes
-            blocks = tuple(self.scale.shape)
-            per = _describe_blocks(shape, blocks)
+            shape, size = self.shape, in_bytes(self.nbytes)
+            per = granularity_by_axes(shape, tuple(self.scale.shape))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # leaves that are not arrays
             return f"QTensor({self.qtype}, codes={self.kept!r}, scale={self.scale!r}, zero_point={self.zero_point!r})"
         kind = "symmetric" if self.symmetric else "asymmetric"
         kind += "" if self.permutation is None else ", permuted"
-        unit, power = next((u, p) for u, p in (("MiB", 20), ("KiB", 10), ("B", 0)) if nbytes >= 1 << p or p == 0)
-        size = f"{nbytes / (1 << power):.1f} {unit}" if power else f"{nbytes} B"
         size += {"packed": "", "elements": ", one code per element", "native": ", codes in fp8"}[self.layout]
         return f"QTensor({self.qtype}[{', '.join(map(str, shape))}] -> {self.dtype.name}, {per}, {kind}, {size})"
-
-
-def _describe_blocks(shape: tuple[int, ...], scale: tuple[int, ...]) -> str:
-    ndim = len(shape)
-    block = [n // s for n, s in zip(shape, scale, strict=True)]
-    if any(1 < scale[i] < shape[i] for i in range(ndim)):
-        groups = [i for i in range(ndim) if block[i] > 1]
-        return f"group {' x '.join(str(block[i]) for i in groups)} on {_axes(groups, ndim)}"
-    if math.prod(scale) == 1:
-        return "per tensor"
-    return f"per channel on {_axes([i for i in range(ndim) if scale[i] > 1], ndim)}"
-
-
-def _axes(axes: list[int], ndim: int) -> str:
-    return ("axis " if len(axes) == 1 else "axes ") + ", ".join(str(i - ndim) for i in axes)
 
 
 def from_codes(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxquant.core.abstract import abstract
 from jaxquant.core.by_platform import Platform, Target, target_of
-from jaxquant.core.qtensor import Layout
+from jaxquant.core.layout import Layout
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.problem import Convolution, Geometry, Problem, Product, RaggedProduct, Window

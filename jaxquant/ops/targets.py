@@ -10,7 +10,8 @@ import jax.core
 import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.qtensor import LEAVES, Layout, QTensor
+from jaxquant.core.layout import Layout
+from jaxquant.core.qtensor import LEAVES, QTensor
 
 __all__ = ["Platform", "check_target", "lay_out", "layout_for", "platform_of"]
 

@@ -15,9 +15,10 @@ from jaxquant.core.affine import quantize
 from jaxquant.core.blocks import block_shape, negative_axes
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.finite import has_nan, not_finite
+from jaxquant.core.layout import Layout
 from jaxquant.core.learned import learned_range
 from jaxquant.core.paths import Params, is_qtensor, leaves_with_paths, nearest
-from jaxquant.core.qtensor import Layout, QTensor, dequantize
+from jaxquant.core.qtensor import QTensor, dequantize
 from jaxquant.core.refusals import Refusals
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.shardings import explicit_of, shardings

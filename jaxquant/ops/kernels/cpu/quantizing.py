@@ -12,8 +12,9 @@ from jax import lax
 
 from jaxquant.core.affine import Encoded, codes_apart, codes_in_parts, encode, minor_axes
 from jaxquant.core.codec import codes_of, to_bits
+from jaxquant.core.layout import stored_order
 from jaxquant.core.packing import pack
-from jaxquant.core.qtensor import QTensor, scale_values, stored_order
+from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
