@@ -41,6 +41,7 @@ __all__ = [
     "quantize",
     "quantized_by_itself",
     "roundtrip",
+    "scaled_codes",
 ]
 
 
@@ -228,6 +229,12 @@ def _nan_where(x: jax.Array, scale: Any) -> Any:
 def quantized_by_itself(x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...], apart: bool) -> QTensor:
     """`as_codes` of an array by its own range. A platform may replace it, to find range and codes in one pass."""
     return _as_codes(x, encode(x, spec, axes), None, spec, axes, apart=apart)
+
+
+@Replaceable
+def scaled_codes(x: jax.Array, times: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...]) -> QTensor:
+    """`as_codes` of ``x times``, in the dtype of ``times``. A platform may replace it, to write no product of both."""
+    return as_codes(x.astype(times.dtype) * times, spec, axes)
 
 
 def _as_codes(

@@ -30,14 +30,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.core.affine import as_codes
+from jaxquant.core.affine import as_codes, scaled_codes
 from jaxquant.core.errors import quant_error
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
-from jaxquant.ops.forms import Axes, Matrix
+from jaxquant.ops.forms import Axes, Matrix, split_up
 from jaxquant.ops.kernels.cpu.layout import transpose_by_tiles
 from jaxquant.ops.kernels.dots import float_dot
 from jaxquant.ops.kernels.integer import overflow_limit
+from jaxquant.ops.kernels.tpu.layout import rows_last
 
 __all__ = ["as_stored", "lhs_gradient", "restored", "rhs_gradient"]
 
@@ -72,12 +73,12 @@ def lhs_gradient(
     along = (2, 2 if turned else 1)
     if isinstance(w, Matrix):
         scale, zero = (w.scale, w.zero_point) if turned else (_turned(w.scale), _turned(w.zero_point))
-        scaled = g.astype(scale.dtype) * scale
         if isinstance(how, QuantSpec):
-            u, t = _quantized(scaled, how, 2, key)
-            return restored(_codes_product(u, w, w.codes, along, 0, zero) * t, axes.order, shape)
+            u, t = _quantized(g, scale, how, 2, key)
+            out = _codes_product(u, w, w.codes, along, 0, zero) * t
+            return restored(out.astype(g.dtype), axes.order, shape)
         assert zero is None
-        g, w = scaled.astype(g.dtype), w.codes.astype(g.dtype)
+        g, w = (g.astype(scale.dtype) * scale).astype(g.dtype), w.codes.astype(g.dtype)
     out = float_dot(g, w, along, how)
     return restored(out, axes.order, shape)
 
@@ -97,7 +98,7 @@ def rhs_gradient(
     transposed = _rows_last(axes)  # the result is [b, k, n]
     if isinstance(how, QuantSpec):
         assert isinstance(x, Matrix)
-        u, t = _quantized(g.astype(x.scale.dtype) * x.scale, how, 1, key)
+        u, t = _quantized(g, x.scale, how, 1, key)
         if transposed:
             out = _codes_product(u, x, _with_rows_last(x.codes), (2, 1), 1, x.zero_point) * t
         else:
@@ -116,12 +117,12 @@ def _rows_last(axes: Axes) -> bool:
 
 
 def _with_rows_last(x: jax.Array) -> jax.Array:
-    """[b, rows, k] as [b, k, rows]; on the CPU the transpose is written to memory."""
+    """[b, rows, k] as [b, k, rows]; on the CPU the transpose is written to memory, on a TPU that of codes."""
 
     def in_memory(x: jax.Array) -> jax.Array:
         return lax.optimization_barrier(transpose_by_tiles(x, order=(0, 2, 1)))
 
-    return lax.platform_dependent(x, cpu=in_memory, default=lambda x: jnp.swapaxes(x, 1, 2))
+    return lax.platform_dependent(x, cpu=in_memory, tpu=rows_last, default=lambda x: jnp.swapaxes(x, 1, 2))
 
 
 def _values_with_rows_last(x: jax.Array | Matrix, dtype: Any) -> jax.Array:
@@ -140,7 +141,7 @@ def _turned(x: Any) -> Any:
 
 def restored(x: jax.Array, order: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
     """Permutes and reshapes matrices [b, rows, k] to the shape of the operand, whose axes were taken in ``order``."""
-    whole = x.reshape([shape[i] for i in order])
+    whole = split_up(x, [shape[i] for i in order])
     return jnp.transpose(whole, [order.index(i) for i in range(len(shape))])
 
 
@@ -148,15 +149,20 @@ def _dot(left: jax.Array, right: jax.Array, along: tuple[int, int], **how: Any) 
     return lax.dot_general(left, right, (((along[0],), (along[1],)), ((0,), (0,))), **how)
 
 
-def _quantized(g: jax.Array, spec: QuantSpec, axis: int, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Codes of g, and their scale, which is constant along ``axis``."""
+def _quantized(
+    g: jax.Array, scale: jax.Array, spec: QuantSpec, axis: int, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Codes of g times the scale of an operand, and their own scale, which is constant along ``axis``."""
     if spec.rounding == "stochastic":
+        g = g.astype(scale.dtype) * scale
         if key is None:
             todo = "Pass key=jax.random.key(...) to quantized, or to the op, a new one for each step"
             raise quant_error("grad", "stochastic rounding of gradients needs a key", todo=todo, grad=spec)
         bits = jnp.sum(lax.bitcast_convert_type(g.astype(jnp.float32), jnp.uint32), dtype=jnp.uint32)
         key = jax.random.fold_in(jax.random.fold_in(key, axis), bits)
-    q = as_codes(g, spec, (axis - g.ndim,), key=key if spec.rounding == "stochastic" else None)
+        q = as_codes(g, spec, (axis - g.ndim,), key=key)
+    else:
+        q = scaled_codes(g, scale, spec=spec, axes=(axis - g.ndim,))
     return q.codes, q.scale
 
 

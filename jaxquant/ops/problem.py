@@ -21,7 +21,7 @@ from jaxquant.core.arithmetic import promoted
 from jaxquant.core.by_platform import Platform, Target
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.sizes import number
-from jaxquant.ops.forms import Axes, Form, Matrix, Packed, canonical, form, matrix, pytree
+from jaxquant.ops.forms import Axes, Form, Matrix, Packed, canonical, form, matrix, pytree, split_up
 from jaxquant.ops.trained import is_in_training
 
 __all__ = [
@@ -166,7 +166,7 @@ class Product(Problem):
         w_rows = [self.w.shape[i] for i in self.w_axes.rows]
         if self.weight_first:
             return jnp.swapaxes(out, 1, 2).reshape(*batch, *w_rows, *x_rows)
-        return out.reshape(*batch, *x_rows, *w_rows)
+        return split_up(out.astype(self.result), (*batch, *x_rows, *w_rows))
 
     def in_float(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """As for `Problem`."""

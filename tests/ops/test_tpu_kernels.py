@@ -20,7 +20,8 @@ from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels import integer
 from jaxquant.ops.kernels.tpu import decode, grouped
 from jaxquant.ops.kernels.tpu import int8 as tpu_int8
-from jaxquant.ops.kernels.tpu.quantize import quantized_rows
+from jaxquant.ops.kernels.tpu.layout import transposed_codes
+from jaxquant.ops.kernels.tpu.quantize import quantized_columns, quantized_rows
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
 from jaxquant.ops.trained import TrainedTensor
@@ -298,18 +299,37 @@ def test_gradients_are_those_of_the_float_product():
 
 
 @makes_nan
+@pytest.mark.parametrize("axis", [1, 0])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_codes_and_scales_in_one_pass(dtype: Any):
+def test_codes_and_scales_in_one_pass(dtype: Any, axis: int):
     """To the bit what `quantize` finds: zeros, infinities, the least numbers, ties, and a NaN that stays visible."""
-    spec = jq.QuantSpec("int8")
-    x = normal(3, (40, 256), dtype).at[3].set(0).at[4, 5].set(jnp.inf).at[5].set(1e-39)
+    kernel = quantized_rows if axis else quantized_columns
+    x = normal(3, (32, 256), dtype).at[3].set(0).at[4, 5].set(jnp.inf).at[5].set(1e-39)
     x = x.at[6].set(jnp.asarray(np.arange(256) - 128, dtype) / 2)
-    codes, scale = quantized_rows(x, qmax=127, interpret=True)
-    want = jq.quantize(x, spec, reduce_axes=(-1,))
-    np.testing.assert_array_equal(codes, want.codes)
+    x = x if axis else x.T
+    codes, scale = kernel(x, qmax=127, interpret=True)
+    want = jq.quantize(x, jq.QuantSpec("int8"), reduce_axes=(axis,))
+    np.testing.assert_array_equal(codes, want.logical_codes())
     np.testing.assert_array_equal(scale, want.scale)
-    _, scale = quantized_rows(x.at[7, 1].set(jnp.nan), qmax=127, interpret=True)
-    np.testing.assert_array_equal(np.isnan(scale[:, 0]), np.arange(40) == 7)
+    _, scale = kernel(x.at[(7, 1) if axis else (1, 7)].set(jnp.nan), qmax=127, interpret=True)
+    np.testing.assert_array_equal(np.isnan(np.ravel(scale)), np.arange(32) == 7)
+
+
+@pytest.mark.parametrize("axis", [1, 0])
+def test_codes_of_values_times_factors_in_one_pass(axis: int):
+    """To the bit what the array of the products is quantized to."""
+    kernel = quantized_rows if axis else quantized_columns
+    x, times = normal(3, (64, 384), jnp.bfloat16), jnp.exp(normal(4, (1, 384) if axis else (64, 1), jnp.float32))
+    codes, scale = kernel(x, times, qmax=127, interpret=True)
+    want = jq.quantize(x.astype(jnp.float32) * times, jq.QuantSpec("int8"), reduce_axes=(axis,))
+    np.testing.assert_array_equal(codes, want.logical_codes())
+    np.testing.assert_array_equal(scale, want.scale)
+
+
+def test_transposed_codes():
+    """Of several blocks, the last of them cut."""
+    x = np.arange(1152 * 256, dtype=np.int32).astype(np.int8).reshape(1152, 256)
+    np.testing.assert_array_equal(transposed_codes(jax.device_put(x), interpret=True), x.T)
 
 
 INT8 = jq.QuantSpec("int8")

@@ -252,3 +252,20 @@ def test_the_gradient_of_an_activation_decodes_within_its_product(name: str, flo
     assert found.temporaries < 0.02 * 2 * SIZE * SIZE
     forward = jq.explain(product(spec), params, x(8), target="tpu v5e").seconds
     assert found.seconds < (2 * float_seconds if forward is None else 1.8 * forward)
+
+
+@pytest.mark.slow
+def test_a_training_step_writes_codes_and_results_alone():
+    """Scales and factors are part of kernels and products: no wide array stands between them, also not of many axes."""
+    spec, rows, size = recipes.w8a8g8(), (2, 256), 1024
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((*rows, size), (size, size), (*rows, size))]
+
+    def step(x: jax.Array, w: jax.Array, g: jax.Array) -> Any:
+        y, pull = jax.vjp(lambda x, w: ops.dot_general(x, w, (((2,), (0,)), ((), ())), spec=spec), x, w)
+        return y, *pull(g)
+
+    program = Program(compiled_for("test", "tpu v5e", step, tuple(args)).executable.as_text())
+    steps = [i for name, body in program.computations.items() if name not in program.fused for i in body.values()]
+    kernels = sorted(i.kernel for i in steps if i.is_kernel)
+    assert kernels == ["quantized_columns", "quantized_columns", "quantized_rows", "quantized_rows", "transposed_codes"]
+    assert not [i for i in steps if any(a.dtype == "f32" and a.size >= 512 * 1024 for a in i.arrays)]
