@@ -23,7 +23,7 @@ class Layer:
     """
 
     stack: jax.Array
-    index: int | jax.Array
+    index: jax.Array
 
     def tree_flatten(self) -> tuple[tuple[Any, Any], None]:
         return (self.stack, self.index), None

@@ -195,19 +195,22 @@ def test_arguments_of_two_meshes():
         compilers.compiled_for("explain", "tpu v5e", lambda a, b: a + b, tuple(shapes))
 
 
+_LINE = re.compile(r"%([\w.-]+) = (\w+\[.*)")
+_DOT = re.compile(r" (?:dot|convolution)\(%([\w.-]+), %([\w.-]+)\)")
+_TRITON = re.compile(r" custom-call\(%([\w.-]+), %([\w.-]+),[^\n]*gpu\.triton")  # it multiplies codes
+
+
 def factors(text: str) -> list[tuple[tuple[str, str], tuple[str, str]]]:
     """Of each product in a program: the types that are read, and the types that are multiplied."""
     found = []
     for block in text.split("\n\n"):
-        lines = dict(re.findall(r"%([\w.-]+) = (\w+\[.*)", block))
-        for left, right in re.findall(r" (?:dot|convolution)\(%([\w.-]+), %([\w.-]+)\)", block):
+        lines = dict(_LINE.findall(block))
+        for left, right in _DOT.findall(block):
             read = [re.sub(r".* convert\(%([\w.-]+)\).*", r"\1", lines[name]) for name in (left, right)]
             read = [name if name in lines else own for name, own in zip(read, (left, right), strict=True)]
             types = [tuple(lines[name].partition("[")[0] for name in names) for names in (read, (left, right))]
             found.append(tuple(types))
-        for left, right in re.findall(
-            r" custom-call\(%([\w.-]+), %([\w.-]+),[^\n]*gpu\.triton", block
-        ):  # multiplies codes
+        for left, right in _TRITON.findall(block):
             codes = (re.sub(r".* bitcast\(%([\w.-]+)\).*", r"\1", lines[name]) for name in (left, right))
             types = tuple(lines[name].partition("[")[0] for name in codes)
             found.append((types, types))

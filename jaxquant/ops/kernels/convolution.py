@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ class Int8Convolution(Kernel):
     name = "int8"
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Convolution) -> Kernel | None:
         """As for `Kernel`: on TPUs.
 
         cuDNN has no convolution from int8 to int32, and XLA refuses to compile one for NVIDIA GPUs.

@@ -53,7 +53,7 @@ class Decoded(Kernel):
         return f"{jnp.dtype(self.dtype).name}, decoded"
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`: off the CPU a stored weight with one code per element, and groups along one axis at most."""
         if not is_stored_in_elements(problem.w):
             return None
@@ -76,7 +76,7 @@ class BatchedDecoded(Decoded):
         return f"{jnp.dtype(self.dtype).name}, batched"
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`: if values are exact in a narrow dtype and the results of all groups are few."""
         if Decoded.takes(problem) is None:
             return None

@@ -55,7 +55,7 @@ class ExactBfloat16(Kernel):
     name = "bfloat16"
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`: off the CPU, which has faster kernels of its own."""
         if problem.wide:
             return None
@@ -146,7 +146,7 @@ class ScaledActivation(Kernel):
         return jnp.dtype(self.dtype).name
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`, except float16, in which the activation times scales could underflow."""
         x, w = problem.forms
         if not isinstance(x, jax.ShapeDtypeStruct) or not isinstance(w, Matrix | Packed) or problem.trained:
@@ -181,7 +181,7 @@ class Dequantized(Kernel):
         return jnp.dtype(self.dtype).name
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`: every product that has a canonical form."""
         return None if None in problem.forms else cls(value_dtype(problem))
 

@@ -46,7 +46,7 @@ class Int8(Kernel):
     name = "int8"
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`: off the CPU, which has faster kernels of its own."""
         return cls() if multiplies_integers(problem) else None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ class Int8Ragged(Kernel):
     name = "int8"
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: RaggedProduct) -> Kernel | None:
         """As for `Kernel`: on every platform."""
         x, experts = problem.forms
         if not (is_whole(x) and is_whole(experts)):

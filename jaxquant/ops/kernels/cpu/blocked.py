@@ -48,7 +48,7 @@ class Blocked(Kernel):
         return f"{jnp.dtype(self.dtype).name} blocks"
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`."""
         return None if None in problem.forms or problem.trained or problem.wide else cls(value_dtype(problem))
 
@@ -75,7 +75,7 @@ class BlockedIntegers(Kernel):
     platforms = ("cpu",)
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`."""
         if problem.rows < _LONG_DOT or problem.wide or machine.int8_dots() != "vectors" or machine.cores() > 1:
             return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ class Int8Convolution(convolution.Int8Convolution):
     platforms = ("cpu",)
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Convolution) -> Kernel | None:
         """As for `Kernel`: if the library serves int8."""
         return None if machine.int8_dots() == "none" else super().takes(problem)
 
@@ -52,7 +51,7 @@ class ResidualSplitConvolution(Kernel):
     name = "int8 residual split"
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Convolution) -> Kernel | None:
         """As for `Kernel`: if the library serves int8, and there is one feature group.
 
         Digits have one scale per image, which is too coarse for separate feature groups and no gain for small kernels.

@@ -48,7 +48,7 @@ class ExactBfloat16(Kernel):
     platforms = ("cpu",)
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`."""
         if problem.wide or not problem.trained or not machine.bfloat16_dots():
             return None
@@ -73,6 +73,6 @@ class Dequantized(Kernel):
     platforms = ("cpu",)
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`."""
         return None if None in problem.forms else dequantized.Dequantized(value_dtype(problem))

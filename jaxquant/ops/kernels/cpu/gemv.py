@@ -52,7 +52,7 @@ class Gemv(Kernel):
     name = "float32 GEMV"
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`: a weight with codes (stored with K last) and groups that fit these loops.
 
         Table values that are not multiples of one unit are rounded to 16 bits, an error of 1e-5 of their norm for nf4.

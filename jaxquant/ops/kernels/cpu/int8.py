@@ -37,7 +37,7 @@ class Int8(Kernel):
     exact = True
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`: integers in groups of 1024 or more, or one scale per row, if the library serves int8."""
         if machine.int8_dots() == "none" and not problem.wide:
             return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ class ResidualSplitRagged(Kernel):
     name = "int8 residual split"
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: RaggedProduct) -> Kernel | None:
         """As for `Kernel`: integer experts with one scale per output channel."""
         x, experts = problem.forms
         if not isinstance(x, jax.ShapeDtypeStruct) or x.dtype == jnp.float64 or not is_whole(experts):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +71,7 @@ class ResidualSplit(Kernel):
     exact = True
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`: up to `most_rows`."""
         most, count = _most_rows(problem), digit_count(problem.precision)
         fits = count * problem.rows <= most and problem.quantized[0].groups == 1
@@ -100,7 +99,7 @@ class ScaledResidualSplit(Kernel):
     name = "int8 residual split"
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`: up to `most_rows`, of a weight with a byte per code."""
         most = _most_rows(problem)
         if not digit_count(_SCALED) * problem.rows <= most:

@@ -43,7 +43,7 @@ class TritonDecoded(Kernel):
         return f"{jnp.dtype(self.dtype).name}, decoded by Triton"
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`: where XLA would write the weight's values to memory, and the kernel has blocks.
 
         XLA fuses one conversion into a product. So weights whose codes are numbers, with one scale per row and no zero
@@ -130,7 +130,7 @@ def run(problem: Product, dtype: Any, *, interpret: bool = False) -> jax.Array:
     return problem.restored(batched(values, weight, how, result, dtype, rows=rows, interpret=interpret))
 
 
-def has_blocks(problem: Any) -> bool:
+def has_blocks(problem: Product) -> bool:
     """Whether a problem is a product of known sizes, on one device or on a mesh whose axes XLA partitions."""
     if not isinstance(problem, Product) or not all(isinstance(n, int) for n in (*problem.x.shape, *problem.w.shape)):
         return False

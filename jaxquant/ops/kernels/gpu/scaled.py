@@ -35,7 +35,7 @@ class TritonInt8(Kernel):
     platforms = ("cuda",)
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`: symmetric int8 with one scale for each row of x and each column of the weight."""
         fits = _fits(problem, in_int8) and problem.length <= overflow_limit(128, 128)
         return cls() if fits else None
@@ -61,7 +61,7 @@ class TritonFloat8(Kernel):
         return target.platform in cls.platforms and _FLOAT8.search(target.chip or "") is not None
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`: symmetric e4m3 with one scale for each row of x and each column of the weight."""
         return cls() if _fits(problem, _in_e4m3) and is_default(problem.precision) else None
 
@@ -74,7 +74,7 @@ def _in_e4m3(x: QTensor) -> bool:
     return x.symmetric and x.qtype == "float8_e4m3fn"
 
 
-def _fits(problem: Any, codes: Any) -> bool:
+def _fits(problem: Product, codes: Any) -> bool:
     """Whether both operands have such codes, one scale per row or column, and rows enough that sums are large."""
     if not has_blocks(problem) or not all(_is_plain(v) and codes(v) for v in (problem.x, problem.w)):
         return False
