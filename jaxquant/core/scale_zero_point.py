@@ -91,13 +91,15 @@ def reach(lo: jax.Array, hi: jax.Array, spec: QuantSpec) -> tuple[jax.Array, flo
 
     A grid that is narrow, or no integers, ends at qmax. A whole one, of few codes, has a step for every two halves: the
     ends of the range lie half a step beyond the last codes, and are rounded by no more than other values are.
+    Stochastic rounding would not be right in the mean there: then the ends lie on the last codes.
     """
     info = spec.type
     if not info.signed:
         return jnp.maximum(hi, 0), info.qmax
     if not spec.whole_range:
         return jnp.maximum(jnp.abs(lo), jnp.abs(hi)), info.qmax
-    above, below = info.qmax + 0.5, 0.5 - info.qmin
+    half = 0.0 if spec.rounding == "stochastic" else 0.5
+    above, below = info.qmax + half, half - info.qmin
     least = float(finfo(lo.dtype).tiny)  # a product that is less is flushed to 0, which is no range
     below_zero = jnp.where(lo >= 0, 0, jnp.maximum(-lo * (above / below), least))
     return jnp.maximum(below_zero, jnp.maximum(hi, 0)), above
@@ -122,7 +124,24 @@ def affine(
     half = jnp.where(jnp.maximum(hi, -lo) > 1, jnp.asarray(0.5, lo.dtype), jnp.asarray(1, lo.dtype))
     scale = _float_scale(hi * half - lo * half, (info.qmax - info.qmin) * half, dtype)
     zero_point = jnp.clip(jnp.rint(info.qmin - divide(lo, scale.astype(lo.dtype))), info.qmin, info.qmax)
+    if spec.rounding == "stochastic":
+        scale, zero_point = _both_ends_within(lo, hi, zero_point, spec)
     return scale, zero_point.astype(info.code_dtype)
+
+
+def _both_ends_within(
+    lo: jax.Array, hi: jax.Array, zero_point: jax.Array, spec: QuantSpec
+) -> tuple[jax.Array, jax.Array]:
+    """A scale and zero point with ``qmin <= lo / scale + zero_point`` and ``hi / scale + zero_point <= qmax``.
+
+    Rounding the zero point moves one end beyond its code by up to half a step, where stochastic rounding is not right
+    in the mean: a scale that is that much larger covers it.
+    """
+    info, dtype = spec.type, np.dtype(spec.scale_dtype or np.float32)
+    negative, positive = (lo < 0).astype(lo.dtype), (hi > 0).astype(lo.dtype)
+    zero_point = jnp.clip(zero_point, info.qmin + negative, info.qmax - positive)
+    below, above = (jnp.maximum(n, 1) for n in (zero_point - info.qmin, info.qmax - zero_point))
+    return _float_scale(jnp.maximum(divide(-lo, below), divide(hi, above)), 1.0, dtype), zero_point
 
 
 def scale_zero_point(lo: ArrayLike, hi: ArrayLike, spec: QuantSpec) -> tuple[Scale, jax.Array | None]:
@@ -131,10 +150,11 @@ def scale_zero_point(lo: ArrayLike, hi: ArrayLike, spec: QuantSpec) -> tuple[Sca
     Symmetric: no zero point, and ``scale = max(|lo|, |hi|) / qmax`` where the lowest code is left out
     (``narrow_range``, the default at 7 and 8 bits), so that the ends are exact. With the whole range, the default of
     fewer bits, ``scale = max(-lo / (1/2 - qmin), hi / (qmax + 1/2))``: at 4 bits ``-lo / 8.5`` or ``hi / 7.5``. Steps
-    are smaller then, and still no element is off by more than half of one. Asymmetric: the range is first widened to
+    are smaller then, and still no element is off by more than half of one; with ``rounding="stochastic"`` the ends lie
+    on the last codes, ``-lo / 8`` or ``hi / 7``. Asymmetric: the range is first widened to
     contain 0; ``scale = (hi - lo) / (qmax - qmin)`` and ``zero_point = round(qmin - lo / scale)``, so real 0.0 has a
-    code of its own and is exact. An empty range (both 0) gives scale 1, or the
-    least number for a type without a 0 (binary, quaternary, iq4_nl).
+    code of its own and is exact; with ``rounding="stochastic"`` the scale is as much larger as both ends need. An empty
+    range (both 0) gives scale 1, or the least number for a type without a 0 (binary, quaternary, iq4_nl).
 
     Args:
       lo, hi: float arrays of one shape (or scalars), in the units of the array to be quantized.

@@ -105,6 +105,8 @@ class QuantSpec(Value):
         symmetric integers of at most 4 bits. A code times its integer fits in 8 bits, so a product takes one integer
         dot.
       rounding: ``"nearest"`` (half to even) or ``"stochastic"`` (up with the probability of the fraction; needs a key).
+        The ends of a range are codes then, so that all values are right in the mean; but for scales that are rounded
+        themselves (two-level, mxfp8, mxfp4, nvfp4), where what lies beyond the last code saturates.
 
     Raises:
       QuantError: on an unknown type or a combination that has no meaning.
@@ -220,7 +222,7 @@ class QuantSpec(Value):
         if self.calibration is not None:
             return self.calibration
         if self.whole_range:
-            return observers.WholeRange(self.type.qmax)
+            return observers.MinMax() if self.rounding == "stochastic" else observers.WholeRange(self.type.qmax)
         return observers.AbsMax() if self.symmetric and self.type.signed else observers.MinMax()
 
     @functools.cached_property

@@ -99,7 +99,7 @@ def test_the_type_in_force(spec):
     assert narrow == (may_be_narrow and (asked if asked is not None else unasked))
     default = AbsMax() if spec.symmetric and full.qmin < 0 else MinMax()
     if may_be_narrow and not narrow:
-        default = WholeRange(full.qmax)
+        default = MinMax() if spec.rounding == "stochastic" else WholeRange(full.qmax)
     assert spec.observer == (default if spec.calibration is None else spec.calibration)
 
 
