@@ -66,6 +66,7 @@ TABLE: tuple[type[Kernel], ...] = (
     tpu_ragged.RaggedExperts,
     grouped.ByteSums,
     grouped.ByteValues,
+    grouped.ManyRows,
     grouped.GroupedSums,
     grouped.GroupedValues,
     tpu_decoded.BatchedDecoded,

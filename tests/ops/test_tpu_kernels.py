@@ -20,6 +20,7 @@ from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels import integer
 from jaxquant.ops.kernels.tpu import decode, grouped
 from jaxquant.ops.kernels.tpu import int8 as tpu_int8
+from jaxquant.ops.kernels.tpu import product as product_kernels
 from jaxquant.ops.kernels.tpu.layout import transposed_codes
 from jaxquant.ops.kernels.tpu.quantize import quantized_columns, quantized_rows
 from jaxquant.ops.problem import Product
@@ -207,6 +208,23 @@ def test_int8_activations(group: int, rows: int, monkeypatch: pytest.MonkeyPatch
     assert kernel == ("grouped_values" if (rows, group) == (300, 32) else "grouped_sums")
     real = x.dequantize(jnp.float32)
     assert_close(y, real, w, exact=kernel == "grouped_sums", rounded=True)
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("act", [False, True])
+def test_many_rows_on_a_chip_that_sums_256_products(act: bool, monkeypatch: pytest.MonkeyPatch):
+    """Values are multiplied beside int8 rows too. Where memory is short, K is cut into parts, which are added."""
+    monkeypatch.setattr(product_kernels, "MEMORY", 2 << 20)
+    monkeypatch.setattr(product_kernels, "_PART", 256)
+    spec = recipes.w4a8(128)
+    assert spec.act is not None
+    w, x = weight(spec.weight, (512, 200)), normal(2, (260, 512))
+    problem = problem_of(jq.quantize(x, spec.act, reduce_axes=(-1,)) if act else x, w)
+    kernel = select(problem, Target("tpu", V6E))
+    assert isinstance(kernel, grouped.ManyRows)
+    assert kernel.body(kernel.groups, (jnp.dtype(jnp.bfloat16),), jnp.float32).blocks(260, 512, 200)[2] == 256
+    _, y = interpreted(problem, monkeypatch, V6E)
+    assert_close(y, problem.x.dequantize(jnp.float32) if act else x, w, exact=False, rounded=True)
 
 
 def test_float32_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch):

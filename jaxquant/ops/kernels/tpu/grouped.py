@@ -17,7 +17,7 @@ from jaxquant.ops.kernels.decoded import Decoded
 from jaxquant.ops.kernels.precision import is_default
 from jaxquant.ops.kernels.tpu.decode import BLOCK, GATHER_BYTES, decoder
 from jaxquant.ops.kernels.tpu.decoded import BatchedDecoded
-from jaxquant.ops.kernels.tpu.product import FEW, Groups, Sums, Values, body_for, grouped_product
+from jaxquant.ops.kernels.tpu.product import FEW, Groups, Sums, Values, ValuesInParts, body_for, grouped_product
 from jaxquant.ops.kernels.tpu.undivided import run_undivided
 from jaxquant.ops.problem import Kernel, Product
 
@@ -28,6 +28,7 @@ __all__ = [
     "Grouped",
     "GroupedSums",
     "GroupedValues",
+    "ManyRows",
     "weight_arrays",
     "weight_groups",
 ]
@@ -62,7 +63,7 @@ class Grouped(Kernel):
         groups, dtype = cls._groups(w), _dtype_of(problem)
         if groups is None or dtype is None or not isinstance(rows, int) or rows == 0:
             return None
-        if body_for(rows, dtype, groups) is not cls.body:
+        if not cls._is_for(rows, dtype, groups):
             return None
         if cls.body is Values and groups.decoder.parts > 1 and rows > FEW and not groups.decoder.bytewise:
             return None  # XLA decodes such codes in the order of rows, in a tenth less time
@@ -77,6 +78,11 @@ class Grouped(Kernel):
     def _groups(cls, w: QTensor) -> Groups | None:
         """The static properties of a weight; None if the kernel does not take it."""
         return weight_groups(w)
+
+    @classmethod
+    def _is_for(cls, rows: int, dtype: Any, groups: Groups) -> bool:
+        """Whether this is the faster of the kernels for so many rows of a dtype."""
+        return body_for(rows, dtype, groups) is cls.body
 
     @property
     def name(self) -> str:
@@ -113,6 +119,26 @@ class GroupedValues(Grouped):
     """Many rows: decodes values once."""
 
     body = Values
+
+
+class ManyRows(GroupedValues):
+    """Many rows on chips whose matrix unit sums 256 products: the same chips gather bytes.
+
+    A sum of int8 products over a group of 128 leaves half of the unit idle, and the vector unit scales it: 512 rows of
+    int8 by [4096, 4096] in int4 take a v6e 73 thousand cycles so, and 43 in bfloat16, where the codes are exact.
+    """
+
+    body = ValuesInParts
+
+    @classmethod
+    def runs_on(cls, target: Target) -> bool:
+        """As for `Kernel`."""
+        return target.platform in cls.platforms and target.chip in GATHER_BYTES
+
+    @classmethod
+    def _is_for(cls, rows: int, dtype: Any, groups: Groups) -> bool:
+        """As for `Grouped`; 4-bit floats and tables have kernels of their own there."""
+        return rows > FEW and groups.decoder.parts == 1 and dtype != jnp.float32
 
 
 class GathersBytes(Kernel):
