@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -37,8 +37,35 @@ from jaxquant import OpSpec, QuantSpec, Rule, qat
 from jaxquant.demo import digits
 
 MSE = jq.observers.MSE
-BY_TOKEN, KL = "lsq, by token", "lsq, KL"
 TEMPERATURE = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a scheme is trained.
+
+    Args:
+      method: of `qat.learned_steps`; None has a range for each array.
+      least_error: steps start from the least squared error, in place of the method's own start.
+      by_token: activations have a range for each token; only the steps of weights are learned.
+      teacher: the loss compares with the float model's predictions, not with labels.
+    """
+
+    method: Literal["lsq", "lsq+", "pact"] | None = None
+    least_error: bool = False
+    by_token: bool = False
+    teacher: bool = False
+
+
+WAYS = {
+    "ranges": Way(),
+    "lsq": Way("lsq"),
+    "lsq, least error": Way("lsq", least_error=True),
+    "lsq, KL": Way("lsq", teacher=True),
+    "lsq, by token": Way("lsq", by_token=True),
+    "lsq+": Way("lsq+"),
+    "pact": Way("pact"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +75,20 @@ class Scheme:
     weight: str
     act: Any = None
 
-    def spec(self, way: str) -> OpSpec:
+    def spec(self, way: Way) -> OpSpec:
         """Weights per channel; activations per token, or with one learned step."""
-        if way == "ranges":
-            return OpSpec(QuantSpec(self.weight, calibration=MSE()), self.act and QuantSpec(self.act))
-        if way == BY_TOKEN:
-            return OpSpec(QuantSpec(self.weight), self.act and QuantSpec(self.act))
-        start: dict[str, Any] = {"calibration": MSE()} if way == "lsq, least error" else {}
-        act: dict[str, Any] = {"granularity": jq.PerTensor(), "static": True, "symmetric": way != "lsq+", **start}
-        return OpSpec(QuantSpec(self.weight, **start), self.act and QuantSpec(self.act, **act))
+        start: dict[str, Any] = {"calibration": MSE()} if way.least_error or way.method is None else {}
+        weight = QuantSpec(self.weight, **start)
+        if self.act is None:
+            return OpSpec(weight)
+        if way.method is None or way.by_token:
+            return OpSpec(weight, QuantSpec(self.act))
+        act = QuantSpec(self.act, granularity=jq.PerTensor(), static=True, symmetric=way.method != "lsq+", **start)
+        return OpSpec(weight, act)
+
+    def takes(self, way: Way) -> bool:
+        """Ways that concern activations alone are for schemes that quantize them."""
+        return self.act is not None or not (way.by_token or way.method == "lsq+")
 
 
 SCHEMES = {"w2": Scheme("int2"), "w3a3": Scheme("int3", "uint3"), "w2a2": Scheme("int2", "uint2")}
@@ -69,13 +101,13 @@ class Training:
     Args:
       model: a Flax module.
       scheme: how it is quantized.
-      way: where ranges come from, one of `WAYS`.
+      way: one of `WAYS`.
       params: of one seed.
       data: what to train on.
       rate: learning rate of the steps.
     """
 
-    def __init__(self, model: nn.Module, scheme: Scheme, way: str, params: Any, data: digits.Digits, rate: float):
+    def __init__(self, model: nn.Module, scheme: Scheme, way: Way, params: Any, data: digits.Digits, rate: float):
         self.way, self.data, self.recipe = way, data, digits.QAT
         self.apply = lambda params, images: model.apply({"params": params}, images)
         rules = [Rule("kernel", scheme.spec(way))]
@@ -93,18 +125,17 @@ class Training:
 
     def start(self, params: Any) -> Any:
         """The state that training starts with."""
-        if self.way == "ranges":
+        if self.way.method is None:
             return {}
         batch = self.data.train_images[:512]
-        method: Any = self.way.partition(",")[0]
-        state = qat.learned_steps(self.apply, self.plan, params, [batch], method)
-        if self.way == BY_TOKEN:
+        state = qat.learned_steps(self.apply, self.plan, params, [batch], self.way.method)
+        if self.way.by_token:
             return {path: {"weight": entry["weight"]} for path, entry in state.items()}
         return state
 
     def _loss(self, both: Any, images: Any, goal: Any) -> jax.Array:
         logits = jq.quantized(self.apply, self.plan, both[1])(both[0], images)
-        if self.way == KL:
+        if self.way.teacher:
             return qat.distillation_loss(logits, goal, temperature=TEMPERATURE)
         targets = optax.smooth_labels(jax.nn.one_hot(goal, 10), self.recipe.smoothing)
         return optax.softmax_cross_entropy(logits, targets).mean()
@@ -122,7 +153,7 @@ class Training:
         """Test accuracy of the frozen model, and the largest difference of its logits from those in training."""
         both, rng, size = (params, self.start(params)), np.random.default_rng(seed), self.recipe.batch
         opt_state, goals = self.tx.init(both), self.data.train_labels
-        if self.way == KL:
+        if self.way.teacher:
             goals = np.asarray(self.apply(params, self.data.train_images))
         for _ in range(self.recipe.epochs):
             order = rng.permutation(len(self.data.train_images))[: self.batches * size].reshape(self.batches, size)
@@ -134,14 +165,11 @@ class Training:
         )
 
 
-WAYS = ("ranges", "lsq", "lsq, least error", KL, BY_TOKEN, "lsq+", "pact")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="number of seeds (default: 5)")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of the steps (default: 3e-3)")
-    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, metavar="WAY", help="which rows")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), metavar="WAY", help="which rows")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES), metavar="SCHEME")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
@@ -160,9 +188,9 @@ def main() -> None:
         for kind in args.schemes:
             scheme = SCHEMES[kind]
             for way in args.ways:
-                if way in ("lsq+", BY_TOKEN) and scheme.act is None:
-                    continue  # weights have no offset
-                training = Training(model, scheme, way, floats[0], data, args.rate)
+                if not scheme.takes(WAYS[way]):
+                    continue
+                training = Training(model, scheme, WAYS[way], floats[0], data, args.rate)
                 found = [training.measure(params, seed) for seed, params in enumerate(floats)]
                 line = summary(name, f"{kind}, {way}", [accuracy for accuracy, _ in found], None)
                 lines.append({**line, "trained to frozen": max(difference for _, difference in found)})
