@@ -1,6 +1,6 @@
 """Quantization-aware training on scikit-learn's digits, with ranges taken from the arrays and with learned steps.
 
-    python benchmarks/qat_digits.py                 # five seeds; an hour on one core
+    python benchmarks/qat_digits.py                 # five seeds; 20 minutes of one core
     python benchmarks/qat_digits.py --seeds 3
 
 The models, the data and the recipe are those of benchmarks/digits_accuracy.py: 15 epochs from trained float parameters.

@@ -62,6 +62,22 @@ def test_accuracies_are_those_of_the_benchmark():
         assert cells == [found[way] for way in ("RTN", "GPTQ", "GPTQ, descended")]
 
 
+def test_digits_are_those_of_the_benchmark():
+    """Each cell of the table on trained digits is in the results of benchmarks/qat_digits.py."""
+    ways = ("ranges", "lsq", "lsq, least error", "lsq, KL", "lsq, by token", "lsq+", "pact")
+    text = (snippets.ROOT / "benchmarks/results/qat_digits.txt").read_text(encoding="utf-8")
+    networks = {block[:3]: block for block in text.split("\n\n")[1:]}
+    table = (
+        (DOCS / "qat.md").read_text(encoding="utf-8").split("| network, weights and activations |")[1].split("\n\n")[0]
+    )
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert len(rows) == 6
+    for case, *cells in rows:
+        network, scheme = case.split(", ")
+        found = {line[:30].strip(): line[30:].split()[0] for line in networks[network].splitlines()[1:]}
+        assert cells == [found.get(f"{scheme}, {way}", "-") for way in ways]
+
+
 def test_quoted_source_is_the_source():
     quoted = next(block for block in snippets.blocks(DOCS / "how-it-works.md", "python") if block.skipped)
     assert quoted.code in (snippets.ROOT / "jaxquant/transform/weight_views.py").read_text(encoding="utf-8")
