@@ -117,7 +117,8 @@ def test_weights_whose_contracted_axis_is_stored_last(name, sizes):
 
 
 def test_a_batch_and_experts_of_odd_size():
-    assert off(*problem_of(SPECS["nvfp4"], 9, 64, 17, lead=(2,))) <= 1e-6
+    with jax.checking_leaks():  # nothing of the trace is kept by rules of batching and partitioning
+        assert off(*problem_of(SPECS["nvfp4"], 9, 64, 17, lead=(2,))) <= 1e-6
 
 
 def test_parts_of_k_are_summed():

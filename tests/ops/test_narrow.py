@@ -201,8 +201,8 @@ def test_what_a_gpu_is_asked_for(dtype, letters):
 @pytest.mark.parametrize("op", ["conv", "ragged"])
 def test_a_gpu_multiplies_in_the_dtype_of_the_float_program(op):
     x, w, spec = {
-        "conv": (jnp.ones((2, 6, 5, 8)), jnp.ones((3, 3, 8, 4)), recipes.w4a16(8)),
-        "ragged": (jnp.ones((6, 16)), jnp.ones((3, 16, 4)), recipes.w4a16(8)),
+        "conv": (jnp.ones((2, 6, 5, 8), jnp.float32), jnp.ones((3, 3, 8, 4), jnp.float32), recipes.w4a16(8)),
+        "ragged": (jnp.ones((6, 16), jnp.float32), jnp.ones((3, 16, 4), jnp.float32), recipes.w4a16(8)),
     }[op]
 
     def multiply(x, w, **rest):

@@ -337,8 +337,9 @@ def batched(
 
     Partitions of columns, rows and stacks are kept. If k is partitioned, the partial sums of the devices are added.
     """
-    optional = {"rows": rows, **{name: getattr(w, name) for name in Weight._fields[1:]}}
-    names = [name for name, value in optional.items() if value is not None]
+    optional = "rows", *Weight._fields[1:]
+    given = {name: v for name, v in zip(optional, (rows, *w[1:]), strict=True) if v is not None}
+    names = list(given)  # all that is closed over below: arrays would outlive their trace in the rules
 
     def local(cuts: Mapping[str, int]) -> Callable[..., jax.Array]:
         k = cuts.get("k", 1)
@@ -373,10 +374,10 @@ def batched(
 
     @jax.custom_batching.custom_vmap
     def call(*arrays: jax.Array) -> jax.Array:
-        return partitioned(local, arrays, _axes(how, names, arrays), _pieces(how, arrays[0], w), "k")
+        return partitioned(local, arrays, _axes(how, names, arrays), _pieces(how, arrays[0]), "k")
 
     call.def_vmap(mapped)
-    return call(x, w.codes, *(optional[name] for name in names))
+    return call(x, w.codes, *given.values())
 
 
 def _axes(how: Decoding, names: list[str], arrays: tuple[jax.Array, ...]) -> tuple[list[str], list[str]]:
@@ -395,7 +396,7 @@ def _axes(how: Decoding, names: list[str], arrays: tuple[jax.Array, ...]) -> tup
     return given, ["bmn"]
 
 
-def _pieces(how: Decoding, x: jax.Array, w: Weight) -> dict[str, int]:
+def _pieces(how: Decoding, x: jax.Array) -> dict[str, int]:
     """The number of pieces that an axis can be partitioned into: whole groups and whole bytes."""
     small = how.stored == "nibbles"
     k = how.groups if how.groups > 1 else how.length // (2 if small and how.k_last else 1)
