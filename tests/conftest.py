@@ -10,7 +10,7 @@ hash of their names, unless it is cheap (`@pytest.mark.every`). Except
 
     pytest --slow              runs all of them
     pytest --slow-sample N     runs one in N of them, rounded up, and one set of each function that has only slow ones
-    pytest --salt TEXT         chooses another sample of the slow ones
+    pytest --salt TEXT         chooses another sample
 
 and `pytest --fast-sample N` runs one in N of the others, where even those are too many.
 
@@ -59,8 +59,8 @@ def pytest_addoption(parser):
     group = parser.getgroup("slow tests")
     group.addoption("--slow", action="store_true", help="run the slow tests too")
     group.addoption("--slow-sample", type=int, default=0, metavar="N", help="run one slow test in N, by --salt")
-    group.addoption("--salt", default="", metavar="TEXT", help="what the choice of slow tests depends on")
-    group.addoption("--fast-sample", type=int, default=0, metavar="N", help="run one fast test in N, always the same")
+    group.addoption("--salt", default="", metavar="TEXT", help="what the samples depend on")
+    group.addoption("--fast-sample", type=int, default=0, metavar="N", help="run one fast test in N, by --salt")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -81,9 +81,9 @@ def pytest_collection_finish():
 
 
 def pytest_report_header(config):
-    if config.getoption("--slow-sample"):
-        return f"slow sample: --slow-sample {config.getoption('--slow-sample')} --salt '{config.getoption('--salt')}'"
-    return None
+    samples = [name for name in ("--slow-sample", "--fast-sample") if config.getoption(name)]
+    given = [f"{name} {config.getoption(name)}" for name in samples]
+    return f"sample: {' '.join(given)} --salt '{config.getoption('--salt')}'" if samples else None
 
 
 def pytest_collection_modifyitems(config, items):
@@ -101,10 +101,9 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords and item not in sampled:
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
-    n = config.getoption("--fast-sample")
-    if n > 0:  # not skipped: pytest cannot skip a doctest whose line it does not know
+    if config.getoption("--fast-sample"):  # not skipped: pytest cannot skip a doctest whose line it does not know
         fast = [item for item in items if "slow" not in item.keywords]
-        out = set(_in_order(fast)[math.ceil(len(fast) / n) :])
+        out = set(fast) - _fast_sample(fast, config.getoption("--fast-sample"), config.getoption("--salt"))
         config.hook.pytest_deselected(items=list(out))
         items[:] = [item for item in items if item not in out]
 
@@ -117,6 +116,11 @@ def _slow_sample(functions, n, salt):
     alone = [sets for sets, every in zip(slow, functions, strict=True) if sets and len(sets) == len(every)]
     whole = _in_order(itertools.chain.from_iterable(slow), salt)
     return {*whole[: math.ceil(len(whole) / n)], *(_in_order(sets, salt)[0] for sets in alone)}
+
+
+def _fast_sample(fast, n, salt):
+    """One fast test in n."""
+    return set(_in_order(fast, salt)[: math.ceil(len(fast) / n)])
 
 
 def _in_order(items, salt=""):

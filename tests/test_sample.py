@@ -1,4 +1,4 @@
-"""The choice of slow tests in a CI run: one of each function at least, and others with another salt."""
+"""The choice of tests in a CI run: one of each slow function at least, and others with another salt."""
 
 import dataclasses
 from pathlib import Path
@@ -41,3 +41,10 @@ def test_one_in_n_and_others_by_another_salt(choose):
     assert [len(sample) for sample in samples] == [10, 10, 10]
     assert len(set.union(*samples)) > 20
     assert samples[1] == choose(functions, 100, "4f2a91")
+
+
+def test_fast_tests_rotate_as_slow_ones_do(request):
+    choose, items = request.config.pluginmanager.get_plugin(CONFTEST)._fast_sample, function("a", slow=0, fast=500)
+    samples = [choose(items, 100, salt) for salt in ("", "4f2a91", "c0ffee")]
+    assert [len(sample) for sample in samples] == [5, 5, 5]
+    assert len(set.union(*samples)) > 10

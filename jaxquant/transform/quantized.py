@@ -62,7 +62,7 @@ def weights_of(traced: Traced, plan: Plan | None, state: Mapping[str, Any] | Non
 
     Where products of two activations are planned, the other parameters too: their products are none of those.
     """
-    planned = set(plan or ())
+    planned = set() if plan is None else set(plan.by_path)
     if plan is not None and plan.products:
         planned |= {path for path, leaf in traced.params.items() if is_float(leaf)}
     values: list[Value] = []
