@@ -37,9 +37,10 @@ def if_undivided(kernel: Function, divided: Function, *arrays: jax.Array) -> Any
 def run_undivided(problem: Any, kernel: Function, divided: Function) -> jax.Array:
     """`if_undivided` for functions of a problem, a pytree with the dtype of its ``result``."""
     leaves, tree = jax.tree.flatten(problem)
+    result = problem.result  # the equation keeps its functions, and all that they close over: no arrays
 
     def of(run: Function) -> Function:
-        return lambda *leaves: run(jax.tree.unflatten(tree, leaves)).astype(problem.result)
+        return lambda *leaves: run(jax.tree.unflatten(tree, leaves)).astype(result)
 
     return if_undivided(of(kernel), of(divided), *leaves)
 
