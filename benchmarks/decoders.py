@@ -293,7 +293,7 @@ prefill of TOKENS tokens. The estimate is the longer of the compiler's cycles, a
 their code. The floor is what reading arguments and writing results takes, or the arithmetic: no program can be
 faster. It leaves out the arithmetic of kernels that are written by hand, which a prefill in W4A16 and W4A8 consists of.
 Attention is the same in all programs: over a cache XLA's products, in a prefill JAX's own kernel for TPUs
-(`flash_attention`), of which the estimate counts all blocks, also those that the mask makes zero.
+(`flash_attention`), of which the estimate counts all blocks, also blocks that the mask makes zero.
 `x` is the speed relative to the bfloat16 program; at batch 1 XLA's own program is far
 from its floor, so there the comparison with that floor says more. Cells were compiled at several commits;
 a dash was not compiled. GB are the arguments, results and

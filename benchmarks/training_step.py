@@ -1,14 +1,15 @@
 """A step of quantization-aware training from abstract weights: what it costs on a TPU, as its compiler estimates it.
 
 `python benchmarks/accelerators.py --training` runs this. Two decoder layers of the shapes of Llama 3 8B, two sequences
-of 2,048 tokens: the loss, the gradients of all weights in bfloat16, and a step of SGD. Attention is JAX's own kernel in
-all programs, forward and backward (`attention.py`). Nothing is run.
+of 2,048 tokens: the loss, the gradients of all weights in bfloat16, and a step of SGD. Attention is the same plain
+products in all programs, and not quantized (`attention.py` says why). Nothing is run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attention
@@ -21,7 +22,8 @@ from jaxquant import recipes
 from jaxquant.programs.compilers import compiled_for
 from jaxquant.programs.estimates import estimate
 
-RULES = {"bfloat16": None, "W8A8": recipes.w8a8(), "W8A8, int8 gradients": recipes.w8a8g8()}
+RULES = {"W8A8": recipes.w8a8(), "W8A8, int8 gradients": recipes.w8a8g8()}
+PEER = {"W8A8": None, "W8A8, int8 gradients": "int8"}  # number type of gradients
 LAYERS, BATCH, TOKENS = 2, 2, 2048
 
 
@@ -32,22 +34,33 @@ class Cell:
     chip: str
     scheme: str
     by: str
-    ms: float | None
-    floor_ms: float
-    temporaries: int
+    ms: float | None = None
+    floor_ms: float | None = None
+    temporaries: int | None = None
     missing: str = ""
 
 
-def loss(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
-    """Of two layers: the mean square of what they make of x, [batch, tokens, width]."""
+def loss(x: jax.Array, weight: Callable[[int, str], jax.Array], dot: Callable[..., jax.Array]) -> jax.Array:
+    """The mean square of what the layers make of x, [batch, tokens, width].
+
+    Args:
+      x: the activation.
+      weight: a weight by its layer and name.
+      dot: an activation times a weight, by its layer and name.
+    """
     m = decoders.LLAMA_8B
-    for p in params:
-        h = decoders.norm(x, p["norm_attention"])
-        q, k, v = (attention.heads(h @ p[n], count) for n, count in (("q", m.heads), ("k", m.cached), ("v", m.cached)))
-        x = x + attention.joined(attention.causal(q, k, v)) @ p["o"]
-        h = decoders.norm(x, p["norm_mlp"])
-        x = x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
+    for i in range(LAYERS):
+        h = decoders.norm(x, weight(i, "norm_attention"))
+        q, k, v = (attention.heads(dot(h, i, n), c) for n, c in (("q", m.heads), ("k", m.cached), ("v", m.cached)))
+        x = x + dot(attention.joined(attention.causal_products(q, k, v)), i, "o")
+        h = decoders.norm(x, weight(i, "norm_mlp"))
+        x = x + dot(jax.nn.silu(dot(h, i, "gate")) * dot(h, i, "up"), i, "down")
     return jnp.mean(x.astype(jnp.float32) ** 2)
+
+
+def plain_loss(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
+    """`loss` of weights that are arrays."""
+    return loss(x, lambda i, name: params[i][name], lambda x, i, name: x @ params[i][name])
 
 
 def arguments() -> tuple[list[dict[str, Any]], Any]:
@@ -58,33 +71,80 @@ def arguments() -> tuple[list[dict[str, Any]], Any]:
     return [one] * LAYERS, jax.ShapeDtypeStruct((BATCH, TOKENS, m.width), jnp.bfloat16)
 
 
+def our_program(spec: jq.OpSpec) -> tuple[Callable[..., jax.Array], Any]:
+    params, x = arguments()
+    plan = jq.make_plan(plain_loss, params, x, rules=[jq.Rule("norm", None), jq.Rule(".*", spec)])
+    return jq.quantized(plain_loss, plan), params
+
+
+def qwix_program(gradient: str | None) -> tuple[Callable[..., jax.Array], Any]:
+    """By its provider for training, which intercepts the products of Flax's layers."""
+    import flax.linen as nn
+    import qwix
+
+    (shapes, *_), x = arguments()
+
+    class Layers(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            ones = nn.initializers.ones
+
+            def dot(x: jax.Array, i: int, name: str) -> jax.Array:
+                columns = shapes[name].shape[1]
+                return nn.Dense(columns, use_bias=False, param_dtype=jnp.bfloat16, name=f"{name}_{i}")(x)
+
+            def weight(i: int, name: str) -> jax.Array:
+                return self.param(f"{name}_{i}", ones, shapes[name].shape, jnp.bfloat16)
+
+            return loss(x, weight, dot)
+
+    rule = qwix.QtRule(weight_qtype="int8", act_qtype="int8", bwd_qtype=gradient, op_names=("dot_general",))
+    model = qwix.quantize_model(Layers(), qwix.QtProvider([rule]))
+    return model.apply, jax.eval_shape(model.init, jax.random.key(0), x)
+
+
+def measured(chip: str, scheme: str, by: str) -> Cell:
+    """Compiles one step and reads it."""
+    _, x = arguments()
+    if by == "bfloat16":
+        fn, params = plain_loss, arguments()[0]
+    else:
+        fn, params = our_program(RULES[scheme]) if by == "jaxquant" else qwix_program(PEER[scheme])
+
+    def step(params: Any, x: Any) -> Any:
+        value, grads = jax.value_and_grad(fn)(params, x)
+        return value, jax.tree.map(lambda p, g: p - jnp.asarray(1e-3, p.dtype) * g, params, grads)
+
+    found = estimate(compiled_for("accelerators", chip, step, (params, x)))
+    ms = None if found.seconds is None else found.seconds * 1e3
+    return Cell(chip, scheme, by, ms, found.floor * 1e3, found.temporaries, found.missing)
+
+
 def cells(chips: tuple[str, ...]) -> Iterator[Cell]:
     """Every scheme on every chip."""
-    params, x = arguments()
+    peers = ("jaxquant", "qwix") if importlib.util.find_spec("qwix") is not None else ("jaxquant",)
     for chip in chips:
-        for scheme, spec in RULES.items():
-            fn = loss
-            if spec is not None:
-                plan = jq.make_plan(loss, params, x, rules=[jq.Rule("norm", None), jq.Rule(".*", spec)])
-                fn = jq.quantized(loss, plan)
-
-            def step(params: Any, x: Any, fn: Any = fn) -> Any:
-                value, grads = jax.value_and_grad(fn)(params, x)
-                return value, jax.tree.map(lambda p, g: p - jnp.asarray(1e-3, p.dtype) * g, params, grads)
-
-            found = estimate(compiled_for("accelerators", chip, step, (params, x)))
-            ms = None if found.seconds is None else found.seconds * 1e3
-            by = "bfloat16" if spec is None else "jaxquant"
-            yield Cell(chip, scheme, by, ms, found.floor * 1e3, found.temporaries, found.missing)
+        yield measured(chip, "bfloat16", "bfloat16")
+        for scheme in RULES:
+            for by in peers:
+                try:
+                    yield measured(chip, scheme, by)
+                except Exception as e:
+                    if by != "qwix":
+                        raise
+                    yield Cell(chip, scheme, by, missing=(str(e).splitlines() or [type(e).__name__])[0][:200])
 
 
 def table(found: list[Cell]) -> str:
     """Estimates, and what they are of the bfloat16 step's."""
     whole = {c.chip: c for c in found if c.by == "bfloat16"}
-    lines = [f"{'':34}{'ms (floor)':>20}{'of bfloat16':>14}{'temporaries, GB':>18}"]
+    lines = [f"{'':44}{'ms (floor)':>20}{'of bfloat16':>14}{'temporaries, GB':>18}"]
     for c in found:
-        base = whole[c.chip]
-        share = f"{c.ms / base.ms:.2f}" if c.ms is not None and base.ms is not None else "-"
-        time = f"{c.ms:.1f} ({c.floor_ms:.1f})" if c.ms is not None else c.missing[:18]
-        lines.append(f"{c.chip + ', ' + c.scheme:34}{time:>20}{share:>14}{c.temporaries / 1e9:>18.2f}")
+        name = ", ".join(dict.fromkeys((c.chip, c.scheme, c.by)))
+        if c.ms is None or c.floor_ms is None or c.temporaries is None:
+            lines.append(f"{name:44}{'-':>20}   {c.missing}")
+            continue
+        base = whole[c.chip].ms
+        share = f"{c.ms / base:.2f}" if base is not None else "-"
+        lines.append(f"{name:44}{f'{c.ms:.1f} ({c.floor_ms:.1f})':>20}{share:>14}{c.temporaries / 1e9:>18.2f}")
     return "\n".join(lines)

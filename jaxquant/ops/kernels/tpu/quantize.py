@@ -60,7 +60,8 @@ def quantized_rows(
         *factor, codes, scales = refs
         v = x[...].astype(jnp.float32)
         v = v * factor[0][...] if factor else v
-        scales[...] = scale = _scale(*_reach(v, 1), qmax)
+        most, nan = _reach(v, 1)
+        scales[...] = scale = _scale(most, nan, qmax)
         codes[...] = _codes(v, scale, qmax, interpret)
 
     return pl.pallas_call(
@@ -92,8 +93,9 @@ def quantized_columns(
             v = x[at].astype(jnp.float32)
             return at, v * factor[0][at] if factor else v
 
-        def reach(i: Any, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-            return tuple(map(jnp.maximum, found, _reach(values(i)[1], 0)))
+        def reach(i: Any, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            most, nan = _reach(values(i)[1], 0)
+            return jnp.maximum(found[0], most), jnp.maximum(found[1], nan)
 
         def write(i: Any, scale: jax.Array) -> jax.Array:
             at, v = values(i)
@@ -101,7 +103,8 @@ def quantized_columns(
             return scale
 
         nothing = jnp.zeros((1, columns), jnp.float32)
-        scales[...] = scale = _scale(*lax.fori_loop(0, m // part, reach, (nothing, nothing)), qmax)
+        most, nan = lax.fori_loop(0, m // part, reach, (nothing, nothing))
+        scales[...] = scale = _scale(most, nan, qmax)
         lax.fori_loop(0, m // part, write, scale)
 
     whole = pl.BlockSpec((m, columns), lambda i: (0, i))
