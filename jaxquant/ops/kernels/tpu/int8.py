@@ -67,7 +67,9 @@ class Int8Blocks(Kernel):
         if not all(isinstance(n, int) for n in sizes) or problem.rows < _LEAST or not multiplies_integers(problem):
             return None
         x, w = problem.forms
-        plain = all(isinstance(f, Matrix) and f.zero_point is None and f.groups == 1 for f in (x, w))
+        if not isinstance(x, Matrix) or not isinstance(w, Matrix):
+            return None
+        plain = all(f.zero_point is None and f.groups == 1 for f in (x, w))
         if not plain or problem.w.kept.dtype != jnp.int8 or not problem.w.type.signed:
             return None
         (_, n, k), axes, order = w.shape, problem.w_axes, problem.w.stored_order

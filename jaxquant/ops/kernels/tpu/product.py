@@ -479,8 +479,7 @@ class Values(_Body):
 
             looped(count, store, 0)
 
-        here = pl.ds(pl.multiple_of(start * BLOCK, BLOCK), x.shape[1]) if values.shape[0] > x.shape[1] else slice(None)
-        return dot(activation[...].astype(jnp.bfloat16), values[here, :])
+        return dot(activation[...].astype(jnp.bfloat16), values[lanes(start, count), :])
 
 
 class ValuesInParts(Values):
@@ -502,10 +501,11 @@ def _first(at: tuple[Any, ...]) -> Any:
     return at[0][0] if at else 0
 
 
-def lanes(i: Any) -> Any:
+def lanes(i: Any, count: int = 1) -> Any:
+    """The elements of ``count`` blocks from the i-th on."""
     from jax.experimental import pallas as pl
 
-    return pl.ds(i * BLOCK if isinstance(i, int) else pl.multiple_of(i * BLOCK, BLOCK), BLOCK)
+    return pl.ds(i * BLOCK if isinstance(i, int) else pl.multiple_of(i * BLOCK, BLOCK), count * BLOCK)
 
 
 def in_blocks(scale: Any, form: str, out: Any) -> None:
