@@ -34,6 +34,8 @@ _BLOCK = 1 << 20  # elements of a block of rows, at most
 
 _COLUMN = 1 << 15  # bytes of a column of codes and their numbers, at most: 128 of them are held twice
 
+_STRIP = 32  # rows that are quantized together
+
 _STEPS = 8  # blocks at least, of 32 rows or more: one is moved while another is quantized
 
 
@@ -56,13 +58,32 @@ def quantized_rows(
     m, k = x.shape
     rows = min(m, max(min(_BLOCK, x.size // _STEPS) // k // 32 * 32, 32))
 
+    columns = next((n for n in (512, 256, 128) if k % n == 0), k)  # a piece stays in registers
+
     def kernel(x: Any, *refs: Any) -> None:
         *factor, codes, scales = refs
-        v = x[...].astype(jnp.float32)
-        v = v * factor[0][...] if factor else v
-        most, nan = _reach(v, 1)
-        scales[...] = scale = _scale(most, nan, qmax)
-        codes[...] = _codes(v, scale, qmax, interpret)
+
+        def values(*at: slice) -> jax.Array:
+            v = x[at].astype(jnp.float32)
+            return v * factor[0][:, at[1]] if factor else v
+
+        pieces, odd = [slice(j, j + columns) for j in range(0, k, columns)], jnp.float32(0)
+        for i in range(0, rows, _STRIP):
+            strip = slice(i, min(i + _STRIP, rows))
+            most = least = jnp.zeros((strip.stop - i, columns), jnp.float32)
+            for piece in pieces:
+                magnitude = jnp.abs(values(strip, piece))
+                finite = jnp.where(magnitude < jnp.inf, magnitude, -1.0)
+                most, least = jnp.maximum(most, finite), jnp.minimum(least, finite)
+            most, odd = jnp.max(most, axis=1, keepdims=True), jnp.minimum(odd, jnp.min(least))
+            scales[strip, :] = scale = _scale(most, jnp.zeros_like(most), qmax)
+            for piece in pieces:
+                codes[strip, piece] = _codes(values(strip, piece), scale, qmax, interpret)
+
+        @pl.when(odd < 0)
+        def _() -> None:  # an infinity, or a NaN
+            nan = _reach(values(slice(0, rows), slice(0, k)), 1)[1]
+            scales[...] = jnp.where(nan > 0, jnp.nan, scales[...])
 
     return pl.pallas_call(
         kernel,
