@@ -21,8 +21,8 @@ __all__ = [
     "divide_twice",
     "exponent",
     "finfo",
+    "have_common_dtype",
     "power_of_two",
-    "promote",
     "promoted",
     "sums",
     "times_power_of_two",
@@ -84,8 +84,8 @@ def promoted(a: DTypeLike, b: DTypeLike) -> np.dtype:
         return jnp.promote_types(a, b)
 
 
-def promote(a: Any, b: Any) -> bool:
-    """Whether a dtype holds both, by JAX's rules: floats of 8 bits promote to no other."""
+def have_common_dtype(a: Any, b: Any) -> bool:
+    """Whether two dtypes promote to a common one, by JAX's rules; floats of 8 bits promote to no other."""
     try:
         promoted(a, b)
     except jax.dtypes.TypePromotionError:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from jaxquant.core.affine import as_codes, prepare
-from jaxquant.core.arithmetic import promote, promoted
+from jaxquant.core.arithmetic import have_common_dtype, promoted
 from jaxquant.core.blocks import block_shape, scale_shape
 from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
@@ -234,7 +234,7 @@ class Pair:
         if weight is None:
             weight = 0 if isinstance(lhs, QTensor) and not isinstance(rhs, QTensor) else 1
         pair = cls(function, lhs, rhs, weight, check_spec(function, spec))
-        if not pair.in_float and not promote(lhs.dtype, rhs.dtype):
+        if not pair.in_float and not have_common_dtype(lhs.dtype, rhs.dtype):
             rule, todo = "the dtypes of the operands promote to no common one", "Cast one, as x.astype(jnp.bfloat16)"
             raise quant_error(function, rule, todo=todo, lhs=lhs, rhs=rhs)
         for name, x, s in zip(("lhs", "rhs"), (lhs, rhs), pair.specs, strict=True):
