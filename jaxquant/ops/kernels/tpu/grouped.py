@@ -125,7 +125,7 @@ class ManyRows(GroupedValues):
     """Many rows on chips whose matrix unit sums 256 products: the same chips gather bytes.
 
     A sum of int8 products over a group of 128 leaves half of the unit idle, and the vector unit scales it: 512 rows of
-    int8 by [4096, 4096] in int4 take a v6e 73 thousand cycles so, and 43 in bfloat16, where the codes are exact.
+    int8 by [4096, 4096] in int4 take a v6e 73 thousand cycles so, and 40 in bfloat16, where codes of x are exact.
     """
 
     body = ValuesInParts
