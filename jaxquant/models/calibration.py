@@ -251,23 +251,23 @@ def _run(
         local = {n: n if last else n.replace(prefix, _FIRST, 1) for n in files.names(*_used(config, last, prefix))}
         x = jax.ShapeDtypeStruct(states.shape[1:], files.dtype)
         stage = _stage(alone, last, tuple(sorted((local[n], spec) for n, spec in specs.items())), x, method)
+        params = {local[n]: files[n] for n in local}
         if not last:
-            params = {local[n]: files[n] for n in local}
             _write(place / _states(i + 1), (stage.run(params, inputs(x)) for x in states), len(states))
         if wanted:
-            found = _learned(files, local, stage, wanted, lambda: ((inputs(x),) for x in states), method)
+            found = _learned(files, params, local, stage, wanted, lambda: ((inputs(x),) for x in states), method)
     for kind, arrays in found.items():  # the Gram matrices, last, are the mark of a layer that is done
         forms = {name: TensorSpec(array.dtype, array.shape) for name, array in arrays.items()}
         write_safetensors(place / kind / _layer(i), forms, arrays.__getitem__, {})
 
 
 def _learned(
-    files: _Files, local: Mapping[str, str], stage: _Stage, wanted: Mapping[str, str],
+    files: _Files, params: dict[str, jax.Array], local: Mapping[str, str], stage: _Stage, wanted: Mapping[str, str],
     batches: Callable[[], Iterator[Any]], method: Method,
 ) -> dict[str, dict[str, np.ndarray]]:  # fmt: skip
     """The tensors between which the method moves scales in a layer, and then the Gram matrices."""
     before = {m: files.read(n, np.dtype(np.float32)) for n, m in local.items()} if method.steps else {}
-    after, params = before, {m: files[n] for n, m in local.items()}
+    after = before
     for name in method.steps:
         after = STEPS[name].move(after, stage.plan, stage.pairs, stage.statistics[name](params, batches(), None))
         params = {n: leaf.astype(files.dtype) for n, leaf in after.items()}
