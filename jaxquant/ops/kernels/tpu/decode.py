@@ -100,7 +100,7 @@ class Decoder:
         words = pltpu.bitcast(codes, jnp.int32)
         if self.kind == "floats8":
             words = _in_fnuz(words) if self.element == _FNUZ else words
-            return pltpu.bitcast(words, jnp.dtype(self.element)).astype(dtype)
+            return converted(pltpu.bitcast(words, jnp.dtype(self.element)), dtype)
         if self.bytewise:
             return self.scaled(codes, None, interpret=interpret).astype(dtype)
         if self.kind == "table":
@@ -109,7 +109,7 @@ class Decoder:
         # Sign, exponent and fraction in the places that they have in an 8-bit float.
         even = (words & _word(0x08080808)) << 4 | (words & _word(0x07070707)) << 1
         odd = words & _word(0x80808080) | _right(words, 3) & _word(0x0E0E0E0E)
-        return pltpu.bitcast(jnp.concatenate([even, odd], axis=0), jnp.float8_e5m2).astype(dtype)
+        return converted(pltpu.bitcast(jnp.concatenate([even, odd], axis=0), jnp.float8_e5m2), dtype)
 
     def scaled(self, codes: jax.Array, scales: Sequence[jax.Array] | None, *, interpret: bool = False) -> jax.Array:
         """[128, columns] of codes as values in bfloat16, read from tables that are scaled before.
@@ -258,6 +258,20 @@ def _looked_up(words: jax.Array, entries: tuple[int, ...], *, interpret: bool) -
     return jnp.concatenate(found, axis=0)
 
 
+def converted(x: jax.Array, dtype: Any) -> jax.Array:
+    """``x.astype(dtype)`` of bytes, 8-bit floats or wider numbers, by conversions that the oldest JAX has in kernels."""
+    if x.dtype == jnp.uint8:
+        return _unsigned(x).astype(dtype)
+    return x.astype(jnp.float32).astype(dtype)
+
+
+def _unsigned(x: jax.Array) -> jax.Array:
+    """Bytes of any dtype as numbers from 0 to 255, in int32."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.bitcast(x, jnp.int8).astype(jnp.int32) & 255
+
+
 def scale_of(stored: jax.Array, form: str) -> jax.Array:
     """Scales in float32, from numbers or from 8-bit floats or their patterns."""
     from jax.experimental.pallas import tpu as pltpu
@@ -265,6 +279,6 @@ def scale_of(stored: jax.Array, form: str) -> jax.Array:
     if form == "float8_e4m3fn":
         return pltpu.bitcast(stored, jnp.float8_e4m3fn).astype(jnp.float32)
     if form != "float8_e8m0fnu":
-        return stored.astype(jnp.float32)
-    bits = pltpu.bitcast(stored, jnp.uint8).astype(jnp.int32)
+        return converted(stored, jnp.float32)
+    bits = _unsigned(stored)
     return jnp.where(bits == 255, jnp.nan, lax.bitcast_convert_type(bits << 23, jnp.float32))
