@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from jax_settings import makes_nan
+from jax_settings import makes_nan, needs_jit
 from nnx_cases import LAYERS, SPECS, assign, calibrated, close, dequantize_params, inits, pure, value, wavy
 
 import jaxquant as jq
@@ -429,6 +429,7 @@ def test_static_table():
     assert layer(jnp.array([1])).shape == (1, 32)  # a lookup has no activation
 
 
+@needs_jit
 @makes_nan
 def test_a_range_that_was_never_observed_shows_under_jit():
     layer = LAYERS["linear"].ours(spec=recipes.w8a8(static=True))
