@@ -259,7 +259,7 @@ def _looked_up(words: jax.Array, entries: tuple[int, ...], *, interpret: bool) -
 
 
 def converted(x: jax.Array, dtype: Any) -> jax.Array:
-    """``x.astype(dtype)`` of bytes, 8-bit floats or wider numbers, by conversions that the oldest JAX has in kernels."""
+    """``x.astype(dtype)`` of bytes, 8-bit floats or wider numbers, by conversions that the oldest JAX has there."""
     if x.dtype == jnp.uint8:
         return _unsigned(x).astype(dtype)
     return x.astype(jnp.float32).astype(dtype)
