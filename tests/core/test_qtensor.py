@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from core import reference
 from core.cases import unequal
+from jax_settings import needs_jit
 
 import jaxquant as jq
 from jaxquant import QTensor, QuantError, QuantSpec
@@ -221,6 +222,7 @@ def test_stack_slice_scan_and_vmap(spec):
     repr(stacked)
 
 
+@needs_jit
 def test_jit_does_not_retrace():
     traces = []
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax_settings import needs_jit
 
 import jaxquant as jq
 from jaxquant import OpSpec, PerChannel, PerGroup, PerTensor, QuantError, QuantSpec, Rule
@@ -103,6 +104,7 @@ def test_the_type_in_force(spec):
     assert spec.observer == (default if spec.calibration is None else spec.calibration)
 
 
+@needs_jit
 def test_frozen_hashable_and_static():
     spec = QuantSpec("int4", granularity="per_group", group_size=np.int64(32), scale_dtype=jnp.bfloat16)
     assert spec == QuantSpec("int4", granularity="per_group", group_size=32, scale_dtype="bfloat16")

@@ -41,6 +41,7 @@ SLOW = pytest.mark.slow
     "spec", ["w8a8", "int2", *(pytest.param(s, marks=SLOW) for s in ("w4a16 grouped", "w8a8 static"))]
 )
 @optax_promotes
+@needs_jit
 def test_quantization_aware_training(spec):
     model = calibrated(MLP(nnx.Rngs(0), SPECS[spec]), X)
     tx = optax.adamw(optax.schedules.cosine_decay_schedule(3e-2, 100))
@@ -63,6 +64,7 @@ def test_optimizer_state_is_the_float_model_s():
 
 
 @optax_promotes
+@needs_jit
 def test_a_range_that_moves_during_training():
     act = jq.QuantSpec("int8", granularity="per_tensor", static=True, calibration=jq.observers.EMA(0.9))
     model = MLP(nnx.Rngs(0), jq.OpSpec(jq.QuantSpec("int8"), act))

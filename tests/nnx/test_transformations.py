@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax_settings import draws, makes_nan, optax_promotes
+from jax_settings import draws, makes_nan, needs_jit, optax_promotes
 from nnx_cases import MLP, SPECS, Block, assign, calibrated, close, pure, run_stack, stack, value, wavy
 
 import jaxquant as jq
@@ -64,6 +64,7 @@ def test_jit(pair):
     close(jax.jit(lambda s, x: nnx.merge(graphdef, s)(x))(state, X), pair[1](X), 1e-5)
 
 
+@needs_jit
 def test_jit_traces_once_for_equal_models():
     traces = []
 

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax_settings import needs_jit
 from ops_reference import INTEGER, MATMUL, WEIGHT_ONLY, error, quantized, slow_but, spec_of, unequal
 
 from jaxquant import OpSpec, QTensor, ops, recipes
@@ -207,6 +208,7 @@ def test_shard_map(name):
         assert error(got, jax.jit(f)(x, q)) <= INTEGER
 
 
+@needs_jit
 def test_compiled_once():
     """Equal specs are one program: nothing is traced again from one call to the next."""
     traces = []

@@ -74,6 +74,7 @@ SIZES = {name: 4 * (i + 3) for i, name in enumerate(WAYS)}  # a shape of its own
 
 @pytest.mark.parametrize("way", [w if w in ("awq_bases", "sequential") else pytest.param(w, marks=pytest.mark.slow)
                                  for w in WAYS])  # fmt: skip
+@needs_jit
 def test_four_weights_are_compiled_as_two_are(way):
     """A chain of four has no more programs than a chain of two, but for those of the function itself."""
     chains = [chain(count, SIZES[way]) for count in (2, 4)]
