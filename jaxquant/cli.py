@@ -334,10 +334,10 @@ def convert(source: Path, destination: Path, format: str, architecture: str | No
     memory. DESTINATION must not exist; it appears when it is complete.
     """
     with refusals(), _progress(counted=True) as progress:
-        lost = files.convert(source, destination, format, architecture=architecture, progress=progress)
+        notes = files.convert(source, destination, format, architecture=architecture, progress=progress)
     _say(f"{destination}: {format}")
-    if lost is not None:
-        _say(f"note: {lost}.")
+    for note in notes:
+        _say(f"note: {note}.")
 
 
 @main.command()

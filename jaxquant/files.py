@@ -21,7 +21,6 @@ from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.io import save_gguf
 from jaxquant.io.directory import identity
 from jaxquant.io.export import describes
-from jaxquant.io.gguf.metadata import metadata_of
 from jaxquant.io.gguf.names import has_names
 from jaxquant.io.gguf.read import GGUFLeaves
 from jaxquant.io.gguf.split import GGUFModel
@@ -34,6 +33,7 @@ from jaxquant.io.native import NativeLeaves, save_leaves
 from jaxquant.io.safetensors import SafetensorsFile
 from jaxquant.io.save_hf import layout_of, write_hf
 from jaxquant.io.slices import rows, runs_of_rows, stored_by_rows
+from jaxquant.models.to_gguf import described
 from jaxquant.recipes import recipe
 from jaxquant.rules import Rule
 
@@ -264,7 +264,7 @@ def convert(
     *,
     architecture: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> str | None:
+) -> list[str]:
     """Writes a checkpoint in another layout, with the same codes.
 
     How activations are quantized is kept where the layout can say it: one dynamic int8 or fp8 range per token, for all
@@ -281,7 +281,7 @@ def convert(
       progress: called with the leaves that are done, how many there are to do, and the name of the one that comes next.
 
     Returns:
-      A sentence on the quantization of activations that the result does not have; None if it has all.
+      Sentences on missing parts of the result: the quantization of activations; in GGUF windows, or a tokenizer.
     """
     if format in ("gguf", "jaxquant") and os.path.lexists(destination):
         raise quant_error(
@@ -289,6 +289,7 @@ def convert(
         )
     leaves = _leaves(source, "convert")
     act, lost = _activations(leaves, format)
+    notes = [] if lost is None else [lost]
     of_directory = isinstance(leaves, HFLeaves)
     if of_directory and not leaves.modules and format not in ("gguf", "jaxquant"):
         todo = "Use jaxquant quantize, which rounds the weights and writes every layout"
@@ -296,19 +297,21 @@ def convert(
     ranges = [name for name in leaves.activations if name in leaves] if of_directory else []
     watched = Watched(leaves, 2, progress, without=ranges)
     config = leaves.checkpoint.config if of_directory else {}
-    if format == "gguf":
-        own = isinstance(leaves, GGUFLeaves)
-        found = leaves.file.metadata if own else metadata_of(config, architecture, function="convert")
-        as_in_file = own and not has_names(found)
-        save_gguf(destination, watched, metadata=found, names="gguf" if as_in_file else "hf")
+    if format == "gguf" and isinstance(leaves, GGUFLeaves):
+        found = leaves.file.metadata
+        save_gguf(destination, watched, metadata=found, names="hf" if has_names(found) else "gguf")
+    elif format == "gguf":
+        form = described(watched, config, source, architecture, function="convert")
+        save_gguf(destination, form.leaves, metadata=form.metadata, names="hf")
+        notes += [f"{name}: {text}" for name, text in form.notes.items()]
     elif format == "jaxquant":
         save_leaves(destination, watched)
     else:
-        described = {"files": identity(leaves.paths), "format": format}
-        write_hf(destination, watched, layout_of(format, act, function="convert"), config, source=described)
+        origin = {"files": identity(leaves.paths), "format": format}
+        write_hf(destination, watched, layout_of(format, act, function="convert"), config, source=origin)
     if lost is None and ranges:
-        lost = f"tensors that describe activations are left out, since no scheme uses them ({_some(ranges)})"
-    return lost
+        notes.append(f"tensors that describe activations are left out, since no scheme uses them ({_some(ranges)})")
+    return notes
 
 
 def _some(names: Sequence[str]) -> str:

@@ -19,7 +19,6 @@ from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.files import Watched
 from jaxquant.io import plan_quantize_hf, quantize_hf, save_gguf
 from jaxquant.io.directory import Layout, Piece
-from jaxquant.io.gguf.metadata import metadata_of
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.native import save_leaves
 from jaxquant.io.safetensors import TensorSpec
@@ -27,6 +26,7 @@ from jaxquant.io.save_hf import FORMATS
 from jaxquant.io.sharded import Checkpoint
 from jaxquant.io.stream import QuantizedLeaves, QuantizePlan
 from jaxquant.models.calibration import calibrated
+from jaxquant.models.to_gguf import described
 from jaxquant.models.tokenizer import read_text, tokenizer_of
 from jaxquant.recipes import recipe as named
 from jaxquant.rules import Rule
@@ -227,14 +227,15 @@ def _written(
     if act is not None:
         todo = "Write compressed-tensors, or use a recipe of weights alone, such as w8a16"
         raise quant_error(_F, "the format does not describe activations", todo=todo, format=format, act=act)
-    leaves = QuantizedLeaves(source, rules, **how)
+    leaves, notes = QuantizedLeaves(source, rules, **how), {}
     if format == "gguf":
-        metadata = metadata_of(leaves.checkpoint.config, architecture, function=_F)
+        found = described(leaves, leaves.checkpoint.config, source, architecture, function=_F)
+        notes = found.notes
         if not dry_run:
-            save_gguf(destination, Watched(leaves, 2, progress), metadata=metadata, names="hf")
+            save_gguf(destination, Watched(found.leaves, 2, progress), metadata=found.metadata, names="hf")
     elif not dry_run:
         save_leaves(destination, Watched(leaves, 2, progress))
-    return _plan(leaves, destination.name)
+    return _plan(leaves, destination.name, notes)
 
 
 def _check_destination(destination: Path, *, directory: bool) -> None:
@@ -247,7 +248,7 @@ def _check_destination(destination: Path, *, directory: bool) -> None:
         raise quant_error(_F, "the destination exists", todo="Choose another, or remove it first", path=path)
 
 
-def _plan(leaves: QuantizedLeaves, name: str) -> QuantizePlan:
+def _plan(leaves: QuantizedLeaves, name: str, notes: Mapping[str, str]) -> QuantizePlan:
     """The plan of one file that was, or would be, written."""
     weights = {name: leaf for name, leaf in leaves.abstract.items() if isinstance(leaf, QTensor)}
     floats = tuple(name for name in leaves if name not in weights)
@@ -255,7 +256,7 @@ def _plan(leaves: QuantizedLeaves, name: str) -> QuantizePlan:
     pieces = [Piece({name: TensorSpec(np.dtype(np.uint8), (size,))}, dict) for name, size in sizes.items()]
     before = sum(spec.nbytes for spec in leaves.checkpoint.tensors.values())
     after, layout = sum(sizes.values()), Layout({name: pieces}, {})
-    return QuantizePlan(weights, floats, leaves.skipped, leaves.notes, (), {}, before, after, layout, {})
+    return QuantizePlan(weights, floats, leaves.skipped, {**leaves.notes, **notes}, (), {}, before, after, layout, {})
 
 
 def _nbytes(leaf: Any) -> int:

@@ -52,6 +52,7 @@ SIBLINGS = {
     ("cli", "files"),
     ("cli", "models"),
     ("cli", "quantize_files"),
+    ("files", "models"),
     ("quantize_files", "files"),
     ("quantize_files", "models"),
     ("__main__", "cli"),

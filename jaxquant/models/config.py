@@ -193,9 +193,10 @@ _GEMMA2 = {
     "num_hidden_layers": 26, "query_pre_attn_scalar": 256, "sliding_window": 4096, "final_logit_softcapping": 30.0,
     "attn_logit_softcapping": 50.0,
 }  # fmt: skip
-_GEMMA3 = {
-    **_GEMMA2, "vocab_size": 262208, "max_position_embeddings": 131072, "final_logit_softcapping": None,
-    "attn_logit_softcapping": None, "rope_theta": 1e6, "rope_local_base_freq": 10000.0, "sliding_window_pattern": 6,
+#: transformers reads a cap of scores here, too, and does not use it: another value than null is refused as unknown.
+_GEMMA3 = {key: value for key, value in _GEMMA2.items() if key != "attn_logit_softcapping"} | {
+    "vocab_size": 262208, "max_position_embeddings": 131072, "final_logit_softcapping": None, "rope_theta": 1e6,
+    "rope_local_base_freq": 10000.0, "sliding_window_pattern": 6,
 }  # fmt: skip
 
 _FAMILIES = {
@@ -289,6 +290,7 @@ def config_of(config: Mapping[str, Any], *, ignore: Collection[str] = (), path: 
         todo = f"Supported are {', '.join(ARCHITECTURES)}"
         raise error("the architecture is not supported", todo=todo, model_type=kind)
     _check_known(config, family, ignore, error)
+    config = {key: value for key, value in config.items() if key not in ignore}
     c = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     for key in ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping"):
         if key in config:  # where null has a meaning
@@ -296,7 +298,7 @@ def config_of(config: Mapping[str, Any], *, ignore: Collection[str] = (), path: 
     if config.get("num_key_value_heads", 0) is None:
         c.pop("num_key_value_heads", None)
     _check_sizes(c, error)
-    for key in sorted(_OFF - set(ignore)):
+    for key in sorted(_OFF):
         if c.get(key):
             raise error("this is not supported", todo="Run it with another program", **{key: c[key]})
     heads = c["num_attention_heads"]

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.errors import quant_error
+from jaxquant.models.rope import magnitude_of
 
-__all__ = ["configuration", "renamed"]
+__all__ = ["EXPERTS", "LAYERS_OF_27B", "MODEL_TYPES", "configuration", "renamed"]
 
-_MODEL_TYPES = {
+#: llama.cpp's name of an architecture -> ``model_type``.
+MODEL_TYPES = {
     "llama": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
@@ -62,7 +64,7 @@ _SCALING = "rope.scaling."
 #: Checked, not taken over; or without effect.
 _OTHER = {"attention.value_length", "rope.dimension_count", "vocab_size", "rope.scaling.finetuned"}
 #: Layers of the models with 27B parameters, whose queries are scaled by the size of all heads together.
-_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
+LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
 
 def configuration(
@@ -78,8 +80,8 @@ def configuration(
     """
     error = functools.partial(quant_error, "models", path=path)
     architecture = metadata.get("general.architecture")
-    if architecture not in _MODEL_TYPES:
-        todo = f"Supported are {', '.join(_MODEL_TYPES)}"
+    if architecture not in MODEL_TYPES:
+        todo = f"Supported are {', '.join(MODEL_TYPES)}"
         raise error("the architecture is not supported", todo=todo, architecture=architecture)
     start = f"{architecture}."
     own = {key.removeprefix(start): value for key, value in metadata.items() if key.startswith(start)}
@@ -97,7 +99,7 @@ def configuration(
             raise error("layers that differ are not supported", todo="Run it with llama.cpp", key=key)
         values[key] = int(value[0])
     config = {_KEYS[key]: value for key, value in values.items() if key in _KEYS}
-    config["model_type"] = _MODEL_TYPES[architecture]
+    config["model_type"] = MODEL_TYPES[architecture]
     pattern = config.get("sliding_window_pattern")
     if isinstance(pattern, np.ndarray | list):
         del config["sliding_window_pattern"]
@@ -118,7 +120,7 @@ def configuration(
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
     _rotary(config, rope)
     _as_family(config, architecture, tensors)
-    if config["num_hidden_layers"] == _LAYERS_OF_27B.get(architecture):
+    if config["num_hidden_layers"] == LAYERS_OF_27B.get(architecture):
         config["query_pre_attn_scalar"] = config["hidden_size"] / config["num_attention_heads"]
     elif architecture in ("gemma2", "gemma3"):
         config["query_pre_attn_scalar"] = config["head_dim"]
@@ -131,6 +133,8 @@ def _rotary(config: dict[str, Any], rope: Mapping[str, Any]) -> None:
         return
     if stated["rope_type"] != "yarn":
         stated.pop("original_max_position_embeddings", None)
+    if "attention_factor" in stated:  # llama.cpp multiplies its own magnitude by it
+        stated["attention_factor"] *= magnitude_of(stated["factor"])
     config["rope_scaling"] = stated
 
 
@@ -155,7 +159,8 @@ def _as_family(config: dict[str, Any], architecture: str, tensors: Mapping[str, 
         config["mlp_only_layers"] = [i for i in layers if f"model.layers.{i}.mlp.gate.weight" not in tensors]
 
 
-_EXPERTS = {
+#: llama.cpp's names of the weights of mixtures -> those of `Config.shapes`.
+EXPERTS = {
     "ffn_gate_inp": "gate",
     "ffn_gate_exps": "experts.gate_proj",
     "ffn_up_exps": "experts.up_proj",
@@ -172,8 +177,8 @@ def renamed(tensors: Mapping[str, Any]) -> dict[str, Any]:
     result = {}
     for name, leaf in tensors.items():
         found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-        if found and found[2] in _EXPERTS:
-            name = f"model.layers.{found[1]}.mlp.{_EXPERTS[found[2]]}.weight"
+        if found and found[2] in EXPERTS:
+            name = f"model.layers.{found[1]}.mlp.{EXPERTS[found[2]]}.weight"
             leaf = jnp.reshape(leaf, (1, -1)) if found[2] == "ffn_gate_inp_shexp" else leaf
         result[name] = leaf
     return result

@@ -22,15 +22,22 @@ import numpy as np
 
 from jaxquant.core.errors import QuantError
 
-__all__ = ["Rope", "rope_of", "rotated"]
+__all__ = ["Rope", "magnitude_of", "rope_of", "rotated"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """A rotary embedding: radians per position of each pair of features, and what cosine and sine are multiplied by."""
+    """A rotary embedding.
+
+    Attributes:
+      frequencies: radians per position of each pair of features.
+      magnitude: what cosine and sine are multiplied by.
+      stated: the parameters that it is made from, as `rope_of` takes them.
+    """
 
     frequencies: tuple[float, ...]
     magnitude: float = 1.0
+    stated: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
 def rotated(rope: Rope, x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -52,6 +59,11 @@ _KEYS = {
         "mscale_all_dim", "truncate",
     },
 }  # fmt: skip
+_NEEDED = {
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor"},
+}
 
 
 def rope_of(parameters: Mapping[str, Any], size: int, context: int, error: Callable[..., QuantError]) -> Rope:
@@ -64,7 +76,13 @@ def rope_of(parameters: Mapping[str, Any], size: int, context: int, error: Calla
       error: makes the error from a rule and what to do.
     """
     p = {key: value for key, value in parameters.items() if value is not None}
-    kind = p.get("rope_type", p.get("type", "default"))
+    kind = p["rope_type"] = p.get("rope_type", p.pop("type", "default"))
+    _check(p, kind, error)
+    p.setdefault("original_max_position_embeddings", context)
+    return dataclasses.replace(_scaled(p, size), stated=p)
+
+
+def _check(p: Mapping[str, Any], kind: str, error: Callable[..., QuantError]) -> None:
     if kind not in _KEYS:
         todo = f"Supported are {', '.join(_KEYS)}"
         raise error("this scaling of rotary embeddings is not supported", todo=todo, rope_type=kind)
@@ -79,20 +97,20 @@ def rope_of(parameters: Mapping[str, Any], size: int, context: int, error: Calla
             todo=todo,
             partial_rotary_factor=p["partial_rotary_factor"],
         )
-    theta = p["rope_theta"]
-    frequencies = (1.0 / theta ** (np.arange(0, size, 2, dtype=np.float32) / size)).astype(np.float32)
-    if kind == "default":
+    missing = _NEEDED.get(kind, set()) - p.keys()
+    if missing:
+        todo = "Add them to the configuration"
+        raise error("the rotary embedding lacks fields", todo=todo, rope_type=kind, fields=tuple(sorted(missing)))
+
+
+def _scaled(p: Mapping[str, Any], size: int) -> Rope:
+    frequencies = (1.0 / p["rope_theta"] ** (np.arange(0, size, 2, dtype=np.float32) / size)).astype(np.float32)
+    if p["rope_type"] == "default":
         return _rope(frequencies)
-    if "factor" not in p:
-        raise error("the rotary embedding has no factor", todo="Add it to the configuration", rope_type=kind)
-    factor, trained = float(p["factor"]), p.get("original_max_position_embeddings", context)
-    if kind == "linear":
+    factor, trained = float(p["factor"]), p["original_max_position_embeddings"]
+    if p["rope_type"] == "linear":
         return _rope(frequencies / factor)
-    if kind == "llama3":
-        missing = _KEYS["llama3"] - p.keys() - {"original_max_position_embeddings"}
-        if missing:
-            todo = "Add them to the configuration"
-            raise error("the rotary embedding lacks fields", todo=todo, rope_type=kind, fields=tuple(sorted(missing)))
+    if p["rope_type"] == "llama3":
         low, high = float(p["low_freq_factor"]), float(p["high_freq_factor"])
         turns = trained * frequencies / (2 * math.pi)  # in the length of training
         share = np.clip((turns - low) / (high - low), 0, 1)
@@ -115,11 +133,12 @@ def _yarn(p: Mapping[str, Any], frequencies: np.ndarray, factor: float, trained:
     magnitude = p.get("attention_factor")
     if magnitude is None:
         a, b = p.get("mscale"), p.get("mscale_all_dim")
-        magnitude = _magnitude(factor, a) / _magnitude(factor, b) if a and b else _magnitude(factor, 1.0)
+        magnitude = magnitude_of(factor, a) / magnitude_of(factor, b) if a and b else magnitude_of(factor)
     return _rope(frequencies * share + frequencies / factor * (1 - share), float(magnitude))
 
 
-def _magnitude(factor: float, scale: float) -> float:
+def magnitude_of(factor: float, scale: float = 1.0) -> float:
+    """The number that cosine and sine are multiplied by in yarn."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 

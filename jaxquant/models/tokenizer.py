@@ -18,7 +18,7 @@ import numpy as np
 from jaxquant.core.errors import quant_error
 from jaxquant.io.sharded import read_json
 
-__all__ = ["Tokenizer", "ends_of", "tokenizer_of", "tokenizer_of_gguf"]
+__all__ = ["Tokenizer", "ends_of", "gguf_tokenizer", "tokenizer_of", "tokenizer_of_gguf"]
 
 
 def _library(name: str) -> Any:
@@ -188,7 +188,7 @@ _SPLITS = {
     "gpt-2": None,
     "default": None,
 }
-_CONTROL, _USER, _BYTE = 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 
 
 def tokenizer_of_gguf(metadata: Mapping[str, Any], path: str) -> Tokenizer:
@@ -234,18 +234,19 @@ def _byte_pairs(library: Any, tokens: Sequence[str], own: Mapping[str, Any], pre
     return inner
 
 
+def _halves(token: str, vocabulary: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """The pairs of tokens that a token is the union of."""
+    for at in range(1, len(token)):
+        if token[:at] in vocabulary and token[at:] in vocabulary:
+            yield token[:at], token[at:]
+
+
 def _sentence_pieces(library: Any, tokens: Sequence[str], own: Mapping[str, Any]) -> Any:
     """Pairs whose union is a token, the one with the highest score first, which is what SentencePiece joins."""
     scores, vocabulary = np.asarray(own["scores"], np.float32), {token: i for i, token in enumerate(tokens)}
     ordered = sorted(range(len(tokens)), key=lambda i: (-scores[i], i))
     types = np.asarray(own.get("token_type", np.ones(len(tokens), np.int32)))
-    merges = [
-        (tokens[i][:at], tokens[i][at:])
-        for i in ordered
-        if types[i] == 1
-        for at in range(1, len(tokens[i]))
-        if tokens[i][:at] in vocabulary and tokens[i][at:] in vocabulary
-    ]
+    merges = [pair for i in ordered if types[i] == _NORMAL for pair in _halves(tokens[i], vocabulary)]
     unknown = int(own.get("unknown_token_id", 0))
     inner = library.Tokenizer(
         library.models.BPE(vocabulary, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
@@ -257,3 +258,102 @@ def _sentence_pieces(library: Any, tokens: Sequence[str], own: Mapping[str, Any]
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return inner
+
+
+def gguf_tokenizer(
+    directory: str | os.PathLike[str], config: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The metadata of a directory's tokenizer, the inverse of `tokenizer_of_gguf`, or a note on why there are none.
+
+    Args:
+      directory: where ``tokenizer.json`` and ``tokenizer_config.json`` are.
+      config: of ``config.json``: ``vocab_size``, which may count tokens without a text, and what ends a text.
+
+    Returns:
+      The metadata; and notes, name of a file -> a sentence.
+    """
+    place = Path(directory)
+    if not (place / "tokenizer.json").exists():
+        return {}, {"tokenizer.json": "there is none, and the file has no tokenizer"}
+    whole, stated = _json(place / "tokenizer.json"), _json(place / "tokenizer_config.json")
+    kind = _sentence_piece_keys(whole) or _byte_pair_keys(whole)
+    if kind is None:
+        why = "it is none of the kinds that llama.cpp's files can describe here, and the file has no tokenizer"
+        return {}, {"tokenizer.json": why}
+    vocabulary, added = whole["model"]["vocab"], whole.get("added_tokens") or []
+    size = max([config.get("vocab_size") or 0, *(i + 1 for i in vocabulary.values()), *(t["id"] + 1 for t in added)])
+    tokens, types = [f"[PAD{i}]" for i in range(size)], np.full(size, _UNUSED, np.int32)
+    for token, i in vocabulary.items():
+        tokens[i], types[i] = token, _BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else _NORMAL
+    for token in added:
+        tokens[token["id"]], types[token["id"]] = token["content"], _CONTROL if token["special"] else _USER
+    ids = {token: i for i, token in enumerate(tokens)}
+    if "scores" in kind:
+        ranks = kind.pop("scores")
+        kind["scores"] = np.array([ranks.get(token, 0.0) for token in tokens], np.float32)
+    own = {**kind, "tokens": tokens, "token_type": types}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token = ids.get(_text(stated.get(f"{name}_token") or ""))
+        own |= {} if token is None else {f"{key}_token_id": np.uint32(token)}
+    own["add_bos_token"] = _begins(whole, stated)
+    found = {f"tokenizer.ggml.{key}": value for key, value in own.items()}
+    template = _template(place, stated)
+    return found | ({} if template is None else {"tokenizer.chat_template": template}), {}
+
+
+def _begins(whole: Mapping[str, Any], stated: Mapping[str, Any]) -> bool:
+    """Whether a text begins with a special token."""
+    if isinstance(stated.get("add_bos_token"), bool):
+        return stated["add_bos_token"]
+    last = whole.get("post_processor") or {}
+    steps = [step for step in last.get("processors", [last]) if step.get("type") == "TemplateProcessing"]
+    return any("SpecialToken" in step["single"][0] for step in steps)
+
+
+def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])
+    return [(first, second) for first, second in pairs]
+
+
+def _byte_pair_keys(whole: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The keys of a tokenizer that pairs bytes, with one of the known ways to split a text; None of another."""
+    model, splitter = whole["model"], whole.get("pre_tokenizer") or {}
+    steps = splitter.get("pretokenizers", [splitter])
+    last = steps[-1]
+    if model.get("type") != "BPE" or last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    split = None
+    if len(steps) == 2 and not last.get("use_regex", True):
+        word = steps[0]
+        split = word.get("pattern", {}).get("Regex")
+        if split is None or word.get("behavior") != "Isolated" or word.get("invert"):
+            return None
+    elif len(steps) != 1 or not last.get("use_regex", True):
+        return None
+    normal = (whole.get("normalizer") or {}).get("type")
+    for pre, pattern in _SPLITS.items():
+        known = "NFC" if pre == "qwen2" else None
+        if (split, normal, bool(model.get("ignore_merges"))) == (pattern, known, pre == "llama-bpe"):
+            return {"model": "gpt2", "pre": pre, "merges": [" ".join(pair) for pair in _merges(model)]}
+    return None
+
+
+def _sentence_piece_keys(whole: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The keys of SentencePiece's byte pairs, the scores in the order of the merges; None of another tokenizer."""
+    model, normal = whole["model"], whole.get("normalizer") or {}
+    steps, splitter = normal.get("normalizers", [normal]), whole.get("pre_tokenizer") or {}
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    if model.get("type") != "BPE" or not model.get("byte_fallback") or spaces not in steps:
+        return None
+    prefix = {"type": "Prepend", "prepend": "▁"} in steps
+    # Gemma's splits at spaces, of which none are left.
+    if len(steps) != 1 + prefix or splitter.get("type", "Split") != "Split":
+        return None
+    if splitter and splitter.get("pattern") != {"String": " "}:
+        return None
+    merges, scores = _merges(model), {}
+    for rank, pair in enumerate(merges):
+        scores.setdefault("".join(pair), -float(rank))
+    if any(set(_halves(token, model["vocab"])) - set(merges) for token in scores):
+        return None  # SentencePiece joins all neighbours whose union is a token
+    return {"model": "llama", "pre": "default", "add_space_prefix": prefix, "scores": scores}

@@ -111,7 +111,7 @@ def test_llama_3_scales_long_waves_only():
         ({"hidden_act": "relu2"}, "activation is not supported; got hidden_act='relu2'"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "not supported; got rope_type='dynamic'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1]}}, "fields=.'mrope_section'"),
-        ({"rope_scaling": {"type": "linear"}}, "has no factor"),
+        ({"rope_scaling": {"type": "linear"}}, "lacks fields"),
         ({"rope_scaling": {"type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}}, "fields=.'high_freq_factor'"),
         ({"partial_rotary_factor": 0.5}, "rotated in part"),
         ({"layer_types": ["sliding_attention"] * 2}, "layer_types contradict"),

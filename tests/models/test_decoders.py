@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_files import checkpoint, tensors_of
-from models.decoders import DECODERS, GOLDEN, make
+from models.decoders import DECODERS, GOLDEN, LLAMA3, YARN, make
 
 import jaxquant as jq
 from jaxquant.core.qtensor import QTensor
 from jaxquant.models import load, logits
+from jaxquant.models.config import config_of
 from jaxquant.models.decoder import empty_cache, head, hidden
+from jaxquant.models.to_gguf import described
 
 SPEC = jq.OpSpec(jq.QuantSpec("int4", granularity="per_group", group_size=8))
 RULES = [jq.Rule(r"embed_tokens|lm_head|\.gate\.|shared_expert_gate|norm", None), jq.Rule(r"\.weight$", SPEC)]
@@ -207,10 +209,9 @@ STEMS = {
 }  # fmt: skip
 
 
-def as_gguf(name, path):
-    """The decoder as llama.cpp's converter writes it, where that can say what it computes."""
-    one, architecture = model(name), ARCHITECTURES[name]
-    config, layer = one.config, one.config.layers[0]
+def metadata_of(name):
+    """What llama.cpp's converter writes about the decoder, where that can say what it computes."""
+    architecture, config = ARCHITECTURES[name], model(name).config
     own = {
         "block_count": len(config.layers), "embedding_length": config.hidden_size, "context_length": config.context,
         "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
@@ -220,10 +221,6 @@ def as_gguf(name, path):
     own = {key: np.uint32(value) for key, value in own.items()}
     own["attention.layer_norm_rms_epsilon"] = np.float32(config.rms_norm_eps)
     own["rope.freq_base"] = np.float32({"llama": 100, "qwen3": 100, "gemma3": 1000, "mixtral": 1e6}.get(name, 10000))
-    params = dict(one.params)
-    if name == "llama":  # the factors of Llama 3's scaling are a tensor
-        plain = 1 / np.float32(100) ** (np.arange(0, 8, 2, dtype=np.float32) / 8)
-        params["rope_freqs.weight"] = plain / np.asarray(layer.rope.frequencies, np.float32)
     if name == "qwen3":
         own |= {"rope.scaling.type": "yarn", "rope.scaling.factor": np.float32(4)}
         own["rope.scaling.original_context_length"] = np.uint32(16)
@@ -245,14 +242,22 @@ def as_gguf(name, path):
             own["expert_feed_forward_length"] = np.uint32(mixture.intermediate_size)
         if mixture.shared:
             own["expert_shared_feed_forward_length"] = np.uint32(mixture.shared)
+    return {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in own.items()}
+
+
+def as_gguf(name, path):
+    """The decoder as llama.cpp's converter writes it."""
+    params, layer = dict(model(name).params), model(name).config.layers[0]
+    if name == "llama":  # the factors of Llama 3's scaling are a tensor
+        plain = 1 / np.float32(100) ** (np.arange(0, 8, 2, dtype=np.float32) / 8)
+        params["rope_freqs.weight"] = plain / np.asarray(layer.rope.frequencies, np.float32)
     for key in list(params):
         part, _, stem = key.removesuffix(".weight").partition(".mlp.")
         if stem in STEMS:
             leaf = params.pop(key)
             leaf = leaf.reshape(-1) if stem == "shared_expert_gate" else leaf
             params[f"blk.{part.rpartition('.')[2]}.{STEMS[stem]}.weight"] = leaf
-    metadata = {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in own.items()}
-    metadata["tokenizer.ggml.eos_token_id"] = np.uint32(2)
+    metadata = {**metadata_of(name), "tokenizer.ggml.eos_token_id": np.uint32(2)}
     jq.io.save_gguf(path, params, metadata=metadata, names="hf")
 
 
@@ -284,3 +289,57 @@ def test_gguf(name, tmp_path):
     assert [layer.window for layer in one.config.layers] == [layer.window for layer in config.layers]
     found = forward(one.config)(one.params, ids, mask)
     close(found, forward(config)(model(name).params, ids, mask), mask)
+
+
+#: Fields with which llama.cpp computes what the decoder does.
+SAID = {"gemma2": {"query_pre_attn_scalar": 8}, "gemma3": {"query_pre_attn_scalar": 8}}
+
+
+def written(name, directory, **fields):
+    """The directory as `jaxquant quantize --to gguf` and `convert --to gguf` describe it."""
+    stated = json.loads((GOLDEN / name / "config.json").read_text()) | SAID.get(name, {}) | fields
+    params = jq.io.load_hf(GOLDEN / name)[0]
+    return stated, described(params, stated, directory, function="quantize")
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "mistral"])
+def test_written_as_gguf(name, tmp_path):
+    """The same parameters and configuration when it is read, and the keys of llama.cpp's converter."""
+    if name in ("qwen2_moe", "qwen3_moe"):
+        with pytest.raises(jq.QuantError, match="all of its layers are mixtures of experts"):
+            written(name, tmp_path)
+        return
+    stated, form = written(name, tmp_path)
+    jq.io.save_gguf(tmp_path / "a.gguf", form.leaves, metadata=form.metadata, names="hf")
+    one, wanted = load(tmp_path), config_of(stated)
+    windows = name == "qwen2"  # a note says so
+    layers = tuple(dataclasses.replace(layer, window=None) for layer in wanted.layers) if windows else wanted.layers
+    np.testing.assert_allclose(*([layer.rope.frequencies for layer in x] for x in (one.config.layers, layers)), 1e-6)
+    assert [(x.window, x.mixture) for x in one.config.layers] == [(x.window, x.mixture) for x in layers]
+    same = {"layers": wanted.layers, "rms_norm_eps": wanted.rms_norm_eps}
+    assert dataclasses.replace(one.config, **same) == wanted
+    for key, leaf in model(name).params.items():
+        np.testing.assert_array_equal(one.params[key], leaf, err_msg=key)
+    assert ("attends to all tokens" in str(form.notes)) == (name in ("qwen2", "mistral", "mixtral"))
+    if name in ARCHITECTURES:
+        keys = metadata_of(name)
+        assert {key: form.metadata.get(key) for key in keys} == keys
+
+
+@pytest.mark.every
+@pytest.mark.parametrize(
+    "name, fields, message",
+    [
+        ("gemma2", {"query_pre_attn_scalar": 20}, r"queries are scaled by 8\*\*-0.5, here by 0.2236"),
+        ("gemma2", {"attn_logit_softcapping": None}, "its caps of scores and logits are not those of the model"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, "its second layers see all tokens"),
+        ("qwen3", {"attention_bias": True}, r"it has no biases of self_attn.k_proj, self_attn.o_proj"),
+        ("qwen3", {"rope_parameters": LLAMA3}, "it does not scale rotary embeddings as Llama 3 does"),
+        ("qwen3", {"rope_parameters": YARN | {"truncate": False}}, "it rounds the bounds of yarn"),
+        ("llama", {"hidden_act": "gelu"}, "its activation is not gelu"),
+        ("llama", {"model_type": "olmo2"}, "rotary embeddings that are scaled, .* cannot be written"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(name, fields, message, tmp_path):
+    with pytest.raises(jq.QuantError, match=message):
+        written(name, tmp_path, **fields)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.models.tokenizer import ends_of, tokenizer_of, tokenizer_of_gguf
+from jaxquant.models.tokenizer import ends_of, gguf_tokenizer, tokenizer_of, tokenizer_of_gguf
 
 tokenizers = pytest.importorskip("tokenizers")
 pytestmark = pytest.mark.every
@@ -180,9 +180,7 @@ def joined(text, scores):
         pieces[at : at + 2] = ["".join(pieces[at : at + 2])]
 
 
-@pytest.mark.parametrize("text", ["abcab cab", "bca bcb", "a", "ccc abc"])
-@pytest.mark.parametrize("prefix", [True, False])
-def test_sentence_pieces_of_a_gguf_file(text, prefix):
+def sentence_pieces(prefix):
     special = ["<unk>", "<s>", "</s>"]
     words = ["▁", "a", "b", "c", "bc", "ab", "abc", "▁a", "ca", "▁abc", "cab", "▁c"]
     scores = dict(zip(words, np.random.default_rng(3).permutation(len(words)) * -1.0, strict=True))
@@ -197,11 +195,60 @@ def test_sentence_pieces_of_a_gguf_file(text, prefix):
         "eos_token_id": np.uint32(2),
         "add_space_prefix": np.bool_(prefix),
     }
-    found = tokenizer_of_gguf({f"tokenizer.ggml.{key}": value for key, value in own.items()}, "a.gguf")
+    return {f"tokenizer.ggml.{key}": value for key, value in own.items()}, scores
+
+
+@pytest.mark.parametrize("text", ["abcab cab", "bca bcb", "a", "ccc abc"])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentence_pieces_of_a_gguf_file(text, prefix):
+    own, scores = sentence_pieces(prefix)
+    found, tokens = tokenizer_of_gguf(own, "a.gguf"), own["tokenizer.ggml.tokens"]
     wanted = joined(("▁" if prefix else "") + text.replace(" ", "▁"), scores)
     assert [tokens[i] for i in found.encode(text)] == ["<s>", *wanted]
     assert found.decode(found.encode(text)) == text
     assert found.decode(found.encode("é")) == "é"  # in bytes
+
+
+def in_directory(own, path):
+    """What `tokenizer_of_gguf` makes of the metadata, as the library writes it."""
+    found = tokenizer_of_gguf(own, "a.gguf")
+    found.inner.save(str(path / "tokenizer.json"))
+    stated = {**found.special, "add_bos_token": found.add_bos, "chat_template": found.template}
+    (path / "tokenizer_config.json").write_text(json.dumps(stated))
+    return found
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("kind", ["gpt-2", "llama-bpe", "qwen2", True, False])
+def test_a_tokenizer_is_written_to_gguf_and_read_again(kind, tmp_path):
+    """The same metadata; of SentencePiece, scores in the same order."""
+    extra = {"bos_token_id": np.uint32(0), "eos_token_id": np.uint32(1), "add_bos_token": True}
+    own = metadata_of(byte_pairs(), pre=kind, **extra) if isinstance(kind, str) else sentence_pieces(kind)[0]
+    own["tokenizer.chat_template"] = "{{ bos_token }}"
+    wanted = in_directory(own, tmp_path)
+    size = len(own["tokenizer.ggml.tokens"])
+    found, notes = gguf_tokenizer(tmp_path, {"vocab_size": size + 3})  # a table of embeddings may be longer
+    assert not notes
+    assert found["tokenizer.ggml.tokens"] == [*own["tokenizer.ggml.tokens"], *(f"[PAD{size + i}]" for i in range(3))]
+    arrays = {f"tokenizer.ggml.{key}" for key in ("tokens", "token_type", "scores")}
+    assert {key: found.get(key) for key in own.keys() - arrays} == {key: own[key] for key in own.keys() - arrays}
+    again = tokenizer_of_gguf(found, "b.gguf")
+    assert (again.template, again.add_bos) == (wanted.template, True)
+    np.testing.assert_array_equal(found["tokenizer.ggml.token_type"][:size] == 3, own["tokenizer.ggml.token_type"] == 3)
+    for text in [*TEXTS, "abcab cab ccc", "<s> 12345 it's"]:
+        assert again.encode(text) == wanted.encode(text)
+        assert again.decode(again.encode(text)) == wanted.decode(wanted.encode(text))
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("change", [{"pre_tokenizer": {"type": "Whitespace"}}, {"normalizer": {"type": "NFKC"}}, None])
+def test_a_tokenizer_that_gguf_cannot_describe_becomes_a_note(change, tmp_path):
+    in_directory(metadata_of(byte_pairs(), pre="gpt-2"), tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change)) if change else file.unlink()
+    found, notes = gguf_tokenizer(tmp_path, {})
+    assert not found
+    assert "the file has no tokenizer" in notes["tokenizer.json"]
 
 
 @pytest.mark.parametrize(

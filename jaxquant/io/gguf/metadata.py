@@ -1,4 +1,7 @@
-"""The metadata of a GGUF file, from a model's ``config.json``."""
+"""The metadata of a GGUF file of any architecture, from a model's ``config.json``.
+
+`jaxquant.models.to_gguf` writes those of the decoders that the package runs, scaled rotary embeddings among them.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,27 @@ _KEYS = {
 
 
 def metadata_of(config: Mapping[str, Any], architecture: str | None, *, function: str) -> dict[str, Any]:
-    """The metadata of a decoder from its ``config.json``; the tokenizer is not part of it."""
-    known = {"mistral": "llama", "phi": "phi2", "gemma3_text": "gemma3"}
+    """The metadata of a decoder from its ``config.json``.
+
+    Args:
+      config: its object.
+      architecture: llama.cpp's name; None: that of ``model_type``.
+      function: for messages.
+
+    Raises:
+      QuantError: if neither names the architecture, or rotary embeddings are scaled or rotate a part of a head.
+    """
+    known = {"phi": "phi2"}
     name = architecture or known.get(str(config.get("model_type")), config.get("model_type"))
     if not isinstance(name, str):
         todo = "Say which it is with --architecture, for example llama"
         raise quant_error(function, "the architecture is not known", todo=todo, model_type=config.get("model_type"))
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    config = {**config, **{key: value for key, value in rope.items() if key in ("rope_theta", "partial_rotary_factor")}}
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    if scaled or config.get("partial_rotary_factor") not in (None, 1.0):
+        rule = "rotary embeddings that are scaled, or rotate a part of a head, cannot be written for this architecture"
+        raise quant_error(function, rule, todo="Use llama.cpp's converter", architecture=name)
     metadata: dict[str, Any] = {"general.architecture": name}
     for key, (field, dtype) in _KEYS.items():
         if isinstance(config.get(field), int | float):

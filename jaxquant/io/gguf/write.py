@@ -100,9 +100,10 @@ def save_gguf(
     tensors: dict[str, TensorInfo] = {}
     source: dict[str, tuple[str, int | None]] = {}
     for key, leaf in params.items():
-        name = (to_gguf(key, metadata) or key) if names == "hf" else key
+        name = key if names == "gguf" else _renamed(key, metadata)
         if name in tensors:
             raise quant_error("save_gguf", "two tensors have one name", todo="Rename one", path=key, name=name)
+        leaf = _stored(leaf, name, metadata)
         kind = block_type(leaf, key, wanted.get(key))
         tensors[name] = TensorInfo(kind, tuple(leaf.shape))
         heads = heads_of(name, metadata)
@@ -115,16 +116,30 @@ def save_gguf(
     def read(name: str) -> np.ndarray:
         key, heads = source[name]
         info = tensors[name]
-        leaf = params[key]
-        if not isinstance(leaf, QTensor) and norm_of_gemma(name, metadata):
-            leaf = to_host(leaf) + np.ones((), leaf.dtype)
-        blocks = _in_slices(leaf, info)
+        blocks = _in_slices(_stored(params[key], name, metadata), info)
         if heads is None:
             return blocks
         each = blocks if len(info.shape) > 1 else blocks.reshape(*info.shape, -1)
         return interleave(each, heads).reshape(info.stored_shape)
 
     write_gguf(path, metadata, tensors, read)
+
+
+def _renamed(name: str, metadata: Mapping[str, Any]) -> str:
+    """llama.cpp's name of a tensor; a name that is none of Hugging Face's layers stays."""
+    found = to_gguf(name, metadata) or name
+    if found.startswith("model."):
+        todo = "Leave it out, or rename the tensors and use names='gguf'"
+        architecture = metadata["general.architecture"]
+        raise quant_error("save_gguf", "llama.cpp has no name for it", todo=todo, path=name, architecture=architecture)
+    return found
+
+
+def _stored(leaf: Any, name: str, metadata: Mapping[str, Any]) -> Any:
+    """The leaf as the file has it: of Gemma's norms with 1 added, in float32, since 16 bits hold fewer digits of it."""
+    if isinstance(leaf, QTensor) or not norm_of_gemma(name, metadata):
+        return leaf
+    return to_host(leaf).astype(np.float32) + np.float32(1)
 
 
 def block_type(leaf: Any, path: str, wanted: str | None = None, *, function: str = "save_gguf") -> BlockType:
