@@ -200,6 +200,7 @@ def test_nan_with_a_given_scale():
 
 @makes_nan
 @pytest.mark.parametrize("qtype", ["int8", "uint4", "nf4", "float4_e2m1fn", "float8_e4m3fn"])
+@needs_jit
 def test_nan_with_a_given_scale_stays_visible_under_jit(qtype):
     """No code stands for it but in fp8, so it becomes the scale of its block."""
     spec = QuantSpec(qtype, granularity="per_group", group_size=2)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax.core import freeze
 from linen_cases import assert_close, assert_same, unequal
+from jax_settings import needs_jit
 
 import jaxquant as jq
 from jaxquant import recipes
@@ -90,6 +91,7 @@ def test_shapes_of_the_input_may_change_between_batches():
 
 @pytest.mark.parametrize("quant", [None, "empty", "fresh"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["float", "frozen"])
+@needs_jit
 def test_an_unobserved_range_raises(quant, frozen):
     spec = static()
     layer = jq.linen.QuantDense(4, use_bias=False, spec=spec)
