@@ -10,7 +10,7 @@ from core import reference
 from core.cases import unequal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax_settings import makes_nan
+from jax_settings import makes_nan, needs_jit
 
 import jaxquant as jq
 from jaxquant import QuantError, QuantSpec
@@ -160,6 +160,7 @@ def test_ranges_of_other_libraries(spec):
         np.testing.assert_allclose(scale, absmax / 448, rtol=1e-6)
 
 
+@needs_jit  # else it searches for minutes
 def test_entropy_clips_outliers_and_keeps_what_is_dense():
     rng = np.random.default_rng(0)
     uniform = rng.uniform(-1, 1, 4096)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import freeze
-from linen_cases import assert_close, assert_same, unequal
 from jax_settings import needs_jit
+from linen_cases import assert_close, assert_same, unequal
 
 import jaxquant as jq
 from jaxquant import recipes

@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax_settings import needs_jit
 from transform_cases import unequal
 
 import jaxquant as jq
@@ -118,7 +119,10 @@ def stacked(p, x):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
 
 
-@pytest.mark.parametrize("fn, params", [(product, PARAMS), (stacked, STACK)], ids=["dense", "scan"])
+@pytest.mark.parametrize(
+    "fn, params",
+    [pytest.param(product, PARAMS, id="dense"), pytest.param(stacked, STACK, id="scan", marks=needs_jit)],
+)
 def test_ranges_are_followed_in_the_step_and_frozen(fn, params):
     """What a step has seen is what calibration of the quantized model would have seen."""
     act = QuantSpec("int8", granularity="per_tensor", static=True, calibration=observers.EMA(0.5))
@@ -375,6 +379,7 @@ def test_devices_and_remat_do_not_change_what_a_key_gives(name):
     assert float(jnp.max(jnp.abs(noise["w"] - grads["w"]))) > 1e-3 * size
 
 
+@needs_jit  # else a shard_map takes minutes
 def test_a_shard_of_a_shard_map_has_a_key_of_its_own():
     """Within `jax.shard_map` an array is the shard: with one key all shards have the same noise."""
     plan = planned(UP_OR_DOWN, QuantSpec("int8", rounding="stochastic"))
