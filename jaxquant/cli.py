@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ except ModuleNotFoundError:
 from jaxquant import QuantError, __version__, files, quantize_files
 from jaxquant.core.errors import printable
 from jaxquant.core.paths import folded
-from jaxquant.core.units import in_bytes
+from jaxquant.core.units import in_bytes, in_millions
 from jaxquant.io.save_hf import FORMATS
 from jaxquant.models import commands
 from jaxquant.models.console import refusals
@@ -108,7 +110,7 @@ def _print(columns: Sequence[str], rows: Sequence[Sequence[str]], **options: Any
 
 
 @main.command("inspect")
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--deep", is_flag=True, help="Also read the weights, one at a time, and say what each one is.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -123,13 +125,7 @@ def inspect_(path: Path, tensors: bool, deep: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(summary), indent=2))
         return
-    unknown = "unknown: see the problems" if summary.problems else "nothing is quantized"
-    schemes = "; ".join(f"{n} {scheme}" for scheme, n in summary.schemes.items()) or unknown
-    _say(f"{path}: {summary.format}, {len(summary.tensors)} tensors, {in_bytes(summary.nbytes)}")
-    _say(f"weights: {schemes}")
-    _say(f"{summary.parameters:,} parameters, {8 * summary.nbytes / max(1, summary.parameters):.2f} bits each")
-    if not summary.problems:
-        _say(f"read by {summary.runs}({str(path)!r})")
+    click.echo(_described(path, summary))
     kinds: dict[str, list[int]] = {}
     for tensor in summary.tensors:
         count = kinds.setdefault(tensor.type, [0, 0])
@@ -145,11 +141,26 @@ def inspect_(path: Path, tensors: bool, deep: bool, as_json: bool) -> None:
         _say(f"problem: {problem}")
 
 
+def _described(path: Path, summary: files.Summary) -> str:
+    """Format and scheme, size; the matrices that are in float; the command and the function that read it."""
+    schemes = [f"{_some(n, 'weight')} {scheme}" for scheme, n in summary.schemes.items()]
+    size = f"{in_millions(summary.parameters)} parameters, {in_bytes(summary.nbytes)}"
+    bits = f"{8 * summary.nbytes / max(1, summary.parameters):.2f} bits each"
+    said = ["; ".join([f"{path}: {summary.format}", *schemes, f"{size}, {bits}"])]
+    if schemes and not summary.problems:
+        said.append(f"in float: {', '.join([*summary.floats, 'vectors'])}")
+    if not summary.problems:
+        command = f"jaxquant generate {path}, or " if summary.generates else ""
+        said.append(f"runs with: {command}{summary.reader}({summary.path!r})")
+    wrap = functools.partial(textwrap.fill, width=80, subsequent_indent="  ", break_long_words=False)
+    return "\n".join(wrap(printable(text), break_on_hyphens=False) for text in said)
+
+
 # -- quantize ----------------------------------------------------------------------------------------------------------
 
 
 @main.command()
-@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option(
     "--to",
@@ -238,7 +249,7 @@ def quantize(
     if architecture is not None and format != "gguf":
         raise click.UsageError("--architecture is for --to gguf")
     with refusals():
-        act = None
+        source, act = files.place(source, "quantize"), None
         if rules is not None:
             chosen = files.read_rules(rules)
         else:
@@ -320,7 +331,7 @@ def _progress(*, counted: bool = False) -> Iterator[Callable[[int, int, str], No
 
 
 @main.command()
-@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option(
     "--to", "format", type=click.Choice([*FORMATS, "gguf", "jaxquant"]), required=True, help="Layout of the result."
@@ -341,8 +352,8 @@ def convert(source: Path, destination: Path, format: str, architecture: str | No
 
 
 @main.command()
-@click.argument("first", type=click.Path(exists=True, path_type=Path))
-@click.argument("second", type=click.Path(exists=True, path_type=Path))
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compare(first: Path, second: Path, as_json: bool) -> None:
     """Compare the values of two checkpoints, weight by weight.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.paths import folded
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.io import save_gguf
@@ -32,12 +33,16 @@ from jaxquant.io.hf.load import open_hf
 from jaxquant.io.native import NativeLeaves, save_leaves
 from jaxquant.io.safetensors import SafetensorsFile
 from jaxquant.io.save_hf import layout_of, write_hf
+from jaxquant.io.sharded import located
 from jaxquant.io.slices import rows, runs_of_rows, stored_by_rows
+from jaxquant.models.config import ARCHITECTURES
+from jaxquant.models.gguf import MODEL_TYPES
+from jaxquant.models.load import place_of
 from jaxquant.models.to_gguf import described
 from jaxquant.recipes import recipe
 from jaxquant.rules import Rule
 
-__all__ = ["Comparison", "Summary", "Watched", "compare", "convert", "read_rules", "summary"]
+__all__ = ["Comparison", "Summary", "Watched", "compare", "convert", "place", "read_rules", "summary"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,24 +60,40 @@ class Summary:
     """The result of `summary`.
 
     Attributes:
+      path: of the directory or file that was read.
       format: of the checkpoint.
       schemes: how weights are quantized -> how many are.
       parameters: how many numbers the tensors stand for.
-      runs: what reads it, to run it.
+      floats: the matrices that are in float, repeated layers as one name.
+      reader: the function that reads it.
+      generates: whether ``jaxquant generate`` runs it, by its architecture.
       nbytes: bytes of all tensors.
       tensors: every tensor.
       weights: with ``deep``, name of each quantized weight -> what it is.
       problems: what is wrong.
     """
 
+    path: str
     format: str
     schemes: dict[str, int]
     parameters: int
-    runs: str
+    floats: list[str]
+    reader: str
+    generates: bool
     nbytes: int
     tensors: list[Tensor]
     weights: dict[str, str]
     problems: list[str]
+
+
+def place(path: Path, function: str) -> Path:
+    """The directory or file of a checkpoint; of a directory without other weights, the GGUF file in it."""
+    found = Path(located(os.fspath(path), function))
+    if not found.exists():
+        todo = "Give a directory with safetensors files, a safetensors file or a GGUF file"
+        raise quant_error(function, "there is no such file or directory", todo=todo, path=os.fspath(path))
+    only = found.is_dir() and not any(found.glob("*.safetensors")) and any(found.glob("*.gguf"))
+    return place_of(found) if only else found
 
 
 def _kind(path: Path) -> str:
@@ -90,7 +111,8 @@ def summary(path: Path, *, deep: bool = False) -> Summary:
 
     A jaxquant file is memory-mapped and not decoded, so all of its weights are read.
     """
-    kind = _kind(path)
+    path = place(path, "inspect")
+    kind, config = _kind(path), {}
     if kind == "gguf":
         file = GGUFModel(path, function="inspect")
         tensors = [Tensor(name, info.type.name, info.shape, info.nbytes) for name, info in file.tensors.items()]
@@ -100,14 +122,16 @@ def summary(path: Path, *, deep: bool = False) -> Summary:
         words = [f"GGUF {file.version}", str(file.metadata.get("general.architecture", "no architecture"))]
         words += ([] if what == "model" else [str(what)]) + ([f"{n} parts"] if (n := len(file.files)) > 1 else [])
         name = ", ".join(words)
-        found = _Found(_counts(t.type for t in tensors if t.type not in _PLAIN), _numbers(tensors))
+        plain = {t.name: len(t.shape) for t in tensors if t.type in _PLAIN}
+        found = _Found(_counts(t.type for t in tensors if t.type not in _PLAIN), _numbers(tensors), _matrices(plain))
     else:
         checkpoint = HFCheckpoint(path, function="inspect")
+        config = checkpoint.config if kind == "hf" else {}
         tensors = [Tensor(n, s.dtype.name, s.shape, s.nbytes) for n, s in checkpoint.tensors.items()]
         form = None if kind == "jaxquant" else detect(checkpoint)[0]
         name = "jaxquant" if kind == "jaxquant" else "float" if form is None else form.name
         problems = []
-        found = _Found({}, _numbers(tensors))
+        found = _Found({}, _numbers(tensors), [])
     weights: dict[str, str] = {}
     if kind != "gguf":
         try:
@@ -124,11 +148,16 @@ def summary(path: Path, *, deep: bool = False) -> Summary:
             problems.append(str(error))
         if isinstance(leaves, HFLeaves):
             weights, problems = leaves.described, [*problems, *leaves.problems]
-    runs = {"gguf": "jq.io.load_gguf", "jaxquant": "jq.io.load_model", "hf": "jq.io.load_hf"}[kind]
+    reader = {"gguf": "jq.io.load_gguf", "jaxquant": "jq.io.load_model", "hf": "jq.io.load_hf"}[kind]
     if kind == "hf" and name != "float" and not problems:
         leaves = _leaves(path, "inspect")
-        runs = "jq.io.load_model" if isinstance(leaves, HFLeaves) and leaves.runs_otherwise() else runs
-    return Summary(name, *found, runs, sum(t.nbytes for t in tensors), tensors, weights, problems)
+        reader = "jq.io.load_model" if isinstance(leaves, HFLeaves) and leaves.runs_otherwise() else reader
+    if kind == "gguf":
+        generates = file.metadata.get("general.architecture") in MODEL_TYPES and what == "model"
+    else:
+        generates = config.get("model_type") in (*ARCHITECTURES, "gemma3")
+    nbytes = sum(t.nbytes for t in tensors)
+    return Summary(str(path), name, *found, reader, generates and not problems, nbytes, tensors, weights, problems)
 
 
 _PLAIN = {kind.name for kind in PLAIN.values()}
@@ -137,6 +166,12 @@ _PLAIN = {kind.name for kind in PLAIN.values()}
 class _Found(NamedTuple):
     schemes: dict[str, int]
     parameters: int
+    floats: list[str]
+
+
+def _matrices(axes: Mapping[str, int]) -> list[str]:
+    """Of names and their numbers of axes, those with two and more, repeated layers as one."""
+    return list(folded({name: 0 for name, n in axes.items() if n > 1}))
 
 
 def _numbers(tensors: Iterable[Tensor]) -> int:
@@ -154,13 +189,15 @@ def _one_of_each(leaves: HFLeaves | GGUFLeaves | NativeLeaves) -> _Found:
     for name in leaves:
         alike.setdefault(kinds.get(name, name), []).append(name)
     schemes: collections.Counter[str] = collections.Counter()
-    parameters = 0
+    parameters, floats = 0, dict[str, int]()
     for names in alike.values():
         leaf = leaves[names[0]]
         parameters += len(names) * math.prod(leaf.shape)
         if isinstance(leaf, QTensor):
             schemes[leaf.scheme] += len(names)
-    return _Found(dict(schemes.most_common()), parameters)
+        else:
+            floats |= dict.fromkeys(names, len(leaf.shape))
+    return _Found(dict(schemes.most_common()), parameters, _matrices({n: floats[n] for n in leaves if n in floats}))
 
 
 def _tensors_of(leaves: HFLeaves) -> dict[str, Any]:
@@ -222,6 +259,7 @@ def read_rules(path: Path) -> list[Rule]:
 
 def _leaves(path: Path, function: str) -> HFLeaves | GGUFLeaves | NativeLeaves:
     """The leaves of a checkpoint, under Hugging Face's names where there are any; each is read when asked for."""
+    path = place(path, function)
     kind = _kind(path)
     if kind == "gguf":
         known = has_names(GGUFModel(path, function=function).metadata)
@@ -301,7 +339,7 @@ def convert(
         found = leaves.file.metadata
         save_gguf(destination, watched, metadata=found, names="hf" if has_names(found) else "gguf")
     elif format == "gguf":
-        form = described(watched, config, source, architecture, function="convert")
+        form = described(watched, config, place(source, "convert"), architecture, function="convert")
         save_gguf(destination, form.leaves, metadata=form.metadata, names="hf")
         notes += [f"{name}: {text}" for name, text in form.notes.items()]
     elif format == "jaxquant":

@@ -47,7 +47,7 @@ def invoke(*args, code=0):
     [("gptq_w4g64_sym", "GPTQ"), ("gguf_Q4_0/model.gguf", "GGUF 3, llama"), ("ct_nvfp4", "compressed-tensors")],
 )
 def test_inspect_names_the_format_and_the_types(name, format):
-    assert f": {format}, " in invoke("inspect", GOLDEN / name)
+    assert f": {format};" in " ".join(invoke("inspect", GOLDEN / name).split())
     summary = json.loads(invoke("inspect", GOLDEN / name, "--json"))
     assert summary["format"] == format
     assert summary["nbytes"] == sum(t["nbytes"] for t in summary["tensors"])
@@ -65,10 +65,28 @@ def test_inspect_names_the_format_and_the_types(name, format):
 )
 def test_inspect_says_how_weights_are_quantized(name, scheme, weights):
     output = invoke("inspect", GOLDEN / name)  # where a row has no more than 64 inputs, it is one group
-    assert output.splitlines()[1].startswith(f"weights: {weights} {scheme}")
+    assert f"; {weights} weights {scheme}; " in " ".join(output.split())
+    assert all(len(line) <= 80 or str(GOLDEN) in line for line in output.splitlines())
     found = json.loads(invoke("inspect", GOLDEN / name, "--json"))
-    leaves = jq.io.load_gguf(GOLDEN / name)[0] if ".gguf" in name else jq.io.load_hf(GOLDEN / name)[0]
+    leaves = jq.io.load_gguf(GOLDEN / name)[0] if ".gguf" in name else jq.io.load_model(GOLDEN / name).params
     assert found["parameters"] == sum(math.prod(leaf.shape) for leaf in leaves.values())
+
+
+@pytest.mark.every
+def test_what_is_asked_of_a_path(tmp_path):
+    """A directory with a GGUF file is that file; names of the hub, and of nothing, are refused by each command."""
+    shutil.copy(GOLDEN / "gguf_Q4_0" / "model.gguf", tmp_path)
+    output = " ".join(invoke("inspect", tmp_path).split())
+    assert "; 14 weights Q4_0; 1 weight Q8_0; " in output
+    assert "in float: token_embd.weight, vectors" in output
+    assert f"runs with: jaxquant generate {tmp_path}, or jq.io.load_gguf('{tmp_path}/model.gguf')" in output
+    assert invoke("compare", tmp_path, tmp_path / "model.gguf").endswith("equal\n")
+    for command in (["inspect"], ["quantize"], ["compare"], ["convert", "--to", "awq"]):
+        more = [] if command == ["inspect"] else [tmp_path / "b"]
+        said = invoke(*command, "org/model", *more, code=1)
+        assert "names of the hub are not fetched. Fetch it first: huggingface_hub.snapshot_download" in said
+        assert "there is no such file or directory" in invoke(*command, tmp_path / "a", *more, code=1)
+    assert "this is a GGUF file" in invoke("quantize", tmp_path, tmp_path / "b", code=1)
 
 
 def test_inspect_lists_tensors_and_weights():
@@ -134,7 +152,7 @@ def test_each_format_gets_what_it_needs(format, scheme, source, tmp_path):
     arrays = {"model.embed_tokens.weight": w, "model.layers.0.mlp.down_proj.weight": w, "lm_head.weight": w}
     jq.io.save(source / "model.safetensors", arrays | {"model.norm.weight": w[0]})
     assert "1 weight quantized, 3 tensors as they are" in invoke("quantize", source, tmp_path / "out", "--to", format)
-    assert f"weights: 1 {scheme}" in invoke("inspect", tmp_path / "out")
+    assert f"1 weight {scheme}" in " ".join(invoke("inspect", tmp_path / "out").split())
     read = jq.io.load_gguf if format == "gguf" else jq.io.load_hf
     params = (
         jq.io.load(tmp_path / "out")
@@ -279,8 +297,8 @@ def test_a_directory_without_its_configuration(source, tmp_path):
     said = "codes, and no configuration that says of which format"
     inspected = invoke("inspect", tmp_path / "b")
     assert said in inspected
-    assert "/b: an unknown format, 2 tensors" in inspected
-    assert "read by" not in inspected
+    assert "/b: an unknown format;" in " ".join(inspected.split())
+    assert "runs with" not in inspected
     assert said in invoke("quantize", tmp_path / "b", tmp_path / "c", code=1)
     assert said in invoke("convert", tmp_path / "b", tmp_path / "c", "--to", "gptq", code=1)
     output = invoke("convert", source, tmp_path / "c", "--to", "gptq", code=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["in_bytes"]
+__all__ = ["in_bytes", "in_millions"]
 
 
 def in_bytes(n: float) -> str:
@@ -14,3 +14,14 @@ def in_bytes(n: float) -> str:
     """
     unit, power = next((u, p) for u, p in (("GiB", 30), ("MiB", 20), ("KiB", 10), ("B", 0)) if n >= 1 << p or p == 0)
     return f"{n / (1 << power):.1f} {unit}" if power else f"{n:.0f} B"
+
+
+def in_millions(n: int) -> str:
+    """A count, in billions or millions where it is one or more.
+
+    Example:
+      >>> in_millions(16_800), in_millions(1_705_216), in_millions(8_030_261_248)
+      ('16,800', '1.71 million', '8.03 billion')
+    """
+    unit, power = ("billion", 9) if n >= 1e9 else ("million", 6)
+    return f"{n / 10**power:.3g} {unit}" if n >= 1e6 else f"{n:,}"

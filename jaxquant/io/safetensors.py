@@ -244,6 +244,7 @@ class SafetensorsFile(MappedFile):
             raise self.error("the file is shorter than the 8 bytes every file begins with", todo=todo, size=size)
         if length > _MAX_HEADER:
             rule = f"the header may have at most {_MAX_HEADER} bytes"
+            rule = "this is a GGUF file" if prefix[:4] == b"GGUF" else rule
             raise self.error(rule, todo=todo, header_length=length)
         if length > size - 8:
             raise self.error("the header is longer than the file", todo=todo, header_length=length, size=size)

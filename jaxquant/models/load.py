@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.units import in_bytes
+from jaxquant.core.units import in_bytes, in_millions
 from jaxquant.io import load_gguf
 from jaxquant.io.hf.model import Activations, Floating, HFModel, load_hf_model
 from jaxquant.io.hf.schemes import CacheScales
@@ -88,7 +88,7 @@ class Model:
     def __str__(self) -> str:
         """A line for the model, one for each kind of parameter, and one for each quantized activation."""
         config, numbers = self.config, sum(math.prod(leaf.shape) for leaf in self.params.values())
-        what = f"{config.architecture}, {len(config.layers)} layers, {_count(numbers)} parameters, {self.format}"
+        what = f"{config.architecture}, {len(config.layers)} layers, {in_millions(numbers)} parameters, {self.format}"
         some = lambda n: "1 tensor" if n == 1 else f"{n} tensors"  # noqa: E731
         kinds = [(kind, f"{some(n)}, {in_bytes(size)}") for kind, (n, size) in self.kinds.items()]
         width = max(len(kind) for kind, _ in kinds)
@@ -108,11 +108,6 @@ class Model:
 def _kind(leaf: Any) -> str:
     """The number type and what shares a scale, without the shape."""
     return leaf.scheme if isinstance(leaf, QTensor) else np.dtype(leaf.dtype).name
-
-
-def _count(n: int) -> str:
-    unit, power = ("billion", 9) if n >= 1e9 else ("million", 6)
-    return f"{n / 10**power:.3g} {unit}" if n >= 1e6 else f"{n:,}"
 
 
 def load(
