@@ -100,7 +100,8 @@ def trace(
         return [r for r in results if is_array(r)]
 
     arrays = [flat[i] for i in where]
-    jaxpr = jax.make_jaxpr(flat_fn)([_abstract(leaves[p]) for p in known], arrays)
+    with jax.disable_jit(False):  # else scans are unrolled: a plan, and its state by layer, are of scans in any setting
+        jaxpr = jax.make_jaxpr(flat_fn)([_abstract(leaves[p]) for p in known], arrays)
 
     def rebuild(outs: list[Any]) -> Any:
         arrays = iter(outs)

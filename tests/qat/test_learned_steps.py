@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from jax_settings import needs_jit, optax_promotes
+from jax_settings import optax_promotes
 from transform_cases import unequal
 
 import jaxquant as jq
@@ -241,7 +241,6 @@ def unrolled(p, x):
     return x
 
 
-@needs_jit  # else a scan is its equations, one layer after the other
 def test_layers_of_a_scan_have_steps_of_their_own():
     spec = OpSpec(Q("int3"), Q("int4", granularity="per_tensor"))
     plan = jq.make_plan(stacked, STACK, X, rules=[Rule(".*", spec)])

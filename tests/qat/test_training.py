@@ -119,10 +119,7 @@ def stacked(p, x):
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
 
 
-@pytest.mark.parametrize(
-    "fn, params",
-    [pytest.param(product, PARAMS, id="dense"), pytest.param(stacked, STACK, id="scan", marks=needs_jit)],
-)
+@pytest.mark.parametrize("fn, params", [(product, PARAMS), (stacked, STACK)], ids=["dense", "scan"])
 def test_ranges_are_followed_in_the_step_and_frozen(fn, params):
     """What a step has seen is what calibration of the quantized model would have seen."""
     act = QuantSpec("int8", granularity="per_tensor", static=True, calibration=observers.EMA(0.5))

@@ -6,7 +6,6 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
-from jax_settings import needs_jit
 
 import jaxquant as jq
 from jaxquant import recipes
@@ -81,7 +80,6 @@ def test_what_a_call_holds_is_looked_into():
         ]
 
 
-@needs_jit  # else a scan is its equations, one layer after the other
 def test_a_bias_that_a_scan_hands_out_is_used_elsewhere():
     """Unless it is the very stack that goes in: a module's parameters come out of its transforms."""
     params = {"w": np.ones((2, 6, 6), np.float32), "b": np.ones((2, 1, 6), np.float32)}

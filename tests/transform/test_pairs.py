@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import snippets
-from jax_settings import needs_jit
 
 import jaxquant as jq
 from jaxquant import recipes
@@ -161,7 +160,6 @@ def experts(p, x, share):
     return jax.lax.scan(add, jnp.zeros_like(x), (share, p["experts"]))[0]
 
 
-@needs_jit  # else a scan is its equations, one layer after the other
 def test_layers_that_read_one_input_share_its_scale():
     shapes = {"gain": (1, 4), "experts": {"up": (3, 4, 6), "down": (3, 6, 4)}}
     params = filled(

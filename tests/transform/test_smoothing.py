@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import safetensors
 import snippets
-from jax_settings import needs_jit
 
 import jaxquant as jq
 from jaxquant import QuantSpec, recipes
@@ -140,7 +139,6 @@ def test_awq_is_never_worse_on_the_data_it_saw(stats):
     assert output_error(scale) < output_error(jnp.ones(K))
 
 
-@needs_jit  # else a scan is its equations, one layer after the other
 def test_experts_share_the_scale_of_their_input():
     """Each sees its own rows: SmoothQuant's scales by hand, and for AWQ the error over all experts."""
     spec, experts = QuantSpec("int3", granularity="per_group", group_size=8), 3

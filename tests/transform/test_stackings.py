@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax_settings import needs_jit
 from transform_cases import check, close, unequal
 
 import jaxquant as jq
@@ -75,7 +74,6 @@ CASES = {
 }  # fmt: skip
 
 
-@needs_jit  # else a scan is its equations, one layer after the other
 @pytest.mark.parametrize("name", CASES)
 def test_one_set_of_scales(name):
     """Frozen codes, a leaf in training and the float function on the dequantized leaf agree, and so do gradients."""

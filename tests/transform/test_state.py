@@ -54,6 +54,20 @@ def test_handed_on(fn, params):
     check(fn, params, X, expect={"w": (-2,)})
 
 
+def test_a_scan_stays_one_without_jit():
+    """What is planned and calibrated in one setting runs in the other: JAX unrolls scans where it compiles nothing."""
+    layers = lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]  # noqa: E731
+    rules = [jq.Rule("w", jq.recipes.w8a8(static=True))]
+    plan = jq.make_plan(layers, STACK, X, rules=rules)
+    with jax.disable_jit():
+        assert jq.make_plan(layers, STACK, X, rules=rules) == plan
+        state = jq.act_state(plan, jq.calibrate(layers, plan, STACK, [X]))
+        assert state["w"]["scale"].shape == (3,)
+        qparams = jq.quantize_params(STACK, plan)
+        got = jq.quantized(layers, plan, state)(qparams, X)
+    np.testing.assert_allclose(got, jax.jit(jq.quantized(layers, plan, state))(qparams, X), rtol=1e-5, atol=1e-6)
+
+
 def test_returned_as_it_is():
     """Returned params come back as they were given, QTensors too; a view of one is a use in float."""
     fn = lambda p, x: (x @ p["w"], p)  # noqa: E731
