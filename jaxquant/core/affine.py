@@ -32,6 +32,7 @@ from jaxquant.core.specs import QuantSpec
 __all__ = [
     "Encoded",
     "as_codes",
+    "block_values",
     "codes_apart",
     "codes_in_parts",
     "encode",
@@ -242,6 +243,16 @@ def _as_codes(
 ) -> QTensor:
     codes = codes_apart(x, found, key, spec=spec, axes=axes) if apart else codes_of(found.values, spec.type)
     return QTensor(codes, found.scale, found.zero_point, qtype=spec.qtype, dtype=x.dtype)
+
+
+@Replaceable
+def block_values(x: jax.Array, q: QTensor, *, spec: QuantSpec, axes: tuple[int, ...]) -> jax.Array:
+    """The values, in x's dtype, of an array x whose codes ``q`` `as_codes` has found by x's own range.
+
+    Scales that are powers of two keep them exact. A platform may replace it, to find values of x without codes.
+    """
+    del spec, axes
+    return q.dequantize(x.dtype)
 
 
 @Replaceable

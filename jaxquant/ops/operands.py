@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxquant.core.affine import as_codes, prepare
+from jaxquant.core.affine import as_codes, block_values, prepare
 from jaxquant.core.arithmetic import have_common_dtype, promoted
 from jaxquant.core.blocks import block_shape, scale_shape
 from jaxquant.core.errors import quant_error
@@ -165,7 +165,9 @@ class Operand:
             return TrainedTensor(x, None)
         if isinstance(x, QTensor) or self.spec is None:
             return x
-        return TrainedTensor(as_codes(x, self.spec, self.axes, *(static or (None, None))), None)
+        q = as_codes(x, self.spec, self.axes, *(static or (None, None)))
+        exact = static is None and self.spec.type.scale_format == "e8m0"
+        return TrainedTensor(q, block_values(x, q, spec=self.spec, axes=self.axes) if exact else None)
 
     def passes(self, x: Any, static: Static) -> bool:
         """Whether the gradient of an operand equals that of its real values: nothing is quantized here, or clipped."""
@@ -176,7 +178,7 @@ class Operand:
     def kept(self, q: Any, x: Any, static: Static) -> Any:
         """The codes q of an operand if they were made of x and suffice for its gradient; else None."""
         made = isinstance(q, TrainedTensor) and not isinstance(x, QTensor)
-        return q if made and self.passes(x, static) else None
+        return TrainedTensor(q, None) if made and self.passes(x, static) else None
 
     def gradient(self, x: Any, static: Static, dx: jax.Array) -> tuple[Any, Any]:
         """The gradients of an operand and of its range, from the gradient of its real values.

@@ -21,6 +21,7 @@ from jaxquant.ops.kernels import integer
 from jaxquant.ops.kernels.tpu import decode, grouped
 from jaxquant.ops.kernels.tpu import int8 as tpu_int8
 from jaxquant.ops.kernels.tpu import product as product_kernels
+from jaxquant.ops.kernels.tpu.blocks import rounded_blocks
 from jaxquant.ops.kernels.tpu.layout import transposed_codes
 from jaxquant.ops.kernels.tpu.quantize import quantized_columns, quantized_rows
 from jaxquant.ops.problem import Product
@@ -343,6 +344,31 @@ def test_codes_of_values_times_factors_in_one_pass(axis: int):
     want = jq.quantize(x.astype(jnp.float32) * times, jq.QuantSpec("int8"), reduce_axes=(axis,))
     np.testing.assert_array_equal(codes, want.logical_codes())
     np.testing.assert_array_equal(scale, want.scale)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("qtype", ["mxfp8", "mxfp4"])
+def test_values_in_blocks(qtype: str, dtype: Any):
+    """Exact, for 70 rows, which no block divides, of all magnitudes, with NaN, infinities and zeros."""
+    spec, rng = jq.QuantSpec(qtype), np.random.default_rng(0)
+    x = rng.normal(size=(70, 512)) * np.exp2(rng.integers(-100, 100, (70, 64))).repeat(8, 1)
+    x[3, 5], x[4, 40], x[5, 64:96], x[6, 70], x[9, :32], x[10, 3:40] = np.nan, np.inf, 0, -np.inf, np.inf, -0.0
+    x = jnp.asarray(x, dtype)
+    want = jax.jit(lambda x: jq.quantize(x, spec, reduce_axes=(-1,)).dequantize())(x)
+    got = rounded_blocks(x, qtype=spec.type, interpret=True)
+    np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
+def test_an_activation_in_blocks_is_rounded_by_the_kernel(platform: str):
+    """On a TPU, by one kernel that also serves a batch of products."""
+    x, w = (
+        normal(0, (4, 2, 3, 128), jnp.bfloat16),
+        jq.quantize(normal(1, (128, 64)), jq.QuantSpec("mxfp8"), reduce_axes=0),
+    )
+    product = jax.jit(jax.vmap(lambda x: ops.einsum("bsk,kn->bsn", x, w, spec=recipes.mxfp8())))
+    text = product.trace(x).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count('kernel_name = "rounded_blocks"') == (platform == "tpu")
 
 
 def test_transposed_codes():

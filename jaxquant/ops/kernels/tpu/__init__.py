@@ -3,6 +3,6 @@
 On import they replace plain computations of `jaxquant.core` that this compiler turns into slow code.
 """
 
-from jaxquant.ops.kernels.tpu import quantize
+from jaxquant.ops.kernels.tpu import blocks, quantize
 
-__all__ = ["quantize"]
+__all__ = ["blocks", "quantize"]
