@@ -285,7 +285,13 @@ def _show_quantized(plan: Any, *, dry_run: bool, as_json: bool) -> None:
         click.echo(json.dumps({"weights": weights, **sizes, **rest}, indent=2))
         return
     if dry_run:
-        _print(("weight", "becomes"), [(name, repr(q)) for name, q in plan.weights.items()])
+        becomes = {name: (q.scheme, str(tuple(q.shape)), q.nbytes) for name, q in plan.weights.items()}
+        rows = [(label, becomes[names[0]][1], names) for label, names in folded(becomes).items()]
+        for scheme in dict.fromkeys(what for what, _, _ in becomes.values()):
+            _say(f"to {scheme}:")
+            for label, shape, names in rows:
+                if becomes[names[0]][0] == scheme:
+                    _say(f"  {label}  {shape}, {in_bytes(sum(becomes[n][2] for n in names))}")
     _say(f"{_some(len(plan.weights), 'weight')} quantized, {_some(len(plan.floats), 'tensor')} as they are")
     for told, form in ((plan.skipped, "{} stays in float: {}"), (plan.notes, "{}: {}")):
         for label, names in folded(told).items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -12,17 +14,19 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from jaxquant.core.errors import quant_error
-from jaxquant.core.granularity import grouped
+from jaxquant.core.affine import quantize as quantize_array
+from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.granularity import PerGroup, grouped
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.files import Watched
 from jaxquant.io import plan_quantize_hf, quantize_hf, save_gguf
 from jaxquant.io.directory import Layout, Piece
+from jaxquant.io.gguf.write import block_type
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.native import save_leaves
 from jaxquant.io.safetensors import TensorSpec
-from jaxquant.io.save_hf import FORMATS
+from jaxquant.io.save_hf import FORMATS, export_piece, layout_of
 from jaxquant.io.sharded import Checkpoint
 from jaxquant.io.stream import QuantizedLeaves, QuantizePlan
 from jaxquant.models.calibration import calibrated
@@ -107,16 +111,57 @@ def scheme_of(asked: Scheme, format: str, source: Path) -> OpSpec:
             raise quant_error(_F, rule, todo=todo, recipe=asked.recipe)
     else:
         spec = OpSpec(_weight(asked, habit, format))
-    assert spec.weight is not None
-    if spec.weight.type.kind != "int" or spec.weight.scale_dtype is not None:
-        if asked.scale_dtype is not None:
-            got: dict[str, Any] = {"scale_dtype": asked.scale_dtype, "qtype": spec.weight.qtype}
-            raise quant_error(_F, "this number type has scales of its own form", todo="Leave it out", **got)
-        return spec
+    if asked.scale_dtype is not None and not _free_scales(spec):
+        rule, got = "this number type has scales of its own form", {"scale_dtype": asked.scale_dtype}
+        raise quant_error(_F, rule, todo="Leave it out", **got, qtype=spec.weight.qtype if spec.weight else None)
     stored = HFCheckpoint(source, function=_F).dtype
     own = stored.name if stored is not None and stored.itemsize == 2 else None
-    dtype = asked.scale_dtype or habit.scale_dtype or own
+    found = _scaled(spec, asked.scale_dtype or habit.scale_dtype or own)
+    reason = _refusal(found, format)
+    if reason is not None:
+        fits = [to for to in TARGETS if _refusal(_scaled(spec, _HABITS[to].scale_dtype or own), to) is None]
+        others = [f"--to {to}" for to in fits]
+        todo = f"Use {' or '.join(others)}" if others else _NO_PLACE
+        todo += ", or leave --asymmetric out" if asked.asymmetric else ""
+        got = {"format": format, "scheme": asked.recipe or repr(spec.weight)}
+        raise quant_error(_F, f"the format has no place for this scheme: {reason}", todo=todo, **got)
+    return found
+
+
+_NO_PLACE = (
+    "No format has one. Of activations a file can say int8 or fp8 per token: --recipe w8a8, fp8. All others run from "
+    "Python: jaxquant.quantize_model and jaxquant.io.save"
+)
+
+
+def _free_scales(spec: OpSpec) -> bool:
+    """Whether the dtype of the scales can be chosen."""
+    return spec.weight is not None and spec.weight.type.kind == "int" and spec.weight.scale_dtype is None
+
+
+def _scaled(spec: OpSpec, dtype: str | None) -> OpSpec:
+    if not _free_scales(spec):
+        return spec
+    assert spec.weight is not None
     return dataclasses.replace(spec, weight=dataclasses.replace(spec.weight, scale_dtype=dtype))
+
+
+def _refusal(spec: OpSpec, format: str) -> str | None:
+    """Why a format has no place for the scheme, by a weight that the group size divides; None: it has."""
+    weight = spec.weight
+    assert weight is not None
+    group = weight.granularity.size if isinstance(weight.granularity, PerGroup) else 1
+    # Numbers whose scales and zero points are exact.
+    matrix = np.float32(np.arange(64 * math.lcm(256, group)) % 16 - 8).reshape(64, -1)
+    quantize_one = functools.partial(quantize_array, spec=weight, reduce_axes=(-1,))
+    try:
+        if format in FORMATS:
+            export_piece(layout_of(format, spec.act), "one.weight", jax.eval_shape(quantize_one, matrix), dict)
+        elif format == "gguf":
+            block_type(quantize_one(matrix), "one.weight")  # which looks at values
+    except QuantError as error:
+        return error.text.partition("; got")[0]
+    return None if spec.act is None or format in FORMATS else "it does not describe activations"
 
 
 def _weight(asked: Scheme, habit: _Habit, format: str) -> QuantSpec:
@@ -183,7 +228,7 @@ def quantize(
     place = destination.with_name(f"{destination.name}.calibration")
     tokens = tokenizer_of(source).encode(read_text(calibrate, function=_F))
     told = None if progress is None else lambda done, total: progress(done, total, "calibrating, in layers")
-    found = calibrated(source, tokens, QuantizedLeaves(source, rules).specs, place, method=chosen, progress=told)
+    found = calibrated(source, tokens, planned.specs, place, method=chosen, progress=told)
     how = {"method": chosen.quantizer, "grams": found.grams, "moved": found.moved}
     made = _written(source, destination, rules, how, **options, dry_run=False, progress=progress)
     shutil.rmtree(place)
@@ -256,7 +301,8 @@ def _plan(leaves: QuantizedLeaves, name: str, notes: Mapping[str, str]) -> Quant
     pieces = [Piece({name: TensorSpec(np.dtype(np.uint8), (size,))}, dict) for name, size in sizes.items()]
     before = sum(spec.nbytes for spec in leaves.checkpoint.tensors.values())
     after, layout = sum(sizes.values()), Layout({name: pieces}, {})
-    return QuantizePlan(weights, floats, leaves.skipped, {**leaves.notes, **notes}, (), {}, before, after, layout, {})
+    told = leaves.skipped, {**leaves.notes, **notes}, (), {}
+    return QuantizePlan(weights, leaves.specs, floats, *told, before, after, layout, {})
 
 
 def _nbytes(leaf: Any) -> int:

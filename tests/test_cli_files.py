@@ -97,12 +97,29 @@ def test_inspect_lists_tensors_and_weights():
 
 def test_a_dry_run_writes_nothing_and_says_what_it_would(source, tmp_path):
     output = invoke("quantize", source, tmp_path / "out", "--group-size", 32, "--dry-run")
-    assert "int4[64, 64] -> float32, group 32" in output
+    assert "to int4, groups of 32, symmetric:\n  proj.weight  (64, 64), 2.5 KiB\n" in output
     assert "1 weight quantized, 2 tensors as they are" in output
     plan = json.loads(invoke("quantize", source, tmp_path / "out", "--dry-run", "--json"))
     assert not plan["written"]
     assert plan["after"] < plan["before"]
     assert {p.name for p in tmp_path.iterdir()} == {"source"}
+
+
+@pytest.mark.every
+@pytest.mark.parametrize(
+    "options, todo",
+    [
+        (("--recipe", "nf4"), "Use --to bitsandbytes or --to jaxquant."),
+        (("--bits", 5, "--to", "gptq"), "Use --to compressed-tensors or --to mlx or --to gguf or --to jaxquant."),
+        (("--recipe", "w8a8", "--to", "awq"), "Use --to compressed-tensors."),
+        (("--recipe", "w8a8:static"), "No format has one. Of activations a file can say int8 or fp8 per token"),
+        (("--asymmetric", "--to", "mlx"), "or leave --asymmetric out."),
+    ],
+)
+def test_a_format_without_a_place_for_the_scheme_names_those_with_one(options, todo, source, tmp_path):
+    output = invoke("quantize", source, tmp_path / "out", *options, code=1)
+    assert "the format has no place for this scheme: " in output
+    assert todo in output
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,19 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return ", ".join(map(repr, close)) if close else "no candidates"
 
 
+def _in_runs(numbers: list[str]) -> str:
+    """Numbers in order, three or more that follow one another as ``0..31``; a tree has 10 before 2."""
+    if any(n != str(int(n)) for n in numbers):  # with zeros in front: as they are
+        return ",".join(numbers)
+    runs: list[list[int]] = []
+    for n in sorted(map(int, numbers)):
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ",".join(f"{r[0]}..{r[-1]}" if len(r) > 2 else ",".join(map(str, r)) for r in runs)
+
+
 def folded(entries: Mapping[str, Hashable]) -> dict[str, list[str]]:
     """Groups paths that differ in one number and have equal entries, such as repeated layers.
 
@@ -62,7 +75,7 @@ def folded(entries: Mapping[str, Hashable]) -> dict[str, list[str]]:
 
     Returns:
       Label -> the paths it is for, in the order of the first of each. A label is a path, or one with ``{0..31}`` (or
-      ``{0,2,5}``) in place of the number, where three or more are alike.
+      ``{0,2,5..9}``) in place of the number, where three or more are alike.
 
     Example:
       >>> folded({"layers_0/w": 4, "layers_1/w": 4, "layers_2/w": 4, "head": 8})
@@ -87,8 +100,6 @@ def folded(entries: Mapping[str, Hashable]) -> dict[str, list[str]]:
             continue
         before, after, _ = place
         numbers = [p.removeprefix("".join(before)).removesuffix("".join(after)) for p in members]
-        run = numbers == [str(n) for n in range(int(numbers[0]), int(numbers[0]) + len(numbers))]
-        inner = f"{numbers[0]}..{numbers[-1]}" if run else ",".join(numbers)
-        found[f"{''.join(before)}{{{inner}}}{''.join(after)}"] = members
+        found[f"{''.join(before)}{{{_in_runs(numbers)}}}{''.join(after)}"] = members
         done.update(members)
     return found

@@ -59,6 +59,7 @@ class QuantizePlan:
 
     Attributes:
       weights: name of each quantized weight -> its QTensor, as shapes.
+      specs: name of each quantized weight -> how each matrix in it is quantized.
       floats: names of the tensors that stay unchanged.
       skipped: names of unchanged tensors that match a quantizing rule -> why they stay unchanged.
       notes: names of quantized weights that are not quantized as their rule says -> how, and why.
@@ -71,6 +72,7 @@ class QuantizePlan:
     """
 
     weights: dict[str, QTensor]
+    specs: dict[str, QuantSpec]
     floats: tuple[str, ...]
     skipped: dict[str, str]
     notes: dict[str, str]
@@ -190,7 +192,7 @@ def plan_quantize_hf(
     before = sum(spec.nbytes for spec in checkpoint.tensors.values())
     floats = tuple(name for name in leaves if name not in weights)
     told = found.skipped, found.notes, left_out, links
-    return QuantizePlan(weights, floats, *told, before, arranged.nbytes, arranged, described)
+    return QuantizePlan(weights, found.specs, floats, *told, before, arranged.nbytes, arranged, described)
 
 
 class QuantizedLeaves(Leaves):

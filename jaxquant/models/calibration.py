@@ -210,7 +210,7 @@ class _Files:
         return self.read(whole, self.dtype)
 
     def read(self, whole: str, dtype: np.dtype) -> jax.Array:
-        """A parameter in another dtype than the model's."""
+        """A parameter in a dtype; by itself, it is in the model's."""
         leaves = {i: jnp.asarray(self.checkpoint.array(name), dtype) for i, name in self._members[whole].items()}
         self.checkpoint.forget()
         return leaves[-1] if -1 in leaves else stacked(whole, leaves, self._path)
