@@ -112,8 +112,8 @@ def scheme_of(asked: Scheme, format: str, source: Path) -> OpSpec:
     else:
         spec = OpSpec(_weight(asked, habit, format))
     if asked.scale_dtype is not None and not _free_scales(spec):
-        rule, got = "this number type has scales of its own form", {"scale_dtype": asked.scale_dtype}
-        raise quant_error(_F, rule, todo="Leave it out", **got, qtype=spec.weight.qtype if spec.weight else None)
+        rule = "this number type has scales of its own form"
+        raise quant_error(_F, rule, todo="Leave it out", scale_dtype=asked.scale_dtype, weight=repr(spec.weight))
     stored = HFCheckpoint(source, function=_F).dtype
     own = stored.name if stored is not None and stored.itemsize == 2 else None
     found = _scaled(spec, asked.scale_dtype or habit.scale_dtype or own)
@@ -123,8 +123,8 @@ def scheme_of(asked: Scheme, format: str, source: Path) -> OpSpec:
         others = [f"--to {to}" for to in fits]
         todo = f"Use {' or '.join(others)}" if others else _NO_PLACE
         todo += ", or leave --asymmetric out" if asked.asymmetric else ""
-        got = {"format": format, "scheme": asked.recipe or repr(spec.weight)}
-        raise quant_error(_F, f"the format has no place for this scheme: {reason}", todo=todo, **got)
+        rule, scheme = f"the format has no place for this scheme: {reason}", asked.recipe or repr(spec.weight)
+        raise quant_error(_F, rule, todo=todo, format=format, scheme=scheme)
     return found
 
 

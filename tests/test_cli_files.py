@@ -196,7 +196,7 @@ def test_a_recipe_by_name(source, tmp_path):
         "quantize", source, tmp_path / "no", "--to", "bitsandbytes", "--bits", 8, code=1
     )
     for more, rule in (
-        (("--to", "mlx", "--asymmetric"), "Quantize symmetrically"),
+        (("--to", "mlx", "--asymmetric"), "leave --asymmetric out"),
         (("--recipe", "llm_int8"), "outliers"),
         (("--recipe", "w4a16:two_level"), "two levels"),
         (("--weights", "nf4", "--to", "bitsandbytes", "--scale-dtype", "float16"), "scales of its own form"),
