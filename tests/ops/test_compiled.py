@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax_settings import needs_jit
 from ops_reference import MATMUL, quantized, slow_but, spec_of
 
 from jaxquant import OpSpec, ops, recipes
 from jaxquant.ops.kernels.cpu import blocks
 from jaxquant.ops.kernels.cpu.machine import bfloat16_dots, cores, int8_dots
+
+pytestmark = needs_jit  # else a loop over blocks is its equations
 
 K, N = 1024, 1280  # no multiple of a number of rows
 FAST = "__ynn_fusion"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax_settings import makes_nan
+from jax_settings import makes_nan, needs_jit
 from ptq_cases import CELLS, FAST_CELLS, error, gram, inputs, spec, weight
 
 import jaxquant as jq
@@ -113,6 +113,7 @@ def test_refusals():
 
 
 @makes_nan
+@needs_jit
 def test_nan_in_a_traced_gram_matrix_stays_visible():
     one = jax.jit(functools.partial(descend, spec=G16, reduce_axes=(-2,), start=rtn))
     assert np.all(np.isnan(one(W, stats=gram(X.at[3, 4].set(jnp.nan))).dequantize()))

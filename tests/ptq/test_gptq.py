@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax_settings import makes_nan
+from jax_settings import makes_nan, needs_jit
 from ptq_cases import CELLS, FAST_CELLS, FullRange, error, golden, gram, inputs, spec, weight
 
 import jaxquant as jq
@@ -279,6 +279,7 @@ def test_refuses_no_reduced_axes_and_groups_that_do_not_divide():
 
 
 @makes_nan
+@needs_jit
 def test_nan_in_a_traced_gram_matrix_stays_visible():
     one = jax.jit(functools.partial(gptq, spec=G16, reduce_axes=(-2,)))
     q = one(W, stats=NAN_STATS)
