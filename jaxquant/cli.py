@@ -149,6 +149,7 @@ def _described(path: Path, summary: files.Summary) -> str:
     said = ["; ".join([f"{path}: {summary.format}", *schemes, f"{size}, {bits}"])]
     if schemes and not summary.problems:
         said.append(f"in float: {', '.join([*summary.floats, 'vectors'])}")
+    said += [f"activations: {what}" for what in summary.activations]
     if not summary.problems:
         command = f"jaxquant generate {path}, or " if summary.generates else ""
         said.append(f"runs with: {command}{summary.reader}({summary.path!r})")

@@ -66,6 +66,7 @@ class Summary:
       parameters: how many numbers the tensors stand for.
       floats: the matrices that are in float, repeated layers as one name.
       reader: the function that reads it.
+      activations: how the checkpoint quantizes them, with the weights that they meet.
       generates: whether ``jaxquant generate`` runs it, by its architecture.
       nbytes: bytes of all tensors.
       tensors: every tensor.
@@ -79,6 +80,7 @@ class Summary:
     parameters: int
     floats: list[str]
     reader: str
+    activations: list[str]
     generates: bool
     nbytes: int
     tensors: list[Tensor]
@@ -149,18 +151,34 @@ def summary(path: Path, *, deep: bool = False) -> Summary:
         if isinstance(leaves, HFLeaves):
             weights, problems = leaves.described, [*problems, *leaves.problems]
     reader = {"gguf": "jq.io.load_gguf", "jaxquant": "jq.io.load_model", "hf": "jq.io.load_hf"}[kind]
-    if kind == "hf" and name != "float" and not problems:
-        leaves = _leaves(path, "inspect")
-        reader = "jq.io.load_model" if isinstance(leaves, HFLeaves) and leaves.runs_otherwise() else reader
+    acts = _acts(_leaves(path, "inspect")) if kind != "gguf" and name != "float" and not problems else []
+    reader = "jq.io.load_model" if acts else reader
     if kind == "gguf":
         generates = file.metadata.get("general.architecture") in MODEL_TYPES and what == "model"
     else:
         generates = config.get("model_type") in (*ARCHITECTURES, "gemma3")
     nbytes = sum(t.nbytes for t in tensors)
-    return Summary(str(path), name, *found, reader, generates and not problems, nbytes, tensors, weights, problems)
+    return Summary(
+        str(path), name, *found, reader, acts, generates and not problems, nbytes, tensors, weights, problems
+    )
 
 
 _PLAIN = {kind.name for kind in PLAIN.values()}
+
+
+def _acts(leaves: HFLeaves | GGUFLeaves | NativeLeaves) -> list[str]:
+    """How activations are quantized, a few words for each kind."""
+    if isinstance(leaves, GGUFLeaves) or not leaves.runs_otherwise():
+        return []
+    if isinstance(leaves, NativeLeaves):
+        return ["as its plan says"]
+    try:
+        specs = collections.Counter(one.spec.act_brief for one in leaves.acts().values() if one.spec is not None)
+        cache = leaves.cache()
+    except QuantError as error:
+        return [f"in a way that does not run here: {error}"]
+    found = [f"{brief} before {n} weight{'' if n == 1 else 's'}" for brief, n in specs.most_common()]
+    return found + ([] if cache is None else [f"{cache.qtype} keys and values"])
 
 
 class _Found(NamedTuple):

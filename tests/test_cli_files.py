@@ -66,6 +66,7 @@ def test_inspect_names_the_format_and_the_types(name, format):
 def test_inspect_says_how_weights_are_quantized(name, scheme, weights):
     output = invoke("inspect", GOLDEN / name)  # where a row has no more than 64 inputs, it is one group
     assert f"; {weights} weights {scheme}; " in " ".join(output.split())
+    assert ("activations: int8 before 14 weights\n" in output) == (name == "ct_w8a8_int8")
     assert all(len(line) <= 80 or str(GOLDEN) in line for line in output.splitlines())
     found = json.loads(invoke("inspect", GOLDEN / name, "--json"))
     leaves = jq.io.load_gguf(GOLDEN / name)[0] if ".gguf" in name else jq.io.load_model(GOLDEN / name).params
