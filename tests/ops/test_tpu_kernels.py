@@ -109,14 +109,29 @@ def test_the_product_of_the_dequantized_weight(name: str, rows: int, monkeypatch
 
 @pytest.mark.parametrize("rows", [3, 40, 300])
 @pytest.mark.parametrize(
-    "name", ["nf4", "nf4 16", "iq4_nl 32", "binary 64", "fp4", "mxfp4", "nvfp4", "float4 64", "float4 32"]
+    "name",
+    [
+        "nf4",
+        "nf4 16",
+        "iq4_nl 32",
+        "binary 64",
+        "fp4",
+        "mxfp4",
+        "nvfp4",
+        "mxfp8",
+        "float4 64",
+        "float4 32",
+        "float8 64",
+    ],
 )
 def test_a_chip_that_gathers_bytes(name: str, rows: int, monkeypatch: pytest.MonkeyPatch):
-    """It reads all 4-bit floats from tables, and computes what others do."""
-    spec = SPECS.get(name) or few("float4_e2m1fn", int(name.split()[1]))
+    """It reads all 4-bit floats from tables, decodes 8-bit floats as bytes, and computes what others do."""
+    types = {"float4": "float4_e2m1fn", "float8": "float8_e4m3fn"}
+    spec = SPECS.get(name) or few(types[name.split()[0]], int(name.split()[1]))
     w, x = weight(spec, (512, 200)), normal(2, (rows, 512))
     problem, others = problem_of(x, w), ("nf4 16", "float4 32") if rows == 40 else ("nf4 16",)
-    assert type(select(problem, Target("tpu", V6E))).__name__.startswith("Byte") or name in others
+    chosen = "ManyRows" if spec.type.bits == 8 and rows > 128 else "Byte"
+    assert type(select(problem, Target("tpu", V6E))).__name__.startswith(chosen) or name in others
     kernel, y = interpreted(problem, monkeypatch, V6E)
     rounded = kernel != "grouped_sums" or spec.type.kind == "table"
     assert_close(y, x, w, exact=name in EXACT, rounded=rounded)
@@ -144,6 +159,21 @@ def test_every_code_of_four_bits(qtype: str, bytewise: bool):
     run = pl.pallas_call(kernel, jax.ShapeDtypeStruct((128, 128), jnp.bfloat16), interpret=True)
     found = np.asarray(run(jnp.asarray(bits - 16 * (bits > 7), jnp.int4)), np.float64)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-37)
+
+
+@pytest.mark.parametrize("bytewise", [False, True])
+def test_every_code_of_eight_bits(bytewise: bool):
+    """Its value, NaN included; -0 may be 0."""
+    how = decode.decoder(QTYPES["float8_e4m3fn"])
+    how = how.in_bytes() if bytewise else how
+    bits = np.arange(128 * 128).reshape(128, 128).astype(np.uint8)
+
+    def kernel(codes: Any, out: Any) -> None:
+        out[...] = how.numbers(codes[...], jnp.bfloat16, interpret=True) * how.factor
+
+    run = pl.pallas_call(kernel, jax.ShapeDtypeStruct((128, 128), jnp.bfloat16), interpret=True)
+    found = np.asarray(run(jnp.asarray(bits.view(jnp.float8_e4m3fn))), np.float32)
+    np.testing.assert_array_equal(found, bits.view(jnp.float8_e4m3fn).astype(np.float32))
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "iq4_nl"])

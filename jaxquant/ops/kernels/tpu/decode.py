@@ -10,7 +10,7 @@ vector unit, and 52 on a v6e. (Algebraic normal forms of all bits of the entries
 
 From the v6e on an operation gathers bytes among the 32 rows of a register. Two tables have the upper and the lower
 bytes of the entries in bfloat16. Eight codes of a word take 13 operations. So 4-bit floats, which take 21 otherwise,
-are read from a table too.
+are read from a table too. Bytes are compared there, and bfloat16 is multiplied.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FNUZ = "float8_e4m3b11fnuz"
 times as large, but for -0 and NaN."""
 
 GATHER_BYTES = ("TPU v6 lite", "TPU7x")
-"""The chips, as JAX names them, that gather bytes among the rows of a register."""
+"""The chips, as JAX names them, that gather bytes among the rows of a register, and compare them."""
 
 _SUBNORMAL = 2.0**14  # float8_e5m2 has its exponents this much lower than a 4-bit float, of the same other bits
 
@@ -54,7 +54,7 @@ class Decoder:
       factor: multiplied by the sum.
       table: its entries.
       element: the dtype of 8-bit floats.
-      bytewise: whether a table is read by gathers of bytes.
+      bytewise: whether a table is read by gathers of bytes, and 8-bit floats are compared as bytes.
     """
 
     kind: Literal["integers", "floats4", "table", "floats8"]
@@ -70,8 +70,8 @@ class Decoder:
         return {"integers": 1, "floats4": 2, "table": 4 if self.bytewise else 8, "floats8": 1}[self.kind]
 
     def in_bytes(self) -> Decoder:
-        """The decoder of the same 4-bit floats, or of the same table, by gathers of bytes."""
-        if self.kind == "table":
+        """The decoder of the same floats, or of the same table, by operations on bytes."""
+        if self.kind in ("table", "floats8"):
             return dataclasses.replace(self, bytewise=True)
         patterns = np.arange(16, dtype=np.uint8) ^ 8
         values = patterns.view(jnp.float4_e2m1fn).astype(np.float32)
@@ -99,7 +99,8 @@ class Decoder:
             return codes.astype(dtype)
         words = pltpu.bitcast(codes, jnp.int32)
         if self.kind == "floats8":
-            words = _in_fnuz(words) if self.element == _FNUZ else words
+            if self.element == _FNUZ:
+                words = _bytes_in_fnuz(codes) if self.bytewise else _in_fnuz(words)
             return converted(pltpu.bitcast(words, jnp.dtype(self.element)), dtype)
         if self.bytewise:
             return self.scaled(codes, None, interpret=interpret).astype(dtype)
@@ -151,6 +152,16 @@ def _in_fnuz(words: jax.Array) -> jax.Array:
     unsigned = words & (magnitude + low | low)  # adding 127 sets the high bit of a byte that is not 0
     nan = (magnitude + _word(0x01010101)) & _word(0x80808080)
     return (unsigned | nan) ^ (nan - _right(nan, 7))
+
+
+def _bytes_in_fnuz(codes: jax.Array) -> jax.Array:
+    """`_in_fnuz` of the words of codes, in six operations on chips that compare bytes."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    patterns = pltpu.bitcast(codes, jnp.int8)
+    magnitude = patterns & 127
+    numbers = jnp.where(magnitude != 0, patterns, jnp.int8(0))
+    return pltpu.bitcast(jnp.where(magnitude ^ 127 != 0, numbers, jnp.int8(-128)), jnp.int32)
 
 
 def _word(bits: int) -> jax.Array:

@@ -140,9 +140,14 @@ class ManyRows(GroupedValues):
         """As for `Grouped`; 4-bit floats and tables have kernels of their own there."""
         return rows > FEW and groups.decoder.parts == 1 and dtype != jnp.float32
 
+    @classmethod
+    def _groups(cls, w: QTensor) -> Groups | None:
+        groups = weight_groups(w)
+        return groups if groups is None else groups.in_bytes() or groups
+
 
 class GathersBytes(Kernel):
-    """Reads 4-bit floats and tables by gathers of bytes, on chips that are known to have them."""
+    """Reads tables and 4-bit floats by gathers of bytes, and 8-bit floats as bytes, on chips that can."""
 
     @classmethod
     def runs_on(cls, target: Target) -> bool:
@@ -178,7 +183,9 @@ class ByteValues(_Bytewise, GroupedValues):
         """As for `Kernel`; few rows of 4-bit floats in small groups take less time as `GroupedValues`."""
         kernel = super().takes(problem)
         if isinstance(kernel, Grouped) and problem.rows <= FEW and problem.w.type.kind == "float":
-            return kernel if kernel.groups.scales_tables or kernel.groups.scales_exactly else None
+            groups = kernel.groups
+            small = groups.decoder.kind == "table" and not (groups.scales_tables or groups.scales_exactly)
+            return None if small else kernel
         return kernel
 
 

@@ -89,19 +89,21 @@ class Groups:
     @property
     def scales_tables(self) -> bool:
         """Whether `values` scales tables, and not what it reads from them: with fewer operations, and rounded once."""
-        return self.decoder.bytewise and self.size % RUN == 0
+        return self.decoder.kind == "table" and self.decoder.bytewise and self.size % RUN == 0
 
     @property
     def scales_exactly(self) -> bool:
         """Whether values are exact in bfloat16, so that chips that multiply it scale two in one operation."""
         fractions = {"float8_e8m0fnu": 1, "float8_e4m3fn": 8}.get(self.scale_form, 0)
+        if self.decoder.kind == "floats8":
+            return self.decoder.bytewise and fractions == 1
         products = np.outer(self.decoder.table, 1 + np.arange(fractions) / 8).astype(np.float32)
         exact = (products.astype(jnp.bfloat16).astype(np.float32) == products).all()
         return bool(self.decoder.bytewise and fractions and exact)
 
     def in_bytes(self) -> Groups | None:
-        """The same, decoded by gathers of bytes; None for codes that are not read from a table so."""
-        if self.decoder.kind not in ("floats4", "table"):
+        """The same, decoded by operations on bytes; None for integers."""
+        if self.decoder.kind == "integers":
             return None
         return dataclasses.replace(self, decoder=self.decoder.in_bytes())
 
@@ -447,7 +449,8 @@ class Values(_Body):
                 starts = [pl.ds(((start + i) * BLOCK + row) // group.size, 1) for row in range(0, BLOCK, RUN)]
                 return decode.scaled(codes[i], [row_of_blocks(scales, at) for at in starts], interpret=self.interpret)
             if group.scales_exactly and group.in_block > 1 and "offset" not in of:
-                scale = _repeated_scales(scales, (start + i) * group.in_block, group.in_block, run).astype(jnp.bfloat16)
+                scale = _repeated_scales(scales, (start + i) * group.in_block, group.in_block, run)
+                scale = (scale if decode.factor == 1 else scale * decode.factor).astype(jnp.bfloat16)
                 value = decode.numbers(codes[i], jnp.bfloat16, interpret=self.interpret)
                 return (value.reshape(decode.parts, run, -1) * scale[None]).reshape(value.shape)
             value = decode.numbers(codes[i], jnp.float32, interpret=self.interpret)
