@@ -7,6 +7,7 @@ import pytest
 import snippets
 
 import jaxquant
+from jaxquant.ops.kernels.cpu.machine import int8_dots
 
 pytestmark = pytest.mark.every
 
@@ -18,6 +19,8 @@ NAVIGATION = (snippets.ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets.blocks(page, "python")], ids=NAMES.get)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
+    if page.name == "index.md" and int8_dots() == "none":
+        pytest.skip("the page shows a plan with an int8 product, which XLA serves no fast code for here")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": page.stem}
     with jax.numpy_rank_promotion("allow"):  # the reader's JAX allows it

@@ -116,13 +116,17 @@ def test_transformations():
 
 
 def test_long_sums():
-    """Sums that could overflow are cut, and so are zero points that there is one of per token."""
+    """Sums that could overflow are cut, and so are zero points that there is one of per token.
+
+    Where XLA serves no int8 dots the sum is one of float32.
+    """
     k = 70_000
     codes = jnp.full((1, k, 1), 255, jnp.uint8)
     zero = jax.device_put(np.asarray(np.random.default_rng(0).integers(0, 2, (1, k, 1)), jnp.uint8))
     w = QTensor(codes, jnp.ones((1, k, 1)), zero, qtype="uint8", dtype=jnp.float32)
     got = ops.einsum("hqk,hkd->hqd", jnp.ones((1, 1, k)), w)
-    np.testing.assert_allclose(got.item(), 255 * k - int(np.asarray(zero, np.int64).sum()), rtol=1e-6)
+    bound = WEIGHT_ONLY if int8_dots() == "none" else INTEGER
+    np.testing.assert_allclose(got.item(), 255 * k - int(np.asarray(zero, np.int64).sum()), rtol=bound)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu" or int8_dots() == "none", reason="what another machine compiles")

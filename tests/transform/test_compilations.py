@@ -34,7 +34,10 @@ def compilations():
     try:
         yield found
     finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+        if hasattr(jax.monitoring, "unregister_event_duration_listener"):
+            jax.monitoring.unregister_event_duration_listener(listen)
+        else:  # jax 0.6
+            jax.monitoring.clear_event_listeners()
 
 
 def chain(count, features):
