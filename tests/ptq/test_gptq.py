@@ -183,6 +183,7 @@ def test_grouped_outputs_are_quantized_each_with_its_own_statistics():
         np.testing.assert_array_equal(q.dequantize()[:, half], alone.dequantize())
 
 
+@needs_jit  # else it takes half a minute
 def test_stacked_and_convolution_weights_in_a_model():
     def fn(params, x):
         x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["stack"])[0]

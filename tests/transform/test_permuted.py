@@ -53,7 +53,7 @@ def test_same_as_the_dequantized_weight(name):
 
 def test_stacked():
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(weight() for _ in range(3)))
-    square = lambda w, x: jnp.tanh(x @ w.T) @ jnp.ones((ROWS, COLUMNS)) / ROWS  # noqa: E731
+    square = lambda w, x: jnp.tanh(x @ w.T) @ jnp.ones((ROWS, COLUMNS), jnp.float32) / ROWS  # noqa: E731
     scanned = lambda ws, x: jax.lax.scan(lambda c, w: (square(w, c), None), x, ws)[0]  # noqa: E731
     wanted = scanned(stacked.dequantize(), X)
     np.testing.assert_allclose(jax.jit(jq.quantized(scanned))(stacked, X), wanted, rtol=1e-3, atol=1e-4)

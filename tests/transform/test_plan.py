@@ -17,7 +17,7 @@ pytestmark = pytest.mark.every
 
 X = unequal((4, 32), 7, 0.3)
 PARAMS = {
-    "dense": {"kernel": unequal((32, 48), 1, 0.3), "bias": jnp.zeros(48)},
+    "dense": {"kernel": unequal((32, 48), 1, 0.3), "bias": jnp.zeros(48, jnp.float32)},
     "out": {"kernel": unequal((48, 8), 2, 0.3)},
 }
 RULES = [jq.Rule("dense", recipes.w4a16(8)), jq.Rule("out", recipes.w8a8())]
@@ -52,13 +52,17 @@ def test_table():
 def test_the_table_fits_80_columns():
     """Whatever the reasons are; only a name that is longer itself takes more."""
     deep = "/".join(["a_long_name_of_a_module"] * 3)
-    params = {deep: jnp.ones((64, 48)), "w": jnp.ones((64, 48)), "v": jnp.ones((64, 48))}
+    params = {
+        deep: jnp.ones((64, 48), jnp.float32),
+        "w": jnp.ones((64, 48), jnp.float32),
+        "v": jnp.ones((64, 48), jnp.float32),
+    }
 
     def fn(p, x):
         return x @ p[deep], x @ p["w"] + jnp.sum(p["w"] ** 2), jnp.sort(p["v"])
 
     rules = [jq.Rule("a_long", "w4a8:g16"), jq.Rule("w", jq.recipes.w8a8(), dequantize=True)]
-    plan = jq.make_plan(fn, params, jnp.ones((2, 64)), rules=rules)
+    plan = jq.make_plan(fn, params, jnp.ones((2, 64), jnp.float32), rules=rules)
     lines = str(plan).splitlines()
     assert max(map(len, lines)) == 80
     assert lines[lines.index(deep) + 1].split() == ["12,288", "2,304"]
@@ -66,7 +70,11 @@ def test_the_table_fits_80_columns():
 
 def test_kernels_of_convolutions_and_experts():
     """What `ops.conv` and `ops.ragged` choose, by what both know."""
-    params = {"conv": jnp.ones((3, 3, 8, 16)), "depthwise": jnp.ones((3, 3, 1, 16)), "experts": jnp.ones((2, 16, 8))}
+    params = {
+        "conv": jnp.ones((3, 3, 8, 16), jnp.float32),
+        "depthwise": jnp.ones((3, 3, 1, 16), jnp.float32),
+        "experts": jnp.ones((2, 16, 8), jnp.float32),
+    }
 
     def fn(p, x):
         window = dict(window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -110,11 +118,11 @@ def test_bytes_are_those_of_the_arrays():
     def fn(p, x):
         numbers = ("NHWC", "HWIO", "NHWC")
         y = lax.conv_general_dilated(x, p["k"], (1, 1), "SAME", dimension_numbers=numbers)
-        z = lax.scan(lambda c, w: (c, jnp.ones((1, 9)) @ w), 0, p["w"])[1]
-        return y, z, jnp.ones((1, 32)) @ p["n"]
+        z = lax.scan(lambda c, w: (c, jnp.ones((1, 9), jnp.float32) @ w), 0, p["w"])[1]
+        return y, z, jnp.ones((1, 32), jnp.float32) @ p["n"]
 
     rules = [jq.Rule("n", recipes.nvfp4()), EVERYTHING(recipes.w4a16(None))]
-    plan = jq.make_plan(fn, params, jnp.ones((1, 4, 4, 3)), rules=rules)
+    plan = jq.make_plan(fn, params, jnp.ones((1, 4, 4, 3), jnp.float32), rules=rules)
     assert {item.path: (item.stacked, item.contraction_minor) for item in plan.items} == {
         "w": (1, True), "k": (0, False), "n": (0, True),
     }  # fmt: skip
@@ -167,7 +175,7 @@ def test_own_derivatives_are_noted():
 
 @pytest.mark.parametrize("size", [1, 32, 48])
 def test_axes_do_not_depend_on_the_batch(size):
-    plan = jq.make_plan(mlp, PARAMS, jnp.ones((size, 32)), rules=RULES)
+    plan = jq.make_plan(mlp, PARAMS, jnp.ones((size, 32), jnp.float32), rules=RULES)
     assert [item.reduce_axes for item in plan.items] == [(-2,), (-2,)]
 
 
@@ -181,7 +189,9 @@ def program(fn, *args):
 
 def test_an_empty_plan_adds_nothing():
     fn = jax.checkpoint(
-        lambda p, x: lax.scan(lambda x, _: (jax.nn.gelu(mlp(p, x)) @ jnp.ones((8, 32)), None), x, None, 3)[0]
+        lambda p, x: lax.scan(lambda x, _: (jax.nn.gelu(mlp(p, x)) @ jnp.ones((8, 32), jnp.float32), None), x, None, 3)[
+            0
+        ]
     )
     assert program(jq.quantized(fn, jq.Plan(())), PARAMS, X) == program(fn, PARAMS, X)
     grad = lambda fn: jax.grad(lambda p, x: jnp.sum(fn(p, x)))  # noqa: E731
@@ -247,7 +257,7 @@ def a_plan():
 
 
 def other_params():
-    return {"dense": {"kernel": jnp.ones((32, 4)), "bias": 3}}
+    return {"dense": {"kernel": jnp.ones((32, 4), jnp.float32), "bias": 3}}
 
 
 INT8 = recipes.w8a16()
@@ -299,7 +309,7 @@ BAD = {
         r"^params at a/b: two parameters have one path\. Rename one",
     ),
     "params of another shape": (
-        lambda: jq.quantized(mlp, a_plan())({**PARAMS, "out": {"kernel": jnp.ones((48, 9))}}, X),
+        lambda: jq.quantized(mlp, a_plan())({**PARAMS, "out": {"kernel": jnp.ones((48, 9), jnp.float32)}}, X),
         r"^quantized: params and plan do not agree: out/kernel has shape \(48, 9\), planned \(48, 8\)\. Make the plan",
     ),
     "params of another model": (
@@ -355,7 +365,7 @@ BAD = {
         r"^quantized: plan must be a Plan or None; got plan=.*Make one from rules",
     ),
     "rules and a weight of no known kind": (
-        lambda: jq.quantize_params({"attention": {"kernel": jnp.ones((4, 2, 3))}}, [EVERYTHING(INT8)]),
+        lambda: jq.quantize_params({"attention": {"kernel": jnp.ones((4, 2, 3), jnp.float32)}}, [EVERYTHING(INT8)]),
         r"^quantize_params at attention/kernel: neither name nor shape .*Pass a plan: .*Or write Rule\('\.\*', spec",
     ),
     "rules that match no weight": (
@@ -367,7 +377,7 @@ BAD = {
         r"quantize_params at dense/kernel: the weight is quantized already; got weight=.*QTensor\(int8",
     ),
     "an empty weight": (
-        lambda: jq.quantize_params({"kernel": jnp.ones((0, 4))}, [EVERYTHING(INT8)]),
+        lambda: jq.quantize_params({"kernel": jnp.ones((0, 4), jnp.float32)}, [EVERYTHING(INT8)]),
         r"^quantize_params at kernel: the weight is empty; got shape=\(0, 4\)\. Leave it",
     ),
     "a weight that is not finite": (
