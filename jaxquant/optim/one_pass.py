@@ -1,21 +1,16 @@
 """One step for a parameter and its 8-bit moments on a TPU, in one kernel that reads and writes them once.
 
 XLA would write both moments and their scales in float32, and look tables up in separate passes. In the kernel a block
-of rows stays in the chip's memory from old codes to new codes. The maps are computed instead of looked up: the entries
-of a decade are evenly spaced, and twice as many as in the decade below. The exponent of an entry's number, as a float,
-is its decade:
+of rows stays in the chip's memory from old codes to new codes, and the maps are computed (see `dynamic_maps`).
 
-    value(2^i + j) = 10^(i - 6) (0.1 + 0.9 (j + 1/2) / 2^i)        i = 0 .. 6, j = 0 .. 2^i - 1
-
-Numbers decode to within 4e-7 of the table. Codes are the nearest, except for values within 3e-5 of a step from the
-middle between two entries. Estimates of the TPU compiler, in thousand cycles, for Adam on 4 million parameters on a
-v5e: 231 for this kernel, bound by the vector unit; 3,156 for XLA with the tables; 233 for Adam in float32; 92 for
-moving gradient, step and states alone. Table lookups, 128 lanes at a time, would add 90.
+The vector unit bounds it: on a v5e the step of Adam takes 126 operations for each register of 1024 numbers, four in a
+cycle. Lookups of boundaries in tables of 128 lanes would be exact, but take 6 cycles each, which is more than these.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,11 +22,37 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
 from jaxquant.core.qtensor import QTensor
-from jaxquant.core.qtypes import QTYPES
+from jaxquant.optim import dynamic_maps
 
-__all__ = ["Hoisted", "Step", "fits", "hoisted", "in_one_pass"]
+__all__ = ["EXACT", "IN_REGISTERS", "Arithmetic", "Hoisted", "Step", "fits", "hoisted", "in_one_pass"]
 
 Step = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
+"""A step of the elements of a parameter, ``(arithmetic, g, *moments) -> (update, moments)``."""
+
+
+class Arithmetic(NamedTuple):
+    """The operations of a step that a chip has in several accuracies.
+
+    Attributes:
+      over: the quotient of two numbers.
+      root: the square root of a number that is not negative.
+    """
+
+    over: Callable[[Any, jax.Array], jax.Array]
+    root: Callable[[jax.Array], jax.Array]
+
+
+def _over(x: Any, y: jax.Array) -> jax.Array:
+    from jax.experimental import pallas as pl
+
+    accurate = {"full_range": False} if "full_range" in inspect.signature(pl.reciprocal).parameters else {}
+    return x * pl.reciprocal(y, **accurate)
+
+
+EXACT = Arithmetic(jnp.divide, jnp.sqrt)
+IN_REGISTERS = Arithmetic(_over, lambda x: x * lax.rsqrt(jnp.maximum(x, _TINY)))
+"""Quotients and roots in a kernel, to a few units in the last place. They have no cases of their own for infinite and
+zero denominators, which give NaN, as infinite roots do."""
 
 _BLOCK = 256  # numbers that share a scale
 _LEAST = 1 << 16  # fewest numbers of a parameter for which a kernel pays
@@ -39,7 +60,8 @@ _ROWS = 128  # rows that are computed together: registers hold them, and all uni
 _WIDEST = 128 * _BLOCK  # most columns of a program: their scales fill a register
 _MEMORY = 24 << 20  # bytes of the blocks of a program, including the blocks in transfer
 _TINY = float(np.finfo(np.float32).tiny)
-_DECADES = 7
+_TALLEST = 512  # most rows of a program
+_EACH_128 = np.int32(np.uint32(0x80808080).astype(np.int32))
 
 
 def fits(moments: Sequence[Any]) -> bool:
@@ -55,15 +77,15 @@ def fits(moments: Sequence[Any]) -> bool:
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a kernel for codes of a shape: those of the shape, or one row per block."""
-    columns = shape[-1] if shape[-1] % _BLOCK == 0 else _BLOCK
-    return math.prod(shape) // columns, columns
+    rows = math.prod(shape[:-1])
+    return (rows, shape[-1]) if shape[-1] % _BLOCK == 0 and rows >= 32 else (rows * shape[-1] // _BLOCK, _BLOCK)
 
 
 def in_one_pass(step: Step, g: Any, moments: Sequence[QTensor], *, interpret: bool = False) -> Hoisted:
     """``step(g, *moments)`` in float32, with the new moments quantized.
 
     Args:
-      step: elementwise, ``(g, *moments) -> (update, moments)``; other arrays that it uses are float32 scalars.
+      step: elementwise; other arrays that it uses are float32 scalars.
       g: float32 or bfloat16, of the shape of the codes.
       moments: moments that `fits` accepts.
       interpret: run in Pallas' interpreter.
@@ -75,9 +97,10 @@ def in_one_pass(step: Step, g: Any, moments: Sequence[QTensor], *, interpret: bo
     rows, columns = _matrix(g.shape)
     bn = min(columns, _WIDEST)
     each = 2 * bn * (2 * g.dtype.itemsize + 2 * len(moments)) + 2 * 4 * len(moments) * 2 * max(bn // _BLOCK, 128)
-    bm = min(rows, max(_MEMORY // each // _ROWS * _ROWS, 32), _ROWS)
-    part = next(r for r in (_ROWS, 96, 64, 32, bm) if bm % r == 0)
-    traced = hoisted(step, (part, _BLOCK), len(moments))
+    most = min(rows, max(_MEMORY // each, 32), _TALLEST)
+    part = next(r for r in (_ROWS, 64, 32) if r <= most)
+    bm = most // part * part
+    traced = hoisted(functools.partial(step, IN_REGISTERS), (part, _BLOCK), len(moments))
     call = functools.partial(_call, traced.function, (bm, bn), part, interpret)
     return Hoisted(call, traced.scalars)
 
@@ -111,31 +134,42 @@ def _call(
     (bm, bn), (rows, columns) = block, _matrix(g.shape)
     scalars = jnp.stack([*numbers, jnp.float32(0)])[None]
     types = tuple(m.qtype for m in moments)
+    names = sorted(set(types))
+    all_maps = np.stack([dynamic_maps.tables(name) for name in names])
 
-    def kernel(scalars: Any, g: Any, *refs: Any) -> None:
+    def kernel(scalars: Any, maps: Any, g: Any, *refs: Any) -> None:
         count = len(types)
-        old, (u, *new) = refs[: 2 * count], refs[2 * count :]
+        old = refs[: 2 * count]
+        u, *new = refs[2 * count :]
         given = [scalars[0:1, i : i + 1].reshape(()) for i in range(len(numbers))]
         lane = lax.broadcasted_iota(jnp.int32, (part, bn // _BLOCK), 1)
+        entries, nearest = (
+            [functools.partial(f, table=_registers(maps, names.index(t)), qtype=t, interpret=interpret) for t in types]
+            for f in (dynamic_maps.values, dynamic_maps.codes)
+        )
 
         def one(i: Any, j: Any) -> None:
             here = pl.ds(pl.multiple_of(i * part, part), part)
             at = here, pl.ds(pl.multiple_of(j * _BLOCK, _BLOCK), _BLOCK)
             was = []
-            for codes, scale, qtype in zip(old[::2], old[1::2], types, strict=True):
+            for codes, scale, entry in zip(old[::2], old[1::2], entries, strict=True):
                 own = jnp.sum(jnp.where(lane == j, scale[here, :], 0), axis=1, keepdims=True)
-                was.append(_decoded(codes[at].astype(jnp.int32), qtype) * own)
+                was.append(_by_registers(entry, _less_128(codes[at]), interpret) * own)
             update, becomes = step(*given, g[at].astype(jnp.float32), *was)
             u[at] = update.astype(u.dtype)
-            for x, codes, scale, qtype in zip(becomes, new[::2], new[1::2], types, strict=True):
-                absmax = jnp.max(jnp.where(x != x, jnp.inf, jnp.abs(x)), axis=1, keepdims=True)
-                unit = x * jnp.where(absmax >= _TINY, 1 / absmax, 0)
-                codes[at] = _codes(unit, qtype).astype(jnp.uint8)
-                own = jnp.where(absmax < jnp.inf, jnp.where(absmax >= _TINY, absmax, 1.0), jnp.nan)
-                scale[here, :] = jnp.where(lane == j, own, scale[here, :])
+            for x, codes, scale, code in zip(becomes, new[::2], new[1::2], nearest, strict=True):
+                absmax = _absmax(x)
+                unit = x * jnp.where(absmax >= _TINY, IN_REGISTERS.over(1.0, absmax), 0)
+                codes[at] = _bytes(_by_registers(code, unit, interpret))
+                scale[here, :] = jnp.where(lane == j, absmax, scale[here, :])
 
         def over_rows(i: Any, _: Any) -> Any:
-            return lax.fori_loop(0, bn // _BLOCK, lambda j, _: one(i, j) or 0, 0)
+            lax.fori_loop(0, bn // _BLOCK, lambda j, _: one(i, j) or 0, 0)
+            for scale in new[1::2]:
+                here = pl.ds(pl.multiple_of(i * part, part), part)
+                absmax = scale[here, :]
+                scale[here, :] = jnp.where(absmax < jnp.inf, jnp.where(absmax >= _TINY, absmax, 1.0), jnp.nan)
+            return 0
 
         lax.fori_loop(0, bm // part, over_rows, 0)
 
@@ -147,13 +181,18 @@ def _call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (g.reshape(rows, columns), *arrays)],
         grid=(pl.cdiv(rows, bm), pl.cdiv(columns, bn)),
-        in_specs=[pl.BlockSpec(scalars.shape, lambda i, j: (0, 0)), wide, *(wide, scale) * len(moments)],
+        in_specs=[
+            pl.BlockSpec(scalars.shape, lambda i, j: (0, 0)),
+            pl.BlockSpec(all_maps.shape, lambda i, j: (0, 0, 0, 0)),
+            wide,
+            *(wide, scale) * len(moments),
+        ],
         out_specs=[wide, *(wide, scale) * len(moments)],
-        input_output_aliases={k: k - 1 for k in range(2, 2 + len(arrays))},
+        input_output_aliases={k: k - 2 for k in range(3, 3 + len(arrays))},
         interpret=interpret,
         compiler_params=None if interpret else params(vmem_limit_bytes=_MEMORY + (24 << 20)),
         name="optimizer_step",
-    )(scalars, g.reshape(rows, columns), *arrays)
+    )(scalars, all_maps, g.reshape(rows, columns), *arrays)
     kept = [
         m.replace(codes=codes.reshape(m.stored.shape), scale=scale.reshape(m.scale.shape))
         for m, codes, scale in zip(moments, found[::2], found[1::2], strict=True)
@@ -161,50 +200,40 @@ def _call(
     return u.reshape(g.shape), kept
 
 
-def _decoded(codes: jax.Array, qtype: str) -> jax.Array:
-    """Entries of a dynamic map, by their places in order."""
-    if qtype == "dynamic8":  # -127 .. 128, half a step on
-        place = (codes - 127).astype(jnp.float32)
-        return _signed(_value(jnp.abs(place) + 0.5), place)
-    return _value((codes.astype(jnp.float32) + 1.5) * 0.5)
+def _less_128(codes: jax.Array) -> jax.Array:
+    """uint8 codes less 128, in int32."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.bitcast(pltpu.bitcast(codes, jnp.int32) ^ _EACH_128, jnp.int8).astype(jnp.int32)
 
 
-def _value(place: jax.Array) -> jax.Array:
-    """The value at a place among the positive entries: decade i begins at 2^i, and its entries lie half a step on."""
-    fraction = lax.bitcast_convert_type(place, jnp.int32) & 0x7FFFFF | 0x3F800000
-    unit = jnp.zeros_like(place)
-    for i in range(_DECADES):
-        unit = jnp.where(place >= 2.0**i, np.float32(10.0 ** (i + 1 - _DECADES)), unit)
-    value = unit * ((lax.bitcast_convert_type(fraction, jnp.float32) - 1) * 0.9 + 0.1)
-    return jnp.where(place >= 2.0**_DECADES, 1.0, value)
+def _bytes(codes: jax.Array) -> jax.Array:
+    """The inverse of `_less_128`."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.bitcast(pltpu.bitcast(codes.astype(jnp.int8), jnp.int32) ^ _EACH_128, jnp.uint8)
 
 
-@functools.cache
-def _edges(qtype: str) -> tuple[float, ...]:
-    """The lower edges of the decades, and of the entry 1."""
-    table = np.asarray([v for v in QTYPES[qtype].table if v >= 0], np.float32)
-    first = [0, *((2**i - 1) * (1 if qtype == "dynamic8" else 2) for i in range(1, _DECADES + 1))]
-    return tuple(float((table[k] + table[k + 1]) / np.float32(2)) for k in first)
+def _by_registers(fn: Callable[[jax.Array], jax.Array], x: jax.Array, interpret: bool) -> jax.Array:
+    """A function of [8, 128] on every such part."""
+    rows, columns = x.shape
+    if interpret:  # one equation for all parts
+        parts = x.reshape(rows // 8, 8, columns // 128, 128).swapaxes(1, 2)
+        return jax.vmap(jax.vmap(fn))(parts).swapaxes(1, 2).reshape(x.shape)
+    return jnp.concatenate(
+        [
+            jnp.concatenate([fn(x[i : i + 8, j : j + 128]) for j in range(0, columns, 128)], axis=1)
+            for i in range(0, rows, 8)
+        ],
+        axis=0,
+    )
 
 
-def _codes(unit: jax.Array, qtype: str) -> jax.Array:
-    """The places of the nearest entries."""
-    signed = qtype == "dynamic8"
-    steps, magnitude = 1 if signed else 2, jnp.abs(unit) if signed else unit
-    *edges, last = _edges(qtype)
-    decades, first = jnp.zeros_like(unit), jnp.zeros_like(unit)
-    for i, edge in enumerate(edges):
-        above = magnitude > edge
-        decades = jnp.where(above, np.float32(10.0 ** (_DECADES - 1 - i) / 0.9), decades)
-        first = jnp.where(above, float(steps * 2**i), first)
-    place = first * jnp.minimum(magnitude * decades + np.float32(8 / 9), 2 - 2.0**-9)  # below the next decade's first
-    if not signed:
-        place = jnp.where(unit > last, 256.0, place).astype(jnp.int32)
-        return jnp.maximum(place - 1, 0)
-    return jnp.where(unit > last, 128.0, _signed(place, unit)).astype(jnp.int32) + 127
+def _registers(maps: Any, i: int) -> list[jax.Array]:
+    return [maps[i, k] for k in range(dynamic_maps.TABLES)]
 
 
-def _signed(magnitude: jax.Array, sign: jax.Array) -> jax.Array:
-    """A nonnegative magnitude with the sign of another number."""
-    bits = lax.bitcast_convert_type(sign, jnp.int32) & np.int32(-(1 << 31))
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(magnitude, jnp.int32) | bits, jnp.float32)
+def _absmax(x: jax.Array) -> jax.Array:
+    """The largest magnitude of each row of 256; infinity if one is NaN, which the maximum of two keeps."""
+    most = jnp.maximum(jnp.abs(x[:, :128]), jnp.abs(x[:, 128:]))
+    return jnp.max(jnp.where(most != most, jnp.inf, most), axis=1, keepdims=True)

@@ -15,7 +15,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import Params, is_qtensor, path_of
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 from jaxquant.optim.moments import EIGHT_BITS, Storage, as_form, as_parameter, real, stored
-from jaxquant.optim.one_pass import Step, fits, hoisted, in_one_pass
+from jaxquant.optim.one_pass import EXACT, Arithmetic, Step, fits, hoisted, in_one_pass
 
 __all__ = [
     "State",
@@ -71,15 +71,16 @@ def _stepped(step: Step, g: jax.Array, moments: list[Any]) -> tuple[jax.Array, l
         update, becomes = step(*scalars, g.astype(jnp.float32), *(real(m, g.shape) for m in moments))
         return update.astype(g.dtype), [stored(x, m) for x, m in zip(becomes, moments, strict=True)]
 
+    exact = functools.partial(step, EXACT)
     if not fits(moments):
-        return plain(step, (), g, moments)
+        return plain(exact, (), g, moments)
 
     def on_tpu(g: jax.Array, moments: list[Any]) -> Any:
         form = moments[0].shape
         kernel = in_one_pass(step, jax.ShapeDtypeStruct(form, g.dtype), moments)
-        whole = hoisted(step, g.shape, len(moments))
+        whole = hoisted(exact, g.shape, len(moments))
         if any(x.dtype != jnp.float32 or x.shape for x in whole.scalars):
-            return plain(step, (), g, moments)
+            return plain(exact, (), g, moments)
         leaves, tree = jax.tree.flatten((whole.scalars, g, moments))
 
         def divided(*leaves: jax.Array) -> Any:
@@ -92,7 +93,7 @@ def _stepped(step: Step, g: jax.Array, moments: list[Any]) -> tuple[jax.Array, l
 
         return if_undivided(undivided, divided, *leaves)
 
-    return jax.lax.platform_dependent(g, moments, tpu=on_tpu, default=functools.partial(plain, step, ()))
+    return jax.lax.platform_dependent(g, moments, tpu=on_tpu, default=functools.partial(plain, exact, ()))
 
 
 def _scale_by(signs: dict[str, bool], rule: Rule, storage: Storage) -> optax.GradientTransformation:
@@ -166,9 +167,9 @@ def scale_by_adam8bit(
     def rule(t: jax.Array) -> Step:
         of_m, of_v = 1 - b1**t, jnp.sqrt(1 - b2**t)
 
-        def step(g: jax.Array, m: jax.Array, v: jax.Array) -> Any:
+        def step(f: Arithmetic, g: jax.Array, m: jax.Array, v: jax.Array) -> Any:
             m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-            return m / of_m / (jnp.sqrt(v) / of_v + eps), (m, v)
+            return f.over(m / of_m, f.root(v) / of_v + eps), (m, v)
 
         return step
 
@@ -186,8 +187,10 @@ def scale_by_lion8bit(
     """
     checked("scale_by_lion8bit", storage, b1=b1, b2=b2)
 
-    def step(g: jax.Array, m: jax.Array) -> Any:
-        return jnp.sign(b1 * m + (1 - b1) * g), (b2 * m + (1 - b2) * g,)
+    def step(_: Arithmetic, g: jax.Array, m: jax.Array) -> Any:
+        x = b1 * m + (1 - b1) * g
+        sign = jnp.where(x > 0, 1.0, jnp.where(x < 0, -1.0, x))  # JAX asks which chip is there before it lowers a sign
+        return sign, (b2 * m + (1 - b2) * g,)
 
     return _scale_by({"m": True}, lambda t: step, storage)
 
@@ -201,7 +204,7 @@ def scale_by_momentum8bit(momentum: float = 0.9, *, storage: Storage = EIGHT_BIT
     """
     checked("scale_by_momentum8bit", storage, momentum=momentum)
 
-    def step(g: jax.Array, m: jax.Array) -> Any:
+    def step(_: Arithmetic, g: jax.Array, m: jax.Array) -> Any:
         m = momentum * m + g
         return m, (m,)
 
@@ -231,10 +234,10 @@ def scale_by_ademamix8bit(
     def rule(t: jax.Array) -> Step:
         of_m, of_v = 1 - b1**t, jnp.sqrt(1 - b2**t)
 
-        def step(g: jax.Array, m1: jax.Array, m2: jax.Array, v: jax.Array) -> Any:
+        def step(f: Arithmetic, g: jax.Array, m1: jax.Array, m2: jax.Array, v: jax.Array) -> Any:
             m1, m2 = b1 * m1 + (1 - b1) * g, b3 * m2 + (1 - b3) * g
             v = b2 * v + (1 - b2) * g * g
-            return (m1 / of_m + alpha * m2) / (jnp.sqrt(v) / of_v + eps), (m1, m2, v)
+            return f.over(m1 / of_m + alpha * m2, f.root(v) / of_v + eps), (m1, m2, v)
 
         return step
 
@@ -253,9 +256,9 @@ def scale_by_rms8bit(
     """
     checked("scale_by_rms8bit", storage, b=b, eps=eps)
 
-    def step(g: jax.Array, v: jax.Array) -> Any:
+    def step(f: Arithmetic, g: jax.Array, v: jax.Array) -> Any:
         v = b * v + (1 - b) * g * g
-        return g / (jnp.sqrt(v) + eps), (v,)
+        return f.over(g, f.root(v) + eps), (v,)
 
     return _scale_by({"v": False}, lambda t: step, storage)
 
@@ -270,8 +273,8 @@ def scale_by_adagrad8bit(eps: float = 1e-10, *, storage: Storage = EIGHT_BITS) -
     """
     checked("scale_by_adagrad8bit", storage, eps=eps)
 
-    def step(g: jax.Array, v: jax.Array) -> Any:
+    def step(f: Arithmetic, g: jax.Array, v: jax.Array) -> Any:
         v = v + g * g
-        return g / (jnp.sqrt(v) + eps), (v,)
+        return f.over(g, f.root(v) + eps), (v,)
 
     return _scale_by({"v": False}, lambda t: step, storage)

@@ -18,8 +18,8 @@ import jaxquant as jq
 from jaxquant import optim
 from jaxquant.core.codec import nearest_codes
 from jaxquant.core.qtypes import QTYPES
+from jaxquant.optim import dynamic_maps, one_pass, scale
 from jaxquant.optim import moments as storage
-from jaxquant.optim import one_pass, scale
 
 CASES = {
     "adam8bit": (optim.adam8bit(0.01), 0.01),
@@ -358,20 +358,24 @@ def test_refusals(make, message):
 @pytest.mark.parametrize("qtype", ["dynamic8", "udynamic8"])
 @pytest.mark.every
 def test_maps_are_computed_where_a_chip_looks_nothing_up(qtype):
-    """Entries to a few units in the last place, and the nearest codes but for what is about in the middle of two."""
-    table = np.asarray(QTYPES[qtype].table, np.float32)
-    np.testing.assert_allclose(one_pass._decoded(jnp.arange(256), qtype), table, rtol=4e-7, atol=0)
-    rng, m = np.random.default_rng(0), middles(qtype)
-    near = np.concatenate([m * (1 + sign * np.float32(1e-6)) for sign in (-1, 1)])
+    """Entries to a few units in the last place, and the nearest codes but within two units of a boundary."""
+    table, m, tables = np.asarray(QTYPES[qtype].table, np.float32), middles(qtype), dynamic_maps.tables(qtype)
+
+    def run(f, x):
+        parts = np.resize(x, (-(-x.size // 1024), 8, 128))
+        found = jax.jit(jax.vmap(lambda part: f(part, tables, qtype, interpret=True)))(parts)
+        return np.asarray(found).reshape(-1)[: x.size]
+
+    entries = run(dynamic_maps.values, np.arange(-128, 128, dtype=np.int32))
+    np.testing.assert_allclose(entries, table, rtol=4e-7, atol=0)
+    rng, beside = np.random.default_rng(0), np.arange(-40, 41, dtype=np.int32)[:, None]
+    near = (m.view(np.int32) + beside).view(np.float32)
     y = np.concatenate([10 ** rng.uniform(-8, 0, 4096), rng.uniform(0, 1, 4096), [0, 1]]).astype(np.float32)
-    y = np.concatenate([y, -y, near, table] if qtype == "dynamic8" else [y, near, table])
-    want = np.searchsorted(m, y, side="left")
-    got = np.asarray(one_pass._codes(jnp.asarray(y), qtype))
-    other = got != want
+    y = np.concatenate([y, -y, near.reshape(-1), table] if qtype == "dynamic8" else [y, near.reshape(-1), table])
+    got, want = (run(dynamic_maps.codes, y) + 128) & 255, np.searchsorted(m, y, side="left")
+    below = np.minimum(got, want)[got != want]
     assert np.abs(got - want).max() <= 1
-    assert np.mean(other[: -near.size - table.size]) < 1e-3
-    below = np.minimum(got, want)[other]
-    np.testing.assert_array_less(np.abs(y[other] - m[below]), 3e-5 * (table[below + 1] - table[below]))
+    assert np.abs(y[got != want].view(np.int32) - m[below].view(np.int32)).max() <= 2
 
 
 @pytest.mark.parametrize("shape", [(64, 1024), (4, 160, 128), (3, 22000)])

@@ -30,11 +30,12 @@ def test_the_step_of_adam_takes_no_longer_than_in_float():
     assert ours.seconds is not None
     assert float_one.seconds is not None
     assert ours.seconds <= float_one.seconds
+    assert ours.seconds <= 1.8 * ours.floor
 
 
-@pytest.mark.parametrize("shape", [(3, 256, 1280), (1000, 300)])
-def test_one_kernel_takes_rows_of_blocks_and_blocks_in_order(shape):
-    tx = optax.inject_hyperparams(optim.adamw8bit, static_args="storage")(learning_rate=0.1, weight_decay=0.0)
+@pytest.mark.parametrize(("make", "shape"), [(optim.adamw8bit, (3, 256, 1280)), (optim.lion8bit, (2, 32768))])
+def test_one_kernel_takes_rows_of_blocks_and_blocks_in_order(make, shape):
+    tx = optax.inject_hyperparams(make, static_args="storage")(learning_rate=0.1, weight_decay=0.0)
     params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
     args = params, jax.eval_shape(tx.init, params), params
     assert "optimizer_step" in compiled_for("test", "tpu v5e", tx.update, args).executable.as_text()
