@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a newcomer types, in a fresh environment, from installing to a text and a number; counts the lines.
 #
-#     bash benchmarks/newcomer.sh
+#     bash benchmarks/newcomer.sh          # benchmarks/results/newcomer.txt has what it printed
 #
 # The checkpoint is made on the spot: a small random decoder with a tokenizer of letters stands for the model that one has.
 # Every line that a newcomer would type is printed with "$ " before it, and run; the rest prepares and counts.
