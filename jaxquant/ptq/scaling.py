@@ -126,7 +126,7 @@ def awq_scale(
             total += of_one(w, gram) if w.ndim == 2 else jnp.sum(jax.vmap(of_one)(w, gram))
         return total
 
-    r = jnp.arange(ratios) / ratios
+    r = jnp.arange(ratios, dtype=jnp.promote_types(weights[0].dtype, jnp.float32)) / ratios
     choices = jnp.tile(r, len(families)), jnp.repeat(jnp.array([f == "duo" for f in families]), ratios)
     best = jnp.argmin(lax.map(error, choices))
     return scaled(choices[0][best], choices[1][best])
@@ -182,5 +182,6 @@ def awq_clip(w: jax.Array, spec: QuantSpec, stats: Any, *, steps: int = 20, leas
         e = groups - q.reshape(groups.shape)
         return jnp.sum(e * jnp.matmul(h, e, precision="highest"), axis=1)
 
-    best = jnp.argmin(lax.map(error, jnp.arange(int((1 - least) * steps))), axis=0)
-    return absmax[:, 0] * (1 - best / steps)
+    dtype = jnp.promote_types(w.dtype, jnp.float32)
+    best = jnp.argmin(lax.map(error, jnp.arange(int((1 - least) * steps), dtype=dtype)), axis=0)
+    return absmax[:, 0] * (1 - best.astype(dtype) / steps)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax_settings import needs_jit
 from transform_cases import EVERYTHING, SPECS, unequal
 
 import jaxquant as jq
@@ -187,6 +188,7 @@ def program(fn, *args):
     return re.sub(r"(FileNames|FunctionNames|FileLocations|StackFrames)\n(.+\n)*", "", text)
 
 
+@needs_jit
 def test_an_empty_plan_adds_nothing():
     fn = jax.checkpoint(
         lambda p, x: lax.scan(lambda x, _: (jax.nn.gelu(mlp(p, x)) @ jnp.ones((8, 32), jnp.float32), None), x, None, 3)[
