@@ -169,7 +169,7 @@ def _described(path: Path, summary: files.Summary) -> str:
     type=click.Choice(quantize_files.TARGETS),
     default=FORMATS[0],
     show_default=True,
-    help="The layout to write: a directory of this layout, or a GGUF or jaxquant file.",
+    help="The layout to write: a directory of this layout, or a GGUF or native file.",
 )
 @click.option("--recipe", metavar="NAME", help="Scheme by name, such as w4a16:g128, w8a16, nf4, w8a8.")
 @click.option("--bits", type=click.IntRange(2, 8), help="Width of the weights.  [4]")
@@ -263,7 +263,7 @@ def quantize(
             "shard_bytes": shard_size << 20,
             "dry_run": dry_run,
         }
-        with _progress(counted=calibrate is not None or format in ("gguf", "jaxquant")) as progress:
+        with _progress(counted=calibrate is not None or format in ("gguf", "native")) as progress:
             plan = quantize_files.quantize(source, destination, chosen, **arguments, progress=progress)
     _show_quantized(plan, dry_run=dry_run, as_json=as_json)
 
@@ -341,7 +341,7 @@ def _progress(*, counted: bool = False) -> Iterator[Callable[[int, int, str], No
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option(
-    "--to", "format", type=click.Choice([*FORMATS, "gguf", "jaxquant"]), required=True, help="Layout of the result."
+    "--to", "format", type=click.Choice([*FORMATS, "gguf", "native"]), required=True, help="Layout of the result."
 )
 @click.option("--architecture", help="With gguf, llama.cpp's name of the model's architecture.  [from the source]")
 def convert(source: Path, destination: Path, format: str, architecture: str | None) -> None:

@@ -332,14 +332,14 @@ def convert(
     Args:
       source: a directory, a safetensors file or a GGUF file.
       destination: must not exist, or be empty.
-      format: of `save_hf`, or ``"gguf"`` or ``"jaxquant"``.
+      format: of `save_hf`, or ``"gguf"`` or ``"native"``.
       architecture: with gguf, llama.cpp's name of the model's.
       progress: called with the leaves that are done, how many there are to do, and the name of the one that comes next.
 
     Returns:
       Sentences on missing parts of the result: the quantization of activations; in GGUF windows, or a tokenizer.
     """
-    if format in ("gguf", "jaxquant") and os.path.lexists(destination):
+    if format in ("gguf", "native") and os.path.lexists(destination):
         raise quant_error(
             "convert", "the destination exists", todo="Choose another, or remove it first", path=os.fspath(destination)
         )
@@ -347,7 +347,7 @@ def convert(
     act, lost = _activations(leaves, format)
     notes = [] if lost is None else [lost]
     of_directory = isinstance(leaves, HFLeaves)
-    if of_directory and not leaves.modules and format not in ("gguf", "jaxquant"):
+    if of_directory and not leaves.modules and format not in ("gguf", "native"):
         todo = "Use jaxquant quantize, which rounds the weights and writes every layout"
         raise quant_error("convert", "nothing in the source is quantized", todo=todo, path=os.fspath(source))
     ranges = [name for name in leaves.activations if name in leaves] if of_directory else []
@@ -360,7 +360,7 @@ def convert(
         form = described(watched, config, place(source, "convert"), architecture, function="convert")
         save_gguf(destination, form.leaves, metadata=form.metadata, names="hf")
         notes += [f"{name}: {text}" for name, text in form.notes.items()]
-    elif format == "jaxquant":
+    elif format == "native":
         save_leaves(destination, watched)
     else:
         origin = {"files": identity(leaves.paths), "format": format}
@@ -399,7 +399,7 @@ def _activations(leaves: HFLeaves | GGUFLeaves | NativeLeaves, format: str) -> t
         specs.add(spec)
     what = "activations, or keys and values," if cached else "activations"
     said = f" ({', '.join(sorted({spec.brief for spec in specs}))})" if specs else ""
-    if format == "jaxquant":
+    if format == "native":
         todo = "To keep the scheme, load the source with load_model, and save it with the plan of your function"
     else:
         todo = "The layout can say at most int8 or fp8 per token, alike for all weights"

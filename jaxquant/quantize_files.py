@@ -40,7 +40,7 @@ __all__ = ["TARGETS", "Scheme", "quantize", "rules_of", "scheme_of"]
 
 _F = "quantize"
 #: Layouts that can be written: directories, and single files.
-TARGETS = (*FORMATS, "gguf", "jaxquant")
+TARGETS = (*FORMATS, "gguf", "native")
 #: Embeddings and the head.
 _KEEP = r"(^|\.)(lm_head|embed_tokens|embeddings|word_embeddings|wte|wpe|shared)\b"
 #: Routers of mixtures of experts: small, and rounding them changes which experts run.
@@ -73,7 +73,7 @@ _HABITS = {
     "bitsandbytes": _Habit({4: "nf4"}, {4: 64}),
     "mlx": _Habit(_INTEGERS, _ALL),
     "gguf": _Habit(_INTEGERS, dict.fromkeys(_WIDTHS, 32), "float16"),
-    "jaxquant": _Habit(_INTEGERS, _FEW),
+    "native": _Habit(_INTEGERS, _FEW),
 }
 
 

@@ -110,8 +110,8 @@ def test_a_dry_run_writes_nothing_and_says_what_it_would(source, tmp_path):
 @pytest.mark.parametrize(
     "options, todo",
     [
-        (("--recipe", "nf4"), "Use --to bitsandbytes or --to jaxquant."),
-        (("--bits", 5, "--to", "gptq"), "Use --to compressed-tensors or --to mlx or --to gguf or --to jaxquant."),
+        (("--recipe", "nf4"), "Use --to bitsandbytes or --to native."),
+        (("--bits", 5, "--to", "gptq"), "Use --to compressed-tensors or --to mlx or --to gguf or --to native."),
         (("--recipe", "w8a8", "--to", "awq"), "Use --to compressed-tensors."),
         (("--recipe", "w8a8:static"), "No format has one. Of activations a file can say int8 or fp8 per token"),
         (("--asymmetric", "--to", "mlx"), "or leave --asymmetric out."),
@@ -161,7 +161,7 @@ def test_gptq_from_saved_grams(source, tmp_path):
         ("bitsandbytes", "nf4, groups of 64, symmetric"),
         ("mlx", "uint4, groups of 64, asymmetric"),
         ("gguf", "Q4_0"),
-        ("jaxquant", "int4, groups of 64, symmetric"),
+        ("native", "int4, groups of 64, symmetric"),
     ],
 )
 def test_each_format_gets_what_it_needs(format, scheme, source, tmp_path):
@@ -174,7 +174,7 @@ def test_each_format_gets_what_it_needs(format, scheme, source, tmp_path):
     read = jq.io.load_gguf if format == "gguf" else jq.io.load_hf
     params = (
         jq.io.load(tmp_path / "out")
-        if format == "jaxquant"
+        if format == "native"
         else read(tmp_path / "out", **({"names": "hf"} if format == "gguf" else {}))[0]
     )
     got = np.asarray(params["model.layers.0.mlp.down_proj.weight"].dequantize(jnp.float32))
@@ -254,7 +254,7 @@ def test_refusals_end_with_code_1_and_a_message(source, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"source"}
 
 
-@pytest.mark.parametrize("format", ["awq", "compressed-tensors", "gguf", "jaxquant"])
+@pytest.mark.parametrize("format", ["awq", "compressed-tensors", "gguf", "native"])
 def test_convert_keeps_every_value(format, tmp_path):
     invoke("convert", GOLDEN / "gptq_w4g64_sym", tmp_path / "out", "--to", format)
     assert invoke("compare", GOLDEN / "gptq_w4g64_sym", tmp_path / "out").endswith("equal\n")
@@ -290,7 +290,7 @@ def test_convert_keeps_activations_that_the_layout_can_say(tmp_path):
 @pytest.mark.parametrize("kind", [{"dynamic": False}, {"groups": 2}, {}], ids=str)
 def test_convert_says_which_activations_are_lost(kind, tmp_path):
     source = w8a8(tmp_path / "a", **kind)
-    for format in ("jaxquant", "compressed-tensors") if kind else ("jaxquant", "gptq"):
+    for format in ("native", "compressed-tensors") if kind else ("native", "gptq"):
         out = invoke("convert", source, tmp_path / format, "--to", format)
         assert "note: the source quantizes activations (int8" in out
         assert "the result holds its weights alone" in out
@@ -326,14 +326,14 @@ def test_a_directory_without_its_configuration(source, tmp_path):
 
 
 def test_convert_needs_a_new_destination(tmp_path):
-    for format in ("gguf", "jaxquant", "awq"):
+    for format in ("gguf", "native", "awq"):
         assert "destination exists" in invoke("convert", GOLDEN / "gptq_w4g64_sym", GOLDEN, "--to", format, code=1)
 
 
 def test_convert_reads_each_leaf_twice_and_says_how_far_it_is(tmp_path):
     calls = []
     source = GOLDEN / "gguf_Q4_0" / "model.gguf"
-    files.convert(source, tmp_path / "a.safetensors", "jaxquant", progress=lambda *args: calls.append(args))
+    files.convert(source, tmp_path / "a.safetensors", "native", progress=lambda *args: calls.append(args))
     count = len(jq.io.load_gguf(source)[0])
     assert [done for done, _, _ in calls] == list(range(2 * count))
     assert {total for _, total, _ in calls} == {2 * count}
@@ -393,7 +393,7 @@ with open("/proc/self/status") as file:  # ru_maxrss would be the parent's
 LARGE = [
     pytest.param(shape, count, kind, marks=pytest.mark.slow)
     for shape, count in (((512, 2048), 300), ((4096, 2048), 30), ((8192, 4096), 8))
-    for kind in ("compressed-tensors", "jaxquant", "gguf")
+    for kind in ("compressed-tensors", "native", "gguf")
 ]
 
 
@@ -471,7 +471,7 @@ HOSTILE = {"a\x1b]0;PWNED\x07\x1b[2J[red].weight": (8, 32), "b\nproblem: none\x9
         ["quantize", "SOURCE", "OUT", "--group-size", "7"],
         ["quantize", "SOURCE", "OUT", "--rules", "RULES"],
         ["compare", "SOURCE", "OTHER"],
-        ["convert", "SOURCE", "OUT", "--to", "jaxquant"],
+        ["convert", "SOURCE", "OUT", "--to", "native"],
         ["convert", "SOURCE", "OUT", "--to", "gguf", "--architecture", "llama"],
     ],
     ids=lambda command: " ".join(command),
