@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax_settings import donates, makes_nan, optax_promotes
+from jax_settings import donates, makes_nan, needs_jit, optax_promotes
 from ptq_cases import golden
 
 import jaxquant as jq
@@ -299,6 +299,7 @@ def test_restores_from_orbax(tmp_path):
 
 
 @donates
+@needs_jit  # which places results
 def test_lies_where_the_parameters_do_and_is_donated():
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731

@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax_settings import needs_jit
 
 import jaxquant as jq
 from jaxquant import recipes
@@ -196,6 +197,7 @@ def test_results_and_gradients_lie_where_the_program_puts_them(case, spec, mesh)
     assert np.linalg.norm(grads - expected) < 30 * rounded * np.linalg.norm(expected)
 
 
+@needs_jit  # one operation at a time, JAX asks for jax.set_mesh
 def test_calibration_follows_arrays_on_a_mesh_that_is_not_set(mesh):
     w, x = weights(8, 6), weights(8, 8, seed=1)
     plan = jq.make_plan(layer, {"w": w}, x, rules=[jq.Rule("w", recipes.w8a8(static=True))])

@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+from jax_settings import needs_jit
 from transform_cases import EVERYTHING, SPECS, check, close, planned, unequal
 
 import jaxquant as jq
@@ -126,6 +127,7 @@ def float_gathers(text, size):
     return [(t, s) for t, s in shapes if t[0] in "bf" and np.prod([int(n) for n in s.split(",") if n]) >= size]
 
 
+@needs_jit  # runs a compiled program
 @pytest.mark.parametrize("spec", ["int8", "int4", "w8a8"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sharded_mlp(layout, spec):
