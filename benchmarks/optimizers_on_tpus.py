@@ -40,7 +40,7 @@ def cell(chip: str, tx: optax.GradientTransformation) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--chips", default="tpu v5e,tpu v6e", help="comma-separated")
     chips = parser.parse_args().chips.split(",")
     print(f"A step of a parameter {list(SHAPE)} in float32: estimated us (floor), and their ratio; nothing was run.\n")

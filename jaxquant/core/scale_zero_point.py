@@ -32,6 +32,8 @@ def _float_scale(absmax: jax.Array, qmax: float | jax.Array, dtype: DTypeLike, e
     In float16 that least number is subnormal. A step that coarse is rounded up, so that the codes reach absmax.
     """
     info = finfo(dtype)
+    if float(finfo(absmax.dtype).max) < float(info.max):  # a scale in float64 is found in float32, of an array in that
+        info = finfo(absmax.dtype)
     least = float(info.smallest_subnormal if np.dtype(dtype) == np.float16 else info.tiny)
     scale = jnp.clip(divide(absmax, qmax), least, float(info.max))
     if least < float(info.tiny):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax_settings import makes_nan
+from jax_settings import makes_nan, needs_jit
 
 import jaxquant as jq
 from jaxquant import QuantSpec
@@ -44,6 +44,7 @@ def test_codes(spec, axes, monkeypatch):
     np.testing.assert_array_equal(q.dequantize(), jq.fake_quant(x, spec, reduce_axes=axes))
 
 
+@needs_jit  # runs a compiled program
 @pytest.mark.parametrize("spec, axes", CASES)
 @pytest.mark.parametrize("part", [P("d", None), P(None, "d")])
 def test_sharded(spec, axes, part, monkeypatch):
@@ -65,6 +66,7 @@ def test_sharded(spec, axes, part, monkeypatch):
 
 
 @makes_nan
+@needs_jit  # where it is known, NaN raises
 @pytest.mark.parametrize("axis", [0, 1])
 def test_ranges(axis):
     """Infinities count as 0, NaN gives NaN, in an array that is too large to be written once more."""
