@@ -3,6 +3,7 @@
 Angles are ``position * frequency``. A frequency ``theta ** (-2 i / d)`` of pair i is scaled so:
 
     linear   f / factor
+    dynamic  f, up to the length that the model is made for; longer sequences have others, and are refused
     llama3   f where its wavelength is short, f / factor where it is long, between the two interpolated
     yarn     the same with other bounds, given in rotations; cosine and sine are multiplied by a magnitude
 
@@ -32,11 +33,13 @@ class Rope:
     Attributes:
       frequencies: radians per position of each pair of features.
       magnitude: what cosine and sine are multiplied by.
+      longest: the longest sequence that has these frequencies; None: any.
       stated: the parameters that it is made from, as `rope_of` takes them.
     """
 
     frequencies: tuple[float, ...]
     magnitude: float = 1.0
+    longest: int | None = None
     stated: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
@@ -53,6 +56,7 @@ _BASE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"
 _KEYS = {
     "default": set(),
     "linear": {"factor"},
+    "dynamic": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {
         "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
@@ -79,7 +83,8 @@ def rope_of(parameters: Mapping[str, Any], size: int, context: int, error: Calla
     kind = p["rope_type"] = p.get("rope_type", p.pop("type", "default"))
     _check(p, kind, error)
     p.setdefault("original_max_position_embeddings", context)
-    return dataclasses.replace(_scaled(p, size), stated=p)
+    longest = context if kind == "dynamic" else None
+    return dataclasses.replace(_scaled(p, size), longest=longest, stated=p)
 
 
 def _check(p: Mapping[str, Any], kind: str, error: Callable[..., QuantError]) -> None:
@@ -105,7 +110,7 @@ def _check(p: Mapping[str, Any], kind: str, error: Callable[..., QuantError]) ->
 
 def _scaled(p: Mapping[str, Any], size: int) -> Rope:
     frequencies = (1.0 / p["rope_theta"] ** (np.arange(0, size, 2, dtype=np.float32) / size)).astype(np.float32)
-    if p["rope_type"] == "default":
+    if p["rope_type"] in ("default", "dynamic"):
         return _rope(frequencies)
     factor, trained = float(p["factor"]), p["original_max_position_embeddings"]
     if p["rope_type"] == "linear":

@@ -109,7 +109,7 @@ def test_llama_3_scales_long_waves_only():
         ({"model_type": None}, "architecture is not supported"),
         ({"residual_multiplier": 0.2, "clip_qkv": 8}, "unknown fields of the configuration: clip_qkv, residual_mult"),
         ({"hidden_act": "relu2"}, "activation is not supported; got hidden_act='relu2'"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "not supported; got rope_type='dynamic'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "not supported; got rope_type='longrope'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1]}}, "fields=.'mrope_section'"),
         ({"rope_scaling": {"type": "linear"}}, "lacks fields"),
         ({"rope_scaling": {"type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}}, "fields=.'high_freq_factor'"),

@@ -12,6 +12,7 @@ from hf_files import checkpoint, tensors_of
 from models.decoders import DECODERS, GOLDEN, LLAMA3, YARN, make
 
 import jaxquant as jq
+from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
 from jaxquant.models import load, logits
 from jaxquant.models.config import config_of
@@ -64,6 +65,30 @@ def test_logits_of_a_model_made_on_the_spot(name, tmp_path):
     one = load(tmp_path)
     assert one.ends == {2}
     close(forward(one.config)(one.params, ref["ids"], ref["mask"]), ref["logits"], ref["mask"])
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+
+
+def test_dynamic_frequencies_on_the_spot(tmp_path, monkeypatch):
+    """They are not scaled up to the length that the model is made for."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    monkeypatch.setitem(DECODERS, "dynamic", ("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 12}))
+    ref, one = make("dynamic", tmp_path), load(tmp_path)
+    close(forward(one.config)(one.params, ref["ids"], ref["mask"]), ref["logits"], ref["mask"])
+
+
+def test_dynamic_frequencies_of_longer_sequences_are_refused():
+    one = model("llama")
+    stated = json.loads((GOLDEN / "llama" / "config.json").read_text())
+    configs = [config_of(stated | {"rope_parameters": p}) for p in (DYNAMIC, {"rope_theta": 100.0})]
+    found, wanted = (logits(config, one.params, jnp.arange(64)[None] % 40) for config in configs)
+    np.testing.assert_array_equal(found, wanted)
+    with pytest.raises(
+        QuantError, match=r"^logits: the rotary embedding is dynamic; got tokens=\(1, 65\)\. Give at most 64"
+    ):
+        logits(configs[0], one.params, jnp.ones((1, 65), int))
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jax_settings import makes_nan
+from jax_settings import makes_nan, needs_jit
 from ops_reference import INTEGER, MATMUL, dot_error, error, kernel_of, quantized, real, slow_but, spec_of, unequal
 
 import jaxquant as jq
@@ -157,6 +157,7 @@ def test_transformations(name):
     np.testing.assert_allclose(slope, float_slope, rtol=1e-4, atol=1e-4 * np.abs(float_slope).max())
 
 
+@needs_jit  # reads a compiled program
 @pytest.mark.parametrize("name", slow_but(["nf4", "nvfp4", "int3"], "nf4"))
 def test_codes_are_decoded_on_their_own(name):
     """The loop that multiplies reads whole numbers: it neither looks up nor unpacks, and there is no float weight."""
