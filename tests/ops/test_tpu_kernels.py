@@ -161,6 +161,7 @@ def test_every_code_of_four_bits(qtype: str, bytewise: bool):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-37)
 
 
+@makes_nan
 @pytest.mark.parametrize("bytewise", [False, True])
 def test_every_code_of_eight_bits(bytewise: bool):
     """Its value, NaN included; -0 may be 0."""
@@ -376,6 +377,7 @@ def test_codes_of_values_times_factors_in_one_pass(axis: int):
     np.testing.assert_array_equal(scale, want.scale)
 
 
+@makes_nan
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("qtype", ["mxfp8", "mxfp4"])
 def test_values_in_blocks(qtype: str, dtype: Any):
