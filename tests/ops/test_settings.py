@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from double_precision import double_precision
 from flax import nnx
-from jax_settings import needs_jit
+from jax_settings import makes_nan, needs_jit
 from ops_reference import MATMUL, unequal
 
 import jaxquant as jq
@@ -92,6 +92,7 @@ def test_no_nan_on_the_way(zero):
     assert np.all(np.isfinite(found))
 
 
+@makes_nan
 @pytest.mark.parametrize("rows", [3, 300])
 def test_a_nan_on_the_way(rows):
     """JAX's own error, which names an operation: it runs a program again that returned a NaN, without compiling it."""
