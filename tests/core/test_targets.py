@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax_settings import promotes
 
 import jaxquant as jq
 from jaxquant import QuantError, ops, recipes
@@ -182,6 +183,7 @@ def test_arithmetic_on_int4_is_refused():
         jax.tree.map(lambda v: v.astype(jnp.float32) * 0.5, q).dequantize()
 
 
+@promotes
 @pytest.mark.parametrize("name", ["float8", "mxfp8", "float8 e5m2 g8"])
 def test_arithmetic_on_fp8_is_refused(name):
     """fp8 keeps its dtype in ``a * 0.5``; the seal does not."""

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax_settings import makes_nan
+from jax_settings import makes_nan, needs_jit
 
 import jaxquant as jq
 from jaxquant import ops, recipes
@@ -302,6 +302,7 @@ def test_vmap(monkeypatch: pytest.MonkeyPatch):
         assert_close(shared[i], x[i], one, exact=False, rounded=False)
 
 
+@needs_jit  # runs a compiled program
 def test_sharded(monkeypatch: pytest.MonkeyPatch):
     """In a `shard_map` each device runs the kernel; what XLA divides by itself is computed by what it can divide."""
     mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
@@ -377,6 +378,7 @@ def test_codes_of_values_times_factors_in_one_pass(axis: int):
     np.testing.assert_array_equal(scale, want.scale)
 
 
+@needs_jit  # where it is known, NaN raises
 @makes_nan
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("qtype", ["mxfp8", "mxfp4"])

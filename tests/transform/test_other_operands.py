@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax_settings import makes_nan
+from jax_settings import makes_nan, promotes
 from transform_cases import EVERYTHING, SPECS, close, planned, unequal
 
 import jaxquant as jq
@@ -41,6 +41,7 @@ def test_products_that_are_no_floats_stay_in_float(dtype):
     np.testing.assert_allclose(frozen, jax.jit(fn)(values, X), rtol=1e-5)
 
 
+@promotes
 def test_products_of_two_activations_that_are_no_floats_have_no_name():
     fn = lambda p, x: jax.named_call(lambda x: x @ x.T, name="real")(x) + ((x + 1j) @ x.T).real  # noqa: E731
     plan = jq.make_plan(fn, W, X, rules=[jq.OpRule(".", SPECS["w8a8"])])

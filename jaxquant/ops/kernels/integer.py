@@ -124,6 +124,8 @@ def int8_product(
     """
     k, group = lhs.codes.shape[2], common_group(lhs, rhs)
     limit = overflow_limit(lhs.reach, rhs.reach)
+    dtype = promoted(lhs.scale.dtype, rhs.scale.dtype)
+    real = promoted(dtype, jnp.float32)
 
     def part(start: Any, size: int) -> jax.Array:
         """Scaled product of ``size`` codes from ``start``, all in one group of either side."""
@@ -139,15 +141,14 @@ def int8_product(
             for x in (lhs, rhs)
         )
         lz, rz = (None if x.zero_point is None else at(x.zero_point) for x in (lhs, rhs))
-        out = _corrected(left.codes, right, lz, rz, sums).astype(jnp.float32)
-        return combine(out * at(lhs.scale) * jnp.swapaxes(at(rhs.scale), 1, 2))
+        out = _corrected(left.codes, right, lz, rz, sums).astype(jnp.float32).astype(real)
+        return combine(out * at(lhs.scale).astype(real) * jnp.swapaxes(at(rhs.scale), 1, 2).astype(real))
 
     if group > limit:  # few, long cuts of unequal length
         cuts = [part(c + s, min(limit, group - s)) for c in range(0, k, group) for s in range(0, group, limit)]
         return functools.reduce(jnp.add, cuts)
     if group == k:
         return part(0, k)
-    dtype = promoted(lhs.scale.dtype, rhs.scale.dtype)
     # Zeros that vary over devices as the codes do; zeros_like does so in newer JAX only.
     left, right = ((x.codes[:, :, :1] * 0).astype(dtype) for x in (lhs, rhs))
     start = combine(left + jnp.swapaxes(right, 1, 2))
