@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax_settings import makes_nan
 from ptq_cases import inputs, weight
 
 import jaxquant as jq
@@ -66,6 +67,7 @@ def test_stages_and_going_on():
     jax.tree.map(np.testing.assert_array_equal, again, half)
 
 
+@makes_nan
 def test_refusals():
     with pytest.raises(jq.QuantError, match="quantize_sequentially: there are no batches"):
         jq.calibration.quantize_sequentially(fn, PLAN, PARAMS, [])
