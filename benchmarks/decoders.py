@@ -291,8 +291,8 @@ A step is the decoding of one token for each sequence of a batch, with TOKENS to
 prefill of TOKENS tokens. The estimate is the longer of the compiler's cycles, and of moving arguments, results and
 (twice) temporaries at the bandwidth of the memory; kernels that are written by hand count by the static schedules of
 their code. The floor is what reading arguments and writing results takes, or the arithmetic: no program can be
-faster. It leaves out the arithmetic of kernels that are written by hand, which a prefill in W4A16 and W4A8 consists of,
-and on a v6e one in W8A8.
+faster. It leaves out the arithmetic of kernels that are written by hand. Prefills in W4A16 and W4A8 consist of these
+kernels; on a v6e prefills in W8A8 also consist of them.
 Attention is the same in all programs: over a cache XLA's products, in a prefill JAX's own kernel for TPUs
 (`flash_attention`), of which the estimate counts all blocks, also blocks that the mask makes zero.
 `x` is the speed relative to the bfloat16 program; at batch 1 XLA's own program is far

@@ -32,7 +32,7 @@ def _float_scale(absmax: jax.Array, qmax: float | jax.Array, dtype: DTypeLike, e
     In float16 that least number is subnormal. A step that coarse is rounded up, so that the codes reach absmax.
     """
     info = finfo(dtype)
-    if float(finfo(absmax.dtype).max) < float(info.max):  # a scale in float64 is found in float32, of an array in that
+    if float(finfo(absmax.dtype).max) < float(info.max):  # a float64 scale of a float32 array is computed in float32
         info = finfo(absmax.dtype)
     least = float(info.smallest_subnormal if np.dtype(dtype) == np.float16 else info.tiny)
     scale = jnp.clip(divide(absmax, qmax), least, float(info.max))

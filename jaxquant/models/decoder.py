@@ -19,7 +19,6 @@ from jax.typing import DTypeLike
 
 from jaxquant import ops
 from jaxquant.core.affine import quantize
-from jaxquant.core.errors import quant_error
 from jaxquant.core.granularity import PerTensor
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
@@ -52,7 +51,7 @@ def logits(config: Config, params: Params, tokens: jax.Array, mask: jax.Array | 
       [batch, token, vocabulary]; arbitrary where there is padding.
 
     Raises:
-      QuantError: for more tokens than a rotary embedding has frequencies for, which scaling by length limits.
+      QuantError: if a rotary embedding is scaled dynamically, and there are more tokens than the model is made for.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp, jaxquant as jq
@@ -64,10 +63,6 @@ def logits(config: Config, params: Params, tokens: jax.Array, mask: jax.Array | 
       >>> len(plan)
       7
     """
-    longest = min((r.longest for r in (layer.rope for layer in config.layers) if r.longest is not None), default=None)
-    if longest is not None and tokens.shape[1] > longest:
-        todo = f"Give at most {longest} tokens: its frequencies are others for more"
-        raise quant_error("logits", "the rotary embedding is dynamic", todo=todo, tokens=tokens.shape)
     valid = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
     return head(config, params, hidden(config, params, tokens, valid)[0])
 

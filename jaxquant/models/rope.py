@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.core.errors import QuantError
+from jaxquant.core.errors import QuantError, quant_error
 
 __all__ = ["Rope", "magnitude_of", "rope_of", "rotated"]
 
@@ -45,6 +45,9 @@ class Rope:
 
 def rotated(rope: Rope, x: jax.Array, positions: jax.Array) -> jax.Array:
     """Rotates the pairs (i, i + half) of [batch, token, head, feature] by the angles of [batch, token]."""
+    if rope.longest is not None and x.shape[1] > rope.longest:
+        todo = f"Give at most {rope.longest} tokens: its frequencies are others for more"
+        raise quant_error("logits", "the rotary embedding is dynamic", todo=todo, tokens=x.shape[:2])
     frequencies = jnp.asarray(rope.frequencies, jnp.float32).reshape(1, 1, 1, -1)
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequencies
     cos, sin = ((f(angle) * rope.magnitude).astype(x.dtype) for f in (jnp.cos, jnp.sin))

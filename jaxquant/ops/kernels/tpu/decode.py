@@ -270,7 +270,7 @@ def _looked_up(words: jax.Array, entries: tuple[int, ...], *, interpret: bool) -
 
 
 def converted(x: jax.Array, dtype: Any) -> jax.Array:
-    """``x.astype(dtype)`` of bytes, 8-bit floats or wider numbers, by conversions that the oldest JAX has there."""
+    """``x.astype(dtype)`` of bytes, 8-bit floats or wider numbers, by conversions that kernels have in jax 0.6 too."""
     if x.dtype == jnp.uint8:
         return _unsigned(x).astype(dtype)
     return x.astype(jnp.float32).astype(dtype)

@@ -121,31 +121,6 @@ class GroupedValues(Grouped):
     body = Values
 
 
-class ManyRows(GroupedValues):
-    """Many rows on chips whose matrix unit sums 256 products: the same chips gather bytes.
-
-    A sum of int8 products over a group of 128 leaves half of the unit idle, and the vector unit scales it: 512 rows of
-    int8 by [4096, 4096] in int4 take a v6e 73 thousand cycles so, and 40 in bfloat16, where codes of x are exact.
-    """
-
-    body = ValuesInParts
-
-    @classmethod
-    def runs_on(cls, target: Target) -> bool:
-        """As for `Kernel`."""
-        return target.platform in cls.platforms and target.chip in GATHER_BYTES
-
-    @classmethod
-    def _is_for(cls, rows: int, dtype: Any, groups: Groups) -> bool:
-        """As for `Grouped`; 4-bit floats and tables have kernels of their own there."""
-        return rows > FEW and groups.decoder.parts == 1 and dtype != jnp.float32
-
-    @classmethod
-    def _groups(cls, w: QTensor) -> Groups | None:
-        groups = weight_groups(w)
-        return groups if groups is None else groups.in_bytes() or groups
-
-
 class GathersBytes(Kernel):
     """Reads tables and 4-bit floats by gathers of bytes, and 8-bit floats as bytes, on chips that can."""
 
@@ -158,6 +133,26 @@ class GathersBytes(Kernel):
     def _groups(cls, w: QTensor) -> Groups | None:
         groups = weight_groups(w)
         return None if groups is None else groups.in_bytes()
+
+
+class ManyRows(GathersBytes, GroupedValues):
+    """Many rows on chips whose matrix unit sums 256 products: the same chips gather bytes.
+
+    A sum of int8 products over a group of 128 leaves half of the unit idle, and the vector unit scales it: 512 rows of
+    int8 by [4096, 4096] in int4 take a v6e 73 thousand cycles so, and 40 in bfloat16, where codes of x are exact.
+    """
+
+    body = ValuesInParts
+
+    @classmethod
+    def _is_for(cls, rows: int, dtype: Any, groups: Groups) -> bool:
+        """As for `Grouped`; 4-bit floats and tables have kernels of their own there."""
+        return rows > FEW and groups.decoder.parts == 1 and dtype != jnp.float32
+
+    @classmethod
+    def _groups(cls, w: QTensor) -> Groups | None:
+        """As for `Grouped`; integers are decoded as they are."""
+        return super()._groups(w) or weight_groups(w)
 
 
 class _Bytewise(GathersBytes, Grouped):
