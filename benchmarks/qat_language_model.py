@@ -12,6 +12,7 @@ which are the last layer's weights too, stay in float. All rows start from one f
 - methods after training, which see 16 batches of the training text;
 - training with the ranges of the arrays, on labels and towards the float model's predictions (KL);
 - training with learned steps, in the same two ways;
+- learned steps towards the predictions with more text: more rows in a step, and more steps;
 - the float model, trained further for as many steps on labels: a control, since a model that learns from labels may
   gain what quantization has no part in.
 
@@ -128,30 +129,47 @@ def train_float(params: Any, data: Text, steps: int, rate: float, seed: int, siz
     return params
 
 
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to train the quantized model.
+
+    Attributes:
+      kl: whether towards the float model's predictions; else on labels.
+      learned: whether steps are learned; else ranges are those of the arrays.
+      rows: how many times as many rows a step has.
+      steps: how many times as many steps there are.
+    """
+
+    kl: bool
+    learned: bool
+    rows: int = 1
+    steps: int = 1
+
+
 class Training:
     """Training of the quantized model, compiled once for all seeds.
 
     Args:
       spec: of all products of layers.
-      kl: whether towards the float model's predictions; else on labels.
-      learned: whether steps are learned; else ranges are those of the arrays.
+      way: how it is trained.
       params: the float model, where training starts.
       data: the text.
-      steps: of training.
+      steps: of training, times those of the way.
     """
 
-    def __init__(self, spec: OpSpec, kl: bool, learned: bool, params: Any, data: Text, steps: int):
+    def __init__(self, spec: OpSpec, way: Way, params: Any, data: Text, steps: int):
         logits = optimizers.logits
         example = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
         plan = jq.make_plan(logits, params, example, rules=[Rule("layers", spec), Rule(".*", None)])
         rows = [rows[:, :-1] for rows in data.batches(2, 99)]
-        state: Any = qat.learned_steps(logits, plan, params, rows) if learned else {}
-        self.plan, self.data, self.steps, self.start = plan, data, steps, (params, state)
+        state: Any = qat.learned_steps(logits, plan, params, rows) if way.learned else {}
+        self.plan, self.data, self.start = plan, data, (params, state)
+        self.steps, self.rows = way.steps * steps, way.rows * TRAINED
         self.tx, labels = optax.scale_by_adam(b2=0.99), qat.labels(params, state)
 
         def loss(both: Any, rows: jax.Array) -> jax.Array:
             run = jq.quantized(logits, plan, both[1] or None)
-            if not kl:
+            if not way.kl:
                 return optimizers.bits(run, both[0], rows)
             return qat.distillation_loss(run(both[0], rows[:, :-1]), logits(params, rows[:, :-1]))
 
@@ -167,7 +185,7 @@ class Training:
     def __call__(self, rates: tuple[float, float], seed: int) -> tuple[Any, Any, jq.Plan]:
         """The frozen model: quantized parameters, state, plan."""
         both, opt_state = self.start, self.tx.init(self.start)
-        for i, rows in enumerate(self.data.batches(self.steps, seed, TRAINED)):
+        for i, rows in enumerate(self.data.batches(self.steps, seed, self.rows)):
             weights, steps = (np.float32(rate * risen(i, self.steps)) for rate in rates)
             both, opt_state = self.step(both, opt_state, rows, {"weights": weights, "steps": steps, "frozen": 0.0})
         params, state = both
@@ -211,10 +229,12 @@ def after_training(spec: OpSpec, method: Any, params: Any, data: Text) -> tuple[
 
 METHODS = {"to nearest": "rtn", "GPTQ, descended": functools.partial(jq.ptq.descend, start=jq.ptq.gptq)}
 TRAININGS = {
-    "trained, KL": {"kl": True, "learned": False},
-    "learned steps, KL": {"kl": True, "learned": True},
-    "trained, labels": {"kl": False, "learned": False},
-    "learned steps, labels": {"kl": False, "learned": True},
+    "trained, KL": Way(kl=True, learned=False),
+    "learned steps, KL": Way(kl=True, learned=True),
+    "learned steps, KL, 8 x the text": Way(kl=True, learned=True, rows=8),
+    "learned steps, KL, 32 x the text": Way(kl=True, learned=True, rows=8, steps=4),
+    "trained, labels": Way(kl=False, learned=False),
+    "learned steps, labels": Way(kl=False, learned=True),
 }
 
 
@@ -308,7 +328,7 @@ def main() -> None:
                         scheme, way, seed, score(jq.quantized(optimizers.logits, plan, state), qparams, params, data)
                     )
             elif missing := rows.seeds(scheme, way, args.seeds):
-                training = Training(spec, **TRAININGS[way], params=params, data=data, steps=args.steps)
+                training = Training(spec, TRAININGS[way], params, data, args.steps)
                 for seed in missing:
                     qparams, state, plan = training(RATES[bits], seed + 1)
                     rows.add(
