@@ -290,11 +290,10 @@ only the shapes of the weights are used. The command `python benchmarks/accelera
 A step is the decoding of one token for each sequence of a batch, with TOKENS tokens cached in bfloat16, or the
 prefill of TOKENS tokens. The estimate is the longer of the compiler's cycles, and of moving arguments, results and
 (twice) temporaries at the bandwidth of the memory; kernels that are written by hand count by the static schedules of
-their code. The floor is what reading arguments and writing results takes, or the arithmetic: no program can be
-faster. It leaves out the arithmetic of kernels that are written by hand. Prefills in W4A16 and W4A8 consist of these
-kernels; on a v6e prefills in W8A8 also consist of them.
+their code. The floor is what reading arguments and writing results takes, or the multiplications at the peak of their
+number type: those of a kernel are the ones of the float product that it stands for.
 Attention is the same in all programs: over a cache XLA's products, in a prefill JAX's own kernel for TPUs
-(`flash_attention`), of which the estimate counts all blocks, also blocks that the mask makes zero.
+(`flash_attention`), of which estimate and floor count all blocks, also blocks that the mask makes zero.
 `x` is the speed relative to the bfloat16 program; at batch 1 XLA's own program is far
 from its floor, so there the comparison with that floor says more. Cells were compiled at several commits;
 a dash was not compiled. GB are the arguments, results and

@@ -12,12 +12,14 @@ from jaxquant.programs.hlo import Array, Instruction, Program
 
 __all__ = ["Collective", "Product", "collectives", "cycles", "product_of", "products", "unestimated"]
 
+_ESTIMATED = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+_METADATA = re.compile(r"\\22multiplied\\22: \\22(\w+)\\22, \\22operations\\22: \\22(\d+)\\22")
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A matrix product or convolution.
+    """A matrix product or convolution, or a kernel that is written by hand and says what it multiplies.
 
     Attributes:
       dtypes: of its two operands, as HLO has them.
@@ -106,6 +108,8 @@ def products(program: Program) -> list[tuple[str, Instruction, Product]]:
 def product_of(program: Program, computation: str, instruction: Instruction) -> Product | None:
     """The number types and operations of a product; None if the instruction is no product."""
     operands = program.operands_of(computation, instruction)
+    if instruction.is_kernel:
+        return _kernel_product(instruction, operands)
     if len(operands) < 2:
         return None
     left, right = operands[:2]
@@ -124,6 +128,27 @@ def product_of(program: Program, computation: str, instruction: Instruction) -> 
 
 def _sizes(array: Array, axes: str) -> list[int]:
     return [array.shape[int(i)] for i in axes.split(",") if i]
+
+
+def _kernel_product(kernel: Instruction, operands: list[Array]) -> Product | None:
+    """The product that a kernel computes, as it was told to the compiler; None if it was told of none.
+
+    A TPU's kernels have the operations in their cost estimate. The first two operands that are no scalars and lists,
+    such as prefetched indices, are what they multiply. A GPU's kernels have both in their metadata.
+    """
+    if told := _METADATA.search(kernel.rest):
+        return Product((_hlo_name(told[1]),) * 2, float(told[2]))
+    estimated, arrays = _ESTIMATED.search(kernel.rest), [a for a in operands if len(a.shape) > 1]
+    if estimated is None or not int(estimated[1]) or len(arrays) < 2:
+        return None
+    return Product((arrays[0].dtype, arrays[1].dtype), float(estimated[1]))
+
+
+def _hlo_name(dtype: str) -> str:
+    """HLO's name of a dtype."""
+    for word, short in (("bfloat", "bf"), ("float", "f"), ("uint", "u"), ("int", "s"), ("_", "")):
+        dtype = dtype.replace(word, short)
+    return dtype
 
 
 def _library_product(instruction: Instruction) -> list[int] | None:

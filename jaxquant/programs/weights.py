@@ -81,10 +81,11 @@ class _Walk:
             product = product_of(program, computation, user)
             if computation not in program.fused and user.opcode not in _PASSED_ON:
                 self._stepped(computation, user, product)
-            if product is not None:
-                self._multiplied(computation, product)
-            elif user.is_kernel:
+            if user.is_kernel:
                 found.kernels.add(user.kernel)
+                found.products.extend([(product, program.times.get(computation, 0.0))] if product else [])
+            elif product is not None:
+                self._multiplied(computation, product)
             elif user.opcode == "multiply" and self.loop in user.rest:
                 found.kernels.add("float32 GEMV")
             elif user.opcode == "tuple":

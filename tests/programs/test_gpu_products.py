@@ -71,6 +71,7 @@ def test_few_rows(name: str):
 def test_other_rows(rows: int):
     found: Any = jq.explain(product(SCHEMES["nvfp4"]), {"w": weight(SCHEMES["nvfp4"])}, x(rows), target="h100")
     assert found["w"].written == 0
+    assert found["w"].floor == pytest.approx(max(found["w"].nbytes / 3350e9, 2 * rows * K * N / 989e12))
     assert traffic(found) <= 1.1
 
 
@@ -79,6 +80,7 @@ def test_int8_activations():
     spec, rows = recipes.w8a8(), 1024
     found: Any = jq.explain(product(spec), {"w": weight(spec)}, x(rows), target="h100")
     assert found.temporaries <= 1.01 * rows * K
+    assert found["w"].floor == pytest.approx(2 * rows * K * N / 1979e12)
 
 
 def test_float8_activations():
@@ -87,8 +89,10 @@ def test_float8_activations():
     found: Any = jq.explain(product(spec), {"w": weight(spec)}, x(rows), target="h100")
     assert found["w"].kernels == ("quantized_product",)
     assert found.temporaries <= 1.01 * rows * K
+    assert found["w"].floor == pytest.approx(2 * rows * K * N / 1979e12)
     older: Any = jq.explain(product(spec), {"w": weight(spec)}, x(rows), target="a100")
     assert "bfloat16" in older["w"].kernels
+    assert older["w"].floor == pytest.approx(2 * rows * K * N / 312e12)
 
 
 def test_sizes_that_no_block_divides():
@@ -116,8 +120,10 @@ def test_experts_are_not_decoded_in_memory():
     def fn(p: Any, x: jax.Array) -> jax.Array:
         return ops.dot_general(x, p["w"], (((2,), (1,)), ((0,), (0,))), spec=spec)
 
-    args = {"w": weight(spec, 4)}, jax.ShapeDtypeStruct((4, 8, K), jnp.bfloat16)
-    assert traffic(jq.explain(fn, *args, target="h100")) <= 1.1
+    args = {"w": weight(spec, 4)}, jax.ShapeDtypeStruct((4, 256, K), jnp.bfloat16)
+    found: Any = jq.explain(fn, *args, target="h100")
+    assert traffic(found) <= 1.1
+    assert found["w"].floor == pytest.approx(4 * 2 * 256 * K * N / 989e12)
 
 
 def test_layers_of_a_stack_are_not_decoded_in_memory():

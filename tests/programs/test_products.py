@@ -1,6 +1,7 @@
 """Products as the TPU compiler makes them: codes are what is read, no float weight is written, and four bits pay."""
 
 import importlib.util
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
 from jaxquant import ops, recipes
+from jaxquant.programs.chips import CHIPS
 from jaxquant.programs.compilers import compiled_for
+from jaxquant.programs.costs import products
 from jaxquant.programs.estimates import estimate
 from jaxquant.programs.hlo import Program
 
@@ -124,6 +127,27 @@ def test_a_kernel_is_estimated_by_its_own_schedule(float_seconds: float):
     assert found.target.compiler.endswith("of kernels their own schedules")
 
 
+@pytest.mark.parametrize(
+    ("target", "name", "chip", "dtype"),
+    [("tpu", "w4a16 g128", "tpu v5e", "bfloat16"), ("tpu", "w4a8 g128", "tpu v6e", "int8")],
+)
+def test_the_floor_of_a_kernel_is_that_of_the_product_by_xla(target: str, name: str, chip: str, dtype: str):
+    """The arithmetic counts once, at the peak of what the scheme multiplies; of three examples in a `vmap`, thrice."""
+    spec, shape, rows = SCHEMES[name], (512, 512), (3, 256)
+    q = jax.eval_shape(
+        lambda w: jq.ops.lay_out(jq.quantize(w, spec.weight, reduce_axes=(-2,)), target),
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16),
+    )
+    of_kernel = jax.vmap(product(spec), (None, 0))
+    given = jax.ShapeDtypeStruct((*rows, shape[0]), jnp.bfloat16)
+    use = jq.explain(of_kernel, {"w": q}, given, target=chip)["w"]
+    assert use.kernels == ("grouped_values",)
+    codes = [jax.ShapeDtypeStruct(s, dtype) for s in ((math.prod(rows), shape[0]), shape)]
+    (plain,) = (p for *_, p in products(Program(compiled_for("test", chip, jnp.dot, codes).executable.as_text())))
+    assert use.floor == pytest.approx(plain.operations / CHIPS[chip].peak(plain.dtype))
+    assert use.floor > use.nbytes / CHIPS[chip].bandwidth
+
+
 @pytest.mark.slow
 def test_many_rows_by_a_table_where_bytes_are_gathered():
     """A v6e decodes in a kernel; XLA would transpose the result in memory there. A v5e has no such operation."""
@@ -165,6 +189,7 @@ def test_many_rows_of_int8_on_a_v6e():
     assert (6, SIZE, SIZE) in [a.shape for a in program.operands_of(*kernel)]
     assert not [i for _, i in steps if i.opcode in ("dynamic-slice", "copy") and i.arrays[0].size >= SIZE * SIZE]
     assert compiled.executable.memory_analysis().temp_size_in_bytes < SIZE * SIZE * 2 * 0.02
+    assert estimate(compiled).floor == pytest.approx(6 * 2 * 2048 * SIZE * SIZE / 1836e12)
 
 
 @pytest.mark.parametrize("name", ["w8a16", "w4a16 g128"])

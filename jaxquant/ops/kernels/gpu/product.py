@@ -33,7 +33,7 @@ from jax.experimental import pallas as pl
 
 from jaxquant.ops.kernels.gpu.partition import partitioned
 from jaxquant.ops.kernels.gpu.tiling import Blocks, Decoding, blocks
-from jaxquant.ops.kernels.gpu.triton import alike, load, params, shaped, store
+from jaxquant.ops.kernels.gpu.triton import alike, load, params, shaped, store, told
 
 __all__ = ["Weight", "batched", "product"]
 
@@ -411,7 +411,7 @@ def _pieces(how: Decoding, x: jax.Array) -> dict[str, int]:
 def _stacked(
     x: jax.Array, w: Weight, how: Decoding, result: Any, dtype: Any, rows: jax.Array | None, *, interpret: bool
 ) -> jax.Array:
-    one = functools.partial(product, how=how, result=result, dtype=dtype, interpret=interpret)
+    one = functools.partial(product, how=how, result=result, dtype=dtype, stacked=x.shape[0], interpret=interpret)
     if x.shape[0] == 1:
         first = jax.tree.map(lambda v: v[0], (x, w, rows))
         return one(first[0], first[1], rows=first[2])[None]
@@ -426,6 +426,7 @@ def product(
     dtype: Any,
     *,
     rows: jax.Array | None = None,
+    stacked: int = 1,
     interpret: bool = False,
 ) -> jax.Array:
     """The product of an activation and the values of a weight.
@@ -438,6 +439,7 @@ def product(
       dtype: bfloat16, float16 or float32, in which values are multiplied, or the float8 of the codes of both operands,
         on chips that multiply it. Codes of x stay int8 if the weight has integer codes in groups that are long enough.
       rows: float32 [M], scales of x, or None.
+      stacked: how many such products a `jax.vmap` makes one kernel of.
       interpret: run in Pallas' interpreter, on any device.
 
     Returns:
@@ -454,6 +456,8 @@ def product(
     operands = {name: value for name, value in given.items() if value is not None}
     wide = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     kernel = _Kernel(how, b, m, multiplied, tuple(operands), wide if multiplied == jnp.float32 else None)
+    operations = 2 * stacked * m * how.length * how.columns
+    scheme = jnp.int8 if x.dtype == jnp.int8 and how.qtype.kind == "int" else dtype
     shape = (m, how.columns) if b.parts == 1 else (b.parts, m, how.columns)
     out = pl.pallas_call(
         kernel,
@@ -462,6 +466,7 @@ def product(
         interpret=interpret,
         compiler_params=params(b.warps, b.stages),
         name="quantized_product",
+        **told(operations, scheme),
     )(x, w.codes, *operands.values())
     if b.parts == 1:
         return out

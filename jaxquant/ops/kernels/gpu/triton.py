@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.experimental.pallas import triton
 
 from jaxquant.core import arithmetic
 
-__all__ = ["alike", "divide", "load", "nearest", "params", "shaped", "store"]
+__all__ = ["alike", "divide", "load", "nearest", "params", "shaped", "store", "told"]
 
 _PARAMS: Any = getattr(triton, "CompilerParams", None) or getattr(triton, "TritonCompilerParams")  # noqa: B009
 
@@ -20,6 +21,19 @@ _PARAMS: Any = getattr(triton, "CompilerParams", None) or getattr(triton, "Trito
 def params(warps: int, stages: int) -> Any:
     """Compiler parameters."""
     return _PARAMS(num_warps=warps, num_stages=stages)
+
+
+_KEEPS_METADATA = "metadata" in inspect.signature(pl.pallas_call).parameters
+
+
+def told(operations: int, dtype: Any) -> dict[str, Any]:
+    """Arguments of `pallas_call` by which readers of a compiled program know what the kernel multiplies.
+
+    They are the operations of the float product, and the number type that the scheme multiplies. The program does not
+    keep the cost estimate of a Triton kernel; an older JAX keeps no metadata either.
+    """
+    words = {"multiplied": str(jnp.dtype(dtype)), "operations": str(operations)}
+    return {"metadata": words} if _KEEPS_METADATA else {}
 
 
 def alike(arrays: Any) -> Any:

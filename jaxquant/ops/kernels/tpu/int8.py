@@ -26,6 +26,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.stack import Layer
 from jaxquant.ops.forms import Axes, Matrix
 from jaxquant.ops.kernels.integer import Int8, multiplies_integers, overflow_limit
+from jaxquant.ops.kernels.tpu.cost import product_cost
 from jaxquant.ops.kernels.tpu.product import MEMORY, shape_like
 from jaxquant.ops.kernels.tpu.undivided import run_undivided
 from jaxquant.ops.problem import Kernel, Product
@@ -157,9 +158,10 @@ def int8_product(
         return (first[0] + e, 0, j) if columns_last else (first[0] + e, j, 0)
 
     params: Any = getattr(pltpu, "CompilerParams", None) or getattr(pltpu, "TPUCompilerParams")  # noqa: B009
+    made = shape_like(x, (b, m, n), result)
     return pl.pallas_call(
         kernel,
-        out_shape=shape_like(x, (b, m, n), result),
+        out_shape=made,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(b, pl.cdiv(n, bn), pl.cdiv(m, bm)),
@@ -173,5 +175,6 @@ def int8_product(
         ),
         interpret=interpret,
         compiler_params=None if interpret else params(vmem_limit_bytes=MEMORY + (8 << 20)),
+        cost_estimate=product_cost(x, codes, made, layers=codes.shape[0] // b),
         name=Int8Blocks.name,
     )(first, x, codes, rows, columns)

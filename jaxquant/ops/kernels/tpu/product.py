@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxquant.ops.kernels.tpu.cost import product_cost
 from jaxquant.ops.kernels.tpu.decode import BLOCK, RUN, Decoder, scale_of
 
 __all__ = [
@@ -215,9 +216,10 @@ class _Body:
             return e + _first(at), part, 0, j
 
         params: Any = getattr(pltpu, "CompilerParams", None) or getattr(pltpu, "TPUCompilerParams")  # noqa: B009
+        result = shape_like(x, (b, m, n), self.result)
         return pl.pallas_call(
             functools.partial(self._run, names=tuple(arrays), skipped=len(first), parts=parts),
-            out_shape=shape_like(x, (b, m, n), self.result),
+            out_shape=result,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(first),
                 grid=(b, pl.cdiv(n, bn), pl.cdiv(m, bm), parts),
@@ -234,6 +236,7 @@ class _Body:
             ),
             interpret=self.interpret,
             compiler_params=None if self.interpret else params(vmem_limit_bytes=MEMORY + (8 << 20)),
+            cost_estimate=product_cost(x, codes, result, layers=codes.shape[0] // b),
             name=self.name,
         )(*first, x, codes, *arrays.values())
 

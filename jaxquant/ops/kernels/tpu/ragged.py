@@ -24,6 +24,7 @@ from jaxquant.core.stack import Layer
 from jaxquant.ops.kernels import dequantized
 from jaxquant.ops.kernels.precision import is_default
 from jaxquant.ops.kernels.ragged import Int8Ragged
+from jaxquant.ops.kernels.tpu.cost import product_cost
 from jaxquant.ops.kernels.tpu.decode import BLOCK, Decoder, decoder, scale_of
 from jaxquant.ops.kernels.tpu.grouped import GathersBytes, weight_arrays, weight_groups
 from jaxquant.ops.kernels.tpu.product import (
@@ -262,9 +263,10 @@ def ragged_product(
     specs["rows"] = pl.BlockSpec((bm, 1), lambda j, t, first, expert, tile, *_: (tile[t], 0))
     block = (None, bn, k) if rows_last else (None, *codes.shape[1:-1], bn)
     params: Any = getattr(pltpu, "CompilerParams", None) or getattr(pltpu, "TPUCompilerParams")  # noqa: B009
+    made = shape_like(x, (m, n), result)
     return pl.pallas_call(
         functools.partial(_kernel, tuple(arrays), groups, summed, rows_last, interpret),
-        out_shape=shape_like(x, (m, n), result),
+        out_shape=made,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1 + len(steps),
             grid=(pl.cdiv(n, bn), steps.tile.size),
@@ -278,6 +280,7 @@ def ragged_product(
         ),
         interpret=interpret,
         compiler_params=None if interpret else params(vmem_limit_bytes=MEMORY + (8 << 20)),
+        cost_estimate=product_cost(x, codes, made, layers=codes.shape[0] // experts),
         name=RaggedExperts.name,
     )(first, *steps, x, codes, *arrays.values())
 

@@ -1,0 +1,35 @@
+"""How many operations a kernel stands for: no compiler counts them, and none can be read from a compiled program."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["product_cost"]
+
+
+def product_cost(x: jax.Array, codes: jax.Array, result: jax.ShapeDtypeStruct, *, layers: int = 1) -> Any:
+    """The cost of a product, as `pallas_call` takes it: ``2 M K N`` operations for each weight.
+
+    They are those of the float product: what a kernel does beside, such as products of second digits, is not counted.
+
+    Args:
+      x: the activation, [..., K].
+      codes: of the weight; a kernel whose rows choose among experts reads at most all of them.
+      result: shape and dtype of the result.
+      layers: how many layers are stacked in ``codes``, one of which is read.
+    """
+    from jax.experimental import pallas as pl
+
+    read = x.nbytes + _nbytes(codes) // layers
+    operations = 2 * x.shape[-1] * math.prod(result.shape)
+    return pl.CostEstimate(flops=operations, bytes_accessed=read + _nbytes(result), transcendentals=0)
+
+
+def _nbytes(x: Any) -> int:
+    """Bytes in the memory of a TPU, where two int4 share one."""
+    bits = jnp.iinfo(x.dtype).bits if jnp.issubdtype(x.dtype, jnp.integer) else 8 * x.dtype.itemsize
+    return x.size * bits // 8
