@@ -267,7 +267,8 @@ def plot(found: list[Cell], file: Path) -> None:
 def models(args: argparse.Namespace) -> None:
     """Whole decoders, on the chips that are asked for."""
     start, made = time.time(), 0
-    cases = [(*case[:3], args.batches or case[3]) for case in decoders.CASES if case[1] in args.chips]
+    wanted = lambda batches: tuple(n for n in batches if n in (args.batches or batches))  # noqa: E731
+    cases = [(*case[:3], wanted(case[3])) for case in decoders.CASES if case[1] in args.chips]
     schemes = [s for s in decoders.RULES if s in (args.schemes or decoders.RULES)]
     place = lambda c: (c.model, c.target, c.devices, c.scheme, c.by, c.step)  # noqa: E731
     found: dict[Any, decoders.Cell] = {}

@@ -11,13 +11,9 @@ the compiler takes more than 300 s for the schedule of one, and ends at the othe
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
-from jax.sharding import PartitionSpec as P
 
 BLOCK = 512
 
@@ -33,18 +29,8 @@ def joined(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1)
 
 
-def causal(q: jax.Array, k: jax.Array, v: jax.Array, mesh: Any = None) -> jax.Array:
-    """q [B, H, S, W] over the keys and values [B, G, S, W] of the same tokens; over the mesh's axis "t" by heads."""
-    if mesh is None:
-        return _causal(q, k, v)
-    devices = mesh.shape["t"]
-    k, v = (jnp.repeat(x, devices // math.gcd(devices, x.shape[1]), axis=1) for x in (k, v))
-    by_heads = P(None, "t")
-    run = jax.shard_map(_causal, mesh=mesh, in_specs=(by_heads,) * 3, out_specs=by_heads, check_vma=False)
-    return run(q, k, v)
-
-
-def _causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """q [B, H, S, W] over the keys and values [B, G, S, W] of the same tokens."""
     batch, count, s, w = q.shape
     n = min(BLOCK, s)
     sizes = BlockSizes(block_b=1, block_q=n, block_k_major=s, block_k=n)

@@ -287,6 +287,8 @@ def test_what_others_take():
     assert "grouped" not in name_of(weight(few("int4", 32), (96, 128)), normal(2, (3, 96)))
     assert "grouped" not in name_of(weight(jq.QuantSpec("int4"), (256, 128)))
     assert "grouped" not in name_of(weight(few("int4", 64), (256, 64)))
+    assert "grouped" not in name_of(weight(few("int4", 128), (256, 192)))  # XLA would copy the codes for it
+    assert name_of(weight(few("int4", 64), (256, 192))) == "grouped_sums"  # and be slower without
     assert "grouped" not in name_of(jq.ops.lay_out(w, "cpu"))
 
 

@@ -160,6 +160,17 @@ def test_many_rows_by_a_table_where_bytes_are_gathered():
     assert "grouped_values" not in kernels["tpu v5e"]
 
 
+def test_columns_that_are_not_stored_last():
+    """As of a vocabulary over four devices: XLA stores another axis last, and that order stays."""
+    spec, shape = SCHEMES["w4a16 g128"], jax.ShapeDtypeStruct((512, 576), jnp.bfloat16)
+    q = jax.eval_shape(lambda w: jq.ops.lay_out(jq.quantize(w, spec.weight, reduce_axes=(-2,)), "tpu"), shape)
+    args = {"w": q}, jax.ShapeDtypeStruct((8, 512), jnp.bfloat16)
+    program = Program(compiled_for("test", "tpu v5e", product(spec), args).executable.as_text())
+    steps = [i for body in program.computations.values() for i in body.values()]
+    columns_last = [i for i in steps if i.arrays[0].size >= shape.size and "{2,1,0:" in i.type]
+    assert not columns_last
+
+
 @pytest.mark.parametrize("name", ["w4a16 g128", "nf4"])
 def test_kernels_find_layers_in_their_stack(name: str):
     """A scan takes no layer out of the codes: the kernel has all of them, and the number of the layer."""

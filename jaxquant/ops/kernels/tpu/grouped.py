@@ -72,7 +72,8 @@ class Grouped(Kernel):
             return None
         k, n = w.shape[-2:]
         fits = cls.body(groups, (jnp.dtype(jnp.bfloat16),), jnp.float32).fits(rows, k, n)
-        return cls(groups, jnp.dtype(dtype)) if n >= BLOCK and fits else None
+        fits = fits and n >= BLOCK and not (n % BLOCK and _is_fast_by_xla(groups))
+        return cls(groups, jnp.dtype(dtype)) if fits else None
 
     @classmethod
     def _groups(cls, w: QTensor) -> Groups | None:
@@ -200,6 +201,16 @@ def weight_groups(w: QTensor) -> Groups | None:
     scale = jax.eval_shape(lambda w: _scale(w)[0], w)
     form = "float8_e4m3fn" if _two_level(w.scale) and w.scale.qtype == "float8_e4m3fn" else str(scale.dtype)
     return Groups(size, decoder(w.type), form)
+
+
+def _is_fast_by_xla(groups: Groups) -> bool:
+    """Whether XLA's product takes less time than bringing codes to the order of a kernel.
+
+    XLA stores codes of which 128 does not divide the columns with another axis last, and copies them for a kernel in
+    every step: 1,028 us for 8 rows of [4096, 32064] in groups of 128 on a v5e, where XLA's product takes 98, and 2,886
+    in groups of 32.
+    """
+    return groups.decoder.kind == "integers" and groups.in_block == 1
 
 
 def _exact(dtype: Any) -> bool:
