@@ -44,7 +44,9 @@ def compiled(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     return jax.jit(fn, keep_unused=True).lower(*args).compile()
 
 
-def compiled_for(function: str, target: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> Compiled:
+def compiled_for(
+    function: str, target: str, fn: Callable[..., Any], args: tuple[Any, ...], *, last_minor: bool = False
+) -> Compiled:
     """``fn(*args)``, compiled for a target.
 
     Arguments are arrays or shapes. Those with a `NamedSharding`, of a mesh of whatever devices or of none
@@ -54,6 +56,7 @@ def compiled_for(function: str, target: str, fn: Callable[..., Any], args: tuple
       function: the public function, for errors.
       target: see `slice_of_chips`.
       fn, args: as in `compiled`.
+      last_minor: whether the last axis of each argument is stored last; otherwise the compiler chooses.
     """
     meshes = {_axes(sharding.mesh) for sharding in map(_sharding, jax.tree.leaves(args)) if sharding is not None}
     if len(meshes) > 1:
@@ -70,10 +73,19 @@ def compiled_for(function: str, target: str, fn: Callable[..., Any], args: tuple
             x = jax.eval_shape(lambda: jax.numpy.asarray(x))
         sharding = _sharding(x)
         spec = PartitionSpec() if sharding is None else sharding.spec
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        sharding = NamedSharding(mesh, spec)
+        where = _last_minor(sharding, len(x.shape)) if last_minor else sharding
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     args = jax.tree.map(placed, args)
     return Compiled(compiled(fn, args), where, count, args)
+
+
+def _last_minor(sharding: Sharding, ndim: int) -> Any:
+    from jax.experimental import layout
+
+    kind: Any = getattr(layout, "DeviceLocalLayout", layout.Layout)  # the older name
+    return layout.Format(kind(tuple(range(ndim))), sharding)
 
 
 def version(where: Slice) -> str:

@@ -137,7 +137,8 @@ def _kernel_product(kernel: Instruction, operands: list[Array]) -> Product | Non
     such as prefetched indices, are what they multiply. A GPU's kernels have both in their metadata.
     """
     if told := _METADATA.search(kernel.rest):
-        return Product((_hlo_name(told[1]),) * 2, float(told[2]))
+        dtype = _hlo_name(told[1])
+        return Product((dtype, dtype), float(told[2]))
     estimated, arrays = _ESTIMATED.search(kernel.rest), [a for a in operands if len(a.shape) > 1]
     if estimated is None or not int(estimated[1]) or len(arrays) < 2:
         return None
