@@ -235,6 +235,11 @@ CODES, ONES = np.zeros((64, 64), np.uint8), np.ones((64, 1), np.float32)
         (lambda: {"a.weight": quantized("int4", weight(48, 64))}, {"format": "awq"}, "multiples of 32"),
         (lambda: {"a.weight": quantized("nf4", group_size=16)}, {"format": "bitsandbytes"}, "one of a few sizes"),
         (
+            lambda: {"a.weight": quantized("nf4", group_size=64, scale_dtype=None).replace(dtype=np.dtype("float64"))},
+            {"format": "bitsandbytes"},
+            "a weight is computed in.*Quantize a weight of float16, bfloat16, float32",
+        ),
+        (
             lambda: {"a.weight": quantized("int4", weight(64, 96))},
             {"format": "mlx"},
             "the groups of the format are others",

@@ -25,6 +25,7 @@ __all__ = ["BITSANDBYTES"]
 
 _NESTED_BLOCK = 256
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_COMPUTED_IN = ("float16", "bfloat16", "float32")
 
 
 def _check(q: QTensor, error: Callable[..., QuantError]) -> None:
@@ -34,6 +35,9 @@ def _check(q: QTensor, error: Callable[..., QuantError]) -> None:
     if group_size(q) not in _BLOCK_SIZES or q.scale.shape[0] != q.shape[0]:
         todo = f"Quantize with a group size of {', '.join(map(str, _BLOCK_SIZES))}"
         raise error("blocks have one of a few sizes", todo=todo, weight=repr(q))
+    if q.dtype.name not in _COMPUTED_IN:
+        todo = f"Quantize a weight of {', '.join(_COMPUTED_IN)}"
+        raise error("the format names the dtype that a weight is computed in", todo=todo, weight=repr(q))
     if _nested(q):
         _check_nested(q.scale, error)
 
