@@ -1,4 +1,4 @@
-"""`jitted`: `jax.jit` as a decorator that keeps the type of its function."""
+"""`jax.jit`: as a decorator that keeps the type of its function, and ahead of a call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 
-__all__ = ["jitted"]
+__all__ = ["executable", "jitted", "lowered"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -21,5 +21,25 @@ def jitted(**options: Any) -> Callable[[_Function], _Function]:
 
     def compiled(fn: _Function) -> _Function:
         return cast(_Function, jax.jit(fn, inline=True, **options))
+
+    return compiled
+
+
+def lowered(fn: Any, *args: Any) -> Any:
+    """A function of `jax.jit`, lowered for these arguments: the same program under ``jax_disable_jit``.
+
+    JAX would unroll its loops there.
+    """
+    with jax.disable_jit(False):
+        return fn.lower(*args)
+
+
+def executable(program: Any) -> Callable[..., Any]:
+    """A program of `lowered`, compiled; it can be called under ``jax_disable_jit``, where JAX refuses to run it."""
+    run = program.compile()
+
+    def compiled(*args: Any) -> Any:
+        with jax.disable_jit(False):
+            return run(*args)
 
     return compiled

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.jitted import executable, lowered
 from jaxquant.models.decoder import head, hidden
 from jaxquant.models.load import Model
 
@@ -116,7 +117,7 @@ def evaluate(
     models = [model] if reference is None else [model, reference]
     params, begun = [(one.params, one.state) for one in models], time.perf_counter()
     sums = jax.jit(functools.partial(_sums, models))
-    run = sums.lower(params, rows[:1], valid[:1]).compile()
+    run = executable(lowered(sums, params, rows[:1], valid[:1]))
     compiling, begun = time.perf_counter() - begun, time.perf_counter()
     totals = np.zeros(4)
     for row in range(len(starts)):

@@ -21,6 +21,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.jitted import executable, lowered
 from jaxquant.core.paths import Params
 from jaxquant.models.config import Config
 from jaxquant.models.decoder import empty_cache, head, hidden
@@ -230,9 +231,9 @@ def _programs(
     state = jax.eval_shape(first, weights, padded, valid, key)
     loop = jax.jit(functools.partial(_decode, config, plan, sampling, longest), donate_argnums=2)
     more = valid, state, key, jnp.zeros(ends, jnp.int32), jnp.zeros((), jnp.int32)
-    lowered = first.lower(weights, padded, valid, key), loop.lower(weights, *more)
+    programs = lowered(first, weights, padded, valid, key), lowered(loop, weights, *more)
     with concurrent.futures.ThreadPoolExecutor() as pool:  # XLA compiles the two side by side
-        prefill, decode = pool.map(lambda one: one.compile(), lowered)
+        prefill, decode = pool.map(executable, programs)
     return prefill, decode
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.jitted import lowered
 from jaxquant.programs.chips import Slice, slice_of_chips
 
 __all__ = ["Compiled", "compiled", "compiled_for", "version"]
@@ -41,7 +42,7 @@ class Compiled(NamedTuple):
 
 def compiled(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """``fn(*args)``, compiled for the devices at hand; every argument is one of the program."""
-    return jax.jit(fn, keep_unused=True).lower(*args).compile()
+    return lowered(jax.jit(fn, keep_unused=True), *args).compile()
 
 
 def compiled_for(

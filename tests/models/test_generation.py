@@ -55,7 +55,9 @@ def test_quantized_weights_and_an_int8_cache():
     """A cache in int8 is near enough for the first tokens, and the weights stay codes."""
     one = load(GOLDEN.parent / "models" / "gptq_w4g64_sym")
     assert "int4, groups of 64, symmetric" in one.kinds
-    assert generate(one, [[1, 2, 3]], tokens=3, cache="int8") == generate(one, [[1, 2, 3]], tokens=3)
+    found = generate(one, [[1, 2, 3]], tokens=3, cache="int8")
+    with jax.disable_jit():  # what is compiled ahead runs compiled
+        assert generate(one, [[1, 2, 3]], tokens=3) == found
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------------
@@ -156,7 +158,8 @@ def test_evaluation_is_what_numpy_computes():
 
 
 def test_a_model_is_where_it_is():
-    found = evaluate(model(), list(range(9)), reference=model(), window=4)
+    with jax.disable_jit():  # what is compiled ahead runs compiled
+        found = evaluate(model(), list(range(9)), reference=model(), window=4)
     assert (found.windows, found.tokens) == (2, 6)  # the ninth token has nothing before it
     assert (found.kl, found.agreement) == (0, 1)
 

@@ -10,6 +10,7 @@ from ops_reference import MATMUL, quantized, spec_of
 import jaxquant as jq
 from jaxquant import QuantError, ops, recipes
 from jaxquant.ops.kernels.cpu.machine import int8_dots
+from jaxquant.programs.compilers import compiled
 
 SIZE = 512
 
@@ -64,3 +65,10 @@ def test_kernels():
 def test_a_tree_without_quantized_weights():
     with pytest.raises(QuantError, match="no parameter is quantized"):
         jq.explain(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 4))}, jnp.ones((2, 4)))
+
+
+def test_loops_stay_loops_where_nothing_is_compiled():
+    """The program is the one that `jax.jit` runs, though ``jax_disable_jit`` unrolls loops."""
+    with jax.disable_jit():
+        program = compiled(lambda x: lax.scan(lambda x, _: (jnp.tanh(x), None), x, length=20)[0], (jnp.ones(4),))
+    assert " while(" in program.as_text()
