@@ -29,7 +29,7 @@ GOLDEN = Path(__file__).parent / "golden" / "models"
 def source(tmp_path):
     path = tmp_path / "source"
     path.mkdir()
-    w = jnp.sin(jnp.arange(64 * 64.0)).reshape(64, 64)
+    w = np.sin(np.arange(64 * 64, dtype=np.float32)).reshape(64, 64)
     arrays = {"model.embed_tokens.weight": w, "proj.weight": w * 3, "norm.weight": w[0]}
     jq.io.save(path / "model.safetensors", arrays)
     (path / "config.json").write_text(json.dumps({"model_type": "llama", "num_attention_heads": 4}))
@@ -282,7 +282,7 @@ def test_convert_keeps_activations_that_the_layout_can_say(tmp_path):
     assert "note" not in invoke("convert", source, tmp_path / "b", "--to", "compressed-tensors")
     first, second = (jq.io.load_model(tmp_path / name) for name in "ab")
     assert first.plan == second.plan
-    x, product = np.ones((2, 32), np.float32), lambda p, x: jnp.einsum("bi,oi->bo", x, p["m.weight"])
+    x, product = np.ones((2, 32), np.float32), lambda p, x: jnp.einsum("bi,oi->bo", x, p["m.weight"].astype(x.dtype))
     y = jq.quantized(product, first)(first.params, x)
     np.testing.assert_array_equal(y, jq.quantized(product, second)(second.params, x))
 

@@ -5,6 +5,7 @@ import re
 import jax
 import pytest
 import snippets
+from jax_settings import documented
 
 import jaxquant
 from jaxquant.ops.kernels.cpu.machine import int8_dots
@@ -17,6 +18,7 @@ NAMES = {page: page.relative_to(DOCS).as_posix() for page in PAGES}
 NAVIGATION = (snippets.ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 
+@documented
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets.blocks(page, "python")], ids=NAMES.get)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     if page.name == "index.md" and int8_dots() == "none":

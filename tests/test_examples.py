@@ -8,6 +8,7 @@ import sys
 import jax
 import pytest
 import snippets
+from jax_settings import optax_promotes
 
 pytestmark = pytest.mark.every
 
@@ -46,6 +47,7 @@ def test_examples_are_short(name):
     assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 80
 
 
+@optax_promotes
 @pytest.mark.slow
 def test_wrap_linen(run):
     printed = run("wrap_linen")
@@ -54,6 +56,7 @@ def test_wrap_linen(run):
     assert trained == frozen > 20  # ten digits; a little training is already better than chance
 
 
+@optax_promotes
 def test_wrap_nnx(run):
     printed = run("wrap_nnx")
     assert "2 quantized" in printed
@@ -61,6 +64,7 @@ def test_wrap_nnx(run):
     assert printed.count("13,352 bytes") == 2
 
 
+@optax_promotes
 def test_qat(run):
     printed = run("qat")
     assert "3 quantized" in printed
@@ -68,6 +72,7 @@ def test_qat(run):
     assert "nan" not in printed
 
 
+@optax_promotes
 @pytest.mark.slow
 def test_ptq(run, tmp_path):
     printed = run("ptq", f"--output={tmp_path}")
@@ -79,6 +84,7 @@ def test_ptq(run, tmp_path):
     assert {file.stem for file in tmp_path.glob("*.safetensors")} == rows.keys() - {"float"} | {"model"}
 
 
+@optax_promotes
 @pytest.mark.slow
 def test_transformer(run):
     printed = run("quantize_transformer", "--characters=2")

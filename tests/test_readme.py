@@ -5,6 +5,7 @@ import re
 import jax
 import pytest
 import snippets
+from jax_settings import optax_promotes
 
 pytestmark = pytest.mark.every
 
@@ -12,6 +13,7 @@ README = snippets.ROOT / "README.md"
 PYTHON = [block for block in snippets.blocks(README, "python") if not block.skipped]
 
 
+@optax_promotes
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"line {block.line}")
 def test_each_snippet_runs_by_itself(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import rich.console
+from jax_settings import optax_promotes
 
 import jaxquant as jq
 from jaxquant import cli, demo, recipes
@@ -59,6 +60,7 @@ def few(tmp_path_factory):
         return output, run(output, "--json")
 
 
+@optax_promotes
 def test_the_json_has_the_table(few):
     output, result = few
     document = json.loads(result.stdout)
@@ -68,6 +70,7 @@ def test_the_json_has_the_table(few):
     assert Path(document["plot"]).read_bytes().startswith(b"\x89PNG")
 
 
+@optax_promotes
 def test_progress_goes_where_it_does_not_disturb_a_reader(few):
     _, result = few
     for text in ("Train float32", "Quantize what was saved", "Train w4a8-qat", "Reload and measure"):
@@ -75,6 +78,7 @@ def test_progress_goes_where_it_does_not_disturb_a_reader(few):
         assert text not in result.stdout
 
 
+@optax_promotes
 def test_every_checkpoint_reloads_and_predicts_what_the_table_says(few):
     output, result = few
     data = digits.load()
@@ -91,6 +95,7 @@ def test_every_checkpoint_reloads_and_predicts_what_the_table_says(few):
             assert data.accuracy(logits) == pytest.approx(rows[scheme.name]["accuracy"], abs=0.005)
 
 
+@optax_promotes
 def test_the_table_and_the_paths_are_printed(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "SCHEMES", FEW[:2])
     lines = run(tmp_path).stdout.splitlines()
@@ -132,6 +137,7 @@ def test_the_split_is_always_the_same_and_every_class_is_in_it():
     assert set(data.test_labels.tolist()) == set(range(10))
 
 
+@optax_promotes
 @pytest.mark.slow
 def test_all_schemes(tmp_path):
     check(json.loads(run(tmp_path, "--json").stdout), SCHEMES)

@@ -25,15 +25,19 @@ def q(qtype="int4", shape=(16, 6)):
     return jq.quantize(w, jq.QuantSpec(qtype), reduce_axes=-2)
 
 
+def ones(shape, dtype=jnp.float32):
+    return jnp.ones(shape, dtype)
+
+
 def spec(shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def test_float_templates(path):
     """The model's float parameters, with quantized and float leaves saved for them."""
-    params = {"dense": {"kernel": q(), "bias": jnp.ones(6)}, "norm": [jnp.ones(3), jnp.zeros((), jnp.int32)]}
+    params = {"dense": {"kernel": q(), "bias": ones(6)}, "norm": [ones(3), jnp.zeros((), jnp.int32)]}
     save(path, params)
-    floats = {"dense": {"kernel": jnp.ones((16, 6)), "bias": jnp.ones(6)}, "norm": params["norm"]}
+    floats = {"dense": {"kernel": ones((16, 6)), "bias": ones(6)}, "norm": params["norm"]}
     assert_same(params, load(path, like=floats))
     assert_same(params, load(path, like=jax.eval_shape(lambda: floats)))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, floats)
@@ -41,24 +45,24 @@ def test_float_templates(path):
 
 
 def test_quantized_templates(path):
-    params = {"kernel": q(), "bias": jnp.ones(6)}
+    params = {"kernel": q(), "bias": ones(6)}
     save(path, params)
     assert_same(params, load(path, like=params))
     assert_same(params, load(path, like=jax.eval_shape(lambda: params)))
 
 
 def test_the_templates_containers(path):
-    save(path, {"left": [jnp.ones(1), q()], "right": {"0": jnp.ones(3), "1": None}})
+    save(path, {"left": [ones(1), q()], "right": {"0": ones(3), "1": None}})
     like = Pair(left=(spec((1,)), spec((16, 6))), right=[spec((3,)), None])
     got = load(path, like=like)
     assert isinstance(got, Pair)
     assert isinstance(got.left, tuple)
-    assert_same([jnp.ones(3), None], got.right)
+    assert_same([ones(3), None], got.right)
     assert_same(q(), got.left[1])
 
 
 def test_optimizer_state(path):
-    params = {"w": jnp.ones(3)}
+    params = {"w": ones(3)}
     state = optax.adam(1e-3).init(params)
     adam = state[0]
     save(path, [{"count": adam.count, "mu": adam.mu, "nu": adam.nu}, None])
@@ -67,8 +71,8 @@ def test_optimizer_state(path):
 
 
 def test_single_arrays(path):
-    save(path, jnp.ones(3))
-    assert_same(jnp.ones(3), load(path, like=spec((3,))))
+    save(path, ones(3))
+    assert_same(ones(3), load(path, like=spec((3,))))
     with pytest.raises(jq.QuantError, match=r"\(the whole tree\): saved as float32\[3\], wanted float32\[4\]"):
         load(path, like=spec((4,)))
 
@@ -77,17 +81,17 @@ def test_files_without_a_manifest(path):
     import safetensors.numpy
 
     safetensors.numpy.save_file({"a/b": np.ones(3, np.float32)}, path)
-    assert_same({"a": {"b": jnp.ones(3)}}, load(path, like={"a": {"b": spec((3,))}}))
+    assert_same({"a": {"b": ones(3)}}, load(path, like={"a": {"b": spec((3,))}}))
 
 
 def test_all_differences_at_once(path):
     save(
         path,
         {
-            "encoder": {"kernel": q(), "bias": jnp.ones(6), "steps": jnp.arange(6)},
-            "dense_0": {"kernel": q("int8"), "extra": jnp.ones(2)},
-            "list": [jnp.ones(1), jnp.ones(2)],
-            "fine": jnp.ones(1),
+            "encoder": {"kernel": q(), "bias": ones(6), "steps": jnp.arange(6, dtype=jnp.int32)},
+            "dense_0": {"kernel": q("int8"), "extra": ones(2)},
+            "list": [ones(1), ones(2)],
+            "fine": ones(1),
         },
     )
     like = {
@@ -120,12 +124,12 @@ def test_all_differences_at_once(path):
     [
         (lambda: (q(), spec((16, 6), jnp.int8)), "saved as int4.16, 6., wanted int8"),
         (lambda: (q(), q("int8")), "saved as int4.16, 6., wanted int8.16, 6."),
-        (lambda: (jnp.ones((16, 6)), q()), "saved as float32.16, 6., wanted int4"),
-        (lambda: (jnp.ones(3, bool), spec((3,), jnp.int32)), "saved as bool.3., wanted int32"),
-        (lambda: (jnp.ones(()), 1.0), "saved as float32.., wanted float"),
-        (lambda: (jnp.ones(2, jnp.uint32), jax.random.key(0)), "saved as uint32.2., wanted key<fry>.."),
+        (lambda: (ones((16, 6)), q()), "saved as float32.16, 6., wanted int4"),
+        (lambda: (ones(3, bool), spec((3,), jnp.int32)), "saved as bool.3., wanted int32"),
+        (lambda: (ones(()), 1.0), "saved as float32.., wanted float"),
+        (lambda: (ones(2, jnp.uint32), jax.random.key(0)), "saved as uint32.2., wanted key<fry>.."),
         (lambda: (None, spec((3,))), "x: missing"),
-        (lambda: (jnp.ones(3), None), "x: unexpected"),
+        (lambda: (ones(3), None), "x: unexpected"),
     ],
 )
 def test_misfits(path, example, message):
@@ -136,7 +140,7 @@ def test_misfits(path, example, message):
 
 
 def test_nothing_is_read_before_the_template_fits(path, monkeypatch):
-    save(path, {"x": jnp.ones(3)})
+    save(path, {"x": ones(3)})
     monkeypatch.setattr("jaxquant.io.native.to_device", lambda array: pytest.fail("an array was read"))
     with pytest.raises(jq.QuantError, match="x: saved as"):
         load(path, like={"x": spec((4,))})

@@ -27,6 +27,7 @@ import optax
 import pytest
 from flax import nnx
 from io_files import assert_same, entry, put_together, take_apart
+from jax_settings import needs_jit
 
 import jaxquant as jq
 from jaxquant.core.qtensor import LEAVES
@@ -175,7 +176,7 @@ def test_static_fields(path):
         {"a": [jnp.ones(1)], "a/0": jnp.ones(2), "a/0~2": jnp.ones(3)},
         {"w": jq.quantize(jnp.ones((2, 2)), jq.QuantSpec("int8"), reduce_axes=-1), "w.codes": jnp.ones(1)},
         {"\ud800": jnp.ones(1), "\\ud800": jnp.ones(2), "é\0\n": jnp.ones(3)},
-        {"nan": jnp.array([jnp.nan, -jnp.inf, -0.0])},
+        {"nan": np.array([np.nan, -np.inf, -0.0], np.float32)},
     ],
     ids=repr,
 )
@@ -610,12 +611,12 @@ REFUSED = {
     "scale integer": (lambda: qtensor(scale=jnp.ones((1, 6), jnp.int32)), "scales must be floats"),
     "scale rank": (lambda: qtensor(scale=jnp.ones(6)), "one scale per block"),
     "scale blocks": (lambda: qtensor(scale=jnp.ones((3, 6))), "one scale per block"),
-    "scale NaN": (lambda: qtensor(scale=jnp.full((1, 6), jnp.nan)), "scales must be finite"),
+    "scale NaN": (lambda: qtensor(scale=np.full((1, 6), np.nan, np.float32)), "scales must be finite"),
     "scale inf": (lambda: qtensor(scale=np.full((1, 6), np.inf)), "scales must be finite"),
-    "zero_point NaN": (lambda: qtensor(zero_point=jnp.full((1, 6), jnp.nan)), "zero points must be finite"),
+    "zero_point NaN": (lambda: qtensor(zero_point=np.full((1, 6), np.nan, np.float32)), "zero points must be finite"),
     "offset inf": (lambda: qtensor(offset=jnp.full((1, 6), jnp.inf)), "offsets must be finite"),
     "codes NaN": (
-        lambda: qtensor(qtype="float8_e4m3fn", length=None, codes=jnp.full((6, 16), jnp.nan, "float8_e4m3fn")),
+        lambda: qtensor(qtype="float8_e4m3fn", length=None, codes=np.full((6, 16), np.nan, ml_dtypes.float8_e4m3fn)),
         "the codes of a weight must be finite; got bad=96",
     ),
     "permutation": (lambda: qtensor(permutation=jnp.zeros((16, 1), jnp.int32)), "each position once"),
@@ -701,6 +702,7 @@ def test_scales_of_scales_must_be_finite(path, qtype):
         save(path, {"w": q})
 
 
+@needs_jit
 def test_traced_arrays(path):
     with pytest.raises(jq.QuantError, match=r"save at x: a traced array has no values yet; .* outside jit"):
         jax.jit(lambda x: save(path, {"x": x}))(jnp.ones(2))
