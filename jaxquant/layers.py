@@ -10,7 +10,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.core.affine import roundtrip
+from jaxquant.core.affine import observed_range
 from jaxquant.core.errors import quant_error
 from jaxquant.core.extremes import no_range, or_nan
 from jaxquant.core.fake_quant import fake_quant
@@ -116,7 +116,7 @@ def observed(seen: Any, x: jax.Array, act: QuantSpec) -> dict[str, Any]:
     x = jax.lax.stop_gradient(x)
     x = x.reshape(-1) if x.size else jnp.zeros(1, x.dtype)  # an empty batch counts as a 0, which every range holds
     seen = act.observer.update(seen, x, (0,))
-    lo, hi = act.observer.result(seen, symmetric=act.symmetric, roundtrip=roundtrip(act))
+    lo, hi = observed_range(seen, act)
     return {"lo": lo.reshape(()), "hi": hi.reshape(()), "seen": seen}
 
 

@@ -17,11 +17,11 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxquant.core.arithmetic import divide, finfo, times_reciprocal
+from jaxquant.core.arithmetic import divide, finfo, nan_where, times_reciprocal
 from jaxquant.core.blocks import BlockView, block_shape, negative_axes, scale_shape
 from jaxquant.core.codec import codes_of, round_to_grid
 from jaxquant.core.errors import quant_error
-from jaxquant.core.extremes import absmax_over, array_absmax
+from jaxquant.core.extremes import Range, absmax_over, array_absmax
 from jaxquant.core.finite import has_nan, is_concrete
 from jaxquant.core.jitted import jitted
 from jaxquant.core.qtensor import QTensor, Scale, cast, from_codes, scale_values
@@ -38,6 +38,7 @@ __all__ = [
     "encode",
     "minor_axes",
     "nearest",
+    "observed_range",
     "prepare",
     "quantize",
     "quantized_by_itself",
@@ -101,6 +102,15 @@ def roundtrip(spec: QuantSpec, top: jax.Array | None = None) -> Callable[[jax.Ar
         return v * s if z is None else (v - z) * s
 
     return there_and_back
+
+
+@jitted(static_argnames="spec")
+def observed_range(seen: Any, spec: QuantSpec) -> Range:
+    """The range that a spec's observer finds in its state.
+
+    It is a program of its own: a search in a loop would be compiled again at every call outside of `jax.jit`.
+    """
+    return spec.observer.result(seen, symmetric=spec.symmetric, roundtrip=roundtrip(spec))
 
 
 def encode(
@@ -223,7 +233,7 @@ def _nan_where(x: jax.Array, scale: Any) -> Any:
     view = BlockView.of_scale(x.shape, scale.shape)
     # A maximum of floats, which the TPU compiler finds in the pass that writes codes; any() takes it another one.
     nan = jnp.max(jnp.where(jnp.isnan(view.split(x)), 1.0, 0.0), axis=view.axes, keepdims=True, initial=0.0) > 0
-    return jnp.where(view.join_scale(nan), jnp.asarray(np.nan, scale.dtype), scale)
+    return nan_where(view.join_scale(nan), scale)
 
 
 @Replaceable

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxquant.core.jitted import jitted
 from jaxquant.core.sizes import number
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "exponent",
     "finfo",
     "have_common_dtype",
+    "nan_where",
     "power_of_two",
     "promoted",
     "sums",
@@ -29,6 +31,8 @@ __all__ = [
     "times_reciprocal",
     "two_sum",
 ]
+
+_BITS_OF_ONE, _BITS_OF_NAN = (np.uint32(np.float32(value).view(np.uint32)) for value in (1, np.nan))
 
 
 def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
@@ -73,6 +77,17 @@ def times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
     return jnp.minimum(x * power_of_two(half) * power_of_two(exponent - half), float(finfo(jnp.float32).max))
 
 
+@jitted()
+def nan_where(broken: jax.Array, x: jax.Array) -> jax.Array:
+    """``x``, and NaN where ``broken``.
+
+    ``jax_debug_nans`` reports every operation that returns a NaN. Under ``jax_disable_jit`` even the broadcast of a
+    constant is one. So the bits of NaN are chosen where it belongs, and those of 1, which every dtype holds, elsewhere.
+    """
+    bits = jnp.where(broken, _BITS_OF_NAN, _BITS_OF_ONE)
+    return jnp.where(broken, lax.bitcast_convert_type(bits, jnp.float32).astype(x.dtype), x)
+
+
 def finfo(dtype: DTypeLike) -> Any:
     """The limits of a float dtype, as `ml_dtypes.finfo`, whose numbers have no types of their own."""
     return cast(Any, ml_dtypes.finfo(dtype))
@@ -102,13 +117,13 @@ def sums(*terms: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
     if not axes:
         return terms
     longest = max(axes, key=lambda axis: number(terms[0].shape[axis]))
-
-    def plus(a: Any, b: Any) -> Any:
-        return tuple(x + y for x, y in zip(a, b, strict=True))
-
     zeros = tuple(jnp.zeros((), term.dtype) for term in terms)
-    found = lax.reduce(terms, zeros, plus, (longest % terms[0].ndim,))
+    found = lax.reduce(terms, zeros, _plus, (longest % terms[0].ndim,))
     return tuple(jnp.sum(jnp.expand_dims(x, longest), axis=axes, keepdims=True) for x in found)
+
+
+def _plus(a: Any, b: Any) -> Any:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 def two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from jaxquant.core.arithmetic import promoted
+from jaxquant.core.arithmetic import nan_where, promoted
 from jaxquant.core.replaceable import Replaceable
 
 __all__ = [
@@ -52,7 +51,7 @@ def no_range(shape: tuple[int, ...] = ()) -> Range:
 
 def or_nan(lo: jax.Array, hi: jax.Array) -> Range:
     """The range, with NaN where it is empty, so that results of a compiled program are NaN too."""
-    return jnp.where(lo <= hi, lo, np.nan), jnp.where(lo <= hi, hi, np.nan)
+    return nan_where(~(lo <= hi), lo), nan_where(~(lo <= hi), hi)
 
 
 class Extreme(NamedTuple):

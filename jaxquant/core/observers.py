@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core import histograms
-from jaxquant.core.arithmetic import exponent, finfo, power_of_two, sums
+from jaxquant.core.arithmetic import exponent, finfo, nan_where, power_of_two, sums
 from jaxquant.core.errors import quant_error
 from jaxquant.core.extremes import Axes, Range, absmax_over, finite_or_nan, minmax, only_counted
 from jaxquant.core.histograms import BINS, Limbs, scatter
@@ -319,7 +319,7 @@ def _quantile(rows: jax.Array, q: float) -> jax.Array:
     below = min(max(math.floor(place), 0), rows.shape[-1] - 1)
     left, right = ordered[..., below], ordered[..., min(below + 1, rows.shape[-1] - 1)]
     value = left * (1 - (place - below)) + right * (place - below)
-    return jnp.where(jnp.isnan(ordered[..., -1]), jnp.nan, value)  # NaN is sorted to the end
+    return nan_where(jnp.isnan(ordered[..., -1]), value)  # NaN is sorted to the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -439,7 +439,7 @@ class Entropy(_Histogram):
 
         def step(i: jax.Array, best: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
             error, best_lo, best_hi = best
-            ratio = 1 - i.astype(jnp.float32) / 64 * 0.95
+            ratio = 1 - jnp.float32(i) / 64 * 0.95  # without jit, i is an int
             new = divergence(lo * ratio, hi * ratio)
             won = new < error
             return jnp.where(won, new, error), jnp.where(won, lo * ratio, best_lo), jnp.where(won, hi * ratio, best_hi)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxquant.core.arithmetic import divide, divide_twice, exponent, finfo, power_of_two, promoted
+from jaxquant.core.arithmetic import divide, divide_twice, exponent, finfo, nan_where, power_of_two, promoted
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor, Scale, from_codes
 from jaxquant.core.qtypes import QTYPES
@@ -42,7 +42,7 @@ def _float_scale(absmax: jax.Array, qmax: float | jax.Array, dtype: DTypeLike, e
     return jnp.where(
         absmax == 0,
         jnp.full_like(scale, max(empty, least)),
-        jnp.where(jnp.isnan(absmax), np.asarray(np.nan, scale.dtype), scale),
+        nan_where(jnp.isnan(absmax), scale),
     )
 
 
@@ -50,7 +50,7 @@ def _e8m0_scale(absmax: jax.Array, largest_exponent: int) -> jax.Array:
     """The power of two of OCP MX v1.0, section 6.3: 2 ** (floor(log2(absmax)) - emax), as float8_e8m0fnu."""
     scale = power_of_two(jnp.clip(exponent(absmax) - largest_exponent, -126, 127))
     scale = jnp.where(absmax == 0, 1.0, scale)
-    return jnp.where(jnp.isnan(absmax), jnp.nan, scale).astype(jnp.float8_e8m0fnu)
+    return nan_where(jnp.isnan(absmax), scale).astype(jnp.float8_e8m0fnu)
 
 
 def _e4m3_scale(absmax: jax.Array, qmax: float, top: jax.Array | None) -> QTensor:
@@ -58,7 +58,7 @@ def _e4m3_scale(absmax: jax.Array, qmax: float, top: jax.Array | None) -> QTenso
     largest = float(finfo(jnp.float8_e4m3fn).max)
     least = float(finfo(jnp.float8_e4m3fn).smallest_subnormal)
     top = jnp.max(absmax) if top is None else top
-    top = jnp.where(jnp.any(jnp.isnan(absmax)), jnp.nan, top).reshape((1,) * absmax.ndim)  # max may drop NaN
+    top = nan_where(jnp.any(jnp.isnan(absmax)), top).reshape((1,) * absmax.ndim)  # max may drop NaN
     unit = _float_scale(top, qmax * largest, jnp.float32)
     unit = jnp.maximum(unit, float(finfo(np.float32).tiny) / least)  # so that no product is subnormal
     local = jnp.clip(divide_twice(absmax, qmax, unit), least, largest)
@@ -85,7 +85,7 @@ def _two_level_scale(absmax: jax.Array, qmax: float, top: jax.Array | None) -> Q
 def largest_magnitude(absmax: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
     """The largest value along axes, which keep size 1; NaN if there is a NaN."""
     nan = jnp.any(jnp.isnan(absmax), axis=axes, keepdims=True)  # max may drop it
-    return jnp.where(nan, jnp.nan, jnp.max(absmax, axis=axes, keepdims=True)).astype(jnp.float32)
+    return nan_where(nan, jnp.max(absmax, axis=axes, keepdims=True)).astype(jnp.float32)
 
 
 def reach(lo: jax.Array, hi: jax.Array, spec: QuantSpec) -> tuple[jax.Array, float]:

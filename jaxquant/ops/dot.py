@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax import lax
 
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.errors import quant_error
+from jaxquant.core.jitted import jitted
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import FACTOR
 from jaxquant.core.sizes import number
@@ -255,15 +256,35 @@ def _beside_outliers(
     side = 1 - pair.weight
     if 0 in pair.lhs.shape or 0 in pair.rhs.shape:  # no outliers
         return contract(function, lhs, rhs, numbers, precision, preferred, inner, None, None)
-    axes = _check_dimensions(function, pair.lhs, pair.rhs, numbers)[side]
-    small, large, some = outliers.split((pair.lhs, pair.rhs)[side], axes, spec.act, spec.outliers)
+    axes = _check_dimensions(function, pair.lhs, pair.rhs, numbers)
+    small, large, some = outliers.split((pair.lhs, pair.rhs)[side], axes[side], spec.act, spec.outliers)
 
-    def product(x: Any, spec: OpSpec) -> jax.Array:
-        operands = (x, pair.rhs) if side == 0 else (pair.lhs, x)
-        return contract(function, *operands, numbers, precision, preferred, spec, None, None)
+    def operands(x: Any) -> tuple[Any, Any]:
+        return (x, pair.rhs) if side == 0 else (pair.lhs, x)
 
-    y = product(small, inner)
-    return lax.cond(some, lambda: y + product(large, OpSpec(spec.weight)), lambda: y)
+    y = contract(function, *operands(small), numbers, precision, preferred, inner, None, None)
+    left, right = axes
+    numbers = (left.contract, right.contract), (left.batch, right.batch)
+    rest = _Rest(function, numbers, precision_of(function, precision), preferred, OpSpec(spec.weight))
+    return _with_outliers(some, y, *operands(large), rest=rest)
+
+
+class _Rest(NamedTuple):
+    """The product of the features that have an outlier: arguments of `contract`."""
+
+    function: str
+    numbers: Any
+    precision: Any
+    preferred: Any
+    spec: OpSpec
+
+    def __call__(self, lhs: Any, rhs: Any) -> jax.Array:
+        return contract(self.function, lhs, rhs, self.numbers, self.precision, self.preferred, self.spec, None, None)
+
+
+@jitted(static_argnames="rest")  # a choice between two functions, outside of a program, is compiled at every call
+def _with_outliers(some: jax.Array, y: jax.Array, lhs: Any, rhs: Any, *, rest: _Rest) -> jax.Array:
+    return lax.cond(some, lambda: y + rest(lhs, rhs), lambda: y)
 
 
 def dot_general(

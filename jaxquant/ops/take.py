@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.core.arithmetic import nan_where
 from jaxquant.core.blocks import block_shape, negative_axes
 from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
@@ -87,10 +88,11 @@ def take(
         out = _fake_quantized(a, rows, along, weight, reduce_axes)
     if mode in (None, "fill"):
         inside = inside.reshape([-1 if i == along else 1 for i in range(a.ndim)])
-        # jax_debug_nans would report an array of NaN as a fault, so the NaN is a constant.
         fill = np.nan if fill_value is None else fill_value
-        fill = fill.astype(out.dtype) if isinstance(fill, jax.Array) else np.asarray(fill, out.dtype)
-        out = jnp.where(inside, out, fill)
+        if isinstance(fill, jax.Array) or not np.isnan(fill):
+            out = jnp.where(inside, out, jnp.asarray(fill, out.dtype))
+        else:
+            out = nan_where(~inside, out)
     return out.reshape(shape)
 
 

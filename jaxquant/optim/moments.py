@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from jaxquant.core.arithmetic import nan_where
 from jaxquant.core.blocks import BlockView, block_shape, groups_fit, scale_shape
 from jaxquant.core.codec import nearest_codes
 from jaxquant.core.errors import quant_error
@@ -169,7 +170,7 @@ def _quantized_as_it_lies(x: jax.Array, info: QType, blocks: tuple[int, ...]) ->
         codes = jnp.clip(jnp.rint(unit * steps) - 1, 0, info.qmax).astype(info.code_dtype)
         scale = jnp.maximum(absmax / steps, _TINY)
         zero_point = jnp.full(blocks, -1, jnp.int8)
-    scale = jnp.where(jnp.isfinite(absmax), scale, jnp.nan)
+    scale = nan_where(~jnp.isfinite(absmax), scale)
     return from_codes(view.join(codes), view.join_scale(scale), zero_point, qtype=info.name, dtype=jnp.float32)
 
 

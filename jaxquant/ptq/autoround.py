@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.affine import roundtrip
+from jaxquant.core.arithmetic import nan_where
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
@@ -137,7 +138,7 @@ def _autoround(w: jax.Array, gram: jax.Array, rate: Any, damping: Any, *, layer:
         first = (start, start, jnp.full(shape[-1], jnp.inf, jnp.float32))
         _, best, _ = lax.fori_loop(0, iterations + 1, step, first)
         values, steps = quantized(best)
-        return jnp.rint(values).reshape(shape), Steps(jnp.where(jnp.isnan(h[0, 0]), jnp.nan, steps.scale), steps.zero)
+        return jnp.rint(values).reshape(shape), Steps(nan_where(jnp.isnan(h[0, 0]), steps.scale), steps.zero)
 
     with jax.default_matmul_precision("highest"):
         values, steps = layer.map(one, layer.split(w.astype(jnp.float32)), gram)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.core.arithmetic import nan_where
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
@@ -104,7 +105,7 @@ def _descend(
             return fit_codes(x, h, values, steps, layer, block_size), steps
 
         values, steps = lax.fori_loop(0, sweeps, sweep, (values, steps))
-        return values, Steps(jnp.where(jnp.isnan(h[0, 0]), jnp.nan, steps.scale), steps.zero)
+        return values, Steps(nan_where(jnp.isnan(h[0, 0]), steps.scale), steps.zero)
 
     with jax.default_matmul_precision("highest"):
         values, steps = layer.map(one, layer.split(w.astype(jnp.float32)), gram, *layer.values(q))

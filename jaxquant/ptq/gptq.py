@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.affine import roundtrip
+from jaxquant.core.arithmetic import nan_where
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
@@ -237,7 +238,7 @@ def solve(
         found = jax.tree.map(lambda s: _placed(s, groups), own_steps)
     # NaN in H makes every code meaningless, so it is put into the scales, where the caller of a jitted call sees it.
     broken = jnp.isnan(factor[0, 0])
-    found = Steps(jnp.where(broken, jnp.nan, found.scale), found.zero)
+    found = Steps(nan_where(broken, found.scale), found.zero)
     return values, found, visit if scattered else None
 
 

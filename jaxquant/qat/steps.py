@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxquant.core.affine import encode, roundtrip
+from jaxquant.core.affine import encode, observed_range
 from jaxquant.core.blocks import BlockView, block_shape
 from jaxquant.core.errors import quant_error
 from jaxquant.core.granularity import PerGroup
@@ -235,8 +235,7 @@ def _statistic(item: Item, spec: QuantSpec) -> Statistic:
 
 
 def _act_range(seen: Any, spec: QuantSpec, method: Method) -> Any:
-    calibrated = _calibrated(spec, method)
-    lo, hi = calibrated.observer.result(seen, symmetric=spec.symmetric, roundtrip=roundtrip(calibrated))
+    lo, hi = observed_range(seen, _calibrated(spec, method))
     shape = () if spec.group_size is None else (lo.size,)
     return _step(lo.reshape(shape), hi.reshape(shape), spec, method)
 

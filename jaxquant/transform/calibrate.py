@@ -13,7 +13,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from jaxquant.core.affine import roundtrip
+from jaxquant.core.affine import observed_range
 from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import Params, leaves_with_paths
 from jaxquant.core.scale_zero_point import scale_zero_point
@@ -369,7 +369,7 @@ def act_state(plan: Plan, stats: Mapping[str, Any]) -> dict[str, Any]:
         assert spec is not None
 
         def ranges(observed: Any, spec: Any = spec) -> Any:
-            lo, hi = spec.observer.result(observed, symmetric=spec.symmetric, roundtrip=roundtrip(spec))
+            lo, hi = observed_range(observed, spec)
             scale, zero_point = scale_zero_point(lo[0], hi[0], spec)
             return {"scale": scale} if zero_point is None else {"scale": scale, "zero_point": zero_point}
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from double_precision import double_precision
 from flax import nnx
-from jax_settings import makes_nan, needs_jit
+from jax_settings import makes_nan
 from ops_reference import MATMUL, unequal
 
 import jaxquant as jq
 from jaxquant import OpSpec, QuantSpec, observers, ops, recipes
+from jaxquant.core.arithmetic import nan_where
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 from jaxquant.ptq.gram import lower_factor
 
@@ -81,7 +82,6 @@ def test_a_kernel_runs_where_functions_are_not_compiled():
     np.testing.assert_array_equal(found, [2, 2, 2])
 
 
-@needs_jit  # one operation at a time, a constant NaN is a result
 @pytest.mark.parametrize("zero", [False, True])
 def test_no_nan_on_the_way(zero):
     """Outside of jit, with quantized gradients, a row of zeros among them."""
@@ -103,7 +103,30 @@ def test_a_nan_on_the_way(rows):
             fn()
 
 
-@needs_jit  # one operation at a time, a constant NaN is a result
+@makes_nan
+@pytest.mark.every
+@pytest.mark.parametrize("dtype", [*DTYPES, jnp.float8_e8m0fnu, jnp.float8_e4m3fn, jnp.float8_e5m2], ids=jnp.dtype)
+def test_a_nan_where_it_belongs(dtype):
+    """The rest as it was, signed zeros too; where nothing is broken, no operation returns a NaN, compiled or not."""
+    x = np.array([[1, 2, -0.0], [0.25, -2, 4]], np.float32)
+    x = jnp.asarray(x if dtype != jnp.float8_e8m0fnu else 2**x, dtype)
+    broken = np.array([False, True, False])
+    found = nan_where(jnp.asarray(broken)[None], x)
+    assert found.dtype == dtype
+    values = np.asarray(found, np.float32)
+    np.testing.assert_array_equal(np.isnan(values), np.broadcast_to(broken, x.shape))
+    want = np.asarray(x, np.float32)
+    np.testing.assert_array_equal(values[:, ~broken], want[:, ~broken])
+    np.testing.assert_array_equal(np.signbit(values[:, ~broken]), np.signbit(want[:, ~broken]))
+    none = jnp.zeros((2, 3), bool)
+    for alone in (False, True):
+        with jax.debug_nans(True), jax.disable_jit(alone), jax.numpy_dtype_promotion("strict"):
+            np.testing.assert_array_equal(jax.vmap(nan_where)(none, x), x)
+            if dtype == jnp.float32:
+                slope = jax.grad(lambda x: nan_where(none, x).sum())(x)
+                np.testing.assert_array_equal(slope, np.ones_like(x))
+
+
 def test_no_nan_of_its_own():
     """What is filled in, not known yet or not found yet is no NaN, outside of jit and in it."""
     table, x = unequal(0, (6, 8)), unequal(1, (4, 8))

@@ -14,7 +14,8 @@ from jax_settings import needs_jit
 from transform_cases import unequal
 
 import jaxquant as jq
-from jaxquant import recipes
+from jaxquant import observers, ops, recipes
+from jaxquant.core.arithmetic import sums
 from jaxquant.transform import statistics
 
 X = unequal((16, 8), 7, 0.5)
@@ -105,6 +106,32 @@ def test_results_do_not_share(stages):
         want |= {name: made[name] for name in names}
     for path in plan:
         assert jnp.array_equal(got[path].codes, want[path].codes)
+
+
+def ranges():
+    """Of two activations, by a search in a loop."""
+    act = jq.QuantSpec("int8", granularity="per_tensor", static=True, calibration=observers.Entropy())
+    params = {"a": unequal((8, 8), 1), "b": unequal((8, 8), 2)}
+    rules = [jq.Rule("", jq.OpSpec(jq.QuantSpec("int8"), act))]
+    plan = jq.make_plan(lambda p, x: (x @ p["a"]) @ p["b"], params, X, rules=rules)
+    return lambda: jq.act_state(plan, {path: {"range": act.observer.init((1,))} for path in plan})
+
+
+def beside_outliers():
+    w = unequal((8, 8), 1)
+    return lambda: ops.dot_general(X, w, (((1,), (0,)), ((), ())), spec=recipes.llm_int8())
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("made", [ranges, pytest.param(beside_outliers, marks=pytest.mark.slow),
+                                  lambda: lambda: sums(X, X, axes=(0,))])  # fmt: skip
+def test_a_second_call_outside_of_jit_compiles_nothing(made):
+    """A loop or a choice by itself is a new program for JAX at each call: it must stand in one that is kept."""
+    call = made()
+    jax.block_until_ready(call())
+    with compilations() as found:
+        jax.block_until_ready(call())
+    assert not found
 
 
 @needs_jit

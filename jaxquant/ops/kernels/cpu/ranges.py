@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from jaxquant.core.arithmetic import nan_where
 from jaxquant.core.extremes import Axes, Extreme, extremes
 from jaxquant.core.sizes import number
 from jaxquant.ops.kernels.cpu.layout import LARGE
@@ -34,7 +34,7 @@ def library_extremes(x: jax.Array, *, axes: Axes, reductions: tuple[Extreme, ...
         # Standard reductions only: XLA cannot partition others over devices if these axes are sharded.
         x = _folded(x, axes, to)
         nan, finite = jnp.any(jnp.isnan(x), axis=axes, keepdims=True), jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-        return jnp.where(nan, np.asarray(np.nan, x.dtype), to(finite, axes))
+        return nan_where(nan, to(finite, axes))
 
     def explicit(x: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(looked_for(x, to) for to in reductions)
