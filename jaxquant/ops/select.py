@@ -77,6 +77,7 @@ TABLE: tuple[type[Kernel], ...] = (
     ragged.Int8Ragged,
     dequantized.ExactBfloat16,
     tpu_int8.Int8Blocks,
+    tpu_int8.Int8Layer,
     integer.Int8,
     dequantized.ScaledActivation,
     floats.Float,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -67,7 +68,17 @@ def scheduled(compiled: Compiled) -> Program:
         return program
     new = [kernel for kernel in dict.fromkeys(wanted.values()) if (chip.name, kernel) not in _known]
     _known.update(zip(((chip.name, kernel) for kernel in new), _compiled_apart(chip, new), strict=True))
-    return Program(text, {name: _known[chip.name, kernel] for name, kernel in wanted.items()})
+    found = {name: _known[chip.name, kernel] for name, kernel in wanted.items()}
+    return Program(text, {name: _no_less_than_read(chip, wanted[name], cycles) for name, cycles in found.items()})
+
+
+def _no_less_than_read(chip: Chip, kernel: _Kernel, cycles: int | str) -> int | str:
+    """The cycles of a schedule, or of the bytes that the kernel says it moves: schedules count these at up to 1.2 times
+    the bandwidth of the memory."""
+    moved = re.search(r'"bytes_accessed": "(\d+)"', kernel.code)
+    if moved is None or chip.clock is None or not isinstance(cycles, int):
+        return cycles
+    return max(cycles, round(int(moved[1]) / chip.bandwidth * chip.clock))
 
 
 def _kernel(program: Program, computation: str, instruction: Instruction) -> _Kernel:

@@ -167,16 +167,20 @@ def test_every_kernel_is_chosen_somewhere(monkeypatch):
 def problems():
     """Products of every scheme, frozen and in training; a cache with a scale per token; and the other operations."""
     axes, float32 = (Axes((), (0,), (1,)), Axes((), (1,), (0,))), jnp.float32
+    rows = jax.ShapeDtypeStruct((6, 128), jnp.bfloat16)
     schemes = [*SCHEMES.values(), recipes.w4a16(128), recipes.nf4(64)]
-    for spec, rows, dtype in itertools.product(schemes, (1, 100), (float32, jnp.bfloat16)):
-        x = jax.ShapeDtypeStruct((rows, 256), dtype)
+    for spec, count, dtype in itertools.product(schemes, (1, 100), (float32, jnp.bfloat16)):
+        x = jax.ShapeDtypeStruct((count, 256), dtype)
         codes = x if spec.act is None else TrainedTensor(abstract(x.shape, dtype, spec.act, (-1,), stored=False), None)
         w = abstract((256, 128), jnp.dtype(dtype), spec.weight, (-2,), stored=False)
         for weight in (stored(spec, dtype, "cpu"), stored(spec, dtype, "tpu"), TrainedTensor(w, None)):
             yield Product.of(codes, weight, *axes, None, dtype)
     for spec in (recipes.w8a8(), recipes.w4a8(128)):
-        x = abstract((2000, 256), jnp.dtype(jnp.bfloat16), spec.act, (-1,), stored=False)
-        yield Product.of(x, stored(spec, jnp.bfloat16, "tpu"), *axes, None, jnp.bfloat16)
+        x, w = abstract((2000, 256), rows.dtype, spec.act, (-1,), stored=False), stored(spec, jnp.bfloat16, "tpu")
+        yield Product.of(x, w, *axes, None, jnp.bfloat16)
+        x = abstract((8, 256), rows.dtype, spec.act, (-1,), stored=False)
+        stack = w.replace(codes=jax.ShapeDtypeStruct((2, *w.stored.shape), w.stored.dtype))
+        yield Product.of(x, w.layer_of(stack, jax.ShapeDtypeStruct((), jnp.int32)), *axes, None, jnp.bfloat16)
     x = jax.ShapeDtypeStruct((1, 256), float32)
     yield Product.of(x, stored(recipes.w4a16(128), float32, "tpu"), *axes, lax.Precision.HIGHEST, float32)
     tokens = abstract((256, 128), jnp.dtype(float32), jq.QuantSpec("int8"), (-1,), minor=())
@@ -191,7 +195,6 @@ def problems():
         codes = x if spec.act is None else abstract(x.shape, jnp.dtype(float32), spec.act, (-1,), stored=False)
         experts = abstract((3, 64, 8), jnp.dtype(float32), spec.weight, (-2,))
         yield RaggedProduct(codes, experts, None, float32, sizes)
-    rows = jax.ShapeDtypeStruct((6, 128), jnp.bfloat16)
     experts = abstract((3, 128, 128), jnp.dtype(jnp.bfloat16), recipes.w8a16().weight, (-2,))
     tables = jax.eval_shape(
         lambda w: ops.lay_out(w, "tpu"), abstract((3, 128, 128), rows.dtype, jq.QuantSpec("mxfp4"), (-2,))

@@ -1,5 +1,6 @@
 """Kernels for TPUs, in Pallas' interpreter: what they compute is the product of the dequantized weight."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -437,3 +438,18 @@ def test_many_rows_of_int8_are_what_one_dot_gives(lead: tuple[int, ...], minor: 
     assert select(problem, Target("tpu")).name == "int8"
     want = jax.jit(integer.Int8().run)(problem)
     np.testing.assert_array_equal(jax.jit(kernel.run)(problem), want)
+
+
+@pytest.mark.every
+def test_few_rows_of_int8_by_a_layer_of_a_stack(monkeypatch: pytest.MonkeyPatch):
+    """To the bit what one dot gives, from the stack; many rows, and a weight of its own, are XLA's."""
+    problem = int8_problem(normal(1, (3, 128)), normal(2, (128, 1200)), minor=True, result=jnp.float32)
+    stack = jax.tree.map(lambda v: jnp.stack([v[::-1], v]), problem.w)
+    layer = dataclasses.replace(problem, w=problem.w.layer_of(stack, jnp.int32(1)))
+    monkeypatch.setattr(tpu_int8.Int8Blocks, "interpret", True)
+    kernel = select(layer, Target("tpu"))
+    assert (kernel.name, select(problem, Target("tpu")).name) == ("int8_blocks", "int8")
+    np.testing.assert_array_equal(jax.jit(kernel.run)(layer), jax.jit(integer.Int8().run)(problem))
+    many = int8_problem(normal(1, (65, 128)), normal(2, (128, 1200)), minor=True)
+    many = dataclasses.replace(many, w=many.w.layer_of(stack, jnp.int32(1)))
+    assert select(many, Target("tpu")).name == "int8"
