@@ -15,6 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from jax_settings import needs_jit
 
 import jaxquant as jq
 from jaxquant import QuantError, Rule, recipes
@@ -311,6 +312,7 @@ with open("/proc/self/status") as file:  # ru_maxrss would be the parent's
 """
 
 
+@needs_jit  # each operation keeps its result and is a program
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 @pytest.mark.parametrize(
     "shapes",
