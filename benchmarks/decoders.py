@@ -4,8 +4,7 @@
 are no values, and nothing is run. A step is the decoding of one token per sequence with 2,048 tokens cached, or the
 prefill of 2,048 tokens. Layers are stacked, and a `jax.lax.scan` goes through them; keys and values of the new tokens
 are results. Attention is the same in all programs (`attention.py`). Tokens of a mixture are sorted by their experts,
-which a ragged product multiplies; in bfloat16 every expert multiplies every token instead, which is four times as fast:
-XLA's ragged product has a layer's experts copied out of their stack first.
+which a ragged product multiplies; in bfloat16 every expert multiplies every token instead.
 """
 
 from __future__ import annotations
@@ -338,6 +337,12 @@ Attention is the same in all programs: over a cache XLA's products, in a prefill
 from its floor, so there the comparison with that floor says more. Cells were compiled at several commits;
 a dash was not compiled. GB are the arguments, results and
 temporaries of one device.
+
+On several chips a step is a `jax.shard_map` over heads, hidden axis and vocabulary: on TPUs kernels run there, and not
+under `jax.jit` alone. Estimates and floors leave out transfers between chips, for which the compiler gives none. All
+programs have the same: two sums in each layer, of as many bfloat16 numbers as tokens times width. A mixture sorts its
+tokens by expert and multiplies them by ragged products. In bfloat16 every expert multiplies every token: that is nearly
+four times as fast, because XLA copies a layer's experts for its ragged product.
 
 - **W8A8**, **W8A16**: int8, one scale per output channel, with activations in int8 or left in bfloat16.
 - **W4A16**, **W4A8**: int4 in groups of 128.

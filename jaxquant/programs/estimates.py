@@ -22,6 +22,7 @@ class Estimate:
       arguments, results, temporaries: bytes.
       cycles: what the TPU compiler estimates for all steps; None of another, or where it does not for one.
       seconds: the longer of these cycles, and of reading arguments and writing results once and temporaries twice.
+        Transfers between devices are not in it: no compiler estimates them.
       floor: arguments and results at the bandwidth of the memory, or all products at the peak of their number types,
         whichever takes longer. Loops of unknown length count once.
       missing: why ``seconds`` is None; else empty.

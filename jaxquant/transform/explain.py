@@ -97,7 +97,8 @@ class Explanation:
       target: what it was compiled for; None for the machine at hand.
       arguments, results: bytes on one device.
       seconds: what the compiler estimates for the whole program: the longer of its cycles, and of reading arguments and
-        writing results once and temporaries twice; None without a target, or where it cannot be told.
+        writing results once and temporaries twice; None without a target, or where it cannot be told. Transfers between
+        devices are not in it.
       floor: seconds below which no program for the target can be: arguments and results at the bandwidth of its memory,
         or all products at the peak of their number types; None without a target.
       collectives: transfers between devices.
