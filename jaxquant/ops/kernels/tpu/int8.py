@@ -68,7 +68,7 @@ class Int8Blocks(Kernel):
     def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`: many rows of signed int8 on both sides, with a weight that is stored as a matrix."""
         sizes = (*problem.x.shape, *problem.w.shape)
-        if not all(isinstance(n, int) for n in sizes) or not cls._is_for(problem) or not multiplies_integers(problem):
+        if not all(isinstance(n, int) for n in sizes) or not multiplies_integers(problem) or not cls._is_for(problem):
             return None
         x, w = problem.forms
         if not isinstance(x, Matrix) or not isinstance(w, Matrix):
