@@ -19,7 +19,9 @@ flax_promotes = pytest.mark.skipif(
 donates = pytest.mark.skipif(jax.config.jax_debug_nans, reason="jax_debug_nans keeps arguments that are donated")
 draws = pytest.mark.skipif(jax.config.jax_enable_x64, reason="chance decides, and draws are others in 64 bits")
 documented = pytest.mark.skipif(
-    jax.config.jax_enable_x64 or jax.config.jax_numpy_dtype_promotion == "strict",
-    reason="documentation shows dtypes and draws of 32 bits, and trains with Optax, which promotes dtypes",
+    jax.config.jax_enable_x64 or jax.config.jax_numpy_dtype_promotion == "strict" or jax.config.jax_disable_jit,
+    reason="documentation shows dtypes and draws of 32 bits, trains with Optax, which promotes, and compiles ahead",
 )
-needs_jit = pytest.mark.skipif(jax.config.jax_disable_jit, reason="tells compiled from eager: jax_disable_jit is set")
+needs_jit = pytest.mark.skipif(
+    jax.config.jax_disable_jit, reason="tells compiled from eager, or trains in a compiled step: jax_disable_jit is set"
+)

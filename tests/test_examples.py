@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 import snippets
-from jax_settings import optax_promotes
+from jax_settings import needs_jit, optax_promotes
 
 pytestmark = pytest.mark.every
 
@@ -47,6 +47,7 @@ def test_examples_are_short(name):
     assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 80
 
 
+@needs_jit
 @optax_promotes
 @pytest.mark.slow
 def test_wrap_linen(run):
@@ -56,6 +57,7 @@ def test_wrap_linen(run):
     assert trained == frozen > 20  # ten digits; a little training is already better than chance
 
 
+@needs_jit
 @optax_promotes
 def test_wrap_nnx(run):
     printed = run("wrap_nnx")
@@ -64,6 +66,7 @@ def test_wrap_nnx(run):
     assert printed.count("13,352 bytes") == 2
 
 
+@needs_jit
 @optax_promotes
 def test_qat(run):
     printed = run("qat")
