@@ -67,6 +67,8 @@ TABLE: tuple[type[Kernel], ...] = (
     grouped.ManyRows,
     grouped.ByteSums,
     grouped.ByteValues,
+    grouped.FloatSums,
+    grouped.FloatValues,
     grouped.GroupedSums,
     grouped.GroupedValues,
     tpu_decoded.BatchedDecoded,

@@ -22,7 +22,7 @@ from jaxquant.ops.trained import TrainedTensor
 
 MATMUL = (((1,), (0,)), ((), ()))
 H100 = Target("cuda", "NVIDIA H100 80GB HBM3")
-V6E = Target("tpu", "TPU v6 lite")
+V6E, V7X = Target("tpu", "TPU v6 lite"), Target("tpu", "TPU7x")
 SCHEMES = {
     "w8a8": recipes.w8a8(),
     "w8a16": recipes.w8a16(),
@@ -156,7 +156,7 @@ def test_every_kernel_is_chosen_somewhere(monkeypatch):
         monkeypatch.setattr(machine, "int8_dots", lambda found=int8: found)
         monkeypatch.setattr(machine, "bfloat16_dots", lambda found=bfloat16: found)
         monkeypatch.setattr(machine, "cores", lambda found=cores: found)
-        for problem, target in itertools.product(problems(), (*map(Target, get_args(Platform)), H100, V6E)):
+        for problem, target in itertools.product(problems(), (*map(Target, get_args(Platform)), H100, V6E, V7X)):
             asked = (kind for kind in TABLE if kind.runs_on(target) and isinstance(problem, kind.operation))
             kind, kernel = next((kind, k) for kind in asked if (k := kind.takes(problem)) is not None)
             assert kernel == select(problem, target)

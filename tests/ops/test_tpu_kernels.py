@@ -60,7 +60,7 @@ SPECS = {
     "int8 64": few("int8", 64),
 }
 EXACT = ("mxfp4", "nvfp4", "mxfp8")
-V6E = "TPU v6 lite"
+V6E, V7X = "TPU v6 lite", "TPU7x"
 
 
 def normal(key: int, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.Array:
@@ -136,6 +136,25 @@ def test_a_chip_that_gathers_bytes(name: str, rows: int, monkeypatch: pytest.Mon
     kernel, y = interpreted(problem, monkeypatch, V6E)
     rounded = kernel != "grouped_sums" or spec.type.kind == "table"
     assert_close(y, x, w, exact=name in EXACT, rounded=rounded)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.int8])
+@pytest.mark.parametrize("rows", [3, 100, 300])
+@pytest.mark.parametrize("name", ["int4 128", "int4 32", "uint4 64 zero", "two-level", "int8 64"])
+def test_a_chip_without_products_of_integers(name: str, rows: int, dtype: Any, monkeypatch: pytest.MonkeyPatch):
+    """It multiplies integers as bfloat16: exactly at few rows, also float32 in two terms, and codes of x."""
+    w, x = (
+        weight(SPECS[name], (512, 200)),
+        normal(2, (rows, 512), jnp.float32 if dtype == jnp.float32 else jnp.bfloat16),
+    )
+    if dtype == jnp.int8:
+        x = jq.quantize(x, jq.QuantSpec("int8"), reduce_axes=(-1,))
+    problem = problem_of(x, w)
+    summed = isinstance(select(problem, Target("tpu", V7X)), grouped.FloatSums)
+    assert summed if rows == 3 else not summed or rows == 100
+    _, y = interpreted(problem, monkeypatch, V7X)
+    real, rounded = x.dequantize(jnp.float32) if isinstance(x, jq.QTensor) else x, not summed
+    assert_close(y, real, w, exact=not rounded and dtype != jnp.float32, rounded=rounded)
 
 
 @pytest.mark.every
@@ -353,20 +372,28 @@ def test_gradients_are_those_of_the_float_product():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(np.max(np.abs(want))))
 
 
+LEAST = {"int8": 1.0, "float8_e4m3fn": 2.0**-9, "float8_e5m2": 2.0**-16}
+"""The smallest number of a grid."""
+
+
 @makes_nan
 @pytest.mark.parametrize("axis", [1, 0])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_codes_and_scales_in_one_pass(dtype: Any, axis: int):
+@pytest.mark.parametrize("qtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+def test_codes_and_scales_in_one_pass(qtype: str, dtype: Any, axis: int):
     """To the bit what `quantize` finds: zeros, infinities, the least numbers, ties, and a NaN that stays visible."""
-    kernel = quantized_rows if axis else quantized_columns
+    kernel, spec = quantized_rows if axis else quantized_columns, jq.QuantSpec(qtype)
     x = normal(3, (32, 256), dtype).at[3].set(0).at[4, 5].set(jnp.inf).at[5].set(1e-39)
     x = x.at[6].set(jnp.asarray(np.arange(256) - 128, dtype) / 2)
+    # Multiples of half the least grid value up to the largest, then of other powers of two.
+    x = x.at[8].set(jnp.asarray(np.r_[spec.type.qmax, LEAST[qtype] * np.arange(-127, 128) / 2], dtype))
+    x = x.at[9].set(jnp.asarray(np.r_[spec.type.qmax, np.arange(-127, 128) * spec.type.qmax / 224], dtype))
     x = x if axis else x.T
-    codes, scale = kernel(x, qmax=127, interpret=True)
-    want = jq.quantize(x, jq.QuantSpec("int8"), reduce_axes=(axis,))
-    np.testing.assert_array_equal(codes, want.logical_codes())
+    codes, scale = kernel(x, qtype=spec.type, interpret=True)
+    want = jq.quantize(x, spec, reduce_axes=(axis,))
+    np.testing.assert_array_equal(codes, np.asarray(want.logical_codes()).view(np.int8))
     np.testing.assert_array_equal(scale, want.scale)
-    _, scale = kernel(x.at[(7, 1) if axis else (1, 7)].set(jnp.nan), qmax=127, interpret=True)
+    _, scale = kernel(x.at[(7, 1) if axis else (1, 7)].set(jnp.nan), qtype=spec.type, interpret=True)
     np.testing.assert_array_equal(np.isnan(np.ravel(scale)), np.arange(32) == 7)
 
 
@@ -375,7 +402,7 @@ def test_codes_of_values_times_factors_in_one_pass(axis: int):
     """To the bit what the array of the products is quantized to."""
     kernel = quantized_rows if axis else quantized_columns
     x, times = normal(3, (64, 384), jnp.bfloat16), jnp.exp(normal(4, (1, 384) if axis else (64, 1), jnp.float32))
-    codes, scale = kernel(x, times, qmax=127, interpret=True)
+    codes, scale = kernel(x, times, qtype=QTYPES["int8"], interpret=True)
     want = jq.quantize(x.astype(jnp.float32) * times, jq.QuantSpec("int8"), reduce_axes=(axis,))
     np.testing.assert_array_equal(codes, want.logical_codes())
     np.testing.assert_array_equal(scale, want.scale)

@@ -23,6 +23,7 @@ from jaxquant.core.qtypes import QType
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ops.kernels.tpu.product import shape_like
+from jaxquant.ops.kernels.tpu.rounding import power_below, rounded_float
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 
 __all__ = ["in_one_pass", "rounded_blocks"]
@@ -82,19 +83,12 @@ def rounded_blocks(x: jax.Array, *, qtype: QType, interpret: bool = False) -> ja
 def _rounded(x: jax.Array, spread: jax.Array, qtype: QType) -> jax.Array:
     """float32 [rows, 128], rounded; ``spread`` is a matrix that repeats the first element of each block."""
     magnitude = jnp.abs(x)
-    power = _power(_largest(jnp.where(magnitude == jnp.inf, 0.0, magnitude)))  # infinity for NaN
+    power = power_below(_largest(jnp.where(magnitude == jnp.inf, 0.0, magnitude)))  # infinity for NaN
     double = jnp.clip(power * 2.0 ** (1 - int(math.log2(qtype.qmax))), 2.0**-125, _NAN)
     double = jnp.where(power == 0, 2.0, double).astype(jnp.bfloat16)
     double = jnp.dot(double, spread, preferred_element_type=jnp.float32)
     v = jnp.clip(x * _reciprocal_of_half(double), -qtype.qmax, qtype.qmax)
-    # Adding a number that is so large leaves no place for a fraction of a step.
-    large = jnp.maximum(_power(v), 2.0**qtype.min_exponent) * (1.5 * 2.0 ** (23 - qtype.mantissa_bits))
-    return ((v + large) - large) * jnp.where(double == _NAN, jnp.nan, double * 0.5)
-
-
-def _power(x: jax.Array) -> jax.Array:
-    """The largest power of two that is not larger than a magnitude."""
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & _EXPONENT, jnp.float32)
+    return rounded_float(v, qtype) * jnp.where(double == _NAN, jnp.nan, double * 0.5)
 
 
 def _reciprocal_of_half(x: jax.Array) -> jax.Array:

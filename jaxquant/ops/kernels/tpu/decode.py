@@ -26,7 +26,7 @@ from jax import lax
 
 from jaxquant.core.qtypes import QType
 
-__all__ = ["BLOCK", "GATHER_BYTES", "RUN", "Decoder", "decoder", "scale_of", "table_words"]
+__all__ = ["BLOCK", "RUN", "Decoder", "decoder", "scale_of", "table_words"]
 
 BLOCK = 128
 """Rows of codes that are decoded and multiplied at a time: the length of a matrix unit's sum."""
@@ -37,9 +37,6 @@ RUN = 64
 _FNUZ = "float8_e4m3b11fnuz"
 """The 8-bit float that TPUs convert in one instruction. Its numbers have the patterns of float8_e4m3fn's, which are 16
 times as large, but for -0 and NaN."""
-
-GATHER_BYTES = ("TPU v6 lite", "TPU7x")
-"""The chips, as JAX names them, that gather bytes among the rows of a register, and compare them."""
 
 _SUBNORMAL = 2.0**14  # float8_e5m2 has its exponents this much lower than a 4-bit float, of the same other bits
 

@@ -15,7 +15,8 @@ from jaxquant.core.qtypes import FACTOR
 from jaxquant.core.stack import Layer
 from jaxquant.ops.kernels.decoded import Decoded
 from jaxquant.ops.kernels.precision import is_default
-from jaxquant.ops.kernels.tpu.decode import BLOCK, GATHER_BYTES, decoder
+from jaxquant.ops.kernels.tpu.chips import GATHER_BYTES, MULTIPLY_FLOATS_ONLY
+from jaxquant.ops.kernels.tpu.decode import BLOCK, decoder
 from jaxquant.ops.kernels.tpu.decoded import BatchedDecoded
 from jaxquant.ops.kernels.tpu.product import FEW, Groups, Sums, Values, ValuesInParts, body_for, grouped_product
 from jaxquant.ops.kernels.tpu.undivided import run_undivided
@@ -24,6 +25,8 @@ from jaxquant.ops.problem import Kernel, Product
 __all__ = [
     "ByteSums",
     "ByteValues",
+    "FloatSums",
+    "FloatValues",
     "GathersBytes",
     "Grouped",
     "GroupedSums",
@@ -183,6 +186,30 @@ class ByteValues(_Bytewise, GroupedValues):
             small = groups.decoder.kind == "table" and not (groups.scales_tables or groups.scales_exactly)
             return None if small else kernel
         return kernel
+
+
+class _InFloats(Grouped):
+    """Multiplies integers as bfloat16, in which they are exact, on chips whose matrix unit has no integers."""
+
+    @classmethod
+    def runs_on(cls, target: Target) -> bool:
+        """As for `Kernel`."""
+        return target.platform in cls.platforms and target.chip in MULTIPLY_FLOATS_ONLY
+
+    @classmethod
+    def _groups(cls, w: QTensor) -> Groups | None:
+        """As for `Grouped`, of integers."""
+        groups = super()._groups(w)
+        whole = groups is not None and groups.decoder.kind == "integers"
+        return dataclasses.replace(groups, integers=False) if groups is not None and whole else None
+
+
+class FloatSums(_InFloats, GroupedSums):
+    """As `GroupedSums`."""
+
+
+class FloatValues(_InFloats, GroupedValues):
+    """As `GroupedValues`."""
 
 
 def weight_groups(w: QTensor) -> Groups | None:

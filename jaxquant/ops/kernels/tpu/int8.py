@@ -26,6 +26,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.stack import Layer
 from jaxquant.ops.forms import Axes, Matrix
 from jaxquant.ops.kernels.integer import Int8, multiplies_integers, overflow_limit
+from jaxquant.ops.kernels.tpu.chips import V6E
 from jaxquant.ops.kernels.tpu.cost import product_cost
 from jaxquant.ops.kernels.tpu.product import MEMORY, shape_like
 from jaxquant.ops.kernels.tpu.undivided import run_undivided
@@ -39,8 +40,8 @@ _LEAST = 1025
 _FEW = 64
 """The most rows for which reading a layer takes longer than multiplying it."""
 
-_CHIPS = ("TPU v6 lite",)
-"""The chips, as JAX names them, for which that was found. On a v5e XLA's product takes 1.04 times its arithmetic."""
+_CHIPS = (V6E,)
+"""The chips for which that was found. On a v5e XLA's product takes 1.04 times its arithmetic."""
 
 _ROWS, _COLUMNS = (512, 256), (1024, 512)  # of a block; with 512 columns reading x takes longer than multiplying it
 

@@ -76,16 +76,23 @@ class Groups:
       size: elements of a group.
       decoder: decodes codes to numbers.
       scale_form: the dtype of scales; 8-bit floats are given as their patterns.
+      integers: whether the chip's matrix unit multiplies integers; else they are multiplied as bfloat16.
     """
 
     size: int
     decoder: Decoder
     scale_form: str = "float32"
+    integers: bool = True
 
     @property
     def in_block(self) -> int:
         """Groups in a block; 1 if a group is a block or longer."""
         return max(BLOCK // self.size, 1)
+
+    @property
+    def multiplies_integers(self) -> bool:
+        """Whether codes are multiplied as integers."""
+        return self.integers and self.decoder.kind == "integers"
 
     @property
     def scales_tables(self) -> bool:
@@ -116,7 +123,7 @@ def rows_of_sums(rows: int, dtype: Any, groups: Groups) -> int:
 
 def _planes(rows: int, dtype: Any, groups: Groups) -> tuple[Any, ...]:
     """The dtypes of the terms that x is split into for the matrix unit."""
-    if groups.decoder.kind != "integers":
+    if not groups.multiplies_integers:
         return (jnp.dtype(jnp.bfloat16),) * (2 if dtype == jnp.float32 else 1)
     if dtype == jnp.int8:
         return (jnp.dtype(jnp.int8),)
@@ -127,10 +134,10 @@ def _planes(rows: int, dtype: Any, groups: Groups) -> tuple[Any, ...]:
 
 def body_for(rows: int, dtype: Any, groups: Groups) -> type[_Body]:
     """The kernel for so many rows of a dtype."""
-    summed = dtype == jnp.int8 and groups.decoder.kind == "integers" and groups.in_block == 1
+    summed = dtype == jnp.int8 and groups.multiplies_integers and groups.in_block == 1
     # Per block and 128 columns, `sums` scales a register for each 8 of its rows; `values` scales 16 and adds rows / 8.
     table = min(FEW, FEW // 2 + rows // 2)
-    few = {"integers": DIGITS, "table": table}.get(groups.decoder.kind, FEW)
+    few = DIGITS if groups.multiplies_integers else table if groups.decoder.kind == "table" else FEW
     return Sums if summed or rows_of_sums(rows, dtype, groups) <= few else Values
 
 
@@ -167,7 +174,7 @@ def grouped_product(
     Returns:
       [B, M, N].
     """
-    if x.dtype == jnp.int8 and groups.decoder.kind != "integers":
+    if x.dtype == jnp.int8 and not groups.multiplies_integers:
         x = x.astype(jnp.bfloat16)
     m = x.shape[1]
     planes = _planes(m, x.dtype, groups) if body is Sums else (jnp.dtype(jnp.bfloat16),)
