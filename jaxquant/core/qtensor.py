@@ -301,7 +301,8 @@ class QTensor:
           layout: ``"packed"``, for CPUs and files: codes of fewer than 8 bits are packed into bytes along the last of
             the ``minor`` axes. ``"elements"``, for GPUs: there is one code per element, in the array's own order, and
             in int4 up to 4 bits. An axis with groups is stored as two: blocks, and the elements of a block. A block is
-            one group, or as many as make 128 elements. Codes of 8 bits without groups stay as they are. ``"native"``,
+            one group, or as many as make 128 elements. Codes of 8 bits without groups stay as they are. Scales of fewer
+            than 8 bits have a byte each. ``"native"``,
             for TPUs: likewise, and codes of fp8 are in their own dtype, which a TPU's compiler converts within a
             product; bytes keep it from that.
           minor: the axes that are stored last where codes are packed. By default the axes that share scales;
@@ -315,7 +316,8 @@ class QTensor:
         rest: dict[str, Any] = {"qtype": self.qtype, "dtype": self.dtype}
         if layout == "packed":
             minor = self._shared_axes() if minor is None else tuple(minor)
-            return from_codes(self.logical_codes(), self.scale, self.zero_point, self.offset, **rest, minor=minor)
+            scale = self._scale_beside(layout)
+            return from_codes(self.logical_codes(), scale, self.zero_point, self.offset, **rest, minor=minor)
         split = self._group_axis()
         codes = self.logical_codes()
         seal = _seal(codes, self.scale) if layout == "native" and own_dtype(self.qtype) is not None else None
@@ -324,7 +326,8 @@ class QTensor:
         if split is not None:
             at, rows = self.ndim + split, block_rows(self.shape[split], self.scale.shape[split])
             codes = codes.reshape(*codes.shape[:at], -1, rows, *codes.shape[at + 1 :])
-        return QTensor(codes, self.scale, self.zero_point, self.offset, seal=seal, **rest, split=split)
+        scale = self._scale_beside(layout)
+        return QTensor(codes, scale, self.zero_point, self.offset, seal=seal, **rest, split=split)
 
     @property
     def layout(self) -> Layout:
@@ -342,7 +345,23 @@ class QTensor:
             layout = "elements"
         if not self.type.packed and self._group_axis() is None and layout != "native" and self.seal is None:
             return True
+        if self._has_narrow_scales and self.scale.layout != ("packed" if layout == "packed" else "elements"):
+            return False
         return self.layout == layout and (layout == "packed" or (not self.minor and self.split == self._group_axis()))
+
+    @property
+    def _has_narrow_scales(self) -> bool:
+        """Whether scales are codes of fewer than 8 bits, with one scale each along the axis with groups."""
+        return isinstance(self.scale, QTensor) and self.scale.type.packed and self.scale._group_axis() is None
+
+    def _scale_beside(self, layout: Layout) -> Scale:
+        """The scales beside codes in a layout: narrow ones are packed with packed codes, and else one in a byte."""
+        q = self.scale
+        if not self._has_narrow_scales or not isinstance(q, QTensor) or (q.layout == "packed") == (layout == "packed"):
+            return q
+        rest: dict[str, Any] = {"qtype": q.qtype, "dtype": q.dtype}
+        make = from_codes if layout == "packed" else QTensor
+        return make(q.logical_codes(), q.scale, q.zero_point, q.offset, **rest)
 
     def _shared_axes(self) -> tuple[int, ...]:
         """The axes along which elements share scales; the last but one if all elements share one."""

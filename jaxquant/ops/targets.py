@@ -73,14 +73,22 @@ def lay_out(params: Any, target: Platform | None = None) -> Any:
         if not isinstance(x, QTensor) or x.lies(layout := layout_for(target, x.stored)):
             return x
         like = jax.eval_shape(lambda q: q.laid_out(layout), x)
-        rest = {name: getattr(x, name) for name in LEAVES if name not in ("codes", "seal")}
+        rest = _kept(x)
+        if isinstance(x.scale, QTensor) and like.scale.layout != x.scale.layout:
+            rest["scale"] = like.scale.replace(codes=_codes(x, layout, of_scales=True), **_kept(x.scale))
         seal = None if like.seal is None else jnp.zeros(like.seal.shape, bool)
         return like.replace(codes=_codes(x, layout), seal=seal, **rest)
 
     return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, QTensor))
 
 
-@functools.partial(jax.jit, static_argnames="layout")
-def _codes(q: QTensor, layout: Layout) -> jax.Array:
-    """The codes alone: on a CPU, JAX 0.6 corrupts memory if a program returns int4 beside other arrays."""
-    return q.laid_out(layout).stored
+def _kept(q: QTensor) -> dict[str, Any]:
+    """The arrays that a layout leaves as they are."""
+    return {name: getattr(q, name) for name in LEAVES if name not in ("codes", "seal")}
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "of_scales"))
+def _codes(q: QTensor, layout: Layout, of_scales: bool = False) -> jax.Array:
+    """Codes alone, or those of scales: on a CPU, JAX 0.6 corrupts memory if a program returns int4 beside others."""
+    q = q.laid_out(layout)
+    return (q.scale if of_scales else q).stored
