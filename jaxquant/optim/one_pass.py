@@ -22,6 +22,7 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
 from jaxquant.core.qtensor import QTensor
+from jaxquant.ops.kernels.tpu.pallas import compiler_params
 from jaxquant.optim import dynamic_maps
 
 __all__ = ["EXACT", "IN_REGISTERS", "Arithmetic", "Hoisted", "Step", "fits", "hoisted", "in_one_pass"]
@@ -128,7 +129,6 @@ def _call(
     step: Callable[..., Any], block: tuple[int, int], part: int, interpret: bool, *args: Any
 ) -> tuple[jax.Array, list[QTensor]]:
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
 
     *numbers, g, moments = args
     (bm, bn), (rows, columns) = block, _matrix(g.shape)
@@ -176,7 +176,6 @@ def _call(
     wide = pl.BlockSpec((bm, bn), lambda i, j: (i, j))
     scale = pl.BlockSpec((bm, bn // _BLOCK), lambda i, j: (i, j))
     arrays = [a.reshape(rows, -1) for m in moments for a in (m.stored, m.scale)]
-    params: Any = getattr(pltpu, "CompilerParams", None) or getattr(pltpu, "TPUCompilerParams")  # noqa: B009
     u, *found = pl.pallas_call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (g.reshape(rows, columns), *arrays)],
@@ -190,7 +189,7 @@ def _call(
         out_specs=[wide, *(wide, scale) * len(moments)],
         input_output_aliases={k: k - 2 for k in range(3, 3 + len(arrays))},
         interpret=interpret,
-        compiler_params=None if interpret else params(vmem_limit_bytes=_MEMORY + (24 << 20)),
+        compiler_params=compiler_params(_MEMORY + (24 << 20), interpret=interpret),
         name="optimizer_step",
     )(scalars, all_maps, g.reshape(rows, columns), *arrays)
     kept = [

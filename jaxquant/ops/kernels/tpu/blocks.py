@@ -22,7 +22,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import QType
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
-from jaxquant.ops.kernels.tpu.product import shape_like
+from jaxquant.ops.kernels.tpu.pallas import shape_like
 from jaxquant.ops.kernels.tpu.rounding import power_below, rounded_float
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 

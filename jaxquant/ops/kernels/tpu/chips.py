@@ -1,4 +1,4 @@
-"""The TPUs that differ in what their units can do, as JAX names them (`jax.Device.device_kind`)."""
+"""Properties of single generations of TPUs, which are named as JAX names them (`jax.Device.device_kind`)."""
 
 from __future__ import annotations
 

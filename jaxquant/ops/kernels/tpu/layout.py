@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.sizes import number
-from jaxquant.ops.kernels.tpu.product import shape_like
+from jaxquant.ops.kernels.tpu.pallas import shape_like
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 
 __all__ = ["rows_last", "transposed_codes"]

@@ -33,11 +33,11 @@ from jax import lax
 
 from jaxquant.ops.kernels.tpu.cost import product_cost
 from jaxquant.ops.kernels.tpu.decode import BLOCK, RUN, Decoder, scale_of
+from jaxquant.ops.kernels.tpu.pallas import MEMORY, compiler_params, shape_like
 
 __all__ = [
     "DIGITS",
     "FEW",
-    "MEMORY",
     "Groups",
     "Sums",
     "Values",
@@ -51,7 +51,6 @@ __all__ = [
     "repeated",
     "row_of_blocks",
     "rows_of_sums",
-    "shape_like",
 ]
 
 FEW = 128
@@ -59,9 +58,6 @@ FEW = 128
 
 DIGITS = 64
 """The same limit for integers; up to it a bfloat16 x is written as int8 digits."""
-
-MEMORY = 48 << 20
-"""Bytes of a TPU's vector memory that a program may take; the smallest has 64 MiB."""
 
 _DIGIT = 254.0
 _PART = 1024  # the shortest part of K
@@ -222,7 +218,6 @@ class _Body:
             part = p if parts == 1 else jnp.where(i == 0, p, parts - 1)  # later rows find their values decoded
             return e + _first(at), part, 0, j
 
-        params: Any = getattr(pltpu, "CompilerParams", None) or getattr(pltpu, "TPUCompilerParams")  # noqa: B009
         result = shape_like(x, (b, m, n), self.result)
         return pl.pallas_call(
             functools.partial(self._run, names=tuple(arrays), skipped=len(first), parts=parts),
@@ -242,7 +237,7 @@ class _Body:
                 ],
             ),
             interpret=self.interpret,
-            compiler_params=None if self.interpret else params(vmem_limit_bytes=MEMORY + (8 << 20)),
+            compiler_params=compiler_params(interpret=self.interpret),
             cost_estimate=product_cost(x, codes, result, layers=codes.shape[0] // b),
             name=self.name,
         )(*first, x, codes, *arrays.values())
@@ -559,15 +554,6 @@ def _in_order(x: jax.Array, decode: Decoder, out: Any, first: int) -> None:
     order = (row == decode.source(place)).astype(jnp.float32).astype(jnp.bfloat16)
     for i in range(0, x.shape[1], BLOCK):
         out[rows, i : i + BLOCK] = dot(x[:, i : i + BLOCK], order).astype(jnp.bfloat16)
-
-
-def shape_like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """A shape that varies over the same axes of a `jax.shard_map` as an array."""
-    for name in ("manual_axis_type", "vma"):
-        if hasattr(jax.typeof(x), name):
-            how: dict[str, Any] = {name: getattr(jax.typeof(x), name)}
-            return jax.ShapeDtypeStruct(shape, dtype, **how)
-    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def dot(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -27,17 +27,8 @@ from jaxquant.ops.kernels.ragged import Int8Ragged
 from jaxquant.ops.kernels.tpu.cost import product_cost
 from jaxquant.ops.kernels.tpu.decode import BLOCK, Decoder, decoder, scale_of
 from jaxquant.ops.kernels.tpu.grouped import GathersBytes, weight_arrays, weight_groups
-from jaxquant.ops.kernels.tpu.product import (
-    MEMORY,
-    Groups,
-    dot,
-    in_blocks,
-    lanes,
-    looped,
-    repeated,
-    row_of_blocks,
-    shape_like,
-)
+from jaxquant.ops.kernels.tpu.pallas import MEMORY, compiler_params, shape_like
+from jaxquant.ops.kernels.tpu.product import Groups, dot, in_blocks, lanes, looped, repeated, row_of_blocks
 from jaxquant.ops.kernels.tpu.undivided import run_undivided
 from jaxquant.ops.problem import Kernel, RaggedProduct
 from jaxquant.ops.trained import is_in_training
@@ -262,7 +253,6 @@ def ragged_product(
     specs = {name: of(v) for name, v in arrays.items() if name != "rows"}
     specs["rows"] = pl.BlockSpec((bm, 1), lambda j, t, first, expert, tile, *_: (tile[t], 0))
     block = (None, bn, k) if rows_last else (None, *codes.shape[1:-1], bn)
-    params: Any = getattr(pltpu, "CompilerParams", None) or getattr(pltpu, "TPUCompilerParams")  # noqa: B009
     made = shape_like(x, (m, n), result)
     return pl.pallas_call(
         functools.partial(_kernel, tuple(arrays), groups, summed, rows_last, interpret),
@@ -279,7 +269,7 @@ def ragged_product(
             scratch_shapes=[pltpu.VMEM((bn // BLOCK, scale.shape[1], BLOCK), jnp.float32)] if by_block else [],
         ),
         interpret=interpret,
-        compiler_params=None if interpret else params(vmem_limit_bytes=MEMORY + (8 << 20)),
+        compiler_params=compiler_params(interpret=interpret),
         cost_estimate=product_cost(x, codes, made, layers=codes.shape[0] // experts),
         name=RaggedExperts.name,
     )(first, *steps, x, codes, *arrays.values())
