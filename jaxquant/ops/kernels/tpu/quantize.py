@@ -33,7 +33,7 @@ __all__ = ["in_one_pass", "quantized_columns", "quantized_rows", "scaled_in_one_
 
 _QTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
 
-_LEAST, _LONGEST = 1 << 18, 1 << 15  # fewest elements of an array for which it pays, and most of a row
+_LONGEST = 1 << 15  # elements of a row, at most
 
 _BLOCK = 1 << 20  # elements of a block of rows, at most
 
@@ -196,7 +196,7 @@ def _kernel_of(x: jax.Array, spec: QuantSpec, axes: tuple[int, ...]) -> Callable
     """The kernel for an array: of rows, or of the columns of a matrix; None where none takes it."""
     if not _plain(spec) or x.ndim < 2 or x.dtype not in (jnp.bfloat16, jnp.float32):
         return None
-    if not all(math.isfinite(number(n)) for n in x.shape) or x.size < _LEAST or x.shape[-1] % 128:
+    if not all(math.isfinite(number(n)) for n in x.shape) or x.shape[-1] % 128:
         return None
     if axes == (-1,):
         return quantized_rows if x.shape[-1] <= _LONGEST else None
