@@ -64,6 +64,11 @@ def _seal(codes: Any, scale: Any) -> jax.Array:
     return jnp.zeros([s if s == n else 1 for n, s in zip(codes.shape, scale.shape, strict=True)], bool)
 
 
+def _beside(layout: Layout) -> Layout:
+    """The layout of scales of fewer than 8 bits beside codes in a layout."""
+    return "elements" if layout == "native" else "packed"
+
+
 @functools.cache
 def _type(name: str) -> QType:
     return FACTOR if name == FACTOR.name else QTYPES[name]
@@ -301,10 +306,9 @@ class QTensor:
           layout: ``"packed"``, for CPUs and files: codes of fewer than 8 bits are packed into bytes along the last of
             the ``minor`` axes. ``"elements"``, for GPUs: there is one code per element, in the array's own order, and
             in int4 up to 4 bits. An axis with groups is stored as two: blocks, and the elements of a block. A block is
-            one group, or as many as make 128 elements. Codes of 8 bits without groups stay as they are. Scales of fewer
-            than 8 bits have a byte each. ``"native"``,
+            one group, or as many as make 128 elements. Codes of 8 bits without groups stay as they are. ``"native"``,
             for TPUs: likewise, and codes of fp8 are in their own dtype, which a TPU's compiler converts within a
-            product; bytes keep it from that.
+            product; bytes keep it from that. Scales of fewer than 8 bits have a byte each, which kernels read.
           minor: the axes that are stored last where codes are packed. By default the axes that share scales;
             packed codes keep theirs.
 
@@ -341,12 +345,12 @@ class QTensor:
         """Whether codes have this layout already, or only one layout exists for them."""
         if self.permutation is not None:
             return True
+        if self._has_narrow_scales and self.scale.layout != _beside(layout):
+            return False
         if layout == "native" and own_dtype(self.qtype) is None:
             layout = "elements"
         if not self.type.packed and self._group_axis() is None and layout != "native" and self.seal is None:
             return True
-        if self._has_narrow_scales and self.scale.layout != ("packed" if layout == "packed" else "elements"):
-            return False
         return self.layout == layout and (layout == "packed" or (not self.minor and self.split == self._group_axis()))
 
     @property
@@ -355,13 +359,12 @@ class QTensor:
         return isinstance(self.scale, QTensor) and self.scale.type.packed and self.scale._group_axis() is None
 
     def _scale_beside(self, layout: Layout) -> Scale:
-        """The scales beside codes in a layout: narrow ones are packed with packed codes, and else one in a byte."""
+        """The scales beside codes in a layout."""
         q = self.scale
-        if not self._has_narrow_scales or not isinstance(q, QTensor) or (q.layout == "packed") == (layout == "packed"):
+        if not self._has_narrow_scales or not isinstance(q, QTensor) or q.layout == _beside(layout):
             return q
-        rest: dict[str, Any] = {"qtype": q.qtype, "dtype": q.dtype}
-        make = from_codes if layout == "packed" else QTensor
-        return make(q.logical_codes(), q.scale, q.zero_point, q.offset, **rest)
+        make = QTensor if _beside(layout) == "elements" else from_codes
+        return make(q.logical_codes(), q.scale, q.zero_point, q.offset, qtype=q.qtype, dtype=q.dtype)
 
     def _shared_axes(self) -> tuple[int, ...]:
         """The axes along which elements share scales; the last but one if all elements share one."""
