@@ -40,16 +40,7 @@ SCHEMES = {
     "nf4": recipes.nf4(64),
     "int3": jq.OpSpec(jq.QuantSpec("int3", granularity="per_group", group_size=64)),
 }
-FASTER = {
-    "w8a16",
-    "fp8",
-    "fp8 weights",
-    "w4a16",
-    "w4a16 g128",
-    "w4a16 g64",
-    "w4a8 g128",
-    "two-level",
-}  # at eight rows, than bfloat16
+FASTER = ("w8a16", "fp8 weights", "w4a16")  # by XLA's own product at eight rows, than bfloat16
 
 
 def weight(spec: jq.OpSpec, *lead: int) -> Any:
@@ -88,7 +79,7 @@ def test_few_rows(name: str, float_seconds: float):
     assert found.temporaries < 0.02 * 2 * SIZE * SIZE
     read = q.nbytes + 2 * 8 * SIZE * 2
     assert found.arguments + found.results < 1.15 * read  # 4 bits are half a byte there, and so is the rest of it
-    if found["w"].kernels == ("grouped_sums",):
+    if found["w"].kernels == ("grouped_sums",) or SCHEMES[name].act is not None:
         assert found.missing.endswith("not asked for")
     elif name in FASTER:
         assert found.seconds < float_seconds

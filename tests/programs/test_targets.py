@@ -52,6 +52,7 @@ def x(rows=M):
 
 
 @needs_tpu
+@pytest.mark.usefixtures("scheduled")
 def test_a_product_on_a_tpu():
     spec = recipes.w8a8()
     found = explained(product(spec), {"w": weight(spec)}, x(), target="TPU  v5e")
