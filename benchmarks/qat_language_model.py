@@ -1,6 +1,6 @@
 """A small language model on real text, quantized after training and in training: what to combine.
 
-    python benchmarks/qat_language_model.py                        # an hour on a core
+    python benchmarks/qat_language_model.py                        # three hours on a core
     python benchmarks/qat_language_model.py --float m.safetensors  # keeps the float model, or takes it from there
     python benchmarks/qat_language_model.py --float m.safetensors --schemes "W4A8, groups of 64"
 
@@ -12,7 +12,7 @@ which are the last layer's weights too, stay in float. All rows start from one f
 - methods after training, which see 16 batches of the training text;
 - training with the ranges of the arrays, on labels and towards the float model's predictions (KL);
 - training with learned steps, in the same two ways;
-- learned steps towards the predictions with more text: more rows in a step, and more steps;
+- learned steps towards the predictions with more rows in a step;
 - the float model, trained further for as many steps on labels: a control, since a model that learns from labels may
   gain what quantization has no part in.
 
@@ -137,13 +137,11 @@ class Way:
       kl: whether towards the float model's predictions; else on labels.
       learned: whether steps are learned; else ranges are those of the arrays.
       rows: how many times as many rows a step has.
-      steps: how many times as many steps there are.
     """
 
     kl: bool
     learned: bool
     rows: int = 1
-    steps: int = 1
 
 
 class Training:
@@ -154,7 +152,7 @@ class Training:
       way: how it is trained.
       params: the float model, where training starts.
       data: the text.
-      steps: of training, times those of the way.
+      steps: of training.
     """
 
     def __init__(self, spec: OpSpec, way: Way, params: Any, data: Text, steps: int):
@@ -164,7 +162,7 @@ class Training:
         rows = [rows[:, :-1] for rows in data.batches(2, 99)]
         state: Any = qat.learned_steps(logits, plan, params, rows) if way.learned else {}
         self.plan, self.data, self.start = plan, data, (params, state)
-        self.steps, self.rows = way.steps * steps, way.rows * TRAINED
+        self.steps, self.rows = steps, way.rows * TRAINED
         self.tx, labels = optax.scale_by_adam(b2=0.99), qat.labels(params, state)
 
         def loss(both: Any, rows: jax.Array) -> jax.Array:
@@ -232,7 +230,6 @@ TRAININGS = {
     "trained, KL": Way(kl=True, learned=False),
     "learned steps, KL": Way(kl=True, learned=True),
     "learned steps, KL, 8 x the text": Way(kl=True, learned=True, rows=8),
-    "learned steps, KL, 32 x the text": Way(kl=True, learned=True, rows=8, steps=4),
     "trained, labels": Way(kl=False, learned=False),
     "learned steps, labels": Way(kl=False, learned=True),
 }
