@@ -74,6 +74,12 @@ def weight(spec: Any, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jq.Q
     return jq.ops.lay_out(jq.quantize(normal(1, shape, dtype), spec, reduce_axes=(-2,)), "tpu")
 
 
+def columns(spec: jq.QuantSpec) -> int:
+    """200, which 128 does not divide, but for integers in groups of 128 and more, which XLA multiplies then."""
+    granularity = spec.granularity
+    return 256 if isinstance(granularity, jq.PerGroup) and granularity.size >= 128 and spec.type.kind == "int" else 200
+
+
 def interpreted(problem: Product, monkeypatch: pytest.MonkeyPatch, chip: str | None = None) -> tuple[str, jax.Array]:
     """What a TPU would run, run here: its name and its result."""
     monkeypatch.setattr(grouped.Grouped, "interpret", True)
@@ -98,7 +104,7 @@ def assert_close(got: Any, x: Any, w: jq.QTensor, *, exact: bool, rounded: bool)
 @pytest.mark.parametrize("name", SPECS)
 def test_the_product_of_the_dequantized_weight(name: str, rows: int, monkeypatch: pytest.MonkeyPatch):
     """Codes of numbers are multiplied exactly or in two digits; values are rounded to bfloat16."""
-    w, x = weight(SPECS[name], (512, 200)), normal(2, (rows, 512))
+    w, x = weight(SPECS[name], (512, columns(SPECS[name]))), normal(2, (rows, 512))
     kernel, y = interpreted(problem_of(x, w), monkeypatch)
     many = rows == 300 and (SPECS[name].type.kind == "table" or name in ("mxfp4", "nvfp4"))
     assert many == ("grouped" not in kernel)
@@ -144,7 +150,7 @@ def test_a_chip_that_gathers_bytes(name: str, rows: int, monkeypatch: pytest.Mon
 def test_a_chip_without_products_of_integers(name: str, rows: int, dtype: Any, monkeypatch: pytest.MonkeyPatch):
     """It multiplies integers as bfloat16: exactly at few rows, also float32 in two terms, and codes of x."""
     w, x = (
-        weight(SPECS[name], (512, 200)),
+        weight(SPECS[name], (512, columns(SPECS[name]))),
         normal(2, (rows, 512), jnp.float32 if dtype == jnp.float32 else jnp.bfloat16),
     )
     if dtype == jnp.int8:
@@ -270,11 +276,11 @@ def test_many_rows_on_a_chip_that_sums_256_products(act: bool, monkeypatch: pyte
     monkeypatch.setattr(product_kernels, "_PART", 256)
     spec = recipes.w4a8(128)
     assert spec.act is not None
-    w, x = weight(spec.weight, (512, 200)), normal(2, (260, 512))
+    w, x = weight(spec.weight, (512, 256)), normal(2, (260, 512))
     problem = problem_of(jq.quantize(x, spec.act, reduce_axes=(-1,)) if act else x, w)
     kernel = select(problem, Target("tpu", V6E))
     assert isinstance(kernel, grouped.ManyRows)
-    assert kernel.body(kernel.groups, (jnp.dtype(jnp.bfloat16),), jnp.float32).blocks(260, 512, 200)[2] == 256
+    assert kernel.body(kernel.groups, (jnp.dtype(jnp.bfloat16),), jnp.float32).blocks(260, 512, 256)[2] == 256
     _, y = interpreted(problem, monkeypatch, V6E)
     assert_close(y, problem.x.dequantize(jnp.float32) if act else x, w, exact=False, rounded=True)
 
