@@ -335,6 +335,11 @@ class Kernel:
         """The kernel set up for a problem of its operation, on a target it runs on; None if it does not take it."""
         raise NotImplementedError
 
+    def on(self, target: Target) -> Kernel:
+        """The same kernel, set up for a chip; by default it is the same on all."""
+        del target
+        return self
+
     def run(self, problem: Any) -> jax.Array:
         """The product, in float32 or the dtype of the float product."""
         raise NotImplementedError

@@ -96,7 +96,7 @@ def select(problem: Problem, target: Target) -> Kernel:
         if isinstance(problem, kind.operation) and kind.runs_on(target):
             kernel = kind.takes(problem)
             if kernel is not None:
-                return kernel
+                return kernel.on(target)
     raise AssertionError("the last kernels of the table take everything")
 
 

@@ -189,7 +189,7 @@ def _call(
         out_specs=[wide, *(wide, scale) * len(moments)],
         input_output_aliases={k: k - 2 for k in range(3, 3 + len(arrays))},
         interpret=interpret,
-        compiler_params=compiler_params(_MEMORY + (24 << 20), interpret=interpret),
+        compiler_params=compiler_params(_MEMORY + (24 << 20), order=("parallel",) * 2, interpret=interpret),
         name="optimizer_step",
     )(scalars, all_maps, g.reshape(rows, columns), *arrays)
     kept = [

@@ -144,6 +144,18 @@ def test_a_chip_that_gathers_bytes(name: str, rows: int, monkeypatch: pytest.Mon
     assert_close(y, x, w, exact=name in EXACT, rounded=rounded)
 
 
+@pytest.mark.every
+@pytest.mark.parametrize("rows", [3, 300])
+def test_a_chip_with_two_cores(rows: int, monkeypatch: pytest.MonkeyPatch):
+    """Each step prepares what it reads, since a core runs only some of them; the product is the same to the bit."""
+    problem = problem_of(normal(2, (rows, 256)), weight(SPECS["int4 32"], (256, 2304)))
+    kernel = select(problem, Target("tpu", "TPU v5"))
+    assert isinstance(kernel, grouped.Grouped)
+    assert (kernel.cores, kernel.on(Target("tpu")).cores) == (2, 1)
+    (_, one), (_, two) = (interpreted(problem, monkeypatch, chip) for chip in (None, "TPU v5"))
+    np.testing.assert_array_equal(one, two)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.int8])
 @pytest.mark.parametrize("rows", [3, 100, 300])
 @pytest.mark.parametrize("name", ["int4 128", "int4 32", "uint4 64 zero", "two-level", "int8 64"])

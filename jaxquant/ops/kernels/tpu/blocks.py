@@ -22,7 +22,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import QType
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
-from jaxquant.ops.kernels.tpu.pallas import shape_like
+from jaxquant.ops.kernels.tpu.pallas import compiler_params, shape_like
 from jaxquant.ops.kernels.tpu.rounding import power_below, rounded_float
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 
@@ -75,6 +75,7 @@ def rounded_blocks(x: jax.Array, *, qtype: QType, interpret: bool = False) -> ja
         grid=(pl.cdiv(m, rows),),
         in_specs=[block],
         out_specs=block,
+        compiler_params=compiler_params(order=("parallel",), interpret=interpret),
         interpret=interpret,
         name="rounded_blocks",
     )(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["GATHER_BYTES", "MULTIPLY_FLOATS_ONLY", "V6E"]
+__all__ = ["GATHER_BYTES", "MULTIPLY_FLOATS_ONLY", "TWO_CORES", "V6E"]
 
 V6E = "TPU v6 lite"
 _V7X = "TPU7x"
@@ -13,3 +13,6 @@ GATHER_BYTES = (V6E, _V7X)
 MULTIPLY_FLOATS_ONLY = (_V7X,)
 """The matrix unit multiplies bfloat16 and fp8. The compiler writes products of int8 as products of bfloat16, with
 conversions on both sides."""
+
+TWO_CORES = ("TPU v4", "TPU v5")
+"""A device has two cores (a v5p is called TPU v5). A kernel runs on both if its steps may run in any order."""

@@ -15,7 +15,7 @@ from jaxquant.core.qtypes import FACTOR
 from jaxquant.core.stack import Layer
 from jaxquant.ops.kernels.decoded import Decoded
 from jaxquant.ops.kernels.precision import is_default
-from jaxquant.ops.kernels.tpu.chips import GATHER_BYTES, MULTIPLY_FLOATS_ONLY
+from jaxquant.ops.kernels.tpu.chips import GATHER_BYTES, MULTIPLY_FLOATS_ONLY, TWO_CORES
 from jaxquant.ops.kernels.tpu.decode import BLOCK, decoder
 from jaxquant.ops.kernels.tpu.decoded import BatchedDecoded
 from jaxquant.ops.kernels.tpu.product import FEW, Groups, Sums, Values, ValuesInParts, body_for, grouped_product
@@ -44,6 +44,7 @@ class Grouped(Kernel):
     Attributes:
       groups: the weight's static properties.
       dtype: of the activation that the kernel gets.
+      cores: of the chip.
     """
 
     platforms = ("tpu",)
@@ -52,6 +53,7 @@ class Grouped(Kernel):
 
     groups: Groups
     dtype: Any
+    cores: int = 1
 
     @classmethod
     def takes(cls, problem: Product) -> Kernel | None:
@@ -77,6 +79,10 @@ class Grouped(Kernel):
         fits = cls.body(groups, (jnp.dtype(jnp.bfloat16),), jnp.float32).fits(rows, k, n)
         fits = fits and n >= BLOCK and not (n % BLOCK and _is_fast_by_xla(groups))
         return cls(groups, jnp.dtype(dtype)) if fits else None
+
+    def on(self, target: Target) -> Grouped:
+        """As for `Kernel`."""
+        return dataclasses.replace(self, cores=2 if target.chip in TWO_CORES else 1)
 
     @classmethod
     def _groups(cls, w: QTensor) -> Groups | None:
@@ -110,8 +116,8 @@ class Grouped(Kernel):
             own = [factors.shape[i] if i in axes.contract else x.shape[i] for i in range(x.ndim)]
             arrays["rows"] = axes.flatten(jnp.broadcast_to(factors.astype(jnp.float32), own))
         result = jnp.dtype(problem.result)
-        how = {"groups": self.groups, "body": self.body, "result": result, "interpret": self.interpret}
-        out = grouped_product(**arrays, **how)
+        how = {"groups": self.groups, "body": self.body, "cores": self.cores, "interpret": self.interpret}
+        out = grouped_product(**arrays, **how, result=result)
         return problem.restored(out)
 
 

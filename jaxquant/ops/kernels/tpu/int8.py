@@ -28,7 +28,7 @@ from jaxquant.ops.forms import Axes, Matrix
 from jaxquant.ops.kernels.integer import Int8, multiplies_integers, overflow_limit
 from jaxquant.ops.kernels.tpu.chips import V6E
 from jaxquant.ops.kernels.tpu.cost import product_cost
-from jaxquant.ops.kernels.tpu.pallas import MEMORY, compiler_params, shape_like
+from jaxquant.ops.kernels.tpu.pallas import LIMIT, MEMORY, compiler_params, shape_like
 from jaxquant.ops.kernels.tpu.undivided import run_undivided
 from jaxquant.ops.problem import Kernel, Product
 
@@ -200,7 +200,7 @@ def int8_product(
             out_specs=pl.BlockSpec((None, bm, bn), lambda e, j, i, first: (e, i, j)),
         ),
         interpret=interpret,
-        compiler_params=compiler_params(interpret=interpret),
+        compiler_params=compiler_params(LIMIT, order=("parallel",) * 3, interpret=interpret),
         cost_estimate=product_cost(x, codes, made, layers=codes.shape[0] // b),
         name=Int8Blocks.name,
     )(first, x, codes, rows, columns)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.core.sizes import number
-from jaxquant.ops.kernels.tpu.pallas import shape_like
+from jaxquant.ops.kernels.tpu.pallas import compiler_params, shape_like
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 
 __all__ = ["rows_last", "transposed_codes"]
@@ -37,6 +37,7 @@ def transposed_codes(x: jax.Array, *, interpret: bool = False) -> jax.Array:
         grid=(pl.cdiv(m, rows), pl.cdiv(k, columns)),
         in_specs=[pl.BlockSpec((rows, columns), lambda i, j: (i, j))],
         out_specs=pl.BlockSpec((columns, rows), lambda i, j: (j, i)),
+        compiler_params=compiler_params(order=("parallel",) * 2, interpret=interpret),
         interpret=interpret,
         name="transposed_codes",
     )(x)

@@ -6,20 +6,30 @@ from typing import Any
 
 import jax
 
-__all__ = ["MEMORY", "compiler_params", "shape_like"]
+__all__ = ["LIMIT", "MEMORY", "compiler_params", "shape_like"]
 
 MEMORY = 48 << 20
 """Bytes of a TPU's vector memory that the blocks of a program may take; the smallest has 64 MiB."""
 
+LIMIT = MEMORY + (8 << 20)
+"""The same with what the compiler needs besides."""
 
-def compiler_params(limit: int = MEMORY + (8 << 20), *, interpret: bool = False) -> Any:
-    """The bytes of memory that a kernel may take, as the compiler is told; None for the interpreter."""
+
+def compiler_params(limit: int | None = None, *, order: tuple[str, ...] | None = None, interpret: bool = False) -> Any:
+    """The compiler's parameters for a kernel; None for the interpreter.
+
+    Args:
+      limit: the bytes of memory that it may take; None is the compiler's own limit.
+      order: for each axis of the grid ``"parallel"`` if its steps are independent, which a chip with two cores divides
+        over them, or ``"arbitrary"``. By default all are in order, on one core.
+      interpret: whether the interpreter runs it.
+    """
     from jax.experimental.pallas import tpu as pltpu
 
     if interpret:
         return None
     params: Any = getattr(pltpu, "CompilerParams", None) or getattr(pltpu, "TPUCompilerParams")  # noqa: B009
-    return params(vmem_limit_bytes=limit)
+    return params(vmem_limit_bytes=limit, dimension_semantics=order)
 
 
 def shape_like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

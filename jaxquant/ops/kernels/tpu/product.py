@@ -33,7 +33,7 @@ from jax import lax
 
 from jaxquant.ops.kernels.tpu.cost import product_cost
 from jaxquant.ops.kernels.tpu.decode import BLOCK, RUN, Decoder, scale_of
-from jaxquant.ops.kernels.tpu.pallas import MEMORY, compiler_params, shape_like
+from jaxquant.ops.kernels.tpu.pallas import LIMIT, MEMORY, compiler_params, shape_like
 
 __all__ = [
     "DIGITS",
@@ -137,7 +137,7 @@ def body_for(rows: int, dtype: Any, groups: Groups) -> type[_Body]:
     return Sums if summed or rows_of_sums(rows, dtype, groups) <= few else Values
 
 
-@functools.partial(jax.jit, static_argnames=("groups", "body", "result", "interpret"))
+@functools.partial(jax.jit, static_argnames=("groups", "body", "result", "cores", "interpret"))
 def grouped_product(
     x: jax.Array,
     codes: jax.Array,
@@ -151,6 +151,7 @@ def grouped_product(
     columns: jax.Array | None = None,
     layer: jax.Array | None = None,
     result: Any = jnp.float32,
+    cores: int = 1,
     interpret: bool = False,
 ) -> jax.Array:
     """The product, with sums in float32.
@@ -165,6 +166,7 @@ def grouped_product(
       columns: float32 [B, 1, N] or [B, 1, 1], further factors of the columns; None is 1.
       layer: the index in the stack; None is the first. The kernel reads the layer without a copy.
       result: the dtype of the result.
+      cores: of the chip.
       interpret: run in Pallas' interpreter.
 
     Returns:
@@ -178,7 +180,7 @@ def grouped_product(
     further = "all" if columns is not None and columns.shape[2] == 1 else "columns"
     given = {"scale": scale, "zero": zero, "offset": offset, "rows": rows, further: columns}
     arrays = {name: v for name, v in given.items() if v is not None}
-    return body(groups, planes, result, half, interpret)(x, codes, layer, arrays)
+    return body(groups, planes, result, cores, half, interpret)(x, codes, layer, arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +191,7 @@ class _Body:
       groups: of the weight.
       planes: the dtypes of the terms of x.
       result: the dtype of the result.
+      cores: of a chip: each takes a part of the columns.
       half: whether 8 of the 16 bfloat16 rows of a register are padding of x: only the other 8 are repeated for groups.
       interpret: whether Pallas' interpreter runs it.
     """
@@ -196,6 +199,7 @@ class _Body:
     groups: Groups
     planes: tuple[Any, ...]
     result: Any
+    cores: int = 1
     half: bool = False
     interpret: bool = False
 
@@ -219,6 +223,7 @@ class _Body:
             return e + _first(at), part, 0, j
 
         result = shape_like(x, (b, m, n), self.result)
+        order = ("parallel", "parallel", "arbitrary", "arbitrary") if self.cores > 1 else None
         return pl.pallas_call(
             functools.partial(self._run, names=tuple(arrays), skipped=len(first), parts=parts),
             out_shape=result,
@@ -237,7 +242,7 @@ class _Body:
                 ],
             ),
             interpret=self.interpret,
-            compiler_params=compiler_params(interpret=self.interpret),
+            compiler_params=compiler_params(LIMIT, order=order, interpret=self.interpret),
             cost_estimate=product_cost(x, codes, result, layers=codes.shape[0] // b),
             name=self.name,
         )(*first, x, codes, *arrays.values())
@@ -352,7 +357,8 @@ class Sums(_Body):
         if self._prepared:
             activation = scratch[0]
 
-            @pl.when((pl.program_id(1) == 0) | (pl.num_programs(2) > 1))
+            # A core of several finds what it has prepared itself, and does not know which step is its first.
+            @pl.when((pl.program_id(1) == 0) | (pl.num_programs(2) > 1) | (self.cores > 1))
             def _() -> None:
                 if self._digits:
                     first, second, step = _digits(x[...].astype(jnp.float32))

@@ -25,7 +25,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import QType
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
-from jaxquant.ops.kernels.tpu.pallas import shape_like
+from jaxquant.ops.kernels.tpu.pallas import compiler_params, shape_like
 from jaxquant.ops.kernels.tpu.rounding import rounded_float
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 
@@ -97,6 +97,7 @@ def quantized_rows(
         grid=(pl.cdiv(m, rows),),
         in_specs=[pl.BlockSpec((rows, k), lambda i: (i, 0)), pl.BlockSpec((1, k), lambda i: (0, 0))][: _count(times)],
         out_specs=(pl.BlockSpec((rows, k), lambda i: (i, 0)), pl.BlockSpec((rows, 1), lambda i: (i, 0))),
+        compiler_params=compiler_params(order=("parallel",), interpret=interpret),
         interpret=interpret,
         name="quantized_rows",
     )(x, *(() if times is None else (times,)))
@@ -143,6 +144,7 @@ def quantized_columns(
             : _count(times)
         ],
         out_specs=(whole, pl.BlockSpec((1, columns), lambda i: (0, i))),
+        compiler_params=compiler_params(order=("parallel",), interpret=interpret),
         interpret=interpret,
         name="quantized_columns",
     )(x, *(() if times is None else (times,)))

@@ -27,7 +27,7 @@ from jaxquant.ops.kernels.ragged import Int8Ragged
 from jaxquant.ops.kernels.tpu.cost import product_cost
 from jaxquant.ops.kernels.tpu.decode import BLOCK, Decoder, decoder, scale_of
 from jaxquant.ops.kernels.tpu.grouped import GathersBytes, weight_arrays, weight_groups
-from jaxquant.ops.kernels.tpu.pallas import MEMORY, compiler_params, shape_like
+from jaxquant.ops.kernels.tpu.pallas import LIMIT, MEMORY, compiler_params, shape_like
 from jaxquant.ops.kernels.tpu.product import Groups, dot, in_blocks, lanes, looped, repeated, row_of_blocks
 from jaxquant.ops.kernels.tpu.undivided import run_undivided
 from jaxquant.ops.problem import Kernel, RaggedProduct
@@ -269,7 +269,7 @@ def ragged_product(
             scratch_shapes=[pltpu.VMEM((bn // BLOCK, scale.shape[1], BLOCK), jnp.float32)] if by_block else [],
         ),
         interpret=interpret,
-        compiler_params=compiler_params(interpret=interpret),
+        compiler_params=compiler_params(LIMIT, interpret=interpret),
         cost_estimate=product_cost(x, codes, made, layers=codes.shape[0] // experts),
         name=RaggedExperts.name,
     )(first, *steps, x, codes, *arrays.values())
