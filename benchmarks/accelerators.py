@@ -241,14 +241,15 @@ def plot(found: list[Cell], file: Path) -> None:
     chips = list(dict.fromkeys(c.chip for c in found))
     figure, axes = pyplot.subplots(1, len(chips), figsize=(5.2 * len(chips), 4.4), squeeze=False, sharey=True)
     k, n = found[0].k, found[0].n
+    schemes = list(dict.fromkeys(c.scheme for c in found if c.by == "jaxquant"))
     for chip, axis in zip(chips, axes[0], strict=True):
         here = [c for c in found if (c.chip, c.k, c.n) == (chip, k, n) and c.us]
         whole = {c.rows: c.us for c in here if c.by == "bfloat16"}
-        for i, scheme in enumerate(dict.fromkeys(c.scheme for c in here if c.by == "jaxquant")):
+        for i, scheme in enumerate(schemes):  # a scheme has its line in all pictures, and in the list of the last one
             mine = sorted((c.rows, c.us / whole[c.rows]) for c in here if (c.scheme, c.by) == (scheme, "jaxquant"))
             line, marker = ("-", "--", ":")[i // 7], "osv"[i // 7]
             axis.plot(
-                *zip(*mine, strict=True),
+                *(zip(*mine, strict=True) if mine else ((), ())),
                 line,
                 color=f"C{i % 7}",
                 marker=marker,
