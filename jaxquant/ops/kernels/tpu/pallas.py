@@ -12,7 +12,7 @@ MEMORY = 48 << 20
 """Bytes of a TPU's vector memory that the blocks of a program may take; the smallest has 64 MiB."""
 
 LIMIT = MEMORY + (8 << 20)
-"""The same with what the compiler needs besides."""
+"""The same and 8 MiB, which the compiler takes besides."""
 
 
 def compiler_params(limit: int | None = None, *, order: tuple[str, ...] | None = None, interpret: bool = False) -> Any:
