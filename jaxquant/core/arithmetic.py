@@ -81,9 +81,12 @@ def times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
 def nan_where(broken: jax.Array, x: jax.Array) -> jax.Array:
     """``x``, and NaN where ``broken``.
 
-    ``jax_debug_nans`` reports every operation that returns a NaN. Under ``jax_disable_jit`` even the broadcast of a
-    constant is one. So the bits of NaN are chosen where it belongs, and those of 1, which every dtype holds, elsewhere.
+    ``jax_debug_nans`` reports every operation that returns a NaN, and without jit the broadcast of a constant is one.
+    So there the bits of NaN are chosen where it belongs, and those of 1, which every dtype holds, elsewhere. A compiled
+    program has the constant: it would compute the bits in an operation of its own.
     """
+    if not cast(Any, jax.config).jax_disable_jit:
+        return jnp.where(broken, np.asarray(np.nan, x.dtype), x)
     bits = jnp.where(broken, _BITS_OF_NAN, _BITS_OF_ONE)
     return jnp.where(broken, lax.bitcast_convert_type(bits, jnp.float32).astype(x.dtype), x)
 
