@@ -345,7 +345,8 @@ class QTensor:
         """Whether codes have this layout already, or only one layout exists for them."""
         if self.permutation is not None:
             return True
-        if self._has_narrow_scales and self.scale.layout != _beside(layout):
+        narrow = self._narrow_scale
+        if narrow is not None and narrow.layout != _beside(layout):
             return False
         if layout == "native" and own_dtype(self.qtype) is None:
             layout = "elements"
@@ -354,15 +355,16 @@ class QTensor:
         return self.layout == layout and (layout == "packed" or (not self.minor and self.split == self._group_axis()))
 
     @property
-    def _has_narrow_scales(self) -> bool:
-        """Whether scales are codes of fewer than 8 bits, with one scale each along the axis with groups."""
-        return isinstance(self.scale, QTensor) and self.scale.type.packed and self.scale._group_axis() is None
+    def _narrow_scale(self) -> QTensor | None:
+        """The scales, if they are codes of fewer than 8 bits without groups of their own."""
+        q = self.scale
+        return q if isinstance(q, QTensor) and q.type.packed and q._group_axis() is None else None
 
     def _scale_beside(self, layout: Layout) -> Scale:
-        """The scales beside codes in a layout."""
-        q = self.scale
-        if not self._has_narrow_scales or not isinstance(q, QTensor) or q.layout == _beside(layout):
-            return q
+        """The scales as they lie beside codes in a layout."""
+        q = self._narrow_scale
+        if q is None or q.layout == _beside(layout):
+            return self.scale
         make = QTensor if _beside(layout) == "elements" else from_codes
         return make(q.logical_codes(), q.scale, q.zero_point, q.offset, qtype=q.qtype, dtype=q.dtype)
 

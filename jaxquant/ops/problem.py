@@ -322,13 +322,15 @@ class Kernel:
     """The class of problems that it solves."""
     platforms: ClassVar[tuple[Platform, ...]] = get_args(Platform)
     """The platforms that it is lowered for."""
+    chips: ClassVar[tuple[str, ...]] = ()
+    """The chips of these platforms that it runs on, as JAX names them; () is all of them."""
     exact: ClassVar[bool] = False
     """Whether it sums integers, so that with one scale per row the result does not depend on how codes are stored."""
 
     @classmethod
     def runs_on(cls, target: Target) -> bool:
-        """Whether it is lowered for a target; by default for all chips of its platforms."""
-        return target.platform in cls.platforms
+        """Whether it is lowered for a target."""
+        return target.platform in cls.platforms and (not cls.chips or target.chip in cls.chips)
 
     @classmethod
     def takes(cls, problem: Any) -> Kernel | None:

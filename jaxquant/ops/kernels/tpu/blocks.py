@@ -23,7 +23,7 @@ from jaxquant.core.qtypes import QType
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ops.kernels.tpu.pallas import compiler_params, shape_like
-from jaxquant.ops.kernels.tpu.rounding import power_below, rounded_float
+from jaxquant.ops.kernels.tpu.rounding import EXPONENT, power_below, rounded_float
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 
 __all__ = ["in_one_pass", "rounded_blocks"]
@@ -32,7 +32,6 @@ _SIZE, _LANES = 32, 128  # elements of a block, and of a row of a register
 _BLOCK = 1 << 18  # elements that are in memory at a time, at most
 _STRIP = 64  # rows that are rounded together, at most
 _TOGETHER = 1 << 16  # and elements
-_EXPONENT = 0x7F800000  # the bits of a float32's exponent
 _NAN = 2.0**127  # in place of twice the scale of a block with NaN: larger than all others
 
 
@@ -94,7 +93,7 @@ def _rounded(x: jax.Array, spread: jax.Array, qtype: QType) -> jax.Array:
 
 def _reciprocal_of_half(x: jax.Array) -> jax.Array:
     """``2 / x`` for a power of two: all bits of the exponent inverted. (The compiler rejects a difference of bits.)"""
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) ^ _EXPONENT, jnp.float32)
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) ^ EXPONENT, jnp.float32)
 
 
 def _largest(x: jax.Array) -> jax.Array:

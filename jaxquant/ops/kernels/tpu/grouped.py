@@ -44,7 +44,7 @@ class Grouped(Kernel):
     Attributes:
       groups: the weight's static properties.
       dtype: of the activation that the kernel gets.
-      cores: of the chip.
+      cores: the number of cores of the chip.
     """
 
     platforms = ("tpu",)
@@ -134,10 +134,7 @@ class GroupedValues(Grouped):
 class GathersBytes(Kernel):
     """Reads tables and 4-bit floats by gathers of bytes, and 8-bit floats as bytes, on chips that can."""
 
-    @classmethod
-    def runs_on(cls, target: Target) -> bool:
-        """As for `Kernel`."""
-        return target.platform in cls.platforms and target.chip in GATHER_BYTES
+    chips = GATHER_BYTES
 
     @classmethod
     def _groups(cls, w: QTensor) -> Groups | None:
@@ -197,10 +194,7 @@ class ByteValues(_Bytewise, GroupedValues):
 class _InFloats(Grouped):
     """Multiplies integers as bfloat16, in which they are exact, on chips whose matrix unit has no integers."""
 
-    @classmethod
-    def runs_on(cls, target: Target) -> bool:
-        """As for `Kernel`."""
-        return target.platform in cls.platforms and target.chip in MULTIPLY_FLOATS_ONLY
+    chips = MULTIPLY_FLOATS_ONLY
 
     @classmethod
     def _groups(cls, w: QTensor) -> Groups | None:

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.core.by_platform import Target
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.stack import Layer
 from jaxquant.ops.forms import Axes, Matrix
@@ -40,9 +39,6 @@ _LEAST = 1025
 _FEW = 64
 """The most rows for which reading a layer takes longer than multiplying it."""
 
-_CHIPS = (V6E,)
-"""The chips for which that was found. On a v5e XLA's product takes 1.04 times its arithmetic."""
-
 _ROWS, _COLUMNS = (512, 256), (1024, 512)  # of a block; with 512 columns reading x takes longer than multiplying it
 
 
@@ -55,15 +51,11 @@ class Int8Blocks(Kernel):
     """
 
     platforms = ("tpu",)
+    chips = (V6E,)  # on a v5e XLA's product takes 1.04 times its arithmetic
     name = "int8_blocks"
     interpret = False
 
     columns_last: bool
-
-    @classmethod
-    def runs_on(cls, target: Target) -> bool:
-        """As for `Kernel`."""
-        return target.platform in cls.platforms and target.chip in _CHIPS
 
     @classmethod
     def takes(cls, problem: Product) -> Kernel | None:
@@ -109,10 +101,7 @@ class Int8Layer(Int8Blocks):
     thousand cycles: 153 by XLA, 108 by the kernel, which is what reading takes; for 64 rows 163 and 111.
     """
 
-    @classmethod
-    def runs_on(cls, target: Target) -> bool:
-        """As for `Kernel`."""
-        return target.platform in cls.platforms
+    chips = ()
 
     @classmethod
     def _is_for(cls, problem: Product) -> bool:

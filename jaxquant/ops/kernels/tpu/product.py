@@ -166,7 +166,7 @@ def grouped_product(
       columns: float32 [B, 1, N] or [B, 1, 1], further factors of the columns; None is 1.
       layer: the index in the stack; None is the first. The kernel reads the layer without a copy.
       result: the dtype of the result.
-      cores: of the chip.
+      cores: the number of cores of the chip.
       interpret: run in Pallas' interpreter.
 
     Returns:
@@ -191,7 +191,7 @@ class _Body:
       groups: of the weight.
       planes: the dtypes of the terms of x.
       result: the dtype of the result.
-      cores: of a chip: each takes a part of the columns.
+      cores: the number of cores of a chip, which share the columns.
       half: whether 8 of the 16 bfloat16 rows of a register are padding of x: only the other 8 are repeated for groups.
       interpret: whether Pallas' interpreter runs it.
     """
@@ -357,7 +357,7 @@ class Sums(_Body):
         if self._prepared:
             activation = scratch[0]
 
-            # A core of several finds what it has prepared itself, and does not know which step is its first.
+            # Each of two cores prepares its own copy, in every step: it cannot tell which of its steps is the first.
             @pl.when((pl.program_id(1) == 0) | (pl.num_programs(2) > 1) | (self.cores > 1))
             def _() -> None:
                 if self._digits:

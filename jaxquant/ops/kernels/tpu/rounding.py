@@ -8,9 +8,10 @@ from jax import lax
 
 from jaxquant.core.qtypes import QType
 
-__all__ = ["power_below", "rounded_float"]
+__all__ = ["EXPONENT", "power_below", "rounded_float"]
 
-_EXPONENT = 0x7F800000  # the bits of a float32's exponent
+EXPONENT = 0x7F800000
+"""The bits of a float32's exponent."""
 
 
 def rounded_float(v: jax.Array, qtype: QType) -> jax.Array:
@@ -22,4 +23,4 @@ def rounded_float(v: jax.Array, qtype: QType) -> jax.Array:
 
 def power_below(x: jax.Array) -> jax.Array:
     """The largest power of two that is not larger than a magnitude; 0 of subnormal numbers, infinity of NaN."""
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & _EXPONENT, jnp.float32)
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & EXPONENT, jnp.float32)
