@@ -338,11 +338,12 @@ from its floor, so there the comparison with that floor says more. Cells were co
 a dash was not compiled. GB are the arguments, results and
 temporaries of one device.
 
-On several chips a step is a `jax.shard_map` over heads, hidden axis and vocabulary: on TPUs kernels run there, and not
-under `jax.jit` alone. Estimates and floors leave out transfers between chips, for which the compiler gives none. All
-programs have the same: two sums in each layer, of as many bfloat16 numbers as tokens times width. A mixture sorts its
-tokens by expert and multiplies them by ragged products. In bfloat16 every expert multiplies every token: that is nearly
-four times as fast, because XLA copies a layer's experts for its ragged product. All experts count as read.
+On several chips a step is a `jax.shard_map` over heads, hidden axis and vocabulary: on TPUs kernels run there and on
+meshes of explicit axes, and not under `jax.jit` with automatic axes. Estimates and floors leave out transfers between
+chips, for which the compiler gives none. All programs have the same: two sums in each layer, of as many bfloat16
+numbers as tokens times width. A mixture sorts its tokens by expert and multiplies them by ragged products. In bfloat16
+every expert multiplies every token: that is nearly four times as fast, because XLA copies a layer's experts for its
+ragged product. All experts count as read.
 
 - **W8A8**, **W8A16**: int8, one scale per output channel, with activations in int8 or left in bfloat16.
 - **W4A16**, **W4A8**: int4 in groups of 128.

@@ -224,7 +224,8 @@ class QTensor:
 
     def replace(self, **fields: Any) -> QTensor:
         """A QTensor with other fields than this one."""
-        return QTensor(**{name: getattr(self, name) for name in FIELDS} | fields)
+        fields = {"codes": self.kept} | fields  # as they are kept: a layer stays in its stack
+        return QTensor(**{name: getattr(self, name) for name in FIELDS if name not in fields} | fields)
 
     def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
         """The float array this stands for; see `jaxquant.dequantize`."""

@@ -22,8 +22,10 @@ from jaxquant.ops import outliers
 from jaxquant.ops.backward import as_stored, lhs_gradient, restored, rhs_gradient
 from jaxquant.ops.forms import Axes, Matrix, matrix
 from jaxquant.ops.operands import Call, Operand, Pair, Static, precision_of, random_key, refuse_range
+from jaxquant.ops.placed import Placed
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import run
+from jaxquant.ops.shardings import explicit_of
 from jaxquant.ops.tangents import straight_through
 from jaxquant.ops.trained import TrainedTensor, as_quantized, is_stored_in_elements
 
@@ -42,6 +44,7 @@ class _Contraction(Call):
     dtype: Any
     grad: QuantSpec | None
     impl: Any = None
+    placed: Placed | None = None
 
     def reference(
         self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, key: jax.Array | None = None
@@ -62,7 +65,8 @@ class _Contraction(Call):
 
     def product(self, left: Any, right: Any) -> Product:
         """The product of these operands."""
-        return Product.of(left, right, self.lhs_axes, self.rhs_axes, self.precision, self.dtype)
+        placed = self.placed if self.placed is not None and self.placed.fits(left, right) else None
+        return Product.of(left, right, self.lhs_axes, self.rhs_axes, self.precision, self.dtype, placed)
 
     def _stored(self, left: Any, right: Any) -> _Stored | None:
         """In training, what makes the frozen model's product; None otherwise, and for a weight with a symbolic size."""
@@ -207,8 +211,9 @@ def contract(
     act_zero_point: Any,
     out_sharding: Any = None,
     key: Any = None,
+    placed: Placed | None = None,
 ) -> jax.Array:
-    """`dot_general` for a public function, which errors name."""
+    """`dot_general` for a public function, which errors name; ``placed`` where types do not say it."""
     if isinstance(spec, OpSpec) and spec.outliers is not None:
         refuse_range(function, act_scale, act_zero_point)
         return _beside_outliers(function, lhs, rhs, numbers, precision, preferred, spec)
@@ -228,9 +233,13 @@ def contract(
     dtype, precision = pair.result_dtype(preferred), precision_of(function, precision)
     if 0 in lhs.shape or 0 in rhs.shape:
         return jnp.zeros(_result_shape(lhs, rhs, *axes), dtype)  # no values to take a range from
-    sides = pair.operands(axes[0].contract, axes[1].contract)
+    left, right = axes
+    if placed is None:
+        plain = (left.contract, right.contract), (left.batch, right.batch)
+        placed = Placed.of((explicit_of(lhs), lhs.ndim), (explicit_of(rhs), rhs.ndim), plain)
+    sides = pair.operands(left.contract, right.contract, placed)
     static = pair.static(sides, act_scale, act_zero_point)
-    how = _Contraction(*sides, *axes, precision=precision, dtype=dtype, grad=pair.spec.grad, impl=impl)
+    how = _Contraction(*sides, *axes, precision=precision, dtype=dtype, grad=pair.spec.grad, impl=impl, placed=placed)
     return straight_through(how, lhs, rhs, *static, key)
 
 

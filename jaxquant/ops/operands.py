@@ -19,6 +19,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.ops.placed import Parts, Placed, quantized_parts
 from jaxquant.ops.problem import wide_values
 from jaxquant.ops.trained import TrainedTensor
 
@@ -134,10 +135,17 @@ def random_key(function: str, key: Any) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """How one operand of an op is treated: its spec and the (negative) axes that share a scale."""
+    """How one operand of an op is treated.
+
+    Attributes:
+      spec: how it is quantized on the way, if it is.
+      axes: the (negative) axes that share a scale.
+      parts: how it is partitioned over devices, where that is part of its type.
+    """
 
     spec: QuantSpec | None
     axes: tuple[int, ...]
+    parts: Parts | None = None
 
     def given(self, function: str, x: Any, scale: Any, zero_point: Any) -> Static:
         """The static range for this operand, one entry per block; raises if the spec needs one and none is given."""
@@ -165,7 +173,10 @@ class Operand:
             return TrainedTensor(x, None)
         if isinstance(x, QTensor) or self.spec is None:
             return x
-        q = as_codes(x, self.spec, self.axes, *(static or (None, None)))
+        if static is None and self.parts is not None and self.parts.holds_whole(self.axes):
+            q = quantized_parts(x, spec=self.spec, axes=self.axes, parts=self.parts)
+        else:
+            q = as_codes(x, self.spec, self.axes, *(static or (None, None)))
         exact = static is None and self.spec.type.scale_format == "e8m0"
         return TrainedTensor(q, block_values(x, q, spec=self.spec, axes=self.axes) if exact else None)
 
@@ -255,11 +266,15 @@ class Pair:
         """Whether both operands stay in float."""
         return self.specs == (None, None) and not any(isinstance(x, QTensor) for x in (self.lhs, self.rhs))
 
-    def operands(self, lhs_axes: Iterable[int], rhs_axes: Iterable[int]) -> tuple[Operand, Operand]:
+    def operands(
+        self, lhs_axes: Iterable[int], rhs_axes: Iterable[int], placed: Placed | None = None
+    ) -> tuple[Operand, Operand]:
         """How each operand is treated, from the axes of each that share a scale."""
+        both = (self.lhs, lhs_axes), (self.rhs, rhs_axes)
+        parts = (None, None) if placed is None else (placed.lhs, placed.rhs)
         lhs, rhs = (
-            Operand(None if isinstance(x, QTensor) else spec, tuple(sorted(a - x.ndim for a in axes)))
-            for spec, x, axes in zip(self.specs, (self.lhs, self.rhs), (lhs_axes, rhs_axes), strict=True)
+            Operand(None if isinstance(x, QTensor) else spec, tuple(sorted(a - x.ndim for a in axes)), own)
+            for spec, (x, axes), own in zip(self.specs, both, parts, strict=True)
         )
         lhs.check_groups(self.function, self.lhs)
         rhs.check_groups(self.function, self.rhs)

@@ -22,6 +22,7 @@ from jaxquant.core.by_platform import Platform, Target
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.sizes import number
 from jaxquant.ops.forms import Axes, Form, Matrix, Packed, canonical, form, matrix, pytree, split_up
+from jaxquant.ops.placed import Placed
 from jaxquant.ops.trained import is_in_training
 
 __all__ = [
@@ -99,7 +100,7 @@ class Problem:
         return self.in_float(x.astype(self.dtype), w.astype(self.dtype)).astype(self.result)
 
 
-@pytree("precision", "result", "x_axes", "w_axes", "weight_first")
+@pytree("precision", "result", "x_axes", "w_axes", "weight_first", "placed")
 @dataclasses.dataclass(frozen=True, eq=False)
 class Product(Problem):
     """A `jax.lax.dot_general`.
@@ -107,19 +108,29 @@ class Product(Problem):
     Attributes:
       x_axes, w_axes: the axes of both, in corresponding order.
       weight_first: whether the weight is the left operand.
+      placed: how the operands are partitioned over devices, where that is part of their types.
     """
 
     x_axes: Axes
     w_axes: Axes
     weight_first: bool = False
+    placed: Placed | None = None
 
     @classmethod
-    def of(cls, lhs: Any, rhs: Any, lhs_axes: Axes, rhs_axes: Axes, precision: Any, result: Any) -> Product:
+    def of(
+        cls,
+        lhs: Any,
+        rhs: Any,
+        lhs_axes: Axes,
+        rhs_axes: Axes,
+        precision: Any,
+        result: Any,
+        placed: Placed | None = None,
+    ) -> Product:
         """Picks the weight: the operand stored quantized, else the one quantized on the way; ``rhs`` if both are."""
         first = _kind(lhs) > _kind(rhs)
-        if first:
-            return cls(rhs, lhs, precision, result, rhs_axes, lhs_axes, weight_first=True)
-        return cls(lhs, rhs, precision, result, lhs_axes, rhs_axes)
+        x, w = ((rhs, rhs_axes), (lhs, lhs_axes)) if first else ((lhs, lhs_axes), (rhs, rhs_axes))
+        return cls(x[0], w[0], precision, result, x[1], w[1], first, placed)
 
     @functools.cached_property
     def forms(self) -> tuple[Form, Form]:
@@ -151,6 +162,16 @@ class Product(Problem):
     def length(self) -> float:
         """K, the contracted length."""
         return math.prod(number(self.w.shape[i]) for i in self.w_axes.contract)
+
+    def on_each_device(self, run: Callable[[Product], jax.Array]) -> jax.Array:
+        """The product, by ``run`` of the parts that each device has."""
+        assert self.placed is not None
+
+        def part(lhs: Any, rhs: Any) -> jax.Array:
+            x, w = (rhs, lhs) if self.weight_first else (lhs, rhs)
+            return run(dataclasses.replace(self, x=x, w=w, placed=None))
+
+        return self.placed.run(part, *self.sides)
 
     def canonical(self) -> tuple[Any, Any]:
         """The operands in canonical form, as arrays; packed codes stay packed."""

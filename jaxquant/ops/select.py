@@ -113,6 +113,8 @@ class _Kernels:
     def on(self, target: Target, *operands: Any) -> jax.Array:
         """The product of a problem, in the requested dtype."""
         (problem,) = operands
+        if target.platform == "tpu" and isinstance(problem, Product) and problem.placed is not None:
+            return problem.on_each_device(lambda part: self.on(target, part))
         kernel = select(problem, target)
         if target.platform == "cpu" and self.stored is not None:
             kernel, problem = _as_stored(kernel, problem, self.stored(problem), target)

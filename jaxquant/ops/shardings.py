@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.packing import packed_length
 from jaxquant.core.paths import is_qtensor, path_of
 from jaxquant.core.qtensor import QTensor, flat, scale_values
+from jaxquant.core.stack import Layer
 from jaxquant.ops.trained import TrainedTensor
 
 __all__ = ["Cut", "explicit_of", "explicit_sharding", "leaf_specs", "shardings", "whole_blocks"]
@@ -49,20 +51,20 @@ class Cut:
     def local(self, q: QTensor) -> QTensor:
         """A QTensor whose arrays have been cut: the static length of a packed row is that of a shard."""
         length = None if q.length is None else q.length // self.parts[q.stored_order[-1]]
-        return q.replace(length=length)
+        scale, offset = (self.of_blocks(v).local(v) if isinstance(v, QTensor) else v for v in (q.scale, q.offset))
+        local = q.replace(length=length, scale=scale, offset=offset)
+        return TrainedTensor(local, q.real) if isinstance(q, TrainedTensor) else local
 
-
-def _per_block(value: Any, cut: Cut) -> Any:
-    """Specs of a scale or zero point: cut where whole blocks lie in each part, else on all devices."""
-    axes = [i if n > 1 and cut.parts[i] and n % cut.parts[i] == 0 else None for i, n in enumerate(value.shape)]
-    if not isinstance(value, QTensor):
-        return cut.spec(axes)
-    own = Cut(tuple(cut.spec(axes)), tuple(1 if i is None else cut.parts[i] for i in axes), cut.names)
-    return leaf_specs(value, own)
+    def of_blocks(self, value: Any) -> Cut:
+        """Of a scale or zero point: cut where whole blocks lie in each part, else on all devices."""
+        axes = [i if n > 1 and self.parts[i] and n % self.parts[i] == 0 else None for i, n in enumerate(value.shape)]
+        return Cut(tuple(self.spec(axes)), tuple(1 if i is None else self.parts[i] for i in axes), self.names)
 
 
 def leaf_specs(leaf: Any, cut: Cut) -> Any:
     """A tree of `PartitionSpec`s for the arrays of a leaf."""
+    if leaf is None:
+        return None
     if not isinstance(leaf, QTensor):
         return cut.spec(range(len(leaf.shape)))
     last = leaf.stored_order[-1] if leaf.ndim else None
@@ -70,13 +72,21 @@ def leaf_specs(leaf: Any, cut: Cut) -> Any:
     stored: list[int | None] = list(leaf.stored_order)
     if leaf.split is not None:  # whole groups lie in each part
         stored.insert(leaf.ndim + leaf.split + 1, None)
+    codes: Any = cut.spec(stored)
+    if isinstance(leaf.kept, Layer):
+        stack: Any = PartitionSpec(None, *codes)
+        codes = Layer(stack, typing.cast(Any, PartitionSpec()))
+
+    def of_blocks(value: Any, cut: Cut = cut) -> Any:
+        return None if value is None else leaf_specs(value, cut.of_blocks(value))
+
     specs = QTensor(
-        cut.spec(stored),
-        _per_block(leaf.scale, cut),
-        None if leaf.zero_point is None else _per_block(leaf.zero_point, cut),
-        None if leaf.offset is None else _per_block(leaf.offset, cut),
-        None if leaf.permutation is None else _per_block(leaf.permutation, whole),
-        None if leaf.seal is None else _per_block(leaf.seal, cut),
+        codes,
+        of_blocks(leaf.scale),
+        of_blocks(leaf.zero_point),
+        of_blocks(leaf.offset),
+        of_blocks(leaf.permutation, whole),
+        of_blocks(leaf.seal),
         qtype=leaf.qtype, dtype=leaf.dtype, minor=leaf.minor, length=leaf.length, split=leaf.split,
     )  # fmt: skip
     return TrainedTensor(specs, leaf_specs(leaf.real, cut)) if isinstance(leaf, TrainedTensor) else specs
@@ -105,6 +115,7 @@ def whole_blocks(q: QTensor, cut: Cut) -> QTensor:
     scale = split(scale_values(q.scale)) if straddles else q.scale
     offset = split(flat(q.offset)) if straddles and q.offset is not None else q.offset
     zero_point = None if q.zero_point is None else split(q.zero_point)
+    scale = whole_blocks(scale, cut.of_blocks(scale)) if isinstance(scale, QTensor) else scale
     q = q.replace(scale=scale, zero_point=zero_point, offset=offset)
     axis = q.stored_order[-1]
     if q.length is not None and (q.length // cut.parts[axis]) * q.type.bits % 8 and cut.parts[axis] > 1:
@@ -133,6 +144,27 @@ def explicit_of(leaf: Any) -> NamedSharding | None:
     return NamedSharding(placed.mesh, PartitionSpec(*axes))
 
 
+def _check_parts(path: str, leaf: QTensor, cut: Cut, spec: str) -> None:
+    """Raises if codes, or those of quantized scales, cannot be cut into equal parts."""
+    for axis, (n, parts) in enumerate(zip(leaf.shape, cut.parts, strict=True)):
+        stored = packed_length(n, leaf.type.bits) if leaf.length is not None and leaf.stored_order[-1] == axis else n
+        blocks = leaf.stored.shape[axis] if leaf.split == axis - leaf.ndim else n
+        if blocks % parts:
+            raise quant_error(
+                "shardings", f"{blocks} {'blocks' if blocks != n else 'elements'} on axis {axis - leaf.ndim} cannot be "
+                f"cut into {parts} equal parts",
+                todo="Shard another axis, or fewer ways", path=path, spec=spec, shape=leaf.shape,
+            )  # fmt: skip
+        if stored % parts:
+            bytes_ = f", which are {stored} bytes of packed codes" if stored != n else ""
+            raise quant_error(
+                "shardings", f"{n} elements on axis {axis - leaf.ndim}{bytes_} cannot be cut into {parts} equal parts",
+                todo="Shard another axis, or fewer ways", path=path, spec=spec, shape=leaf.shape,
+            )  # fmt: skip
+    if isinstance(leaf.scale, QTensor):
+        _check_parts(f"{path}.scale", leaf.scale, cut.of_blocks(leaf.scale), spec)
+
+
 def _derived(path: str, leaf: Any, sharding: Any) -> Any:
     """The sharding of one leaf, or a tree of them for a QTensor."""
     if not isinstance(leaf, QTensor):
@@ -151,21 +183,7 @@ def _derived(path: str, leaf: Any, sharding: Any) -> Any:
             spec=str(sharding.spec), shape=leaf.shape,
         )  # fmt: skip
     cut = Cut.of(sharding.mesh, sharding.spec, leaf.ndim)
-    for axis, (n, parts) in enumerate(zip(leaf.shape, cut.parts, strict=True)):
-        stored = packed_length(n, leaf.type.bits) if leaf.length is not None and leaf.stored_order[-1] == axis else n
-        blocks = leaf.stored.shape[axis] if leaf.split == axis - leaf.ndim else n
-        if blocks % parts:
-            raise quant_error(
-                "shardings", f"{blocks} {'blocks' if blocks != n else 'elements'} on axis {axis - leaf.ndim} cannot be "
-                f"cut into {parts} equal parts",
-                todo="Shard another axis, or fewer ways", path=path, spec=str(sharding.spec), shape=leaf.shape,
-            )  # fmt: skip
-        if stored % parts:
-            bytes_ = f", which are {stored} bytes of packed codes" if stored != n else ""
-            raise quant_error(
-                "shardings", f"{n} elements on axis {axis - leaf.ndim}{bytes_} cannot be cut into {parts} equal parts",
-                todo="Shard another axis, or fewer ways", path=path, spec=str(sharding.spec), shape=leaf.shape,
-            )  # fmt: skip
+    _check_parts(path, leaf, cut, str(sharding.spec))
     specs = leaf_specs(leaf, cut)
     return jax.tree.map(
         lambda spec: NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.jitted import lowered
@@ -63,11 +63,11 @@ def compiled_for(
     if len(meshes) > 1:
         todo = "Shard all arguments over one mesh"
         raise quant_error(function, "arguments are sharded over several meshes", todo=todo, meshes=sorted(meshes))
-    axes = meshes.pop() if meshes else (("chip", 1),)
-    sizes = tuple(size for _, size in axes)
+    axes = meshes.pop() if meshes else (("chip", 1, AxisType.Auto),)
+    names, sizes, kinds = zip(*axes, strict=True)
     count = math.prod(sizes)
     where = slice_of_chips(function, target, count)
-    mesh = Mesh(np.asarray(_devices(function, where)[:count]).reshape(sizes), tuple(name for name, _ in axes))
+    mesh = Mesh(np.asarray(_devices(function, where)[:count]).reshape(sizes), names, axis_types=kinds)
 
     def placed(x: Any) -> Any:
         if not hasattr(x, "shape") or not hasattr(x, "dtype"):
@@ -79,7 +79,8 @@ def compiled_for(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     args = jax.tree.map(placed, args)
-    return Compiled(compiled(fn, args), where, count, args)
+    with _set(mesh):
+        return Compiled(compiled(fn, args), where, count, args)
 
 
 def _last_minor(sharding: Sharding, ndim: int) -> Any:
@@ -103,8 +104,20 @@ def _sharding(x: Any) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
 
 
-def _axes(mesh: Any) -> tuple[tuple[str, int], ...]:
-    return tuple(mesh.shape.items())
+def _axes(mesh: Any) -> tuple[tuple[str, int, AxisType], ...]:
+    kinds = mesh.axis_types or (AxisType.Auto,) * len(mesh.axis_names)
+    return tuple((name, size, kind) for (name, size), kind in zip(mesh.shape.items(), kinds, strict=True))
+
+
+def _set(mesh: Mesh) -> Any:
+    """A context in which a mesh of explicit axes is set, so that a `PartitionSpec` names its axes.
+
+    Automatic axes need no context, and a `jax.shard_map` over another such mesh would refuse it. JAX before 0.7 has no
+    such context.
+    """
+    use = getattr(jax.sharding, "use_abstract_mesh", None)
+    automatic = all(kind is AxisType.Auto for kind in mesh.axis_types)
+    return contextlib.nullcontext() if use is None or automatic else use(mesh.abstract_mesh)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxquant import ops
 from jaxquant.core.indices import widened
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.specs import OpSpec
+from jaxquant.ops.dot import contract
 from jaxquant.ops.forms import Axes
+from jaxquant.ops.placed import Placed
 from jaxquant.ops.shardings import explicit_sharding
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.calls import arrays_of, inside
@@ -197,16 +200,8 @@ def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> 
     if not isinstance(operands[side], QTensor) and not act:
         return _as_it_stands(eqn, operands)
     if side == 0 and act:  # an op takes the right operand for the weight
-        return [_swapped(eqn, interpreter, [operands[1], operands[0]], act)]
-    out = ops.dot_general(
-        operands[0],
-        operands[1],
-        p["dimension_numbers"],
-        _precision(interpreter, p["precision"]),
-        dtype_of(eqn.outvars[0]),
-        **act,
-    )
-    return [out]
+        return [_swapped(eqn, interpreter, operands, act)]
+    return [_multiplied(interpreter, eqn, operands, p["dimension_numbers"], **act)]
 
 
 def _product(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
@@ -217,16 +212,30 @@ def _product(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list
     products.met.setdefault(name, (left, right))
     if products.specs is None:
         return [ABSENT]
-    return [
-        ops.dot_general(
-            values[0],
-            values[1],
-            eqn.params["dimension_numbers"],
-            _precision(interpreter, eqn.params["precision"]),
-            dtype_of(eqn.outvars[0]),
-            spec=products.specs[name],
-        )
-    ]
+    return [_multiplied(interpreter, eqn, values, eqn.params["dimension_numbers"], spec=products.specs[name])]
+
+
+def _multiplied(
+    interpreter: Interpreter,
+    eqn: JaxprEqn,
+    operands: Sequence[Any],
+    numbers: Any,
+    *,
+    spec: OpSpec | None = None,
+    act_scale: Any = None,
+    act_zero_point: Any = None,
+    key: Any = None,
+    swapped: bool = False,
+) -> jax.Array:
+    """`jaxquant.ops.dot_general` of the operands of an equation, or of these ``swapped``, placed as its types say."""
+    left, right = ((explicit_sharding(v.aval), len(shape_of(v))) for v in eqn.invars[:2])
+    lhs, rhs = operands
+    placed = Placed.of(right, left, numbers) if swapped else Placed.of(left, right, numbers)
+    precision = _precision(interpreter, eqn.params["precision"])
+    return contract(
+        "dot_general", lhs, rhs, numbers, precision, dtype_of(eqn.outvars[0]),
+        spec, act_scale, act_zero_point, key=key, placed=placed,
+    )  # fmt: skip
 
 
 def weight_order(weight: Weight) -> Callable[[tuple[int, int]], Any]:
@@ -244,15 +253,8 @@ def _precision(interpreter: Interpreter, own: lax.PrecisionLike) -> lax.Precisio
 def _swapped(eqn: JaxprEqn, interpreter: Interpreter, operands: list[Any], act: dict[str, Any]) -> jax.Array:
     """A dot whose weight is on the left, as one with the weight on the right."""
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
-    out = ops.dot_general(
-        operands[0],
-        operands[1],
-        ((rc, lc), (rb, lb)),
-        _precision(interpreter, eqn.params["precision"]),
-        dtype_of(eqn.outvars[0]),
-        **act,
-    )
-    batch, rows = len(lb), operands[0].ndim - len(rc) - len(rb)
+    out = _multiplied(interpreter, eqn, operands[::-1], ((rc, lc), (rb, lb)), swapped=True, **act)
+    batch, rows = len(lb), operands[1].ndim - len(rc) - len(rb)
     order = [*range(batch), *range(batch + rows, out.ndim), *range(batch, batch + rows)]
     return jnp.transpose(out, order)
 

@@ -77,7 +77,7 @@ def _inside(outer: Weight, arrays: Any, specs: Any, cut: Cut, *, check: bool) ->
     """The weight on one device."""
     leaf, state = arrays
     if isinstance(leaf, QTensor):
-        leaf = _each(leaf, cut.local)
+        leaf = cut.local(leaf)
     if check:  # what is equal on all devices (a scale, say) must be marked as the float shard is
         leaves, structure = jax.tree.flatten(leaf)
         marked = [_varying(cut.names, x, s) for x, s in zip(leaves, jax.tree.leaves(specs[0]), strict=True)]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
@@ -234,6 +234,45 @@ def test_a_kernel_in_a_sharded_program():
     found = jq.explain(mapped, *args, target="tpu v5e")
     assert found["w"].kernels == ("grouped_sums",)
     assert {(c.kind, c.dtype) for c in found.collectives} == {("all-reduce", "bf16")}
+
+
+def on_explicit_axes(spec: jq.OpSpec, where: P, of_x: P, out: P, *lead: int) -> Any:
+    """`explain` of a product, or of a scan of products, whose operands lie on a mesh of explicit axes."""
+    mesh = AbstractMesh((4, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    at = lambda v, axes: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, axes))  # noqa: E731
+
+    def once(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+        return lax.dot_general(x, w, MATMUL, out_sharding=out), None
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        return lax.scan(once, x, p["w"])[0] if lead else once(x, p["w"])[0]
+
+    where = P(*(None for _ in lead), *where)
+    shape = jax.ShapeDtypeStruct((*lead, SIZE, SIZE), jnp.bfloat16)
+    params, args = {"w": at(shape, where)}, at(x(64), of_x)
+    with jax.sharding.use_abstract_mesh(mesh):
+        plan = jq.make_plan(fn, params, args, rules=[jq.Rule("w", spec)])
+    q = jax.eval_shape(lambda p: jq.quantize_params(p, plan, target="tpu"), {"w": shape})
+    placed = jax.tree.map(lambda v, s: at(v, s.spec), q, jq.ops.shardings(q, NamedSharding(mesh, where)))
+    return jq.explain(jq.quantized(fn, plan), placed, args, target="tpu v5e")
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a16 g128", "w4a8 g128", "two-level", "mxfp4"])
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_kernels_on_explicit_axes(name: str, lead: tuple[int, ...]):
+    """Types say how operands lie: under `jax.jit` each device runs a kernel on its part."""
+    spec = recipes.w8a8() if name == "w8a8" else SCHEMES[name]
+    rows = on_explicit_axes(spec, P("model", None), P("data", "model"), P("data", "model" if lead else None), *lead)
+    columns = on_explicit_axes(spec, P(None, "model"), P("data"), P("data", None if lead else "model"), *lead)
+    made = {kernel for found in (rows, columns) for kernel in found["w"].kernels}
+    if name == "w8a8":
+        assert made == ({"int8_blocks"} if lead else {"int8"})
+    else:
+        assert len(made) == 1
+        assert made <= {"grouped_sums", "grouped_values"}
+    moved = SIZE * 16 * 2  # bytes of an activation's rows on a device
+    assert all(c.dtype == "bf16" or c.nbytes <= c.count * 16 * 4 for c in rows.collectives)  # and maxima of rows
+    assert all(c.nbytes <= c.count * moved for c in (*rows.collectives, *columns.collectives))
 
 
 @pytest.mark.slow

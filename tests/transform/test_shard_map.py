@@ -197,3 +197,13 @@ def test_bad_shardings(name):
     tree = {k: NamedSharding(mesh(), s) if isinstance(s, P) else s for k, s in tree.items()}
     with pytest.raises(jq.QuantError, match=message):
         jq.ops.shardings(q, tree)
+
+
+def test_quantized_scales_are_divided_with_their_weights():
+    """Four bits each, packed along the columns that are divided."""
+    spec = recipes.w4a16(8, two_level=True)
+    plan = jq.make_plan(by_hand, PARAMS, X, rules=[EVERYTHING(spec)])
+    params = jq.quantize_params(PARAMS, plan)
+    assert params["a"].scale.layout == "packed"
+    real = {name: w.dequantize() for name, w in params.items()}
+    close(jax.jit(jq.quantized(by_hand, plan))(params, X), mlp(real, X), 2e-4)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.core.affine import quantized_by_itself, scaled_codes
+from jaxquant.core.affine import as_codes, quantized_by_itself, scaled_codes
 from jaxquant.core.arithmetic import divide
 from jaxquant.core.granularity import PerChannel
 from jaxquant.core.observers import AbsMax
@@ -28,6 +28,8 @@ from jaxquant.core.specs import QuantSpec
 from jaxquant.ops.kernels.tpu.pallas import compiler_params, shape_like
 from jaxquant.ops.kernels.tpu.rounding import rounded_float
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
+from jaxquant.ops.placed import Parts, on_each_device, quantized_parts
+from jaxquant.ops.shardings import leaf_specs
 
 __all__ = ["in_one_pass", "quantized_columns", "quantized_rows", "scaled_in_one_pass"]
 
@@ -237,6 +239,17 @@ def in_one_pass(x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...], apart: 
         return quantized_by_itself.plainly(x, spec=spec, axes=axes, apart=apart)
 
     return if_undivided(lambda x: _quantized(x, None, spec, axes), divided, lax.stop_gradient(x))
+
+
+@quantized_parts.on("tpu", when=lambda x, *, spec, axes, parts: _fits(x, spec=spec, axes=axes, apart=True))
+def in_parts(x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...], parts: Parts) -> QTensor:
+    """`in_one_pass` of the part that each device has."""
+
+    def quantized(x: jax.Array) -> QTensor:
+        return as_codes(x, spec, axes)
+
+    made = leaf_specs(jax.eval_shape(quantized, x), parts.cut)
+    return on_each_device(quantized, parts.mesh, parts.spec, made)(x)
 
 
 @scaled_codes.on("tpu", when=_fits_scaled)
