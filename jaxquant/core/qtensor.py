@@ -385,7 +385,27 @@ class QTensor:
 
     def layer_of(self, stack: QTensor, index: Any) -> QTensor:
         """This layer, with its codes given as a `Layer` of the stack, without a copy."""
-        return self.replace(codes=Layer(stack.kept, index))
+        return self.replace(codes=Layer(stack, index))
+
+    def in_stack(self, value: Any) -> Any:
+        """The array of the whole stack in place of a field of its layer; any other value unchanged.
+
+        Args:
+          value: ``kept``, or an array among scale, zero point and offset, the very object.
+        """
+        if not isinstance(self.kept, Layer):
+            return value
+        pairs = zip(self._in_place(), self.kept.stack._in_place(), strict=True)
+        return next((whole for own, whole in pairs if own is value), value)
+
+    def _in_place(self) -> list[Any]:
+        """The arrays that kernels may read in a stack."""
+        return [self.kept, *jax.tree.leaves((self.scale, self.zero_point, self.offset))]
+
+    @property
+    def layer(self) -> jax.Array | None:
+        """The index of this layer in its stack; None if it is in none."""
+        return self.kept.index if isinstance(self.kept, Layer) else None
 
     def whole(self) -> QTensor:
         """The same with no axis split."""

@@ -1,4 +1,4 @@
-"""One layer of a stack of arrays, sliced only where its values are used."""
+"""The codes of one layer of a stack, sliced only where their values are used."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ __all__ = ["Layer"]
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """``stack[index]``: a kernel that can find the layer in the stack reads it there, and no copy of it is made.
+    """The codes of ``stack[index]``: a kernel that can find the layer in the stack reads it there, and makes no copy.
 
     Attributes:
-      stack: an array with layers along its first axis.
+      stack: a `QTensor` with layers along the first axis of every array. A constant for derivatives: the layer's own
+        scales have the gradient.
       index: an integer, of which layer.
     """
 
-    stack: jax.Array
+    stack: Any
     index: jax.Array
 
     def tree_flatten(self) -> tuple[tuple[Any, Any], None]:
@@ -34,14 +35,14 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the layer."""
-        return tuple(self.stack.shape[1:])
+        """Of the layer's codes."""
+        return tuple(self.stack.kept.shape[1:])
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the layer."""
-        return self.stack.dtype
+        """Of the codes."""
+        return self.stack.kept.dtype
 
     def array(self) -> jax.Array:
-        """The layer, cut out."""
-        return cast(jax.Array, lax.dynamic_index_in_dim(self.stack, self.index, keepdims=False))
+        """The codes, cut out."""
+        return cast(jax.Array, lax.dynamic_index_in_dim(self.stack.kept, self.index, keepdims=False))

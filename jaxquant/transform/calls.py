@@ -213,7 +213,10 @@ def _apart(value: Value) -> Value:
 
 
 def _without_stack(value: Value) -> Value:
-    """The arrays that a scan slices: all but codes in blocks, of experts or in int8, which kernels find in a stack."""
+    """The arrays that a scan slices: all but codes in blocks, of experts or in int8, which kernels find in a stack.
+
+    Scales, which kernels find there too, are sliced as well: they may have a gradient. XLA drops a slice of no use.
+    """
     if not isinstance(value, Weight) or type(value.leaf) is not QTensor:
         return value
     if value.leaf.split is not None or value.leaf.ndim == 4 or value.leaf.kept.dtype == jnp.int8:
@@ -221,12 +224,11 @@ def _without_stack(value: Value) -> Value:
     return value
 
 
-def _in_stack(stack: Value, layer: Value, index: jax.Array) -> Value:
-    """A layer of weights, with the codes that `_without_stack` has left where they are."""
-    if not (isinstance(stack, Weight) and isinstance(layer, Weight)):
+def _in_stack(layer: Value, stack: QTensor | None, index: jax.Array) -> Value:
+    """A layer of weights, with the codes that `_without_stack` has left where they are, in ``stack``."""
+    if stack is None or not isinstance(layer, Weight):
         return layer
-    left = type(layer.leaf) is QTensor and layer.leaf.kept is None
-    return dataclasses.replace(layer, leaf=layer.leaf.layer_of(stack.leaf, index)) if left else layer
+    return dataclasses.replace(layer, leaf=layer.leaf.layer_of(stack, index))
 
 
 @handles(primitives.scan_p, joined=True)
@@ -246,11 +248,15 @@ def _scan(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[
     passed: dict[int, int] = {}
 
     cut = [_without_stack(x) for x in xs]
+    left = [
+        lax.stop_gradient(x.leaf) if isinstance(x, Weight) and c is not x else None
+        for x, c in zip(xs, cut, strict=True)
+    ]
 
     def body(state: Any, arrays: Any) -> Any:
         index, state = state
         inner = interpreter.child()
-        layers = [_in_stack(x, inside(x, a), index) for x, a in zip(xs, arrays, strict=True)]
+        layers = [_in_stack(inside(x, a), w, index) for x, a, w in zip(xs, arrays, left, strict=True)]
         results = inner.run(closed, [*consts, *carry.full(state), *layers])
         moving = floats(interpreter, carry.moving(results[:n_carry]), "scan")
         passed.update(handed_on(results[n_carry:], layers))
@@ -258,8 +264,8 @@ def _scan(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[
         return (after, moving), (floats(interpreter, _without(passed, results[n_carry:]), "scan"), inner.stats)
 
     # Counted, and not one of the arrays that are sliced: a slice of one number takes a TPU a microsecond.
-    whole = any(a is not b for a, b in zip(cut, xs, strict=True))
-    start = (jnp.int32(p["length"] - 1 if p["reverse"] else 0) if whole else None), carry.start
+    counted = any(w is not None for w in left)
+    start = (jnp.int32(p["length"] - 1 if p["reverse"] else 0) if counted else None), carry.start
     how = {"length": p["length"], "reverse": p["reverse"], "unroll": p["unroll"]}
     (_, end), (ys, stats) = lax.scan(body, start, [arrays_of(x) for x in cut], **how)
     interpreter.add_stats(_unstack(interpreter, stats, [x.path for x in xs if isinstance(x, Weight)]))

@@ -179,7 +179,7 @@ def problems():
         x, w = abstract((2000, 256), rows.dtype, spec.act, (-1,), stored=False), stored(spec, jnp.bfloat16, "tpu")
         yield Product.of(x, w, *axes, None, jnp.bfloat16)
         x = abstract((8, 256), rows.dtype, spec.act, (-1,), stored=False)
-        stack = w.replace(codes=jax.ShapeDtypeStruct((2, *w.stored.shape), w.stored.dtype))
+        stack = jax.tree.map(lambda v: jax.ShapeDtypeStruct((2, *v.shape), v.dtype), w)
         yield Product.of(x, w.layer_of(stack, jax.ShapeDtypeStruct((), jnp.int32)), *axes, None, jnp.bfloat16)
     x = jax.ShapeDtypeStruct((1, 256), float32)
     yield Product.of(x, stored(recipes.w4a16(128), float32, "tpu"), *axes, lax.Precision.HIGHEST, float32)

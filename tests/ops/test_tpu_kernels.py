@@ -236,8 +236,9 @@ def test_words_of_a_table(name: str):
 @pytest.mark.parametrize("rows", [3, 300])
 def test_a_layer_of_a_stack(rows: int, monkeypatch: pytest.MonkeyPatch):
     """The kernel finds it by its number: the product is that of the layer alone, to the bit."""
-    layers, x = [weight(SPECS["int4 32"], (256, 128)), weight(SPECS["int4 32"], (256, 128))], normal(2, (rows, 256))
-    layers[1] = layers[1].replace(codes=-layers[1].stored)
+    w, x = weight(SPECS["uint4 64 zero"], (256, 128)), normal(2, (rows, 256))
+    w = w.replace(offset=0.1 * w.scale)
+    layers = [w, jax.tree.map(lambda v: jnp.flip(v, -1), w)]  # no array is that of the other layer
     stack = jax.tree.map(lambda *v: jnp.stack(v), *layers)
     for i, alone in enumerate(layers):
         layer = alone.layer_of(stack, jnp.int32(i))
@@ -489,7 +490,7 @@ def test_many_rows_of_int8_are_what_one_dot_gives(lead: tuple[int, ...], minor: 
 def test_few_rows_of_int8_by_a_layer_of_a_stack(monkeypatch: pytest.MonkeyPatch):
     """To the bit what one dot gives, from the stack; many rows, and a weight of its own, are XLA's."""
     problem = int8_problem(normal(1, (3, 128)), normal(2, (128, 1200)), minor=True, result=jnp.float32)
-    stack = jax.tree.map(lambda v: jnp.stack([v[::-1], v]), problem.w)
+    stack = jax.tree.map(lambda v: jnp.stack([jnp.flip(v), v]), problem.w)
     layer = dataclasses.replace(problem, w=problem.w.layer_of(stack, jnp.int32(1)))
     monkeypatch.setattr(tpu_int8.Int8Blocks, "interpret", True)
     kernel = select(layer, Target("tpu"))

@@ -10,7 +10,6 @@ import pytest
 import jaxquant as jq
 from jaxquant import ops
 from jaxquant.core.by_platform import Target
-from jaxquant.core.stack import Layer
 from jaxquant.ops.kernels.tpu import ragged
 from jaxquant.ops.problem import RaggedProduct
 from jaxquant.ops.select import select
@@ -125,7 +124,7 @@ def test_a_layer_of_a_stack(name: str, monkeypatch: pytest.MonkeyPatch):
     m, sizes = SIZES["few"]
     x, stack = normal(0, (m, K)), experts(name, 3)
     layer = jax.tree.map(lambda v: v[2], stack)
-    inside = layer.replace(codes=Layer(stack.stored, jnp.int32(2)))
+    inside = layer.layer_of(stack, jnp.int32(2))
     got = interpreted(RaggedProduct(x, inside, None, jnp.float32, jnp.asarray(sizes)), monkeypatch)
     want, terms = wanted(x, layer, sizes)
     assert np.all(np.abs(got - want) <= 1e-6 * terms)

@@ -162,11 +162,11 @@ def test_columns_that_are_not_stored_last():
     assert not columns_last
 
 
-@pytest.mark.parametrize("name", ["w4a16 g128", "nf4"])
+@pytest.mark.parametrize("name", ["w4a16 g32 zero", "two-level"])
 def test_kernels_find_layers_in_their_stack(name: str):
-    """A scan takes no layer out of the codes: the kernel has all of them, and the number of the layer."""
-    shape, args = jax.ShapeDtypeStruct((6, SIZE, SIZE), jnp.bfloat16), x(8)
-    fn = lambda p, x: lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0]  # noqa: E731
+    """A scan takes no layer out of codes, scales or zero points, also of weights that it casts: the kernel has all."""
+    shape, args = jax.ShapeDtypeStruct((6, SIZE, SIZE), jnp.float32), x(8)
+    fn = lambda p, x: lax.scan(lambda x, w: (x @ w.astype(x.dtype), None), x, p["w"])[0]  # noqa: E731
     plan = jq.make_plan(fn, {"w": shape}, args, rules=[jq.Rule("w", SCHEMES[name])])
     params = jax.eval_shape(lambda w: jq.quantize_params({"w": w}, plan, target="tpu"), shape)
     compiled = compiled_for("test", "tpu v5e", jq.quantized(fn, plan), (params, args))
@@ -174,8 +174,8 @@ def test_kernels_find_layers_in_their_stack(name: str):
     steps = [(name, i) for name, body in program.computations.items() for i in body.values()]
     (kernel,) = [(name, i) for name, i in steps if i.is_kernel]
     assert (6, SIZE // 128, 128, SIZE) in [a.shape for a in program.operands_of(*kernel)]
-    codes = SIZE * SIZE
-    assert not [i for _, i in steps if i.opcode in ("dynamic-slice", "copy") and i.arrays[0].size >= codes]
+    assert not [i for _, i in steps if i.opcode == "dynamic-slice"]
+    assert not [i for _, i in steps if i.opcode == "copy" and i.arrays[0].size >= SIZE * SIZE]
 
 
 @pytest.mark.parametrize(("rows", "chip"), [(2048, "tpu v6e"), (8, "tpu v5e")])
@@ -190,7 +190,8 @@ def test_a_kernel_of_int8_has_the_codes_of_all_layers(rows: int, chip: str):
     steps = [(name, i) for name, body in program.computations.items() for i in body.values()]
     (kernel,) = [(name, i) for name, i in steps if i.is_kernel and i.name.startswith("int8_blocks")]
     assert (6, SIZE, SIZE) in [a.shape for a in program.operands_of(*kernel)]
-    assert not [i for _, i in steps if i.opcode in ("dynamic-slice", "copy") and i.arrays[0].size >= SIZE * SIZE]
+    assert not [i for _, i in steps if i.opcode == "dynamic-slice"]
+    assert not [i for _, i in steps if i.opcode == "copy" and i.arrays[0].size >= SIZE * SIZE]
     assert compiled.executable.memory_analysis().temp_size_in_bytes < SIZE * SIZE * 2 * 0.02
     read = (6 * SIZE * (SIZE + 4) + 4 * rows * SIZE) / CHIPS[chip].bandwidth
     multiplied = 6 * 2 * rows * SIZE * SIZE / CHIPS[chip].peak("s8")
@@ -209,7 +210,8 @@ def test_experts_in_a_stack_are_read_there(name: str):
     steps = [(name, i) for name, body in program.computations.items() for i in body.values()]
     kernels = [found for found in steps if found[1].is_kernel and found[1].arrays[0].shape == (8, 512)]
     assert 12 * 512 * 512 in [a.size for kernel in kernels for a in program.operands_of(*kernel)]
-    assert not [i for _, i in steps if i.opcode in ("dynamic-slice", "copy") and i.arrays[0].size >= 4 * 512 * 512]
+    assert not [i for _, i in steps if i.opcode == "dynamic-slice"]
+    assert not [i for _, i in steps if i.opcode == "copy" and i.arrays[0].size >= 4 * 512 * 512]
 
 
 def test_a_kernel_in_a_sharded_program():

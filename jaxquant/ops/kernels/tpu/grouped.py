@@ -12,7 +12,6 @@ from jaxquant.core.by_platform import Target
 from jaxquant.core.codec import values_of
 from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.core.qtypes import FACTOR
-from jaxquant.core.stack import Layer
 from jaxquant.ops.kernels.decoded import Decoded
 from jaxquant.ops.kernels.precision import is_default
 from jaxquant.ops.kernels.tpu.chips import GATHER_BYTES, MULTIPLY_FLOATS_ONLY, TWO_CORES
@@ -272,14 +271,9 @@ def weight_arrays(w: QTensor) -> dict[str, jax.Array | None]:
     """The arrays of a weight, as `grouped_product` takes them."""
     scale, columns = _scale(w)
     offset = None if w.offset is None else flat(w.offset)
-    stack, layer = (w.kept.stack, w.kept.index) if isinstance(w.kept, Layer) else (w.stored, None)
-    k, n = w.shape[-2:]
-    matrix = lambda v: v if v is None or v.ndim == 3 else v[None]  # noqa: E731
-    arrays = {"scale": scale, "zero": w.zero_point, "offset": offset, "columns": columns}
-    return {name: matrix(v) for name, v in arrays.items()} | {
-        "codes": stack.reshape(-1, k // BLOCK, BLOCK, n),
-        "layer": layer,
-    }
+    beside = {"scale": scale, "zero": w.zero_point, "offset": offset, "columns": columns}
+    arrays = {name: None if v is None else w.in_stack(v).reshape(-1, *v.shape[-2:]) for name, v in beside.items()}
+    return arrays | {"codes": w.in_stack(w.kept).reshape(-1, *w.kept.shape[-3:]), "layer": w.layer}
 
 
 def _dtype_of(problem: Product) -> Any:

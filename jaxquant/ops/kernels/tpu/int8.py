@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.core.qtensor import QTensor
-from jaxquant.core.stack import Layer
+from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.ops.forms import Axes, Matrix
 from jaxquant.ops.kernels.integer import Int8, multiplies_integers, overflow_limit
 from jaxquant.ops.kernels.tpu.chips import V6E
@@ -86,12 +85,14 @@ class Int8Blocks(Kernel):
 
     def _undivided(self, problem: Product) -> jax.Array:
         x, w = problem.matrices()
-        codes, layer = _stacked(problem.w, problem.w_axes, columns_last=self.columns_last)
-        (b, m, _), n = x.shape, w.shape[1]
+        (b, m, k), n = x.shape, w.shape[1]
+        codes = problem.w.in_stack(problem.w.kept).reshape(-1, *((k, n) if self.columns_last else (n, k)))
         rows = jnp.broadcast_to(x.scale.astype(jnp.float32), (b, m, 1))
-        columns = jnp.broadcast_to(jnp.swapaxes(w.scale, 1, 2).astype(jnp.float32), (b, 1, n))
+        columns = _columns(problem.w, problem.w_axes)
+        if columns is None:
+            columns = jnp.broadcast_to(jnp.swapaxes(w.scale, 1, 2).astype(jnp.float32), (b, 1, n))
         how = {"columns_last": self.columns_last, "result": jnp.dtype(problem.result), "interpret": self.interpret}
-        return problem.restored(int8_product(x.codes, codes, rows, columns, layer, **how))
+        return problem.restored(int8_product(x.codes, codes, rows, columns, problem.w.layer, **how))
 
 
 class Int8Layer(Int8Blocks):
@@ -106,14 +107,16 @@ class Int8Layer(Int8Blocks):
     @classmethod
     def _is_for(cls, problem: Product) -> bool:
         """As for `Int8Blocks`."""
-        return problem.rows <= _FEW and isinstance(problem.w.kept, Layer)
+        return problem.rows <= _FEW and problem.w.layer is not None
 
 
-def _stacked(w: QTensor, axes: Axes, *, columns_last: bool) -> tuple[jax.Array, jax.Array | None]:
-    """The codes of all layers of a weight, [layers * B, N, K] or [layers * B, K, N], and the index of the layer."""
-    stack, layer = (w.kept.stack, w.kept.index) if isinstance(w.kept, Layer) else (w.stored, None)
-    n, k = (math.prod(w.shape[i] for i in part) for part in (axes.rows, axes.contract))
-    return stack.reshape(-1, *((k, n) if columns_last else (n, k))), layer
+def _columns(w: QTensor, axes: Axes) -> jax.Array | None:
+    """The scales of a weight, [layers * B or B, 1, N], if its last axis has the columns and one scale for each."""
+    if axes.batch + axes.contract + axes.rows != tuple(range(w.ndim)) or len(axes.rows) != 1:
+        return None
+    if math.prod(w.scale.shape) != math.prod(w.shape[i] for i in axes.batch + axes.rows):
+        return None
+    return w.in_stack(scale_values(w.scale).astype(jnp.float32)).reshape(-1, 1, w.shape[-1])
 
 
 def _blocks(m: int, k: int, n: int) -> tuple[int, int] | None:
@@ -145,7 +148,7 @@ def int8_product(
     Args:
       x: int8 [B, M, K].
       codes: int8 [L B, N, K], a stack of L layers; [L B, K, N] if ``columns_last``.
-      rows, columns: float32 [B, M, 1] and [B, 1, N].
+      rows, columns: float32 [B, M, 1] and [L B, 1, N], or [B, 1, N] of the layer.
       layer: the index in the stack; None is the first. The kernel reads the layer without a copy.
       columns_last: see ``codes``.
       result: the dtype of the result.
@@ -173,6 +176,10 @@ def int8_product(
         del i
         return (first[0] + e, 0, j) if columns_last else (first[0] + e, j, 0)
 
+    def scale(e: Any, j: Any, i: Any, first: Any) -> tuple[Any, ...]:
+        del i
+        return (first[0] + e if columns.shape[0] == codes.shape[0] else e), 0, j
+
     made = shape_like(x, (b, m, n), result)
     return pl.pallas_call(
         kernel,
@@ -184,12 +191,12 @@ def int8_product(
                 pl.BlockSpec((None, bm, k), lambda e, j, i, first: (e, i, 0)),
                 pl.BlockSpec((None, k, bn) if columns_last else (None, bn, k), weight),
                 pl.BlockSpec((None, bm, 1), lambda e, j, i, first: (e, i, 0)),
-                pl.BlockSpec((None, 1, bn), lambda e, j, i, first: (e, 0, j)),
+                pl.BlockSpec((None, 1, bn), scale),
             ],
             out_specs=pl.BlockSpec((None, bm, bn), lambda e, j, i, first: (e, i, j)),
         ),
         interpret=interpret,
         compiler_params=compiler_params(LIMIT, order=("parallel",) * 3, interpret=interpret),
-        cost_estimate=product_cost(x, codes, made, layers=codes.shape[0] // b),
+        cost_estimate=product_cost(x, codes, (rows, columns), made, layers=codes.shape[0] // b),
         name=Int8Blocks.name,
     )(first, x, codes, rows, columns)

@@ -159,11 +159,11 @@ def grouped_product(
     Args:
       x: [B, M, K], int8, bfloat16 or float32; K is a multiple of 128.
       codes: [L B, K / 128, 128, N], a stack of L layers of B weights in the form that `QTensor.laid_out` stores.
-      scale, zero, offset: [B, K / group size, N]; zero and offset may be None.
+      scale, zero, offset: [L B, K / group size, N], or [B, K / group size, N] of the layer. The last two may be None.
       groups: the rest of the weight.
       body: the kernel, as `body_for` chooses it.
       rows: float32 [B, M, 1], factors of the rows of x; None is 1.
-      columns: float32 [B, 1, N] or [B, 1, 1], further factors of the columns; None is 1.
+      columns: float32 [L B or B, 1, N or 1], further factors of the columns; None is 1.
       layer: the index in the stack; None is the first. The kernel reads the layer without a copy.
       result: the dtype of the result.
       cores: the number of cores of the chip.
@@ -211,12 +211,13 @@ class _Body:
         bm, bn, bk = self.blocks(m, k, n)
         count, parts = arrays["scale"].shape[1], k // bk
         first = () if layer is None else (jnp.reshape(layer * b, 1).astype(jnp.int32),)  # known before a block is read
-        by_group = pl.BlockSpec((None, count, bn), lambda e, j, i, p, *at: (e, 0, j))
-        specs = {
-            "rows": pl.BlockSpec((None, bm, 1), lambda e, j, i, p, *at: (e, i, 0)),
-            "columns": pl.BlockSpec((None, 1, bn), lambda e, j, i, p, *at: (e, 0, j)),
-            "all": pl.BlockSpec((None, 1, 1), lambda e, j, i, p, *at: (e, 0, 0)),
-        }
+
+        def of(name: str, v: jax.Array) -> Any:
+            if name == "rows":
+                return pl.BlockSpec((None, bm, 1), lambda e, j, i, p, *at: (e, i, 0))
+            stacked, one = v.shape[0] == codes.shape[0], name == "all"
+            place = lambda e, j, i, p, *at: (e + _first(at) if stacked else e, 0, 0 if one else j)  # noqa: E731
+            return pl.BlockSpec((None, v.shape[1], 1 if one else bn), place)
 
         def weight(e: Any, j: Any, i: Any, p: Any, *at: Any) -> tuple[Any, ...]:
             part = p if parts == 1 else jnp.where(i == 0, p, parts - 1)  # later rows find their values decoded
@@ -233,7 +234,7 @@ class _Body:
                 in_specs=[
                     pl.BlockSpec((None, bm, bk), lambda e, j, i, p, *at: (e, i, p)),
                     pl.BlockSpec((None, bk // BLOCK, BLOCK, bn), weight),
-                    *(specs.get(name, by_group) for name in arrays),
+                    *(of(name, v) for name, v in arrays.items()),
                 ],
                 out_specs=pl.BlockSpec((None, bm, bn), lambda e, j, i, p, *at: (e, i, j)),
                 scratch_shapes=[
@@ -243,7 +244,7 @@ class _Body:
             ),
             interpret=self.interpret,
             compiler_params=compiler_params(LIMIT, order=order, interpret=self.interpret),
-            cost_estimate=product_cost(x, codes, result, layers=codes.shape[0] // b),
+            cost_estimate=product_cost(x, codes, arrays.values(), result, layers=codes.shape[0] // b),
             name=self.name,
         )(*first, x, codes, *arrays.values())
 

@@ -20,7 +20,6 @@ from jax import lax
 
 from jaxquant.core.codec import values_of
 from jaxquant.core.qtensor import QTensor, scale_values
-from jaxquant.core.stack import Layer
 from jaxquant.ops.kernels import dequantized
 from jaxquant.ops.kernels.precision import is_default
 from jaxquant.ops.kernels.ragged import Int8Ragged
@@ -113,9 +112,9 @@ class RaggedExperts(Kernel):
             columns = arrays.pop("columns")
             assert arrays.pop("offset") is None
         else:
-            stack, layer = (w.kept.stack, w.kept.index) if isinstance(w.kept, Layer) else (w.stored, None)
-            arrays, columns = {"codes": stack.reshape(-1, *stack.shape[-2:]), "layer": layer, "zero": None}, None
-            arrays["scale"] = scale_values(w.scale).astype(jnp.float32)
+            given = {"codes": w.kept, "scale": scale_values(w.scale).astype(jnp.float32)}
+            arrays = {name: w.in_stack(v).reshape(-1, *v.shape[-2:]) for name, v in given.items()}
+            arrays, columns = arrays | {"layer": w.layer, "zero": None}, None
         how = {"groups": self.groups, "rows_last": self.rows_last, "result": jnp.dtype(problem.result)}
         return ragged_product(
             x, problem.sizes, **arrays, rows=rows, columns=columns, **how, interpret=self.interpret
@@ -218,11 +217,11 @@ def ragged_product(
       sizes: [E], rows of each expert, in order.
       codes: [L E, K / 128, 128, N], a stack of L layers in the form that `QTensor.laid_out` stores; without groups
         [L E, K, N], or [L E, N, K].
-      scale, zero: [E, groups of K, N]; zero may be None.
+      scale, zero: [L E, groups of K, N], or [E, groups of K, N] of the layer; zero may be None.
       groups: the rest of the experts.
       rows_last: whether codes are [L E, N, K].
       rows: float32 [M, 1], factors of the rows of x; None is 1.
-      columns: float32 [E, 1, N] or [E, 1, 1], further factors of the columns; None is 1.
+      columns: float32 [L E or E, 1, N or 1], further factors of the columns; None is 1.
       layer: the index in the stack; None is the first. The kernel reads the layer without a copy.
       result: the dtype of the result.
       interpret: run in Pallas' interpreter.
@@ -241,14 +240,18 @@ def ragged_product(
     given = {"scale": scale, "zero": zero, "columns": columns, "rows": rows}
     arrays = {name: v for name, v in given.items() if v is not None}
 
+    def chosen(v: jax.Array, t: Any, first: Any, expert: Any) -> Any:
+        """The place of a step's expert in an array of the stack, or of the layer."""
+        return expert[t] + (first[0] if v.shape[0] == codes.shape[0] else 0)
+
     def weight(j: Any, t: Any, first: Any, expert: Any, *_: Any) -> tuple[Any, ...]:
-        at = first[0] + expert[t]
+        at = chosen(codes, t, first, expert)
         return (at, j, 0) if rows_last else (at, *(0,) * (codes.ndim - 2), j)
 
     def of(v: jax.Array) -> Any:
         one = v.shape[2] == 1 < n
         block = (None, v.shape[1], 1 if one else bn)
-        return pl.BlockSpec(block, lambda j, t, first, expert, *_: (expert[t], 0, 0 if one else j))
+        return pl.BlockSpec(block, lambda j, t, first, expert, *_: (chosen(v, t, first, expert), 0, 0 if one else j))
 
     specs = {name: of(v) for name, v in arrays.items() if name != "rows"}
     specs["rows"] = pl.BlockSpec((bm, 1), lambda j, t, first, expert, tile, *_: (tile[t], 0))
@@ -270,7 +273,7 @@ def ragged_product(
         ),
         interpret=interpret,
         compiler_params=compiler_params(LIMIT, interpret=interpret),
-        cost_estimate=product_cost(x, codes, made, layers=codes.shape[0] // experts),
+        cost_estimate=product_cost(x, codes, arrays.values(), made, layers=codes.shape[0] // experts),
         name=RaggedExperts.name,
     )(first, *steps, x, codes, *arrays.values())
 
