@@ -388,19 +388,19 @@ class QTensor:
         return self.replace(codes=Layer(stack, index))
 
     def in_stack(self, value: Any) -> Any:
-        """The array of the whole stack in place of a field of its layer; any other value unchanged.
+        """The array of the whole stack in place of ``kept``, or of a scale, zero point or offset: the very object.
 
-        Args:
-          value: ``kept``, or an array among scale, zero point and offset, the very object.
+        Any other value is unchanged, and so is a scale that is no slice of the stack's, since the layer was transposed
+        or its blocks were divided.
         """
         if not isinstance(self.kept, Layer):
             return value
-        pairs = zip(self._in_place(), self.kept.stack._in_place(), strict=True)
-        return next((whole for own, whole in pairs if own is value), value)
-
-    def _in_place(self) -> list[Any]:
-        """The arrays that kernels may read in a stack."""
-        return [self.kept, *jax.tree.leaves((self.scale, self.zero_point, self.offset))]
+        stack = self.kept.stack
+        if value is self.kept:
+            return stack.kept
+        own, whole = (jax.tree.leaves((q.scale, q.zero_point, q.offset)) for q in (self, stack))
+        pairs = zip(own, whole, strict=True) if self.minor == stack.minor else ()
+        return next((v for leaf, v in pairs if leaf is value and leaf.shape == v.shape[1:]), value)
 
     @property
     def layer(self) -> jax.Array | None:

@@ -23,8 +23,8 @@ __all__ = ["by_layer", "cast", "move", "reshape", "slice_along", "transpose"]
 
 
 def cast(q: QTensor, dtype: DTypeLike) -> QTensor:
-    """The same codes, dequantized to another float dtype; those of a layer stay in its stack."""
-    return q.replace(codes=q.kept, dtype=np.dtype(dtype))
+    """The same codes, dequantized to another float dtype."""
+    return q.replace(dtype=np.dtype(dtype))
 
 
 def transpose(q: QTensor, permutation: tuple[int, ...]) -> QTensor:

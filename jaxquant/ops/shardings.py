@@ -74,8 +74,8 @@ def leaf_specs(leaf: Any, cut: Cut) -> Any:
         stored.insert(leaf.ndim + leaf.split + 1, None)
     codes: Any = cut.spec(stored)
     if isinstance(leaf.kept, Layer):
-        stack: Any = PartitionSpec(None, *codes)
-        codes = Layer(stack, typing.cast(Any, PartitionSpec()))
+        layers = Cut((None, *cut.entries), (1, *cut.parts), cut.names)
+        codes = Layer(leaf_specs(leaf.kept.stack, layers), typing.cast(Any, PartitionSpec()))
 
     def of_blocks(value: Any, cut: Cut = cut) -> Any:
         return None if value is None else leaf_specs(value, cut.of_blocks(value))
