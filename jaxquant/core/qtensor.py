@@ -390,8 +390,8 @@ class QTensor:
     def in_stack(self, value: Any) -> Any:
         """The array of the whole stack in place of ``kept``, or of a scale, zero point or offset: the very object.
 
-        Any other value is unchanged, and so is a scale that is no slice of the stack's, since the layer was transposed
-        or its blocks were divided.
+        Any other value is unchanged. So are scales that are no slices of the stack's: those of a layer that was
+        transposed, or whose blocks were divided.
         """
         if not isinstance(self.kept, Layer):
             return value
