@@ -215,6 +215,20 @@ def test_every_code_of_eight_bits(bytewise: bool):
     np.testing.assert_array_equal(found, bits.view(jnp.float8_e4m3fn).astype(np.float32))
 
 
+@pytest.mark.parametrize("n", [200, 1000, 1024, 3584, 8192, 151936])
+def test_blocks_of_sums_are_equal_and_two_at_least(n: int):
+    """While the first is read nothing runs, and a part of a block takes as long as a whole one."""
+    groups = product_kernels.Groups(128, decode.Decoder("integers"))
+    body = product_kernels.Sums(groups, (jnp.dtype(jnp.bfloat16),), jnp.float32)
+    for m, k in ((8, 512), (8, 4096), (64, 14336), (512, 4096)):
+        columns = body.blocks(m, k, n)[1]
+        count = -(-n // columns)
+        assert count > 1 or n <= 256
+        assert columns % 128 == 0
+        assert columns * count < n + 128 * count
+        assert columns <= 1024 or columns * k <= 4 << 20
+
+
 @pytest.mark.parametrize("name", ["nf4", "fp4", "iq4_nl"])
 def test_words_of_a_table(name: str):
     """A word, shifted by 16 if bit 3 of the stored code is set, rounds to the entry of the code, or is near it."""
