@@ -178,9 +178,10 @@ def problems():
     for spec in (recipes.w8a8(), recipes.w4a8(128)):
         x, w = abstract((2000, 256), rows.dtype, spec.act, (-1,), stored=False), stored(spec, jnp.bfloat16, "tpu")
         yield Product.of(x, w, *axes, None, jnp.bfloat16)
-        x = abstract((8, 256), rows.dtype, spec.act, (-1,), stored=False)
+        few = abstract((8, 256), rows.dtype, spec.act, (-1,), stored=False)
         stack = jax.tree.map(lambda v: jax.ShapeDtypeStruct((2, *v.shape), v.dtype), w)
-        yield Product.of(x, w.layer_of(stack, jax.ShapeDtypeStruct((), jnp.int32)), *axes, None, jnp.bfloat16)
+        for x in (few, jax.ShapeDtypeStruct((8, 256), jnp.bfloat16)):
+            yield Product.of(x, w.layer_of(stack, jax.ShapeDtypeStruct((), jnp.int32)), *axes, None, jnp.bfloat16)
     x = jax.ShapeDtypeStruct((1, 256), float32)
     yield Product.of(x, stored(recipes.w4a16(128), float32, "tpu"), *axes, lax.Precision.HIGHEST, float32)
     tokens = abstract((256, 128), jnp.dtype(float32), jq.QuantSpec("int8"), (-1,), minor=())

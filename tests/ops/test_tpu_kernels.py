@@ -114,6 +114,38 @@ def test_the_product_of_the_dequantized_weight(name: str, rows: int, monkeypatch
     assert_close(y, x, w, exact=name in EXACT, rounded=rounded)
 
 
+COLUMNS = {
+    "int4": jq.QuantSpec("int4"),
+    "uint4 zero": jq.QuantSpec("uint4", symmetric=False),
+    "int3 zero": jq.QuantSpec("int3", symmetric=False),
+    "nf4": jq.QuantSpec("nf4", granularity="per_channel"),
+    "fp4": jq.QuantSpec("float4_e2m1fn"),
+}
+
+
+@pytest.mark.parametrize("chip", [None, V6E, "TPU v5"])
+@pytest.mark.parametrize("rows", [3, 40, 300])
+@pytest.mark.parametrize("name", COLUMNS)
+def test_one_scale_per_column(name: str, rows: int, chip: str | None, monkeypatch: pytest.MonkeyPatch):
+    """Codes that are stored as a matrix; XLA multiplies int4 without zero points as fast on most chips."""
+    w, x = weight(COLUMNS[name], (512, 256)), normal(2, (rows, 512))
+    assert w.split is None
+    kernel, y = interpreted(problem_of(x, w), monkeypatch, chip)
+    plain, tables = name == "int4" and chip is None, name in ("nf4", "fp4")
+    many = rows == 300 and tables and chip != V6E
+    assert ("grouped" not in kernel) == (plain or many)
+    assert_close(y, x, w, exact=False, rounded=kernel != "grouped_sums" or name == "nf4")
+
+
+def test_a_layer_of_columns(monkeypatch: pytest.MonkeyPatch):
+    """XLA takes such a layer out of its stack slowly, so that the kernel multiplies all kinds on all chips."""
+    w, x = weight(COLUMNS["int4"], (256, 128)), normal(2, (8, 256))
+    stack = jax.tree.map(lambda v: jnp.stack([jnp.flip(v, -1), v]), w)
+    kernel, y = interpreted(problem_of(x, w.layer_of(stack, jnp.int32(1))), monkeypatch)
+    assert kernel == "grouped_sums"
+    assert_close(y, x, w, exact=False, rounded=False)
+
+
 @pytest.mark.parametrize("rows", [3, 40, 300])
 @pytest.mark.parametrize(
     "name",
@@ -513,3 +545,20 @@ def test_few_rows_of_int8_by_a_layer_of_a_stack(monkeypatch: pytest.MonkeyPatch)
     many = int8_problem(normal(1, (65, 128)), normal(2, (128, 1200)), minor=True)
     many = dataclasses.replace(many, w=many.w.layer_of(stack, jnp.int32(1)))
     assert select(many, Target("tpu")).name == "int8"
+
+
+@pytest.mark.parametrize("minor", [True, False])
+def test_few_rows_of_bfloat16_by_a_layer_of_a_stack(minor: bool, monkeypatch: pytest.MonkeyPatch):
+    """Codes and activation are exact in bfloat16; float32 activations, and a weight of its own, are XLA's."""
+    w, x = (
+        jq.quantize(normal(2, (256, 300)), INT8, reduce_axes=(-2,)).store((-2,) if minor else ()),
+        normal(1, (3, 256)),
+    )
+    stack = jax.tree.map(lambda v: jnp.stack([jnp.flip(v), v]), w)
+    layer = w.layer_of(stack, jnp.int32(1))
+    monkeypatch.setattr(tpu_int8.Int8Blocks, "interpret", True)
+    kernel = select(problem_of(x, layer), Target("tpu"))
+    assert kernel.name == "bfloat16_layer"
+    assert_close(jax.jit(kernel.run)(problem_of(x, layer)), x, w, exact=True, rounded=False)
+    for other in (problem_of(x, w), problem_of(x.astype(jnp.float32), layer), problem_of(normal(1, (65, 256)), layer)):
+        assert select(other, Target("tpu")).name != "bfloat16_layer"

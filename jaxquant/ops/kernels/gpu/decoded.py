@@ -47,8 +47,9 @@ class TritonDecoded(Kernel):
         """As for `Kernel`: where XLA would write the weight's values to memory, and the kernel has blocks.
 
         XLA fuses one conversion into a product. So weights whose codes are numbers, with one scale per row and no zero
-        point, are left to XLA. The kernel does not support groups whose size is not a multiple of 16; contracted axes
-        that are stored between others; float zero points; float64; symbolic sizes; shardings that are part of types.
+        point, are left to XLA, except int4 in a stack of layers, which XLA copies as a whole. The kernel does not
+        support groups whose size is not a multiple of 16; contracted axes that are stored between others; float zero
+        points; float64; symbolic sizes; shardings that are part of types.
         """
         portable = Decoded.takes(problem) if has_blocks(problem) else None
         if not isinstance(portable, Decoded) or portable.dtype == jnp.float64 or problem.w.size >= _LARGEST:
@@ -56,7 +57,8 @@ class TritonDecoded(Kernel):
         w, place = problem.w, Place.of(problem.w, problem.w_axes)
         if place is None:
             return None
-        if place.groups == 1 and w.symmetric and w.type.kind != "table":
+        plain = place.groups == 1 and w.symmetric and w.type.kind != "table"
+        if plain and not (w.in_int4 and w.layer is not None):
             return None
         fits = place.groups == 1 or (place.length // place.groups) % _SHORTEST_GROUP == 0
         whole = w.zero_point is None or jnp.issubdtype(w.zero_point.dtype, jnp.integer)

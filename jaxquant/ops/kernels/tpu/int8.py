@@ -1,4 +1,4 @@
-"""Products of int8 codes with one scale per row on either side, for many rows, where XLA's own take longer.
+"""Products of int8 codes with one scale per row on either side, where XLA's own take longer.
 
     y[m, n] = s[m] t[n] sum_k x[m, k] w[k, n]
 
@@ -6,9 +6,9 @@ A step of the grid multiplies a block of rows with a block of columns over all o
 first, so that a block of the weight is read once.
 
 Estimates of libtpu 0.0.42.1 for a v6e, [M, 4096] x [4096, 4096], in thousand cycles of static schedules, moving
-included: 87 for 2048 rows (XLA's product: 121), 163 for 4096. Arithmetic at the peak takes 66 and 131. The matrix unit
-works in 91 of 100 instructions; loading the first blocks, and each further block of the weight, takes the rest. Up to
-1024 rows XLA's product takes as long or less: 44 for 1024 rows on either side, 23 for 512 where this has 26.
+included, beside those of XLA's product: 21 and 24 for 256 rows, 28 and 39 for 512, 50 and 68 for 1024, 87 and 121 for
+2048; for 128 rows 20 and 18. Arithmetic at the peak takes 131 for 4096 rows, of which the kernel takes 163: the matrix
+unit works in 91 of 100 instructions; loading the first blocks, and each further block of the weight, takes the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.qtensor import QTensor, scale_values
-from jaxquant.ops.forms import Axes, Matrix
+from jaxquant.ops.forms import Axes, Form, Matrix
+from jaxquant.ops.kernels.dequantized import Dequantized
 from jaxquant.ops.kernels.integer import Int8, multiplies_integers, overflow_limit
 from jaxquant.ops.kernels.tpu.chips import V6E
 from jaxquant.ops.kernels.tpu.cost import product_cost
@@ -32,7 +33,7 @@ from jaxquant.ops.problem import Kernel, Product
 
 __all__ = ["Int8Blocks", "Int8Layer", "int8_product"]
 
-_LEAST = 1025
+_LEAST = 192
 """The fewest rows for which the kernel takes less time than XLA's product."""
 
 _FEW = 64
@@ -63,15 +64,20 @@ class Int8Blocks(Kernel):
         if not all(isinstance(n, int) for n in sizes) or not multiplies_integers(problem) or not cls._is_for(problem):
             return None
         x, w = problem.forms
-        if not isinstance(x, Matrix) or not isinstance(w, Matrix):
+        if not isinstance(x, Matrix) or not isinstance(w, Matrix) or x.zero_point is not None or x.groups != 1:
             return None
-        plain = all(f.zero_point is None and f.groups == 1 for f in (x, w))
-        if not plain or problem.w.kept.dtype != jnp.int8 or not problem.w.type.signed:
+        return cls._of(problem, w, jnp.int8) if w.shape[2] <= overflow_limit(x.reach, w.reach) else None
+
+    @classmethod
+    def _of(cls, problem: Product, w: Form, dtype: Any) -> Kernel | None:
+        """The kernel for an activation of a dtype, if it takes the weight."""
+        if not isinstance(w, Matrix) or w.zero_point is not None or w.groups != 1:
+            return None
+        if problem.w.kept.dtype != jnp.int8 or not problem.w.type.signed:
             return None
         (_, n, k), axes, order = w.shape, problem.w_axes, problem.w.stored_order
         orders = {axes.order: False, axes.batch + axes.contract + axes.rows: True}
-        fits = k % 128 == 0 and n >= 128 and k <= overflow_limit(x.reach, w.reach)
-        fits = fits and _blocks(int(problem.rows), k, n) is not None
+        fits = k % 128 == 0 and n >= 128 and _blocks(int(problem.rows), k, n, dtype) is not None
         return cls(orders[order]) if fits and order in orders else None
 
     @classmethod
@@ -84,15 +90,18 @@ class Int8Blocks(Kernel):
         return run_undivided(problem, self._undivided, Int8().run)
 
     def _undivided(self, problem: Product) -> jax.Array:
-        x, w = problem.matrices()
-        (b, m, k), n = x.shape, w.shape[1]
+        x, _ = problem.matrices()
+        return self._product(problem, x.codes, jnp.broadcast_to(x.scale.astype(jnp.float32), (*x.shape[:2], 1)))
+
+    def _product(self, problem: Product, x: jax.Array, rows: jax.Array) -> jax.Array:
+        _, w = problem.matrices()
+        (b, _, k), n = x.shape, w.shape[1]
         codes = problem.w.in_stack(problem.w.kept).reshape(-1, *((k, n) if self.columns_last else (n, k)))
-        rows = jnp.broadcast_to(x.scale.astype(jnp.float32), (b, m, 1))
         columns = _columns(problem.w, problem.w_axes)
         if columns is None:
             columns = jnp.broadcast_to(jnp.swapaxes(w.scale, 1, 2).astype(jnp.float32), (b, 1, n))
         how = {"columns_last": self.columns_last, "result": jnp.dtype(problem.result), "interpret": self.interpret}
-        return problem.restored(int8_product(x.codes, codes, rows, columns, problem.w.layer, **how))
+        return problem.restored(int8_product(x, codes, rows, columns, problem.w.layer, name=self.name, **how))
 
 
 class Int8Layer(Int8Blocks):
@@ -110,6 +119,33 @@ class Int8Layer(Int8Blocks):
         return problem.rows <= _FEW and problem.w.layer is not None
 
 
+class Bfloat16Layer(Int8Layer):
+    """Few rows of bfloat16 by one of the layers of a stack, whose codes are exact in bfloat16.
+
+    Estimates for [8, 4096] x [4096, 14336], in thousand cycles: 181 by XLA and 108 by the kernel on a v5e, which is
+    what reading takes, and 85 and 78 on a v6e, where conversions on the vector unit take longer than reading.
+    """
+
+    name = "bfloat16_layer"
+
+    @classmethod
+    def takes(cls, problem: Product) -> Kernel | None:
+        """As for `Kernel`: as for `Int8Layer`, but with an activation in bfloat16."""
+        if isinstance(problem.x, QTensor) or problem.dtype != jnp.bfloat16 or not cls._is_for(problem):
+            return None
+        return cls._of(problem, problem.forms[1], jnp.bfloat16)
+
+    def run(self, problem: Product) -> jax.Array:
+        """As for `Kernel`; if XLA partitions the program over several devices, by XLA's product."""
+        plain = Dequantized.takes(problem)
+        assert plain is not None
+        return run_undivided(problem, self._undivided, plain.run)
+
+    def _undivided(self, problem: Product) -> jax.Array:
+        x = problem.x_axes.flatten(problem.x.astype(jnp.bfloat16))
+        return self._product(problem, x, jnp.ones((*x.shape[:2], 1), jnp.float32))
+
+
 def _columns(w: QTensor, axes: Axes) -> jax.Array | None:
     """The scales of a weight, [layers * B or B, 1, N], if its last axis has the columns and one scale for each."""
     if axes.batch + axes.contract + axes.rows != tuple(range(w.ndim)) or len(axes.rows) != 1:
@@ -119,15 +155,20 @@ def _columns(w: QTensor, axes: Axes) -> jax.Array | None:
     return w.in_stack(scale_values(w.scale).astype(jnp.float32)).reshape(-1, 1, w.shape[-1])
 
 
-def _blocks(m: int, k: int, n: int) -> tuple[int, int] | None:
-    """Rows and columns of a block, of equal blocks: as many columns as fit in memory; None if none fit."""
+def _blocks(m: int, k: int, n: int, dtype: Any) -> tuple[int, int] | None:
+    """Rows and columns of a block, of equal blocks: as many columns as fit in memory; None if none fit.
+
+    ``dtype`` is the activation's, in which codes are multiplied.
+    """
+    size = jnp.dtype(dtype).itemsize
+    converted = 0 if size == 1 else size
     for most_columns in _COLUMNS:
         for most_rows in _ROWS:
             bm, bn = (
                 -(-size // -(-size // most) // tile) * tile
                 for size, most, tile in ((m, most_rows, 32), (n, most_columns, 128))
             )
-            if 2 * k * (bm + bn) + 12 * bm * bn <= MEMORY:
+            if k * (2 * size * bm + (2 + converted) * bn) + 12 * bm * bn <= MEMORY:
                 return bm, bn
     return None
 
@@ -141,17 +182,19 @@ def int8_product(
     *,
     columns_last: bool,
     result: Any,
+    name: str = Int8Blocks.name,
     interpret: bool = False,
 ) -> jax.Array:
-    """``rows * columns * (x @ codes)``, with sums in int32 and scaled in float32.
+    """``rows * columns * (x @ codes)``, with sums in int32 (float32 of bfloat16) and scaled in float32.
 
     Args:
-      x: int8 [B, M, K].
+      x: int8 or bfloat16 [B, M, K].
       codes: int8 [L B, N, K], a stack of L layers; [L B, K, N] if ``columns_last``.
       rows, columns: float32 [B, M, 1] and [L B, 1, N], or [B, 1, N] of the layer.
       layer: the index in the stack; None is the first. The kernel reads the layer without a copy.
       columns_last: see ``codes``.
       result: the dtype of the result.
+      name: the kernel's name in the program.
       interpret: run in Pallas' interpreter.
 
     Returns:
@@ -161,15 +204,16 @@ def int8_product(
     from jax.experimental.pallas import tpu as pltpu
 
     (b, m, k), n = x.shape, columns.shape[2]
-    blocks = _blocks(m, k, n)
+    blocks = _blocks(m, k, n, x.dtype)
     assert blocks is not None
     bm, bn = blocks
+    summed = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     first = jnp.zeros(1, jnp.int32) if layer is None else jnp.reshape(layer * b, 1).astype(jnp.int32)
 
     def kernel(first: Any, x: Any, w: Any, rows: Any, columns: Any, out: Any) -> None:
         del first
         axes = ((1,), (0 if columns_last else 1,)), ((), ())
-        sums = lax.dot_general(x[...], w[...], axes, preferred_element_type=jnp.int32)
+        sums = lax.dot_general(x[...], w[...].astype(x.dtype), axes, preferred_element_type=summed)
         out[...] = (sums.astype(jnp.float32) * rows[...] * columns[...]).astype(out.dtype)
 
     def weight(e: Any, j: Any, i: Any, first: Any) -> tuple[Any, ...]:
@@ -198,5 +242,5 @@ def int8_product(
         interpret=interpret,
         compiler_params=compiler_params(LIMIT, order=("parallel",) * 3, interpret=interpret),
         cost_estimate=product_cost(x, codes, (rows, columns), made, layers=codes.shape[0] // b),
-        name=Int8Blocks.name,
+        name=name,
     )(first, x, codes, rows, columns)
