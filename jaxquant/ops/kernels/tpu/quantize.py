@@ -5,6 +5,11 @@ A block of rows, or of columns, stays in the chip's own memory between the two s
 reading alone 61. To fp8, rows of [512, 4096] take 19 thousand on a v5e and 16 on a v6e; XLA takes 69 and 45. Factors
 that an array is multiplied by first, as gradients are by scales, cost 4 thousand for rows and 44 for columns; XLA
 writes that product in float32, for 570.
+
+The norm or SiLU that an activation comes from stays a program of its own. XLA can compute it within the kernel, where
+Pallas allows that (``allow_input_fusion``) and blocks are smaller than 1 MiB; by the schedules of libtpu 0.0.42.1 for
+[2048, 4096] on a v5e that takes longer: 51 thousand cycles for a norm without its sum of squares, 38 apart; 72 for
+SiLU times a gate, 64 apart. Smaller blocks cost the kernel more than the passes through the chip's own memory.
 """
 
 from __future__ import annotations
