@@ -82,6 +82,7 @@ TABLE: tuple[type[Kernel], ...] = (
     dequantized.ExactBfloat16,
     tpu_int8.Int8Blocks,
     tpu_int8.Int8Layer,
+    tpu_int8.DigitsLayer,
     tpu_int8.Bfloat16Layer,
     integer.Int8,
     dequantized.ScaledActivation,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -548,7 +549,7 @@ def test_few_rows_of_int8_by_a_layer_of_a_stack(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("minor", [True, False])
-def test_few_rows_of_bfloat16_by_a_layer_of_a_stack(minor: bool, monkeypatch: pytest.MonkeyPatch):
+def test_few_rows_of_floats_by_a_layer_of_a_stack(minor: bool, monkeypatch: pytest.MonkeyPatch):
     """Codes and activation are exact in bfloat16; float32 activations, and a weight of its own, are XLA's."""
     w, x = (
         jq.quantize(normal(2, (256, 300)), INT8, reduce_axes=(-2,)).store((-2,) if minor else ()),
@@ -557,8 +558,14 @@ def test_few_rows_of_bfloat16_by_a_layer_of_a_stack(minor: bool, monkeypatch: py
     stack = jax.tree.map(lambda v: jnp.stack([jnp.flip(v), v]), w)
     layer = w.layer_of(stack, jnp.int32(1))
     monkeypatch.setattr(tpu_int8.Int8Blocks, "interpret", True)
-    kernel = select(problem_of(x, layer), Target("tpu"))
-    assert kernel.name == "bfloat16_layer"
-    assert_close(jax.jit(kernel.run)(problem_of(x, layer)), x, w, exact=True, rounded=False)
-    for other in (problem_of(x, w), problem_of(x.astype(jnp.float32), layer), problem_of(normal(1, (65, 256)), layer)):
-        assert select(other, Target("tpu")).name != "bfloat16_layer"
+    for chip, name in ((None, "digits_layer"), ("TPU7x", "bfloat16_layer")):
+        kernel = select(problem_of(x, layer), Target("tpu", chip))
+        assert kernel.name == name
+        exact = name == "bfloat16_layer"
+        assert_close(jax.jit(kernel.run)(problem_of(x, layer)), x, w, exact=exact, rounded=False)
+        for other in (problem_of(x, w), problem_of(normal(1, (65, 256)), layer)):
+            assert "layer" not in select(other, Target("tpu", chip)).name
+    floats = problem_of(x.astype(jnp.float32), layer)
+    assert select(floats, Target("tpu")).name == "digits_layer"
+    for chip, precision in (("TPU7x", None), (None, lax.Precision.HIGHEST)):
+        assert "layer" not in select(dataclasses.replace(floats, precision=precision), Target("tpu", chip)).name

@@ -36,6 +36,7 @@ from jaxquant.ops.kernels.tpu.decode import BLOCK, RUN, Decoder, scale_of
 from jaxquant.ops.kernels.tpu.pallas import LIMIT, MEMORY, compiler_params, shape_like
 
 __all__ = [
+    "DIGIT",
     "DIGITS",
     "FEW",
     "Groups",
@@ -43,7 +44,9 @@ __all__ = [
     "Values",
     "ValuesInParts",
     "body_for",
+    "digits",
     "dot",
+    "equal_width",
     "grouped_product",
     "in_blocks",
     "lanes",
@@ -51,6 +54,7 @@ __all__ = [
     "repeated",
     "row_of_blocks",
     "rows_of_sums",
+    "widest",
 ]
 
 FEW = 128
@@ -59,10 +63,12 @@ FEW = 128
 DIGITS = 64
 """The same limit for integers; up to it a bfloat16 x is written as int8 digits."""
 
-_DIGIT = 254.0
+DIGIT = 254.0
+"""How many times as large the first digit's unit is as the second's."""
+
 _PART = 1024  # the shortest part of K
 _WIDTHS = 1024, 512, 256, 128  # the most columns of a block
-_CODES = 4096 * 1024  # of a block of `Sums`, if it has more columns
+_CODES = 4096 * 1024  # of a block, if it has more columns
 _UNROLLED = 32  # blocks that the compiler schedules together
 
 
@@ -339,18 +345,9 @@ class Sums(_Body):
         return 2 * k * bn + 12 * k // self.groups.size * bn + 8 * bm * k + 16 * bm * bn + spread
 
     def _widths(self, m: int, k: int, n: int) -> list[int]:
-        """Equal blocks, the last of which is full: two or more, since nothing runs while the first is read.
-
-        Wider ones where K is short. Estimates for 8 rows of bfloat16 on a v5e, in thousand cycles: [4096, 3584] takes
-        14.5 in blocks of 896 columns and 16.3 in blocks of 1024, [4096, 1024] 5.7 in two and 7.7 in one, [512, 8192]
-        5.7 in two and 9.5 in eight; reading takes 14.3, 4.1 and 4.1.
-        """
-        if n < BLOCK:
-            return [n]
-        widest = max(_WIDTHS[0], _CODES // k) if m <= DIGITS else _WIDTHS[0]
-        least = 2 if n > 2 * BLOCK else 1
-        counts = [max(-(-n // width), least) for width in (widest, *_WIDTHS[1:])]
-        return [-(-n // (count * BLOCK)) * BLOCK for count in counts]
+        """As for `_Body`; equal ones."""
+        most = widest(k) if m <= DIGITS else _WIDTHS[0]
+        return [n] if n < BLOCK else [equal_width(n, width) for width in (most, *_WIDTHS[1:])]
 
     @property
     def _digits(self) -> bool:
@@ -383,8 +380,8 @@ class Sums(_Body):
             @pl.when((pl.program_id(1) == 0) | (pl.num_programs(2) > 1) | (self.cores > 1))
             def _() -> None:
                 if self._digits:
-                    first, second, step = _digits(x[...].astype(jnp.float32))
-                    activation[:rows], activation[rows:] = first, second
+                    first, second, step = digits(x[...].astype(jnp.float32))
+                    activation[:rows], activation[rows:] = first.astype(jnp.int8), second.astype(jnp.int8)
                     scratch[1][...] = jnp.broadcast_to(step, scratch[1].shape)
                     return
                 terms, rest = [], x[...].astype(jnp.float32)
@@ -424,7 +421,7 @@ class Sums(_Body):
 
         total = looped(codes.shape[0], block, jnp.zeros((planes, shape[1]), jnp.float32))
         if self._digits:
-            total = (total[:rows] + total[rows:] * (1 / _DIGIT)) * scratch[1][:, :1]
+            total = (total[:rows] + total[rows:] * (1 / DIGIT)) * scratch[1][:, :1]
         elif planes > rows:
             total = total[:rows] + total[rows:]
         return jnp.concatenate([total, jnp.zeros_like(total)], axis=0) if self.half else total
@@ -532,6 +529,22 @@ class ValuesInParts(Values):
         return [k // count for count in counts if k % (count * unit) == 0] or [k]
 
 
+def widest(k: int) -> int:
+    """The most columns of a block for few rows: 1024, or more where K is short."""
+    return max(_WIDTHS[0], _CODES // k)
+
+
+def equal_width(n: int, most: int) -> int:
+    """The columns of equal blocks for few rows. They are two or more, since nothing runs while the first is read.
+
+    Estimates for 8 rows of bfloat16 by int4 on a v5e, in thousand cycles: [4096, 3584] takes 14.5 in blocks of 896
+    columns and 16.3 in blocks of 1024, [4096, 1024] 5.7 in two and 7.7 in one, [512, 8192] 5.7 in two and 9.5 in eight;
+    reading takes 14.3, 4.1 and 4.1.
+    """
+    count = max(-(-n // most), 2 if n > 2 * BLOCK else 1)
+    return -(-n // (count * BLOCK)) * BLOCK
+
+
 def _first(at: tuple[Any, ...]) -> Any:
     """The index in the stack of the layer's first weight; the grid runs over all weights of the layer."""
     return at[0][0] if at else 0
@@ -588,14 +601,14 @@ def dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.dot(x, w, preferred_element_type=jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
 
 
-def _digits(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``x = step * (first + second / 254)``, to 4e-5 of the largest element of a row, and the steps, [M, 1]."""
+def digits(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``x = step * (first + second / DIGIT)``, to 4e-5 of the largest element of a row; integers, and steps [M, 1]."""
     largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
     step = jnp.where(largest == 0, 1.0, jnp.maximum(largest / 127, jnp.finfo(jnp.float32).tiny))
     scaled = x / step
     first = jnp.clip(jnp.round(scaled), -127, 127)
-    second = jnp.clip(jnp.round((scaled - first) * _DIGIT), -127, 127)
-    return first.astype(jnp.int8), second.astype(jnp.int8), step
+    second = jnp.clip(jnp.round((scaled - first) * DIGIT), -127, 127)
+    return first, second, step
 
 
 def repeated(x: jax.Array, groups: Groups, rows: int) -> jax.Array:
