@@ -1,16 +1,17 @@
-"""One step for a parameter and its 8-bit moments on a TPU, in one kernel that reads and writes them once.
+"""One step for a parameter and its quantized moments on a TPU, in one kernel that reads and writes them once.
 
-XLA would write both moments and their scales in float32, and look tables up in separate passes. In the kernel a block
-of rows stays in the chip's memory from old codes to new codes, and the maps are computed (see `dynamic_maps`).
+XLA would write the moments and their scales in float32, and look tables up in separate passes. In the kernel a block of
+rows stays in the chip's memory from old codes to new codes, and the maps are computed (see `dynamic_maps`).
 
-The vector unit bounds it: on a v5e the step of Adam takes 126 operations for each register of 1024 numbers, four in a
-cycle. Lookups of boundaries in tables of 128 lanes would be exact, but take 6 cycles each, which is more than these.
+The vector unit bounds it, by libtpu 0.0.42.1. On a v5e the step of Adam takes 98 operations for each register of 1024
+numbers, four in a cycle; moving the numbers takes as long as 91. On a v6e it takes 85, and moving takes as long as 53.
+In 4 bits it takes 94 and 75. Gathers among the 128 lanes take none of these operations, but 4 to 8 cycles each of the
+units that move numbers between lanes: too many to look maps up.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,11 +25,9 @@ from jax.extend.core import jaxpr_as_fun
 from jaxquant.core.qtensor import QTensor
 from jaxquant.ops.kernels.tpu.pallas import compiler_params
 from jaxquant.optim import dynamic_maps
+from jaxquant.optim.registers import COLUMNS, LANES, ROWS, TINY, Form, reciprocal
 
-__all__ = ["EXACT", "IN_REGISTERS", "Arithmetic", "Hoisted", "Step", "fits", "hoisted", "in_one_pass"]
-
-Step = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
-"""A step of the elements of a parameter, ``(arithmetic, g, *moments) -> (update, moments)``."""
+__all__ = ["Arithmetic", "Hoisted", "Moment", "Step", "fits", "hoisted", "in_one_pass", "of_elements"]
 
 
 class Arithmetic(NamedTuple):
@@ -43,47 +42,104 @@ class Arithmetic(NamedTuple):
     root: Callable[[jax.Array], jax.Array]
 
 
-def _over(x: Any, y: jax.Array) -> jax.Array:
-    from jax.experimental import pallas as pl
-
-    accurate = {"full_range": False} if "full_range" in inspect.signature(pl.reciprocal).parameters else {}
-    return x * pl.reciprocal(y, **accurate)
-
-
-EXACT = Arithmetic(jnp.divide, jnp.sqrt)
-IN_REGISTERS = Arithmetic(_over, lambda x: x * lax.rsqrt(jnp.maximum(x, _TINY)))
+_EXACT = Arithmetic(jnp.divide, jnp.sqrt)
+_IN_REGISTERS = Arithmetic(lambda x, y: x * reciprocal(y), lambda x: x * lax.rsqrt(jnp.maximum(x, TINY)))
 """Quotients and roots in a kernel, to a few units in the last place. They have no cases of their own for infinite and
 zero denominators, which give NaN, as infinite roots do."""
 
-_BLOCK = 256  # numbers that share a scale
+
+class Moment(NamedTuple):
+    """How a moment follows the gradient: ``m = decay m + gain g``, or ``gain g^2``."""
+
+    decay: Any
+    gain: Any
+    squared: bool = False
+
+    def next(self, m: jax.Array, g: jax.Array) -> jax.Array:
+        new = self.gain * g
+        return self.decay * m + (new * g if self.squared else new)
+
+
+class Step(NamedTuple):
+    """A step of the elements of a parameter.
+
+    Attributes:
+      moments: how each moment follows the gradient.
+      update: ``(arithmetic, units, g, old, new)`` -> the update, for moments in any units: in a kernel those of the
+        gains, which saves multiplications. ``old`` and ``new`` are the moments before and after the step.
+    """
+
+    moments: tuple[Moment, ...]
+    update: Callable[..., jax.Array]
+
+
+def of_elements(step: Step, g: jax.Array, *old: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The update and the new moments, as they are computed elsewhere."""
+    new = tuple(moment.next(m, g) for moment, m in zip(step.moments, old, strict=True))
+    return step.update(_EXACT, (1.0,) * len(new), g, old, new), new
+
+
+def _in_units(step: Step, g: jax.Array, entries: Sequence[jax.Array], own: Sequence[Sequence[jax.Array]]) -> Any:
+    """The update and the new moments, in units of their gains, from entries and scales times `_factors`."""
+    new = [
+        entry * decayed + (g * g if moment.squared else g)
+        for moment, entry, (decayed, _) in zip(step.moments, entries, own, strict=True)
+    ]
+    old = [entry * scale for entry, (_, scale) in zip(entries, own, strict=True)]
+    return step.update(_IN_REGISTERS, [moment.gain for moment in step.moments], g, old, new), new
+
+
+def _factors(step: Step) -> list[tuple[jax.Array, ...]]:
+    """For each moment its gain, and the factors of its scales: for its part of the new moment, and for itself."""
+    return [tuple(map(jnp.float32, (m.gain, m.decay / m.gain, 1 / m.gain))) for m in step.moments]
+
+
 _LEAST = 1 << 16  # fewest numbers of a parameter for which a kernel pays
-_ROWS = 128  # rows that are computed together: registers hold them, and all units have work
-_WIDEST = 128 * _BLOCK  # most columns of a program: their scales fill a register
-_MEMORY = 24 << 20  # bytes of the blocks of a program, including the blocks in transfer
-_TINY = float(np.finfo(np.float32).tiny)
-_TALLEST = 512  # most rows of a program
-_EACH_128 = np.int32(np.uint32(0x80808080).astype(np.int32))
+_WIDEST = 2048  # most columns of a program: eight rows of scales
+_MEMORY = 8 << 20  # bytes of the blocks of a program, including the blocks in transfer
 
 
 def fits(moments: Sequence[Any]) -> bool:
-    """Whether a parameter is large, and all its moments have 8 bits in blocks of 256."""
+    """Whether a parameter is large, and all its moments have 8 or 4 bits in blocks of 128 or 256."""
     return all(
         isinstance(m, QTensor)
-        and m.qtype in ("dynamic8", "udynamic8")
         and m.size >= _LEAST
-        and m.size == m.scale.size * _BLOCK
+        and m.size % COLUMNS == 0
+        and _block(m) == _block(moments[0])
+        and _block(m) in (LANES, COLUMNS)
         for m in moments
     )
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a kernel for codes of a shape: those of the shape, or one row per block."""
-    rows = math.prod(shape[:-1])
-    return (rows, shape[-1]) if shape[-1] % _BLOCK == 0 and rows >= 32 else (rows * shape[-1] // _BLOCK, _BLOCK)
+def _block(m: Any) -> float:
+    """The numbers that share a scale."""
+    return m.size / m.scale.size
+
+
+class _Layout(NamedTuple):
+    """The rows and columns of a parameter in a kernel, and of a block of it, and the rows of scales of a block."""
+
+    rows: int
+    columns: int
+    bm: int
+    bn: int
+    scales: int
+
+
+def _layout(g: Any, moments: Sequence[QTensor]) -> _Layout:
+    rows, columns = math.prod(g.shape[:-1]), g.shape[-1]
+    if columns % COLUMNS or rows < ROWS:
+        rows, columns = g.size // COLUMNS, COLUMNS
+    bn = min(columns, _WIDEST)
+    scales = bn // int(_block(moments[0]))
+    bytes_of_row = 2 * bn * sum(2 * n for n in (g.dtype.itemsize, *(m.type.bits / 8 for m in moments)))
+    most = min(int(_MEMORY / bytes_of_row), rows)
+    whole = [n for n in range(ROWS, most + 1, ROWS) if rows % n == 0]
+    return _Layout(rows, columns, max(whole, default=max(most // ROWS, 1) * ROWS), bn, scales)
 
 
 def in_one_pass(step: Step, g: Any, moments: Sequence[QTensor], *, interpret: bool = False) -> Hoisted:
-    """``step(g, *moments)`` in float32, with the new moments quantized.
+    """``step`` of g and moments in float32, with the new moments quantized.
 
     Args:
       step: elementwise; other arrays that it uses are float32 scalars.
@@ -95,15 +151,9 @@ def in_one_pass(step: Step, g: Any, moments: Sequence[QTensor], *, interpret: bo
       The function, and the scalars, its first arguments. After these it takes g and the moments, and returns the update
       in g's dtype and the moments.
     """
-    rows, columns = _matrix(g.shape)
-    bn = min(columns, _WIDEST)
-    each = 2 * bn * (2 * g.dtype.itemsize + 2 * len(moments)) + 2 * 4 * len(moments) * 2 * max(bn // _BLOCK, 128)
-    most = min(rows, max(_MEMORY // each, 32), _TALLEST)
-    part = next(r for r in (_ROWS, 64, 32) if r <= most)
-    bm = most // part * part
-    traced = hoisted(functools.partial(step, IN_REGISTERS), (part, _BLOCK), len(moments))
-    call = functools.partial(_call, traced.function, (bm, bn), part, interpret)
-    return Hoisted(call, traced.scalars)
+    part, n = jax.ShapeDtypeStruct((ROWS, LANES), jnp.float32), len(moments)
+    traced = hoisted(lambda *args: (_in_units(step, *args), _factors(step)), part, (part,) * n, ((part,) * 2,) * n)
+    return Hoisted(functools.partial(_call, traced.function, _layout(g, moments), interpret), traced.scalars)
 
 
 class Hoisted(NamedTuple):
@@ -113,126 +163,88 @@ class Hoisted(NamedTuple):
     scalars: tuple[jax.Array, ...]
 
 
-def hoisted(step: Step, shape: tuple[int, ...], moments: int) -> Hoisted:
-    """``step`` for arrays of a shape, with the arrays of its closure turned into arguments."""
-    traced, out = jax.make_jaxpr(step, return_shape=True)(*(jax.ShapeDtypeStruct(shape, jnp.float32),) * (1 + moments))
+def hoisted(fn: Callable[..., Any], *shapes: Any) -> Hoisted:
+    """``fn`` for arrays of these shapes, with the arrays of its closure turned into arguments."""
+    traced, out = jax.make_jaxpr(fn, return_shape=True)(*shapes)
     count = len(traced.consts)
 
-    def function(*arrays: jax.Array) -> Any:
-        found = jaxpr_as_fun(traced.replace(consts=list(arrays[:count])))(*arrays[count:])
+    def function(*arrays: Any) -> Any:
+        leaves = jax.tree.leaves(arrays[count:])
+        found = jaxpr_as_fun(traced.replace(consts=list(arrays[:count])))(*leaves)
         return jax.tree.unflatten(jax.tree.structure(out), found)
 
     return Hoisted(function, tuple(map(jnp.asarray, traced.consts)))
 
 
-def _call(
-    step: Callable[..., Any], block: tuple[int, int], part: int, interpret: bool, *args: Any
-) -> tuple[jax.Array, list[QTensor]]:
+def _call(step: Callable[..., Any], layout: _Layout, interpret: bool, *args: Any) -> tuple[jax.Array, list[QTensor]]:
     from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
 
     *numbers, g, moments = args
-    (bm, bn), (rows, columns) = block, _matrix(g.shape)
-    scalars = jnp.stack([*numbers, jnp.float32(0)])[None]
-    types = tuple(m.qtype for m in moments)
-    names = sorted(set(types))
-    all_maps = np.stack([dynamic_maps.tables(name) for name in names])
-
-    def kernel(scalars: Any, maps: Any, g: Any, *refs: Any) -> None:
-        count = len(types)
-        old = refs[: 2 * count]
-        u, *new = refs[2 * count :]
-        given = [scalars[0:1, i : i + 1].reshape(()) for i in range(len(numbers))]
-        lane = lax.broadcasted_iota(jnp.int32, (part, bn // _BLOCK), 1)
-        entries, nearest = (
-            [functools.partial(f, table=_registers(maps, names.index(t)), qtype=t, interpret=interpret) for t in types]
-            for f in (dynamic_maps.values, dynamic_maps.codes)
-        )
-
-        def one(i: Any, j: Any) -> None:
-            here = pl.ds(pl.multiple_of(i * part, part), part)
-            at = here, pl.ds(pl.multiple_of(j * _BLOCK, _BLOCK), _BLOCK)
-            was = []
-            for codes, scale, entry in zip(old[::2], old[1::2], entries, strict=True):
-                own = jnp.sum(jnp.where(lane == j, scale[here, :], 0), axis=1, keepdims=True)
-                was.append(_by_registers(entry, _less_128(codes[at]), interpret) * own)
-            update, becomes = step(*given, g[at].astype(jnp.float32), *was)
-            u[at] = update.astype(u.dtype)
-            for x, codes, scale, code in zip(becomes, new[::2], new[1::2], nearest, strict=True):
-                absmax = _absmax(x)
-                unit = x * jnp.where(absmax >= _TINY, IN_REGISTERS.over(1.0, absmax), 0)
-                codes[at] = _bytes(_by_registers(code, unit, interpret))
-                scale[here, :] = jnp.where(lane == j, absmax, scale[here, :])
-
-        def over_rows(i: Any, _: Any) -> Any:
-            lax.fori_loop(0, bn // _BLOCK, lambda j, _: one(i, j) or 0, 0)
-            for scale in new[1::2]:
-                here = pl.ds(pl.multiple_of(i * part, part), part)
-                absmax = scale[here, :]
-                scale[here, :] = jnp.where(absmax < jnp.inf, jnp.where(absmax >= _TINY, absmax, 1.0), jnp.nan)
-            return 0
-
-        lax.fori_loop(0, bm // part, over_rows, 0)
-
+    rows, columns, bm, bn, scales = layout
+    names = sorted({m.qtype for m in moments})
+    maps = np.stack([dynamic_maps.tables(name) for name in names])
+    forms = [Form(m.qtype, int(_block(m)), names.index(m.qtype), interpret) for m in moments]
+    arrays = [a for m in moments for a in (m.stored.reshape(rows, -1), m.scale.reshape(rows, -1).T)]
+    number = pl.BlockSpec((1, 1), lambda i, j: (0, 0), memory_space=pltpu.SMEM)
+    whole = pl.BlockSpec(maps.shape, lambda i, j: (0,) * maps.ndim)
     wide = pl.BlockSpec((bm, bn), lambda i, j: (i, j))
-    scale = pl.BlockSpec((bm, bn // _BLOCK), lambda i, j: (i, j))
-    arrays = [a.reshape(rows, -1) for m in moments for a in (m.stored, m.scale)]
+    scale = pl.BlockSpec((scales, bm), lambda i, j: (j, i))
+    both = [spec for f in forms for spec in (pl.BlockSpec((bm, bn // f.in_byte), lambda i, j: (i, j)), scale)]
     u, *found = pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, step, layout, forms, len(numbers)),
         out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (g.reshape(rows, columns), *arrays)],
         grid=(pl.cdiv(rows, bm), pl.cdiv(columns, bn)),
-        in_specs=[
-            pl.BlockSpec(scalars.shape, lambda i, j: (0, 0)),
-            pl.BlockSpec(all_maps.shape, lambda i, j: (0, 0, 0, 0)),
-            wide,
-            *(wide, scale) * len(moments),
-        ],
-        out_specs=[wide, *(wide, scale) * len(moments)],
-        input_output_aliases={k: k - 2 for k in range(3, 3 + len(arrays))},
+        in_specs=[*[number] * len(numbers), whole, wide, *both],
+        out_specs=[wide, *both],
+        input_output_aliases={len(numbers) + 2 + k: 1 + k for k in range(len(arrays))},
         interpret=interpret,
         compiler_params=compiler_params(_MEMORY + (24 << 20), order=("parallel",) * 2, interpret=interpret),
         name="optimizer_step",
-    )(scalars, all_maps, g.reshape(rows, columns), *arrays)
+    )(*(x.reshape(1, 1) for x in numbers), maps, g.reshape(rows, columns), *arrays)
     kept = [
-        m.replace(codes=codes.reshape(m.stored.shape), scale=scale.reshape(m.scale.shape))
+        m.replace(codes=codes.reshape(m.stored.shape), scale=scale.T.reshape(m.scale.shape))
         for m, codes, scale in zip(moments, found[::2], found[1::2], strict=True)
     ]
     return u.reshape(g.shape), kept
 
 
-def _less_128(codes: jax.Array) -> jax.Array:
-    """uint8 codes less 128, in int32."""
-    from jax.experimental.pallas import tpu as pltpu
+def _kernel(step: Callable[..., Any], layout: _Layout, forms: Sequence[Form], count: int, *refs: Any) -> None:
+    from jax.experimental import pallas as pl
 
-    return pltpu.bitcast(pltpu.bitcast(codes, jnp.int32) ^ _EACH_128, jnp.int8).astype(jnp.int32)
+    n, given = len(forms), [number[0, 0] for number in refs[:count]]
+    maps, g, *rest = refs[count:]
+    old, (u, *new) = rest[: 2 * n], rest[2 * n :]
+    tables = [[maps[form.table, k] for k in range(dynamic_maps.TABLES)] for form in forms]
+    zeros = jnp.zeros((ROWS, LANES), jnp.float32)
+    factors = step(*given, zeros, [zeros] * n, [[zeros] * 2] * n)[1]
+    least = [TINY / unit for unit, *_ in factors]
 
+    def one(i: Any, j: Any) -> None:
+        rows = pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS)
+        entries = [form.entries(old[2 * k][rows, form.columns(j)], tables[k]) for k, form in enumerate(forms)]
+        scales = COLUMNS // forms[0].block
+        blocks = [pl.ds(scales * j + b, 1) for b in range(scales)]
+        own = [
+            [[form.spread(old[2 * k + 1][at, rows] * factor) for factor in factors[k][1:]] for at in blocks]
+            for k, form in enumerate(forms)
+        ]
+        becomes = []
+        for half in range(2):
+            at = rows, pl.ds(pl.multiple_of(j * COLUMNS, COLUMNS) + half * LANES, LANES)
+            each = [e[half] for e in entries], [o[half % scales] for o in own]
+            (update, x), _ = step(*given, g[at].astype(jnp.float32), *each)
+            u[at] = update.astype(u.dtype)
+            becomes.append(x)
+        for k, form in enumerate(forms):
+            codes, most = form.codes([x[k] for x in becomes], least[k], tables[k])
+            new[2 * k][rows, form.columns(j)] = codes
+            for at, absmax in zip(blocks, most, strict=True):
+                new[2 * k + 1][at, rows] = form.scale(absmax, factors[k][0], least[k])
 
-def _bytes(codes: jax.Array) -> jax.Array:
-    """The inverse of `_less_128`."""
-    from jax.experimental.pallas import tpu as pltpu
-
-    return pltpu.bitcast(pltpu.bitcast(codes.astype(jnp.int8), jnp.int32) ^ _EACH_128, jnp.uint8)
-
-
-def _by_registers(fn: Callable[[jax.Array], jax.Array], x: jax.Array, interpret: bool) -> jax.Array:
-    """A function of [8, 128] on every such part."""
-    rows, columns = x.shape
-    if interpret:  # one equation for all parts
-        parts = x.reshape(rows // 8, 8, columns // 128, 128).swapaxes(1, 2)
-        return jax.vmap(jax.vmap(fn))(parts).swapaxes(1, 2).reshape(x.shape)
-    return jnp.concatenate(
-        [
-            jnp.concatenate([fn(x[i : i + 8, j : j + 128]) for j in range(0, columns, 128)], axis=1)
-            for i in range(0, rows, 8)
-        ],
-        axis=0,
-    )
-
-
-def _registers(maps: Any, i: int) -> list[jax.Array]:
-    return [maps[i, k] for k in range(dynamic_maps.TABLES)]
-
-
-def _absmax(x: jax.Array) -> jax.Array:
-    """The largest magnitude of each row of 256; infinity if one is NaN, which the maximum of two keeps."""
-    most = jnp.maximum(jnp.abs(x[:, :128]), jnp.abs(x[:, 128:]))
-    return jnp.max(jnp.where(most != most, jnp.inf, most), axis=1, keepdims=True)
+    columns: Any = layout.bn // COLUMNS
+    if layout.columns % layout.bn:  # the last block has fewer
+        last = pl.program_id(1) == pl.num_programs(1) - 1
+        columns = jnp.where(last, layout.columns % layout.bn // COLUMNS, columns)
+    inner = functools.partial(lax.fori_loop, 0, columns)
+    lax.fori_loop(0, layout.bm // ROWS, lambda i, _: inner(lambda j, _: one(i, j) or 0, 0), 0)

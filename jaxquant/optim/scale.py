@@ -15,7 +15,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import Params, is_qtensor, path_of
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 from jaxquant.optim.moments import EIGHT_BITS, Storage, as_form, as_parameter, real, stored
-from jaxquant.optim.one_pass import EXACT, Arithmetic, Step, fits, hoisted, in_one_pass
+from jaxquant.optim.one_pass import Arithmetic, Moment, Step, fits, hoisted, in_one_pass, of_elements
 
 __all__ = [
     "State",
@@ -71,15 +71,16 @@ def _stepped(step: Step, g: jax.Array, moments: list[Any]) -> tuple[jax.Array, l
         update, becomes = step(*scalars, g.astype(jnp.float32), *(real(m, g.shape) for m in moments))
         return update.astype(g.dtype), [stored(x, m) for x, m in zip(becomes, moments, strict=True)]
 
-    exact = functools.partial(step, EXACT)
-    if not fits(moments):
+    exact = functools.partial(of_elements, step)
+    if not fits(moments) or g.dtype not in (jnp.float32, jnp.bfloat16):
         return plain(exact, (), g, moments)
 
     def on_tpu(g: jax.Array, moments: list[Any]) -> Any:
         form = moments[0].shape
         kernel = in_one_pass(step, jax.ShapeDtypeStruct(form, g.dtype), moments)
-        whole = hoisted(exact, g.shape, len(moments))
-        if any(x.dtype != jnp.float32 or x.shape for x in whole.scalars):
+        element = jax.ShapeDtypeStruct(g.shape, jnp.float32)
+        whole = hoisted(exact, element, *(element,) * len(moments))
+        if any(x.dtype != jnp.float32 or x.shape for x in (*whole.scalars, *kernel.scalars)):
             return plain(exact, (), g, moments)
         leaves, tree = jax.tree.flatten((whole.scalars, g, moments))
 
@@ -167,11 +168,11 @@ def scale_by_adam8bit(
     def rule(t: jax.Array) -> Step:
         of_m, of_v = 1 - b1**t, jnp.sqrt(1 - b2**t)
 
-        def step(f: Arithmetic, g: jax.Array, m: jax.Array, v: jax.Array) -> Any:
-            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-            return f.over(m / of_m, f.root(v) / of_v + eps), (m, v)
+        def update(f: Arithmetic, units: Any, g: jax.Array, old: Any, new: Any) -> jax.Array:
+            m, v = new
+            return f.over(m / (of_m / units[0]), f.root(v) / (of_v / jnp.sqrt(units[1])) + eps)
 
-        return step
+        return Step((Moment(b1, 1 - b1), Moment(b2, 1 - b2, squared=True)), update)
 
     return _scale_by({"m": True, "v": False}, rule, storage)
 
@@ -187,12 +188,11 @@ def scale_by_lion8bit(
     """
     checked("scale_by_lion8bit", storage, b1=b1, b2=b2)
 
-    def step(_: Arithmetic, g: jax.Array, m: jax.Array) -> Any:
-        x = b1 * m + (1 - b1) * g
-        sign = jnp.where(x > 0, 1.0, jnp.where(x < 0, -1.0, x))  # JAX asks which chip is there before it lowers a sign
-        return sign, (b2 * m + (1 - b2) * g,)
+    def update(f: Arithmetic, units: Any, g: jax.Array, old: Any, new: Any) -> jax.Array:
+        x = (b1 * units[0]) * old[0] + (1 - b1) * g
+        return jnp.where(x > 0, 1.0, jnp.where(x < 0, -1.0, x))  # JAX asks which chip is there before it lowers a sign
 
-    return _scale_by({"m": True}, lambda t: step, storage)
+    return _scale_by({"m": True}, lambda t: Step((Moment(b2, 1 - b2),), update), storage)
 
 
 def scale_by_momentum8bit(momentum: float = 0.9, *, storage: Storage = EIGHT_BITS) -> optax.GradientTransformation:
@@ -204,11 +204,10 @@ def scale_by_momentum8bit(momentum: float = 0.9, *, storage: Storage = EIGHT_BIT
     """
     checked("scale_by_momentum8bit", storage, momentum=momentum)
 
-    def step(_: Arithmetic, g: jax.Array, m: jax.Array) -> Any:
-        m = momentum * m + g
-        return m, (m,)
+    def update(f: Arithmetic, units: Any, g: jax.Array, old: Any, new: Any) -> jax.Array:
+        return new[0]
 
-    return _scale_by({"m": True}, lambda t: step, storage)
+    return _scale_by({"m": True}, lambda t: Step((Moment(momentum, 1.0),), update), storage)
 
 
 def scale_by_ademamix8bit(
@@ -234,12 +233,12 @@ def scale_by_ademamix8bit(
     def rule(t: jax.Array) -> Step:
         of_m, of_v = 1 - b1**t, jnp.sqrt(1 - b2**t)
 
-        def step(f: Arithmetic, g: jax.Array, m1: jax.Array, m2: jax.Array, v: jax.Array) -> Any:
-            m1, m2 = b1 * m1 + (1 - b1) * g, b3 * m2 + (1 - b3) * g
-            v = b2 * v + (1 - b2) * g * g
-            return f.over(m1 / of_m + alpha * m2, f.root(v) / of_v + eps), (m1, m2, v)
+        def update(f: Arithmetic, units: Any, g: jax.Array, old: Any, new: Any) -> jax.Array:
+            m1, m2, v = new
+            m = m1 / (of_m / units[0]) + (alpha * units[1]) * m2
+            return f.over(m, f.root(v) / (of_v / jnp.sqrt(units[2])) + eps)
 
-        return step
+        return Step((Moment(b1, 1 - b1), Moment(b3, 1 - b3), Moment(b2, 1 - b2, squared=True)), update)
 
     return _scale_by({"m1": True, "m2": True, "v": False}, rule, storage)
 
@@ -256,11 +255,10 @@ def scale_by_rms8bit(
     """
     checked("scale_by_rms8bit", storage, b=b, eps=eps)
 
-    def step(f: Arithmetic, g: jax.Array, v: jax.Array) -> Any:
-        v = b * v + (1 - b) * g * g
-        return f.over(g, f.root(v) + eps), (v,)
+    def update(f: Arithmetic, units: Any, g: jax.Array, old: Any, new: Any) -> jax.Array:
+        return f.over(g, f.root(new[0]) * jnp.sqrt(units[0]) + eps)
 
-    return _scale_by({"v": False}, lambda t: step, storage)
+    return _scale_by({"v": False}, lambda t: Step((Moment(b, 1 - b, squared=True),), update), storage)
 
 
 def scale_by_adagrad8bit(eps: float = 1e-10, *, storage: Storage = EIGHT_BITS) -> optax.GradientTransformation:
@@ -273,8 +271,7 @@ def scale_by_adagrad8bit(eps: float = 1e-10, *, storage: Storage = EIGHT_BITS) -
     """
     checked("scale_by_adagrad8bit", storage, eps=eps)
 
-    def step(f: Arithmetic, g: jax.Array, v: jax.Array) -> Any:
-        v = v + g * g
-        return f.over(g, f.root(v) + eps), (v,)
+    def update(f: Arithmetic, units: Any, g: jax.Array, old: Any, new: Any) -> jax.Array:
+        return f.over(g, f.root(new[0]) + eps)
 
-    return _scale_by({"v": False}, lambda t: step, storage)
+    return _scale_by({"v": False}, lambda t: Step((Moment(1.0, 1.0, squared=True),), update), storage)

@@ -18,7 +18,7 @@ import jaxquant as jq
 from jaxquant import optim
 from jaxquant.core.codec import nearest_codes
 from jaxquant.core.qtypes import QTYPES
-from jaxquant.optim import dynamic_maps, one_pass, scale
+from jaxquant.optim import dynamic_maps, one_pass, registers, scale
 from jaxquant.optim import moments as storage
 
 CASES = {
@@ -356,31 +356,42 @@ def test_refusals(make, message):
         make()
 
 
-@pytest.mark.parametrize("qtype", ["dynamic8", "udynamic8"])
+@pytest.mark.parametrize("qtype", ["dynamic8", "udynamic8", "dynamic4"])
 @pytest.mark.every
 def test_maps_are_computed_where_a_chip_looks_nothing_up(qtype):
     """Entries to a few units in the last place, and the nearest codes but within two units of a boundary."""
     table, m, tables = np.asarray(QTYPES[qtype].table, np.float32), middles(qtype), dynamic_maps.tables(qtype)
 
-    def run(f, x):
-        parts = np.resize(x, (-(-x.size // 1024), 8, 128))
-        found = jax.jit(jax.vmap(lambda part: f(part, tables, qtype, interpret=True)))(parts)
-        return np.asarray(found).reshape(-1)[: x.size]
+    def run(f, *x):
+        parts = [np.resize(each, (-(-each.size // 1024), 8, 128)) for each in x]
+        found = jax.jit(jax.vmap(lambda *part: f(*part, tables, qtype, interpret=True)))(*parts)
+        return np.asarray(found).reshape(-1)[: x[0].size]
 
-    entries = run(dynamic_maps.values, np.arange(-128, 128, dtype=np.int32))
+    entries = run(dynamic_maps.values, np.arange(table.size, dtype=np.int32) - (128 if table.size == 256 else 0))
     np.testing.assert_allclose(entries, table, rtol=4e-7, atol=0)
     rng, beside = np.random.default_rng(0), np.arange(-40, 41, dtype=np.int32)[:, None]
     near = (m.view(np.int32) + beside).view(np.float32)
     y = np.concatenate([10 ** rng.uniform(-8, 0, 4096), rng.uniform(0, 1, 4096), [0, 1]]).astype(np.float32)
-    y = np.concatenate([y, -y, near.reshape(-1), table] if qtype == "dynamic8" else [y, near.reshape(-1), table])
-    got, want = (run(dynamic_maps.codes, y) + 128) & 255, np.searchsorted(m, y, side="left")
+    y = np.concatenate([y, near.reshape(-1), table] if qtype == "udynamic8" else [y, -y, near.reshape(-1), table])
+    scaled = np.abs(y) * np.float32(dynamic_maps.largest(qtype))
+    got, want = run(dynamic_maps.codes, y, scaled) & 255, np.searchsorted(m, y, side="left")
     below = np.minimum(got, want)[got != want]
     assert np.abs(got - want).max() <= 1
     assert np.abs(y[got != want].view(np.int32) - m[below].view(np.int32)).max() <= 2
 
 
-@pytest.mark.parametrize("shape", [(64, 1024), (4, 160, 128), (3, 22000)])
-@pytest.mark.parametrize("name", ["adam8bit", "ademamix8bit", "rmsprop8bit"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("adam8bit", (256, 512)),
+        ("adam8bit", (4, 160, 128)),
+        ("ademamix8bit", (3, 22000)),
+        ("lion8bit", (256, 2304)),
+        ("rmsprop8bit", (64, 1024)),
+        ("adam4bit", (256, 512)),
+        ("adam4bit", (3, 22000)),
+    ],
+)
 @pytest.mark.every
 @makes_nan
 def test_one_pass_takes_the_same_step(name, shape, monkeypatch):
@@ -389,7 +400,8 @@ def test_one_pass_takes_the_same_step(name, shape, monkeypatch):
     grads = (rng.normal(size=shape) * np.exp(rng.normal(size=shape) * 2)).astype(np.float32)
     grads.reshape(-1)[:256], grads.reshape(-1)[300] = 0, np.nan
     tx = {"adam8bit": optim.scale_by_adam8bit(), "ademamix8bit": optim.scale_by_ademamix8bit(),
-          "rmsprop8bit": optim.scale_by_rms8bit()}[name]  # fmt: skip
+          "lion8bit": optim.scale_by_lion8bit(), "rmsprop8bit": optim.scale_by_rms8bit(),
+          "adam4bit": optim.scale_by_adam8bit(storage=optim.FOUR_BITS)}[name]  # fmt: skip
     state, grads = tx.init({"w": grads}), {"w": jnp.asarray(grads)}
     want = jax.jit(lambda s: (u := tx.update(grads, s))[:1] + tx.update(grads, u[1]))(state)
     monkeypatch.setattr(scale, "in_one_pass", functools.partial(one_pass.in_one_pass, interpret=True))
@@ -402,5 +414,29 @@ def test_one_pass_takes_the_same_step(name, shape, monkeypatch):
     for kind, moment in want[2].moments.items():
         a, b = moment["w"], got[2].moments[kind]["w"]
         np.testing.assert_allclose(a.scale, b.scale, rtol=1e-5)
-        whole = ~np.isnan(np.repeat(np.asarray(a.scale).reshape(-1), 256))
-        assert np.mean((np.asarray(a.codes) != np.asarray(b.codes)).reshape(-1)[whole]) < 1e-3
+        whole = ~np.isnan(np.repeat(np.asarray(a.scale).reshape(-1), a.stored.size // a.scale.size))
+        assert np.mean((np.asarray(a.stored) != np.asarray(b.stored)).reshape(-1)[whole]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("how", "dtype", "kernels"),
+    [
+        (optim.EIGHT_BITS, "bfloat16", 1),
+        (optim.FOUR_BITS, "float32", 1),
+        (optim.Storage(block=128), "float32", 1),
+        (optim.EIGHT_BITS, "float16", 0),
+        (optim.Storage(block=64), "float32", 0),
+    ],
+)
+def test_a_tpu_takes_one_kernel(how, dtype, kernels):
+    tx, grads = optim.scale_by_adam8bit(storage=how), {"w": jax.ShapeDtypeStruct((512, 512), dtype)}
+    traced = jax.jit(tx.update).trace(grads, jax.eval_shape(tx.init, grads))
+    assert traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == kernels
+
+
+def test_scales_turn_in_registers():
+    """As the chip does it; the interpreter of the other tests takes reshapes."""
+    form = registers.Form("dynamic8", 256, 0, interpret=False)
+    x = np.random.default_rng(0).uniform(size=registers.ROWS).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(form.spread)(x[None]), np.repeat(x[:, None], 128, axis=1))
+    np.testing.assert_array_equal(jax.jit(form.gathered)(x[:, None])[0], x)
