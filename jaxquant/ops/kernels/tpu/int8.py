@@ -14,6 +14,7 @@ unit works in 91 of 100 instructions; loading the first blocks, and each further
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -241,24 +242,7 @@ def int8_product(
     assert blocks is not None
     bm, bn = blocks
     first = jnp.zeros(1, jnp.int32) if layer is None else jnp.reshape(layer * b, 1).astype(jnp.int32)
-
     beside = {"columns": columns} if rows is None else {"rows": rows, "columns": columns}
-
-    def kernel(first: Any, x: Any, w: Any, *refs: Any) -> None:
-        del first
-        axes, of, out = (((1,), (0 if columns_last else 1,)), ((), ())), dict(zip(beside, refs, strict=False)), refs[-1]
-
-        def sums(x: jax.Array) -> jax.Array:
-            summed = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-            return lax.dot_general(x, w[...].astype(x.dtype), axes, preferred_element_type=summed).astype(jnp.float32)
-
-        if "rows" in of:
-            total = sums(x[...]) * of["rows"][...]
-        else:
-            one, other, step = digits(x[...].astype(jnp.float32))
-            both = sums(jnp.concatenate([one, other]).astype(jnp.int8))
-            total = (both[:bm] + both[bm:] * (1 / DIGIT)) * step
-        out[...] = (total * of["columns"][...]).astype(out.dtype)
 
     def weight(e: Any, j: Any, i: Any, first: Any) -> tuple[Any, ...]:
         del i
@@ -274,7 +258,7 @@ def int8_product(
     }
     made = shape_like(x, (b, m, n), result)
     return pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, tuple(beside), columns_last),
         out_shape=made,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -291,3 +275,22 @@ def int8_product(
         cost_estimate=product_cost(x, codes, beside.values(), made, layers=codes.shape[0] // b),
         name=name,
     )(first, x, codes, *beside.values())
+
+
+def _kernel(names: tuple[str, ...], columns_last: bool, first: Any, x: Any, w: Any, *refs: Any) -> None:
+    """One block of rows and columns over all of K; ``refs`` are the arrays of these names, and the result."""
+    del first
+    axes, of, out = (((1,), (0 if columns_last else 1,)), ((), ())), dict(zip(names, refs, strict=False)), refs[-1]
+
+    def sums(x: jax.Array) -> jax.Array:
+        summed = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+        return lax.dot_general(x, w[...].astype(x.dtype), axes, preferred_element_type=summed).astype(jnp.float32)
+
+    if "rows" in of:
+        total = sums(x[...]) * of["rows"][...]
+    else:
+        one, other, step = digits(x[...].astype(jnp.float32))
+        both = sums(jnp.concatenate([one, other]).astype(jnp.int8))
+        rows = one.shape[0]
+        total = (both[:rows] + both[rows:] * (1 / DIGIT)) * step
+    out[...] = (total * of["columns"][...]).astype(out.dtype)

@@ -366,6 +366,24 @@ class Sums(_Body):
     def _prepared(self) -> bool:
         return len(self.planes) > 1 or self.groups.decoder.parts > 1 or self._spread
 
+    def _prepare(self, x: Any, rows: int, blocks: int, scratch: list[Any]) -> None:
+        """Writes the terms of x in the order in which codes are decoded, and repeats them for groups."""
+        activation = scratch[0]
+        if self._digits:
+            first, second, step = digits(x[...].astype(jnp.float32))
+            activation[:rows], activation[rows:] = first.astype(jnp.int8), second.astype(jnp.int8)
+            scratch[1][...] = jnp.broadcast_to(step, scratch[1].shape)
+            return
+        terms, rest = [], x[...].astype(jnp.float32)
+        for _ in self.planes:
+            terms.append(rest.astype(jnp.bfloat16))
+            rest = rest - terms[-1].astype(jnp.float32)
+        for i, term in enumerate(terms):
+            _in_order(term, self.groups.decoder, activation, i * rows)
+        for i in range(blocks if self._spread else 0):
+            parts = repeated(activation[:, lanes(i)], self.groups, self._used(rows))
+            scratch[1][i] = parts.astype(jnp.bfloat16)
+
     def _product(self, x: Any, codes: Any, of: dict[str, Any], shape: tuple[int, int], scratch: list[Any]) -> jax.Array:
         from jax.experimental import pallas as pl
 
@@ -375,26 +393,9 @@ class Sums(_Body):
         rows, activation = shape[0], x
         if self._prepared:
             activation = scratch[0]
-
             # Each of two cores prepares its own copy, in every step: it cannot tell which of its steps is the first.
-            @pl.when((pl.program_id(1) == 0) | (pl.num_programs(2) > 1) | (self.cores > 1))
-            def _() -> None:
-                if self._digits:
-                    first, second, step = digits(x[...].astype(jnp.float32))
-                    activation[:rows], activation[rows:] = first.astype(jnp.int8), second.astype(jnp.int8)
-                    scratch[1][...] = jnp.broadcast_to(step, scratch[1].shape)
-                    return
-                terms, rest = [], x[...].astype(jnp.float32)
-                for _ in self.planes:
-                    terms.append(rest.astype(jnp.bfloat16))
-                    rest = rest - terms[-1].astype(jnp.float32)
-                for i, term in enumerate(terms):
-                    _in_order(term, decode, activation, i * rows)
-                if self._spread:
-                    for i in range(codes.shape[0]):
-                        parts = repeated(activation[:, lanes(i)], group, self._used(rows))
-                        scratch[1][i] = parts.astype(jnp.bfloat16)
-
+            first = (pl.program_id(1) == 0) | (pl.num_programs(2) > 1) | (self.cores > 1)
+            pl.when(first)(functools.partial(self._prepare, x, rows, codes.shape[0], scratch))
         planes, shifted = self._used(activation.shape[0]), "zero" in of or decode.shift != 0
 
         def block(i: Any, total: jax.Array) -> jax.Array:

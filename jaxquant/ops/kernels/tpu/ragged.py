@@ -240,20 +240,11 @@ def ragged_product(
     given = {"scale": scale, "zero": zero, "columns": columns, "rows": rows}
     arrays = {name: v for name, v in given.items() if v is not None}
 
-    def chosen(v: jax.Array, t: Any, first: Any, expert: Any) -> Any:
-        """The place of a step's expert in an array of the stack, or of the layer."""
-        return expert[t] + (first[0] if v.shape[0] == codes.shape[0] else 0)
-
     def weight(j: Any, t: Any, first: Any, expert: Any, *_: Any) -> tuple[Any, ...]:
-        at = chosen(codes, t, first, expert)
+        at = first[0] + expert[t]
         return (at, j, 0) if rows_last else (at, *(0,) * (codes.ndim - 2), j)
 
-    def of(v: jax.Array) -> Any:
-        one = v.shape[2] == 1 < n
-        block = (None, v.shape[1], 1 if one else bn)
-        return pl.BlockSpec(block, lambda j, t, first, expert, *_: (chosen(v, t, first, expert), 0, 0 if one else j))
-
-    specs = {name: of(v) for name, v in arrays.items() if name != "rows"}
+    specs = {name: _of_expert(v, bn, stacked=v.shape[0] == codes.shape[0]) for name, v in arrays.items()}
     specs["rows"] = pl.BlockSpec((bm, 1), lambda j, t, first, expert, tile, *_: (tile[t], 0))
     block = (None, bn, k) if rows_last else (None, *codes.shape[1:-1], bn)
     made = shape_like(x, (m, n), result)
@@ -276,6 +267,18 @@ def ragged_product(
         cost_estimate=product_cost(x, codes, arrays.values(), made, layers=codes.shape[0] // experts),
         name=RaggedExperts.name,
     )(first, *steps, x, codes, *arrays.values())
+
+
+def _of_expert(v: jax.Array, bn: int, *, stacked: bool) -> Any:
+    """The block of a step's expert in an array of the stack, or of the layer: for these columns, or for all."""
+    from jax.experimental import pallas as pl
+
+    one = v.shape[-1] == 1
+
+    def place(j: Any, t: Any, first: Any, expert: Any, *_: Any) -> tuple[Any, ...]:
+        return expert[t] + (first[0] if stacked else 0), 0, 0 if one else j
+
+    return pl.BlockSpec((None, v.shape[-2], 1 if one else bn), place)
 
 
 def _in_order(x: jax.Array, parts: int) -> jax.Array:
