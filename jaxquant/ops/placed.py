@@ -65,20 +65,23 @@ class Placed:
     Attributes:
       lhs, rhs, out: each array.
       summed: the mesh axes that partition contracted axes.
+      scattered: the axis of the result that is partitioned over these mesh axes after the sum; None: the sum is on all.
     """
 
     lhs: Parts
     rhs: Parts
     out: Parts
     summed: Names
+    scattered: int | None = None
 
     @classmethod
-    def of(cls, lhs: Type, rhs: Type, numbers: Any) -> Placed | None:
+    def of(cls, lhs: Type, rhs: Type, numbers: Any, result: NamedSharding | None = None) -> Placed | None:
         """From the shardings that are part of the operands' types.
 
         Args:
           lhs, rhs: the sharding, None where the type has none, and the rank of each operand.
           numbers: the dimension numbers, with axes counted from the front.
+          result: where the program wants the result.
 
         Returns:
           None if the mesh has other axes too, if nothing is partitioned, or if an operand would have to be moved: both
@@ -87,7 +90,7 @@ class Placed:
         known = lhs[0] or rhs[0]
         if known is None or any(kind is not AxisType.Explicit for kind in known.mesh.axis_types):
             return None
-        if any(s is not None and getattr(s.spec, "unreduced", None) for s, _ in (lhs, rhs)):
+        if any(s is not None and getattr(s.spec, "unreduced", None) for s in (lhs[0], rhs[0], result)):
             return None  # parts of a sum
         left, right = list(_names(*lhs)), list(_names(*rhs))
         (lc, rc), (lb, rb) = numbers
@@ -99,8 +102,12 @@ class Placed:
         used = [*summed, *(name for names in out for name in names)]
         if not used or len(set(used)) < len(used) or any(left[i] != right[j] for i, j in shared):
             return None
-        one, other, result = (Parts(known.mesh, tuple(names)) for names in (left, right, out))
-        return cls(one, other, result, summed)
+        wanted = list(_names(result, len(out)))
+        scattered = next((i for i, names in enumerate(wanted) if summed and names == summed and not out[i]), None)
+        if scattered is not None:
+            out[scattered] = summed
+        one, other, made = (Parts(known.mesh, tuple(names)) for names in (left, right, out))
+        return cls(one, other, made, summed, scattered)
 
     def fits(self, lhs: Any, rhs: Any) -> bool:
         """As for `Parts`, of both operands."""
@@ -111,6 +118,8 @@ class Placed:
 
         def local(lhs: Any, rhs: Any) -> jax.Array:
             y = product(_local(lhs, self.lhs), _local(rhs, self.rhs))
+            if self.scattered is not None:
+                return lax.psum_scatter(y, self.summed, scatter_dimension=self.scattered, tiled=True)
             return lax.psum(y, self.summed) if self.summed else y
 
         specs = leaf_specs(lhs, self.lhs.cut), leaf_specs(rhs, self.rhs.cut)

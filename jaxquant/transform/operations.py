@@ -230,7 +230,8 @@ def _multiplied(
     """`jaxquant.ops.dot_general` of the operands of an equation, or of these ``swapped``, placed as its types say."""
     left, right = ((explicit_sharding(v.aval), len(shape_of(v))) for v in eqn.invars[:2])
     lhs, rhs = operands
-    placed = Placed.of(right, left, numbers) if swapped else Placed.of(left, right, numbers)
+    result = explicit_sharding(eqn.outvars[0].aval)
+    placed = Placed.of(right, left, numbers) if swapped else Placed.of(left, right, numbers, result)
     precision = _precision(interpreter, eqn.params["precision"])
     return contract(
         "dot_general", lhs, rhs, numbers, precision, dtype_of(eqn.outvars[0]),

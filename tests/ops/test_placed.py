@@ -34,11 +34,11 @@ def on_devices(fn, operands):
         return jax.jit(fn)(jax.device_put(operands, NamedSharding(mesh, P())))
 
 
-def placed(lhs, rhs, numbers=MATMUL, kinds=KINDS):
+def placed(lhs, rhs, numbers=MATMUL, kinds=KINDS, result=None):
     where = AbstractMesh((2, 4), ("data", "model"), axis_types=kinds)
     ndim = 3 if numbers is EXPERTS else 2
     left, right = ((None if spec is None else NamedSharding(where, spec), ndim) for spec in (lhs, rhs))
-    return Placed.of(left, right, numbers)
+    return Placed.of(left, right, numbers, None if result is None else NamedSharding(where, result))
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,21 @@ def test_how_a_result_lies(lhs, rhs, out, summed):
     found = placed(lhs, rhs)
     assert found.out.spec == out
     assert found.summed == summed
+
+
+@pytest.mark.parametrize(
+    ("result", "out", "scattered"),
+    [
+        (P("data", "model"), P(("data",), ("model",)), 1),
+        (P(("data", "model")), P(("data",), None), None),  # rows are cut already: the program moves the sum
+        (P("data"), P(("data",), None), None),
+        (P(), P(("data",), None), None),
+    ],
+)
+def test_a_sum_goes_where_the_program_wants_it(result, out, scattered):
+    found = placed(P("data", "model"), P("model"), result=result)
+    assert found.out.spec == out
+    assert found.scattered == scattered
 
 
 @pytest.mark.parametrize(
@@ -108,9 +123,17 @@ SPECS = {
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("target", ["cpu", "tpu", "gpu"])
-@pytest.mark.parametrize(("lhs", "rhs"), [(P("data"), P(None, "model")), (P("data", "model"), P("model"))])
-def test_the_sum_of_the_parts_is_the_whole(name, target, lhs, rhs):
-    spec, how = SPECS[name], placed(lhs, rhs)
+@pytest.mark.parametrize(
+    ("lhs", "rhs", "result"),
+    [
+        (P("data"), P(None, "model"), None),
+        (P("data", "model"), P("model"), None),
+        (P("data", "model"), P("model"), P("data", "model")),
+        (P(None, "model"), P("model"), P("model")),
+    ],
+)
+def test_the_sum_of_the_parts_is_the_whole(name, target, lhs, rhs, result):
+    spec, how = SPECS[name], placed(lhs, rhs, result=result)
     x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(4, 512), (512, 128)]))
     w = jq.ops.lay_out(jq.quantize(w, spec.weight, reduce_axes=(0,)), target)
     x = x if spec.act is None else as_codes(x, spec.act, (-1,))
