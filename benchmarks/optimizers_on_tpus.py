@@ -9,7 +9,6 @@ time in which the memory of the chip moves these. Needs jaxquant[aot-tpu].
 import argparse
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxquant import optim
@@ -29,9 +28,9 @@ STEPS = {
 }
 
 
-def cell(chip: str, tx: optax.GradientTransformation) -> str:
+def cell(chip: str, tx: optax.GradientTransformation, dtype: str) -> str:
     """Estimated microseconds of a step, the floor, and their ratio."""
-    gradients = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
+    gradients = {"w": jax.ShapeDtypeStruct(SHAPE, dtype)}
     state = jax.eval_shape(tx.init, gradients)
     found = estimate(compiled_for("benchmark", chip, lambda g, s: tx.update(g, s), (gradients, state)))
     if found.seconds is None:
@@ -43,10 +42,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--chips", default="tpu v5e,tpu v6e", help="comma-separated")
     chips = parser.parse_args().chips.split(",")
-    print(f"A step of a parameter {list(SHAPE)} in float32: estimated us (floor), and their ratio; nothing was run.\n")
-    print(f"{'':28}" + "".join(f"{chip:>20}" for chip in chips))
-    for name, tx in STEPS.items():
-        print(f"{name:28}" + "".join(f"{cell(chip, tx):>20}" for chip in chips), flush=True)
+    print("Estimated us of a step (floor), and their ratio; nothing was run.")
+    for dtype in ("float32", "bfloat16"):
+        print(f"\n{f'{list(SHAPE)} in {dtype}':28}" + "".join(f"{chip:>20}" for chip in chips))
+        for name, tx in STEPS.items():
+            print(f"{name:28}" + "".join(f"{cell(chip, tx, dtype):>20}" for chip in chips), flush=True)
 
 
 if __name__ == "__main__":

@@ -117,25 +117,35 @@ def _block(m: Any) -> float:
 
 
 class _Layout(NamedTuple):
-    """The rows and columns of a parameter in a kernel, and of a block of it, and the rows of scales of a block."""
+    """How a kernel divides a parameter.
+
+    Attributes:
+      rows, columns: of the parameter.
+      bm, bn: rows and columns of a block of it.
+      scales: the rows of scales of a block.
+      part: rows that are computed together. In fewer, more time goes by in which the last results are waited for.
+    """
 
     rows: int
     columns: int
     bm: int
     bn: int
     scales: int
+    part: int
 
 
 def _layout(g: Any, moments: Sequence[QTensor]) -> _Layout:
     rows, columns = math.prod(g.shape[:-1]), g.shape[-1]
     if columns % COLUMNS or rows < ROWS:
         rows, columns = g.size // COLUMNS, COLUMNS
-    bn = min(columns, _WIDEST)
-    scales = bn // int(_block(moments[0]))
+    bn, block = min(columns, _WIDEST), int(_block(moments[0]))
     bytes_of_row = 2 * bn * sum(2 * n for n in (g.dtype.itemsize, *(m.type.bits / 8 for m in moments)))
+    # Blocks of 128 wait longest: for a scale and a maximum in each register.
+    many = block == LANES and rows >= 2 * ROWS and 2 * ROWS * bytes_of_row <= 3 * _MEMORY
+    part = 2 * ROWS if many else ROWS
     most = min(int(_MEMORY / bytes_of_row), rows)
-    whole = [n for n in range(ROWS, most + 1, ROWS) if rows % n == 0]
-    return _Layout(rows, columns, max(whole, default=max(most // ROWS, 1) * ROWS), bn, scales)
+    whole = [n for n in range(part, most + 1, part) if rows % n == 0]
+    return _Layout(rows, columns, max(whole, default=max(most // part, 1) * part), bn, bn // block, part)
 
 
 def in_one_pass(step: Step, g: Any, moments: Sequence[QTensor], *, interpret: bool = False) -> Hoisted:
@@ -151,9 +161,10 @@ def in_one_pass(step: Step, g: Any, moments: Sequence[QTensor], *, interpret: bo
       The function, and the scalars, its first arguments. After these it takes g and the moments, and returns the update
       in g's dtype and the moments.
     """
-    part, n = jax.ShapeDtypeStruct((ROWS, LANES), jnp.float32), len(moments)
+    layout, n = _layout(g, moments), len(moments)
+    part = jax.ShapeDtypeStruct((layout.part, LANES), jnp.float32)
     traced = hoisted(lambda *args: (_in_units(step, *args), _factors(step)), part, (part,) * n, ((part,) * 2,) * n)
-    return Hoisted(functools.partial(_call, traced.function, _layout(g, moments), interpret), traced.scalars)
+    return Hoisted(functools.partial(_call, traced.function, layout, interpret), traced.scalars)
 
 
 class Hoisted(NamedTuple):
@@ -181,7 +192,7 @@ def _call(step: Callable[..., Any], layout: _Layout, interpret: bool, *args: Any
     from jax.experimental.pallas import tpu as pltpu
 
     *numbers, g, moments = args
-    rows, columns, bm, bn, scales = layout
+    rows, columns, bm, bn, scales, _ = layout
     names = sorted({m.qtype for m in moments})
     maps = np.stack([dynamic_maps.tables(name) for name in names])
     forms = [Form(m.qtype, int(_block(m)), names.index(m.qtype), interpret) for m in moments]
@@ -216,12 +227,12 @@ def _kernel(step: Callable[..., Any], layout: _Layout, forms: Sequence[Form], co
     maps, g, *rest = refs[count:]
     old, (u, *new) = rest[: 2 * n], rest[2 * n :]
     tables = [[maps[form.table, k] for k in range(dynamic_maps.TABLES)] for form in forms]
-    zeros = jnp.zeros((ROWS, LANES), jnp.float32)
+    zeros = jnp.zeros((layout.part, LANES), jnp.float32)
     factors = step(*given, zeros, [zeros] * n, [[zeros] * 2] * n)[1]
     least = [TINY / unit for unit, *_ in factors]
 
     def one(i: Any, j: Any) -> None:
-        rows = pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS)
+        rows = pl.ds(pl.multiple_of(i * layout.part, layout.part), layout.part)
         entries = [form.entries(old[2 * k][rows, form.columns(j)], tables[k]) for k, form in enumerate(forms)]
         scales = COLUMNS // forms[0].block
         blocks = [pl.ds(scales * j + b, 1) for b in range(scales)]
@@ -247,4 +258,4 @@ def _kernel(step: Callable[..., Any], layout: _Layout, forms: Sequence[Form], co
         last = pl.program_id(1) == pl.num_programs(1) - 1
         columns = jnp.where(last, layout.columns % layout.bn // COLUMNS, columns)
     inner = functools.partial(lax.fori_loop, 0, columns)
-    lax.fori_loop(0, layout.bm // ROWS, lambda i, _: inner(lambda j, _: one(i, j) or 0, 0), 0)
+    lax.fori_loop(0, layout.bm // layout.part, lambda i, _: inner(lambda j, _: one(i, j) or 0, 0), 0)

@@ -1,4 +1,4 @@
-"""Codes of a moment in a TPU's registers, as entries and back, for `ROWS` rows and `COLUMNS` columns of a parameter."""
+"""Codes of a moment in a TPU's registers, as entries and back, for `COLUMNS` columns of a parameter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLUMNS = 2 * LANES
 """Columns that are computed together, in two halves."""
 
 ROWS = 2 * LANES
-"""Rows that are computed together. Half of them is slower: the last results of a part are waited for."""
+"""The fewest rows that are computed together."""
 
 TINY = float(np.finfo(np.float32).tiny)
 _EACH_128 = np.int32(np.uint32(0x80808080).astype(np.int32))
@@ -85,7 +85,7 @@ class Form(NamedTuple):
     def codes(
         self, x: list[jax.Array], least: jax.Array, table: Sequence[jax.Array]
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """The nearest codes of both halves of the columns, and the largest magnitudes of each block, [1, ROWS].
+        """The nearest codes of both halves of the columns, and the largest magnitudes of each block, [1, rows].
 
         Args:
           x: either half of the columns.
@@ -103,25 +103,25 @@ class Form(NamedTuple):
         return self._stored(found), [self.gathered(m) for m in most]
 
     def spread(self, scales: jax.Array) -> jax.Array:
-        """Scales of rows [1, ROWS] in all lanes: [ROWS, 128].
+        """Scales [1, rows] in all lanes: [rows, 128].
 
         A sum over the lanes of a diagonal: it waits for less than a transpose.
         """
         if self.interpret:  # one equation for all registers
-            return jnp.broadcast_to(scales.reshape(ROWS, 1), (ROWS, LANES))
+            return jnp.broadcast_to(scales.reshape(-1, 1), (scales.size, LANES))
         found = []
-        for i in range(0, ROWS, 8):
+        for i in range(0, scales.size, 8):
             part = jnp.broadcast_to(scales[:, i // LANES * LANES :][:, :LANES], (8, LANES))
             own = jnp.sum(jnp.where(_diagonal(i % LANES), part, 0.0), axis=1, keepdims=True)
             found.append(jnp.broadcast_to(own, (8, LANES)))
         return jnp.concatenate(found, axis=0)
 
     def gathered(self, absmax: jax.Array) -> jax.Array:
-        """Largest magnitudes of rows [ROWS, 1] as [1, ROWS]."""
+        """Largest magnitudes [rows, 1] as [1, rows]."""
         if self.interpret:
-            return absmax.reshape(1, ROWS)
+            return absmax.reshape(1, -1)
         found = []
-        for first in range(0, ROWS, LANES):
+        for first in range(0, absmax.size, LANES):
             diagonal = jnp.zeros((8, LANES), jnp.float32)
             for i in range(0, LANES, 8):
                 diagonal = jnp.where(_diagonal(i), absmax[first + i : first + i + 8], diagonal)
