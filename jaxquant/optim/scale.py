@@ -64,6 +64,11 @@ def checked(function: str, storage: Storage | None = None, **values: Any) -> Non
         raise quant_error(function, "storage must be a Storage", todo=todo, storage=storage)
 
 
+def _in_float32(*values: Any) -> list[Any]:
+    """Hyperparameters that are arrays, in float32: `optax.inject_hyperparams` gives them in the parameters' dtype."""
+    return [value.astype(jnp.float32) if isinstance(value, jax.Array) else value for value in values]
+
+
 def _stepped(step: Step, g: jax.Array, moments: list[Any]) -> tuple[jax.Array, list[Any]]:
     """The update of one parameter in its dtype, and its moments in stored form."""
 
@@ -164,6 +169,7 @@ def scale_by_adam8bit(
     Source: Dettmers et al. 2022 (arXiv:2110.02861).
     """
     checked("scale_by_adam8bit", storage, b1=b1, b2=b2, eps=eps)
+    b1, b2, eps = _in_float32(b1, b2, eps)
 
     def rule(t: jax.Array) -> Step:
         of_m, of_v = 1 - b1**t, jnp.sqrt(1 - b2**t)
@@ -187,6 +193,7 @@ def scale_by_lion8bit(
     Source: Chen et al. 2023 (arXiv:2302.06675).
     """
     checked("scale_by_lion8bit", storage, b1=b1, b2=b2)
+    b1, b2 = _in_float32(b1, b2)
 
     def update(f: Arithmetic, units: Any, g: jax.Array, old: Any, new: Any) -> jax.Array:
         x = (b1 * units[0]) * old[0] + (1 - b1) * g
@@ -203,6 +210,7 @@ def scale_by_momentum8bit(momentum: float = 0.9, *, storage: Storage = EIGHT_BIT
     Source: bitsandbytes' SGD8bit.
     """
     checked("scale_by_momentum8bit", storage, momentum=momentum)
+    (momentum,) = _in_float32(momentum)
 
     def update(f: Arithmetic, units: Any, g: jax.Array, old: Any, new: Any) -> jax.Array:
         return new[0]
@@ -229,6 +237,7 @@ def scale_by_ademamix8bit(
     Source: Pagliardini et al. 2024 (arXiv:2409.03137).
     """
     checked("scale_by_ademamix8bit", storage, b1=b1, b2=b2, b3=b3, alpha=alpha, eps=eps)
+    b1, b2, b3, alpha, eps = _in_float32(b1, b2, b3, alpha, eps)
 
     def rule(t: jax.Array) -> Step:
         of_m, of_v = 1 - b1**t, jnp.sqrt(1 - b2**t)
@@ -254,6 +263,7 @@ def scale_by_rms8bit(
     Source: Tieleman and Hinton 2012, lecture 6.5; bitsandbytes' RMSprop8bit.
     """
     checked("scale_by_rms8bit", storage, b=b, eps=eps)
+    b, eps = _in_float32(b, eps)
 
     def update(f: Arithmetic, units: Any, g: jax.Array, old: Any, new: Any) -> jax.Array:
         return f.over(g, f.root(new[0]) * jnp.sqrt(units[0]) + eps)
@@ -270,6 +280,7 @@ def scale_by_adagrad8bit(eps: float = 1e-10, *, storage: Storage = EIGHT_BITS) -
     Source: Duchi et al. 2011; bitsandbytes' Adagrad8bit.
     """
     checked("scale_by_adagrad8bit", storage, eps=eps)
+    (eps,) = _in_float32(eps)
 
     def update(f: Arithmetic, units: Any, g: jax.Array, old: Any, new: Any) -> jax.Array:
         return f.over(g, f.root(new[0]) + eps)

@@ -418,18 +418,21 @@ def test_one_pass_takes_the_same_step(name, shape, monkeypatch):
         assert np.mean((np.asarray(a.stored) != np.asarray(b.stored)).reshape(-1)[whole]) < 1e-3
 
 
+INJECTED = optax.inject_hyperparams(optim.scale_by_lion8bit, static_args="storage")
+
+
 @pytest.mark.parametrize(
-    ("how", "dtype", "kernels"),
+    ("tx", "dtype", "kernels"),
     [
-        (optim.EIGHT_BITS, "bfloat16", 1),
-        (optim.FOUR_BITS, "float32", 1),
-        (optim.Storage(block=128), "float32", 1),
-        (optim.EIGHT_BITS, "float16", 0),
-        (optim.Storage(block=64), "float32", 0),
+        (INJECTED(b1=0.9), "bfloat16", 1),  # hyperparameters are bfloat16 too
+        (optim.scale_by_adam8bit(storage=optim.FOUR_BITS), "float32", 1),
+        (optim.scale_by_adam8bit(storage=optim.Storage(block=128)), "bfloat16", 1),
+        (optim.scale_by_adam8bit(storage=optim.Storage(block=64)), "float32", 0),
+        (optim.scale_by_adam8bit(), "float16", 0),
     ],
 )
-def test_a_tpu_takes_one_kernel(how, dtype, kernels):
-    tx, grads = optim.scale_by_adam8bit(storage=how), {"w": jax.ShapeDtypeStruct((512, 512), dtype)}
+def test_a_tpu_takes_one_kernel(tx, dtype, kernels):
+    grads = {"w": jax.ShapeDtypeStruct((512, 512), dtype)}
     traced = jax.jit(tx.update).trace(grads, jax.eval_shape(tx.init, grads))
     assert traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == kernels
 
