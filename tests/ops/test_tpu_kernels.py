@@ -569,3 +569,22 @@ def test_few_rows_of_floats_by_a_layer_of_a_stack(minor: bool, monkeypatch: pyte
     assert select(floats, Target("tpu")).name == "digits_layer"
     for chip, precision in (("TPU7x", None), (None, lax.Precision.HIGHEST)):
         assert "layer" not in select(dataclasses.replace(floats, precision=precision), Target("tpu", chip)).name
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [(recipes.w8a8(), "int8_blocks"), (recipes.w8a16(), "digits_layer"), (recipes.w4a16(None), "grouped_sums")],
+)
+def test_weights_that_the_near_memory_does_not_hold(spec: jq.OpSpec, name: str):
+    """As of a vocabulary: XLA reads such a weight within its product, slowly."""
+    x = jax.ShapeDtypeStruct((8, 4096), jnp.bfloat16)
+    if spec.act is not None:
+        x = TrainedTensor(jax.eval_shape(lambda x: as_codes(x, INT8, (-1,)), x), None)
+
+    def kernel_of(columns: int) -> str:
+        w = jax.ShapeDtypeStruct((4096, columns), jnp.bfloat16)
+        w = jax.eval_shape(lambda w: jq.ops.lay_out(jq.quantize(w, spec.weight, reduce_axes=(-2,)), "tpu"), w)
+        return select(problem_of(x, w), Target("tpu")).name
+
+    assert kernel_of(128256) == name
+    assert kernel_of(8192) != name

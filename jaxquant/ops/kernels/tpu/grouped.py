@@ -17,6 +17,7 @@ from jaxquant.ops.kernels.precision import is_default
 from jaxquant.ops.kernels.tpu.chips import GATHER_BYTES, MULTIPLY_FLOATS_ONLY, TWO_CORES, V6E
 from jaxquant.ops.kernels.tpu.decode import BLOCK, decoder
 from jaxquant.ops.kernels.tpu.decoded import BatchedDecoded
+from jaxquant.ops.kernels.tpu.dots import is_read_in_product
 from jaxquant.ops.kernels.tpu.product import FEW, Groups, Sums, Values, ValuesInParts, body_for, grouped_product
 from jaxquant.ops.kernels.tpu.undivided import run_undivided
 from jaxquant.ops.problem import Kernel, Product
@@ -90,7 +91,7 @@ class Grouped(Kernel):
         With one scale per column XLA takes, for 8 rows by [4096, 4096] on a v5e, 76 us of nf4, 27 of fp4, 23 of int4
         with zero points, and 30 of int4 in a stack of layers; the kernel takes 20, 14, 10 and 12.
         """
-        return w.split == -2 or (_is_matrix(w) and not (_is_plain(w) and w.layer is None))
+        return w.split == -2 or (_is_matrix(w) and not (_is_plain(w) and not is_read_in_product(w)))
 
     def on(self, target: Target) -> Grouped:
         """As for `Kernel`."""
