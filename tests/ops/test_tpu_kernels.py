@@ -588,3 +588,22 @@ def test_weights_that_the_near_memory_does_not_hold(spec: jq.OpSpec, name: str):
 
     assert kernel_of(128256) == name
     assert kernel_of(8192) != name
+
+
+@pytest.mark.every
+@pytest.mark.parametrize(
+    "spec",
+    [recipes.w8a16(), recipes.w4a16(None), recipes.w4a16(None, symmetric=False), jq.OpSpec(COLUMNS["nf4"])],
+    ids=["w8a16", "w4a16", "zero points", "nf4"],
+)
+def test_weights_of_symbolic_size(spec: jq.OpSpec):
+    """As in a program that is exported for every width: no kernel has blocks for them, and none fails to say so."""
+    k, n = jax.export.symbolic_shape("128*k, 128*n")
+    w = jax.eval_shape(
+        lambda w: jq.ops.lay_out(jq.quantize(w, spec.weight, reduce_axes=(-2,)), "tpu"),
+        jax.ShapeDtypeStruct((k, n), jnp.bfloat16),
+    )
+    for chip in (None, V6E, V7X, "TPU v5"):
+        kernel = select(problem_of(jax.ShapeDtypeStruct((8, k), jnp.bfloat16), w), Target("tpu", chip))
+        assert "grouped" not in kernel.name
+        assert "layer" not in kernel.name
