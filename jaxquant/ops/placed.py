@@ -19,7 +19,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.replaceable import Replaceable
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
-from jaxquant.ops.shardings import Cut, leaf_specs
+from jaxquant.ops.shardings import Cut, axis_names, leaf_specs
 
 __all__ = ["Parts", "Placed", "on_each_device", "quantized_parts"]
 
@@ -32,8 +32,8 @@ class Parts:
     """How one array is partitioned over a mesh. Hashable.
 
     Attributes:
-      mesh: its axes are all explicit, or were before this function runs with automatic ones.
-      names: of each axis of the array, the mesh axes that partition it.
+      mesh: as the array's type has it, with explicit axes.
+      names: for each axis of the array, the mesh axes that it is partitioned over.
     """
 
     mesh: Any
@@ -92,7 +92,7 @@ class Placed:
             return None
         if any(s is not None and getattr(s.spec, "unreduced", None) for s in (lhs[0], rhs[0], result)):
             return None  # parts of a sum
-        left, right = list(_names(*lhs)), list(_names(*rhs))
+        left, right = _names(*lhs), _names(*rhs)
         (lc, rc), (lb, rb) = numbers
         shared = list(zip((*lc, *lb), (*rc, *rb), strict=True))
         for i, j in shared:  # an operand that every device has whole is cut as the other is
@@ -102,7 +102,7 @@ class Placed:
         used = [*summed, *(name for names in out for name in names)]
         if not used or len(set(used)) < len(used) or any(left[i] != right[j] for i, j in shared):
             return None
-        wanted = list(_names(result, len(out)))
+        wanted = _names(result, len(out))
         scattered = next((i for i, names in enumerate(wanted) if summed and names == summed and not out[i]), None)
         if scattered is not None:
             out[scattered] = summed
@@ -143,11 +143,8 @@ def _local(v: Any, parts: Parts) -> Any:
     return parts.cut.local(v) if isinstance(v, QTensor) else v
 
 
-def _names(sharding: NamedSharding | None, ndim: int) -> Iterable[Names]:
-    """Of each axis of an array, the mesh axes that partition it."""
-    entries = () if sharding is None else sharding.spec
-    for entry in (*entries, *(None,) * (ndim - len(entries))):
-        yield () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+def _names(sharding: NamedSharding | None, ndim: int) -> list[Names]:
+    return axis_names(PartitionSpec() if sharding is None else sharding.spec, ndim)
 
 
 def _others(of: list[Names], axes: tuple[int, ...]) -> list[Names]:

@@ -18,7 +18,7 @@ from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.core.stack import Layer
 from jaxquant.ops.trained import TrainedTensor
 
-__all__ = ["Cut", "explicit_of", "explicit_sharding", "leaf_specs", "shardings", "whole_blocks"]
+__all__ = ["Cut", "axis_names", "explicit_of", "explicit_sharding", "leaf_specs", "shardings", "whole_blocks"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,7 @@ class Cut:
     @classmethod
     def of(cls, mesh: Any, spec: PartitionSpec, ndim: int) -> Cut:
         """From a spec, which may be shorter than the array's rank."""
-        entries = (*spec, *[None] * (ndim - len(spec)))
-        named = [() if e is None else e if isinstance(e, tuple) else (e,) for e in entries]
-        named = [tuple(n for n in names if isinstance(n, str)) for names in named]  # an axis may be unconstrained
+        entries, named = (*spec, *[None] * (ndim - len(spec))), axis_names(spec, ndim)
         parts = tuple(math.prod(mesh.shape[n] for n in names) for names in named)
         return cls(entries, parts, tuple(n for names in named for n in names))
 
@@ -59,6 +57,13 @@ class Cut:
         """Of a scale or zero point: cut where whole blocks lie in each part, else on all devices."""
         axes = [i if n > 1 and self.parts[i] and n % self.parts[i] == 0 else None for i, n in enumerate(value.shape)]
         return Cut(tuple(self.spec(axes)), tuple(1 if i is None else self.parts[i] for i in axes), self.names)
+
+
+def axis_names(spec: PartitionSpec, ndim: int) -> list[tuple[str, ...]]:
+    """For each axis of an array of this rank, the mesh axes that a spec partitions it over."""
+    entries = (*spec, *[None] * (ndim - len(spec)))
+    named = [() if e is None else e if isinstance(e, tuple) else (e,) for e in entries]
+    return [tuple(n for n in names if isinstance(n, str)) for names in named]  # an axis may be unconstrained
 
 
 def leaf_specs(leaf: Any, cut: Cut) -> Any:
@@ -134,10 +139,12 @@ def explicit_of(leaf: Any) -> NamedSharding | None:
     """Where an array, or the one that a QTensor stands for, lies on a mesh of explicit axes; None on any other."""
     if not isinstance(leaf, QTensor):
         return None if isinstance(leaf, jax.ShapeDtypeStruct) else explicit_sharding(jax.typeof(leaf))
-    placed = explicit_of(leaf.codes)
+    if isinstance(leaf.kept, Layer):
+        return None  # the equation that multiplies a layer says where it lies
+    placed = explicit_of(leaf.kept)
     if placed is None:
         return None
-    stored = [*placed.spec, *(None,) * (len(leaf.stored.shape) - len(placed.spec))]
+    stored = [*placed.spec, *(None,) * (len(leaf.kept.shape) - len(placed.spec))]
     if leaf.split is not None:
         del stored[leaf.ndim + leaf.split + 1]
     axes = (stored[leaf.stored_order.index(axis)] for axis in range(leaf.ndim))

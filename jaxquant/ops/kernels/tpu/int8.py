@@ -95,11 +95,10 @@ class Int8Blocks(Kernel):
         return run_undivided(problem, self._undivided, Int8().run)
 
     def _undivided(self, problem: Product) -> jax.Array:
-        x, _ = problem.matrices()
-        return self._product(problem, x.codes, jnp.broadcast_to(x.scale.astype(jnp.float32), (*x.shape[:2], 1)))
+        x, w = problem.matrices()
+        return self._product(problem, x.codes, w, jnp.broadcast_to(x.scale.astype(jnp.float32), (*x.shape[:2], 1)))
 
-    def _product(self, problem: Product, x: jax.Array, rows: jax.Array | None) -> jax.Array:
-        _, w = problem.matrices()
+    def _product(self, problem: Product, x: jax.Array, w: Matrix, rows: jax.Array | None) -> jax.Array:
         (b, _, k), n = x.shape, w.shape[1]
         codes = problem.w.in_stack(problem.w.kept).reshape(-1, *((k, n) if self.columns_last else (n, k)))
         columns = _columns(problem.w, problem.w_axes)
@@ -148,8 +147,8 @@ class Bfloat16Layer(Int8Layer):
         return run_undivided(problem, self._undivided, plain.run)
 
     def _undivided(self, problem: Product) -> jax.Array:
-        x = problem.x_axes.flatten(problem.x.astype(jnp.bfloat16))
-        return self._product(problem, x, jnp.ones((*x.shape[:2], 1), jnp.float32))
+        x, w = problem.matrices()
+        return self._product(problem, x.astype(jnp.bfloat16), w, jnp.ones((*x.shape[:2], 1), jnp.float32))
 
 
 class DigitsLayer(Bfloat16Layer):
@@ -176,7 +175,7 @@ class DigitsLayer(Bfloat16Layer):
         return cls._of(problem, w, jnp.float32) if fits else None
 
     def _undivided(self, problem: Product) -> jax.Array:
-        return self._product(problem, problem.x_axes.flatten(problem.x), None)
+        return self._product(problem, *problem.matrices(), None)
 
 
 def _columns(w: QTensor, axes: Axes) -> jax.Array | None:
@@ -193,9 +192,8 @@ def _blocks(m: int, k: int, n: int, dtype: Any) -> tuple[int, int] | None:
 
     ``dtype`` is the activation's, in which codes are multiplied.
     """
-    size = jnp.dtype(dtype).itemsize
-    converted = 0 if size == 1 else size
-    few = m <= _FEW
+    itemsize, few = jnp.dtype(dtype).itemsize, m <= _FEW
+    converted = 0 if itemsize == 1 else itemsize
     for most_columns in (widest(k), *_COLUMNS) if few else _COLUMNS:
         for most_rows in _ROWS:
             bm, bn = (
@@ -203,7 +201,7 @@ def _blocks(m: int, k: int, n: int, dtype: Any) -> tuple[int, int] | None:
                 for size, most, tile in ((m, most_rows, 32), (n, most_columns, 128))
             )
             bn = equal_width(n, most_columns) if few else bn
-            if k * (2 * size * bm + (2 + converted) * bn) + 12 * bm * bn <= MEMORY:
+            if k * (2 * itemsize * bm + (2 + converted) * bn) + 12 * bm * bn <= MEMORY:
                 return bm, bn
     return None
 
