@@ -114,7 +114,7 @@ def summary(path: Path, *, deep: bool = False) -> Summary:
     A jaxquant file is memory-mapped and not decoded, so all of its weights are read.
     """
     path = place(path, "inspect")
-    kind, config = _kind(path), {}
+    kind = _kind(path)
     if kind == "gguf":
         file = GGUFModel(path, function="inspect")
         tensors = [Tensor(name, info.type.name, info.shape, info.nbytes) for name, info in file.tensors.items()]
@@ -124,11 +124,13 @@ def summary(path: Path, *, deep: bool = False) -> Summary:
         words = [f"GGUF {file.version}", str(file.metadata.get("general.architecture", "no architecture"))]
         words += ([] if what == "model" else [str(what)]) + ([f"{n} parts"] if (n := len(file.files)) > 1 else [])
         name = ", ".join(words)
+        generates = file.metadata.get("general.architecture") in MODEL_TYPES and what == "model"
         plain = {t.name: len(t.shape) for t in tensors if t.type in _PLAIN}
         found = _Found(_counts(t.type for t in tensors if t.type not in _PLAIN), _numbers(tensors), _matrices(plain))
     else:
         checkpoint = HFCheckpoint(path, function="inspect")
         config = checkpoint.config if kind == "hf" else {}
+        generates = config.get("model_type") in (*ARCHITECTURES, "gemma3")
         tensors = [Tensor(n, s.dtype.name, s.shape, s.nbytes) for n, s in checkpoint.tensors.items()]
         form = None if kind == "jaxquant" else detect(checkpoint)[0]
         name = "jaxquant" if kind == "jaxquant" else "float" if form is None else form.name
@@ -153,10 +155,6 @@ def summary(path: Path, *, deep: bool = False) -> Summary:
     reader = {"gguf": "jq.io.load_gguf", "jaxquant": "jq.io.load_model", "hf": "jq.io.load_hf"}[kind]
     acts = _acts(_leaves(path, "inspect")) if kind != "gguf" and name != "float" and not problems else []
     reader = "jq.io.load_model" if acts else reader
-    if kind == "gguf":
-        generates = file.metadata.get("general.architecture") in MODEL_TYPES and what == "model"
-    else:
-        generates = config.get("model_type") in (*ARCHITECTURES, "gemma3")
     nbytes = sum(t.nbytes for t in tensors)
     return Summary(
         str(path), name, *found, reader, acts, generates and not problems, nbytes, tensors, weights, problems

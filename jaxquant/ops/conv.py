@@ -14,7 +14,7 @@ from jax import lax
 from jaxquant.core.errors import quant_error
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.kernels.dequantized import in_own_dtype
-from jaxquant.ops.operands import Call, Operand, Pair, Static, precision_of, refuse_product_specs, refuse_range
+from jaxquant.ops.operands import Call, Operand, Pair, precision_of, refuse_product_specs, refuse_range
 from jaxquant.ops.problem import Convolution, Geometry
 from jaxquant.ops.select import run
 from jaxquant.ops.tangents import straight_through
@@ -37,7 +37,8 @@ class _Conv(Call):
         x, kernel = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
         return run(Convolution.of(x, kernel, self.precision, self.dtype, self.geometry)), None
 
-    def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static) -> jax.Array:
+    def reference(self, *operands: Any) -> jax.Array:
+        lhs, rhs, lhs_static, rhs_static = operands
         problem = Convolution.of(lhs, rhs, self.precision, self.dtype, self.geometry)
         return in_own_dtype(problem, self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static))
 

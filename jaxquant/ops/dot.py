@@ -21,7 +21,7 @@ from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops import outliers
 from jaxquant.ops.backward import as_stored, lhs_gradient, restored, rhs_gradient
 from jaxquant.ops.forms import Axes, Matrix, matrix
-from jaxquant.ops.operands import Call, Operand, Pair, Static, precision_of, random_key, refuse_range
+from jaxquant.ops.operands import Call, Operand, Pair, precision_of, random_key, refuse_range
 from jaxquant.ops.placed import Placed
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import run
@@ -46,10 +46,8 @@ class _Contraction(Call):
     impl: Any = None
     placed: Placed | None = None
 
-    def reference(
-        self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, key: jax.Array | None = None
-    ) -> jax.Array:
-        del key
+    def reference(self, *operands: Any) -> jax.Array:
+        lhs, rhs, lhs_static, rhs_static, _ = operands
         lhs, rhs = self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static)
         dtype = promoted(lhs.dtype, rhs.dtype)
         numbers = ((self.lhs_axes.contract, self.rhs_axes.contract), (self.lhs_axes.batch, self.rhs_axes.batch))

@@ -101,8 +101,6 @@ class _Quantized:
     zero_point: jax.Array | None
     qtype: QType
     offset: jax.Array | None
-    multiplier: Any
-    rows_last: bool
     power_of_two: bool
     __dataclass_fields__: ClassVar[dict[str, Any]]
 

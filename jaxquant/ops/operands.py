@@ -301,7 +301,7 @@ class Pair:
 class Call:
     """The static half of a call, hashable: the fast computation and its float reference, as a `tangents.Rule`."""
 
-    def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, *others: jax.Array) -> jax.Array:
+    def reference(self, *operands: Any) -> jax.Array:
         """The result of `keep`, up to rounding, in differentiable float arithmetic, from which gradients are taken."""
         raise NotImplementedError
 

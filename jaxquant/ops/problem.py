@@ -337,8 +337,8 @@ def wide_values(x: QTensor | jax.Array) -> jax.Array:
 class Kernel:
     """One way to compute a product. Equal kernels run the same code, which is lowered once for several platforms."""
 
-    name: ClassVar[str]
-    """The name in plans."""
+    title: ClassVar[str]
+    """The name of kernels that all have the same; others override `name`."""
     operation: ClassVar[type[Problem]] = Product
     """The class of problems that it solves."""
     platforms: ClassVar[tuple[Platform, ...]] = get_args(Platform)
@@ -347,6 +347,11 @@ class Kernel:
     """The chips of these platforms that it runs on, as JAX names them; () is all of them."""
     exact: ClassVar[bool] = False
     """Whether it sums integers, so that with one scale per row the result does not depend on how codes are stored."""
+
+    @property
+    def name(self) -> str:
+        """The name in plans."""
+        return self.title
 
     @classmethod
     def runs_on(cls, target: Target) -> bool:

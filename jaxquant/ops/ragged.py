@@ -14,7 +14,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.indices import widened
 from jaxquant.core.specs import OpSpec
 from jaxquant.ops.kernels.dequantized import in_own_dtype
-from jaxquant.ops.operands import Call, Operand, Pair, Static, precision_of, refuse_product_specs, refuse_range
+from jaxquant.ops.operands import Call, Operand, Pair, precision_of, refuse_product_specs, refuse_range
 from jaxquant.ops.problem import RaggedProduct
 from jaxquant.ops.select import run
 from jaxquant.ops.tangents import straight_through
@@ -36,14 +36,16 @@ class _Ragged(Call):
         x, experts = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
         return run(RaggedProduct(x, experts, self.precision, self.dtype, sizes)), None
 
-    def reference(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, sizes: jax.Array) -> jax.Array:
+    def reference(self, *operands: Any) -> jax.Array:
+        lhs, rhs, lhs_static, rhs_static, sizes = operands
         problem = RaggedProduct(lhs, rhs, self.precision, self.dtype, sizes)
         return in_own_dtype(problem, self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static))
 
-    def again(self, lhs: Any, rhs: Any, lhs_static: Static, rhs_static: Static, sizes: jax.Array) -> jax.Array:
+    def again(self, *operands: Any) -> jax.Array:
         """Multiplies every row by every matrix and keeps the product of its group: JAX transposes the gradient of
         `jax.lax.ragged_dot` no further.
         """
+        lhs, rhs, lhs_static, rhs_static, sizes = operands
         x, experts = self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static)
         wide = promoted(x.dtype, experts.dtype)
         products = jnp.einsum("mk,ekn->men", x.astype(wide), experts.astype(wide), precision=self.precision)

@@ -37,7 +37,7 @@ class State(NamedTuple):
       moments: name -> tree in the structure of the parameters, of `QTensor`s, and float32 arrays for exempt parameters.
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # Optax names it so, in its tuples too
     moments: dict[str, Any]
 
 

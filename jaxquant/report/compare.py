@@ -217,7 +217,8 @@ def _number(value: float | None, digits: int) -> str:
 class _Rows(Statistic):
     """All of the inputs."""
 
-    def of(self, x: jax.Array) -> Any:
+    def of(self, x: jax.Array, counted: jax.Array | None = None) -> Any:
+        assert counted is None  # compare has no mask
         return x.astype(jnp.float32)
 
     def merge(self, a: Any, b: Any) -> Any:

@@ -136,7 +136,7 @@ def test_a_step_for_every_tile_of_every_expert():
         for tile in (16, 128):
             steps = ragged.Steps.of(jnp.asarray(sizes), m, tile)
             expert, at, start, end = (np.asarray(v) for v in steps[:4])
-            count = int(steps.count[0])
+            count = int(steps.number[0])
             assert np.all(np.diff(at) >= 0)
             assert set(at[:count]) == set(range(-(-m // tile)))
             seen = np.zeros(m, int)

@@ -24,7 +24,7 @@ class Int8Convolution(Kernel):
     operation = Convolution
     platforms = ("tpu",)
 
-    name = "int8"
+    title = "int8"
 
     @classmethod
     def takes(cls, problem: Convolution) -> Kernel | None:

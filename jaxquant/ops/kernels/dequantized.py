@@ -52,7 +52,7 @@ class ExactBfloat16(Kernel):
 
     platforms = ("tpu", "cuda", "other")
 
-    name = "bfloat16"
+    title = "bfloat16"
 
     @classmethod
     def takes(cls, problem: Product) -> Kernel | None:

@@ -43,7 +43,7 @@ class Int8(Kernel):
 
     platforms = ("tpu", "cuda", "other")
 
-    name = "int8"
+    title = "int8"
 
     @classmethod
     def takes(cls, problem: Product) -> Kernel | None:

@@ -22,7 +22,7 @@ class Int8Ragged(Kernel):
 
     operation = RaggedProduct
 
-    name = "int8"
+    title = "int8"
 
     @classmethod
     def takes(cls, problem: RaggedProduct) -> Kernel | None:

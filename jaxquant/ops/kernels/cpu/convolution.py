@@ -48,7 +48,7 @@ class ResidualSplitConvolution(Kernel):
     platforms = ("cpu",)
 
     digits: int
-    name = "int8 residual split"
+    title = "int8 residual split"
 
     @classmethod
     def takes(cls, problem: Convolution) -> Kernel | None:

@@ -49,7 +49,7 @@ class Gemv(Kernel):
 
     platforms = ("cpu",)
 
-    name = "float32 GEMV"
+    title = "float32 GEMV"
 
     @classmethod
     def takes(cls, problem: Product) -> Kernel | None:

@@ -33,7 +33,7 @@ class Int8(Kernel):
 
     platforms = ("cpu",)
 
-    name = "int8"
+    title = "int8"
     exact = True
 
     @classmethod

@@ -30,7 +30,7 @@ class ResidualSplitRagged(Kernel):
     platforms = ("cpu",)
 
     digits: int
-    name = "int8 residual split"
+    title = "int8 residual split"
 
     @classmethod
     def takes(cls, problem: RaggedProduct) -> Kernel | None:

@@ -67,7 +67,7 @@ class ResidualSplit(Kernel):
     platforms = ("cpu",)
 
     digits: int
-    name = "int8 residual split"
+    title = "int8 residual split"
     exact = True
 
     @classmethod
@@ -96,7 +96,7 @@ class ScaledResidualSplit(Kernel):
 
     platforms = ("cpu",)
 
-    name = "int8 residual split"
+    title = "int8 residual split"
 
     @classmethod
     def takes(cls, problem: Product) -> Kernel | None:

@@ -31,7 +31,7 @@ _FLOAT8 = re.compile(r"\b(H100|H200|H800|H20|GH200|B100|B200|B300|GB200|GB300|L4
 class TritonInt8(Kernel):
     """int8 dots in `jaxquant.ops.kernels.gpu.product`, if there are enough rows that their sums are large."""
 
-    name = "int8, scaled by Triton"
+    title = "int8, scaled by Triton"
     platforms = ("cuda",)
 
     @classmethod
@@ -52,7 +52,7 @@ class TritonFloat8(Kernel):
     Sums are float32; the tensor cores of a Hopper add the products of one step with fewer bits.
     """
 
-    name = "float8_e4m3fn, scaled by Triton"
+    title = "float8_e4m3fn, scaled by Triton"
     platforms = ("cuda",)
 
     @classmethod

@@ -57,7 +57,7 @@ class Int8Blocks(Kernel):
 
     platforms = ("tpu",)
     chips = (V6E,)  # on a v5e XLA's product takes 1.04 times its arithmetic
-    name = "int8_blocks"
+    title = "int8_blocks"
     interpret = False
 
     columns_last: bool
@@ -131,7 +131,7 @@ class Bfloat16Layer(Int8Layer):
     what reading takes, and 85 and 78 on a v6e, where conversions on the vector unit take longer than reading.
     """
 
-    name = "bfloat16_layer"
+    title = "bfloat16_layer"
 
     @classmethod
     def takes(cls, problem: Product) -> Kernel | None:
@@ -158,7 +158,7 @@ class DigitsLayer(Bfloat16Layer):
     take 112, and 8 as many as in bfloat16.
     """
 
-    name = "digits_layer"
+    title = "digits_layer"
 
     @classmethod
     def runs_on(cls, target: Target) -> bool:
@@ -215,7 +215,7 @@ def int8_product(
     *,
     columns_last: bool,
     result: Any,
-    name: str = Int8Blocks.name,
+    name: str = Int8Blocks.title,
     interpret: bool = False,
 ) -> jax.Array:
     """``rows * columns * (x @ codes)``, with sums in int32 (float32 of bfloat16) and scaled in float32.

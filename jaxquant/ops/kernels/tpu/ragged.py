@@ -59,7 +59,7 @@ class RaggedExperts(Kernel):
 
     operation = RaggedProduct
     platforms = ("tpu",)
-    name = "ragged_experts"
+    title = "ragged_experts"
     interpret = False
 
     groups: Groups
@@ -165,14 +165,14 @@ class Steps(NamedTuple):
       expert: the expert, 0 .. E - 1.
       tile: the tile of rows.
       start, end: the rows of the expert; none where rows have no expert.
-      count: how many steps there are, [1].
+      number: how many steps there are, [1].
     """
 
     expert: jax.Array
     tile: jax.Array
     start: jax.Array
     end: jax.Array
-    count: jax.Array
+    number: jax.Array
 
     @classmethod
     def of(cls, sizes: jax.Array, rows: int, tile: int) -> Steps:
@@ -265,7 +265,7 @@ def ragged_product(
         interpret=interpret,
         compiler_params=compiler_params(LIMIT, interpret=interpret),
         cost_estimate=product_cost(x, codes, arrays.values(), made, layers=codes.shape[0] // experts),
-        name=RaggedExperts.name,
+        name=RaggedExperts.title,
     )(first, *steps, x, codes, *arrays.values())
 
 
@@ -303,7 +303,7 @@ def _kernel(
     def _() -> None:
         out[...] = jnp.zeros_like(out)
 
-    @pl.when((t < steps.count[0]) & (end > start))
+    @pl.when((t < steps.number[0]) & (end > start))
     def _() -> None:
         if codes.ndim == 2:
             total = _whole_sums(x, codes, of, numbers, rows_last=rows_last)
