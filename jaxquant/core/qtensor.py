@@ -309,7 +309,8 @@ class QTensor:
             in int4 up to 4 bits. An axis with groups is stored as two: blocks, and the elements of a block. A block is
             one group, or as many as make 128 elements. Codes of 8 bits without groups stay as they are. ``"native"``,
             for TPUs: likewise, and codes of fp8 are in their own dtype, which a TPU's compiler converts within a
-            product; bytes keep it from that. Scales of fewer than 8 bits have a byte each, which kernels read.
+            product; bytes keep it from that. Where several axes share a scale, none of them is last: a TPU joins
+            leading axes without a copy. Scales of fewer than 8 bits have a byte each, which kernels read.
           minor: the axes that are stored last where codes are packed. By default the axes that share scales;
             packed codes keep theirs.
 
@@ -332,7 +333,10 @@ class QTensor:
             at, rows = self.ndim + split, block_rows(self.shape[split], self.scale.shape[split])
             codes = codes.reshape(*codes.shape[:at], -1, rows, *codes.shape[at + 1 :])
         scale = self._scale_beside(layout)
-        return QTensor(codes, scale, self.zero_point, self.offset, seal=seal, **rest, split=split)
+        if not self._joins_last(layout):
+            return QTensor(codes, scale, self.zero_point, self.offset, seal=seal, **rest, split=split)
+        own = self._own_axes()[-1:]
+        return from_codes(codes, scale, self.zero_point, self.offset, **rest, minor=() if own == (-1,) else own)
 
     @property
     def layout(self) -> Layout:
@@ -349,10 +353,11 @@ class QTensor:
         narrow = self._narrow_scale
         if narrow is not None and narrow.layout != _beside(layout):
             return False
+        joins_last = self._joins_last(layout)
         if layout == "native" and own_dtype(self.qtype) is None:
             layout = "elements"
         if not self.type.packed and self._group_axis() is None and layout != "native" and self.seal is None:
-            return True
+            return not joins_last
         return self.layout == layout and (layout == "packed" or (not self.minor and self.split == self._group_axis()))
 
     @property
@@ -368,6 +373,16 @@ class QTensor:
             return self.scale
         make = QTensor if _beside(layout) == "elements" else from_codes
         return make(q.logical_codes(), q.scale, q.zero_point, q.offset, qtype=q.qtype, dtype=q.dtype)
+
+    def _joins_last(self, layout: Layout) -> bool:
+        """Whether 8-bit integers are stored with several axes last that share scales, where a TPU would join them."""
+        whole = not self.type.packed and own_dtype(self.qtype) is None and self._group_axis() is None
+        return layout == "native" and whole and len(self.minor) > 1 and len(self._own_axes()) > 0
+
+    def _own_axes(self) -> tuple[int, ...]:
+        """The axes along which each element has a scale of its own."""
+        pairs = enumerate(zip(self.shape, self.scale.shape, strict=True))
+        return tuple(i - self.ndim for i, (n, s) in pairs if s == n > 1)
 
     def _shared_axes(self) -> tuple[int, ...]:
         """The axes along which elements share scales; the last but one if all elements share one."""

@@ -10,7 +10,16 @@ import re
 
 from jaxquant.programs.hlo import Array, Instruction, Program
 
-__all__ = ["Collective", "Product", "collectives", "cycles", "product_of", "products", "unestimated"]
+__all__ = [
+    "Collective",
+    "Product",
+    "collectives",
+    "cycles",
+    "product_of",
+    "products",
+    "relaid_bytes",
+    "unestimated",
+]
 
 _ESTIMATED = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _METADATA = re.compile(r"\\22multiplied\\22: \\22(\w+)\\22, \\22operations\\22: \\22(\d+)\\22")
@@ -73,6 +82,22 @@ def unestimated(program: Program) -> list[Instruction]:
         for instruction in body.values()
         if instruction.cycles is None and (instruction.is_kernel or '"estimated_cycles":"' in instruction.rest)
     ]
+
+
+def relaid_bytes(program: Program) -> float:
+    """Bytes that all runs read and write in the main memory to bring arrays to another layout, without an estimate.
+
+    The TPU compiler estimates no such step that it does not fuse. It writes an array again whose last axes are joined
+    or parted, for instance, since these two are stored in tiles.
+    """
+    total = 0.0
+    for name, body in program.computations.items():
+        times = 0.0 if name in program.fused else program.times.get(name, 0.0)
+        for instruction in body.values():
+            moves = instruction.opcode in ("reshape", "transpose") and instruction.cycles is None
+            arrays = [*program.operands_of(name, instruction), *instruction.arrays] if moves and times else []
+            total += times * sum(array.nbytes for array in arrays if array.in_memory)
+    return total
 
 
 def collectives(program: Program) -> list[Collective]:

@@ -7,7 +7,7 @@ import math
 
 from jaxquant.programs.chips import Chip
 from jaxquant.programs.compilers import Compiled
-from jaxquant.programs.costs import Collective, collectives, cycles, products, unestimated
+from jaxquant.programs.costs import Collective, collectives, cycles, products, relaid_bytes, unestimated
 from jaxquant.programs.hlo import Program
 from jaxquant.programs.schedules import scheduled
 
@@ -20,7 +20,8 @@ class Estimate:
 
     Attributes:
       arguments, results, temporaries: bytes.
-      cycles: what the TPU compiler estimates for all steps; None of another, or where it does not for one.
+      cycles: what the TPU compiler estimates for all steps; None of another, or where it does not for one. Of a step
+        that it never estimates, because it only brings an array to another layout, what reading and writing takes.
       seconds: the longer of these cycles, and of reading arguments and writing results once and temporaries twice.
         Transfers between devices are not in it: no compiler estimates them.
       floor: arguments and results at the bandwidth of the memory, or all products at the peak of their number types,
@@ -64,7 +65,7 @@ def _cycles(program: Program, chip: Chip) -> tuple[float | None, str]:
     total = cycles(program)
     if total is not None and math.isnan(total):
         return None, "the program has a loop whose length depends on values"
-    return total, ""
+    return None if total is None else total + relaid_bytes(program) / chip.bandwidth * chip.clock, ""
 
 
 def _arithmetic(program: Program, chip: Chip) -> float:

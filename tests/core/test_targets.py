@@ -87,6 +87,21 @@ def test_any_shape(name, lead, heads, contracted):
 
 
 @pytest.mark.every
+@pytest.mark.parametrize(("shape", "axes", "there"), [
+    ((4, 8, 24), (-3, -2), (4, 8, 24)),  # attention's output projection
+    ((2, 4, 8, 24), (-3, -2), (2, 4, 8, 24)),  # in a stack
+    ((24, 4, 8), (-2, -1), (4, 8, 24)),
+    ((8, 4, 24), (-3,), (4, 24, 8)),  # one axis: as elsewhere
+])  # fmt: skip
+def test_axes_that_share_scales_are_joined_without_a_copy(shape, axes, there):
+    q = weight("int8", shape, axes)
+    native = q.laid_out("native")
+    assert native.kept.shape == there
+    assert native.lies("native")
+    np.testing.assert_array_equal(native.dequantize(), q.dequantize())
+
+
+@pytest.mark.every
 @pytest.mark.parametrize("name", ["int4 g8", "nf4 g8", "uint2", "mxfp8", "float8"])
 def test_views(name):
     q = weight(name, (3, 64, 24), (-2,))

@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxquant.programs import schedules
 from jaxquant.programs.chips import CHIPS
-from jaxquant.programs.costs import collectives, cycles, products, unestimated
+from jaxquant.programs.costs import collectives, cycles, products, relaid_bytes, unestimated
 from jaxquant.programs.hlo import Program, arrays_of
 
 pytestmark = pytest.mark.every
@@ -116,6 +116,17 @@ def test_no_estimate_is_none():
     program = Program(LOOP.replace('"100"', f'"{2**63 - 1}"').replace("START", "0").replace("STOP", "1"))
     assert cycles(program) is None
     assert "f" in [step.name for step in unestimated(program)]
+
+
+def test_arrays_that_are_only_brought_to_another_layout():
+    """Read and written once a run, in the main memory, unless the compiler has an estimate of the step."""
+    step = "%f = f32[64,32]{1,0:T(8,128)S(1)} fusion(%w)"
+    moved = LOOP.replace(step, "%f = s8[6,2048]{1,0} reshape(%w)").replace("START", "0").replace("STOP", "5")
+    assert relaid_bytes(Program(moved)) == 0  # estimated
+    moved = moved.replace('backend_config={"estimated_cycles":"100"}', "metadata={}")
+    assert relaid_bytes(Program(moved)) == 5 * 2 * 6 * 2048
+    assert relaid_bytes(Program(moved.replace("{1,0} reshape", "{1,0:S(1)} reshape"))) == 5 * 6 * 2048
+    assert relaid_bytes(Program(moved.replace(" reshape(", " bitcast("))) == 0
 
 
 def test_arrays_of_a_type():
