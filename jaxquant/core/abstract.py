@@ -68,7 +68,7 @@ def _packed(shape: tuple[int, ...], minor: tuple[int, ...], **parts: Any) -> QTe
     return QTensor(jax.ShapeDtypeStruct(tuple(codes), kind), minor=minor, length=length, **parts)
 
 
-def _scale(blocks: tuple[int, ...], spec: QuantSpec, axes: tuple[int, ...]) -> Any:
+def _scale(blocks: tuple[int, ...], spec: QuantSpec, axes: tuple[int, ...]) -> QTensor | jax.ShapeDtypeStruct:
     ndim = len(blocks)
     if spec.two_level:
         unit = tuple(1 if i - ndim in axes else n for i, n in enumerate(blocks))

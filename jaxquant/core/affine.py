@@ -24,10 +24,11 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.extremes import Range, absmax_over, array_absmax
 from jaxquant.core.finite import has_nan, is_concrete
 from jaxquant.core.jitted import jitted
-from jaxquant.core.qtensor import QTensor, Scale, cast, from_codes, scale_values
+from jaxquant.core.qtensor import QTensor, Scale, cast, flat, from_codes, scale_values
 from jaxquant.core.replaceable import Replaceable
 from jaxquant.core.scale_zero_point import affine, e4m3_scale_in, largest_magnitude, reach
 from jaxquant.core.specs import QuantSpec
+from jaxquant.core.types import PyTree
 
 __all__ = [
     "Encoded",
@@ -105,7 +106,7 @@ def roundtrip(spec: QuantSpec, top: jax.Array | None = None) -> Callable[[jax.Ar
 
 
 @jitted(static_argnames="spec")
-def observed_range(seen: Any, spec: QuantSpec) -> Range:
+def observed_range(seen: PyTree, spec: QuantSpec) -> Range:
     """The range that a spec's observer finds in its state.
 
     It is a program of its own: a search in a loop would be compiled again at every call outside of `jax.jit`.
@@ -128,7 +129,7 @@ def encode(
     xs = view.split(x)  # of x itself: a reduction of bfloat16 needs no copy in float32
     if scale is not None and spec.static_unit:
         absmax = view.join_scale(absmax_over(xs, view.axes))
-        scale = e4m3_scale_in(scale.reshape((1,) * x.ndim), absmax, spec.type.qmax)
+        scale = e4m3_scale_in(flat(scale).reshape((1,) * x.ndim), absmax, spec.type.qmax)
     elif scale is None:
         clips = spec.observer.clips
         top = array_absmax(x) if spec.type.scale_format == "e4m3" and clips else None
@@ -185,21 +186,22 @@ def prepare(
     if spec.symmetric != (zero_point is None):
         todo = "Give a zero_point with an asymmetric spec and none with a symmetric one"
         raise quant_error(function, "zero_point does not fit the spec", todo=todo, symmetric=spec.symmetric)
-    if spec.static_unit:
-        return x, axes, _per_block(function, "scale", scale, (1,) * x.ndim), None
-    return x, axes, _per_block(function, "scale", scale, blocks), _per_block(function, "zero_point", zero_point, blocks)
+    shape = (1,) * x.ndim if spec.static_unit else blocks
+    if not isinstance(scale, QTensor) or scale.shape != shape:
+        scale = _per_block(function, "scale", scale, shape)
+    if zero_point is None or spec.static_unit:
+        return x, axes, scale, None
+    return x, axes, scale, _per_block(function, "zero_point", zero_point, blocks)
 
 
-def _per_block(function: str, name: str, value: Any, blocks: tuple[int, ...]) -> Any:
+def _per_block(function: str, name: str, value: ArrayLike | QTensor, blocks: tuple[int, ...]) -> jax.Array:
     """A given scale or zero point with one entry per block; a scalar is repeated."""
-    if value is None or (isinstance(value, QTensor) and value.shape == blocks):
-        return value
-    value = value if isinstance(value, QTensor) else jnp.asarray(value)
-    if isinstance(value, QTensor) or value.shape not in ((), blocks):
+    given = value if isinstance(value, QTensor) else jnp.asarray(value)
+    if isinstance(given, QTensor) or given.shape not in ((), blocks):
         todo = f"Give one value per block, shape {blocks}, or a scalar"
-        got: dict[str, Any] = {name: value}
+        got: dict[str, Any] = {name: given}
         raise quant_error(function, f"{name} must have one entry per block", todo=todo, **got)
-    return jnp.broadcast_to(value, blocks)
+    return jnp.broadcast_to(given, blocks)
 
 
 def as_codes(
@@ -226,7 +228,7 @@ def as_codes(
     return _as_codes(x, found, key, spec, axes, apart=apart)
 
 
-def _nan_where(x: jax.Array, scale: Any) -> Any:
+def _nan_where(x: jax.Array, scale: Scale) -> Scale:
     """A given scale, with NaN for each block that holds one, since no code stands for it."""
     if isinstance(scale, QTensor):
         return scale.replace(scale=_nan_where(x, scale.scale))

@@ -102,7 +102,7 @@ def promoted(a: DTypeLike, b: DTypeLike) -> np.dtype:
         return jnp.promote_types(a, b)
 
 
-def have_common_dtype(a: Any, b: Any) -> bool:
+def have_common_dtype(a: DTypeLike, b: DTypeLike) -> bool:
     """Whether two dtypes promote to a common one, by JAX's rules; floats of 8 bits promote to no other."""
     try:
         promoted(a, b)
@@ -125,7 +125,7 @@ def sums(*terms: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
     return tuple(jnp.sum(jnp.expand_dims(x, longest), axis=axes, keepdims=True) for x in found)
 
 
-def _plus(a: Any, b: Any) -> Any:
+def _plus(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
 

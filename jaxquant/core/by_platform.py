@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 
@@ -17,13 +17,17 @@ import jax
 import jax.core
 import jax.extend
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn, Primitive
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Primitive, Var
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
+
+from jaxquant.core.types import PyTree, TreeDef
 
 __all__ = ["Platform", "Target", "Ways", "by_platform", "run_program", "target_of", "unmapped"]
 
 T = TypeVar("T")
+_Shapes = tuple[ShapedArray, ...]
 
 Platform = Literal["cpu", "tpu", "cuda", "other"]
 """Platforms that a program is lowered for."""
@@ -45,15 +49,15 @@ class Target(NamedTuple):
 class Ways(Protocol):
     """How each platform computes one value. Hashable: equal ones compute the same."""
 
-    def on(self, target: Target, *operands: Any) -> Any:
+    def on(self, target: Target, *operands: PyTree) -> PyTree:
         """The value, of the same shapes and dtypes for all targets."""
         ...
 
-    def like(self, *operands: Any) -> Any:
+    def like(self, *operands: PyTree) -> PyTree:
         """A value of those shapes and dtypes, quick to trace; no program contains it."""
         ...
 
-    def stands_for(self, *operands: Any) -> tuple[Primitive, dict[str, Any]] | None:
+    def stands_for(self, *operands: PyTree) -> tuple[Primitive, dict[str, Any]] | None:
         """The primitive and the parameters by which a policy of `jax.checkpoint` decides whether to keep the value.
 
         Operands have shapes and dtypes. None: the value is no operation that policies know.
@@ -61,7 +65,7 @@ class Ways(Protocol):
         ...
 
 
-def by_platform(ways: Ways, *operands: Any) -> Any:
+def by_platform(ways: Ways, *operands: PyTree) -> PyTree:
     """The value as the platform that the program is lowered for computes it.
 
     Args:
@@ -70,15 +74,15 @@ def by_platform(ways: Ways, *operands: Any) -> Any:
 
     Gradient: none; a float value that is differentiated raises.
     """
-    arrays, tree = cast(tuple[list[Any], Any], jax.tree.flatten(operands))
+    arrays, tree = cast(tuple[list[jax.Array], TreeDef], jax.tree.flatten(operands))
     flat = _Flat(ways, tree)
     shapes, like = jax.make_jaxpr(flat.like, return_shape=True)(*arrays)
     found = _bound(*arrays, ways=flat, results=tuple(shapes.out_avals), needs_devices=_needs_devices())
-    return jax.tree.unflatten(cast(Any, jax.tree.structure(like)), found)
+    return jax.tree.unflatten(cast(TreeDef, jax.tree.structure(like)), found)
 
 
 @functools.cache
-def _needs_devices() -> Any:
+def _needs_devices() -> ClosedJaxpr:
     """A program that JAX lowers for known devices only; none runs it.
 
     JAX tells a program's lowering for which devices it is only if an equation needs that, and looks for such equations
@@ -86,10 +90,10 @@ def _needs_devices() -> Any:
     """
     from jax.experimental.custom_partitioning import custom_partitioning
 
-    def itself(x: Any) -> Any:
+    def itself(x: jax.Array) -> jax.Array:
         return x
 
-    def unused(*_: Any) -> None:
+    def unused(*_: object) -> None:
         return None
 
     identity: Any = custom_partitioning(itself)
@@ -107,17 +111,17 @@ class _Flat:
     """
 
     inner: Ways
-    tree: Any
+    tree: TreeDef
 
-    def on(self, target: Target, *arrays: Any) -> list[Any]:
+    def on(self, target: Target, *arrays: jax.Array) -> list[jax.Array]:
         """The arrays of the value."""
         return jax.tree.leaves(self.inner.on(target, *jax.tree.unflatten(self.tree, arrays)))
 
-    def like(self, *arrays: Any) -> Any:
+    def like(self, *arrays: jax.Array) -> PyTree:
         """As for `Ways`, a pytree."""
         return self.inner.like(*jax.tree.unflatten(self.tree, arrays))
 
-    def stands_for(self, *arrays: Any) -> tuple[Primitive, dict[str, Any]] | None:
+    def stands_for(self, *arrays: jax.ShapeDtypeStruct) -> tuple[Primitive, dict[str, Any]] | None:
         """As for `Ways`."""
         return self.inner.stands_for(*jax.tree.unflatten(self.tree, arrays))
 
@@ -134,15 +138,15 @@ class _Batched:
     inner: _Flat | _Batched
     axes: tuple[int | None, ...]
 
-    def on(self, target: Target, *arrays: Any) -> list[Any]:
+    def on(self, target: Target, *arrays: jax.Array) -> list[jax.Array]:
         """The arrays of all examples, in front."""
         return jax.vmap(functools.partial(self.inner.on, target), self.axes)(*arrays)
 
-    def stands_for(self, *arrays: Any) -> tuple[Primitive, dict[str, Any]] | None:
+    def stands_for(self, *arrays: jax.ShapeDtypeStruct) -> tuple[Primitive, dict[str, Any]] | None:
         """That of one example."""
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
 
-        def first(*x: Any) -> list[Any]:
+        def first(*x: jax.Array) -> list[jax.Array]:
             return [v if axis is None else v.take(0, axis) for v, axis in zip(x, self.axes, strict=True)]
 
         return self.inner.stands_for(*jax.eval_shape(first, *shapes))
@@ -152,14 +156,16 @@ _p = Primitive("by_platform")
 _p.multiple_results = True
 
 
-def _bound(*arrays: Any, **params: Any) -> list[Any]:
-    return cast(list[Any], _p.bind(*arrays, **params))
+def _bound(*arrays: jax.Array, **params: Any) -> list[jax.Array]:
+    return cast(list[jax.Array], _p.bind(*arrays, **params))
 
 
 @functools.partial(jax.jit, static_argnames=("ways", "results"))
-def _compiled(*arrays: Any, ways: _Flat | _Batched, results: Any) -> list[Any]:
+def _compiled(*arrays: jax.Array, ways: _Flat | _Batched, results: _Shapes) -> list[jax.Array]:
     return _bound(*arrays, ways=ways, results=results, needs_devices=_needs_devices())
 
+
+_UNMAPPED = "unmapped_aval"  # older versions of JAX have it elsewhere
 
 _running: ContextVar[bool] = ContextVar("_running", default=False)
 
@@ -182,15 +188,15 @@ def run_program(program: Callable[[], T], uncompiled: Callable[[], T]) -> T:
 
 
 @_p.def_impl
-def _run(*arrays: Any, ways: _Flat | _Batched, results: Any, needs_devices: Any) -> list[Any]:
+def _run(*arrays: jax.Array, ways: _Flat | _Batched, results: _Shapes, needs_devices: ClosedJaxpr) -> list[jax.Array]:
     del needs_devices
     return run_program(
-        lambda: cast(list[Any], _compiled(*arrays, ways=ways, results=results)),
+        lambda: cast(list[jax.Array], _compiled(*arrays, ways=ways, results=results)),
         lambda: ways.on(target_of(_device_of(arrays)), *arrays),
     )
 
 
-def _device_of(arrays: Any) -> Any:
+def _device_of(arrays: Sequence[jax.Array]) -> Any:
     """The device of concrete arrays; the default device if they are NumPy's."""
     held = [device for x in arrays if isinstance(x, jax.Array) for device in x.devices()]
     return cast(Any, held or jax.devices())[0]
@@ -203,12 +209,14 @@ def target_of(device: Any) -> Target:
 
 
 @_p.def_abstract_eval
-def _shapes(*arrays: Any, ways: _Flat | _Batched, results: Any, needs_devices: Any) -> Any:
+def _shapes(*arrays: ShapedArray, ways: _Flat | _Batched, results: _Shapes, needs_devices: ClosedJaxpr) -> _Shapes:
     del arrays, ways, needs_devices
     return results
 
 
-def _jvp(primals: Any, tangents: Any, *, results: Any, **params: Any) -> tuple[list[Any], list[Any]]:
+def _jvp(
+    primals: Sequence[jax.Array], tangents: object, *, results: _Shapes, **params: Any
+) -> tuple[list[jax.Array], list[ad.Zero]]:
     del tangents
     if any(jnp.issubdtype(result.dtype, jnp.inexact) for result in results):
         raise NotImplementedError("by_platform: floats have no derivative here; use jax.lax.stop_gradient on operands")
@@ -217,8 +225,13 @@ def _jvp(primals: Any, tangents: Any, *, results: Any, **params: Any) -> tuple[l
 
 
 def _batch(
-    arrays: Any, axes: Any, *, ways: _Flat | _Batched, results: Any, needs_devices: Any
-) -> tuple[list[Any], list[int]]:
+    arrays: Sequence[jax.Array],
+    axes: Sequence[int | None],
+    *,
+    ways: _Flat | _Batched,
+    results: _Shapes,
+    needs_devices: ClosedJaxpr,
+) -> tuple[list[jax.Array], list[int]]:
     size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
     batched = tuple(unmapped(size, 0, result) for result in results)
     out = _bound(*arrays, ways=_Batched(ways, tuple(axes)), results=batched, needs_devices=needs_devices)
@@ -226,15 +239,15 @@ def _batch(
 
 
 def _checkpoint(
-    saveable: Any, unknown: Any, ready: Any, equation: JaxprEqn
-) -> tuple[Any, Any, list[bool], list[bool], list[Any]]:
+    saveable: Callable[..., object], unknown: Sequence[bool], ready: Sequence[bool], equation: JaxprEqn
+) -> tuple[JaxprEqn | None, JaxprEqn | None, list[bool], list[bool], list[Var]]:
     """How `jax.checkpoint` treats an equation: whether it keeps the value or computes it again.
 
     JAX's own treatment, except that the policy is asked about the operation that the equation stands for.
     Where a policy moves values to another memory, the value is computed again.
     """
     none, every = ([value] * len(equation.outvars) for value in (False, True))
-    missing = [x for x, here in zip(equation.invars, ready, strict=True) if not here]
+    missing = [x for x, here in zip(equation.invars, ready, strict=True) if isinstance(x, Var) and not here]
     if any(unknown):
         return None, equation, every, every, missing
     shapes = [x.aval for x in equation.invars]
@@ -246,7 +259,13 @@ def _checkpoint(
 
 
 def _lowering(platform: Platform) -> Any:
-    def rule(ctx: Any, *arrays: Any, ways: _Flat | _Batched, results: Any, needs_devices: Any) -> Any:
+    def rule(
+        ctx: mlir.LoweringRuleContext,
+        *arrays: Any,
+        ways: _Flat | _Batched,
+        results: _Shapes,
+        needs_devices: ClosedJaxpr,
+    ) -> Any:
         del results, needs_devices
         on = functools.partial(ways.on, Target(platform, _chip(ctx.module_context, platform)))
         return cast(Any, mlir.lower_fun(on, multiple_results=True))(ctx, *arrays)
@@ -254,7 +273,7 @@ def _lowering(platform: Platform) -> Any:
     return rule
 
 
-def _chip(module: Any, platform: Platform) -> str | None:
+def _chip(module: mlir.ModuleContext, platform: Platform) -> str | None:
     """The kind of the first device of a program that is lowered; in a `jax.shard_map`, of all that it may run on.
 
     An exported program may run on other chips than the one that exports it.
@@ -268,7 +287,7 @@ def _chip(module: Any, platform: Platform) -> str | None:
     return found.chip if found is not None and found.platform == platform else None
 
 
-unmapped: Callable[..., Any] = getattr(jax.extend.core, "unmapped_aval", None) or getattr(jax.core, "unmapped_aval")  # noqa: B009
+unmapped: Callable[..., ShapedArray] = getattr(jax.extend.core, _UNMAPPED, None) or getattr(jax.core, _UNMAPPED)
 """The shape of an array with one more axis of a given size, at a given place."""
 
 ad.primitive_jvps[_p] = _jvp

@@ -6,7 +6,8 @@ Second derivatives go through the body of the function, where rounding has deriv
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
 import jax
 from jax import lax
@@ -15,10 +16,12 @@ from jax.interpreters import ad, batching, mlir
 
 __all__ = ["with_derivatives"]
 
+_Value = TypeVar("_Value")
+_Tangent = jax.Array | ad.Zero
 _p = Primitive("with_derivatives")
 
 
-def _bound(value: Any, of: Any) -> jax.Array:
+def _bound(value: jax.Array, of: jax.Array) -> jax.Array:
     return cast(jax.Array, _p.bind(value, of))
 
 
@@ -34,17 +37,17 @@ def with_derivatives(value: jax.Array, of: jax.Array) -> jax.Array:
     return _bound(lax.stop_gradient(value), of)
 
 
-def _jvp(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
+def _jvp(primals: Sequence[jax.Array], tangents: Sequence[_Tangent]) -> tuple[jax.Array, _Tangent]:
     return _bound(*primals), tangents[1]
 
 
-def _batch(args: Any, dims: Any) -> tuple[jax.Array, int]:
+def _batch(args: Sequence[jax.Array], dims: Sequence[int | None]) -> tuple[jax.Array, int]:
     size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
     value, of = (cast(Any, batching.bdim_at_front(x, d, size)) for x, d in zip(args, dims, strict=True))
     return _bound(value, of), 0
 
 
-def _value(value: Any, of: Any) -> Any:
+def _value(value: _Value, of: _Value) -> _Value:
     del of
     return value
 

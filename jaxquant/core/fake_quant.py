@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxquant.core.arithmetic import divide, promoted
 from jaxquant.core.blocks import BlockView
 from jaxquant.core.derivatives import with_derivatives
 from jaxquant.core.jitted import jitted
-from jaxquant.core.qtensor import QTensor, scale_values
+from jaxquant.core.qtensor import QTensor, Scale, scale_values
 from jaxquant.core.specs import QuantSpec
 
 __all__ = ["PACT", "PAPER", "STRAIGHT", "Slopes", "fake_quant", "fake_quant_given"]
@@ -53,7 +53,7 @@ PACT = Slopes(ends=False, rounding=False, whole=True)
 @jitted(static_argnames=("spec", "axes"))
 def _forward(
     x: jax.Array,
-    scale: jax.Array | None,
+    scale: Scale | None,
     zero_point: jax.Array | None,
     key: jax.Array | None,
     *,
@@ -67,7 +67,7 @@ def _forward(
 
 @jitted(static_argnums=(0, 1))
 def _computed(
-    spec: QuantSpec, axes: tuple[int, ...], x: jax.Array, key: jax.Array | None, unit: Any = None
+    spec: QuantSpec, axes: tuple[int, ...], x: jax.Array, key: jax.Array | None, unit: Scale | None = None
 ) -> jax.Array:
     """`fake_quant` with a range that is computed of the array, or within a given unit, and counts as constant."""
     fixed, unit = lax.stop_gradient((x, unit))
@@ -104,7 +104,7 @@ def _inside(
     zero_point: jax.Array | None,
     *,
     ends: bool = True,
-) -> Any:
+) -> jax.Array:
     """Where the elements of a viewed array lie in the range of their block, which no narrow dtype rounds."""
     wide = promoted(promoted(x.dtype, scale.dtype), jnp.float32)
     x, (lo, hi) = x.astype(wide), map(view.split_scale, _bounds(spec, scale.astype(wide), zero_point))

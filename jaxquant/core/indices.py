@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 __all__ = ["clamped", "widened"]
 
 
-def widened(indices: Any) -> jax.Array:
+def widened(indices: ArrayLike) -> jax.Array:
     """The same indices in int32, or int64 if they are that wide; larger unsigned indices become the largest signed one.
 
     XLA has no gathers and scatters by some narrow dtypes, and sizes of axes wrap in them.

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import jax
+from jax.stages import Lowered, Wrapped
+
+from jaxquant.core.types import PyTree
 
 __all__ = ["executable", "jitted", "lowered"]
 
@@ -25,7 +28,7 @@ def jitted(**options: Any) -> Callable[[_Function], _Function]:
     return compiled
 
 
-def lowered(fn: Any, *args: Any) -> Any:
+def lowered(fn: Wrapped, *args: PyTree) -> Lowered:
     """A function of `jax.jit`, lowered for these arguments: the same program under ``jax_disable_jit``.
 
     JAX would unroll its loops there.
@@ -34,11 +37,11 @@ def lowered(fn: Any, *args: Any) -> Any:
         return fn.lower(*args)
 
 
-def executable(program: Any) -> Callable[..., Any]:
+def executable(program: Lowered) -> Callable[..., PyTree]:
     """A program of `lowered`, compiled; it can be called under ``jax_disable_jit``, where JAX refuses to run it."""
     run = program.compile()
 
-    def compiled(*args: Any) -> Any:
+    def compiled(*args: PyTree) -> PyTree:
         with jax.disable_jit(False):
             return run(*args)
 

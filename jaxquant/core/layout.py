@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.core.replaceable import Replaceable
+from jaxquant.core.types import Shaped
 
 __all__ = [
     "Layout",
@@ -40,14 +41,14 @@ def block_rows(n: int, groups: int) -> int:
     return 128 if 128 % group == 0 and n % 128 == 0 else group
 
 
-def nbytes_of(leaf: Any) -> int:
+def nbytes_of(leaf: Shaped) -> int:
     """Bytes of an array, of 4-bit types two elements each."""
     size, dtype = math.prod(leaf.shape), np.dtype(leaf.dtype)
     return -(-size // 2) if dtype in (jnp.int4, jnp.uint4) else size * dtype.itemsize
 
 
 @functools.cache
-def own_dtype(qtype: Any) -> np.dtype | None:
+def own_dtype(qtype: object) -> np.dtype | None:
     """The dtype of fp8 codes; None for other types."""
     info = QTYPES.get(qtype) if isinstance(qtype, str) else None
     return info.code_dtype if info is not None and info.kind == "float" and not info.packed else None

@@ -45,7 +45,7 @@ from jaxquant.core.specs import QuantSpec
 
 __all__ = ["ENTRIES", "STEPS", "Entry", "check_entry", "learned_codes", "learned_range", "learned_values"]
 
-Entry = Mapping[str, Any]
+Entry = Mapping[str, jax.Array]
 """One learned range: names to float arrays."""
 
 ENTRIES = (("scale",), ("scale", "zero_point"), ("offset", "scale"), ("clip",))
@@ -121,9 +121,9 @@ def learned_codes(
     return as_codes(jax.lax.stop_gradient(x), spec, axes, jnp.broadcast_to(scale, blocks), zero_point)
 
 
-def check_entry(function: str, path: str, entry: Any, spec: QuantSpec, shape: tuple[int, ...]) -> None:
+def check_entry(function: str, path: str, entry: object, spec: QuantSpec, shape: tuple[int, ...]) -> None:
     """Raises unless an entry holds one learned range for each place of ``shape``; checks concrete values."""
-    found: dict[str, Any] = dict(cast(Mapping[str, Any], entry)) if isinstance(entry, Mapping) else {}
+    found = dict(cast(Mapping[str, Any], entry)) if isinstance(entry, Mapping) else {}
     names = tuple(sorted(found))
     todo = "Pass what qat.learned_steps returned for this plan, trained or not"
     if names not in ENTRIES or (("zero_point" in names or "offset" in names) == spec.symmetric):

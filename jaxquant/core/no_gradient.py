@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ class NoGradient(np.ndarray):
     computes with them in its first update.
     """
 
-    def _refuse(self, *_: Any, **__: Any) -> Any:
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise quant_error(
             "QTensor",
             "codes are integers and have no gradient, so that no optimizer can update them",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.extremes import Axes, Range, absmax_over, finite_or_nan, minmax, only_counted
 from jaxquant.core.histograms import BINS, Limbs, scatter
 from jaxquant.core.least_error import Roundtrip, evaluator, least_error
+from jaxquant.core.types import PyTree
 
 __all__ = [
     "EMA",
@@ -54,19 +55,19 @@ class Observer:
     all_codes: ClassVar[bool] = False
     """Whether ranges are for all codes of a type: for those of a signed type, specs keep its lowest code by default."""
 
-    def init(self, shape: tuple[int, ...]) -> Any:
+    def init(self, shape: tuple[int, ...]) -> PyTree:
         """State before any data, for ranges of the given shape."""
         raise NotImplementedError
 
-    def update(self, state: Any, x: jax.Array, axes: Axes, counted: jax.Array | None = None) -> Any:
+    def update(self, state: PyTree, x: jax.Array, axes: Axes, counted: jax.Array | None = None) -> PyTree:
         """State after ``x``, or after its elements that count."""
         raise NotImplementedError
 
-    def merge(self, a: Any, b: Any) -> Any:
+    def merge(self, a: PyTree, b: PyTree) -> PyTree:
         """State after the batches of ``a`` and then those of ``b``, as from several hosts."""
         raise NotImplementedError
 
-    def result(self, state: Any, *, symmetric: bool, roundtrip: Roundtrip) -> Range:
+    def result(self, state: PyTree, *, symmetric: bool, roundtrip: Roundtrip) -> Range:
         """The range ``(lo, hi)``, with ``lo <= 0 <= hi``."""
         raise NotImplementedError
 

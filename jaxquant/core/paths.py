@@ -11,11 +11,16 @@ import jax
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.types import PyTree, TreeDef
 
 __all__ = ["Params", "folded", "is_qtensor", "key_of", "leaves_with_paths", "nearest", "path_of"]
 
-Params: TypeAlias = Any
+Params: TypeAlias = PyTree
 """A pytree of parameters: arrays, `QTensor`s, shapes."""
+
+
+_Place = tuple[tuple[str, ...], tuple[str, ...], Hashable]
+"""The parts of a path before a number and after it, and the entry that has to be equal."""
 
 
 def is_qtensor(x: object) -> TypeGuard[QTensor]:
@@ -23,7 +28,7 @@ def is_qtensor(x: object) -> TypeGuard[QTensor]:
     return isinstance(x, QTensor)
 
 
-def key_of(entry: object) -> Any:
+def key_of(entry: object) -> Hashable:
     """The key itself of an entry of a key path of `jax.tree_util`; the kinds of entries call it by different names."""
     return next((getattr(entry, field) for field in ("key", "name", "idx") if hasattr(entry, field)), str(entry))
 
@@ -33,10 +38,11 @@ def path_of(keys: Iterable[object]) -> str:
     return "/".join(str(key_of(entry)) for entry in keys)
 
 
-def leaves_with_paths(tree: Params) -> tuple[dict[str, Any], Any]:
+def leaves_with_paths(tree: Params) -> tuple[dict[str, Any], TreeDef]:
     """Leaves by path, in tree order, and the treedef; QTensors are leaves."""
     leaves, treedef = cast(
-        tuple[list[tuple[Any, Any]], Any], jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
+        tuple[list[tuple[tuple[object, ...], Any]], TreeDef],
+        jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor),
     )
     by_path = {path_of(keys): leaf for keys, leaf in leaves}
     if len(by_path) < len(leaves):
@@ -81,8 +87,8 @@ def folded(entries: Mapping[str, Hashable]) -> dict[str, list[str]]:
       >>> folded({"layers_0/w": 4, "layers_1/w": 4, "layers_2/w": 4, "head": 8})
       {'layers_{0..2}/w': ['layers_0/w', 'layers_1/w', 'layers_2/w'], 'head': ['head']}
     """
-    alike: dict[Any, list[str]] = {}
-    places: dict[str, list[Any]] = {}
+    alike: dict[_Place, list[str]] = {}
+    places: dict[str, list[_Place]] = {}
     for path, value in entries.items():
         parts = re.split(r"(\d+)", path)
         places[path] = [(tuple(parts[:i]), tuple(parts[i + 1 :]), value) for i in range(1, len(parts), 2)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import typing
-from typing import Any, TypeAlias
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import jax
 import jax.core
@@ -18,6 +19,7 @@ from jaxquant.core.blocks import BlockView
 from jaxquant.core.codec import from_bits, from_int4, to_bits, to_int4, values_of
 from jaxquant.core.describe import granularity, granularity_by_axes
 from jaxquant.core.errors import quant_error
+from jaxquant.core.jitted import jitted
 from jaxquant.core.layout import (
     Layout,
     block_rows,
@@ -33,6 +35,7 @@ from jaxquant.core.no_gradient import guarded
 from jaxquant.core.packing import pack, packed_length, unpack
 from jaxquant.core.qtypes import FACTOR, QTYPES, QType
 from jaxquant.core.stack import Layer
+from jaxquant.core.types import PyTree
 from jaxquant.core.units import in_bytes
 
 __all__ = [
@@ -59,7 +62,11 @@ Scale: TypeAlias = "jax.Array | QTensor"
 """Scales, one for each block; a `QTensor` where they are quantized themselves."""
 
 
-def _seal(codes: Any, scale: Any) -> jax.Array:
+_Static = tuple[str, np.dtype, tuple[int, ...], int | None, int | None]
+"""The fields of a QTensor that are no arrays, in their order."""
+
+
+def _seal(codes: jax.Array, scale: Scale) -> jax.Array:
     """The seal of codes: of the scale's shape, but 1 along an axis with groups."""
     return jnp.zeros([s if s == n else 1 for n, s in zip(codes.shape, scale.shape, strict=True)], bool)
 
@@ -129,6 +136,18 @@ class QTensor:
         *("scale", "seal", "split", "zero_point"),
     )
 
+    kept: jax.Array | Layer
+    scale: Scale
+    zero_point: jax.Array | None
+    offset: Scale | None
+    permutation: jax.Array | None
+    seal: jax.Array | None
+    qtype: str
+    dtype: np.dtype
+    minor: tuple[int, ...]
+    length: int | None
+    split: int | None
+
     def __init__(
         self,
         codes: Any,
@@ -151,32 +170,32 @@ class QTensor:
         self.minor, self.length, self.split = tuple(minor), length, split
 
     # -- pytree ----------------------------------------------------------------------------------------------------
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[object, PyTree], ...], _Static]:
         children, aux = QTensor.tree_flatten(self)
         return tuple((jax.tree_util.GetAttrKey(n), x) for n, x in zip(LEAVES, children, strict=True)), aux
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
+    def tree_flatten(self) -> tuple[tuple[PyTree, ...], _Static]:
         children = (self.kept, self.scale, self.zero_point, self.offset, self.permutation, self.seal)
         return children, (self.qtype, self.dtype, self.minor, self.length, self.split)
 
     @classmethod
-    def tree_unflatten(cls, aux: Any, children: Any) -> QTensor:
+    def tree_unflatten(cls, aux: _Static, children: Iterable[PyTree]) -> QTensor:
         qtype, dtype, minor, length, split = aux
         codes, *rest, seal = children
         leaves = dict(zip(LEAVES, (guarded(codes), *rest, guarded(seal)), strict=True))
         return cls(**leaves, qtype=qtype, dtype=dtype, minor=minor, length=length, split=split)
 
     @property
-    def stored(self) -> Any:
+    def stored(self) -> jax.Array:
         """The leaf of codes as an array: cut out of its stack if it is a `Layer`."""
         return self.kept.array() if isinstance(self.kept, Layer) else self.kept
 
     @property
-    def codes(self) -> Any:
+    def codes(self) -> jax.Array:
         """The codes in their own dtype. Codes of fp8 are stored as uint8 patterns, or in fp8 beside a seal."""
         if self.seal is not None:  # floats, but codes have no gradient
             traced = isinstance(stored := self.stored, jax.core.Tracer)
-            return jax.lax.stop_gradient(typing.cast(Any, stored)) if traced else stored
+            return jax.lax.stop_gradient(typing.cast(jax.Array, stored)) if traced else stored
         return viewed(self.stored, np.dtype(np.uint8), own_dtype(self.qtype))
 
     # -- attributes of an array ----------------------------------------------------------------------------------------
@@ -231,24 +250,28 @@ class QTensor:
         """The float array this stands for; see `jaxquant.dequantize`."""
         return dequantize(self, dtype)
 
-    def __array__(self, *_: Any, **__: Any) -> Any:
-        """No conversion by NumPy, which would make an array of one Python object of it."""
-        todo = "Run the function through jaxquant.quantized, call .dequantize() for its values, or keep it with "
-        todo += "jaxquant.io.save"
-        raise quant_error("QTensor", "this is no array", todo=todo, tensor=repr(self))
+    # To a type checker, what raises does not exist.
+    if not TYPE_CHECKING:
 
-    def __getattr__(self, name: str) -> Any:
-        """Called for attributes that do not exist, such as those of arrays: T, astype, at, mean."""
-        todo = "Call .dequantize() for its values, or run the function through jaxquant.quantized"
-        raise AttributeError(f"QTensor has no attribute {name!r}, since it is no array. {todo}.", name=name, obj=self)
+        def __array__(self, *_, **__):
+            """No conversion by NumPy, which would make an array of one Python object of it."""
+            todo = "Run the function through jaxquant.quantized, call .dequantize() for its values, or keep it with "
+            todo += "jaxquant.io.save"
+            raise quant_error("QTensor", "this is no array", todo=todo, tensor=repr(self))
 
-    def _no_operator(self, *_: Any) -> Any:
-        """No operator of Python's: in a function of params, `jaxquant.quantized` replaces the operations."""
-        todo = "Run the function through jaxquant.quantized, use jaxquant.ops, or call .dequantize() for its values"
-        raise quant_error("QTensor", "operators take arrays, and this is none", todo=todo, tensor=repr(self))
+        def __getattr__(self, name):
+            """Called for attributes that do not exist, such as those of arrays: T, astype, at, mean."""
+            todo = "Call .dequantize() for its values, or run the function through jaxquant.quantized"
+            message = f"QTensor has no attribute {name!r}, since it is no array. {todo}."
+            raise AttributeError(message, name=name, obj=self)
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_operator
-    __matmul__ = __rmatmul__ = __pow__ = __neg__ = __abs__ = __getitem__ = _no_operator
+        def _no_operator(self, *_):
+            """No operator of Python's: in a function of params, `jaxquant.quantized` replaces the operations."""
+            todo = "Run the function through jaxquant.quantized, use jaxquant.ops, or call .dequantize() for its values"
+            raise quant_error("QTensor", "operators take arrays, and this is none", todo=todo, tensor=repr(self))
+
+        __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_operator
+        __matmul__ = __rmatmul__ = __pow__ = __neg__ = __abs__ = __getitem__ = _no_operator
 
     def checked(self) -> QTensor:
         """Returns itself; raises if arithmetic has changed the dtypes of its leaves.
@@ -398,7 +421,7 @@ class QTensor:
         """The same values, with codes copied out if they are a `Layer` of a stack."""
         return self.replace(codes=self.codes) if isinstance(self.kept, Layer) else self
 
-    def layer_of(self, stack: QTensor, index: Any) -> QTensor:
+    def layer_of(self, stack: QTensor, index: jax.Array) -> QTensor:
         """This layer, with its codes given as a `Layer` of the stack, without a copy."""
         return self.replace(codes=Layer(stack, index))
 
@@ -428,25 +451,25 @@ class QTensor:
 
     def unpermuted(self) -> QTensor:
         """The same values with their elements in logical order: one scale per element where groups are scattered."""
-        if self.permutation is None:
+        permutation = self.permutation
+        if permutation is None:
             return self
         axis, n = self.stored_order[-1], self.shape[self.stored_order[-1]]
 
         def move(x: jax.Array) -> jax.Array:
-            return _unpermute(x, self.permutation, axis)
+            return _unpermute(x, permutation, axis)
 
-        def spread(value: Any) -> Any:
-            if value is None or value.shape[axis] == 1:
-                return value
-            return move(jnp.repeat(value, n // value.shape[axis], axis=axis))
+        def spread(value: jax.Array) -> jax.Array:
+            return value if value.shape[axis] == 1 else move(jnp.repeat(value, n // value.shape[axis], axis=axis))
 
-        def whole(value: Any) -> Any:
-            return value if value is None or value.shape[axis] == 1 else spread(flat(value))
+        def whole(value: Scale) -> Scale:
+            return value if value.shape[axis] == 1 else spread(flat(value))
 
-        scale, offset = whole(self.scale), whole(self.offset)
+        zero_point = None if self.zero_point is None else spread(self.zero_point)
+        offset = None if self.offset is None else whole(self.offset)
         rest: dict[str, Any] = {"qtype": self.qtype, "dtype": self.dtype, "minor": self.minor}
         codes = move(self.logical_codes())
-        return from_codes(codes, scale, spread(self.zero_point), offset, **rest)
+        return from_codes(codes, whole(self.scale), zero_point, offset, **rest)
 
     @property
     def scheme(self) -> str:
@@ -478,10 +501,10 @@ class QTensor:
 
 def from_codes(
     codes: jax.Array,
-    scale: Any,
-    zero_point: Any,
-    offset: Any = None,
-    permutation: Any = None,
+    scale: Scale,
+    zero_point: jax.Array | None,
+    offset: Scale | None = None,
+    permutation: jax.Array | None = None,
     *,
     qtype: str,
     dtype: DTypeLike,
@@ -519,7 +542,15 @@ def _unpermute(x: jax.Array, permutation: jax.Array, axis: int) -> jax.Array:
     return jnp.take_along_axis(x, place, axis=axis)
 
 
-def flat(value: Any) -> Any:
+@overload
+def flat(value: Scale) -> jax.Array: ...
+
+
+@overload
+def flat(value: Scale | None) -> jax.Array | None: ...
+
+
+def flat(value: Scale | None) -> jax.Array | None:
     """A per-block value as an array: its dequantized values if it is quantized itself."""
     return dequantize(value) if isinstance(value, QTensor) else value
 
@@ -615,7 +646,7 @@ def _dequantized(q: QTensor, out: np.dtype) -> jax.Array:
     return values if q.permutation is None else _unpermute(values, q.permutation, q.stored_order[-1])
 
 
-_dequantize: Any = jax.jit(_dequantized, static_argnums=1, inline=True)
+_dequantize = jitted(static_argnums=1)(_dequantized)
 
 
 def _rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -22,6 +22,7 @@ from typing import Any, Literal, cast
 
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxquant.core.errors import quant_error
 
@@ -208,18 +209,19 @@ def _nearest(name: str) -> list[str]:
     return difflib.get_close_matches(name.lower(), QTYPES, n=3)
 
 
-def qtype_of(name: Any, *, function: str = "QuantSpec") -> QType:
+def qtype_of(name: DTypeLike | QType, *, function: str = "QuantSpec") -> QType:
     """The `QType` of a name (``"int4"``) or of a dtype (``jnp.int4``); `QuantError` if there is none."""
     if isinstance(name, QType):
         return name
-    key = name
-    if not isinstance(name, str):
+    if isinstance(name, str):
+        key = name
+    else:
         try:
             key = np.dtype(name).name
         except (TypeError, ValueError):
             key = repr(name)
     if key not in QTYPES:
-        near = _nearest(str(key))
+        near = _nearest(key)
         nearest = f"Nearest: {', '.join(near)}. " if near else ""
         todo = f"{nearest}All: {', '.join(QTYPES)}"
         raise quant_error(function, "unknown number type", todo=todo, qtype=key)
@@ -278,7 +280,7 @@ def dtype_table() -> DtypeTable:
     def show(value: float) -> str:
         return f"{value:.6g}"
 
-    def float_row(name: str, element: Any, scale: str) -> tuple[str, ...]:
+    def float_row(name: str, element: DTypeLike | None, scale: str) -> tuple[str, ...]:
         info = cast(Any, ml_dtypes.finfo(element))
         return (
             name,

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxquant.core.arithmetic import divide, divide_twice, exponent, finfo, nan_where, power_of_two, promoted
 from jaxquant.core.errors import quant_error
-from jaxquant.core.qtensor import QTensor, Scale, from_codes
+from jaxquant.core.qtensor import QTensor, Scale, flat, from_codes
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.core.specs import QuantSpec
 
@@ -196,6 +196,6 @@ def scale_zero_point(lo: ArrayLike, hi: ArrayLike, spec: QuantSpec) -> tuple[Sca
         if np.any(np.asarray(lo) > np.asarray(hi)):
             raise quant_error("scale_zero_point", "lo must not exceed hi", todo="Swap them", lo=lo, hi=hi)
     scale, zero_point = affine(lo, hi, spec)
-    return (
-        scale.scale.reshape(lo.shape) if isinstance(scale, QTensor) and spec.static_unit and not lo.ndim else scale
-    ), zero_point
+    if isinstance(scale, QTensor) and spec.static_unit and not lo.ndim:
+        scale = flat(scale.scale).reshape(lo.shape)
+    return scale, zero_point

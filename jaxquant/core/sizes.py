@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from jax.export import is_symbolic_dim
 
 __all__ = ["number"]
 
 
-def number(size: Any) -> float:
+def number(size: int) -> float:
     """A size to compare with others: itself, or infinity if it is a symbol and so not known.
 
     Source: `jax.export.symbolic_shape`.

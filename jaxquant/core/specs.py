@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxquant.core import observers
 from jaxquant.core.errors import QuantError, quant_error
@@ -130,7 +131,7 @@ class QuantSpec(Value):
 
     def __init__(
         self,
-        qtype: Any,
+        qtype: DTypeLike | QType,
         *,
         granularity: Granularity | Literal["per_tensor", "per_channel", "per_group"] = "per_channel",
         group_size: int | None = None,
@@ -138,7 +139,7 @@ class QuantSpec(Value):
         narrow_range: bool | None = None,
         calibration: observers.Observer | None = None,
         static: bool = False,
-        scale_dtype: Any = None,
+        scale_dtype: DTypeLike | None = None,
         two_level: bool = False,
         rounding: Literal["nearest", "stochastic"] = "nearest",
     ):
@@ -279,7 +280,7 @@ def _error(info: QType, rule: str, *, todo: str, **got: Any) -> QuantError:
     return quant_error("QuantSpec", rule, todo=todo, qtype=info.name, **got)
 
 
-def _granularity(info: QType, granularity: Any, group_size: Any) -> Granularity:
+def _granularity(info: QType, granularity: Granularity | str, group_size: int | None) -> Granularity:
     """Which elements share a scale, from a value, or from a name and the size of a group."""
     got = {"granularity": granularity, "group_size": group_size}
     if isinstance(granularity, PerGroup):
@@ -303,7 +304,7 @@ def _granularity(info: QType, granularity: Any, group_size: Any) -> Granularity:
     return PerGroup(group_of("QuantSpec", "group_size", group_size))
 
 
-def _scale_dtype(info: QType, given: Any) -> str:
+def _scale_dtype(info: QType, given: DTypeLike) -> str:
     """The name of the dtype of scales."""
     if info.group_size is not None:
         rule = f"{info.name} fixes the format of its scales"
@@ -394,7 +395,7 @@ class OpSpec(Value):
         if self.outliers is not None:
             object.__setattr__(self, "outliers", self._threshold(self.outliers))
 
-    def _threshold(self, outliers: Any) -> float:
+    def _threshold(self, outliers: object) -> float:
         """The threshold ``outliers``; raises if it is none, or the activation cannot be split."""
         if isinstance(outliers, bool) or not isinstance(outliers, int | float) or not outliers > 0:
             raise quant_error("OpSpec", "outliers must be a positive threshold", todo="Use 6.0", outliers=outliers)

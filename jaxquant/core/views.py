@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ def transpose(q: QTensor, permutation: tuple[int, ...]) -> QTensor:
     minor = tuple(place[axis] - q.ndim for axis in q.stored_order)
     minor = () if minor == tuple(range(-q.ndim, 0)) else minor
 
-    def per_block(value: Scale | None) -> Any:
+    def per_block(value: Scale | None) -> Scale | None:
         if isinstance(value, QTensor):
             return transpose(value, permutation)
         return None if value is None else jnp.transpose(value, permutation)

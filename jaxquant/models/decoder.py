@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxquant import ops
 from jaxquant.core.affine import quantize
 from jaxquant.core.granularity import PerTensor
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import QTensor, flat
 from jaxquant.core.specs import QuantSpec
 from jaxquant.models.config import Config, Layer, Mixture
 from jaxquant.models.rope import rotated
@@ -239,7 +239,7 @@ def _extended(cache: dict[str, jax.Array], new: dict[str, jax.Array], start: jax
     """The cache with new keys and values from the place ``start`` on."""
     if "k_scale" in cache:
         k, v = (quantize(x, _INT8, reduce_axes=(-1,)) for x in (new["k"], jnp.swapaxes(new["v"], 2, 3)))
-        new = {"k": k.codes, "v": jnp.swapaxes(v.codes, 2, 3), "k_scale": k.scale, "v_scale": v.scale}
+        new = {"k": k.codes, "v": jnp.swapaxes(v.codes, 2, 3), "k_scale": flat(k.scale), "v_scale": flat(v.scale)}
 
     def put(name: str, x: jax.Array) -> jax.Array:
         x = x.astype(cache[name].dtype)

@@ -32,6 +32,7 @@ from jax import lax
 
 from jaxquant.core.affine import as_codes, scaled_codes
 from jaxquant.core.errors import quant_error
+from jaxquant.core.qtensor import flat
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ops.forms import Axes, Matrix, split_up
@@ -163,7 +164,7 @@ def _quantized(
         q = as_codes(g, spec, (axis - g.ndim,), key=key)
     else:
         q = scaled_codes(g, scale, spec=spec, axes=(axis - g.ndim,))
-    return q.codes, q.scale
+    return q.codes, flat(q.scale)
 
 
 def _codes_product(

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax import lax
 
 from jaxquant.core.codec import from_bits, values_of
 from jaxquant.core.packing import unpack
-from jaxquant.core.qtensor import QTensor, flat, scale_values
+from jaxquant.core.qtensor import QTensor, Scale, flat, scale_values
 from jaxquant.core.qtypes import QType
 from jaxquant.core.sizes import number
 from jaxquant.ops.trained import TrainedTensor
@@ -367,7 +367,7 @@ def _per_group(value: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Arra
     return axes.flatten_scale(value)
 
 
-def _levels(scale: Any, qtype: QType, axes: Axes) -> tuple[jax.Array, jax.Array | None]:
+def _levels(scale: Scale, qtype: QType, axes: Axes) -> tuple[jax.Array, jax.Array | None]:
     """A scale as (real scales, None), or where it is two-level as (scales per row, int8 multipliers per group).
 
     A two-level scale is a QTensor of symmetric integers with one scale per row; its products with the codes fit int8.
@@ -379,19 +379,20 @@ def _levels(scale: Any, qtype: QType, axes: Axes) -> tuple[jax.Array, jax.Array 
     return scale_values(scale), None
 
 
-def _is_two_level(scale: Any, axes: Axes) -> bool:
+def _is_two_level(scale: Scale, axes: Axes) -> TypeGuard[QTensor]:
     """Whether a scale is a multiplier per group times one number per row, without an offset."""
-    plain = isinstance(scale, QTensor) and not isinstance(scale.scale, QTensor) and scale.symmetric
-    return plain and all(scale.scale.shape[i] == 1 for i in axes.contract)
+    if not isinstance(scale, QTensor) or isinstance(scale.scale, QTensor) or not scale.symmetric:
+        return False
+    return all(scale.scale.shape[i] == 1 for i in axes.contract)
 
 
 def _stored_levels(x: QTensor, axes: Axes) -> tuple[jax.Array, jax.Array | None]:
     """As `_levels`, and also separates fp8 multipliers of non-integer codes, which are decoded block by block."""
     if not x.symmetric:
         return scale_values(x.scale), None
-    in_fp8 = _is_two_level(x.scale, axes) and x.scale.type.kind == "float" and not x.scale.type.packed
-    if in_fp8 and x.type.kind != "int":
-        return scale_values(x.scale.scale), x.scale.logical_codes()
+    scale = x.scale
+    if x.type.kind != "int" and _is_two_level(scale, axes) and scale.type.kind == "float" and not scale.type.packed:
+        return scale_values(scale.scale), scale.logical_codes()
     return _levels(x.scale, x.type, axes)
 
 

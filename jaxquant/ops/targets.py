@@ -91,4 +91,6 @@ def _kept(q: QTensor) -> dict[str, Any]:
 def _codes(q: QTensor, layout: Layout, of_scales: bool = False) -> jax.Array:
     """Codes alone, or those of scales: on a CPU, JAX 0.6 corrupts memory if a program returns int4 beside others."""
     q = q.laid_out(layout)
-    return (q.scale if of_scales else q).stored
+    of = q.scale if of_scales else q
+    assert isinstance(of, QTensor)
+    return of.stored

@@ -13,7 +13,7 @@ import numpy as np
 from jaxquant.core.arithmetic import times_reciprocal
 from jaxquant.core.codec import codes_of, round_to_grid
 from jaxquant.core.errors import quant_error
-from jaxquant.core.qtensor import QTensor, from_codes
+from jaxquant.core.qtensor import QTensor, flat, from_codes
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ptq.rtn import rtn
@@ -72,7 +72,7 @@ def double_quantized(
 
 def _quantized(q: QTensor, group_size: int, qtype: str) -> QTensor:
     """The scales as codes, in groups along their stored order, the last of which may be short."""
-    scale, order, info = q.scale.astype(jnp.float32), q.stored_order, QTYPES[qtype]
+    scale, order, info = flat(q.scale).astype(jnp.float32), q.stored_order, QTYPES[qtype]
     group_size = min(group_size, scale.size)
     groups, mean = -(-scale.size // group_size), jnp.mean(scale)
     x = jnp.transpose(scale - mean, order).reshape(-1)

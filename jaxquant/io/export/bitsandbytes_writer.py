@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from jaxquant.core.blocks import spread
 from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.core.qtensor import QTensor, scale_values
+from jaxquant.core.qtensor import QTensor, Scale, flat, scale_values
 from jaxquant.io.bits import patterns
 from jaxquant.io.export.integers import check_matrix, group_size
 from jaxquant.io.export.interface import Layout
@@ -38,13 +38,12 @@ def _check(q: QTensor, error: Callable[..., QuantError]) -> None:
     if q.dtype.name not in _COMPUTED_IN:
         todo = f"Quantize a weight of {', '.join(_COMPUTED_IN)}"
         raise error("the format names the dtype that a weight is computed in", todo=todo, weight=repr(q))
-    if _nested(q):
+    if _is_nested(q.scale):
         _check_nested(q.scale, error)
 
 
-def _nested(q: QTensor) -> bool:
-    """Whether the scales have the structure of double quantization."""
-    s = q.scale
+def _is_nested(s: Scale) -> TypeGuard[QTensor]:
+    """Whether scales have the structure of double quantization."""
     return isinstance(s, QTensor) and s.qtype == "dynamic8" and s.zero_point is None and _is_array(s.offset, s.scale)
 
 
@@ -76,18 +75,19 @@ def _tensors(q: QTensor) -> dict[str, np.ndarray]:
         "weight": pairs[:, :1] << np.uint8(4) | pairs[:, 1:],
         "weight.quant_map": np.asarray(q.type.table, np.float32),
     }
-    if not _nested(q):
-        return out | {"weight.absmax": q.scale.astype(np.float32).reshape(-1)}
+    s = q.scale
+    if not _is_nested(s):
+        return out | {"weight.absmax": np.asarray(flat(s)).astype(np.float32).reshape(-1)}
     return out | {
-        "weight.absmax": q.scale.codes.reshape(-1),
-        "weight.nested_absmax": _groups(q.scale)[0],
-        "weight.nested_quant_map": np.asarray(q.scale.type.table, np.float32),
+        "weight.absmax": np.asarray(s.codes).reshape(-1),
+        "weight.nested_absmax": _groups(s)[0],
+        "weight.nested_quant_map": np.asarray(s.type.table, np.float32),
     }
 
 
 def _constants(q: QTensor) -> dict[str, np.ndarray]:
     state = {"quant_type": q.qtype, "blocksize": group_size(q), "dtype": q.dtype.name, "shape": list(q.shape)}
-    if _nested(q):
+    if _is_nested(q.scale):
         offset = float(_groups(q.scale)[1][0])
         state |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
     name = f"weight.quant_state.bitsandbytes__{q.qtype}"
@@ -104,7 +104,7 @@ def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, 
         "bnb_4bit_compute_dtype": dtypes.pop(),
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": kinds.pop(),
-        "bnb_4bit_use_double_quant": any(map(_nested, weights.values())),
+        "bnb_4bit_use_double_quant": any(_is_nested(q.scale) for q in weights.values()),
         "llm_int8_skip_modules": list(floats) or None,
         "load_in_4bit": True,
         "load_in_8bit": False,
@@ -112,4 +112,4 @@ def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, 
     }
 
 
-BITSANDBYTES = Layout("bitsandbytes", _check, _tensors, _config, _constants, nested=_nested)
+BITSANDBYTES = Layout("bitsandbytes", _check, _tensors, _config, _constants, nested=lambda q: _is_nested(q.scale))

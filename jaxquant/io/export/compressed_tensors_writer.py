@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.observers import AbsMax
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import QTensor, flat
 from jaxquant.core.specs import QuantSpec
 from jaxquant.io.bits import patterns
 from jaxquant.io.export.integers import check_integers, check_matrix, check_stack, group_size, grouped, is_stack, words
@@ -108,11 +108,12 @@ def _turned(q: QTensor) -> bool:
 
 def _stacked(act: str | None, q: QTensor) -> dict[str, np.ndarray]:
     """The tensors of a stack: scales have all axes of the weight."""
+    codes, scale = np.asarray(q.codes), np.asarray(flat(q.scale))
     if q.qtype == "float8_e4m3fn":
-        return {"weight": q.codes, "weight_scale": q.scale}
+        return {"weight": codes, "weight_scale": scale}
     if q.qtype == "mxfp4":
-        return {"weight_packed": q.codes, "weight_scale": q.scale.view(np.uint8)}
-    out = {"weight_packed": words(patterns(q), q.type.bits), "weight_scale": q.scale}
+        return {"weight_packed": codes, "weight_scale": scale.view(np.uint8)}
+    out = {"weight_packed": words(patterns(q), q.type.bits), "weight_scale": scale}
     if q.zero_point is None:
         return out
     middle = 0 if q.type.signed else 1 << (q.type.bits - 1)
@@ -123,16 +124,17 @@ def _tensors(act: str | None, q: QTensor) -> dict[str, np.ndarray]:
     if is_stack(q):
         return _stacked(act, q)
     kind = _format(act, q)
+    if kind == "pack-quantized":
+        codes, scale, zero, _ = grouped(q)
+        out = {"weight_packed": words(codes, q.type.bits), "weight_scale": scale}
+        return out if q.zero_point is None else out | {"weight_zero_point": words(zero.T, q.type.bits).T}
+    codes, scale = np.asarray(q.codes), np.asarray(flat(q.scale))
     if kind == "float-quantized":
-        return {"weight": q.codes, "weight_scale": q.scale.reshape(-1) if q.scale.size == 1 else q.scale}
+        return {"weight": codes, "weight_scale": scale.reshape(-1) if scale.size == 1 else scale}
     if kind == "mxfp4-pack-quantized":
-        exponents = np.broadcast_to(q.scale, (q.shape[0], q.scale.shape[1])).view(np.uint8)
-        return {"weight_packed": q.codes, "weight_scale": exponents}
-    if kind == "int-quantized":
-        return {"weight": q.codes, "weight_scale": np.broadcast_to(q.scale, (q.shape[0], 1))}
-    codes, scale, zero, _ = grouped(q)
-    out = {"weight_packed": words(codes, q.type.bits), "weight_scale": scale}
-    return out if q.zero_point is None else out | {"weight_zero_point": words(zero.T, q.type.bits).T}
+        exponents = np.broadcast_to(scale, (q.shape[0], scale.shape[1])).view(np.uint8)
+        return {"weight_packed": codes, "weight_scale": exponents}
+    return {"weight": codes, "weight_scale": np.broadcast_to(scale, (q.shape[0], 1))}
 
 
 def _constants(act: str | None, q: QTensor) -> dict[str, np.ndarray]:

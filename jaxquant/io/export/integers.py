@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.errors import QuantError
-from jaxquant.core.qtensor import QTensor, scale_values
+from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.io.bits import packed, patterns
 
 __all__ = [
@@ -109,13 +109,13 @@ def check_half(q: QTensor, error: Callable[..., QuantError]) -> None:
 def grouped(q: QTensor) -> Grouped:
     """The codes of a weight of NumPy arrays that passed `check_integers`."""
     low = int(q.type.qmin)
-    blocks = (q.shape[0], q.scale.shape[-1])
+    scale, blocks = np.asarray(flat(q.scale)), (q.shape[0], q.scale.shape[-1])
     codes, group = patterns(q), np.arange(q.shape[1], dtype=np.int32) // group_size(q)
     zero = np.full(blocks, -low, np.uint8) if q.zero_point is None else (q.zero_point - np.int16(low)).astype(np.uint8)
     if q.permutation is not None:
         place = np.argsort(q.permutation.reshape(-1))
         codes, group = codes[:, place], group[place]
-    return Grouped(codes, np.broadcast_to(q.scale, blocks), np.broadcast_to(zero, blocks), group)
+    return Grouped(codes, np.broadcast_to(scale, blocks), np.broadcast_to(zero, blocks), group)
 
 
 def words(values: np.ndarray, bits: int) -> np.ndarray:

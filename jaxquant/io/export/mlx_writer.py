@@ -27,11 +27,11 @@ _EXPONENTS = ("mxfp4", "mxfp8")
 
 def _check(q: QTensor, error: Callable[..., QuantError]) -> None:
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(q))
-    if _is_nvfp4(q):
+    if (scales := _fp8_scales(q)) is not None:
         check_matrix(q, error)
-        if not abstract and not (np.asarray(q.scale.scale) == 1).all():
+        if not abstract and not (np.asarray(scales.scale) == 1).all():
             todo = "Quantize to mxfp4, or write compressed-tensors"
-            raise error("the mode nvfp4 has no scale of the whole weight", todo=todo, scale=q.scale.scale)
+            raise error("the mode nvfp4 has no scale of the whole weight", todo=todo, scale=scales.scale)
         return
     if q.qtype in _EXPONENTS:
         check_matrix(q, error)
@@ -52,8 +52,9 @@ def _check(q: QTensor, error: Callable[..., QuantError]) -> None:
             raise error("zero points times scales must be numbers of the scales' dtype", todo=todo, lost=lost)
 
 
-def _is_nvfp4(q: QTensor) -> bool:
-    return q.qtype == "nvfp4" and isinstance(q.scale, QTensor)
+def _fp8_scales(q: QTensor) -> QTensor | None:
+    """The scales of nvfp4, which are quantized; None of other types."""
+    return q.scale if q.qtype == "nvfp4" and isinstance(q.scale, QTensor) else None
 
 
 def _affine(q: QTensor) -> tuple[np.ndarray, np.ndarray]:
@@ -65,8 +66,8 @@ def _affine(q: QTensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _tensors(q: QTensor) -> dict[str, np.ndarray]:
-    if _is_nvfp4(q):
-        return {"weight": _words(patterns(q), 4), "scales": np.asarray(q.scale.codes).view(np.uint8)}
+    if (fp8 := _fp8_scales(q)) is not None:
+        return {"weight": _words(patterns(q), 4), "scales": np.asarray(fp8.codes).view(np.uint8)}
     if q.qtype in _EXPONENTS:
         exponents = (np.asarray(scale_values(q.scale)).astype(np.float32).view(np.uint32) >> 23).astype(np.uint8)
         return {"weight": _words(patterns(q).view(np.uint8), q.type.bits), "scales": exponents}
@@ -92,4 +93,8 @@ def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, 
     return {**most, **{name: entry for name, entry in entries.items() if entry != most}}
 
 
-MLX = Layout("mlx", _check, _tensors, _config, keys=("quantization", "quantization_config"), nested=_is_nvfp4)
+def _nested(q: QTensor) -> bool:
+    return _fp8_scales(q) is not None
+
+
+MLX = Layout("mlx", _check, _tensors, _config, keys=("quantization", "quantization_config"), nested=_nested)

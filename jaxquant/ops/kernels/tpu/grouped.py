@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.core.by_platform import Target
 from jaxquant.core.codec import values_of
-from jaxquant.core.qtensor import QTensor, flat, scale_values
+from jaxquant.core.qtensor import QTensor, Scale, flat, scale_values
 from jaxquant.core.qtypes import FACTOR
 from jaxquant.core.sizes import number
 from jaxquant.ops.kernels.decoded import Decoded
@@ -292,10 +292,11 @@ def _exact(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.float32
 
 
-def _two_level(scale: Any) -> bool:
+def _two_level(scale: Scale) -> TypeGuard[QTensor]:
     """Whether scales are numbers without zero points, with one factor per column."""
-    plain = isinstance(scale, QTensor) and scale.symmetric and scale.permutation is None and scale.minor == ()
-    return plain and scale.qtype != FACTOR.name and scale.type.kind != "table" and scale.scale.shape[-2] == 1
+    if not isinstance(scale, QTensor) or not scale.symmetric or scale.permutation is not None or scale.minor:
+        return False
+    return scale.qtype != FACTOR.name and scale.type.kind != "table" and scale.scale.shape[-2] == 1
 
 
 def _scale(w: QTensor) -> tuple[jax.Array, jax.Array | None]:

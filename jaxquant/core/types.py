@@ -1,0 +1,29 @@
+"""Types that JAX has no name for."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+__all__ = ["PyTree", "Shaped", "TreeDef"]
+
+PyTree: TypeAlias = Any
+"""Nested containers of arrays, or one array: a batch, the state of an optimizer, what a user's function returns."""
+
+TreeDef: TypeAlias = Any
+"""The structure of a pytree: `jax.tree_util.PyTreeDef`, which is no type to a type checker."""
+
+
+class Shaped(Protocol):
+    """An object with the shape and the dtype of an array: a `jax.Array`, a `jax.ShapeDtypeStruct`, a QTensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the elements."""
+        ...
