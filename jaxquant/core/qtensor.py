@@ -55,14 +55,14 @@ LEAVES = ("codes", "scale", "zero_point", "offset", "permutation", "seal")
 
 
 #: The arguments of the constructor.
-FIELDS = (*LEAVES, "qtype", "dtype", "minor", "length", "split")
+FIELDS = (*LEAVES, "qtype", "dtype", "minor", "length", "split", "joined")
 
 
 Scale: TypeAlias = "jax.Array | QTensor"
 """Scales, one for each block; a `QTensor` where they are quantized themselves."""
 
 
-_Static = tuple[str, np.dtype, tuple[int, ...], int | None, int | None]
+_Static = tuple[str, np.dtype, tuple[int, ...], int | None, int | None, int]
 """The fields of a QTensor that are no arrays, in their order."""
 
 
@@ -122,6 +122,8 @@ class QTensor:
       minor: the logical axes (negative) that are stored last, in this order.
       length: codes in a stored row; None unless packed.
       split: the logical axis (negative) that is stored as two, blocks of whole groups and their elements; or None.
+      joined: how many of the last logical axes are stored as one, each with scales of its own; 0 if none are. (Static
+        fields have no sizes: the scale has them.)
 
     Example:
       >>> import jax.numpy as jnp, jaxquant as jq
@@ -132,7 +134,7 @@ class QTensor:
     """
 
     __slots__ = (
-        *("dtype", "kept", "length", "minor", "offset", "permutation", "qtype"),
+        *("dtype", "joined", "kept", "length", "minor", "offset", "permutation", "qtype"),
         *("scale", "seal", "split", "zero_point"),
     )
 
@@ -162,12 +164,13 @@ class QTensor:
         minor: tuple[int, ...] = (),
         length: int | None = None,
         split: int | None = None,
+        joined: int = 0,
     ):
         self.kept = viewed(codes, own_dtype(qtype), np.dtype(np.uint8)) if seal is None else codes
         self.scale, self.zero_point = scale, zero_point
         self.offset, self.permutation, self.seal = offset, permutation, seal
         self.qtype, self.dtype = qtype, np.dtype(dtype)
-        self.minor, self.length, self.split = tuple(minor), length, split
+        self.minor, self.length, self.split, self.joined = tuple(minor), length, split, joined
 
     # -- pytree ----------------------------------------------------------------------------------------------------
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[object, PyTree], ...], _Static]:
@@ -176,14 +179,14 @@ class QTensor:
 
     def tree_flatten(self) -> tuple[tuple[PyTree, ...], _Static]:
         children = (self.kept, self.scale, self.zero_point, self.offset, self.permutation, self.seal)
-        return children, (self.qtype, self.dtype, self.minor, self.length, self.split)
+        return children, (self.qtype, self.dtype, self.minor, self.length, self.split, self.joined)
 
     @classmethod
     def tree_unflatten(cls, aux: _Static, children: Iterable[PyTree]) -> QTensor:
-        qtype, dtype, minor, length, split = aux
+        qtype, dtype, minor, length, split, joined = aux
         codes, *rest, seal = children
         leaves = dict(zip(LEAVES, (guarded(codes), *rest, guarded(seal)), strict=True))
-        return cls(**leaves, qtype=qtype, dtype=dtype, minor=minor, length=length, split=split)
+        return cls(**leaves, qtype=qtype, dtype=dtype, minor=minor, length=length, split=split, joined=joined)
 
     @property
     def stored(self) -> jax.Array:
@@ -203,6 +206,8 @@ class QTensor:
     def shape(self) -> tuple[int, ...]:
         """The logical shape, equal to the float array's."""
         stored = tuple(self.kept.shape)
+        if self.joined:
+            stored = (*stored[:-1], *self.scale.shape[-self.joined :])
         if self.split is not None:
             at = len(stored) + self.split
             return (*stored[: at - 1], stored[at - 1] * stored[at], *stored[at + 1 :])
@@ -214,7 +219,7 @@ class QTensor:
     @property
     def ndim(self) -> int:
         """Rank of the logical array."""
-        return len(self.kept.shape) - (self.split is not None)
+        return len(self.kept.shape) - (self.split is not None) + max(self.joined - 1, 0)
 
     @property
     def size(self) -> int:
@@ -307,9 +312,9 @@ class QTensor:
         """Codes one per element (``type.code_dtype``), in stored order: the ``minor`` axes last."""
         self.checked()
         if self.in_int4:
-            return from_int4(self.stored if self.split is None else self.stored.reshape(self.shape), self.type)
+            return from_int4(self.stored.reshape(self.shape) if self.is_reshaped else self.stored, self.type)
         if self.length is None:
-            return self.codes.reshape(self.shape) if self.split is not None else self.codes
+            return self.codes.reshape(self.shape) if self.is_reshaped else self.codes
         return from_bits(unpack(self.codes, self.type.bits, self.length), self.type)
 
     def logical_codes(self) -> jax.Array:
@@ -332,8 +337,10 @@ class QTensor:
             in int4 up to 4 bits. An axis with groups is stored as two: blocks, and the elements of a block. A block is
             one group, or as many as make 128 elements. Codes of 8 bits without groups stay as they are. ``"native"``,
             for TPUs: likewise, and codes of fp8 are in their own dtype, which a TPU's compiler converts within a
-            product; bytes keep it from that. Where several axes share a scale, none of them is last: a TPU joins
-            leading axes without a copy. Scales of fewer than 8 bits have a byte each, which kernels read.
+            product; bytes keep it from that. A TPU joins leading axes without a copy, and last axes with one. So
+            last axes with scales of their own (heads) are stored as one; and 8-bit integers without groups, which
+            otherwise stay, do not have several axes last that share a scale. Scales of fewer than 8 bits have a byte
+            each, which kernels read.
           minor: the axes that are stored last where codes are packed. By default the axes that share scales;
             packed codes keep theirs.
 
@@ -355,9 +362,11 @@ class QTensor:
         if split is not None:
             at, rows = self.ndim + split, block_rows(self.shape[split], self.scale.shape[split])
             codes = codes.reshape(*codes.shape[:at], -1, rows, *codes.shape[at + 1 :])
+        if joined := self._joined_in(layout):
+            codes = codes.reshape(*codes.shape[:-joined], -1)
         scale = self._scale_beside(layout)
         if not self._joins_last(layout):
-            return QTensor(codes, scale, self.zero_point, self.offset, seal=seal, **rest, split=split)
+            return QTensor(codes, scale, self.zero_point, self.offset, seal=seal, **rest, split=split, joined=joined)
         own = self._own_axes()[-1:]
         return from_codes(codes, scale, self.zero_point, self.offset, **rest, minor=() if own == (-1,) else own)
 
@@ -375,6 +384,8 @@ class QTensor:
             return True
         narrow = self._narrow_scale
         if narrow is not None and narrow.layout != _beside(layout):
+            return False
+        if self.joined != self._joined_in(layout):
             return False
         joins_last = self._joins_last(layout)
         if layout == "native" and own_dtype(self.qtype) is None:
@@ -397,10 +408,19 @@ class QTensor:
         make = QTensor if _beside(layout) == "elements" else from_codes
         return make(q.logical_codes(), q.scale, q.zero_point, q.offset, qtype=q.qtype, dtype=q.dtype)
 
+    def _joined_in(self, layout: Layout) -> int:
+        """How many of the last axes a layout stores as one."""
+        own = () if layout != "native" or self._are_bytes() else self._own_axes()
+        count = next((n for n in range(len(own)) if own[-n - 1] != -n - 1), len(own))
+        return count if 1 < count < self.ndim else 0
+
     def _joins_last(self, layout: Layout) -> bool:
-        """Whether 8-bit integers are stored with several axes last that share scales, where a TPU would join them."""
-        whole = not self.type.packed and own_dtype(self.qtype) is None and self._group_axis() is None
-        return layout == "native" and whole and len(self.minor) > 1 and len(self._own_axes()) > 0
+        """Whether bytes are stored with several axes last that share scales, where a TPU would join them."""
+        return layout == "native" and self._are_bytes() and len(self.minor) > 1 and len(self._own_axes()) > 0
+
+    def _are_bytes(self) -> bool:
+        """Whether codes are 8-bit integers without groups, which lie in the same way for all platforms."""
+        return not self.type.packed and own_dtype(self.qtype) is None and self._group_axis() is None
 
     def _own_axes(self) -> tuple[int, ...]:
         """The axes along which each element has a scale of its own."""
@@ -445,9 +465,22 @@ class QTensor:
         """The index of this layer in its stack; None if it is in none."""
         return self.kept.index if isinstance(self.kept, Layer) else None
 
+    @property
+    def is_reshaped(self) -> bool:
+        """Whether an axis is stored as two, or several as one."""
+        return self.split is not None or self.joined > 0
+
     def whole(self) -> QTensor:
-        """The same with no axis split."""
-        return self if self.split is None else self.replace(codes=self.stored.reshape(self.shape), split=None)
+        """The same with no axis split, and none joined."""
+        shape = self.shape
+        return self.replace(codes=self.stored.reshape(shape), split=None, joined=0) if self.is_reshaped else self
+
+    def unjoined(self) -> QTensor:
+        """The same with no axes joined."""
+        if not self.joined:
+            return self
+        own = self.scale.shape[-self.joined :]
+        return self.replace(codes=self.stored.reshape(*self.kept.shape[:-1], *own), joined=0)
 
     def unpermuted(self) -> QTensor:
         """The same values with their elements in logical order: one scale per element where groups are scattered."""

@@ -7,7 +7,7 @@ move them; under ``jit`` that fuses into whatever reads them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxquant.core.indices import clamped
 from jaxquant.core.qtensor import QTensor, Scale, flat, scale_values
 
-__all__ = ["by_layer", "cast", "move", "reshape", "slice_along", "transpose"]
+__all__ = ["are_runs", "by_layer", "cast", "move", "reshape", "slice_along", "transpose"]
 
 
 def cast(q: QTensor, dtype: DTypeLike) -> QTensor:
@@ -137,7 +137,7 @@ def reshape(q: QTensor, shape: tuple[int, ...]) -> QTensor:
             if math.prod(sizes) == 1 or all(value.shape[i] == old[i] for i in before):
                 continue
             whole = [old[i] for i in before]
-            if _consecutive(whole, sizes) and _blocks_of(math.prod(whole), math.prod(sizes), [shape[i] for i in after]):
+            if are_runs(whole, sizes) and _blocks_of(math.prod(whole), math.prod(sizes), [shape[i] for i in after]):
                 continue
             for i in before:
                 if value.shape[i] != old[i]:
@@ -159,12 +159,17 @@ def reshape(q: QTensor, shape: tuple[int, ...]) -> QTensor:
     return _unpacked(q, q.logical_codes().reshape(shape), *_per_block(q, blocks))
 
 
-def _consecutive(shape: list[int], blocks: list[int]) -> bool:
-    """Whether blocks are runs of consecutive elements: one per index, then one axis in any blocks, then whole axes."""
+def are_runs(shape: Sequence[int], blocks: Sequence[int]) -> bool:
+    """Whether blocks are runs of consecutive elements: one per index, then one axis in any blocks, then whole axes.
+
+    Args:
+      shape: sizes of axes.
+      blocks: the number of blocks along each.
+    """
     inner = len(blocks)
     while inner and blocks[inner - 1] == 1:
         inner -= 1
-    return all(b == n for b, n in zip(blocks[: inner - 1], shape, strict=False))
+    return all(b == n for b, n in zip(blocks[: max(inner - 1, 0)], shape, strict=False))
 
 
 def _blocks_of(total: int, count: int, sizes: list[int]) -> list[int] | None:

@@ -194,7 +194,7 @@ class Encoder:
 
     def qtensor(self, q: QTensor, path: tuple[str, ...], place: str) -> Any:
         self._check_depth(path, place)
-        own = q.split is not None or q.seal is not None
+        own = q.is_reshaped or q.seal is not None
         if getattr(q.codes, "dtype", None) == jnp.int4 or own:  # files have packed codes
             q = q.checked().laid_out("packed")
         fields = {

@@ -24,8 +24,8 @@ def _to_state_dict(q: QTensor) -> dict[str, Any]:
 
 def _kind(q: QTensor) -> str:
     """The facts that give the leaves their meaning: type, dtype, layout and shape."""
-    _, (qtype, dtype, minor, length, split) = q.tree_flatten()
-    return repr((qtype, np.dtype(dtype).name, minor, length, split, tuple(q.shape)))
+    _, (qtype, dtype, *how) = q.tree_flatten()
+    return repr((qtype, np.dtype(dtype).name, *how, tuple(q.shape)))
 
 
 def _from_state_dict(target: QTensor, state: dict[str, Any]) -> QTensor:

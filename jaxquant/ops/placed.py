@@ -166,4 +166,6 @@ def _fits(v: Any, cut: Cut) -> bool:
             return False
     if v.split is not None and v.kept.shape[v.ndim + v.split] % cut.parts[v.ndim + v.split]:
         return False
+    if cut.parts_joined(v) > 1:
+        return False
     return v.length is None or v.length // cut.parts[v.stored_order[-1]] * v.type.bits % 8 == 0

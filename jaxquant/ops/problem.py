@@ -181,13 +181,18 @@ class Product(Problem):
         """The operands in canonical form with one code per element."""
         return _whole(self.x, self.x_axes), _whole(self.w, self.w_axes)
 
-    def restored(self, out: jax.Array) -> jax.Array:
-        """[B, M, N] in the axes of the result."""
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        """Batch axes, rows of the left operand, and rows of the right one."""
         batch, x_rows = ([self.x.shape[i] for i in part] for part in (self.x_axes.batch, self.x_axes.rows))
         w_rows = [self.w.shape[i] for i in self.w_axes.rows]
+        return (*batch, *w_rows, *x_rows) if self.weight_first else (*batch, *x_rows, *w_rows)
+
+    def restored(self, out: jax.Array) -> jax.Array:
+        """[B, M, N] in the axes of the result."""
         if self.weight_first:
-            return jnp.swapaxes(out, 1, 2).reshape(*batch, *w_rows, *x_rows)
-        return split_up(out.astype(self.result), (*batch, *x_rows, *w_rows))
+            return jnp.swapaxes(out, 1, 2).reshape(self.result_shape)
+        return split_up(out.astype(self.result), self.result_shape)
 
     def in_float(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """As for `Problem`."""

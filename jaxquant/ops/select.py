@@ -31,6 +31,7 @@ import jax
 from jax.extend.core import Primitive
 
 from jaxquant.core.by_platform import Target, by_platform
+from jaxquant.ops.forms import split_up
 from jaxquant.ops.kernels import convolution, decoded, dequantized, integer, ragged
 from jaxquant.ops.kernels.cpu import blocked, floats, gemv, int8, residual
 from jaxquant.ops.kernels.cpu import convolution as cpu_convolution
@@ -42,6 +43,7 @@ from jaxquant.ops.kernels.tpu import grouped
 from jaxquant.ops.kernels.tpu import int8 as tpu_int8
 from jaxquant.ops.kernels.tpu import ragged as tpu_ragged
 from jaxquant.ops.kernels.tpu.dots import as_it_is, has_few_rows
+from jaxquant.ops.kernels.tpu.matrices import as_matrices
 from jaxquant.ops.problem import Kernel, Problem, Product
 
 __all__ = ["TABLE", "run", "select"]
@@ -119,6 +121,9 @@ class _Kernels:
         (problem,) = operands
         if target.platform == "tpu" and isinstance(problem, Product) and problem.placed is not None:
             return problem.on_each_device(lambda part: self.on(target, part))
+        matrices = as_matrices(problem) if target.platform == "tpu" and isinstance(problem, Product) else None
+        if matrices is not None:
+            return split_up(self.on(target, matrices), problem.result_shape)
         kernel = select(problem, target)
         if target.platform == "cpu" and self.stored is not None:
             kernel, problem = _as_stored(kernel, problem, self.stored(problem), target)

@@ -46,6 +46,10 @@ class Cut:
         """The entries of these axes; of None, nothing."""
         return PartitionSpec(*(None if i is None else self.entries[i] for i in axes))
 
+    def parts_joined(self, q: QTensor) -> int:
+        """Parts of the axes that are stored as one with those before them: these are no runs of that one."""
+        return math.prod(self.parts[q.ndim - q.joined + 1 :]) if q.joined else 1
+
     def local(self, q: QTensor) -> QTensor:
         """A QTensor whose arrays have been cut: the static length of a packed row is that of a shard."""
         length = None if q.length is None else q.length // self.parts[q.stored_order[-1]]
@@ -75,6 +79,8 @@ def leaf_specs(leaf: Any, cut: Cut) -> Any:
     last = leaf.stored_order[-1] if leaf.ndim else None
     whole = Cut(cut.entries, tuple(0 if i == last else n for i, n in enumerate(cut.parts)), cut.names)
     stored: list[int | None] = list(leaf.stored_order)
+    if leaf.joined:
+        del stored[leaf.ndim - leaf.joined + 1 :]
     if leaf.split is not None:  # whole groups lie in each part
         stored.insert(leaf.ndim + leaf.split + 1, None)
     codes: Any = cut.spec(stored)
@@ -92,7 +98,7 @@ def leaf_specs(leaf: Any, cut: Cut) -> Any:
         of_blocks(leaf.offset),
         of_blocks(leaf.permutation, whole),
         of_blocks(leaf.seal),
-        qtype=leaf.qtype, dtype=leaf.dtype, minor=leaf.minor, length=leaf.length, split=leaf.split,
+        qtype=leaf.qtype, dtype=leaf.dtype, minor=leaf.minor, length=leaf.length, split=leaf.split, joined=leaf.joined,
     )  # fmt: skip
     return TrainedTensor(specs, leaf_specs(leaf.real, cut)) if isinstance(leaf, TrainedTensor) else specs
 
@@ -105,6 +111,8 @@ def whole_blocks(q: QTensor, cut: Cut) -> QTensor:
     """
     if q.permutation is not None and cut.parts[q.stored_order[-1]] > 1:
         q = q.unpermuted()
+    if cut.parts_joined(q) > 1:
+        q = q.unjoined()
     if q.split is not None and q.stored.shape[q.ndim + q.split] % cut.parts[q.ndim + q.split]:
         q = q.whole()
     shape = q.shape
@@ -147,12 +155,19 @@ def explicit_of(leaf: Any) -> NamedSharding | None:
     stored = [*placed.spec, *(None,) * (len(leaf.kept.shape) - len(placed.spec))]
     if leaf.split is not None:
         del stored[leaf.ndim + leaf.split + 1]
+    stored += [None] * max(leaf.joined - 1, 0)
     axes = (stored[leaf.stored_order.index(axis)] for axis in range(leaf.ndim))
     return NamedSharding(placed.mesh, PartitionSpec(*axes))
 
 
 def _check_parts(path: str, leaf: QTensor, cut: Cut, spec: str) -> None:
     """Raises if codes, or those of quantized scales, cannot be cut into equal parts."""
+    if cut.parts_joined(leaf) > 1:
+        raise quant_error(
+            "shardings", f"the last {leaf.joined} axes are stored as one, of which the first alone can be cut",
+            todo="Shard that axis, or lay codes out for another platform (ops.lay_out)", path=path, spec=spec,
+            shape=leaf.shape,
+        )  # fmt: skip
     for axis, (n, parts) in enumerate(zip(leaf.shape, cut.parts, strict=True)):
         stored = packed_length(n, leaf.type.bits) if leaf.length is not None and leaf.stored_order[-1] == axis else n
         blocks = leaf.stored.shape[axis] if leaf.split == axis - leaf.ndim else n

@@ -130,6 +130,8 @@ def _gather(q: QTensor, rows: jax.Array, axis: int) -> QTensor:
 
     if q.split == axis - q.ndim:
         q = q.whole()
+    if axis >= q.ndim - q.joined:
+        q = q.unjoined()
     stored = q.stored_order.index(axis)
     if stored == q.ndim - 1:
         q = q.unpermuted()

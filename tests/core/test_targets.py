@@ -102,11 +102,38 @@ def test_axes_that_share_scales_are_joined_without_a_copy(shape, axes, there):
 
 
 @pytest.mark.every
-@pytest.mark.parametrize("name", ["int4 g8", "nf4 g8", "uint2", "mxfp8", "float8"])
-def test_views(name):
-    q = weight(name, (3, 64, 24), (-2,))
+@pytest.mark.parametrize("name", ["int4 g8", "int4", "mxfp8", "float8"])
+def test_last_axes_with_scales_are_stored_as_one(name):
+    q = weight(name, (2, 64, 3, 16), (-3,))
     there, values = q.laid_out("native"), np.asarray(q.dequantize())
-    np.testing.assert_array_equal(transpose(there, (0, 2, 1)).dequantize(), values.transpose(0, 2, 1))
+    assert there.kept.shape[-1] == 3 * 16
+    assert (there.shape, there.ndim, there.joined) == (q.shape, q.ndim, 2)
+    assert there.lies("native")
+    assert not there.lies("packed")
+    assert "one code per element" in repr(there) or "fp8" in repr(there)
+    for same in (there.unjoined(), there.whole(), there.laid_out("packed"), there.laid_out("elements")):
+        assert same.joined == 0
+        np.testing.assert_array_equal(same.dequantize(), values)
+    for axis, rows in ((1, jnp.array([5, 0])), (2, jnp.array([2, 1, 0])), (3, jnp.array([7]))):
+        np.testing.assert_array_equal(ops.take(there, rows, axis=axis), jnp.take(values, rows, axis=axis))
+    _, layers = jax.lax.scan(lambda c, q: (c, q.dequantize()), 0, there)
+    np.testing.assert_array_equal(layers, values)
+
+
+@pytest.mark.every
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        *((name, (24,)) for name in ("int4 g8", "nf4 g8", "uint2", "mxfp8", "float8")),
+        ("int4 g8", (3, 8)),
+        ("mxfp8", (3, 8)),
+    ],
+)
+def test_views(name, heads):
+    q = weight(name, (3, 64, *heads), (-len(heads) - 1,))
+    there, values = q.laid_out("native"), np.asarray(q.dequantize())
+    turned = (0, *range(2, q.ndim), 1)
+    np.testing.assert_array_equal(transpose(there, turned).dequantize(), values.transpose(turned))
     np.testing.assert_array_equal(slice_along(there, 1, 8, 16).dequantize(), values[:, 8:24])
     np.testing.assert_array_equal(slice_along(there, 1, 3, 7).dequantize(), values[:, 3:10])
     np.testing.assert_array_equal(jax.tree.map(lambda v: v[1], by_layer(there)).dequantize(), values[1])

@@ -25,6 +25,7 @@ from jaxquant.ops.kernels.tpu import int8 as tpu_int8
 from jaxquant.ops.kernels.tpu import product as product_kernels
 from jaxquant.ops.kernels.tpu.blocks import rounded_blocks
 from jaxquant.ops.kernels.tpu.layout import transposed_codes
+from jaxquant.ops.kernels.tpu.matrices import as_matrices
 from jaxquant.ops.kernels.tpu.quantize import quantized_columns, quantized_rows
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
@@ -136,6 +137,36 @@ def test_one_scale_per_column(name: str, rows: int, chip: str | None, monkeypatc
     many = rows == 300 and tables and chip != V6E
     assert ("grouped" not in kernel) == (plain or many)
     assert_close(y, x, w, exact=False, rounded=kernel != "grouped_sums" or name == "nf4")
+
+
+HEADS = {  # the weight's shape and its reduced axes, that of x, and the contracted axes of x and of the weight
+    "in": ((512, 2, 64), (0,), (8, 512), "bd,dhs->bhs", (1,), (0,)),
+    "out": ((2, 256, 128), (0, 1), (8, 2, 256), "bhs,hsd->bd", (1, 2), (0, 1)),
+    "in, backward": ((512, 2, 128), (0,), (8, 2, 128), "bhs,dhs->bd", (1, 2), (1, 2)),
+    "in, weight first": ((512, 2, 64), (0,), (8, 512), "bd,dhs->hsb", (1,), (0,)),
+}
+
+
+@pytest.mark.parametrize("name", ["int4 128", "nf4", "uint4 64 zero", "mxfp8", "two-level", "float8 column"])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("layer", [False, True])
+def test_heads_are_the_columns_or_rows_of_a_matrix(name: str, heads: str, layer: bool, monkeypatch: pytest.MonkeyPatch):
+    (shape, axes, given, formula, *contract), spec = HEADS[heads], SPECS.get(name, jq.QuantSpec("float8_e4m3fn"))
+    w = jq.ops.lay_out(jq.quantize(normal(1, shape), spec, reduce_axes=axes), "tpu")
+    real, x = np.asarray(w.dequantize(jnp.float32), np.float64), normal(2, given)
+    if layer:
+        w = w.layer_of(jax.tree.map(lambda v: jnp.stack([jnp.flip(v, -1), v]), w), jnp.int32(1))
+    of_x, of_w = (Axes.of(len(v), (), c) for v, c in zip((given, shape), contract, strict=True))
+    operands = (w, x, of_w, of_x) if "first" in heads else (x, w, of_x, of_w)
+    problem = Product.of(*operands, None, jnp.float32)
+    matrices = as_matrices(problem)
+    assert matrices is not None
+    assert matrices.w.ndim == 2
+    kernel, y = interpreted(matrices, monkeypatch)
+    assert heads == "in, backward" or name == "float8 column" or kernel == "grouped_sums"
+    expected = np.einsum(formula, np.asarray(x, np.float64), real)
+    found = np.asarray(y, np.float64).reshape(problem.result_shape)
+    assert np.linalg.norm(found - expected) < 5e-3 * np.linalg.norm(expected)
 
 
 def test_a_layer_of_columns(monkeypatch: pytest.MonkeyPatch):

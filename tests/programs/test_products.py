@@ -201,6 +201,28 @@ def test_a_kernel_of_int8_has_the_codes_of_all_layers(name: str, rows: int, chip
     assert estimate(compiled).floor == pytest.approx(max(read, multiplied), rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["w4a16 g128", "w8a16", "mxfp8"])
+def test_heads_in_a_stack_are_read_there(name: str):
+    """As of Flax's attention: the axes of heads, input or output, are joined without a copy of codes."""
+    d, heads, size, layers = 1024, 8, 128, 3
+
+    def block(x: jax.Array, w: Any) -> tuple[jax.Array, None]:
+        return x + jnp.einsum("bhs,hsd->bd", jnp.einsum("bd,dhs->bhs", x, w["in"]), w["out"]), None
+
+    shapes = {"in": (layers, d, heads, size), "out": (layers, heads, size, d)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+    fn, args = (lambda p, x: lax.scan(block, x, p)[0]), jax.ShapeDtypeStruct((8, d), jnp.bfloat16)
+    plan = jq.make_plan(fn, params, args, rules=[jq.Rule(".*", SCHEMES.get(name, recipes.mxfp8()))])
+    stored = jax.eval_shape(lambda p: jq.quantize_params(p, plan, target="tpu"), params)
+    compiled = compiled_for("test", "tpu v5e", jq.quantized(fn, plan), (stored, args))
+    program = Program(compiled.executable.as_text())
+    steps = [(name, i) for name, body in program.computations.items() for i in body.values()]
+    read = [a for at, i in steps if i.is_kernel for a in program.operands_of(at, i)]
+    assert [a.size for a in read].count(layers * d * d) == 2
+    moves = [i for _, i in steps if i.opcode in ("dynamic-slice", "copy", "reshape", "transpose")]
+    assert not [i for i in moves if i.arrays[0].size >= d * d]
+
+
 @pytest.mark.parametrize("name", ["w8a16", "w4a16 g128"])
 def test_experts_in_a_stack_are_read_there(name: str):
     shape, args = jax.ShapeDtypeStruct((3, 4, 512, 512), jnp.bfloat16), jax.ShapeDtypeStruct((8, 512), jnp.bfloat16)

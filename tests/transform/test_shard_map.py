@@ -199,6 +199,25 @@ def test_bad_shardings(name):
         jq.ops.shardings(q, tree)
 
 
+def test_heads_that_are_stored_as_one_axis():
+    """Whole heads go to a device. Their elements are no runs of that axis, so that these are not divided."""
+    spec = jq.QuantSpec("int4", granularity="per_group", group_size=8)
+    q = jq.ops.lay_out(jq.quantize(unequal((32, 8, 4)), spec, reduce_axes=(0,)), "tpu")
+    x = unequal((8, 32), 2)
+    expected = x @ np.asarray(q.dequantize()).reshape(32, 32)
+    for where in (P(None, "model"), P("data", "model")):
+        placed = jax.device_put(q, jq.ops.shardings(q, NamedSharding(mesh(), where)))
+        assert tuple(placed.kept.sharding.spec)[0::2] == tuple(where)
+        found = jax.jit(lambda x, w: jq.ops.einsum("bd,dhs->bhs", x, w))(x, placed)
+        close(found.reshape(8, 32), expected, 1e-4)
+    with pytest.raises(jq.QuantError, match="the last 2 axes are stored as one, of which the first alone can be cut"):
+        jq.ops.shardings(q, NamedSharding(mesh(), P(None, None, "model")))
+    part = lambda w, x: jax.lax.psum(jnp.einsum("bd,dhs->bhs", x, w), "data")  # noqa: E731
+    each = jax.shard_map(part, mesh=mesh(), in_specs=(P("data", "model"), P(None, "data")), out_specs=P(None, "model"))
+    plan = jq.make_plan(each, q, x, rules=[])
+    close(jax.jit(jq.quantized(each, plan))(q, x).reshape(8, 32), expected, 1e-4)
+
+
 def test_quantized_scales_are_divided_with_their_weights():
     """Four bits each, packed along the columns that are divided."""
     spec = recipes.w4a16(8, two_level=True)

@@ -244,7 +244,7 @@ class Dot:
 
 def product(problem: Product, multiplied: Any, compute: Callable[[Dot], jax.Array]) -> jax.Array:
     """The product of a problem: ``compute`` with scales of the activation applied, in the result's axes."""
-    x, w, x_axes, w_axes = problem.x, problem.w, problem.x_axes, problem.w_axes
+    x, w, x_axes, w_axes = problem.x, problem.w.unjoined(), problem.x_axes, problem.w_axes
     values: Any = x
     rows = None
     if isinstance(x, QTensor) and not (x.symmetric and all(x.scale.shape[i] == 1 for i in x_axes.contract)):
