@@ -290,7 +290,7 @@ class Watched(Mapping[str, Any]):
         self,
         leaves: Mapping[str, Any],
         passes: int,
-        progress: Callable[[int, int, str], None] | None,
+        progress: Callable[[int, int, str], object] | None,
         without: Iterable[str] = (),
     ):
         self._leaves, self._progress = leaves, progress
@@ -317,7 +317,7 @@ def convert(
     format: str,
     *,
     architecture: str | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Callable[[int, int, str], object] | None = None,
 ) -> list[str]:
     """Writes a checkpoint in another layout, with the same codes.
 
@@ -461,7 +461,7 @@ def _type(leaf: Any) -> str:
     return leaf.qtype if isinstance(leaf, QTensor) else np.dtype(leaf.dtype).name
 
 
-def compare(first: Path, second: Path, *, progress: Callable[[int, int, str], None] | None = None) -> Comparison:
+def compare(first: Path, second: Path, *, progress: Callable[[int, int, str], object] | None = None) -> Comparison:
     """The values of two checkpoints in float32; names must be the same, formats need not.
 
     One tensor of each is in memory at a time. ``progress`` is as for `convert`.

@@ -207,7 +207,7 @@ def quantize(
     architecture: str | None = None,
     shard_bytes: int,
     dry_run: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Callable[[int, int, str], object] | None = None,
 ) -> QuantizePlan:
     """Quantizes a float checkpoint to a directory of one of `FORMATS`, or to a GGUF or native file.
 
@@ -261,7 +261,7 @@ def _written(
     architecture: str | None,
     shard_bytes: int,
     dry_run: bool,
-    progress: Callable[[int, int, str], None] | None,
+    progress: Callable[[int, int, str], object] | None,
 ) -> QuantizePlan:
     """Writes the checkpoint, or plans it; ``how`` are the method and its data, as for `quantize_hf`."""
     if format in FORMATS:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import json
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, SupportsIndex, TypeVar, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -133,8 +133,8 @@ class QuantSpec(Value):
         self,
         qtype: DTypeLike | QType,
         *,
-        granularity: Granularity | Literal["per_tensor", "per_channel", "per_group"] = "per_channel",
-        group_size: int | None = None,
+        granularity: Granularity | str = "per_channel",
+        group_size: SupportsIndex | None = None,
         symmetric: bool = True,
         narrow_range: bool | None = None,
         calibration: observers.Observer | None = None,
@@ -280,7 +280,7 @@ def _error(info: QType, rule: str, *, todo: str, **got: Any) -> QuantError:
     return quant_error("QuantSpec", rule, todo=todo, qtype=info.name, **got)
 
 
-def _granularity(info: QType, granularity: Granularity | str, group_size: int | None) -> Granularity:
+def _granularity(info: QType, granularity: Granularity | str, group_size: SupportsIndex | None) -> Granularity:
     """Which elements share a scale, from a value, or from a name and the size of a group."""
     got = {"granularity": granularity, "group_size": group_size}
     if isinstance(granularity, PerGroup):

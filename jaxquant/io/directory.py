@@ -108,7 +108,7 @@ def write_directory(
     *,
     source: Mapping[str, Any],
     function: str,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Callable[[int, int, str], object] | None = None,
 ) -> None:
     """Writes a directory, or continues a partial one.
 
@@ -143,7 +143,7 @@ def _write(
     plan: bytes,
     layout: Layout,
     function: str,
-    progress: Callable[[int, int, str], None] | None,
+    progress: Callable[[int, int, str], object] | None,
 ) -> None:
     """Fills the partial directory, which this writer has locked, and renames it."""
     _check_destination(target, function)  # again: another writer may have completed it before this one got the lock

@@ -95,7 +95,7 @@ def quantize_hf(
     moved: str | os.PathLike[str] | None = None,
     act: QuantSpec | None = None,
     shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Callable[[int, int, str], object] | None = None,
 ) -> QuantizePlan:
     """Quantizes a float checkpoint on disk to one that other libraries read.
 

@@ -65,13 +65,13 @@ class Calibrated(NamedTuple):
 
 def calibrated(
     source: str | os.PathLike[str],
-    tokens: Sequence[int],
+    tokens: Sequence[int] | np.ndarray,
     specs: Mapping[str, QuantSpec],
     place: str | os.PathLike[str],
     *,
     method: Method,
     window: int = 512,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Calibrated:
     """Writes what a method needs to know of the inputs of weights, over a text, to a directory.
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -68,11 +68,11 @@ def _exp(x: float) -> float:
 
 def evaluate(
     model: Model,
-    text: str | Sequence[int],
+    text: str | Iterable[int],
     *,
     reference: Model | None = None,
     window: int = 2048,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Evaluation:
     """How likely a text is to a model, and how near to another model it is.
 

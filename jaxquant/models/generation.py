@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,28 @@ class Times:
     prompt: float = 0.0
     decoding: float = 0.0
     steps: int = 0
+
+
+@overload
+def generate(
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    tokens: int = 64,
+    cache: Literal["float", "int8"] | None = None,
+    sampling: Sampling = Sampling(),
+) -> list[str]: ...
+
+
+@overload
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokens: int = 64,
+    cache: Literal["float", "int8"] | None = None,
+    sampling: Sampling = Sampling(),
+) -> list[list[int]]: ...
 
 
 def generate(

@@ -69,7 +69,7 @@ class Storage:
     unsigned: str = "udynamic8"
     block: int = 256
     smallest: int = 4096
-    exempt: tuple[str, ...] = ("(?i)embed",)
+    exempt: str | tuple[str, ...] = ("(?i)embed",)
 
     def __post_init__(self) -> None:
         for name, types in (("signed", _SIGNED), ("unsigned", _UNSIGNED)):

@@ -234,7 +234,7 @@ def compare(
     plan: Plan | None = None,
     state: Any = None,
     labels: Sequence[str] = (),
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Comparison:
     """Runs a function with float and with quantized parameters on the same inputs, and measures where they differ.
 

@@ -111,7 +111,7 @@ def refine(
     loss: Callable[[Any, Any], jax.Array] = relative_error,
     evaluations: int = 64,
     mask: Mask = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Plan:
     """A choice within a budget of bytes, of less error as a whole than another.
 

@@ -176,7 +176,7 @@ class Distillation:
     epochs: int = 1
     loss: Callable[[Any, Any], jax.Array] = relative_error
     floats: Callable[[str, Any], bool] = _is_vector
-    progress: Callable[[Distilled], Any] | None = None
+    progress: Callable[[Distilled], object] | None = None
     resume: Mapping[str, Any] | None = None
 
     def __post_init__(self):

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from jaxquant.transform.weights import Weight
 __all__ = ["LearnedRotations", "cayley", "learn_rotations"]
 
 Place = RotationGroup | str
+Key = TypeVar("Key", bound=Place)
 
 
 class LearnedRotations(NamedTuple):
@@ -121,7 +122,7 @@ def learn_rotations(
     fn: Callable[..., Any],
     plan: Plan,
     params: Params,
-    matrices: Mapping[Place, jax.Array],
+    matrices: Mapping[Key, jax.Array],
     batches: Iterable[Any],
     *,
     rate: float = 0.02,

@@ -242,7 +242,7 @@ def quantize_params(
     stats: Mapping[str, Any] | None = None,
     state: Mapping[str, Any] | None = None,
     target: Platform | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Any:
     """Replaces the weights that rules name by `QTensor`s; the tree keeps its structure, the input is not changed.
 

@@ -125,7 +125,7 @@ def sensitivity(
     loss: Callable[[Any, Any], jax.Array] = relative_error,
     probes: int = 0,
     mask: Mask = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Sensitivity:
     """Quantizes one weight at a time, with each candidate, and measures what that does to the function.
 

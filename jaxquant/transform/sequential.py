@@ -61,7 +61,7 @@ def _staged(paths: Sequence[str], stages: Sequence[str] | None) -> list[list[str
     return found
 
 
-def _later(progress: Callable[[int, int], None], before: int, total: int, done: int, _: int) -> None:
+def _later(progress: Callable[[int, int], object], before: int, total: int, done: int, _: int) -> None:
     progress(before + done, total)
 
 
@@ -75,8 +75,8 @@ def quantize_sequentially(
     stages: Sequence[str] | None = None,
     collect: Mapping[str, Statistic] | None = None,
     mask: Mask = None,
-    on_stage: Callable[[Any, tuple[str, ...]], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    on_stage: Callable[[Any, tuple[str, ...]], object] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Any:
     """`calibrate` and `quantize_params` in turns, so that each weight makes up for the errors of those before it.
 
