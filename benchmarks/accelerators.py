@@ -124,7 +124,7 @@ def our_program(
         x,
         rules=[jq.Rule("w", scheme.spec)],
     )
-    platform = "cpu" if packed else "gpu" if CHIPS[chip].platform == "cuda" else CHIPS[chip].platform
+    platform = "cpu" if packed else "gpu" if CHIPS[chip].platform == "cuda" else "tpu"
     params = jax.eval_shape(
         lambda w: jq.quantize_params({"w": w}, plan, target=platform), jax.ShapeDtypeStruct((k, n), jnp.bfloat16)
     )
@@ -224,7 +224,7 @@ def tables(found: list[Cell]) -> str:
                 if c is None or c.us is None:
                     texts.append(f"{'-':>23}")
                     continue
-                extra = f"; {c.temporaries / 1e6:.0f} MB" if (c.temporaries or 0) >= 5e5 else ""
+                extra = f"; {c.temporaries / 1e6:.0f} MB" if c.temporaries and c.temporaries >= 5e5 else ""
                 texts.append(f"{f'{c.us:.1f} ({c.floor_us:.1f}{extra})':>23}")
             lines.append(f"{name:28}" + "".join(texts))
     missing = dict.fromkeys((c.scheme, c.by, c.missing) for c in found if c.missing)
@@ -244,9 +244,10 @@ def plot(found: list[Cell], file: Path) -> None:
     schemes = list(dict.fromkeys(c.scheme for c in found if c.by == "jaxquant"))
     for chip, axis in zip(chips, axes[0], strict=True):
         here = [c for c in found if (c.chip, c.k, c.n) == (chip, k, n) and c.us]
-        whole = {c.rows: c.us for c in here if c.by == "bfloat16"}
+        whole = {c.rows: c.us for c in here if c.by == "bfloat16" and c.us}
         for i, scheme in enumerate(schemes):  # a scheme has its line in all pictures, and in the list of the last one
-            mine = sorted((c.rows, c.us / whole[c.rows]) for c in here if (c.scheme, c.by) == (scheme, "jaxquant"))
+            ours = [c for c in here if (c.scheme, c.by) == (scheme, "jaxquant")]
+            mine = sorted((c.rows, c.us / whole[c.rows]) for c in ours if c.us)
             line, marker = ("-", "--", ":")[i // 7], "osv"[i // 7]
             axis.plot(
                 *(zip(*mine, strict=True) if mine else ((), ())),
@@ -298,7 +299,7 @@ def packages() -> str:
 
 def main() -> None:
     names = lambda text: tuple(part.strip() for part in text.split(","))  # noqa: E731
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--chips", type=names, help="comma-separated; with --models slices too, tpu v5e:2x2")
     parser.add_argument("--schemes", type=names, help="comma-separated")
     parser.add_argument("--batches", type=lambda t: tuple(map(int, t.split(","))), help="of --models; 0 is the prefill")

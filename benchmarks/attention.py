@@ -11,6 +11,8 @@ the compiler takes more than 300 s for the schedule of one, and ends at the othe
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
@@ -63,4 +65,5 @@ def _over(q: jax.Array, parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
     weights = [jnp.exp(x - top) for x in scores]
     total = sum(x.sum(axis=-1, keepdims=True) for x in weights)
     values = (jnp.einsum("bgrst,bgtw->bgrsw", x.astype(q.dtype), v) for x, (_, v) in zip(weights, parts, strict=True))
-    return (sum(x.astype(jnp.float32) for x in values) / total).astype(q.dtype).reshape(q.shape)
+    out: Any = sum(x.astype(jnp.float32) for x in values)
+    return (out / total).astype(q.dtype).reshape(q.shape)

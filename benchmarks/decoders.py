@@ -97,7 +97,7 @@ class Decoder:
     def cache(self, batch: int) -> tuple[Any, Any]:
         """Abstract keys and values, [layers, batch, heads, tokens, width of a head]."""
         shape = (self.layers, batch, self.cached, TOKENS, self.head)
-        return (jax.ShapeDtypeStruct(shape, jnp.bfloat16),) * 2
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
 LLAMA_8B = Decoder("Llama 3 8B", 32, 4096, 32, 8, 128, 14336, 128256)
@@ -256,12 +256,12 @@ def measured(m: Decoder, target: str, devices: int, batch: int, scheme: str, by:
         if mesh is not None:
             place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
             args = (args[0], *(tuple(place(x, CACHE) for x in c) for c in args[1:]))
-            where = jax.tree.map(lambda s: NamedSharding(mesh, s), m.specs(), is_leaf=lambda s: isinstance(s, P))
         if by == "jaxquant":
             fn, params = our_program(m, RULES[scheme], fn, params, args)
         elif by == "qwix":
             fn, params = qwix_program(m, scheme, params)
         if mesh is not None:
+            where = jax.tree.map(lambda s: NamedSharding(mesh, s), m.specs(), is_leaf=lambda s: isinstance(s, P))
             where = jq.ops.shardings(params, where)
             params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, where)
         found = estimate(compiled_for("accelerators", target, fn, (params, *args)))

@@ -74,9 +74,7 @@ def compiled(fn: Callable[..., jax.Array], *args: Any, exact: np.ndarray | None 
     """A function compiled for its arguments."""
     program = jax.jit(fn).lower(*args).compile()
     error = None if exact is None else relative(program(*args), exact)
-    return Contestant(
-        lambda: jax.block_until_ready(program(*args)), error, program.memory_analysis().temp_size_in_bytes
-    )
+    return Contestant(lambda: jax.block_until_ready(program(*args)), error, measure.temporaries(program))
 
 
 def bare(m: int, size: int) -> Iterator[tuple[str, Contestant]]:
@@ -120,7 +118,9 @@ def main() -> None:
     scales = np.exp(rng.normal(0, 0.3, (1, size)))  # unequal channels
     w = jnp.asarray((rng.standard_normal((size, size)) * scales * 0.02).astype(np.float32))
     given = w.astype(args.dtype)
-    quantized = {name: jq.quantize(given, spec.weight, reduce_axes=(-2,)) for name, (spec, _) in SCHEMES.items()}
+    quantized = {
+        name: jq.quantize(given, spec.weight, reduce_axes=(-2,)) for name, (spec, _) in SCHEMES.items() if spec.weight
+    }
     peers, packages = None, ()
     if args.peers:
         import matmul_peers

@@ -111,6 +111,11 @@ def settle() -> None:
         pass
 
 
+def temporaries(program: Any) -> int:
+    """Bytes of the temporary arrays of a compiled program."""
+    return program.memory_analysis().temp_size_in_bytes
+
+
 def header(about: dict[str, str]) -> str:
     """The machine in one line."""
     return ", ".join(f"{name} {value}" for name, value in about.items())

@@ -127,7 +127,7 @@ def train(
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    final = jax.jit(lambda p: bits(apply(None), p, rows[1]))
+    final = jax.jit(lambda p: bits(apply(None), p, jnp.asarray(rows[1])))
     found = []
     for seed in range(seeds):
         params = init(jax.random.key(seed), width, 2)
@@ -184,14 +184,14 @@ def convergence(seeds: int, steps: int, width: int) -> dict[str, dict[str, Any]]
 def bitsandbytes(w: np.ndarray, g: np.ndarray) -> Callable[[], Any] | None:
     """An update by its Adam8bit on the CPU; None where it is not installed."""
     try:
-        import bitsandbytes.optim
+        import bitsandbytes.optim.adam
         import torch
     except ImportError:
         return None
     torch.set_num_threads(1)
     p = torch.nn.Parameter(torch.tensor(w))
     p.grad = torch.tensor(g)
-    return bitsandbytes.optim.Adam8bit([p], lr=1e-3).step
+    return bitsandbytes.optim.adam.Adam8bit([p], lr=1e-3).step
 
 
 def update(size: int, rounds: int) -> dict[str, Any]:

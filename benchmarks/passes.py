@@ -42,7 +42,9 @@ def planned():
 
 def product():
     """`ops.dot_general` in W8A8, with a stored weight."""
-    w = jax.eval_shape(lambda w: jq.quantize(w, W8A8.weight, reduce_axes=(0,)), W)
+    weight = jq.QuantSpec("int8")
+    assert weight == W8A8.weight
+    w = jax.eval_shape(lambda w: jq.quantize(w, weight, reduce_axes=(0,)), W)
     return stages(lambda x, w: jq.ops.dot_general(x, w, DENSE, spec=W8A8), X, w)
 
 

@@ -30,9 +30,9 @@ def timed(run: Callable[[], Any]) -> tuple[float, float, int]:
     jax.clear_caches()
     spent = {"compile": 0.0, "programs": 0.0}
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
-            spent["compile"] += seconds
+            spent["compile"] += duration_secs
             spent["programs"] += event.endswith("backend_compile_duration")
 
     jax.monitoring.register_event_duration_secs_listener(listen)

@@ -179,7 +179,7 @@ def compared(title: str, loss: Callable[..., jax.Array], params: Any, x: jax.Arr
     runs = {n: functools.partial(lambda p: jax.block_until_ready(p(params, x)), p) for n, p in programs.items()}
     found = measure.interleaved(runs, rounds)
     for name, program in programs.items():
-        found[name]["temporaries"] = program.memory_analysis().temp_size_in_bytes
+        found[name]["temporaries"] = measure.temporaries(program)
     return {title: found}
 
 
@@ -231,7 +231,7 @@ def quantizing(size: int, rounds: int) -> dict[str, dict[str, Any]]:
     found = measure.interleaved(runs, rounds)
     for name, entry in found.items():
         entry["GB/s"] = 4e-6 * size * size / entry["median"]
-        entry["temporaries"] = programs[name].memory_analysis().temp_size_in_bytes
+        entry["temporaries"] = measure.temporaries(programs[name])
     return {"quantize": found}
 
 

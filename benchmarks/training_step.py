@@ -99,7 +99,7 @@ def qwix_program(gradient: str | None) -> tuple[Callable[..., jax.Array], Any]:
             return loss(x, weight, dot)
 
     rule = qwix.QtRule(weight_qtype="int8", act_qtype="int8", bwd_qtype=gradient, op_names=("dot_general",))
-    model = qwix.quantize_model(Layers(), qwix.QtProvider([rule]))
+    model: Any = qwix.quantize_model(Layers(), qwix.QtProvider([rule]))
     return model.apply, jax.eval_shape(model.init, jax.random.key(0), x)
 
 

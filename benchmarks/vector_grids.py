@@ -86,8 +86,9 @@ def ldlq(w: jax.Array, h: jax.Array, table: jax.Array, scale: jax.Array) -> jax.
 
 def lost(w: jax.Array, q: Any, h: jax.Array) -> float:
     """Relative error of the outputs in percent."""
-    w, q, h = (np.asarray(a, np.float64) for a in (w, q, h))
-    return float(100 * np.sqrt(np.sum((w - q) * (h @ (w - q))) / np.sum(w * (h @ w))))
+    exact, found, gram = (np.asarray(a, np.float64) for a in (w, q, h))
+    off = exact - found
+    return float(100 * np.sqrt(np.sum(off * (gram @ off)) / np.sum(exact * (gram @ exact))))
 
 
 def row(w: jax.Array, seen: jax.Array, unseen: jax.Array) -> dict[str, float]:
@@ -111,11 +112,11 @@ def main() -> None:
     path = next(p for p in encoder.plan(jq.recipes.w8a16()) if "layer_2/up" in p)
     halves = [[(t[i::2], m[i::2]) for t, m in encoder.batches] for i in range(2)]
     plan, collect = encoder.plan(jq.recipes.w8a16()), {"gram": jq.calibration.Gram()}
-    grams = [
+    first, second = (
         jq.calibrate(encoder.apply, plan, encoder.params, b, collect=collect)[path]["gram"]["gram"][0] for b in halves
-    ]
+    )
     kernel = jq.core.paths.leaves_with_paths(encoder.params)[0][path]
-    layers["layer_2/up"] = (np.asarray(kernel), *(np.asarray(g) for g in grams))
+    layers["layer_2/up"] = (np.asarray(kernel), np.asarray(first), np.asarray(second))
     rows: dict[str, dict[str, float]] = {}
     for name, (weight, *grams) in layers.items():
         weight, seen, unseen = (jnp.asarray(a, jnp.float32) for a in (weight, *grams))

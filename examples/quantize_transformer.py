@@ -42,7 +42,7 @@ def complete(apply, variables, model, prompt, length):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--characters", type=int, default=60, help="how much text to write")
     args = parser.parse_args()

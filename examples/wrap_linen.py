@@ -51,13 +51,13 @@ def train(model, variables, x, y, steps, learning_rate):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
     steps = parser.parse_args().steps
 
-    digits = load_digits()
-    arrays = train_test_split(digits.data / 16, digits.target, test_size=360, random_state=0)
-    train_x, test_x, train_y, test_y = (jnp.asarray(a, jnp.float32 if a.ndim > 1 else jnp.int32) for a in arrays)
+    data, target = load_digits(return_X_y=True)
+    arrays = train_test_split(data / 16, target, test_size=360, random_state=0)
+    train_x, test_x, train_y, test_y = map(jnp.asarray, arrays)
 
     def accuracy(model, variables):
         return float((model.apply(variables, test_x).argmax(-1) == test_y).mean())

@@ -1,6 +1,7 @@
 """Trees that are equal to the last bit, and safetensors files taken apart and put together."""
 
 import json
+from typing import Any
 
 import numpy as np
 
@@ -53,5 +54,5 @@ def put_together(header, data=b""):
     return len(header).to_bytes(8, "little") + header + data
 
 
-def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+def entry(dtype: Any = "F32", shape=(2,), offsets=(0, 8)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}

@@ -53,12 +53,11 @@ class Case:
             fake = functools.partial(jq.fake_quant, spec=spec.weight, reduce_axes=self.reduce_axes)
             variables = self.with_weight(variables, fake)
         if spec.act is not None and not self.indices:
-            static = {}
+            scale = zero_point = None
             if spec.act.static:  # calibrated on this very x
                 lo, hi = jnp.minimum(jnp.min(x), 0), jnp.maximum(jnp.max(x), 0)
-                static = dict(zip(("scale", "zero_point"), jq.scale_zero_point(lo, hi, spec.act), strict=True))
-                static = jax.lax.stop_gradient(static)
-            x = jq.fake_quant(x, spec.act, reduce_axes=self.act_axes, **static)
+                scale, zero_point = jax.lax.stop_gradient(jq.scale_zero_point(lo, hi, spec.act))
+            x = jq.fake_quant(x, spec.act, reduce_axes=self.act_axes, scale=scale, zero_point=zero_point)
         return self.flax().apply({"params": variables["params"]}, x, method=self.method)
 
 

@@ -106,7 +106,8 @@ def close(got: Any, want: Any, tolerance: float) -> None:
 
 
 def pure(model: Any, *filters: Any) -> Any:
-    return nnx.to_pure_dict(nnx.state(model, *filters))
+    state: Any = nnx.state(model, *filters)
+    return nnx.to_pure_dict(state)
 
 
 def calibrated(model: Any, *batches: Any, call: Callable[..., Any] = lambda model, x: model(x)) -> Any:
@@ -123,7 +124,7 @@ class MLP(nnx.Module):
     """Two layers, a normalization between them."""
 
     def __init__(self, rngs: nnx.Rngs, spec: Any = None, *, flax: bool = False):
-        make = nnx.Linear if flax else (lambda *a, **k: jq.nnx.QuantLinear(*a, spec=spec, **k))
+        make: Any = nnx.Linear if flax else (lambda *a, **k: jq.nnx.QuantLinear(*a, spec=spec, **k))
         self.first = make(16, 32, rngs=rngs)
         self.norm = nnx.LayerNorm(32, rngs=rngs)
         self.second = make(32, 4, rngs=rngs)

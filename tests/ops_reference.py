@@ -5,15 +5,17 @@ alike, so that a scale on the wrong axis shows however small its channel is.
 """
 
 import string
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.typing import DTypeLike
 
 from jaxquant import OpSpec, QTensor, QuantSpec, fake_quant, ops, quantize
 from jaxquant.core.arithmetic import promoted
-from jaxquant.core.by_platform import Target
+from jaxquant.core.by_platform import Platform, Target
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
@@ -31,7 +33,7 @@ def slow_but(cases, *fast):
     return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
-def unequal(seed, shape, dtype=np.float32, *, decades=1.0):
+def unequal(seed, shape, dtype: DTypeLike = np.float32, *, decades=1.0):
     """Normal numbers with magnitudes over ``decades`` decades along every axis."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(shape)
@@ -111,17 +113,15 @@ def check_product(got, left, right, numbers=MATMUL, bound=INTEGER, *, weight_lef
         assert np.all(off <= 1.001 * digits_off(left, right, numbers, weight_left=weight_left) + INTEGER * size)
 
 
-def dot_values(lhs, rhs, numbers=MATMUL, spec=None, act_scale=None, act_zero_point=None, **_):
+def dot_values(lhs, rhs, numbers=MATMUL, spec=None, act_scale=None, act_zero_point=None, **_) -> tuple[Any, Any]:
     """The float64 values of both operands of a product."""
     spec = spec or OpSpec()
     weight_left = isinstance(lhs, QTensor) and not isinstance(rhs, QTensor)
     specs = (spec.weight, spec.act) if weight_left else (spec.act, spec.weight)
-    act = 1 if weight_left else 0
-    out = []
-    for i, x in enumerate((lhs, rhs)):
-        given = (act_scale, act_zero_point) if i == act else (None, None)
-        out.append(real(x, specs[i], tuple(numbers[0][i]), *given))
-    return out
+    given = ((None, None), (act_scale, act_zero_point))
+    left, right = given if weight_left else given[::-1]
+    (lc, rc), _ = numbers
+    return real(lhs, specs[0], tuple(lc), *left), real(rhs, specs[1], tuple(rc), *right)
 
 
 def quantized(x, spec, axes=(-2,)):
@@ -129,7 +129,7 @@ def quantized(x, spec, axes=(-2,)):
     return quantize(x, spec, reduce_axes=axes)
 
 
-def kernel_of(x, w, numbers=MATMUL, precision=None, platform="cpu"):
+def kernel_of(x, w, numbers=MATMUL, precision=None, platform: Platform = "cpu"):
     """The class of the kernel that takes a product, by name."""
     (xc, wc), (xb, wb) = numbers
     problem = Product.of(x, w, Axes.of(x.ndim, xb, xc), Axes.of(w.ndim, wb, wc), precision, jnp.float32)

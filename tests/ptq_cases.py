@@ -45,8 +45,8 @@ def gram(x: jax.Array) -> dict:
 
 def error(x: jax.Array, w: jax.Array, q: jq.QTensor) -> float:
     """The relative error of the outputs ``x @ w``, in float64."""
-    x, w, v = (np.asarray(a, np.float64) for a in (x, w, q.dequantize()))
-    return float(np.linalg.norm(x @ (w - v)) / np.linalg.norm(x @ w))
+    inputs, wanted, found = (np.asarray(a, np.float64) for a in (x, w, q.dequantize()))
+    return float(np.linalg.norm(inputs @ (wanted - found)) / np.linalg.norm(inputs @ wanted))
 
 
 def spec(bits: int, group: int | None, symmetric: bool, **kwargs) -> jq.QuantSpec:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click.testing
 import jax
@@ -171,12 +172,12 @@ def test_each_format_gets_what_it_needs(format, scheme, source, tmp_path):
     jq.io.save(source / "model.safetensors", arrays | {"model.norm.weight": w[0]})
     assert "1 weight quantized, 3 tensors as they are" in invoke("quantize", source, tmp_path / "out", "--to", format)
     assert f"1 weight {scheme}" in " ".join(invoke("inspect", tmp_path / "out").split())
-    read = jq.io.load_gguf if format == "gguf" else jq.io.load_hf
-    params = (
-        jq.io.load(tmp_path / "out")
-        if format == "native"
-        else read(tmp_path / "out", **({"names": "hf"} if format == "gguf" else {}))[0]
-    )
+    if format == "native":
+        params = jq.io.load(tmp_path / "out")
+    elif format == "gguf":
+        params = jq.io.load_gguf(tmp_path / "out", names="hf")[0]
+    else:
+        params = jq.io.load_hf(tmp_path / "out")[0]
     got = np.asarray(params["model.layers.0.mlp.down_proj.weight"].dequantize(jnp.float32))
     assert np.abs(got - np.asarray(w, np.float32)).max() < 0.16  # half the widest step, that of nf4 near -1
     before = json.loads(invoke("quantize", source, tmp_path / "other", "--to", format, "--dry-run", "--json"))
@@ -186,7 +187,7 @@ def test_each_format_gets_what_it_needs(format, scheme, source, tmp_path):
 
 def test_a_recipe_by_name(source, tmp_path):
     invoke("quantize", source, tmp_path / "out", "--recipe", "w8a8")
-    model = jq.io.load_model(tmp_path / "out")
+    model: Any = jq.io.load_model(tmp_path / "out")
     assert model.info.config["config_groups"]["group_0"]["input_activations"]["num_bits"] == 8
     assert set(model.plan.specs.values()) == {jq.OpSpec(act=jq.recipes.w8a8().act)}  # exactly ours
     invoke("convert", tmp_path / "out", tmp_path / "again", "--to", "compressed-tensors")
@@ -269,7 +270,7 @@ def w8a8(folder, *, dynamic=True, groups=1):
     weights = {"strategy": "channel"} if groups == 1 else {"strategy": "group", "group_size": 32 // groups}
     acts = INT8 | {"strategy": "token" if dynamic else "tensor", "dynamic": dynamic}
     group = {"targets": ["Linear"], "weights": INT8 | weights, "input_activations": acts}
-    tensors = {"m.weight": rng.integers(-127, 128, (32, 32)).astype(np.int8)}
+    tensors: dict[str, Any] = {"m.weight": rng.integers(-127, 128, (32, 32)).astype(np.int8)}
     tensors["m.weight_scale"] = rng.random((32, groups)).astype(np.float16)
     if not dynamic:
         tensors["m.input_scale"] = np.float32(0.1)

@@ -1,10 +1,13 @@
 """bitsandbytes' recipes through a plan: its codes, its results."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from narrowed import present
 from ptq_cases import golden
 
 import jaxquant as jq
@@ -64,10 +67,14 @@ def test_four_bits_with_double_quantization_and_a_compute_dtype(qtype, recipe):
 
 def test_refusals():
     int8 = jq.QuantSpec("int8")
-    for bad in (-1, 0, True, "6", float("nan")):
+    wrong: list[Any] = [-1, 0, True, "6", float("nan")]
+    for bad in wrong:
         with pytest.raises(jq.QuantError, match=r"outliers must be a positive threshold; got outliers="):
             jq.OpSpec(int8, int8, outliers=bad)
-    for change in ({"granularity": jq.PerTensor()}, {"static": True}, {"symmetric": False}, {"rounding": "stochastic"}):
+    changes: list[Any] = [
+        {"granularity": jq.PerTensor()}, {"static": True}, {"symmetric": False}, {"rounding": "stochastic"},
+    ]  # fmt: skip
+    for change in changes:
         with pytest.raises(jq.QuantError, match=r"dynamic, symmetric range per token.*use act=QuantSpec\('int8'\)"):
             jq.OpSpec(int8, jq.QuantSpec("int8", **change), outliers=6.0)
     with pytest.raises(jq.QuantError, match="OpSpec: outliers are for activations"):
@@ -107,7 +114,7 @@ def test_recipes_by_name():
         "int4", granularity="per_group", group_size=32, symmetric=False
     )
     assert recipes.recipe("w4a16:channel") == jq.OpSpec(jq.QuantSpec("int4"))
-    assert recipes.recipe("w4a8:g128:two_level").weight.two_level
+    assert present(recipes.recipe("w4a8:g128:two_level").weight).two_level
     assert recipes.recipe("nvfp4:act") == jq.OpSpec(jq.QuantSpec("nvfp4"), jq.QuantSpec("nvfp4"))
     spec = recipes.w8a8()
     assert recipes.recipe(spec) is spec

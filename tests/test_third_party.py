@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # the war
 
 
 def build(case):
-    library = {"e3nn": "e3nn_jax"}.get(case.partition("_")[0], case.partition("_")[0])
+    library: str = case.partition("_")[0]
+    library = {"e3nn": "e3nn_jax"}.get(library, library)
     os.environ.setdefault("KERAS_BACKEND", "jax")  # read by Keras when it is imported
     pytest.importorskip(library, exc_type=ImportError)
     with warnings.catch_warnings():

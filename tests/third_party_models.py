@@ -79,7 +79,8 @@ def transformers_vit() -> Built:
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=8
     )
-    model = transformers.FlaxViTModel(config, seed=0)
+    flax: Any = transformers  # version 4, the last with models of Flax
+    model = flax.FlaxViTModel(config, seed=0)
     image = normal(1, 2, 3, 16, 16)
     return (lambda params, image: model(image, params=params).last_hidden_state), model.params, (image,)
 
@@ -89,7 +90,8 @@ def transformers_regnet() -> Built:
     import transformers
 
     config = transformers.RegNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], groups_width=8)
-    model = transformers.FlaxRegNetModel(config, input_shape=(1, 32, 32, 3), seed=0)
+    flax: Any = transformers
+    model = flax.FlaxRegNetModel(config, input_shape=(1, 32, 32, 3), seed=0)
     rest = {key: value for key, value in model.params.items() if key != "params"}
     image = normal(1, 2, 3, 32, 32)
 
@@ -143,7 +145,7 @@ def jraph_graph_network() -> Built:
     def with_features(nodes: jax.Array) -> Any:
         return graph._replace(nodes=nodes)
 
-    model = Network()
+    model: Any = Network()
     params = model.init(jax.random.key(0), graph)
     return (lambda params, nodes: model.apply(params, with_features(nodes))), params, (graph.nodes,)
 
@@ -283,7 +285,7 @@ def keras_stateless() -> Built:
 
     # A dict of JAX comes back in the order of its keys.
     order = {variable.path: i for i, variable in enumerate(model.trainable_variables)}
-    sorted_fn = lambda params, image: fn({k: params[k] for k in sorted(params, key=order.get)}, image)  # noqa: E731
+    sorted_fn = lambda params, image: fn({k: params[k] for k in sorted(params, key=order.__getitem__)}, image)  # noqa: E731
     return sorted_fn, params, (normal(1, 2, 8, 8, 3),)
 
 
@@ -303,7 +305,7 @@ def distrax_masked_flow() -> Built:
     import distrax
     import flax.linen as nn
 
-    net = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(16)])
+    net: Any = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(16)])
     params = net.init(jax.random.key(0), jnp.ones(8))
 
     def fn(params: Any, x: jax.Array) -> jax.Array:

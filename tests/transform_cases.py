@@ -116,6 +116,7 @@ def _gradient(fn: Callable[..., Any], params: Any, args: Any, like: Any) -> Any:
     weights = [unequal(y.shape, i) for i, y in enumerate(jax.tree.leaves(like))]
 
     def loss(p: Any) -> jax.Array:
-        return sum(jnp.sum(c * y) for c, y in zip(weights, jax.tree.leaves(fn(p, *args)), strict=True))
+        total: Any = sum(jnp.sum(c * y) for c, y in zip(weights, jax.tree.leaves(fn(p, *args)), strict=True))
+        return total
 
     return jax.grad(loss, allow_int=True)(params)

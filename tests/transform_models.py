@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from haiku import experimental
 from jax import lax
 from transform_cases import randomized, unequal
 
@@ -241,7 +242,7 @@ def haiku_transformer():
 
     def transformer(tokens):
         embed = hk.Embed(VOCAB, WIDTH)
-        x = hk.experimental.layer_stack(DEPTH)(hk.remat(block))(embed(tokens))
+        x = experimental.layer_stack(DEPTH)(hk.remat(block))(embed(tokens))
         return normalized(x) @ embed.embeddings.T
 
     return _haiku(transformer, TOKENS)

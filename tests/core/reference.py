@@ -12,6 +12,7 @@ import functools
 import ml_dtypes
 import numpy as np
 from core import vectors
+from numpy.typing import DTypeLike
 
 __all__ = ["Grid", "Result", "block_ids", "expand", "grid", "quantize"]
 
@@ -202,7 +203,7 @@ def _whole_scale(spec, ids, x, lo, hi, g, r):
 
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore")
-def quantize(x, spec, axes, *, compute=np.float32) -> Result:
+def quantize(x, spec, axes, *, compute: DTypeLike = np.float32) -> Result:
     """What `jaxquant.quantize` and `dequantize` should give, for the default range choices."""
     x = np.asarray(x)
     dtype, r, info = x.dtype, Rounder(compute), spec.type

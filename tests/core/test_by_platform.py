@@ -13,12 +13,12 @@ class Seen:
     def __init__(self):
         self.targets = []
 
-    def on(self, target, x):
+    def on(self, target, *operands):
         self.targets.append(target)
-        return x + 1
+        return operands[0] + 1
 
-    def like(self, x):
-        return x
+    def like(self, *operands):
+        return operands[0]
 
     def stands_for(self, *operands):
         return None

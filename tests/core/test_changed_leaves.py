@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax_settings import promotes
+from narrowed import instance
 
 import jaxquant as jq
 from jaxquant import QuantError, QuantSpec
@@ -75,7 +76,11 @@ def test_leaves_that_do_not_fit_each_other():
     run = jq.quantized(lambda p, x: x @ p["w"])
     with pytest.raises(QuantError):
         run({"w": q.replace(codes=q.codes[:, :-1])}, jnp.ones((2, 32)))
-    for broken in (q.replace(codes=q.codes[:, :-1]), q.replace(scale=q.scale[0]), q.replace(scale=jnp.ones((1, 5)))):
+    for broken in (
+        q.replace(codes=q.codes[:, :-1]),
+        q.replace(scale=instance(jax.Array, q.scale)[0]),
+        q.replace(scale=jnp.ones((1, 5))),
+    ):
         with pytest.raises(QuantError, match="something has computed with them"):
             broken.dequantize()
 
@@ -84,7 +89,7 @@ def test_the_way_to_do_it():
     """Half of a tree, where QTensors are leaves."""
     params = {"w": quantized("int8"), "b": jnp.ones(8)}
     halved = jax.tree.map(
-        lambda a: a.replace(scale=a.scale * 0.5) if isinstance(a, jq.QTensor) else a * 0.5,
+        lambda a: a.replace(scale=instance(jax.Array, a.scale) * 0.5) if isinstance(a, jq.QTensor) else a * 0.5,
         params,
         is_leaf=lambda a: isinstance(a, jq.QTensor),
     )

@@ -14,6 +14,7 @@ from double_precision import double_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax_settings import makes_nan, needs_jit
+from narrowed import instance, present, untyped
 
 import jaxquant as jq
 from jaxquant import QuantError, QuantSpec
@@ -291,6 +292,8 @@ def test_scale_zero_point_is_what_quantize_uses(qtype, symmetric):
         assert zero_point is None
         assert q.zero_point is None
     else:
+        assert zero_point is not None
+        assert q.zero_point is not None
         np.testing.assert_array_equal(zero_point, q.zero_point)
         assert zero_point.dtype == q.zero_point.dtype == q.type.code_dtype
 
@@ -302,6 +305,8 @@ def test_scale_zero_point_follows_its_equations(a, b):
     scale, zero_point = jq.scale_zero_point(np.float32(lo), np.float32(hi), spec)
     expected = reference.quantize(np.array([lo, hi], np.float32), spec, (-1,))
     tiny = float(np.finfo(np.float32).tiny)
+    assert isinstance(scale, jax.Array)
+    assert zero_point is not None
     if max(hi, 0) - min(lo, 0) >= 256 * tiny:
         assert float(scale) == expected.scale[0]
         assert int(zero_point) == expected.zero_point[0]
@@ -312,8 +317,8 @@ def test_scale_zero_point_follows_its_equations(a, b):
 def test_scale_zero_point_near_overflow():
     largest = float(np.finfo(np.float32).max)
     scale, zero_point = jq.scale_zero_point(-largest, largest, QuantSpec("uint8", symmetric=False))
-    np.testing.assert_allclose(scale, largest / 127.5, rtol=1e-6)
-    assert int(zero_point) == 128
+    np.testing.assert_allclose(instance(jax.Array, scale), largest / 127.5, rtol=1e-6)
+    assert int(present(zero_point)) == 128
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -543,7 +548,7 @@ def test_constants_inside_a_trace():
 
 
 def test_lists_and_scalars():
-    q = jq.quantize([1.0, -2.0, 0.5], QuantSpec("int8"), reduce_axes=0)
+    q = untyped.quantize([1.0, -2.0, 0.5], QuantSpec("int8"), reduce_axes=0)
     np.testing.assert_array_equal(q.codes, [64, -127, 32])
     scalar = jq.quantize(-2.0, QuantSpec("int8"), reduce_axes=())
     assert (scalar.shape, scalar.scale.shape, int(scalar.codes)) == ((), (), -127)

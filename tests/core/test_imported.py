@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant import ops
@@ -154,8 +155,8 @@ def test_bad_fields_are_not_saved(tmp_path):
     q, _ = permuted()
     for bad in (
         q.replace(offset=jnp.ones((N, 1))),
-        q.replace(permutation=q.permutation.T),
-        q.replace(permutation=q.permutation.astype(jnp.float32)),
+        q.replace(permutation=present(q.permutation).T),
+        q.replace(permutation=present(q.permutation).astype(jnp.float32)),
     ):
         with pytest.raises(jq.QuantError, match=r"offset must be|the permutation must|a permutation has"):
             jq.io.save(tmp_path / "x.safetensors", {"w": bad})

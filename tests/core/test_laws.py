@@ -10,6 +10,7 @@ import pytest
 from core import reference
 from core.cases import CASES, Case, all_cases, arrays
 from hypothesis import given, settings
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant.core.qtensor import scale_values
@@ -24,7 +25,7 @@ class Quantized:
     def __init__(self, case: Case, out):
         self.case = case
         codes, again, scale, zero_point, self.y, self.fake = (None if a is None else np.asarray(a) for a in out)
-        self.codes, self.again = bits(codes), bits(again)
+        self.codes, self.again = bits(present(codes)), bits(present(again))
         self.scale = reference.expand(scale, case.shape)
         self.zero_point = np.zeros(case.shape) if zero_point is None else reference.expand(zero_point, case.shape)
 

@@ -1,5 +1,6 @@
 """Number types against their own definitions: ml_dtypes' casts, and codes that other libraries wrote."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 from core import reference, vectors
 from hypothesis import given
 from hypothesis import strategies as st
+from narrowed import instance
 
 import jaxquant as jq
-from jaxquant import QuantSpec
+from jaxquant import QTensor, QuantSpec
 from jaxquant.core.codec import codes_of, from_bits, round_to_grid, to_bits, values_of
 from jaxquant.core.qtensor import from_codes, scale_values
 from jaxquant.core.qtypes import QTYPES, qtype_of
@@ -108,8 +110,8 @@ def test_bitsandbytes(qtype):
     unit = vectors.load(f"bnb_{qtype}_48x128_b64_bfloat16")
     q = jq.quantize(unit["orig"], QuantSpec(qtype, granularity="per_group", group_size=64), reduce_axes=(-1,))
     table = unit["weight.quant_map"]
-    np.testing.assert_array_equal(np.float32(QTYPES[qtype].table), table)
-    np.testing.assert_array_equal(np.ravel(q.scale), unit["weight.absmax"])
+    np.testing.assert_array_equal(np.asarray(QTYPES[qtype].table, np.float32), table)
+    np.testing.assert_array_equal(np.ravel(instance(jax.Array, q.scale)), unit["weight.absmax"])
     theirs = vectors.nibbles(unit["weight"].reshape(48, 64), high_first=True)
     ours = np.asarray(q.logical_codes())
     np.testing.assert_array_equal(np.where(table[ours] == 0, 0, ours), np.where(table[theirs] == 0, 0, theirs))
@@ -119,8 +121,9 @@ def test_bitsandbytes(qtype):
 def test_modelopt_nvfp4():
     unit = vectors.load("modelopt_nvfp4_32x64")
     q = jq.quantize(unit["orig"], QuantSpec("nvfp4"), reduce_axes=(-1,))
-    np.testing.assert_array_equal(np.ravel(q.scale.scale), unit["weight_scale_2"].ravel())
-    np.testing.assert_array_equal(q.scale.codes, unit["weight_scale"])
+    scale = instance(QTensor, q.scale)
+    np.testing.assert_array_equal(np.ravel(instance(jax.Array, scale.scale)), unit["weight_scale_2"].ravel())
+    np.testing.assert_array_equal(scale.codes, unit["weight_scale"])
     np.testing.assert_array_equal(q.codes, unit["weight"])  # packed as they pack: the even code in the low nibble
     np.testing.assert_array_equal(q.dequantize(), unit["ref_dequant"])
 
@@ -154,7 +157,7 @@ def test_torchao_float8():
     np.testing.assert_array_equal(np.asarray(q.codes).view(np.uint8), unit["0._weight_qdata"].view(np.uint8))
     np.testing.assert_array_equal(q.dequantize(), unit["ref_dequant"])
     ours = jq.quantize(unit["orig"], QuantSpec("float8_e4m3fn"), reduce_axes=(-1,)).scale
-    np.testing.assert_allclose(ours, scale, rtol=2.0**-8)
+    np.testing.assert_allclose(instance(jax.Array, ours), scale, rtol=2.0**-8)
 
 
 def test_hqq_float_zero_points():
@@ -177,20 +180,21 @@ def test_mx_scales_are_powers_of_two(absmax):
     for qtype, emax in (("mxfp8", 8), ("mxfp4", 2)):
         scale, _ = jq.scale_zero_point(-absmax, absmax, QuantSpec(qtype))
         assert scale.dtype == jnp.float8_e8m0fnu
-        assert float(scale.astype(jnp.float32)) == 2.0 ** (np.floor(np.log2(np.float64(absmax))) - emax)
+        found = float(instance(jax.Array, scale).astype(jnp.float32))
+        assert found == 2.0 ** (np.floor(np.log2(np.float64(absmax))) - emax)
 
 
 def test_nvfp4_maps_the_largest_block_to_448():
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((4, 64)) * 10.0 ** rng.uniform(-3, 3, (4, 1))).astype(np.float32)
     q = jq.quantize(x, QuantSpec("nvfp4"), reduce_axes=(-1,))
-    assert float(np.max(np.asarray(q.scale.codes).astype(np.float32))) == 448
-    np.testing.assert_allclose(float(q.scale.scale[0, 0]), np.abs(x).max() / (448 * 6), rtol=1e-6)
-    local = np.abs(x.reshape(4, 4, 16)).max(-1) / 6 / np.float64(q.scale.scale[0, 0])
-    np.testing.assert_allclose(np.asarray(q.scale.codes).astype(np.float64), local, rtol=2.0**-4, atol=2.0**-10)
-    np.testing.assert_array_equal(
-        scale_values(q.scale), np.asarray(q.scale.codes).astype(np.float32) * np.asarray(q.scale.scale)
-    )
+    scale = instance(QTensor, q.scale)
+    unit = instance(jax.Array, scale.scale)
+    assert float(np.max(np.asarray(scale.codes).astype(np.float32))) == 448
+    np.testing.assert_allclose(float(unit[0, 0]), np.abs(x).max() / (448 * 6), rtol=1e-6)
+    local = np.abs(x.reshape(4, 4, 16)).max(-1) / 6 / np.float64(unit[0, 0])
+    np.testing.assert_allclose(np.asarray(scale.codes).astype(np.float64), local, rtol=2.0**-4, atol=2.0**-10)
+    np.testing.assert_array_equal(scale_values(q.scale), np.asarray(scale.codes).astype(np.float32) * np.asarray(unit))
 
 
 # -- names and the table ----------------------------------------------------------------------------------------------

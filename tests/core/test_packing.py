@@ -32,7 +32,7 @@ def test_is_a_bit_stream(bits):
         np.testing.assert_array_equal(packed, stream(codes, bits))
         assert packed.shape == (*shape[:-1], packed_length(shape[-1], bits))
         assert packed.dtype == np.uint8
-        np.testing.assert_array_equal(unpack(packed, bits, shape[-1]), codes)
+        np.testing.assert_array_equal(unpack(jnp.asarray(packed), bits, shape[-1]), codes)
 
     law()
 
@@ -45,7 +45,7 @@ def test_is_the_stream_of_compressed_tensors(bits):
     words = unit[f"b{bits}.d1.packed"]
     packed = np.asarray(pack(codes, bits))
     np.testing.assert_array_equal(packed, np.ascontiguousarray(words).view(np.uint8))
-    np.testing.assert_array_equal(unpack(packed, bits, codes.shape[-1]), codes)
+    np.testing.assert_array_equal(unpack(jnp.asarray(packed), bits, codes.shape[-1]), codes)
 
 
 def test_low_nibble_first():

@@ -68,7 +68,9 @@ def test_unbiased_and_only_the_two_neighbours(qtype, symmetric):
 def test_ranges_with_a_zero_point_end_on_codes(qtype):
     """Rows that are all negative, all positive, nearly so, of one sign and 0, and zeros."""
     spec = QuantSpec(qtype, symmetric=False, rounding="stochastic")
-    x = np.float32([[-3, -1, -2], [5, 4, 1], [-1e-6, 1, 0.3], [-1, 1e-6, -0.7], [0, 0, 0], [-0.31, 0.64, 0.1]])
+    x = np.array(
+        [[-3, -1, -2], [5, 4, 1], [-1e-6, 1, 0.3], [-1, 1e-6, -0.7], [0, 0, 0], [-0.31, 0.64, 0.1]], np.float32
+    )
     q = jq.quantize(x, spec, reduce_axes=(-1,), key=jax.random.key(0))
     v = x.astype(np.float64) / np.asarray(q.scale, np.float64) + np.asarray(q.zero_point, np.float64)
     assert np.all((v >= spec.type.qmin - 1e-5) & (v <= spec.type.qmax + 1e-5))

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import pickle
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax_settings import needs_jit
+from narrowed import untyped
 
 import jaxquant as jq
 from jaxquant import OpSpec, PerChannel, PerGroup, PerTensor, QuantError, QuantSpec, Rule
@@ -137,7 +139,7 @@ def test_granularity_is_a_value_that_equals_its_name():
     """A name, with the size of a group, and a value make equal specs; each value equals its own name alone."""
     names = ("per_tensor", "per_channel", "per_group")
     for value, name in zip((PerTensor(), PerChannel(), PerGroup(32)), names, strict=True):
-        size = {"group_size": 32} if name == "per_group" else {}
+        size: dict[str, Any] = {"group_size": 32} if name == "per_group" else {}
         spec = QuantSpec("int4", granularity=name, **size)
         assert spec == QuantSpec("int4", granularity=value)
         assert hash(spec) == hash(QuantSpec("int4", granularity=value))
@@ -145,7 +147,8 @@ def test_granularity_is_a_value_that_equals_its_name():
         assert spec.group_size == size.get("group_size")
         assert [spec.granularity == other for other in names] == [name == other for other in names]
         assert [spec.granularity != other for other in names] == [name != other for other in names]
-        assert {name: 1}[spec.granularity] == 1
+        found: dict[Any, int] = {name: 1}
+        assert found[spec.granularity] == 1
         assert pickle.loads(pickle.dumps(value)) == value
         assert QuantSpec.from_json(spec.to_json()) == spec
         assert json.loads(spec.to_json()) == {
@@ -155,7 +158,7 @@ def test_granularity_is_a_value_that_equals_its_name():
         }
     assert PerGroup(32) != PerGroup(64)
     assert PerTensor() != PerChannel()
-    assert PerGroup(np.int32(64)) == PerGroup(64)
+    assert untyped.PerGroup(np.int32(64)) == PerGroup(64)
     assert [repr(v) for v in (PerTensor(), PerChannel(), PerGroup(64))] == [
         "PerTensor()",
         "PerChannel()",
@@ -224,35 +227,38 @@ BAD = [
     (lambda: QuantSpec("int1"), "QuantSpec: unknown number type", "'int1'", "Nearest: int2, int3. All: "),
     (lambda: QuantSpec("uint16"), "QuantSpec: unknown number type", "'uint16'", "Nearest: uint8, uint7. All: "),
     (lambda: QuantSpec("float4"), "QuantSpec: unknown number type", "'float4'", "float4_e2m1fn, mxfp4, nvfp4."),
-    (lambda: QuantSpec(4), "QuantSpec: unknown number type", "'4'", "Nearest: int4, int3. All: "),
+    (lambda: untyped.QuantSpec(4), "QuantSpec: unknown number type", "'4'", "Nearest: int4, int3. All: "),
     (lambda: QuantSpec("q4_0"), "QuantSpec: unknown number type", "'q4_0'", "Nearest: int4, int3. All: "),
     (lambda: QuantSpec("bf16"), "QuantSpec: unknown number type", "'bf16'", "float8_e4m3fn, float8_e5m2, int8."),
     (lambda: QuantSpec("iq4_xs"), "QuantSpec: unknown number type", "'iq4_xs'", "iq4_nl"),
     (lambda: QuantSpec("flaot8_e4m3fn"), "QuantSpec: unknown number type", "flaot8", "float8_e4m3fn"),
     (lambda: QuantSpec(jnp.float32), "QuantSpec: unknown number type", "float32", "Nearest: float8_e4m3fn"),
     (lambda: QuantSpec(object), "QuantSpec: unknown number type", "qtype=", "All: int2"),
-    (lambda: QuantSpec({"a": 1}), "QuantSpec: unknown number type", "{'a': 1}", "All: int2"),
+    (lambda: untyped.QuantSpec({"a": 1}), "QuantSpec: unknown number type", "{'a': 1}", "All: int2"),
     (lambda: QuantSpec("int8", granularity="channel"), "QuantSpec: unknown granularity", "'channel'", "per_channel"),
     (lambda: QuantSpec("mxfp4", granularity="group"), "QuantSpec: unknown granularity", "'group'", "per_group"),
     (lambda: QuantSpec("int8", granularity="per_group"), "QuantSpec: group_size goes with", "group_size=None", "both"),
     (lambda: QuantSpec("int8", group_size=32), "QuantSpec: group_size goes with", "group_size=32", "neither"),
     (lambda: QuantSpec("int8", granularity="per_group", group_size=0), "QuantSpec: group_size must be", "=0", "64"),
     (lambda: QuantSpec("int8", granularity="per_group", group_size=-4), "QuantSpec: group_size must be", "=-4", "64"),
-    (lambda: QuantSpec("int8", granularity="per_group", group_size=8.0), "QuantSpec: group_size must be", "8.0", "64"),
+    (lambda: untyped.QuantSpec("int8", granularity="per_group", group_size=8.0), "QuantSpec: group_size must be",
+     "8.0", "64"),
     (lambda: QuantSpec("int8", granularity="per_group", group_size=True), "QuantSpec: group_size must", "True", "64"),
-    (lambda: QuantSpec("int8", granularity=PerGroup), "QuantSpec: unknown granularity", "PerGroup", "PerGroup(64)"),
-    (lambda: QuantSpec("int8", granularity=64), "QuantSpec: unknown granularity", "=64", "PerGroup(64)"),
+    (lambda: untyped.QuantSpec("int8", granularity=PerGroup), "QuantSpec: unknown granularity", "PerGroup",
+     "PerGroup(64)"),
+    (lambda: untyped.QuantSpec("int8", granularity=64), "QuantSpec: unknown granularity", "=64", "PerGroup(64)"),
     (lambda: QuantSpec("int8", granularity=PerTensor(), group_size=8), "QuantSpec: group_size goes", "=8", "neither"),
     (lambda: QuantSpec("int8", granularity=PerGroup(8), group_size=8), "QuantSpec: granularity and group_size both",
      "group_size=8", "one of them"),
     (lambda: PerGroup(0), "PerGroup: size must be a positive integer", "size=0", "64"),
     (lambda: PerGroup(True), "PerGroup: size must be a positive integer", "size=True", "64"),
-    (lambda: PerGroup("64"), "PerGroup: size must be a positive integer", "size='64'", "64"),
+    (lambda: untyped.PerGroup("64"), "PerGroup: size must be a positive integer", "size='64'", "64"),
     (lambda: QuantSpec("mxfp4", granularity=PerGroup(64)), "QuantSpec: mxfp4 always has one", "(64)", "Leave"),
     (lambda: QuantSpec("nvfp4", granularity=PerTensor()), "QuantSpec: nvfp4 always has", "PerTensor()", "Leave"),
     (lambda: QuantSpec("int4", granularity=PerGroup(8), scale_dtype=jnp.uint4), "QuantSpec: scale_dtype must be",
      "uint4", "two_level=True"),
-    (lambda: QuantSpec("int4", two_level=1), "QuantSpec: two_level must be True or False", "two_level=1", "bool"),
+    (lambda: untyped.QuantSpec("int4", two_level=1), "QuantSpec: two_level must be True or False", "two_level=1",
+     "bool"),
     (lambda: QuantSpec("int4", two_level=True), "QuantSpec: two-level scales are for symmetric integers",
      "PerChannel()", "PerGroup(64)"),
     (lambda: QuantSpec("mxfp4", two_level=True), "QuantSpec: two-level scales are for", "PerGroup(32)", "Leave"),
@@ -261,30 +267,35 @@ BAD = [
     (lambda: QuantSpec("mxfp8", scale_dtype="float32"), "QuantSpec: mxfp8 fixes the format", "float32", "Leave"),
     (lambda: QuantSpec("nf4", symmetric=False), "QuantSpec: nf4 has no zero point", "symmetric=False", "integer"),
     (lambda: QuantSpec("float8_e5m2", symmetric=False), "QuantSpec: float8_e5m2 has no", "symmetric=False", "integer"),
-    (lambda: QuantSpec("int8", symmetric=1), "QuantSpec: symmetric must be True or False", "symmetric=1", "bool"),
-    (lambda: QuantSpec("int8", static="yes"), "QuantSpec: static must be True or False", "'yes'", "bool"),
-    (lambda: QuantSpec("int8", narrow_range=1), "QuantSpec: narrow_range must be", "narrow_range=1", "Leave it out"),
+    (lambda: untyped.QuantSpec("int8", symmetric=1), "QuantSpec: symmetric must be True or False", "symmetric=1",
+     "bool"),
+    (lambda: untyped.QuantSpec("int8", static="yes"), "QuantSpec: static must be True or False", "'yes'", "bool"),
+    (lambda: untyped.QuantSpec("int8", narrow_range=1), "QuantSpec: narrow_range must be", "narrow_range=1",
+     "Leave it out"),
     (lambda: QuantSpec("uint8", narrow_range=True), "QuantSpec: narrow_range=True needs", "qtype='uint8'", "Leave"),
     (lambda: QuantSpec("int8", symmetric=False, narrow_range=True), "QuantSpec: narrow_range=True", "False", "Leave"),
     (lambda: QuantSpec("nf4", narrow_range=True), "QuantSpec: narrow_range=True needs", "qtype='nf4'", "Leave"),
-    (lambda: QuantSpec("int8", calibration="mse"), "QuantSpec: calibration must be an observer", "'mse'", "MSE"),
-    (lambda: QuantSpec("int8", calibration=MSE), "QuantSpec: calibration must be an observer", "MSE", "Percentile"),
+    (lambda: untyped.QuantSpec("int8", calibration="mse"), "QuantSpec: calibration must be an observer", "'mse'",
+     "MSE"),
+    (lambda: untyped.QuantSpec("int8", calibration=MSE), "QuantSpec: calibration must be an observer", "MSE",
+     "Percentile"),
     (lambda: QuantSpec("int8", scale_dtype="int8"), "QuantSpec: scale_dtype must be a float", "int8", "bfloat16"),
     (lambda: QuantSpec("int8", scale_dtype=jnp.float8_e4m3fn), "QuantSpec: scale_dtype must be", "float8", "bfloat16"),
     (lambda: QuantSpec("int8", scale_dtype="nope"), "QuantSpec: scale_dtype must be", "nope", "bfloat16"),
-    (lambda: QuantSpec("int8", scale_dtype={"f": 1}), "QuantSpec: scale_dtype must be", "f", "bfloat16"),
-    (lambda: QuantSpec("int8", rounding="up"), "QuantSpec: unknown rounding", "'up'", "stochastic"),
-    (lambda: OpSpec("int8"), "OpSpec: weight must be a QuantSpec or None", "'int8'", "Wrap"),
+    (lambda: untyped.QuantSpec("int8", scale_dtype={"f": 1}), "QuantSpec: scale_dtype must be", "f", "bfloat16"),
+    (lambda: untyped.QuantSpec("int8", rounding="up"), "QuantSpec: unknown rounding", "'up'", "stochastic"),
+    (lambda: untyped.OpSpec("int8"), "OpSpec: weight must be a QuantSpec or None", "'int8'", "Wrap"),
     (lambda: OpSpec(act=jnp.int8), "OpSpec: act must be a QuantSpec or None", "int8", "Wrap"),
     (lambda: OpSpec(QuantSpec("int8", static=True)), "OpSpec: a weight's range is taken", "static=True", "act"),
     (lambda: OpSpec(QuantSpec("uint4")), "OpSpec: a symmetric unsigned type", "'uint4'", "symmetric=False"),
     (lambda: OpSpec(grad=QuantSpec("int8")), "OpSpec: quantized gradients need", "None", "Leave grad out"),
     (lambda: Rule("(", None), "Rule: bad regular expression", "pattern='('", "re.search"),
-    (lambda: Rule(3, None), "Rule: bad regular expression", "pattern=3", "re.search"),
-    (lambda: Rule("a", QuantSpec("int8")), "Rule: spec must be an OpSpec or None", "QuantSpec('int8')", "OpSpec"),
+    (lambda: untyped.Rule(3, None), "Rule: bad regular expression", "pattern=3", "re.search"),
+    (lambda: untyped.Rule("a", QuantSpec("int8")), "Rule: spec must be an OpSpec or None", "QuantSpec('int8')",
+     "OpSpec"),
     (lambda: Rule("a", None, (0,)), "Rule: reduce_axes must be negative", "(0,)", "from the end"),
     (lambda: Rule("a", None, ()), "Rule: reduce_axes must be negative", "()", "from the end"),
-    (lambda: Rule("a", None, 1.5), "Rule: reduce_axes must be negative", "1.5", "from the end"),
+    (lambda: untyped.Rule("a", None, 1.5), "Rule: reduce_axes must be negative", "1.5", "from the end"),
     (lambda: QuantSpec.from_json("{"), "QuantSpec: not JSON", "", "to_json"),
     (lambda: QuantSpec.from_json("3"), "QuantSpec: unknown fields", "data=3", "qtype"),
     (lambda: QuantSpec.from_json("null"), "QuantSpec: unknown fields", "data=None", "qtype"),

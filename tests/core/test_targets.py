@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax_settings import promotes
+from narrowed import untyped
 
 import jaxquant as jq
 from jaxquant import QuantError, ops, recipes
@@ -176,7 +177,7 @@ def test_files_have_packed_codes(tmp_path):
     same(jq.io.load(tmp_path / "there.safetensors"), params)
     same(jq.io.load(tmp_path / "there.safetensors", target="tpu"), there)
     with pytest.raises(QuantError, match="must be a platform"):
-        jq.io.load(tmp_path / "there.safetensors", target="v5e")
+        untyped.io.load(tmp_path / "there.safetensors", target="v5e")
 
 
 def test_checkpoints_of_others(tmp_path):
@@ -214,9 +215,9 @@ def test_shardings_cut_whole_groups():
 
 def test_targets_that_are_none():
     with pytest.raises(QuantError, match="must be a platform"):
-        jq.ops.lay_out(weight("int4"), "tpu v5e")
+        untyped.ops.lay_out(weight("int4"), "tpu v5e")
     with pytest.raises(QuantError, match="must be a platform"):
-        jq.quantize_params({"kernel": jnp.ones((4, 4))}, [jq.Rule(".*", recipes.w8a16())], target="cuda")
+        untyped.quantize_params({"kernel": jnp.ones((4, 4))}, [jq.Rule(".*", recipes.w8a16())], target="cuda")
 
 
 def test_arithmetic_on_int4_is_refused():

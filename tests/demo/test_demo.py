@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import rich.console
 from jax_settings import optax_promotes
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant import cli, demo, recipes
@@ -88,7 +89,7 @@ def test_every_checkpoint_reloads_and_predicts_what_the_table_says(few):
     for scheme in FEW:
         params = jq.io.load(output / f"{scheme.name}.safetensors", like=like)
         kernels = [params[f"Dense_{i}"]["kernel"] for i in range(3)]
-        expected = scheme.spec and scheme.spec.weight.qtype
+        expected = scheme.spec and present(scheme.spec.weight).qtype
         assert [getattr(kernel, "qtype", None) for kernel in kernels] == 3 * [expected]
         if scheme.activations == "float32":  # the stored values say it all
             logits = digits.logits(model)(jq.dequantize_params(params), data.test_images)
@@ -110,9 +111,10 @@ def row(scheme, accuracy, param_bytes=1024, *, qat=False):
 
 
 def test_one_line_per_scheme():
-    console = rich.console.Console(file=io.StringIO(), width=80)
+    printed = io.StringIO()
+    console = rich.console.Console(file=printed, width=80)
     console.print(show.table([row("a", 0.5), row("b", 1.0, qat=True)], test_images=7, batch=3))
-    text = console.file.getvalue()
+    text = printed.getvalue()
     assert "7 images in one batch" in text
     assert "training on 3" in text
     (a,), (b,) = ([line.split() for line in text.splitlines() if line.split()[:1] == [name]] for name in "ab")

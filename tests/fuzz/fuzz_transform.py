@@ -45,6 +45,7 @@ import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -58,6 +59,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxquant as jq
 
+CONFIG: Any = jax.config  # its settings are attributes that its type does not have
 INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32")
 SPECS = {
     "int8": jq.QuantSpec("int8"),
@@ -207,7 +209,7 @@ class Program:
             return lambda p, x, s: jax.jit(one)(p["w"], x, s)
         if around == "remat":
             # jax.checkpoint compiles even where jit is off.
-            return lambda p, x, s: (one if jax.config.jax_disable_jit else jax.checkpoint(one))(p["w"], x, s)
+            return lambda p, x, s: (one if CONFIG.jax_disable_jit else jax.checkpoint(one))(p["w"], x, s)
         if around == "vmap":
             return lambda p, x, s: jax.vmap(lambda x: one(p["w"], x, s))(jnp.stack([x, 2 * x]))
         if around == "cond":
@@ -349,7 +351,7 @@ def child(seed: int, first: int, seconds: float, count: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--count", type=int, default=1 << 31, help="programs at most")
     parser.add_argument("--seed", type=int, default=1)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from io_files import assert_same
+from narrowed import present, untyped
 
 import jaxquant as jq
 from jaxquant import QuantError
@@ -100,7 +102,7 @@ def test_the_reference_library_reads_what_we_write(tmp_path):
     gguf = pytest.importorskip("gguf")
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=(4, 256)) * np.exp(rng.normal(size=(4, 1)) * 3), jnp.float32)
-    params = {f"{q}.weight": quantized(w, q) for q in ("int8", "int4", "int5", "iq4_nl", "mxfp4")}
+    params: dict[str, Any] = {f"{q}.weight": quantized(w, q) for q in ("int8", "int4", "int5", "iq4_nl", "mxfp4")}
     params["b.bias"] = w[0].astype(jnp.bfloat16)
     jq.io.save_gguf(tmp_path / "a.gguf", params, metadata={"general.architecture": "llama", "llama.x": np.float32(2)})
     reader = gguf.GGUFReader(tmp_path / "a.gguf")
@@ -131,6 +133,8 @@ def test_any_block_comes_back(name, seed):
 def test_any_ternary_block_comes_back(seed):
     kind = BY_NAME["TQ1_0"]
     codes = np.random.default_rng(seed).integers(-1, 2, (2, 256), np.int8)
+    assert kind.split is not None
+    assert kind.join is not None
     raw = kind.join(kind.split(np.zeros((2, kind.nbytes), np.uint8))._replace(codes=codes))
     np.testing.assert_array_equal(kind.split(raw).codes, codes)
 
@@ -150,7 +154,7 @@ def test_row_orders_are_inverse(heads, half, columns):
 )
 def test_names_are_inverse(name, architecture):
     metadata = {"general.architecture": architecture}
-    assert to_gguf(to_hugging_face(name, metadata), metadata) == name
+    assert to_gguf(present(to_hugging_face(name, metadata)), metadata) == name
 
 
 @pytest.mark.parametrize(
@@ -504,7 +508,7 @@ def test_interleaved_rows_need_their_heads(heads, tmp_path):
 
 def test_bad_arguments(tmp_path):
     with pytest.raises(QuantError, match="names must be"):
-        jq.io.load_gguf(MODEL / "model.gguf", names="flax")
+        untyped.io.load_gguf(MODEL / "model.gguf", names="flax")
     with pytest.raises(OSError, match="nothing"):
         jq.io.load_gguf(tmp_path / "nothing")
 

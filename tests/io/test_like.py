@@ -1,6 +1,7 @@
 """`load(path, like=...)`: the template's structure, or every difference at once."""
 
 import collections
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ def test_the_templates_containers(path):
 
 def test_optimizer_state(path):
     params = {"w": ones(3)}
-    state = optax.adam(1e-3).init(params)
+    state: Any = optax.adam(1e-3).init(params)
     adam = state[0]
     save(path, [{"count": adam.count, "mu": adam.mu, "nu": adam.nu}, None])
     got = load(path, like=state)

@@ -12,6 +12,7 @@ import sys
 import tracemalloc
 import types
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import flax.core
@@ -28,6 +29,7 @@ import pytest
 from flax import nnx
 from io_files import assert_same, entry, put_together, take_apart
 from jax_settings import needs_jit
+from narrowed import instance
 
 import jaxquant as jq
 from jaxquant.core.qtensor import LEAVES
@@ -411,7 +413,7 @@ Empty = collections.namedtuple("Empty", ())
 
 @flax.struct.dataclass
 class Stats:
-    mean: jax.Array
+    mean: Any
     name: str = flax.struct.field(pytree_node=False)
 
 
@@ -697,7 +699,8 @@ def test_state_must_be_finite(path):
 @pytest.mark.parametrize("qtype", ["nvfp4", "int4"])
 def test_scales_of_scales_must_be_finite(path, qtype):
     q = jq.quantize(weights(), jq.QuantSpec("nvfp4"), reduce_axes=-2)
-    q.scale.scale = q.scale.scale * jnp.inf
+    scale = instance(jq.QTensor, q.scale)
+    scale.scale = instance(jax.Array, scale.scale) * jnp.inf
     with pytest.raises(jq.QuantError, match=r"save at w.scale: scales must be finite"):
         save(path, {"w": q})
 
@@ -759,7 +762,9 @@ def test_import_loads_nothing_optional():
 
 
 def test_the_manifest_is_what_the_documentation_says(path):
-    params = {"layers": [{"kernel": jq.quantize(jnp.ones((4, 6)), jq.QuantSpec("int4"), reduce_axes=-2)}, None]}
+    params: dict[str, Any] = {
+        "layers": [{"kernel": jq.quantize(jnp.ones((4, 6)), jq.QuantSpec("int4"), reduce_axes=-2)}, None]
+    }
     params["table"] = jnp.ones((3, 3), jnp.int4)
     save(path, params, plan=Plan(), metadata={"step": 1})
     header, _ = take_apart(path.read_bytes())

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from io_files import assert_same
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant import QuantError, QuantSpec
@@ -43,7 +45,7 @@ def weight(out=64, width=64, seed=0):
     return jnp.asarray(rng.normal(size=(out, width)) * np.exp(rng.normal(size=(out, 1))), jnp.float32)
 
 
-def quantized(qtype, w=None, **fields):
+def quantized(qtype, w=None, **fields: Any):
     fields = {"scale_dtype": "float16"} | fields if qtype not in ("mxfp4", "nvfp4") else fields
     if "group_size" in fields:
         fields["granularity"] = "per_group"
@@ -64,7 +66,7 @@ def test_the_files_of_other_libraries_are_written_again_byte_for_byte(name, tmp_
         else:
             texts = (json.loads(bytes(file.array(tensor))) for file in (source, written))
             assert next(texts) == next(texts)
-    before, after = (file.json("config.json")["quantization_config"] for file in (source, written))
+    before, after = (present(file.json("config.json"))["quantization_config"] for file in (source, written))
     for key in keys:
         assert after.get(key) == before.get(key), key
 
@@ -167,12 +169,14 @@ def test_what_we_quantize_is_read_to_the_same_values(qtype, fields, format, tmp_
 
 @pytest.mark.parametrize("shape", [(64, 2048), (67, 320)])
 def test_double_quantization_keeps_its_groups_or_is_refused(tmp_path, shape):
-    q = jq.ptq.double_quantized(weight(*shape), jq.recipes.nf4(64).weight, reduce_axes=(-1,))
+    q = jq.ptq.double_quantized(weight(*shape), present(jq.recipes.nf4(64).weight), reduce_axes=(-1,))
     jq.io.save_hf(tmp_path / "out", {"a.weight": q}, format="bitsandbytes")
     found = jq.io.load_hf(tmp_path / "out")[0]["a.weight"]
     assert found.scale.qtype == "dynamic8"
     np.testing.assert_array_equal(found.dequantize(), q.dequantize())
-    other = jq.ptq.double_quantized(weight(64, 2048), jq.recipes.nf4(64).weight, reduce_axes=(-1,), group_size=128)
+    other = jq.ptq.double_quantized(
+        weight(64, 2048), present(jq.recipes.nf4(64).weight), reduce_axes=(-1,), group_size=128
+    )
     with pytest.raises(QuantError, match="quantized scales have groups of 256"):
         jq.io.save_hf(tmp_path / "other", {"a.weight": other}, format="bitsandbytes")
 
@@ -267,7 +271,9 @@ CODES, ONES = np.zeros((64, 64), np.uint8), np.ones((64, 1), np.float32)
         ),
         (
             lambda: {
-                "a.weight": from_codes(CODES, jnp.ones((64, 1)), jnp.ones((64, 1)), qtype="uint4", dtype="float32")
+                "a.weight": from_codes(
+                    jnp.asarray(CODES), jnp.ones((64, 1)), jnp.ones((64, 1)), qtype="uint4", dtype="float32"
+                )
             },
             {"format": "gptq"},
             "zero points must be integers",
@@ -314,7 +320,7 @@ def test_compressed_tensors_reads_what_we_write(tmp_path):
         state = {name.removeprefix("a."): torch.from_numpy(np.array(file.array(name))) for name in file.tensors}
         compressor = BaseCompressor.get_value_from_registry(config["format"])
         got = compressor.decompress(state, scheme)["weight"]
-        np.testing.assert_array_equal(got.float().numpy(), np.asarray(q.dequantize()))
+        np.testing.assert_array_equal(present(got).float().numpy(), np.asarray(q.dequantize()))
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -323,7 +329,7 @@ def test_bitsandbytes_reads_what_we_write(double, tmp_path):
     library = pytest.importorskip("bitsandbytes")
     q = quantized("nf4", group_size=64, scale_dtype=None)
     if double:
-        q = jq.ptq.double_quantized(weight(64, 512), jq.recipes.nf4(64).weight, reduce_axes=(-1,))
+        q = jq.ptq.double_quantized(weight(64, 512), present(jq.recipes.nf4(64).weight), reduce_axes=(-1,))
     jq.io.save_hf(tmp_path / "out", {"a.weight": q}, format="bitsandbytes")
     file = Checkpoint(tmp_path / "out")
     state = {name.removeprefix("a."): torch.from_numpy(np.array(file.array(name))) for name in file.tensors}

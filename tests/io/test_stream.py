@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from jax_settings import needs_jit
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant import QuantError, Rule, recipes
@@ -76,14 +78,14 @@ def grams(tmp_path):
 
 def test_gptq_with_grams_from_disk(source, grams, tmp_path):
     """The codes are those of the method in memory."""
-    rules = [Rule("proj", recipes.w4a16(32))]
-    jq.io.quantize_hf(source, tmp_path / "out", rules, method=jq.ptq.gptq, grams=grams)
+    spec = recipes.w4a16(32)
+    jq.io.quantize_hf(source, tmp_path / "out", [Rule("proj", spec)], method=jq.ptq.gptq, grams=grams)
     params, _ = jq.io.load_hf(tmp_path / "out")
     known = jq.io.load(grams)
     for name, w in model().items():
         if name in known:
             stats = {"gram": {"gram": known[name][None]}}
-            want = jq.ptq.gptq(jax.numpy.asarray(w), rules[0].spec.weight, reduce_axes=(-1,), stats=stats)
+            want = jq.ptq.gptq(jax.numpy.asarray(w), present(spec.weight), reduce_axes=(-1,), stats=stats)
             np.testing.assert_array_equal(params[name].logical_codes(), want.logical_codes())
 
 
@@ -158,7 +160,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("at", range(1, 7))
 def test_an_interrupted_run_is_continued_to_the_same_bytes(at, source, tmp_path):
-    kwargs = {"shard_bytes": 4000}
+    kwargs: Any = {"shard_bytes": 4000}
     jq.io.quantize_hf(source, tmp_path / "whole", RULES, **kwargs)
     calls = []
 

@@ -1,5 +1,8 @@
 """The leaf decides: a float weight trains, a QTensor runs, and the two compute the same."""
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import pytest
 from flax import serialization
 from jax_settings import flax_promotes
 from linen_cases import CASES, SPECS, assert_close, unequal
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant import recipes
@@ -86,7 +90,8 @@ def test_bfloat16_compute_quantizes_the_stored_weight(name):
     assert trained.dtype == ran.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(trained, np.float32), np.asarray(ran, np.float32))
     assert_close(trained, case.reference(spec, variables, x), 0.03)
-    gradient = jax.jit(jax.grad(lambda p: layer.apply({"params": p}, x, method=case.method).astype("float32").sum()))
+    apply: Any = functools.partial(layer.apply, method=case.method)
+    gradient = jax.jit(jax.grad(lambda p: apply({"params": p}, x).astype("float32").sum()))
     for leaf in jax.tree.leaves(gradient(variables["params"])):
         assert leaf.dtype == jnp.float32
         assert bool(jnp.all(jnp.isfinite(leaf)))
@@ -98,7 +103,7 @@ def test_bfloat16_params():
     layer = jq.linen.QuantDense(6, spec=spec, param_dtype=jnp.bfloat16)
     x = unequal((3, 64)).astype(jnp.bfloat16)
     params = {"kernel": unequal((64, 6), 1).astype(jnp.bfloat16), "bias": jnp.ones(6, jnp.bfloat16)}
-    frozen = {**params, "kernel": jq.quantize(params["kernel"], spec.weight, reduce_axes=(-2,))}
+    frozen = {**params, "kernel": jq.quantize(params["kernel"], present(spec.weight), reduce_axes=(-2,))}
     for dtype in (jnp.bfloat16, jnp.float32):
         trained, ran = (layer.apply({"params": p}, x.astype(dtype)) for p in (params, frozen))
         assert trained.dtype == ran.dtype == dtype
@@ -132,7 +137,7 @@ def test_quantize_params_keeps_the_logits(name):
     spec = SPECS[name]
     model, tokens = Model(spec), jnp.asarray(np.random.default_rng(3).integers(0, 11, (4, 6)))
     variables = jax.jit(model.init)(jax.random.key(0), tokens)
-    if spec.act.static:
+    if present(spec.act).static:
         _, seen = jax.jit(lambda v: model.apply(v, tokens, mutable=["quant"]))(variables)
         variables = {**variables, **seen}
     frozen = {**variables, "params": jq.quantize_params(variables["params"], [jq.Rule(".*", spec)])}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax_settings import flax_promotes
 from linen_cases import CASES, assert_close, assert_same, init, unequal
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant import recipes
@@ -235,7 +236,7 @@ def test_a_masked_kernel_is_quantized_before_the_mask():
 
     @jax.jit
     def run(kernel):
-        q = jq.quantize(kernel, spec.weight, reduce_axes=(-3, -2))
+        q = jq.quantize(kernel, present(spec.weight), reduce_axes=(-3, -2))
         return {
             "trained": apply(layer, kernel),
             "frozen": apply(layer, q),

@@ -8,6 +8,7 @@ import pytest
 from flax.core import freeze
 from jax_settings import needs_jit
 from linen_cases import assert_close, assert_same, unequal
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant import recipes
@@ -51,7 +52,7 @@ def test_calibration_uses_the_range_seen_so_far_in_one_pass():
     np.testing.assert_allclose((variables["quant"]["act"]["lo"], variables["quant"]["act"]["hi"]), (lo, hi))
     # Read only: the same range for any input; what lies outside saturates.
     assert_close(layer.apply(variables, 10 * X), expected(10 * X, lo, hi, spec))
-    frozen = {**variables, "params": {"kernel": jq.quantize(W, spec.weight, reduce_axes=(-2,))}}
+    frozen = {**variables, "params": {"kernel": jq.quantize(W, present(spec.weight), reduce_axes=(-2,))}}
     for apply in (layer.apply, jax.jit(layer.apply)):
         assert_close(apply(frozen, 10 * X), layer.apply(variables, 10 * X), 1e-6)
 
@@ -95,7 +96,7 @@ def test_shapes_of_the_input_may_change_between_batches():
 def test_an_unobserved_range_raises(quant, frozen):
     spec = static()
     layer = jq.linen.QuantDense(4, use_bias=False, spec=spec)
-    variables = {"params": {"kernel": jq.quantize(W, spec.weight, reduce_axes=(-2,)) if frozen else W}}
+    variables = {"params": {"kernel": jq.quantize(W, present(spec.weight), reduce_axes=(-2,)) if frozen else W}}
     if quant == "empty":
         variables["quant"] = {}
     if quant == "fresh":
@@ -136,9 +137,9 @@ def test_gradients_take_the_range_as_a_constant():
 
     def reference(w, x):
         hi = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))
-        scale, _ = jq.scale_zero_point(-hi, hi, spec.act)
-        x = jq.fake_quant(x, spec.act, reduce_axes=(-1,), scale=scale)
-        return jnp.sum(jnp.sin(x @ jq.fake_quant(w, spec.weight, reduce_axes=(-2,))))
+        scale, _ = jq.scale_zero_point(-hi, hi, present(spec.act))
+        x = jq.fake_quant(x, present(spec.act), reduce_axes=(-1,), scale=scale)
+        return jnp.sum(jnp.sin(x @ jq.fake_quant(w, present(spec.weight), reduce_axes=(-2,))))
 
     for got, want in zip(jax.grad(loss, (0, 1))(W, X), jax.grad(reference, (0, 1))(W, X), strict=True):
         assert_close(got, want)

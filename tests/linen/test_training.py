@@ -1,5 +1,7 @@
 """Quantization-aware training is ordinary training: Optax as it is, one trace, the float model's checkpoints."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax_settings import needs_jit, optax_promotes
 from linen_cases import assert_close, assert_same
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant import qat, recipes
@@ -23,7 +26,7 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x):
         conv, dense = (jq.linen.QuantConv, jq.linen.QuantDense) if self.quantized else (nn.Conv, nn.Dense)
-        field = {"spec": self.spec} if self.quantized else {}
+        field: dict[str, Any] = {"spec": self.spec} if self.quantized else {}
         x = nn.relu(conv(8, (3, 3), strides=2, **field)(x))
         x = nn.LayerNorm()(x.reshape(x.shape[0], -1))
         return dense(CLASSES, **field)(nn.relu(dense(16, **field)(x)))
@@ -125,7 +128,8 @@ def test_checkpoints_are_those_of_the_float_model(trained, tmp_path):
         restored = checkpointer.restore(tmp_path / "step", target)
     assert_same(restored, {"params": params, "state": state})
     # The float model runs on them.
-    assert Classifier(quantized=False).apply({"params": restored["params"]}, images[:1]).shape == (1, CLASSES)
+    y: Any = Classifier(quantized=False).apply({"params": restored["params"]}, images[:1])
+    assert y.shape == (1, CLASSES)
 
 
 @optax_promotes
@@ -160,7 +164,7 @@ def test_static_ranges_are_observed_while_training():
     assert len(traces) == 1
     assert losses[-1] < 0.3 * losses[0]
     np.testing.assert_allclose(quant["act"]["hi"], images.max(), rtol=1e-5)
-    frozen = {"bias": params["bias"], "kernel": jq.quantize(params["kernel"], spec.weight, reduce_axes=(-2,))}
+    frozen = {"bias": params["bias"], "kernel": jq.quantize(params["kernel"], present(spec.weight), reduce_axes=(-2,))}
     logits = model.apply({"params": frozen, "quant": quant}, images)
     assert_close(logits, model.apply({"params": params, "quant": quant}, images))
 
@@ -172,7 +176,7 @@ def test_training_around_a_frozen_layer():
     images = images.reshape(len(images), -1)
     model = jq.linen.QuantDense(CLASSES, spec=spec)
     params = model.init(jax.random.key(0), images)["params"]
-    params = {**params, "kernel": jq.quantize(params["kernel"], spec.weight, reduce_axes=(-2,))}
+    params = {**params, "kernel": jq.quantize(params["kernel"], present(spec.weight), reduce_axes=(-2,))}
     tx = qat.freeze_quantized(optax.adam(1e-1))
 
     @jax.jit

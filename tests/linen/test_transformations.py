@@ -1,13 +1,16 @@
 """jit, grad, vmap, scan, remat, eval_shape: the layers go where Flax's go, with float and with quantized weights."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.linen import transforms
 from linen_cases import CASES, SPECS, assert_close, assert_same, unequal
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant import recipes
@@ -34,7 +37,7 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x):
         block = nn.remat(Block) if self.remat else Block
-        axes = {"params": 0, "quant": 0}
+        axes: dict[Any, Any] = {"params": 0, "quant": 0}
         scanned = nn.scan(block, variable_axes=axes, split_rngs={"params": True}, length=DEPTH)
         return scanned(self.spec, name="blocks")(x, None)[0]
 
@@ -83,7 +86,8 @@ def unstack(tree):
 def test_scan_over_stacked_params(name, remat):
     spec = SPECS[name]
     params, x = stacked_params(), unequal((4, WIDTH))
-    scan, loop = Stack(spec, remat), Loop(spec)
+    scan: Any = Stack(spec, remat)
+    loop: Any = Loop(spec)
     rest = {}
     if name == "w8a8-static":
         # A wider batch, so that no activation lies on the edge of its range, where rounding decides on the gradient.
@@ -128,7 +132,7 @@ def test_scanned_variables_are_those_of_flax():
 
 
 @pytest.mark.parametrize(
-    "make", [nn.remat, nn.jit, lambda c: nn.add_metadata_axis(c, {})], ids=["remat", "jit", "axis"]
+    "make", [nn.remat, nn.jit, lambda c: transforms.add_metadata_axis(c, {})], ids=["remat", "jit", "axis"]
 )
 @pytest.mark.parametrize("name", ["dense", "conv", "einsum", "embed"])
 def test_lifted_layer_classes(make, name):
@@ -148,8 +152,9 @@ def test_lifted_layer_classes(make, name):
 @pytest.mark.parametrize("spec", [recipes.w8a8(), jq.OpSpec(jq.QuantSpec("int4", granularity="per_tensor"))], ids=repr)
 def test_vmap_over_models(spec):
     """nn.vmap and jax.vmap over an ensemble of weights."""
+    in_axes: Any = None  # the type of nn.vmap has only int
     heads = nn.vmap(
-        jq.linen.QuantDense, in_axes=None, out_axes=0, variable_axes={"params": 0}, split_rngs={"params": True}
+        jq.linen.QuantDense, in_axes=in_axes, out_axes=0, variable_axes={"params": 0}, split_rngs={"params": True}
     )
     layer, one = heads(5, spec=spec), jq.linen.QuantDense(5, spec=spec)
     x = unequal((4, 16))
@@ -185,7 +190,7 @@ def test_eval_shape_of_init_and_of_abstract_weights():
     x = jax.ShapeDtypeStruct((2, 16), jnp.float32)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
     assert shapes["quant"]["act"]["hi"].shape == ()
-    quantize = functools.partial(jq.quantize, spec=STATIC.weight, reduce_axes=(-2,))
+    quantize = functools.partial(jq.quantize, spec=present(STATIC.weight), reduce_axes=(-2,))
     shapes["params"]["kernel"] = jax.eval_shape(quantize, shapes["params"]["kernel"])
     assert jax.eval_shape(layer.apply, shapes, x).shape == (2, 5)
 
@@ -195,7 +200,8 @@ def test_second_derivatives_and_jvp_do_what_the_ops_do():
     case, spec = CASES["dense"], recipes.w8a8()
     layer, x = case.quant(spec=spec), case.inputs()
     variables = case.freeze(case.init(layer), spec.weight)
-    gradient = jax.grad(lambda v: jnp.sum(layer.apply(v, x)), allow_int=True)(variables)["params"]
+    apply: Any = layer.apply
+    gradient = jax.grad(lambda v: jnp.sum(apply(v, x)), allow_int=True)(variables)["params"]
     np.testing.assert_allclose(gradient["bias"], np.full(6, 3.0))
     assert gradient["kernel"].codes.dtype == jax.dtypes.float0
     assert gradient["kernel"].scale.shape == variables["params"]["kernel"].scale.shape
@@ -209,7 +215,7 @@ def test_constants_of_a_jitted_function():
 
     @jax.jit
     def f(x):
-        frozen = jq.quantize(kernel, STATIC.weight, reduce_axes=(-2,), scale=0.05)
+        frozen = jq.quantize(kernel, present(STATIC.weight), reduce_axes=(-2,), scale=0.05)
         act = {"lo": jnp.float32(-4), "hi": jnp.float32(4), "seen": {"absmax": jnp.full(1, 4.0)}}
         return layer.apply({"params": {"kernel": frozen, "bias": jnp.ones(6)}, "quant": {"act": act}}, x)
 

@@ -1,10 +1,13 @@
 """`jq.linen.wrap`: a model of Flax's own layers, untouched."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from narrowed import untyped
 
 import jaxquant as jq
 from jaxquant import recipes
@@ -38,7 +41,7 @@ def test_wrap_finds_every_product_and_its_float_and_frozen_forms_agree():
     frozen = jq.quantize_params(variables, plan)
     trained, run = jax.jit(qmodel.apply)(variables, X), jax.jit(qmodel.apply)(frozen, X)
     np.testing.assert_allclose(trained, run, rtol=1e-5, atol=1e-5)
-    own = Net().apply(variables, X)
+    own: Any = Net().apply(variables, X)
     error = np.linalg.norm(trained - own) / np.linalg.norm(own)
     assert 1e-4 < error < 0.05  # quantized, and well
 
@@ -48,7 +51,8 @@ def test_wrap_passes_flags_and_returns_updated_collections():
     variables = qmodel.init(jax.random.key(0), X)
     y, updates = qmodel.apply(variables, X, train=True, mutable=["batch_stats"])
     want, own = Net().apply(variables, X, train=True, mutable=["batch_stats"])
-    mean, own_mean = (u["batch_stats"]["BatchNorm_0"]["mean"] for u in (updates, own))
+    collections: list[Any] = [updates, own]
+    mean, own_mean = (u["batch_stats"]["BatchNorm_0"]["mean"] for u in collections)
     np.testing.assert_allclose(mean, own_mean, atol=0.02)
     assert bool(jnp.any(own_mean != 0))
     assert y.shape == want.shape
@@ -57,8 +61,8 @@ def test_wrap_passes_flags_and_returns_updated_collections():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: jq.linen.wrap(Net(), jq.Rule(".*", None)), "wrap: rules must be a sequence of Rule"),
-        (lambda: jq.linen.wrap(Net().apply, []), "wrap: the model must be a Linen module"),
+        (lambda: untyped.linen.wrap(Net(), jq.Rule(".*", None)), "wrap: rules must be a sequence of Rule"),
+        (lambda: untyped.linen.wrap(Net().apply, []), "wrap: the model must be a Linen module"),
     ],
 )
 def test_wrap_refuses(call, message):

@@ -7,6 +7,7 @@ import shutil
 import click.testing
 import pytest
 from models.decoders import GOLDEN
+from narrowed import present
 
 from jaxquant import cli
 
@@ -65,7 +66,7 @@ def test_eval(checkpoint, tmp_path):
     assert "98 predicted, in 2 windows of 64" in done.stdout
     assert "reference" in done.stderr
     found = json.loads(invoke("eval", checkpoint / "int8", *common, "--json").stdout)
-    printed = re.search(r"^perplexity  ([\d.]+)", done.stdout, re.MULTILINE)
+    printed = present(re.search(r"^perplexity  ([\d.]+)", done.stdout, re.MULTILINE))
     assert float(printed[1]) == pytest.approx(found["perplexity"], rel=1e-4)  # by two programs
     assert (found["tokens"], found["kl"], found["architecture"]) == (98, None, "llama")
     assert {"kind": "int8, per channel, symmetric", "tensors": 14}.items() <= found["weights"][0].items()

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,8 @@ def test_with_a_cache(name, dtype):
     """The first tokens at once, the others one at a time: what the whole sequence gives; nearly, in int8."""
     ref, one = reference(name), model(name)
     config, first = one.config, 7
-    cache = empty_cache(config, *ref["ids"].shape, dtype)
+    batch, length = ref["ids"].shape
+    cache = empty_cache(config, batch, length, dtype)
     valid = ref["mask"] == 1
 
     @jax.jit
@@ -243,7 +245,7 @@ def metadata_of(name):
         "attention.head_count_kv": config.num_key_value_heads, "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim, "rope.dimension_count": config.head_dim,
     }  # fmt: skip
-    own = {key: np.uint32(value) for key, value in own.items()}
+    own: dict[str, Any] = {key: np.uint32(value) for key, value in own.items()}
     own["attention.layer_norm_rms_epsilon"] = np.float32(config.rms_norm_eps)
     own["rope.freq_base"] = np.float32({"llama": 100, "qwen3": 100, "gemma3": 1000, "mixtral": 1e6}.get(name, 10000))
     if name == "qwen3":
@@ -339,7 +341,8 @@ def test_written_as_gguf(name, tmp_path):
     one, wanted = load(tmp_path), config_of(stated)
     windows = name == "qwen2"  # a note says so
     layers = tuple(dataclasses.replace(layer, window=None) for layer in wanted.layers) if windows else wanted.layers
-    np.testing.assert_allclose(*([layer.rope.frequencies for layer in x] for x in (one.config.layers, layers)), 1e-6)
+    got, want = ([layer.rope.frequencies for layer in x] for x in (one.config.layers, layers))
+    np.testing.assert_allclose(got, want, 1e-6)
     assert [(x.window, x.mixture) for x in one.config.layers] == [(x.window, x.mixture) for x in layers]
     same = {"layers": wanted.layers, "rms_norm_eps": wanted.rms_norm_eps}
     assert dataclasses.replace(one.config, **same) == wanted

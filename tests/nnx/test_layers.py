@@ -1,6 +1,7 @@
 """The NNX layers against Flax's, and float weights with a spec against quantized ones."""
 
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax_settings import makes_nan, needs_jit
+from narrowed import present
 from nnx_cases import LAYERS, SPECS, assign, calibrated, close, dequantize_params, inits, pure, value, wavy
 
 import jaxquant as jq
@@ -162,7 +164,7 @@ def test_float_weight_with_spec_computes_what_the_quantized_one_does(name, spec)
 def test_a_quantized_weight_without_spec_is_weight_only(name):
     case = LAYERS[name]
     layer = case.ours()
-    q = jq.quantize(value(getattr(layer, case.weight)), W8.weight, reduce_axes=case.reduce_axes)
+    q = jq.quantize(value(getattr(layer, case.weight)), present(W8.weight), reduce_axes=case.reduce_axes)
     assign(getattr(layer, case.weight), q)
     want = call(name, case.dequantized(layer), case.x())
     close(call(name, layer, case.x()), want, 1e-4)
@@ -171,7 +173,7 @@ def test_a_quantized_weight_without_spec_is_weight_only(name):
 def test_activation_only():
     case = LAYERS["linear"]
     layer = case.ours(spec=jq.OpSpec(act=recipes.w8a8().act))
-    x = jq.fake_quant(case.x(), recipes.w8a8().act, reduce_axes=(-1,))
+    x = jq.fake_quant(case.x(), present(recipes.w8a8().act), reduce_axes=(-1,))
     close(layer(case.x()), x @ value(layer.kernel) + value(layer.bias)[None], 1e-4)
 
 
@@ -275,7 +277,8 @@ def test_einsum_variants(subscripts, kernel, x, axes):
 
 def test_einsum_string_in_the_call():
     layer = jq.nnx.QuantEinsum("bd,df->bf", (16, 4), **inits(nnx.Einsum), spec=W8, rngs=nnx.Rngs(0))
-    layer.einsum_str = None
+    nnx_layer: Any = layer
+    nnx_layer.einsum_str = None  # as Flax has it for subscripts that a call gives
     with pytest.raises(jq.QuantError, match="quantize at kernel: only a call says which axes"):
         frozen(layer)
     q = frozen(layer, rules=[jq.Rule("kernel", W8, reduce_axes=(-2,))])
@@ -479,7 +482,10 @@ BAD = {
     ),
     "table of another size": (
         lambda: (
-            assign((e := LAYERS["embed"].ours()).embedding, jq.quantize(wavy((8, 32)), W8.weight, reduce_axes=(-1,)))
+            assign(
+                (e := LAYERS["embed"].ours()).embedding,
+                jq.quantize(wavy((8, 32)), present(W8.weight), reduce_axes=(-1,)),
+            )
             or e(jnp.array([0]))
         ),
         "QuantEmbed at embedding",

@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 from jax_settings import draws, makes_nan, needs_jit, optax_promotes
+from narrowed import present, untyped
 from nnx_cases import MLP, SPECS, Block, assign, calibrated, close, pure, run_stack, stack, value, wavy
 
 import jaxquant as jq
@@ -262,10 +263,10 @@ def test_a_wrapped_model_trains_and_keeps_its_state():
         optimizer.update(wrapped, grads)
         return loss
 
-    count = value(model.dropout.rngs.count)
+    count = value(present(model.dropout.rngs).count)
     losses = [float(step(wrapped, optimizer)) for _ in range(20)]
     assert losses[-1] < 0.5 * losses[0]
-    assert value(model.dropout.rngs.count) == count + 20
+    assert value(present(model.dropout.rngs).count) == count + 20
     assert value(model.seen)["calls"] == 20
     assert value(wrapped.quantize(X).model.seen)["calls"] == 20
     float_model(X)
@@ -348,10 +349,10 @@ RULE = jq.Rule(".*", recipes.w8a16())
 
 BAD = {
     "one rule, no list": (
-        lambda: jq.nnx.wrap(MLP(nnx.Rngs(0), flax=True), RULE),
+        lambda: untyped.nnx.wrap(MLP(nnx.Rngs(0), flax=True), RULE),
         "wrap: rules must be a sequence of Rule",
     ),
-    "not a rule": (lambda: jq.nnx.quantize(MLP(nnx.Rngs(0), flax=True), ["kernel"]), "sequence of Rule"),
+    "not a rule": (lambda: untyped.nnx.quantize(MLP(nnx.Rngs(0), flax=True), ["kernel"]), "sequence of Rule"),
     "a rule that matches nothing": (
         lambda: jq.nnx.quantize(MLP(nnx.Rngs(0)), [jq.Rule("frist", recipes.w8a16()), RULE]),
         "quantize: a rule matches no weight; got pattern='frist'. Nearest weights: 'first/kernel'",

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant import ops, recipes
-from jaxquant.core.by_platform import Target
+from jaxquant.core.by_platform import Platform, Target
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
@@ -41,7 +42,7 @@ def array(shape, seed, dtype=jnp.float32):
     return jax.device_put(np.asarray(values, dtype))
 
 
-def decoded(x, w, x_axes, w_axes, platform="other"):
+def decoded(x, w, x_axes, w_axes, platform: Platform = "other"):
     """The kernel off the CPU, and its problem."""
     problem = Product.of(x, w, x_axes, w_axes, None, jnp.float32)
     kernel = select(problem, Target(platform))
@@ -49,7 +50,7 @@ def decoded(x, w, x_axes, w_axes, platform="other"):
     return kernel, problem
 
 
-def both(x, w, numbers, spec, act=None, platform="other"):
+def both(x, w, numbers, spec, act=None, platform: Platform = "other"):
     """The product of decoded codes, and the float one in float64."""
     (xc, wc), (xb, wb) = numbers
     axes = Axes.of(x.ndim, xb, xc), Axes.of(w.ndim, wb, wc)
@@ -192,7 +193,7 @@ def lowered(fn, *args, platform):
 def test_what_is_lowered_for_other_platforms(platform, rows):
     """One dot of the codes as they lie: no loop, no gather, no array of the weight's shape. A barrier is behind it."""
     spec = recipes.w4a16(32)
-    w = jq.quantize(array((64, 24), 1, jnp.bfloat16), spec.weight, reduce_axes=(-2,)).laid_out("elements")
+    w = jq.quantize(array((64, 24), 1, jnp.bfloat16), present(spec.weight), reduce_axes=(-2,)).laid_out("elements")
     fn = lambda q, x: ops.einsum("bk,kn->bn", x, q, spec=spec)  # noqa: E731
     x = array((rows, 64), 0, jnp.bfloat16)
     text = lowered(fn, w, x, platform=platform)

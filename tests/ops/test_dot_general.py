@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from double_precision import double_precision
 from jax import lax
+from narrowed import present
 from ops_reference import (
     INTEGER,
     MATMUL,
@@ -239,7 +240,7 @@ def test_a_calibrator_of_the_spec():
 def test_stochastic_weights_run_frozen():
     spec = OpSpec(QuantSpec("int8", rounding="stochastic"))
     x, w = unequal(28, (5, 16)), unequal(29, (16, 6))
-    q = quantize(w, spec.weight, reduce_axes=(0,), key=jax.random.key(0))
+    q = quantize(w, present(spec.weight), reduce_axes=(0,), key=jax.random.key(0))
     check_dot(x, q, bound=WEIGHT_ONLY, spec=spec)
 
 

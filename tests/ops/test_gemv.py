@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax_settings import makes_nan, needs_jit
+from narrowed import present
 from ops_reference import INTEGER, MATMUL, dot_error, error, kernel_of, quantized, real, slow_but, spec_of, unequal
 
 import jaxquant as jq
@@ -84,7 +85,8 @@ def test_highest_is_exact(name):
 def test_grids_are_whole_numbers(name):
     """Whole numbers times a unit, in 16 bits: exact but for nf4."""
     qtype = QTYPES[name]
-    of, unit, exact = gemv._numbers(qtype)
+    of, unit, exact = present(gemv._numbers(qtype))
+    assert of is not None
     codes = jnp.arange(1 << qtype.bits, dtype=jnp.uint8)
     whole, values = of(codes), np.asarray(values_of(codes, qtype), np.float64)
     np.testing.assert_allclose(
@@ -102,7 +104,8 @@ def test_grids_are_whole_numbers(name):
 def test_every_pattern_of_fp8(name):
     """As XLA converts it, and as float16 times a unit: with subnormals, infinities, NaN and the sign of zero."""
     qtype, patterns = QTYPES[name], jnp.arange(256, dtype=jnp.uint8)
-    of, unit, _ = gemv._numbers(qtype)
+    of, unit, _ = present(gemv._numbers(qtype))
+    assert of is not None
     want = np.asarray(patterns).view(qtype.code_dtype).astype(np.float32)
     for got in (values_of(patterns, qtype), of(patterns).astype(jnp.float32) * unit):
         np.testing.assert_array_equal(got, want)
@@ -164,11 +167,15 @@ def test_codes_are_decoded_on_their_own(name):
     k, n = 1024, 640
     q, x = quantized(unequal(9, (k, n)), SPECS[name]), jax.ShapeDtypeStruct((1, k), jnp.float32)
     program = jax.jit(product).lower(x, q).compile()
-    loops = [b for b in re.split(r"\n(?=%|ENTRY)", program.as_text()) if re.search(rf"multiply\(.*{gemv.LOOP}/mul", b)]
+    loops = [
+        b
+        for b in re.split(r"\n(?=%|ENTRY)", present(program.as_text()))
+        if re.search(rf"multiply\(.*{gemv.LOOP}/mul", b)
+    ]
     loops = [body for body in loops if re.search(r"= s(8|16)\[.* slice\(", body)]
     assert loops
     assert not any(re.search(r"shift-right|gather\(|u8\[", body) for body in loops)
-    assert program.memory_analysis().temp_size_in_bytes < 0.2 * 4 * k * n
+    assert present(program.memory_analysis()).temp_size_in_bytes < 0.2 * 4 * k * n
 
 
 def test_the_plan_and_the_program_say_so():

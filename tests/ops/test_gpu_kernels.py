@@ -5,6 +5,7 @@ How they compile for an H100, and what they write to memory there, is read in te
 
 import functools
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax_settings import makes_nan
+from narrowed import present
 from ops_reference import dot_error, real, slow_but, unequal
 
 import jaxquant as jq
@@ -29,7 +31,7 @@ from jaxquant.ops.kernels.gpu.tiling import Decoding, blocks
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
 
-GROUPS = {"granularity": "per_group"}
+GROUPS: dict[str, Any] = {"granularity": "per_group"}
 SPECS = {
     "int4 g128": jq.QuantSpec("int4", group_size=128, **GROUPS),
     "int4 g32": jq.QuantSpec("int4", group_size=32, **GROUPS),
@@ -185,7 +187,7 @@ def test_weights_stay_where_they_are(cut):
         here = Product.of(x, w, problem.x_axes, problem.w_axes, None, jnp.float32)
         return run(here, kernel.dtype, interpret=True)
 
-    text = jax.jit(fn).lower(w, x).compile().as_text()
+    text = present(jax.jit(fn).lower(w, x).compile().as_text())
     assert "all-gather" not in text
     assert "all-to-all" not in text
     assert ("all-reduce" in text) == (cut == "contracted")
@@ -198,7 +200,7 @@ def test_rows_are_quantized_where_they_are():
     x = unequal(0, (4, 3, 48))
     fn = lambda x: rows_at_once(x, INT8, (-1,), interpret=True)  # noqa: E731
     placed = on_devices(x, mesh, P("d"))
-    text = jax.jit(fn).lower(placed).compile().as_text()
+    text = present(jax.jit(fn).lower(placed).compile().as_text())
     assert "all-gather" not in text
     wanted = jax.jit(fn)(x)
     for found in (jax.jit(fn)(placed), jax.jit(jax.vmap(fn))(x)):
@@ -212,8 +214,8 @@ def kernel_of(spec, k=64, n=32, *, dtype=jnp.bfloat16, axes=None, act=None):
         lambda: jq.quantize(jnp.zeros((k, n)), spec, reduce_axes=(-2,)).laid_out("elements").replace(dtype=dtype)
     )
     x = jax.ShapeDtypeStruct((8, k), dtype)
-    axes = axes or (Axes((), (0,), (1,)), Axes((), (1,), (0,)))
-    return select(Product.of(x, q, *axes, None, dtype), Target("cuda"))
+    left, right = axes or (Axes((), (0,), (1,)), Axes((), (1,), (0,)))
+    return select(Product.of(x, q, left, right, None, dtype), Target("cuda"))
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -1,10 +1,13 @@
 """Gradients are those of the float product of the fake-quantized or dequantized operands."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from narrowed import present
 from ops_reference import INTEGER, MATMUL, error, quantized, spec_of, unequal
 
 from jaxquant import OpSpec, QTensor, QuantSpec, fake_quant, observers, ops, recipes
@@ -43,7 +46,7 @@ def test_straight_through(name):
 
     def reference(x, w):
         x = x if spec.act is None else fake_quant(x, spec.act, reduce_axes=(1, 3))
-        w = fake_quant(w, spec.weight, reduce_axes=(1, 2))
+        w = fake_quant(w, present(spec.weight), reduce_axes=(1, 2))
         return jnp.sum(lax.dot_general(x, w, BATCHED, precision="highest") * g)
 
     got, want = jax.jit(lambda x, w: [jax.grad(f, (0, 1))(x, w) for f in (loss, reference)])(x, w)
@@ -103,8 +106,8 @@ def test_static_scale():
             return jnp.sum(ops.dot_general(x, w, MATMUL, spec=spec, act_scale=scale, act_zero_point=zero) * g)
 
         def reference(x, w, scale, zero, spec=spec):
-            x = fake_quant(x, spec.act, reduce_axes=(-1,), scale=scale, zero_point=zero)
-            w = w.dequantize() if isinstance(w, QTensor) else fake_quant(w, spec.weight, reduce_axes=(0,))
+            x = fake_quant(x, present(spec.act), reduce_axes=(-1,), scale=scale, zero_point=zero)
+            w = w.dequantize() if isinstance(w, QTensor) else fake_quant(w, present(spec.weight), reduce_axes=(0,))
             return jnp.sum(lax.dot_general(x, w, MATMUL, precision="highest") * g)
 
         scale = jnp.asarray(0.2)
@@ -152,7 +155,10 @@ def test_einsum():
         return jnp.sum(ops.einsum("btd,dhk->bhtk", x, w, spec=spec) * g)
 
     def reference(x, w):
-        x, w = fake_quant(x, spec.act, reduce_axes=(-1,)), fake_quant(w, spec.weight, reduce_axes=(0,))
+        x, w = (
+            fake_quant(x, present(spec.act), reduce_axes=(-1,)),
+            fake_quant(w, present(spec.weight), reduce_axes=(0,)),
+        )
         return jnp.sum(jnp.einsum("btd,dhk->bhtk", x, w, precision="highest") * g)
 
     same_leaves(*(jax.grad(f, (0, 1))(x, w) for f in (loss, reference)))
@@ -162,14 +168,14 @@ def test_einsum():
 def test_convolution(name):
     spec = SPECS[name]
     x, k, g = unequal(16, (2, 6, 5, 3)), unequal(17, (3, 3, 3, 4)), unequal(18, (2, 3, 3, 4))
-    window = dict(window_strides=(2, 2), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    window: Any = dict(window_strides=(2, 2), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     def loss(x, k):
         return jnp.sum(ops.conv_general_dilated(x, k, **window, spec=spec) * g)
 
     def reference(x, k):
         x = x if spec.act is None else fake_quant(x, spec.act, reduce_axes=(1, 2, 3))
-        k = k.dequantize() if isinstance(k, QTensor) else fake_quant(k, spec.weight, reduce_axes=(0, 1, 2))
+        k = k.dequantize() if isinstance(k, QTensor) else fake_quant(k, present(spec.weight), reduce_axes=(0, 1, 2))
         return jnp.sum(lax.conv_general_dilated(x, k, **window, precision="highest") * g)
 
     frozen = quantized(k, spec.weight, (0, 1, 2))
@@ -220,8 +226,8 @@ def test_what_a_compiled_step_holds():
 
     program = jax.jit(jax.grad(loss), static_argnums=2)
     plain, held = (
-        program.lower(w, x, spec).compile().as_text().count(f"f32[{layers},{rows},{width}]{{")
+        present(program.lower(w, x, spec).compile().as_text()).count(f"f32[{layers},{rows},{width}]{{")
         for spec in (None, recipes.w8a8())
     )
-    assert "s8[" in program.lower(w, x, recipes.w8a8()).compile().as_text()
+    assert "s8[" in present(program.lower(w, x, recipes.w8a8()).compile().as_text())
     assert held <= plain

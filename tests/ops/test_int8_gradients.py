@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from narrowed import instance
 from ops_reference import INTEGER, MATMUL, error, quantized, spec_of, unequal
 
 import jaxquant as jq
@@ -33,7 +34,8 @@ def by_hand(x, w, g, numbers, spec):
 
     def parts(v, spec, contract):
         q = jq.quantize(v, spec, reduce_axes=contract)
-        return jnp.round(q.dequantize() / q.scale), q.scale
+        scale = instance(jax.Array, q.scale)
+        return jnp.round(q.dequantize() / scale), scale
 
     (cx, sx), (cw, sw) = parts(x, spec.act, lc), parts(w, spec.weight, rc)
     ones = [jnp.ones([1 if i in c else n for i, n in enumerate(v.shape)], v.dtype) for v, c in ((x, lc), (w, rc))]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from narrowed import untyped
 from ptq_cases import golden, inputs, weight
 
 import jaxquant as jq
@@ -58,7 +59,7 @@ def test_outliers_do_not_spoil_the_rest():
 def test_refusals():
     x = jnp.ones((2, 48))
     with pytest.raises(jq.QuantError, match="llm_int8: the weight must be a symmetric int8 QTensor"):
-        ops.llm_int8(x, W.dequantize())
+        untyped.ops.llm_int8(x, W.dequantize())
     with pytest.raises(jq.QuantError, match="one scale per output"):
         ops.llm_int8(x, jq.quantize(W.dequantize(), INT8, reduce_axes=(-1,)))
     with pytest.raises(jq.QuantError, match="x does not fit the weight"):

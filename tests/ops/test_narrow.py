@@ -1,6 +1,7 @@
 """Activations in bfloat16 and float16: what is multiplied in that dtype, and what that costs in accuracy."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +47,12 @@ def product(x, q, precision=None):
     return jax.jit(lambda x, q: ops.dot_general(x, q, MATMUL, precision, preferred_element_type=WIDE))(x, q)
 
 
-def exact_operands(x, q):
+def exact_operands(x, q) -> tuple[Any, Any]:
     return exact_values(x, q.dequantize(WIDE))
 
 
-def exact_values(*arrays):
-    return [np.asarray(x, np.float64) for x in arrays]
+def exact_values(x, w) -> tuple[Any, Any]:
+    return np.asarray(x, np.float64), np.asarray(w, np.float64)
 
 
 @pytest.mark.parametrize("name", slow_but([*EXACT], "int8"))
@@ -157,7 +158,7 @@ def test_training(spec):
         assert np.all(off <= ROUNDED * np.abs(a @ b) + 2 * ROUNDED * (np.abs(a) @ np.abs(b)))
 
 
-def shapes(spec, rows, dtype, weight):
+def shapes(spec, rows, dtype, weight) -> tuple[Any, Any]:
     """Operands without values."""
     shapes = jax.ShapeDtypeStruct((rows, 64), dtype), jax.ShapeDtypeStruct((64, 16), weight)
     return jax.eval_shape(lambda x, w: (x, quantized(w, spec.weight)), *shapes)

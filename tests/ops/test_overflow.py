@@ -1,6 +1,7 @@
 """Sums that do not fit an int32 are split, and only those."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,10 +113,10 @@ def test_convolution_beyond_the_limit():
     x = saturated((1, 9 * channels), 0).codes.reshape(1, 3, 3, channels)
     w = saturated((9 * channels, 2), 1).codes.reshape(3, 3, channels, 2)
     one = jnp.ones((1, 1, 1, 1))
-    operands = [QTensor(v, one, None, qtype="int8", dtype=jnp.float32) for v in (x, w)]
+    left, right = (QTensor(v, one, None, qtype="int8", dtype=jnp.float32) for v in (x, w))
     exact = np.asarray(x, np.int64).reshape(1, -1) @ np.asarray(w, np.int64).reshape(-1, 2)
     layout = ("NHWC", "HWIO", "NHWC")
-    got = ops.conv_general_dilated(*operands, (1, 1), "VALID", dimension_numbers=layout)
+    got = ops.conv_general_dilated(left, right, (1, 1), "VALID", dimension_numbers=layout)
     assert 9 * channels > INT8
     np.testing.assert_allclose(np.asarray(got, np.float64).reshape(1, 2), exact, rtol=1e-6)
 
@@ -126,9 +127,9 @@ def test_convolution_in_groups_beyond_the_limit():
     x = saturated((1, 2 * channels), 0).codes.reshape(1, 1, 1, 2 * channels)
     w = saturated((channels, 2), 1).codes.reshape(1, 1, channels, 2)
     one = jnp.ones((1, 1, 1, 1))
-    operands = [QTensor(v, one, None, qtype="int8", dtype=jnp.float32) for v in (x, w)]
+    left, right = (QTensor(v, one, None, qtype="int8", dtype=jnp.float32) for v in (x, w))
     groups = np.asarray(x, np.int64).reshape(2, channels), np.asarray(w, np.int64).reshape(channels, 2)
     exact = [groups[0][g] @ groups[1][:, g] for g in range(2)]
-    window = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2)
-    got = ops.conv_general_dilated(*operands, (1, 1), "VALID", **window)
+    window: Any = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2)
+    got = ops.conv_general_dilated(left, right, (1, 1), "VALID", **window)
     np.testing.assert_allclose(np.asarray(got, np.float64).reshape(2), exact, rtol=1e-4)  # a long float sum

@@ -1,6 +1,7 @@
 """Products of the parts that each device of an explicit mesh has: their sum is the product of the whole arrays."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant import recipes
@@ -29,8 +31,9 @@ KINDS = (AxisType.Explicit, AxisType.Explicit)
 def on_devices(fn, operands):
     """``fn`` jitted over eight devices with automatic axes, as where a program's own types are left."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
-    newer = hasattr(jax.sharding, "use_abstract_mesh")
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if newer else jax.sharding.use_mesh(mesh):
+    either: Any = jax.sharding  # JAX 0.6 has use_mesh, and later ones use_abstract_mesh
+    newer = hasattr(either, "use_abstract_mesh")
+    with either.use_abstract_mesh(mesh.abstract_mesh) if newer else either.use_mesh(mesh):
         return jax.jit(fn)(jax.device_put(operands, NamedSharding(mesh, P())))
 
 
@@ -52,7 +55,7 @@ def placed(lhs, rhs, numbers=MATMUL, kinds=KINDS, result=None):
     ],
 )
 def test_how_a_result_lies(lhs, rhs, out, summed):
-    found = placed(lhs, rhs)
+    found = present(placed(lhs, rhs))
     assert found.out.spec == out
     assert found.summed == summed
 
@@ -67,7 +70,7 @@ def test_how_a_result_lies(lhs, rhs, out, summed):
     ],
 )
 def test_a_sum_goes_where_the_program_wants_it(result, out, scattered):
-    found = placed(P("data", "model"), P("model"), result=result)
+    found = present(placed(P("data", "model"), P("model"), result=result))
     assert found.out.spec == out
     assert found.scattered == scattered
 
@@ -102,13 +105,13 @@ def test_automatic_axes_say_nothing():
 )
 def test_whole_blocks_and_bytes(spec, rhs, fits):
     w = jq.quantize(jnp.ones((128, 64)), spec.weight, reduce_axes=(0,))
-    assert placed(None, rhs).rhs.fits(w) == fits
+    assert present(placed(None, rhs)).rhs.fits(w) == fits
 
 
 def test_bytes_of_packed_codes_are_not_cut():
     w = jq.quantize(jnp.ones((20, 64)), jq.QuantSpec("int4"), reduce_axes=(0,))
     assert w.layout == "packed"
-    assert not placed(None, P("model")).rhs.fits(w)  # 5 codes of 4 bits
+    assert not present(placed(None, P("model"))).rhs.fits(w)  # 5 codes of 4 bits
 
 
 SPECS = {
@@ -133,9 +136,9 @@ SPECS = {
     ],
 )
 def test_the_sum_of_the_parts_is_the_whole(name, target, lhs, rhs, result):
-    spec, how = SPECS[name], placed(lhs, rhs, result=result)
+    spec, how = SPECS[name], present(placed(lhs, rhs, result=result))
     x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(4, 512), (512, 128)]))
-    w = jq.ops.lay_out(jq.quantize(w, spec.weight, reduce_axes=(0,)), target)
+    w = jq.ops.lay_out(jq.quantize(w, present(spec.weight), reduce_axes=(0,)), target)
     x = x if spec.act is None else as_codes(x, spec.act, (-1,))
     whole = Product.of(x, w, Axes.of(2, (), (1,)), Axes.of(2, (), (0,)), None, jnp.dtype("float32"))
     assert how.fits(x, w)
@@ -146,11 +149,11 @@ def test_the_sum_of_the_parts_is_the_whole(name, target, lhs, rhs, result):
 
 
 def test_experts_and_a_weight_on_the_left():
-    how = placed(P("model", None, "data"), P("model", "data"), EXPERTS)
+    how = present(placed(P("model", None, "data"), P("model", "data"), EXPERTS))
     assert how.out.spec == P(("model",), None, None)
     assert how.summed == ("data",)
     w, x = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(4, 8, 64), (4, 64, 16)]))
-    q = jq.quantize(w, recipes.w8a16().weight, reduce_axes=(2,))
+    q = jq.quantize(w, present(recipes.w8a16().weight), reduce_axes=(2,))
     whole = Product.of(q, x, Axes.of(3, (0,), (2,)), Axes.of(3, (0,), (1,)), None, jnp.dtype("float32"))
     assert whole.weight_first
     found = on_devices(lambda p: p.on_each_device(run), dataclasses.replace(whole, placed=how))
@@ -161,7 +164,7 @@ def test_experts_and_a_weight_on_the_left():
 @pytest.mark.parametrize("name", ["w8a8", "fp8"])
 def test_codes_of_parts_are_those_of_the_whole(name):
     spec, x = getattr(recipes, name)().act, jax.random.normal(jax.random.key(0), (4, 256))
-    how = placed(P("data"), P(None, "model")).lhs
+    how = present(placed(P("data"), P(None, "model"))).lhs
     found = on_devices(lambda x: in_parts(x, spec=spec, axes=(-1,), parts=how), x)
     expected = as_codes(x, spec, (-1,))
     assert isinstance(found, QTensor)
@@ -171,8 +174,8 @@ def test_codes_of_parts_are_those_of_the_whole(name):
 
 def test_parts_of_a_layer_stay_in_the_stack():
     """A copy of the layer would take as long as reading it."""
-    stack = jq.quantize(jnp.ones((3, 64, 32)), recipes.w8a16().weight, reduce_axes=(-2,))
-    how = placed(None, P("model")).rhs
+    stack = jq.quantize(jnp.ones((3, 64, 32)), present(recipes.w8a16().weight), reduce_axes=(-2,))
+    how = present(placed(None, P("model"))).rhs
 
     def part(stack, index):
         layer = jax.tree.map(lambda v: v[0], stack).layer_of(stack, index)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from double_precision import double_precision
 from jax import lax
+from narrowed import present
 from ops_reference import INTEGER, WEIGHT_ONLY, error, quantized, real, spec_of, unequal
 
 from jaxquant import OpSpec, QuantError, fake_quant, ops, recipes
@@ -94,7 +95,7 @@ def test_gradients(name):
 
     def reference(x, w):
         x = x if spec.act is None else fake_quant(x, spec.act, reduce_axes=(1,))
-        w = fake_quant(w, spec.weight, reduce_axes=(1,))
+        w = fake_quant(w, present(spec.weight), reduce_axes=(1,))
         return jnp.sum(lax.ragged_dot(x, w, SIZES, precision="highest") * g)
 
     for got, want in zip(*(jax.grad(f, (0, 1))(x, w) for f in (loss, reference)), strict=True):

@@ -2,6 +2,7 @@
 
 import functools
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def product(x, q, spec=None):
 def test_loops_have_whole_groups_or_lie_in_one(planes, group, groups):
     """Of a plane of so many groups: lanes and chunks cover it, and none straddles the end of a group."""
     scale = np.zeros((1, 1, groups))
-    w = types.SimpleNamespace(planes=planes, shape=(1, 1, planes * group * groups), scale=scale, multiplier=None)
+    w: Any = types.SimpleNamespace(planes=planes, shape=(1, 1, planes * group * groups), scale=scale, multiplier=None)
     cut = gemv._chunks_of(w)
     if cut is not None:
         size = cut.lanes * cut.terms

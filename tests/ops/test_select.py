@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant import ops, recipes
@@ -172,13 +173,16 @@ def problems():
     for spec, count, dtype in itertools.product(schemes, (1, 100), (float32, jnp.bfloat16)):
         x = jax.ShapeDtypeStruct((count, 256), dtype)
         codes = x if spec.act is None else TrainedTensor(abstract(x.shape, dtype, spec.act, (-1,), stored=False), None)
-        w = abstract((256, 128), jnp.dtype(dtype), spec.weight, (-2,), stored=False)
+        w = abstract((256, 128), jnp.dtype(dtype), present(spec.weight), (-2,), stored=False)
         for weight in (stored(spec, dtype, "cpu"), stored(spec, dtype, "tpu"), TrainedTensor(w, None)):
             yield Product.of(codes, weight, *axes, None, dtype)
     for spec in (recipes.w8a8(), recipes.w4a8(128)):
-        x, w = abstract((2000, 256), rows.dtype, spec.act, (-1,), stored=False), stored(spec, jnp.bfloat16, "tpu")
+        x, w = (
+            abstract((2000, 256), rows.dtype, present(spec.act), (-1,), stored=False),
+            stored(spec, jnp.bfloat16, "tpu"),
+        )
         yield Product.of(x, w, *axes, None, jnp.bfloat16)
-        few = abstract((8, 256), rows.dtype, spec.act, (-1,), stored=False)
+        few = abstract((8, 256), rows.dtype, present(spec.act), (-1,), stored=False)
         stack = jax.tree.map(lambda v: jax.ShapeDtypeStruct((2, *v.shape), v.dtype), w)
         for x in (few, jax.ShapeDtypeStruct((8, 256), jnp.bfloat16)):
             yield Product.of(x, w.layer_of(stack, jax.ShapeDtypeStruct((), jnp.int32)), *axes, None, jnp.bfloat16)
@@ -190,13 +194,13 @@ def problems():
     for spec in (recipes.w8a8(), recipes.w8a16(), recipes.w4a16(16)):
         x = jax.ShapeDtypeStruct((6, 64, 4), float32)
         codes = x if spec.act is None else abstract(x.shape, jnp.dtype(float32), spec.act, (-2, -1), stored=False)
-        w = abstract((8, 64, 4), jnp.dtype(float32), spec.weight, (-2, -1), stored=False)
+        w = abstract((8, 64, 4), jnp.dtype(float32), present(spec.weight), (-2, -1), stored=False)
         yield Convolution.of(codes, w, None, float32, geometry)
         x, sizes = jax.ShapeDtypeStruct((6, 64), float32), jax.ShapeDtypeStruct((3,), jnp.int32)
         codes = x if spec.act is None else abstract(x.shape, jnp.dtype(float32), spec.act, (-1,), stored=False)
-        experts = abstract((3, 64, 8), jnp.dtype(float32), spec.weight, (-2,))
+        experts = abstract((3, 64, 8), jnp.dtype(float32), present(spec.weight), (-2,))
         yield RaggedProduct(codes, experts, None, float32, sizes)
-    experts = abstract((3, 128, 128), jnp.dtype(jnp.bfloat16), recipes.w8a16().weight, (-2,))
+    experts = abstract((3, 128, 128), jnp.dtype(jnp.bfloat16), present(recipes.w8a16().weight), (-2,))
     tables = jax.eval_shape(
         lambda w: ops.lay_out(w, "tpu"), abstract((3, 128, 128), rows.dtype, jq.QuantSpec("mxfp4"), (-2,))
     )

@@ -9,6 +9,7 @@ import pytest
 from double_precision import double_precision
 from flax import nnx
 from jax_settings import makes_nan
+from narrowed import instance
 from ops_reference import MATMUL, unequal
 
 import jaxquant as jq
@@ -153,11 +154,12 @@ def test_no_nan_of_its_own():
 @pytest.mark.parametrize("size", [1.3e-38, 2e-38, 1e-36, 1.0, 1e30, 2e38])
 def test_the_ends_of_the_range(qtype, signs, size):
     """Half a step, from the smallest normal number on; a step is at least that number."""
-    x = (np.linspace(*signs, 16) * size).astype(np.float32)
+    low, high = signs
+    x = (np.linspace(low, high, 16) * size).astype(np.float32)
     x = np.where(np.abs(x) < np.finfo(np.float32).tiny, 0, x)[None]  # XLA takes subnormal numbers for 0
     q = jq.quantize(x, QuantSpec(qtype, symmetric=False), reduce_axes=-1)
     levels = 2 ** int(qtype[-1]) - 1
     step = max((max(x.max(), 0) / levels - min(x.min(), 0) / levels), np.finfo(np.float32).tiny)
-    np.testing.assert_allclose(q.scale, step, rtol=1e-6)
+    np.testing.assert_allclose(instance(jax.Array, q.scale), step, rtol=1e-6)
     off = np.abs(np.asarray(q.dequantize(), np.float64) - x)
     assert off.max() <= 0.5001 * step + np.finfo(np.float32).tiny / 2

@@ -1,5 +1,7 @@
 """take agrees with jnp.take on the dequantized table: in every mode, axis and storage."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,7 +139,8 @@ def test_gradients():
 @makes_nan
 def test_without_quantization_it_is_jnp():
     table = unequal(8, (6, 8))
-    for kwargs in ({}, {"axis": 1}, {"axis": 0, "mode": "clip"}, {"axis": 0, "fill_value": 3.0}):
+    cases: list[Any] = [{}, {"axis": 1}, {"axis": 0, "mode": "clip"}, {"axis": 0, "fill_value": 3.0}]
+    for kwargs in cases:
         for spec in (None, OpSpec(), OpSpec(act=spec_of("int8"))):
             np.testing.assert_array_equal(
                 ops.take(table, OUTSIDE, spec=spec, **kwargs), jnp.take(table, OUTSIDE, **kwargs)

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax_settings import makes_nan, needs_jit
+from narrowed import instance, present
 
 import jaxquant as jq
 from jaxquant import ops, recipes
@@ -315,7 +316,7 @@ def test_words_of_a_table(name: str):
 def test_a_layer_of_a_stack(rows: int, monkeypatch: pytest.MonkeyPatch):
     """The kernel finds it by its number: the product is that of the layer alone, to the bit."""
     w, x = weight(SPECS["uint4 64 zero"], (256, 128)), normal(2, (rows, 256))
-    w = w.replace(offset=0.1 * w.scale)
+    w = w.replace(offset=0.1 * instance(jax.Array, w.scale))
     layers = [w, jax.tree.map(lambda v: jnp.flip(v, -1), w)]  # no array is that of the other layer
     stack = jax.tree.map(lambda *v: jnp.stack(v), *layers)
     for i, alone in enumerate(layers):
@@ -614,7 +615,7 @@ def test_weights_that_the_near_memory_does_not_hold(spec: jq.OpSpec, name: str):
 
     def kernel_of(columns: int) -> str:
         w = jax.ShapeDtypeStruct((4096, columns), jnp.bfloat16)
-        w = jax.eval_shape(lambda w: jq.ops.lay_out(jq.quantize(w, spec.weight, reduce_axes=(-2,)), "tpu"), w)
+        w = jax.eval_shape(lambda w: jq.ops.lay_out(jq.quantize(w, present(spec.weight), reduce_axes=(-2,)), "tpu"), w)
         return select(problem_of(x, w), Target("tpu")).name
 
     assert kernel_of(128256) == name
@@ -631,7 +632,7 @@ def test_weights_of_symbolic_size(spec: jq.OpSpec):
     """As in a program that is exported for every width: no kernel has blocks for them, and none fails to say so."""
     k, n = jax.export.symbolic_shape("128*k, 128*n")
     w = jax.eval_shape(
-        lambda w: jq.ops.lay_out(jq.quantize(w, spec.weight, reduce_axes=(-2,)), "tpu"),
+        lambda w: jq.ops.lay_out(jq.quantize(w, present(spec.weight), reduce_axes=(-2,)), "tpu"),
         jax.ShapeDtypeStruct((k, n), jnp.bfloat16),
     )
     for chip in (None, V6E, V7X, "TPU v5"):

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax import ad_checkpoint, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax_settings import needs_jit
+from narrowed import present
 from ops_reference import INTEGER, MATMUL, WEIGHT_ONLY, error, quantized, slow_but, spec_of, unequal
 
 from jaxquant import OpSpec, QTensor, ops, recipes
@@ -201,7 +202,7 @@ def test_shard_map(name):
         want = jax.jit(g)(x, w)
         assert error(dx, want[0]) <= 1e-5
         assert error(dw, want[1]) <= 1e-5
-    if spec.weight.granularity == "per_channel":
+    if present(spec.weight).granularity == "per_channel":
         leaves = [P("d"), P(None, "d"), P(None, "d")][: len(jax.tree.leaves(q))]
         specs = jax.tree.unflatten(jax.tree.structure(q), leaves)
         got = jax.jit(jax.shard_map(f, mesh=mesh(), in_specs=(P(), specs), out_specs=P(None, "d")))(x, q)
@@ -253,7 +254,7 @@ def test_policies_of_checkpoint_keep_products_as_dots(policy, mapped, capsys):
 
         one = jax.checkpoint(layer, policy=getattr(jax.checkpoint_policies, policy))
         f = (lambda x: jnp.sum(jax.vmap(one)(x))) if mapped else lambda x: one(x[0])
-        jax.ad_checkpoint.print_saved_residuals(f, x)
+        ad_checkpoint.print_saved_residuals(f, x)
         shape = "f32[3,8,16] output of" if mapped else "f32[8,16] output of"
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith(shape)]
 

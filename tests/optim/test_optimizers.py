@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_settings import donates, makes_nan, needs_jit, optax_promotes
+from narrowed import untyped
 from ptq_cases import golden
 
 import jaxquant as jq
@@ -51,7 +53,7 @@ def by_table(y, qtype):
     return jnp.asarray(lookup)[jnp.floor((jnp.clip(y, -1, 1) + 1) * 0.5 * 65535 + 0.5).astype(jnp.int32)]
 
 
-def theirs(ref, t, p, qmaps):
+def theirs(ref, t, p, qmaps) -> dict[str, Any]:
     """A state in the golden file as an entry of bitsandbytes' state dict; before the first step: zeros."""
     entry = {"step": t}
     for i in qmaps:
@@ -67,7 +69,7 @@ def test_steps_and_states_are_those_of_bitsandbytes(name, monkeypatch):
     monkeypatch.setattr(storage, "nearest_codes", by_table)
     tx, ref = CASES[name][0], golden(name)
     qmaps = [i for i in (1, 2) if f"qmap{i}" in ref]
-    params = {size: jnp.asarray(ref[f"p0.{size}"]) for size in SIZES}
+    params: Any = {size: jnp.asarray(ref[f"p0.{size}"]) for size in SIZES}
     small = {f"state{i}": np.zeros((2, 100) if name == "ademamix8bit" and i == 1 else 100, np.float32) for i in qmaps}
     states = {0: theirs(ref, 0, params["big"], qmaps), 1: {"step": 0, **small}}
     state, update = optim.from_bitsandbytes(states, tx.init(params), params, names=SIZES), jax.jit(tx.update)
@@ -135,9 +137,9 @@ def test_bitsandbytes_goes_on_from_our_states(monkeypatch):
     torch, bnb = pytest.importorskip("torch"), pytest.importorskip("bitsandbytes.optim")
     rng = np.random.default_rng(0)
     w, grads = rng.normal(size=(64, 64)).astype(np.float32), rng.normal(size=(2, 64, 64)).astype(np.float32)
-    tx, params = optim.adam8bit(0.01), {"w": jnp.asarray(w)}
-    updates, state = tx.update({"w": jnp.asarray(grads[0])}, tx.init(params))
-    params = optax.apply_updates(params, updates)
+    tx, first = optim.adam8bit(0.01), {"w": jnp.asarray(w)}
+    updates, state = tx.update({"w": jnp.asarray(grads[0])}, tx.init(first))
+    params: Any = optax.apply_updates(first, updates)
     p = torch.nn.Parameter(torch.tensor(np.asarray(params["w"])))
     optimizer = bnb.Adam8bit([p], lr=0.01)
     entries = {i: {k: v if k == "step" else torch.tensor(v) for k, v in e.items()}
@@ -146,7 +148,8 @@ def test_bitsandbytes_goes_on_from_our_states(monkeypatch):
     p.grad = torch.tensor(grads[1])
     optimizer.step()
     updates, state = tx.update({"w": jnp.asarray(grads[1])}, state)
-    np.testing.assert_allclose(optax.apply_updates(params, updates)["w"], p.detach().numpy(), rtol=1e-4, atol=1e-5)
+    got: Any = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(got["w"], p.detach().numpy(), rtol=1e-4, atol=1e-5)
     back = optim.from_bitsandbytes(optimizer.state_dict()["state"], state, params)
     for name in ("m", "v"):
         ours, its = (own(s).moments[name]["w"] for s in (state, back))
@@ -167,7 +170,7 @@ def test_codes_are_the_nearest(qtype):
     @given(st.lists(st.tuples(bits, st.booleans()), min_size=64, max_size=64))
     def law(drawn):
         y = np.asarray([b for b, _ in drawn], np.int32).view(np.float32)
-        y = np.concatenate([np.where([s for _, s in drawn], -y, y), near, np.float32([0, -0.0, 1, -1])])
+        y = np.concatenate([np.where([s for _, s in drawn], -y, y), near, np.array([0, -0.0, 1, -1], np.float32)])
         np.testing.assert_array_equal(run(y), np.searchsorted(m, y, side="left"))
 
     law()
@@ -257,10 +260,10 @@ def test_trains_like_float(name):
 
 def test_rules_and_the_leaf_say_what_is_kept():
     params = {"embed": jnp.ones((64, 128)), "layers": [{"kernel": jnp.ones((64, 128)), "bias": jnp.ones(128)}]}
-    tx = optim.scale_by_adam8bit()
-    state = tx.init(params)
+    tx, of_one = optim.scale_by_adam8bit(), optim.Storage(exempt=r"^layers/0/kernel$")
+    state = own(tx.init(params))
     m = state.moments["m"]
-    named = optim.scale_by_adam8bit(storage=optim.Storage(exempt=r"^layers/0/kernel$")).init(params).moments["v"]
+    named = own(optim.scale_by_adam8bit(storage=of_one).init(params)).moments["v"]
     assert named["embed"].qtype == "udynamic8"
     assert named["layers"][0]["kernel"].dtype == jnp.float32
     assert m["embed"].dtype == m["layers"][0]["bias"].dtype == jnp.float32
@@ -268,7 +271,7 @@ def test_rules_and_the_leaf_say_what_is_kept():
     # A state that is given is kept as it is: here with the second moment on the signed map.
     signed = jax.tree.map(lambda x: x, m)
     _, state = tx.update(params, optim.State(state.count, {"m": m, "v": signed}))
-    assert state.moments["v"]["layers"][0]["kernel"].qtype == "dynamic8"
+    assert own(state).moments["v"]["layers"][0]["kernel"].qtype == "dynamic8"
 
 
 def test_saves_and_restores(tmp_path):
@@ -329,7 +332,7 @@ def test_hyperparameters_may_be_traced():
     tx = optax.inject_hyperparams(optim.adamw8bit, static_args="storage")(learning_rate=0.1)
     state = tx.init(params)
     updates, _ = jax.jit(tx.update)(params, state, params)
-    want, _ = optim.adamw8bit(0.1).update(params, optim.adamw8bit(0.1).init(params), params)
+    want: Any = optim.adamw8bit(0.1).update(params, optim.adamw8bit(0.1).init(params), params)[0]
     np.testing.assert_allclose(updates["w"], want["w"], rtol=2**-24 / (1 - 0.999))  # of b2 in float32
 
 
@@ -342,7 +345,7 @@ def test_hyperparameters_may_be_traced():
         (lambda: optim.adam8bit(-1e-3), "learning_rate must be finite and not negative"),
         (lambda: optim.adagrad8bit(1e-3, eps=float("nan")), "adagrad8bit: eps must be finite"),
         (lambda: optim.lion8bit("fast"), "learning_rate must be a number"),
-        (lambda: optim.scale_by_adam8bit(storage=8), "storage must be a Storage"),
+        (lambda: untyped.optim.scale_by_adam8bit(storage=8), "storage must be a Storage"),
         (lambda: optim.Storage("int8"), "Storage: signed must be a type for such moments"),
         (lambda: optim.Storage(block=0), "Storage: block must be an integer from 2 on"),
         (lambda: optim.Storage(block=3), "whole bytes"),

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from narrowed import present
 
 from jaxquant.programs import schedules
 from jaxquant.programs.chips import CHIPS
@@ -142,7 +143,7 @@ def test_arrays_of_a_type():
 
 
 def compiled(f, *args):
-    return Program(jax.jit(f).lower(*args).compile().as_text())
+    return Program(present(jax.jit(f).lower(*args).compile().as_text()))
 
 
 def test_what_a_scan_multiplies():
@@ -165,7 +166,7 @@ def test_what_a_scan_multiplies():
 )
 def test_taps_of_a_convolution(size, stride, low, high, holes, steps):
     """A convolution of ones has one for each multiplication that counts: no padding, nothing that dilation put in."""
-    x, w = np.ones((1, 3, 7), np.float32), np.ones((5, 3, size), np.float32)
+    x, w = jnp.ones((1, 3, 7), jnp.float32), jnp.ones((5, 3, size), jnp.float32)
     dilated = (7 - 1) * holes + 1
     if low + high + dilated < (size - 1) * steps + 1:
         return

@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant import ops, recipes
@@ -45,7 +46,7 @@ FASTER = ("w8a16", "fp8 weights", "w4a16")  # by XLA's own product at eight rows
 
 def weight(spec: jq.OpSpec, *lead: int) -> Any:
     def make(w: jax.Array) -> Any:
-        return jq.quantize(w, spec.weight, reduce_axes=(-2,)).store((-2,))
+        return jq.quantize(w, present(spec.weight), reduce_axes=(-2,)).store((-2,))
 
     for _ in lead:
         make = jax.vmap(make)
@@ -122,21 +123,21 @@ def test_a_kernel_is_estimated_by_its_own_schedule(float_seconds: float):
     ("target", "name", "chip", "dtype"),
     [("tpu", "w4a16 g128", "tpu v5e", "bfloat16"), ("tpu", "w4a8 g128", "tpu v6e", "int8")],
 )
-def test_the_floor_of_a_kernel_is_that_of_the_product_by_xla(target: str, name: str, chip: str, dtype: str):
+def test_the_floor_of_a_kernel_is_that_of_the_product_by_xla(target: Literal["tpu"], name: str, chip: str, dtype: str):
     """The arithmetic counts once, at the peak of what the scheme multiplies; of three examples in a `vmap`, thrice."""
     spec, shape, rows = SCHEMES[name], (512, 512), (3, 256)
     q = jax.eval_shape(
-        lambda w: jq.ops.lay_out(jq.quantize(w, spec.weight, reduce_axes=(-2,)), target),
+        lambda w: jq.ops.lay_out(jq.quantize(w, present(spec.weight), reduce_axes=(-2,)), target),
         jax.ShapeDtypeStruct(shape, jnp.bfloat16),
     )
     of_kernel = jax.vmap(product(spec), (None, 0))
     given = jax.ShapeDtypeStruct((*rows, shape[0]), jnp.bfloat16)
     use = jq.explain(of_kernel, {"w": q}, given, target=chip)["w"]
     assert use.kernels == ("grouped_values",)
-    codes = [jax.ShapeDtypeStruct(s, dtype) for s in ((math.prod(rows), shape[0]), shape)]
+    codes = tuple(jax.ShapeDtypeStruct(s, dtype) for s in ((math.prod(rows), shape[0]), shape))
     (plain,) = (p for *_, p in products(Program(compiled_for("test", chip, jnp.dot, codes).executable.as_text())))
     assert use.floor == pytest.approx(plain.operations / CHIPS[chip].peak(plain.dtype))
-    assert use.floor > use.nbytes / CHIPS[chip].bandwidth
+    assert present(use.floor) > use.nbytes / CHIPS[chip].bandwidth
 
 
 @pytest.mark.slow
@@ -154,7 +155,7 @@ def test_many_rows_by_a_table_where_bytes_are_gathered():
 def test_columns_that_are_not_stored_last():
     """As of a vocabulary over four devices: XLA stores another axis last, and that order stays."""
     spec, shape = SCHEMES["w4a16 g128"], jax.ShapeDtypeStruct((512, 576), jnp.bfloat16)
-    q = jax.eval_shape(lambda w: jq.ops.lay_out(jq.quantize(w, spec.weight, reduce_axes=(-2,)), "tpu"), shape)
+    q = jax.eval_shape(lambda w: jq.ops.lay_out(jq.quantize(w, present(spec.weight), reduce_axes=(-2,)), "tpu"), shape)
     args = {"w": q}, jax.ShapeDtypeStruct((8, 512), jnp.bfloat16)
     program = Program(compiled_for("test", "tpu v5e", product(spec), args).executable.as_text())
     steps = [i for body in program.computations.values() for i in body.values()]
@@ -307,7 +308,7 @@ def test_kernels_on_explicit_axes(name: str, lead: tuple[int, ...]):
 def test_the_schedule_of_a_kernel_whose_scales_xla_stores_in_another_order():
     """Of 28 groups, as a quarter of Mixtral's hidden axis has: a copy in the chip's memory had ended the compiler."""
     spec = SCHEMES["w4a16 g128"]
-    make = jax.vmap(lambda w: jq.quantize(w, spec.weight, reduce_axes=(-2,)))
+    make = jax.vmap(lambda w: jq.quantize(w, present(spec.weight), reduce_axes=(-2,)))
     q = jax.eval_shape(lambda w: jq.ops.lay_out(make(w), "tpu"), jax.ShapeDtypeStruct((8, 3584, 4096), jnp.bfloat16))
     fn = lambda p, x, sizes: ops.ragged_dot(x, p["w"], sizes, spec=spec)  # noqa: E731
     args = jax.ShapeDtypeStruct((2, 3584), jnp.bfloat16), jax.ShapeDtypeStruct((8,), jnp.int32)
@@ -331,7 +332,7 @@ def test_a_table_for_lookups_and_products():
     spec = recipes.w8a16()
     table = jax.eval_shape(
         lambda: jq.ops.lay_out(
-            jq.quantize(jnp.zeros((SIZE, SIZE), jnp.bfloat16), spec.weight, reduce_axes=(-1,)), "tpu"
+            jq.quantize(jnp.zeros((SIZE, SIZE), jnp.bfloat16), present(spec.weight), reduce_axes=(-1,)), "tpu"
         )
     )
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from double_precision import double_precision
+from narrowed import untyped
 from ptq_cases import CELLS, FAST_CELLS, error, gram, inputs, spec, weight
 
 import jaxquant as jq
@@ -60,7 +61,7 @@ def test_a_diagonal_matrix_and_its_diagonal_are_one():
 
 @pytest.mark.parametrize("qtype", ["nvfp4", "nf4"])
 def test_other_grids(qtype):
-    of = jq.QuantSpec(qtype, **({} if qtype == "nvfp4" else dict(granularity="per_group", group_size=16)))
+    of = jq.QuantSpec("nvfp4") if qtype == "nvfp4" else jq.QuantSpec(qtype, granularity=jq.PerGroup(16))
     q, nearest = clipped(W, of, reduce_axes=(-2,), stats=STATS), rtn(W, of, reduce_axes=(-2,))
     assert jax.tree.structure(q) == jax.tree.structure(nearest)
     assert block_error(X, W, q, 16) < block_error(X, W, nearest, 16)
@@ -77,4 +78,4 @@ def test_refusals():
     with pytest.raises(jq.QuantError, match="clipped: needs the Gram matrix"):
         clipped(W, spec(3, 16, True), reduce_axes=(-2,))
     with pytest.raises(jq.QuantError, match="clipped: unknown weighting"):
-        clipped(W, spec(3, 16, True), reduce_axes=(-2,), weighting="mse")
+        untyped.ptq.clipped(W, spec(3, 16, True), reduce_axes=(-2,), weighting="mse")

@@ -89,7 +89,7 @@ def test_blocks_do_not_change_the_result(block_size):
 @pytest.mark.parametrize("qtype", ["nf4", "nvfp4", pytest.param("mxfp4", marks=pytest.mark.slow)])
 def test_other_grids(qtype):
     x, w = inputs(128, 64), weight(64, N)
-    of = jq.QuantSpec(qtype, **(dict(granularity="per_group", group_size=32) if qtype == "nf4" else {}))
+    of = jq.QuantSpec("nf4", granularity=jq.PerGroup(32)) if qtype == "nf4" else jq.QuantSpec(qtype)
     q, first = descend(w, of, reduce_axes=(-2,), stats=gram(x)), gptq(w, of, reduce_axes=(-2,), stats=gram(x))
     assert [(a.shape, a.dtype) for a in jax.tree.leaves(q)] == [(a.shape, a.dtype) for a in jax.tree.leaves(first)]
     assert np.all(damped_error(x, w, q) <= damped_error(x, w, first) * (1 + 1e-5))

@@ -1,8 +1,10 @@
 """Double quantization: bitsandbytes' own codes and scales."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from narrowed import instance
 from ptq_cases import golden, weight
 
 import jaxquant as jq
@@ -21,11 +23,13 @@ def test_codes_are_those_of_bitsandbytes(qtype):
     codes = np.stack([pair >> 4, pair & 15], axis=-1).reshape(48, 128)
     grid = np.asarray(QTYPES[qtype].table)  # fp4 has two codes for 0
     np.testing.assert_array_equal(grid[np.asarray(q.logical_codes())], grid[codes])
-    np.testing.assert_allclose(np.asarray(q.scale.scale).reshape(-1), ref["weight.nested_absmax"], rtol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(instance(jq.QTensor, q.scale).scale).reshape(-1), ref["weight.nested_absmax"], rtol=1e-6
+    )
     # bitsandbytes finds the code through a table of 65536 entries: it may be the second nearest, just off a middle.
     table = np.asarray(QTYPES["dynamic8"].table, np.float32)
     rank = np.argsort(np.argsort(table, kind="stable"))
-    own, theirs = np.asarray(q.scale.logical_codes()).reshape(-1), ref["weight.absmax"]
+    own, theirs = np.asarray(instance(jq.QTensor, q.scale).logical_codes()).reshape(-1), ref["weight.absmax"]
     assert np.abs(rank[own].astype(int) - rank[theirs].astype(int)).max() <= 1
     assert np.mean(own == theirs) > 0.98
     near = np.asarray(q.dequantize(jnp.float32)), ref["ref_dequant"].astype(np.float32)
@@ -37,7 +41,8 @@ def test_scales_take_a_quarter_and_hardly_lose():
     q, single = double_quantized(w, G16, reduce_axes=(-2,), group_size=32), rtn(w, G16, reduce_axes=(-2,))
     assert q.shape == single.shape
     assert q.nbytes < single.nbytes - 2 * single.scale.size
-    np.testing.assert_allclose(q.scale.dequantize(), single.scale, atol=0.03 * float(single.scale.max()))
+    found, want = instance(jq.QTensor, q.scale).dequantize(), instance(jax.Array, single.scale)
+    np.testing.assert_allclose(found, want, atol=0.03 * float(want.max()))
 
 
 @pytest.mark.parametrize("shape, size", [((48, 100), 256), ((16 * 5, 103), 256), ((16, 300), 256), ((64, 6), 7)])
@@ -53,7 +58,7 @@ def test_groups_over_all_scales_in_their_order(shape, size):
         part = flat[start : start + size]
         most = np.abs(part).max()
         expected[start : start + size] = most * table[np.abs(part[:, None] / most - table).argmin(1)] if most else 0
-    found = np.asarray(q.scale.dequantize()).T.reshape(-1)
+    found = np.asarray(instance(jq.QTensor, q.scale).dequantize()).T.reshape(-1)
     np.testing.assert_allclose(found, expected + mean, atol=2e-6 * np.abs(scale).max())
 
 

@@ -1,12 +1,14 @@
 """GPTQ: equal to AutoGPTQ and to the definition; every kind of weight, grid and Gram matrix."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax_settings import makes_nan, needs_jit
+from narrowed import present
 from ptq_cases import CELLS, FAST_CELLS, FullRange, error, golden, gram, inputs, spec, weight
 
 import jaxquant as jq
@@ -38,7 +40,7 @@ def test_codes_are_those_of_autogptq(name):
     ref = golden(f"autogptq_{name}")
     w, h = ref["W"].T, ref["H"]
     calibration = FullRange(bits=bits) if symmetric else None
-    how = dict(granularity="per_group", group_size=group) if group else {}
+    how: Any = dict(granularity="per_group", group_size=group) if group else {}
     of = jq.QuantSpec(f"uint{bits}", symmetric=False, calibration=calibration, **how)
     stats = {"gram": {"gram": jnp.asarray(h)[None], "rows": jnp.float32(2)}}
     order = "descending" if act else "given"
@@ -92,7 +94,7 @@ def test_beats_rounding_to_nearest_in_every_cell(bits, group, symmetric):
 ])  # fmt: skip
 def test_every_grid(qtype):
     x, w = inputs(128, 64), weight(64, N)
-    group = dict(granularity="per_group", group_size=32) if qtype in ("nf4", "fp4") else {}
+    group: Any = dict(granularity="per_group", group_size=32) if qtype in ("nf4", "fp4") else {}
     of = jq.QuantSpec(qtype, symmetric=not qtype.startswith("u"), **group)
     q = gptq(w, of, reduce_axes=(-2,), stats=gram(x))
     nearest = rtn(w, of, reduce_axes=(-2,))
@@ -169,7 +171,7 @@ def test_experts_are_quantized_each_with_its_own_statistics():
 def test_experts_have_permutations_of_their_own():
     x, w = jnp.stack([inputs(64, K, seed) for seed in (3, 4)]), jnp.stack([W, weight(K, N, seed=5)])
     q = gptq(w, G16, reduce_axes=(-2,), stats=gram(x), order="descending")
-    assert q.permutation.shape == (2, K, 1)
+    assert present(q.permutation).shape == (2, K, 1)
     for e in range(2):
         alone = gptq(w[e], G16, reduce_axes=(-2,), stats=gram(x[e]), order="descending")
         np.testing.assert_array_equal(q.dequantize()[e], alone.dequantize())
@@ -199,7 +201,7 @@ def test_stacked_and_convolution_weights_in_a_model():
     qparams = jq.quantize_params(params, plan, method=gptq, stats=stats)
     for i in range(2):
         own = jax.tree.map(lambda a, i=i: a[i], stats["stack"])
-        alone = gptq(params["stack"][i], of.weight, reduce_axes=(-2,), stats=own)
+        alone = gptq(params["stack"][i], present(of.weight), reduce_axes=(-2,), stats=own)
         same(jax.tree.map(lambda a, i=i: a[i], qparams["stack"]), alone)
     nearest = jq.quantize_params(params, plan)
     far = jax.jit(lambda p: jnp.linalg.norm(jq.quantized(fn, plan)(p, x) - fn(params, x)))

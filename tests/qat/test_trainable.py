@@ -1,5 +1,7 @@
 """Which leaves an optimizer may see."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +64,7 @@ def test_masks_take_quantized_leaves_out():
     tx = optax.multi_transform({"train": optax.sgd(0.1), "fix": optax.set_to_zero()}, labels)
     gradient = jax.tree.map(jnp.ones_like, params)
     updates, _ = tx.update(gradient, tx.init(params), params)
-    got = optax.apply_updates(params, updates)
+    got: Any = optax.apply_updates(params, updates)
     np.testing.assert_allclose(got["float"]["kernel"], W - 0.1, atol=1e-6)
     np.testing.assert_array_equal(got["frozen"]["kernel"].codes, params["frozen"]["kernel"].codes)
 
@@ -86,8 +88,8 @@ def test_frozen_leaves_stay_bit_for_bit(qtype):
 
     new, state = step(params, state)
     assert jax.tree.structure(new) == jax.tree.structure(params)
-    for name in ("steps", ("frozen", "kernel")):
-        before, after = (p[name] if name == "steps" else p["frozen"]["kernel"] for p in (params, new))
+    for of in (lambda p: p["steps"], lambda p: p["frozen"]["kernel"]):
+        before, after = of(params), of(new)
         for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
             assert a.dtype == b.dtype
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
@@ -227,7 +229,7 @@ def test_whatever_comes_first(name):
     grads = jax.grad(lambda p: jnp.sum(p["frozen"]["kernel"].dequantize()), allow_int=True)(params)
     freeze, refuse = qat.freeze_quantized(tx), qat.refuse_quantized(tx)
     updates, _ = freeze.update(grads, freeze.init(params), params)
-    new = optax.apply_updates(params, updates)
+    new: Any = optax.apply_updates(params, updates)
     np.testing.assert_array_equal(new["frozen"]["kernel"].codes, params["frozen"]["kernel"].codes)
     with pytest.raises(jq.QuantError, match="frozen/kernel/codes: integers have no gradients"):
         refuse.update(grads, refuse.init({"w": W}), params)

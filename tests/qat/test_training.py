@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax_settings import needs_jit
+from narrowed import present, untyped
 from transform_cases import unequal
 
 import jaxquant as jq
@@ -247,7 +248,7 @@ def test_binary_weights_are_those_of_xnor_net(granularity):
     qparams = jq.quantize_params(PARAMS, plan)
     np.testing.assert_allclose(qparams["w"].dequantize(), np.sign(w) * mean, rtol=1e-6)
     assert qparams["w"].nbytes == 16 * 5 // 8 + mean.size * 4
-    zeros = jq.quantize(jnp.zeros((16, 5)), recipes.binary(granularity).weight, reduce_axes=(-2,))
+    zeros = jq.quantize(jnp.zeros((16, 5)), present(recipes.binary(granularity).weight), reduce_axes=(-2,))
     assert float(jnp.max(jnp.abs(zeros.dequantize()))) < 1e-37  # no code stands for 0
     run = jax.jit(jq.quantized(product, plan))
     np.testing.assert_allclose(run(PARAMS, X), run(qparams, X), rtol=2e-6, atol=1e-6)
@@ -407,7 +408,7 @@ def test_a_missing_key_is_an_error(operand):
     with pytest.raises(jq.QuantError, match=r"^quantized: nothing is rounded with a key"):
         jq.quantized(product, qat.to_nearest(plan), key=jax.random.key(0))
     with pytest.raises(jq.QuantError, match=r"^quantized: key must be"):
-        jq.quantized(product, plan, key=3)
+        untyped.quantized(product, plan, key=3)
     if operand == "weight":
         state = {"w": {"weight": {"scale": jnp.ones((1, 5))}}}
         with pytest.raises(jq.QuantError, match=r"^quantized at w: learned steps round to nearest"):

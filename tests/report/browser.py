@@ -63,7 +63,7 @@ def main(page: str, picture: str, scheme: str) -> None:
             one["painted"] = [_painted(image, mark["box"]) for mark in one["marks"]]
             if one["painted"] == [mark["color"] for mark in one["marks"]]:
                 break
-        image.save(f"{picture}-{scheme}-{width}.png")
+        view.grab().save(f"{picture}-{scheme}-{width}.png")
         found.append(one)
     print(json.dumps(found))
     app.quit()

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_files import GOLDEN
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant import OpSpec, QuantSpec
@@ -190,7 +191,7 @@ def test_learned_matrices_stay_orthogonal_and_lower_the_error_fused_and_online()
 
 
 def test_a_cayley_step_is_a_rotation():
-    skew = RNG.normal(size=(6, 6)).astype(np.float32)
+    skew = jnp.asarray(RNG.normal(size=(6, 6)), jnp.float32)
     r = cayley(jnp.eye(6), skew - skew.T)
     np.testing.assert_allclose(r @ r.T, np.eye(6), atol=1e-5)
     assert np.linalg.det(r) == pytest.approx(1, abs=1e-4)
@@ -202,7 +203,7 @@ def test_refusals():
     (group,) = jq.invariances.rotation_groups(fn, plan, AB, X)
     with pytest.raises(jq.QuantError, match=r"rotate: the matrix does not fit the group; got shape=\(4, 4\)"):
         jq.invariances.rotate(AB, group, jnp.eye(4))
-    done = {**AB, "b": jq.quantize(AB["b"], INT4.weight, reduce_axes=(-2,))}
+    done = {**AB, "b": jq.quantize(AB["b"], present(INT4.weight), reduce_axes=(-2,))}
     with pytest.raises(jq.QuantError, match="rotate at b: the parameter is quantized already"):
         jq.invariances.rotate(done, group, jnp.eye(8))
     with pytest.raises(jq.QuantError, match="learn_rotations: there is nothing to learn"):

@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 from hypothesis import given, settings
-from jax import lax
+from jax import ad_checkpoint, lax
 from transform_cases import SPECS, check, unequal
 
 import jaxquant as jq
@@ -37,7 +37,7 @@ VIEWS = {
     "flat and back": lambda w: w.reshape(-1).reshape(w.shape),
     "flipped": lambda w: lax.rev(w, (w.ndim - 1,)),
     "new axis": lambda w: jnp.squeeze(w[:, None], 1),
-    "named": lambda w: jax.ad_checkpoint.checkpoint_name(w, "w"),
+    "named": lambda w: ad_checkpoint.checkpoint_name(w, "w"),
 }
 # A call runs a step in something that holds a jaxpr.
 CALLS = {

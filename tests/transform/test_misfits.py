@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from narrowed import present, untyped
 from transform_cases import check, unequal
 
 import jaxquant as jq
@@ -85,7 +86,9 @@ def test_suggested_sizes(length, group, sizes):
 def test_per_channel_instead(spec):
     """Those that fit keep their groups; the plan says which do not, and those are as if asked for per channel."""
     plan = plan_of(jq.Rule(".", spec, misfit="per_channel"))
-    assert {p.split("/")[0] for p in plan if plan[p].spec.weight.granularity == "per_channel"} == set(NO_GROUPS)
+    assert {p.split("/")[0] for p in plan if present(plan[p].spec.weight).granularity == "per_channel"} == set(
+        NO_GROUPS
+    )
     assert plan["l2/kernel"].spec == spec
     assert "l1/kernel: weight" in " ".join(str(plan).split())
     assert "per channel: no group of 64 divides 100" in " ".join(str(plan).split())
@@ -110,7 +113,7 @@ def test_float_instead():
     with pytest.raises(jq.QuantError, match="3 things"):  # a format has no channels to fall back to
         plan_of(jq.Rule(".", recipes.mxfp4(), misfit="per_channel"))
     with pytest.raises(jq.QuantError, match="unknown misfit"):
-        jq.Rule(".", recipes.mxfp4(), misfit="channel")
+        untyped.Rule(".", recipes.mxfp4(), misfit="channel")
 
 
 # -- rules without a plan ----------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Flax layers as they are: every way they call with collections, flags, streams of random numbers and dtypes."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from narrowed import present
 from transform_cases import EVERYTHING, SPECS, check, close, planned, randomized, unequal
 from transform_models import MODELS
 
@@ -62,7 +65,7 @@ def test_batch_statistics_flags_and_streams():
 
     module = Net()
     params = variables(module, X, train=False)
-    call = dict(train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(3)})
+    call: Any = dict(train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(3)})
     plan = jq.make_plan(module.apply, params, X, rules=[EVERYTHING(SPECS["int8"])], **call)
     assert {item.path for item in plan.items} == {"params/Dense_0/kernel", "params/Dense_1/kernel"}
     qparams = jq.quantize_params(params, plan)
@@ -71,7 +74,8 @@ def test_batch_statistics_flags_and_streams():
     want, want_updates = jax.jit(lambda p: module.apply(jq.dequantize_params(p), X, **call))(qparams)
     close(y, want, 1e-4)
     close(updates, want_updates, 1e-4)
-    close(*jax.jit(lambda *both: [run(p, X, train=False) for p in both])(qparams, params), 1e-5)
+    y, want = jax.jit(lambda *both: [run(p, X, train=False) for p in both])(qparams, params)
+    close(y, want, 1e-5)
 
 
 def test_weight_norm_says_why():
@@ -111,7 +115,7 @@ def test_sharded_transformer():
     x = jax.device_put(tokens, NamedSharding(mesh, P()))
     run = jax.jit(jq.quantized(fn, plan))
     close(run(placed, x), run(qparams, tokens), 1e-5)
-    text = run.lower(placed, x).compile().as_text()
+    text = present(run.lower(placed, x).compile().as_text())
     gathers = [
         line for line in text.splitlines() if " all-gather(" in line and ("f32[32,16]" in line or "f32[16,32]" in line)
     ]

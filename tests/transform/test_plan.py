@@ -1,6 +1,7 @@
 """Plans: what they say, what they refuse, and that an empty one changes nothing."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax_settings import needs_jit
+from narrowed import present, untyped
 from transform_cases import EVERYTHING, SPECS, unequal
 
 import jaxquant as jq
@@ -78,7 +80,7 @@ def test_kernels_of_convolutions_and_experts():
     }
 
     def fn(p, x):
-        window = dict(window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        window: Any = dict(window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         x = lax.conv_general_dilated(x, p["conv"], **window)
         x = lax.conv_general_dilated(x, p["depthwise"], feature_group_count=16, **window)
         return lax.ragged_dot(x.reshape(-1, 16), p["experts"], jnp.array([3, 13]))
@@ -182,7 +184,7 @@ def test_axes_do_not_depend_on_the_batch(size):
 
 def program(fn, *args):
     """The compiled program without names and places."""
-    text = jax.jit(fn).lower(*args).compile().as_text()
+    text = present(jax.jit(fn).lower(*args).compile().as_text())
     text = re.sub(r",? ?metadata=\{[^}]*\}", "", text)
     text = re.sub(r"HloModule \S+", "HloModule", text)
     return re.sub(r"(FileNames|FunctionNames|FileLocations|StackFrames)\n(.+\n)*", "", text)
@@ -335,7 +337,7 @@ BAD = {
         r"^quantized at elsewhere: state does not fit the plan; got entry='dict'\. Use what act_state",
     ),
     "state that is no dict": (
-        lambda: jq.quantized(mlp, a_plan(), [0.1])(PARAMS, X),
+        lambda: untyped.quantized(mlp, a_plan(), [0.1])(PARAMS, X),
         r"^quantized: state must be a dict by path; got state=\[0\.1\]\. Pass what act_state",
     ),
     "a range for an activation that has its own": (
@@ -363,7 +365,7 @@ BAD = {
         r"^quantized: state needs a plan; got paths=\('w',\)",
     ),
     "rules for a plan": (
-        lambda: jq.quantized(mlp, RULES),
+        lambda: untyped.quantized(mlp, RULES),
         r"^quantized: plan must be a Plan or None; got plan=.*Make one from rules",
     ),
     "rules and a weight of no known kind": (
@@ -384,7 +386,7 @@ BAD = {
     ),
     "a weight that is not finite": (
         lambda: jq.quantize_params(
-            {"kernel": np.float32([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, np.nan, 1.0]])}, [EVERYTHING(INT8)]
+            {"kernel": np.array([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, np.nan, 1.0]], np.float32)}, [EVERYTHING(INT8)]
         ),
         r"^quantize_params at kernel: a weight must be finite; got nan_or_inf=1, shape=\(2, 4\)",
     ),

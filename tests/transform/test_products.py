@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from narrowed import untyped
 from transform_cases import close, unequal
 from transform_models import MODELS
 
@@ -130,7 +131,7 @@ def test_refusals():
     with pytest.raises(jq.QuantError, match="has no products"):
         jq.make_plan(lambda p, x: x @ p["q"], P, X, rules=[jq.OpRule(".*", INT8)])
     with pytest.raises(jq.QuantError, match="only parameters"):
-        jq.quantize_params(P, [jq.OpRule(".*", INT8)])
+        untyped.quantize_params(P, [jq.OpRule(".*", INT8)])
     with pytest.raises(jq.QuantError, match="both operands"):
         jq.OpRule(".*", recipes.w8a16())
     with pytest.raises(jq.QuantError, match="dynamic"):

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax import lax
+from jax import ad_checkpoint, lax
 from transform_cases import EVERYTHING, SPECS, check, unequal
 
 import jaxquant as jq
@@ -239,7 +239,7 @@ CASES = {
     "vmap over params": (vmapped_params, STACK, X, {"w": (-2,)}),
     "vmap over inputs": (lambda p, x: jax.vmap(lambda v: v @ p["w"])(x), W, X, {"w": (-2,)}),
     "optimization barrier": (lambda p, x: jnp.matmul(*lax.optimization_barrier((x, p["w"]))), W, X, {"w": (-2,)}),
-    "named": (lambda p, x: x @ jax.ad_checkpoint.checkpoint_name(p["w"], "w"), W, X, {"w": (-2,)}),
+    "named": (lambda p, x: x @ ad_checkpoint.checkpoint_name(p["w"], "w"), W, X, {"w": (-2,)}),
     "copied": (lambda p, x: x @ jnp.array(p["w"], copy=True), W, X, {"w": (-2,)}),
     "convolution": (
         lambda p, x: lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),

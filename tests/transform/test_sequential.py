@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax_settings import makes_nan
+from narrowed import present
 from ptq_cases import inputs, weight
 
 import jaxquant as jq
@@ -40,7 +41,7 @@ def test_each_weight_in_the_order_of_use():
     params = dict(PARAMS)
     for name in "abc":  # the definition, by hand
         stats = jq.calibrate(fn, PLAN, params, [X, 2 * X], collect={"gram": jq.calibration.Gram()})
-        one = gptq(PARAMS[name], SPEC.weight, reduce_axes=(-2,), stats=stats[name])
+        one = gptq(PARAMS[name], present(SPEC.weight), reduce_axes=(-2,), stats=stats[name])
         np.testing.assert_array_equal(q[name].dequantize(), one.dequantize())
         params[name] = one.dequantize()
     assert last[-1] is q

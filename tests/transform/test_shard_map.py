@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jax_settings import needs_jit
+from narrowed import present
 from transform_cases import EVERYTHING, SPECS, check, close, planned, unequal
 
 import jaxquant as jq
@@ -168,7 +169,8 @@ def test_scales_that_are_quantized_themselves():
 
 
 def test_stacked_and_abstract():
-    stacked = jax.eval_shape(lambda w: jax.vmap(lambda v: jq.quantize(v, SPECS["int4"].weight, reduce_axes=(-2,)))(w),
+    spec = present(SPECS["int4"].weight)
+    stacked = jax.eval_shape(lambda w: jax.vmap(lambda v: jq.quantize(v, spec, reduce_axes=(-2,)))(w),
                              jax.ShapeDtypeStruct((3, 32, 64), jnp.float32))  # fmt: skip
     found = jq.ops.shardings({"w": stacked}, {"w": NamedSharding(mesh(), P(None, "data", "model"))})["w"]
     assert tuple(found.codes.spec) == (None, "model", "data")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import safetensors
 import snippets
+from narrowed import untyped
 
 import jaxquant as jq
 from jaxquant import QuantSpec, recipes
@@ -63,7 +64,7 @@ def test_rotations_are_orthogonal(n):
 def test_a_rotation_is_its_matrix():
     rotation = Rotation.random(jax.random.key(1), 12)
     m = np.asarray(rotation.signs)[:, None] * bases.orthogonal(12)
-    np.testing.assert_allclose(rotation.inputs(X[:, :12]), X[:, :12] @ m, atol=1e-4 * np.abs(X).max())
+    np.testing.assert_allclose(rotation.inputs(jnp.asarray(X[:, :12])), X[:, :12] @ m, atol=1e-4 * np.abs(X).max())
     np.testing.assert_allclose(rotation.weights(PARAMS["up"][:12]), m.T @ PARAMS["up"][:12], atol=1e-5)
     with pytest.raises(jq.QuantError, match="orthogonal: n must be positive; got n=0"):
         bases.orthogonal(0)
@@ -239,7 +240,7 @@ def test_refusals(stats):
     with pytest.raises(jq.QuantError, match="smoothquant at down: there is no absmax of the inputs"):
         jq.invariances.smoothquant(PARAMS, plan, jq.invariances.scale_pairs(fn, plan, PARAMS, X), {})
     with pytest.raises(jq.QuantError, match=r"awq_scale: unknown families of scales; got families=\('both',\)"):
-        jq.ptq.scaling.awq_scale([jnp.ones((2, 2))], [QuantSpec("int4")], {}, families=("both",))
+        untyped.ptq.scaling.awq_scale([jnp.ones((2, 2))], [QuantSpec("int4")], {}, families=("both",))
     table, ids = {"t": jnp.ones((4, 3))}, jnp.zeros(2, jnp.int32)
     tied = lambda p, i: jnp.take(p["t"], i, axis=0) @ p["t"].T  # noqa: E731
     both = jq.make_plan(tied, table, ids, rules=[jq.Rule("t", recipes.w8a16())])

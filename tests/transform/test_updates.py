@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from narrowed import untyped
 
 import jaxquant as jq
 from jaxquant import QuantError, recipes
@@ -64,4 +65,4 @@ def test_what_stands_for_no_values():
     with pytest.raises(QuantError, match="the plan does not quantize this QTensor"):
         jq.qat.update_params(lambda p: p, plan, {**q, "b": q["w"]})
     with pytest.raises(QuantError, match="plan must be a Plan"):
-        jq.qat.update_params(lambda p: p, [jq.Rule("w", SPECS["int8"])], q)
+        untyped.qat.update_params(lambda p: p, [jq.Rule("w", SPECS["int8"])], q)

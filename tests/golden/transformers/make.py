@@ -7,12 +7,14 @@ Each directory has ``config.json``, ``model.safetensors`` and ``ref.safetensors`
 weight, bias and norm is random, so that one in the wrong place shows.
 """
 
+import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers as t
 from safetensors.torch import save_file
 
+t: Any = importlib.import_module("transformers")  # where it is not installed, types would be those of this directory
 TEXT = {"vocab_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 MODELS = {
     "gpt2": t.GPT2LMHeadModel(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hf_files import checkpoint
+from narrowed import present, untyped
 
 import jaxquant as jq
 from jaxquant.core.specs import QuantSpec
+from jaxquant.transform.stated import StatedPlan
 
 pytestmark = pytest.mark.every
 
@@ -105,6 +108,7 @@ INT8 = named(weight=CODES, weight_scale=SCALE)
 FLOAT8 = named(weight=SMALL, weight_scale=SCALE)
 ONE = named(weight=SMALL, weight_scale=np.float32(0.3))
 STATIC = np.float32(0.04)
+MINUS_11 = np.array([-11], np.int8)
 INT8_W, FP8_W = CODES * SCALE, SMALL.astype(np.float32) * SCALE
 ONE_W = SMALL.astype(np.float32) * np.float32(0.3)
 BLOCKS = np.exp(RNG.normal(size=(2, 2))).astype(np.float32)
@@ -115,7 +119,7 @@ FLOAT = {"num_bits": 8, "type": "float", "symmetric": True}
 EXPONENTS = RNG.integers(124, 130, (OUT, 2)).astype(np.uint8)
 MX8 = named(weight=SMALL, weight_scale=EXPONENTS)
 MX8_W = SMALL.astype(np.float32) * np.repeat(np.exp2(EXPONENTS - 127.0), 32, 1).astype(np.float32)
-GRID = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+GRID = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 NIBBLES = RNG.integers(0, 16, (OUT, IN)).astype(np.uint8)
 NV = NIBBLES[:, ::2] | NIBBLES[:, 1::2] << 4
 NV_SCALES = np.exp(RNG.normal(size=(OUT, 4))).astype(FP8)
@@ -145,7 +149,7 @@ SCHEMES = {
         lambda x: on_int8(x, STATIC),
     ),
     "int8 static, asymmetric": (
-        INT8 | named(input_scale=STATIC.reshape(1), input_zero_point=np.int8([-11])),
+        INT8 | named(input_scale=STATIC.reshape(1), input_zero_point=MINUS_11),
         grouped({}, **INT | {"symmetric": False}, strategy="tensor", dynamic=False), INT8_W,
         lambda x: on_int8(x, STATIC, -11),
     ),
@@ -204,8 +208,8 @@ SCHEMES = {
         lambda x: blocks_of(x, 32, lambda x: on_mx(x, FP4, 6, 0.25)),
     ),
     "compressed-tensors nvfp4": (
-        named(weight_packed=NV, weight_scale=NV_SCALES, weight_global_scale=np.float32([4]),
-              input_global_scale=np.float32([1 / UNIT])),
+        named(weight_packed=NV, weight_scale=NV_SCALES, weight_global_scale=np.array([4], np.float32),
+              input_global_scale=np.array([1 / UNIT], np.float32)),
         grouped({}, **FLOAT | {"num_bits": 4}, strategy="tensor_group", group_size=16, dynamic="local",
                 scale_dtype="torch.float8_e4m3fn"), NV_W / 4,
         lambda x: blocks_of(x, 16, lambda x: on_nvfp4(x, UNIT)),
@@ -216,7 +220,8 @@ SCHEMES = {
         lambda x: blocks_of(x, 16, lambda x: on_nvfp4(x, UNIT)),
     ),
     "BitNet": (
-        named(weight=TERNARY[0] + 4 * TERNARY[1] + 16 * TERNARY[2] + 64 * TERNARY[3], weight_scale=np.float32([2])),
+        named(weight=TERNARY[0] + 4 * TERNARY[1] + 16 * TERNARY[2] + 64 * TERNARY[3],
+              weight_scale=np.array([2], np.float32)),
         {"quant_method": "bitnet"}, (TERNARY.reshape(8, IN).astype(np.float32) - 1) / 2,
         lambda x: on_int8(x, per_token(x) / np.float32(127)),
     ),
@@ -278,7 +283,7 @@ AS_INT8 = {"qdata": CODES, "scale": SCALE}
 AS_FLOAT8 = {"qdata": SMALL, "scale": SCALE}
 INT4 = (CODES.astype(np.int32) % 16 - 8).astype(np.int8)
 GROUPS = np.exp(RNG.normal(size=(OUT, 2))).astype(np.float32)
-ASYMMETRIC = {"mapping_type": {"_type": "MappingType", "_data": "ASYMMETRIC"}}
+ASYMMETRIC: dict[str, Any] = {"mapping_type": {"_type": "MappingType", "_data": "ASYMMETRIC"}}
 
 #: Name -> (type, tensors, metadata, the weight, what the activations become).
 OF_TORCHAO = {
@@ -298,7 +303,8 @@ OF_TORCHAO = {
         "Int8Tensor", AS_INT8, {"act_quant_kwargs": kwargs("Int8", **ASYMMETRIC)}, INT8_W, asymmetric,
     ),
     "int8, static": (
-        "Int8Tensor", AS_INT8 | {"act_quant_scale": STATIC.reshape(1, 1), "act_quant_zero_point": np.int8([[-11]])},
+        "Int8Tensor",
+        AS_INT8 | {"act_quant_scale": STATIC.reshape(1, 1), "act_quant_zero_point": MINUS_11.reshape(1, 1)},
         {"act_quant_kwargs": kwargs("Int8", "PerTensor", **ASYMMETRIC)}, INT8_W, lambda x: on_int8(x, STATIC, -11),
     ),
     "int4 in groups, int8 per token": (
@@ -368,7 +374,7 @@ def test_weights_alone_are_warned_of(name, tmp_path):
 REFUSED = {
     "activation_scale_ub=0.0": (FLOAT8, {"quant_method": "fbgemm_fp8", "activation_scale_ub": 0.0}),
     "the tensor is m.input_global_scale": (
-        named(weight_packed=NV, weight_scale=NV_SCALES, weight_global_scale=np.float32([4])),
+        named(weight_packed=NV, weight_scale=NV_SCALES, weight_global_scale=np.array([4], np.float32)),
         grouped({}, **FLOAT | {"num_bits": 4}, strategy="tensor_group", group_size=16, dynamic="local"),
     ),
     "activation_scheme='odd'": (ONE, {"quant_method": "fp8", "activation_scheme": "odd"}),
@@ -411,6 +417,7 @@ def loaded(tmp_path, name="int8 static"):
 
 def test_the_plan_of_a_function_is_one_to_print_and_to_save(tmp_path):
     model = loaded(tmp_path)
+    assert isinstance(model.plan, StatedPlan)
     plan = model.plan.plan_for(product, model.params, X)
     act = QuantSpec("int8", granularity="per_tensor", static=True, narrow_range=False)
     assert plan["m.weight"].spec == jq.OpSpec(weight=QuantSpec("int8"), act=act)
@@ -422,7 +429,7 @@ def test_the_plan_of_a_function_is_one_to_print_and_to_save(tmp_path):
     with pytest.raises(jq.QuantError, match=r"plan_for\(fn, params, \*args\)"):
         jq.io.save(tmp_path / "other.safetensors", model.params, plan=model.plan)
     with pytest.raises(jq.QuantError, match="not yet one of a function"):
-        jq.calibrate(product, model.plan, model.params, [X])
+        untyped.calibrate(product, model.plan, model.params, [X])
 
 
 @pytest.mark.parametrize("qtype", ["int8", "float8_e4m3fn"])
@@ -433,6 +440,7 @@ def test_what_we_save_runs_as_it_ran(qtype, tmp_path):
     plan = jq.make_plan(product, params, X, rules=[jq.Rule("m", jq.OpSpec(weight=spec, act=spec))])
     jq.io.save_hf(tmp_path / "model", params, act=spec)
     model = jq.io.load_model(tmp_path / "model")
+    assert isinstance(model.plan, StatedPlan)
     assert model.plan.specs["m.weight"].act == spec
     y = jax.jit(jq.quantized(product, model))(model.params, jnp.asarray(X))
     np.testing.assert_array_equal(y, jax.jit(jq.quantized(product, plan))(params, jnp.asarray(X)))
@@ -440,8 +448,9 @@ def test_what_we_save_runs_as_it_ran(qtype, tmp_path):
     from compressed_tensors.quantization import QuantizationConfig
 
     stated = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
-    theirs = QuantizationConfig.model_validate(stated).config_groups["group_0"].input_activations
-    assert (theirs.num_bits, theirs.dynamic, theirs.strategy) == (8, True, "token")
+    theirs: Any = QuantizationConfig.model_validate(stated).config_groups["group_0"]
+    act = theirs.input_activations
+    assert (act.num_bits, act.dynamic, act.strategy) == (8, True, "token")
 
 
 def test_a_function_that_has_no_place_for_it_is_refused(tmp_path):
@@ -466,7 +475,7 @@ def test_names_are_those_of_the_model(tmp_path):
 
 def test_one_range_serves_the_layers_of_a_stack(tmp_path):
     """A scan over experts takes a range for each; where experts run as one product there is a place for one."""
-    scales = np.float32([0.04, 0.02])
+    scales = np.array([0.04, 0.02], np.float32)
     codes = np.stack([CODES, CODES[::-1]])
     weight = codes.astype(np.float32).astype(FP8)
     parts = {"e": weight, "e_scale": np.ones((2, 1, 1), np.float32), "e_input_scale": scales}
@@ -491,7 +500,7 @@ def test_files_take_no_options_of_directories(tmp_path):
     with pytest.raises(jq.QuantError, match="like is for files that save wrote"):
         jq.io.load_model(directory(tmp_path / "model", *SCHEMES["fbgemm"][:2]), like={})
     with pytest.raises(jq.QuantError, match="activations must be 'saved' or 'inputs' or 'float'"):
-        jq.io.load_model(tmp_path / "model", activations="int8")
+        untyped.io.load_model(tmp_path / "model", activations="int8")
 
 
 # -- against the library itself, where it is installed -----------------------------------------------------------------
@@ -527,12 +536,15 @@ def test_values_are_those_of_compressed_tensors(name, tmp_path):
     x[6, 0] = 1.75 * 2**6  # from which on scales of MX are rounded up
     args, unit = OF_THE_LIBRARY[name], torch.tensor([500.0]) if name == "nvfp4" else None
     value, how = torch.from_numpy(x)[None], QuantizationArgs(**args)
-    scale, zero = compute_dynamic_scales_and_zp(value, how, None, unit)
+    module: Any = None  # of no use for these strategies
+    scale, zero = compute_dynamic_scales_and_zp(value, how, module, unit)
     wanted = fake_quantize(value, scale, zero, how, global_scale=unit).numpy()[0]
-    tensors = INT8 | (named(input_global_scale=np.float32([500.0])) if unit is not None else {})
+    tensors = INT8 | (named(input_global_scale=np.array([500.0], np.float32)) if unit is not None else {})
     model = jq.io.load_model(directory(tmp_path / "model", tensors, grouped({}, **args)))
-    spec, state = model.plan.specs["m.weight"].act, model.state
-    found = jq.fake_quant(x, spec, reduce_axes=(-1,), scale=state and jnp.asarray(state["m.weight"]["scale"]))
+    assert isinstance(model.plan, StatedPlan)
+    spec, state = present(model.plan.specs["m.weight"].act), model.state
+    scale = jnp.asarray(state["m.weight"]["scale"]) if state else None
+    found = jq.fake_quant(x, spec, reduce_axes=(-1,), scale=scale)
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
 
 

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hf_files import checkpoint, values
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant import QuantError
@@ -198,8 +199,8 @@ def test_a_quantized_checkpoint_of_mlx_is_not_quantized_again(tmp_path):
 )
 def test_what_was_read_is_written_again_byte_for_byte(mode, bits, tmp_path):
     tensors = {}
-    for prefix, *kind in (("m", mode, bits), ("n", mode, bits), ("other", "affine", 8, 32)):
-        tensors |= module(*kind, prefix=prefix)[0]
+    for prefix, kind, width, size in (("m", mode, bits, None), ("n", mode, bits, None), ("other", "affine", 8, 32)):
+        tensors |= module(kind, width, size, prefix=prefix)[0]
     own = {"group_size": 32, "bits": 8, "mode": "affine"}
     config = {"group_size": SIZES[mode], "bits": bits, "mode": mode, "other": own}
     params, _ = loaded(tmp_path / "in", tensors, {"quantization": config})
@@ -208,5 +209,5 @@ def test_what_was_read_is_written_again_byte_for_byte(mode, bits, tmp_path):
     assert written.tensors.keys() == tensors.keys()
     for name, array in tensors.items():
         np.testing.assert_array_equal(written.array(name), array)
-    found = written.json("config.json")
+    found = present(written.json("config.json"))
     assert found["quantization"] == found["quantization_config"] == config

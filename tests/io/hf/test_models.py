@@ -132,11 +132,11 @@ def test_weights_that_are_quantized_on_the_way_fit_the_same_model(name):
     """8 bits per output feature: near what the float model computes; GPT-2's kernels are [in, out] in the file."""
     names, model = MODELS[name]
     inputs, logits = reference(name)
-    axes = {"reduce_axes": (-2,)} if name == "gpt2" else {}
+    axes = (-2,) if name == "gpt2" else None
     pattern = r"(c_\w+|proj|fc[12]|query|key|value|dense)\.weight"
     rules = [jq.Rule("patch|project_|pooler", None)] if name != "gpt2" else []
     path = GOLDEN / "transformers" / name
-    params, info = jq.io.load_hf(path, names=names, rules=[*rules, jq.Rule(pattern, recipes.w8a16(), **axes)])
+    params, info = jq.io.load_hf(path, names=names, rules=[*rules, jq.Rule(pattern, recipes.w8a16(), axes)])
     assert len(info.modules) == (8 if name == "gpt2" else 12)
     found = model(as_numpy(params), **inputs)
     error = np.linalg.norm(found - logits) / np.linalg.norm(logits)

@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.every, pytest.mark.filterwarnings("ignore:.*gives its 
 def load(folder, tensors, config, **kwargs):
     """The weight of module "m"."""
     names = {f"m.{name}": array for name, array in tensors.items()}
-    shapes = {"shapes": {"m": kwargs.pop("shape")}} if "shape" in kwargs else {}
-    params, info = jq.io.load_hf(checkpoint(folder, names, config, **kwargs), **shapes)
+    shapes = {"m": kwargs.pop("shape")} if "shape" in kwargs else None
+    params, info = jq.io.load_hf(checkpoint(folder, names, config, **kwargs), shapes=shapes)
     return params["m.weight"], info
 
 
