@@ -8,15 +8,19 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, TypeAlias, TypeGuard, cast
 
 import jax
+import numpy as np
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.types import PyTree, TreeDef
 
-__all__ = ["Params", "folded", "is_qtensor", "key_of", "leaves_with_paths", "nearest", "path_of"]
+__all__ = ["Leaf", "Params", "folded", "is_qtensor", "key_of", "leaves_with_paths", "nearest", "path_of"]
+
+Leaf: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct | QTensor
+"""A parameter: an array or its shape, quantized or not."""
 
 Params: TypeAlias = PyTree
-"""A pytree of parameters: arrays, `QTensor`s, shapes."""
+"""A pytree of parameters."""
 
 
 _Place = tuple[tuple[str, ...], tuple[str, ...], Hashable]

@@ -41,6 +41,7 @@ from jaxquant.core.units import in_bytes
 __all__ = [
     "FIELDS",
     "LEAVES",
+    "Operand",
     "QTensor",
     "Scale",
     "cast",
@@ -56,6 +57,10 @@ LEAVES = ("codes", "scale", "zero_point", "offset", "permutation", "seal")
 
 #: The arguments of the constructor.
 FIELDS = (*LEAVES, "qtype", "dtype", "minor", "length", "split", "joined")
+
+
+Operand: TypeAlias = "jax.Array | QTensor"
+"""The array that an operation takes, in float or quantized."""
 
 
 Scale: TypeAlias = "jax.Array | QTensor"

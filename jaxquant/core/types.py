@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-__all__ = ["PyTree", "Shaped", "TreeDef"]
+__all__ = ["PyTree", "Shaped", "State", "Stats", "TreeDef"]
 
 PyTree: TypeAlias = Any
 """Nested containers of arrays, or one array: a batch, the state of an optimizer, what a user's function returns."""
 
 TreeDef: TypeAlias = Any
 """The structure of a pytree: `jax.tree_util.PyTreeDef`, which is no type to a type checker."""
+
+Stats: TypeAlias = Mapping[str, Mapping[str, PyTree]]
+"""Path of a weight -> name -> the statistic of its inputs."""
+
+State: TypeAlias = Mapping[str, Mapping[str, PyTree]]
+"""Path of a weight -> the static range of its input, or the learned ones of itself and its input."""
 
 
 class Shaped(Protocol):

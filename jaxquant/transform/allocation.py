@@ -7,13 +7,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import jax
 import numpy as np
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import Params, leaves_with_paths
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.types import PyTree
 from jaxquant.ptq.rtn import rtn
 from jaxquant.transform.distill import relative_error
 from jaxquant.transform.masks import Mask, masked
@@ -99,16 +100,16 @@ def _knapsack(rows: list[list[tuple[int, float]]], budget: int, limit: int) -> l
 
 
 def refine(
-    fn: Callable[..., Any],
+    fn: Callable[..., PyTree],
     sensitivity: Sensitivity,
     plan: Plan,
     params: Params,
-    batches: Iterable[Any],
+    batches: Iterable[PyTree],
     *,
     budget: int | None = None,
-    method: str | Callable[..., Any] = rtn,
-    stats: Mapping[str, Any] | None = None,
-    loss: Callable[[Any, Any], jax.Array] = relative_error,
+    method: str | Callable[..., QTensor] = rtn,
+    stats: Mapping[str, PyTree] | None = None,
+    loss: Callable[[PyTree, PyTree], jax.Array] = relative_error,
     evaluations: int = 64,
     mask: Mask = None,
     progress: Callable[[int, int], object] | None = None,
@@ -187,7 +188,11 @@ Choice = tuple[int, ...]
 
 
 def _better(
-    best: Choice, near: Callable[..., list[Choice]], error: Callable[[Choice], float], measured: Any, most: int
+    best: Choice,
+    near: Callable[..., list[Choice]],
+    error: Callable[[Choice], float],
+    measured: Mapping[Choice, float],
+    most: int,
 ) -> Choice | None:
     """The first choice near the best one that has less error; None if none of them has, or enough are measured."""
     for choice in near(np.array(best)):

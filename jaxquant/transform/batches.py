@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.types import PyTree
 
 __all__ = ["arguments"]
 
@@ -16,7 +16,9 @@ _TODO = (
 )
 
 
-def arguments(function: str, batches: Iterable[Any], fn: Callable[..., Any] | None = None) -> Iterator[tuple[Any, ...]]:
+def arguments(
+    function: str, batches: Iterable[PyTree], fn: Callable[..., PyTree] | None = None
+) -> Iterator[tuple[PyTree, ...]]:
     """The arguments that each batch stands for: a tuple, a list, or one argument by itself.
 
     Args:
@@ -45,7 +47,9 @@ def arguments(function: str, batches: Iterable[Any], fn: Callable[..., Any] | No
     return _each(function, batches, signature)
 
 
-def _each(function: str, batches: Iterable[Any], signature: inspect.Signature | None) -> Iterator[tuple[Any, ...]]:
+def _each(
+    function: str, batches: Iterable[PyTree], signature: inspect.Signature | None
+) -> Iterator[tuple[PyTree, ...]]:
     for number, batch in enumerate(batches):
         args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
         if signature is not None:

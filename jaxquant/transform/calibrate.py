@@ -15,11 +15,15 @@ import jax.numpy as jnp
 
 from jaxquant.core.affine import observed_range
 from jaxquant.core.errors import quant_error
+from jaxquant.core.finite import is_concrete
 from jaxquant.core.paths import Params, leaves_with_paths
+from jaxquant.core.qtensor import Scale
 from jaxquant.core.scale_zero_point import scale_zero_point
+from jaxquant.core.specs import QuantSpec
+from jaxquant.core.types import PyTree, Stats, TreeDef
 from jaxquant.transform.interpreter import Interpreter, Misfit, Tally
 from jaxquant.transform.kept import Kept
-from jaxquant.transform.masks import Mask, with_masks
+from jaxquant.transform.masks import Counted, Mask, with_masks
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.quantized import check_plan, weights_of
 from jaxquant.transform.statistics import ChannelAbsMax, ChannelMean, Inputs, Range, Statistic
@@ -60,16 +64,16 @@ def _check_counts(function: str, wanted: Mapping[str, Collect]) -> None:
 class _Call:
     """The static half of a call: its structure, and its leaves that are no arrays."""
 
-    structure: Any
-    static: tuple[Any, ...]
+    structure: TreeDef
+    static: tuple[object, ...]
 
     @classmethod
-    def of(cls, args: tuple[Any, ...]) -> tuple[_Call, list[Any]]:
+    def of(cls, args: tuple[PyTree, ...]) -> tuple[_Call, list[jax.Array]]:
         """A call in two halves."""
         flat, structure = jax.tree.flatten(args)
         return cls(structure, tuple(_ARRAY if is_array(x) else x for x in flat)), [x for x in flat if is_array(x)]
 
-    def arguments(self, arrays: list[Any]) -> tuple[Any, ...]:
+    def arguments(self, arrays: list[jax.Array]) -> tuple[PyTree, ...]:
         """The call, put together."""
         new = iter(arrays)
         return jax.tree.unflatten(self.structure, [next(new) if x is _ARRAY else x for x in self.static])
@@ -84,7 +88,7 @@ _NEVER = 2**31 - 1
 class _Found(NamedTuple):
     """Statistics by name, and the number of the first batch in which an input that counts was NaN or infinite."""
 
-    statistics: Any
+    statistics: dict[str, PyTree]
     broken: jax.Array
 
 
@@ -101,7 +105,7 @@ class Calibration:
     def __init__(
         self,
         function: str,
-        fn: Callable[..., Any],
+        fn: Callable[..., PyTree],
         plan: Plan,
         collect: Collect | None,
         stages: Sequence[Sequence[str]] | None = None,
@@ -114,7 +118,14 @@ class Calibration:
         self.one = jax.jit(self._one, static_argnums=1)
         self.both = jax.jit(self._both)
 
-    def _one(self, arrays: list[Any], call: _Call, mask: Any, number: Any, active: dict[str, Any] | None) -> Any:
+    def _one(
+        self,
+        arrays: list[jax.Array],
+        call: _Call,
+        mask: Counted,
+        number: jax.Array | int,
+        active: dict[str, jax.Array] | None,
+    ) -> dict[str, Tally]:
         params, args = call.arguments(arrays)
         misfits: dict[str, str] = {}
 
@@ -143,7 +154,7 @@ class Calibration:
 
         return {key: numbered(tally) for key, tally in interpreter.stats.items()}
 
-    def _tally(self, item: Item, inputs: Inputs, active: dict[str, Any] | None) -> Tally:
+    def _tally(self, item: Item, inputs: Inputs, active: dict[str, jax.Array] | None) -> Tally:
         def of() -> _Found:
             found = {name: _of(name, s, inputs) for name, s in self.wanted[item.path].items()}
             return _Found(found, jnp.where(inputs.values.broken(), 0, _NEVER))  # of which batch is said at the end
@@ -163,7 +174,7 @@ class Calibration:
         shared = {key: a[key].merge(b[key], functools.partial(self._merge, key)) for key in a if key in b}
         return {**a, **b, **shared}
 
-    def _share(self, arrays: list[Any], call: _Call, mask: Any) -> None:
+    def _share(self, arrays: list[jax.Array], call: _Call, mask: Counted) -> None:
         """Gives what has the same statistics, and is never collected at one time, one key."""
         assert self.stages is not None
         every = {path: jnp.array(True) for path in self.wanted}
@@ -180,7 +191,9 @@ class Calibration:
         self._known = {key: path for path, key in self.keys.items()}
         self._shared = True
 
-    def __call__(self, params: Params, batches: Iterable[Any], mask: Mask, paths: Sequence[str] | None = None) -> Any:
+    def __call__(
+        self, params: Params, batches: Iterable[PyTree], mask: Mask, paths: Sequence[str] | None = None
+    ) -> dict[str, dict[str, PyTree]]:
         """path -> name -> statistic, over all batches; of these paths, if only a stage is collected."""
         if mask is not None:
             _check_counts(self.function, self.wanted)
@@ -201,10 +214,10 @@ class Calibration:
             named = {path: tally for path, tally in named.items() if path in paths}
         return self._checked(named)
 
-    def _checked(self, named: dict[str, Tally]) -> dict[str, Any]:
+    def _checked(self, named: dict[str, Tally]) -> dict[str, dict[str, PyTree]]:
         """The statistics of each path; raises if a path has no inputs, or inputs that are NaN or infinite."""
         reached = {path: tally for path, tally in named.items() if tally.seen is None or _all(tally.seen)}
-        broken = {p: int(jnp.min(t.value.broken)) for p, t in reached.items() if _is_here(t.value.broken)}
+        broken = {p: int(jnp.min(t.value.broken)) for p, t in reached.items() if is_concrete(t.value.broken)}
         broken = tuple(f"{path} (batch {number})" for path, number in broken.items() if number != _NEVER)
         if broken:
             todo = "Find where they arise: the first path is the first that is used; a mask leaves out rows of padding"
@@ -213,23 +226,19 @@ class Calibration:
         return {path: tally.value.statistics for path, tally in reached.items()}
 
 
-def _is_here(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
-
-
 def _all(seen: jax.Array) -> bool:
-    return not _is_here(seen) or bool(seen.all())
+    return not is_concrete(seen) or bool(seen.all())
 
 
 def calibrate(
-    fn: Callable[..., Any],
+    fn: Callable[..., PyTree],
     plan: Plan,
     params: Params,
-    batches: Iterable[Any],
+    batches: Iterable[PyTree],
     *,
     collect: Collect | None = None,
     mask: Mask = None,
-) -> dict[str, Any]:
+) -> dict[str, dict[str, PyTree]]:
     """Runs ``fn`` over batches and collects statistics of the inputs of each planned weight.
 
     One jitted pass per batch, on the float params with float activations. Memory is that of the statistics, whatever
@@ -282,13 +291,13 @@ def calibrate(
 _KEPT: Kept[Calibration] = Kept()
 
 
-def _merged(wanted: Collect, a: Any, b: Any) -> Any:
+def _merged(wanted: Collect, a: Mapping[str, PyTree], b: Mapping[str, PyTree]) -> dict[str, PyTree]:
     return {name: statistic.merge(a[name], b[name]) for name, statistic in wanted.items()}
 
 
 def merge_stats(
-    plan: Plan, stats: Iterable[Mapping[str, Any]], *, collect: Mapping[str, Statistic] | None = None
-) -> dict[str, Any]:
+    plan: Plan, stats: Iterable[Stats], *, collect: Collect | None = None
+) -> dict[str, Mapping[str, PyTree]]:
     """Statistics of several calibrations as if one had seen all their batches: those of several hosts, say.
 
     Hosts that calibrate on batches of their own exchange their statistics as any arrays: with
@@ -315,7 +324,7 @@ def merge_stats(
       Array([[3., 3.]], dtype=float32)
     """
     wanted = _wanted("merge_stats", plan, collect)
-    total: dict[str, Any] | None = None
+    total: dict[str, Mapping[str, PyTree]] | None = None
     for one in stats:
         for path, entry in one.items():
             names = set(wanted.get(path, ()))
@@ -334,7 +343,7 @@ def merge_stats(
     return total
 
 
-def _of(name: str, statistic: Statistic, inputs: Inputs) -> Any:
+def _of(name: str, statistic: Statistic, inputs: Inputs) -> PyTree:
     rows = inputs.seen_by(statistic)
     if rows is None:
         whole = f"{name} needs whole {statistic.sees}"
@@ -343,7 +352,7 @@ def _of(name: str, statistic: Statistic, inputs: Inputs) -> Any:
     return statistic.of(x) if rows.counted is None else statistic.of(x, rows.counted)
 
 
-def act_state(plan: Plan, stats: Mapping[str, Any]) -> dict[str, Any]:
+def act_state(plan: Plan, stats: Stats) -> dict[str, dict[str, jax.Array]]:
     """Static activation ranges from calibration statistics: the ``state`` of `quantized`.
 
     Args:
@@ -368,7 +377,7 @@ def act_state(plan: Plan, stats: Mapping[str, Any]) -> dict[str, Any]:
         spec = item.spec.act
         assert spec is not None
 
-        def ranges(observed: Any, spec: Any = spec) -> Any:
+        def ranges(observed: PyTree, spec: QuantSpec = spec) -> dict[str, Scale]:
             lo, hi = observed_range(observed, spec)
             scale, zero_point = scale_zero_point(lo[0], hi[0], spec)
             return {"scale": scale} if zero_point is None else {"scale": scale, "zero_point": zero_point}

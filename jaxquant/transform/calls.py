@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jax.sharding import Sharding
 
 from jaxquant.core import views
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.types import PyTree
 from jaxquant.transform.interpreter import Interpreter, Tally, handles, unsupported
 from jaxquant.transform.primitives import body_of
 from jaxquant.transform.weights import ABSENT, Absent, Joined, Value, Weight
@@ -34,7 +34,7 @@ def _jit(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[V
     return _placed(interpreter, results, p.get("out_shardings", ()))
 
 
-def _placed(interpreter: Interpreter, values: list[Value], shardings: Iterable[Any]) -> list[Value]:
+def _placed(interpreter: Interpreter, values: list[Value], shardings: Iterable[object]) -> list[Value]:
     if interpreter.planning or not any(isinstance(s, Sharding) for s in shardings):
         return values
     return [
@@ -67,14 +67,14 @@ def _weights(values: Iterable[Value]) -> list[Weight]:
 # A weight enters as its leaf (all arrays of a QTensor) and its state; inside, it is put together again.
 
 
-def arrays_of(value: Value) -> Any:
+def arrays_of(value: Value) -> PyTree:
     """The arrays of a value that enter the inner trace, as a pytree."""
     if isinstance(value, Joined):
         return [arrays_of(part) for part in value.parts]
     return (value.leaf, value.state) if isinstance(value, Weight) else value
 
 
-def inside(outer: Value, arrays: Any) -> Value:
+def inside(outer: Value, arrays: PyTree) -> Value:
     """The value on the inside."""
     if isinstance(outer, Joined):
         parts = tuple(inside(part, a) for part, a in zip(outer.parts, arrays, strict=True))
@@ -137,7 +137,7 @@ def _remat(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list
         return _together(passed, values, absent(interpreter, _without(passed, results), "remat"), count)
     passed: dict[int, int] = {}
 
-    def body(arrays: list[Any]) -> Any:
+    def body(arrays: list[PyTree]) -> tuple[list[Value], dict[str, Tally]]:
         inner, given = interpreter.child(), [inside(v, a) for v, a in zip(values, arrays, strict=True)]
         results = inner.run(closed, given)
         passed.update(handed_on(results, given))
@@ -224,11 +224,16 @@ def _without_stack(value: Value) -> Value:
     return value
 
 
-def _in_stack(layer: Value, stack: QTensor | None, index: jax.Array) -> Value:
+def _in_stack(layer: Value, stack: QTensor | None, index: jax.Array | None) -> Value:
     """A layer of weights, with the codes that `_without_stack` has left where they are, in ``stack``."""
-    if stack is None or not isinstance(layer, Weight):
+    if stack is None or index is None or not isinstance(layer, Weight):
         return layer
+    assert isinstance(layer.leaf, QTensor)
     return dataclasses.replace(layer, leaf=layer.leaf.layer_of(stack, index))
+
+
+_Counted = tuple[jax.Array | None, list[Value]]
+"""The carry of a scan: the index of the layer, if codes are left in their stack, and the values that move."""
 
 
 @handles(primitives.scan_p, joined=True)
@@ -249,15 +254,15 @@ def _scan(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[
 
     cut = [_without_stack(x) for x in xs]
     left = [
-        lax.stop_gradient(x.leaf) if isinstance(x, Weight) and c is not x else None
+        lax.stop_gradient(x.leaf) if isinstance(x, Weight) and isinstance(x.leaf, QTensor) and c is not x else None
         for x, c in zip(xs, cut, strict=True)
     ]
 
-    def body(state: Any, arrays: Any) -> Any:
-        index, state = state
+    def body(state: _Counted, arrays: list[PyTree]) -> tuple[_Counted, tuple[list[Value], dict[str, Tally]]]:
+        index, moving = state
         inner = interpreter.child()
         layers = [_in_stack(inside(x, a), w, index) for x, a, w in zip(xs, arrays, left, strict=True)]
-        results = inner.run(closed, [*consts, *carry.full(state), *layers])
+        results = inner.run(closed, [*consts, *carry.full(moving), *layers])
         moving = floats(interpreter, carry.moving(results[:n_carry]), "scan")
         passed.update(handed_on(results[n_carry:], layers))
         after = None if index is None else index + (-1 if p["reverse"] else 1)
@@ -296,7 +301,7 @@ def _while(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list
         results = interpreter.run(body, [*body_consts, *carry.values])
         return carry.full(absent(interpreter, carry.moving(results), "while"))
 
-    def test(state: tuple[list[Value], Any]) -> Value:
+    def test(state: tuple[list[Value], dict[str, Tally]]) -> Value:
         return interpreter.child().run(cond, [*cond_consts, *carry.full(state[0])])[0]
 
     def step(state: list[Value]) -> tuple[list[Value], dict[str, Tally]]:
@@ -360,7 +365,7 @@ def _cond(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[
     return _together(passed, operands, results, count)
 
 
-def _padded(branch: Branch, shapes: dict[str, Tally]) -> Any:
+def _padded(branch: Branch, shapes: dict[str, Tally]) -> tuple[list[Value], dict[str, Tally]]:
     """A branch that returns the statistics of all branches; the statistics of other branches are empty."""
     results, stats = branch()
     return results, {**_empty(shapes), **{path: tally.certain() for path, tally in stats.items()}}

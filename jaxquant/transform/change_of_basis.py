@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +17,20 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import Params, leaves_with_paths, nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
+from jaxquant.core.types import PyTree
 from jaxquant.ptq.bases import Basis
 from jaxquant.transform.interpreter import Interpreter
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.quantized import check_plan, weights_of
 from jaxquant.transform.trace import trace
-from jaxquant.transform.weights import Weight, as_matrix, from_matrix
+from jaxquant.transform.weights import Weight, as_array, as_matrix, from_matrix
 
 __all__ = ["precondition", "precondition_params"]
 
 _OPS = ("dot_general", "ragged_dot")
 
 
-def precondition(fn: Callable[..., Any], plan: Plan, bases: Mapping[str, Basis]) -> Callable[..., Any]:
+def precondition(fn: Callable[..., PyTree], plan: Plan, bases: Mapping[str, Basis]) -> Callable[..., PyTree]:
     """``fn`` with the inputs of some planned weights in another basis: a function with ``fn``'s own signature.
 
     ``precondition(fn, plan, bases)(precondition_params(params, plan, bases), ...)`` equals ``fn(params, ...)`` up to
@@ -67,12 +67,12 @@ def precondition(fn: Callable[..., Any], plan: Plan, bases: Mapping[str, Basis])
     bare = Plan(items)
 
     @functools.wraps(fn)
-    def run(params: Params, *args: Any, **kwargs: Any) -> Any:
+    def run(params: Params, *args: PyTree, **kwargs: PyTree) -> PyTree:
         traced = trace("precondition", fn, params, args, kwargs)
         check_plan("precondition", bare, traced.params)
         interpreter = Interpreter(bare, entering=_into_basis)
         results = interpreter.run(traced.jaxpr, weights_of(traced, bare, bases))
-        return traced.rebuild([r.real() if isinstance(r, Weight) else r for r in results])
+        return traced.rebuild([r.real() if isinstance(r, Weight) else as_array(r) for r in results])
 
     return run
 
@@ -85,7 +85,7 @@ def _into_basis(weight: Weight, x: jax.Array, axes: tuple[int, ...]) -> jax.Arra
     return jnp.moveaxis(weight.state.inputs(flat).reshape(moved.shape), last, axes)
 
 
-def precondition_params(params: Params, plan: Plan, bases: Mapping[str, Basis]) -> Any:
+def precondition_params(params: Params, plan: Plan, bases: Mapping[str, Basis]) -> Params:
     """The parameters for `precondition`: the weights in the dual bases.
 
     Args:

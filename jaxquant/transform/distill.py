@@ -5,20 +5,33 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.paths import Params, is_qtensor, leaves_with_paths
+from jaxquant.core.paths import Leaf, Params, is_qtensor, leaves_with_paths
 from jaxquant.core.qtensor import QTensor
-from jaxquant.transform.masks import Mask, masked, with_masks
+from jaxquant.core.types import PyTree, State, TreeDef
+from jaxquant.transform.masks import Counted, Mask, masked, with_masks
 from jaxquant.transform.params import dequantize_params
 from jaxquant.transform.plan import Plan, is_float
 from jaxquant.transform.quantized import check_plan, quantized
 
 __all__ = ["Distillation", "Distilled", "distill", "relative_error", "resumed"]
+
+
+class Optimizer(Protocol):
+    """An Optax transformation of gradients."""
+
+    def init(self, params: PyTree, /) -> PyTree:
+        """The state before any step."""
+        ...
+
+    def update(self, updates: PyTree, state: PyTree, params: PyTree, /) -> tuple[PyTree, PyTree]:
+        """The changes of the parameters, and the state after this step."""
+        ...
 
 
 class Distilled(NamedTuple):
@@ -37,33 +50,33 @@ class Distilled(NamedTuple):
     loss: jax.Array
     step: int
     seconds: float
-    resume: dict[str, Any]
+    resume: dict[str, PyTree]
 
 
-def relative_error(outputs: Any, targets: Any) -> jax.Array:
+def relative_error(outputs: PyTree, targets: PyTree) -> jax.Array:
     """``sum |y - t|^2 / sum |t|^2`` over all float arrays of two trees."""
     pairs = [(y, t) for y, t in zip(jax.tree.leaves(outputs), jax.tree.leaves(targets), strict=True) if is_float(t)]
     error = sum(jnp.sum((y - t).astype(jnp.float32) ** 2) for y, t in pairs)
     return error / jnp.maximum(sum(jnp.sum(t.astype(jnp.float32) ** 2) for _, t in pairs), 1e-30)
 
 
-def _is_vector(path: str, leaf: Any) -> bool:
+def _is_vector(path: str, leaf: jax.Array) -> bool:
     return max(leaf.shape, default=1) == leaf.size
 
 
 def distill(
-    fn: Callable[..., Any],
+    fn: Callable[..., PyTree],
     plan: Plan,
     params: Params,
     qparams: Params,
-    batches: Iterable[Any],
-    tx: Any,
+    batches: Iterable[PyTree],
+    tx: Optimizer,
     *,
-    loss: Callable[[Any, Any], jax.Array] = relative_error,
-    floats: Callable[[str, Any], bool] = _is_vector,
+    loss: Callable[[PyTree, PyTree], jax.Array] = relative_error,
+    floats: Callable[[str, jax.Array], bool] = _is_vector,
     mask: Mask = None,
-    state: Mapping[str, Any] | None = None,
-    resume: Mapping[str, Any] | None = None,
+    state: State | None = None,
+    resume: Mapping[str, PyTree] | None = None,
 ) -> Iterator[Distilled]:
     """Trains what is real in quantized parameters: scales, and the vectors beside them (biases, gains of norms).
 
@@ -115,7 +128,7 @@ def distill(
     if resume is not None:
         train, opt_state, before = _where_it_was(resume, train, opt_state)
 
-    def together(train: dict[str, jax.Array], rest: dict[str, Any]) -> Any:
+    def together(train: dict[str, jax.Array], rest: dict[str, Leaf]) -> Params:
         leaves = {}
         for path, leaf in rest.items():
             leaves[path] = train.get(path, leaf)
@@ -123,15 +136,22 @@ def distill(
                 leaves[path] = _with_scale(leaf, jnp.exp(train[path]))
         return jax.tree.unflatten(treedef, leaves.values())
 
-    def objective(train: Any, rest: Any, args: tuple[Any, ...], targets: Any, counted: Any) -> jax.Array:
+    def objective(
+        train: dict[str, jax.Array], rest: dict[str, Leaf], args: tuple[PyTree, ...], targets: PyTree, counted: Counted
+    ) -> jax.Array:
         new = together(train, rest)
         outputs = fn(dequantize_params(new), *args) if weight_only else run(new, *args)
         return loss(*masked("distill", counted, outputs, targets))
 
     @jax.jit
     def step(
-        train: Any, opt_state: Any, rest: Any, params: Params, args: tuple[Any, ...], counted: Any
-    ) -> tuple[Any, Any, jax.Array]:
+        train: dict[str, jax.Array],
+        opt_state: PyTree,
+        rest: dict[str, Leaf],
+        params: Params,
+        args: tuple[PyTree, ...],
+        counted: Counted,
+    ) -> tuple[dict[str, jax.Array], PyTree, jax.Array]:
         value, grads = jax.value_and_grad(objective)(train, rest, args, fn(params, *args), counted)
         updates, opt_state = tx.update(grads, opt_state, train)
         return jax.tree.map(lambda p, u: (p + u).astype(p.dtype), train, updates), opt_state, value
@@ -172,12 +192,12 @@ class Distillation:
       (50, True)
     """
 
-    tx: Any
+    tx: Optimizer
     epochs: int = 1
-    loss: Callable[[Any, Any], jax.Array] = relative_error
-    floats: Callable[[str, Any], bool] = _is_vector
+    loss: Callable[[PyTree, PyTree], jax.Array] = relative_error
+    floats: Callable[[str, jax.Array], bool] = _is_vector
     progress: Callable[[Distilled], object] | None = None
-    resume: Mapping[str, Any] | None = None
+    resume: Mapping[str, PyTree] | None = None
 
     def __post_init__(self):
         if not callable(getattr(self.tx, "init", None)) or not callable(getattr(self.tx, "update", None)):
@@ -191,7 +211,7 @@ class Distillation:
 _KEPT = ("optimizer", "params", "step", "train")
 
 
-def resumed(function: str, resume: Any, params: Params) -> Any:
+def resumed(function: str, resume: object, params: Params) -> Params:
     """The saved quantized parameters, in the containers of ``params``."""
     if not isinstance(resume, Mapping) or tuple(sorted(resume)) != _KEPT:
         keys = tuple(sorted(map(str, resume))) if isinstance(resume, Mapping) else type(resume).__name__
@@ -206,7 +226,9 @@ def resumed(function: str, resume: Any, params: Params) -> Any:
     return jax.tree.unflatten(treedef, [found[path] for path in leaves])
 
 
-def _where_it_was(resume: Any, train: dict[str, jax.Array], opt_state: Any) -> tuple[Any, Any, int]:
+def _where_it_was(
+    resume: Mapping[str, PyTree], train: dict[str, jax.Array], opt_state: PyTree
+) -> tuple[dict[str, jax.Array], PyTree, int]:
     """The trained values, the optimizer's state and the number of steps of an interrupted run."""
     todo = "Go on with the arguments that it began with, and qparams=resume['params']"
     resumed("distill", resume, resume.get("params") if isinstance(resume, Mapping) else None)
@@ -223,11 +245,11 @@ def _where_it_was(resume: Any, train: dict[str, jax.Array], opt_state: Any) -> t
 
 
 def _parts(
-    plan: Plan, qparams: Params, floats: Callable[[str, Any], bool]
-) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    plan: Plan, qparams: Params, floats: Callable[[str, jax.Array], bool]
+) -> tuple[dict[str, jax.Array], dict[str, Leaf], TreeDef]:
     """The trained values (scales by their logarithms), all leaves, and the treedef."""
     leaves, treedef = leaves_with_paths(qparams)
-    train: dict[str, Any] = {}
+    train: dict[str, jax.Array] = {}
     for path, leaf in leaves.items():
         if is_qtensor(leaf):
             scale = leaf.scale

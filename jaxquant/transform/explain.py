@@ -6,13 +6,14 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.paths import Params, is_qtensor, path_of
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.types import PyTree
 from jaxquant.core.units import in_bytes
 from jaxquant.ops.kernels.cpu.gemv import LOOP
 from jaxquant.ops.kernels.cpu.machine import FAST
@@ -186,7 +187,7 @@ def _time(seconds: float | None) -> str:
     return f"{seconds * factor:.1f} {unit}"
 
 
-def explain(fn: Callable[..., Any], params: Params, *args: Any, target: str | None = None) -> Explanation:
+def explain(fn: Callable[..., PyTree], params: Params, *args: PyTree, target: str | None = None) -> Explanation:
     """Compiles ``fn(params, *args)`` and says, for each quantized weight, which kernel runs and what it reads.
 
     The answer is read from the optimized program: weights are followed from the parameter that holds their codes to the
@@ -228,7 +229,7 @@ def explain(fn: Callable[..., Any], params: Params, *args: Any, target: str | No
             "explain", "a program is compiled for sizes that are numbers", todo=todo, shape=symbolic[0].shape
         )
 
-    def called(params: Params, *args: Any) -> Any:
+    def called(params: Params, *args: PyTree) -> PyTree:
         return fn(params, *args)
 
     found = None if target is None else compiled_for("explain", target, called, (params, *args))
@@ -262,13 +263,13 @@ def explain(fn: Callable[..., Any], params: Params, *args: Any, target: str | No
     )
 
 
-def _local(params: Params) -> list[Any]:
+def _local(params: Params) -> list[QTensor]:
     """The QTensors of shapes with shardings, as one device has them."""
     local = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype), params)
     return [leaf for leaf in jax.tree.leaves(local, is_leaf=is_qtensor) if is_qtensor(leaf)]
 
 
-def _use(path: tuple[Any, ...], leaf: Any, found: Reached, chip: Chip | None) -> Use:
+def _use(path: tuple[object, ...], leaf: QTensor, found: Reached, chip: Chip | None) -> Use:
     float_nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize
     use = Use(path_of(path), tuple(sorted(found.kernels)), leaf.nbytes, float_nbytes, int(found.written))
     if chip is None:
@@ -284,7 +285,7 @@ def _finite(seconds: float | None) -> float | None:
     return None if seconds is None or math.isnan(seconds) else seconds
 
 
-def _parameter_numbers(params: Params) -> dict[tuple[Any, ...], int]:
+def _parameter_numbers(params: Params) -> dict[tuple[object, ...], int]:
     """Which parameter of the program holds the codes of each QTensor."""
     found = {}
     for i, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(params)[0]):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jaxquant.core.arithmetic import promoted
 from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import Params, leaves_with_paths
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.types import Stats
 from jaxquant.transform.analysis.rotations import RotationGroup
 from jaxquant.transform.analysis.scales import Member, ScalePair
 from jaxquant.transform.plan import Item, Plan
@@ -35,7 +35,7 @@ def _spread(values: jax.Array, w: jax.Array, member: Member) -> jax.Array:
     return values.reshape(shape)
 
 
-def rescale(params: Params, pair: ScalePair, scale: jax.Array) -> Any:
+def rescale(params: Params, pair: ScalePair, scale: jax.Array) -> Params:
     """Moves a scale: sinks are multiplied by it along their channels, sources divided. The function stays the same.
 
     Args:
@@ -71,7 +71,7 @@ def rescale(params: Params, pair: ScalePair, scale: jax.Array) -> Any:
     return jax.tree.unflatten(treedef, leaves.values())
 
 
-def fold_gains(params: Params, pairs: Iterable[ScalePair]) -> Any:
+def fold_gains(params: Params, pairs: Iterable[ScalePair]) -> Params:
     """The gains of norms multiplied into the weights that read them, and 1 in their place. The function stays.
 
     Args:
@@ -106,7 +106,7 @@ def fold_gains(params: Params, pairs: Iterable[ScalePair]) -> Any:
     return jax.tree.unflatten(treedef, leaves.values())
 
 
-def rotate(params: Params, group: RotationGroup, matrix: jax.Array) -> Any:
+def rotate(params: Params, group: RotationGroup, matrix: jax.Array) -> Params:
     """Turns every member of a group by an orthogonal matrix R: ``w[.., j] = sum_i w[.., i] R[i, j]`` along its axis.
 
     Args:
@@ -138,9 +138,7 @@ def rotate(params: Params, group: RotationGroup, matrix: jax.Array) -> Any:
     return jax.tree.unflatten(treedef, leaves.values())
 
 
-def correct_bias(
-    params: Params, qparams: Params, plan: Plan, found: Mapping[str, str], stats: Mapping[str, Any]
-) -> Any:
+def correct_bias(params: Params, qparams: Params, plan: Plan, found: Mapping[str, str], stats: Stats) -> Params:
     """``b <- b + E[x] (W - W_q)``: the mean of each output is what it was.
 
     Args:
@@ -171,7 +169,7 @@ def correct_bias(
             leaf.dequantize(jnp.float32) if isinstance(leaf, QTensor) else jnp.asarray(leaf, jnp.float32)
         )
 
-        def shift(delta: jax.Array, mean: Any, item: Item = item) -> jax.Array:
+        def shift(delta: jax.Array, mean: Mapping[str, jax.Array], item: Item = item) -> jax.Array:
             rows = jnp.maximum(jnp.sum(mean["rows"]), 1.0)
             return (jnp.sum(mean["sum"], axis=0) / rows) @ as_matrix(delta, item.reduce_axes)
 

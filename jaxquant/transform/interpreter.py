@@ -24,22 +24,25 @@ import contextlib
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var, jaxpr_as_fun
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import Operand, QTensor
 from jaxquant.core.specs import QuantSpec
+from jaxquant.core.types import PyTree
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.primitives import USES, inlined, used_by
 from jaxquant.transform.products import Products, scoped
-from jaxquant.transform.weights import ABSENT, Absent, Joined, Value, Weight
+from jaxquant.transform.statistics import Inputs
+from jaxquant.transform.weights import ABSENT, Absent, Joined, Value, Weight, as_array
 
-__all__ = ["Interpreter", "Misfit", "Tally", "Use", "handler_of", "handles"]
+__all__ = ["Handler", "Interpreter", "Misfit", "Tally", "Use", "handler_of", "handles"]
 
 
 Handler = Callable[["Interpreter", JaxprEqn, list[Value]], list[Value]]
@@ -96,7 +99,7 @@ class Use:
     stacked: int
     reason: str = ""
     contraction_minor: bool = True
-    rows: Any = 0
+    rows: int = 0
     window: tuple[int, ...] = ()
     note: str = ""
 
@@ -113,10 +116,10 @@ class Tally(NamedTuple):
       seen: whether there were inputs, as an array; None: there were. Branches, loops and masks decide it at run time.
     """
 
-    value: Any
-    seen: Any = None
+    value: PyTree
+    seen: jax.Array | None = None
 
-    def merge(self, other: Tally, merge: Callable[[Any, Any], Any]) -> Tally:
+    def merge(self, other: Tally, merge: Callable[[PyTree, PyTree], PyTree]) -> Tally:
         """Both, of which each may be empty."""
         both = merge(self.value, other.value)
         if self.seen is None and other.seen is None:
@@ -165,11 +168,11 @@ class Interpreter:
     _: dataclasses.KW_ONLY
     precision: jax.lax.PrecisionLike = None
     planning: bool = False
-    collect: Callable[..., Any] | None = None
-    merge: Callable[[str, Any, Any], Any] | None = None
+    collect: Callable[[Item, Callable[[], Inputs]], dict[str, Tally]] | None = None
+    merge: Callable[[str, PyTree, PyTree], PyTree] | None = None
     observing: bool = False
     keys: Mapping[str, str] | None = None
-    mask: Any = None
+    mask: jax.Array | np.ndarray | None = None
     products: Products | None = None
     entering: Callable[[Weight, jax.Array, tuple[int, ...]], jax.Array] | None = None
     rounding_key: jax.Array | None = None
@@ -207,11 +210,11 @@ class Interpreter:
         return path if self.keys is None else self.keys[path]
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
-    def run(self, closed: ClosedJaxpr, args: list[Value]) -> list[Any]:
+    def run(self, closed: ClosedJaxpr, args: list[Value]) -> list[Value]:
         """Values of the outputs; weights that are returned unchanged stay weights, joined ones are values."""
         return [self.whole(v) if isinstance(v, Joined) else v for v in self.run_in_place(closed, args)]
 
-    def run_in_place(self, closed: ClosedJaxpr, args: list[Value]) -> list[Any]:
+    def run_in_place(self, closed: ClosedJaxpr, args: list[Value]) -> list[Value]:
         """The same of a call whose equations might stand in the place of it: joined weights stay what they are."""
         jaxpr = closed.jaxpr
         consts = [ABSENT] * len(closed.consts) if self.planning else closed.consts
@@ -264,7 +267,7 @@ class Interpreter:
         contracted: tuple[int, ...],
         *,
         contraction_minor: bool = True,
-        rows: Any = 0,
+        rows: int = 0,
         window: tuple[int, ...] = (),
     ) -> None:
         """Planning: a use that can be quantized, if whole axes of the parameter are contracted."""
@@ -299,7 +302,7 @@ class Interpreter:
                 if isinstance(part, Weight):
                     self.refuse(part, "concatenate", _REASONS["concatenate"])
             return ABSENT
-        parts: list[Any] = [self.float_of(p, "'concatenate'") if isinstance(p, Weight) else p for p in joined.parts]
+        parts = [self.float_of(p, "'concatenate'") if isinstance(p, Weight) else as_array(p) for p in joined.parts]
         return jax.lax.concatenate(parts, joined.axis)
 
     def by_layer(self, weight: Weight) -> bool:
@@ -307,7 +310,7 @@ class Interpreter:
         item = self.items.get(weight.path)
         return item is None or weight.stacked < item.stacked
 
-    def operand(self, weight: Weight) -> Any:
+    def operand(self, weight: Weight) -> Operand:
         """Running: the weight as an op's operand. Calibration runs float weights in float."""
         item = self.items.get(weight.path)
         if item is None or self.calibrating:
@@ -378,10 +381,10 @@ def unsupported(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value], re
                 why = reason or _REASONS.get(op, f"goes into {op}, which has no quantized form")
                 interpreter.refuse(value, op, why)
         return [ABSENT] * len(eqn.outvars)
-    return bind(eqn, [interpreter.float_of(v, repr(op)) if isinstance(v, Weight) else v for v in values])
+    return [*bind(eqn, [interpreter.float_of(v, repr(op)) if isinstance(v, Weight) else v for v in values])]
 
 
-def bind(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def bind(eqn: JaxprEqn, values: Sequence[Value]) -> list[jax.Array]:
     """Evaluates one equation on these values."""
     given = {v: x for v, x in zip(eqn.invars, values, strict=True) if not isinstance(v, Literal)}
     return list(jaxpr_as_fun(_jaxpr([eqn], list(given), list(eqn.outvars)))(*given.values()))

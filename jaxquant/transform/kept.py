@@ -7,7 +7,9 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
+
+from jaxquant.core.types import PyTree
 
 __all__ = ["Kept"]
 
@@ -30,9 +32,9 @@ class Kept(Generic[_Value]):
     """
 
     def __init__(self) -> None:
-        self._of: dict[int, tuple[Any, dict[Hashable, _Value]]] = {}
+        self._of: dict[int, tuple[Callable[[], object], dict[Hashable, _Value]]] = {}
 
-    def get(self, fn: Callable[..., Any], key: Hashable, make: Callable[[Callable[..., Any]], _Value]) -> _Value:
+    def get(self, fn: Callable[..., PyTree], key: Hashable, make: Callable[[Callable[..., PyTree]], _Value]) -> _Value:
         """The value of a function and a key.
 
         Args:
@@ -57,16 +59,16 @@ class Kept(Generic[_Value]):
             found[1][whole] = make(_weakly(fn))
         return found[1][whole]
 
-    def _drop(self, place: int, ref: Any) -> None:
+    def _drop(self, place: int, ref: object) -> None:
         if place in self._of and self._of[place][0] is ref:
             del self._of[place]
 
 
-def _weakly(fn: Callable[..., Any]) -> Callable[..., Any]:
+def _weakly(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """A function that calls another one without holding it."""
     ref = weakref.WeakMethod(fn) if inspect.ismethod(fn) else weakref.ref(fn)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: PyTree, **kwargs: PyTree) -> PyTree:
         whole = ref()
         assert whole is not None  # the caller of the value has it
         return whole(*args, **kwargs)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +16,18 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.paths import Params, leaves_with_paths
 from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.core.types import PyTree
 from jaxquant.ptq.bases import Orthogonal
 from jaxquant.transform.analysis.rotations import RotationGroup
 from jaxquant.transform.change_of_basis import precondition, precondition_params
 from jaxquant.transform.distill import relative_error
 from jaxquant.transform.folding import rotate
 from jaxquant.transform.interpreter import Interpreter
-from jaxquant.transform.masks import Mask, masked, with_masks
+from jaxquant.transform.masks import Counted, Mask, masked, with_masks
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.quantized import check_plan, weights_of
 from jaxquant.transform.trace import trace
-from jaxquant.transform.weights import Weight
+from jaxquant.transform.weights import Weight, as_array
 
 __all__ = ["LearnedRotations", "cayley", "learn_rotations"]
 
@@ -94,7 +95,7 @@ def _weight(spec: QuantSpec, axes: tuple[int, ...], w: jax.Array) -> jax.Array:
     return _with_range(w, spec, tuple(a % w.ndim for a in axes))
 
 
-def _rounding(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
+def _rounding(fn: Callable[..., PyTree], plan: Plan) -> Callable[..., PyTree]:
     """`quantized`, with float parameters and those gradients."""
 
     bare = Plan(tuple(dataclasses.replace(item, spec=OpSpec()) for item in plan.items))
@@ -103,7 +104,7 @@ def _rounding(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
         spec = plan[weight.path].spec.act
         return x if spec is None else _with_range(x, spec, tuple(a % x.ndim for a in axes))
 
-    def run(params: Params, *args: Any) -> Any:
+    def run(params: Params, *args: PyTree) -> PyTree:
         leaves, treedef = leaves_with_paths(params)
         check_plan("learn_rotations", plan, leaves)
         for item in plan.items:
@@ -113,20 +114,20 @@ def _rounding(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
                 leaves[item.path] = item.stack(one)(leaves[item.path])
         traced = trace("learn_rotations", fn, jax.tree.unflatten(treedef, leaves.values()), args, {})
         results = Interpreter(bare, entering=entering).run(traced.jaxpr, weights_of(traced, bare, None))
-        return traced.rebuild([r.real() if isinstance(r, Weight) else r for r in results])
+        return traced.rebuild([r.real() if isinstance(r, Weight) else as_array(r) for r in results])
 
     return run
 
 
 def learn_rotations(
-    fn: Callable[..., Any],
+    fn: Callable[..., PyTree],
     plan: Plan,
     params: Params,
     matrices: Mapping[Key, jax.Array],
-    batches: Iterable[Any],
+    batches: Iterable[PyTree],
     *,
     rate: float = 0.02,
-    loss: Callable[[Any, Any], jax.Array] = relative_error,
+    loss: Callable[[PyTree, PyTree], jax.Array] = relative_error,
     mask: Mask = None,
 ) -> Iterator[LearnedRotations]:
     """Turns orthogonal matrices, fused or online, so that the quantized function does what the float one does.
@@ -176,7 +177,7 @@ def learn_rotations(
         raise quant_error("learn_rotations", "there is nothing to learn", todo=todo, matrices=dict(matrices))
 
     def objective(
-        matrices: dict[Place, jax.Array], new: Any, args: tuple[Any, ...], targets: Any, counted: Any
+        matrices: dict[Place, jax.Array], new: Params, args: tuple[PyTree, ...], targets: PyTree, counted: Counted
     ) -> jax.Array:
         online = {p: Orthogonal(m) for p, m in matrices.items() if isinstance(p, str)}
         for place, matrix in matrices.items():
@@ -190,7 +191,14 @@ def learn_rotations(
     places = list(matrices)
 
     @jax.jit
-    def step(number: jax.Array, now: Any, states: Any, params: Params, args: tuple[Any, ...], counted: Any) -> Any:
+    def step(
+        number: jax.Array,
+        now: list[jax.Array],
+        states: list[_State],
+        params: Params,
+        args: tuple[PyTree, ...],
+        counted: Counted,
+    ) -> tuple[list[jax.Array], list[_State], jax.Array]:
         targets = fn(params, *args)
         split = lambda ms: objective(dict(zip(places, ms, strict=True)), params, args, targets, counted)  # noqa: E731
         value, gradients = jax.value_and_grad(split)(now)

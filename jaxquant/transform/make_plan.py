@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.granularity import PerTensor
-from jaxquant.core.paths import Params, nearest
+from jaxquant.core.paths import Leaf, Params, nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.refusals import Refusals
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import OpSpec
+from jaxquant.core.types import PyTree
 from jaxquant.rules import OpRule, Rule, Stated
 from jaxquant.transform.interpreter import Interpreter, Use
 from jaxquant.transform.misfits import fitted
@@ -27,7 +27,7 @@ from jaxquant.transform.weights import ABSENT, Weight, dims_of
 __all__ = ["check_all_rules", "check_rules", "make_plan"]
 
 
-def check_rules(function: str, rules: Any) -> tuple[Rule, ...]:
+def check_rules(function: str, rules: Iterable[Rule | OpRule]) -> tuple[Rule, ...]:
     """Rules for parameters as a tuple; raises if they are not a sequence of `Rule`."""
     rules = check_all_rules(function, rules)
     for rule in rules:
@@ -38,7 +38,7 @@ def check_rules(function: str, rules: Any) -> tuple[Rule, ...]:
     return tuple(rule for rule in rules if isinstance(rule, Rule))
 
 
-def check_all_rules(function: str, rules: Any) -> tuple[Rule | OpRule, ...]:
+def check_all_rules(function: str, rules: Iterable[Rule | OpRule]) -> tuple[Rule | OpRule, ...]:
     """Rules as a tuple; raises if they are not a sequence of `Rule` and `OpRule`."""
     if isinstance(rules, Rule | OpRule | str) or not all(isinstance(rule, Rule | OpRule) for rule in rules):
         todo = "Pass a list: [Rule(pattern, spec), ...]"
@@ -47,7 +47,7 @@ def check_all_rules(function: str, rules: Any) -> tuple[Rule | OpRule, ...]:
 
 
 def make_plan(
-    fn: Callable[..., Any], params: Params, *args: Any, rules: Sequence[Rule | OpRule], **kwargs: Any
+    fn: Callable[..., PyTree], params: Params, *args: PyTree, rules: Sequence[Rule | OpRule], **kwargs: PyTree
 ) -> Plan:
     """Which parameters of ``fn`` are quantized, by which operation and over which axes, according to rules.
 
@@ -161,12 +161,12 @@ def _products(found: Products, rules: Sequence[OpRule], refusals: Refusals) -> t
     return tuple(products)
 
 
-def _sizes(shape: tuple[Any, ...]) -> tuple[int | str, ...]:
+def _sizes(shape: tuple[int, ...]) -> tuple[int | str, ...]:
     """A shape, with the names of sizes that are symbols."""
     return tuple(str(n) if number(n) == math.inf else n for n in shape)
 
 
-def _plannable(leaf: Any) -> bool:
+def _plannable(leaf: Leaf) -> bool:
     return is_float(leaf) and math.prod(leaf.shape) > 0
 
 
@@ -207,7 +207,7 @@ def _spec(path: str, spec: OpSpec, can: list[Use]) -> tuple[OpSpec, str]:
     return spec, note
 
 
-def _item(path: str, leaf: Any, rule: Rule, uses: list[Use], *, own_derivative: bool) -> Item | Float:
+def _item(path: str, leaf: Leaf, rule: Rule, uses: list[Use], *, own_derivative: bool) -> Item | Float:
     """The plan of one parameter, or why it stays in float."""
     assert rule.spec is not None
     shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype).name

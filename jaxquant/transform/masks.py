@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +16,22 @@ import numpy as np
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import leaves_with_paths
+from jaxquant.core.types import PyTree
 from jaxquant.transform.batches import arguments
 from jaxquant.transform.plan import is_float
 
-__all__ = ["Mask", "along", "masked", "with_masks"]
+__all__ = ["Counted", "Mask", "along", "masked", "with_masks"]
 
-Mask = Callable[..., Any] | Iterable[Any] | None
+Counted = jax.Array | np.ndarray | None
+"""The mask of one batch; None: all counts."""
+
+Mask = Callable[..., jax.Array | np.ndarray] | Iterable[jax.Array | np.ndarray] | None
 """A function of a batch's arguments, or one array for each batch; None: all counts."""
 
 
 def with_masks(
-    function: str, batches: Iterable[Any], mask: Mask, fn: Callable[..., Any] | None = None
-) -> Iterator[tuple[tuple[Any, ...], jax.Array | np.ndarray | None]]:
+    function: str, batches: Iterable[PyTree], mask: Mask, fn: Callable[..., PyTree] | None = None
+) -> Iterator[tuple[tuple[PyTree, ...], Counted]]:
     """The arguments of each batch, with its mask or None.
 
     Raises:
@@ -53,7 +56,7 @@ def with_masks(
         raise quant_error(function, "there are more masks than batches", todo=todo, batches=count)
 
 
-def _checked(function: str, number: int, mask: Any) -> Any:
+def _checked(function: str, number: int, mask: PyTree) -> jax.Array | np.ndarray:
     if not hasattr(mask, "dtype") or mask.dtype != jnp.bool_ or not mask.ndim:
         todo = "Pass True where there is data, for example attention_mask != 0 or tokens != pad"
         rule = "a mask must be a boolean array with the first axes of the activations"
@@ -61,7 +64,7 @@ def _checked(function: str, number: int, mask: Any) -> Any:
     return mask
 
 
-def along(mask: Any, shape: tuple[int, ...]) -> jax.Array | None:
+def along(mask: jax.Array | np.ndarray, shape: tuple[int, ...]) -> jax.Array | None:
     """The mask with as many axes as an array of this shape, 1 long behind its own; None if it does not fit."""
     lead = tuple(mask.shape)
     if shape[: len(lead)] != lead:
@@ -71,7 +74,7 @@ def along(mask: Any, shape: tuple[int, ...]) -> jax.Array | None:
     return jnp.reshape(mask, lead + (1,) * (len(shape) - len(lead)))
 
 
-def masked(function: str, mask: Any, *trees: Any) -> tuple[Any, ...]:
+def masked(function: str, mask: Counted, *trees: PyTree) -> tuple[PyTree, ...]:
     """Trees of one structure, with 0 in their float arrays wherever the mask is False; unchanged without a mask.
 
     Raises:
@@ -89,7 +92,7 @@ def masked(function: str, mask: Any, *trees: Any) -> tuple[Any, ...]:
         rule = f"outputs do not begin with the axes of the mask: {'; '.join(wrong)}"
         raise quant_error(function, rule, todo=todo, mask=tuple(mask.shape))
 
-    def only(x: Any) -> Any:
+    def only(x: PyTree) -> PyTree:
         here = along(mask, tuple(x.shape)) if is_float(x) else None
         return x if here is None else jnp.where(here, x, jnp.zeros_like(x))
 

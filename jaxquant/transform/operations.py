@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,28 +16,37 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxquant import ops
 from jaxquant.core.indices import widened
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import Operand, QTensor
 from jaxquant.core.specs import OpSpec
+from jaxquant.core.types import PyTree
 from jaxquant.ops.dot import contract
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.placed import Placed
 from jaxquant.ops.shardings import explicit_sharding
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.calls import arrays_of, inside
-from jaxquant.transform.interpreter import Interpreter, Misfit, Tally, handles, key_of, unsupported
+from jaxquant.transform.interpreter import Handler, Interpreter, Misfit, Tally, handles, key_of, unsupported
 from jaxquant.transform.masks import along
 from jaxquant.transform.plan import Item
 from jaxquant.transform.primitives import automatic, dtype_of, marked_varying, shape_of, varying_axes
 from jaxquant.transform.products import product_name
 from jaxquant.transform.statistics import Inputs, Rows
-from jaxquant.transform.weights import ABSENT, Weight, rounded_activation, trained_activation
+from jaxquant.transform.weights import (
+    ABSENT,
+    Value,
+    Weight,
+    as_array,
+    as_weight,
+    rounded_activation,
+    trained_activation,
+)
 
 __all__: list[str] = []
 
 
 def _activation(
-    interpreter: Interpreter, weight: Weight, x: Any, axes: Sequence[int], inputs: Callable[[Item], Inputs]
-) -> tuple[Any, dict[str, Any]]:
+    interpreter: Interpreter, weight: Weight, x: jax.Array, axes: Sequence[int], inputs: Callable[[Item], Inputs]
+) -> tuple[Operand, dict[str, Any]]:
     """The other operand, contracted over ``axes``, and how an op treats it: its spec and static range.
 
     With learned steps it is quantized here. Calibration leaves it in float and looks at it.
@@ -50,7 +59,10 @@ def _activation(
     if interpreter.calibrating or item.spec.act is None:
         return x, {}
 
-    def marked(state: Any) -> Any:  # in a shard_map a range varies as the array does: their gradients do, too
+    def marked(
+        state: Mapping[str, PyTree],
+    ) -> dict[str, jax.Array]:
+        # In a shard_map a range varies as the array does: their gradients do, too.
         return jax.tree.map(lambda v: marked_varying(v, varying_axes(x)), dict(state))
 
     out: dict[str, Any] = {"spec": dataclasses.replace(item.spec, weight=None)}
@@ -91,6 +103,7 @@ def _rows(interpreter: Interpreter, item: Item, x: jax.Array, axes: Axes) -> Row
 
 def _counted(interpreter: Interpreter, item: Item, x: jax.Array, contracted: tuple[int, ...]) -> jax.Array:
     """The mask along an activation, as an array of its shape."""
+    assert interpreter.mask is not None
     mask = along(interpreter.mask, x.shape)
     shapes = f"{tuple(x.shape)}, the mask {tuple(interpreter.mask.shape)}"
     if mask is None:
@@ -105,9 +118,6 @@ def _columns(item: Item) -> int:
     return math.prod(item.shape[axis] for axis in item.reduce_axes)
 
 
-Handler = Callable[[Interpreter, Any, list[Any]], list[Any]]
-
-
 def _partitioned(handler: Handler) -> Handler:
     """A handler that runs with automatic axes on a mesh of explicit ones.
 
@@ -116,13 +126,15 @@ def _partitioned(handler: Handler) -> Handler:
     """
 
     @functools.wraps(handler)
-    def run(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+    def run(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         if interpreter.planning or (placed := explicit_sharding(eqn.outvars[0].aval)) is None:
             return handler(interpreter, eqn, values)
         if "out_sharding" in eqn.params:
             eqn = eqn.replace(params={**eqn.params, "out_sharding": None})
 
-        def body(arrays: list[Any], mask: Any, key: jax.Array | None) -> tuple[list[Any], dict[str, Tally]]:
+        def body(
+            arrays: list[PyTree], mask: jax.Array | None, key: jax.Array | None
+        ) -> tuple[list[Value], dict[str, Tally]]:
             inner = interpreter.child()
             inner.mask, inner.rounding_key = mask, key
             results = handler(inner, eqn, [inside(v, a) for v, a in zip(values, arrays, strict=True)])
@@ -136,7 +148,7 @@ def _partitioned(handler: Handler) -> Handler:
     return run
 
 
-def _as_it_stands(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _as_it_stands(eqn: JaxprEqn, values: Sequence[Operand]) -> list[Value]:
     """The primitive on these values, under the mesh that is set now: an equation would bring its own."""
     return [eqn.primitive.bind(*values, **eqn.params)]
 
@@ -148,7 +160,7 @@ def _of_reals(handler: Handler) -> Handler:
     """
 
     @functools.wraps(handler)
-    def run(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+    def run(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
         dtype = dtype_of(eqn.outvars[0])
         if any(isinstance(v, Weight) for v in values) and not jnp.issubdtype(dtype, jnp.floating):
             return unsupported(interpreter, eqn, values, f"in a product of dtype {dtype}")
@@ -160,24 +172,26 @@ def _of_reals(handler: Handler) -> Handler:
     return run
 
 
-def _real(value: Any, other: Var | Literal) -> Any:
+def _real(value: Value, other: Var | Literal) -> Value:
     """An operand in the dtype of the other one, if it is an array of none that arithmetic promotes to."""
-    if isinstance(value, Weight) or (jnp.issubdtype(value.dtype, jnp.floating) and value.dtype.itemsize > 1):
+    if isinstance(value, Weight):
         return value
-    return value.astype(dtype_of(other))
+    x = as_array(value)
+    narrow = not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize == 1
+    return x.astype(dtype_of(other)) if narrow else x
 
 
 @handles(primitives.dot_general_p)
 @_partitioned
 @_of_reals
-def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     weights = [side for side, v in enumerate(values) if isinstance(v, Weight)]
     if len(weights) == 2:
         return unsupported(interpreter, eqn, values)
     if not weights:
         return _product(interpreter, eqn, values)
     (side,) = weights
-    weight, x = values[side], values[1 - side]
+    weight = as_weight(values[side])
     p = eqn.params
     contract, batch = p["dimension_numbers"]
     if interpreter.planning:
@@ -185,7 +199,8 @@ def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> 
         rows = math.prod(n for i, n in enumerate(shape) if i not in contract[1 - side] + batch[1 - side])
         interpreter.record(weight, "dot_general", tuple(contract[side]), rows=rows)
         return [ABSENT]
-    operands: list[Any] = [x, x]
+    x = as_array(values[1 - side])
+    operands: list[Operand] = [x, x]
     if not interpreter.planned(weight, tuple(contract[side])):
         operands[side] = interpreter.real(weight)
         return _as_it_stands(eqn, operands)
@@ -204,7 +219,7 @@ def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> 
     return [_multiplied(interpreter, eqn, operands, p["dimension_numbers"], **act)]
 
 
-def _product(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _product(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """A product of two activations that the plan quantizes, or that planning has found."""
     products, name = interpreter.products, product_name(interpreter.scope)
     assert products is not None
@@ -212,19 +227,20 @@ def _product(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list
     products.met.setdefault(name, (left, right))
     if products.specs is None:
         return [ABSENT]
-    return [_multiplied(interpreter, eqn, values, eqn.params["dimension_numbers"], spec=products.specs[name])]
+    operands = [as_array(value) for value in values]
+    return [_multiplied(interpreter, eqn, operands, eqn.params["dimension_numbers"], spec=products.specs[name])]
 
 
 def _multiplied(
     interpreter: Interpreter,
     eqn: JaxprEqn,
-    operands: Sequence[Any],
-    numbers: Any,
+    operands: Sequence[Operand],
+    numbers: lax.DotDimensionNumbers,
     *,
     spec: OpSpec | None = None,
-    act_scale: Any = None,
-    act_zero_point: Any = None,
-    key: Any = None,
+    act_scale: jax.Array | None = None,
+    act_zero_point: jax.Array | None = None,
+    key: jax.Array | None = None,
     swapped: bool = False,
 ) -> jax.Array:
     """`jaxquant.ops.dot_general` of the operands of an equation, or of these ``swapped``, placed as its types say."""
@@ -239,7 +255,7 @@ def _multiplied(
     )  # fmt: skip
 
 
-def weight_order(weight: Weight) -> Callable[[tuple[int, int]], Any]:
+def weight_order(weight: Weight) -> Callable[[tuple[int, int]], list[tuple[int, int]]]:
     """A sort key for ``(axis of the view, partner)``: the order of the axes in the parameter.
 
     Atoms that one axis was cut into are numbered from the outermost.
@@ -251,7 +267,7 @@ def _precision(interpreter: Interpreter, own: lax.PrecisionLike) -> lax.Precisio
     return own if interpreter.precision is None else interpreter.precision
 
 
-def _swapped(eqn: JaxprEqn, interpreter: Interpreter, operands: list[Any], act: dict[str, Any]) -> jax.Array:
+def _swapped(eqn: JaxprEqn, interpreter: Interpreter, operands: list[Operand], act: dict[str, Any]) -> jax.Array:
     """A dot whose weight is on the left, as one with the weight on the right."""
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     out = _multiplied(interpreter, eqn, operands[::-1], ((rc, lc), (rb, lb)), swapped=True, **act)
@@ -263,9 +279,9 @@ def _swapped(eqn: JaxprEqn, interpreter: Interpreter, operands: list[Any], act: 
 @handles(primitives.conv_general_dilated_p)
 @_partitioned
 @_of_reals
-def _conv(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-    x, weight = values
-    if not isinstance(weight, Weight) or isinstance(x, Weight):
+def _conv(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    weight = values[1]
+    if not isinstance(weight, Weight) or isinstance(values[0], Weight):
         return unsupported(interpreter, eqn, values)
     p = eqn.params
     numbers = p["dimension_numbers"]
@@ -275,6 +291,7 @@ def _conv(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[An
         window = (p["feature_group_count"], p["batch_group_count"], places)
         interpreter.record(weight, "conv_general_dilated", contracted, contraction_minor=False, window=window)
         return [ABSENT]
+    x = as_array(values[0])
     if not interpreter.planned(weight, contracted):
         return _as_it_stands(eqn, [x, interpreter.real(weight)])
     kernel = interpreter.operand(weight)
@@ -382,15 +399,15 @@ def _lookup(eqn: JaxprEqn) -> _Lookup | None:
 
 @handles(primitives.gather_p)
 @_partitioned
-def _gather(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-    weight, indices = values
+def _gather(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    weight = values[0]
     lookup = _lookup(eqn) if isinstance(weight, Weight) else None
-    if lookup is None:
+    if lookup is None or not isinstance(weight, Weight):
         return unsupported(interpreter, eqn, values)
     if interpreter.planning:
         interpreter.record(weight, "take", tuple(i for i in range(weight.ndim) if i != lookup.axis))
         return [ABSENT]
-    table = interpreter.operand(weight)
+    table, indices = interpreter.operand(weight), as_array(values[1])
     if isinstance(table, TrainedTensor):
         table = table.real
     if not isinstance(table, QTensor):  # in float; XLA has no scatter by some narrow dtypes, for the gradient
@@ -411,27 +428,28 @@ def _gather(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[
 @handles(lax.ragged_dot)
 @_partitioned
 @_of_reals
-def _ragged_dot(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-    x, weight, sizes = values[:3]
+def _ragged_dot(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    weight = values[1]
     p = eqn.params.get("ragged_dot_dimension_numbers")
     plain = p is not None and (
         p.dot_dimension_numbers == (((1,), (1,)), ((), ()))
         and tuple(p.lhs_ragged_dimensions) == (0,)
         and tuple(p.rhs_group_dimensions) == (0,)
     )
-    if not isinstance(weight, Weight) or isinstance(x, Weight) or not plain:
+    if not isinstance(weight, Weight) or isinstance(values[0], Weight) or not plain:
         return unsupported(interpreter, eqn, values)
     if interpreter.planning:
         interpreter.record(weight, "ragged_dot", (1,))
         return [ABSENT]
+    x, sizes, *rest = map(as_array, (values[0], *values[2:]))
     if not interpreter.planned(weight, (1,)):
-        return _as_it_stands(eqn, [x, interpreter.real(weight), *values[2:]])
+        return _as_it_stands(eqn, [x, interpreter.real(weight), sizes, *rest])
     experts = interpreter.operand(weight)
     if interpreter.entering is not None:
         x = interpreter.entering(weight, x, (1,))
     rows, act = _activation(interpreter, weight, x, (1,), lambda item: _ragged_inputs(interpreter, item, x, sizes))
     if not isinstance(experts, QTensor) and not act:
-        return _as_it_stands(eqn, [rows, experts, *values[2:]])
+        return _as_it_stands(eqn, [rows, experts, sizes, *rest])
     precision, dtype = _precision(interpreter, eqn.params["precision"]), dtype_of(eqn.outvars[0])
     return [ops.ragged_dot(rows, experts, sizes, precision=precision, preferred_element_type=dtype, **act)]
 

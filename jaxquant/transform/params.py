@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import jax
 import jax.core
@@ -17,10 +17,11 @@ from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.finite import has_nan, not_finite
 from jaxquant.core.layout import Layout
 from jaxquant.core.learned import learned_range
-from jaxquant.core.paths import Params, is_qtensor, leaves_with_paths, nearest
+from jaxquant.core.paths import Leaf, Params, is_qtensor, leaves_with_paths, nearest
 from jaxquant.core.qtensor import QTensor, dequantize
 from jaxquant.core.refusals import Refusals
 from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.core.types import PyTree, State
 from jaxquant.ops.shardings import explicit_of, shardings
 from jaxquant.ops.targets import Platform, check_target, layout_for
 from jaxquant.ptq.gram import NeedsStatisticsError
@@ -48,7 +49,7 @@ class _Layer:
     lookup: bool = False
 
 
-def _layer_of(path: str, leaves: Mapping[str, Any]) -> _Layer | None:
+def _layer_of(path: str, leaves: Mapping[str, Leaf]) -> _Layer | None:
     """The kind of layer, from Flax's parameter names and the shapes beside it; None where they leave it open.
 
     Dense: a 2-dimensional ``kernel``. Embed: a 2-dimensional ``embedding``, one scale per row, for lookup and tied
@@ -89,7 +90,7 @@ def _beside(shape: tuple[int, ...], bias: tuple[int, ...]) -> _Layer | None:
     return _Layer(tuple(range(1 - len(shape), -len(inner))), stacked=1)
 
 
-def _attention(modules: Sequence[str], leaves: Mapping[str, Any]) -> _Layer | None:
+def _attention(modules: Sequence[str], leaves: Mapping[str, Leaf]) -> _Layer | None:
     """The kernels [features, heads, channels] and [heads, channels, features] of an attention without biases."""
     found = {}
     for part in ("query", "key", "value", "out"):
@@ -105,7 +106,7 @@ def _attention(modules: Sequence[str], leaves: Mapping[str, Any]) -> _Layer | No
     return _Layer((-3, -2) if modules[-1] == "out" else (-3,))
 
 
-def _assign(leaves: Mapping[str, Any], rules: Sequence[Rule]) -> dict[str, tuple[QuantSpec, _Layer]]:
+def _assign(leaves: Mapping[str, Leaf], rules: Sequence[Rule]) -> dict[str, tuple[QuantSpec, _Layer]]:
     """path -> (weight spec, layer) for every leaf that a rule quantizes; checks the rules."""
     function = "quantize_params"
     rules = check_rules(function, rules)
@@ -156,7 +157,7 @@ def _axes(path: str, shape: tuple[int, ...], layer: _Layer) -> tuple[int, ...]:
         raise quant_error("quantize_params", str(error), todo="Correct the rule", path=path) from None
 
 
-def _fitted(path: str, leaf: Any, rule: Rule, layer: _Layer) -> QuantSpec | None:
+def _fitted(path: str, leaf: Leaf, rule: Rule, layer: _Layer) -> QuantSpec | None:
     """The weight's spec for a layer of this shape; None: it stays in float."""
     assert rule.spec is not None
     shape = tuple(leaf.shape)
@@ -165,7 +166,7 @@ def _fitted(path: str, leaf: Any, rule: Rule, layer: _Layer) -> QuantSpec | None
     return None if spec is None else spec.weight
 
 
-def _check_weight(path: str, leaf: Any, spec: QuantSpec, layer: _Layer) -> None:
+def _check_weight(path: str, leaf: Leaf, spec: QuantSpec, layer: _Layer) -> None:
     if isinstance(leaf, QTensor):
         todo = "Quantize the float params, or leave it out with Rule(pattern, None)"
         raise quant_error("quantize_params", "the weight is quantized already", todo=todo, path=path, weight=repr(leaf))
@@ -177,14 +178,14 @@ def _check_weight(path: str, leaf: Any, spec: QuantSpec, layer: _Layer) -> None:
     block_shape(shape[layer.stacked :], spec.granularity, axes, function="quantize_params", path=path)
     if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer) or not getattr(leaf, "is_fully_addressable", True):
         return
-    if bad := not_finite(leaf):
+    if bad := not_finite(cast(jax.Array, leaf)):
         todo = "Find out why training produced them; a checkpoint with NaN or inf cannot be quantized"
         raise quant_error(
             "quantize_params", "a weight must be finite", todo=todo, path=path, nan_or_inf=bad, shape=shape
         )
 
 
-def _check_stats(path: str, stats: Any) -> None:
+def _check_stats(path: str, stats: PyTree) -> None:
     """Raises if what was collected of a weight's inputs holds a NaN, wherever a method could not tell: under vmap."""
     for leaf in jax.tree.leaves(stats):
         if is_float(leaf) and has_nan(leaf):
@@ -194,17 +195,17 @@ def _check_stats(path: str, stats: Any) -> None:
 
 def _quantized(
     path: str,
-    leaf: Any,
+    leaf: Leaf,
     spec: QuantSpec,
     layer: _Layer,
     method: Callable[..., QTensor],
-    stats: Any,
+    stats: PyTree,
     layout: Layout,
 ) -> QTensor:
     """One weight, or each of a stack, by a method; a lookup, which has no inputs, to nearest if that looks at them."""
 
     def by(method: Callable[..., QTensor]) -> QTensor:
-        def one(w: jax.Array, known: Any) -> QTensor:
+        def one(w: jax.Array, known: PyTree) -> QTensor:
             q = method(w, spec, reduce_axes=layer.reduce_axes, stats=known)
             if layout != "packed":
                 return q.laid_out(layout)
@@ -227,7 +228,7 @@ def _quantized(
         raise QuantError(str(error), "quantize_params", path) from None
 
 
-def by_steps(w: jax.Array, spec: QuantSpec, *, reduce_axes: tuple[int, ...], stats: Any) -> QTensor:
+def by_steps(w: jax.Array, spec: QuantSpec, *, reduce_axes: tuple[int, ...], stats: PyTree) -> QTensor:
     """To nearest with a learned range."""
     scale, zero_point = learned_range(stats, spec)
     zero_point = None if zero_point is None else zero_point.astype(spec.type.code_dtype)
@@ -239,11 +240,11 @@ def quantize_params(
     plan: Plan | Sequence[Rule],
     *,
     method: str | Callable[..., QTensor] = rtn,
-    stats: Mapping[str, Any] | None = None,
-    state: Mapping[str, Any] | None = None,
+    stats: Mapping[str, PyTree] | None = None,
+    state: State | None = None,
     target: Platform | None = None,
     progress: Callable[[int, int], object] | None = None,
-) -> Any:
+) -> Params:
     """Replaces the weights that rules name by `QTensor`s; the tree keeps its structure, the input is not changed.
 
     With a plan, all is settled. With rules, the axes that share a scale come from the kind of layer, by Flax's
@@ -320,7 +321,7 @@ def quantize_params(
     return jax.tree.unflatten(treedef, leaves.values())
 
 
-def dequantize_params(params: Params) -> Any:
+def dequantize_params(params: Params) -> Params:
     """Every `QTensor` of a tree to the float array it stands for; other leaves as they are.
 
     Args:
@@ -337,7 +338,7 @@ def dequantize_params(params: Params) -> Any:
              [0., 1.]], dtype=float32)
     """
 
-    def in_float(x: Any) -> Any:
+    def in_float(x: PyTree) -> PyTree:
         if not is_qtensor(x):
             return x
         placed = explicit_of(x)

@@ -8,7 +8,7 @@ import json
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,10 @@ from jaxquant.core.blocks import block_shape, scale_shape
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.paths import folded
 from jaxquant.core.specs import OpSpec
+from jaxquant.core.types import PyTree
 from jaxquant.ops.kernel import kernel
+
+Fn = TypeVar("Fn", bound=Callable[..., PyTree])
 
 __all__ = ["UNUSED", "Float", "Item", "Plan", "Product"]
 
@@ -106,7 +109,7 @@ class Item:
         layer = abstract(self.shape[self.stacked :], np.dtype(self.dtype), spec, self.reduce_axes, minor=minor)
         return before, math.prod(self.shape[: self.stacked]) * layer.nbytes
 
-    def stack(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+    def stack(self, fn: Fn) -> Fn:
         """A function of one layer's weight as a function of the whole stack."""
         for _ in range(self.stacked):
             fn = jax.vmap(fn)
@@ -277,6 +280,6 @@ def _product(spec: OpSpec) -> str:
     return f"{spec.act_brief} x {spec.weight.brief}"
 
 
-def is_float(x: Any) -> bool:
+def is_float(x: PyTree) -> bool:
     """Whether a leaf is a float array (or the shape of one)."""
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)

@@ -10,7 +10,7 @@ import functools
 import importlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive, Var, jaxpr_as_fun, primitives
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from jaxquant.core.types import PyTree
 
 __all__ = [
     "USES",
@@ -36,6 +38,8 @@ __all__ = [
     "varying_axes",
 ]
 
+T = TypeVar("T")
+
 
 def _of_sharding(name: str) -> Callable[..., Any]:
     """A function of `jax.sharding`, which older versions had elsewhere."""
@@ -47,7 +51,7 @@ def _of_sharding(name: str) -> Callable[..., Any]:
 reshard = _of_sharding("reshard")
 
 
-def varying_axes(x: Any) -> frozenset[str]:
+def varying_axes(x: jax.Array) -> frozenset[str]:
     """Inside of a shard_map that checks: the mesh axes along which devices hold different values of ``x``."""
     aval: Any = jax.typeof(x)
     return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying  # the older and the newer name
@@ -93,7 +97,7 @@ def _resharded(x):
     return reshard(x, NamedSharding(mesh, PartitionSpec("i")))
 
 
-USES: dict[Callable[..., Any], Callable[[jax.Array], Any]] = {
+USES: dict[Callable[..., Any], Callable[[jax.Array], PyTree]] = {
     checkpoint_name: lambda x: checkpoint_name(x, "x"),
     jax.checkpoint: lambda x: jax.checkpoint(jnp.sin)(x),
     jax.custom_jvp: _with_custom_jvp,
@@ -132,13 +136,13 @@ def _traced_uses() -> tuple[dict[Callable[..., Any], JaxprEqn], type]:
 
     with ThreadPoolExecutor(1) as outside:
         jaxpr = outside.submit(trace).result()
-    made_by: dict[Any, JaxprEqn] = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    made_by: dict[object, JaxprEqn] = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     uses = {fn: made_by[v] for fn, v in zip(USES, jaxpr.outvars, strict=True)}
     uses[marked_varying] = uses[jax.shard_map].params["jaxpr"].eqns[0]
     return uses, kinds[0]
 
 
-def used_by(fn: Callable[..., Any]) -> Primitive | None:
+def used_by(fn: Callable[..., PyTree]) -> Primitive | None:
     """The primitive that a function traces to: one of JAX, or `marked_varying`.
 
     None for `jax.numpy.stack` and `jax.numpy.unstack` on versions where these trace to other functions' primitives.
@@ -148,7 +152,7 @@ def used_by(fn: Callable[..., Any]) -> Primitive | None:
     return primitive if own else None
 
 
-def inlined(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
+def inlined(closed: ClosedJaxpr) -> Callable[..., list[jax.Array]]:
     """`jax.extend.core.jaxpr_as_fun`, and where the results only go into another jaxpr, without a bind per equation.
 
     A ``jit`` that is to be inlined puts its equations into the outer jaxpr as they are.
@@ -165,7 +169,7 @@ def inlined(closed: ClosedJaxpr) -> Callable[..., list[Any]]:
     outer = jaxpr_as_fun(ClosedJaxpr(jaxpr.replace(eqns=[call]), ()))
     plain = jaxpr_as_fun(closed)
 
-    def run(*args: Any) -> list[Any]:
+    def run(*args: jax.Array) -> list[jax.Array]:
         return list((outer if not jaxpr.effects and all(type(a) is kind for a in args) else plain)(*args))
 
     return run
@@ -181,7 +185,7 @@ def dtype_of(v: Var | Literal) -> np.dtype:
     return cast(ShapedArray, v.aval).dtype
 
 
-def closed(jaxpr: Any) -> ClosedJaxpr:
+def closed(jaxpr: Jaxpr | ClosedJaxpr) -> ClosedJaxpr:
     """A jaxpr that may have no constants of its own, closed."""
     return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
@@ -204,6 +208,6 @@ def body_of(eqn: JaxprEqn) -> ClosedJaxpr:
     return closed(eqn.params[_bodies()[eqn.primitive]])
 
 
-def automatic(fn: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
+def automatic(fn: Callable[..., T], out_sharding: PyTree) -> Callable[..., T]:
     """``fn`` with automatic axes in the place of the mesh's explicit ones, and results that are placed as given."""
     return _of_sharding("auto_axes")(fn, out_sharding=out_sharding)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, primitives
 
 from jaxquant.core.specs import OpSpec
+from jaxquant.transform.primitives import dtype_of
 
 __all__ = ["Products", "product_name", "scoped"]
 
@@ -25,7 +25,7 @@ class Products:
     """
 
     specs: dict[str, OpSpec] | None
-    met: dict[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    met: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = dataclasses.field(default_factory=dict)
     own_derivatives: set[str] = dataclasses.field(default_factory=set)
     _holding: dict[tuple[int, str], bool] = dataclasses.field(default_factory=dict)
 
@@ -37,8 +37,7 @@ class Products:
         """Whether an equation in this scope is one of them, or holds one."""
         scope = scoped(scope, str(eqn.source_info.name_stack))
         if eqn.primitive is primitives.dot_general_p:
-            result: Any = eqn.outvars[0].aval
-            return jnp.issubdtype(result.dtype, jnp.floating) and self.wanted(product_name(scope))
+            return jnp.issubdtype(dtype_of(eqn.outvars[0]), jnp.floating) and self.wanted(product_name(scope))
         return any(self._in_jaxpr(jaxpr, scope) for jaxpr in _jaxprs_of(eqn))
 
     def _in_jaxpr(self, jaxpr: Jaxpr, scope: str) -> bool:

@@ -6,12 +6,13 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.paths import Params, folded, leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
+from jaxquant.core.types import PyTree, State
 from jaxquant.core.units import in_bytes
 from jaxquant.ops.targets import Platform, check_target
 from jaxquant.ptq.named import QUANTIZERS
@@ -78,25 +79,25 @@ class QuantizedModel:
       report: what was quantized, what stayed in float and why; print it.
     """
 
-    fn: Callable[..., Any]
+    fn: Callable[..., PyTree]
     params: Params
     plan: Plan
-    state: Any
+    state: State | None
     report: Report
 
 
 def quantize_model(
-    fn: Callable[..., Any],
+    fn: Callable[..., PyTree],
     params: Params,
-    *args: Any,
+    *args: PyTree,
     recipe: str | OpSpec | Sequence[Rule | OpRule],
     method: str | Callable[..., QTensor] | None = None,
-    batches: Iterable[Any] | None = None,
+    batches: Iterable[PyTree] | None = None,
     ignore: Sequence[str] = (),
     misfit: Literal["per_channel", "float"] | None = None,
     target: Platform | None = None,
     distillation: Distillation | None = None,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> QuantizedModel:
     """Plans, calibrates and quantizes in one call: `make_plan`, `calibrate`, `quantize_params`, `quantized`.
 
@@ -178,18 +179,31 @@ def quantize_model(
 
 
 def _distilled(
-    how: Distillation, fn: Callable[..., Any], plan: Plan, teacher: Any, made: Any, batches: list[Any], state: Any
-) -> Any:
+    how: Distillation,
+    fn: Callable[..., PyTree],
+    plan: Plan,
+    teacher: Params,
+    made: Params,
+    batches: list[PyTree],
+    state: State | None,
+) -> Params:
     """The quantized parameters after all steps of a distillation."""
-    options: dict[str, Any] = {"loss": how.loss, "floats": how.floats, "state": state, "resume": how.resume}
-    for done in distill(fn, plan, teacher, made, batches * how.epochs, how.tx, **options):
+    steps = distill(
+        fn, plan, teacher, made, batches * how.epochs, how.tx,
+        loss=how.loss, floats=how.floats, state=state, resume=how.resume,
+    )  # fmt: skip
+    for done in steps:
         made = done.params
         if how.progress is not None:
             how.progress(done)
     return made
 
 
-def _rules(recipe: Any, ignore: Sequence[str], misfit: Any) -> list[Rule | OpRule]:
+def _rules(
+    recipe: str | OpSpec | Sequence[Rule | OpRule],
+    ignore: Sequence[str],
+    misfit: Literal["per_channel", "float"] | None,
+) -> list[Rule | OpRule]:
     if isinstance(ignore, str):
         raise quant_error(_F, "ignore must be a sequence of patterns", todo=f"Pass [{ignore!r}]", ignore=ignore)
     kept: list[Rule | OpRule] = [Rule(pattern, None) for pattern in ignore]
@@ -206,14 +220,16 @@ def _rules(recipe: Any, ignore: Sequence[str], misfit: Any) -> list[Rule | OpRul
     return [*kept, *check_all_rules(_F, recipe)]
 
 
-def _check_function(fn: Any) -> None:
+def _check_function(fn: object) -> None:
     if not callable(fn) or (hasattr(fn, "apply") and hasattr(fn, "init")):
         todo = "Pass a function of params: model.apply of Flax Linen and Haiku. For NNX: "
         todo += "graph, params = nnx.split(model); fn = lambda params, x: nnx.merge(graph, params)(x)"
         raise quant_error(_F, "fn must be a function of params", todo=todo, fn=type(fn).__name__)
 
 
-def _check_batches(batches: Any, method: Method, static: bool, distillation: Any) -> None:
+def _check_batches(
+    batches: list[PyTree] | None, method: Method, static: bool, distillation: Distillation | None
+) -> None:
     """Raises if batches are missing, or nobody would look at them; of a method of the user's own only it can say."""
     todo = "Pass batches=[x, ...]: each the tuple of fn's further arguments, or one array"
     todo += "" if batches is None else "; a generator is used up by one pass"
@@ -232,7 +248,7 @@ def _check_batches(batches: Any, method: Method, static: bool, distillation: Any
         raise quant_error(_F, "nothing here looks at the batches", todo=todo, batches=len(batches))
 
 
-def _report(plan: Plan, made: Any) -> Report:
+def _report(plan: Plan, made: Params) -> Report:
     leaves, _ = leaves_with_paths(made)
     rest = sum(f.nbytes for f in plan.floats)
     before = sum(item.nbytes[0] for item in plan.items) + rest

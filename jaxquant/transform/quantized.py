@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,11 @@ import numpy as np
 from jaxquant.core.errors import quant_error
 from jaxquant.core.finite import is_concrete
 from jaxquant.core.learned import check_entry
-from jaxquant.core.paths import Params, nearest
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.paths import Leaf, Params, nearest
+from jaxquant.core.qtensor import Operand, QTensor
 from jaxquant.core.refusals import Refusals
 from jaxquant.core.specs import QuantSpec
+from jaxquant.core.types import PyTree, State
 from jaxquant.ops.operands import random_key
 from jaxquant.transform.interpreter import Interpreter, Tally
 from jaxquant.transform.plan import Item, Plan, is_float
@@ -24,12 +25,12 @@ from jaxquant.transform.products import Products
 from jaxquant.transform.stated import StatedPlan
 from jaxquant.transform.statistics import Inputs, Range
 from jaxquant.transform.trace import Traced, trace
-from jaxquant.transform.weights import Value, Weight, dims_of
+from jaxquant.transform.weights import Value, Weight, as_array, dims_of
 
 __all__ = ["check_plan", "check_state", "quantized", "quantized_and_seen", "steps_shape", "weights_of"]
 
 
-def check_plan(function: str, plan: Plan, params: Mapping[str, Any]) -> None:
+def check_plan(function: str, plan: Plan, params: Mapping[str, Leaf]) -> None:
     """Raises if the plan is for other parameters: all mismatches at once."""
     if isinstance(plan, StatedPlan):
         todo = "Make it one: plan.plan_for(fn, params, *args)"
@@ -57,7 +58,7 @@ def check_plan(function: str, plan: Plan, params: Mapping[str, Any]) -> None:
         raise quant_error(function, f"params and plan do not agree: {'; '.join(wrong)}", todo=todo)
 
 
-def weights_of(traced: Traced, plan: Plan | None, state: Mapping[str, Any] | None) -> list[Any]:
+def weights_of(traced: Traced, plan: Plan | None, state: Mapping[str, PyTree] | None) -> list[Value]:
     """The inputs of the trace, planned parameters and QTensors as `Weight`s.
 
     Where products of two activations are planned, the other parameters too: their products are none of those.
@@ -69,9 +70,9 @@ def weights_of(traced: Traced, plan: Plan | None, state: Mapping[str, Any] | Non
     for path, leaf in traced.params.items():
         if isinstance(leaf, QTensor) or path in planned:
             entry = (state or {}).get(path)
-            values.append(Weight(path, leaf, entry, dims_of(tuple(leaf.shape)), leaf.dtype))
+            values.append(Weight(path, cast(Operand, leaf), entry, dims_of(tuple(leaf.shape)), leaf.dtype))
         else:
-            values.append(leaf)
+            values.append(cast(jax.Array, leaf))
     return [*values, *traced.arrays]
 
 
@@ -84,18 +85,18 @@ class Planned(Protocol):
         """The plan."""
 
     @property
-    def state(self) -> Any:
+    def state(self) -> State | None:
         """Static ranges and learned steps of the plan."""
 
 
 def quantized(
-    fn: Callable[..., Any],
+    fn: Callable[..., PyTree],
     plan: Plan | StatedPlan | Planned | None = None,
-    state: Mapping[str, Any] | None = None,
+    state: State | None = None,
     *,
     precision: jax.lax.PrecisionLike = None,
     key: jax.Array | None = None,
-) -> Callable[..., Any]:
+) -> Callable[..., PyTree]:
     """``fn`` in low precision: a function with ``fn``'s own signature, as `jax.vmap` makes one.
 
     ``fn(params, ...)`` is traced to a jaxpr and evaluated; wherever a dot_general, a convolution, an embedding lookup
@@ -158,7 +159,7 @@ def quantized(
     key = _checked_key(known, key)
 
     @functools.wraps(fn)
-    def run(params: Params, *args: Any, **kwargs: Any) -> Any:
+    def run(params: Params, *args: PyTree, **kwargs: PyTree) -> PyTree:
         plan, ranges = known, state
         if stated is not None:
             plan = stated.plan_for(fn, params, *args, **kwargs)
@@ -181,7 +182,14 @@ def _checked_key(plan: Plan | None, key: jax.Array | None) -> jax.Array | None:
     return random_key("quantized", key)
 
 
-def _run(interpreter: Interpreter, fn: Callable[..., Any], state: Any, params: Params, args: Any, kwargs: Any) -> Any:
+def _run(
+    interpreter: Interpreter,
+    fn: Callable[..., PyTree],
+    state: State | None,
+    params: Params,
+    args: tuple[PyTree, ...],
+    kwargs: dict[str, PyTree],
+) -> PyTree:
     """The function, evaluated by an interpreter, which notes what there is to be noted."""
     traced, plan = trace("quantized", fn, params, args, kwargs), interpreter.plan
     if plan is not None:
@@ -193,10 +201,10 @@ def _run(interpreter: Interpreter, fn: Callable[..., Any], state: Any, params: P
     results = interpreter.run(traced.jaxpr, weights_of(traced, plan, state))
     if interpreter.products is not None:
         _check_products(interpreter.products)
-    return traced.rebuild([_returned(interpreter, r) if isinstance(r, Weight) else r for r in results])
+    return traced.rebuild([_returned(interpreter, r) if isinstance(r, Weight) else as_array(r) for r in results])
 
 
-def quantized_and_seen(fn: Callable[..., Any], plan: Plan, state: Mapping[str, Any] | None) -> Callable[..., Any]:
+def quantized_and_seen(fn: Callable[..., PyTree], plan: Plan, state: State | None) -> Callable[..., PyTree]:
     """`quantized`, with path -> ``{"range": ..}``, what the observer of each activation has seen in this call."""
     ranges = {item.path: Range(item.spec.act.observer) for item in plan.items if item.spec.act is not None}
 
@@ -207,8 +215,8 @@ def quantized_and_seen(fn: Callable[..., Any], plan: Plan, state: Mapping[str, A
         return {item.path: Tally(ranges[item.path].of(jax.lax.stop_gradient(rows.values)), rows.seen())}
 
     @functools.wraps(fn)
-    def run(params: Params, *args: Any, **kwargs: Any) -> Any:
-        def merge(path: str, a: Any, b: Any) -> Any:
+    def run(params: Params, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        def merge(path: str, a: PyTree, b: PyTree) -> PyTree:
             return ranges[path].merge(a, b)
 
         interpreter = Interpreter(plan, collect=collected, merge=merge, observing=True)
@@ -219,7 +227,7 @@ def quantized_and_seen(fn: Callable[..., Any], plan: Plan, state: Mapping[str, A
     return run
 
 
-def _seen(tally: Tally | None, none: Any) -> Any:
+def _seen(tally: Tally | None, none: PyTree) -> PyTree:
     """The state of an observer, or that of one that has seen nothing."""
     if tally is None:
         return none
@@ -242,12 +250,12 @@ def _check_products(products: Products) -> None:
         raise quant_error("quantized", "planned products are not computed", todo=todo, products=tuple(missing))
 
 
-def _returned(interpreter: Interpreter, weight: Weight) -> Any:
+def _returned(interpreter: Interpreter, weight: Weight) -> Operand:
     """A weight among the results: the leaf that was passed in, QTensor or not; a view of one is a use in float."""
-    return weight.leaf if not weight.steps else interpreter.float_of(weight, "the result of the function")
+    return weight.value() if not weight.steps else interpreter.float_of(weight, "the result of the function")
 
 
-def _check_static(plan: Plan, state: Mapping[str, Any] | None) -> None:
+def _check_static(plan: Plan, state: State | None) -> None:
     """Raises if the state lacks what the plan needs."""
     needed = [i.path for i in plan.items if i.spec.act is not None and i.spec.act.static]
     missing = [path for path in needed if not {"scale", "act"} & set((state or {}).get(path, ()))]
@@ -259,7 +267,7 @@ def _check_static(plan: Plan, state: Mapping[str, Any] | None) -> None:
         raise quant_error("quantized", "static activation ranges are missing", todo=todo, paths=tuple(missing))
 
 
-def check_state(function: str, plan: Plan, state: Mapping[str, Any] | None) -> None:
+def check_state(function: str, plan: Plan, state: State | None) -> None:
     """Raises if the state holds what is not of the plan: all mismatches at once."""
     if not isinstance(state, Mapping | None):
         todo = "Pass what act_state or qat.learned_steps returned for this plan"
@@ -271,7 +279,7 @@ def check_state(function: str, plan: Plan, state: Mapping[str, Any] | None) -> N
     refusals.close()
 
 
-def _check_state_of(function: str, plan: Plan, path: str, entry: Any) -> None:
+def _check_state_of(function: str, plan: Plan, path: str, entry: PyTree) -> None:
     item, names = plan.get(path), set(entry) if isinstance(entry, Mapping) else set()
     if item is None or not names or not (names <= {"act", "weight"} or "scale" in names):
         todo = "Use what act_state or qat.learned_steps returned for this plan"
@@ -290,7 +298,7 @@ def _check_state_of(function: str, plan: Plan, path: str, entry: Any) -> None:
         check_entry(function, path, entry[operand], spec, steps_shape(item, operand))
 
 
-def _check_range(function: str, path: str, entry: Mapping[str, Any], act: QuantSpec | None) -> None:
+def _check_range(function: str, path: str, entry: Mapping[str, PyTree], act: QuantSpec | None) -> None:
     """Raises unless an entry holds the static range of an activation; checks values that can be read."""
     if act is None or not act.static:
         todo = "Leave it out, or make the plan with static=True for this activation"

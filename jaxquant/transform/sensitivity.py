@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,12 @@ import numpy as np
 
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.paths import Params, leaves_with_paths
+from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
+from jaxquant.core.types import PyTree
 from jaxquant.ptq.rtn import rtn
 from jaxquant.transform.distill import relative_error
-from jaxquant.transform.masks import Mask, masked, with_masks
+from jaxquant.transform.masks import Counted, Mask, masked, with_masks
 from jaxquant.transform.params import dequantize_params, quantize_params
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.quantized import check_plan, quantized
@@ -114,15 +115,15 @@ class Sensitivity:
 
 
 def sensitivity(
-    fn: Callable[..., Any],
+    fn: Callable[..., PyTree],
     plan: Plan,
     params: Params,
-    batches: Iterable[Any],
+    batches: Iterable[PyTree],
     candidates: Mapping[str, OpSpec],
     *,
-    method: str | Callable[..., Any] = rtn,
-    stats: Mapping[str, Any] | None = None,
-    loss: Callable[[Any, Any], jax.Array] = relative_error,
+    method: str | Callable[..., QTensor] = rtn,
+    stats: Mapping[str, PyTree] | None = None,
+    loss: Callable[[PyTree, PyTree], jax.Array] = relative_error,
     probes: int = 0,
     mask: Mask = None,
     progress: Callable[[int, int], object] | None = None,
@@ -197,50 +198,53 @@ def sensitivity(
                 squares = [float(jnp.sum(g[item.path] * delta)) ** 2 for g in grads]
                 estimate = sum(squares) / len(squares) / power
             sqnr = 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else math.inf
-            cells.append(Cell(item.path, name, _nbytes(q), sqnr, float(np.mean([float(x) for x in losses])), estimate))
+            cells.append(
+                Cell(item.path, name, int(q.nbytes), sqnr, float(np.mean([float(x) for x in losses])), estimate)
+            )
             if progress is not None:
                 progress(len(cells), total)
     return Sensitivity(plan, dict(candidates), tuple(cells))
 
 
 def all_batches(
-    function: str, batches: Iterable[Any], mask: Mask, fn: Callable[..., Any]
-) -> tuple[list[tuple[Any, ...]], list[Any]]:
+    function: str, batches: Iterable[PyTree], mask: Mask, fn: Callable[..., PyTree]
+) -> tuple[list[tuple[PyTree, ...]], list[Counted]]:
     """The arguments of all batches, and their masks."""
     found = list(with_masks(function, batches, mask, fn))
     return [args for args, _ in found], [counted for _, counted in found]
 
 
 def targets_of(
-    function: str, fn: Callable[..., Any], params: Params, kept: list[tuple[Any, ...]], counted: list[Any]
-) -> list[Any]:
+    function: str, fn: Callable[..., PyTree], params: Params, kept: list[tuple[PyTree, ...]], counted: list[Counted]
+) -> list[PyTree]:
     """The outputs of the float function, with 0 in masked rows."""
     run = jax.jit(lambda params, args, only: masked(function, only, fn(params, *args))[0])
     return [run(params, args, only) for args, only in zip(kept, counted, strict=True)]
 
 
-def _nbytes(leaf: Any) -> int:
-    return int(leaf.nbytes)
-
-
-def _power(targets: list[Any]) -> float:
+def _power(targets: list[PyTree]) -> float:
     """Mean over batches of the sum of squares of the outputs."""
     return float(np.mean([sum(float(jnp.sum(y.astype(jnp.float32) ** 2)) for y in _floats(t)) for t in targets]))
 
 
-def _floats(tree: Any) -> list[Any]:
+def _floats(tree: PyTree) -> list[jax.Array]:
     return [y for y in jax.tree.leaves(tree) if jnp.issubdtype(y.dtype, jnp.floating)]
 
 
 def _probe(
-    fn: Callable[..., Any], plan: Plan, params: Params, kept: list[tuple[Any, ...]], counted: list[Any], probes: int
+    fn: Callable[..., PyTree],
+    plan: Plan,
+    params: Params,
+    kept: list[tuple[PyTree, ...]],
+    counted: list[Counted],
+    probes: int,
 ) -> list[dict[str, jax.Array]]:
     """Gradients of random projections of the outputs: path -> array, for each probe."""
     leaves, treedef = leaves_with_paths(params)
     planned = {item.path: jnp.asarray(leaves[item.path]) for item in plan.items}
 
     @jax.jit
-    def one(key: jax.Array, args: tuple[Any, ...], only: Any) -> dict[str, jax.Array]:
+    def one(key: jax.Array, args: tuple[PyTree, ...], only: Counted) -> dict[str, jax.Array]:
         def projected(planned: dict[str, jax.Array]) -> jax.Array:
             found = fn(jax.tree.unflatten(treedef, {**leaves, **planned}.values()), *args)
             outs = _floats(masked("sensitivity", only, found)[0])

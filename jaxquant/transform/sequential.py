@@ -6,13 +6,13 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import Params, leaves_with_paths
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.types import PyTree
 from jaxquant.ptq.gptq import gptq
 from jaxquant.transform.batches import arguments
 from jaxquant.transform.calibrate import Calibration
@@ -28,7 +28,7 @@ from jaxquant.transform.weights import ABSENT, Weight, dims_of
 __all__ = ["in_order_of_use", "quantize_sequentially"]
 
 
-def in_order_of_use(fn: Callable[..., Any], plan: Plan, params: Params, args: tuple[Any, ...]) -> list[str]:
+def in_order_of_use(fn: Callable[..., PyTree], plan: Plan, params: Params, args: tuple[PyTree, ...]) -> list[str]:
     """The planned paths in the order in which the function meets them."""
     traced = trace("quantize_sequentially", fn, params, args, {})
     interpreter = Interpreter(planning=True)
@@ -66,18 +66,18 @@ def _later(progress: Callable[[int, int], object], before: int, total: int, done
 
 
 def quantize_sequentially(
-    fn: Callable[..., Any],
+    fn: Callable[..., PyTree],
     plan: Plan,
     params: Params,
-    batches: Iterable[Any],
+    batches: Iterable[PyTree],
     *,
     method: str | Callable[..., QTensor] = gptq,
     stages: Sequence[str] | None = None,
     collect: Mapping[str, Statistic] | None = None,
     mask: Mask = None,
-    on_stage: Callable[[Any, tuple[str, ...]], object] | None = None,
+    on_stage: Callable[[Params, tuple[str, ...]], object] | None = None,
     progress: Callable[[int, int], object] | None = None,
-) -> Any:
+) -> Params:
     """`calibrate` and `quantize_params` in turns, so that each weight makes up for the errors of those before it.
 
     The weights of a stage are calibrated on the function with all earlier stages quantized (to real values: activations

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import Operand, QTensor
+from jaxquant.core.types import PyTree
 from jaxquant.ops.shardings import Cut, leaf_specs, whole_blocks
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform import primitives
@@ -51,7 +52,7 @@ def _shard_map(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> 
             arrays.append(value)
             specs.append(spec)
 
-    def body(arrays: list[Any]) -> list[Any]:
+    def body(arrays: list[PyTree]) -> list[Value]:
         inner = [
             _inside(v, a, s, cut, check=p["check_vma"]) if isinstance(v, Weight) else a
             for v, a, s, cut in zip(values, arrays, specs, cuts, strict=True)
@@ -68,12 +69,12 @@ def _shard_map(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> 
     )(arrays)
 
 
-def _each(q: QTensor, change: Any) -> QTensor:
+def _each(q: QTensor, change: Callable[[QTensor], QTensor]) -> QTensor:
     """``change`` of a QTensor, and of nothing else of one that trains."""
     return TrainedTensor(change(q), q.real) if isinstance(q, TrainedTensor) else change(q)
 
 
-def _inside(outer: Weight, arrays: Any, specs: Any, cut: Cut, *, check: bool) -> Weight:
+def _inside(outer: Weight, arrays: PyTree, specs: PyTree, cut: Cut, *, check: bool) -> Weight:
     """The weight on one device."""
     leaf, state = arrays
     if isinstance(leaf, QTensor):
@@ -90,7 +91,7 @@ def _varying(names: tuple[str, ...], x: jax.Array, spec: PartitionSpec) -> jax.A
     return primitives.marked_varying(x, [name for name in names if name not in own])
 
 
-def _shard(outer: Weight, leaf: Any, cut: Cut) -> Weight:
+def _shard(outer: Weight, leaf: Operand | None, cut: Cut) -> Weight:
     dims = tuple(_cut(dim, n) for dim, n in zip(outer.dims, cut.parts, strict=True))
     return dataclasses.replace(outer, leaf=leaf, dims=dims, steps=())
 

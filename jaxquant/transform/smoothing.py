@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.paths import Params, leaves_with_paths
+from jaxquant.core.paths import Leaf, Params, leaves_with_paths
 from jaxquant.core.specs import QuantSpec
+from jaxquant.core.types import PyTree, Stats
 from jaxquant.ptq.bases import Basis, ChannelScale, Rotation
 from jaxquant.ptq.scaling import awq_scale, smooth_scale
 from jaxquant.transform.analysis.scales import Member, ScalePair
@@ -28,7 +28,7 @@ from jaxquant.transform.weights import as_matrix
 __all__ = ["awq", "awq_bases", "equalize", "rotation_bases", "smooth_bases", "smoothquant"]
 
 
-def _stat(function: str, stats: Mapping[str, Any], path: str, name: str) -> Any:
+def _stat(function: str, stats: Stats, path: str, name: str) -> PyTree:
     found = stats.get(path, {}).get(name)
     if found is None:
         kind = {"absmax": "ChannelAbsMax", "mean": "ChannelMean", "gram": "Gram"}[name]
@@ -39,14 +39,14 @@ def _stat(function: str, stats: Mapping[str, Any], path: str, name: str) -> Any:
     return found
 
 
-def _layers(fn: Callable[..., Any], stack: tuple[int, ...]) -> Callable[..., Any]:
+def _layers(fn: Callable[..., jax.Array], stack: tuple[int, ...]) -> Callable[..., jax.Array]:
     """A function of one layer as one of the whole stack; layer by layer, for the memory."""
     for _ in stack:
         fn = functools.partial(_mapped, fn)
     return fn
 
 
-def _mapped(fn: Callable[..., Any], *args: Any) -> Any:
+def _mapped(fn: Callable[..., jax.Array], *args: PyTree) -> jax.Array:
     return jax.lax.map(lambda a: fn(*a), args)
 
 
@@ -58,9 +58,7 @@ def _along(item: Item, member: Member, values: jax.Array) -> jax.Array:
     return jnp.max(split, axis=tuple(i - len(shape) for i in range(len(shape)) if i != place))
 
 
-def smoothquant(
-    params: Params, plan: Plan, pairs: Iterable[ScalePair], stats: Mapping[str, Any], *, alpha: float = 0.5
-) -> Any:
+def smoothquant(params: Params, plan: Plan, pairs: Iterable[ScalePair], stats: Stats, *, alpha: float = 0.5) -> Params:
     """Outliers moved from the activations into the weights: `smooth_scale` along every pair. The function stays.
 
     Args:
@@ -93,7 +91,7 @@ def smoothquant(
     return params
 
 
-def awq(params: Params, plan: Plan, pairs: Iterable[ScalePair], stats: Mapping[str, Any], *, ratios: int = 20) -> Any:
+def awq(params: Params, plan: Plan, pairs: Iterable[ScalePair], stats: Stats, *, ratios: int = 20) -> Params:
     """Channels that matter scaled up before they are rounded: `awq_scale` along every pair. The function stays.
 
     Args:
@@ -130,7 +128,7 @@ def awq(params: Params, plan: Plan, pairs: Iterable[ScalePair], stats: Mapping[s
 @functools.partial(jax.jit, static_argnames=("how", "stack", "ratios"))
 def _awq_scales(
     weights: list[jax.Array],
-    known: Any,
+    known: PyTree,
     *,
     how: tuple[tuple[tuple[int, ...], QuantSpec, int], ...],
     stack: tuple[int, ...],
@@ -141,7 +139,7 @@ def _awq_scales(
     ``how`` is for each weight its contracted axes, its spec, and how many axes of experts it has.
     """
 
-    def one(weights: list[jax.Array], known: Any) -> jax.Array:
+    def one(weights: list[jax.Array], known: PyTree) -> jax.Array:
         matrices = [_matrices(w, axes, experts) for (axes, _, experts), w in zip(how, weights, strict=True)]
         if isinstance(known, list):
             known = [_one_axis(seen, experts) for seen, (_, _, experts) in zip(known, how, strict=True)]
@@ -157,7 +155,7 @@ def _matrices(w: jax.Array, axes: tuple[int, ...], experts: int) -> jax.Array:
     return jax.vmap(lambda one: as_matrix(one, axes))(w.reshape(-1, *w.shape[experts:]))
 
 
-def _one_axis(seen: Any, experts: int) -> Any:
+def _one_axis(seen: PyTree, experts: int) -> PyTree:
     """Statistics with all axes of experts as one."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[experts:]), seen) if experts else seen
 
@@ -168,7 +166,7 @@ def _weight_spec(function: str, item: Item) -> QuantSpec:
     return item.spec.weight
 
 
-def equalize(params: Params, plan: Plan, pairs: Iterable[ScalePair], *, rounds: int = 10) -> Any:
+def equalize(params: Params, plan: Plan, pairs: Iterable[ScalePair], *, rounds: int = 10) -> Params:
     """Ranges of channels made equal on both sides of every pair: cross-layer equalization. Needs no data.
 
     ``s = sqrt(max|source| / max|sink|)`` per channel, where both are weights; repeated, since a weight is sink of one
@@ -199,12 +197,12 @@ def equalize(params: Params, plan: Plan, pairs: Iterable[ScalePair], *, rounds: 
     return params
 
 
-def _ranges(leaves: Mapping[str, Any], pair: ScalePair, member: Member) -> jax.Array:
+def _ranges(leaves: Mapping[str, Leaf], pair: ScalePair, member: Member) -> jax.Array:
     w = jnp.abs(jnp.asarray(leaves[member.path], jnp.float32))
     return jnp.max(w, axis=tuple(i for i in range(len(pair.stack) - w.ndim, 0) if i != member.axis))
 
 
-def smooth_bases(params: Params, plan: Plan, stats: Mapping[str, Any], *, alpha: float = 0.5) -> dict[str, Basis]:
+def smooth_bases(params: Params, plan: Plan, stats: Stats, *, alpha: float = 0.5) -> dict[str, Basis]:
     """`smooth_scale` for every planned product, to be applied online: path -> `ChannelScale`."""
     leaves, _ = leaves_with_paths(params)
     out: dict[str, Basis] = {}
@@ -219,7 +217,7 @@ def _smooth_one(axes: tuple[int, ...], alpha: float, absmax: jax.Array, w: jax.A
     return smooth_scale(absmax, [as_matrix(w, axes)], alpha=alpha)
 
 
-def awq_bases(params: Params, plan: Plan, stats: Mapping[str, Any], *, ratios: int = 20) -> dict[str, Basis]:
+def awq_bases(params: Params, plan: Plan, stats: Stats, *, ratios: int = 20) -> dict[str, Basis]:
     """`awq_scale` for every planned product, to be applied online: path -> `ChannelScale`."""
     leaves, _ = leaves_with_paths(params)
     out: dict[str, Basis] = {}

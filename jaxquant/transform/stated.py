@@ -6,16 +6,17 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.granularity import PerChannel, PerGroup, PerTensor
-from jaxquant.core.paths import Params, leaves_with_paths, nearest
+from jaxquant.core.paths import Leaf, Params, leaves_with_paths, nearest
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import qtype_of
 from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.core.types import PyTree, State
 from jaxquant.rules import Stated
 from jaxquant.transform.make_plan import make_plan
 from jaxquant.transform.plan import UNUSED, Item, Plan
@@ -59,7 +60,7 @@ class StatedPlan:
         lines = [f"{n} weights with {spec!r}" for spec, n in kinds.items()]
         return "\n".join([*lines, "plan_for(fn, params, *args) gives the plan of a function"])
 
-    def plan_for(self, fn: Callable[..., Any], params: Params, *args: Any, **kwargs: Any) -> Plan:
+    def plan_for(self, fn: Callable[..., PyTree], params: Params, *args: PyTree, **kwargs: PyTree) -> Plan:
         """The plan of a function, to print or to save; arguments as for `make_plan`.
 
         Raises:
@@ -85,7 +86,7 @@ class StatedPlan:
             raise self._error("the function has no place for quantized activations", wrong, todo)
         return dataclasses.replace(plan, items=tuple(described(item, leaves[item.path]) for item in plan.items))
 
-    def state_for(self, plan: Plan, state: Mapping[str, Any] | None) -> dict[str, Any]:
+    def state_for(self, plan: Plan, state: State | None) -> dict[str, dict[str, jax.Array]]:
         """The static ranges of a plan that `plan_for` gave: one for each layer where the weight is a stack.
 
         Args:
@@ -116,10 +117,11 @@ class StatedPlan:
         return quant_error(_F, f"{rule}: {'; '.join(wrong[:10])}{more}", todo=todo, weights=len(wrong))
 
 
-def described(item: Item, leaf: Any) -> Item:
+def described(item: Item, leaf: Leaf) -> Item:
     """The item with the spec of its weight, where there is one that says what the leaf is."""
-    simple = isinstance(leaf, QTensor) and not isinstance(leaf.scale, QTensor)
-    if not simple or leaf.offset is not None or leaf.permutation is not None:
+    if not isinstance(leaf, QTensor) or isinstance(leaf.scale, QTensor):
+        return item
+    if leaf.offset is not None or leaf.permutation is not None:
         return item
     if leaf.symmetric and not qtype_of(leaf.qtype).signed:
         return item
@@ -133,9 +135,9 @@ def described(item: Item, leaf: Any) -> Item:
     return item
 
 
-def _fits(value: Any, shape: tuple[int, ...]) -> bool:
+def _fits(value: jax.Array, shape: tuple[int, ...]) -> bool:
     return value.size == 1 or (tuple(value.shape) == shape and bool(shape))
 
 
-def _fitted(value: Any, shape: tuple[int, ...]) -> Any:
+def _fitted(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return value if tuple(value.shape) == shape else jnp.broadcast_to(value.reshape(()), shape)

@@ -15,8 +15,8 @@ A statistic is a small frozen dataclass with two methods over plain pytrees: ``o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,13 @@ from jax import lax
 
 from jaxquant.core.arithmetic import two_sum
 from jaxquant.core.observers import MinMax, Observer
+from jaxquant.core.types import PyTree
 
 __all__ = ["ChannelAbsMax", "ChannelMean", "Gram", "Inputs", "Range", "Rows", "Statistic"]
+
+
+_Sums: TypeAlias = Mapping[str, PyTree]
+"""Sums by name, and beside them what they lack of the exact sums."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +79,11 @@ class Statistic:
 
     sees: ClassVar[Literal["values", "channels", "columns"]] = "values"
 
-    def of(self, x: jax.Array, counted: jax.Array | None = None) -> Any:
+    def of(self, x: jax.Array, counted: jax.Array | None = None) -> PyTree:
         """The statistic of one batch: of all rows, or of the counted ones."""
         raise NotImplementedError
 
-    def merge(self, a: Any, b: Any) -> Any:
+    def merge(self, a: PyTree, b: PyTree) -> PyTree:
         """The statistic of both."""
         raise NotImplementedError
 
@@ -94,7 +99,7 @@ def _number(x: jax.Array, counted: jax.Array | None) -> jax.Array:
     return jnp.float32(x.shape[1]) if counted is None else jnp.sum(counted.astype(jnp.float32)) / x.shape[0]
 
 
-def _added(a: Any, b: Any, names: tuple[str, ...]) -> dict[str, Any]:
+def _added(a: _Sums, b: _Sums, names: tuple[str, ...]) -> dict[str, PyTree]:
     """Sums of sums, with ``rest``: what they lack of the exact sum, so that one more still counts beyond 2**24."""
     out, rest = {}, {}
     for name in names:
@@ -109,14 +114,14 @@ class Range(Statistic):
 
     observer: Observer = MinMax()  # noqa: RUF009  (frozen)
 
-    def of(self, x: jax.Array, counted: jax.Array | None = None) -> Any:
+    def of(self, x: jax.Array, counted: jax.Array | None = None) -> PyTree:
         first, flat = self.observer.init((1,)), x.reshape(x.size)
         if counted is None:
             return self.observer.update(first, flat, (0,))
         each = jnp.broadcast_to(counted[..., None], x.shape).reshape(x.size)
         return self.observer.update(first, flat, (0,), each)
 
-    def merge(self, a: Any, b: Any) -> Any:
+    def merge(self, a: PyTree, b: PyTree) -> PyTree:
         return self.observer.merge(a, b)
 
 
@@ -126,10 +131,10 @@ class ChannelAbsMax(Statistic):
 
     sees = "channels"
 
-    def of(self, x: jax.Array, counted: jax.Array | None = None) -> Any:
+    def of(self, x: jax.Array, counted: jax.Array | None = None) -> jax.Array:
         return jnp.max(jnp.abs(_only(x, counted)), axis=1, initial=0)
 
-    def merge(self, a: Any, b: Any) -> Any:
+    def merge(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.maximum(a, b)
 
 
@@ -139,12 +144,12 @@ class ChannelMean(Statistic):
 
     sees = "channels"
 
-    def of(self, x: jax.Array, counted: jax.Array | None = None) -> Any:
+    def of(self, x: jax.Array, counted: jax.Array | None = None) -> _Sums:
         rows, x = _number(x, counted), _only(x, counted)
         found = {"sum": jnp.sum(x, axis=1), "abs_sum": jnp.sum(jnp.abs(x), axis=1), "rows": rows}
         return {**found, "rest": jax.tree.map(jnp.zeros_like, found)}
 
-    def merge(self, a: Any, b: Any) -> Any:
+    def merge(self, a: _Sums, b: _Sums) -> _Sums:
         return _added(a, b, ("sum", "abs_sum", "rows"))
 
 
@@ -162,7 +167,7 @@ class Gram(Statistic):
 
     sees = "columns"
 
-    def of(self, x: jax.Array, counted: jax.Array | None = None) -> Any:
+    def of(self, x: jax.Array, counted: jax.Array | None = None) -> _Sums:
         rows, x = _number(x, counted), _only(x, counted)
         whole = x.shape[1] // _RUN * _RUN
         gram = _squared(x[:, whole:])
@@ -172,7 +177,7 @@ class Gram(Statistic):
         found = {"gram": gram, "rows": rows}
         return {**found, "rest": {"rows": jnp.zeros_like(rows)}}
 
-    def merge(self, a: Any, b: Any) -> Any:
+    def merge(self, a: _Sums, b: _Sums) -> _Sums:
         return {"gram": a["gram"] + b["gram"], **_added(a, b, ("rows",))}
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.core.paths import Params, is_qtensor, leaves_with_paths
+from jaxquant.core.paths import Leaf, Params, is_qtensor, leaves_with_paths
+from jaxquant.core.qtensor import Operand
+from jaxquant.core.types import PyTree
 from jaxquant.ops.shardings import explicit_of
 
 __all__ = ["Traced", "is_array", "trace"]
@@ -24,14 +25,14 @@ class Traced:
     Attributes:
       jaxpr: inputs are the parameters in tree order, then the array arguments.
       params: path -> leaf.
-      arrays: the array arguments.
+      arrays: the array arguments, or their shapes.
       rebuild: turns the outputs of the jaxpr into the function's results.
     """
 
     jaxpr: ClosedJaxpr
-    params: dict[str, Any]
-    arrays: list[Any]
-    rebuild: Callable[[list[Any]], Any]
+    params: dict[str, Leaf]
+    arrays: list[jax.Array]
+    rebuild: Callable[[Sequence[Operand]], PyTree]
 
 
 def is_array(x: object) -> bool:
@@ -39,17 +40,17 @@ def is_array(x: object) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
-def _abstract(leaf: Any) -> Any:
+def _abstract(leaf: Leaf) -> Leaf:
     """The float array that a QTensor stands for, on a mesh of explicit axes where its codes are; any other leaf."""
     if not is_qtensor(leaf):
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=explicit_of(leaf))
 
 
-def _called(params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def _called(params: Params, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]) -> str:
     """A call in words: the arguments' types, and shapes of arrays."""
 
-    def said(x: Any) -> str:
+    def said(x: PyTree) -> str:
         if is_array(x):
             return f"{np.dtype(x.dtype).name if isinstance(x.dtype, np.dtype) else x.dtype}{list(x.shape)}"
         leaves = jax.tree.leaves(x)
@@ -62,7 +63,7 @@ def _called(params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
 
 
 def trace(
-    function: str, fn: Callable[..., Any], params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]
+    function: str, fn: Callable[..., PyTree], params: Params, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
 ) -> Traced:
     """Traces ``fn(params, *args, **kwargs)``.
 
@@ -77,9 +78,9 @@ def trace(
         raise quant_error(function, "params hold no arrays", todo=todo, params=type(params).__name__)
     flat, structure = jax.tree.flatten((args, kwargs))
     where = [i for i, x in enumerate(flat) if is_array(x)]
-    out: dict[str, Any] = {}
+    out: dict[str, PyTree] = {}
 
-    def flat_fn(weights: list[Any], arrays: list[Any]) -> list[Any]:
+    def flat_fn(weights: list[jax.Array], arrays: list[jax.Array]) -> list[jax.Array]:
         filled = dict(leaves)
         filled.update(zip(known, weights, strict=True))
         values = list(flat)
@@ -103,7 +104,7 @@ def trace(
     with jax.disable_jit(False):  # else scans are unrolled: a plan, and its state by layer, are of scans in any setting
         jaxpr = jax.make_jaxpr(flat_fn)([_abstract(leaves[p]) for p in known], arrays)
 
-    def rebuild(outs: list[Any]) -> Any:
+    def rebuild(outs: Sequence[Operand]) -> PyTree:
         arrays = iter(outs)
         return jax.tree.unflatten(out["tree"], [next(arrays) if r is None else r for r in out["static"]])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +11,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import JaxprEqn, Literal, primitives
 from jax.sharding import AxisType, PartitionSpec
 
+from jaxquant.core.types import PyTree
 from jaxquant.transform.interpreter import Interpreter, bind, handles, unsupported
 from jaxquant.transform.primitives import marked_varying, reshard, shape_of
 from jaxquant.transform.weights import (
     ABSENT,
     Atom,
+    Value,
     View,
     Weight,
+    as_array,
+    as_weight,
     cast_view,
     flip_view,
     reshape_dims,
@@ -31,15 +34,15 @@ __all__: list[str] = []
 
 
 @handles(primitives.transpose_p)
-def _transpose(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-    (w,) = values
+def _transpose(_: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    w = as_weight(*values)
     permutation = tuple(eqn.params["permutation"])
     return [w.seen(transpose_view(permutation), tuple(w.dims[i] for i in permutation))]
 
 
 @handles(primitives.reshape_p, primitives.squeeze_p)
-def _reshape(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-    w, shape = values[0], shape_of(eqn.outvars[0])
+def _reshape(_: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    w, shape = as_weight(values[0]), shape_of(eqn.outvars[0])
     order = eqn.params.get("dimensions")
     if eqn.primitive is primitives.reshape_p and order is not None:  # row-major after a transpose
         w = w.seen(transpose_view(tuple(order)), tuple(w.dims[i] for i in order))
@@ -47,7 +50,7 @@ def _reshape(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
 
 
 @handles(primitives.broadcast_in_dim_p)
-def _broadcast(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _broadcast(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     w, shape = values[0], shape_of(eqn.outvars[0])
     kept = eqn.params["broadcast_dimensions"]
     if not isinstance(w, Weight) or w.shape != tuple(shape[i] for i in kept) or _size(shape) != _size(w.shape):
@@ -63,15 +66,15 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 @handles(primitives.convert_element_type_p)
-def _cast(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-    (w,), dtype = values, eqn.params["new_dtype"]
+def _cast(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    w, dtype = as_weight(*values), eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
         return unsupported(interpreter, eqn, values)
     return [w.seen(cast_view(dtype), w.dims, dtype)]
 
 
 @handles(primitives.copy_p)
-def _copy(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _copy(_: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     return values
 
 
@@ -86,18 +89,18 @@ def _nothing(eqn: JaxprEqn) -> View:
 
 
 @handles(primitives.sharding_constraint_p, checkpoint_name)
-def _placed(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-    (w,) = values
+def _placed(_: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    w = as_weight(*values)
     return [w.seen(_same_place(eqn), w.dims)]
 
 
 @handles(reshard)
-def _resharded(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _resharded(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """Where an array goes on a mesh of explicit axes; operations run with automatic ones, and constrain it there.
 
     JAX runs some operations with automatic axes itself: then every array of the leaf goes over to those.
     """
-    (w,), placed = values, eqn.params["dst_sharding"]
+    w, placed = as_weight(*values), eqn.params["dst_sharding"]
     if not interpreter.planning and AxisType.Explicit not in (placed.mesh.axis_types or ()):
         params = {**eqn.params, "dst_sharding": placed.update(spec=PartitionSpec())}
         cast = lambda x: eqn.primitive.bind(x, **params)  # noqa: E731
@@ -107,28 +110,28 @@ def _resharded(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> li
 
 
 @handles(lax.stop_gradient)
-def _every_leaf(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _every_leaf(_: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """Frozen weights: codes and scales alike."""
-    (w,) = values
+    w = as_weight(*values)
     return [w.seen(_leafwise(eqn), w.dims)]
 
 
 @handles(marked_varying)
-def _marked(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _marked(_: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """A weight of a shard_map that is equal on all devices, unless each device rounded it with its own key."""
-    (w,) = values
+    w = as_weight(*values)
     return [w.seen(_marking(str(eqn.primitive), eqn.params["axes"]), w.dims)]
 
 
 def _marking(name: str, axes: tuple[str, ...]) -> View:
-    def marked(x: Any) -> Any:
+    def marked(x: PyTree) -> PyTree:
         return jax.tree.map(lambda v: marked_varying(v, axes), x)
 
     return View(name, marked, marked, lambda: _marking(name, axes))
 
 
 def _leafwise(eqn: JaxprEqn) -> View:
-    def apply(x: Any) -> Any:
+    def apply(x: jax.Array) -> jax.Array:
         out = eqn.primitive.bind(x, **eqn.params)
         return out[0] if eqn.primitive.multiple_results else out
 
@@ -136,7 +139,7 @@ def _leafwise(eqn: JaxprEqn) -> View:
 
 
 @handles(lax.optimization_barrier)
-def _barrier(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _barrier(_: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """Orders computations and computes nothing; a weight is computed by nobody."""
     others = [i for i, v in enumerate(values) if not isinstance(v, Weight)]
     if others and values[others[0]] is not ABSENT:
@@ -146,8 +149,8 @@ def _barrier(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
 
 
 @handles(primitives.rev_p)
-def _flip(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-    (w,) = values
+def _flip(_: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    w = as_weight(*values)
     return [w.seen(flip_view(tuple(eqn.params["dimensions"])), w.dims)]
 
 
@@ -162,8 +165,8 @@ def _cut(w: Weight, cuts: list[tuple[int, int | jax.Array, int]]) -> Weight:
 
 
 @handles(primitives.slice_p)
-def _slice(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-    (w,), p = values, eqn.params
+def _slice(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    w, p = as_weight(*values), eqn.params
     if p["strides"] is not None and any(s != 1 for s in p["strides"]):
         return unsupported(interpreter, eqn, values)
     bounds = zip(p["start_indices"], p["limit_indices"], w.shape, strict=True)
@@ -171,26 +174,28 @@ def _slice(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[A
 
 
 @handles(jnp.unstack)
-def _unstack(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+def _unstack(_: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     """Each index of an axis, by a slice and a reshape."""
-    (w,), axis, shape = values, eqn.params["axis"], shape_of(eqn.outvars[0])
+    w, axis, shape = as_weight(*values), eqn.params["axis"], shape_of(eqn.outvars[0])
     rows = [_cut(w, [(axis, i, 1)] if w.shape[axis] > 1 else []) for i in range(w.shape[axis])]
     return [row.seen(reshape_view(shape, row.shape), reshape_dims(row.dims, shape)) for row in rows]
 
 
 @handles(lax.split)
-def _split(_: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-    (w,), axis = values, eqn.params["axis"]
+def _split(_: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    w, axis = as_weight(*values), eqn.params["axis"]
     sizes = [int(n) for n in eqn.params["sizes"]]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [_cut(w, [(axis, start, n)] if n != w.shape[axis] else []) for start, n in zip(starts, sizes, strict=True)]
 
 
 @handles(primitives.dynamic_slice_p)
-def _dynamic_slice(interpreter: Interpreter, eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-    w, *starts = values
+def _dynamic_slice(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+    w, sizes = values[0], eqn.params["slice_sizes"]
     if not isinstance(w, Weight):
         return unsupported(interpreter, eqn, values)
-    sizes = eqn.params["slice_sizes"]
-    starts = [int(s) if isinstance(v, Literal) else s for s, v in zip(starts, eqn.invars[1:], strict=True)]
+    starts: list[int | jax.Array] = []
+    for start, v in zip(values[1:], eqn.invars[1:], strict=True):
+        computed = 0 if interpreter.planning else as_array(start)  # a plan is the same for all starts
+        starts.append(int(v.val) if isinstance(v, Literal) else computed)
     return [_cut(w, [(i, starts[i], n) for i, n in enumerate(sizes) if n != w.shape[i]])]

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,10 @@ from jaxquant.core.blocks import block_shape, scale_shape
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.granularity import PerGroup, PerTensor
 from jaxquant.core.indices import clamped
-from jaxquant.core.learned import learned_codes, learned_values
-from jaxquant.core.qtensor import QTensor, Scale
+from jaxquant.core.learned import Entry, learned_codes, learned_values
+from jaxquant.core.qtensor import Operand, QTensor, Scale
 from jaxquant.core.specs import QuantSpec
+from jaxquant.core.types import PyTree
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.analysis.axes import factored
 
@@ -36,11 +37,16 @@ __all__ = [
     "Atom",
     "Dims",
     "Joined",
+    "Part",
     "Value",
     "View",
     "Weight",
     "act_spec",
+    "as_array",
+    "as_joined",
     "as_matrix",
+    "as_part",
+    "as_weight",
     "dims_of",
     "from_matrix",
     "reshape_dims",
@@ -100,7 +106,7 @@ class View:
     qtensor: Callable[[QTensor], QTensor]
     layer: Callable[[], View] | None = None
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Operand) -> Operand:
         if isinstance(x, TrainedTensor):
             return TrainedTensor(self.qtensor(x), self.array(x.real))
         return self.qtensor(x) if isinstance(x, QTensor) else self.array(x)
@@ -108,7 +114,7 @@ class View:
 
 @functools.partial(jax.jit, static_argnames=("spec", "reduce_axes"))  # traced once for all weights of one shape
 def _trained(
-    w: jax.Array, steps: Any, key: jax.Array | None, spec: QuantSpec, reduce_axes: tuple[int, ...]
+    w: jax.Array, steps: Entry | None, key: jax.Array | None, spec: QuantSpec, reduce_axes: tuple[int, ...]
 ) -> TrainedTensor:
     """A weight in training, by its own range or by learned ones."""
     if steps is None:
@@ -125,7 +131,7 @@ def act_spec(spec: QuantSpec) -> QuantSpec:
     return spec if isinstance(spec.granularity, PerGroup) else dataclasses.replace(spec, granularity=PerTensor())
 
 
-def trained_activation(x: jax.Array, steps: Any, spec: QuantSpec, axes: tuple[int, ...]) -> TrainedTensor:
+def trained_activation(x: jax.Array, steps: Entry, spec: QuantSpec, axes: tuple[int, ...]) -> TrainedTensor:
     """An activation by its learned steps: a scalar, or one for each group along the one axis that is contracted."""
     spec, axes = act_spec(spec), tuple(sorted(a - x.ndim for a in axes))
     n = math.prod(x.shape[a] for a in axes) if spec.group_size is None else spec.group_size
@@ -166,8 +172,8 @@ class Weight:
     """
 
     path: str
-    leaf: Any
-    state: Any
+    leaf: Operand | None
+    state: PyTree
     dims: Dims
     dtype: DTypeLike
     stacked: int = 0
@@ -183,7 +189,7 @@ class Weight:
         """Rank of the view."""
         return len(self.dims)
 
-    def steps_of(self, operand: Literal["weight", "act"]) -> Any:
+    def steps_of(self, operand: Literal["weight", "act"]) -> Entry | None:
         """The learned range of the parameter or of its input; None if it is not learned."""
         return None if self.state is None else self.state.get(operand)
 
@@ -193,9 +199,10 @@ class Weight:
             self, dims=dims, steps=(*self.steps, step), dtype=self.dtype if dtype is None else dtype
         )
 
-    def value(self) -> Any:
+    def value(self) -> Operand:
         """The view itself, quantized if the leaf is: nothing trains here."""
         x = self.leaf
+        assert x is not None
         for step in self.steps:
             x = step(x)
         return x
@@ -207,7 +214,7 @@ class Weight:
 
     def operand(
         self, spec: QuantSpec | None, reduce_axes: tuple[int, ...], stacked: int = 0, key: jax.Array | None = None
-    ) -> Any:
+    ) -> Operand:
         """The operand of an op: the QTensor; or codes for the forward and floats for the gradient, if the leaf trains.
 
         Args:
@@ -221,7 +228,7 @@ class Weight:
         one = functools.partial(_trained, spec=spec, reduce_axes=reduce_axes)
         for _ in range(stacked - self.stacked):
             one = jax.vmap(one, in_axes=(0, 0, None))
-        x: Any = one(self.leaf, self.steps_of("weight"), key)
+        x: Operand = one(self.leaf, self.steps_of("weight"), key)
         for step in self.steps:
             x = step(x)
         return x
@@ -263,13 +270,40 @@ class Joined:
       sizes: of each along that axis.
     """
 
-    parts: tuple[jax.Array | Weight | Absent, ...]
+    parts: tuple[Part, ...]
     axis: int
     sizes: tuple[int, ...]
 
 
-Value: TypeAlias = "jax.Array | Weight | Joined | Absent"
+Part: TypeAlias = "jax.Array | Weight | Absent"
+"""A value that is no concatenation."""
+
+Value: TypeAlias = "Part | Joined"
 """A value of a jaxpr that is evaluated with weights among its inputs."""
+
+
+def as_weight(value: Value) -> Weight:
+    """A value that is known to be a weight."""
+    assert isinstance(value, Weight)
+    return value
+
+
+def as_joined(value: Value) -> Joined:
+    """A value that is known to be a concatenation."""
+    assert isinstance(value, Joined)
+    return value
+
+
+def as_part(value: Value) -> Part:
+    """A value that is known to be no concatenation."""
+    assert not isinstance(value, Joined)
+    return value
+
+
+def as_array(value: Value) -> jax.Array:
+    """A value that is known to be an array: one of an equation that is computed, and no weight."""
+    assert not isinstance(value, Weight | Joined | Absent)
+    return value
 
 
 def as_matrix(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:

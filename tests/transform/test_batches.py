@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from narrowed import untyped
 from transform_cases import unequal
 
 import jaxquant as jq
@@ -25,13 +26,16 @@ def table():
     return Sensitivity(PLAN, {"a": jq.OpSpec(jq.QuantSpec("int8"))}, ())
 
 
+distill = untyped.calibration.distill
 CALLS = {
     "calibrate": lambda b: jq.calibrate(fn, PLAN, PARAMS, b),
     "compare": lambda b: jq.compare(fn, PARAMS, jq.quantize_params(PARAMS, PLAN), b, plan=PLAN),
     "sensitivity": lambda b: jq.mixed.sensitivity(fn, PLAN, PARAMS, b, {"a": SPEC}),
     "refine": lambda b: jq.mixed.refine(fn, table(), PLAN, PARAMS, b),
     "quantize_sequentially": lambda b: jq.calibration.quantize_sequentially(fn, PLAN, PARAMS, b),
-    "distill": lambda b: next(jq.calibration.distill(fn, PLAN, PARAMS, jq.quantize_params(PARAMS, PLAN), b, _Never())),
+    "distill": lambda b: next(
+        untyped.calibration.distill(fn, PLAN, PARAMS, jq.quantize_params(PARAMS, PLAN), b, _Never())
+    ),
     "learn_rotations": lambda b: next(jq.invariances.learn_rotations(fn, PLAN, PARAMS, {"w": jnp.eye(8)}, b)),
 }
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax_settings import optax_promotes
+from narrowed import untyped
 from transform_cases import unequal
 
 import jaxquant as jq
@@ -119,7 +120,7 @@ def refused(case: str) -> Any:
         return jq.quantize_model(fn, PARAMS, BATCHES[0], recipe=SPEC, **kwargs)
 
     if case == "no optimizer":
-        return Distillation(1e-3)
+        return untyped.calibration.Distillation(1e-3)
     if case == "no epochs":
         return Distillation(adam(), epochs=0)
     if case == "settings of another kind":

@@ -361,7 +361,7 @@ BAD = {
         r"^quantized at out/kernel: scale must be finite and above 0; got least=inf\. Calibrate again",
     ),
     "state without a plan": (
-        lambda: jq.quantized(mlp, state={"w": 1}),
+        lambda: untyped.quantized(mlp, state={"w": 1}),
         r"^quantized: state needs a plan; got paths=\('w',\)",
     ),
     "rules for a plan": (

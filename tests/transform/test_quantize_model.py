@@ -87,7 +87,7 @@ def test_a_quantizer_of_ones_own_is_given_what_it_asks_for():
 def test_keywords_go_to_the_function_that_is_calibrated():
     fn = lambda p, x, *, gain: mlp(p, x * gain)  # noqa: E731
     states = [
-        jq.quantize_model(fn, PARAMS, recipe="w8a8:static", batches=[X], gain=gain).state["up"]["scale"]
+        present(jq.quantize_model(fn, PARAMS, recipe="w8a8:static", batches=[X], gain=gain).state)["up"]["scale"]
         for gain in (1.0, 4.0)
     ]
     np.testing.assert_allclose(states[1], 4 * states[0], rtol=1e-6)

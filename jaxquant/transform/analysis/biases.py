@@ -10,13 +10,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, Primitive
 from jax.extend.core import primitives as p
+from jax.typing import ArrayLike
 
 from jaxquant.core.paths import Params
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.types import PyTree
 from jaxquant.transform.analysis.equations import traced_for
 from jaxquant.transform.analysis.walk import Rule, Walk
 from jaxquant.transform.plan import Plan, is_float
@@ -25,7 +26,7 @@ from jaxquant.transform.primitives import shape_of
 __all__ = ["biases"]
 
 
-def biases(fn: Callable[..., Any], plan: Plan, params: Params, *args: Any, **kwargs: Any) -> dict[str, str]:
+def biases(fn: Callable[..., PyTree], plan: Plan, params: Params, *args: PyTree, **kwargs: PyTree) -> dict[str, str]:
     """Which parameter is added to the product with each planned weight, and to nothing else.
 
     Found from the trace: the result of a weight's product, reshaped or cast, plus a parameter, reshaped, repeated or
@@ -101,7 +102,7 @@ class _Additions(Walk[_Value]):
             if type(value) is _Seen:
                 self.uses[value.path] = self.uses.get(value.path, 0) + 1
 
-    def constant(self, x: Any) -> _Value:
+    def constant(self, x: ArrayLike) -> _Value:
         return None
 
     def other(self, eqn: JaxprEqn, values: list[_Value]) -> list[_Value]:
@@ -162,7 +163,7 @@ class _Additions(Walk[_Value]):
 
 
 @functools.cache
-def _rules() -> dict[Any, Rule[_Value]]:
+def _rules() -> dict[Primitive | None, Rule[_Value]]:
     views = (p.reshape_p, p.squeeze_p, p.broadcast_in_dim_p, p.convert_element_type_p, p.copy_p, p.transpose_p)
     return {
         **dict.fromkeys(views, _Additions.view),

@@ -12,16 +12,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, Primitive
 from jax.extend.core import primitives as p
 
-from jaxquant.core.paths import Params, leaves_with_paths
+from jaxquant.core.paths import Leaf, Params, leaves_with_paths
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.types import PyTree
 from jaxquant.transform.analysis.axes import aligned, factored, size_of
 from jaxquant.transform.analysis.flow import Flow, Place, flows
 from jaxquant.transform.analysis.walk import Rule, Walk
@@ -31,6 +32,8 @@ from jaxquant.transform.quantized import check_plan
 from jaxquant.transform.trace import Traced, trace
 
 __all__ = ["Dim", "Equations", "Parameter", "Piece", "Unknown", "Value", "joined", "rules", "traced_for"]
+
+U = TypeVar("U", bound="Unknown")
 
 
 class Unknown:
@@ -69,7 +72,7 @@ class Unknown:
         """How it describes its axis."""
         return joined([Piece(self.size, self, 1)])
 
-    def fits(self, other: Any) -> bool:
+    def fits(self, other: Unknown) -> bool:
         """Whether two roots can be one. One that is the same for all layers fits one of each layer."""
         shared = min(len(self.stack), len(other.stack))
         return self.size == other.size and self.stack[:shared] == other.stack[:shared]
@@ -117,7 +120,7 @@ class Value:
         return tuple(map(size_of, self.dims))
 
     @property
-    def unknowns(self) -> set[Any]:
+    def unknowns(self) -> set[Unknown]:
         """The unknowns that describe it."""
         return {piece.unknown for dim in self.dims for piece in dim if piece.unknown is not None}
 
@@ -127,7 +130,7 @@ class Parameter(Value):
     """A parameter, or one layer of a stack of them, before any operation."""
 
     path: str = ""
-    leaf: Any = None
+    leaf: Leaf | None = None
     stack: tuple[int, ...] = ()
 
 
@@ -145,7 +148,7 @@ def joined(pieces: Iterable[Piece]) -> Dim:
     return tuple(out)
 
 
-class Equations(Walk[Value]):
+class Equations(Walk[Value], Generic[U]):
     """The unknowns of a function, and what is known of them.
 
     Attributes:
@@ -159,13 +162,13 @@ class Equations(Walk[Value]):
 
     layered: ClassVar[bool]
     opposite: ClassVar[int]
-    unknown: Callable[..., Any]
+    unknown: Callable[[str, int, int, tuple[int, ...], Leaf], U]
     cut: Callable[[Piece, int], tuple[Piece, Piece]]
     equated: Callable[..., list[Dim]]
-    product: Callable[[Any, list[Value]], list[Value]]
+    product: Callable[[JaxprEqn, list[Value]], list[Value]]
 
     def __init__(self) -> None:
-        self.unknowns: dict[tuple[str, int, int], Any] = {}  # by path, axis and number of stacked axes
+        self.unknowns: dict[tuple[str, int, int], U] = {}  # by path, axis and number of stacked axes
         self.changes = 0
 
     # -- solving -------------------------------------------------------------------------------------------------------
@@ -179,7 +182,7 @@ class Equations(Walk[Value]):
             for value in self.run(traced.jaxpr, inputs):
                 self.fix(value)
 
-    def parameter(self, path: str, leaf: Any, stack: tuple[int, ...] = ()) -> Value:
+    def parameter(self, path: str, leaf: Leaf, stack: tuple[int, ...] = ()) -> Value:
         """A parameter, or one layer of it: every axis with its unknown, if it is of floats."""
         shape = tuple(leaf.shape)[len(stack) :]
         if not is_float(leaf) or isinstance(leaf, QTensor):
@@ -192,25 +195,24 @@ class Equations(Walk[Value]):
             dims.append(self.unknowns[key].pieces)
         return Parameter(tuple(dims), path=path, leaf=leaf, stack=stack)
 
-    def usable(self, unknown: Any) -> bool:
+    def usable(self, unknown: U) -> bool:
         """Whether a free unknown can be part of a solution."""
         return unknown.size > 1
 
-    def solutions(self, plan: Plan) -> Iterator[tuple[Any, list[Any]]]:
+    def solutions(self, plan: Plan) -> Iterator[tuple[U, list[U]]]:
         """In the order of the plan: a free unknown of an axis that a weight contracts, and all that are one with it."""
-        groups: dict[Any, list[Any]] = {}
+        groups: dict[Unknown, list[U]] = {}
         for unknown in self.unknowns.values():
             if unknown.free and self.usable(unknown):
                 groups.setdefault(unknown.root, []).append(unknown)
         for item in plan.items:
             for axis in item.reduce_axes:
                 unknown = self.unknowns.get((item.path, axis, item.stacked if self.layered else 0))
-                group = None if unknown is None else groups.pop(unknown.root, None)
-                if group is not None:
-                    yield unknown, group
+                if unknown is not None and unknown.root in groups:
+                    yield unknown, groups.pop(unknown.root)
 
     # -- what is learned -----------------------------------------------------------------------------------------------
-    def fix_unknown(self, unknown: Any) -> None:
+    def fix_unknown(self, unknown: Unknown | None) -> None:
         """It is trivial."""
         if unknown is not None and unknown.free:
             unknown.root.fixed = True
@@ -226,7 +228,7 @@ class Equations(Walk[Value]):
         for i in range(len(value.dims)) if axes is None else axes:
             self.fix_dim(value.dims[i])
 
-    def join(self, a: Any, b: Any, power: int = 1) -> None:
+    def join(self, a: Unknown, b: Unknown, power: int = 1) -> None:
         """``a = b ** power``."""
         ra, rb, turn = a.root, b.root, a.power * power * b.power
         if ra is rb:
@@ -345,7 +347,7 @@ def moving(equations: Equations, eqn: JaxprEqn, values: list[Value]) -> list[Val
 
 
 @functools.cache
-def rules() -> dict[Any, Rule[Value]]:
+def rules() -> dict[Primitive | None, Rule[Value]]:
     """The rules that are the same whatever is unknown."""
     split = used_by(lax.split)
     traced = map(used_by, (checkpoint_name, lax.stop_gradient, lax.optimization_barrier, marked_varying))
@@ -363,7 +365,14 @@ def rules() -> dict[Any, Rule[Value]]:
     }
 
 
-def traced_for(function: str, fn: Any, plan: Plan, params: Params, args: tuple[Any, ...], kwargs: Any) -> Traced:
+def traced_for(
+    function: str,
+    fn: Callable[..., PyTree],
+    plan: Plan,
+    params: Params,
+    args: tuple[PyTree, ...],
+    kwargs: dict[str, PyTree],
+) -> Traced:
     """The trace of a function that an analysis of a plan looks at."""
     check_plan(function, plan, leaves_with_paths(params)[0])
     return trace(function, fn, params, args, kwargs)

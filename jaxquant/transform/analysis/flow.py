@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax import lax
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, Primitive
 from jax.extend.core import primitives as p
 
 from jaxquant.transform.primitives import shape_of, used_by
@@ -86,7 +86,7 @@ def _conv(eqn: JaxprEqn) -> Flow:
 
 
 @functools.cache
-def flows() -> dict[Any, Callable[[Any], Flow]]:
+def flows() -> dict[Primitive | None, Callable[[JaxprEqn], Flow]]:
     """Of the primitives that move axes."""
     split = used_by(lax.split)
     return {

@@ -16,16 +16,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, Primitive
 from jax.extend.core import primitives as p
+from jax.typing import ArrayLike
 
-from jaxquant.core.paths import Params
+from jaxquant.core.paths import Leaf, Params
+from jaxquant.core.types import PyTree
 from jaxquant.ptq.bases import Rotation
 from jaxquant.transform.analysis.equations import (
     Dim,
@@ -70,7 +71,7 @@ class RotationGroup:
 
 
 def rotation_groups(
-    fn: Callable[..., Any], plan: Plan, params: Params, *args: Any, **kwargs: Any
+    fn: Callable[..., PyTree], plan: Plan, params: Params, *args: PyTree, **kwargs: PyTree
 ) -> tuple[RotationGroup, ...]:
     """Which orthogonal matrices can be moved into the parameters of ``fn``, and where each goes.
 
@@ -129,8 +130,8 @@ class _Matrix(Unknown):
             return joined([Piece(self.size, constant=self.constant)])
         return joined([Piece(self.size // block), Piece(block, self, 1)])
 
-    def fits(self, other: Any) -> bool:
-        return self.block == other.block
+    def fits(self, other: Unknown) -> bool:
+        return isinstance(other, _Matrix) and self.block == other.block
 
 
 class _Squares(Value):
@@ -146,13 +147,13 @@ class _Bases(Equations):
         super().__init__()
         self.rules = _rules()
 
-    def unknown(self, path: str, axis: int, size: int, stack: tuple[int, ...], leaf: Any) -> _Matrix:
+    def unknown(self, path: str, axis: int, size: int, stack: tuple[int, ...], leaf: Leaf) -> _Matrix:
         return _Matrix(path, axis, size, _constant(leaf, axis))
 
     def usable(self, unknown: _Matrix) -> bool:
         return unknown.root.block > 1
 
-    def constant(self, x: Any) -> Value:
+    def constant(self, x: ArrayLike) -> Value:
         known = np.size(x) == 1 and not isinstance(x, jax.core.Tracer)
         return Value.plain(np.shape(x), constant=True, nil=known and bool(np.all(np.asarray(x) == 0)))
 
@@ -276,7 +277,7 @@ def _varying(value: Value) -> Value:
     return Value(tuple(joined(piece._replace(constant=False) for piece in dim) for dim in value.dims))
 
 
-def _constant(leaf: Any, axis: int) -> bool:
+def _constant(leaf: Leaf, axis: int) -> bool:
     """Whether a vector (or a stack of them) has one value along an axis."""
     if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer) or leaf.ndim > 3 or leaf.size > 1 << 20:
         return False
@@ -284,13 +285,13 @@ def _constant(leaf: Any, axis: int) -> bool:
 
 
 @functools.cache
-def _of_squares() -> frozenset[Any]:
+def _of_squares() -> frozenset[Primitive]:
     """The primitives that take squares and keep their meaning."""
     return frozenset((p.reduce_sum_p, p.convert_element_type_p, p.copy_p, p.square_p, p.integer_pow_p))
 
 
 @functools.cache
-def _rules() -> dict[Any, Rule[Value]]:
+def _rules() -> dict[Primitive | None, Rule[Value]]:
     functions = (
         p.max_p, p.min_p, p.pow_p, p.exp_p, p.exp2_p, p.log_p, p.log1p_p, p.sqrt_p, p.rsqrt_p, p.cbrt_p, p.tanh_p,
         p.logistic_p, p.erf_p, p.abs_p, p.sign_p, p.sin_p, p.cos_p, p.rem_p, p.ge_p, p.gt_p, p.le_p, p.lt_p, p.eq_p,

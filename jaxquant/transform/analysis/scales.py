@@ -15,15 +15,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, Primitive
 from jax.extend.core import primitives as p
+from jax.typing import ArrayLike
 
-from jaxquant.core.paths import Params
+from jaxquant.core.paths import Leaf, Params
+from jaxquant.core.types import PyTree
 from jaxquant.transform.analysis.equations import (
     Dim,
     Equations,
@@ -84,7 +86,9 @@ class ScalePair:
         return f"{', '.join(map(show, self.sources))} -> {', '.join(map(show, self.sinks))} ({self.channels} channels)"
 
 
-def scale_pairs(fn: Callable[..., Any], plan: Plan, params: Params, *args: Any, **kwargs: Any) -> tuple[ScalePair, ...]:
+def scale_pairs(
+    fn: Callable[..., PyTree], plan: Plan, params: Params, *args: PyTree, **kwargs: PyTree
+) -> tuple[ScalePair, ...]:
     """Which scales can move into the planned weights of ``fn``, and from where.
 
     Args:
@@ -135,13 +139,13 @@ class _Scales(Equations):
         self.rules = _rules()
         self.levels: dict[str, set[int]] = {}  # at how many stacked axes each parameter is used
 
-    def unknown(self, path: str, axis: int, size: int, stack: tuple[int, ...], leaf: Any) -> Unknown:
+    def unknown(self, path: str, axis: int, size: int, stack: tuple[int, ...], leaf: Leaf) -> Unknown:
         return Unknown(path, axis, size, stack)
 
     def usable(self, unknown: Unknown) -> bool:
         return unknown.size > 1 and len(unknown.stack) in self.levels.get(unknown.path, ())
 
-    def constant(self, x: Any) -> Value:
+    def constant(self, x: ArrayLike) -> Value:
         known = np.ndim(x) == 0 and not isinstance(x, jax.core.Tracer)
         number = known and jnp.issubdtype(jnp.result_type(x), jnp.number)
         return Value.plain(np.shape(x), nil=bool(number and (x == 0 or not np.isfinite(x))))
@@ -179,6 +183,7 @@ class _Scales(Equations):
 
     def layer(self, value: Value) -> Value:
         if isinstance(value, Parameter):
+            assert value.leaf is not None
             return self.parameter(value.path, value.leaf, (*value.stack, value.leaf.shape[len(value.stack)]))
         self.fix(value)
         return Value.plain(value.shape[1:])
@@ -243,7 +248,7 @@ class _Scales(Equations):
 
 
 @functools.cache
-def _rules() -> dict[Any, Rule[Value]]:
+def _rules() -> dict[Primitive | None, Rule[Value]]:
     homogeneous = (
         p.reduce_sum_p, p.reduce_max_p, p.reduce_min_p, p.cummax_p, p.cummin_p, p.reduce_window_sum_p,
         p.reduce_window_max_p, p.conv_general_dilated_p,

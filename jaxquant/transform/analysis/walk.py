@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Primitive, Var, primitives
+from jax.typing import ArrayLike
 
 from jaxquant.transform.primitives import body_of, is_call
 
@@ -29,7 +30,7 @@ class Walk(Generic[V]):
     """
 
     rules: Mapping[Primitive | None, Rule[V]]
-    constant: Callable[[Any], V]
+    constant: Callable[[ArrayLike], V]
     carried: Callable[[V], V]
     layer: Callable[[V], V]
     again: Callable[[V, V], V]
