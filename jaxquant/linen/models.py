@@ -9,6 +9,8 @@ from typing import Any
 import flax.linen as nn
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.paths import Params
+from jaxquant.core.types import PyTree
 from jaxquant.rules import OpRule, Rule
 from jaxquant.transform.make_plan import check_all_rules, make_plan
 from jaxquant.transform.plan import Plan
@@ -29,23 +31,23 @@ class Wrapped:
 
     model: nn.Module
     rules: tuple[Rule | OpRule, ...]
-    state: Mapping[str, Any] | None = None
+    state: Mapping[str, PyTree] | None = None
 
-    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+    def init(self, rngs: PyTree, *args: PyTree, **kwargs: Any) -> Params:
         """The model's own ``init``: its tree and its values."""
         return self.model.init(rngs, *args, **kwargs)
 
-    def plan(self, variables: Any, *args: Any, **kwargs: Any) -> Plan:
+    def plan(self, variables: Params, *args: PyTree, **kwargs: Any) -> Plan:
         """The plan of ``apply`` with these arguments (arrays or shapes); see `jaxquant.make_plan`."""
         return make_plan(self.model.apply, variables, *args, rules=self.rules, **kwargs)
 
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(self, variables: Params, *args: PyTree, **kwargs: Any) -> PyTree:
         """The model's own ``apply`` in low precision: float weights train, QTensors run."""
         plan = self.plan(variables, *args, **kwargs)
         return quantized(self.model.apply, plan, self.state)(variables, *args, **kwargs)
 
 
-def wrap(model: nn.Module, rules: Sequence[Rule | OpRule], *, state: Mapping[str, Any] | None = None) -> Wrapped:
+def wrap(model: nn.Module, rules: Sequence[Rule | OpRule], *, state: Mapping[str, PyTree] | None = None) -> Wrapped:
     """Any Linen model in low precision: its own code, transformed by `jaxquant.quantized` at each ``apply``.
 
     Products are found in the trace, so raw ``x @ w``, einsum, tied embeddings and scanned stacks count as well as

@@ -5,22 +5,26 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta, unfreeze
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxquant import layers, ops
 from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import QTensor, Scale
 from jaxquant.core.specs import OpSpec
 
 __all__ = ["QuantConv", "QuantDense", "QuantDenseGeneral", "QuantEinsum", "QuantEmbed"]
 
 
-def _named_as_flax(cls: Any) -> Any:
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def _named_as_flax(cls: type[Layer]) -> type[Layer]:
     """Gives a layer the class name of the layer it stands in for; ``__qualname__`` stays its own.
 
     Linen names a submodule after ``__class__.__name__``. A `QuantDense` takes the place of an `nn.Dense`, so it must
@@ -86,7 +90,14 @@ class _Quantized(nn.Module):
         return layers.promoted(every, self._product_spec(), inputs, weight, *rest)
 
     @nn.nowrap
-    def _product(self, op: Callable[..., Any], *operands: Any, act: Any, dtype: Any = None, **kwargs: Any) -> jax.Array:
+    def _product(
+        self,
+        op: Callable[..., jax.Array],
+        *operands: Any,
+        act: jax.Array,
+        dtype: DTypeLike | None = None,
+        **kwargs: Any,
+    ) -> jax.Array:
         """A quantized product in the dtype that Flax's would have."""
         kwargs |= {"spec": self._product_spec(), "preferred_element_type": act.dtype if dtype is None else dtype}
         kwargs |= self._range(act)
@@ -103,7 +114,7 @@ class _Quantized(nn.Module):
             raise error.at(self._path(self._weight)) from None
 
     @nn.nowrap
-    def _range(self, x: jax.Array) -> dict[str, Any]:
+    def _range(self, x: jax.Array) -> dict[str, Scale | jax.Array | None]:
         """The static range of the activation, as arguments of the ops; empty if the range is dynamic."""
         act = layers.static_act(self._spec)
         if act is None:
@@ -138,7 +149,7 @@ class _Hooked(_Quantized):
 
     @nn.nowrap
     @contextlib.contextmanager
-    def _with_product(self, field: str, op: Callable[..., Any]):
+    def _with_product(self, field: str, op: Callable[..., jax.Array]):
         """Within, the fields ``promote_dtype`` and ``field`` of this module hold ours, if anything is quantized.
 
         The very module must run, not a copy: Linen keeps its scope and its names up to date as it is called.
@@ -151,7 +162,7 @@ class _Hooked(_Quantized):
                 todo, got = f"Leave {name} out", {name: getattr(self, name)}
                 raise self._error("a quantized layer has a product of its own", todo=todo, name=self._weight, **got)
 
-        def product(inputs: Any, kernel: Any, *args: Any, **kwargs: Any) -> jax.Array:
+        def product(inputs: jax.Array, kernel: QTensor | jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
             return self._product(op, inputs, kernel, *args, act=inputs, **kwargs)
 
         own = {name: getattr(self, name) for name in ("promote_dtype", field)}
@@ -199,7 +210,7 @@ class QuantDense(_Hooked, nn.Dense):
     """
 
     @nn.nowrap
-    def __call__(self, inputs: Any) -> jax.Array:
+    def __call__(self, inputs: ArrayLike) -> jax.Array:
         """The layer's output for inputs [..., inputs]."""
         with self._with_product("dot_general", ops.dot_general):
             return super().__call__(inputs)
@@ -232,7 +243,7 @@ class QuantDenseGeneral(_Hooked, nn.DenseGeneral):
     """
 
     @nn.nowrap
-    def __call__(self, inputs: Any) -> jax.Array:
+    def __call__(self, inputs: ArrayLike) -> jax.Array:
         """The layer's output; the contracted axes of the inputs are replaced by ``features`` at the end."""
         with self._with_product("dot_general", ops.dot_general):
             return super().__call__(inputs)
@@ -268,7 +279,7 @@ class QuantConv(_Hooked, nn.Conv):
     """
 
     @nn.nowrap
-    def __call__(self, inputs: Any) -> jax.Array:
+    def __call__(self, inputs: ArrayLike) -> jax.Array:
         """The convolution of inputs [..., window..., inputs]."""
         with self._with_product("conv_general_dilated", ops.conv_general_dilated):
             return super().__call__(inputs)
@@ -313,7 +324,7 @@ class QuantEinsum(_Quantized, nn.Einsum):
     """
 
     @nn.compact
-    def __call__(self, inputs: Any, einsum_str: str | None = None) -> jax.Array:
+    def __call__(self, inputs: ArrayLike, einsum_str: str | None = None) -> jax.Array:
         """The einsum of the inputs with the kernel, plus the bias."""
         subscripts = nn.merge_param("einsum_str", self.einsum_str, einsum_str).replace(" ", "")
         if "->" not in subscripts or subscripts.count(",") != 1:
@@ -324,9 +335,9 @@ class QuantEinsum(_Quantized, nn.Einsum):
         if self.use_bias:
             shape, broadcast = self._get_bias_shape(subscripts, inputs, kernel)
             bias = self.param("bias", self.bias_init, shape, self.param_dtype)
-        inputs, kernel, bias = self._promote(self.promote_dtype, inputs, kernel, bias, dtype=self.dtype)
+        x, kernel, bias = self._promote(self.promote_dtype, inputs, kernel, bias, dtype=self.dtype)
         dtype = getattr(self, "preferred_element_type", None)  # a field of Flax's layer since 0.12
-        y = self._product(ops.einsum, subscripts, inputs, kernel, act=inputs, dtype=dtype, precision=self.precision)
+        y = self._product(ops.einsum, subscripts, x, kernel, act=x, dtype=dtype, precision=self.precision)
         return y if bias is None else y + jnp.reshape(bias, broadcast)
 
 
@@ -361,15 +372,15 @@ class QuantEmbed(_Quantized, nn.Embed):
 
     _weight = "embedding"
 
-    def __call__(self, inputs: Any) -> jax.Array:
+    def __call__(self, inputs: ArrayLike) -> jax.Array:
         """The rows of the table at integer indices; [..., features]."""
         index, table = layers.rows_at(inputs, self.num_embeddings), self.embedding
         like = jnp.asarray(self.promote_dtype(jnp.zeros((), table.dtype), dtype=self.dtype, inexact=False)[0])
         with self._located():
             return ops.take(table, index, axis=0, spec=self._spec).astype(like.dtype)
 
-    def attend(self, query: Any) -> jax.Array:
+    def attend(self, query: ArrayLike) -> jax.Array:
         """The inner products of query [..., features] with every row; [..., num_embeddings]."""
-        query, table = self._promote(self.promote_dtype, query, self.embedding, dtype=self.dtype)
-        contract = (((query.ndim - 1,), (1,)), ((), ()))
-        return self._product(ops.dot_general, query, table, contract, act=query)
+        x, table = self._promote(self.promote_dtype, query, self.embedding, dtype=self.dtype)
+        contract = (((x.ndim - 1,), (1,)), ((), ()))
+        return self._product(ops.dot_general, x, table, contract, act=x)

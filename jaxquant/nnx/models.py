@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.core
@@ -15,6 +15,7 @@ from jaxquant.core.paths import Params, nearest, path_of
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.refusals import Refusals
 from jaxquant.core.specs import OpSpec
+from jaxquant.core.types import PyTree
 from jaxquant.nnx.modules import Quantized
 from jaxquant.nnx.ranges import set_value, value_of
 from jaxquant.ptq.rtn import rtn
@@ -28,7 +29,10 @@ from jaxquant.transform.quantized import quantized
 __all__ = ["Wrapped", "functional", "quantize", "trainable", "wrap"]
 
 
-def trainable(path: Any, value: Any) -> bool:
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def trainable(path: object, value: object) -> bool:
     """A filter for `nnx.grad`, `nnx.Optimizer`, `nnx.state`, ...: the Params that hold float arrays.
 
     Args:
@@ -55,7 +59,7 @@ def trainable(path: Any, value: Any) -> bool:
     )
 
 
-def _weights(model: nnx.Module) -> Iterator[tuple[str, Any]]:
+def _weights(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     """Path of the weight and layer, for every module that has a weight by Flax's names; shared modules once."""
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Module):
@@ -89,16 +93,16 @@ class Wrapped(nnx.Module):
       rules: which of its parameters are quantized, and how.
     """
 
-    def __init__(self, model: Any, rules: Sequence[Rule | OpRule]):
-        self.model = model
+    def __init__(self, model: nnx.Module, rules: Sequence[Rule | OpRule]):
+        self.model: Any = model
         self.rules = check_all_rules("wrap", rules)
 
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+    def plan(self, *args: PyTree, **kwargs: Any) -> Plan:
         """The plan of a call with these arguments (arrays or shapes); see `jaxquant.make_plan`."""
         fn, params, rest = _pure(self.model)
         return make_plan(fn, params, rest, *args, rules=self.rules, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyTree, **kwargs: Any) -> PyTree:
         """The model's own call in low precision. Changes of its state (batch statistics, random keys) are kept."""
         fn, params, rest = _pure(self.model)
         plan = make_plan(fn, params, rest, *args, rules=self.rules, **kwargs)
@@ -108,9 +112,9 @@ class Wrapped(nnx.Module):
 
     def quantize(
         self,
-        *args: Any,
+        *args: PyTree,
         method: Callable[..., QTensor] = rtn,
-        stats: Mapping[str, Any] | None = None,
+        stats: Mapping[str, PyTree] | None = None,
         **kwargs: Any,
     ) -> Wrapped:
         """The same with QTensors as weights; ``args`` and ``kwargs`` as for a call, from which the plan is made.
@@ -124,24 +128,24 @@ class Wrapped(nnx.Module):
         return Wrapped(nnx.merge(graphdef, qparams, _own(rest)), self.rules)
 
 
-def _own(state: Any) -> Any:
+def _own(state: PyTree) -> PyTree:
     """The same state in new Variables, which may be changed under the trace in which they were made."""
     return jax.tree.map(lambda x: x, state)
 
 
-def _pure(model: Any) -> tuple[Callable[..., Any], Any, Any]:
+def _pure(model: nnx.Module) -> tuple[Callable[..., tuple[PyTree, PyTree]], Params, PyTree]:
     """``fn(params, rest, *args) -> (result, new rest)``, with the model's params and the rest of its state."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
-    def fn(params: Params, rest: Any, *args: Any, **kwargs: Any) -> Any:
-        merged = nnx.merge(graphdef, params, _own(rest))
+    def fn(params: Params, rest: PyTree, *args: PyTree, **kwargs: Any) -> tuple[PyTree, PyTree]:
+        merged: Any = nnx.merge(graphdef, params, _own(rest))
         out = merged(*args, **kwargs)
         return out, nnx.state(merged, nnx.Not(nnx.Param))
 
     return fn, nnx.to_pure_dict(params), rest
 
 
-def wrap(model: Any, rules: Sequence[Rule | OpRule]) -> Wrapped:
+def wrap(model: nnx.Module, rules: Sequence[Rule | OpRule]) -> Wrapped:
     """Any NNX model in low precision: its own code, transformed by `jaxquant.quantized` at each call.
 
     Products are found in the trace, so every way in which a parameter reaches one counts, ``x @ self.w`` included.
@@ -175,7 +179,7 @@ def wrap(model: Any, rules: Sequence[Rule | OpRule]) -> Wrapped:
     return Wrapped(model, rules)
 
 
-def _with_specs(model: Any, rules: Sequence[Rule]) -> Any:
+def _with_specs(model: Model, rules: Sequence[Rule]) -> Model:
     """A copy (which shares arrays) whose layers have the specs that rules give them."""
     rules = _checked("quantize", rules, model)
     model, refusals = nnx.clone(model), Refusals("quantize")
@@ -195,7 +199,7 @@ def _with_specs(model: Any, rules: Sequence[Rule]) -> Any:
     return model
 
 
-def _fitted(path: str, layer: Any, rule: Rule) -> OpSpec | None:
+def _fitted(path: str, layer: Quantized, rule: Rule) -> OpSpec | None:
     """The rule's spec, for this layer if it is a misfit and the rule says what then."""
     axes = rule.reduce_axes or layer._reduce_axes
     if rule.misfit is None or rule.spec is None or axes is None:
@@ -204,12 +208,12 @@ def _fitted(path: str, layer: Any, rule: Rule) -> OpSpec | None:
 
 
 def quantize(
-    model: Any,
+    model: Model,
     rules: Sequence[Rule] | None = None,
     *,
     method: Callable[..., QTensor] = rtn,
-    stats: Mapping[str, Any] | None = None,
-) -> Any:
+    stats: Mapping[str, PyTree] | None = None,
+) -> Model:
     """A model of the layers of this module whose weights are `QTensor`s.
 
     For models of other layers, see `wrap`. Kinds of layers, not names, say which axes share a scale. The weights of a
@@ -241,21 +245,20 @@ def quantize(
     """
     rules = () if rules is None else rules
     model = _with_specs(model, rules)
-    layers = [(path, layer) for path, layer in _weights(model) if isinstance(layer, Quantized)]
-    layers = [(path, layer) for path, layer in layers if layer.spec is not None and layer.spec.weight is not None]
-    if not layers:
+    layers = [(path, layer, layer.spec) for path, layer in _weights(model) if isinstance(layer, Quantized)]
+    found = [(path, layer, spec) for path, layer, spec in layers if spec is not None and spec.weight is not None]
+    if not found:
         todo = "Pass rules, such as [Rule('.*', recipes.w8a16())], or build the model with spec="
         raise quant_error("quantize", "no layer has a spec for its weight", todo=todo, rules=repr(rules))
-    weights = {path: (getattr(layer, layer._weight_name), layer) for path, layer in layers}
-    weights = {path: held for path, held in weights.items() if not isinstance(value_of(held[0]), QTensor)}
-    plan = Plan(tuple(_item(path, layer, _first(rules, path)) for path, (_, layer) in weights.items()))
-    floats = {path: value_of(variable) for path, (variable, _) in weights.items()}
-    for path, q in quantize_params(floats, plan, method=method, stats=stats).items():
-        set_value(weights[path][0], q)
+    weights = {path: getattr(layer, layer._weight_name) for path, layer, _ in found}
+    floats = {path: value for path, held in weights.items() if not isinstance(value := value_of(held), QTensor)}
+    items = [_item(path, layer, spec, _first(rules, path)) for path, layer, spec in found if path in floats]
+    for path, q in quantize_params(floats, Plan(tuple(items)), method=method, stats=stats).items():
+        set_value(weights[path], q)
     return model
 
 
-def _item(path: str, layer: Any, rule: Rule | None) -> Item:
+def _item(path: str, layer: Quantized, spec: OpSpec, rule: Rule | None) -> Item:
     """How the weight of a layer is to be quantized."""
     weight = value_of(getattr(layer, layer._weight_name))
     axes = (rule.reduce_axes if rule else None) or layer._reduce_axes
@@ -268,13 +271,13 @@ def _item(path: str, layer: Any, rule: Rule | None) -> Item:
         tuple(weight.shape),
         weight.dtype.name,
         axes,
-        layer.spec,
+        spec,
         stacked=len(weight.shape) - len(layer._weight_shape),
         contraction_minor=not isinstance(layer, nnx.Conv),  # a convolution reads its kernel's own order fast
     )
 
 
-def functional(model: Any) -> tuple[Callable[..., Any], Any]:
+def functional(model: nnx.Module) -> tuple[Callable[..., PyTree], Params]:
     """The model as a pure function, for whatever takes ``fn(params, *args)``.
 
     Args:
@@ -297,7 +300,7 @@ def functional(model: Any) -> tuple[Callable[..., Any], Any]:
     with_state, params, rest = _pure(model)
     rest = _own(rest)
 
-    def fn(params: Params, *args: Any, **kwargs: Any) -> Any:
+    def fn(params: Params, *args: PyTree, **kwargs: Any) -> PyTree:
         return with_state(params, rest, *args, **kwargs)[0]
 
     return fn, params

@@ -11,6 +11,7 @@ import jax.core
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxquant import layers, ops
 from jaxquant.core.errors import quant_error
@@ -24,7 +25,7 @@ __all__ = ["QuantConv", "QuantEinsum", "QuantEmbed", "QuantLinear", "QuantLinear
 class _StandIn:
     """A layer as Flax's forward pass is to see it: some attributes replaced, the rest its own."""
 
-    def __init__(self, layer: Any, **replaced: Any):
+    def __init__(self, layer: Quantized, **replaced: object):
         self.__dict__.update(replaced, _layer=layer)
 
     def __getattr__(self, name: str) -> Any:
@@ -34,10 +35,10 @@ class _StandIn:
 class _Held:
     """A value where Flax's forward pass reads a Variable."""
 
-    def __init__(self, value: Any):
+    def __init__(self, value: QTensor | jax.Array):
         self.value = value
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: object) -> QTensor | jax.Array:
         return self.value
 
 
@@ -49,7 +50,7 @@ class Quantized:
 
     _weight_name = "kernel"
     _op = "dot_general"
-    promote_dtype: Callable[..., Any]
+    promote_dtype: Callable[..., tuple[Any, ...]]
 
     def __init__(self, *args: Any, spec: OpSpec | str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -74,14 +75,16 @@ class Quantized:
             shape = value_of(getattr(self, self._weight_name)).shape
             self.act_range = ActRange(act, tuple(shape[: len(shape) - len(self._weight_shape)]))
 
-    def _weight(self) -> tuple[Any, OpSpec | None]:
+    def _weight(self) -> tuple[QTensor | jax.Array, OpSpec | None]:
         """The weight, and what is left for the operation to quantize."""
         weight = value_of(getattr(self, self._weight_name))
         todo = "Load the parameters of this very model; inside nnx.scan or nnx.vmap every leaf has one more axis"
         layers.check_shape(type(self).__name__, self._weight_name, weight, tuple(self._weight_shape), todo)
         return weight, self.spec
 
-    def _promote(self, spec: OpSpec | None, args: Sequence[Any], **kwargs: Any) -> tuple[Any, ...]:
+    def _promote(
+        self, spec: OpSpec | None, args: Sequence[QTensor | jax.Array | None], **kwargs: Any
+    ) -> tuple[Any, ...]:
         """Flax's promotion of ``(inputs, weight, ...)``, with a weight that stays as it is where it is quantized."""
         return layers.promoted(lambda args: self.promote_dtype(args, **kwargs), spec, *args)
 
@@ -105,7 +108,9 @@ class Quantized:
                     type(self).__name__, f"a quantized layer has an operation of its own; {given} is given", todo=todo
                 )
 
-        def quantized(*operands: Any, preferred_element_type: Any = None, out_sharding: Any = None, **kwargs: Any):
+        def quantized(
+            *operands: Any, preferred_element_type: DTypeLike | None = None, out_sharding: object = None, **kwargs: Any
+        ):
             if out_sharding is not None:
                 todo = "Use jax.lax.with_sharding_constraint on the result"
                 raise quant_error(
@@ -241,7 +246,7 @@ class QuantConv(Quantized, nnx.Conv):
     def _reduce_axes(self) -> tuple[int, ...]:
         return tuple(range(-len(self.kernel_shape), -1))
 
-    def _weight(self) -> tuple[Any, OpSpec | None]:
+    def _weight(self) -> tuple[QTensor | jax.Array, OpSpec | None]:
         weight, spec = super()._weight()
         if self.mask is None:
             return weight, spec
@@ -347,7 +352,7 @@ class QuantEmbed(Quantized, nnx.Embed):
         return (-1,)
 
 
-def _no_sharding(layer: str, out_sharding: Any = None) -> None:
+def _no_sharding(layer: str, out_sharding: object = None) -> None:
     if out_sharding is not None:
         todo = "Use jax.lax.with_sharding_constraint on the result"
         raise quant_error(layer, "out_sharding is for float weights", todo=todo, out_sharding=str(out_sharding))

@@ -16,14 +16,14 @@ from jaxquant.core.specs import QuantSpec
 __all__ = ["ActRange", "QuantStat", "set_value", "value_of"]
 
 
-def value_of(variable: Any) -> Any:
+def value_of(variable: nnx.Variable) -> Any:
     """The value of a Variable, of whatever type it is."""
     if hasattr(nnx.Variable, "get_value"):
         return variable.get_value()
     return variable.value  # Flax 0.11
 
 
-def set_value(variable: Any, value: Any) -> None:
+def set_value(variable: nnx.Variable, value: object) -> None:
     """Replaces the value of a Variable."""
     if hasattr(nnx.Variable, "set_value"):
         variable.set_value(value)

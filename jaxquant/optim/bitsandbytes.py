@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.paths import Params, leaves_with_paths
 from jaxquant.core.qtensor import QTensor, from_codes
 from jaxquant.core.qtypes import QTYPES
-from jaxquant.optim.moments import EIGHT_BITS
+from jaxquant.core.types import PyTree
+from jaxquant.optim.moments import EIGHT_BITS, Parameter, StoredMoment
 from jaxquant.optim.scale import State
 
 __all__ = ["from_bitsandbytes", "to_bitsandbytes"]
@@ -42,11 +43,11 @@ _FIELDS = {
 }
 
 
-def _is_state(x: Any) -> bool:
+def _is_state(x: object) -> TypeGuard[State]:
     return isinstance(x, State)
 
 
-def _found(function: str, state: Any) -> State:
+def _found(function: str, state: PyTree) -> State:
     states = [s for s in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(s)]
     if len(states) != 1:
         todo = "Pass what init or update of one optimizer of jaxquant.optim returned"
@@ -54,7 +55,7 @@ def _found(function: str, state: Any) -> State:
     return states[0]
 
 
-def _numbered(function: str, params: Params, names: Sequence[str] | None) -> list[tuple[str, Any]]:
+def _numbered(function: str, params: Params, names: Sequence[str] | None) -> list[tuple[str, Parameter]]:
     """Parameters in the order of their numbers, with their paths."""
     leaves, _ = leaves_with_paths(params)
     if names is None:
@@ -65,11 +66,11 @@ def _numbered(function: str, params: Params, names: Sequence[str] | None) -> lis
     return [(name, leaves[name]) for name in names]
 
 
-def _moments(state: State, name: str) -> dict[str, Any]:
+def _moments(state: State, name: str) -> dict[str, StoredMoment]:
     return leaves_with_paths(state.moments[name])[0]
 
 
-def to_bitsandbytes(state: Any, params: Params, *, names: Sequence[str] | None = None) -> dict[int, dict[str, Any]]:
+def to_bitsandbytes(state: PyTree, params: Params, *, names: Sequence[str] | None = None) -> dict[int, dict[str, Any]]:
     """The state of an 8-bit optimizer as bitsandbytes keeps it.
 
     Args:
@@ -116,7 +117,7 @@ def to_bitsandbytes(state: Any, params: Params, *, names: Sequence[str] | None =
     return out
 
 
-def _parts(function: str, m: Any, p: Any, path: str) -> dict[str, np.ndarray]:
+def _parts(function: str, m: StoredMoment, p: Parameter, path: str) -> dict[str, np.ndarray]:
     if not isinstance(m, QTensor):
         return {"state": np.asarray(m, np.float32)}
     if m.qtype not in _TABLES or m.scale.size != -(-p.size // EIGHT_BITS.block):
@@ -127,8 +128,8 @@ def _parts(function: str, m: Any, p: Any, path: str) -> dict[str, np.ndarray]:
 
 
 def from_bitsandbytes(
-    states: Mapping[Any, Mapping[str, Any]], state: Any, params: Params, *, names: Sequence[str] | None = None
-) -> Any:
+    states: Mapping[Any, Mapping[str, Any]], state: PyTree, params: Params, *, names: Sequence[str] | None = None
+) -> PyTree:
     """A state of an 8-bit optimizer from one of bitsandbytes; codes and scales are copied bit by bit.
 
     Args:
@@ -162,7 +163,7 @@ def from_bitsandbytes(
         got = tuple(map(str, states))
         raise quant_error(function, f"there must be states 0 to {len(order) - 1}", todo=todo, states=got)
     by_number = {int(number): entry for number, entry in states.items()}
-    new: dict[str, dict[str, Any]] = {name: {} for name in own.moments}
+    new: dict[str, dict[str, StoredMoment]] = {name: {} for name in own.moments}
     steps = set()
     for number, (path, p) in enumerate(order):
         entry = dict(by_number[number])
@@ -182,7 +183,7 @@ def from_bitsandbytes(
     return optax.tree_utils.tree_set(whole, lambda path, _: not _inside(path), count=count)
 
 
-def _inside(path: Any) -> bool:
+def _inside(path: jax.tree_util.KeyPath) -> bool:
     """Whether a key path leads into the moments, where a parameter named "count" is not a count."""
     return any(getattr(key, "name", None) == "moments" for key in path)
 
@@ -195,11 +196,11 @@ def _field(function: str, entry: Mapping[str, Any], name: str, path: str) -> Any
 
 
 def _moment(
-    function: str, entry: Mapping[str, Any], i: int, lead: tuple[int, ...], p: Any, path: str
-) -> list[QTensor | jax.Array]:
+    function: str, entry: Mapping[str, Any], i: int, lead: tuple[int, ...], p: Parameter, path: str
+) -> list[StoredMoment]:
     """The moments in one of bitsandbytes' states."""
 
-    def array(name: str, kind: Any, shape: tuple[int, ...]) -> np.ndarray:
+    def array(name: str, kind: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
         x = np.asarray(_field(function, entry, f"{name}{i}", path))
         if x.shape != shape or x.dtype != kind:
             raise _wrong(function, f"{name}{i} must be {np.dtype(kind).name}{list(shape)}", path, **{f"{name}{i}": x})

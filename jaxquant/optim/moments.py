@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,13 @@ __all__ = ["EIGHT_BITS", "FOUR_BITS", "Storage", "as_form", "as_parameter", "rea
 
 _SIGNED, _UNSIGNED = ("dynamic8", "dynamic4"), ("udynamic8", "uint4")
 _TINY = float(ml_dtypes.finfo(np.float32).tiny)
+
+
+Parameter: TypeAlias = jax.Array | jax.ShapeDtypeStruct
+"""A parameter, or its shape."""
+
+StoredMoment: TypeAlias = QTensor | jax.Array
+"""A moment in stored form: quantized, or float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +100,7 @@ class Storage:
         got: dict[str, Any] = {name: getattr(self, name)}
         return quant_error("Storage", rule, todo=todo, **got)
 
-    def zeros(self, p: jax.Array, path: str, *, signed: bool) -> Any:
+    def zeros(self, p: jax.Array, path: str, *, signed: bool) -> StoredMoment:
         """A moment of zeros for a parameter: a `QTensor`, or a float32 array if the parameter is exempt."""
         if p.size < max(self.smallest, 1) or any(re.search(pattern, path) for pattern in self.exempt):
             return jnp.zeros_like(p, jnp.float32)
@@ -184,14 +191,14 @@ def _quantized_zeros(info: QType, shape: tuple[int, ...], blocks: tuple[int, ...
     return QTensor(jnp.full(shape, zero, jnp.uint8), jnp.full(blocks, scale, jnp.float32), zero_point, **rest)
 
 
-def stored(x: jax.Array, like: Any) -> Any:
+def stored(x: jax.Array, like: StoredMoment) -> StoredMoment:
     """Stores a float32 moment in the form of ``like``: a `QTensor` of its type and blocks, or a float32 array."""
     if not isinstance(like, QTensor):
         return x
     return _quantized(as_form(x, like.shape), like.type, tuple(like.scale.shape))
 
 
-def real(moment: Any, shape: tuple[int, ...]) -> jax.Array:
+def real(moment: StoredMoment, shape: tuple[int, ...]) -> jax.Array:
     """The values of a moment, in float32 and the parameter's shape."""
     if not isinstance(moment, QTensor):
         return moment

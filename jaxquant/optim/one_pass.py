@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,31 @@ from jax.extend.core import jaxpr_as_fun
 from jaxquant.core.qtensor import QTensor
 from jaxquant.ops.kernels.tpu.pallas import compiler_params
 from jaxquant.optim import dynamic_maps
+from jaxquant.optim.moments import Parameter, StoredMoment
 from jaxquant.optim.registers import COLUMNS, LANES, ROWS, TINY, Form, reciprocal
 
-__all__ = ["Arithmetic", "Hoisted", "Moment", "Step", "fits", "hoisted", "in_one_pass", "of_elements"]
+__all__ = [
+    "Arithmetic",
+    "Arrays",
+    "Hoisted",
+    "Moment",
+    "Numbers",
+    "Step",
+    "Stepped",
+    "fits",
+    "hoisted",
+    "in_one_pass",
+    "of_elements",
+]
+
+
+Number: TypeAlias = float | jax.Array
+"""A hyperparameter: a number, or a float32 scalar that is traced."""
+
+Numbers: TypeAlias = Sequence[Number]
+Arrays: TypeAlias = Sequence[jax.Array]
+Stepped: TypeAlias = tuple[jax.Array, Arrays]
+"""An update, and the new moments."""
 
 
 class Arithmetic(NamedTuple):
@@ -38,7 +60,7 @@ class Arithmetic(NamedTuple):
       root: the square root of a number that is not negative.
     """
 
-    over: Callable[[Any, jax.Array], jax.Array]
+    over: Callable[[jax.Array, jax.Array], jax.Array]
     root: Callable[[jax.Array], jax.Array]
 
 
@@ -51,8 +73,8 @@ zero denominators, which give NaN, as infinite roots do."""
 class Moment(NamedTuple):
     """How a moment follows the gradient: ``m = decay m + gain g``, or ``gain g^2``."""
 
-    decay: Any
-    gain: Any
+    decay: Number
+    gain: Number
     squared: bool = False
 
     def next(self, m: jax.Array, g: jax.Array) -> jax.Array:
@@ -73,13 +95,13 @@ class Step(NamedTuple):
     update: Callable[..., jax.Array]
 
 
-def of_elements(step: Step, g: jax.Array, *old: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def of_elements(step: Step, g: jax.Array, *old: jax.Array) -> Stepped:
     """The update and the new moments, as they are computed elsewhere."""
     new = tuple(moment.next(m, g) for moment, m in zip(step.moments, old, strict=True))
     return step.update(_EXACT, (1.0,) * len(new), g, old, new), new
 
 
-def _in_units(step: Step, g: jax.Array, entries: Sequence[jax.Array], own: Sequence[Sequence[jax.Array]]) -> Any:
+def _in_units(step: Step, g: jax.Array, entries: Sequence[jax.Array], own: Sequence[Arrays]) -> Stepped:
     """The update and the new moments, in units of their gains, from entries and scales times `_factors`."""
     new = [
         entry * decayed + (g * g if moment.squared else g)
@@ -99,19 +121,14 @@ _WIDEST = 2048  # most columns of a program: eight rows of scales
 _MEMORY = 8 << 20  # bytes of the blocks of a program, including the blocks in transfer
 
 
-def fits(moments: Sequence[Any]) -> bool:
+def fits(moments: Sequence[StoredMoment]) -> TypeGuard[Sequence[QTensor]]:
     """Whether a parameter is large, and all its moments have 8 or 4 bits in blocks of 128 or 256."""
-    return all(
-        isinstance(m, QTensor)
-        and m.size >= _LEAST
-        and m.size % COLUMNS == 0
-        and _block(m) == _block(moments[0])
-        and _block(m) in (LANES, COLUMNS)
-        for m in moments
-    )
+    quantized = [m for m in moments if isinstance(m, QTensor) and m.size >= _LEAST and m.size % COLUMNS == 0]
+    blocks = {_block(m) for m in quantized}
+    return len(quantized) == len(moments) and len(blocks) == 1 and blocks <= {LANES, COLUMNS}
 
 
-def _block(m: Any) -> float:
+def _block(m: QTensor) -> float:
     """The numbers that share a scale."""
     return m.size / m.scale.size
 
@@ -134,7 +151,7 @@ class _Layout(NamedTuple):
     part: int
 
 
-def _layout(g: Any, moments: Sequence[QTensor]) -> _Layout:
+def _layout(g: Parameter, moments: Sequence[QTensor]) -> _Layout:
     rows, columns = math.prod(g.shape[:-1]), g.shape[-1]
     if columns % COLUMNS or rows < ROWS:
         rows, columns = g.size // COLUMNS, COLUMNS
@@ -148,7 +165,7 @@ def _layout(g: Any, moments: Sequence[QTensor]) -> _Layout:
     return _Layout(rows, columns, max(whole, default=max(most // part, 1) * part), bn, bn // block, part)
 
 
-def in_one_pass(step: Step, g: Any, moments: Sequence[QTensor], *, interpret: bool = False) -> Hoisted:
+def in_one_pass(step: Step, g: Parameter, moments: Sequence[QTensor], *, interpret: bool = False) -> Hoisted:
     """``step`` of g and moments in float32, with the new moments quantized.
 
     Args:
@@ -231,7 +248,7 @@ def _kernel(step: Callable[..., Any], layout: _Layout, forms: Sequence[Form], co
     factors = step(*given, zeros, [zeros] * n, [[zeros] * 2] * n)[1]
     least = [TINY / unit for unit, *_ in factors]
 
-    def one(i: Any, j: Any) -> None:
+    def one(i: jax.Array, j: jax.Array) -> None:
         rows = pl.ds(pl.multiple_of(i * layout.part, layout.part), layout.part)
         entries = [form.entries(old[2 * k][rows, form.columns(j)], tables[k]) for k, form in enumerate(forms)]
         scales = COLUMNS // forms[0].block
@@ -253,7 +270,7 @@ def _kernel(step: Callable[..., Any], layout: _Layout, forms: Sequence[Form], co
             for at, absmax in zip(blocks, most, strict=True):
                 new[2 * k + 1][at, rows] = form.scale(absmax, factors[k][0], least[k])
 
-    columns: Any = layout.bn // COLUMNS
+    columns: int | jax.Array = layout.bn // COLUMNS
     if layout.columns % layout.bn:  # the last block has fewer
         last = pl.program_id(1) == pl.num_programs(1) - 1
         columns = jnp.where(last, layout.columns % layout.bn // COLUMNS, columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias
 
 import optax
 
@@ -22,22 +22,25 @@ __all__ = [
     "sgd8bit",
 ]
 
+Rate: TypeAlias = optax.ScalarOrSchedule
+"""A learning rate: a number, or the function of the number of a step that gives it."""
 
-def _decoupled(step: optax.GradientTransformation, learning_rate: Any, decay: Any) -> optax.GradientTransformation:
+
+def _decoupled(step: optax.GradientTransformation, learning_rate: Rate, decay: float) -> optax.GradientTransformation:
     return optax.chain(step, *_decay(decay), optax.scale_by_learning_rate(learning_rate))
 
 
-def _coupled(step: optax.GradientTransformation, learning_rate: Any, decay: Any) -> optax.GradientTransformation:
+def _coupled(step: optax.GradientTransformation, learning_rate: Rate, decay: float) -> optax.GradientTransformation:
     return optax.chain(*_decay(decay), step, optax.scale_by_learning_rate(learning_rate))
 
 
-def _decay(weight_decay: Any) -> list[optax.GradientTransformation]:
+def _decay(weight_decay: float) -> list[optax.GradientTransformation]:
     none = isinstance(weight_decay, int | float) and weight_decay == 0
     return [] if none else [optax.add_decayed_weights(weight_decay)]
 
 
 def adamw8bit(
-    learning_rate: Any,
+    learning_rate: Rate,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -79,14 +82,19 @@ def adamw8bit(
 
 
 def adam8bit(
-    learning_rate: Any, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, storage: Storage = EIGHT_BITS
+    learning_rate: Rate,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    storage: Storage = EIGHT_BITS,
 ) -> optax.GradientTransformation:
     """`adamw8bit` without weight decay."""
     return adamw8bit(learning_rate, b1, b2, eps, weight_decay=0.0, storage=storage)
 
 
 def adamw4bit(
-    learning_rate: Any,
+    learning_rate: Rate,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -105,14 +113,24 @@ def adamw4bit(
 
 
 def adam4bit(
-    learning_rate: Any, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, storage: Storage = FOUR_BITS
+    learning_rate: Rate,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    storage: Storage = FOUR_BITS,
 ) -> optax.GradientTransformation:
     """`adamw4bit` without weight decay."""
     return adamw8bit(learning_rate, b1, b2, eps, weight_decay=0.0, storage=storage)
 
 
 def lion8bit(
-    learning_rate: Any, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0, *, storage: Storage = EIGHT_BITS
+    learning_rate: Rate,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    weight_decay: float = 0.0,
+    *,
+    storage: Storage = EIGHT_BITS,
 ) -> optax.GradientTransformation:
     """Lion, its moment in 8 bits: ``p <- p - lr (sign(b1 m + (1 - b1) g) + weight_decay p); m = b2 m + (1 - b2) g``.
 
@@ -125,7 +143,11 @@ def lion8bit(
 
 
 def sgd8bit(
-    learning_rate: Any, momentum: float = 0.9, weight_decay: float = 0.0, *, storage: Storage = EIGHT_BITS
+    learning_rate: Rate,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    *,
+    storage: Storage = EIGHT_BITS,
 ) -> optax.GradientTransformation:
     """Gradient descent with momentum in 8 bits: ``m = momentum m + g + weight_decay p; p <- p - lr m``.
 
@@ -139,7 +161,7 @@ def sgd8bit(
 
 
 def ademamix8bit(
-    learning_rate: Any,
+    learning_rate: Rate,
     b1: float = 0.9,
     b2: float = 0.999,
     b3: float = 0.9999,
@@ -166,7 +188,7 @@ def ademamix8bit(
 
 
 def rmsprop8bit(
-    learning_rate: Any,
+    learning_rate: Rate,
     b: float = 0.99,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
@@ -184,7 +206,11 @@ def rmsprop8bit(
 
 
 def adagrad8bit(
-    learning_rate: Any, eps: float = 1e-10, weight_decay: float = 0.0, *, storage: Storage = EIGHT_BITS
+    learning_rate: Rate,
+    eps: float = 1e-10,
+    weight_decay: float = 0.0,
+    *,
+    storage: Storage = EIGHT_BITS,
 ) -> optax.GradientTransformation:
     """Adagrad, its sum of squares in 8 bits: ``v = v + g^2; p <- p - lr g / (sqrt(v) + eps)``.
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TypeAlias
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import Params, is_qtensor, leaves_with_paths
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.types import PyTree
+from jaxquant.optim.moments import StoredMoment
 from jaxquant.optim.scale import State
 
 __all__ = ["shardings"]
 
+_Entry: TypeAlias = str | tuple[str, ...] | None
+"""The mesh axes over which an array's axis is partitioned."""
 
-def shardings(state: Any, params: Params) -> Any:
+
+def shardings(state: PyTree, params: Params) -> PyTree:
     """Shardings for a state: each moment is sharded like its parameter.
 
     Codes and scales of a moment in its parameter's shape are partitioned as the parameter is, along each axis on which
@@ -50,13 +55,13 @@ def shardings(state: Any, params: Params) -> Any:
             todo = "Put it on a mesh with jax.device_put, or give its shape a sharding"
             raise quant_error("shardings", "a parameter must have a NamedSharding", todo=todo, path=path, parameter=p)
     mesh = next(iter(leaves.values())).sharding.mesh if leaves else None
-    everywhere: Any = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    everywhere: PyTree = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
-    def of(s: Any) -> Any:
+    def of(s: PyTree) -> PyTree:
         if not isinstance(s, State):
             return everywhere
         placed = {
-            name: jax.tree.map(lambda p, m: _placed(m, p), params, tree, is_leaf=is_qtensor)
+            name: jax.tree.map(lambda p, m: _placed(m, p.shape, p.sharding), params, tree, is_leaf=is_qtensor)
             for name, tree in s.moments.items()
         }
         return State(everywhere, placed)
@@ -64,23 +69,22 @@ def shardings(state: Any, params: Params) -> Any:
     return jax.tree.map(of, state, is_leaf=lambda s: isinstance(s, State))
 
 
-def _placed(m: Any, p: Any) -> Any:
-    sharding = p.sharding
+def _placed(m: StoredMoment, shape: tuple[int, ...], sharding: NamedSharding) -> PyTree:
     if not isinstance(m, QTensor):
         return sharding
-    if tuple(m.shape) == tuple(p.shape):
-        spec = (*sharding.spec, *(None,) * (len(p.shape) - len(sharding.spec)))
+    if tuple(m.shape) == tuple(shape):
+        spec = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
     else:
         names = [name for entry in sharding.spec for name in _names(entry)]
         spec = (tuple(names) or None, None)
     return jax.tree.map(lambda x: NamedSharding(sharding.mesh, _cut(x.shape, spec, sharding.mesh)), m)
 
 
-def _cut(shape: tuple[int, ...], spec: tuple[Any, ...], mesh: Any) -> PartitionSpec:
+def _cut(shape: tuple[int, ...], spec: tuple[_Entry, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The entries of a spec that partition axes of this shape evenly."""
     parts = [math.prod(mesh.shape[name] for name in _names(entry)) for entry in spec]
     return PartitionSpec(*(entry if n % k == 0 else None for entry, n, k in zip(spec, shape, parts, strict=True)))
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def _names(entry: _Entry) -> tuple[str, ...]:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

@@ -70,7 +70,7 @@ class Form(NamedTuple):
         """Codes in a byte."""
         return 8 // QTYPES[self.qtype].bits
 
-    def columns(self, j: Any) -> Any:
+    def columns(self, j: jax.Array) -> Any:
         """The bytes of the j-th columns."""
         from jax.experimental import pallas as pl
 

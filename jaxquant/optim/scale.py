@@ -13,9 +13,22 @@ import optax
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import Params, is_qtensor, path_of
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.types import PyTree
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
-from jaxquant.optim.moments import EIGHT_BITS, Storage, as_form, as_parameter, real, stored
-from jaxquant.optim.one_pass import Arithmetic, Moment, Step, fits, hoisted, in_one_pass, of_elements
+from jaxquant.optim.moments import EIGHT_BITS, Storage, StoredMoment, as_form, as_parameter, real, stored
+from jaxquant.optim.one_pass import (
+    Arithmetic,
+    Arrays,
+    Moment,
+    Numbers,
+    Step,
+    Stepped,
+    fits,
+    hoisted,
+    in_one_pass,
+    of_elements,
+)
 
 __all__ = [
     "State",
@@ -38,10 +51,11 @@ class State(NamedTuple):
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # Optax names it so, in its tuples too
-    moments: dict[str, Any]
+    moments: dict[str, PyTree]
 
 
 Rule = Callable[[jax.Array], Step]
+_Result = tuple[jax.Array, Sequence[StoredMoment]]
 
 
 def checked(function: str, storage: Storage | None = None, **values: Any) -> None:
@@ -69,10 +83,10 @@ def _in_float32(*values: Any) -> list[Any]:
     return [value.astype(jnp.float32) if isinstance(value, jax.Array) else value for value in values]
 
 
-def _stepped(step: Step, g: jax.Array, moments: list[Any]) -> tuple[jax.Array, list[Any]]:
+def _stepped(step: Step, g: jax.Array, moments: Sequence[StoredMoment]) -> _Result:
     """The update of one parameter in its dtype, and its moments in stored form."""
 
-    def plain(step: Callable[..., Any], scalars: Sequence[jax.Array], g: jax.Array, moments: list[Any]) -> Any:
+    def plain(step: Callable[..., Stepped], scalars: Arrays, g: jax.Array, moments: Sequence[StoredMoment]) -> _Result:
         update, becomes = step(*scalars, g.astype(jnp.float32), *(real(m, g.shape) for m in moments))
         return update.astype(g.dtype), [stored(x, m) for x, m in zip(becomes, moments, strict=True)]
 
@@ -80,7 +94,7 @@ def _stepped(step: Step, g: jax.Array, moments: list[Any]) -> tuple[jax.Array, l
     if not fits(moments) or g.dtype not in (jnp.float32, jnp.bfloat16):
         return plain(exact, (), g, moments)
 
-    def on_tpu(g: jax.Array, moments: list[Any]) -> Any:
+    def on_tpu(g: jax.Array, moments: Sequence[QTensor]) -> _Result:
         form = moments[0].shape
         kernel = in_one_pass(step, jax.ShapeDtypeStruct(form, g.dtype), moments)
         element = jax.ShapeDtypeStruct(g.shape, jnp.float32)
@@ -89,10 +103,10 @@ def _stepped(step: Step, g: jax.Array, moments: list[Any]) -> tuple[jax.Array, l
             return plain(exact, (), g, moments)
         leaves, tree = jax.tree.flatten((whole.scalars, g, moments))
 
-        def divided(*leaves: jax.Array) -> Any:
+        def divided(*leaves: jax.Array) -> _Result:
             return plain(whole.function, *jax.tree.unflatten(tree, leaves))
 
-        def undivided(*leaves: jax.Array) -> Any:
+        def undivided(*leaves: jax.Array) -> _Result:
             scalars, g, moments = jax.tree.unflatten(tree, leaves)
             update, moments = kernel.function(*scalars, as_form(g, form), moments)
             return as_parameter(update, g.shape), moments
@@ -122,7 +136,7 @@ def _scale_by(signs: dict[str, bool], rule: Rule, storage: Storage) -> optax.Gra
         }
         return State(jnp.zeros((), jnp.int32), moments)
 
-    def update(updates: Any, state: Any, params: Params = None) -> tuple[Any, State]:
+    def update(updates: PyTree, state: PyTree, params: Params = None) -> tuple[PyTree, State]:
         del params
         count: Any = optax.safe_increment(state.count)
         leaves, treedef = jax.tree.flatten(updates)
@@ -174,7 +188,7 @@ def scale_by_adam8bit(
     def rule(t: jax.Array) -> Step:
         of_m, of_v = 1 - b1**t, jnp.sqrt(1 - b2**t)
 
-        def update(f: Arithmetic, units: Any, g: jax.Array, old: Any, new: Any) -> jax.Array:
+        def update(f: Arithmetic, units: Numbers, g: jax.Array, old: Arrays, new: Arrays) -> jax.Array:
             m, v = new
             return f.over(m / (of_m / units[0]), f.root(v) / (of_v / jnp.sqrt(units[1])) + eps)
 
@@ -195,7 +209,7 @@ def scale_by_lion8bit(
     checked("scale_by_lion8bit", storage, b1=b1, b2=b2)
     b1, b2 = _in_float32(b1, b2)
 
-    def update(f: Arithmetic, units: Any, g: jax.Array, old: Any, new: Any) -> jax.Array:
+    def update(f: Arithmetic, units: Numbers, g: jax.Array, old: Arrays, new: Arrays) -> jax.Array:
         x = (b1 * units[0]) * old[0] + (1 - b1) * g
         return jnp.where(x > 0, 1.0, jnp.where(x < 0, -1.0, x))  # JAX asks which chip is there before it lowers a sign
 
@@ -212,7 +226,7 @@ def scale_by_momentum8bit(momentum: float = 0.9, *, storage: Storage = EIGHT_BIT
     checked("scale_by_momentum8bit", storage, momentum=momentum)
     (momentum,) = _in_float32(momentum)
 
-    def update(f: Arithmetic, units: Any, g: jax.Array, old: Any, new: Any) -> jax.Array:
+    def update(f: Arithmetic, units: Numbers, g: jax.Array, old: Arrays, new: Arrays) -> jax.Array:
         return new[0]
 
     return _scale_by({"m": True}, lambda t: Step((Moment(momentum, 1.0),), update), storage)
@@ -242,7 +256,7 @@ def scale_by_ademamix8bit(
     def rule(t: jax.Array) -> Step:
         of_m, of_v = 1 - b1**t, jnp.sqrt(1 - b2**t)
 
-        def update(f: Arithmetic, units: Any, g: jax.Array, old: Any, new: Any) -> jax.Array:
+        def update(f: Arithmetic, units: Numbers, g: jax.Array, old: Arrays, new: Arrays) -> jax.Array:
             m1, m2, v = new
             m = m1 / (of_m / units[0]) + (alpha * units[1]) * m2
             return f.over(m, f.root(v) / (of_v / jnp.sqrt(units[2])) + eps)
@@ -265,7 +279,7 @@ def scale_by_rms8bit(
     checked("scale_by_rms8bit", storage, b=b, eps=eps)
     b, eps = _in_float32(b, eps)
 
-    def update(f: Arithmetic, units: Any, g: jax.Array, old: Any, new: Any) -> jax.Array:
+    def update(f: Arithmetic, units: Numbers, g: jax.Array, old: Arrays, new: Arrays) -> jax.Array:
         return f.over(g, f.root(new[0]) * jnp.sqrt(units[0]) + eps)
 
     return _scale_by({"v": False}, lambda t: Step((Moment(b, 1 - b, squared=True),), update), storage)
@@ -282,7 +296,7 @@ def scale_by_adagrad8bit(eps: float = 1e-10, *, storage: Storage = EIGHT_BITS) -
     checked("scale_by_adagrad8bit", storage, eps=eps)
     (eps,) = _in_float32(eps)
 
-    def update(f: Arithmetic, units: Any, g: jax.Array, old: Any, new: Any) -> jax.Array:
+    def update(f: Arithmetic, units: Numbers, g: jax.Array, old: Arrays, new: Arrays) -> jax.Array:
         return f.over(g, f.root(new[0]) + eps)
 
     return _scale_by({"v": False}, lambda t: Step((Moment(1.0, 1.0, squared=True),), update), storage)

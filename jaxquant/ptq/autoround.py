@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxquant.core.arithmetic import nan_where
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
-from jaxquant.ptq.gram import damped, gram_of, normal
+from jaxquant.ptq.gram import Stats, damped, gram_of, normal
 from jaxquant.ptq.layer import Layer, Steps
 
 __all__ = ["autoround"]
@@ -25,7 +25,7 @@ def autoround(
     spec: QuantSpec,
     *,
     reduce_axes: tuple[int, ...],
-    stats: Any = None,
+    stats: Stats | None = None,
     iterations: int = 200,
     learning_rate: float | None = None,
     damping: float = 0.01,
@@ -104,7 +104,9 @@ def _through(x: jax.Array, value: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("layer", "iterations"))
-def _autoround(w: jax.Array, gram: jax.Array, rate: Any, damping: Any, *, layer: Layer, iterations: int) -> QTensor:
+def _autoround(
+    w: jax.Array, gram: jax.Array, rate: float | jax.Array, damping: float | jax.Array, *, layer: Layer, iterations: int
+) -> QTensor:
     spec, info = layer.spec, layer.spec.type
 
     def one(x: jax.Array, gram: jax.Array) -> tuple[jax.Array, Steps]:
@@ -124,7 +126,7 @@ def _autoround(w: jax.Array, gram: jax.Array, rate: Any, damping: Any, *, layer:
             each = jnp.sum(error * (h @ error), axis=0)
             return jnp.sum(each), each
 
-        def step(i: jax.Array, state: Any) -> Any:
+        def step(i: jax.Array, state: tuple[_Learned, _Learned, jax.Array]) -> tuple[_Learned, _Learned, jax.Array]:
             p, best, least = state
             gradient, each = jax.grad(loss, has_aux=True)(p)
             won = each < least

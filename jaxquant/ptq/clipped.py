@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,10 @@ from jaxquant.core.extremes import array_absmax
 from jaxquant.core.granularity import PerTensor
 from jaxquant.core.least_error import least_error
 from jaxquant.core.observers import MinMax
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import QTensor, Scale
 from jaxquant.core.scale_zero_point import affine
 from jaxquant.core.specs import QuantSpec
-from jaxquant.ptq.gram import gram_of, normal
+from jaxquant.ptq.gram import Stats, gram_of, normal
 from jaxquant.ptq.layer import Layer
 
 __all__ = ["Weighting", "clipped", "diagonal_blocks", "least_ranges"]
@@ -76,7 +76,7 @@ def clipped(
     spec: QuantSpec,
     *,
     reduce_axes: tuple[int, ...],
-    stats: Any = None,
+    stats: Stats | None = None,
     weighting: Weighting = "gram",
 ) -> QTensor:
     """Rounds to nearest, with the range for each block that minimises the error of the outputs.
@@ -125,7 +125,7 @@ def clipped(
 
 
 @functools.partial(jax.jit, static_argnames=("layer", "weighting"))
-def _ranges(w: jax.Array, gram: jax.Array, *, layer: Layer, weighting: Weighting) -> tuple[Any, jax.Array | None]:
+def _ranges(w: jax.Array, gram: jax.Array, *, layer: Layer, weighting: Weighting) -> tuple[Scale, jax.Array | None]:
     spec, group = layer.spec, layer.group
     groups = layer.length // group
     x = layer.split(w.astype(jnp.float32)).reshape(layer.batch, groups, group, -1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ptq.clipped import diagonal_blocks
 from jaxquant.ptq.gptq import blocking, gptq
-from jaxquant.ptq.gram import damped, gram_of, normal
+from jaxquant.ptq.gram import Stats, damped, gram_of, normal
 from jaxquant.ptq.layer import Layer, Steps, stored_scale
 
 __all__ = ["descend"]
@@ -27,7 +26,7 @@ def descend(
     spec: QuantSpec,
     *,
     reduce_axes: tuple[int, ...],
-    stats: Any = None,
+    stats: Stats | None = None,
     start: Callable[..., QTensor] = gptq,
     sweeps: int = 8,
     refit: bool = True,
@@ -94,12 +93,20 @@ def descend(
 
 @functools.partial(jax.jit, static_argnames=("layer", "sweeps", "refit", "block_size"))
 def _descend(
-    w: jax.Array, gram: jax.Array, q: QTensor, damping: Any, *, layer: Layer, sweeps: int, refit: bool, block_size: int
+    w: jax.Array,
+    gram: jax.Array,
+    q: QTensor,
+    damping: float | jax.Array,
+    *,
+    layer: Layer,
+    sweeps: int,
+    refit: bool,
+    block_size: int,
 ) -> QTensor:
     def one(x: jax.Array, gram: jax.Array, values: jax.Array, steps: Steps) -> tuple[jax.Array, Steps]:
         h = damped(normal(gram, layer)[0], damping)
 
-        def sweep(_: Any, state: tuple[jax.Array, Steps]) -> tuple[jax.Array, Steps]:
+        def sweep(_: jax.Array, state: tuple[jax.Array, Steps]) -> tuple[jax.Array, Steps]:
             values, steps = state
             steps = fit_steps(x, h, values, steps, layer) if refit and not layer.shared else steps
             return fit_codes(x, h, values, steps, layer, block_size), steps
@@ -126,13 +133,13 @@ def fit_codes(x: jax.Array, h: jax.Array, values: jax.Array, steps: Steps, layer
     h = jnp.pad(h, (spare, spare)) + jnp.diag(jnp.arange(padded) >= length).astype(h.dtype)
     values, table = jnp.pad(values, (spare, (0, 0))), jnp.pad(jnp.arange(length) // group, spare)
 
-    def in_block(gradient: jax.Array, b: jax.Array) -> Any:
+    def in_block(gradient: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
         start = b * block
         own, old, which = (lax.dynamic_slice_in_dim(a, start, block) for a in (gradient, values, table))
         across = lax.dynamic_slice_in_dim(h, start, block)
         square = lax.dynamic_slice_in_dim(across, start, block, 1)
 
-        def element(moves: jax.Array, each: Any) -> Any:
+        def element(moves: jax.Array, each: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
             i, row, g = each
             step = steps[g]
             now = step.real(old[i])
@@ -161,7 +168,7 @@ def fit_steps(x: jax.Array, h: jax.Array, values: jax.Array, steps: Steps, layer
     gradient = h @ (x - _spread(steps, length).real(values))
     grouped = values.reshape(-1, group, rows)
 
-    def in_group(gradient: jax.Array, each: Any) -> Any:
+    def in_group(gradient: jax.Array, each: tuple[jax.Array, jax.Array, jax.Array, Steps]) -> tuple[jax.Array, Steps]:
         start, square, value, step = each
         c, s = value - step.zero[None], step.scale
         g = lax.dynamic_slice_in_dim(gradient, start, group)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor, flat, from_codes
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.core.specs import QuantSpec
+from jaxquant.ptq.gram import Stats
 from jaxquant.ptq.rtn import rtn
 
 __all__ = ["double_quantized"]
@@ -26,7 +26,7 @@ def double_quantized(
     spec: QuantSpec,
     *,
     reduce_axes: tuple[int, ...],
-    stats: Any = None,
+    stats: Stats | None = None,
     method: Callable[..., QTensor] = rtn,
     group_size: int = 256,
     qtype: str = "dynamic8",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ptq.clipped import diagonal_blocks, least_ranges
-from jaxquant.ptq.gram import gram_of, lower_factor, normal
+from jaxquant.ptq.gram import Stats, gram_of, lower_factor, normal
 from jaxquant.ptq.layer import Layer, Steps
 
 __all__ = ["Order", "gptq"]
@@ -37,7 +37,7 @@ def gptq(
     spec: QuantSpec,
     *,
     reduce_axes: tuple[int, ...],
-    stats: Any = None,
+    stats: Stats | None = None,
     damping: float = 0.01,
     block_size: int = 128,
     order: Order = "group_aware",
@@ -215,7 +215,9 @@ def solve(
         weigh = None if local is None else lax.dynamic_slice_in_dim(local, start // group, count)
         return find_steps(own.reshape(count, group, rows), weigh, spec)
 
-    def in_block(carry: tuple[jax.Array, Steps], start: jax.Array) -> Any:
+    def in_block(
+        carry: tuple[jax.Array, Steps], start: jax.Array
+    ) -> tuple[tuple[jax.Array, Steps], tuple[jax.Array, Steps | None]]:
         state, now = carry
         if found is None and unit == block:
             now = steps_of(state, start)
@@ -247,7 +249,7 @@ def _rounded(
 ) -> tuple[jax.Array, jax.Array]:
     """``(errors, values)`` of a block, element by element, each with the errors before it compensated."""
 
-    def element(errors: jax.Array, each: Any) -> Any:
+    def element(errors: jax.Array, each: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         i, row, g = each
         step = steps[g]
         value = step.round(own[i] + (known[i] + row @ errors) / row[i], spec)

@@ -6,7 +6,7 @@ With ``H = sum x x^T`` over the calibration rows, the squared error of a layer's
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.core
@@ -15,16 +15,20 @@ from jax import lax
 
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.finite import not_finite
+from jaxquant.core.types import PyTree
 from jaxquant.ptq.layer import Layer
 
-__all__ = ["NeedsStatisticsError", "damped", "gram_of", "lower_factor", "normal"]
+__all__ = ["NeedsStatisticsError", "Stats", "damped", "gram_of", "lower_factor", "normal"]
+
+Stats: TypeAlias = dict[str, PyTree]
+"""Statistics of one weight's inputs, by name, as `calibrate` collects them."""
 
 
 class NeedsStatisticsError(QuantError):
     """Raised by a quantizer that needs statistics of a layer's inputs, if none are given."""
 
 
-def gram_of(function: str, stats: Any, layer: Layer) -> tuple[Layer, jax.Array]:
+def gram_of(function: str, stats: Stats | None, layer: Layer) -> tuple[Layer, jax.Array]:
     """The Gram matrix in `calibrate`'s statistics, [batch, channels, channels], and the layer with that batch.
 
     Raises:
@@ -73,7 +77,7 @@ def normal(gram: jax.Array, layer: Layer) -> tuple[jax.Array, jax.Array]:
     return h, alive
 
 
-def damped(h: jax.Array, damping: Any) -> jax.Array:
+def damped(h: jax.Array, damping: float | jax.Array) -> jax.Array:
     """``H + damping * I``, with damping in units of the mean diagonal, which is 1."""
     return h + damping * jnp.eye(h.shape[0], dtype=h.dtype)
 
@@ -86,11 +90,11 @@ def lower_factor(h: jax.Array, damping: float) -> jax.Array:
     """
     reverse, eye = h[::-1, ::-1], jnp.eye(h.shape[0], dtype=h.dtype)
 
-    def attempt(state: Any) -> Any:
+    def attempt(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         count, _ = state
         return count + 1, jnp.linalg.cholesky(reverse + damping * 10.0**count * eye)
 
-    def failed(state: Any) -> jax.Array:
+    def failed(state: tuple[jax.Array, jax.Array]) -> jax.Array:
         count, lower = state
         return (count == 0) | (count < 8) & ~jnp.all(jnp.isfinite(lower))
 

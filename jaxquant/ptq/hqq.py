@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxquant.core.codec import codes_of
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor, from_codes
 from jaxquant.core.specs import QuantSpec
+from jaxquant.ptq.gram import Stats
 from jaxquant.ptq.layer import Layer, Steps, stored_scale
 
 __all__ = ["hqq"]
@@ -27,7 +29,7 @@ def hqq(
     spec: QuantSpec,
     *,
     reduce_axes: tuple[int, ...],
-    stats: Any = None,
+    stats: Stats | None = None,
     zero: Literal["integer", "float"] = "integer",
     p: float = 0.7,
     iterations: int = 20,
@@ -95,18 +97,20 @@ def _shrink(x: jax.Array, p: float) -> jax.Array:
     return jnp.sign(x) * jnp.maximum(magnitude - magnitude ** (p - 1) / _BETA, 0)
 
 
-def _until_it_stops_falling(step: Any, start: jax.Array, iterations: int) -> jax.Array:
+def _until_it_stops_falling(
+    step: Callable[[jax.Array], tuple[jax.Array, jax.Array]], start: jax.Array, iterations: int
+) -> jax.Array:
     """Repeats ``x, error = step(x)`` while the error falls; returns the last x, even if its error did not fall."""
 
-    def body(state: Any) -> Any:
+    def body(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         i, x, best, _ = state
         x, error = step(x)
         return i + 1, x, jnp.minimum(error, best), error < best
 
-    def fell(state: Any) -> jax.Array:
+    def fell(state: tuple[jax.Array, ...]) -> jax.Array:
         return (state[0] < iterations) & state[3]
 
-    return lax.while_loop(fell, body, (0, start, jnp.float32(jnp.inf), jnp.bool_(True)))[1]
+    return lax.while_loop(fell, body, (jnp.int32(0), start, jnp.float32(jnp.inf), jnp.bool_(True)))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("layer", "zero", "p", "iterations"))
@@ -149,7 +153,7 @@ def _hqq(w: jax.Array, *, layer: Layer, zero: str, p: float, iterations: int) ->
     return from_codes(codes, scale, zero_point, qtype=spec.qtype, dtype=w.dtype, minor=minor)
 
 
-def _better(x: jax.Array, a: Steps, b: Steps, spec: QuantSpec, lost: Any) -> Steps:
+def _better(x: jax.Array, a: Steps, b: Steps, spec: QuantSpec, lost: Callable[[jax.Array], jax.Array]) -> Steps:
     """For each group, the steps with the lower error."""
     won = (lost(x - a.real(a.round(x, spec))) < lost(x - b.real(b.round(x, spec))))[:, None]
     return jax.tree.map(lambda new, old: jnp.where(won, new, old), a, b)

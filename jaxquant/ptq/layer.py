@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxquant.core.affine import minor_axes, nearest, prepare, quantize
 from jaxquant.core.blocks import block_shape, scale_shape
@@ -22,9 +22,10 @@ from jaxquant.core.codec import codes_of, values_of
 from jaxquant.core.errors import quant_error
 from jaxquant.core.finite import has_nan
 from jaxquant.core.granularity import PerTensor
-from jaxquant.core.qtensor import QTensor, from_codes, scale_values
+from jaxquant.core.qtensor import QTensor, Scale, from_codes, scale_values
 from jaxquant.core.scale_zero_point import affine
 from jaxquant.core.specs import QuantSpec
+from jaxquant.core.types import PyTree
 
 __all__ = ["Layer", "Steps", "stored_scale"]
 
@@ -50,7 +51,9 @@ class Layer:
     batch: int = 1
 
     @classmethod
-    def of(cls, function: str, w: Any, spec: QuantSpec, reduce_axes: Any) -> tuple[Layer, jax.Array]:
+    def of(
+        cls, function: str, w: ArrayLike, spec: QuantSpec, reduce_axes: Sequence[int] | int
+    ) -> tuple[Layer, jax.Array]:
         """The layer of a weight, and the weight as an array; raises what `quantize` raises."""
         w, axes, _, _ = prepare(function, w, spec, reduce_axes, None, None, None)
         if has_nan(w):
@@ -134,7 +137,7 @@ class Layer:
     def _scale_shape(self) -> tuple[int, ...]:
         return scale_shape(self.shape, block_shape(self.shape, self.spec.granularity, self.axes))
 
-    def split_scale(self, scale: Any) -> jax.Array:
+    def split_scale(self, scale: Scale) -> jax.Array:
         """Scales or zero points of a `QTensor` as ``[batch, groups, rows]``, in float32."""
         scale = scale_values(scale) if isinstance(scale, QTensor) else scale.astype(jnp.float32)
         if isinstance(self.spec.granularity, PerTensor):
@@ -158,7 +161,12 @@ class Layer:
         return quantize(w, self.spec, reduce_axes=self.axes)
 
     def qtensor(
-        self, values: jax.Array, steps: Steps, dtype: Any, scale: Any = None, permutation: jax.Array | None = None
+        self,
+        values: jax.Array,
+        steps: Steps,
+        dtype: DTypeLike,
+        scale: Scale | None = None,
+        permutation: jax.Array | None = None,
     ) -> QTensor:
         """The `QTensor` of grid values and their steps.
 
@@ -170,8 +178,7 @@ class Layer:
           permutation: [batch, contracted], of a weight with a single reduced axis, or None.
         """
         spec, ndim = self.spec, len(self.shape)
-        if not isinstance(scale, QTensor):
-            scale = self.join_scale(steps.scale).astype(stored_scale(spec))
+        own = scale if isinstance(scale, QTensor) else self.join_scale(steps.scale).astype(stored_scale(spec))
         zero_point = None if spec.symmetric else self.join_scale(steps.zero).astype(spec.type.code_dtype)
         codes = codes_of(self.join(values), spec.type)
         if permutation is not None:
@@ -180,9 +187,9 @@ class Layer:
             shape = [n if i in batch or i == axis + ndim else 1 for i, n in enumerate(self.shape)]
             permutation = permutation.reshape(shape).astype(jnp.int32)
         minor = minor_axes(self.axes, ndim)
-        return from_codes(codes, scale, zero_point, qtype=spec.qtype, dtype=dtype, minor=minor, permutation=permutation)
+        return from_codes(codes, own, zero_point, qtype=spec.qtype, dtype=dtype, minor=minor, permutation=permutation)
 
-    def map(self, fn: Callable[..., Any], *args: Any) -> Any:
+    def map(self, fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
         """Applies ``fn`` to one matrix after the other, so that working memory holds one matrix."""
         if self.batch == 1:
             return jax.tree.map(lambda x: x[None], fn(*(jax.tree.map(lambda x: x[0], a) for a in args)))
@@ -212,10 +219,10 @@ class Steps:
         """The real values of grid values."""
         return (values - self.zero) * self.scale
 
-    def __getitem__(self, index: Any) -> Steps:
+    def __getitem__(self, index: jax.Array | tuple[slice | int | None, ...] | None) -> Steps:
         return Steps(self.scale[index], self.zero[index])
 
 
-def stored_scale(spec: QuantSpec) -> Any:
+def stored_scale(spec: QuantSpec) -> DTypeLike:
     """The dtype in which the scales of a spec are stored, unless they are quantized themselves."""
     return jnp.float8_e8m0fnu if spec.type.scale_format == "e8m0" else jnp.dtype(spec.scale_dtype or jnp.float32)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import leaves_with_paths, nearest
+from jaxquant.core.types import PyTree
 
 __all__ = ["fold_batch_norms"]
 
 
-def fold_batch_norms(variables: Any, pairs: Mapping[str, str], *, epsilon: float = 1e-5) -> Any:
+def fold_batch_norms(variables: PyTree, pairs: Mapping[str, str], *, epsilon: float = 1e-5) -> PyTree:
     """Moves the scales of frozen batch norms into the kernels before them, so that each norm only adds a bias.
 
         norm(x k + b) = x (k s) + (b - mean) s + bias          s = scale / sqrt(variance + epsilon)

@@ -8,30 +8,47 @@ transformation and do not import Optax.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import Params, is_qtensor, path_of
+from jaxquant.core.qtensor import QTensor
+from jaxquant.core.types import PyTree
 
 __all__ = ["check_trainable", "freeze_quantized", "merge", "refuse_quantized", "split", "trainable"]
 
 
-def _frozen(x: Any) -> bool:
+class Transformation(Protocol):
+    """An `optax.GradientTransformation`, or an `optax.MultiSteps`."""
+
+    @property
+    def init(self) -> Callable[..., PyTree]:
+        """The state for parameters."""
+        ...
+
+    @property
+    def update(self) -> Callable[..., tuple[PyTree, PyTree]]:
+        """The updates for gradients, and the new state."""
+        ...
+
+
+def _frozen(x: QTensor | jax.typing.ArrayLike) -> bool:
     """Whether gradients cannot train a leaf; a QTensor counts as one leaf."""
     return is_qtensor(x) or not jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
-def _nothing(x: Any) -> jax.Array:
+def _nothing(x: jax.Array) -> jax.Array:
     """An array that changes nothing when added: zeros, or the least number of a type without a zero."""
     if x.dtype == jnp.float8_e8m0fnu:
         return jax.lax.bitcast_convert_type(jnp.zeros(x.shape, jnp.uint8), x.dtype)
     return jnp.zeros_like(x)
 
 
-def trainable(params: Params) -> Any:
+def trainable(params: Params) -> PyTree:
     """A mask for `optax.masked` and similar functions: True for float leaves, False for the rest.
 
     Args:
@@ -52,7 +69,7 @@ def trainable(params: Params) -> Any:
     )
 
 
-def split(params: Params) -> tuple[Any, Any]:
+def split(params: Params) -> tuple[PyTree, PyTree]:
     """Splits parameters into trained and frozen leaves, each in the structure of ``params`` with None for the others.
 
     The trained leaves are float arrays: take gradients with respect to them and give them to any optimizer.
@@ -73,13 +90,13 @@ def split(params: Params) -> tuple[Any, Any]:
       {'bias': Array([[4., 4.]], dtype=float32), 'kernel': None}
     """
 
-    def part(frozen: bool) -> Any:
+    def part(frozen: bool) -> PyTree:
         return jax.tree.map(lambda x: x if _frozen(x) == frozen else None, params, is_leaf=is_qtensor)
 
     return part(False), part(True)
 
 
-def merge(trained: Any, frozen: Any) -> Any:
+def merge(trained: PyTree, frozen: PyTree) -> PyTree:
     """Merges the two trees of `split` into parameters.
 
     Args:
@@ -93,7 +110,7 @@ def merge(trained: Any, frozen: Any) -> Any:
       QuantError: if a leaf is in both.
     """
 
-    def whole(keys: Any, t: Any, f: Any) -> Any:
+    def whole(keys: jax.tree_util.KeyPath, t: PyTree, f: PyTree) -> PyTree:
         if t is not None and f is not None:
             todo = "Pass what split returned, or new values in the same structure"
             path = path_of(keys)
@@ -129,17 +146,17 @@ def check_trainable(params: Params) -> None:
             )
 
 
-def _transformation(function: str, tx: Any) -> Any:
+def _transformation(function: str, tx: Transformation) -> Any:
     """The named tuple of functions that a transformation is; `optax.MultiSteps` makes it of itself."""
-    if callable(made := getattr(tx, "gradient_transformation", None)):
-        tx = made()
-    if not all(callable(getattr(tx, name, None)) for name in ("init", "update", "_replace")):
+    made = getattr(tx, "gradient_transformation", None)
+    found: Any = made() if callable(made) else tx
+    if not all(callable(getattr(found, name, None)) for name in ("init", "update", "_replace")):
         todo = "Give it one of Optax, such as optax.adam(1e-3)"
-        raise quant_error(function, "it takes an Optax transformation", todo=todo, tx=tx)
-    return tx
+        raise quant_error(function, "it takes an Optax transformation", todo=todo, tx=found)
+    return found
 
 
-def refuse_quantized(tx: Any) -> Any:
+def refuse_quantized(tx: Transformation) -> Any:
     """An optimizer that raises on parameters that it cannot train, and on gradients of integers.
 
     Args:
@@ -163,13 +180,13 @@ def refuse_quantized(tx: Any) -> Any:
       check_trainable at kernel: quantized and integer leaves cannot be trained
     """
 
-    tx = _transformation("refuse_quantized", tx)
+    inner = _transformation("refuse_quantized", tx)
 
-    def init(params: Params) -> Any:
+    def init(params: Params) -> PyTree:
         check_trainable(params)
-        return tx.init(params)
+        return inner.init(params)
 
-    def update(updates: Any, *args: Any, **extra: Any) -> Any:
+    def update(updates: PyTree, *args: PyTree, **extra: PyTree) -> PyTree:
         for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
             if getattr(leaf, "dtype", None) == jax.dtypes.float0:
                 raise quant_error(
@@ -179,12 +196,12 @@ def refuse_quantized(tx: Any) -> Any:
                     path=path_of(path),
                     got=leaf,
                 )
-        return tx.update(updates, *args, **extra)
+        return inner.update(updates, *args, **extra)
 
-    return tx._replace(init=init, update=update)
+    return inner._replace(init=init, update=update)
 
 
-def freeze_quantized(tx: Any) -> Any:
+def freeze_quantized(tx: Transformation) -> Any:
     """Applies an optimizer to the float leaves; QTensors and integer leaves stay unchanged.
 
     Frozen leaves have no state. Their gradients are ignored and may have any form, such as the float0 zeros of
@@ -211,23 +228,23 @@ def freeze_quantized(tx: Any) -> Any:
       {'bias': Array([-2., -2.], dtype=float32), 'kernel': QTensor(int8[4, 2] -> float32, per channel on axis -1, ...)}
     """
 
-    tx = _transformation("freeze_quantized", tx)
+    inner = _transformation("freeze_quantized", tx)
 
-    def train_only(params: Params, tree: Any) -> Any:
+    def train_only(params: Params, tree: PyTree) -> PyTree:
         return jax.tree.map(lambda p, x: None if _frozen(p) else x, params, tree, is_leaf=is_qtensor)
 
-    def init(params: Params) -> Any:
-        return tx.init(train_only(params, params))
+    def init(params: Params) -> PyTree:
+        return inner.init(train_only(params, params))
 
-    def update(updates: Any, state: Any, params: Params = None, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: PyTree, params: Params = None, **extra: PyTree) -> tuple[PyTree, PyTree]:
         if params is None:
             todo = "Call tx.update(grads, state, params)"
             raise quant_error("freeze_quantized", "update needs the parameters", todo=todo, params=None)
-        updates, state = tx.update(train_only(params, updates), state, train_only(params, params), **extra)
+        updates, state = inner.update(train_only(params, updates), state, train_only(params, params), **extra)
 
-        def fill(p: Any, u: Any) -> Any:
+        def fill(p: QTensor | jax.Array, u: PyTree) -> PyTree:
             return jax.tree.map(_nothing, p) if _frozen(p) else u
 
         return jax.tree.map(fill, params, updates, is_leaf=is_qtensor), state
 
-    return tx._replace(init=init, update=update)
+    return inner._replace(init=init, update=update)

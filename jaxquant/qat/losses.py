@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxquant.core.errors import quant_error
 
 __all__ = ["distillation_loss"]
 
 
-def distillation_loss(logits: Any, targets: Any, *, temperature: float = 1.0, counted: Any = None) -> jax.Array:
+def distillation_loss(
+    logits: ArrayLike, targets: ArrayLike, *, temperature: float = 1.0, counted: ArrayLike | None = None
+) -> jax.Array:
     """The divergence of a model's predictions from the float model's, in nats.
 
         T^2 mean KL(softmax(targets / T) || softmax(logits / T))
@@ -43,10 +44,8 @@ def distillation_loss(logits: Any, targets: Any, *, temperature: float = 1.0, co
     logits, targets = jnp.asarray(logits), jax.lax.stop_gradient(jnp.asarray(targets))
     if logits.shape != targets.shape or not logits.ndim:
         todo = "Give the logits of both models for the same inputs"
-        got = {"logits": logits.shape, "targets": targets.shape}
-        raise quant_error(
-            "distillation_loss", "logits and targets must have one shape [..., classes]", todo=todo, **got
-        )
+        rule = "logits and targets must have one shape [..., classes]"
+        raise quant_error("distillation_loss", rule, todo=todo, logits=logits.shape, targets=targets.shape)
     if not temperature > 0:
         todo = "Use for example 1.0 or 2.0"
         raise quant_error("distillation_loss", "temperature must be above 0", todo=todo, temperature=temperature)

@@ -12,12 +12,12 @@ ranges are a plain pytree, which the training loop carries, saves and shards.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.types import PyTree
 from jaxquant.transform.calibrate import merge_stats
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.quantized import quantized_and_seen
@@ -25,7 +25,9 @@ from jaxquant.transform.quantized import quantized_and_seen
 __all__ = ["observed", "update_ranges"]
 
 
-def observed(fn: Callable[..., Any], plan: Plan, state: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+def observed(
+    fn: Callable[..., PyTree], plan: Plan, state: Mapping[str, PyTree] | None = None
+) -> Callable[..., tuple[PyTree, dict[str, PyTree]]]:
     """`quantized`, with the observed range of each activation: ``fn'(params, ...) = (result, seen)``.
 
     Args:
@@ -57,7 +59,9 @@ def observed(fn: Callable[..., Any], plan: Plan, state: Mapping[str, Any] | None
     return quantized_and_seen(fn, plan, state)
 
 
-def update_ranges(plan: Plan, ranges: Any, seen: Any, *, frozen: Any = False) -> dict[str, Any]:
+def update_ranges(
+    plan: Plan, ranges: Mapping[str, PyTree], seen: Mapping[str, PyTree], *, frozen: bool | jax.Array = False
+) -> dict[str, PyTree]:
     """The ranges updated by the statistics of a step, or unchanged once they are frozen.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.core
@@ -15,16 +14,17 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import Params
 from jaxquant.core.qtypes import QTYPES, qtype_of
 from jaxquant.core.specs import QuantSpec
-from jaxquant.transform.plan import Plan
+from jaxquant.core.types import PyTree
+from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.quantized import quantized
 
 __all__ = ["Stage", "scheduled", "to_nearest", "with_bits"]
 
-Stage = Plan | tuple[Plan, Any] | None
+Stage = Plan | tuple[Plan, PyTree] | None
 """The precision from some step on: float (None), a plan, or a plan and its state."""
 
 
-def _starts(function: str, stages: Any) -> list[int]:
+def _starts(function: str, stages: Mapping[int, Stage]) -> list[int]:
     """The first steps of the stages, in order; raises if the schedule is invalid."""
     todo = "Write for example {0: None, 1000: plan}"
     if not isinstance(stages, Mapping) or not stages:
@@ -46,7 +46,7 @@ def _starts(function: str, stages: Any) -> list[int]:
     return starts
 
 
-def scheduled(fn: Callable[..., Any], stages: Mapping[int, Stage]) -> Callable[..., Any]:
+def scheduled(fn: Callable[..., PyTree], stages: Mapping[int, Stage]) -> Callable[..., PyTree]:
     """``fn`` in a precision that depends on the step, such as float first, then eight bits, two at the end.
 
         fn'(step, params, ...) = quantized(fn, *stage)(params, ...)       the last stage that starts at or before step
@@ -77,13 +77,13 @@ def scheduled(fn: Callable[..., Any], stages: Mapping[int, Stage]) -> Callable[.
     """
     starts = _starts("scheduled", stages)
 
-    def stage(start: int) -> Callable[..., Any]:
+    def stage(start: int) -> Callable[..., PyTree]:
         how = stages[start]
         if how is None:
             return fn
         return quantized(fn, *how) if isinstance(how, tuple) else quantized(fn, how)
 
-    def run(step: Any, params: Params, *args: Any, **kwargs: Any) -> Any:
+    def run(step: int | jax.Array, params: Params, *args: PyTree, **kwargs: PyTree) -> PyTree:
         integer = not isinstance(step, bool) and jnp.issubdtype(jnp.result_type(step), jnp.integer)
         if not integer or jnp.shape(step) != ():
             raise quant_error("scheduled", "step must be an integer", todo="Count steps in int32", step=step)
@@ -128,7 +128,7 @@ def with_bits(plan: Plan, *, weight: int | None = None, act: int | None = None) 
             raise quant_error("with_bits", "there is no integer type of so many bits", todo="Use 2 to 8", bits=bits)
         return dataclasses.replace(spec, qtype=name)
 
-    def item(item: Any) -> Any:
+    def item(item: Item) -> Item:
         s = item.spec
         return dataclasses.replace(
             item, spec=dataclasses.replace(s, weight=changed(s.weight, weight), act=changed(s.act, act))
@@ -159,7 +159,7 @@ def to_nearest(plan: Plan) -> Plan:
     def nearest(spec: QuantSpec | None) -> QuantSpec | None:
         return None if spec is None else dataclasses.replace(spec, rounding="nearest")
 
-    def item(item: Any) -> Any:
+    def item(item: Item) -> Item:
         s = item.spec
         return dataclasses.replace(item, spec=dataclasses.replace(s, weight=nearest(s.weight), act=nearest(s.act)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,14 @@ from jaxquant.core.blocks import BlockView, block_shape
 from jaxquant.core.errors import quant_error
 from jaxquant.core.granularity import PerGroup
 from jaxquant.core.learned import STEPS
-from jaxquant.core.observers import MSE, AbsMean
+from jaxquant.core.observers import MSE, AbsMean, Observer
 from jaxquant.core.paths import Params, is_qtensor, leaves_with_paths, path_of
-from jaxquant.core.qtensor import Scale, scale_values
+from jaxquant.core.qtensor import scale_values
 from jaxquant.core.qtypes import qtype_of
 from jaxquant.core.refusals import Refusals
 from jaxquant.core.scale_zero_point import scale_zero_point
 from jaxquant.core.specs import QuantSpec
+from jaxquant.core.types import PyTree
 from jaxquant.qat.leaves import trainable
 from jaxquant.transform.calibrate import Calibration
 from jaxquant.transform.masks import Mask
@@ -34,21 +35,27 @@ __all__ = ["Method", "clamp_steps", "labels", "learned_steps"]
 Method = Literal["lsq", "lsq+", "pact"]
 """The paper whose quantizer is learned."""
 
+LearnedSteps: TypeAlias = dict[str, dict[str, jax.Array]]
+"""``{"weight": {"scale": ..}, "act": {"scale": ..}}``: the learned arrays of a weight and of its activation."""
+
+_Range: TypeAlias = tuple[jax.Array, jax.Array | None]
+"""A scale and a zero point."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _GroupRange(Statistic):
     """The states of an observer, one for each group of channels."""
 
     sees = "channels"
-    observer: Any
+    observer: Observer
     groups: int
 
-    def of(self, x: jax.Array, counted: jax.Array | None = None) -> Any:
+    def of(self, x: jax.Array, counted: jax.Array | None = None) -> PyTree:
         rows = x.reshape(-1, self.groups, x.shape[-1] // self.groups)
         each = None if counted is None else jnp.broadcast_to(counted.reshape(-1, 1, 1), rows.shape)
         return self.observer.update(self.observer.init((1, self.groups, 1)), rows, (0, 2), each)
 
-    def merge(self, a: Any, b: Any) -> Any:
+    def merge(self, a: PyTree, b: PyTree) -> PyTree:
         return self.observer.merge(a, b)
 
 
@@ -68,22 +75,24 @@ def _calibrated(spec: QuantSpec, method: Method) -> QuantSpec:
     return dataclasses.replace(spec, calibration=calibration, narrow_range=narrow)
 
 
-def _step(lo: jax.Array, hi: jax.Array, spec: QuantSpec, method: Method) -> tuple[Scale, jax.Array | None]:
+def _step(lo: jax.Array, hi: jax.Array, spec: QuantSpec, method: Method) -> _Range:
     """Scale and zero point of a range; for a mean magnitude, LSQ's ``2 mean|x| / sqrt(qmax)``."""
     if not _starts_at_mean(spec, method):
-        return scale_zero_point(lo, hi, spec)
+        scale, zero_point = scale_zero_point(lo, hi, spec)
+        assert isinstance(scale, jax.Array)  # by _check_spec
+        return scale, zero_point
     return jnp.where(hi > 0, 2 * hi / math.sqrt(spec.type.qmax), jnp.ones_like(hi)), None
 
 
 def learned_steps(
-    fn: Callable[..., Any],
+    fn: Callable[..., PyTree],
     plan: Plan,
     params: Params,
-    batches: Iterable[Any],
+    batches: Iterable[PyTree],
     method: Method = "lsq",
     *,
     mask: Mask = None,
-) -> dict[str, Any]:
+) -> dict[str, LearnedSteps]:
     """Initial values of trained ranges: the ``state`` from which `quantized` learns steps of weights and activations.
 
 
@@ -166,7 +175,7 @@ def learned_steps(
                 todo = "Pass the float parameters"
                 raise quant_error(function, "the weight is quantized already", todo=todo, path=item.path)
     refusals.close()
-    state: dict[str, Any] = {}
+    state: dict[str, LearnedSteps] = {}
     ranges = _act_ranges(fn, plan, params, batches, mask, method)
     for item in plan.items:
         entry = {}
@@ -203,7 +212,7 @@ def _check_spec(function: str, item: Item, operand: str, spec: QuantSpec, method
         raise quant_error(function, "steps per group are for dot_general", todo=todo, path=item.path, op=item.op)
 
 
-def _weight_range(w: jax.Array, item: Item, method: Method) -> Any:
+def _weight_range(w: jax.Array, item: Item, method: Method) -> _Range:
     spec = item.spec.weight
     assert spec is not None
     if _starts_at_mean(spec, method):
@@ -215,8 +224,8 @@ def _weight_range(w: jax.Array, item: Item, method: Method) -> Any:
 
 
 def _act_ranges(
-    fn: Callable[..., Any], plan: Plan, params: Params, batches: Iterable[Any], mask: Mask, method: Method
-) -> Any:
+    fn: Callable[..., PyTree], plan: Plan, params: Params, batches: Iterable[PyTree], mask: Mask, method: Method
+) -> dict[str, dict[str, PyTree]]:
     """path -> the state of the observer of each activation."""
     acts = {item.path: _calibrated(item.spec.act, method) for item in plan.items if item.spec.act is not None}
     if not acts:
@@ -234,13 +243,13 @@ def _statistic(item: Item, spec: QuantSpec) -> Statistic:
     return _GroupRange(spec.observer, item.channels // spec.group_size)
 
 
-def _act_range(seen: Any, spec: QuantSpec, method: Method) -> Any:
+def _act_range(seen: PyTree, spec: QuantSpec, method: Method) -> _Range:
     lo, hi = observed_range(seen, _calibrated(spec, method))
     shape = () if spec.group_size is None else (lo.size,)
     return _step(lo.reshape(shape), hi.reshape(shape), spec, method)
 
 
-def _entry(found: tuple[jax.Array, Any], spec: QuantSpec, method: Method) -> dict[str, jax.Array]:
+def _entry(found: _Range, spec: QuantSpec, method: Method) -> dict[str, jax.Array]:
     """The learned arrays of a range."""
     scale = found[0].astype(jnp.float32)
     if method == "pact":
@@ -252,11 +261,11 @@ def _entry(found: tuple[jax.Array, Any], spec: QuantSpec, method: Method) -> dic
     return {"scale": scale, **other}
 
 
-def _is_step(keys: Any) -> bool:
+def _is_step(keys: jax.tree_util.KeyPath) -> bool:
     return path_of(keys).rpartition("/")[2] in STEPS
 
 
-def clamp_steps(state: Any, least: float = 1e-6) -> Any:
+def clamp_steps(state: PyTree, least: float = 1e-6) -> PyTree:
     """The state with every scale and clip raised to ``least`` at least; call it after each update of the state.
 
     A step at or below 0 has no meaning, but an optimizer that takes long steps may produce one.
@@ -284,7 +293,7 @@ def clamp_steps(state: Any, least: float = 1e-6) -> Any:
     )
 
 
-def labels(params: Params, state: Any = None) -> Any:
+def labels(params: Params, state: PyTree = None) -> PyTree:
     """Labels for `optax.multi_transform`: weights, steps with their own learning rate, and frozen leaves.
 
     Args:
@@ -309,7 +318,7 @@ def labels(params: Params, state: Any = None) -> Any:
     if state is None:
         return of_params
 
-    def of(keys: Any, x: Any) -> str:
+    def of(keys: jax.tree_util.KeyPath, x: jax.typing.ArrayLike) -> str:
         fixed = path_of(keys).endswith("zero_point") or not jnp.issubdtype(jnp.result_type(x), jnp.floating)
         return "frozen" if fixed else "steps"
 

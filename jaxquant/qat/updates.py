@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.paths import Params, is_qtensor, leaves_with_paths
 from jaxquant.core.refusals import Refusals
+from jaxquant.core.types import PyTree
 from jaxquant.transform.params import dequantize_params, quantize_params
 from jaxquant.transform.plan import Plan
 
 __all__ = ["update_params"]
 
 
-def update_params(fn: Callable[..., Any], plan: Plan, params: Params, *others: Any) -> Any:
+def update_params(fn: Callable[..., PyTree], plan: Plan, params: Params, *others: PyTree) -> PyTree:
     """Applies ``fn`` to dequantized params and quantizes the result: averages of weights, steps of an optimizer.
 
         update_params(fn, plan, p, ...) = quantize_params(fn(dequantize_params(p), ...), plan)
@@ -58,7 +58,7 @@ def update_params(fn: Callable[..., Any], plan: Plan, params: Params, *others: A
     return quantize_params(fn(*map(dequantize_params, (params, *others))), plan)
 
 
-def _check_values(function: str, path: str, leaf: Any, planned: bool) -> None:
+def _check_values(function: str, path: str, leaf: object, planned: bool) -> None:
     """Raises for a QTensor that stands for no values, or that would stay in float."""
     if not is_qtensor(leaf):
         return

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from jaxquant.core.granularity import PerTensor
 from jaxquant.core.paths import Params, leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
+from jaxquant.core.types import PyTree
 from jaxquant.io.atomic import replacing
 from jaxquant.rules import Rule
 from jaxquant.transform.batches import arguments
@@ -217,22 +218,26 @@ def _number(value: float | None, digits: int) -> str:
 class _Rows(Statistic):
     """All of the inputs."""
 
-    def of(self, x: jax.Array, counted: jax.Array | None = None) -> Any:
+    def of(self, x: jax.Array, counted: jax.Array | None = None) -> jax.Array:
         assert counted is None  # compare has no mask
         return x.astype(jnp.float32)
 
-    def merge(self, a: Any, b: Any) -> Any:
+    def merge(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.concatenate([a, b], axis=-2)
 
 
+Sums = dict[str, jax.Array]
+"""Name of a sum -> its values."""
+
+
 def compare(
-    fn: Callable[..., Any],
+    fn: Callable[..., PyTree],
     params: Params,
     qparams: Params,
-    batches: Iterable[Any],
+    batches: Iterable[PyTree],
     *,
     plan: Plan | None = None,
-    state: Any = None,
+    state: Mapping[str, PyTree] | None = None,
     labels: Sequence[str] = (),
     progress: Callable[[int], object] | None = None,
 ) -> Comparison:
@@ -282,12 +287,12 @@ def compare(
     used = plan
 
     @jax.jit
-    def measure(params: Params, qparams: Params, args: tuple[Any, ...]) -> Any:
+    def measure(params: Params, qparams: Params, args: tuple[PyTree, ...]) -> tuple[dict[str, Sums], Sums]:
         inputs = [calibrate(fn, used, p, [args], collect={"x": _Rows()}) for p in (params, qparams)]
         sums = {path: _input_sums(used, path, inputs[0][path]["x"], inputs[1][path]["x"]) for path in inputs[0]}
         return sums, _output_sums(fn(params, *args), run(qparams, *args))
 
-    totals: dict[str, Any] = {}
+    totals: dict[str, dict[str, np.ndarray]] = {}
     rows: list[dict[str, np.ndarray]] = []
     for number, args in enumerate(kept, 1):
         sums, outputs = jax.device_get(measure(params, qparams, args))
@@ -320,11 +325,13 @@ def compare(
     return Comparison(tuple(layers), tuple(inputs), before, after, total)
 
 
-def _all_bytes(leaves: dict[str, Any]) -> int:
+def _all_bytes(leaves: dict[str, QTensor | jax.Array]) -> int:
     return sum(int(leaf.nbytes) for leaf in leaves.values() if hasattr(leaf, "nbytes"))
 
 
-def _plan_of(fn: Callable[..., Any], params: Params, changed: dict[str, Any], args: tuple[Any, ...]) -> Plan:
+def _plan_of(
+    fn: Callable[..., PyTree], params: Params, changed: dict[str, QTensor | jax.Array], args: tuple[PyTree, ...]
+) -> Plan:
     """The weight-only plan that the QTensors stand for."""
     found = {path: leaf for path, leaf in changed.items() if isinstance(leaf, QTensor)}
     if not found:
@@ -335,7 +342,7 @@ def _plan_of(fn: Callable[..., Any], params: Params, changed: dict[str, Any], ar
     return dataclasses.replace(plan, items=tuple(described(item, found[item.path]) for item in plan.items))
 
 
-def _input_sums(plan: Plan, path: str, x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+def _input_sums(plan: Plan, path: str, x: jax.Array, y: jax.Array) -> Sums:
     """Sums over all but the stacked axes."""
     item = plan[path]
     axes = tuple(range(item.stacked, x.ndim))
@@ -348,7 +355,7 @@ def _input_sums(plan: Plan, path: str, x: jax.Array, y: jax.Array) -> dict[str, 
     return out
 
 
-def _output_sums(y: Any, z: Any) -> dict[str, jax.Array]:
+def _output_sums(y: PyTree, z: PyTree) -> Sums:
     """Per input: sums over all float outputs; KL of the first of them."""
     pairs = [
         (jnp.atleast_1d(a).astype(jnp.float32), jnp.atleast_1d(b).astype(jnp.float32))
@@ -384,7 +391,13 @@ def _cosine(dot: float, a: float, b: float) -> float:
     return min(float(dot) / size, 1.0) if size > 0 else 1.0 if a == b else 0.0
 
 
-def _layers(plan: Plan, path: str, leaf: Any, changed: Any, sums: dict[str, np.ndarray] | None) -> list[Layer]:
+def _layers(
+    plan: Plan,
+    path: str,
+    leaf: QTensor | jax.Array,
+    changed: QTensor | jax.Array,
+    sums: dict[str, np.ndarray] | None,
+) -> list[Layer]:
     """One `Layer`, or one for each of a stack."""
     item = plan[path]
     w = np.asarray(leaf, np.float32)

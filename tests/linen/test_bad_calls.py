@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax_settings import flax_promotes
 from linen_cases import unequal
+from narrowed import untyped
 
 import jaxquant as jq
 from jaxquant import recipes
@@ -39,14 +40,14 @@ class Nested(nn.Module):
 MIXED = "integers where a spec wants floats"
 CALLS = {
     "a spec that is a QuantSpec": (
-        lambda: Dense(6, spec=INT8),
+        lambda: untyped.linen.QuantDense(6, spec=INT8),
         "QuantDense: spec must be an OpSpec or None; got spec=",
     ),
     "a spec that is a string": (
         lambda: jq.linen.QuantConv(6, 3, spec="int8"),
         "recipe: unknown recipe; got recipe='int8'",
     ),
-    "a spec that is a number": (lambda: jq.linen.QuantConv(6, 3, spec=8), "QuantConv: spec must be an OpSpec"),
+    "a spec that is a number": (lambda: untyped.linen.QuantConv(6, 3, spec=8), "QuantConv: spec must be an OpSpec"),
     "a static range per token": (
         lambda: Dense(6, spec=jq.OpSpec(INT8, jq.QuantSpec("int8", static=True))),
         r"a static range is one for the whole activation; .*Use granularity=PerTensor\(\)",

@@ -100,7 +100,7 @@ def test_bfloat16_compute_quantizes_the_stored_weight(name):
 @flax_promotes
 def test_bfloat16_params():
     spec = recipes.w4a16(group_size=32)
-    layer = jq.linen.QuantDense(6, spec=spec, param_dtype=jnp.bfloat16)
+    layer: Any = jq.linen.QuantDense(6, spec=spec, param_dtype=jnp.bfloat16)
     x = unequal((3, 64)).astype(jnp.bfloat16)
     params = {"kernel": unequal((64, 6), 1).astype(jnp.bfloat16), "bias": jnp.ones(6, jnp.bfloat16)}
     frozen = {**params, "kernel": jq.quantize(params["kernel"], present(spec.weight), reduce_axes=(-2,))}

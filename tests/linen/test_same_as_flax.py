@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -231,7 +232,7 @@ def test_a_masked_kernel_is_quantized_before_the_mask():
     spec = recipes.w4a4()
     layer, flax = jq.linen.QuantConv(4, 2, mask=mask, spec=spec), nn.Conv(4, 2, mask=mask)
 
-    def apply(layer, kernel):
+    def apply(layer: Any, kernel):
         return layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
 
     @jax.jit
@@ -268,7 +269,7 @@ def test_partitioned_params_keep_their_boxes():
     layer = jq.linen.QuantDense(3, kernel_init=boxed, spec=recipes.w8a8())
     variables = layer.init(KEY, x)
     assert_same(variables, nn.Dense(3, kernel_init=boxed).init(KEY, x))
-    box = variables["params"]["kernel"]
+    box: Any = variables["params"]["kernel"]
     frozen = {"params": {**variables["params"], "kernel": box.replace_boxed(_int8(box.value))}}
     assert_close(layer.apply(frozen, x), layer.apply(variables, x), 1e-6)
 
@@ -280,4 +281,5 @@ def test_promote_dtype_of_the_user_is_used():
     x = jnp.ones((2, 4))
     variables = nn.Dense(3).init(KEY, x)
     for spec in (None, recipes.w8a8()):
-        assert jq.linen.QuantDense(3, promote_dtype=half, spec=spec).apply(variables, x).dtype == jnp.float16
+        layer: Any = jq.linen.QuantDense(3, promote_dtype=half, spec=spec)
+        assert layer.apply(variables, x).dtype == jnp.float16

@@ -1,5 +1,7 @@
 """Static activation ranges: created at init, observed where "quant" is mutable, read elsewhere."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -96,7 +98,8 @@ def test_shapes_of_the_input_may_change_between_batches():
 def test_an_unobserved_range_raises(quant, frozen):
     spec = static()
     layer = jq.linen.QuantDense(4, use_bias=False, spec=spec)
-    variables = {"params": {"kernel": jq.quantize(W, present(spec.weight), reduce_axes=(-2,)) if frozen else W}}
+    kernel = jq.quantize(W, present(spec.weight), reduce_axes=(-2,)) if frozen else W
+    variables: dict[str, Any] = {"params": {"kernel": kernel}}
     if quant == "empty":
         variables["quant"] = {}
     if quant == "fresh":
@@ -146,18 +149,18 @@ def test_gradients_take_the_range_as_a_constant():
 
 
 def test_convolutions_einsums_and_attend_observe_too():
-    conv = jq.linen.QuantConv(3, (2, 2), spec=static())
+    conv: Any = jq.linen.QuantConv(3, (2, 2), spec=static())
     images = unequal((2, 4, 4, 3))
     y, variables = conv.init_with_output(jax.random.key(0), images)
     y, seen = conv.apply(variables, images, mutable=["quant"])
     np.testing.assert_allclose(seen["quant"]["act"]["hi"], jnp.abs(images).max())
     assert_close(conv.apply({**variables, **seen}, images), y, 1e-6)
 
-    einsum = jq.linen.QuantEinsum((16, 4), "bi,io->bo", spec=static())
+    einsum: Any = jq.linen.QuantEinsum((16, 4), "bi,io->bo", spec=static())
     _, seen = einsum.apply({"params": {"kernel": W, "bias": jnp.zeros(4)}}, X, mutable=["quant"])
     np.testing.assert_allclose(seen["quant"]["act"]["hi"], jnp.abs(X).max())
 
-    embed = jq.linen.QuantEmbed(4, 16, spec=static())
+    embed: Any = jq.linen.QuantEmbed(4, 16, spec=static())
     table = {"params": {"embedding": W.T}}
     assert "quant" not in embed.apply(table, jnp.array([1, 2]), mutable=["quant"])[1]  # a lookup has no activation
     _, seen = embed.apply(table, X, method="attend", mutable=["quant"])

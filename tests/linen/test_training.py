@@ -140,7 +140,8 @@ def test_static_ranges_are_observed_while_training():
         jq.QuantSpec("int8"),
         jq.QuantSpec("int8", granularity="per_tensor", static=True, calibration=jq.observers.EMA(0.9)),
     )
-    model, (images, labels) = jq.linen.QuantDense(CLASSES, spec=spec), data()
+    model: Any = jq.linen.QuantDense(CLASSES, spec=spec)
+    images, labels = data()
     images = images.reshape(len(images), -1)
     variables = model.init(jax.random.key(0), images)
     params, quant, tx, traces = variables["params"], variables["quant"], optax.adam(1e-1), []
@@ -174,7 +175,7 @@ def test_training_around_a_frozen_layer():
     """A frozen kernel and a trained bias: the optimizer sees only the bias."""
     (images, labels), spec = data(), recipes.w8a16()
     images = images.reshape(len(images), -1)
-    model = jq.linen.QuantDense(CLASSES, spec=spec)
+    model: Any = jq.linen.QuantDense(CLASSES, spec=spec)
     params = model.init(jax.random.key(0), images)["params"]
     params = {**params, "kernel": jq.quantize(params["kernel"], present(spec.weight), reduce_axes=(-2,))}
     tx = qat.freeze_quantized(optax.adam(1e-1))

@@ -156,7 +156,8 @@ def test_vmap_over_models(spec):
     heads = nn.vmap(
         jq.linen.QuantDense, in_axes=in_axes, out_axes=0, variable_axes={"params": 0}, split_rngs={"params": True}
     )
-    layer, one = heads(5, spec=spec), jq.linen.QuantDense(5, spec=spec)
+    layer = heads(5, spec=spec)
+    one: Any = jq.linen.QuantDense(5, spec=spec)
     x = unequal((4, 16))
     params = {"kernel": unequal((3, 16, 5), 1), "bias": unequal((3, 5), 2)}
     quantize = functools.partial(jq.quantize, spec=spec.weight, reduce_axes=(-2,))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_settings import donates, makes_nan, needs_jit, optax_promotes
-from narrowed import untyped
+from narrowed import instance, untyped
 from ptq_cases import golden
 
 import jaxquant as jq
@@ -215,7 +215,7 @@ def test_states_are_a_quarter_and_less():
 def test_a_broken_moment_stays_visible():
     x = jnp.ones((16, 512)).at[2, 3].set(jnp.nan).at[5, 6].set(jnp.inf)
     for how in (optim.EIGHT_BITS, optim.FOUR_BITS):
-        y = np.asarray(storage.stored(x, how.zeros(x, "w", signed=True)).dequantize())
+        y = np.asarray(instance(jq.QTensor, storage.stored(x, how.zeros(x, "w", signed=True))).dequantize())
         assert not np.isfinite(y[2, 3])
         assert not np.isfinite(y[5, 6])
         np.testing.assert_array_equal(y[7], 1)
@@ -344,7 +344,7 @@ def test_hyperparameters_may_be_traced():
         (lambda: optim.sgd8bit(1e-3, momentum=1.5), "sgd8bit: momentum must be in"),
         (lambda: optim.adam8bit(-1e-3), "learning_rate must be finite and not negative"),
         (lambda: optim.adagrad8bit(1e-3, eps=float("nan")), "adagrad8bit: eps must be finite"),
-        (lambda: optim.lion8bit("fast"), "learning_rate must be a number"),
+        (lambda: untyped.optim.lion8bit("fast"), "learning_rate must be a number"),
         (lambda: untyped.optim.scale_by_adam8bit(storage=8), "storage must be a Storage"),
         (lambda: optim.Storage("int8"), "Storage: signed must be a type for such moments"),
         (lambda: optim.Storage(block=0), "Storage: block must be an integer from 2 on"),

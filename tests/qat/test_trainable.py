@@ -236,6 +236,7 @@ def test_whatever_comes_first(name):
 
 
 def test_what_is_no_transformation():
+    wrong: Any = optax.adam
     for wrap in (qat.refuse_quantized, qat.freeze_quantized):
         with pytest.raises(jq.QuantError, match=f"{wrap.__name__}: it takes an Optax transformation.*optax.adam"):
-            wrap(optax.adam)
+            wrap(wrong)
