@@ -127,7 +127,7 @@ class QTensor:
       minor: the logical axes (negative) that are stored last, in this order.
       length: codes in a stored row; None unless packed.
       split: the logical axis (negative) that is stored as two, blocks of whole groups and their elements; or None.
-      joined: how many of the last logical axes are stored as one, each with scales of its own; 0 if none are. (Static
+      joined: how many of the last stored axes are stored as one, each with scales of its own; 0 if none are. (Static
         fields have no sizes: the scale has them.)
 
     Example:
@@ -210,16 +210,28 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """The logical shape, equal to the float array's."""
-        stored = tuple(self.kept.shape)
-        if self.joined:
-            stored = (*stored[:-1], *self.scale.shape[-self.joined :])
-        if self.split is not None:
-            at = len(stored) + self.split
-            return (*stored[: at - 1], stored[at - 1] * stored[at], *stored[at + 1 :])
+        stored = self._stored_shape
+        return tuple(stored[i] for i in inverse(self.stored_order))
+
+    @property
+    def _stored_shape(self) -> tuple[int, ...]:
+        """The sizes of the logical axes in stored order."""
+        stored, at = tuple(self.kept.shape), self.block_axis
         if self.length is not None:
-            stored = (*stored[:-1], self.length)
-        order = inverse(self.stored_order)
-        return tuple(stored[i] for i in order)
+            return (*stored[:-1], self.length)
+        if self.joined:
+            stored = (*stored[:-1], *self._joined_sizes)
+        return stored if at is None else (*stored[:at], stored[at] * stored[at + 1], *stored[at + 2 :])
+
+    @property
+    def _joined_sizes(self) -> tuple[int, ...]:
+        """The sizes of the axes that are stored as one."""
+        return tuple(self.scale.shape[axis] for axis in self.stored_order[self.ndim - self.joined :])
+
+    @property
+    def block_axis(self) -> int | None:
+        """Where blocks of the ``split`` axis are stored; their elements are on the next axis."""
+        return None if self.split is None else self.stored_order.index(self.ndim + self.split)
 
     @property
     def ndim(self) -> int:
@@ -317,9 +329,9 @@ class QTensor:
         """Codes one per element (``type.code_dtype``), in stored order: the ``minor`` axes last."""
         self.checked()
         if self.in_int4:
-            return from_int4(self.stored.reshape(self.shape) if self.is_reshaped else self.stored, self.type)
+            return from_int4(self.stored.reshape(self._stored_shape), self.type)
         if self.length is None:
-            return self.codes.reshape(self.shape) if self.is_reshaped else self.codes
+            return self.codes.reshape(self._stored_shape) if self.is_reshaped else self.codes
         return from_bits(unpack(self.codes, self.type.bits, self.length), self.type)
 
     def logical_codes(self) -> jax.Array:
@@ -344,10 +356,11 @@ class QTensor:
             for TPUs: likewise, and codes of fp8 are in their own dtype, which a TPU's compiler converts within a
             product; bytes keep it from that. A TPU joins leading axes without a copy, and last axes with one. So
             last axes with scales of their own (heads) are stored as one; and 8-bit integers without groups, which
-            otherwise stay, do not have several axes last that share a scale. Scales of fewer than 8 bits have a byte
-            each, which kernels read.
-          minor: the axes that are stored last where codes are packed. By default the axes that share scales;
-            packed codes keep theirs.
+            otherwise stay, do not have several axes last that share a scale. Codes of 4 bits or in groups have the last
+            axis before the other if scales are shared along it, as the kernels multiply them. Scales of fewer than 8
+            bits have a byte each, which kernels read.
+          minor: the axes that are stored last; by default as the layout wants. Packed codes have the axes last that
+            share scales, or keep theirs.
 
         Returns:
           The `QTensor`. Where groups are scattered (GPTQ's act-order) it stays as it is.
@@ -359,21 +372,20 @@ class QTensor:
             minor = self._shared_axes() if minor is None else tuple(minor)
             scale = self._scale_beside(layout)
             return from_codes(self.logical_codes(), scale, self.zero_point, self.offset, **rest, minor=minor)
-        split = self._group_axis()
+        split, minor = self._group_axis(), self._minor_in(layout) if minor is None else tuple(minor)
         codes = self.logical_codes()
         seal = _seal(codes, self.scale) if layout == "native" and own_dtype(self.qtype) is not None else None
         if self.type.packed and self.type.bits <= 4:
             codes = to_int4(codes, self.type)
+        order = stored_order(self.ndim, minor)
+        codes = transpose(codes, order)
         if split is not None:
-            at, rows = self.ndim + split, block_rows(self.shape[split], self.scale.shape[split])
+            at, rows = order.index(self.ndim + split), block_rows(self.shape[split], self.scale.shape[split])
             codes = codes.reshape(*codes.shape[:at], -1, rows, *codes.shape[at + 1 :])
         if joined := self._joined_in(layout):
             codes = codes.reshape(*codes.shape[:-joined], -1)
-        scale = self._scale_beside(layout)
-        if not self._joins_last(layout):
-            return QTensor(codes, scale, self.zero_point, self.offset, seal=seal, **rest, split=split, joined=joined)
-        own = self._own_axes()[-1:]
-        return from_codes(codes, scale, self.zero_point, self.offset, **rest, minor=() if own == (-1,) else own)
+        scale, rest = self._scale_beside(layout), rest | {"minor": minor, "split": split, "joined": joined}
+        return QTensor(codes, scale, self.zero_point, self.offset, seal=seal, **rest)
 
     @property
     def layout(self) -> Layout:
@@ -390,14 +402,13 @@ class QTensor:
         narrow = self._narrow_scale
         if narrow is not None and narrow.layout != _beside(layout):
             return False
-        if self.joined != self._joined_in(layout):
+        own = own_dtype(self.qtype) is not None
+        if not self.type.packed and self._group_axis() is None and not (own and layout == "native"):
+            return self.seal is None and not (layout == "native" and self._shares_last_axes())
+        if self.layout != ("native" if own and layout == "native" else "packed" if layout == "packed" else "elements"):
             return False
-        joins_last = self._joins_last(layout)
-        if layout == "native" and own_dtype(self.qtype) is None:
-            layout = "elements"
-        if not self.type.packed and self._group_axis() is None and layout != "native" and self.seal is None:
-            return not joins_last
-        return self.layout == layout and (layout == "packed" or (not self.minor and self.split == self._group_axis()))
+        how = self._minor_in(layout), self._group_axis(), self._joined_in(layout)
+        return layout == "packed" or (self.minor, self.split, self.joined) == how
 
     @property
     def _narrow_scale(self) -> QTensor | None:
@@ -413,19 +424,29 @@ class QTensor:
         make = QTensor if _beside(layout) == "elements" else from_codes
         return make(q.logical_codes(), q.scale, q.zero_point, q.offset, qtype=q.qtype, dtype=q.dtype)
 
+    def _are_bytes(self) -> bool:
+        """Whether codes are 8-bit integers without groups."""
+        return not self.type.packed and own_dtype(self.qtype) is None and self._group_axis() is None
+
+    def _shares_last_axes(self) -> bool:
+        """Whether several axes are stored last, of which one at least shares scales with others before."""
+        return len(self.minor) > 1 and len(self._own_axes()) > 0
+
+    def _minor_in(self, layout: Layout) -> tuple[int, ...]:
+        """The axes that a layout of one code per element stores last."""
+        own = self._own_axes()
+        if layout != "native" or own[-1:] == (-1,):
+            return ()
+        if self._are_bytes():
+            return own[-1:]
+        small = self.type.packed and self.type.bits <= 4
+        return (-2,) if -2 in own and (small or self._group_axis() is not None) else ()
+
     def _joined_in(self, layout: Layout) -> int:
         """How many of the last axes a layout stores as one."""
         own = () if layout != "native" or self._are_bytes() else self._own_axes()
         count = next((n for n in range(len(own)) if own[-n - 1] != -n - 1), len(own))
         return count if 1 < count < self.ndim else 0
-
-    def _joins_last(self, layout: Layout) -> bool:
-        """Whether bytes are stored with several axes last that share scales, where a TPU would join them."""
-        return layout == "native" and self._are_bytes() and len(self.minor) > 1 and len(self._own_axes()) > 0
-
-    def _are_bytes(self) -> bool:
-        """Whether codes are 8-bit integers without groups, which lie in the same way for all platforms."""
-        return not self.type.packed and own_dtype(self.qtype) is None and self._group_axis() is None
 
     def _own_axes(self) -> tuple[int, ...]:
         """The axes along which each element has a scale of its own."""
@@ -477,15 +498,15 @@ class QTensor:
 
     def whole(self) -> QTensor:
         """The same with no axis split, and none joined."""
-        shape = self.shape
-        return self.replace(codes=self.stored.reshape(shape), split=None, joined=0) if self.is_reshaped else self
+        if not self.is_reshaped:
+            return self
+        return self.replace(codes=self.stored.reshape(self._stored_shape), split=None, joined=0)
 
     def unjoined(self) -> QTensor:
         """The same with no axes joined."""
         if not self.joined:
             return self
-        own = self.scale.shape[-self.joined :]
-        return self.replace(codes=self.stored.reshape(*self.kept.shape[:-1], *own), joined=0)
+        return self.replace(codes=self.stored.reshape(*self.kept.shape[:-1], *self._joined_sizes), joined=0)
 
     def unpermuted(self) -> QTensor:
         """The same values with their elements in logical order: one scale per element where groups are scattered."""

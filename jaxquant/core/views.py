@@ -17,8 +17,9 @@ from jax.typing import DTypeLike
 
 from jaxquant.core.indices import clamped
 from jaxquant.core.qtensor import QTensor, Scale, flat, scale_values
+from jaxquant.core.stack import Layer
 
-__all__ = ["are_runs", "by_layer", "cast", "move", "reshape", "slice_along", "transpose"]
+__all__ = ["are_runs", "by_layer", "cast", "in_stored_order", "move", "reshape", "slice_along", "transpose"]
 
 
 def cast(q: QTensor, dtype: DTypeLike) -> QTensor:
@@ -27,8 +28,7 @@ def cast(q: QTensor, dtype: DTypeLike) -> QTensor:
 
 
 def transpose(q: QTensor, permutation: tuple[int, ...]) -> QTensor:
-    """Permutes axes; codes do not move in memory."""
-    q = q.whole()
+    """Permutes axes; codes do not move in memory, and a `Layer` stays in its stack."""
     place = {axis: i for i, axis in enumerate(permutation)}
     minor = tuple(place[axis] - q.ndim for axis in q.stored_order)
     minor = () if minor == tuple(range(-q.ndim, 0)) else minor
@@ -38,14 +38,24 @@ def transpose(q: QTensor, permutation: tuple[int, ...]) -> QTensor:
             return transpose(value, permutation)
         return None if value is None else jnp.transpose(value, permutation)
 
+    codes = q.kept
+    if isinstance(codes, Layer):
+        codes = Layer(transpose(codes.stack, (0, *(axis + 1 for axis in permutation))), codes.index)
     return q.replace(
+        codes=codes,
         scale=per_block(q.scale),
         zero_point=per_block(q.zero_point),
         offset=per_block(q.offset),
         permutation=per_block(q.permutation),
         seal=per_block(q.seal),
         minor=minor,
+        split=None if q.split is None else place[q.ndim + q.split] - q.ndim,
     )
+
+
+def in_stored_order(q: QTensor) -> QTensor:
+    """The transpose whose axes are in the order in which codes are stored."""
+    return transpose(q, q.stored_order) if q.minor else q
 
 
 def _unpacked(q: QTensor, codes: jax.Array, *per_block: jax.Array | None) -> QTensor:

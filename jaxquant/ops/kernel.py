@@ -14,6 +14,7 @@ from jaxquant.core.by_platform import Platform, Target, target_of
 from jaxquant.core.layout import Layout
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.forms import Axes
+from jaxquant.ops.kernels.tpu.matrices import as_matrices
 from jaxquant.ops.problem import Convolution, Geometry, Problem, Product, RaggedProduct, Window
 from jaxquant.ops.select import select
 from jaxquant.ops.trained import TrainedTensor
@@ -86,4 +87,5 @@ def kernel(
         x = operand((most, length), spec.act, (-1,), stored=False)
         w = operand((columns, length), spec.weight, (-1,), stored=True)
         problem = Product(x, w, None, own, Axes((), (0,), (1,)), Axes((), (0,), (1,)))
+        problem = jax.eval_shape(as_matrices, problem) if on.platform == "tpu" else problem
     return select(problem, on).name

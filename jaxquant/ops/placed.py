@@ -164,7 +164,7 @@ def _fits(v: Any, cut: Cut) -> bool:
         own = cut.of_blocks(b)
         if any(n > 1 and n % p for n, p in zip(b.shape, cut.parts, strict=True)) or not _fits(b, own):
             return False
-    if v.split is not None and v.kept.shape[v.ndim + v.split] % cut.parts[v.ndim + v.split]:
+    if v.block_axis is not None and v.kept.shape[v.block_axis] % cut.parts[v.stored_order[v.block_axis]]:
         return False
     if cut.parts_joined(v) > 1:
         return False

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 
+from jaxquant.core import views
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.by_platform import Platform, Target
+from jaxquant.core.layout import inverse
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.sizes import number
 from jaxquant.ops.forms import Axes, Form, Matrix, Packed, canonical, form, matrix, pytree, split_up
@@ -131,6 +133,14 @@ class Product(Problem):
         first = _kind(lhs) > _kind(rhs)
         x, w = ((rhs, rhs_axes), (lhs, lhs_axes)) if first else ((lhs, lhs_axes), (rhs, rhs_axes))
         return cls(x[0], w[0], precision, result, x[1], w[1], first, placed)
+
+    def in_stored_order(self) -> Product:
+        """The same product by a weight whose axes are in the order in which its codes are stored."""
+        if not self.w.minor:
+            return self
+        place = inverse(self.w.stored_order)
+        axes = Axes(*(tuple(place[i] for i in part) for part in dataclasses.astuple(self.w_axes)))
+        return dataclasses.replace(self, w=views.in_stored_order(self.w), w_axes=axes)
 
     @functools.cached_property
     def forms(self) -> tuple[Form, Form]:

@@ -119,17 +119,19 @@ class _Kernels:
     def on(self, target: Target, *operands: Any) -> jax.Array:
         """The product of a problem, in the requested dtype."""
         (problem,) = operands
-        if target.platform == "tpu" and isinstance(problem, Product) and problem.placed is not None:
+        if target.platform != "tpu" or not isinstance(problem, Product):
+            return self._run(problem, target)
+        if problem.placed is not None:
             return problem.on_each_device(lambda part: self.on(target, part))
-        matrices = as_matrices(problem) if target.platform == "tpu" and isinstance(problem, Product) else None
-        if matrices is not None:
-            return split_up(self.on(target, matrices), problem.result_shape)
+        matrices = as_matrices(problem)
+        out = self._run(matrices, target)
+        return split_up(as_it_is(out) if has_few_rows(matrices) else out, problem.result_shape)
+
+    def _run(self, problem: Problem, target: Target) -> jax.Array:
         kernel = select(problem, target)
         if target.platform == "cpu" and self.stored is not None:
             kernel, problem = _as_stored(kernel, problem, self.stored(problem), target)
-        out = kernel.run(problem).astype(problem.result)
-        few = target.platform == "tpu" and isinstance(problem, Product) and has_few_rows(problem)
-        return as_it_is(out) if few else out
+        return kernel.run(problem).astype(problem.result)
 
     def like(self, *operands: Any) -> jax.Array:
         """An array of the product's shape and dtype."""

@@ -48,7 +48,8 @@ class Cut:
 
     def parts_joined(self, q: QTensor) -> int:
         """Parts of the axes that are stored as one with those before them: these are no runs of that one."""
-        return math.prod(self.parts[q.ndim - q.joined + 1 :]) if q.joined else 1
+        others = q.stored_order[q.ndim - q.joined + 1 :] if q.joined else ()
+        return math.prod(self.parts[axis] for axis in others)
 
     def local(self, q: QTensor) -> QTensor:
         """A QTensor whose arrays have been cut: the static length of a packed row is that of a shard."""
@@ -81,8 +82,8 @@ def leaf_specs(leaf: Any, cut: Cut) -> Any:
     stored: list[int | None] = list(leaf.stored_order)
     if leaf.joined:
         del stored[leaf.ndim - leaf.joined + 1 :]
-    if leaf.split is not None:  # whole groups lie in each part
-        stored.insert(leaf.ndim + leaf.split + 1, None)
+    if leaf.block_axis is not None:  # whole groups lie in each part
+        stored.insert(leaf.block_axis + 1, None)
     codes: Any = cut.spec(stored)
     if isinstance(leaf.kept, Layer):
         layers = Cut((None, *cut.entries), (1, *cut.parts), cut.names)
@@ -113,7 +114,8 @@ def whole_blocks(q: QTensor, cut: Cut) -> QTensor:
         q = q.unpermuted()
     if cut.parts_joined(q) > 1:
         q = q.unjoined()
-    if q.split is not None and q.stored.shape[q.ndim + q.split] % cut.parts[q.ndim + q.split]:
+    at = q.block_axis
+    if at is not None and q.kept.shape[at] % cut.parts[q.stored_order[at]]:
         q = q.whole()
     shape = q.shape
 
@@ -153,8 +155,8 @@ def explicit_of(leaf: Any) -> NamedSharding | None:
     if placed is None:
         return None
     stored = [*placed.spec, *(None,) * (len(leaf.kept.shape) - len(placed.spec))]
-    if leaf.split is not None:
-        del stored[leaf.ndim + leaf.split + 1]
+    if leaf.block_axis is not None:
+        del stored[leaf.block_axis + 1]
     stored += [None] * max(leaf.joined - 1, 0)
     axes = (stored[leaf.stored_order.index(axis)] for axis in range(leaf.ndim))
     return NamedSharding(placed.mesh, PartitionSpec(*axes))
@@ -170,7 +172,8 @@ def _check_parts(path: str, leaf: QTensor, cut: Cut, spec: str) -> None:
         )  # fmt: skip
     for axis, (n, parts) in enumerate(zip(leaf.shape, cut.parts, strict=True)):
         stored = packed_length(n, leaf.type.bits) if leaf.length is not None and leaf.stored_order[-1] == axis else n
-        blocks = leaf.stored.shape[axis] if leaf.split == axis - leaf.ndim else n
+        at = leaf.block_axis if leaf.split == axis - leaf.ndim else None
+        blocks = n if at is None else leaf.kept.shape[at]
         if blocks % parts:
             raise quant_error(
                 "shardings", f"{blocks} {'blocks' if blocks != n else 'elements'} on axis {axis - leaf.ndim} cannot be "

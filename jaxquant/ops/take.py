@@ -14,11 +14,12 @@ from jaxquant.core.blocks import block_shape, negative_axes
 from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.indices import widened
-from jaxquant.core.qtensor import QTensor, dequantize, flat, from_codes, scale_values
+from jaxquant.core.qtensor import QTensor, dequantize, from_codes
+from jaxquant.core.replaceable import Replaceable
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.operands import as_array, check_operand, check_spec
 
-__all__ = ["take"]
+__all__ = ["take", "taken"]
 
 
 def take(
@@ -119,6 +120,12 @@ def _fake_quantized(
     return fake_quant(jnp.take(a, rows, axis=axis, mode="clip"), spec, reduce_axes=axes)
 
 
+@Replaceable
+def taken(codes: jax.Array, indices: jax.Array, *, axis: int) -> jax.Array:
+    """Codes at valid indices along an axis."""
+    return jnp.take(codes, indices, axis=axis, mode="clip")
+
+
 def _gather(q: QTensor, rows: jax.Array, axis: int) -> QTensor:
     """The QTensor of the rows at valid indices."""
 
@@ -126,19 +133,22 @@ def _gather(q: QTensor, rows: jax.Array, axis: int) -> QTensor:
         """Scales or zero points of the gathered rows."""
         if value is None or value.shape[axis] == 1:
             return value
-        return jnp.take(value, rows // (q.shape[axis] // value.shape[axis]), axis=axis, mode="clip")
+        found = rows // (q.shape[axis] // value.shape[axis])
+        if isinstance(value, QTensor):
+            return _gather(value, found, axis)
+        return jnp.take(value, found, axis=axis, mode="clip")
 
     if q.split == axis - q.ndim:
         q = q.whole()
-    if axis >= q.ndim - q.joined:
+    if axis in q.stored_order[q.ndim - q.joined :]:
         q = q.unjoined()
     stored = q.stored_order.index(axis)
     if stored == q.ndim - 1:
         q = q.unpermuted()
-    scale, zero_point, offset = of_rows(scale_values(q.scale)), of_rows(q.zero_point), of_rows(flat(q.offset))
+    scale, zero_point, offset = map(of_rows, (q.scale, q.zero_point, q.offset))
     if q.length is not None and stored == q.ndim - 1:  # packed along the very axis
         codes = jnp.take(q.logical_codes(), rows, axis=axis, mode="clip")
         return from_codes(codes, scale, zero_point, offset, qtype=q.qtype, dtype=q.dtype)
-    stored += q.split is not None and q.ndim + q.split < axis
-    codes = jnp.take(q.codes, rows, axis=stored, mode="clip")
+    stored += q.block_axis is not None and q.block_axis < stored
+    codes = taken(q.codes, rows, axis=stored)
     return q.replace(codes=codes, scale=scale, zero_point=zero_point, offset=offset, permutation=of_rows(q.permutation))

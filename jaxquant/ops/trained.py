@@ -66,7 +66,7 @@ def is_in_training(x: Any) -> bool:
 def is_stored_in_elements(x: Any) -> bool:
     """Whether an operand is stored with one code per element, unpermuted, and groups along one axis at most."""
 
-    if is_in_training(x) or x.layout == "packed" or x.minor or x.permutation is not None:
+    if is_in_training(x) or x.layout == "packed" or x.permutation is not None:
         return False
     cut = [i - x.ndim for i, (n, s) in enumerate(zip(x.shape, x.scale.shape, strict=True)) if 1 < s < n]
     return cut == ([] if x.split is None else [x.split])

@@ -122,6 +122,32 @@ def test_last_axes_with_scales_are_stored_as_one(name):
 
 
 @pytest.mark.every
+@pytest.mark.parametrize("lead", [(), (3,)])
+@pytest.mark.parametrize("name", ["int4 g8", "int4", "nf4 g8", "nvfp4", "mxfp8"])
+def test_outputs_are_stored_after_inputs(name, lead):
+    """[N, K] as of a table, or of a weight that is multiplied transposed: kernels read [K, N]."""
+    q = weight(name, (*lead, 24, 64), (-1,))
+    there, values = q.laid_out("native"), np.asarray(q.dequantize())
+    assert (there.kept.shape[-1], there.shape) == (24, q.shape)
+    assert there.lies("native")
+    turned = transpose(there, (*range(len(lead)), len(lead) + 1, len(lead)))
+    assert turned.minor == ()
+    assert turned.split == (None if name == "int4" else -2)
+    np.testing.assert_array_equal(turned.dequantize(), np.swapaxes(values, -1, -2))
+    for same in (
+        there,
+        there.whole(),
+        there.laid_out("packed"),
+        there.laid_out("elements"),
+        there.laid_out("native", ()),
+    ):
+        np.testing.assert_array_equal(same.dequantize(), values)
+    for axis in (-1, -2):
+        rows = jnp.array([[5, 0], [23, 7]])
+        np.testing.assert_array_equal(ops.take(there, rows, axis=axis), jnp.take(values, rows, axis=axis))
+
+
+@pytest.mark.every
 @pytest.mark.parametrize(
     ("name", "heads"),
     [

@@ -213,8 +213,8 @@ def test_the_plan_reads_the_table():
     """For another platform too, with codes as they would lie there."""
     names = {name: kernel(8, 256, 256, spec, "bfloat16", target=Target("tpu")) for name, spec in SCHEMES.items()}
     assert names["w8a8"] == "int8"
-    assert names["w4a16"] == names["nf4"] == "bfloat16, decoded"
-    assert kernel(8, 256, 256, recipes.w4a16(128), "bfloat16", target=Target("tpu")) == "bfloat16, batched"
+    assert names["w4a16"] == names["nf4"] == names["mxfp8"] == "grouped_sums"
+    assert names["w4a16 channel"] == names["fp8"] == "bfloat16, decoded"
     assert kernel(8, 256, 256, recipes.w4a16(128), "bfloat16", target=Target("cuda")) == "bfloat16, decoded by Triton"
     assert kernel(8, 256, 256, recipes.w4a16(128), "bfloat16", target=Target("other")) == "bfloat16, batched"
     assert kernel(8, 256, 256, recipes.w8a8(), "bfloat16", "conv_general_dilated", target=Target("cuda")) == "bfloat16"

@@ -25,6 +25,7 @@ from jaxquant.ops.kernels.tpu import decode, grouped
 from jaxquant.ops.kernels.tpu import int8 as tpu_int8
 from jaxquant.ops.kernels.tpu import product as product_kernels
 from jaxquant.ops.kernels.tpu.blocks import rounded_blocks
+from jaxquant.ops.kernels.tpu.columns import columns as columns_of_table
 from jaxquant.ops.kernels.tpu.layout import transposed_codes
 from jaxquant.ops.kernels.tpu.matrices import as_matrices
 from jaxquant.ops.kernels.tpu.quantize import quantized_columns, quantized_rows
@@ -145,29 +146,42 @@ HEADS = {  # the weight's shape and its reduced axes, that of x, and the contrac
     "out": ((2, 256, 128), (0, 1), (8, 2, 256), "bhs,hsd->bd", (1, 2), (0, 1)),
     "in, backward": ((512, 2, 128), (0,), (8, 2, 128), "bhs,dhs->bd", (1, 2), (1, 2)),
     "in, weight first": ((512, 2, 64), (0,), (8, 512), "bd,dhs->hsb", (1,), (0,)),
+    "transposed": ((128, 512), (1,), (8, 512), "bk,nk->bn", (1,), (1,)),
+    "transposed, backward": ((512, 128), (1,), (8, 512), "bn,nk->bk", (1,), (0,)),
 }
 
 
 @pytest.mark.parametrize("name", ["int4 128", "nf4", "uint4 64 zero", "mxfp8", "two-level", "float8 column"])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("layer", [False, True])
-def test_heads_are_the_columns_or_rows_of_a_matrix(name: str, heads: str, layer: bool, monkeypatch: pytest.MonkeyPatch):
+def test_weights_are_multiplied_as_matrices(name: str, heads: str, layer: bool, monkeypatch: pytest.MonkeyPatch):
     (shape, axes, given, formula, *contract), spec = HEADS[heads], SPECS.get(name, jq.QuantSpec("float8_e4m3fn"))
     w = jq.ops.lay_out(jq.quantize(normal(1, shape), spec, reduce_axes=axes), "tpu")
     real, x = np.asarray(w.dequantize(jnp.float32), np.float64), normal(2, given)
     if layer:
-        w = w.layer_of(jax.tree.map(lambda v: jnp.stack([jnp.flip(v, -1), v]), w), jnp.int32(1))
+        w = w.layer_of(jax.tree.map(lambda v: jnp.stack([jnp.zeros_like(v), v]), w), jnp.int32(1))
     of_x, of_w = (Axes.of(len(v), (), c) for v, c in zip((given, shape), contract, strict=True))
     operands = (w, x, of_w, of_x) if "first" in heads else (x, w, of_x, of_w)
     problem = Product.of(*operands, None, jnp.float32)
     matrices = as_matrices(problem)
-    assert matrices is not None
     assert matrices.w.ndim == 2
+    assert not matrices.w.minor
     kernel, y = interpreted(matrices, monkeypatch)
-    assert heads == "in, backward" or name == "float8 column" or kernel == "grouped_sums"
+    assert "backward" in heads or name == "float8 column" or kernel == "grouped_sums"
     expected = np.einsum(formula, np.asarray(x, np.float64), real)
     found = np.asarray(y, np.float64).reshape(problem.result_shape)
     assert np.linalg.norm(found - expected) < 5e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "count"), [("int4", 128, 9), ("int4", 64, 130), ("int8", 64, 3), ("float8_e4m3fn", 32, 140)]
+)
+def test_columns_of_a_table(dtype: str, rows: int, count: int):
+    rng = np.random.default_rng(0)
+    codes, indices = rng.integers(-8, 8, (rows, 300)), rng.integers(0, 300, count)
+    found = columns_of_table(jnp.asarray(codes).astype(dtype), jnp.asarray(indices), interpret=True)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(found.astype(jnp.float32)), codes[:, indices])
 
 
 def test_a_layer_of_columns(monkeypatch: pytest.MonkeyPatch):

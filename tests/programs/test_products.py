@@ -163,11 +163,14 @@ def test_columns_that_are_not_stored_last():
     assert not columns_last
 
 
-@pytest.mark.parametrize("name", ["w4a16 g32 zero", "two-level", "w4a16"])
-def test_kernels_find_layers_in_their_stack(name: str):
+@pytest.mark.parametrize(
+    ("name", "transposed"), [("w4a16 g32 zero", False), ("two-level", False), ("w4a16", False), ("w4a16 g128", True)]
+)
+def test_kernels_find_layers_in_their_stack(name: str, transposed: bool):
     """A scan takes no layer out of codes, scales or zero points, also of weights that it casts: the kernel has all."""
     shape, args = jax.ShapeDtypeStruct((6, SIZE, SIZE), jnp.float32), x(8)
-    fn = lambda p, x: lax.scan(lambda x, w: (x @ w.astype(x.dtype), None), x, p["w"])[0]  # noqa: E731
+    turned = (lambda w: w.T) if transposed else (lambda w: w)
+    fn = lambda p, x: lax.scan(lambda x, w: (x @ turned(w.astype(x.dtype)), None), x, p["w"])[0]  # noqa: E731
     plan = jq.make_plan(fn, {"w": shape}, args, rules=[jq.Rule("w", SCHEMES[name])])
     params = jax.eval_shape(lambda w: jq.quantize_params({"w": w}, plan, target="tpu"), shape)
     compiled = compiled_for("test", "tpu v5e", jq.quantized(fn, plan), (params, args))
@@ -328,8 +331,10 @@ def test_experts_are_neither_decoded_nor_transposed(name: str):
     assert any(i.is_kernel and i.arrays[0].shape == (40, SIZE) for i in kernels)
 
 
-def test_a_table_for_lookups_and_products():
-    spec = recipes.w8a16()
+@pytest.mark.parametrize("name", ["w8a16", "w4a16 g128", "mxfp4"])
+def test_a_table_for_lookups_and_products(name: str):
+    """Neither the lookup nor the product copies or decodes it."""
+    spec = recipes.w8a16() if name == "w8a16" else SCHEMES[name]
     table = jax.eval_shape(
         lambda: jq.ops.lay_out(
             jq.quantize(jnp.zeros((SIZE, SIZE), jnp.bfloat16), present(spec.weight), reduce_axes=(-1,)), "tpu"
@@ -343,6 +348,7 @@ def test_a_table_for_lookups_and_products():
     found: Any = jq.explain(fn, {"w": table}, jax.ShapeDtypeStruct((8,), jnp.int32), target="tpu v5e")
     assert found["w"].written == 0
     assert found.temporaries < 0.02 * 2 * SIZE * SIZE
+    assert name == "w8a16" or found["w"].kernels == ("columns", "grouped_sums")
 
 
 @pytest.mark.parametrize("name", ["w8a16", "w4a16", "w4a16 g128", "fp8 weights"])

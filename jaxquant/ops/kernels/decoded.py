@@ -244,6 +244,7 @@ class Dot:
 
 def product(problem: Product, multiplied: Any, compute: Callable[[Dot], jax.Array]) -> jax.Array:
     """The product of a problem: ``compute`` with scales of the activation applied, in the result's axes."""
+    problem = problem.in_stored_order()
     x, w, x_axes, w_axes = problem.x, problem.w.unjoined(), problem.x_axes, problem.w_axes
     values: Any = x
     rows = None

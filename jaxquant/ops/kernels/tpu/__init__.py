@@ -1,8 +1,8 @@
 """Kernels for TPUs.
 
-On import they replace plain computations of `jaxquant.core` that this compiler turns into slow code.
+On import they replace plain computations of `jaxquant.core` and `jaxquant.ops` that this compiler turns into slow code.
 """
 
-from jaxquant.ops.kernels.tpu import blocks, quantize
+from jaxquant.ops.kernels.tpu import blocks, columns, quantize
 
-__all__ = ["blocks", "quantize"]
+__all__ = ["blocks", "columns", "quantize"]

@@ -41,6 +41,10 @@ __all__ = [
 ]
 
 
+_LARGE = 32 << 20
+"""Bytes of a table that XLA, which has no time to move it near before, reads while it multiplies."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Grouped(Kernel):
     """A product by one of the two kernels.
@@ -91,9 +95,10 @@ class Grouped(Kernel):
         """Whether codes lie as the kernel reads them, and XLA takes longer to decode them.
 
         With one scale per column XLA takes, for 8 rows by [4096, 4096] on a v5e, 76 us of nf4, 27 of fp4, 23 of int4
-        with zero points, and 30 of int4 in a stack of layers; the kernel takes 20, 14, 10 and 12.
+        with zero points, and 30 of int4 in a stack of layers; the kernel takes 20, 14, 10 and 12. A table of
+        [4096, 32000] in int4 takes XLA 190 and the kernel 86.
         """
-        return w.split == -2 or (_is_matrix(w) and not (_is_plain(w) and not is_read_in_product(w)))
+        return w.split == -2 or (_is_matrix(w) and not (_is_plain(w) and not _is_large(w)))
 
     def on(self, target: Target) -> Grouped:
         """As for `Kernel`."""
@@ -271,6 +276,11 @@ def weight_groups(w: QTensor) -> Groups | None:
 def _is_matrix(w: QTensor) -> bool:
     """Whether 4-bit codes of one scale per column, of known size, lie in the order of rows: every 128 are a block."""
     return w.split is None and not w.minor and w.in_int4 and math.isfinite(number(w.size))
+
+
+def _is_large(w: QTensor) -> bool:
+    """Whether XLA's product of 4-bit integers takes longer than reading them."""
+    return is_read_in_product(w) or number(w.nbytes) > _LARGE
 
 
 def _is_plain(w: QTensor) -> bool:

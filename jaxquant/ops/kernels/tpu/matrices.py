@@ -29,21 +29,20 @@ _TILE = 64
 to the last but one for free."""
 
 
-def as_matrices(problem: Product) -> Product | None:
-    """The same product by a weight with one row axis and one contracted axis, which its result has instead.
-
-    None if the weight has no others, if codes would be copied, or if axes are in another order.
-    """
+def as_matrices(problem: Product) -> Product:
+    """The same product by [K, N], as codes are stored, where that moves none. Its result has the axes of [M, N]."""
+    if not is_stored_in_elements(problem.w):
+        return problem
+    problem = problem.in_stored_order()
     w, axes = problem.w, problem.w_axes
-    if len(axes.rows) < 2 and len(axes.contract) < 2:
-        return None
     first, second = sorted((axes.rows, axes.contract))
     in_order = (*axes.batch, *first, *second) == tuple(range(len(axes.order))) and bool(first)
-    if not in_order or not is_stored_in_elements(w) or not _joins(w, len(first), len(second)):
-        return None
     contract, count = problem.x_axes.contract, len(axes.contract)
+    joined = len(first) > 1 or len(second) > 1
+    if not joined or not in_order or not _joins(w, len(first), len(second)):
+        return problem
     if contract != tuple(range(contract[0], contract[0] + count)):
-        return None
+        return problem
 
     def moved(of: Sequence[int]) -> tuple[int, ...]:
         return tuple(i - (count - 1 if i > contract[0] else 0) for i in of)
