@@ -45,6 +45,7 @@ SPECS = {
     "int4 32": few("int4", 32),
     "int4 256": few("int4", 256),
     "int4 128 bfloat16 scales": few("int4", 128, scale_dtype="bfloat16"),
+    "int4 64 float16 scales": few("int4", 64, scale_dtype="float16"),
     "uint4 64 zero": few("uint4", 64, symmetric=False),
     "uint4 16 zero": few("uint4", 16, symmetric=False),
     "uint4 64": few("uint4", 64),

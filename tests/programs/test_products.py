@@ -205,6 +205,16 @@ def test_a_kernel_of_int8_has_the_codes_of_all_layers(name: str, rows: int, chip
     assert estimate(compiled).floor == pytest.approx(max(read, multiplied), rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_scales_of_two_bytes(dtype: str):
+    """As checkpoints have them; a TPU has no registers of float16."""
+    spec = jq.OpSpec(jq.QuantSpec("uint4", granularity=jq.PerGroup(128), symmetric=False, scale_dtype=dtype))
+    shape = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
+    q = jax.eval_shape(lambda w: jq.ops.lay_out(jq.quantize(w, spec.weight, reduce_axes=(-2,)), "tpu"), shape)
+    found: Any = jq.explain(product(spec), {"w": q}, jax.ShapeDtypeStruct((8, 256), jnp.bfloat16), target="tpu v5e")
+    assert found["w"].kernels == ("grouped_sums",)
+
+
 @pytest.mark.parametrize("name", ["w4a16 g128", "w8a16", "mxfp8"])
 def test_heads_in_a_stack_are_read_there(name: str):
     """As of Flax's attention: the axes of heads, input or output, are joined without a copy of codes."""

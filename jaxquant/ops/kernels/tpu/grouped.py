@@ -269,8 +269,8 @@ def weight_groups(w: QTensor) -> Groups | None:
     if w.offset is not None and w.offset.dtype != jnp.float32:
         return None
     scale = jax.eval_shape(lambda w: _scale(w)[0], w)
-    form = "float8_e4m3fn" if _two_level(w.scale) and w.scale.qtype == "float8_e4m3fn" else str(scale.dtype)
-    return Groups(size, decoder(w.type), form)
+    form = "float8_e4m3fn" if _two_level(w.scale) and w.scale.qtype == "float8_e4m3fn" else scale.dtype.name
+    return Groups(size, decoder(w.type), "float32" if form == "float16" else form)
 
 
 def _is_matrix(w: QTensor) -> bool:
@@ -333,6 +333,8 @@ def weight_arrays(w: QTensor) -> dict[str, jax.Array | None]:
     offset = None if w.offset is None else flat(w.offset)
     beside = {"scale": scale, "zero": w.zero_point, "offset": offset, "columns": columns}
     arrays = {name: None if v is None else w.in_stack(v).reshape(-1, *v.shape[-2:]) for name, v in beside.items()}
+    if scale.dtype == jnp.float16:  # a TPU has no registers of these
+        arrays["scale"] = w.in_stack(scale).reshape(-1, *scale.shape[-2:]).astype(jnp.float32)
     k, n = w.shape[-2:]
     return arrays | {"codes": w.in_stack(w.kept).reshape(-1, k // BLOCK, BLOCK, n), "layer": w.layer}
 
