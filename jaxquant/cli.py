@@ -10,7 +10,7 @@ import json
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 try:
     import click
@@ -226,8 +226,8 @@ def _described(path: Path, summary: files.Summary) -> str:
 def quantize(
     source: Path, destination: Path, format: str, recipe: str | None, bits: int | None, qtype: str | None,
     group_size: int | None, asymmetric: bool, scale_dtype: str | None, method: str | None, calibrate: Path | None,
-    grams: Path | None, rules: Path | None, ignore: tuple[str, ...], misfit: Any, architecture: str | None,
-    shard_size: int, dry_run: bool, as_json: bool,
+    grams: Path | None, rules: Path | None, ignore: tuple[str, ...], misfit: Literal["per_channel", "float"] | None,
+    architecture: str | None, shard_size: int, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Quantize a float checkpoint, tensor by tensor, however large.
 
@@ -268,7 +268,7 @@ def quantize(
     _show_quantized(plan, dry_run=dry_run, as_json=as_json)
 
 
-def _show_quantized(plan: Any, *, dry_run: bool, as_json: bool) -> None:
+def _show_quantized(plan: quantize_files.QuantizePlan, *, dry_run: bool, as_json: bool) -> None:
     """Prints the plan that `quantize_files.quantize` returned."""
     sizes = {"before": plan.before, "after": plan.after}
     if as_json:

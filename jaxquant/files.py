@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from jaxquant.core.paths import folded
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.io import save_gguf
+from jaxquant.io.arrays import Values
 from jaxquant.io.directory import identity
 from jaxquant.io.export import describes
 from jaxquant.io.gguf.names import has_names
@@ -30,6 +31,7 @@ from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
 from jaxquant.io.hf.leaves import HFLeaves
 from jaxquant.io.hf.load import open_hf
+from jaxquant.io.hf.schemes import Activation
 from jaxquant.io.native import NativeLeaves, save_leaves
 from jaxquant.io.safetensors import SafetensorsFile
 from jaxquant.io.save_hf import layout_of, write_hf
@@ -200,7 +202,7 @@ def _counts(words: Iterable[str]) -> dict[str, int]:
 
 def _one_of_each(leaves: HFLeaves | GGUFLeaves | NativeLeaves) -> _Found:
     """How the weights are quantized: reads one weight of each set with tensors alike."""
-    alike: dict[Any, list[str]] = {}
+    alike: dict[Hashable, list[str]] = {}
     kinds = _tensors_of(leaves) if isinstance(leaves, HFLeaves) else {}
     for name in leaves:
         alike.setdefault(kinds.get(name, name), []).append(name)
@@ -216,10 +218,10 @@ def _one_of_each(leaves: HFLeaves | GGUFLeaves | NativeLeaves) -> _Found:
     return _Found(dict(schemes.most_common()), parameters, _matrices({n: floats[n] for n in leaves if n in floats}))
 
 
-def _tensors_of(leaves: HFLeaves) -> dict[str, Any]:
+def _tensors_of(leaves: HFLeaves) -> dict[str, Hashable]:
     """Name of each leaf -> the last part of its name, and the types and shapes of its tensors."""
     owners = {module.prefix: name for name, module in leaves.modules.items()}
-    parts: dict[str, list[Any]] = {name: [] for name in leaves}
+    parts: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {name: [] for name in leaves}
     for name, spec in leaves.checkpoint.tensors.items():
         head = name
         while head and head not in owners:
@@ -283,12 +285,12 @@ def _leaves(path: Path, function: str) -> HFLeaves | GGUFLeaves | NativeLeaves:
     return NativeLeaves(path, function=function) if kind == "jaxquant" else open_hf(path, function=function)
 
 
-class Watched(Mapping[str, Any]):
+class Watched(Mapping[str, Values]):
     """Leaves without some of their names, and how many were asked for."""
 
     def __init__(
         self,
-        leaves: Mapping[str, Any],
+        leaves: Mapping[str, Values],
         passes: int,
         progress: Callable[[int, int, str], object] | None,
         without: Iterable[str] = (),
@@ -304,7 +306,7 @@ class Watched(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Values:
         if self._progress is not None:
             self._progress(self._count, self._total, name)
         self._count += 1
@@ -376,7 +378,7 @@ def _activations(leaves: HFLeaves | GGUFLeaves | NativeLeaves, format: str) -> t
     """How the result quantizes activations, and a sentence on how it does not, of a source that does."""
     if isinstance(leaves, GGUFLeaves) or not leaves.runs_otherwise():
         return None, None
-    acts: dict[str, Any] = {}
+    acts: dict[str, Activation] = {}
     cached = isinstance(leaves, HFLeaves)
     if isinstance(leaves, HFLeaves):
         with contextlib.suppress(QuantError):  # a scheme that does not run
@@ -433,12 +435,12 @@ class Comparison:
     equal: bool
 
 
-def _values(leaf: Any) -> np.ndarray:
+def _values(leaf: Values) -> np.ndarray:
     # Not under jit, where a product and a sum could become one operation with one rounding.
     return np.asarray(leaf.dequantize(jnp.float32) if isinstance(leaf, QTensor) else leaf, np.float32)
 
 
-def _slices(first: Any, second: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _slices(first: Values, second: Values) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The values of two leaves of one shape, some rows at a time; of codes that are not stored by rows, all at once."""
     leaves = [leaf if stored_by_rows(leaf) else _values(leaf) for leaf in (first, second)]
     for begin, end in runs_of_rows(*leaves):
@@ -446,7 +448,7 @@ def _slices(first: Any, second: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield x, y
 
 
-def _difference(name: str, first: Any, second: Any) -> Difference:
+def _difference(name: str, first: Values, second: Values) -> Difference:
     largest = squares = size = 0.0
     for x, y in _slices(first, second):
         with np.errstate(invalid="ignore"):
@@ -457,7 +459,7 @@ def _difference(name: str, first: Any, second: Any) -> Difference:
     return Difference(name, _type(first), _type(second), largest, math.sqrt(squares) / (math.sqrt(size) or 1.0))
 
 
-def _type(leaf: Any) -> str:
+def _type(leaf: Values) -> str:
     return leaf.qtype if isinstance(leaf, QTensor) else np.dtype(leaf.dtype).name
 
 

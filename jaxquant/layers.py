@@ -18,6 +18,7 @@ from jaxquant.core.granularity import PerTensor
 from jaxquant.core.qtensor import QTensor, Scale
 from jaxquant.core.scale_zero_point import scale_zero_point
 from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.core.types import PyTree
 from jaxquant.recipes import recipe
 
 __all__ = [
@@ -38,7 +39,7 @@ __all__ = [
 # -- specs -------------------------------------------------------------------------------------------------------------
 
 
-def checked_spec(layer: str, spec: Any) -> OpSpec | None:
+def checked_spec(layer: str, spec: OpSpec | str | None) -> OpSpec | None:
     """The spec of a layer, given as such or by the name of a recipe; raises if no layer can have it."""
     if isinstance(spec, str):
         spec = recipe(spec)
@@ -65,7 +66,7 @@ def act_alone(spec: OpSpec | None) -> OpSpec:
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
-def check_shape(layer: str, path: str, weight: Any, shape: tuple[int, ...], todo: str) -> None:
+def check_shape(layer: str, path: str, weight: object, shape: tuple[int, ...], todo: str) -> None:
     """Raises if a weight is a QTensor of another shape. Flax cannot check it: its leaves have shapes of their own."""
     if isinstance(weight, QTensor) and weight.shape != shape:
         rule = f"the weight must have shape {shape}"
@@ -85,7 +86,7 @@ def promoted(
     return inputs, weight, *others
 
 
-def kernel_to_mask(kernel: Any, spec: OpSpec | None) -> jax.Array:
+def kernel_to_mask(kernel: QTensor | jax.Array, spec: OpSpec | None) -> jax.Array:
     """The float kernel of a convolution with a mask: it is quantized first and masked then."""
     if isinstance(kernel, QTensor):
         return kernel.dequantize()
@@ -94,7 +95,7 @@ def kernel_to_mask(kernel: Any, spec: OpSpec | None) -> jax.Array:
     return fake_quant(kernel, spec.weight, reduce_axes=tuple(range(-kernel.ndim, -1)))
 
 
-def rows_at(indices: Any, rows: int) -> jax.Array:
+def rows_at(indices: jax.Array | np.ndarray, rows: int) -> jax.Array | np.ndarray:
     """The indices of a lookup in a table of so many rows; one of one row answers every index with it, as in Flax."""
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise ValueError("Input type must be an integer or unsigned integer.")
@@ -104,14 +105,14 @@ def rows_at(indices: Any, rows: int) -> jax.Array:
 # -- static ranges -----------------------------------------------------------------------------------------------------
 
 
-def unobserved(act: QuantSpec, stack: tuple[int, ...] = ()) -> dict[str, Any]:
+def unobserved(act: QuantSpec, stack: tuple[int, ...] = ()) -> dict[str, PyTree]:
     """The state of a static range before any data: ``lo``, ``hi`` and what the observer has ``seen``."""
     lo, hi = no_range(stack)
     seen = {name: jnp.broadcast_to(x, (*stack, *x.shape)) for name, x in act.observer.init((1,)).items()}
     return {"lo": lo, "hi": hi, "seen": seen}
 
 
-def observed(seen: Any, x: jax.Array, act: QuantSpec) -> dict[str, Any]:
+def observed(seen: PyTree, x: jax.Array, act: QuantSpec) -> dict[str, PyTree]:
     """The state after the observer has seen an activation of any shape."""
     x = jax.lax.stop_gradient(x)
     x = x.reshape(-1) if x.size else jnp.zeros(1, x.dtype)  # an empty batch counts as a 0, which every range holds
@@ -120,11 +121,11 @@ def observed(seen: Any, x: jax.Array, act: QuantSpec) -> dict[str, Any]:
     return {"lo": lo.reshape(()), "hi": hi.reshape(()), "seen": seen}
 
 
-def is_known(lo: Any, hi: Any) -> bool:
+def is_known(lo: jax.Array, hi: jax.Array) -> bool:
     """Whether a range is nonempty and finite; True for a traced range."""
     return isinstance(hi, jax.core.Tracer) or bool(np.all((np.asarray(lo) <= np.asarray(hi)) & np.isfinite(hi)))
 
 
-def act_range(lo: Any, hi: Any, act: QuantSpec) -> tuple[Scale, jax.Array | None]:
+def act_range(lo: jax.Array, hi: jax.Array, act: QuantSpec) -> tuple[Scale, jax.Array | None]:
     """Scale and zero point of a static range; NaN where nothing was observed and tracing hides it."""
     return scale_zero_point(*or_nan(lo, hi), act)

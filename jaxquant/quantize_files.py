@@ -19,6 +19,7 @@ from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.granularity import PerGroup, grouped
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.core.types import PyTree
 from jaxquant.files import Watched
 from jaxquant.io import plan_quantize_hf, quantize_hf, save_gguf
 from jaxquant.io.directory import Layout, Piece
@@ -305,5 +306,5 @@ def _plan(leaves: QuantizedLeaves, name: str, notes: Mapping[str, str]) -> Quant
     return QuantizePlan(weights, leaves.specs, floats, *told, before, after, layout, {})
 
 
-def _nbytes(leaf: Any) -> int:
+def _nbytes(leaf: PyTree) -> int:
     return sum(np.dtype(x.dtype).itemsize * int(np.prod(x.shape)) for x in jax.tree.leaves(leaf))

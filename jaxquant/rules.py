@@ -14,7 +14,7 @@ from jaxquant.recipes import recipe
 __all__ = ["OpRule", "Rule", "Stated"]
 
 
-def _check_pattern(function: str, pattern: Any) -> None:
+def _check_pattern(function: str, pattern: str) -> None:
     try:
         if not isinstance(pattern, str):
             raise TypeError("not text")
@@ -24,7 +24,7 @@ def _check_pattern(function: str, pattern: Any) -> None:
         raise quant_error(function, f"bad regular expression ({error})", todo=todo, pattern=pattern) from None
 
 
-def _spec(function: str, spec: Any) -> OpSpec | None:
+def _spec(function: str, spec: OpSpec | str | None) -> OpSpec | None:
     """The spec of a rule: an `OpSpec`, given as such or by the name of a recipe, or None."""
     if spec is None or isinstance(spec, OpSpec):
         return spec
@@ -34,7 +34,7 @@ def _spec(function: str, spec: Any) -> OpSpec | None:
     raise quant_error(function, "spec must be an OpSpec or None", todo=todo, spec=spec)
 
 
-def _read(spec: Any) -> Any:
+def _read(spec: dict[str, Any] | str | None) -> OpSpec | str | None:
     """A rule's spec, from plain values: fields, the name of a recipe, or nothing."""
     return OpSpec.from_dict(spec) if isinstance(spec, dict) else spec
 

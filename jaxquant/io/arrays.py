@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import numpy as np
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.qtensor import QTensor
 from jaxquant.ops.shardings import shardings
 from jaxquant.ops.targets import Platform, check_target, lay_out
 
-__all__ = ["PackedLeaves", "placing", "to_device", "to_host"]
+__all__ = ["PackedLeaves", "Shardings", "Values", "placing", "to_device", "to_host"]
+
+Values: TypeAlias = QTensor | jax.Array | np.ndarray
+"""A leaf that has values: not only a shape."""
+
+Shardings: TypeAlias = (
+    jax.sharding.Sharding
+    | Mapping[str, jax.sharding.Sharding | None]
+    | Callable[[str], jax.sharding.Sharding | None]
+    | None
+)
+"""One sharding for all leaves, or a dict or function from paths to a sharding or None."""
 
 
-def to_device(array: Any, sharding: Any = None) -> Any:
+def to_device(array: jax.Array | np.ndarray, sharding: jax.sharding.Sharding | None = None) -> jax.Array | np.ndarray:
     """A copy of an array, placed by ``sharding`` or on the default device.
 
     Without a sharding, 64-bit arrays stay NumPy arrays where JAX would halve their width. The array is copied, because
@@ -29,7 +41,7 @@ def to_device(array: Any, sharding: Any = None) -> Any:
     return jax.device_put(np.array(array, array.dtype.newbyteorder("=")), sharding)
 
 
-def to_host(leaf: Any) -> np.ndarray:
+def to_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
     """The array in host memory, in the machine's byte order; a view if possible."""
     if isinstance(leaf, jax.Array):
         # Use another handle to the same buffers: a fetched array caches its host copy as long as it lives, which would
@@ -39,13 +51,13 @@ def to_host(leaf: Any) -> np.ndarray:
     return np.asarray(leaf, leaf.dtype.newbyteorder("="))
 
 
-class PackedLeaves(Mapping[str, Any]):
+class PackedLeaves(Mapping[str, Values]):
     """Parameters by name, with codes packed as in files; each is packed when it is read."""
 
-    def __init__(self, params: Mapping[str, Any]):
+    def __init__(self, params: Mapping[str, Values]):
         self._params = params
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Values:
         return lay_out(self._params[name], "cpu")
 
     def __iter__(self) -> Iterator[str]:
@@ -55,7 +67,7 @@ class PackedLeaves(Mapping[str, Any]):
         return len(self._params)
 
 
-def placing(sharding: Any, function: str, target: Platform | None = None) -> Callable[[str, Any], Any]:
+def placing(sharding: Shardings, function: str, target: Platform | None = None) -> Callable[[str, Values], Values]:
     """A function ``(path, leaf)`` that puts a leaf on its devices.
 
     Args:
@@ -65,7 +77,7 @@ def placing(sharding: Any, function: str, target: Platform | None = None) -> Cal
     """
     check_target(function, target)
     if sharding is None or isinstance(sharding, jax.sharding.Sharding):
-        of: Callable[[str], Any] = lambda path: sharding  # noqa: E731
+        of: Callable[[str], jax.sharding.Sharding | None] = lambda path: sharding  # noqa: E731
     elif isinstance(sharding, Mapping):
         of = sharding.get
     elif callable(sharding):
@@ -74,7 +86,7 @@ def placing(sharding: Any, function: str, target: Platform | None = None) -> Cal
         todo = "Give a Sharding, or a dict or function from names to shardings"
         raise quant_error(function, "not a sharding", todo=todo, sharding=type(sharding).__name__)
 
-    def place(path: str, leaf: Any) -> Any:
+    def place(path: str, leaf: Values) -> Values:
         where = of(path)
         if where is None:
             return lay_out(jax.tree.map(to_device, leaf), target)

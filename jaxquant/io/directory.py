@@ -15,13 +15,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from jaxquant.core.errors import quant_error
 from jaxquant.io.atomic import check_room, claimed, is_temporary, replacing
 from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_parts
+from jaxquant.io.strict_json import Json
 
 __all__ = ["SHARD_BYTES", "Layout", "Piece", "identity", "in_shards", "json_bytes", "write_directory"]
 
@@ -67,13 +67,13 @@ class Layout:
         return tensors + sum(map(len, self.files.values()))
 
 
-def identity(paths: Iterable[str]) -> list[list[Any]]:
+def identity(paths: Iterable[str]) -> list[list[Json]]:
     """Name, size and time of files, which identify their content."""
     status = {os.path.basename(path): os.stat(path) for path in paths}
     return [[name, found.st_size, found.st_mtime_ns] for name, found in status.items()]
 
 
-def json_bytes(value: Any) -> bytes:
+def json_bytes(value: Json) -> bytes:
     """The text of a JSON file."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
@@ -106,7 +106,7 @@ def write_directory(
     directory: str | os.PathLike[str],
     layout: Layout,
     *,
-    source: Mapping[str, Any],
+    source: Mapping[str, Json],
     function: str,
     progress: Callable[[int, int, str], object] | None = None,
 ) -> None:
@@ -187,7 +187,7 @@ def _content(path: str) -> bytes | None:
     return None
 
 
-def _described(layout: Layout) -> dict[str, Any]:
+def _described(layout: Layout) -> dict[str, Json]:
     return {
         shard: {name: [spec.dtype.name, list(spec.shape)] for piece in pieces for name, spec in piece.tensors.items()}
         for shard, pieces in layout.shards.items()

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from jaxquant.io.strict_json import Json
 
 __all__ = ["Experts", "experts_of", "is_experts"]
 
@@ -87,7 +89,7 @@ class Experts(NamedTuple):
     stack: int = 1
 
 
-def is_experts(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> bool:
+def is_experts(name: str, shape: tuple[int, ...], config: Mapping[str, Json]) -> bool:
     """Whether a tensor holds weights of several experts."""
     if len(shape) == 2:
         return "dbrx" in _families(config) and _DBRX.search(name) is not None
@@ -95,7 +97,7 @@ def is_experts(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> 
     return len(shape) == 3 and _STACKED.search(name) is not None and not _NO_WEIGHT.search(last)
 
 
-def experts_of(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Experts | str:
+def experts_of(name: str, shape: tuple[int, ...], config: Mapping[str, Json]) -> Experts | str:
     """The layout of a tensor of experts (`is_experts`), or a text that says why it is unknown."""
     if len(shape) == 2:
         count = next(_numbers(config, "moe_num_experts"), 0)
@@ -115,7 +117,7 @@ def experts_of(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> 
     return Experts(axis)
 
 
-def _axis_by_size(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> int | None:
+def _axis_by_size(name: str, shape: tuple[int, ...], config: Mapping[str, Json]) -> int | None:
     """The contracted axis, if the size of the residual stream determines it."""
     sizes = set(_numbers(config, "hidden_size"))
     last = name.removesuffix(".weight").rpartition(".")[2]
@@ -126,7 +128,7 @@ def _axis_by_size(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) 
     return hidden[0] if into else -3 - hidden[0]
 
 
-def _places(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _places(config: Mapping[str, Json]) -> Iterator[Mapping[str, Json]]:
     """The configuration, and the nested configurations of the decoder and of its experts."""
     yield config
     for key in ("text_config", "llm_config", "language_config", "thinker_config", "ffn_config"):
@@ -135,12 +137,12 @@ def _places(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from _places(inner)
 
 
-def _families(config: Mapping[str, Any]) -> set[str]:
+def _families(config: Mapping[str, Json]) -> set[str]:
     found = [place.get("model_type") for place in _places(config)]
     return {name.removesuffix("_text") for name in found if isinstance(name, str)}
 
 
-def _numbers(config: Mapping[str, Any], key: str) -> Iterator[int]:
+def _numbers(config: Mapping[str, Json], key: str) -> Iterator[int]:
     for place in _places(config):
         value = place.get(key)
         if type(value) is int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -22,11 +22,13 @@ from jaxquant.core import finite
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.packing import packed_length
 from jaxquant.core.paths import Params, key_of
-from jaxquant.core.qtensor import QTensor, scale_values
+from jaxquant.core.qtensor import QTensor, Scale, scale_values
 from jaxquant.core.qtypes import FACTOR, QTYPES
+from jaxquant.core.types import PyTree
 from jaxquant.io.arrays import to_host
 from jaxquant.io.patterns import NAMELESS, pattern_spec
 from jaxquant.io.safetensors import DTYPES, SafetensorsFile, TensorSpec, is_shape
+from jaxquant.io.strict_json import Json
 
 __all__ = [
     "DAMAGED",
@@ -85,7 +87,7 @@ def _joined(path: tuple[str, ...]) -> str:
 _KEYS = "all strings or all 64-bit integers"  # JAX cannot sort a mixture
 
 
-def _are_keys(keys: list[Any]) -> bool:
+def _are_keys(keys: list[Hashable]) -> bool:
     return all(isinstance(key, str) for key in keys) or all(
         type(key) is int and -(1 << 63) <= key < 1 << 63 for key in keys
     )
@@ -154,7 +156,7 @@ def check_values(q: QTensor, error: Callable[..., QuantError], *, todo: str) -> 
             raise error("a permutation must have each position once", todo=todo, weight=repr(q))
 
 
-def not_finite(x: Any) -> int:
+def not_finite(x: jax.Array | np.ndarray) -> int:
     """The number of elements of an array that are NaN or infinite; a large one on devices is looked at there."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return 0
@@ -164,7 +166,7 @@ def not_finite(x: Any) -> int:
 # -- to nodes ----------------------------------------------------------------------------------------------------------
 
 
-def encode(params: Params) -> tuple[Any, dict[str, tuple[Any, TensorSpec]]]:
+def encode(params: Params) -> tuple[Json, dict[str, tuple[jax.Array | np.ndarray, TensorSpec]]]:
     """The node of a tree, and its arrays by name, each with its spec; `QuantError` if something cannot be saved."""
     encoder = Encoder()
     return encoder.node(params, ()), encoder.arrays
@@ -174,10 +176,10 @@ class Encoder:
     """Makes nodes, and collects their arrays under names that are not ``taken``."""
 
     def __init__(self, taken: Collection[str] = ()):
-        self.arrays: dict[str, tuple[Any, TensorSpec]] = {}
+        self.arrays: dict[str, tuple[jax.Array | np.ndarray, TensorSpec]] = {}
         self._taken = taken
 
-    def node(self, value: Any, path: tuple[str, ...]) -> Any:
+    def node(self, value: PyTree, path: tuple[str, ...]) -> Json:
         place = _joined(path)
         self._check_depth(path, place)
         if value is None:
@@ -192,7 +194,7 @@ class Encoder:
             return {"dict": [[key, self.node(children[key], (*path, str(key)))] for key in keys]}
         return self.array(value, place)
 
-    def qtensor(self, q: QTensor, path: tuple[str, ...], place: str) -> Any:
+    def qtensor(self, q: QTensor, path: tuple[str, ...], place: str) -> Json:
         self._check_depth(path, place)
         own = q.is_reshaped or q.seal is not None
         if getattr(q.codes, "dtype", None) == jnp.int4 or own:  # files have packed codes
@@ -214,10 +216,10 @@ class Encoder:
         static = {"qtype": q.qtype, "dtype": q.dtype.name, "minor": list(q.minor), "length": q.length}
         return {"qtensor": static | fields}
 
-    def per_block(self, value: Any, path: tuple[str, ...], place: str) -> Any:
+    def per_block(self, value: Scale, path: tuple[str, ...], place: str) -> Json:
         return self.qtensor(value, path, place) if isinstance(value, QTensor) else self.array(value, place)
 
-    def array(self, value: Any, place: str) -> Any:
+    def array(self, value: PyTree, place: str) -> Json:
         spec = _checked_array(value, place)
         name = self._unused(place)
         self.arrays[name] = (value, spec)
@@ -237,7 +239,7 @@ class Encoder:
         return next(n for n in names if n not in self.arrays and n not in self._taken and n != "__metadata__")
 
 
-def _children(value: Any, place: str) -> dict[Any, Any] | None:
+def _children(value: PyTree, place: str) -> dict[Hashable, PyTree] | None:
     """The children of an instance of a class registered with JAX, by the names of its key paths; None for a leaf."""
     found = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda node: node is not value)[0]
     if any(not path for path, _ in found):
@@ -249,7 +251,7 @@ def _children(value: Any, place: str) -> dict[Any, Any] | None:
     return children
 
 
-def _checked_keys(value: Mapping[Any, Any], place: str) -> list[Any]:
+def _checked_keys(value: Mapping[Any, PyTree], place: str) -> list[Any]:
     keys = list(value)
     if not _are_keys(keys):
         rule, types = f"the keys of a dict must be {_KEYS}", tuple(sorted({type(key).__name__ for key in keys}))
@@ -257,7 +259,7 @@ def _checked_keys(value: Mapping[Any, Any], place: str) -> list[Any]:
     return sorted(keys)
 
 
-def _checked_array(value: Any, place: str) -> TensorSpec:
+def _checked_array(value: object, place: str) -> TensorSpec:
     """The spec of a leaf that can be saved."""
 
     def error(rule: str, **got: Any) -> QuantError:
@@ -283,7 +285,7 @@ def _checked_array(value: Any, place: str) -> TensorSpec:
     return TensorSpec(dtype, value.shape)
 
 
-def _remedy(value: Any) -> str:
+def _remedy(value: object) -> str:
     if isinstance(value, int | float | complex):
         return "Make it an array with jnp.asarray"
     if callable(value):
@@ -294,7 +296,7 @@ def _remedy(value: Any) -> str:
 # -- from nodes --------------------------------------------------------------------------------------------------------
 
 
-def decode(file: SafetensorsFile, *roots: tuple[Any, tuple[str, ...]]) -> list[Any]:
+def decode(file: SafetensorsFile, *roots: tuple[Json, tuple[str, ...]]) -> list[PyTree]:
     """The tree of each root, a node and its path, with a `SavedArray` for each array of the file.
 
     Raises:
@@ -317,7 +319,7 @@ class _Decoder:
         todo = "The manifest does not describe this file: save it again, or remove 'jaxquant' from its metadata"
         return self.file.error(rule, _joined(path), todo=todo, **got)
 
-    def tree(self, node: Any, path: tuple[str, ...]) -> Any:
+    def tree(self, node: Json, path: tuple[str, ...]) -> PyTree:
         self._check_depth(path)
         if node is None:
             return None
@@ -331,7 +333,7 @@ class _Decoder:
             return self.qtensor(content, path)
         return self.array(node, path)
 
-    def dict(self, content: Any, path: tuple[str, ...]) -> dict[Any, Any]:
+    def dict(self, content: Json, path: tuple[str, ...]) -> dict[Hashable, PyTree]:
         if not isinstance(content, list) or not all(isinstance(item, list) and len(item) == 2 for item in content):
             raise self.error("a dict must be a list of [key, node]", path, node=content)
         keys = [key for key, _ in content]
@@ -341,7 +343,7 @@ class _Decoder:
             raise self.error("a dict has a key twice", path, keys=tuple(keys))
         return {key: self.tree(value, (*path, str(key))) for key, value in content}
 
-    def qtensor(self, content: Any, path: tuple[str, ...]) -> QTensor:
+    def qtensor(self, content: Json, path: tuple[str, ...]) -> QTensor:
         if not isinstance(content, dict) or not set(_FIELDS) <= set(content):
             raise self.error(f"a QTensor needs the fields {', '.join(_FIELDS)}", path, node=content)
         self._check_depth(path)
@@ -367,11 +369,11 @@ class _Decoder:
         check_qtensor(q, lambda rule, **got: self.error(rule, path, **got))
         return q
 
-    def per_block(self, node: Any, path: tuple[str, ...]) -> Any:
+    def per_block(self, node: Json, path: tuple[str, ...]) -> QTensor | SavedArray:
         inner = node.get("qtensor") if isinstance(node, dict) else None
         return self.array(node, path) if inner is None else self.qtensor(inner, path)
 
-    def array(self, node: Any, path: tuple[str, ...]) -> SavedArray:
+    def array(self, node: Json, path: tuple[str, ...]) -> SavedArray:
         if isinstance(node, str):
             return SavedArray(node, self._take(node, path))
         bits = node.get("bits") if isinstance(node, dict) else None
@@ -391,7 +393,7 @@ class _Decoder:
         if len(path) > MAX_DEPTH:
             raise self.error(f"the tree is more than {MAX_DEPTH} levels deep", path[:3])
 
-    def _take(self, name: Any, path: tuple[str, ...]) -> TensorSpec:
+    def _take(self, name: Json, path: tuple[str, ...]) -> TensorSpec:
         if not isinstance(name, str) or name not in self.unused:
             twice = isinstance(name, str) and name in self.file.tensors
             raise self.error("this array occurs twice" if twice else "this array is not in the file", path, name=name)

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.qtensor import QTensor
 
 __all__ = ["Leaves", "MappedFile"]
 
@@ -42,7 +43,7 @@ class MappedFile:
         return quant_error(self._function, rule, todo=todo, path=place, **got)
 
 
-class Leaves(Mapping[str, Any]):
+class Leaves(Mapping[str, QTensor | np.ndarray]):
     """Names -> QTensors and arrays, of NumPy arrays that may be views of files; each access reads again.
 
     Attributes:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from jax.typing import DTypeLike
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.types import PyTree
 from jaxquant.io.hf.model import Activations, Floating, HFModel, load_hf_model
 from jaxquant.io.hf.names import NameMap
 from jaxquant.io.native import SavedModel, load_native_model
@@ -23,7 +23,7 @@ _F = "load_model"
 def load_model(
     path: str | os.PathLike[str],
     *,
-    like: Any = None,
+    like: PyTree = None,
     target: Platform | None = None,
     names: NameMap | None = None,
     dtype: DTypeLike | None = None,

@@ -40,7 +40,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -48,7 +48,8 @@ import numpy as np
 from jaxquant.core.errors import QuantError, printable, quant_error
 from jaxquant.core.paths import Params, is_qtensor
 from jaxquant.core.qtensor import QTensor
-from jaxquant.io.arrays import to_device, to_host
+from jaxquant.core.types import PyTree
+from jaxquant.io.arrays import Values, to_device, to_host
 from jaxquant.io.manifest import (
     DAMAGED,
     MAX_DEPTH,
@@ -63,7 +64,7 @@ from jaxquant.io.manifest import (
 from jaxquant.io.mapped import Leaves
 from jaxquant.io.patterns import NAMELESS, from_patterns, to_patterns
 from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_parts, write_safetensors
-from jaxquant.io.strict_json import parse
+from jaxquant.io.strict_json import Json, parse
 from jaxquant.io.template import fit
 from jaxquant.ops.targets import Platform, check_target, lay_out
 from jaxquant.transform.plan import Plan
@@ -91,8 +92,16 @@ class SavedMetadata(NamedTuple):
       plan: the JSON text of the plan given to `save`, or None.
     """
 
-    metadata: dict[str, Any]
+    metadata: dict[str, Json]
     plan: str | None
+
+
+class SupportsJson(Protocol):
+    """A plan: an object that makes text of itself."""
+
+    def to_json(self) -> str:
+        """The text."""
+        ...
 
 
 class SavedModel(NamedTuple):
@@ -106,7 +115,7 @@ class SavedModel(NamedTuple):
 
     params: Params
     plan: Plan | None
-    state: Any
+    state: PyTree
 
 
 # -- save --------------------------------------------------------------------------------------------------------------
@@ -116,9 +125,9 @@ def save(
     path: str | os.PathLike[str],
     params: Params,
     *,
-    plan: Any = None,
-    state: Any = None,
-    metadata: Mapping[str, Any] | None = None,
+    plan: SupportsJson | None = None,
+    state: PyTree = None,
+    metadata: Mapping[str, Json] | None = None,
 ) -> None:
     """Writes a tree of arrays and QTensors to one safetensors file, every array at its true size, bit for bit.
 
@@ -178,18 +187,18 @@ def save(
     write_safetensors(path, specs, lambda name: _stored(arrays[name][0]), {_KEY: manifest})
 
 
-def _stored(leaf: Any) -> np.ndarray:
+def _stored(leaf: jax.Array | np.ndarray) -> np.ndarray:
     """An array in the form that the container stores."""
     array = to_host(leaf)
     return to_patterns(array) if array.dtype in NAMELESS else array
 
 
-def _manifest_text(node: Any, metadata: dict[str, Any], plan: str | None, **more: Any) -> str:
+def _manifest_text(node: Json, metadata: dict[str, Json], plan: str | None, **more: Json) -> str:
     manifest = {"version": _VERSION, "tree": node, **more, "metadata": metadata, "plan": plan}
     return json.dumps(manifest, separators=(",", ":"))
 
 
-def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+def _checked_metadata(metadata: Mapping[str, Json] | None) -> dict[str, Json]:
     try:
         given = dict(metadata or {})
         if parse(json.dumps(given)) == given:
@@ -200,7 +209,7 @@ def _checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     raise quant_error("save", "metadata must be what JSON can hold", todo=todo, metadata=metadata)
 
 
-def _plan_text(plan: Any) -> str | None:
+def _plan_text(plan: SupportsJson | None) -> str | None:
     if plan is None:
         return None
     text = plan.to_json() if hasattr(plan, "to_json") else None
@@ -215,7 +224,7 @@ def _plan_text(plan: Any) -> str | None:
 # -- load --------------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | os.PathLike[str], *, like: Any = None, target: Platform | None = None) -> Any:
+def load(path: str | os.PathLike[str], *, like: PyTree = None, target: Platform | None = None) -> Params:
     """Reads a file of `save`, or any other safetensors file.
 
     The file is mapped and copied to the default device array by array. Its content is not trusted and never executed:
@@ -267,7 +276,7 @@ def load(path: str | os.PathLike[str], *, like: Any = None, target: Platform | N
 
 
 def load_native_model(
-    function: str, path: str | os.PathLike[str], like: Any = None, target: Platform | None = None
+    function: str, path: str | os.PathLike[str], like: PyTree = None, target: Platform | None = None
 ) -> SavedModel:
     """`jaxquant.io.load_model` of a file."""
     check_target(function, target)
@@ -288,15 +297,15 @@ class _File(SafetensorsFile):
             self.tree, self._state = decode(self, (manifest["tree"], ()), (manifest.get("state"), ("state",)))
             self.plan = manifest["plan"]
 
-    def read(self, tree: Any) -> Any:
+    def read(self, tree: PyTree) -> PyTree:
         """Reads the arrays of a tree to the default device; QTensors one by one, laid out for the target."""
 
-        def one(leaf: Any) -> Any:
+        def one(leaf: QTensor | SavedArray) -> QTensor | jax.Array | np.ndarray:
             return lay_out(jax.tree.map(to_device, self.leaf(leaf)), self._target)
 
         return jax.tree.map(one, tree, is_leaf=is_qtensor)
 
-    def leaf(self, saved: Any) -> Any:
+    def leaf(self, saved: PyTree) -> QTensor | np.ndarray:
         """Reads a `SavedArray`, or a QTensor of them, to NumPy arrays that may be views of the file."""
         read = jax.tree.map(self._array, saved)
         if isinstance(read, QTensor):
@@ -308,14 +317,14 @@ class _File(SafetensorsFile):
         array = self.array(entry.name)
         return from_patterns(array, entry.spec) if entry.dtype in NAMELESS else array
 
-    def params(self, like: Any) -> Any:
+    def params(self, like: PyTree) -> Params:
         """The tree, in the containers of the template if one is given."""
         if like is None:
             return self.read(self.tree)
         leaves, treedef = fit(self.tree, like, self.error)
         return jax.tree.unflatten(treedef, [self.read(leaf) for leaf in leaves])
 
-    def state(self) -> Any:
+    def state(self) -> PyTree:
         """The state; None if there is none."""
         for saved in jax.tree.leaves(self._state):
             if bad := not_finite(self._array(saved)):
@@ -344,12 +353,12 @@ class NativeLeaves(Leaves):
         """Whether the file has a plan that quantizes activations, so that the weights alone give other results."""
         return self.file.runs_otherwise()
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> QTensor | np.ndarray:
         self.file.forget()  # pages of the leaf before
         return self.file.leaf(self._entries[name])
 
 
-def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(tree: PyTree, path: str = "") -> Iterator[tuple[str, QTensor | SavedArray]]:
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
     for key, value in items:
         yield from _flat(value, f"{path}/{key}" if path else str(key))
@@ -357,9 +366,9 @@ def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
-def save_leaves(path: str | os.PathLike[str], leaves: Mapping[str, Any]) -> None:
+def save_leaves(path: str | os.PathLike[str], leaves: Mapping[str, Values]) -> None:
     """`save` of a flat dict whose leaves are read twice: first to check all of them, then to write each."""
-    nodes: list[Any] = []
+    nodes: list[Json] = []
     specs: dict[str, TensorSpec] = {}
     for name in sorted(leaves):
         encoder = Encoder(taken=specs)
@@ -407,7 +416,7 @@ def read_metadata(path: str | os.PathLike[str]) -> SavedMetadata:
     return SavedMetadata(manifest["metadata"], manifest["plan"])
 
 
-def _manifest(file: SafetensorsFile) -> dict[str, Any] | None:
+def _manifest(file: SafetensorsFile) -> dict[str, Json] | None:
     text = file.metadata.get(_KEY)
     if text is None:
         return None
@@ -433,10 +442,10 @@ def _manifest(file: SafetensorsFile) -> dict[str, Any] | None:
     return manifest
 
 
-def _by_names(file: SafetensorsFile) -> dict[str, Any]:
+def _by_names(file: SafetensorsFile) -> dict[str, PyTree]:
     """The arrays of a file without a manifest."""
     flat = {name: SavedArray(name, spec) for name, spec in file.tensors.items()}
-    tree: dict[str, Any] = {}
+    tree: dict[str, PyTree] = {}
     for name, entry in flat.items():
         *parents, last = name.split("/")
         if len(parents) > MAX_DEPTH:

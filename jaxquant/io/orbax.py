@@ -21,9 +21,12 @@ from jax import lax
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.paths import Params, is_qtensor
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.types import PyTree
+from jaxquant.io.arrays import Shardings
 from jaxquant.io.manifest import DAMAGED, SavedArray, check_values, decode, encode, stored_spec
 from jaxquant.io.patterns import NAMELESS, from_patterns, to_patterns
 from jaxquant.io.safetensors import DTYPES, TensorSpec, is_shape
+from jaxquant.io.strict_json import Json
 
 __all__ = ["load_orbax", "save_orbax"]
 
@@ -75,7 +78,7 @@ def save_orbax(directory: str | os.PathLike[str], params: Params) -> None:
         checkpointer.save(os.path.abspath(directory), items)
 
 
-def load_orbax(directory: str | os.PathLike[str], *, shardings: Any = None) -> Any:
+def load_orbax(directory: str | os.PathLike[str], *, shardings: Shardings = None) -> Params:
     """Restores a checkpoint of `save_orbax`, with every static field.
 
     Args:
@@ -111,7 +114,7 @@ def load_orbax(directory: str | os.PathLike[str], *, shardings: Any = None) -> A
             ),
         ).arrays
 
-    def one(leaf: Any) -> Any:
+    def one(leaf: PyTree) -> PyTree:
         value = jax.tree.map(lambda saved: _value(restored[source.keys[saved.name]], source.specs[saved.name]), leaf)
         if isinstance(value, QTensor):
             name = leaf.codes.name.removesuffix(".codes")
@@ -124,7 +127,7 @@ def load_orbax(directory: str | os.PathLike[str], *, shardings: Any = None) -> A
 class _Arrays:
     """The checked arrays of a manifest, in the form that `decode` reads."""
 
-    def __init__(self, path: str, manifest: Any):
+    def __init__(self, path: str, manifest: Json):
         self.path = path
         entries = manifest.get("arrays") if isinstance(manifest, dict) else None
         if not isinstance(entries, dict) or manifest.get("version") != _VERSION or "tree" not in manifest:
@@ -155,7 +158,7 @@ def _held_spec(spec: TensorSpec) -> TensorSpec:
     return TensorSpec(np.dtype(np.uint8), (*spec.shape, spec.dtype.itemsize))
 
 
-def _held(value: Any, spec: TensorSpec) -> Any:
+def _held(value: jax.Array | np.ndarray, spec: TensorSpec) -> jax.Array | np.ndarray:
     """The array in a form that Orbax stores."""
     if spec.dtype in _HELD:
         return jnp.asarray(value)
@@ -167,7 +170,7 @@ def _held(value: Any, spec: TensorSpec) -> Any:
     return jnp.asarray(raw.reshape(_held_spec(spec).shape))
 
 
-def _value(held: jax.Array, spec: TensorSpec) -> Any:
+def _value(held: jax.Array, spec: TensorSpec) -> jax.Array | np.ndarray:
     """Inverse of `_held`."""
     if spec.dtype in _HELD:
         return held

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -15,6 +14,7 @@ from jaxquant.core.paths import nearest
 from jaxquant.core.specs import QuantSpec
 from jaxquant.io.experts import experts_of, is_experts
 from jaxquant.io.safetensors import TensorSpec
+from jaxquant.io.strict_json import Json
 from jaxquant.rules import Rule
 
 __all__ = ["Assigned", "Assignment", "assign"]
@@ -62,7 +62,7 @@ def assign(
     tensors: Mapping[str, TensorSpec],
     rules: Sequence[Rule],
     error: Callable[..., QuantError],
-    config: Mapping[str, Any],
+    config: Mapping[str, Json],
 ) -> Assignment:
     """Assigns to each weight the first rule that matches its name.
 

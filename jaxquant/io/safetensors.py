@@ -22,7 +22,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -30,7 +30,7 @@ import numpy as np
 from jaxquant.core.errors import quant_error
 from jaxquant.io.atomic import replacing
 from jaxquant.io.mapped import MappedFile
-from jaxquant.io.strict_json import parse
+from jaxquant.io.strict_json import Json, parse
 
 __all__ = ["DTYPES", "SafetensorsFile", "TensorSpec", "is_shape", "write_parts", "write_safetensors"]
 
@@ -78,7 +78,7 @@ class TensorSpec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def is_shape(value: Any) -> bool:
+def is_shape(value: object) -> bool:
     """Whether ``value``, as parsed from JSON, can be the shape of an array."""
     if not isinstance(value, list | tuple) or len(value) > _MAX_NDIM:
         return False
@@ -169,7 +169,7 @@ def _header(
     tensors: Mapping[str, TensorSpec], order: list[str], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
     """The header, and the offset of each array after it."""
-    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    header: dict[str, Json] = {_METADATA: dict(metadata)} if metadata else {}
     begin = 0
     for name in order:
         spec = tensors[name]
@@ -236,7 +236,7 @@ class SafetensorsFile(MappedFile):
             raise self.error("the bytes of a BOOL array must be 0 or 1", name, todo=todo, byte=int(data.max()))
         return data.view(spec.dtype.newbyteorder("<")).reshape(spec.shape)
 
-    def _read_header(self, file: BinaryIO, size: int) -> dict[str, Any]:
+    def _read_header(self, file: BinaryIO, size: int) -> dict[str, Json]:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         todo = "Check that it is a safetensors file and arrived whole"
@@ -257,13 +257,13 @@ class SafetensorsFile(MappedFile):
             raise self.error("the header must be a JSON object", todo=todo, header=text[:40].decode(errors="replace"))
         return header
 
-    def _checked_metadata(self, metadata: Any) -> dict[str, str]:
+    def _checked_metadata(self, metadata: Json) -> dict[str, str]:
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             todo = "Write the file again, with text in its metadata"
             raise self.error("the metadata must be strings by name", _METADATA, todo=todo, metadata=metadata)
         return metadata
 
-    def _checked_tensors(self, header: dict[str, Any], size: int) -> tuple[dict[str, TensorSpec], dict[str, int]]:
+    def _checked_tensors(self, header: dict[str, Json], size: int) -> tuple[dict[str, TensorSpec], dict[str, int]]:
         """Specs and first bytes by name, in the order of the data; together they cover ``size`` bytes exactly."""
         found = [(*self._checked_entry(name, entry), name) for name, entry in header.items()]
         found.sort(key=lambda item: item[:2])
@@ -278,7 +278,7 @@ class SafetensorsFile(MappedFile):
             raise self.error("the arrays must take up all of the file's data", todo=todo, data=size, arrays=position)
         return {name: spec for _, _, spec, name in found}, {name: begin for begin, _, _, name in found}
 
-    def _checked_entry(self, name: str, entry: Any) -> tuple[int, int, TensorSpec]:
+    def _checked_entry(self, name: str, entry: Json) -> tuple[int, int, TensorSpec]:
         todo = "The file is damaged: fetch it or save it again"
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
             raise self.error("an array needs dtype, shape and data_offsets", name, todo=todo, entry=entry)

@@ -11,14 +11,17 @@ import jax
 import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.paths import Leaf
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.specs import QuantSpec
-from jaxquant.io.arrays import PackedLeaves, to_host
+from jaxquant.core.types import TreeDef
+from jaxquant.io.arrays import PackedLeaves, Values, to_host
 from jaxquant.io.directory import SHARD_BYTES, Piece, in_shards, json_bytes, write_directory
 from jaxquant.io.export import AWQ, BITSANDBYTES, GPTQ, MLX, Layout, compressed_tensors
 from jaxquant.io.export.integers import is_stack
 from jaxquant.io.hf.activations import describes_activations
 from jaxquant.io.safetensors import DTYPES, TensorSpec
+from jaxquant.io.strict_json import Json
 
 __all__ = ["FORMATS", "Format", "export_config", "export_piece", "layout_of", "save_hf", "write_hf"]
 
@@ -29,10 +32,10 @@ _EMBEDDINGS = ("embed", "wte", "wpe", "shared")
 
 def save_hf(
     directory: str | os.PathLike[str],
-    params: Mapping[str, Any],
+    params: Mapping[str, Values],
     *,
     format: Format = "compressed-tensors",
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Json] | None = None,
     act: QuantSpec | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -88,11 +91,11 @@ def save_hf(
 
 def write_hf(
     directory: str | os.PathLike[str],
-    params: Mapping[str, Any],
+    params: Mapping[str, Leaf],
     layout: Layout,
-    config: Mapping[str, Any],
+    config: Mapping[str, Json],
     *,
-    source: Mapping[str, Any],
+    source: Mapping[str, Json],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """`save_hf` for leaves of a known origin: ``source`` identifies it, as for `write_directory`."""
@@ -101,7 +104,7 @@ def write_hf(
         rule = "these tensors describe activations, and no scheme of the file would use them"
         todo = "Leave them out: load_hf lists them in info.activations, and params of load_model are without them"
         raise quant_error("save_hf", rule, todo=todo, path=orphans[0], tensors=orphans[:10])
-    leaves: dict[str, Any] = {}
+    leaves: dict[str, Leaf] = {}
     pieces = []
     for name in params:  # memory holds one leaf at a time if params reads its leaves on access
         leaf = params[name]
@@ -117,7 +120,7 @@ def write_hf(
     write_directory(directory, written, source=source, function="save_hf")
 
 
-def _without_values(array: Any) -> jax.ShapeDtypeStruct:
+def _without_values(array: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
@@ -133,7 +136,7 @@ def layout_of(format: str, act: QuantSpec | None = None, *, function: str = "sav
     return {"gptq": GPTQ, "awq": AWQ, "bitsandbytes": BITSANDBYTES, "mlx": MLX}[format]
 
 
-def float_modules(leaves: Mapping[str, Any]) -> list[str]:
+def float_modules(leaves: Mapping[str, Leaf]) -> list[str]:
     """The modules whose weights stay in float and could be mistaken for quantized linear layers."""
     return [
         name.removesuffix(".weight")
@@ -145,7 +148,7 @@ def float_modules(leaves: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def export_piece(layout: Layout, name: str, leaf: Any, read: Callable[[], Any], *, function: str = "save_hf") -> Piece:
+def export_piece(layout: Layout, name: str, leaf: Leaf, read: Callable[[], Any], *, function: str = "save_hf") -> Piece:
     """The tensors of one leaf.
 
     Args:
@@ -192,13 +195,13 @@ def _tensors(layout: Layout, q: QTensor) -> dict[str, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=256)
-def _specs(layout: Layout, structure: Any, leaves: tuple[TensorSpec, ...]) -> dict[str, TensorSpec]:
+def _specs(layout: Layout, structure: TreeDef, leaves: tuple[TensorSpec, ...]) -> dict[str, TensorSpec]:
     """The specs of a weight's tensors in a layout, from a trial on zeros, cached for weights of equal structure."""
     zeros = jax.tree.unflatten(structure, [np.zeros(spec.shape, spec.dtype) for spec in leaves])
     return {suffix: TensorSpec(value.dtype, value.shape) for suffix, value in _tensors(layout, zeros).items()}
 
 
-def _checked(name: str, leaf: Any, function: str) -> TensorSpec:
+def _checked(name: str, leaf: Leaf, function: str) -> TensorSpec:
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or np.dtype(dtype) not in DTYPES.values():
         todo = "Pass NumPy or JAX arrays and QTensors"
@@ -207,7 +210,7 @@ def _checked(name: str, leaf: Any, function: str) -> TensorSpec:
 
 
 def export_config(
-    layout: Layout, weights: Mapping[str, QTensor], floats: Sequence[str], config: Mapping[str, Any]
+    layout: Layout, weights: Mapping[str, QTensor], floats: Sequence[str], config: Mapping[str, Json]
 ) -> dict[str, bytes]:
     """``config.json`` and the layout's further JSON files, from the model's own config."""
     quantization = layout.config(weights, floats)

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.io.safetensors import SafetensorsFile, TensorSpec
-from jaxquant.io.strict_json import parse
+from jaxquant.io.strict_json import Json, parse
 
 __all__ = ["Checkpoint", "located", "read_json"]
 
@@ -29,7 +29,7 @@ _MAX_JSON = 256_000_000
 _PART = re.compile(r".*-(\d+)-of-(\d+)\.safetensors", re.DOTALL)
 
 
-def read_json(path: str | os.PathLike[str], *, function: str) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str], *, function: str) -> dict[str, Json]:
     """The object in an untrusted JSON file; `QuantError` with the reason if the file does not hold one."""
     place = os.fsdecode(path)
     with open(path, "rb") as file:
@@ -137,7 +137,7 @@ class Checkpoint:
         for file in self.files.values():
             file.forget()
 
-    def json(self, name: str) -> dict[str, Any] | None:
+    def json(self, name: str) -> dict[str, Json] | None:
         """The object in a JSON file of the directory; None if there is no such file."""
         path = os.path.join(self._directory, name)
         return read_json(path, function=self._function) if os.path.isfile(path) else None

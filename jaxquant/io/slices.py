@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from jaxquant.core.paths import Leaf
 from jaxquant.core.qtensor import QTensor
 
 __all__ = ["rows", "runs_of_rows", "stored_by_rows"]
@@ -13,12 +14,12 @@ __all__ = ["rows", "runs_of_rows", "stored_by_rows"]
 _SLICE = 1 << 16  # elements; their temporaries must be small compared to the memory of JAX and the interpreter
 
 
-def stored_by_rows(leaf: Any) -> bool:
+def stored_by_rows(leaf: Leaf) -> bool:
     """Whether the first axis of a leaf is stored first."""
     return bool(leaf.shape) and (not isinstance(leaf, QTensor) or leaf.stored_order[0] == 0)
 
 
-def runs_of_rows(*leaves: Any) -> Iterator[tuple[int, int]]:
+def runs_of_rows(*leaves: Leaf) -> Iterator[tuple[int, int]]:
     """(begin, end) of consecutive runs of rows of leaves of one shape; no run divides a block."""
     count, *rest = leaves[0].shape or (1,)
     together = math.lcm(*map(_rows_of_a_block, leaves))
@@ -42,7 +43,7 @@ def rows(leaf: Any, begin: int, end: int) -> Any:
     return leaf.replace(codes=leaf.codes[begin:end], **fields)
 
 
-def _rows_of_a_block(leaf: Any) -> int:
+def _rows_of_a_block(leaf: Leaf) -> int:
     """The number of rows in a block."""
     if not isinstance(leaf, QTensor):
         return 1

@@ -25,6 +25,7 @@ from jaxquant.core.packing import packed_length
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.refusals import Refusals
 from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.core.types import PyTree
 from jaxquant.io.bits import packed, patterns
 from jaxquant.io.directory import SHARD_BYTES, Layout, Piece, identity, in_shards, write_directory
 from jaxquant.io.heap import give_back
@@ -36,6 +37,7 @@ from jaxquant.io.rules import Assigned, Assignment, assign
 from jaxquant.io.safetensors import TensorSpec
 from jaxquant.io.save_hf import export_config, export_piece, float_modules, layout_of
 from jaxquant.io.sharded import Checkpoint
+from jaxquant.io.strict_json import Json
 from jaxquant.ptq.double import double_quantized
 from jaxquant.ptq.named import quantizer
 from jaxquant.ptq.rtn import rtn
@@ -81,7 +83,7 @@ class QuantizePlan:
     before: int
     after: int
     layout: Layout
-    source: dict[str, Any]
+    source: dict[str, Json]
 
 
 def quantize_hf(
@@ -243,7 +245,7 @@ class QuantizedLeaves(Leaves):
         self.specs = {name: how.spec for name, how in assignment.weights.items()}
         lies = {name: _lies(checkpoint.tensors[name].shape, how) for name, how in assignment.weights.items()}
         self.grams = None if grams is None else _grams(grams, lies)
-        self.abstract: dict[str, Any] = {}
+        self.abstract: dict[str, PyTree] = {}
         self._reads: dict[str, Callable[[], QTensor]] = {}
         for name, stored in checkpoint.tensors.items():
             if name not in lies:
@@ -256,7 +258,7 @@ class QuantizedLeaves(Leaves):
             self._reads[name] = functools.partial(_quantized, checkpoint, name, quantize, lie, rows, self.grams)
         super().__init__(checkpoint.tensors, [file.path for file in checkpoint.files.values()])
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> QTensor | np.ndarray:
         if name in self._reads:
             if self.grams is not None:  # the weight before was quantized as a whole
                 give_back()
@@ -328,7 +330,9 @@ def _lies(shape: tuple[int, ...], how: Assigned) -> _Lies:
 
 
 def _copied(leaves: QuantizedLeaves, name: str) -> Mapping[str, np.ndarray]:
-    return {name: leaves[name]}
+    leaf = leaves[name]
+    assert not isinstance(leaf, QTensor)
+    return {name: leaf}
 
 
 def _grams(path: str | os.PathLike[str], lies: Mapping[str, _Lies]) -> Checkpoint:
@@ -344,7 +348,7 @@ def _grams(path: str | os.PathLike[str], lies: Mapping[str, _Lies]) -> Checkpoin
     return found
 
 
-def _stats(gram: Any) -> dict[str, Any]:
+def _stats(gram: jax.Array | np.ndarray) -> dict[str, dict[str, jax.Array | np.ndarray]]:
     """One Gram matrix [in, in] in the form of `jaxquant.calibrate`."""
     return {"gram": {"gram": gram[None]}}
 

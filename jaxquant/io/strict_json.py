@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeAlias
 
-__all__ = ["parse"]
+__all__ = ["Json", "parse"]
+
+Json: TypeAlias = Any
+"""A value of JSON: text, a number, a bool, None, or a list or dict of such."""
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     """A dict; raises for two equal keys, of which readers could pick different ones."""
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -22,7 +25,7 @@ def _constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def parse(text: bytes | str) -> Any:
+def parse(text: bytes | str) -> Json:
     """The value of a JSON text; ValueError with the reason for anything else.
 
     Stricter than `json.loads`: UTF-8 only, no key twice in one object, no NaN or Infinity, and a ValueError for nesting

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from jaxquant.core.errors import QuantError, printable
 from jaxquant.core.paths import is_qtensor, key_of
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.types import PyTree, Shaped, TreeDef
 
 __all__ = ["fit"]
 
@@ -19,7 +19,7 @@ _KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
 _NEAREST = 20  # most names for which the nearest one is looked up, since this is slow
 
 
-def fit(saved: Any, like: Any, error: Callable[..., QuantError]) -> tuple[list[Any], Any]:
+def fit(saved: PyTree, like: PyTree, error: Callable[..., QuantError]) -> tuple[list[Shaped], TreeDef]:
     """The leaves of ``saved`` in the order of ``like``, and the treedef of ``like``, QTensors being leaves of both.
 
     A leaf fits if it has the template's logical shape and kind of dtype (float, integer, ...); the width may differ. A
@@ -52,7 +52,7 @@ def fit(saved: Any, like: Any, error: Callable[..., QuantError]) -> tuple[list[A
     return [have[path] for path, _ in wanted], treedef
 
 
-def _leaves(tree: Any) -> tuple[list[tuple[tuple[str, ...], Any]], Any]:
+def _leaves(tree: PyTree) -> tuple[list[tuple[tuple[str, ...], Shaped]], TreeDef]:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_qtensor)
     return [(tuple(str(key_of(entry)) for entry in path), leaf) for path, leaf in leaves], treedef
 
@@ -66,7 +66,7 @@ def _nearest(path: tuple[str, ...], others: Collection[tuple[str, ...]], count: 
     return f" (nearest: {near[0]})" if near else ""
 
 
-def _fits(saved: Any, wanted: Any) -> bool:
+def _fits(saved: Shaped, wanted: Shaped) -> bool:
     if getattr(wanted, "shape", None) != saved.shape:
         return False
     if isinstance(wanted, QTensor):
@@ -74,7 +74,7 @@ def _fits(saved: Any, wanted: Any) -> bool:
     return any(jnp.issubdtype(saved.dtype, kind) and jnp.issubdtype(wanted.dtype, kind) for kind in _KINDS)
 
 
-def _describe(leaf: Any) -> str:
+def _describe(leaf: Shaped) -> str:
     if not hasattr(leaf, "shape"):
         return type(leaf).__qualname__
     return f"{leaf.qtype if isinstance(leaf, QTensor) else leaf.dtype}{list(leaf.shape)}"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import Params
-from jaxquant.core.types import PyTree
+from jaxquant.core.types import PyTree, State
 from jaxquant.rules import OpRule, Rule
 from jaxquant.transform.make_plan import check_all_rules, make_plan
 from jaxquant.transform.plan import Plan
@@ -31,7 +31,7 @@ class Wrapped:
 
     model: nn.Module
     rules: tuple[Rule | OpRule, ...]
-    state: Mapping[str, PyTree] | None = None
+    state: State | None = None
 
     def init(self, rngs: PyTree, *args: PyTree, **kwargs: Any) -> Params:
         """The model's own ``init``: its tree and its values."""
@@ -47,7 +47,7 @@ class Wrapped:
         return quantized(self.model.apply, plan, self.state)(variables, *args, **kwargs)
 
 
-def wrap(model: nn.Module, rules: Sequence[Rule | OpRule], *, state: Mapping[str, PyTree] | None = None) -> Wrapped:
+def wrap(model: nn.Module, rules: Sequence[Rule | OpRule], *, state: State | None = None) -> Wrapped:
     """Any Linen model in low precision: its own code, transformed by `jaxquant.quantized` at each ``apply``.
 
     Products are found in the trace, so raw ``x @ w``, einsum, tied embeddings and scanned stacks count as well as

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta, unfreeze
 from jax.typing import ArrayLike, DTypeLike
 
@@ -372,7 +373,7 @@ class QuantEmbed(_Quantized, nn.Embed):
 
     _weight = "embedding"
 
-    def __call__(self, inputs: ArrayLike) -> jax.Array:
+    def __call__(self, inputs: jax.Array | np.ndarray) -> jax.Array:
         """The rows of the table at integer indices; [..., features]."""
         index, table = layers.rows_at(inputs, self.num_embeddings), self.embedding
         like = jnp.asarray(self.promote_dtype(jnp.zeros((), table.dtype), dtype=self.dtype, inexact=False)[0])

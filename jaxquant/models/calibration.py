@@ -18,9 +18,9 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,13 @@ import numpy as np
 from jaxquant.core.errors import quant_error
 from jaxquant.core.paths import Params
 from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.core.types import PyTree
 from jaxquant.io.atomic import replacing
 from jaxquant.io.directory import identity, json_bytes
 from jaxquant.io.heap import give_back
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.safetensors import SafetensorsFile, TensorSpec, write_safetensors
+from jaxquant.io.strict_json import Json
 from jaxquant.models.config import Config, config_of
 from jaxquant.models.decoder import block, embedded, head, normed
 from jaxquant.models.load import IMAGES, fitted, place_of, renamed, stacked
@@ -153,7 +155,7 @@ def _stages(config: Config) -> list[str]:
     return [*(f"model.layers.{i}." for i in range(len(config.layers))), "lm_head."]
 
 
-def _begin(place: Path, stated: Mapping[str, Any]) -> None:
+def _begin(place: Path, stated: Mapping[str, Json]) -> None:
     """Makes the directory, or checks that an interrupted run with the same arguments left it."""
     for kind in Calibrated._fields:
         (place / kind).mkdir(parents=True, exist_ok=True)
@@ -201,7 +203,7 @@ class _Files:
         config = config_of(self.checkpoint.config, path=self._path)
         self.config, self._names = fitted(config, shapes, self._path)
 
-    def _shape(self, whole: str) -> Any:
+    def _shape(self, whole: str) -> jax.ShapeDtypeStruct:
         members = self._members[whole]
         one = [jax.ShapeDtypeStruct(self.checkpoint.tensors[n].shape, self.dtype) for n in members.values()]
         return one[0] if -1 in members else jax.ShapeDtypeStruct((len(one), *one[0].shape), self.dtype)
@@ -263,7 +265,7 @@ def _run(
 
 def _learned(
     files: _Files, params: dict[str, jax.Array], local: Mapping[str, str], stage: _Stage, wanted: Mapping[str, str],
-    batches: Callable[[], Iterator[Any]], method: Method,
+    batches: Callable[[], Iterator[tuple[jax.Array]]], method: Method,
 ) -> dict[str, dict[str, np.ndarray]]:  # fmt: skip
     """The tensors between which the method moves scales in a layer, and then the Gram matrices."""
     before = {m: files.read(n, np.dtype(np.float32)) for n, m in local.items()} if method.steps else {}
@@ -301,7 +303,9 @@ class _Stage(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _stage(config: Config, last: bool, specs: tuple[tuple[str, QuantSpec], ...], x: Any, method: Method) -> _Stage:
+def _stage(
+    config: Config, last: bool, specs: tuple[tuple[str, QuantSpec], ...], x: jax.ShapeDtypeStruct, method: Method
+) -> _Stage:
     """The programs of a stage that quantizes these weights by this method."""
 
     def fn(params: Params, x: jax.Array) -> jax.Array:
@@ -321,13 +325,13 @@ def _stage(config: Config, last: bool, specs: tuple[tuple[str, QuantSpec], ...],
     return _Stage(jax.jit(fn), plan, pairs, {name: Calibration(_F, fn, plan, of) for name, of in collect.items()})
 
 
-def _gram(name: str, stats: Any) -> np.ndarray:
+def _gram(name: str, stats: Mapping[str, PyTree]) -> np.ndarray:
     """The matrix of a tensor of the files: of a weight, of one expert, or of all that are one tensor."""
     gram, (_, expert) = np.asarray(stats["gram"]["gram"], np.float32)[..., 0, :, :], renamed(name)
     return gram if expert is None else gram[expert]
 
 
-def _write(path: Path, arrays: Any, count: int) -> None:
+def _write(path: Path, arrays: Iterable[jax.Array], count: int) -> None:
     """[count, ..] float32, one entry after the other; the file appears when it is complete."""
     partial, file = path.with_suffix(".partial"), None
     for i, array in enumerate(arrays):

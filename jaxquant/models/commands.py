@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from jaxquant.io.strict_json import Json
 from jaxquant.models.console import refusals, shown
 from jaxquant.models.evaluation import Evaluation, evaluate
 from jaxquant.models.generation import Sampling, Times, stream, tokens_of
@@ -175,7 +176,7 @@ def _progress() -> Callable[[int, int], None] | None:
     return lambda done, total: click.echo(f"\rwindow {done} of {total}" + "\n" * (done == total), err=True, nl=False)
 
 
-def _as_json(model: Model, found: Evaluation) -> dict[str, Any]:
+def _as_json(model: Model, found: Evaluation) -> dict[str, Json]:
     weights = [{"kind": kind, "tensors": n, "bytes": size} for kind, (n, size) in model.kinds.items()]
     return {
         "model": model.path,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
 
-from jaxquant.core.errors import quant_error
+from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.io.strict_json import Json
 from jaxquant.models.rope import Rope, rope_of
 
 __all__ = ["ARCHITECTURES", "Config", "Layer", "Mixture", "config_of"]
@@ -152,7 +152,7 @@ def _mlp(name: str, wide: int, d: int) -> dict[str, tuple[int, int]]:
 class _Family:
     """Properties that the models of one ``model_type`` share, and the defaults of their configurations."""
 
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     biases: tuple[str, ...] = ()
     query_key_norms: bool = False
     gemma: bool = False
@@ -262,7 +262,7 @@ _IDLE = re.compile(
 )
 
 
-def config_of(config: Mapping[str, Any], *, ignore: Collection[str] = (), path: str | None = None) -> Config:
+def config_of(config: Mapping[str, Json], *, ignore: Collection[str] = (), path: str | None = None) -> Config:
     """The decoder that a ``config.json`` describes.
 
     Args:
@@ -336,7 +336,9 @@ def config_of(config: Mapping[str, Any], *, ignore: Collection[str] = (), path: 
     )
 
 
-def _check_known(config: Mapping[str, Any], family: _Family, ignore: Collection[str], error: Any) -> None:
+def _check_known(
+    config: Mapping[str, Json], family: _Family, ignore: Collection[str], error: Callable[..., QuantError]
+) -> None:
     known = _READ | _OFF | family.defaults.keys() | set(ignore)
     unknown = [k for k, v in config.items() if v is not None and k not in known and not _IDLE.fullmatch(k)]
     if family.gemma and "sliding_window" in family.defaults:  # another name, which Gemma 2's own files have too
@@ -346,7 +348,7 @@ def _check_known(config: Mapping[str, Any], family: _Family, ignore: Collection[
         raise error(f"unknown fields of the configuration: {', '.join(sorted(unknown))}", todo=todo)
 
 
-def _check_sizes(c: Mapping[str, Any], error: Any) -> None:
+def _check_sizes(c: Mapping[str, Json], error: Callable[..., QuantError]) -> None:
     names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
     names += [
         n for n in ("num_key_value_heads", "head_dim", "num_experts", "num_local_experts") if c.get(n) is not None
@@ -356,7 +358,7 @@ def _check_sizes(c: Mapping[str, Any], error: Any) -> None:
             raise error("a size must be a positive integer", todo="The configuration is damaged", **{name: c[name]})
 
 
-def _activation(c: Mapping[str, Any], family: _Family, error: Any) -> str:
+def _activation(c: Mapping[str, Json], family: _Family, error: Callable[..., QuantError]) -> str:
     name = c.get("hidden_activation", c["hidden_act"]) if family.gemma else c["hidden_act"]
     if family.gemma and name == "gelu":  # what Gemma's first files say, and do not mean
         return "gelu_tanh"
@@ -366,7 +368,7 @@ def _activation(c: Mapping[str, Any], family: _Family, error: Any) -> str:
     return _ACTIVATIONS[name]
 
 
-def _layers(c: Mapping[str, Any], kind: str, family: _Family, error: Any) -> tuple[Layer, ...]:
+def _layers(c: Mapping[str, Json], kind: str, family: _Family, error: Callable[..., QuantError]) -> tuple[Layer, ...]:
     sliding = _sliding(c, kind, error)
     if any(sliding) and not c.get("sliding_window"):
         todo = "Add sliding_window to the configuration"
@@ -379,7 +381,7 @@ def _layers(c: Mapping[str, Any], kind: str, family: _Family, error: Any) -> tup
     )
 
 
-def _sliding(c: Mapping[str, Any], kind: str, error: Any) -> list[bool]:
+def _sliding(c: Mapping[str, Json], kind: str, error: Callable[..., QuantError]) -> list[bool]:
     """Which layers have a sliding window."""
     count, window, every = c["num_hidden_layers"], c.get("sliding_window"), range(c["num_hidden_layers"])
     found = [False] * count
@@ -412,7 +414,7 @@ def _sliding(c: Mapping[str, Any], kind: str, error: Any) -> list[bool]:
     return listed
 
 
-def _rope(c: Mapping[str, Any], sliding: bool, error: Any) -> Rope:
+def _rope(c: Mapping[str, Json], sliding: bool, error: Callable[..., QuantError]) -> Rope:
     """The rotary embedding of the layers with a sliding window, or of those without one."""
     stated = c.get("rope_parameters") or c.get("rope_scaling") or {}
     theta, local = c["rope_theta"], sliding and "rope_local_base_freq" in c
@@ -431,7 +433,7 @@ def _rope(c: Mapping[str, Any], sliding: bool, error: Any) -> Rope:
     return rope_of(parameters, c["head_dim"], c["max_position_embeddings"], error)
 
 
-def _mixture(c: Mapping[str, Any], kind: str) -> Mixture:
+def _mixture(c: Mapping[str, Json], kind: str) -> Mixture:
     if kind == "mixtral":
         return Mixture(c["num_local_experts"], c["num_experts_per_tok"], c["intermediate_size"], 0, True)
     count = c.get("num_local_experts") or c["num_experts"]  # Qwen 3 has two names for it
@@ -439,5 +441,5 @@ def _mixture(c: Mapping[str, Any], kind: str) -> Mixture:
     return Mixture(count, c["num_experts_per_tok"], c["moe_intermediate_size"], shared, bool(c["norm_topk_prob"]))
 
 
-def _sparse(c: Mapping[str, Any], i: int) -> bool:
+def _sparse(c: Mapping[str, Json], i: int) -> bool:
     return i not in (c.get("mlp_only_layers") or ()) and (i + 1) % c.get("decoder_sparse_step", 1) == 0

@@ -9,8 +9,7 @@ contract the last axis; in int8 with one scale per token and head, or in codes b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +21,13 @@ from jaxquant.core.affine import quantize
 from jaxquant.core.granularity import PerTensor
 from jaxquant.core.qtensor import QTensor, flat
 from jaxquant.core.specs import QuantSpec
+from jaxquant.core.types import PyTree
 from jaxquant.models.config import Config, Layer, Mixture
 from jaxquant.models.rope import rotated
 
 __all__ = ["Cache", "block", "embedded", "empty_cache", "head", "hidden", "logits", "normed"]
 
-Params = Mapping[str, Any]
+Params = Mapping[str, PyTree]
 Cache = Sequence[dict[str, jax.Array]]
 
 _INT8 = QuantSpec("int8")
@@ -159,7 +159,7 @@ class _Part:
     def __init__(self, params: Params, prefix: str):
         self._params, self._prefix = params, prefix
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> PyTree:
         return self._params[self._prefix + name]
 
     def linear(self, name: str, x: jax.Array) -> jax.Array:
@@ -169,7 +169,7 @@ class _Part:
         return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + bias.shape).astype(y.dtype)
 
 
-def _product(x: jax.Array, w: Any) -> jax.Array:
+def _product(x: jax.Array, w: PyTree) -> jax.Array:
     return lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (w.ndim - 1,)), ((), ())))
 
 
@@ -271,7 +271,7 @@ def _feedforward(config: Config, layer: Layer, p: _Part, x: jax.Array) -> jax.Ar
     return _mixed(config, layer.mixture, p, x)
 
 
-def _mlp(config: Config, linear: Any, x: jax.Array) -> jax.Array:
+def _mlp(config: Config, linear: Callable[[str, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     return linear("down_proj", _ACTIVATIONS[config.activation](linear("gate_proj", x)) * linear("up_proj", x))
 
 
@@ -282,7 +282,7 @@ def _mixed(config: Config, mixture: Mixture, p: _Part, x: jax.Array) -> jax.Arra
         weights = weights / weights.sum(-1, keepdims=True)
     shares = (jax.nn.one_hot(chosen, mixture.experts) * weights[..., None]).sum(-2).astype(x.dtype)
 
-    def add(total: jax.Array, expert: tuple[jax.Array, dict[str, Any]]) -> tuple[jax.Array, None]:
+    def add(total: jax.Array, expert: tuple[jax.Array, dict[str, PyTree]]) -> tuple[jax.Array, None]:
         share, w = expert
 
         def compute(x: jax.Array) -> jax.Array:
@@ -300,7 +300,7 @@ def _mixed(config: Config, mixture: Mixture, p: _Part, x: jax.Array) -> jax.Arra
     return y
 
 
-def _expert(config: Config, w: dict[str, Any], x: jax.Array) -> jax.Array:
+def _expert(config: Config, w: dict[str, PyTree], x: jax.Array) -> jax.Array:
     if "gate_up_proj" not in w:
         return _mlp(config, lambda name, x: _product(x, w[name]), x)
     gate, up = jnp.split(_product(x, w["gate_up_proj"]), 2, axis=-1)

@@ -7,7 +7,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jax import lax
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.jitted import executable, lowered
+from jaxquant.core.types import PyTree
 from jaxquant.models.decoder import head, hidden
 from jaxquant.models.load import Model
 
@@ -150,17 +150,17 @@ def _check(model: Model, reference: Model | None, ids: Sequence[int], window: in
         raise quant_error("evaluate", "the vocabularies differ", todo=todo, path=reference.path, vocab_sizes=sizes)
 
 
-def _sums(models: list[Model], weights: list[Any], tokens: jax.Array, valid: jax.Array) -> jax.Array:
+def _sums(models: list[Model], weights: list[tuple[PyTree, PyTree]], tokens: jax.Array, valid: jax.Array) -> jax.Array:
     """Over the predicted tokens of a window: both likelihoods, divergence and agreement; 0 where there is no other."""
     wanted, counted = tokens[0, 1:], valid[0, 1:]
     size = min(_CHUNK, len(wanted))
     room = -len(wanted) % size
 
-    def states(model: Model, weights: Any) -> jax.Array:
+    def states(model: Model, weights: tuple[PyTree, PyTree]) -> jax.Array:
         run = model.run(lambda params: hidden(model.config, params, tokens, valid)[0][0, :-1])
         return run(*weights)
 
-    def logs(model: Model, weights: Any, x: jax.Array) -> jax.Array:
+    def logs(model: Model, weights: tuple[PyTree, PyTree], x: jax.Array) -> jax.Array:
         run = model.run(lambda params, x: head(model.config, params, x[None])[0])
         return jax.nn.log_softmax(run(*weights, x).astype(jnp.float32))
 

@@ -11,8 +11,8 @@ import concurrent.futures
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, overload
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxquant.core.errors import quant_error
 from jaxquant.core.jitted import executable, lowered
 from jaxquant.core.paths import Params
+from jaxquant.core.types import PyTree, TreeDef
 from jaxquant.models.config import Config
 from jaxquant.models.decoder import empty_cache, head, hidden
 from jaxquant.models.load import Model
@@ -238,14 +239,16 @@ def _chunks(
         yield chunk
 
 
-State = dict[str, Any]
+State = dict[str, PyTree]
+Weights = tuple[PyTree, PyTree]
+"""Parameters, and the state of their plan."""
 
 
 @functools.lru_cache(maxsize=8)
 def _programs(
     config: Config, plan: StatedPlan | None, sampling: Sampling, dtype: np.dtype, batch: int, longest: int, tokens: int,
-    ends: int, tree: Any, forms: tuple[Any, ...],
-) -> tuple[Any, Any]:  # fmt: skip
+    ends: int, tree: TreeDef, forms: tuple[jax.ShapeDtypeStruct, ...],
+) -> tuple[Callable[..., PyTree], Callable[..., PyTree]]:  # fmt: skip
     """The programs for a prompt and for a chunk, compiled; they are kept, since the same shapes often come again."""
     weights, key = jax.tree.unflatten(tree, forms), jax.random.key(0)
     padded, valid = jnp.zeros((batch, longest), jnp.int32), jnp.zeros((batch, longest + tokens), bool)
@@ -260,13 +263,13 @@ def _programs(
 
 
 def _prefill(
-    config: Config, plan: StatedPlan | None, sampling: Sampling, dtype: DTypeLike, weights: Any, tokens: jax.Array,
+    config: Config, plan: StatedPlan | None, sampling: Sampling, dtype: DTypeLike, weights: Weights, tokens: jax.Array,
     valid: jax.Array, key: jax.Array,
 ) -> State:  # fmt: skip
     """The cache with the prompt in it, and the token that follows."""
     cache = empty_cache(config, valid.shape[0], valid.shape[1], dtype)
 
-    def run(params: Params, tokens: jax.Array, cache: Any) -> Any:
+    def run(params: Params, tokens: jax.Array, cache: PyTree) -> tuple[jax.Array, PyTree]:
         x, cache = hidden(config, params, tokens, valid, cache, 0)
         return head(config, params, x[:, -1:])[:, 0], cache
 
@@ -276,12 +279,12 @@ def _prefill(
 
 
 def _decode(
-    config: Config, plan: StatedPlan | None, sampling: Sampling, start: int, weights: Any, valid: jax.Array,
+    config: Config, plan: StatedPlan | None, sampling: Sampling, start: int, weights: Weights, valid: jax.Array,
     state: State, key: jax.Array, ends: jax.Array, limit: jax.Array,
 ) -> tuple[State, jax.Array, jax.Array]:  # fmt: skip
     """A chunk of tokens, each handed out and then put through the model; how many there are."""
 
-    def step(params: Params, token: jax.Array, cache: Any, at: jax.Array) -> Any:
+    def step(params: Params, token: jax.Array, cache: PyTree, at: jax.Array) -> tuple[jax.Array, PyTree]:
         x, cache = hidden(config, params, token[:, None], valid, cache, at)
         return head(config, params, x)[:, 0], cache
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.types import PyTree
+from jaxquant.io.gguf.container import Value
+from jaxquant.io.strict_json import Json
 from jaxquant.models.rope import magnitude_of
 
 __all__ = ["EXPERTS", "LAYERS_OF_27B", "MODEL_TYPES", "configuration", "renamed"]
@@ -68,8 +70,8 @@ LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
 
 def configuration(
-    metadata: Mapping[str, Any], tensors: Mapping[str, Any], *, ignore: Collection[str] = (), path: str
-) -> dict[str, Any]:
+    metadata: Mapping[str, Value], tensors: Mapping[str, PyTree], *, ignore: Collection[str] = (), path: str
+) -> dict[str, Json]:
     """The model's configuration, as ``config.json`` would have it.
 
     Args:
@@ -127,7 +129,7 @@ def configuration(
     return config
 
 
-def _rotary(config: dict[str, Any], rope: Mapping[str, Any]) -> None:
+def _rotary(config: dict[str, Json], rope: Mapping[str, Value]) -> None:
     stated = {_ROPE[key]: value for key, value in rope.items() if key in _ROPE}
     if stated.get("rope_type") == "none" or not stated.keys() - {"original_max_position_embeddings"}:
         return
@@ -138,7 +140,7 @@ def _rotary(config: dict[str, Any], rope: Mapping[str, Any]) -> None:
     config["rope_scaling"] = stated
 
 
-def _as_family(config: dict[str, Any], architecture: str, tensors: Mapping[str, Any]) -> None:
+def _as_family(config: dict[str, Json], architecture: str, tensors: Mapping[str, PyTree]) -> None:
     """Hugging Face's name of an architecture of llama.cpp, and the properties that its files leave implicit."""
     if architecture == "llama":
         if config.get("num_experts", 0):
@@ -172,7 +174,7 @@ EXPERTS = {
 }
 
 
-def renamed(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def renamed(tensors: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Experts too by Hugging Face's names, and the one gate of a shared expert as [1, in]."""
     result = {}
     for name, leaf in tensors.items():

@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,11 @@ from jax.typing import DTypeLike
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.paths import nearest
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.types import PyTree
 from jaxquant.core.units import in_bytes, in_millions
 from jaxquant.io import load_gguf
+from jaxquant.io.arrays import Values
+from jaxquant.io.gguf.container import Value
 from jaxquant.io.hf.model import Activations, Floating, HFModel, load_hf_model
 from jaxquant.io.hf.schemes import CacheScales
 from jaxquant.io.sharded import located, read_json
@@ -54,17 +56,17 @@ class Model:
 
     path: str
     config: Config
-    params: dict[str, Any]
+    params: dict[str, PyTree]
     dtype: np.dtype
     format: str
     ends: frozenset[int]
     notes: tuple[str, ...] = ()
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    metadata: Mapping[str, Value] = dataclasses.field(default_factory=dict, repr=False)
     vocabulary: str | None = None
     plan: StatedPlan | None = None
-    state: Any = dataclasses.field(default=None, repr=False)
+    state: PyTree = dataclasses.field(default=None, repr=False)
 
-    def run(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+    def run(self, fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
         """``fn(params, state, ...)`` in low precision, as the checkpoint says, for ``fn`` of params and arguments."""
         plan = self.plan
         return lambda params, state, *args: quantized(fn, plan, state)(params, *args)
@@ -79,7 +81,7 @@ class Model:
     @functools.cached_property
     def kinds(self) -> dict[str, tuple[int, int]]:
         """Kind of parameter, such as ``"int4, groups of 64"`` -> tensors and bytes; the largest part first."""
-        found: dict[str, list[Any]] = {}
+        found: dict[str, list[Values]] = {}
         for leaf in self.params.values():
             found.setdefault(_kind(leaf), []).append(leaf)
         sizes = {kind: (len(leaves), sum(leaf.nbytes for leaf in leaves)) for kind, leaves in found.items()}
@@ -105,7 +107,7 @@ class Model:
         return (*found, *([f"{cache} keys and values, by the scales of the checkpoint"] if cache else []))
 
 
-def _kind(leaf: Any) -> str:
+def _kind(leaf: Values) -> str:
     """The number type and what shares a scale, without the shape."""
     return leaf.scheme if isinstance(leaf, QTensor) else np.dtype(leaf.dtype).name
 
@@ -250,10 +252,10 @@ def renamed(name: str) -> tuple[str, int | None]:
     return (f"{name}.weight" if re.search(r"\.mlp\.experts\.\w+_proj$", name) else name), None
 
 
-def _named(params: Mapping[str, Any], path: str) -> dict[str, Any]:
+def _named(params: Mapping[str, Values], path: str) -> dict[str, Values]:
     """One name for each parameter; the experts of a layer as one leaf."""
-    result: dict[str, Any] = {}
-    experts: dict[str, dict[int, Any]] = {}
+    result: dict[str, Values] = {}
+    experts: dict[str, dict[int, Values]] = {}
     for name, leaf in params.items():
         whole, expert = renamed(name)
         if expert is not None:
@@ -263,7 +265,7 @@ def _named(params: Mapping[str, Any], path: str) -> dict[str, Any]:
     return result | {name: stacked(name, leaves, path) for name, leaves in experts.items()}
 
 
-def _named_plan(found: HFModel, path: str) -> tuple[StatedPlan | None, dict[str, Any] | None]:
+def _named_plan(found: HFModel, path: str) -> tuple[StatedPlan | None, dict[str, PyTree] | None]:
     """The plan and the state under the names of the parameters; those of experts as one."""
     if found.plan is None:
         return None, None
@@ -289,13 +291,13 @@ def _named_plan(found: HFModel, path: str) -> tuple[StatedPlan | None, dict[str,
     return StatedPlan(acts), state or None
 
 
-def _of_cache(cache: CacheScales) -> dict[str, Any]:
+def _of_cache(cache: CacheScales) -> dict[str, jax.Array]:
     """The scales of keys and values as parameters."""
     scales = {f"{place}.{x}_scale": value for place, sides in cache.scales.items() for x, value in sides.items()}
     return {renamed(name)[0]: jnp.asarray(value) for name, value in scales.items()}
 
 
-def stacked(name: str, leaves: Mapping[int, Any], path: str) -> Any:
+def stacked(name: str, leaves: Mapping[int, PyTree], path: str) -> PyTree:
     """[out, in] of each expert as [expert, out, in]."""
     ordered = [leaves[i] for i in sorted(leaves)]
     forms = Counter((jax.tree.structure(leaf), tuple(x.shape for x in jax.tree.leaves(leaf))) for leaf in ordered)
@@ -306,7 +308,7 @@ def stacked(name: str, leaves: Mapping[int, Any], path: str) -> Any:
     return jax.tree.map(lambda *x: jnp.stack(x), *ordered)
 
 
-def fitted(config: Config, params: dict[str, Any], path: str) -> tuple[Config, dict[str, Any]]:
+def fitted(config: Config, params: dict[str, PyTree], path: str) -> tuple[Config, dict[str, PyTree]]:
     """The configuration and the parameters of one model; `QuantError` with all names that do not fit."""
     if config.tied and "lm_head.weight" in params:  # what is in the file counts
         config = dataclasses.replace(config, tied=False)

@@ -15,13 +15,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.io.strict_json import Json
 
 __all__ = ["Rope", "magnitude_of", "rope_of", "rotated"]
 
@@ -40,7 +40,7 @@ class Rope:
     frequencies: tuple[float, ...]
     magnitude: float = 1.0
     longest: int | None = None
-    stated: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    stated: Mapping[str, Json] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
 def rotated(rope: Rope, x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -73,7 +73,7 @@ _NEEDED = {
 }
 
 
-def rope_of(parameters: Mapping[str, Any], size: int, context: int, error: Callable[..., QuantError]) -> Rope:
+def rope_of(parameters: Mapping[str, Json], size: int, context: int, error: Callable[..., QuantError]) -> Rope:
     """The embedding of heads of ``size`` features that ``rope_parameters`` describe, or older ``rope_scaling``.
 
     Args:
@@ -90,7 +90,7 @@ def rope_of(parameters: Mapping[str, Any], size: int, context: int, error: Calla
     return dataclasses.replace(_scaled(p, size), longest=longest, stated=p)
 
 
-def _check(p: Mapping[str, Any], kind: str, error: Callable[..., QuantError]) -> None:
+def _check(p: Mapping[str, Json], kind: str, error: Callable[..., QuantError]) -> None:
     if kind not in _KEYS:
         todo = f"Supported are {', '.join(_KEYS)}"
         raise error("this scaling of rotary embeddings is not supported", todo=todo, rope_type=kind)
@@ -111,7 +111,7 @@ def _check(p: Mapping[str, Any], kind: str, error: Callable[..., QuantError]) ->
         raise error("the rotary embedding lacks fields", todo=todo, rope_type=kind, fields=tuple(sorted(missing)))
 
 
-def _scaled(p: Mapping[str, Any], size: int) -> Rope:
+def _scaled(p: Mapping[str, Json], size: int) -> Rope:
     frequencies = (1.0 / p["rope_theta"] ** (np.arange(0, size, 2, dtype=np.float32) / size)).astype(np.float32)
     if p["rope_type"] in ("default", "dynamic"):
         return _rope(frequencies)
@@ -126,7 +126,7 @@ def _scaled(p: Mapping[str, Any], size: int) -> Rope:
     return _yarn(p, frequencies, factor, trained)
 
 
-def _yarn(p: Mapping[str, Any], frequencies: np.ndarray, factor: float, trained: int) -> Rope:
+def _yarn(p: Mapping[str, Json], frequencies: np.ndarray, factor: float, trained: int) -> Rope:
     size, theta = 2 * frequencies.size, p["rope_theta"]
 
     def pair(turns: float) -> float:

@@ -13,13 +13,16 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.qtensor import QTensor
+from jaxquant.io.arrays import Values
+from jaxquant.io.gguf.container import Value
 from jaxquant.io.gguf.metadata import metadata_of
+from jaxquant.io.strict_json import Json
 from jaxquant.models.config import ARCHITECTURES, Config, Layer, config_of
 from jaxquant.models.gguf import EXPERTS, LAYERS_OF_27B, MODEL_TYPES
 from jaxquant.models.load import IMAGES, renamed, stacked
@@ -49,14 +52,14 @@ class Described:
       notes: what the file does not say: its name in the directory -> a sentence.
     """
 
-    leaves: Mapping[str, Any]
-    metadata: dict[str, Any]
+    leaves: Mapping[str, Values]
+    metadata: dict[str, Value]
     notes: dict[str, str]
 
 
 def described(
-    leaves: Mapping[str, Any],
-    config: Mapping[str, Any],
+    leaves: Mapping[str, Values],
+    config: Mapping[str, Json],
     directory: str | os.PathLike[str],
     architecture: str | None = None,
     *,
@@ -135,7 +138,7 @@ def _every(period: int, layers: Sequence[Layer]) -> list[bool]:
     return [(i + 1) % period != 0 for i in range(len(layers))]
 
 
-def _metadata(config: Config, name: str) -> dict[str, Any]:
+def _metadata(config: Config, name: str) -> dict[str, Value]:
     sizes = {
         "block_count": len(config.layers),
         "context_length": config.context or 2048,
@@ -157,7 +160,7 @@ def _metadata(config: Config, name: str) -> dict[str, Any]:
             sizes["expert_shared_feed_forward_length"] = mixture.shared
     windows = [layer.window for layer in config.layers]
     width = next((w for w in windows if w is not None), None)
-    own: dict[str, Any] = {key: np.uint32(value) for key, value in sizes.items()}
+    own: dict[str, Value] = {key: np.uint32(value) for key, value in sizes.items()}
     if width is not None and (name.startswith("gemma") or config.architecture in ("mistral", "mixtral")):
         own["attention.sliding_window"] = np.uint32(width)
     if name == "gemma3":
@@ -171,18 +174,18 @@ def _metadata(config: Config, name: str) -> dict[str, Any]:
     return {"general.architecture": name} | {f"{name}.{key}": value for key, value in own.items()}
 
 
-def _rotary(config: Config) -> dict[str, Any]:
+def _rotary(config: Config) -> dict[str, Value]:
     """The keys of the rotary embedding of layers that see all tokens, and the base of those with a window."""
     rope = next((layer.rope for layer in config.layers if layer.window is None), config.layers[0].rope)
     local = next((layer.rope for layer in config.layers if layer.window is not None), rope)
-    found: dict[str, Any] = {"rope.freq_base": np.float32(rope.stated["rope_theta"])}
+    found: dict[str, Value] = {"rope.freq_base": np.float32(rope.stated["rope_theta"])}
     if config.architecture == "gemma3_text":
         found["rope.freq_base_swa"] = np.float32(local.stated["rope_theta"])
     kind = rope.stated["rope_type"]
     if kind not in ("linear", "yarn"):
         return found
     factor = rope.stated["factor"]
-    scaling: dict[str, Any] = {"type": kind, "factor": np.float32(factor)}
+    scaling: dict[str, Value] = {"type": kind, "factor": np.float32(factor)}
     if kind == "yarn":
         scaling["original_context_length"] = np.uint32(rope.stated["original_max_position_embeddings"])
         # llama.cpp multiplies its own magnitude by this one.
@@ -202,10 +205,10 @@ def _factors(config: Config) -> dict[str, np.ndarray]:
     return {"rope_freqs.weight": (plain / np.asarray(rope.frequencies)).astype(np.float32)}
 
 
-class _Grouped(Mapping[str, Any]):
+class _Grouped(Mapping[str, Values]):
     """Leaves under names that `save_gguf` knows, with the experts of a layer as one; each is read when asked for."""
 
-    def __init__(self, leaves: Mapping[str, Any], more: Mapping[str, np.ndarray], path: str):
+    def __init__(self, leaves: Mapping[str, Values], more: Mapping[str, np.ndarray], path: str):
         self._leaves, self._more, self._path = leaves, more, path
         self._members: dict[str, dict[int | None, str]] = {name: {} for name in more}
         for name in leaves:
@@ -219,13 +222,19 @@ class _Grouped(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._members)
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Values:
         if name in self._more:
             return self._more[name]
         members = self._members[name]
         if None in members:
             leaf = self._leaves[members[None]]
-            leaf = leaf.reshape(-1) if name.endswith("ffn_gate_inp_shexp.weight") else leaf
+            if name.endswith("ffn_gate_inp_shexp.weight"):
+                if isinstance(leaf, QTensor):
+                    rule, todo = "llama.cpp has this gate in float", "Quantize with Rule('shared_expert_gate', None)"
+                    raise quant_error(
+                        "models", rule, todo=todo, path=f"{self._path}, {members[None]}", weight=repr(leaf)
+                    )
+                leaf = leaf.reshape(-1)
             vector = len(leaf.shape) == 1 and jnp.issubdtype(leaf.dtype, jnp.floating)
             return np.asarray(leaf).astype(np.float32) if vector else leaf  # in which llama.cpp computes norms
         return stacked(name, {i: self._leaves[n] for i, n in members.items() if i is not None}, self._path)

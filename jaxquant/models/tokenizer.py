@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from jaxquant.core.errors import quant_error
+from jaxquant.io.gguf.container import Value
 from jaxquant.io.sharded import read_json
+from jaxquant.io.strict_json import Json
 
 __all__ = ["Tokenizer", "ends_of", "gguf_tokenizer", "tokenizer_of", "tokenizer_of_gguf"]
 
@@ -112,7 +114,7 @@ class Tokenizer:
             raise quant_error("models", f"the chat template fails ({reason})", todo=todo, path=self.path) from None
 
 
-def ends_of(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
+def ends_of(directory: Path, config: Mapping[str, Json]) -> frozenset[int]:
     """Ids of the tokens that end a text, as the directory states them."""
     stated = None
     if (directory / "generation_config.json").exists():
@@ -158,15 +160,15 @@ def tokenizer_of(directory: str | os.PathLike[str]) -> Tokenizer:
     return Tokenizer(inner, str(place), bos, add if isinstance(add, bool) else None, _template(place, stated), special)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> dict[str, Json]:
     return read_json(path, function="models") if path.exists() else {}
 
 
-def _text(token: Any) -> str:
+def _text(token: Json) -> str:
     return token["content"] if isinstance(token, Mapping) else str(token)
 
 
-def _template(place: Path, stated: Mapping[str, Any]) -> str | None:
+def _template(place: Path, stated: Mapping[str, Json]) -> str | None:
     file = place / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8")
@@ -191,7 +193,7 @@ _SPLITS = {
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 
 
-def tokenizer_of_gguf(metadata: Mapping[str, Any], path: str) -> Tokenizer:
+def tokenizer_of_gguf(metadata: Mapping[str, Value], path: str) -> Tokenizer:
     """The tokenizer that the metadata of a GGUF file describe: byte pairs (``gpt2``) or SentencePiece (``llama``)."""
     error = functools.partial(quant_error, "models", path=path)
     key = "tokenizer.ggml."
@@ -216,7 +218,7 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any], path: str) -> Tokenizer:
     return Tokenizer(inner, path, ids.get("bos"), add, template if isinstance(template, str) else None, special)
 
 
-def _byte_pairs(library: Any, tokens: Sequence[str], own: Mapping[str, Any], pre: str) -> Any:
+def _byte_pairs(library: Any, tokens: Sequence[str], own: Mapping[str, Value], pre: str) -> Any:
     models, pre_tokenizers = library.models, library.pre_tokenizers
     merges = [tuple(merge.split(" ", 1)) for merge in own.get("merges", [])]
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -241,7 +243,7 @@ def _halves(token: str, vocabulary: Mapping[str, int]) -> Iterator[tuple[str, st
             yield token[:at], token[at:]
 
 
-def _sentence_pieces(library: Any, tokens: Sequence[str], own: Mapping[str, Any]) -> Any:
+def _sentence_pieces(library: Any, tokens: Sequence[str], own: Mapping[str, Value]) -> Any:
     """Pairs whose union is a token, the one with the highest score first, which is what SentencePiece joins."""
     scores, vocabulary = np.asarray(own["scores"], np.float32), {token: i for i, token in enumerate(tokens)}
     ordered = sorted(range(len(tokens)), key=lambda i: (-scores[i], i))
@@ -261,8 +263,8 @@ def _sentence_pieces(library: Any, tokens: Sequence[str], own: Mapping[str, Any]
 
 
 def gguf_tokenizer(
-    directory: str | os.PathLike[str], config: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, str]]:
+    directory: str | os.PathLike[str], config: Mapping[str, Json]
+) -> tuple[dict[str, Json], dict[str, str]]:
     """The metadata of a directory's tokenizer, the inverse of `tokenizer_of_gguf`, or a note on why there are none.
 
     Args:
@@ -301,7 +303,7 @@ def gguf_tokenizer(
     return found | ({} if template is None else {"tokenizer.chat_template": template}), {}
 
 
-def _begins(whole: Mapping[str, Any], stated: Mapping[str, Any]) -> bool:
+def _begins(whole: Mapping[str, Json], stated: Mapping[str, Json]) -> bool:
     """Whether a text begins with a special token."""
     if isinstance(stated.get("add_bos_token"), bool):
         return stated["add_bos_token"]
@@ -310,12 +312,12 @@ def _begins(whole: Mapping[str, Any], stated: Mapping[str, Any]) -> bool:
     return any("SpecialToken" in step["single"][0] for step in steps)
 
 
-def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _merges(model: Mapping[str, Json]) -> list[tuple[str, str]]:
     pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])
     return [(first, second) for first, second in pairs]
 
 
-def _byte_pair_keys(whole: Mapping[str, Any]) -> dict[str, Any] | None:
+def _byte_pair_keys(whole: Mapping[str, Json]) -> dict[str, Json] | None:
     """The keys of a tokenizer that pairs bytes, with one of the known ways to split a text; None of another."""
     model, splitter = whole["model"], whole.get("pre_tokenizer") or {}
     steps = splitter.get("pretokenizers", [splitter])
@@ -338,7 +340,7 @@ def _byte_pair_keys(whole: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _sentence_piece_keys(whole: Mapping[str, Any]) -> dict[str, Any] | None:
+def _sentence_piece_keys(whole: Mapping[str, Json]) -> dict[str, Json] | None:
     """The keys of SentencePiece's byte pairs, the scores in the order of the merges; None of another tokenizer."""
     model, normal = whole["model"], whole.get("normalizer") or {}
     steps, splitter = normal.get("normalizers", [normal]), whole.get("pre_tokenizer") or {}

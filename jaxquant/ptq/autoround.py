@@ -14,7 +14,7 @@ from jaxquant.core.arithmetic import nan_where
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
-from jaxquant.ptq.gram import Stats, damped, gram_of, normal
+from jaxquant.ptq.gram import WeightStats, damped, gram_of, normal
 from jaxquant.ptq.layer import Layer, Steps
 
 __all__ = ["autoround"]
@@ -25,7 +25,7 @@ def autoround(
     spec: QuantSpec,
     *,
     reduce_axes: tuple[int, ...],
-    stats: Stats | None = None,
+    stats: WeightStats | None = None,
     iterations: int = 200,
     learning_rate: float | None = None,
     damping: float = 0.01,

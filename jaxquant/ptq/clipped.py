@@ -17,7 +17,7 @@ from jaxquant.core.observers import MinMax
 from jaxquant.core.qtensor import QTensor, Scale
 from jaxquant.core.scale_zero_point import affine
 from jaxquant.core.specs import QuantSpec
-from jaxquant.ptq.gram import Stats, gram_of, normal
+from jaxquant.ptq.gram import WeightStats, gram_of, normal
 from jaxquant.ptq.layer import Layer
 
 __all__ = ["Weighting", "clipped", "diagonal_blocks", "least_ranges"]
@@ -76,7 +76,7 @@ def clipped(
     spec: QuantSpec,
     *,
     reduce_axes: tuple[int, ...],
-    stats: Stats | None = None,
+    stats: WeightStats | None = None,
     weighting: Weighting = "gram",
 ) -> QTensor:
     """Rounds to nearest, with the range for each block that minimises the error of the outputs.

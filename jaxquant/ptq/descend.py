@@ -15,7 +15,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ptq.clipped import diagonal_blocks
 from jaxquant.ptq.gptq import blocking, gptq
-from jaxquant.ptq.gram import Stats, damped, gram_of, normal
+from jaxquant.ptq.gram import WeightStats, damped, gram_of, normal
 from jaxquant.ptq.layer import Layer, Steps, stored_scale
 
 __all__ = ["descend"]
@@ -26,7 +26,7 @@ def descend(
     spec: QuantSpec,
     *,
     reduce_axes: tuple[int, ...],
-    stats: Stats | None = None,
+    stats: WeightStats | None = None,
     start: Callable[..., QTensor] = gptq,
     sweeps: int = 8,
     refit: bool = True,

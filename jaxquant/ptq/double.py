@@ -15,7 +15,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor, flat, from_codes
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.core.specs import QuantSpec
-from jaxquant.ptq.gram import Stats
+from jaxquant.ptq.gram import WeightStats
 from jaxquant.ptq.rtn import rtn
 
 __all__ = ["double_quantized"]
@@ -26,7 +26,7 @@ def double_quantized(
     spec: QuantSpec,
     *,
     reduce_axes: tuple[int, ...],
-    stats: Stats | None = None,
+    stats: WeightStats | None = None,
     method: Callable[..., QTensor] = rtn,
     group_size: int = 256,
     qtype: str = "dynamic8",

@@ -15,7 +15,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ptq.clipped import diagonal_blocks, least_ranges
-from jaxquant.ptq.gram import Stats, gram_of, lower_factor, normal
+from jaxquant.ptq.gram import WeightStats, gram_of, lower_factor, normal
 from jaxquant.ptq.layer import Layer, Steps
 
 __all__ = ["Order", "gptq"]
@@ -37,7 +37,7 @@ def gptq(
     spec: QuantSpec,
     *,
     reduce_axes: tuple[int, ...],
-    stats: Stats | None = None,
+    stats: WeightStats | None = None,
     damping: float = 0.01,
     block_size: int = 128,
     order: Order = "group_aware",

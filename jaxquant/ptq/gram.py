@@ -18,9 +18,9 @@ from jaxquant.core.finite import not_finite
 from jaxquant.core.types import PyTree
 from jaxquant.ptq.layer import Layer
 
-__all__ = ["NeedsStatisticsError", "Stats", "damped", "gram_of", "lower_factor", "normal"]
+__all__ = ["NeedsStatisticsError", "WeightStats", "damped", "gram_of", "lower_factor", "normal"]
 
-Stats: TypeAlias = dict[str, PyTree]
+WeightStats: TypeAlias = dict[str, PyTree]
 """Statistics of one weight's inputs, by name, as `calibrate` collects them."""
 
 
@@ -28,7 +28,7 @@ class NeedsStatisticsError(QuantError):
     """Raised by a quantizer that needs statistics of a layer's inputs, if none are given."""
 
 
-def gram_of(function: str, stats: Stats | None, layer: Layer) -> tuple[Layer, jax.Array]:
+def gram_of(function: str, stats: WeightStats | None, layer: Layer) -> tuple[Layer, jax.Array]:
     """The Gram matrix in `calibrate`'s statistics, [batch, channels, channels], and the layer with that batch.
 
     Raises:

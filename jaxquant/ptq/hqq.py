@@ -16,7 +16,7 @@ from jaxquant.core.codec import codes_of
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor, from_codes
 from jaxquant.core.specs import QuantSpec
-from jaxquant.ptq.gram import Stats
+from jaxquant.ptq.gram import WeightStats
 from jaxquant.ptq.layer import Layer, Steps, stored_scale
 
 __all__ = ["hqq"]
@@ -29,7 +29,7 @@ def hqq(
     spec: QuantSpec,
     *,
     reduce_axes: tuple[int, ...],
-    stats: Stats | None = None,
+    stats: WeightStats | None = None,
     zero: Literal["integer", "float"] = "integer",
     p: float = 0.7,
     iterations: int = 20,

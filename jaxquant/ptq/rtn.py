@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 
 from jaxquant.core.affine import quantize
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
-from jaxquant.ptq.gram import Stats
+from jaxquant.ptq.gram import WeightStats
 
 __all__ = ["rtn"]
 
 
-def rtn(w: jax.Array, spec: QuantSpec, *, reduce_axes: tuple[int, ...], stats: Stats | None = None) -> QTensor:
+def rtn(
+    w: jax.Array | np.ndarray, spec: QuantSpec, *, reduce_axes: tuple[int, ...], stats: WeightStats | None = None
+) -> QTensor:
     """Rounds each weight to the nearest code: ``quantize(w, spec, reduce_axes=reduce_axes)``.
 
     The range is the spec's: absmax by default; the clip of least squared error with ``calibration=observers.MSE()``,

@@ -19,7 +19,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ptq.clipped import diagonal_blocks
-from jaxquant.ptq.gram import Stats
+from jaxquant.ptq.gram import WeightStats
 from jaxquant.ptq.rtn import rtn
 
 __all__ = ["awq_clip", "awq_scale", "smooth_scale"]
@@ -53,7 +53,7 @@ def smooth_scale(absmax: jax.Array, weights: Sequence[jax.Array], *, alpha: floa
 def awq_scale(
     weights: Sequence[jax.Array],
     specs: Sequence[QuantSpec],
-    stats: Stats | list[Stats],
+    stats: WeightStats | list[WeightStats],
     *,
     method: Callable[..., QTensor] = rtn,
     ratios: int = 20,
@@ -90,7 +90,7 @@ def awq_scale(
     if not families or not set(families) <= {"duo", "activations"}:
         todo = "Use 'duo', 'activations' or both"
         raise quant_error("awq_scale", "unknown families of scales", todo=todo, families=tuple(families))
-    distinct: list[Stats] = stats if isinstance(stats, list) else [stats]
+    distinct: list[WeightStats] = stats if isinstance(stats, list) else [stats]
     mean = jnp.maximum(_mean_magnitude([s["mean"] for s in distinct]), 1e-8)
     grams = None if module is not None else [jnp.mean(s["gram"]["gram"], axis=-3) for s in distinct]
     if grams is not None and len(grams) < len(weights):
@@ -146,7 +146,7 @@ def _experts_as_outputs(w: jax.Array) -> jax.Array:
     return w if w.ndim == 2 else jnp.moveaxis(w, 0, 1).reshape(w.shape[1], -1)
 
 
-def awq_clip(w: jax.Array, spec: QuantSpec, stats: Stats, *, steps: int = 20, least: float = 0.5) -> jax.Array:
+def awq_clip(w: jax.Array, spec: QuantSpec, stats: WeightStats, *, steps: int = 20, least: float = 0.5) -> jax.Array:
     """The magnitude to which AWQ clips each group of weights: ``|w| (1 - i / steps)`` of least error in its outputs.
 
     It tries ``i < (1 - least) steps`` and measures ``e^T H e`` with a group's own part of the Gram matrix, as the

@@ -11,13 +11,13 @@ ranges are a plain pytree, which the training loop carries, saves and shards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
-from jaxquant.core.types import PyTree
+from jaxquant.core.types import PyTree, State, Stats
 from jaxquant.transform.calibrate import merge_stats
 from jaxquant.transform.plan import Plan
 from jaxquant.transform.quantized import quantized_and_seen
@@ -26,7 +26,7 @@ __all__ = ["observed", "update_ranges"]
 
 
 def observed(
-    fn: Callable[..., PyTree], plan: Plan, state: Mapping[str, PyTree] | None = None
+    fn: Callable[..., PyTree], plan: Plan, state: State | None = None
 ) -> Callable[..., tuple[PyTree, dict[str, PyTree]]]:
     """`quantized`, with the observed range of each activation: ``fn'(params, ...) = (result, seen)``.
 
@@ -59,9 +59,7 @@ def observed(
     return quantized_and_seen(fn, plan, state)
 
 
-def update_ranges(
-    plan: Plan, ranges: Mapping[str, PyTree], seen: Mapping[str, PyTree], *, frozen: bool | jax.Array = False
-) -> dict[str, PyTree]:
+def update_ranges(plan: Plan, ranges: Stats, seen: Stats, *, frozen: bool | jax.Array = False) -> dict[str, PyTree]:
     """The ranges updated by the statistics of a step, or unchanged once they are frozen.
 
     Args:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from jaxquant.core.granularity import PerTensor
 from jaxquant.core.paths import Params, leaves_with_paths
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
-from jaxquant.core.types import PyTree
+from jaxquant.core.types import PyTree, State
 from jaxquant.io.atomic import replacing
 from jaxquant.rules import Rule
 from jaxquant.transform.batches import arguments
@@ -237,7 +237,7 @@ def compare(
     batches: Iterable[PyTree],
     *,
     plan: Plan | None = None,
-    state: Mapping[str, PyTree] | None = None,
+    state: State | None = None,
     labels: Sequence[str] = (),
     progress: Callable[[int], object] | None = None,
 ) -> Comparison:

@@ -242,7 +242,7 @@ def test_leaves_are_put_where_they_belong():
     np.testing.assert_array_equal(params[name].codes, plain[name].codes)
     assert len(params["output_norm.weight"].sharding.device_set) == 1
     with pytest.raises(QuantError, match="load_gguf: not a sharding"):
-        jq.io.load_gguf(MODEL / "model.gguf", sharding=3)
+        untyped.io.load_gguf(MODEL / "model.gguf", sharding=3)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -305,7 +305,9 @@ def test_ternary_codes_of_either_type(tmp_path):
 
 def test_plain_arrays_of_every_dtype(tmp_path):
     dtypes = (np.float32, np.float16, ml_dtypes.bfloat16, np.int8, np.int16, np.int32, np.int64, np.float64)
-    params = {np.dtype(d).name: np.arange(6).reshape(2, 3).astype(d) for d in dtypes} | {"one": np.float32(3)}
+    params: dict[str, Any] = {np.dtype(d).name: np.arange(6).reshape(2, 3).astype(d) for d in dtypes} | {
+        "one": np.float32(3)
+    }
     jq.io.save_gguf(tmp_path / "a.gguf", params, metadata=ARCHITECTURE)
     loaded = jq.io.load_gguf(tmp_path / "a.gguf")[0]
     assert loaded.keys() == params.keys()

@@ -525,7 +525,8 @@ def test_state_needs_its_plan_and_a_name_of_its_own(path):
 
 
 def test_a_plan_of_somebody_else_is_refused_by_load_model_alone(path):
-    save(path, {"w": jnp.ones(2)}, plan=types.SimpleNamespace(to_json=lambda: '{"theirs": 1}'))
+    theirs: Any = types.SimpleNamespace(to_json=lambda: '{"theirs": 1}')
+    save(path, {"w": jnp.ones(2)}, plan=theirs)
     assert_same(load(path), {"w": jnp.ones(2)})
     with pytest.raises(jq.QuantError, match="not a plan"):
         jq.io.load_model(path)

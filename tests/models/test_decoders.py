@@ -18,7 +18,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.models import load, logits
 from jaxquant.models.config import config_of
 from jaxquant.models.decoder import empty_cache, head, hidden
-from jaxquant.models.to_gguf import described
+from jaxquant.models.to_gguf import _Grouped, described
 
 SPEC = jq.OpSpec(jq.QuantSpec("int4", granularity="per_group", group_size=8))
 RULES = [jq.Rule(r"embed_tokens|lm_head|\.gate\.|shared_expert_gate|norm", None), jq.Rule(r"\.weight$", SPEC)]
@@ -286,6 +286,14 @@ def as_gguf(name, path):
             params[f"blk.{part.rpartition('.')[2]}.{STEMS[stem]}.weight"] = leaf
     metadata = {**metadata_of(name), "tokenizer.ggml.eos_token_id": np.uint32(2)}
     jq.io.save_gguf(path, params, metadata=metadata, names="hf")
+
+
+def test_the_gate_of_a_shared_expert_is_float_in_gguf():
+    """llama.cpp has it as a vector, and a QTensor has another shape."""
+    gate = jq.quantize(jnp.ones((1, 32)), jq.QuantSpec("int8"), reduce_axes=(-1,))
+    leaves = _Grouped({"model.layers.0.mlp.shared_expert_gate.weight": gate}, {}, "here")
+    with pytest.raises(QuantError, match=r"here, .*shared_expert_gate.*in float; .*Rule\('shared_expert_gate', None\)"):
+        leaves["blk.0.ffn_gate_inp_shexp.weight"]
 
 
 @pytest.mark.every

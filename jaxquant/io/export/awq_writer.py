@@ -6,7 +6,6 @@ Four bits; nibble i of a word holds column ``8 c + (0, 2, 4, 6, 1, 3, 5, 7)[i]``
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.export.integers import check_half, check_integers, common_group_size, group_size, grouped, words
 from jaxquant.io.export.interface import Layout
+from jaxquant.io.strict_json import Json
 
 __all__ = ["AWQ"]
 
@@ -39,7 +39,7 @@ def _tensors(q: QTensor) -> dict[str, np.ndarray]:
     return {"qweight": _columns(codes.T), "qzeros": _columns(zero.T), "scales": scale.T.astype(np.float16)}
 
 
-def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Any]:
+def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Json]:
     size = common_group_size(weights.values())
     if size is None or size < 0:
         sizes = {group_size(q) for q in weights.values()}

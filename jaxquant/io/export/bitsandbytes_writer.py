@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from jaxquant.core.qtensor import QTensor, Scale, flat, scale_values
 from jaxquant.io.bits import patterns
 from jaxquant.io.export.integers import check_matrix, group_size
 from jaxquant.io.export.interface import Layout
+from jaxquant.io.strict_json import Json
 
 __all__ = ["BITSANDBYTES"]
 
@@ -47,7 +48,7 @@ def _is_nested(s: Scale) -> TypeGuard[QTensor]:
     return isinstance(s, QTensor) and s.qtype == "dynamic8" and s.zero_point is None and _is_array(s.offset, s.scale)
 
 
-def _is_array(*values: Any) -> bool:
+def _is_array(*values: object) -> bool:
     return not any(value is None or isinstance(value, QTensor) for value in values)
 
 
@@ -94,7 +95,7 @@ def _constants(q: QTensor) -> dict[str, np.ndarray]:
     return {name: np.frombuffer(json.dumps(state).encode(), np.uint8)}
 
 
-def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Any]:
+def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Json]:
     kinds, dtypes = {q.qtype for q in weights.values()}, {q.dtype.name for q in weights.values()}
     if len(kinds) > 1 or len(dtypes) > 1:
         todo = "Quantize all weights alike"

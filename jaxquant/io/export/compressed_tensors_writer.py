@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +27,7 @@ from jaxquant.io.bits import patterns
 from jaxquant.io.export.integers import check_integers, check_matrix, check_stack, group_size, grouped, is_stack, words
 from jaxquant.io.export.interface import Layout
 from jaxquant.io.hf.schemes import NARROW
+from jaxquant.io.strict_json import Json
 
 __all__ = ["compressed_tensors", "describes"]
 
@@ -53,17 +53,18 @@ def compressed_tensors(act: QuantSpec | None = None) -> Layout:
 
 #: The activations that the layout can say -> the keys in which their schemes differ. The library's int8 has a step of
 #: absmax / 127.5; ours, absmax / 127, is marked where its readers look at nothing.
-_TOKENS: dict[QuantSpec, dict[str, Any]] = {
+_TOKENS: dict[QuantSpec, dict[str, Json]] = {
     QuantSpec("float8_e4m3fn"): {"type": "float"},
     QuantSpec("int8", narrow_range=False, calibration=AbsMax()): {"type": "int"},
     QuantSpec("int8"): {"type": "int", "observer_kwargs": {NARROW: True}},
 }
 
 
-def describes(act: QuantSpec, q: Any) -> bool:
+def describes(act: QuantSpec, q: object) -> bool:
     """Whether the layout says, of activations beside a weight, exactly this."""
-    fits = isinstance(q, QTensor) and len(q.shape) == 2 and not isinstance(q.scale, QTensor)
-    return fits and act in _TOKENS and q.qtype == act.qtype and group_size(q) == q.shape[-1]
+    if not isinstance(q, QTensor) or len(q.shape) != 2 or isinstance(q.scale, QTensor):
+        return False
+    return act in _TOKENS and q.qtype == act.qtype and group_size(q) == q.shape[-1]
 
 
 def _format(act: str | None, q: QTensor) -> str:
@@ -141,7 +142,7 @@ def _constants(act: str | None, q: QTensor) -> dict[str, np.ndarray]:
     return {"weight_shape": np.array(q.shape, np.int64)} if _format(act, q) == "pack-quantized" else {}
 
 
-def _scheme(act: QuantSpec | None, q: QTensor) -> dict[str, Any]:
+def _scheme(act: QuantSpec | None, q: QTensor) -> dict[str, Json]:
     axis = -2 if is_stack(q) and _turned(q) else -1
     kind = _format(None if act is None else act.qtype, q)
     size, width = q.shape[axis] // q.scale.shape[axis], q.shape[axis]
@@ -179,8 +180,8 @@ def _scheme(act: QuantSpec | None, q: QTensor) -> dict[str, Any]:
     }
 
 
-def _config(act: QuantSpec | None, weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Any]:
-    schemes: list[dict[str, Any]] = []
+def _config(act: QuantSpec | None, weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Json]:
+    schemes: list[dict[str, Json]] = []
     modules: list[list[str]] = []
     for module, q in weights.items():
         scheme = _scheme(act, q)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.io.export.integers import check_half, check_integers, common_group_size, group_size, grouped, words
 from jaxquant.io.export.interface import Layout
+from jaxquant.io.strict_json import Json
 
 __all__ = ["GPTQ"]
 
@@ -43,7 +43,7 @@ def _tensors(q: QTensor) -> dict[str, np.ndarray]:
     }
 
 
-def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Any]:
+def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Json]:
     widths, symmetric = {q.type.bits for q in weights.values()}, {_symmetric(q) for q in weights.values()}
     size = common_group_size(weights.values())
     if size is None or len(widths) > 1 or len(symmetric) > 1:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from jaxquant.core.errors import QuantError
 from jaxquant.core.qtensor import QTensor
+from jaxquant.io.strict_json import Json
 
 __all__ = ["Layout"]
 
@@ -33,9 +33,9 @@ class Layout:
     name: str
     check: Callable[[QTensor, Callable[..., QuantError]], None]
     tensors: Callable[[QTensor], dict[str, np.ndarray]]
-    config: Callable[[Mapping[str, QTensor], Sequence[str]], dict[str, Any]]
+    config: Callable[[Mapping[str, QTensor], Sequence[str]], dict[str, Json]]
     constants: Callable[[QTensor], dict[str, np.ndarray]] = lambda q: {}
-    files: Callable[[dict[str, Any]], dict[str, dict[str, Any]]] = lambda config: {}
+    files: Callable[[dict[str, Json]], dict[str, dict[str, Json]]] = lambda config: {}
     stacks: bool = False
     nested: Callable[[QTensor], bool] = lambda q: False
     keys: tuple[str, ...] = ("quantization_config",)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.io.bits import patterns
 from jaxquant.io.export.integers import check_integers, check_matrix, group_size, grouped, words
 from jaxquant.io.export.interface import Layout
+from jaxquant.io.strict_json import Json
 
 __all__ = ["MLX"]
 
@@ -79,12 +79,12 @@ def _words(codes: np.ndarray, bits: int) -> np.ndarray:
     return words(codes, bits).view(np.uint32)
 
 
-def _entry(q: QTensor) -> dict[str, Any]:
+def _entry(q: QTensor) -> dict[str, Json]:
     mode = q.qtype if q.type.kind != "int" else "affine"
     return {"group_size": group_size(q), "bits": q.type.bits, "mode": mode}
 
 
-def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Any]:
+def _config(weights: Mapping[str, QTensor], floats: Sequence[str]) -> dict[str, Json]:
     """The most common settings, and the settings of other weights under their names."""
     del floats  # MLX recognises them by the missing scales
     entries = {name: _entry(q) for name, q in weights.items()}

@@ -20,7 +20,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -53,6 +53,10 @@ _NUMBERS: dict[int, np.dtype] = {
     12: np.dtype(np.float64),
 }
 _KINDS = {dtype: kind for kind, dtype in _NUMBERS.items()}
+
+
+Value: TypeAlias = Any
+"""A value of the metadata: text, a bool, a NumPy number, or a list or array of such."""
 
 
 class TensorInfo(NamedTuple):
@@ -135,8 +139,8 @@ class GGUFFile(MappedFile):
             # Tokens are bytes, which need not be valid UTF-8.
             return text.decode("utf-8", "surrogateescape")
 
-    def _read_metadata(self, count: int) -> dict[str, Any]:
-        metadata: dict[str, Any] = {}
+    def _read_metadata(self, count: int) -> dict[str, Value]:
+        metadata: dict[str, Value] = {}
         for _ in range(count):
             key = self._string("a key of the metadata")
             if key in metadata:
@@ -144,7 +148,7 @@ class GGUFFile(MappedFile):
             metadata[key] = self._value(self._number("<I", key), key)
         return metadata
 
-    def _value(self, kind: int, key: str) -> Any:
+    def _value(self, kind: int, key: str) -> Value:
         if kind == _STRING:
             return self._string(key)
         if kind == _ARRAY:
@@ -223,7 +227,7 @@ class GGUFFile(MappedFile):
 
 def write_gguf(
     path: str | os.PathLike[str],
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, Value],
     tensors: Mapping[str, TensorInfo],
     read: Callable[[str], np.ndarray],
     *,
@@ -272,7 +276,7 @@ def _packed_string(text: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _packed_value(key: str, value: Any, function: str) -> bytes:
+def _packed_value(key: str, value: Value, function: str) -> bytes:
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _packed_string(value)
     if isinstance(value, list) and all(isinstance(item, str) for item in value):

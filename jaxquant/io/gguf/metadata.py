@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from jaxquant.core.errors import quant_error
+from jaxquant.io.gguf.container import Value
+from jaxquant.io.strict_json import Json
 
 __all__ = ["metadata_of"]
 
@@ -29,7 +30,7 @@ _KEYS = {
 }
 
 
-def metadata_of(config: Mapping[str, Any], architecture: str | None, *, function: str) -> dict[str, Any]:
+def metadata_of(config: Mapping[str, Json], architecture: str | None, *, function: str) -> dict[str, Value]:
     """The metadata of a decoder from its ``config.json``.
 
     Args:
@@ -51,7 +52,7 @@ def metadata_of(config: Mapping[str, Any], architecture: str | None, *, function
     if scaled or config.get("partial_rotary_factor") not in (None, 1.0):
         rule = "rotary embeddings that are scaled, or rotate a part of a head, cannot be written for this architecture"
         raise quant_error(function, rule, todo="Use llama.cpp's converter", architecture=name)
-    metadata: dict[str, Any] = {"general.architecture": name}
+    metadata: dict[str, Value] = {"general.architecture": name}
     for key, (field, dtype) in _KEYS.items():
         if isinstance(config.get(field), int | float):
             metadata[f"{name}.{key}"] = dtype(config[field])

@@ -21,9 +21,10 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
+
+from jaxquant.io.gguf.container import Value
 
 __all__ = [
     "ARCHITECTURES",
@@ -83,12 +84,12 @@ ARCHITECTURES: dict[str, dict[str, str]] = {
 }
 
 
-def _architecture(metadata: Mapping[str, Any]) -> str:
+def _architecture(metadata: Mapping[str, Value]) -> str:
     found = metadata.get("general.architecture")
     return found if isinstance(found, str) else ""
 
 
-def has_names(metadata: Mapping[str, Any]) -> bool:
+def has_names(metadata: Mapping[str, Value]) -> bool:
     """Whether Hugging Face's names of the architecture are known."""
     return _architecture(metadata) in ARCHITECTURES
 
@@ -116,24 +117,24 @@ def _renamed(name: str, outside: Mapping[str, str], layer: str, inside: Mapping[
     return f"{renamed}.{match[1]}.{found}.{kind}" if match and found else None
 
 
-def to_hugging_face(name: str, metadata: Mapping[str, Any]) -> str | None:
+def to_hugging_face(name: str, metadata: Mapping[str, Value]) -> str | None:
     """Hugging Face's name of a tensor; None if the table has none."""
     outside, inside = _stems(_architecture(metadata))
     return _renamed(name, outside, r"blk\.(\d+)\.(\w+)", inside, "model.layers")
 
 
-def to_gguf(name: str, metadata: Mapping[str, Any]) -> str | None:
+def to_gguf(name: str, metadata: Mapping[str, Value]) -> str | None:
     """Inverse of `to_hugging_face`."""
     outside, inside = ({new: old for old, new in table.items()} for table in _stems(_architecture(metadata)))
     return _renamed(name, outside, r"model\.layers\.(\d+)\.(.+)", inside, "blk")
 
 
-def norm_of_gemma(name: str, metadata: Mapping[str, Any]) -> bool:
+def norm_of_gemma(name: str, metadata: Mapping[str, Value]) -> bool:
     """Whether a tensor, by its name in the file, is a norm's weight plus 1."""
     return _architecture(metadata) in _GEMMA and name.endswith("norm.weight")
 
 
-def heads_of(name: str, metadata: Mapping[str, Any]) -> int | None:
+def heads_of(name: str, metadata: Mapping[str, Value]) -> int | None:
     """The number of heads of a tensor whose rows are interleaved; None for all others.
 
     0 if the rows are interleaved but the metadata does not give the number of heads.

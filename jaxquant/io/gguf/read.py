@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -13,10 +13,11 @@ from jax.typing import DTypeLike
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import QTYPES
-from jaxquant.io.arrays import placing
+from jaxquant.core.types import PyTree
+from jaxquant.io.arrays import Shardings, placing
 from jaxquant.io.bits import stored
 from jaxquant.io.gguf.block_types import Scales
-from jaxquant.io.gguf.container import TensorInfo
+from jaxquant.io.gguf.container import TensorInfo, Value
 from jaxquant.io.gguf.names import ARCHITECTURES, has_names, heads_of, norm_of_gemma, separate, to_hugging_face
 from jaxquant.io.gguf.split import GGUFModel
 from jaxquant.io.mapped import Leaves
@@ -42,7 +43,7 @@ class GGUFInfo:
     architecture: str | None
     kind: str
     files: tuple[str, ...]
-    metadata: dict[str, Any]
+    metadata: dict[str, Value]
     types: dict[str, str]
     reordered: tuple[str, ...]
 
@@ -52,9 +53,9 @@ def load_gguf(
     *,
     names: Literal["gguf", "hf"] = "gguf",
     dtype: DTypeLike = np.float32,
-    sharding: Any = None,
+    sharding: Shardings = None,
     target: Platform | None = None,
-) -> tuple[dict[str, Any], GGUFInfo]:
+) -> tuple[dict[str, PyTree], GGUFInfo]:
     """Reads a GGUF file: quantized tensors become `QTensor`s with the codes and scales of the file.
 
     F32, F16, BF16 and the integer types come as arrays; Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K, IQ4_NL, IQ4_XS,
@@ -149,7 +150,7 @@ class GGUFLeaves(Leaves):
         metadata = self.file.metadata
         self.reordered = tuple(key for key, name in self._inside.items() if heads_of(name, metadata) is not None)
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: str) -> QTensor | np.ndarray:
         self.file.forget()  # pages of the leaf before
         name = self._inside[key]
         info, blocks, heads = self.file.tensors[name], self.file.blocks(name), heads_of(name, self.file.metadata)
@@ -199,7 +200,7 @@ def _separated(file: GGUFModel, name: str, info: TensorInfo, blocks: np.ndarray,
     return separate(blocks, heads)
 
 
-def _leaf(file: GGUFModel, name: str, info: TensorInfo, blocks: np.ndarray, dtype: np.dtype) -> Any:
+def _leaf(file: GGUFModel, name: str, info: TensorInfo, blocks: np.ndarray, dtype: np.dtype) -> QTensor | np.ndarray:
     kind = info.type
     if kind.dtype is not None:
         return np.ascontiguousarray(blocks).view(kind.dtype.newbyteorder("<")).reshape(info.shape)
@@ -211,11 +212,13 @@ def _leaf(file: GGUFModel, name: str, info: TensorInfo, blocks: np.ndarray, dtyp
     def joined(values: np.ndarray) -> np.ndarray:
         return values.reshape(*rows, math.prod(values.shape) // math.prod(rows) if 0 not in rows else 0)
 
-    def quantized(codes: np.ndarray, scale: Any, offset: Any, qtype: str, dtype: np.dtype) -> QTensor:
+    def quantized(
+        codes: np.ndarray, scale: QTensor | np.ndarray, offset: QTensor | np.ndarray | None, qtype: str, dtype: np.dtype
+    ) -> QTensor:
         codes, length = stored(joined(codes), QTYPES[qtype])
         return QTensor(codes, scale, None, offset, qtype=qtype, dtype=dtype, length=length)
 
-    def scale(value: np.ndarray | Scales) -> Any:
+    def scale(value: np.ndarray | Scales) -> QTensor | np.ndarray:
         if isinstance(value, Scales):
             unit = joined(_finite(file, name, value.unit))
             return quantized(value.codes, unit, None, value.qtype, np.dtype(np.float32))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxquant.core.errors import QuantError
-from jaxquant.io.gguf.container import GGUFFile, TensorInfo
+from jaxquant.io.gguf.container import GGUFFile, TensorInfo, Value
 
 __all__ = ["GGUFModel"]
 
@@ -107,7 +107,7 @@ def _number(file: GGUFFile, key: str) -> int | None:
     return int(value)
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: Value, b: Value) -> bool:
     if isinstance(a, np.generic | np.ndarray):
         return type(a) is type(b) and a.dtype == b.dtype and a.tobytes() == b.tobytes()
     return a == b if type(a) is type(b) else False

@@ -12,10 +12,10 @@ import numpy as np
 
 from jaxquant.core.blocks import spread
 from jaxquant.core.errors import QuantError, quant_error
-from jaxquant.core.qtensor import QTensor, scale_values
-from jaxquant.io.arrays import PackedLeaves, to_host
+from jaxquant.core.qtensor import QTensor, Scale, scale_values
+from jaxquant.io.arrays import PackedLeaves, Values, to_host
 from jaxquant.io.gguf.block_types import BlockType, Parts, Scales
-from jaxquant.io.gguf.container import TensorInfo, write_gguf
+from jaxquant.io.gguf.container import TensorInfo, Value, write_gguf
 from jaxquant.io.gguf.names import ARCHITECTURES, has_names, heads_of, interleave, norm_of_gemma, to_gguf
 from jaxquant.io.gguf.types import BY_NAME, PLAIN
 from jaxquant.io.slices import rows, runs_of_rows, stored_by_rows
@@ -32,9 +32,9 @@ _CHOSEN = {
 
 def save_gguf(
     path: str | os.PathLike[str],
-    params: Mapping[str, Any],
+    params: Mapping[str, Values],
     *,
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, Value],
     names: Literal["gguf", "hf"] = "gguf",
     types: Mapping[str, str] | None = None,
 ) -> None:
@@ -125,7 +125,7 @@ def save_gguf(
     write_gguf(path, metadata, tensors, read)
 
 
-def _renamed(name: str, metadata: Mapping[str, Any]) -> str:
+def _renamed(name: str, metadata: Mapping[str, Value]) -> str:
     """llama.cpp's name of a tensor; a name that is none of Hugging Face's layers stays."""
     found = to_gguf(name, metadata) or name
     if found.startswith("model."):
@@ -135,14 +135,14 @@ def _renamed(name: str, metadata: Mapping[str, Any]) -> str:
     return found
 
 
-def _stored(leaf: Any, name: str, metadata: Mapping[str, Any]) -> Any:
+def _stored(leaf: Values, name: str, metadata: Mapping[str, Value]) -> Values:
     """The leaf as the file has it: of Gemma's norms with 1 added, in float32, since 16 bits hold fewer digits of it."""
     if isinstance(leaf, QTensor) or not norm_of_gemma(name, metadata):
         return leaf
     return to_host(leaf).astype(np.float32) + np.float32(1)
 
 
-def block_type(leaf: Any, path: str, wanted: str | None = None, *, function: str = "save_gguf") -> BlockType:
+def block_type(leaf: Values, path: str, wanted: str | None = None, *, function: str = "save_gguf") -> BlockType:
     """The type that holds a leaf without change.
 
     Raises:
@@ -218,7 +218,7 @@ def _check_values(q: QTensor, kind: BlockType, error: Callable[..., QuantError])
             raise error(f"each {name} must be a float16 number", todo=todo, lost=lost, of=exact.size)
 
 
-def _in_slices(leaf: Any, info: TensorInfo) -> np.ndarray:
+def _in_slices(leaf: Values, info: TensorInfo) -> np.ndarray:
     """The bytes of a leaf, uint8 of ``info.stored_shape``, made some rows at a time."""
     if not isinstance(leaf, QTensor) or leaf.ndim < 2 or not stored_by_rows(leaf):
         return _blocks(leaf, info)
@@ -228,7 +228,7 @@ def _in_slices(leaf: Any, info: TensorInfo) -> np.ndarray:
     return out
 
 
-def _blocks(leaf: Any, info: TensorInfo) -> np.ndarray:
+def _blocks(leaf: Values, info: TensorInfo) -> np.ndarray:
     """The bytes of a leaf, uint8 of ``info.stored_shape``."""
     kind = info.type
     if not isinstance(leaf, QTensor):
@@ -246,12 +246,13 @@ def _blocks(leaf: Any, info: TensorInfo) -> np.ndarray:
     if leaf.zero_point is not None:
         codes = (codes.astype(np.int16) - (1 << (leaf.type.bits - 1))).astype(np.int8)
 
-    def grouped(value: Any, per_block: int) -> np.ndarray:
+    def grouped(value: jax.Array | np.ndarray, per_block: int) -> np.ndarray:
         """Expands one entry per block of the QTensor to one per group of the format."""
         return spread(np.asarray(value), (*outer, count * per_block)).reshape(*outer, count, per_block)
 
-    def scales(value: Any) -> np.ndarray | Scales:
+    def scales(value: Scale) -> np.ndarray | Scales:
         if isinstance(value, QTensor):
+            assert not isinstance(value.scale, QTensor)  # no type of the table nests so deep
             unit = grouped(value.scale, 1).astype(np.float16)
             return Scales(grouped(value.logical_codes(), kind.groups), unit, value.qtype)
         dtype = value.dtype if kind.qtype == "mxfp4" else np.float16

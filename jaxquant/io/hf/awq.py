@@ -13,7 +13,6 @@ W[n, k] = (q - z) * s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -23,13 +22,14 @@ from jaxquant.io.bits import bytes_of, packed, unpacked
 from jaxquant.io.hf.module import Format, Module, Naming
 from jaxquant.io.hf.stated import overridden
 from jaxquant.io.hf.to_qtensor import block_size, qtensor, refined
+from jaxquant.io.strict_json import Json
 
 __all__ = ["AWQ"]
 
 _PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # the nibble that holds each column
 
 
-def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
+def _refuse(config: dict[str, Json], error: Callable[..., QuantError]) -> None:
     _check_bits(config, error)
     version = str(config.get("version", config.get("format", "gemm"))).lower()
     if version not in ("gemm", "gemv", "gemv_fast", "llm-awq"):
@@ -37,7 +37,7 @@ def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
         raise error(f"the layout {version!r} is that of one GPU kernel and cannot be read", todo=todo)
 
 
-def _check_bits(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
+def _check_bits(config: dict[str, Json], error: Callable[..., QuantError]) -> None:
     bits = config.get("bits", config.get("w_bit", 4))
     if bits != 4:
         raise error("AWQ has 4-bit codes only", todo="Check the configuration", bits=bits)

@@ -21,7 +21,6 @@ float32 for models of every dtype.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -32,7 +31,7 @@ from jaxquant.io.hf.module import RANKS, Format, Module, Naming
 from jaxquant.io.hf.schemes import Activation, dynamic, refused
 from jaxquant.io.hf.to_qtensor import TABLES, flat_blocks
 from jaxquant.io.safetensors import is_shape
-from jaxquant.io.strict_json import parse
+from jaxquant.io.strict_json import Json, parse
 
 __all__ = ["BITSANDBYTES"]
 
@@ -60,7 +59,7 @@ def _int8(m: Module) -> QTensor:
     return QTensor(weight, factors, None, qtype="int8", dtype=np.float32)
 
 
-def _state(m: Module) -> tuple[str, dict[str, Any]]:
+def _state(m: Module) -> tuple[str, dict[str, Json]]:
     for kind in ("nf4", "fp4"):
         raw = m.maybe(_STATE + kind, np.uint8, ndim=1)
         if raw is None:
@@ -98,7 +97,7 @@ def _four_bits(m: Module) -> QTensor:
     return QTensor(codes, scale, None, qtype=kind, dtype=_DTYPES[state["dtype"]], length=shape[-1])
 
 
-def _scale(m: Module, state: dict[str, Any], index: np.ndarray, blocks: int) -> Any:
+def _scale(m: Module, state: dict[str, Json], index: np.ndarray, blocks: int) -> QTensor | np.ndarray:
     nested = m.has(".weight.nested_absmax")
     if not nested:
         absmax = m.magnitudes(".weight.absmax", np.float32, ndim=1)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from jaxquant.io.sharded import Checkpoint
+from jaxquant.io.strict_json import Json
 
 __all__ = ["HFCheckpoint"]
 
@@ -30,7 +30,7 @@ class HFCheckpoint(Checkpoint):
 
     def __init__(self, path: str | os.PathLike[str], *, function: str = "load_hf"):
         super().__init__(path, function=function)
-        self.config: dict[str, Any] = self.json("config.json") or {}
+        self.config: dict[str, Json] = self.json("config.json") or {}
         self.dtype: np.dtype | None = None
         for place in (self.config.get("text_config"), self.config):
             if isinstance(place, dict):

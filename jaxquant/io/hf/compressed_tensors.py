@@ -21,7 +21,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -35,13 +34,14 @@ from jaxquant.io.hf.module import RANKS, Format, Module, Naming
 from jaxquant.io.hf.schemes import NARROW, Activation, dynamic, in_unit, refused, static, whole, with_outputs
 from jaxquant.io.hf.stated import matches
 from jaxquant.io.hf.to_qtensor import E2M1, Grouping, aligned, grouping, qtensor, spread
+from jaxquant.io.strict_json import Json
 
 __all__ = ["COMPRESSED_TENSORS"]
 
 _SPARSE = ("marlin-24", "sparse-24-bitmask", "sparse-bitmask")
 
 
-def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
+def _refuse(config: dict[str, Json], error: Callable[..., QuantError]) -> None:
     places = [config, config.get("sparsity_config"), *_groups(config)]
     formats = [place.get("format") for place in places if isinstance(place, dict)]
     if found := [f for f in formats if f in _SPARSE]:
@@ -52,23 +52,23 @@ def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
         raise error("its activations are rotated at run time, which a weight alone cannot express", todo=todo)
 
 
-def _groups(config: dict[str, Any]) -> list[dict[str, Any]]:
+def _groups(config: dict[str, Json]) -> list[dict[str, Json]]:
     groups = config.get("config_groups")
     return [g for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
 
 
-def _weights(m: Module) -> list[dict[str, Any]]:
+def _weights(m: Module) -> list[dict[str, Json]]:
     """The ``weights`` of the config groups that can be the module's."""
     return [group["weights"] for group in _groups_of(m)]
 
 
-def _groups_of(m: Module) -> list[dict[str, Any]]:
+def _groups_of(m: Module) -> list[dict[str, Json]]:
     """The config groups that can be the module's.
 
     A target that is the module's name counts before an expression that matches it, and that before the name of a class,
     which may be that of any module. If no group names it, every group may be meant.
     """
-    named: dict[str, list[dict[str, Any]]] = {"name": [], "expression": [], "class": [], "": []}
+    named: dict[str, list[dict[str, Json]]] = {"name": [], "expression": [], "class": [], "": []}
     for group in _groups(m.config):
         targets, weights = group.get("targets"), group.get("weights")
         if isinstance(weights, dict):
@@ -87,7 +87,7 @@ def _names(m: Module, target: str) -> str:
     return "class" if "." not in target and target not in m.checkpoint.owners else ""
 
 
-def _block(weights: dict[str, Any]) -> tuple[int | None, int | None]:
+def _block(weights: dict[str, Json]) -> tuple[int | None, int | None]:
     """Rows and columns of a block; None where the configuration does not state them."""
     structure, size = weights.get("block_structure"), weights.get("group_size")
     if isinstance(structure, str):
@@ -274,7 +274,7 @@ def activation(m: Module) -> Activation | None:
     return with_outputs(m, found or Activation(None), "output_activations", outputs[0])
 
 
-def _inputs(m: Module, groups: Sequence[dict[str, Any]]) -> Activation | None:
+def _inputs(m: Module, groups: Sequence[dict[str, Json]]) -> Activation | None:
     stated = [group.get("input_activations") or None for group in groups]
     if len(groups) > 1 and any(one != stated[0] for one in stated):
         raise refused(m, "config_groups", len(groups), "several groups can be meant, which differ in input_activations")

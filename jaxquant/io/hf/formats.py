@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from jaxquant.core.errors import QuantError
@@ -24,6 +22,7 @@ from jaxquant.io.hf.mxfp4 import MXFP4
 from jaxquant.io.hf.quanto import QUANTO
 from jaxquant.io.hf.torchao import TORCHAO
 from jaxquant.io.hf.vptq import VPTQ
+from jaxquant.io.strict_json import Json
 
 __all__ = ["FORMATS", "UNSUPPORTED", "detect", "support_table"]
 
@@ -46,7 +45,7 @@ UNSUPPORTED = {
 }
 
 
-def detect(checkpoint: HFCheckpoint) -> tuple[Format | None, dict[str, Any]]:
+def detect(checkpoint: HFCheckpoint) -> tuple[Format | None, dict[str, Json]]:
     """The format of a directory and its quantization configuration; None if no weight is quantized."""
     if "jaxquant" in checkpoint.metadata() and any(name.endswith(".codes") for name in checkpoint.tensors):
         todo = "Read it with jq.io.load"
@@ -69,7 +68,7 @@ def detect(checkpoint: HFCheckpoint) -> tuple[Format | None, dict[str, Any]]:
     return form, config
 
 
-def _configuration(checkpoint: HFCheckpoint) -> tuple[dict[str, Any] | None, Any]:
+def _configuration(checkpoint: HFCheckpoint) -> tuple[dict[str, Json] | None, Json]:
     """The quantization configuration, and its ``quant_method``."""
     places = [p for p in (checkpoint.config, checkpoint.config.get("text_config")) if isinstance(p, dict)]
     for place in places:
@@ -98,7 +97,7 @@ def _configuration(checkpoint: HFCheckpoint) -> tuple[dict[str, Any] | None, Any
     return None, None
 
 
-def _of_mlx(checkpoint: HFCheckpoint, place: dict[str, Any]) -> dict[str, Any] | None:
+def _of_mlx(checkpoint: HFCheckpoint, place: dict[str, Json]) -> dict[str, Json] | None:
     """MLX's configuration, which has no ``quant_method``; a copy or an older one may exist beside "quantization"."""
     own, other = place.get("quantization"), place.get("quantization_config")
     words = (np.uint32, np.int32)
@@ -114,7 +113,7 @@ def _of_mlx(checkpoint: HFCheckpoint, place: dict[str, Any]) -> dict[str, Any] |
     return None
 
 
-def _unnamed(checkpoint: HFCheckpoint, config: dict[str, Any], method: Any) -> QuantError:
+def _unnamed(checkpoint: HFCheckpoint, config: dict[str, Json], method: Json) -> QuantError:
     """The error for a configuration that does not name its format, with the formats that are possible."""
 
     able = [form for form in FORMATS if form.modules(checkpoint)] or FORMATS

@@ -15,7 +15,6 @@ or NAME_scale; in FBGEMM (Llama 4) they are [experts, in, out] with one scale pe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -27,13 +26,14 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
 from jaxquant.io.hf.schemes import Activation, dynamic, refused, static
 from jaxquant.io.hf.to_qtensor import aligned, in_blocks, in_unstated_blocks
+from jaxquant.io.strict_json import Json
 
 __all__ = ["FP8"]
 
 _SCALE = ".weight_scale_inv"
 
 
-def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
+def _refuse(config: dict[str, Json], error: Callable[..., QuantError]) -> None:
     if "fnuz" in str(config.get("fmt", "")):
         todo = "Convert it to e4m3fn (half the values, twice the scales)"
         raise error("the fp8 variant of AMD's older GPUs is not read", todo=todo, fmt=config["fmt"])

@@ -11,7 +11,6 @@ The static scales of inputs and outputs (0: none) stay beside the weight.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +19,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.io.hf.module import Format, Module, Naming
 from jaxquant.io.hf.stated import matches
 from jaxquant.io.hf.to_qtensor import qtensor
+from jaxquant.io.strict_json import Json
 
 __all__ = ["GEMMA"]
 
@@ -38,7 +38,7 @@ def read(m: Module) -> QTensor:
     return qtensor(weight, scale, bits=bits, length=weight.shape[1] * 8 // bits, dtype=dtype, signed=True)
 
 
-def _bits(m: Module) -> Any:
+def _bits(m: Module) -> Json:
     """The first entry of the table of patterns that matches the module, or the configuration's own."""
     table = m.config.get("module_quant_configs")
     for pattern, entry in table.items() if isinstance(table, dict) else ():

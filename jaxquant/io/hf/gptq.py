@@ -20,7 +20,6 @@ The planar layout of GPTQModel 7 ("gptq_p") stores each 32 values as bit planes,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -30,20 +29,21 @@ from jaxquant.io.bits import bytes_of, packed, unpacked
 from jaxquant.io.hf.module import Format, Module, Naming
 from jaxquant.io.hf.stated import overridden
 from jaxquant.io.hf.to_qtensor import block_size, grouping, qtensor
+from jaxquant.io.strict_json import Json
 
 __all__ = ["GPTQ"]
 
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
 
-def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
+def _refuse(config: dict[str, Json], error: Callable[..., QuantError]) -> None:
     layout = _layout(config)
     if layout not in ("gptq", "gptq_v2", "gptq_p"):
         todo = "Convert it from the checkpoint that the kernel's layout was made from"
         raise error(f"the layout {layout!r} is that of one GPU kernel and cannot be read", todo=todo)
 
 
-def _layout(config: dict[str, Any]) -> str:
+def _layout(config: dict[str, Json]) -> str:
     """``gptq`` (version 1), ``gptq_v2`` or ``gptq_p``."""
     packing = config.get("packing_format")
     if isinstance(packing, str):  # AutoRound: layouts named after a tool are that tool's; its own stores z itself

@@ -12,7 +12,6 @@ Groups along axis 0 are strided over the weight. They become consecutive by a pe
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +22,7 @@ from jaxquant.io.bits import packed
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.module import Format, Module, Naming
 from jaxquant.io.hf.to_qtensor import qtensor
+from jaxquant.io.strict_json import Json
 
 __all__ = ["HQQ"]
 
@@ -36,7 +36,7 @@ _SAID = (
 )  # fmt: skip
 
 
-def _number(m: Module, suffix: str, key: str) -> Any:
+def _number(m: Module, suffix: str, key: str) -> Json:
     """A parameter of the module, from its tensors or from the configuration."""
     own = m.maybe(suffix, *_NUMBERS)
     if own is not None:
@@ -46,7 +46,7 @@ def _number(m: Module, suffix: str, key: str) -> Any:
     return weight.get(key) if isinstance(weight, dict) else None
 
 
-def _stated(_: HFCheckpoint, config: dict[str, Any], prefix: str) -> dict[str, Any]:
+def _stated(_: HFCheckpoint, config: dict[str, Json], prefix: str) -> dict[str, Json]:
     """The configuration of one module, by its tag: the end of its name, without the number of the layer."""
     parts = prefix.split(".")
     tags = [".".join(part for part in parts[i:] if not part.isdigit()) for i in range(len(parts))]
@@ -102,7 +102,9 @@ def read(m: Module) -> QTensor:
     return layout(m, codes.reshape(shape), scale, zero, size, bits=bits, dtype=np.dtype(dtype))
 
 
-def _in_rows(m: Module, codes: np.ndarray, scale: Any, zero: Any, size: int, *, bits: int, dtype: np.dtype) -> QTensor:
+def _in_rows(
+    m: Module, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, size: int, *, bits: int, dtype: np.dtype
+) -> QTensor:
     """Groups of consecutive elements of a row, or of some rows."""
     out, length = codes.shape
     if length % size and size % length:
@@ -118,7 +120,7 @@ def _in_rows(m: Module, codes: np.ndarray, scale: Any, zero: Any, size: int, *, 
 
 
 def _across_rows(
-    m: Module, codes: np.ndarray, scale: Any, zero: Any, size: int, *, bits: int, dtype: np.dtype
+    m: Module, codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, size: int, *, bits: int, dtype: np.dtype
 ) -> QTensor:
     """Groups along axis 0: elements of a group are as far apart as the number of groups."""
     m.notes.append("groups along axis 0")

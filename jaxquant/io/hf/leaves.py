@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +18,7 @@ from jaxquant.io.hf.schemes import Activation, CacheScales, cache_scales, refuse
 from jaxquant.io.hf.unclaimed import check_unclaimed, weights_of
 from jaxquant.io.manifest import check_qtensor, check_values
 from jaxquant.io.mapped import Leaves
+from jaxquant.io.strict_json import Json
 
 __all__ = ["HFLeaves"]
 
@@ -53,7 +53,7 @@ class HFLeaves(Leaves):
         self,
         checkpoint: HFCheckpoint,
         form: Format | None,
-        config: dict[str, Any],
+        config: dict[str, Json],
         *,
         dtype: np.dtype | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
@@ -110,7 +110,7 @@ class HFLeaves(Leaves):
         """Faults of the weights read so far that were corrected."""
         return tuple(dict.fromkeys(p for module in self.modules.values() for p in module.problems))
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> QTensor | np.ndarray:
         self.checkpoint.forget()  # pages of the leaf before
         if name not in self.modules:
             array = self.checkpoint.array(name)
@@ -125,7 +125,7 @@ class HFLeaves(Leaves):
                 self._check_rest()
         return leaf
 
-    def _read(self, module: Module) -> Any:
+    def _read(self, module: Module) -> QTensor | np.ndarray:
         """The leaf of a module, of NumPy arrays."""
         assert self.form is not None
         with np.errstate(all="ignore"):  # overflow is detected below
@@ -177,5 +177,5 @@ class HFLeaves(Leaves):
                 raise self.checkpoint.error("an unknown tensor beside a quantized weight", name, todo=todo)
 
 
-def _is_float(array: Any) -> bool:
+def _is_float(array: np.ndarray) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)

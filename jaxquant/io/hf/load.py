@@ -6,7 +6,6 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +13,14 @@ from jax.typing import DTypeLike
 
 from jaxquant.core.errors import printable, quant_error
 from jaxquant.core.qtensor import QTensor
-from jaxquant.io.arrays import placing, to_device
+from jaxquant.core.types import PyTree
+from jaxquant.io.arrays import Shardings, Values, placing, to_device
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.formats import detect
 from jaxquant.io.hf.leaves import HFLeaves
 from jaxquant.io.hf.names import NameMap, nested
 from jaxquant.io.rules import Assigned, assign
+from jaxquant.io.strict_json import Json
 from jaxquant.ops.targets import Platform
 from jaxquant.ptq.rtn import rtn
 from jaxquant.rules import Rule
@@ -49,8 +50,8 @@ class CheckpointInfo:
 
     directory: str
     format: str
-    config: dict[str, Any]
-    model: dict[str, Any]
+    config: dict[str, Json]
+    model: dict[str, Json]
     files: tuple[str, ...]
     modules: dict[str, str]
     floats: tuple[str, ...]
@@ -75,10 +76,10 @@ def load_hf(
     rules: Sequence[Rule] | None = None,
     names: NameMap | None = None,
     dtype: DTypeLike | None = None,
-    sharding: Any = None,
+    sharding: Shardings = None,
     target: Platform | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
-) -> tuple[dict[str, Any], CheckpointInfo]:
+) -> tuple[dict[str, PyTree], CheckpointInfo]:
     """Reads a Hugging Face directory, quantized by any supported library or in float; codes stay unchanged.
 
     The format is recognised from the configuration, and the layout of each module from its tensors. Files are mapped
@@ -146,7 +147,7 @@ class Read:
       paths: name in the file -> path in the params, for each leaf.
     """
 
-    params: dict[str, Any]
+    params: dict[str, PyTree]
     info: CheckpointInfo
     leaves: HFLeaves
     paths: dict[str, str]
@@ -158,7 +159,7 @@ def read_hf(
     rules: Sequence[Rule] | None = None,
     names: NameMap | None = None,
     dtype: DTypeLike | None = None,
-    sharding: Any = None,
+    sharding: Shardings = None,
     target: Platform | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     drop: Callable[[HFLeaves], Collection[str]] = lambda leaves: (),
@@ -177,10 +178,11 @@ def read_hf(
     left_out = frozenset(drop(leaves))
     kept = [name for name in leaves if name not in left_out]
     targets = None if names is None else names.resolve(kept, checkpoint.error)
-    result: dict[str, Any] = {}
+    result: dict[str, Values] = {}
     paths: dict[str, str] = {}
     for name in kept:
-        leaf, path = leaves[name], name
+        path = name
+        leaf: Values = leaves[name]
         if name in assigned:
             stored = leaf.dtype.name
             leaf = _quantized(checkpoint, name, leaf, assigned[name])
@@ -227,7 +229,8 @@ def _checked_dtype(function: str, dtype: DTypeLike | None) -> np.dtype | None:
     return found
 
 
-def _quantized(checkpoint: HFCheckpoint, name: str, array: np.ndarray, how: Assigned) -> QTensor:
+def _quantized(checkpoint: HFCheckpoint, name: str, array: QTensor | np.ndarray, how: Assigned) -> QTensor:
+    assert not isinstance(array, QTensor)  # `assign` refuses weights that are quantized
     if not np.isfinite(array).all():
         raise checkpoint.error("a weight must be finite", name, todo="A checkpoint with NaN or inf cannot be quantized")
     return rtn(to_device(array), how.whole(array.shape), reduce_axes=how.reduce_axes)

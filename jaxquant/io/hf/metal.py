@@ -16,7 +16,7 @@ module is not quantized, ``true`` that it has the general settings.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +26,7 @@ from jaxquant.io.bits import bytes_of
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
 from jaxquant.io.hf.to_qtensor import qtensor
+from jaxquant.io.strict_json import Json
 
 __all__ = ["METAL"]
 
@@ -48,7 +49,7 @@ _MODES = {
 }
 
 
-def _stated(checkpoint: HFCheckpoint, config: dict[str, Any], prefix: str) -> dict[str, Any]:
+def _stated(checkpoint: HFCheckpoint, config: dict[str, Json], prefix: str) -> dict[str, Json]:
     """The configuration of one module."""
     own, name = config.get(prefix, True), f"{prefix}.weight"
     if own is False:

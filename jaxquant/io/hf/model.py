@@ -7,9 +7,11 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+import jax
 from jax.typing import DTypeLike
 
 from jaxquant.core.errors import printable, quant_error
+from jaxquant.core.types import PyTree
 from jaxquant.io.hf.leaves import HFLeaves
 from jaxquant.io.hf.load import CheckpointInfo, read_hf
 from jaxquant.io.hf.names import NameMap
@@ -38,9 +40,9 @@ class HFModel:
       cache: how keys and values are stored, for a model that has a cache; None: in float.
     """
 
-    params: dict[str, Any]
+    params: dict[str, PyTree]
     plan: StatedPlan | None
-    state: dict[str, Any] | None
+    state: dict[str, dict[str, jax.Array]] | None
     info: CheckpointInfo
     cache: CacheScales | None = None
 

@@ -12,7 +12,6 @@ out] and [experts, in / 16, out].
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -23,13 +22,14 @@ from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
 from jaxquant.io.hf.schemes import Activation, dynamic, in_unit, refused, static
 from jaxquant.io.hf.to_qtensor import aligned, in_blocks, in_unstated_blocks
+from jaxquant.io.strict_json import Json
 
 __all__ = ["MODELOPT"]
 
 _BLOCK = 128  # rows and columns of a block of FP8_PB_WO and similar algorithms
 
 
-def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
+def _refuse(config: dict[str, Json], error: Callable[..., QuantError]) -> None:
     algorithm = _said(config).get("quant_algo")
     if isinstance(algorithm, str) and "AWQ" in algorithm:
         todo = "Export it as NVFP4, FP8 or in another format"
@@ -37,13 +37,13 @@ def _refuse(config: dict[str, Any], error: Callable[..., QuantError]) -> None:
         raise error(rule, todo=todo, quant_algo=algorithm)
 
 
-def _said(config: dict[str, Any]) -> dict[str, Any]:
+def _said(config: dict[str, Json]) -> dict[str, Json]:
     """The quantization settings: "quantization" in hf_quant_config.json, or the top level in config.json."""
     outer, inner = {k: v for k, v in config.items() if k != "quantization"}, config.get("quantization")
     return outer | inner if isinstance(inner, dict) else outer
 
 
-def _stated(_: HFCheckpoint, config: dict[str, Any], prefix: str) -> dict[str, Any]:
+def _stated(_: HFCheckpoint, config: dict[str, Json], prefix: str) -> dict[str, Json]:
     """The configuration of one module: ``quantized_layers`` has those of mixed precision by name."""
     said = _said(config)
     layers = said.get("quantized_layers")

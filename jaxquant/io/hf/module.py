@@ -12,10 +12,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxquant.core.errors import QuantError
+from jaxquant.core.qtensor import QTensor
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.to_qtensor import aligned
+from jaxquant.io.strict_json import Json
 
 __all__ = ["RANKS", "Format", "Module", "Naming"]
 
@@ -71,7 +74,7 @@ class Module:
         checkpoint: HFCheckpoint,
         prefix: str,
         naming: Naming,
-        config: dict[str, Any],
+        config: dict[str, Json],
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ):
         self.checkpoint, self.prefix, self.naming, self.config = checkpoint, prefix, naming, config
@@ -103,7 +106,7 @@ class Module:
         """Whether the tensor exists."""
         return self.named(suffix) in self.checkpoint.tensors
 
-    def array(self, suffix: str, *dtypes: Any, ndim: int | tuple[int, ...] | None = None) -> np.ndarray:
+    def array(self, suffix: str, *dtypes: DTypeLike, ndim: int | tuple[int, ...] | None = None) -> np.ndarray:
         """A nonempty tensor of one of these dtypes (by default any) and of one of these ranks."""
         name = self.named(suffix)
         if name not in self.checkpoint.tensors:
@@ -123,11 +126,11 @@ class Module:
         self.used.add(name)
         return self.checkpoint.array(name)
 
-    def maybe(self, suffix: str, *dtypes: Any, ndim: int | tuple[int, ...] | None = None) -> np.ndarray | None:
+    def maybe(self, suffix: str, *dtypes: DTypeLike, ndim: int | tuple[int, ...] | None = None) -> np.ndarray | None:
         """The tensor as by `array`, or None if it does not exist."""
         return self.array(suffix, *dtypes, ndim=ndim) if self.has(suffix) else None
 
-    def scales(self, suffix: str, *dtypes: Any, ndim: int | tuple[int, ...] | None = None) -> np.ndarray:
+    def scales(self, suffix: str, *dtypes: DTypeLike, ndim: int | tuple[int, ...] | None = None) -> np.ndarray:
         """A tensor of finite floats."""
         value = self.array(suffix, *(dtypes or (np.float16, ml_dtypes.bfloat16, np.float32)), ndim=ndim)
         if not np.isfinite(value.astype(np.float32)).all():
@@ -135,7 +138,7 @@ class Module:
             raise self.error("scales must be finite", suffix, todo="The checkpoint is damaged: fetch it again", bad=bad)
         return value
 
-    def magnitudes(self, suffix: str, *dtypes: Any, ndim: int | tuple[int, ...] | None = None) -> np.ndarray:
+    def magnitudes(self, suffix: str, *dtypes: DTypeLike, ndim: int | tuple[int, ...] | None = None) -> np.ndarray:
         """A tensor of scales that come from largest magnitudes: finite and not negative."""
         value = self.scales(suffix, *dtypes, ndim=ndim)
         if (bad := int((value < 0).sum())) > 0:
@@ -143,7 +146,7 @@ class Module:
             raise self.error("scales of this format are not negative", suffix, todo=todo, bad=bad)
         return value
 
-    def unit(self, suffix: str, *dtypes: Any, stack: tuple[int, ...] = ()) -> np.ndarray:
+    def unit(self, suffix: str, *dtypes: DTypeLike, stack: tuple[int, ...] = ()) -> np.ndarray:
         """The scale of a whole weight, or of each weight in a stack, of shape [.., 1, 1]: finite and positive."""
         value = self.scales(suffix, *(dtypes or (np.float32,)))
         full = aligned(value, (*stack, 1, 1))
@@ -172,7 +175,7 @@ class Module:
             rule = f"the tensor must have the shape {list(wanted)}, by the other tensors of its module"
             raise self.error(rule, suffix, todo="Check the format and its configuration", shape=tuple(found))
 
-    def by_shapes(self, what: str, stated: Any) -> None:
+    def by_shapes(self, what: str, stated: object) -> None:
         """Notes that a parameter comes from the shapes; a problem if the configuration states another value."""
         if stated is None:
             self.notes.append(f"{what}, by its shapes")
@@ -206,13 +209,13 @@ class Format:
     name: str
     methods: tuple[str, ...]
     names: tuple[Naming, ...]
-    read: Callable[[Module], Any]
+    read: Callable[[Module], QTensor | np.ndarray]
     layouts: str
     parts: tuple[str, ...] = ()
     zero_is_off: bool = False
     find: Callable[[HFCheckpoint], Iterable[str]] | None = None
-    refuse: Callable[[dict[str, Any], Callable[..., QuantError]], None] | None = None
-    stated: Callable[[HFCheckpoint, dict[str, Any], str], dict[str, Any] | None] | None = None
+    refuse: Callable[[dict[str, Json], Callable[..., QuantError]], None] | None = None
+    stated: Callable[[HFCheckpoint, dict[str, Json], str], dict[str, Json] | None] | None = None
     activation: Callable[[Module], Any] | None = None
 
     def module(
@@ -220,7 +223,7 @@ class Format:
         checkpoint: HFCheckpoint,
         prefix: str,
         naming: Naming,
-        config: dict[str, Any],
+        config: dict[str, Json],
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> Module:
         """A module with its own configuration. Its tensors, not the configuration, decide whether it is quantized."""

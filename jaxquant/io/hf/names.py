@@ -11,21 +11,23 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 
 from jaxquant.core import views
 from jaxquant.core.errors import QuantError, printable, quant_error
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.types import PyTree
+from jaxquant.io.arrays import Values
 from jaxquant.io.hf.activations import NAMES
 
 __all__ = ["BERT", "GPT2", "LLAMA", "OPT", "VIT", "NameMap", "nested"]
 
-Target = tuple[str, Callable[[Any], Any] | None] | None
+Transform = Callable[[Values], Values]
+Target = tuple[str, Transform | None] | None
 
 
-def _transposed(leaf: Any) -> Any:
+def _transposed(leaf: Values) -> Values:
     """Transposes [out, in] to [in, out], the axes of Flax's kernels. Stored codes do not move."""
     if isinstance(leaf, QTensor):
         return _numpy_transpose(leaf)
@@ -36,14 +38,14 @@ def _numpy_transpose(q: QTensor) -> QTensor:
     return views.transpose(q, tuple(range(q.ndim))[::-1])
 
 
-def _image_kernel(leaf: Any) -> Any:
+def _image_kernel(leaf: Values) -> Values:
     """A convolution's [out, in, height, width] to [height, width, in, out]."""
     order = (2, 3, 1, 0)
     return views.transpose(leaf, order) if isinstance(leaf, QTensor) else jnp.transpose(leaf, order)
 
 
 #: Transforms that a row may apply to a tensor.
-TRANSFORMS: dict[str, Callable[[Any], Any] | None] = {
+TRANSFORMS: dict[str, Transform | None] = {
     "as it is": None,
     "transpose": _transposed,
     "image kernel": _image_kernel,
@@ -97,7 +99,7 @@ class NameMap:
                 return None if path is None else (match.expand(path), TRANSFORMS[transform])
         return None if any(re.fullmatch(p, name) for p in self.optional) else ""
 
-    def apply(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    def apply(self, params: Mapping[str, Values]) -> dict[str, PyTree]:
         """Turns a flat dict of leaves, by the names of a checkpoint, into the model's tree.
 
         Use it for the result of `load_gguf` with ``names="hf"``; `load_hf` applies its map itself.
@@ -146,9 +148,9 @@ class NameMap:
         return error(f"the names do not fit the map{lines}{more}\n", todo=todo, mismatches=len(problems))
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nested(flat: Mapping[str, Values]) -> dict[str, PyTree]:
     """Leaves by path, "/" between the keys, as a tree of dicts."""
-    tree: dict[str, Any] = {}
+    tree: dict[str, PyTree] = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")
         node = tree

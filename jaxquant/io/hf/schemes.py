@@ -24,6 +24,7 @@ from jaxquant.core.granularity import PerTensor
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.module import Module
+from jaxquant.io.strict_json import Json
 
 __all__ = [
     "NARROW",
@@ -65,14 +66,14 @@ class Activation:
 
 
 def refused(
-    m: Module, key: str, value: Any, why: str = "no scheme of jaxquant computes this", todo: str = _TODO
+    m: Module, key: str, value: Json, why: str = "no scheme of jaxquant computes this", todo: str = _TODO
 ) -> QuantError:
     """The error for a scheme that cannot be expressed."""
     rule = f"the activations of this weight are quantized in a way that cannot be run: {why}"
     return m.error(rule, todo=todo, **{re.sub(r"\W", "_", key): value})
 
 
-def with_outputs(m: Module, found: Activation, key: str, value: Any) -> Activation:
+def with_outputs(m: Module, found: Activation, key: str, value: Json) -> Activation:
     """An activation beside which outputs are rounded, as a key says."""
     todo = "Round the inputs alone: activations='inputs'; or run the weights alone: activations='float'"
     idle = (f"{m.prefix}.output_{part}" for part in ("scale", "zero_point"))
@@ -201,7 +202,7 @@ def is_scale_of_cache(name: str) -> bool:
     return found is not None and not (found["c"] == "output_scale" and found["proj"] is None)
 
 
-def cache_scales(checkpoint: HFCheckpoint, config: Mapping[str, Any], names: Iterable[str]) -> CacheScales | None:
+def cache_scales(checkpoint: HFCheckpoint, config: Mapping[str, Json], names: Iterable[str]) -> CacheScales | None:
     """The scales of keys and values of each layer; None if the checkpoint does not mention a cache.
 
     Raises:
@@ -237,12 +238,12 @@ def cache_scales(checkpoint: HFCheckpoint, config: Mapping[str, Any], names: Ite
     return CacheScales(_cache_type(checkpoint, key, stated), found, tuple(used))
 
 
-def _stated(config: Mapping[str, Any], key: str) -> Any:
+def _stated(config: Mapping[str, Json], key: str) -> Json:
     inner = config.get("quantization")
     return config.get(key) or (inner.get(key) if isinstance(inner, Mapping) else None)
 
 
-def _cache_type(checkpoint: HFCheckpoint, key: str, stated: Any) -> str:
+def _cache_type(checkpoint: HFCheckpoint, key: str, stated: Json) -> str:
     if stated is None or stated in ("static", "FP8", "fp8", "fp8_e4m3"):
         return _FP8
     if isinstance(stated, Mapping):
@@ -253,6 +254,6 @@ def _cache_type(checkpoint: HFCheckpoint, key: str, stated: Any) -> str:
     raise _no_cache(checkpoint, key, "it is not one static scale for fp8 or int8 keys, and one for values", stated)
 
 
-def _no_cache(checkpoint: HFCheckpoint, key: str, why: str, found: Any) -> QuantError:
+def _no_cache(checkpoint: HFCheckpoint, key: str, why: str, found: Json) -> QuantError:
     rule = f"the cache of keys and values is quantized in a way that cannot be run: {why}"
     return checkpoint.error(rule, key or None, todo="Leave keys and values in float: cache='float'", found=found)

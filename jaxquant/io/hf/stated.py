@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 from jaxquant.core.errors import QuantError
 from jaxquant.io.hf.checkpoint import HFCheckpoint
+from jaxquant.io.strict_json import Json
 
 __all__ = ["matches", "overridden"]
 
 
-def matches(match: Callable[..., Any], pattern: Any, name: str, error: Callable[..., QuantError]) -> bool:
+def matches(
+    match: Callable[..., re.Match[str] | None], pattern: Json, name: str, error: Callable[..., QuantError]
+) -> bool:
     """Whether ``match`` (`re.match`, `re.search`) finds a pattern of the configuration in the name of a module."""
     try:
         return match(pattern, name) is not None
@@ -27,7 +29,7 @@ def matches(match: Callable[..., Any], pattern: Any, name: str, error: Callable[
         raise error(rule, todo="Correct the configuration", pattern=pattern) from None
 
 
-def overridden(checkpoint: HFCheckpoint, config: dict[str, Any], prefix: str) -> dict[str, Any] | None:
+def overridden(checkpoint: HFCheckpoint, config: dict[str, Json], prefix: str) -> dict[str, Json] | None:
     """The configuration of one module of GPTQ, AWQ or AutoRound; None if it stays in float."""
     found = _dynamic(checkpoint, config, prefix)
     if found is None:
@@ -37,14 +39,14 @@ def overridden(checkpoint: HFCheckpoint, config: dict[str, Any], prefix: str) ->
     return None if type(bits) is int and bits >= 16 else config | found
 
 
-def _dynamic(checkpoint: HFCheckpoint, config: dict[str, Any], prefix: str) -> dict[str, Any] | None:
+def _dynamic(checkpoint: HFCheckpoint, config: dict[str, Json], prefix: str) -> dict[str, Json] | None:
     for key, entry in _table(checkpoint, config, "dynamic").items():
         if matches(re.match, key[2:] if key[:2] in ("+:", "-:") else key, prefix, checkpoint.error):
             return None if key.startswith("-:") else dict(entry)
     return {}
 
 
-def _extra(checkpoint: HFCheckpoint, config: dict[str, Any], prefix: str) -> dict[str, Any]:
+def _extra(checkpoint: HFCheckpoint, config: dict[str, Json], prefix: str) -> dict[str, Json]:
     table = _table(checkpoint, config, "extra_config")
     if prefix in table:
         return table[prefix]
@@ -54,7 +56,7 @@ def _extra(checkpoint: HFCheckpoint, config: dict[str, Any], prefix: str) -> dic
     return {}
 
 
-def _table(checkpoint: HFCheckpoint, config: dict[str, Any], key: str) -> dict[str, dict[str, Any]]:
+def _table(checkpoint: HFCheckpoint, config: dict[str, Json], key: str) -> dict[str, dict[str, Json]]:
     table = config.get(key)
     if table is None:
         return {}

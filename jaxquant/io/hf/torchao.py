@@ -13,8 +13,6 @@ Older repositories hold pickled subclasses, which are not opened. The int4 layou
 
 from __future__ import annotations
 
-from typing import Any
-
 import ml_dtypes
 import numpy as np
 
@@ -27,14 +25,14 @@ from jaxquant.io.hf.checkpoint import HFCheckpoint
 from jaxquant.io.hf.module import RANKS, Format, Module, Naming
 from jaxquant.io.hf.schemes import Activation, dynamic, given, refused, whole
 from jaxquant.io.hf.to_qtensor import aligned, spread
-from jaxquant.io.strict_json import parse
+from jaxquant.io.strict_json import Json, parse
 
 __all__ = ["TORCHAO"]
 
 _DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
 
-def _described(checkpoint: HFCheckpoint, name: str, text: str) -> dict[str, Any] | None:
+def _described(checkpoint: HFCheckpoint, name: str, text: str) -> dict[str, Json] | None:
     """The metadata of a parameter; None if it is a plain tensor."""
     if "_type" not in text or name == "tensor_names":
         return None
@@ -107,7 +105,7 @@ def read(m: Module) -> QTensor:
     return QTensor(stream, scale, zero, qtype=f"int{n}", dtype=dtype, length=codes.shape[-1])
 
 
-def _blocks(m: Module, part: str, values: np.ndarray, shape: tuple[int, ...], block: Any) -> np.ndarray:
+def _blocks(m: Module, part: str, values: np.ndarray, shape: tuple[int, ...], block: Json) -> np.ndarray:
     full = aligned(values, shape)
     said = isinstance(block, list) and len(block) == len(shape) and all(type(n) is int and n > 0 for n in block)
     found = None if full is None else spread(full, shape, tuple(block) if said else (None,) * len(shape))
@@ -148,7 +146,7 @@ def activation(m: Module) -> Activation | None:
             raise refused(m, "act_quant_kwargs", how, "a static range is one int8 range for the whole tensor")
         names = tuple(inner.named(part) for part in _STATIC if inner.has(part))
         return given(m, "act_quant_kwargs", qtype, tensors, names, symmetric=mapping == "SYMMETRIC")
-    shared: dict[str, Any] = {} if granularity == "PerRow" else {"granularity": PerTensor()}
+    shared: dict[str, Json] = {} if granularity == "PerRow" else {"granularity": PerTensor()}
     if qtype == "int8":
         qtype = "int7" if said.get("reduce_range") else "int8"  # -64 .. 63, for processors whose sums overflow
         return whole(qtype, **shared) if mapping == "SYMMETRIC" else dynamic(qtype, symmetric=False, **shared)
@@ -163,7 +161,7 @@ def activation(m: Module) -> Activation | None:
     return dynamic(qtype, calibration=bounds, **shared)
 
 
-def _word(value: Any, key: str) -> str | None:
+def _word(value: Json, key: str) -> str | None:
     """A value of the metadata as text; classes and enumerations are stored as objects."""
     value = value.get(key) if isinstance(value, dict) else value
     return None if value is None else str(value)

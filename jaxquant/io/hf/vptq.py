@@ -9,12 +9,11 @@ weight_scale, weight_bias [in], optional                   W * scale + bias
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from jaxquant.io.bits import bytes_of
 from jaxquant.io.hf.module import Format, Module, Naming
+from jaxquant.io.strict_json import Json
 
 __all__ = ["VPTQ"]
 
@@ -22,13 +21,13 @@ __all__ = ["VPTQ"]
 _LONGEST = 256  # most numbers that one index stands for; bounds the memory that a small file can take
 
 
-def _parameters(m: Module) -> dict[str, Any]:
+def _parameters(m: Module) -> dict[str, Json]:
     table = m.config.get("config_for_layers")
     own = table.get(m.prefix) if isinstance(table, dict) else None
     return own if isinstance(own, dict) else m.config
 
 
-def _number(m: Module, parameters: dict[str, Any], key: str) -> int:
+def _number(m: Module, parameters: dict[str, Json], key: str) -> int:
     value = parameters.get(key)
     if isinstance(value, list):  # [outlier, main]
         value = value[-1] if value else None

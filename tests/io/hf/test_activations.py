@@ -427,7 +427,7 @@ def test_the_plan_of_a_function_is_one_to_print_and_to_save(tmp_path):
     y = jq.quantized(product, native)(native.params, X)
     np.testing.assert_array_equal(y, jq.quantized(product, model)(model.params, X))
     with pytest.raises(jq.QuantError, match=r"plan_for\(fn, params, \*args\)"):
-        jq.io.save(tmp_path / "other.safetensors", model.params, plan=model.plan)
+        untyped.io.save(tmp_path / "other.safetensors", model.params, plan=model.plan)
     with pytest.raises(jq.QuantError, match="not yet one of a function"):
         untyped.calibrate(product, model.plan, model.params, [X])
 
