@@ -210,7 +210,7 @@ def test_scales_of_two_bytes(dtype: str):
     """As checkpoints have them; a TPU has no registers of float16."""
     spec = jq.OpSpec(jq.QuantSpec("uint4", granularity=jq.PerGroup(128), symmetric=False, scale_dtype=dtype))
     shape = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
-    q = jax.eval_shape(lambda w: jq.ops.lay_out(jq.quantize(w, spec.weight, reduce_axes=(-2,)), "tpu"), shape)
+    q = jax.eval_shape(lambda w: jq.ops.lay_out(jq.quantize(w, present(spec.weight), reduce_axes=(-2,)), "tpu"), shape)
     found: Any = jq.explain(product(spec), {"w": q}, jax.ShapeDtypeStruct((8, 256), jnp.bfloat16), target="tpu v5e")
     assert found["w"].kernels == ("grouped_sums",)
 
