@@ -165,7 +165,7 @@ def codes_of(values: jax.Array, qtype: QType) -> jax.Array:
     return out
 
 
-def values_of(codes: jax.Array, qtype: QType, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+def values_of(codes: jax.Array, qtype: QType, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Grid values of codes; of fp8 also of uint8 patterns."""
     if qtype.kind == "int" or (qtype.kind == "float" and codes.dtype != jnp.uint8):
         return codes.astype(dtype)
@@ -240,7 +240,7 @@ def from_int4(stored: jax.Array, qtype: QType) -> jax.Array:
     return codes if qtype.kind == "int" and qtype.signed else (codes + jnp.int8(8)).astype(jnp.uint8)
 
 
-def values_of_int4(stored: jax.Array, qtype: QType, dtype: jnp.dtype) -> jax.Array:
+def values_of_int4(stored: jax.Array, qtype: QType, dtype: DTypeLike) -> jax.Array:
     """``values_of(from_int4(stored))``, by one conversion if possible, since a GPU's compiler fuses only one."""
     if qtype.kind == "float":
         return lax.bitcast_convert_type(stored, jnp.dtype(qtype.element)).astype(dtype)

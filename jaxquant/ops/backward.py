@@ -24,11 +24,12 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxquant.core.affine import as_codes, scaled_codes
 from jaxquant.core.errors import quant_error
@@ -55,7 +56,7 @@ def lhs_gradient(
     axes: Axes,
     shape: tuple[int, ...],
     rhs: Axes,
-    how: QuantSpec | Any,
+    how: QuantSpec | lax.PrecisionLike,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """The gradient with respect to the left operand.
@@ -80,6 +81,7 @@ def lhs_gradient(
             return restored(out.astype(g.dtype), axes.order, shape)
         assert zero is None
         g, w = (g.astype(scale.dtype) * scale).astype(g.dtype), w.codes.astype(g.dtype)
+    assert not isinstance(how, QuantSpec)
     out = float_dot(g, w, along, how)
     return restored(out, axes.order, shape)
 
@@ -89,7 +91,7 @@ def rhs_gradient(
     x: jax.Array | Matrix,
     axes: Axes,
     shape: tuple[int, ...],
-    how: QuantSpec | Any,
+    how: QuantSpec | lax.PrecisionLike,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """The gradient with respect to the right operand, of these axes and that shape; ``x`` is [B, M, K].
@@ -126,17 +128,25 @@ def _with_rows_last(x: jax.Array) -> jax.Array:
     return lax.platform_dependent(x, cpu=in_memory, tpu=rows_last, default=lambda x: jnp.swapaxes(x, 1, 2))
 
 
-def _values_with_rows_last(x: jax.Array | Matrix, dtype: Any) -> jax.Array:
+def _values_with_rows_last(x: jax.Array | Matrix, dtype: DTypeLike) -> jax.Array:
     """An operand's values as [b, k, rows]; on the CPU its codes are transposed as bytes."""
     if not isinstance(x, Matrix):
         return _with_rows_last(x)
-    codes, (scale, zero) = _with_rows_last(x.codes), (_turned(v) for v in (x.scale, x.zero_point))
+    codes, (scale, zero) = _with_rows_last(x.codes), (_turned(x.scale), _turned(x.zero_point))
     values = codes.astype(scale.dtype)
     values = ((values if zero is None else values - zero.astype(scale.dtype)) * scale).astype(dtype)
     return lax.platform_dependent(values, cpu=lax.optimization_barrier, default=lambda v: v)
 
 
-def _turned(x: Any) -> Any:
+@overload
+def _turned(x: jax.Array) -> jax.Array: ...
+
+
+@overload
+def _turned(x: jax.Array | None) -> jax.Array | None: ...
+
+
+def _turned(x: jax.Array | None) -> jax.Array | None:
     return None if x is None else jnp.swapaxes(x, 1, 2)
 
 

@@ -10,11 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxquant.core.errors import quant_error
+from jaxquant.core.qtensor import Operand, QTensor
 from jaxquant.core.specs import OpSpec
+from jaxquant.core.types import PyTree
 from jaxquant.ops.kernels.dequantized import in_own_dtype
-from jaxquant.ops.operands import Call, Operand, Pair, precision_of, refuse_product_specs, refuse_range
+from jaxquant.ops.operands import Call, Pair, Side, precision_of, refuse_product_specs, refuse_range
 from jaxquant.ops.problem import Convolution, Geometry
 from jaxquant.ops.select import run
 from jaxquant.ops.tangents import straight_through
@@ -26,25 +29,30 @@ __all__ = ["conv_general_dilated"]
 class _Conv(Call):
     """The static half of a `conv_general_dilated` call."""
 
-    lhs: Operand
-    rhs: Operand
+    lhs: Side
+    rhs: Side
     geometry: Geometry
-    precision: Any
-    dtype: Any
+    precision: lax.PrecisionLike
+    dtype: DTypeLike
 
-    def keep(self, *operands: Any) -> tuple[jax.Array, Any]:
+    def keep(self, *operands: PyTree) -> tuple[jax.Array, None]:
         lhs, rhs, lhs_static, rhs_static = operands
         x, kernel = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
         return run(Convolution.of(x, kernel, self.precision, self.dtype, self.geometry)), None
 
-    def reference(self, *operands: Any) -> jax.Array:
+    def reference(self, *operands: PyTree) -> jax.Array:
         lhs, rhs, lhs_static, rhs_static = operands
         problem = Convolution.of(lhs, rhs, self.precision, self.dtype, self.geometry)
         return in_own_dtype(problem, self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static))
 
 
 def _checked(
-    function: str, lhs: Any, rhs: Any, numbers: Any, precision: Any, **window: Any
+    function: str,
+    lhs: Operand,
+    rhs: Operand,
+    numbers: lax.ConvGeneralDilatedDimensionNumbers,
+    precision: lax.PrecisionLike,
+    **window: Any,
 ) -> tuple[tuple[int, ...], Geometry]:
     """The result's shape, and the geometry in full, if `lax.conv_general_dilated` accepts the call."""
     try:
@@ -75,21 +83,21 @@ def _checked(
 
 
 def conv_general_dilated(
-    lhs: Any,
-    rhs: Any,
+    lhs: ArrayLike | QTensor,
+    rhs: ArrayLike | QTensor,
     window_strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
     lhs_dilation: Sequence[int] | None = None,
     rhs_dilation: Sequence[int] | None = None,
-    dimension_numbers: Any = None,
+    dimension_numbers: lax.ConvGeneralDilatedDimensionNumbers = None,
     feature_group_count: int = 1,
     batch_group_count: int = 1,
     precision: lax.PrecisionLike = None,
-    preferred_element_type: Any = None,
+    preferred_element_type: DTypeLike | None = None,
     *,
     spec: OpSpec | None = None,
-    act_scale: Any = None,
-    act_zero_point: Any = None,
+    act_scale: ArrayLike | None = None,
+    act_zero_point: ArrayLike | None = None,
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` whose operands may be quantized, or are quantized on the way.
 
@@ -133,11 +141,10 @@ def conv_general_dilated(
         "feature_group_count": feature_group_count,
         "batch_group_count": batch_group_count,
     }
-    if pair.in_float:
+    if pair.floats is not None:
         refuse_range(function, act_scale, act_zero_point)
         return lax.conv_general_dilated(
-            lhs,
-            rhs,
+            *pair.floats,
             dimension_numbers=dimension_numbers,
             precision=precision,
             preferred_element_type=preferred_element_type,
@@ -147,6 +154,6 @@ def conv_general_dilated(
     shape, geometry = _checked(function, lhs, rhs, dimension_numbers, precision, **window)
     if 0 in lhs.shape or 0 in rhs.shape:
         return jnp.zeros(shape, dtype)  # no values to take a range from
-    sides = pair.operands(geometry.lhs_spec[1:], geometry.rhs_spec[1:])
+    sides = pair.sides(geometry.lhs_spec[1:], geometry.rhs_spec[1:])
     static = pair.static(sides, act_scale, act_zero_point)
     return straight_through(_Conv(*sides, geometry, precision, dtype), lhs, rhs, *static)

@@ -5,23 +5,27 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.errors import quant_error
 from jaxquant.core.jitted import jitted
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import Operand, QTensor
 from jaxquant.core.qtypes import FACTOR
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.core.types import PyTree
 from jaxquant.ops import outliers
 from jaxquant.ops.backward import as_stored, lhs_gradient, restored, rhs_gradient
 from jaxquant.ops.forms import Axes, Matrix, matrix
-from jaxquant.ops.operands import Call, Operand, Pair, precision_of, random_key, refuse_range
+from jaxquant.ops.operands import Call, Pair, Side, precision_of, random_key, refuse_range
 from jaxquant.ops.placed import Placed
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import run
@@ -36,17 +40,17 @@ __all__ = ["contract", "dot_general"]
 class _Contraction(Call):
     """The static half of a `dot_general` call."""
 
-    lhs: Operand
-    rhs: Operand
+    lhs: Side
+    rhs: Side
     lhs_axes: Axes
     rhs_axes: Axes
-    precision: Any
-    dtype: Any
+    precision: lax.PrecisionLike
+    dtype: DTypeLike
     grad: QuantSpec | None
     impl: Any = None
     placed: Placed | None = None
 
-    def reference(self, *operands: Any) -> jax.Array:
+    def reference(self, *operands: PyTree) -> jax.Array:
         lhs, rhs, lhs_static, rhs_static, _ = operands
         lhs, rhs = self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static)
         dtype = promoted(lhs.dtype, rhs.dtype)
@@ -54,19 +58,19 @@ class _Contraction(Call):
         out = lax.dot_general(lhs.astype(dtype), rhs.astype(dtype), numbers, precision=self.precision)
         return out.astype(self.dtype)
 
-    def keep(self, *operands: Any) -> tuple[jax.Array, Any]:
+    def keep(self, *operands: PyTree) -> tuple[jax.Array, PyTree]:
         """The product, and the codes of operands quantized on the way whose gradient needs only these."""
         lhs, rhs, lhs_static, rhs_static, _ = operands
         left, right = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
         out = run(self.product(left, right), self._stored(left, right))
         return out, (self.lhs.kept(left, lhs, lhs_static), self.rhs.kept(right, rhs, rhs_static))
 
-    def product(self, left: Any, right: Any) -> Product:
+    def product(self, left: Operand, right: Operand) -> Product:
         """The product of these operands."""
         placed = self.placed if self.placed is not None and self.placed.fits(left, right) else None
         return Product.of(left, right, self.lhs_axes, self.rhs_axes, self.precision, self.dtype, placed)
 
-    def _stored(self, left: Any, right: Any) -> _Stored | None:
+    def _stored(self, left: Operand, right: Operand) -> _Stored | None:
         """In training, what makes the frozen model's product; None otherwise, and for a weight with a symbolic size."""
         if isinstance(right, TrainedTensor):
             weight, first = right, False
@@ -76,7 +80,7 @@ class _Contraction(Call):
             return None
         return None if math.inf in map(number, weight.shape) else _Stored(self, first)
 
-    def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
+    def back(self, kept: PyTree, operands: tuple[PyTree, ...], g: jax.Array) -> tuple[PyTree, ...]:
         lhs, rhs, lhs_static, rhs_static, key = operands
         left, right = kept
         left = self.lhs.quantized(lhs, lhs_static) if left is None else left
@@ -87,7 +91,9 @@ class _Contraction(Call):
         dw, dw_static = self.rhs.gradient(rhs, rhs_static, dw)
         return dx, dw, dx_static, dw_static, None
 
-    def _gradients(self, lhs: Any, rhs: Any, g: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def _gradients(
+        self, lhs: Operand, rhs: Operand, g: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         """With respect to the real values of both operands, as the forward pass has used them."""
         left, right, dtype = self.lhs_axes, self.rhs_axes, promoted(lhs.dtype, rhs.dtype)
         rows = (math.prod(v.shape[i] for i in axes.rows) for v, axes in ((lhs, left), (rhs, right)))
@@ -132,13 +138,15 @@ class _Stored:
     first: bool
 
     def __call__(self, problem: Product) -> Product:
-        left, right = problem.sides
+        left, right = problem.operands
+        weight = left if self.first else right
+        assert isinstance(weight, TrainedTensor)
         if self.first:
-            return self.how.product(as_quantized(left, self.how.lhs_axes.contract), right)
-        return self.how.product(left, as_quantized(right, self.how.rhs_axes.contract))
+            return self.how.product(as_quantized(weight, self.how.lhs_axes.contract), right)
+        return self.how.product(left, as_quantized(weight, self.how.rhs_axes.contract))
 
 
-def _codes(x: QTensor | jax.Array, axes: Axes, kind: str, form: Axes | None = None) -> Matrix | None:
+def _codes(x: Operand, axes: Axes, kind: str, form: Axes | None = None) -> Matrix | None:
     """The canonical form of an operand of integers or fp8 with one scale per row; None for other operands."""
     if not isinstance(x, QTensor) or x.type.kind != kind or x.offset is not None:
         return None
@@ -149,15 +157,15 @@ def _codes(x: QTensor | jax.Array, axes: Axes, kind: str, form: Axes | None = No
     return matrix(x, axes if form is None else form) if whole and one else None
 
 
-def _result_shape(lhs: Any, rhs: Any, lhs_axes: Axes, rhs_axes: Axes) -> tuple[int, ...]:
+def _result_shape(lhs: Operand, rhs: Operand, lhs_axes: Axes, rhs_axes: Axes) -> tuple[int, ...]:
     return tuple(lhs.shape[i] for i in lhs_axes.batch + lhs_axes.rows) + tuple(rhs.shape[i] for i in rhs_axes.rows)
 
 
-def _axes(axes: Any, ndim: int) -> tuple[int, ...]:
+def _axes(axes: Iterable[int], ndim: int) -> tuple[int, ...]:
     return tuple(i % ndim if -ndim <= i < ndim else i for i in map(operator.index, axes))
 
 
-def _check_dimensions(function: str, lhs: Any, rhs: Any, numbers: Any) -> tuple[Axes, Axes]:
+def _check_dimensions(function: str, lhs: Operand, rhs: Operand, numbers: lax.DotDimensionNumbers) -> tuple[Axes, Axes]:
     def bad(rule: str):
         todo = "Give ((lhs_contract, rhs_contract), (lhs_batch, rhs_batch)) as for lax.dot_general"
         return quant_error(function, rule, todo=todo, dimension_numbers=numbers, lhs=lhs.shape, rhs=rhs.shape)
@@ -181,7 +189,7 @@ def _check_dimensions(function: str, lhs: Any, rhs: Any, numbers: Any) -> tuple[
     return Axes.of(lhs.ndim, lb, tuple(lc[i] for i in order)), Axes.of(rhs.ndim, rb, tuple(rc[i] for i in order))
 
 
-def _in_stored_order(lhs: Any, rhs: Any, lhs_axes: Axes, rhs_axes: Axes) -> tuple[Any, Any]:
+def _in_stored_order(lhs: Operand, rhs: Operand, lhs_axes: Axes, rhs_axes: Axes) -> tuple[Operand, Operand]:
     """Permutes the contracted axes of both to the stored order of a permuted weight, so that groups stay contiguous."""
     for q, other, mine, its in ((rhs, lhs, rhs_axes, lhs_axes), (lhs, rhs, lhs_axes, rhs_axes)):
         if not isinstance(q, QTensor) or q.permutation is None:
@@ -199,16 +207,16 @@ def _in_stored_order(lhs: Any, rhs: Any, lhs_axes: Axes, rhs_axes: Axes) -> tupl
 
 def contract(
     function: str,
-    lhs: Any,
-    rhs: Any,
-    numbers: Any,
-    precision: Any,
-    preferred: Any,
+    lhs: ArrayLike | QTensor,
+    rhs: ArrayLike | QTensor,
+    numbers: lax.DotDimensionNumbers,
+    precision: lax.PrecisionLike,
+    preferred: DTypeLike | None,
     spec: OpSpec | None,
-    act_scale: Any,
-    act_zero_point: Any,
-    out_sharding: Any = None,
-    key: Any = None,
+    act_scale: ArrayLike | None,
+    act_zero_point: ArrayLike | None,
+    out_sharding: NamedSharding | PartitionSpec | None = None,
+    key: jax.Array | None = None,
     placed: Placed | None = None,
 ) -> jax.Array:
     """`dot_general` for a public function, which errors name; ``placed`` where types do not say it."""
@@ -218,10 +226,10 @@ def contract(
     pair = Pair.of(function, lhs, rhs, spec)
     lhs, rhs = pair.lhs, pair.rhs
     key, impl = _key(function, key, pair.spec.grad)
-    if pair.in_float:
+    if pair.floats is not None:
         refuse_range(function, act_scale, act_zero_point)
         sharding = {} if out_sharding is None else {"out_sharding": out_sharding}
-        return lax.dot_general(lhs, rhs, numbers, precision, preferred, **sharding)
+        return lax.dot_general(*pair.floats, numbers, precision, preferred, **sharding)
     if out_sharding is not None:
         todo = "Use jax.lax.with_sharding_constraint on the result"
         raise quant_error(function, "out_sharding is for float operands", todo=todo, out_sharding=str(out_sharding))
@@ -235,13 +243,13 @@ def contract(
     if placed is None:
         plain = (left.contract, right.contract), (left.batch, right.batch)
         placed = Placed.of((explicit_of(lhs), lhs.ndim), (explicit_of(rhs), rhs.ndim), plain)
-    sides = pair.operands(left.contract, right.contract, placed)
+    sides = pair.sides(left.contract, right.contract, placed)
     static = pair.static(sides, act_scale, act_zero_point)
     how = _Contraction(*sides, *axes, precision=precision, dtype=dtype, grad=pair.spec.grad, impl=impl, placed=placed)
     return straight_through(how, lhs, rhs, *static, key)
 
 
-def _key(function: str, key: Any, grad: QuantSpec | None) -> tuple[jax.Array | None, Any]:
+def _key(function: str, key: jax.Array | None, grad: QuantSpec | None) -> tuple[jax.Array | None, Any]:
     """The data of a key and the key's implementation; None without a key."""
     if key is None:
         return None, None
@@ -253,7 +261,13 @@ def _key(function: str, key: Any, grad: QuantSpec | None) -> tuple[jax.Array | N
 
 
 def _beside_outliers(
-    function: str, lhs: Any, rhs: Any, numbers: Any, precision: Any, preferred: Any, spec: OpSpec
+    function: str,
+    lhs: ArrayLike | QTensor,
+    rhs: ArrayLike | QTensor,
+    numbers: lax.DotDimensionNumbers,
+    precision: lax.PrecisionLike,
+    preferred: DTypeLike | None,
+    spec: OpSpec,
 ) -> jax.Array:
     """The sum of two products: features without outliers by their codes, features with an outlier in float."""
     assert spec.act is not None
@@ -264,9 +278,11 @@ def _beside_outliers(
     if 0 in pair.lhs.shape or 0 in pair.rhs.shape:  # no outliers
         return contract(function, lhs, rhs, numbers, precision, preferred, inner, None, None)
     axes = _check_dimensions(function, pair.lhs, pair.rhs, numbers)
-    small, large, some = outliers.split((pair.lhs, pair.rhs)[side], axes[side], spec.act, spec.outliers)
+    x = (pair.lhs, pair.rhs)[side]
+    assert not isinstance(x, QTensor)
+    small, large, some = outliers.split(x, axes[side], spec.act, spec.outliers)
 
-    def operands(x: Any) -> tuple[Any, Any]:
+    def operands(x: Operand) -> tuple[Operand, Operand]:
         return (x, pair.rhs) if side == 0 else (pair.lhs, x)
 
     y = contract(function, *operands(small), numbers, precision, preferred, inner, None, None)
@@ -280,32 +296,32 @@ class _Rest(NamedTuple):
     """The product of the features that have an outlier: arguments of `contract`."""
 
     function: str
-    numbers: Any
-    precision: Any
-    preferred: Any
+    numbers: lax.DotDimensionNumbers
+    precision: lax.PrecisionLike
+    preferred: DTypeLike | None
     spec: OpSpec
 
-    def __call__(self, lhs: Any, rhs: Any) -> jax.Array:
+    def __call__(self, lhs: Operand, rhs: Operand) -> jax.Array:
         return contract(self.function, lhs, rhs, self.numbers, self.precision, self.preferred, self.spec, None, None)
 
 
 @jitted(static_argnames="rest")  # a choice between two functions, outside of a program, is compiled at every call
-def _with_outliers(some: jax.Array, y: jax.Array, lhs: Any, rhs: Any, *, rest: _Rest) -> jax.Array:
+def _with_outliers(some: jax.Array, y: jax.Array, lhs: Operand, rhs: Operand, *, rest: _Rest) -> jax.Array:
     return lax.cond(some, lambda: y + rest(lhs, rhs), lambda: y)
 
 
 def dot_general(
-    lhs: Any,
-    rhs: Any,
-    dimension_numbers: Any,
+    lhs: ArrayLike | QTensor,
+    rhs: ArrayLike | QTensor,
+    dimension_numbers: lax.DotDimensionNumbers,
     precision: lax.PrecisionLike = None,
-    preferred_element_type: Any = None,
+    preferred_element_type: DTypeLike | None = None,
     *,
     spec: OpSpec | None = None,
-    act_scale: Any = None,
-    act_zero_point: Any = None,
-    out_sharding: Any = None,
-    key: Any = None,
+    act_scale: ArrayLike | None = None,
+    act_zero_point: ArrayLike | None = None,
+    out_sharding: NamedSharding | PartitionSpec | None = None,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """`jax.lax.dot_general` whose operands may be quantized, or are quantized on the way.
 

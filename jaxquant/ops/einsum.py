@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import string
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import QTensor
@@ -18,7 +18,7 @@ from jaxquant.ops.operands import Pair, check_spec, refuse_range
 __all__ = ["einsum"]
 
 
-def _parse(subscripts: Any, ndims: tuple[int, int]) -> tuple[str, str, str]:
+def _parse(subscripts: object, ndims: tuple[int, int]) -> tuple[str, str, str]:
     """Labels of both operands and of the result; an ellipsis becomes letters that are unused."""
 
     def bad(rule: str):
@@ -56,13 +56,13 @@ def _parse(subscripts: Any, ndims: tuple[int, int]) -> tuple[str, str, str]:
 
 def einsum(
     subscripts: str,
-    *operands: Any,
+    *operands: ArrayLike | QTensor,
     precision: lax.PrecisionLike = None,
-    preferred_element_type: Any = None,
+    preferred_element_type: DTypeLike | None = None,
     spec: OpSpec | None = None,
-    act_scale: Any = None,
-    act_zero_point: Any = None,
-    key: Any = None,
+    act_scale: ArrayLike | None = None,
+    act_zero_point: ArrayLike | None = None,
+    key: jax.Array | None = None,
 ) -> jax.Array:
     """`jax.numpy.einsum` whose operands may be quantized, or are quantized on the way; see `dot_general`.
 
@@ -114,8 +114,10 @@ def einsum(
             raise quant_error("einsum", f"subscript {c!r} has two sizes", todo=todo, sizes=(sizes[c], n))
     shared = [c for c in left if c in right]
     batch, summed = [c for c in shared if c in output], [c for c in shared if c not in output]
-    numbers = tuple(tuple(tuple(map(labels.index, part)) for labels in (left, right)) for part in (summed, batch))
+    contract_axes, batch_axes = (
+        (tuple(map(left.index, part)), tuple(map(right.index, part))) for part in (summed, batch)
+    )
     given = (precision, preferred_element_type, spec, act_scale, act_zero_point)
-    out = contract("einsum", lhs, rhs, numbers, *given, key=key)
+    out = contract("einsum", lhs, rhs, (contract_axes, batch_axes), *given, key=key)
     got = batch + [c for c in left if c not in shared] + [c for c in right if c not in shared]
     return jnp.transpose(out, [got.index(c) for c in output])

@@ -16,16 +16,30 @@ from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxquant.core.codec import from_bits, values_of
 from jaxquant.core.packing import unpack
-from jaxquant.core.qtensor import QTensor, Scale, flat, scale_values
+from jaxquant.core.qtensor import Operand, QTensor, Scale, flat, scale_values
 from jaxquant.core.qtypes import QType
 from jaxquant.core.sizes import number
+from jaxquant.core.types import TreeDef
 from jaxquant.ops.trained import TrainedTensor
 
-__all__ = ["Axes", "Form", "Matrix", "Packed", "canonical", "form", "matrix", "packed", "pytree", "split_up"]
+__all__ = [
+    "Axes",
+    "Form",
+    "Matrix",
+    "Packed",
+    "canonical",
+    "form",
+    "matrix",
+    "packed",
+    "pytree",
+    "split_up",
+]
 
 Class = TypeVar("Class", bound=type)
 
@@ -126,7 +140,7 @@ class _Quantized:
         """Whether a row is one scale times numbers that are exact in two bytes: integers up to 256, or fp8."""
         return self.groups == 1 and (self.minifloat or self.integer)
 
-    def exact_in(self, dtype: Any) -> bool:
+    def exact_in(self, dtype: DTypeLike) -> bool:
         """Whether a dtype of two bytes represents the `numbers` of a row exactly."""
         return self.one_scale or (self.minifloat and dtype == jnp.bfloat16)
 
@@ -184,7 +198,7 @@ class Matrix(_Quantized):
         """Real scales, one for each group: [B or 1, R or 1, G]."""
         return self.scale
 
-    def values(self, dtype: Any) -> jax.Array:
+    def values(self, dtype: DTypeLike) -> jax.Array:
         """The real matrix [B, R, K]."""
         return _real(self.codes, self.scale, self.zero_point, self.offset, self.qtype, dtype)
 
@@ -200,7 +214,7 @@ class Matrix(_Quantized):
         """The real values in float32, in planes."""
         return [self.values(jnp.float32)]
 
-    def numbers(self, dtype: Any) -> tuple[list[jax.Array], jax.Array | None]:
+    def numbers(self, dtype: DTypeLike) -> tuple[list[jax.Array], jax.Array | None]:
         """Returns (values, row_scale), or (dequantized, None) if values would be inexact in the dtype.
 
         Values and dequantized are lists of planes; row_scale is [B or 1, R or 1, 1].
@@ -210,17 +224,25 @@ class Matrix(_Quantized):
         return [self.values(jnp.float32).astype(dtype)], None
 
 
-def _shifted(codes: jax.Array, zero_point: Any, qtype: QType, dtype: Any) -> jax.Array:
+def _shifted(codes: jax.Array, zero_point: jax.Array | None, qtype: QType, dtype: DTypeLike) -> jax.Array:
     values = values_of(codes, qtype, dtype)
     return values if zero_point is None else values - zero_point.astype(dtype)
 
 
-def _real(codes: jax.Array, scale: Any, zero_point: Any, offset: Any, qtype: QType, dtype: Any) -> jax.Array:
+def _real(
+    codes: jax.Array,
+    scale: jax.Array,
+    zero_point: jax.Array | None,
+    offset: jax.Array | None,
+    qtype: QType,
+    dtype: DTypeLike,
+) -> jax.Array:
     b, r, k = codes.shape
     groups = scale.shape[2]
     if groups != 1:
         codes = codes.reshape(b, r, groups, k // groups)
-        scale, zero_point, offset = (None if v is None else v[..., None] for v in (scale, zero_point, offset))
+        scale = scale[..., None]
+        zero_point, offset = (None if v is None else v[..., None] for v in (zero_point, offset))
     values = _shifted(codes, zero_point, qtype, dtype) * scale.astype(dtype)
     if offset is not None:
         values = values + offset.astype(dtype)
@@ -306,7 +328,7 @@ class Packed(_Quantized):
         rest = (self.scales, self.zero_point, self.offset, self.qtype)
         return [_real(codes, *rest, jnp.float32) for codes in self.code_planes()]
 
-    def numbers(self, dtype: Any) -> tuple[list[jax.Array], jax.Array | None]:
+    def numbers(self, dtype: DTypeLike) -> tuple[list[jax.Array], jax.Array | None]:
         """As for `Matrix`."""
         if not self.one_scale:
             return [plane.astype(dtype) for plane in self.floats()], None
@@ -327,7 +349,7 @@ class Packed(_Quantized):
         return planes[0] if len(planes) == 1 else jnp.stack(planes, axis=-1).reshape(self.shape)
 
 
-def _shifted_by_128(codes: jax.Array, zero_point: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _shifted_by_128(codes: jax.Array, zero_point: jax.Array | None, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     """uint8 codes and their zero point shifted to int8, since XLA's fast path takes only signed codes."""
     zero_point = jnp.full(scale.shape, -128, jnp.int32) if zero_point is None else zero_point - 128
     return (codes ^ jnp.uint8(128)).astype(jnp.int8), zero_point
@@ -396,7 +418,7 @@ def _stored_levels(x: QTensor, axes: Axes) -> tuple[jax.Array, jax.Array | None]
     return _levels(x.scale, x.type, axes)
 
 
-def packed(x: Any, axes: Axes) -> Packed | None:
+def packed(x: Operand, axes: Axes) -> Packed | None:
     """A packed QTensor, or one of unsigned 8-bit codes, in canonical form with its stored bytes.
 
     None for any other QTensor, or if the contracted axes are not stored last.
@@ -455,7 +477,7 @@ def matrix(x: QTensor, axes: Axes) -> Matrix | None:
     return Matrix(codes, scale, zero_point, qtype, offset, rows_last, power_of_two)
 
 
-def canonical(x: QTensor | jax.Array, axes: Axes) -> Matrix | Packed | jax.Array | None:
+def canonical(x: Operand, axes: Axes) -> Matrix | Packed | jax.Array | None:
     """An operand in canonical form: `Packed` if its codes are packed, a float array flattened; None as for `matrix`."""
     return packed(x, axes) or matrix(x, axes) if isinstance(x, QTensor) else axes.flatten(x)
 
@@ -464,7 +486,7 @@ Form = Matrix | Packed | jax.ShapeDtypeStruct | None
 """The result of `canonical` with shapes and dtypes in place of arrays; `jax.ShapeDtypeStruct` is a float array."""
 
 
-def form(x: QTensor | jax.Array, axes: Axes, *, whole: bool = False) -> Form:
+def form(x: Operand, axes: Axes, *, whole: bool = False) -> Form:
     """`canonical` evaluated on shapes, without touching arrays.
 
     Args:
@@ -477,6 +499,6 @@ def form(x: QTensor | jax.Array, axes: Axes, *, whole: bool = False) -> Form:
 
 
 @functools.lru_cache(maxsize=1024)
-def _form(tree: Any, leaves: tuple[Any, ...], axes: Axes, whole: bool) -> Form:
+def _form(tree: TreeDef, leaves: tuple[tuple[tuple[int, ...], np.dtype], ...], axes: Axes, whole: bool) -> Form:
     x = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
     return jax.eval_shape(lambda x: matrix(x, axes) if whole and isinstance(x, QTensor) else canonical(x, axes), x)

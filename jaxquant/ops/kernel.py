@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxquant.core.abstract import abstract
 from jaxquant.core.by_platform import Platform, Target, target_of
@@ -32,7 +33,7 @@ def kernel(
     columns: int,
     length: int,
     spec: OpSpec,
-    dtype: Any,
+    dtype: DTypeLike,
     op: str = "dot_general",
     window: tuple[int, ...] = (),
     target: Target | None = None,
@@ -77,7 +78,8 @@ def kernel(
     if op == "ragged_dot":
         x = operand((most, length), spec.act, (-1,), stored=False)
         w = operand((1, length, columns), spec.weight, (-2,), stored=True)
-        problem: Problem = RaggedProduct(x, w, None, own, jax.ShapeDtypeStruct((1,), jnp.int32))
+        sizes: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
+        problem: Problem = RaggedProduct(x, w, None, own, sizes)
     elif op == "conv_general_dilated":
         geometry = Geometry((0, 1, 2), (0, 1, 2), (0, 1, 2), (1,), ((0, 0),), (1,), (1,), *window[:2] or (1, 1))
         x = operand((most, length, 1), spec.act, (-2, -1), stored=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jaxquant.ops.dot import contract
 __all__ = ["llm_int8"]
 
 
-def _checked(x: Any, w: Any, threshold: float) -> None:
+def _checked(x: jax.Array, w: QTensor, threshold: float) -> None:
     if not isinstance(w, QTensor) or w.qtype != "int8" or w.zero_point is not None or w.ndim != 2:
         todo = "Pass quantize(w, QuantSpec('int8'), reduce_axes=(-2,)) of a weight [in, out]"
         raise quant_error("llm_int8", "the weight must be a symmetric int8 QTensor of two axes", todo=todo, w=w)

@@ -11,22 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxquant.core.affine import as_codes, block_values, prepare
 from jaxquant.core.arithmetic import have_common_dtype, promoted
 from jaxquant.core.blocks import block_shape, scale_shape
 from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import Operand, QTensor, Scale
 from jaxquant.core.specs import OpSpec, QuantSpec
+from jaxquant.core.types import PyTree
 from jaxquant.ops.placed import Parts, Placed, quantized_parts
 from jaxquant.ops.problem import wide_values
 from jaxquant.ops.trained import TrainedTensor
 
 __all__ = [
     "Call",
-    "Operand",
     "Pair",
+    "Side",
     "Static",
     "as_array",
     "check_operand",
@@ -37,14 +39,14 @@ __all__ = [
     "refuse_range",
 ]
 
-Static = tuple[jax.Array, jax.Array | None] | None
+Static = tuple[Scale, jax.Array | None] | None
 """A given activation range: (scale, zero_point), or None."""
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
 
 
-def as_array(function: str, name: str, x: Any) -> Any:
+def as_array(function: str, name: str, x: PyTree) -> Operand:
     """A jax array, or the QTensor itself."""
     if isinstance(x, QTensor):
         return x.checked()
@@ -56,7 +58,7 @@ def as_array(function: str, name: str, x: Any) -> Any:
         raise quant_error(function, f"{name} must be an array or a QTensor", todo="Convert it", value=x) from None
 
 
-def check_spec(function: str, spec: Any) -> OpSpec:
+def check_spec(function: str, spec: OpSpec | None) -> OpSpec:
     """Returns the OpSpec; None becomes one that quantizes nothing."""
     if spec is None:
         return OpSpec()
@@ -66,7 +68,7 @@ def check_spec(function: str, spec: Any) -> OpSpec:
     return spec
 
 
-def check_operand(function: str, name: str, x: Any, spec: QuantSpec | None) -> None:
+def check_operand(function: str, name: str, x: Operand, spec: QuantSpec | None) -> None:
     """Raises if an operand disagrees with its spec."""
     if spec is None:
         return
@@ -87,12 +89,13 @@ def check_operand(function: str, name: str, x: Any, spec: QuantSpec | None) -> N
         raise quant_error(function, f"the {name} must be a float array to be quantized", todo=todo, operand=x)
 
 
-def refuse_range(function: str, act_scale: Any, act_zero_point: Any) -> None:
+def refuse_range(function: str, act_scale: ArrayLike | None, act_zero_point: ArrayLike | None) -> None:
     """Raises if an activation range is given but no activation is quantized."""
     for name, value in (("act_scale", act_scale), ("act_zero_point", act_zero_point)):
         if value is not None:
             todo = "Leave it out, or pass a float activation and spec=OpSpec(act=...)"
-            raise quant_error(function, f"{name} without an activation to quantize", todo=todo, **{name: value})
+            got: dict[str, Any] = {name: value}
+            raise quant_error(function, f"{name} without an activation to quantize", todo=todo, **got)
 
 
 def refuse_product_specs(function: str, spec: OpSpec) -> None:
@@ -105,7 +108,7 @@ def refuse_product_specs(function: str, spec: OpSpec) -> None:
         raise quant_error(function, rule, todo=todo, grad=spec.grad)
 
 
-def precision_of(function: str, precision: Any) -> Any:
+def precision_of(function: str, precision: Any) -> lax.PrecisionLike:
     """The precision in a hashable form that XLA accepts."""
     if precision is None:
         return None
@@ -119,7 +122,7 @@ def precision_of(function: str, precision: Any) -> Any:
     return precision
 
 
-def random_key(function: str, key: Any) -> jax.Array:
+def random_key(function: str, key: PyTree) -> jax.Array:
     """One random key as a typed key; raw uint32 keys are wrapped."""
     try:
         typed = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
@@ -134,8 +137,8 @@ def random_key(function: str, key: Any) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Operand:
-    """How one operand of an op is treated.
+class Side:
+    """One side of an op: how its operand is treated.
 
     Attributes:
       spec: how it is quantized on the way, if it is.
@@ -147,7 +150,7 @@ class Operand:
     axes: tuple[int, ...]
     parts: Parts | None = None
 
-    def given(self, function: str, x: Any, scale: Any, zero_point: Any) -> Static:
+    def given(self, function: str, x: Operand, scale: ArrayLike | None, zero_point: ArrayLike | None) -> Static:
         """The static range for this operand, one entry per block; raises if the spec needs one and none is given."""
         if self.spec is None or isinstance(x, QTensor):
             refuse_range(function, scale, zero_point)
@@ -158,16 +161,17 @@ class Operand:
             raise quant_error(function, rule, todo=todo, static=self.spec.static, act_zero_point=zero_point)
         if scale is None:
             return None
-        _, _, scale, zero_point = prepare(function, x, self.spec, self.axes, scale, zero_point, None)
-        return scale, zero_point
+        _, _, found, zero = prepare(function, x, self.spec, self.axes, scale, zero_point, None)
+        assert found is not None
+        return found, zero
 
-    def check_groups(self, function: str, x: Any) -> None:
+    def check_groups(self, function: str, x: Operand) -> None:
         """Raises if the spec's groups do not fit the operand."""
         if self.spec is not None and not isinstance(x, QTensor):
             s = self.spec
             scale_shape(x.shape, block_shape(x.shape, s.granularity, self.axes, function=function))
 
-    def quantized(self, x: Any, static: Static) -> QTensor | jax.Array:
+    def quantized(self, x: Operand, static: Static) -> Operand:
         """The operand of the forward pass: a `TrainedTensor` if it is quantized on the way."""
         if isinstance(x, TrainedTensor):
             return TrainedTensor(x, None)
@@ -180,18 +184,19 @@ class Operand:
         exact = static is None and self.spec.type.scale_format == "e8m0"
         return TrainedTensor(q, block_values(x, q, spec=self.spec, axes=self.axes) if exact else None)
 
-    def passes(self, x: Any, static: Static) -> bool:
+    def passes(self, x: Operand, static: Static) -> bool:
         """Whether the gradient of an operand equals that of its real values: nothing is quantized here, or clipped."""
         if self.spec is None or isinstance(x, QTensor):
             return True
         return static is None and not self.spec.static and self.spec.never_clips
 
-    def kept(self, q: Any, x: Any, static: Static) -> Any:
+    def kept(self, q: Operand, x: Operand, static: Static) -> TrainedTensor | None:
         """The codes q of an operand if they were made of x and suffice for its gradient; else None."""
-        made = isinstance(q, TrainedTensor) and not isinstance(x, QTensor)
-        return TrainedTensor(q, None) if made and self.passes(x, static) else None
+        if not isinstance(q, TrainedTensor) or isinstance(x, QTensor) or not self.passes(x, static):
+            return None
+        return TrainedTensor(q, None)
 
-    def gradient(self, x: Any, static: Static, dx: jax.Array) -> tuple[Any, Any]:
+    def gradient(self, x: Operand, static: Static, dx: jax.Array) -> tuple[PyTree, PyTree]:
         """The gradients of an operand and of its range, from the gradient of its real values.
 
         In a shard_map, an operand that is replicated over devices gets the sum of their gradients.
@@ -210,7 +215,7 @@ class Operand:
             return pull(_summed(dx, real))[0], None
         return _summed(dx, x), None
 
-    def real(self, x: Any, static: Static) -> jax.Array:
+    def real(self, x: Operand, static: Static) -> jax.Array:
         """The values that `quantized` stands for, differentiable: dequantized, or fake-quantized (straight through)."""
         if isinstance(x, QTensor) or self.spec is None:
             return wide_values(x)
@@ -235,22 +240,30 @@ class Pair:
     """
 
     function: str
-    lhs: Any
-    rhs: Any
+    lhs: Operand
+    rhs: Operand
     weight: int
     spec: OpSpec
 
     @classmethod
-    def of(cls, function: str, lhs: Any, rhs: Any, spec: OpSpec | None, *, weight: int | None = None) -> Pair:
+    def of(
+        cls,
+        function: str,
+        lhs: ArrayLike | QTensor,
+        rhs: ArrayLike | QTensor,
+        spec: OpSpec | None,
+        *,
+        weight: int | None = None,
+    ) -> Pair:
         """Checks operands and spec; the weight is ``rhs`` unless ``weight`` is given or only ``lhs`` is a QTensor."""
-        lhs, rhs = as_array(function, "lhs", lhs), as_array(function, "rhs", rhs)
+        left, right = as_array(function, "lhs", lhs), as_array(function, "rhs", rhs)
         if weight is None:
-            weight = 0 if isinstance(lhs, QTensor) and not isinstance(rhs, QTensor) else 1
-        pair = cls(function, lhs, rhs, weight, check_spec(function, spec))
-        if not pair.in_float and not have_common_dtype(lhs.dtype, rhs.dtype):
+            weight = 0 if isinstance(left, QTensor) and not isinstance(right, QTensor) else 1
+        pair = cls(function, left, right, weight, check_spec(function, spec))
+        if pair.floats is None and not have_common_dtype(left.dtype, right.dtype):
             rule, todo = "the dtypes of the operands promote to no common one", "Cast one, as x.astype(jnp.bfloat16)"
-            raise quant_error(function, rule, todo=todo, lhs=lhs, rhs=rhs)
-        for name, x, s in zip(("lhs", "rhs"), (lhs, rhs), pair.specs, strict=True):
+            raise quant_error(function, rule, todo=todo, lhs=left, rhs=right)
+        for name, x, s in zip(("lhs", "rhs"), (left, right), pair.specs, strict=True):
             role = "weight" if name == ("lhs", "rhs")[weight] else "activation"
             check_operand(function, f"{role} ({name})", x, s)
         return pair
@@ -262,31 +275,35 @@ class Pair:
         return (w, a) if self.weight == 0 else (a, w)
 
     @property
-    def in_float(self) -> bool:
-        """Whether both operands stay in float."""
-        return self.specs == (None, None) and not any(isinstance(x, QTensor) for x in (self.lhs, self.rhs))
+    def floats(self) -> tuple[jax.Array, jax.Array] | None:
+        """Both operands, if they stay in float; else None."""
+        if self.specs != (None, None) or isinstance(self.lhs, QTensor) or isinstance(self.rhs, QTensor):
+            return None
+        return self.lhs, self.rhs
 
-    def operands(
+    def sides(
         self, lhs_axes: Iterable[int], rhs_axes: Iterable[int], placed: Placed | None = None
-    ) -> tuple[Operand, Operand]:
+    ) -> tuple[Side, Side]:
         """How each operand is treated, from the axes of each that share a scale."""
         both = (self.lhs, lhs_axes), (self.rhs, rhs_axes)
         parts = (None, None) if placed is None else (placed.lhs, placed.rhs)
         lhs, rhs = (
-            Operand(None if isinstance(x, QTensor) else spec, tuple(sorted(a - x.ndim for a in axes)), own)
+            Side(None if isinstance(x, QTensor) else spec, tuple(sorted(a - x.ndim for a in axes)), own)
             for spec, (x, axes), own in zip(self.specs, both, parts, strict=True)
         )
         lhs.check_groups(self.function, self.lhs)
         rhs.check_groups(self.function, self.rhs)
         return lhs, rhs
 
-    def static(self, sides: tuple[Operand, Operand], act_scale: Any, act_zero_point: Any) -> tuple[Static, Static]:
+    def static(
+        self, sides: tuple[Side, Side], act_scale: ArrayLike | None, act_zero_point: ArrayLike | None
+    ) -> tuple[Static, Static]:
         """The given range of each operand: of the activation, or of none."""
         if self.weight == 0:
             return None, sides[1].given(self.function, self.rhs, act_scale, act_zero_point)
         return sides[0].given(self.function, self.lhs, act_scale, act_zero_point), None
 
-    def result_dtype(self, preferred: Any) -> np.dtype:
+    def result_dtype(self, preferred: DTypeLike | None) -> np.dtype:
         """The dtype of the float operation: the preferred one, or the promotion of the (dequantized) dtypes."""
         dtype = np.dtype(promoted(self.lhs.dtype, self.rhs.dtype) if preferred is None else preferred)
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -301,19 +318,19 @@ class Pair:
 class Call:
     """The static half of a call, hashable: the fast computation and its float reference, as a `tangents.Rule`."""
 
-    def reference(self, *operands: Any) -> jax.Array:
+    def reference(self, *operands: PyTree) -> jax.Array:
         """The result of `keep`, up to rounding, in differentiable float arithmetic, from which gradients are taken."""
         raise NotImplementedError
 
-    def again(self, *operands: Any) -> jax.Array:
+    def again(self, *operands: PyTree) -> jax.Array:
         """`reference` in arithmetic whose gradient JAX differentiates in both modes, for second derivatives."""
         return self.reference(*operands)
 
-    def keep(self, *operands: Any) -> tuple[jax.Array, Any]:
+    def keep(self, *operands: PyTree) -> tuple[jax.Array, PyTree]:
         """The result, computed fast, and the residuals that the backward pass needs beside the operands."""
         raise NotImplementedError
 
-    def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
+    def back(self, kept: PyTree, operands: tuple[PyTree, ...], g: jax.Array) -> tuple[PyTree, ...]:
         """The gradient with respect to each operand, from the residuals and the gradient of the result."""
         del kept
         return jax.vjp(self.reference, *operands)[1](g)

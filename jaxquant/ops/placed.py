@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TypeVar
 
 import jax
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxquant.core.affine import as_codes
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import Operand, QTensor
 from jaxquant.core.replaceable import Replaceable
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
+from jaxquant.core.types import PyTree
 from jaxquant.ops.shardings import Cut, axis_names, leaf_specs
 
 __all__ = ["Parts", "Placed", "on_each_device", "quantized_parts"]
 
 Names = tuple[str, ...]
 Type = tuple[NamedSharding | None, int]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Parts:
       names: for each axis of the array, the mesh axes that it is partitioned over.
     """
 
-    mesh: Any
+    mesh: Mesh | AbstractMesh
     names: tuple[Names, ...]
 
     @property
@@ -53,7 +55,7 @@ class Parts:
         """Whether every device has all of these axes."""
         return not any(self.names[i] for i in axes)
 
-    def fits(self, v: Any) -> bool:
+    def fits(self, v: Operand) -> bool:
         """Whether each part of an array or a QTensor has whole blocks and bytes, so that nothing is converted."""
         return _fits(v, self.cut)
 
@@ -75,7 +77,9 @@ class Placed:
     scattered: int | None = None
 
     @classmethod
-    def of(cls, lhs: Type, rhs: Type, numbers: Any, result: NamedSharding | None = None) -> Placed | None:
+    def of(
+        cls, lhs: Type, rhs: Type, numbers: lax.DotDimensionNumbers, result: NamedSharding | None = None
+    ) -> Placed | None:
         """From the shardings that are part of the operands' types.
 
         Args:
@@ -109,14 +113,14 @@ class Placed:
         one, other, made = (Parts(known.mesh, tuple(names)) for names in (left, right, out))
         return cls(one, other, made, summed, scattered)
 
-    def fits(self, lhs: Any, rhs: Any) -> bool:
+    def fits(self, lhs: Operand, rhs: Operand) -> bool:
         """As for `Parts`, of both operands."""
         return self.lhs.fits(lhs) and self.rhs.fits(rhs)
 
-    def run(self, product: Callable[[Any, Any], jax.Array], lhs: Any, rhs: Any) -> jax.Array:
+    def run(self, product: Callable[[Operand, Operand], jax.Array], lhs: Operand, rhs: Operand) -> jax.Array:
         """``product(lhs, rhs)`` of the parts on each device, with the results of contracted parts added."""
 
-        def local(lhs: Any, rhs: Any) -> jax.Array:
+        def local(lhs: Operand, rhs: Operand) -> jax.Array:
             y = product(_local(lhs, self.lhs), _local(rhs, self.rhs))
             if self.scattered is not None:
                 return lax.psum_scatter(y, self.summed, scatter_dimension=self.scattered, tiled=True)
@@ -133,13 +137,15 @@ def quantized_parts(x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...], par
     return as_codes(x, spec, axes)
 
 
-def on_each_device(fn: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def on_each_device(
+    fn: Callable[..., T], mesh: Mesh | AbstractMesh, in_specs: PyTree, out_specs: PyTree
+) -> Callable[..., T]:
     """``fn`` of the parts that each device has, by the mesh that is set, or by this one."""
     here = jax.sharding.get_abstract_mesh()  # its axes may be automatic now
     return jax.shard_map(fn, mesh=mesh if here.empty else here, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _local(v: Any, parts: Parts) -> Any:
+def _local(v: Operand, parts: Parts) -> Operand:
     return parts.cut.local(v) if isinstance(v, QTensor) else v
 
 
@@ -151,7 +157,7 @@ def _others(of: list[Names], axes: tuple[int, ...]) -> list[Names]:
     return [names for i, names in enumerate(of) if i not in axes]
 
 
-def _fits(v: Any, cut: Cut) -> bool:
+def _fits(v: Operand, cut: Cut) -> bool:
     def divided(shape: tuple[int, ...]) -> bool:
         return all(number(n) % parts == 0 for n, parts in zip(shape, cut.parts, strict=True))
 

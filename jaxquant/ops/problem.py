@@ -14,14 +14,16 @@ from typing import Any, ClassVar, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
+from jax.typing import DTypeLike
 
 from jaxquant.core import views
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.by_platform import Platform, Target
 from jaxquant.core.layout import inverse
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import Operand, QTensor
 from jaxquant.core.sizes import number
 from jaxquant.ops.forms import Axes, Form, Matrix, Packed, canonical, form, matrix, pytree, split_up
 from jaxquant.ops.placed import Placed
@@ -44,20 +46,26 @@ class Problem:
     """Two operands of a product.
 
     Attributes:
-      x, w: the activation and the weight, each an array or a QTensor.
+      x, w: the activation and the weight, each an array or a QTensor, or the shape of one.
       precision: as for `jax.lax.dot_general`; None stands for JAX's default.
       result: the requested dtype.
     """
 
-    x: Any
-    w: Any
-    precision: Any
-    result: Any
+    x: Operand
+    w: Operand
+    precision: lax.PrecisionLike
+    result: DTypeLike
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """The dtype of the float product, by the operands' own dtypes."""
         return promoted(self.x.dtype, self.w.dtype)
+
+    @property
+    def weight(self) -> QTensor:
+        """The weight, which is quantized in the problems of most kernels."""
+        assert isinstance(self.w, QTensor)
+        return self.w
 
     @property
     def trained(self) -> bool:
@@ -121,12 +129,12 @@ class Product(Problem):
     @classmethod
     def of(
         cls,
-        lhs: Any,
-        rhs: Any,
+        lhs: Operand,
+        rhs: Operand,
         lhs_axes: Axes,
         rhs_axes: Axes,
-        precision: Any,
-        result: Any,
+        precision: lax.PrecisionLike,
+        result: DTypeLike,
         placed: Placed | None = None,
     ) -> Product:
         """Picks the weight: the operand stored quantized, else the one quantized on the way; ``rhs`` if both are."""
@@ -153,13 +161,13 @@ class Product(Problem):
         return lax.dot_general_p, {"dimension_numbers": self.numbers, "precision": self.precision}
 
     @property
-    def numbers(self) -> Any:
+    def numbers(self) -> lax.DotDimensionNumbers:
         """The dimension numbers."""
         left, right = (self.w_axes, self.x_axes) if self.weight_first else (self.x_axes, self.w_axes)
         return (left.contract, right.contract), (left.batch, right.batch)
 
     @property
-    def sides(self) -> tuple[Any, Any]:
+    def operands(self) -> tuple[Operand, Operand]:
         """The left and the right operand."""
         return (self.w, self.x) if self.weight_first else (self.x, self.w)
 
@@ -177,11 +185,11 @@ class Product(Problem):
         """The product, by ``run`` of the parts that each device has."""
         assert self.placed is not None
 
-        def part(lhs: Any, rhs: Any) -> jax.Array:
+        def part(lhs: Operand, rhs: Operand) -> jax.Array:
             x, w = (rhs, lhs) if self.weight_first else (lhs, rhs)
             return run(dataclasses.replace(self, x=x, w=w, placed=None))
 
-        return self.placed.run(part, *self.sides)
+        return self.placed.run(part, *self.operands)
 
     def canonical(self) -> tuple[Any, Any]:
         """The operands in canonical form, as arrays; packed codes stay packed."""
@@ -237,7 +245,9 @@ class Geometry:
     feature_groups: int
     batch_groups: int
 
-    def conv(self, x: jax.Array, kernel: jax.Array, precision: Any = None, result: Any = None) -> jax.Array:
+    def conv(
+        self, x: jax.Array, kernel: jax.Array, precision: lax.PrecisionLike = None, result: DTypeLike | None = None
+    ) -> jax.Array:
         """`jax.lax.conv_general_dilated`."""
         return lax.conv_general_dilated(
             x,
@@ -268,7 +278,9 @@ class Convolution(Problem):
     window: Window
 
     @classmethod
-    def of(cls, x: Any, w: Any, precision: Any, result: Any, geometry: Geometry) -> Convolution:
+    def of(
+        cls, x: Operand, w: Operand, precision: lax.PrecisionLike, result: DTypeLike, geometry: Geometry
+    ) -> Convolution:
         """The problem of a call."""
         places = math.prod(w.shape[i] for i in geometry.rhs_spec[2:])
         return cls(x, w, precision, result, geometry, Window(geometry.feature_groups, geometry.batch_groups, places))
@@ -309,7 +321,7 @@ class RaggedProduct(Problem):
       sizes: rows of each expert, in order, [E].
     """
 
-    sizes: Any
+    sizes: jax.Array
 
     @functools.cached_property
     def forms(self) -> tuple[Form, Form]:
@@ -329,21 +341,21 @@ class RaggedProduct(Problem):
 _ROWS, _EXPERTS = Axes.of(2, (), (1,)), Axes.of(3, (0,), (1,))
 
 
-def _whole(x: Any, axes: Axes) -> Any:
+def _whole(x: Operand, axes: Axes) -> Matrix | jax.Array | None:
     """An operand in canonical form, with one code per element."""
     return matrix(x, axes) if isinstance(x, QTensor) else axes.flatten(x)
 
 
-def _kind(x: Any) -> int:
+def _kind(x: Operand) -> int:
     """0 for a float array, 1 for an array quantized on the way, 2 for a stored QTensor."""
     return isinstance(x, QTensor) + (not is_in_training(x))
 
 
-def _scale_dtype(x: Any) -> Any:
+def _scale_dtype(x: Matrix | Packed | jax.ShapeDtypeStruct) -> np.dtype:
     return x.scale.dtype if isinstance(x, Matrix | Packed) else x.dtype
 
 
-def wide_values(x: QTensor | jax.Array) -> jax.Array:
+def wide_values(x: Operand) -> jax.Array:
     """The values of an operand, in float32 (or float64) where they come from codes."""
     return x.dequantize(promoted(x.dtype, jnp.float32)) if isinstance(x, QTensor) else x
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.errors import quant_error
 from jaxquant.core.indices import widened
+from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import OpSpec
+from jaxquant.core.types import PyTree
 from jaxquant.ops.kernels.dequantized import in_own_dtype
-from jaxquant.ops.operands import Call, Operand, Pair, precision_of, refuse_product_specs, refuse_range
+from jaxquant.ops.operands import Call, Pair, Side, precision_of, refuse_product_specs, refuse_range
 from jaxquant.ops.problem import RaggedProduct
 from jaxquant.ops.select import run
 from jaxquant.ops.tangents import straight_through
@@ -26,22 +28,22 @@ __all__ = ["ragged_dot"]
 class _Ragged(Call):
     """The static half of a `ragged_dot` call."""
 
-    lhs: Operand
-    rhs: Operand
-    precision: Any
-    dtype: Any
+    lhs: Side
+    rhs: Side
+    precision: lax.PrecisionLike
+    dtype: DTypeLike
 
-    def keep(self, *operands: Any) -> tuple[jax.Array, Any]:
+    def keep(self, *operands: PyTree) -> tuple[jax.Array, None]:
         lhs, rhs, lhs_static, rhs_static, sizes = operands
         x, experts = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
         return run(RaggedProduct(x, experts, self.precision, self.dtype, sizes)), None
 
-    def reference(self, *operands: Any) -> jax.Array:
+    def reference(self, *operands: PyTree) -> jax.Array:
         lhs, rhs, lhs_static, rhs_static, sizes = operands
         problem = RaggedProduct(lhs, rhs, self.precision, self.dtype, sizes)
         return in_own_dtype(problem, self.lhs.real(lhs, lhs_static), self.rhs.real(rhs, rhs_static))
 
-    def again(self, *operands: Any) -> jax.Array:
+    def again(self, *operands: PyTree) -> jax.Array:
         """Multiplies every row by every matrix and keeps the product of its group: JAX transposes the gradient of
         `jax.lax.ragged_dot` no further.
         """
@@ -55,15 +57,15 @@ class _Ragged(Call):
 
 
 def ragged_dot(
-    lhs: Any,
-    rhs: Any,
-    group_sizes: Any,
+    lhs: ArrayLike | QTensor,
+    rhs: ArrayLike | QTensor,
+    group_sizes: ArrayLike,
     precision: lax.PrecisionLike = None,
-    preferred_element_type: Any = None,
+    preferred_element_type: DTypeLike | None = None,
     *,
     spec: OpSpec | None = None,
-    act_scale: Any = None,
-    act_zero_point: Any = None,
+    act_scale: ArrayLike | None = None,
+    act_zero_point: ArrayLike | None = None,
 ) -> jax.Array:
     """`jax.lax.ragged_dot` whose operands may be quantized, or are quantized on the way: mixtures of experts.
 
@@ -103,13 +105,13 @@ def ragged_dot(
         todo = "Give lhs [M, K], rhs [E, K, N] and integer group_sizes [E]"
         got = {"lhs": lhs.shape, "rhs": rhs.shape, "group_sizes": sizes}
         raise quant_error(function, "the operands do not fit each other", todo=todo, **got)
-    if pair.in_float:
+    if pair.floats is not None:
         refuse_range(function, act_scale, act_zero_point)
-        return lax.ragged_dot(lhs, rhs, sizes, precision, preferred_element_type)
+        return lax.ragged_dot(*pair.floats, sizes, precision, preferred_element_type)
     dtype, precision = pair.result_dtype(preferred_element_type), precision_of(function, precision)
     if 0 in lhs.shape or 0 in rhs.shape:
         return jnp.zeros((lhs.shape[0], rhs.shape[2]), dtype)
-    sides = pair.operands((1,), (1,))
+    sides = pair.sides((1,), (1,))
     static = pair.static(sides, act_scale, act_zero_point)
     how = _Ragged(*sides, precision=precision, dtype=dtype)
     return straight_through(how, lhs, rhs, *static, widened(sizes))

@@ -31,6 +31,7 @@ import jax
 from jax.extend.core import Primitive
 
 from jaxquant.core.by_platform import Target, by_platform
+from jaxquant.core.types import PyTree
 from jaxquant.ops.forms import split_up
 from jaxquant.ops.kernels import convolution, decoded, dequantized, integer, ragged
 from jaxquant.ops.kernels.cpu import blocked, floats, gemv, int8, residual
@@ -116,7 +117,7 @@ class _Kernels:
 
     stored: Callable[[Any], Problem] | None
 
-    def on(self, target: Target, *operands: Any) -> jax.Array:
+    def on(self, target: Target, *operands: PyTree) -> jax.Array:
         """The product of a problem, in the requested dtype."""
         (problem,) = operands
         if target.platform != "tpu" or not isinstance(problem, Product):
@@ -133,12 +134,12 @@ class _Kernels:
             kernel, problem = _as_stored(kernel, problem, self.stored(problem), target)
         return kernel.run(problem).astype(problem.result)
 
-    def like(self, *operands: Any) -> jax.Array:
+    def like(self, *operands: PyTree) -> jax.Array:
         """An array of the product's shape and dtype."""
         (problem,) = operands
         return problem.like()
 
-    def stands_for(self, *operands: Any) -> tuple[Primitive, dict[str, Any]] | None:
+    def stands_for(self, *operands: PyTree) -> tuple[Primitive, dict[str, Any]] | None:
         """The float operation."""
         (problem,) = operands
         return problem.float_operation

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxquant.core.blocks import spread
 from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.packing import packed_length
-from jaxquant.core.paths import is_qtensor, path_of
-from jaxquant.core.qtensor import QTensor, flat, scale_values
+from jaxquant.core.paths import Params, is_qtensor, path_of
+from jaxquant.core.qtensor import Operand, QTensor, flat, scale_values
 from jaxquant.core.stack import Layer
+from jaxquant.core.types import PyTree
 from jaxquant.ops.trained import TrainedTensor
 
 __all__ = ["Cut", "axis_names", "explicit_of", "explicit_sharding", "leaf_specs", "shardings", "whole_blocks"]
@@ -31,18 +33,18 @@ class Cut:
       names: the mesh axes of all entries.
     """
 
-    entries: tuple[Any, ...]
+    entries: tuple[object, ...]
     parts: tuple[int, ...]
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, mesh: Any, spec: PartitionSpec, ndim: int) -> Cut:
+    def of(cls, mesh: Mesh | AbstractMesh, spec: PartitionSpec, ndim: int) -> Cut:
         """From a spec, which may be shorter than the array's rank."""
         entries, named = (*spec, *[None] * (ndim - len(spec))), axis_names(spec, ndim)
         parts = tuple(math.prod(mesh.shape[n] for n in names) for names in named)
         return cls(entries, parts, tuple(n for names in named for n in names))
 
-    def spec(self, axes: Any) -> PartitionSpec:
+    def spec(self, axes: Iterable[int | None]) -> PartitionSpec:
         """The entries of these axes; of None, nothing."""
         return PartitionSpec(*(None if i is None else self.entries[i] for i in axes))
 
@@ -58,7 +60,7 @@ class Cut:
         local = q.replace(length=length, scale=scale, offset=offset)
         return TrainedTensor(local, q.real) if isinstance(q, TrainedTensor) else local
 
-    def of_blocks(self, value: Any) -> Cut:
+    def of_blocks(self, value: Operand) -> Cut:
         """Of a scale or zero point: cut where whole blocks lie in each part, else on all devices."""
         axes = [i if n > 1 and self.parts[i] and n % self.parts[i] == 0 else None for i, n in enumerate(value.shape)]
         return Cut(tuple(self.spec(axes)), tuple(1 if i is None else self.parts[i] for i in axes), self.names)
@@ -71,7 +73,7 @@ def axis_names(spec: PartitionSpec, ndim: int) -> list[tuple[str, ...]]:
     return [tuple(n for n in names if isinstance(n, str)) for names in named]  # an axis may be unconstrained
 
 
-def leaf_specs(leaf: Any, cut: Cut) -> Any:
+def leaf_specs(leaf: Operand | None, cut: Cut) -> PyTree:
     """A tree of `PartitionSpec`s for the arrays of a leaf."""
     if leaf is None:
         return None
@@ -89,7 +91,7 @@ def leaf_specs(leaf: Any, cut: Cut) -> Any:
         layers = Cut((None, *cut.entries), (1, *cut.parts), cut.names)
         codes = Layer(leaf_specs(leaf.kept.stack, layers), typing.cast(Any, PartitionSpec()))
 
-    def of_blocks(value: Any, cut: Cut = cut) -> Any:
+    def of_blocks(value: Operand | None, cut: Cut = cut) -> PyTree:
         return None if value is None else leaf_specs(value, cut.of_blocks(value))
 
     specs = QTensor(
@@ -138,14 +140,14 @@ def whole_blocks(q: QTensor, cut: Cut) -> QTensor:
     return q
 
 
-def explicit_sharding(aval: Any) -> NamedSharding | None:
+def explicit_sharding(aval: object) -> NamedSharding | None:
     """The sharding that is part of a type, where the mesh has explicit axes; else None."""
     sharding = getattr(aval, "sharding", None)
     explicit = isinstance(sharding, NamedSharding) and AxisType.Explicit in (sharding.mesh.axis_types or ())
     return sharding if explicit else None
 
 
-def explicit_of(leaf: Any) -> NamedSharding | None:
+def explicit_of(leaf: object) -> NamedSharding | None:
     """Where an array, or the one that a QTensor stands for, lies on a mesh of explicit axes; None on any other."""
     if not isinstance(leaf, QTensor):
         return None if isinstance(leaf, jax.ShapeDtypeStruct) else explicit_sharding(jax.typeof(leaf))
@@ -190,7 +192,7 @@ def _check_parts(path: str, leaf: QTensor, cut: Cut, spec: str) -> None:
         _check_parts(f"{path}.scale", leaf.scale, cut.of_blocks(leaf.scale), spec)
 
 
-def _derived(path: str, leaf: Any, sharding: Any) -> Any:
+def _derived(path: str, leaf: PyTree, sharding: Sharding) -> PyTree:
     """The sharding of one leaf, or a tree of them for a QTensor."""
     if not isinstance(leaf, QTensor):
         return sharding
@@ -217,7 +219,7 @@ def _derived(path: str, leaf: Any, sharding: Any) -> Any:
     )
 
 
-def shardings(qparams: Any, shardings: Any) -> Any:
+def shardings(qparams: Params, shardings: PyTree) -> PyTree:
     """Shardings for a tree with `QTensor`s, from those of the float parameters.
 
     The codes of a QTensor are cut along the axes along which the float array is, wherever storage has put them; scales
@@ -247,7 +249,7 @@ def shardings(qparams: Any, shardings: Any) -> Any:
       ((None, 'model'), (None, None))
     """
 
-    def below(prefix: Any, sharding: Any, tree: Any) -> Any:
+    def below(prefix: tuple[object, ...], sharding: Sharding, tree: Params) -> PyTree:
         return jax.tree_util.tree_map_with_path(
             lambda keys, leaf: _derived(path_of((*prefix, *keys)), leaf, sharding), tree, is_leaf=is_qtensor
         )

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxquant.core.arithmetic import nan_where
 from jaxquant.core.blocks import block_shape, negative_axes
@@ -23,8 +24,8 @@ __all__ = ["take", "taken"]
 
 
 def take(
-    a: Any,
-    indices: Any,
+    a: ArrayLike | QTensor,
+    indices: ArrayLike,
     axis: int | None = None,
     *,
     mode: str | None = None,
@@ -62,33 +63,34 @@ def take(
       Array([[0., 0., 1., 0.],
              [1., 0., 0., 0.]], dtype=float32)
     """
-    a, weight = as_array("take", "a", a), check_spec("take", spec).weight
-    check_operand("take", "table (a)", a, weight)
-    if not isinstance(a, QTensor) and weight is None:
-        return jnp.take(a, indices, axis=axis, mode=mode, fill_value=fill_value)
-    indices = as_array("take", "indices", indices)
-    if isinstance(indices, QTensor) or not jnp.issubdtype(indices.dtype, jnp.integer):
-        raise quant_error("take", "indices must be integers", todo="Cast them", indices=indices)
-    if axis is None or isinstance(axis, bool) or not isinstance(axis, int | np.integer) or not -a.ndim <= axis < a.ndim:
-        todo = f"Name one from {-a.ndim} to {a.ndim - 1}"
-        raise quant_error("take", "a quantized table needs an axis to index", todo=todo, axis=axis, shape=a.shape)
+    table, weight = as_array("take", "a", a), check_spec("take", spec).weight
+    check_operand("take", "table (a)", table, weight)
+    if not isinstance(table, QTensor) and weight is None:
+        return jnp.take(table, indices, axis=axis, mode=mode, fill_value=fill_value)
+    places = as_array("take", "indices", indices)
+    if isinstance(places, QTensor) or not jnp.issubdtype(places.dtype, jnp.integer):
+        raise quant_error("take", "indices must be integers", todo="Cast them", indices=places)
+    known = isinstance(axis, int | np.integer) and not isinstance(axis, bool)
+    if axis is None or not known or not -table.ndim <= axis < table.ndim:
+        todo = f"Name one from {-table.ndim} to {table.ndim - 1}"
+        raise quant_error("take", "a quantized table needs an axis to index", todo=todo, axis=axis, shape=table.shape)
     if mode not in (None, "fill", "clip", "wrap"):
         raise quant_error("take", "unknown mode", todo="Use 'fill', 'clip' or 'wrap'", mode=mode)
-    along: int = int(axis) % a.ndim
-    shape = a.shape[:along] + indices.shape + a.shape[along + 1 :]
-    if a.shape[along] == 0 and indices.size:
+    along: int = int(axis) % table.ndim
+    shape = table.shape[:along] + places.shape + table.shape[along + 1 :]
+    if table.shape[along] == 0 and places.size:
         todo = "Pass a table with rows, or no indices"
-        raise quant_error("take", "there is nothing to index", todo=todo, axis=axis, shape=a.shape)
+        raise quant_error("take", "there is nothing to index", todo=todo, axis=axis, shape=table.shape)
     if 0 in shape:
-        return jnp.zeros(shape, a.dtype)
-    rows, inside = _resolved(indices.reshape(-1), a.shape[along], mode)
-    if isinstance(a, QTensor):
-        out = dequantize(_gather(a, rows, along))
+        return jnp.zeros(shape, table.dtype)
+    rows, inside = _resolved(places.reshape(-1), table.shape[along], mode)
+    if isinstance(table, QTensor):
+        out = dequantize(_gather(table, rows, along))
     else:
         assert weight is not None
-        out = _fake_quantized(a, rows, along, weight, reduce_axes)
+        out = _fake_quantized(table, rows, along, weight, reduce_axes)
     if mode in (None, "fill"):
-        inside = inside.reshape([-1 if i == along else 1 for i in range(a.ndim)])
+        inside = inside.reshape([-1 if i == along else 1 for i in range(table.ndim)])
         fill = np.nan if fill_value is None else fill_value
         if isinstance(fill, jax.Array) or not np.isnan(fill):
             out = jnp.where(inside, out, jnp.asarray(fill, out.dtype))

@@ -20,15 +20,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxquant.core.by_platform import unmapped
+from jaxquant.core.jitted import jitted
+from jaxquant.core.types import PyTree, TreeDef
 
 __all__ = ["Rule", "straight_through"]
 
@@ -36,24 +39,48 @@ __all__ = ["Rule", "straight_through"]
 class Rule(Protocol):
     """A function of operands (pytrees) with the derivatives of a reference function. Hashable."""
 
-    def keep(self, *operands: Any) -> tuple[jax.Array, Any]:
+    def keep(self, *operands: PyTree) -> tuple[jax.Array, PyTree]:
         """The result, and the residuals that the backward pass needs beside the operands: a pytree of arrays."""
         ...
 
-    def reference(self, *operands: Any) -> jax.Array:
+    def reference(self, *operands: PyTree) -> jax.Array:
         """The result up to rounding, in arithmetic that JAX differentiates."""
         ...
 
-    def again(self, *operands: Any) -> jax.Array:
+    def again(self, *operands: PyTree) -> jax.Array:
         """`reference` in arithmetic whose gradient JAX differentiates in both modes, for second derivatives."""
         ...
 
-    def back(self, kept: Any, operands: tuple[Any, ...], g: jax.Array) -> tuple[Any, ...]:
+    def back(self, kept: PyTree, operands: tuple[PyTree, ...], g: jax.Array) -> tuple[PyTree, ...]:
         """The gradient with respect to each operand, from the residuals and the gradient of the result."""
         ...
 
 
-Leaves = Sequence[Any]
+T = TypeVar("T")
+Leaves = Sequence[jax.Array]
+_Tangents = Sequence[jax.Array | ad.Zero]
+_Dims = Sequence[int | None]
+_Shapes = tuple[ShapedArray, ...]
+
+
+class _Map(Protocol):
+    """A linear map from tangents of leaves of the operands to that of the result. Hashable."""
+
+    def along(self, places: tuple[int, ...]) -> _Map:
+        """Of these leaves."""
+        ...
+
+    def transpose(self) -> _Map:
+        """From cotangents to cotangents."""
+        ...
+
+    def fast(self, kept: Leaves, operands: Leaves, tangents: Leaves) -> list[jax.Array]:
+        """The map as a compiled program computes it."""
+        ...
+
+    def plain(self, operands: Leaves, tangents: Leaves) -> list[jax.Array]:
+        """The map of the reference, differentiable in the operands too."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +95,8 @@ class _Tangent:
     """
 
     rule: Rule
-    kept: Any
-    operands: Any
+    kept: TreeDef
+    operands: TreeDef
     places: tuple[int, ...]
     transposed: bool = False
 
@@ -81,7 +108,7 @@ class _Tangent:
         """From cotangents to cotangents."""
         return dataclasses.replace(self, transposed=not self.transposed)
 
-    def fast(self, kept: Leaves, operands: Leaves, tangents: Leaves) -> list[Any]:
+    def fast(self, kept: Leaves, operands: Leaves, tangents: Leaves) -> list[jax.Array]:
         """The map as a compiled program computes it."""
         if not self.transposed:
             return self._plain(self.rule.reference, operands, tangents)
@@ -90,12 +117,12 @@ class _Tangent:
         leaves = self.operands.flatten_up_to(found)
         return [jnp.zeros_like(operands[i]) if leaves[i] is None else leaves[i] for i in self.places]
 
-    def plain(self, operands: Leaves, tangents: Leaves) -> list[Any]:
+    def plain(self, operands: Leaves, tangents: Leaves) -> list[jax.Array]:
         """The map of the reference, differentiable in the operands too."""
         return self._plain(self.rule.again, operands, tangents)
 
-    def _plain(self, of: Callable[..., jax.Array], operands: Leaves, tangents: Leaves) -> list[Any]:
-        def reference(*leaves: Any) -> jax.Array:
+    def _plain(self, of: Callable[..., jax.Array], operands: Leaves, tangents: Leaves) -> list[jax.Array]:
+        def reference(*leaves: jax.Array) -> jax.Array:
             changed = dict(zip(self.places, leaves, strict=True))
             return of(*jax.tree.unflatten(self.operands, [changed.get(i, x) for i, x in enumerate(operands)]))
 
@@ -115,7 +142,7 @@ class _Batched:
       results: likewise; None: summed over the examples, as for the gradient of an operand that they share.
     """
 
-    inner: Any
+    inner: _Map
     kept: tuple[int | None, ...]
     operands: tuple[int | None, ...]
     tangents: tuple[int | None, ...]
@@ -132,12 +159,12 @@ class _Batched:
         inner = self.inner.transpose()
         return dataclasses.replace(self, inner=inner, tangents=self.results, results=self.tangents)
 
-    def fast(self, kept: Leaves, operands: Leaves, tangents: Leaves) -> list[Any]:
+    def fast(self, kept: Leaves, operands: Leaves, tangents: Leaves) -> list[jax.Array]:
         """The map as a compiled program computes it."""
         axes = list(self.kept), list(self.operands), list(self.tangents)
         return self._summed(jax.vmap(self.inner.fast, axes, self._axes)(list(kept), list(operands), list(tangents)))
 
-    def plain(self, operands: Leaves, tangents: Leaves) -> list[Any]:
+    def plain(self, operands: Leaves, tangents: Leaves) -> list[jax.Array]:
         """The map of the reference."""
         axes = list(self.operands), list(self.tangents)
         return self._summed(jax.vmap(self.inner.plain, axes, self._axes)(list(operands), list(tangents)))
@@ -146,7 +173,7 @@ class _Batched:
     def _axes(self) -> list[int]:
         return [axis or 0 for axis in self.results]
 
-    def _summed(self, results: list[Any]) -> list[Any]:
+    def _summed(self, results: list[jax.Array]) -> list[jax.Array]:
         return [jnp.sum(r, axis=0) if axis is None else r for r, axis in zip(results, self.results, strict=True)]
 
 
@@ -158,34 +185,36 @@ _tangent_p = Primitive("straight_through_tangent")
 _tangent_p.multiple_results = True
 
 
-def _split(args: Sequence[Any], sizes: tuple[int, int]) -> tuple[list[Any], list[Any], list[Any]]:
+def _split(args: Sequence[T], sizes: tuple[int, int]) -> tuple[list[T], list[T], list[T]]:
     first, second = sizes
     return list(args[:first]), list(args[first : first + second]), list(args[first + second :])
 
 
-def _fast(*args: Any, of: Any, sizes: tuple[int, int], results: Any) -> list[Any]:
+def _fast(*args: jax.Array, of: _Map, sizes: tuple[int, int], results: _Shapes) -> list[jax.Array]:
     del results
     return of.fast(*_split(args, sizes))
 
 
 @functools.partial(jax.jit, static_argnames=("of", "sizes"))
-def _compiled(*args: Any, of: Any, sizes: tuple[int, int]) -> list[Any]:
+def _compiled(*args: jax.Array, of: _Map, sizes: tuple[int, int]) -> list[jax.Array]:
     return of.fast(*_split(args, sizes))
 
 
 @_tangent_p.def_impl
-def _run(*args: Any, of: Any, sizes: tuple[int, int], results: Any) -> list[Any]:
+def _run(*args: jax.Array, of: _Map, sizes: tuple[int, int], results: _Shapes) -> list[jax.Array]:
     del results
     return _compiled(*args, of=of, sizes=sizes)
 
 
 @_tangent_p.def_abstract_eval
-def _shapes(*args: Any, of: Any, sizes: tuple[int, int], results: tuple[Any, ...]) -> tuple[Any, ...]:
+def _shapes(*args: jax.Array, of: _Map, sizes: tuple[int, int], results: _Shapes) -> _Shapes:
     del args, of, sizes
     return results
 
 
-def _jvp(primals: Any, tangents: Any, *, of: Any, sizes: tuple[int, int], results: Any) -> tuple[Any, Any]:
+def _jvp(
+    primals: Leaves, tangents: _Tangents, *, of: _Map, sizes: tuple[int, int], results: _Shapes
+) -> tuple[list[jax.Array], list[jax.Array]]:
     kept, operands, given = _split(primals, sizes)
     _, moved, added = _split(tangents, sizes)
     out = _tangent_p.bind(*primals, of=of, sizes=sizes, results=results)
@@ -196,7 +225,7 @@ def _jvp(primals: Any, tangents: Any, *, of: Any, sizes: tuple[int, int], result
     places = [i for i, t in enumerate(moved) if type(t) is not ad.Zero]
     if places:
 
-        def plain(*leaves: Any) -> list[Any]:
+        def plain(*leaves: jax.Array) -> list[jax.Array]:
             changed = dict(zip(places, leaves, strict=True))
             return of.plain([changed.get(i, x) for i, x in enumerate(operands)], given)
 
@@ -204,16 +233,20 @@ def _jvp(primals: Any, tangents: Any, *, of: Any, sizes: tuple[int, int], result
     return out, [functools.reduce(jnp.add, term) for term in zip(*terms, strict=True)]
 
 
-def _transpose(cotangents: Any, *args: Any, of: Any, sizes: tuple[int, int], results: Any) -> list[Any]:
+def _transpose(
+    cotangents: _Tangents, *args: jax.Array, of: _Map, sizes: tuple[int, int], results: _Shapes
+) -> list[jax.Array | None]:
     kept, operands, given = _split(args, sizes)
     g = [ad.instantiate_zeros(c) for c in cotangents]
     unknown = [ad.is_undefined_primal(x) for x in given]
     shapes = tuple(x.aval if u else jax.typeof(x) for x, u in zip(given, unknown, strict=True))
     found = _tangent_p.bind(*kept, *operands, *g, of=of.transpose(), sizes=sizes, results=shapes)
-    return [None] * sum(sizes) + [c if u else None for c, u in zip(found, unknown, strict=True)]
+    return [*[None] * sum(sizes), *(c if u else None for c, u in zip(found, unknown, strict=True))]
 
 
-def _batch(args: Any, dims: Any, *, of: Any, sizes: tuple[int, int], results: tuple[Any, ...]) -> tuple[Any, Any]:
+def _batch(
+    args: Leaves, dims: _Dims, *, of: _Map, sizes: tuple[int, int], results: _Shapes
+) -> tuple[list[jax.Array], tuple[int, ...]]:
     size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
     axes = (0,) * len(results)
     kept, operands, given = map(tuple, _split(dims, sizes))
@@ -233,7 +266,9 @@ mlir.register_lowering(_tangent_p, mlir.lower_fun(_fast, multiple_results=True))
 _result_p = Primitive("straight_through_result")
 
 
-def _result_jvp(primals: Any, tangents: Any, *, of: Any, sizes: tuple[int, int]) -> tuple[jax.Array, Any]:
+def _result_jvp(
+    primals: Leaves, tangents: _Tangents, *, of: _Map, sizes: tuple[int, int]
+) -> tuple[jax.Array, jax.Array | ad.Zero]:
     """The result and the arrays that were kept count as constants, also where JAX has zeros for their tangents."""
     moved = tangents[1 + sizes[0] :]
     out = _result_p.bind(*primals, of=of, sizes=sizes)
@@ -245,11 +280,11 @@ def _result_jvp(primals: Any, tangents: Any, *, of: Any, sizes: tuple[int, int])
     return out, dy
 
 
-def _moves(tangent: Any) -> bool:
-    return type(tangent) is not ad.Zero and tangent.dtype != jax.dtypes.float0
+def _moves(tangent: jax.Array | ad.Zero) -> bool:
+    return not isinstance(tangent, ad.Zero) and tangent.dtype != jax.dtypes.float0
 
 
-def _result_batch(args: Any, dims: Any, *, of: Any, sizes: tuple[int, int]) -> tuple[jax.Array, int]:
+def _result_batch(args: Leaves, dims: _Dims, *, of: _Map, sizes: tuple[int, int]) -> tuple[jax.Array, int]:
     size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
     kept, operands, _ = map(tuple, _split(dims[1:], sizes))
     value = batching.bdim_at_front(args[0], dims[0], size)
@@ -266,7 +301,7 @@ mlir.register_lowering(_result_p, mlir.lower_fun(lambda value, *args, of, sizes:
 # -- functions ---------------------------------------------------------------------------------------------------------
 
 
-def _keep(rule: Rule, *operands: Any) -> jax.Array:
+def _keep(rule: Rule, *operands: PyTree) -> jax.Array:
     leaves, tree = jax.tree.flatten(operands)
     out, kept = rule.keep(*lax.stop_gradient(operands))
     arrays, kept_tree = jax.tree.flatten(kept)
@@ -274,9 +309,9 @@ def _keep(rule: Rule, *operands: Any) -> jax.Array:
     return _result_p.bind(lax.stop_gradient(out), *arrays, *leaves, of=_Tangent(rule, kept_tree, tree, ()), sizes=sizes)
 
 
-_jit: Any = jax.jit(_keep, static_argnums=0, inline=True)
+_jit = jitted(static_argnums=0)(_keep)
 
 
-def straight_through(rule: Any, *operands: Any) -> jax.Array:
+def straight_through(rule: Rule, *operands: PyTree) -> jax.Array:
     """The result of a `Rule`'s ``keep``, with the derivatives of its ``reference``, of every order, in both modes."""
     return _jit(rule, *operands)

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from jaxquant.core.errors import quant_error
 from jaxquant.core.layout import Layout
+from jaxquant.core.paths import Params
 from jaxquant.core.qtensor import LEAVES, QTensor
+from jaxquant.core.types import PyTree
 
 __all__ = ["Platform", "check_target", "lay_out", "layout_for", "platform_of"]
 
@@ -21,14 +23,14 @@ Platform = Literal["cpu", "tpu", "gpu"]
 _LAYOUTS: dict[str, Layout] = {"cpu": "packed", "tpu": "native", "gpu": "elements"}
 
 
-def check_target(function: str, target: Any) -> None:
+def check_target(function: str, target: object) -> None:
     """Raises if a target is not a known platform."""
     if target is not None and target not in get_args(Platform):
         todo = "Use 'cpu', 'tpu' or 'gpu', or leave it out for where the arrays are"
         raise quant_error(function, "target must be a platform that codes are laid out for", todo=todo, target=target)
 
 
-def platform_of(x: Any) -> str:
+def platform_of(x: object) -> str:
     """The platform that holds an array, or on which it would be made."""
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
         platform = next(iter(x.devices())).platform
@@ -37,12 +39,12 @@ def platform_of(x: Any) -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
-def layout_for(target: Platform | None, x: Any) -> Layout:
+def layout_for(target: Platform | None, x: object) -> Layout:
     """The layout for a target, or for where an array is."""
     return _LAYOUTS.get(target or platform_of(x), "packed")
 
 
-def lay_out(params: Any, target: Platform | None = None) -> Any:
+def lay_out(params: Params, target: Platform | None = None) -> Params:
     """Stores the codes of parameters in the layout that a platform reads fastest; values do not change.
 
     A CPU reads bytes that are packed along the contracted axis. The compilers of TPUs and GPUs decode only weights with
@@ -69,7 +71,7 @@ def lay_out(params: Any, target: Platform | None = None) -> Any:
     """
     check_target("lay_out", target)
 
-    def one(x: Any) -> Any:
+    def one(x: PyTree) -> PyTree:
         if not isinstance(x, QTensor) or x.lies(layout := layout_for(target, x.stored)):
             return x
         like = jax.eval_shape(lambda q: q.laid_out(layout), x)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeGuard
 
 import jax
+from jax.typing import DTypeLike
 
 from jaxquant.core.affine import minor_axes
-from jaxquant.core.qtensor import FIELDS, QTensor, from_codes
+from jaxquant.core.qtensor import FIELDS, Operand, QTensor, from_codes
 
 __all__ = ["TrainedTensor", "as_quantized", "is_in_training", "is_stored_in_elements"]
 
@@ -23,9 +24,17 @@ class TrainedTensor(QTensor):
 
     __slots__ = ("real",)
 
-    def __init__(self, q: QTensor, real: Any):
+    real: jax.Array | None
+
+    def __init__(self, q: QTensor, real: jax.Array | None):
         super().__init__(**{name: getattr(q, name) for name in FIELDS})
         self.real = real
+
+    @property
+    def differentiable(self) -> jax.Array:
+        """The fake-quantized array, of a tensor that has one."""
+        assert self.real is not None
+        return self.real
 
     @property
     def frozen(self) -> QTensor:
@@ -45,7 +54,7 @@ class TrainedTensor(QTensor):
         *fields, real = children
         return cls(QTensor.tree_unflatten(aux, fields), real)
 
-    def dequantize(self, dtype: Any = None) -> jax.Array:
+    def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
         """The fake-quantized array, differentiable if ``real`` is there."""
         if self.real is None:
             return super().dequantize(dtype)
@@ -58,15 +67,15 @@ def as_quantized(x: TrainedTensor, axes: tuple[int, ...]) -> QTensor:
     return from_codes(x.logical_codes(), x.scale, x.zero_point, x.offset, qtype=x.qtype, dtype=x.dtype, minor=minor)
 
 
-def is_in_training(x: Any) -> bool:
+def is_in_training(x: Operand) -> bool:
     """Whether an operand is a float array, or was quantized from one on the way."""
     return not isinstance(x, QTensor) or isinstance(x, TrainedTensor)
 
 
-def is_stored_in_elements(x: Any) -> bool:
+def is_stored_in_elements(x: Operand) -> TypeGuard[QTensor]:
     """Whether an operand is stored with one code per element, unpermuted, and groups along one axis at most."""
 
-    if is_in_training(x) or x.layout == "packed" or x.permutation is not None:
+    if not isinstance(x, QTensor) or is_in_training(x) or x.layout == "packed" or x.permutation is not None:
         return False
     cut = [i - x.ndim for i, (n, s) in enumerate(zip(x.shape, x.scale.shape, strict=True)) if 1 < s < n]
     return cut == ([] if x.split is None else [x.split])

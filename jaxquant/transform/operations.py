@@ -74,7 +74,7 @@ def _activation(
     if steps is not None:
         quantized = trained_activation(x, marked(steps), item.spec.act, tuple(axes))
         # Beside a float weight it is a float array with the values of its codes.
-        return (quantized.real, {}) if alone else (quantized, out)
+        return (quantized.differentiable, {}) if alone else (quantized, out)
     scale = zero_point = None
     if item.spec.act.static:
         given = marked(weight.state)
@@ -82,7 +82,7 @@ def _activation(
     rounding = interpreter.rounding_key_of(weight.path, "act", item.spec.act)
     if rounding is not None:
         quantized = rounded_activation(x, item.spec.act, tuple(axes), rounding, scale, zero_point)
-        return (quantized.real, {}) if alone else (quantized, out)
+        return (quantized.differentiable, {}) if alone else (quantized, out)
     if item.spec.act.static:
         out["act_scale"], out["act_zero_point"] = scale, zero_point
     return x, out
@@ -409,7 +409,7 @@ def _gather(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> lis
         return [ABSENT]
     table, indices = interpreter.operand(weight), as_array(values[1])
     if isinstance(table, TrainedTensor):
-        table = table.real
+        table = table.differentiable
     if not isinstance(table, QTensor):  # in float; XLA has no scatter by some narrow dtypes, for the gradient
         return _as_it_stands(eqn, [table, widened(indices)])
     mode, fill = _MODES[eqn.params["mode"]], eqn.params["fill_value"]

@@ -108,7 +108,7 @@ class View:
 
     def __call__(self, x: Operand) -> Operand:
         if isinstance(x, TrainedTensor):
-            return TrainedTensor(self.qtensor(x), self.array(x.real))
+            return TrainedTensor(self.qtensor(x), self.array(x.differentiable))
         return self.qtensor(x) if isinstance(x, QTensor) else self.array(x)
 
 

@@ -109,8 +109,9 @@ def contraction(rng: np.random.Generator) -> tuple[Any, Any, Any]:
     left, right = "klm"[:rows], "xyz"[:columns]
     sizes = {name: int(rng.integers(1, 40 if name in names[1] else 7)) for name in "abcdefghklmxyz"}
     lhs, rhs = ("".join(rng.permutation(list(names[0] + names[1] + more))) for more in (left, right))
-    numbers = tuple(tuple(tuple(side.index(name) for name in names[i]) for side in (lhs, rhs)) for i in (1, 0))
-    shapes = (*(tuple(sizes[name] for name in side) for side in (lhs, rhs)), numbers[0])
+    contracted, batched = ((tuple(map(lhs.index, names[i])), tuple(map(rhs.index, names[i]))) for i in (1, 0))
+    numbers = contracted, batched
+    shapes = (*(tuple(sizes[name] for name in side) for side in (lhs, rhs)), contracted)
     return shapes, lambda x, w, spec: ops.dot_general(x, w, numbers, spec=spec), lambda x, w: dot(x, w, numbers)
 
 

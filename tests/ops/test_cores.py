@@ -8,7 +8,7 @@ from ops_reference import INTEGER, MATMUL, WEIGHT_ONLY, dot_error, kernel_of, qu
 
 from jaxquant import OpSpec, ops, recipes
 from jaxquant.ops.kernels.cpu import machine
-from jaxquant.ops.operands import Operand
+from jaxquant.ops.operands import Side
 
 
 @pytest.fixture(params=[1, 2, 64])
@@ -23,8 +23,8 @@ def chosen(spec, rows, *, trained=False):
     found = []
 
     def run(x, w):
-        weight = Operand(spec.weight, (-2,)).quantized(w, None) if trained else quantized(w, spec.weight)
-        found.append(kernel_of(Operand(spec.act, (-1,)).quantized(x, None), weight))
+        weight = Side(spec.weight, (-2,)).quantized(w, None) if trained else quantized(w, spec.weight)
+        found.append(kernel_of(Side(spec.act, (-1,)).quantized(x, None), weight))
 
     jax.eval_shape(run, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((rows, 256), (256, 64))))
     return found[0]

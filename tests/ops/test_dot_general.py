@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from double_precision import double_precision
 from jax import lax
-from narrowed import present
+from narrowed import present, untyped
 from ops_reference import (
     INTEGER,
     MATMUL,
@@ -392,7 +392,7 @@ def test_without_quantization_it_is_lax():
     for spec in (None, OpSpec()):
         np.testing.assert_array_equal(ops.dot_general(x, w, MATMUL, spec=spec), want)
     assert ops.dot_general(x, w, MATMUL, preferred_element_type=jnp.bfloat16).dtype == jnp.bfloat16
-    np.testing.assert_array_equal(ops.dot_general([[1.0, 2.0]], [[3.0], [4.0]], MATMUL), [[11.0]])
+    np.testing.assert_array_equal(untyped.ops.dot_general([[1.0, 2.0]], [[3.0], [4.0]], MATMUL), [[11.0]])
 
 
 @pytest.mark.parametrize("m, k, n", [(0, 8, 3), (2, 0, 3), (2, 8, 0), (0, 0, 0)])

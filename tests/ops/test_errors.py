@@ -97,7 +97,7 @@ BAD = {
     "convolution of None": (lambda: conv(k=None), "must be an array or a QTensor"),
     "float indices": (lambda: ops.take(Q, jnp.ones(3), 0), "indices must be integers"),
     "boolean indices": (lambda: ops.take(Q, jnp.ones(3, bool), 0), "indices must be integers"),
-    "a QTensor of indices": (lambda: ops.take(Q, Q, 0), "indices must be integers"),
+    "a QTensor of indices": (lambda: untyped.ops.take(Q, Q, 0), "indices must be integers"),
     "axis None": (lambda: ops.take(Q, jnp.arange(2)), "needs an axis"),
     "axis too large": (lambda: ops.take(Q, jnp.arange(2), 2), "needs an axis"),
     "axis is True": (lambda: ops.take(Q, jnp.arange(2), True), "needs an axis"),

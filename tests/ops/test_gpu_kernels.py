@@ -16,7 +16,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax_settings import makes_nan
-from narrowed import present
+from narrowed import instance, present
 from ops_reference import dot_error, real, slow_but, unequal
 
 import jaxquant as jq
@@ -126,14 +126,16 @@ def test_a_batch_and_experts_of_odd_size():
 def test_parts_of_k_are_summed():
     """One row of few columns: k is cut, and scales are applied to the sums of all parts."""
     problem, kernel, numbers = problem_of(SPECS["two-level"], 1, 4096, 32, act=INT8)
-    assert blocks(1, Decoding(problem.w.type, "nibbles", k_last=False, length=4096, columns=32, groups=64)).parts > 1
+    assert (
+        blocks(1, Decoding(problem.weight.type, "nibbles", k_last=False, length=4096, columns=32, groups=64)).parts > 1
+    )
     assert off(problem, kernel, numbers) <= 1e-6
 
 
 def test_offsets():
     """Formats with minima instead of zero points."""
     problem, kernel, numbers = problem_of(SPECS["uint4 g64 zero"], 3, 128, 32)
-    w = problem.w.replace(zero_point=None, offset=unequal(3, problem.w.scale.shape))
+    w = problem.weight.replace(zero_point=None, offset=unequal(3, problem.weight.scale.shape))
     problem = Product.of(problem.x, w, problem.x_axes, problem.w_axes, None, jnp.float32)
     assert off(problem, kernel, numbers) <= 1e-6
 
@@ -141,7 +143,8 @@ def test_offsets():
 def test_a_row_is_the_same_beside_others():
     problem, kernel, _ = problem_of(SPECS["int4 g32"], 5, 64, 32)
     whole = ran(problem, kernel.dtype)
-    one = Product.of(problem.x[1:2], problem.w, problem.x_axes, problem.w_axes, None, jnp.float32)
+    row = instance(jax.Array, problem.x)[1:2]
+    one = Product.of(row, problem.w, problem.x_axes, problem.w_axes, None, jnp.float32)
     np.testing.assert_array_equal(whole[1:2], ran(one, kernel.dtype))
 
 
@@ -213,7 +216,7 @@ def kernel_of(spec, k=64, n=32, *, dtype=jnp.bfloat16, axes=None, act=None):
     q = jax.eval_shape(
         lambda: jq.quantize(jnp.zeros((k, n)), spec, reduce_axes=(-2,)).laid_out("elements").replace(dtype=dtype)
     )
-    x = jax.ShapeDtypeStruct((8, k), dtype)
+    x: Any = jax.ShapeDtypeStruct((8, k), dtype)
     left, right = axes or (Axes((), (0,), (1,)), Axes((), (1,), (0,)))
     return select(Product.of(x, q, left, right, None, dtype), Target("cuda"))
 
@@ -240,7 +243,8 @@ def test_int8_on_both_sides(minor):
     problem = Product.of(x, q, *axes, None, jnp.float32)
     assert isinstance(select(problem, Target("cuda")), TritonInt8)
     assert dot_error(ran(problem, jnp.float32), real(x), real(q), (((1,), (0,)), ((), ()))) <= 1e-6
-    few = Product.of(jax.ShapeDtypeStruct((1, 96), jnp.float32), q, *axes, None, jnp.float32)
+    row: Any = jax.ShapeDtypeStruct((1, 96), jnp.float32)
+    few = Product.of(row, q, *axes, None, jnp.float32)
     assert not isinstance(select(few, Target("cuda")), TritonInt8)
 
 

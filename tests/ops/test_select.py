@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -165,13 +165,18 @@ def test_every_kernel_is_chosen_somewhere(monkeypatch):
     assert found == set(TABLE)
 
 
+def shaped(shape: tuple[int, ...], dtype) -> Any:
+    """The shape of an array, in the place of one: kernels are chosen by it."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def problems():
     """Products of every scheme, frozen and in training; a cache with a scale per token; and the other operations."""
     axes, float32 = (Axes((), (0,), (1,)), Axes((), (1,), (0,))), jnp.float32
-    rows = jax.ShapeDtypeStruct((6, 128), jnp.bfloat16)
+    rows = shaped((6, 128), jnp.bfloat16)
     schemes = [*SCHEMES.values(), recipes.w4a16(128), recipes.nf4(64)]
     for spec, count, dtype in itertools.product(schemes, (1, 100), (float32, jnp.bfloat16)):
-        x = jax.ShapeDtypeStruct((count, 256), dtype)
+        x = shaped((count, 256), dtype)
         codes = x if spec.act is None else TrainedTensor(abstract(x.shape, dtype, spec.act, (-1,), stored=False), None)
         w = abstract((256, 128), jnp.dtype(dtype), present(spec.weight), (-2,), stored=False)
         for weight in (stored(spec, dtype, "cpu"), stored(spec, dtype, "tpu"), TrainedTensor(w, None)):
@@ -184,19 +189,19 @@ def problems():
         yield Product.of(x, w, *axes, None, jnp.bfloat16)
         few = abstract((8, 256), rows.dtype, present(spec.act), (-1,), stored=False)
         stack = jax.tree.map(lambda v: jax.ShapeDtypeStruct((2, *v.shape), v.dtype), w)
-        for x in (few, jax.ShapeDtypeStruct((8, 256), jnp.bfloat16)):
-            yield Product.of(x, w.layer_of(stack, jax.ShapeDtypeStruct((), jnp.int32)), *axes, None, jnp.bfloat16)
-    x = jax.ShapeDtypeStruct((1, 256), float32)
+        for x in (few, shaped((8, 256), jnp.bfloat16)):
+            yield Product.of(x, w.layer_of(stack, shaped((), jnp.int32)), *axes, None, jnp.bfloat16)
+    x = shaped((1, 256), float32)
     yield Product.of(x, stored(recipes.w4a16(128), float32, "tpu"), *axes, lax.Precision.HIGHEST, float32)
     tokens = abstract((256, 128), jnp.dtype(float32), jq.QuantSpec("int8"), (-1,), minor=())
-    yield Product.of(jax.ShapeDtypeStruct((1, 256), float32), tokens, *axes, None, float32)
+    yield Product.of(shaped((1, 256), float32), tokens, *axes, None, float32)
     geometry = Geometry((0, 1, 2), (0, 1, 2), (0, 1, 2), (1,), ((0, 0),), (1,), (1,), 1, 1)
     for spec in (recipes.w8a8(), recipes.w8a16(), recipes.w4a16(16)):
-        x = jax.ShapeDtypeStruct((6, 64, 4), float32)
+        x = shaped((6, 64, 4), float32)
         codes = x if spec.act is None else abstract(x.shape, jnp.dtype(float32), spec.act, (-2, -1), stored=False)
         w = abstract((8, 64, 4), jnp.dtype(float32), present(spec.weight), (-2, -1), stored=False)
         yield Convolution.of(codes, w, None, float32, geometry)
-        x, sizes = jax.ShapeDtypeStruct((6, 64), float32), jax.ShapeDtypeStruct((3,), jnp.int32)
+        x, sizes = shaped((6, 64), float32), shaped((3,), jnp.int32)
         codes = x if spec.act is None else abstract(x.shape, jnp.dtype(float32), spec.act, (-1,), stored=False)
         experts = abstract((3, 64, 8), jnp.dtype(float32), present(spec.weight), (-2,))
         yield RaggedProduct(codes, experts, None, float32, sizes)
@@ -205,7 +210,7 @@ def problems():
         lambda w: ops.lay_out(w, "tpu"), abstract((3, 128, 128), rows.dtype, jq.QuantSpec("mxfp4"), (-2,))
     )
     for stored_experts in (experts, tables):
-        yield RaggedProduct(rows, stored_experts, None, jnp.bfloat16, jax.ShapeDtypeStruct((3,), jnp.int32))
+        yield RaggedProduct(rows, stored_experts, None, jnp.bfloat16, shaped((3,), jnp.int32))
 
 
 @pytest.mark.every

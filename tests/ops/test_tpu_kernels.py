@@ -389,7 +389,7 @@ def test_many_rows_on_a_chip_that_sums_256_products(act: bool, monkeypatch: pyte
     assert isinstance(kernel, grouped.ManyRows)
     assert kernel.body(kernel.groups, (jnp.dtype(jnp.bfloat16),), jnp.float32).blocks(260, 512, 256)[2] == 256
     _, y = interpreted(problem, monkeypatch, V6E)
-    assert_close(y, problem.x.dequantize(jnp.float32) if act else x, w, exact=False, rounded=True)
+    assert_close(y, instance(jq.QTensor, problem.x).dequantize(jnp.float32) if act else x, w, exact=False, rounded=True)
 
 
 def test_float32_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch):
@@ -585,13 +585,13 @@ def test_few_rows_of_int8_by_a_layer_of_a_stack(monkeypatch: pytest.MonkeyPatch)
     """To the bit what one dot gives, from the stack; many rows, and a weight of its own, are XLA's."""
     problem = int8_problem(normal(1, (3, 128)), normal(2, (128, 1200)), minor=True, result=jnp.float32)
     stack = jax.tree.map(lambda v: jnp.stack([jnp.flip(v), v]), problem.w)
-    layer = dataclasses.replace(problem, w=problem.w.layer_of(stack, jnp.int32(1)))
+    layer = dataclasses.replace(problem, w=problem.weight.layer_of(stack, jnp.int32(1)))
     monkeypatch.setattr(tpu_int8.Int8Blocks, "interpret", True)
     kernel = select(layer, Target("tpu"))
     assert (kernel.name, select(problem, Target("tpu")).name) == ("int8_blocks", "int8")
     np.testing.assert_array_equal(jax.jit(kernel.run)(layer), jax.jit(integer.Int8().run)(problem))
     many = int8_problem(normal(1, (65, 128)), normal(2, (128, 1200)), minor=True)
-    many = dataclasses.replace(many, w=many.w.layer_of(stack, jnp.int32(1)))
+    many = dataclasses.replace(many, w=many.weight.layer_of(stack, jnp.int32(1)))
     assert select(many, Target("tpu")).name == "int8"
 
 

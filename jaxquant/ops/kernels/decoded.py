@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.codec import values_of, values_of_int4
@@ -45,7 +47,7 @@ class Decoded(Kernel):
 
     platforms = ("tpu", "cuda", "other")
 
-    dtype: Any
+    dtype: DTypeLike
 
     @property
     def name(self) -> str:
@@ -80,7 +82,7 @@ class BatchedDecoded(Decoded):
         """As for `Kernel`: if values are exact in a narrow dtype and the results of all groups are few."""
         if Decoded.takes(problem) is None:
             return None
-        w, axes = problem.w, problem.w_axes
+        w, axes = problem.weight, problem.w_axes
         at = None if w.split is None else w.ndim + w.split
         apart = all(w.scale.shape[i] == 1 for i in axes.contract if i != at)  # scales change along that axis alone
         if at is None or at not in axes.contract or not apart or w.type.kind not in ("int", "float") or not w.symmetric:
@@ -95,14 +97,14 @@ class BatchedDecoded(Decoded):
     @classmethod
     def is_faster(cls, problem: Product, group: int) -> bool:
         """Whether this kernel is faster for groups of ``group`` elements: its results are no larger than the weight."""
-        return problem.w.type.kind == "int" and problem.rows <= group // 4
+        return problem.weight.type.kind == "int" and problem.rows <= group // 4
 
     def run(self, problem: Product) -> jax.Array:
         """As for `Kernel`."""
         return product(problem, self.dtype, self.dot)
 
 
-def _value_dtype(problem: Product) -> Any:
+def _value_dtype(problem: Product) -> np.dtype:
     dtype = problem.dtype
     return dtype if dtype in NARROW and not is_highest(problem.precision) else promoted(dtype, jnp.float32)
 
@@ -137,11 +139,11 @@ class Dot:
     w: QTensor
     numbers: _Numbers
     at: int | None
-    multiplied: Any
-    precision: Any
+    multiplied: DTypeLike
+    precision: lax.PrecisionLike
 
     @property
-    def wide(self) -> Any:
+    def wide(self) -> np.dtype:
         """The dtype in which scales are applied and sums kept."""
         return promoted(self.multiplied, jnp.float32)
 
@@ -242,15 +244,16 @@ class Dot:
         return x.reshape(*x.shape[:at], -1, self.group, *x.shape[at + 2 :])
 
 
-def product(problem: Product, multiplied: Any, compute: Callable[[Dot], jax.Array]) -> jax.Array:
+def product(problem: Product, multiplied: DTypeLike, compute: Callable[[Dot], jax.Array]) -> jax.Array:
     """The product of a problem: ``compute`` with scales of the activation applied, in the result's axes."""
     problem = problem.in_stored_order()
-    x, w, x_axes, w_axes = problem.x, problem.w.unjoined(), problem.x_axes, problem.w_axes
-    values: Any = x
+    x, w, x_axes, w_axes = problem.x, problem.weight.unjoined(), problem.x_axes, problem.w_axes
     rows = None
-    if isinstance(x, QTensor) and not (x.symmetric and all(x.scale.shape[i] == 1 for i in x_axes.contract)):
+    if not isinstance(x, QTensor):
+        values = x
+    elif not (x.symmetric and all(x.scale.shape[i] == 1 for i in x_axes.contract)):
         values = x.dequantize(multiplied)  # exact for the MX formats
-    elif isinstance(x, QTensor):
+    else:
         rows = scale_values(x.scale)
         integers = x.type.kind == "int"
         values = x.logical_codes() if integers else values_of(x.logical_codes(), x.type, multiplied)
@@ -269,7 +272,7 @@ def product(problem: Product, multiplied: Any, compute: Callable[[Dot], jax.Arra
     return jnp.transpose(out, (*range(n), *range(n + m, out.ndim), *range(n, n + m)))
 
 
-def _grid(w: QTensor, dtype: Any) -> jax.Array:
+def _grid(w: QTensor, dtype: DTypeLike) -> jax.Array:
     """Grid values of codes in stored form, where an axis of groups is two axes."""
     if w.in_int4:
         return values_of_int4(w.stored, w.type, dtype)

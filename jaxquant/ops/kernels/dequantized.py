@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.codec import values_of
@@ -77,7 +78,7 @@ class Float(Kernel):
 
     operation = Problem
 
-    dtype: Any
+    dtype: DTypeLike
 
     @property
     def name(self) -> str:
@@ -107,7 +108,7 @@ class Float(Kernel):
 def in_own_dtype(problem: Problem, x: jax.Array, w: jax.Array) -> jax.Array:
     """The float product of real values of a problem's operands, in the dtype that `Float` uses on each platform."""
 
-    def run(dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
+    def run(dtype: DTypeLike, x: jax.Array, w: jax.Array) -> jax.Array:
         return problem.in_float(x.astype(dtype), w.astype(dtype)).astype(problem.result)
 
     wide, own = promoted(x.dtype, w.dtype), _own_dtype(problem)
@@ -138,7 +139,7 @@ class ScaledActivation(Kernel):
 
     platforms = ("tpu", "cuda", "other")
 
-    dtype: Any
+    dtype: DTypeLike
 
     @property
     def name(self) -> str:
@@ -173,7 +174,7 @@ class Dequantized(Kernel):
       dtype: of the values.
     """
 
-    dtype: Any
+    dtype: DTypeLike
 
     @property
     def name(self) -> str:

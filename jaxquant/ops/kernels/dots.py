@@ -31,7 +31,9 @@ def dot(lhs: jax.Array, rhs: jax.Array, numbers: Any, **how: Any) -> jax.Array:
     return lax.platform_dependent(lhs, rhs, tpu=functools.partial(two_row_dot, plain, lone), default=plain)
 
 
-def float_dot(left: jax.Array, right: jax.Array, along: tuple[int, int] = (2, 2), precision: Any = None) -> jax.Array:
+def float_dot(
+    left: jax.Array, right: jax.Array, along: tuple[int, int] = (2, 2), precision: lax.PrecisionLike = None
+) -> jax.Array:
     """The sum over an axis of each, [B, ., .] x [B, ., .], in the operands' dtype, and at least in float32."""
     if left.dtype not in NARROW:
         return dot(left, right, _numbers(along), precision=precision)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,7 +20,7 @@ def is_highest(precision: lax.PrecisionLike) -> bool:
     return any(p in highest for p in (precision if isinstance(precision, tuple) else (precision,)))
 
 
-def is_default(precision: Any) -> bool:
+def is_default(precision: lax.PrecisionLike) -> bool:
     """Whether the precision of the operands' dtype suffices: no other precision or algorithm is requested."""
     return not is_highest(precision) and not isinstance(precision, lax.DotAlgorithm | lax.DotAlgorithmPreset)
 

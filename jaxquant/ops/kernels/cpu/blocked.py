@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxquant.core.sizes import number
 from jaxquant.ops.forms import Matrix, Packed
@@ -40,7 +41,7 @@ class Blocked(Kernel):
 
     platforms = ("cpu",)
 
-    dtype: Any
+    dtype: DTypeLike
 
     @property
     def name(self) -> str:
@@ -110,7 +111,7 @@ def float_blocks(x: jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike)
     return by_blocks(x, w, multiply, LARGEST if many else 2 * LARGEST)
 
 
-def _decoded(block: Matrix | Packed, dtype: Any) -> tuple[list[jax.Array], jax.Array | None]:
+def _decoded(block: Matrix | Packed, dtype: DTypeLike) -> tuple[list[jax.Array], jax.Array | None]:
     """Values in planes, and the scales to apply to the sums, or None.
 
     Codes that cross bytes, and fp8 scales, are decoded in a branch, since fused code is slow.

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxquant.core.sizes import number
 from jaxquant.ops.kernels.cpu import machine
@@ -14,12 +15,14 @@ from jaxquant.ops.kernels.cpu import machine
 __all__ = ["float_dot", "is_fast", "row_dot"]
 
 
-def is_fast(dtype: Any) -> bool:
+def is_fast(dtype: DTypeLike) -> bool:
     """Whether products in a dtype of two bytes are faster than in float32."""
     return dtype == jnp.bfloat16 and machine.bfloat16_dots()
 
 
-def float_dot(left: jax.Array, right: jax.Array, along: tuple[int, int] = (2, 2), precision: Any = None) -> jax.Array:
+def float_dot(
+    left: jax.Array, right: jax.Array, along: tuple[int, int] = (2, 2), precision: lax.PrecisionLike = None
+) -> jax.Array:
     """The sum over an axis of each, [B, ., .] x [B, ., .], in float32 (or float64).
 
     bfloat16 has a fast path only to a float32 result, on CPUs with bfloat16 instructions. A single row has none.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 __all__ = ["FAST", "Int8Dots", "bfloat16_dots", "cores", "int8_dots", "served"]
 
@@ -24,7 +25,7 @@ def served(text: str) -> bool:
     return FAST in text
 
 
-def _probe(dtype: Any, result: Any) -> bytes | None:
+def _probe(dtype: DTypeLike, result: DTypeLike) -> bytes | None:
     """A dot of 64 x 64 as XLA:CPU compiles it, serialized; None if the library of fast kernels does not serve it.
 
     The bytes contain the names of the instructions that it was compiled for; they are empty if the runtime cannot

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
+from jax.typing import DTypeLike
 
 from jaxquant.core.codec import decoded, values_of_patterns
 from jaxquant.core.qtypes import QType
@@ -13,6 +12,6 @@ __all__ = ["by_bits"]
 
 
 @values_of_patterns.on("cpu")
-def by_bits(codes: jax.Array, *, qtype: QType, dtype: Any) -> jax.Array:
+def by_bits(codes: jax.Array, *, qtype: QType, dtype: DTypeLike) -> jax.Array:
     """Values of the uint8 patterns of an 8-bit float, assembled from their bits."""
     return decoded(codes, qtype, dtype)

@@ -24,7 +24,9 @@ __all__ = ["codes_of_parts", "rounded_in_branch"]
 
 
 @codes_apart.on("cpu", when=lambda x, *_, **__: number(x.size) >= LARGE)
-def rounded_in_branch(x: jax.Array, found: Encoded, key: Any, *, spec: QuantSpec, axes: tuple[int, ...]) -> jax.Array:
+def rounded_in_branch(
+    x: jax.Array, found: Encoded, key: jax.Array | None, *, spec: QuantSpec, axes: tuple[int, ...]
+) -> jax.Array:
     """The codes of an array, rounded in a branch.
 
     XLA's CPU backend fuses rounding into the operations that follow: a transpose of the codes, which then reads floats

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.ops.forms import Axes
@@ -35,7 +36,7 @@ class TritonDecoded(Kernel):
 
     platforms = ("cuda",)
 
-    dtype: Any
+    dtype: DTypeLike
 
     @property
     def name(self) -> str:
@@ -54,7 +55,7 @@ class TritonDecoded(Kernel):
         portable = Decoded.takes(problem) if has_blocks(problem) else None
         if not isinstance(portable, Decoded) or portable.dtype == jnp.float64 or problem.w.size >= _LARGEST:
             return None
-        w, place = problem.w, Place.of(problem.w, problem.w_axes)
+        w, place = problem.weight, Place.of(problem.weight, problem.w_axes)
         if place is None:
             return None
         plain = place.groups == 1 and w.symmetric and w.type.kind != "table"
@@ -108,7 +109,7 @@ class Place:
         return (n, k) if self.k_last else (k, n)
 
 
-def run(problem: Product, dtype: Any, *, interpret: bool = False) -> jax.Array:
+def run(problem: Product, dtype: DTypeLike, *, interpret: bool = False) -> jax.Array:
     """The product of a problem that the kernel takes.
 
     Args:
@@ -119,15 +120,15 @@ def run(problem: Product, dtype: Any, *, interpret: bool = False) -> jax.Array:
     from jaxquant.ops.kernels.gpu.product import batched  # Pallas takes long to load
 
     x, axes, rows = problem.x, problem.x_axes, None
-    in_codes = isinstance(x, QTensor) and (in_int8(x) or jnp.dtype(dtype).itemsize == 1)
-    if in_codes and all(x.scale.shape[i] == 1 for i in axes.contract):
+    one_byte = jnp.dtype(dtype).itemsize == 1
+    if isinstance(x, QTensor) and (in_int8(x) or one_byte) and all(x.scale.shape[i] == 1 for i in axes.contract):
         codes = x.logical_codes()
         patterns = jnp.issubdtype(codes.dtype, jnp.floating)
         values = axes.flatten(lax.bitcast_convert_type(codes, jnp.uint8) if patterns else codes)
         rows = jnp.broadcast_to(axes.flatten(scale_values(x.scale).astype(jnp.float32))[:, :, 0], values.shape[:2])
     else:
         values = axes.flatten(x.dequantize(dtype) if isinstance(x, QTensor) else x.astype(dtype))
-    weight, how = _stored(problem.w, problem.w_axes)
+    weight, how = _stored(problem.weight, problem.w_axes)
     result = problem.result if jnp.dtype(problem.result).itemsize < 4 else jnp.float32
     return problem.restored(batched(values, weight, how, result, dtype, rows=rows, interpret=interpret))
 

@@ -28,8 +28,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from jaxquant.ops.kernels.gpu.partition import partitioned
 from jaxquant.ops.kernels.gpu.tiling import Blocks, Decoding, blocks
@@ -79,9 +81,9 @@ class _Kernel:
     w: Decoding
     b: Blocks
     rows: int
-    dtype: Any
+    dtype: np.dtype
     names: tuple[str, ...]
-    precision: Any
+    precision: lax.PrecisionLike
 
     @property
     def planes(self) -> int:
@@ -310,7 +312,7 @@ def _minifloat(bits: jax.Array, exponents: int, mantissa: int) -> jax.Array:
     return lax.bitcast_convert_type(shifted, jnp.float16).astype(jnp.float32) * 2.0 ** (16 - (1 << (exponents - 1)))
 
 
-def _small_integers(bits: jax.Array, less: int, dtype: Any) -> jax.Array:
+def _small_integers(bits: jax.Array, less: int, dtype: DTypeLike) -> jax.Array:
     """Integers from int4 in two's complement, plus 8 and less a constant.
 
     The codes are put into the last bits of a float's mantissa; the float is the integer plus a power of two, which is
@@ -327,8 +329,8 @@ def batched(
     x: jax.Array,
     w: Weight,
     how: Decoding,
-    result: Any,
-    dtype: Any,
+    result: DTypeLike,
+    dtype: DTypeLike,
     *,
     rows: jax.Array | None = None,
     interpret: bool = False,
@@ -409,7 +411,14 @@ def _pieces(how: Decoding, x: jax.Array) -> dict[str, int]:
 
 
 def _stacked(
-    x: jax.Array, w: Weight, how: Decoding, result: Any, dtype: Any, rows: jax.Array | None, *, interpret: bool
+    x: jax.Array,
+    w: Weight,
+    how: Decoding,
+    result: DTypeLike,
+    dtype: DTypeLike,
+    rows: jax.Array | None,
+    *,
+    interpret: bool,
 ) -> jax.Array:
     one = functools.partial(product, how=how, result=result, dtype=dtype, stacked=x.shape[0], interpret=interpret)
     if x.shape[0] == 1:
@@ -422,8 +431,8 @@ def product(
     x: jax.Array,
     w: Weight,
     how: Decoding,
-    result: Any,
-    dtype: Any,
+    result: DTypeLike,
+    dtype: DTypeLike,
     *,
     rows: jax.Array | None = None,
     stacked: int = 1,

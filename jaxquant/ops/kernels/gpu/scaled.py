@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.core.by_platform import Target
-from jaxquant.core.qtensor import QTensor
+from jaxquant.core.qtensor import Operand, QTensor
 from jaxquant.ops.kernels.gpu.decoded import Place, has_blocks, in_int8, run
 from jaxquant.ops.kernels.integer import overflow_limit
 from jaxquant.ops.kernels.precision import is_default
@@ -74,19 +75,19 @@ def _in_e4m3(x: QTensor) -> bool:
     return x.symmetric and x.qtype == "float8_e4m3fn"
 
 
-def _fits(problem: Product, codes: Any) -> bool:
+def _fits(problem: Product, codes: Callable[[QTensor], bool]) -> bool:
     """Whether both operands have such codes, one scale per row or column, and rows enough that sums are large."""
-    if not has_blocks(problem) or not all(_is_plain(v) and codes(v) for v in (problem.x, problem.w)):
+    if not has_blocks(problem):
         return False
-    one = all(
-        v.scale.shape[i] == 1
-        for v, axes in ((problem.x, problem.x_axes), (problem.w, problem.w_axes))
-        for i in axes.contract
-    )
+    both = (problem.x, problem.x_axes), (problem.w, problem.w_axes)
+    plain = [(v, axes) for v, axes in both if _is_plain(v) and codes(v)]
+    if len(plain) < 2:
+        return False
+    one = all(v.scale.shape[i] == 1 for v, axes in plain for i in axes.contract)
     many = problem.rows * _FEW >= problem.length and problem.w.size < 2**31
-    return one and many and Place.of(problem.w, problem.w_axes) is not None
+    return one and many and Place.of(problem.weight, problem.w_axes) is not None
 
 
-def _is_plain(x: Any) -> bool:
+def _is_plain(x: Operand) -> TypeGuard[QTensor]:
     """Whether an operand is quantized, with its codes one per element, in any order of its axes."""
     return isinstance(x, QTensor) and x.length is None and x.split is None and x.permutation is None

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
 
 from jaxquant.core import arithmetic
 
@@ -26,7 +27,7 @@ def params(warps: int, stages: int) -> Any:
 _KEEPS_METADATA = "metadata" in inspect.signature(pl.pallas_call).parameters
 
 
-def told(operations: int, dtype: Any) -> dict[str, Any]:
+def told(operations: int, dtype: DTypeLike) -> dict[str, Any]:
     """Arguments of `pallas_call` by which readers of a compiled program know what the kernel multiplies.
 
     They are the operations of the float product, and the number type that the scheme multiplies. The program does not
@@ -50,7 +51,7 @@ def alike(arrays: Any) -> Any:
     return jax.tree.map(one, arrays)
 
 
-def shaped(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+def shaped(shape: tuple[int, ...], dtype: DTypeLike, like: jax.Array) -> jax.ShapeDtypeStruct:
     """A result, which varies over the devices of a `jax.shard_map` as another array does."""
     aval, struct = jax.typeof(like), jax.ShapeDtypeStruct
     for name in ("manual_axis_type", "vma"):  # the newer and the older name
@@ -93,7 +94,7 @@ def nearest(x: jax.Array, *, interpret: bool) -> jax.Array:
     return jnp.rint(x).astype(jnp.int32) if interpret else _machine("cvt.rni.s32.f32 $0, $1;", "=r,f", jnp.int32, x)
 
 
-def _machine(code: str, constraints: str, dtype: Any, *args: jax.Array) -> jax.Array:
+def _machine(code: str, constraints: str, dtype: DTypeLike, *args: jax.Array) -> jax.Array:
     """One instruction for each element."""
     shape = jax.ShapeDtypeStruct(args[0].shape, dtype)
     how = {"constraints": constraints, "pack": 1, "result_shape_dtypes": [shape]}

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxquant.core.qtypes import QType
 
@@ -85,7 +86,7 @@ class Decoder:
         run = BLOCK // self.parts
         return (row & (run - 1)) * self.parts | row >> run.bit_length() - 1
 
-    def numbers(self, codes: jax.Array, dtype: Any, *, interpret: bool = False) -> jax.Array:
+    def numbers(self, codes: jax.Array, dtype: DTypeLike, *, interpret: bool = False) -> jax.Array:
         """[128, columns] of codes as numbers, in bfloat16 or float32, or integers in int8.
 
         Entries of a table are off by at most half a step of bfloat16.
@@ -266,7 +267,7 @@ def _looked_up(words: jax.Array, entries: tuple[int, ...], *, interpret: bool) -
     return jnp.concatenate(found, axis=0)
 
 
-def converted(x: jax.Array, dtype: Any) -> jax.Array:
+def converted(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """``x.astype(dtype)`` of bytes, 8-bit floats or wider numbers, by conversions that kernels have in jax 0.6 too."""
     if x.dtype == jnp.uint8:
         return _unsigned(x).astype(dtype)

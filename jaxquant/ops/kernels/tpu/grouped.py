@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxquant.core.by_platform import Target
 from jaxquant.core.codec import values_of
@@ -60,7 +61,7 @@ class Grouped(Kernel):
     interpret = False
 
     groups: Groups
-    dtype: Any
+    dtype: DTypeLike
     cores: int = 1
 
     @classmethod
@@ -68,7 +69,7 @@ class Grouped(Kernel):
         """As for `Kernel`: where the weight has groups of rows, as `QTensor.laid_out` stores them."""
         if Decoded.takes(problem) is None or not is_default(problem.precision):
             return None
-        w, axes, rows = problem.w, problem.w_axes, problem.rows
+        w, axes, rows = problem.weight, problem.w_axes, problem.rows
         lead = len(axes.batch)  # experts, each with a weight of its own
         in_order = axes.batch + axes.contract + axes.rows == tuple(range(lead + 2)) and len(axes.contract) == 1
         if lead > 1 or not in_order or w.ndim != lead + 2 or w.scale.shape[:lead] != w.shape[:lead]:
@@ -110,7 +111,7 @@ class Grouped(Kernel):
         return weight_groups(w)
 
     @classmethod
-    def _is_for(cls, rows: int, dtype: Any, groups: Groups) -> bool:
+    def _is_for(cls, rows: int, dtype: DTypeLike, groups: Groups) -> bool:
         """Whether this is the faster of the kernels for so many rows of a dtype."""
         return body_for(rows, dtype, groups) is cls.body
 
@@ -131,7 +132,7 @@ class Grouped(Kernel):
             factors, x = scale_values(x.scale), x.logical_codes()
         elif isinstance(x, QTensor):
             x = x.dequantize(self.dtype)
-        arrays: dict[str, Any] = weight_arrays(problem.w) | {"x": axes.flatten(x.astype(self.dtype))}
+        arrays: dict[str, Any] = weight_arrays(problem.weight) | {"x": axes.flatten(x.astype(self.dtype))}
         if factors is not None:
             own = [factors.shape[i] if i in axes.contract else x.shape[i] for i in range(x.ndim)]
             arrays["rows"] = axes.flatten(jnp.broadcast_to(factors.astype(jnp.float32), own))
@@ -195,7 +196,7 @@ class ManyRows(GathersBytes, GroupedValues):
     body = ValuesInParts
 
     @classmethod
-    def _is_for(cls, rows: int, dtype: Any, groups: Groups) -> bool:
+    def _is_for(cls, rows: int, dtype: DTypeLike, groups: Groups) -> bool:
         """As for `Grouped`; 4-bit floats and tables have kernels of their own there."""
         return rows > FEW and groups.decoder.parts == 1 and dtype != jnp.float32
 
@@ -227,7 +228,7 @@ class ByteValues(_Bytewise, GroupedValues):
     def takes(cls, problem: Product) -> Kernel | None:
         """As for `Kernel`; few rows of 4-bit floats in small groups take less time as `GroupedValues`."""
         kernel = super().takes(problem)
-        if isinstance(kernel, Grouped) and problem.rows <= FEW and problem.w.type.kind == "float":
+        if isinstance(kernel, Grouped) and problem.rows <= FEW and problem.weight.type.kind == "float":
             groups = kernel.groups
             small = groups.decoder.kind == "table" and not (groups.scales_tables or groups.scales_exactly)
             return None if small else kernel
@@ -298,7 +299,7 @@ def _is_fast_by_xla(groups: Groups) -> bool:
     return groups.decoder.kind == "integers" and groups.in_block == 1
 
 
-def _exact(dtype: Any) -> bool:
+def _exact(dtype: DTypeLike) -> bool:
     return jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.float32
 
 
@@ -339,7 +340,7 @@ def weight_arrays(w: QTensor) -> dict[str, jax.Array | None]:
     return arrays | {"codes": w.in_stack(w.kept).reshape(-1, k // BLOCK, BLOCK, n), "layer": w.layer}
 
 
-def _dtype_of(problem: Product) -> Any:
+def _dtype_of(problem: Product) -> DTypeLike | None:
     """The dtype of the activation that the kernels get; None if they do not take it."""
     x, contract = problem.x, problem.x_axes.contract
     if problem.dtype not in (jnp.bfloat16, jnp.float32):

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxquant.core.by_platform import Target
 from jaxquant.core.qtensor import QTensor, scale_values
@@ -74,13 +75,13 @@ class Int8Blocks(Kernel):
         return cls._of(problem, w, jnp.int8) if w.shape[2] <= overflow_limit(x.reach, w.reach) else None
 
     @classmethod
-    def _of(cls, problem: Product, w: Form, dtype: Any) -> Kernel | None:
+    def _of(cls, problem: Product, w: Form, dtype: DTypeLike) -> Kernel | None:
         """The kernel for an activation of a dtype, if it takes the weight."""
         if not isinstance(w, Matrix) or w.zero_point is not None or w.groups != 1:
             return None
-        if problem.w.kept.dtype != jnp.int8 or not problem.w.type.signed:
+        if problem.weight.kept.dtype != jnp.int8 or not problem.weight.type.signed:
             return None
-        (_, n, k), axes, order = w.shape, problem.w_axes, problem.w.stored_order
+        (_, n, k), axes, order = w.shape, problem.w_axes, problem.weight.stored_order
         orders = {axes.order: False, axes.batch + axes.contract + axes.rows: True}
         fits = k % 128 == 0 and n >= 128 and _blocks(int(problem.rows), k, n, dtype) is not None
         return cls(orders[order]) if fits and order in orders else None
@@ -100,12 +101,12 @@ class Int8Blocks(Kernel):
 
     def _product(self, problem: Product, x: jax.Array, w: Matrix, rows: jax.Array | None) -> jax.Array:
         (b, _, k), n = x.shape, w.shape[1]
-        codes = problem.w.in_stack(problem.w.kept).reshape(-1, *((k, n) if self.columns_last else (n, k)))
-        columns = _columns(problem.w, problem.w_axes)
+        codes = problem.weight.in_stack(problem.weight.kept).reshape(-1, *((k, n) if self.columns_last else (n, k)))
+        columns = _columns(problem.weight, problem.w_axes)
         if columns is None:
             columns = jnp.broadcast_to(jnp.swapaxes(w.scale, 1, 2).astype(jnp.float32), (b, 1, n))
         how = {"columns_last": self.columns_last, "result": jnp.dtype(problem.result), "interpret": self.interpret}
-        return problem.restored(int8_product(x, codes, rows, columns, problem.w.layer, name=self.name, **how))
+        return problem.restored(int8_product(x, codes, rows, columns, problem.weight.layer, name=self.name, **how))
 
 
 class Int8Layer(Int8Blocks):
@@ -121,7 +122,7 @@ class Int8Layer(Int8Blocks):
     @classmethod
     def _is_for(cls, problem: Product) -> bool:
         """As for `Int8Blocks`."""
-        return problem.rows <= _FEW and is_read_in_product(problem.w)
+        return problem.rows <= _FEW and is_read_in_product(problem.weight)
 
 
 class Bfloat16Layer(Int8Layer):
@@ -187,7 +188,7 @@ def _columns(w: QTensor, axes: Axes) -> jax.Array | None:
     return w.in_stack(scale_values(w.scale).astype(jnp.float32)).reshape(-1, 1, w.shape[-1])
 
 
-def _blocks(m: int, k: int, n: int, dtype: Any) -> tuple[int, int] | None:
+def _blocks(m: int, k: int, n: int, dtype: DTypeLike) -> tuple[int, int] | None:
     """Rows and columns of a block, of equal blocks: as many columns as fit in memory; None if none fit.
 
     ``dtype`` is the activation's, in which codes are multiplied.
@@ -214,7 +215,7 @@ def int8_product(
     layer: jax.Array | None = None,
     *,
     columns_last: bool,
-    result: Any,
+    result: DTypeLike,
     name: str = Int8Blocks.title,
     interpret: bool = False,
 ) -> jax.Array:

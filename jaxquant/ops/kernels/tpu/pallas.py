@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+from jax.typing import DTypeLike
 
 __all__ = ["LIMIT", "MEMORY", "compiler_params", "shape_like"]
 
@@ -32,7 +33,7 @@ def compiler_params(limit: int | None = None, *, order: tuple[str, ...] | None =
     return params(vmem_limit_bytes=limit, dimension_semantics=order)
 
 
-def shape_like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+def shape_like(x: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
     """A shape that varies over the same axes of a `jax.shard_map` as an array."""
     for name in ("manual_axis_type", "vma"):
         if hasattr(jax.typeof(x), name):

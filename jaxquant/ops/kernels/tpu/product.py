@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxquant.ops.kernels.tpu.cost import product_cost
 from jaxquant.ops.kernels.tpu.decode import BLOCK, RUN, Decoder, scale_of
@@ -120,12 +121,12 @@ class Groups:
         return dataclasses.replace(self, decoder=self.decoder.in_bytes())
 
 
-def rows_of_sums(rows: int, dtype: Any, groups: Groups) -> int:
+def rows_of_sums(rows: int, dtype: DTypeLike, groups: Groups) -> int:
     """The number of rows that `sums` multiplies for ``rows`` rows of x."""
     return rows * groups.in_block * len(_planes(rows, dtype, groups))
 
 
-def _planes(rows: int, dtype: Any, groups: Groups) -> tuple[Any, ...]:
+def _planes(rows: int, dtype: DTypeLike, groups: Groups) -> tuple[Any, ...]:
     """The dtypes of the terms that x is split into for the matrix unit."""
     if not groups.multiplies_integers:
         return (jnp.dtype(jnp.bfloat16),) * (2 if dtype == jnp.float32 else 1)
@@ -136,7 +137,7 @@ def _planes(rows: int, dtype: Any, groups: Groups) -> tuple[Any, ...]:
     return (jnp.dtype(jnp.int8),) * 2
 
 
-def body_for(rows: int, dtype: Any, groups: Groups) -> type[_Body]:
+def body_for(rows: int, dtype: DTypeLike, groups: Groups) -> type[_Body]:
     """The kernel for so many rows of a dtype."""
     summed = dtype == jnp.int8 and groups.multiplies_integers and groups.in_block == 1
     # Per block and 128 columns, `sums` scales a register for each 8 of its rows; `values` scales 16 and adds rows / 8.
@@ -158,7 +159,7 @@ def grouped_product(
     rows: jax.Array | None = None,
     columns: jax.Array | None = None,
     layer: jax.Array | None = None,
-    result: Any = jnp.float32,
+    result: DTypeLike = jnp.float32,
     cores: int = 1,
     interpret: bool = False,
 ) -> jax.Array:
@@ -206,7 +207,7 @@ class _Body:
 
     groups: Groups
     planes: tuple[Any, ...]
-    result: Any
+    result: DTypeLike
     cores: int = 1
     half: bool = False
     interpret: bool = False

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxquant.core.codec import values_of
 from jaxquant.core.qtensor import QTensor, scale_values
@@ -38,7 +39,7 @@ _ROWS = 128
 """Rows of a tile, at most: the matrix unit loads weights in the time that it multiplies so many rows."""
 
 
-def _tile(rows: int, groups: Groups, result: Any) -> tuple[int, bool]:
+def _tile(rows: int, groups: Groups, result: DTypeLike) -> tuple[int, bool]:
     """The rows of a tile, and whether sums of codes are scaled; else values are rounded to bfloat16 and multiplied.
 
     If a block holds several groups, each row is repeated for each of them, so that one product gives the sums of all.
@@ -66,13 +67,18 @@ class RaggedExperts(Kernel):
     rows_last: bool
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: RaggedProduct) -> Kernel | None:
         """As for `Kernel`: stored experts in groups, or of signed integers or fp8 with one scale per channel.
 
         4-bit floats and tables are taken for as many rows as a tile has: for more, XLA decodes an expert once.
         """
         x, w = problem.x, problem.w
-        if is_in_training(w) or not is_default(problem.precision) or not _takes_rows(problem):
+        if (
+            not isinstance(w, QTensor)
+            or is_in_training(w)
+            or not is_default(problem.precision)
+            or not _takes_rows(problem)
+        ):
             return None
         if w.permutation is not None or w.offset is not None or w.scale.shape[0] != w.shape[0]:
             return None
@@ -99,7 +105,7 @@ class RaggedExperts(Kernel):
         return run_undivided(problem, self._undivided, plain.run)
 
     def _undivided(self, problem: RaggedProduct) -> jax.Array:
-        x, w, rows = problem.x, problem.w, None
+        x, w, rows = problem.x, problem.weight, None
         if isinstance(x, QTensor) and x.scale.shape[1] == 1:
             rows = jnp.broadcast_to(scale_values(x.scale).astype(jnp.float32), (x.shape[0], 1))
             x = x.logical_codes() if x.type.kind == "int" else values_of(x.logical_codes(), x.type)
@@ -133,9 +139,9 @@ def _takes_rows(problem: RaggedProduct) -> bool:
     plain = x.type.signed and x.symmetric and x.permutation is None
     if x.type.kind != "int":
         alone = x.scale.shape[1] == 1 or x.type.scale_format == "e8m0"
-        return plain and alone and x.type.kind == "float" and problem.w.type.kind != "int"
+        return plain and alone and x.type.kind == "float" and problem.weight.type.kind != "int"
     plain = plain and x.scale.shape[1] == 1
-    exact = problem.w.split is not None or problem.w.type.kind != "int"
+    exact = problem.weight.split is not None or problem.weight.type.kind != "int"
     return plain and (exact or Int8Ragged.takes(problem) is not None)
 
 
@@ -207,7 +213,7 @@ def ragged_product(
     rows: jax.Array | None = None,
     columns: jax.Array | None = None,
     layer: jax.Array | None = None,
-    result: Any = jnp.float32,
+    result: DTypeLike = jnp.float32,
     interpret: bool = False,
 ) -> jax.Array:
     """The product, with sums in float32, or in int32 where both sides are integers with one scale per channel.
