@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias
 
+import jax
 import numpy as np
 
-__all__ = ["PyTree", "Shaped", "State", "Stats", "TreeDef"]
+__all__ = ["Index", "PyTree", "Shaped", "State", "Stats", "TreeDef"]
 
 PyTree: TypeAlias = Any
 """Nested containers of arrays, or one array: a batch, the state of an optimizer, what a user's function returns."""
@@ -20,6 +21,9 @@ Stats: TypeAlias = Mapping[str, Mapping[str, PyTree]]
 
 State: TypeAlias = Mapping[str, Mapping[str, PyTree]]
 """Path of a weight -> the static range of its input, or the learned ones of itself and its input."""
+
+Index: TypeAlias = int | jax.Array
+"""A position in an array, a loop or a grid: a number, or a value of the program."""
 
 
 class Shaped(Protocol):

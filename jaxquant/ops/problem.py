@@ -144,11 +144,11 @@ class Product(Problem):
 
     def in_stored_order(self) -> Product:
         """The same product by a weight whose axes are in the order in which its codes are stored."""
-        if not self.w.minor:
+        if not self.weight.minor:
             return self
-        place = inverse(self.w.stored_order)
+        place = inverse(self.weight.stored_order)
         axes = Axes(*(tuple(place[i] for i in part) for part in dataclasses.astuple(self.w_axes)))
-        return dataclasses.replace(self, w=views.in_stored_order(self.w), w_axes=axes)
+        return dataclasses.replace(self, w=views.in_stored_order(self.weight), w_axes=axes)
 
     @functools.cached_property
     def forms(self) -> tuple[Form, Form]:

@@ -166,7 +166,7 @@ def test_weights_are_multiplied_as_matrices(name: str, heads: str, layer: bool, 
     problem = Product.of(*operands, None, jnp.float32)
     matrices = as_matrices(problem)
     assert matrices.w.ndim == 2
-    assert not matrices.w.minor
+    assert not matrices.weight.minor
     kernel, y = interpreted(matrices, monkeypatch)
     assert "backward" in heads or name == "float8 column" or kernel == "grouped_sums"
     expected = np.einsum(formula, np.asarray(x, np.float64), real)

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -30,7 +30,7 @@ from jaxquant.ops.problem import Kernel, Problem, Product
 __all__ = ["Dequantized", "ExactBfloat16", "Float", "ScaledActivation", "in_own_dtype", "value_dtype"]
 
 
-def value_dtype(problem: Product) -> Any:
+def value_dtype(problem: Product) -> np.dtype:
     """The dtype of the values that a float product multiplies."""
     x, w = problem.forms
     assert isinstance(w, Matrix | Packed)
@@ -117,7 +117,7 @@ def in_own_dtype(problem: Problem, x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.platform_dependent(x, w, cpu=functools.partial(run, wide), default=functools.partial(run, own))
 
 
-def _own_dtype(problem: Problem) -> Any:
+def _own_dtype(problem: Problem) -> np.dtype | None:
     """bfloat16 or float16, if operands, result and precision need no more; else None."""
     dtypes = {jnp.dtype(dtype) for dtype in (problem.x.dtype, problem.w.dtype, problem.result)}
     own = dtypes.pop()

@@ -17,7 +17,7 @@ from jaxquant.ops.kernels.tpu.dots import two_row_dot
 __all__ = ["dot", "float_dot"]
 
 
-def dot(lhs: jax.Array, rhs: jax.Array, numbers: Any, **how: Any) -> jax.Array:
+def dot(lhs: jax.Array, rhs: jax.Array, numbers: lax.DotDimensionNumbers, **how: Any) -> jax.Array:
     """`jax.lax.dot_general`; on a TPU a single row is padded to two."""
     operands, (contract, batch) = (lhs, rhs), numbers
     free = [[i for i in range(v.ndim) if i not in (*contract[k], *batch[k])] for k, v in enumerate(operands)]
@@ -42,5 +42,5 @@ def float_dot(
     return lax.platform_dependent(left, right, cpu=cpu, default=how)
 
 
-def _numbers(along: tuple[int, int]) -> Any:
+def _numbers(along: tuple[int, int]) -> lax.DotDimensionNumbers:
     return ((along[0],), (along[1],)), ((0,), (0,))

@@ -6,13 +6,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.arithmetic import promoted
+from jaxquant.core.types import Index
 from jaxquant.ops.forms import Matrix, Packed
 from jaxquant.ops.kernels.dots import dot
 from jaxquant.ops.problem import Kernel, Product
@@ -127,7 +127,7 @@ def int8_product(
     dtype = promoted(lhs.scale.dtype, rhs.scale.dtype)
     real = promoted(dtype, jnp.float32)
 
-    def part(start: Any, size: int) -> jax.Array:
+    def part(start: Index, size: int) -> jax.Array:
         """Scaled product of ``size`` codes from ``start``, all in one group of either side."""
 
         def at(value: jax.Array) -> jax.Array:

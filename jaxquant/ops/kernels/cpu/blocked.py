@@ -7,7 +7,6 @@ or if there are rows enough to pay for rounding them (see `jaxquant.ops.kernels.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxquant.core.sizes import number
+from jaxquant.core.types import Index
 from jaxquant.ops.forms import Matrix, Packed
 from jaxquant.ops.kernels.cpu import machine
 from jaxquant.ops.kernels.cpu.blocks import LARGEST, by_blocks, in_branch, slice_of, total
@@ -95,7 +95,7 @@ def float_blocks(x: jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike)
     many, padded = number(rows) > _FEW_ROWS, _two_rows(x)
     parts = [padded[:, :, i :: w.planes] for i in range(w.planes)]
 
-    def multiply(block: Matrix | Packed, b: Any, _: Any) -> jax.Array:
+    def multiply(block: Matrix | Packed, b: Index, _: Index) -> jax.Array:
         values, scale = _decoded(block, x.dtype)
         planes = lax.optimization_barrier([_two_rows(plane) for plane in values])
         xs = [slice_of(part, b, block.shape[0], 0) for part in parts]

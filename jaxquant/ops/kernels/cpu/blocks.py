@@ -9,16 +9,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.sizes import number
+from jaxquant.core.types import Index
 from jaxquant.ops.forms import Matrix, Packed
 
 __all__ = ["BLOCKS", "LARGEST", "SMALLEST", "by_blocks", "in_branch", "rows_of", "slice_of", "sum_of_parts", "total"]
+
+T = TypeVar("T")
 
 BLOCKS, SMALLEST, LARGEST = 16, 1 << 16, 1 << 19
 """Bounds of a block in elements, at most 2 MiB in float32; within them a block is a sixteenth of the weight.
@@ -29,7 +32,7 @@ Blocks are twice as large with few rows, which several cores share better, and f
 AMatrix = TypeVar("AMatrix", bound=Matrix | Packed)
 
 
-def rows_of(x: AMatrix, b: Any, nb: int, r: Any, nr: int) -> AMatrix:
+def rows_of(x: AMatrix, b: Index, nb: int, r: Index, nr: int) -> AMatrix:
     """``nb`` matrices from ``b`` (which may be traced) and ``nr`` rows of each from ``r``, in all arrays of ``x``.
 
     Size-1 axes broadcast.
@@ -49,12 +52,12 @@ def rows_of(x: AMatrix, b: Any, nb: int, r: Any, nr: int) -> AMatrix:
     return dataclasses.replace(x, **cuts)
 
 
-def slice_of(value: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
+def slice_of(value: jax.Array, start: Index, size: int, axis: int) -> jax.Array:
     """A slice of an axis; a size-1 axis broadcasts, so it stays whole."""
     return value if value.shape[axis] in (1, size) else lax.dynamic_slice_in_dim(value, start, size, axis)
 
 
-def in_branch(about: jax.Array, compute: Callable[[], Any]) -> Any:
+def in_branch(about: jax.Array, compute: Callable[[], T]) -> T:
     """Runs ``compute()`` in a branch on an array, since XLA's CPU backend does not fuse across branches."""
     return lax.cond(about[(0,) * about.ndim] == 0, compute, compute)
 
@@ -73,7 +76,10 @@ def sum_of_parts(x: jax.Array, count: int, axis: int) -> jax.Array:
 
 
 def by_blocks(
-    x: jax.Array, w: Matrix | Packed, multiply: Callable[[Any, Any, Any], jax.Array], largest: int = LARGEST
+    x: jax.Array,
+    w: Matrix | Packed,
+    multiply: Callable[[Matrix | Packed, Index, Index], jax.Array],
+    largest: int = LARGEST,
 ) -> jax.Array:
     """Calls ``multiply(block, first_matrix, first_row)``, which returns [nb, M, nr], for each block; [B, M, N].
 
@@ -92,7 +98,7 @@ def by_blocks(
     # Zeros that vary over devices as the operands do.
     zeros = (x[:, :, :1] * 0).astype(jnp.float32) + jnp.swapaxes(w.stored[:, :, :1] * 0, 1, 2).astype(jnp.float32)
 
-    def step(i: Any, out: jax.Array) -> jax.Array:
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
         at_b, at_r = jnp.minimum(i // steps[1] * nb, b - nb), jnp.minimum(i % steps[1] * nr, n - nr)
         return lax.dynamic_update_slice(out, multiply(rows_of(w, at_b, nb, at_r, nr), at_b, at_r), (at_b, 0, at_r))
 

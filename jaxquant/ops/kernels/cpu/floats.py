@@ -6,9 +6,8 @@ rows to pay for the rounding.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.core.arithmetic import promoted
 from jaxquant.ops.forms import Matrix, Packed
@@ -22,7 +21,7 @@ __all__ = ["Dequantized", "ExactBfloat16", "Float", "value_dtype"]
 _MANY_ROWS = 24  # with fewer, a block of the weight in bfloat16 costs more than the product gains
 
 
-def value_dtype(problem: Product) -> Any:
+def value_dtype(problem: Product) -> np.dtype:
     """The dtype of the values that a float product multiplies here."""
     x, w = problem.forms
     assert isinstance(w, Matrix | Packed)

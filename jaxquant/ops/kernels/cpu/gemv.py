@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jax import lax
 
 from jaxquant.core.codec import chosen
 from jaxquant.core.qtypes import QType
+from jaxquant.core.types import Index
 from jaxquant.ops.forms import Matrix, Packed
 from jaxquant.ops.kernels.cpu.blocks import by_blocks, in_branch, slice_of, total
 from jaxquant.ops.kernels.cpu.dots import row_dot
@@ -88,7 +89,7 @@ def gemv(x: jax.Array, w: Matrix | Packed) -> jax.Array:
     # Groups come first, as scales are stored and as the loop reads them.
     levels = [jnp.swapaxes(v, 1, 2) for v in (w.scale, w.multiplier) if v is not None]
 
-    def multiply(block: Matrix | Packed, b: Any, r: Any) -> jax.Array:
+    def multiply(block: Matrix | Packed, b: Index, r: Index) -> jax.Array:
         nb, nr, _ = block.shape
         xs = [slice_of(part, b, nb, 0) for part in parts]
         cuts = [slice_of(slice_of(level, b, nb, 0), r, nr, 2) for level in levels]
@@ -206,7 +207,7 @@ def _scaled(block: Matrix | Packed, levels: list[jax.Array], parts: list[jax.Arr
             terms.append(total(products) * scale_of(scale, first))
         return total(terms)
 
-    def step(i: Any, out: jax.Array) -> jax.Array:
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
         part = functools.partial(lax.dynamic_slice_in_dim, start_index=i * size, slice_size=size, axis=2)
         at = lax.dynamic_slice_in_dim(scale, i * size // group, max(size // group, 1), axis=1)
         return out + add([part(q) for q in codes], [part(x) for x in parts], at)

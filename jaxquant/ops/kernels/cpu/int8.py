@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.sizes import number
+from jaxquant.core.types import Index
 from jaxquant.ops.forms import Matrix, Packed
 from jaxquant.ops.kernels.cpu import machine
 from jaxquant.ops.kernels.cpu.blocks import LARGEST, by_blocks, in_branch, rows_of, sum_of_parts
@@ -61,7 +61,7 @@ def int8_blocks(x: Matrix, w: Matrix | Packed, parts: int = 1) -> jax.Array:
         return int8_product(x, w, int8_sums, lambda out: sum_of_parts(out, parts, 1))
     planes = [Matrix(x.codes[:, :, i :: w.planes], x.scale, x.zero_point, x.qtype) for i in range(w.planes)]
 
-    def multiply(block: Matrix | Packed, b: Any, _: Any) -> jax.Array:
+    def multiply(block: Matrix | Packed, b: Index, _: Index) -> jax.Array:
         def unpacked() -> list[jax.Array]:
             return [plane.codes for plane in block.int8()]
 

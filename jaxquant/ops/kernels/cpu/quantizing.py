@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,27 +80,28 @@ def codes_of_parts(q: QTensor, x: jax.Array, *, spec: QuantSpec, axes: tuple[int
     # The same axes, counted from the end, with one more axis after the split axis.
     inner_axes, inner_minor = (tuple(i - 1 if i + ndim < axis else i for i in old) for old in (axes, minor))
 
-    def runs(v: Any, i: Any) -> Any:
-        if v is None or v.shape[axis] == 1:
-            return v if v is None else jnp.expand_dims(v, axis)
+    def runs(v: jax.Array, i: jax.Array) -> jax.Array:
+        if v.shape[axis] == 1:
+            return jnp.expand_dims(v, axis)
         v = v.reshape(*v.shape[:axis], -1, _PARTS, _RUN, *v.shape[axis + 1 :])
         return lax.dynamic_index_in_dim(v, i, axis + 1, keepdims=False)
 
-    def apart(compute: Callable[[jax.Array, Any], jax.Array]) -> Callable[[jax.Array, Any], jax.Array]:
+    def apart(compute: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[[jax.Array, jax.Array], jax.Array]:
         return lambda x, i: lax.cond(nan, compute, compute, x, i)
 
     @apart
-    def rounded(x: jax.Array, i: Any) -> jax.Array:
-        found = encode(runs(x, i), spec, inner_axes, runs(scale, i), runs(zero_point, i))
+    def rounded(x: jax.Array, i: jax.Array) -> jax.Array:
+        zero = None if zero_point is None else runs(zero_point, i)
+        found = encode(runs(x, i), spec, inner_axes, runs(scale, i), zero)
         codes = codes_of(found.values, spec.type)
         return to_bits(codes, QTYPES[spec.qtype]) if minor == () else lax.bitcast_convert_type(codes, jnp.int8)
 
     @apart
-    def stored(x: jax.Array, i: Any) -> jax.Array:
+    def stored(x: jax.Array, i: jax.Array) -> jax.Array:
         codes = rounded(x, i)
         return transpose_by_tiles(codes, order=order) if minor else pack(codes, spec.type.bits)
 
-    def step(i: Any, out: jax.Array) -> jax.Array:
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
         part = lax.bitcast_convert_type(stored(x, i), out.dtype)  # uint8 would be transposed one by one
         return lax.dynamic_update_index_in_dim(out, part, i, place)
 

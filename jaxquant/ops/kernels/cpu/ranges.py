@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from jax import lax
 from jaxquant.core.arithmetic import nan_where
 from jaxquant.core.extremes import Axes, Extreme, extremes
 from jaxquant.core.sizes import number
+from jaxquant.core.types import Index
 from jaxquant.ops.kernels.cpu.layout import LARGE
 
 __all__ = ["library_extremes"]
@@ -60,7 +60,7 @@ def _folded(x: jax.Array, axes: Axes, to: Extreme) -> jax.Array:
     count = max(counts if length <= _GROUP else [n for n in counts if length // n % 8 == 0] or counts)
     runs = x.reshape(*x.shape[:axis], -1, count, *x.shape[axis + 1 :])
 
-    def part(i: Any) -> jax.Array:
+    def part(i: Index) -> jax.Array:
         v = lax.dynamic_index_in_dim(runs, i, axis + 1, keepdims=False)
         return to.prepare(jnp.where(jnp.isinf(v), jnp.zeros_like(v), v))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from jaxquant.ops.kernels.gpu.tiling import Decoding
 
 __all__ = ["Place", "TritonDecoded", "has_blocks", "in_int8", "run"]
+
+T = TypeVar("T")
 
 _SHORTEST_GROUP = 16  # along k, of one step of a tensor core
 _LARGEST = 2**31  # elements, whose places are int32
@@ -104,7 +106,7 @@ class Place:
         b, k, n = (math.prod(shape[i] for i in part) for part in (axes.batch, axes.contract, axes.rows))
         return cls(k_last, b, k, n, math.prod(scale[i] for i in axes.contract))
 
-    def ordered(self, k: Any, n: Any) -> tuple[Any, Any]:
+    def ordered(self, k: T, n: T) -> tuple[T, T]:
         """Items for k and for n, in the order of the axes."""
         return (n, k) if self.k_last else (k, n)
 

@@ -14,18 +14,23 @@ from typing import Any
 import jax
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from jaxquant.core.types import PyTree
 
 __all__ = ["partitioned"]
 
+_Axes = tuple[Sequence[str], tuple[int, ...]]
+"""The letters of the axes of an array, and its shape."""
+
 
 def partitioned(
-    local: Callable[[Mapping[str, int]], Callable[..., Any]],
+    local: Callable[[Mapping[str, int]], Callable[..., PyTree]],
     arguments: Sequence[jax.Array],
     axes: tuple[Sequence[str], Sequence[str]],
     pieces: Mapping[str, int],
     summed: str = "",
-) -> Any:
+) -> PyTree:
     """A function of arrays, computed on the devices that hold its arguments.
 
     Where an axis of the mesh partitions several axes, results take precedence, then arguments in their order.
@@ -42,7 +47,9 @@ def partitioned(
     whole = local({})
     results = jax.tree.leaves(jax.eval_shape(whole, *arguments))
 
-    def cut(mesh: Any, arrays: Sequence[tuple[str, Any]]) -> dict[str, tuple[str, ...]]:
+    def cut(
+        mesh: Mesh | AbstractMesh, arrays: Sequence[tuple[str, jax.ShapeDtypeStruct]]
+    ) -> dict[str, tuple[str, ...]]:
         """The axes of the mesh that partition each letter."""
         found: dict[str, tuple[str, ...]] = {}
         for letters, array in arrays:
@@ -54,20 +61,22 @@ def partitioned(
                     found[letter] = names
         return found
 
-    def shardings(mesh: Any, found: Mapping[str, tuple[str, ...]], arrays: Sequence[str]) -> Any:
+    def shardings(
+        mesh: Mesh | AbstractMesh, found: Mapping[str, tuple[str, ...]], arrays: Sequence[str]
+    ) -> NamedSharding | tuple[NamedSharding, ...]:
         all_of_them = [NamedSharding(mesh, PartitionSpec(*map(found.get, letters))) for letters in arrays]
         return tuple(all_of_them) if arrays is given or len(arrays) > 1 else all_of_them[0]
 
-    def infer(mesh: Any, args: Any, out: Any) -> Any:
+    def infer(mesh: Mesh | AbstractMesh, args: Sequence[jax.ShapeDtypeStruct], out: PyTree) -> PyTree:
         del out
         return shardings(mesh, cut(mesh, list(zip(given, args, strict=True))), made)
 
-    def partition(mesh: Any, args: Any, out: Any) -> Any:
+    def partition(mesh: Mesh | AbstractMesh, args: Sequence[jax.ShapeDtypeStruct], out: PyTree) -> tuple[Any, ...]:
         arrays = [*zip(made, jax.tree.leaves(out), strict=True), *zip(given, args, strict=True)]
         found = cut(mesh, arrays)
         one = local({letter: math.prod(mesh.shape[name] for name in names) for letter, names in found.items()})
 
-        def lower(*parts: jax.Array) -> Any:
+        def lower(*parts: jax.Array) -> PyTree:
             out = one(*parts)
             return lax.psum(out, found[summed]) if summed in found else out
 
@@ -86,7 +95,7 @@ def partitioned(
     return fn(*arguments)
 
 
-def _rule(given: Sequence[Any], made: Sequence[Any], pieces: Mapping[str, int]) -> tuple[str, dict[str, Any]]:
+def _rule(given: Sequence[_Axes], made: Sequence[_Axes], pieces: Mapping[str, int]) -> tuple[str, dict[str, Any]]:
     """The rule in JAX's notation: an axis has one factor for its pieces, and one for the elements of a piece."""
     sizes: dict[str, Any] = {}
     alone = iter(range(1000))
@@ -100,7 +109,7 @@ def _rule(given: Sequence[Any], made: Sequence[Any], pieces: Mapping[str, int]) 
         sizes[inner] = size // pieces[letter]
         return f"({letter} {inner})"
 
-    def sides(arrays: Sequence[Any]) -> str:
+    def sides(arrays: Sequence[_Axes]) -> str:
         return ", ".join(" ".join(map(factor, letters, shape)) for letters, shape in arrays)
 
     return f"{sides(given)} -> {sides(made)}", sizes

@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,9 @@ from jaxquant.ops.kernels.gpu.tiling import Blocks, Decoding, blocks
 from jaxquant.ops.kernels.gpu.triton import alike, load, params, shaped, store, told
 
 __all__ = ["Weight", "batched", "product"]
+
+_Refs = Mapping[str, "jax.Ref"]
+"""The operands of a kernel after the codes, by name."""
 
 _SHALLOWEST_INT8 = 32  # along k, of one step of a tensor core
 
@@ -111,7 +114,7 @@ class _Kernel:
         """Whether the codes of both operands are multiplied as float8, and are stored as patterns in uint8."""
         return self.dtype.itemsize == 1 and not self.integers
 
-    def __call__(self, x: Any, codes: Any, *rest: Any) -> None:
+    def __call__(self, x: jax.Ref, codes: jax.Ref, *rest: jax.Ref) -> None:
         *given, out = rest
         refs = dict(zip(self.names, given, strict=True))
         column, row, part = (pl.program_id(axis) for axis in range(3))
@@ -121,7 +124,7 @@ class _Kernel:
             for plane in range(self._sides)
         ]
 
-        def step(i: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def step(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             k = part * (self.b.slices * apart) + i * self.b.depth
             at = [(n, k + apart * n_slice) for n, n_slice in sides]
             slices = k + apart * lax.iota(jnp.int32, self.b.slices)
@@ -144,7 +147,7 @@ class _Kernel:
         """1, or 2 if even and odd columns are separate products."""
         return 1 if self.w.k_last else self.planes
 
-    def _flat(self, start: Any, size: int, stride: int) -> tuple[jax.Array, jax.Array]:
+    def _flat(self, start: jax.Array, size: int, stride: int) -> tuple[jax.Array, jax.Array]:
         """Indices of rows or columns, repeated for each slice, and the slices."""
         if self.b.slices == 1:
             return start + stride * lax.iota(jnp.int32, size), jnp.zeros(1, jnp.int32)
@@ -152,8 +155,14 @@ class _Kernel:
         return start + stride * (at % size), at // size
 
     def _products(
-        self, refs: Any, x: Any, tiles: list[jax.Array], row: Any, k: jax.Array, sides: list[Any]
-    ) -> list[Any]:
+        self,
+        refs: _Refs,
+        x: jax.Ref,
+        tiles: list[jax.Array],
+        row: jax.Array,
+        k: jax.Array,
+        sides: list[tuple[jax.Array, jax.Array]],
+    ) -> list[jax.Array]:
         """The sums of a step, one for each side."""
         if self.w.k_last and self.planes == 2:
             rows = [self._rows_of(x, row, k, plane) for plane in range(2)]
@@ -162,7 +171,9 @@ class _Kernel:
         rows = self._rows_of(x, row, k, None)
         return [self._multiplied(refs, tile, rows, *side) for tile, side in zip(tiles, sides, strict=True)]
 
-    def _write(self, out: Any, refs: Any, total: jax.Array, row: Any, n: jax.Array, part: Any) -> None:
+    def _write(
+        self, out: jax.Ref, refs: _Refs, total: jax.Array, row: jax.Array, n: jax.Array, part: jax.Array
+    ) -> None:
         """Writes the sums of matching slices to the result."""
         m, slices = row * self.b.rows + lax.iota(jnp.int32, self.b.rows), self.b.slices
         if slices > 1:
@@ -196,7 +207,7 @@ class _Kernel:
 
     # -- tiles ---------------------------------------------------------------------------------------------------------
 
-    def _rows_of(self, x: Any, row: Any, k: jax.Array, plane: int | None) -> jax.Array:
+    def _rows_of(self, x: jax.Ref, row: jax.Array, k: jax.Array, plane: int | None) -> jax.Array:
         """A tile of the activation: all elements of a step, or the even or odd ones."""
         stride = 1 if plane is None else 2
         m = (row * self.b.rows + lax.iota(jnp.int32, self.b.rows))[None, :, None]
@@ -205,7 +216,7 @@ class _Kernel:
         tile = lax.bitcast_convert_type(tile, self.dtype) if self.patterns else tile.astype(self.dtype)
         return jnp.transpose(tile.reshape(-1, self.b.depth // stride))
 
-    def _tiles(self, codes: Any, column: Any, k: jax.Array) -> list[jax.Array]:
+    def _tiles(self, codes: jax.Ref, column: jax.Array, k: jax.Array) -> list[jax.Array]:
         """The codes of a step: one tile, or its two planes. Codes narrower than a byte are unsigned patterns."""
         in_k, in_n = (self.planes, 1) if self.w.k_last else (1, self.planes)
         columns, depth, k = self.b.columns // in_n, self.b.depth // in_k, k // in_k
@@ -228,7 +239,7 @@ class _Kernel:
 
     # -- numbers -------------------------------------------------------------------------------------------------------
 
-    def _multiplied(self, refs: Any, tile: jax.Array, rows: jax.Array, n: jax.Array, k: jax.Array) -> jax.Array:
+    def _multiplied(self, refs: _Refs, tile: jax.Array, rows: jax.Array, n: jax.Array, k: jax.Array) -> jax.Array:
         """The product of one plane of codes, of columns n from k on, and the rows of x."""
         values, depth = self._values(refs, tile), tile.shape[1]
         if "zero_point" in refs:
@@ -241,7 +252,7 @@ class _Kernel:
         result, numbers = jnp.int32 if self.integers else jnp.float32, (((1,), (0,)), ((), ()))
         return lax.dot_general(values.astype(self.dtype), rows, numbers, self.precision, result)
 
-    def _values(self, refs: Any, tile: jax.Array) -> jax.Array:
+    def _values(self, refs: _Refs, tile: jax.Array) -> jax.Array:
         """Grid values of codes, in the dtype that is multiplied."""
         qtype, small = self.w.qtype, self.w.stored != "bytes"
         if self.patterns:
@@ -259,7 +270,7 @@ class _Kernel:
             return tile.astype(self.dtype)
         return _small_integers(tile, 8 if qtype.signed else 0, self.dtype)
 
-    def _entry(self, ref: Any, n: jax.Array, k: jax.Array, depth: int) -> jax.Array:
+    def _entry(self, ref: jax.Ref, n: jax.Array, k: jax.Array, depth: int) -> jax.Array:
         """The entries of columns n from k on: [columns, 1 or depth]; for a depth of 0 [columns, groups]."""
         n, group = n[:, None], self._groups(k)
         one = ref.shape[0 if self.w.k_last else 1] == 1
@@ -267,7 +278,7 @@ class _Kernel:
         mask = _both(self._in_n(n), self._in_k(group, self.w.groups))
         return self._spread(load(ref, index if self.w.k_last else index[::-1], mask), depth)
 
-    def _scale(self, refs: Any, n: jax.Array, k: jax.Array, depth: int) -> jax.Array:
+    def _scale(self, refs: _Refs, n: jax.Array, k: jax.Array, depth: int) -> jax.Array:
         """Scales in float32, shaped as by `_entry`."""
         ref = refs["scale"]
         if self.w.scales == "nibbles":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from jaxquant.core.granularity import PerChannel
 from jaxquant.core.observers import AbsMax
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.specs import QuantSpec
+from jaxquant.core.types import PyTree
 
 __all__ = ["rows_at_once", "rows_quantized"]
 
@@ -62,13 +62,13 @@ def rows_at_once(x: jax.Array, spec: QuantSpec, axes: tuple[int, ...], *, interp
 
     lead = x.shape[: x.ndim - len(axes)]
 
-    def mapped(size: int, is_mapped: list[bool], x: jax.Array) -> tuple[Any, Any]:
+    def mapped(size: int, is_mapped: list[bool], x: jax.Array) -> tuple[PyTree, PyTree]:
         del is_mapped
         codes, scale = call(x.reshape(-1, x.shape[-1]))
         return (codes.reshape(x.shape), scale.reshape(size, -1)), (True, True)
 
     @jax.custom_batching.custom_vmap
-    def call(x: jax.Array) -> Any:
+    def call(x: jax.Array) -> PyTree:
         one = functools.partial(_on_one_device, spec=spec, interpret=interpret)
         return partitioned(lambda _: one, (x,), (["mk"], ["mk", "m"]), {"m": x.shape[0]})
 
@@ -79,7 +79,7 @@ def rows_at_once(x: jax.Array, spec: QuantSpec, axes: tuple[int, ...], *, interp
     )
 
 
-def _on_one_device(x: jax.Array, *, spec: QuantSpec, interpret: bool) -> Any:
+def _on_one_device(x: jax.Array, *, spec: QuantSpec, interpret: bool) -> PyTree:
     """Codes and scales of [M, K]."""
     from jax.experimental import pallas as pl
 
@@ -117,7 +117,7 @@ class _Kernel:
     qmax: float
     interpret: bool
 
-    def __call__(self, x: Any, codes: Any, scales: Any) -> None:
+    def __call__(self, x: jax.Ref, codes: jax.Ref, scales: jax.Ref) -> None:
         from jax.experimental import pallas as pl
 
         from jaxquant.ops.kernels.gpu.triton import divide, load, nearest, store

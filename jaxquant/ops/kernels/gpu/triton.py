@@ -13,6 +13,7 @@ from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
 from jaxquant.core import arithmetic
+from jaxquant.core.types import PyTree
 
 __all__ = ["alike", "divide", "load", "nearest", "params", "shaped", "store", "told"]
 
@@ -37,7 +38,7 @@ def told(operations: int, dtype: DTypeLike) -> dict[str, Any]:
     return {"metadata": words} if _KEEPS_METADATA else {}
 
 
-def alike(arrays: Any) -> Any:
+def alike(arrays: PyTree) -> PyTree:
     """Arrays that vary over the same axes of a `jax.shard_map`: the union of the axes that they vary over."""
     over = frozenset().union(*map(_varying, jax.tree.leaves(arrays)))
     cast = getattr(lax, "pcast", None)
@@ -65,7 +66,7 @@ def _varying(x: jax.Array) -> frozenset[str]:
     return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else getattr(aval, "vma", frozenset())
 
 
-def load(ref: Any, index: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
+def load(ref: jax.Ref, index: tuple[jax.Array, ...], mask: jax.Array | None) -> jax.Array:
     """Elements at indices that are broadcast together; 0 where the mask is False."""
     if mask is None:
         return ref[index]
@@ -74,7 +75,7 @@ def load(ref: Any, index: tuple[Any, ...], mask: jax.Array | None) -> jax.Array:
     return pl.load(ref, index, mask=mask, other=0)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def store(ref: Any, index: tuple[Any, ...], value: jax.Array, mask: jax.Array | None) -> None:
+def store(ref: jax.Ref, index: tuple[jax.Array, ...], value: jax.Array, mask: jax.Array | None) -> None:
     """Writes elements at indices where the mask is True, or all."""
     if mask is None:
         ref[index] = value

@@ -34,7 +34,7 @@ def product_cost(
     return pl.CostEstimate(flops=operations, bytes_accessed=read + _nbytes(result), transcendentals=0)
 
 
-def _nbytes(x: Any) -> int:
+def _nbytes(x: jax.Array | jax.ShapeDtypeStruct) -> int:
     """Bytes in the memory of a TPU, where two int4 share one."""
     bits = jnp.iinfo(x.dtype).bits if jnp.issubdtype(x.dtype, jnp.integer) else 8 * x.dtype.itemsize
     return x.size * bits // 8

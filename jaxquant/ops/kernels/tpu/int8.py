@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from jax.typing import DTypeLike
 
 from jaxquant.core.by_platform import Target
 from jaxquant.core.qtensor import QTensor, scale_values
+from jaxquant.core.types import Index
 from jaxquant.ops.forms import Axes, Form, Matrix
 from jaxquant.ops.kernels.dequantized import Dequantized
 from jaxquant.ops.kernels.integer import Int8, multiplies_integers, overflow_limit
@@ -245,11 +245,11 @@ def int8_product(
     first = jnp.zeros(1, jnp.int32) if layer is None else jnp.reshape(layer * b, 1).astype(jnp.int32)
     beside = {"columns": columns} if rows is None else {"rows": rows, "columns": columns}
 
-    def weight(e: Any, j: Any, i: Any, first: Any) -> tuple[Any, ...]:
+    def weight(e: Index, j: Index, i: Index, first: jax.Ref) -> tuple[Index, ...]:
         del i
         return (first[0] + e, 0, j) if columns_last else (first[0] + e, j, 0)
 
-    def scale(e: Any, j: Any, i: Any, first: Any) -> tuple[Any, ...]:
+    def scale(e: Index, j: Index, i: Index, first: jax.Ref) -> tuple[Index, ...]:
         del i
         return (first[0] + e if columns.shape[0] == codes.shape[0] else e), 0, j
 
@@ -278,7 +278,7 @@ def int8_product(
     )(first, x, codes, *beside.values())
 
 
-def _kernel(names: tuple[str, ...], columns_last: bool, first: Any, x: Any, w: Any, *refs: Any) -> None:
+def _kernel(names: tuple[str, ...], columns_last: bool, first: jax.Ref, x: jax.Ref, w: jax.Ref, *refs: jax.Ref) -> None:
     """One block of rows and columns over all of K; ``refs`` are the arrays of these names, and the result."""
     del first
     axes, of, out = (((1,), (0 if columns_last else 1,)), ((), ())), dict(zip(names, refs, strict=False)), refs[-1]

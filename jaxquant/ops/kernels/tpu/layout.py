@@ -7,7 +7,6 @@ as in bfloat16; with the summed axis last on one side 545, and 45 for the transp
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ def transposed_codes(x: jax.Array, *, interpret: bool = False) -> jax.Array:
     m, k = x.shape
     rows, columns = min(m, _BLOCK), min(k, _BLOCK)
 
-    def kernel(x: Any, out: Any) -> None:
+    def kernel(x: jax.Ref, out: jax.Ref) -> None:
         out[...] = x[...].T
 
     return pl.pallas_call(

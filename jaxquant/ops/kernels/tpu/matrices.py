@@ -11,11 +11,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from jaxquant.core import views
 from jaxquant.core.layout import block_rows
-from jaxquant.core.qtensor import QTensor, Scale
+from jaxquant.core.qtensor import Operand, QTensor, Scale
 from jaxquant.core.sizes import number
 from jaxquant.core.stack import Layer
 from jaxquant.ops.forms import Axes
@@ -34,7 +32,7 @@ def as_matrices(problem: Product) -> Product:
     if not is_stored_in_elements(problem.w):
         return problem
     problem = problem.in_stored_order()
-    w, axes = problem.w, problem.w_axes
+    w, axes = problem.weight, problem.w_axes
     first, second = sorted((axes.rows, axes.contract))
     in_order = (*axes.batch, *first, *second) == tuple(range(len(axes.order))) and bool(first)
     contract, count = problem.x_axes.contract, len(axes.contract)
@@ -74,7 +72,7 @@ def _matrix(w: QTensor, lead: int, first: int) -> QTensor:
     def flat(shape: Sequence[int]) -> tuple[int, ...]:
         return (*shape[:lead], math.prod(shape[lead : lead + first]), math.prod(shape[lead + first :]))
 
-    def of_blocks(value: Scale | None) -> Any:
+    def of_blocks(value: Scale | None) -> Scale | None:
         if value is None or value.shape == flat(value.shape):
             return value
         return (
@@ -92,7 +90,7 @@ def _matrix(w: QTensor, lead: int, first: int) -> QTensor:
     return QTensor(codes, scale, zero_point, offset, seal=seal, qtype=w.qtype, dtype=w.dtype, split=split)
 
 
-def _joined(x: Any, axes: tuple[int, ...]) -> jax.Array | QTensor:
+def _joined(x: Operand, axes: tuple[int, ...]) -> Operand:
     """An activation with consecutive axes joined to the first of them."""
     if len(axes) == 1:
         return x

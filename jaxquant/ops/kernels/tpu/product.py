@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxquant.core.types import Index
 from jaxquant.ops.kernels.tpu.cost import product_cost
 from jaxquant.ops.kernels.tpu.decode import BLOCK, RUN, Decoder, scale_of
 from jaxquant.ops.kernels.tpu.pallas import LIMIT, MEMORY, compiler_params, shape_like
@@ -57,6 +59,8 @@ __all__ = [
     "rows_of_sums",
     "widest",
 ]
+
+T = TypeVar("T")
 
 FEW = 128
 """The most rows (times terms of x and groups of a block) for which sums of floats and tables are scaled."""
@@ -126,7 +130,7 @@ def rows_of_sums(rows: int, dtype: DTypeLike, groups: Groups) -> int:
     return rows * groups.in_block * len(_planes(rows, dtype, groups))
 
 
-def _planes(rows: int, dtype: DTypeLike, groups: Groups) -> tuple[Any, ...]:
+def _planes(rows: int, dtype: DTypeLike, groups: Groups) -> tuple[np.dtype, ...]:
     """The dtypes of the terms that x is split into for the matrix unit."""
     if not groups.multiplies_integers:
         return (jnp.dtype(jnp.bfloat16),) * (2 if dtype == jnp.float32 else 1)
@@ -206,13 +210,15 @@ class _Body:
     """
 
     groups: Groups
-    planes: tuple[Any, ...]
+    planes: tuple[np.dtype, ...]
     result: DTypeLike
     cores: int = 1
     half: bool = False
     interpret: bool = False
 
-    def __call__(self, x: Any, codes: jax.Array, layer: jax.Array | None, arrays: dict[str, jax.Array]) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, codes: jax.Array, layer: jax.Array | None, arrays: dict[str, jax.Array]
+    ) -> jax.Array:
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import tpu as pltpu
 
@@ -228,7 +234,7 @@ class _Body:
             place = lambda e, j, i, p, *at: (e + _first(at) if stacked else e, 0, 0 if one else j)  # noqa: E731
             return pl.BlockSpec((None, v.shape[1], 1 if one else bn), place)
 
-        def weight(e: Any, j: Any, i: Any, p: Any, *at: Any) -> tuple[Any, ...]:
+        def weight(e: Index, j: Index, i: Index, p: Index, *at: jax.Ref) -> tuple[Index, ...]:
             part = p if parts == 1 else jnp.where(i == 0, p, parts - 1)  # later rows find their values decoded
             return e + _first(at), part, 0, j
 
@@ -257,7 +263,7 @@ class _Body:
             name=self.name,
         )(*first, x, codes, *arrays.values())
 
-    def _run(self, *refs: Any, names: tuple[str, ...], skipped: int, parts: int) -> None:
+    def _run(self, *refs: jax.Ref, names: tuple[str, ...], skipped: int, parts: int) -> None:
         from jax.experimental import pallas as pl
 
         x, codes, *rest = refs[skipped:]
@@ -277,7 +283,7 @@ class _Body:
 
         @pl.when(part == 0)
         def _() -> None:
-            sums[...] = jnp.zeros_like(sums)
+            sums[...] = jnp.zeros(sums.shape, sums.dtype)
 
         sums[...] += self._product(x, codes, of, out.shape, scratch)
 
@@ -285,7 +291,9 @@ class _Body:
         def _() -> None:
             write(sums[...])
 
-    def _product(self, x: Any, codes: Any, of: dict[str, Any], shape: tuple[int, int], scratch: list[Any]) -> jax.Array:
+    def _product(
+        self, x: jax.Ref, codes: jax.Ref, of: dict[str, jax.Ref], shape: tuple[int, int], scratch: list[jax.Ref]
+    ) -> jax.Array:
         """The product of a block of rows and a block of columns over a part of K, in float32."""
         raise NotImplementedError
 
@@ -367,7 +375,7 @@ class Sums(_Body):
     def _prepared(self) -> bool:
         return len(self.planes) > 1 or self.groups.decoder.parts > 1 or self._spread
 
-    def _prepare(self, x: Any, rows: int, blocks: int, scratch: list[Any]) -> None:
+    def _prepare(self, x: jax.Ref, rows: int, blocks: int, scratch: list[jax.Ref]) -> None:
         """Writes the terms of x in the order in which codes are decoded, and repeats them for groups."""
         activation = scratch[0]
         if self._digits:
@@ -385,7 +393,9 @@ class Sums(_Body):
             parts = repeated(activation[:, lanes(i)], self.groups, self._used(rows))
             scratch[1][i] = parts.astype(jnp.bfloat16)
 
-    def _product(self, x: Any, codes: Any, of: dict[str, Any], shape: tuple[int, int], scratch: list[Any]) -> jax.Array:
+    def _product(
+        self, x: jax.Ref, codes: jax.Ref, of: dict[str, jax.Ref], shape: tuple[int, int], scratch: list[jax.Ref]
+    ) -> jax.Array:
         from jax.experimental import pallas as pl
 
         group, decode, in_block = self.groups, self.groups.decoder, self.groups.in_block
@@ -399,7 +409,7 @@ class Sums(_Body):
             pl.when(first)(functools.partial(self._prepare, x, rows, codes.shape[0], scratch))
         planes, shifted = self._used(activation.shape[0]), "zero" in of or decode.shift != 0
 
-        def block(i: Any, total: jax.Array) -> jax.Array:
+        def block(i: Index, total: jax.Array) -> jax.Array:
             given = scratch[1][i] if self._spread else repeated(activation[:, lanes(i)], group, planes)
             dtype = activation.dtype
             numbers = decode.numbers(codes[i], dtype, interpret=self.interpret)
@@ -445,7 +455,9 @@ class Values(_Body):
         sums = 4 * bm * bn if bk < k else 0
         return (3 * bk + 2 * k) * bn + 16 * k // self.groups.size * bn + 6 * bm * bk + 12 * bm * bn + sums
 
-    def _product(self, x: Any, codes: Any, of: dict[str, Any], shape: tuple[int, int], scratch: list[Any]) -> jax.Array:
+    def _product(
+        self, x: jax.Ref, codes: jax.Ref, of: dict[str, jax.Ref], shape: tuple[int, int], scratch: list[jax.Ref]
+    ) -> jax.Array:
         from jax.experimental import pallas as pl
 
         group, decode = self.groups, self.groups.decoder
@@ -460,7 +472,7 @@ class Values(_Body):
         run = BLOCK // decode.parts
         shared = run // group.in_block < 8  # several groups in a register
 
-        def by_row(name: str, i: Any) -> jax.Array:
+        def by_row(name: str, i: Index) -> jax.Array:
             """Values of the groups of a block, shaped to multiply [parts, groups, rows of both / 8, 8, columns]."""
             first = (start + i) * group.in_block if group.size <= BLOCK else (start + i) * BLOCK // group.size
             if name == "scale" and not shared:
@@ -476,7 +488,7 @@ class Values(_Body):
                 rows = jnp.where(row >= p * run // group.in_block, value[p : p + 1], rows)
             return rows.reshape(1, 1, -1, 8, rows.shape[1])
 
-        def real(i: Any) -> jax.Array:
+        def real(i: Index) -> jax.Array:
             if group.scales_tables and "offset" not in of:
                 starts = [pl.ds(((start + i) * BLOCK + row) // group.size, 1) for row in range(0, BLOCK, RUN)]
                 return decode.scaled(codes[i], [row_of_blocks(scales, at) for at in starts], interpret=self.interpret)
@@ -508,7 +520,7 @@ class Values(_Body):
 
         @pl.when(pl.program_id(2) == 0)
         def _() -> None:
-            def store(i: Any, total: int) -> int:
+            def store(i: Index, total: int) -> int:
                 values[lanes(start + i), :] = real(i)
                 return total
 
@@ -547,30 +559,30 @@ def equal_width(n: int, most: int) -> int:
     return -(-n // (count * BLOCK)) * BLOCK
 
 
-def _first(at: tuple[Any, ...]) -> Any:
+def _first(at: tuple[jax.Ref, ...]) -> Index:
     """The index in the stack of the layer's first weight; the grid runs over all weights of the layer."""
     return at[0][0] if at else 0
 
 
-def lanes(i: Any, count: int = 1) -> Any:
+def lanes(i: Index, count: int = 1) -> Any:
     """The elements of ``count`` blocks from the i-th on."""
     from jax.experimental import pallas as pl
 
     return pl.ds(i * BLOCK if isinstance(i, int) else pl.multiple_of(i * BLOCK, BLOCK), count * BLOCK)
 
 
-def in_blocks(scale: Any, form: str, out: Any) -> None:
+def in_blocks(scale: jax.Ref, form: str, out: jax.Ref) -> None:
     """Writes scales in blocks of 128 columns, from which one load takes a row and repeats it."""
     for j in range(out.shape[0]):
         out[j] = scale_of(scale[:, lanes(j)], form)
 
 
-def row_of_blocks(blocks: Any, at: Any) -> jax.Array:
+def row_of_blocks(blocks: jax.Ref, at: Any) -> jax.Array:
     """A row of the scales that `in_blocks` wrote, eight times."""
     return jnp.concatenate([jnp.broadcast_to(blocks[j, at, :], (8, BLOCK)) for j in range(blocks.shape[0])], axis=1)
 
 
-def _repeated_scales(blocks: Any, first: Any, count: int, rows: int) -> jax.Array:
+def _repeated_scales(blocks: jax.Ref, first: Index, count: int, rows: int) -> jax.Array:
     """``count`` rows of the scales that `in_blocks` wrote, each repeated: [rows, columns]."""
     from jax.experimental import pallas as pl
 
@@ -587,7 +599,7 @@ def _repeated_scales(blocks: Any, first: Any, count: int, rows: int) -> jax.Arra
     return jnp.concatenate(mixed, axis=0)
 
 
-def _in_order(x: jax.Array, decode: Decoder, out: Any, first: int) -> None:
+def _in_order(x: jax.Array, decode: Decoder, out: jax.Ref, first: int) -> None:
     """Writes rows of x with each 128 elements in the order of decoded codes, by a product with a permutation."""
     x, rows = x.astype(jnp.bfloat16), slice(first, first + x.shape[0])
     if decode.parts == 1:
@@ -622,11 +634,11 @@ def repeated(x: jax.Array, groups: Groups, rows: int) -> jax.Array:
     return jnp.concatenate([jnp.where(lane == p, wide, 0) for p in range(groups.in_block)], axis=0)
 
 
-def looped(count: int, step: Any, start: Any) -> Any:
+def looped(count: int, step: Callable[[Index, T], T], start: T) -> T:
     """Applies ``step`` ``count`` times, in an unrolled loop."""
     whole = count - count % _UNROLLED if count > _UNROLLED else 0
 
-    def several(i: Any, total: Any) -> Any:
+    def several(i: jax.Array, total: T) -> T:
         for j in range(_UNROLLED):
             total = step(i * _UNROLLED + j, total)
         return total

@@ -73,7 +73,7 @@ def quantized_rows(
 
     columns = next((n for n in (512, 256, 128) if k % n == 0), k)  # a piece stays in registers
 
-    def kernel(x: Any, *refs: Any) -> None:
+    def kernel(x: jax.Ref, *refs: jax.Ref) -> None:
         *factor, codes, scales = refs
 
         def values(*at: slice) -> jax.Array:
@@ -120,19 +120,19 @@ def quantized_columns(
     columns = min(k, max(_BLOCK // m // 128 * 128, 128))
     part = math.gcd(m, 256)
 
-    def kernel(x: Any, *refs: Any) -> None:
+    def kernel(x: jax.Ref, *refs: jax.Ref) -> None:
         *factor, codes, scales = refs
 
-        def values(i: Any) -> tuple[Any, jax.Array]:
+        def values(i: jax.Array) -> tuple[Any, jax.Array]:
             at = (pl.ds(i * part, part), slice(None))
             v = x[at].astype(jnp.float32)
             return at, v * factor[0][at] if factor else v
 
-        def reach(i: Any, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def reach(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             most, nan = _reach(values(i)[1], 0)
             return jnp.maximum(found[0], most), jnp.maximum(found[1], nan)
 
-        def write(i: Any, scale: jax.Array) -> jax.Array:
+        def write(i: jax.Array, scale: jax.Array) -> jax.Array:
             at, v = values(i)
             codes[at] = _codes(v, scale, qtype, interpret)
             return scale
@@ -201,7 +201,9 @@ def _plain(spec: QuantSpec) -> bool:
     )
 
 
-def _kernel_of(x: jax.Array, spec: QuantSpec, axes: tuple[int, ...]) -> Callable[..., Any] | None:
+def _kernel_of(
+    x: jax.Array, spec: QuantSpec, axes: tuple[int, ...]
+) -> Callable[..., tuple[jax.Array, jax.Array]] | None:
     """The kernel for an array: of rows, or of the columns of a matrix; None where none takes it."""
     if not _plain(spec) or x.ndim < 2 or x.dtype not in (jnp.bfloat16, jnp.float32):
         return None

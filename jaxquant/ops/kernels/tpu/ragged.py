@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jax.typing import DTypeLike
 
 from jaxquant.core.codec import values_of
 from jaxquant.core.qtensor import QTensor, scale_values
+from jaxquant.core.types import Index
 from jaxquant.ops.kernels import dequantized
 from jaxquant.ops.kernels.precision import is_default
 from jaxquant.ops.kernels.ragged import Int8Ragged
@@ -200,6 +202,10 @@ class Steps(NamedTuple):
         return cls(*(v.astype(jnp.int32) for v in (expert, at, start, end, upto[-1:])))
 
 
+_Numbers = Callable[[jax.Array, DTypeLike], jax.Array]
+"""Codes and a dtype -> their numbers in it."""
+
+
 @functools.partial(jax.jit, static_argnames=("groups", "rows_last", "result", "interpret"))
 def ragged_product(
     x: jax.Array,
@@ -246,7 +252,7 @@ def ragged_product(
     given = {"scale": scale, "zero": zero, "columns": columns, "rows": rows}
     arrays = {name: v for name, v in given.items() if v is not None}
 
-    def weight(j: Any, t: Any, first: Any, expert: Any, *_: Any) -> tuple[Any, ...]:
+    def weight(j: Index, t: Index, first: jax.Ref, expert: jax.Ref, *_: jax.Ref) -> tuple[Index, ...]:
         at = first[0] + expert[t]
         return (at, j, 0) if rows_last else (at, *(0,) * (codes.ndim - 2), j)
 
@@ -281,7 +287,7 @@ def _of_expert(v: jax.Array, bn: int, *, stacked: bool) -> Any:
 
     one = v.shape[-1] == 1
 
-    def place(j: Any, t: Any, first: Any, expert: Any, *_: Any) -> tuple[Any, ...]:
+    def place(j: Index, t: Index, first: jax.Ref, expert: jax.Ref, *_: jax.Ref) -> tuple[Index, ...]:
         return expert[t] + (first[0] if stacked else 0), 0, 0 if one else j
 
     return pl.BlockSpec((None, v.shape[-2], 1 if one else bn), place)
@@ -295,7 +301,13 @@ def _in_order(x: jax.Array, parts: int) -> jax.Array:
 
 
 def _kernel(
-    names: tuple[str, ...], groups: Groups, summed: bool, rows_last: bool, interpret: bool, first: Any, *refs: Any
+    names: tuple[str, ...],
+    groups: Groups,
+    summed: bool,
+    rows_last: bool,
+    interpret: bool,
+    first: jax.Ref,
+    *refs: Any,
 ) -> None:
     from jax.experimental import pallas as pl
 
@@ -325,12 +337,12 @@ def _kernel(
         out[...] = jnp.where((row >= start) & (row < end), total.astype(out.dtype), out[...])
 
 
-def _whole_sums(x: Any, codes: Any, of: dict[str, Any], numbers: Any, *, rows_last: bool) -> jax.Array:
+def _whole_sums(x: jax.Ref, codes: jax.Ref, of: dict[str, jax.Ref], numbers: _Numbers, *, rows_last: bool) -> jax.Array:
     """One product of codes, scaled."""
     sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     axes = ((1,), (1 if rows_last else 0,)), ((), ())
 
-    def step(i: Any, total: jax.Array) -> jax.Array:
+    def step(i: Index, total: jax.Array) -> jax.Array:
         w = numbers(codes[:, lanes(i)] if rows_last else codes[lanes(i), :], x.dtype)
         return total + lax.dot_general(x[:, lanes(i)], w, axes, preferred_element_type=sums)
 
@@ -339,13 +351,13 @@ def _whole_sums(x: Any, codes: Any, of: dict[str, Any], numbers: Any, *, rows_la
     return total.astype(jnp.float32) * of["scale"][...]
 
 
-def _block_sums(x: Any, codes: Any, of: dict[str, Any], groups: Groups, numbers: Any) -> jax.Array:
+def _block_sums(x: jax.Ref, codes: jax.Ref, of: dict[str, jax.Ref], groups: Groups, numbers: _Numbers) -> jax.Array:
     """A product of codes for each block, whose sums are scaled: exact in int8 and bfloat16."""
     from jax.experimental import pallas as pl
 
     shift, tile = groups.decoder.shift, x.shape[0]
 
-    def step(i: Any, total: jax.Array) -> jax.Array:
+    def step(i: Index, total: jax.Array) -> jax.Array:
         rows = repeated(x[:, lanes(i)], groups, tile).astype(x.dtype)
         sums = dot(rows, numbers(codes[i], rows.dtype)).astype(jnp.float32)
         wide = jnp.sum(rows.astype(jnp.float32), axis=1, keepdims=True) if shift or "zero" in of else None
@@ -362,15 +374,15 @@ def _block_sums(x: Any, codes: Any, of: dict[str, Any], groups: Groups, numbers:
     return looped(codes.shape[0], step, jnp.zeros((x.shape[0], codes.shape[2]), jnp.float32))
 
 
-def _values(x: Any, codes: Any, of: dict[str, Any], groups: Groups, numbers: Any) -> jax.Array:
+def _values(x: jax.Ref, codes: jax.Ref, of: dict[str, jax.Ref], groups: Groups, numbers: _Numbers) -> jax.Array:
     """A product of values in bfloat16 for each block, which has several groups."""
     from jax.experimental import pallas as pl
 
-    def by_row(name: str, i: Any) -> jax.Array:
+    def by_row(name: str, i: Index) -> jax.Array:
         value = of[name][pl.ds(i * groups.in_block, groups.in_block), :]
         return scale_of(value, groups.scale_form if name == "scale" else "float32")[:, None, :]
 
-    def step(i: Any, total: jax.Array) -> jax.Array:
+    def step(i: Index, total: jax.Array) -> jax.Array:
         value = numbers(codes[i], jnp.float32).astype(jnp.float32)
         value = value.reshape(groups.in_block, groups.size, -1)
         value = value - (by_row("zero", i) - groups.decoder.shift) if "zero" in of else value + groups.decoder.shift

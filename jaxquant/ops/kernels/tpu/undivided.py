@@ -13,20 +13,24 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from jaxquant.core.by_platform import run_program
+from jaxquant.core.types import PyTree
+from jaxquant.ops.problem import Problem
 
 __all__ = ["if_undivided", "run_undivided"]
 
-Function = Callable[..., Any]
+Function = Callable[..., PyTree]
+_Shapes = tuple[ShapedArray, ...]
 
 _choice_p = Primitive("if_undivided")
 _choice_p.multiple_results = True
 
 
-def if_undivided(kernel: Function, divided: Function, *arrays: jax.Array) -> Any:
+def if_undivided(kernel: Function, divided: Function, *arrays: jax.Array) -> PyTree:
     """``kernel(*arrays)`` on one device, ``divided(*arrays)`` in a program that XLA partitions over several."""
     jaxpr, shape = jax.make_jaxpr(divided, return_shape=True)(*arrays)
     kernel, divided = (functools.partial(_leaves, fn) for fn in (kernel, divided))
@@ -34,7 +38,7 @@ def if_undivided(kernel: Function, divided: Function, *arrays: jax.Array) -> Any
     return jax.tree.unflatten(jax.tree.structure(shape), found)
 
 
-def run_undivided(problem: Any, kernel: Function, divided: Function) -> jax.Array:
+def run_undivided(problem: Problem, kernel: Function, divided: Function) -> jax.Array:
     """`if_undivided` for functions of a problem, a pytree with the dtype of its ``result``."""
     leaves, tree = jax.tree.flatten(problem)
     result = problem.result  # the equation keeps its functions, and all that they close over: no arrays
@@ -58,7 +62,7 @@ def _varying_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     every = frozenset().union(*over)
     cast: Any = getattr(lax, "pcast", None)
 
-    def one(x: jax.Array, has: frozenset[Any]) -> jax.Array:
+    def one(x: jax.Array, has: frozenset[str]) -> jax.Array:
         missing = tuple(every - has)
         if not missing:
             return x
@@ -68,19 +72,21 @@ def _varying_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 @_choice_p.def_abstract_eval
-def _shapes(*arrays: Any, kernel: Function, divided: Function, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+def _shapes(*arrays: ShapedArray, kernel: Function, divided: Function, shapes: _Shapes) -> _Shapes:
     del arrays, kernel, divided
     return shapes
 
 
 @_choice_p.def_impl
-def _run(*arrays: Any, **how: Any) -> Any:
+def _run(*arrays: jax.Array, **how: Any) -> list[jax.Array]:
     return run_program(
         lambda: jax.jit(lambda *arrays: _choice_p.bind(*arrays, **how))(*arrays), lambda: how["divided"](*arrays)
     )
 
 
-def _batch(arrays: Any, axes: Any, *, kernel: Function, divided: Function, shapes: tuple[Any, ...]) -> Any:
+def _batch(
+    arrays: Sequence[jax.Array], axes: Sequence[int | None], *, kernel: Function, divided: Function, shapes: _Shapes
+) -> tuple[list[jax.Array], tuple[int, ...]]:
     one, other = (functools.partial(_mapped, fn, tuple(axes)) for fn in (kernel, divided))
     return if_undivided(one, other, *arrays), (0,) * len(shapes)
 
@@ -89,9 +95,9 @@ def _mapped(fn: Function, axes: tuple[int | None, ...], *arrays: jax.Array) -> l
     return jax.vmap(fn, axes)(*arrays)
 
 
-def _lower(ctx: Any, *arrays: Any, kernel: Function, divided: Function, shapes: tuple[Any, ...]) -> Any:
+def _lower(ctx: mlir.LoweringRuleContext, *arrays: Any, kernel: Function, divided: Function, shapes: _Shapes) -> Any:
     del shapes
-    where = ctx.module_context.axis_context
+    where: Any = ctx.module_context.axis_context
     manual = getattr(where, "manual_axes", frozenset())
     alone = where.num_devices == 1 if hasattr(where, "num_devices") else set(manual) == set(where.mesh.axis_names)
     return mlir.lower_fun(kernel if alone else divided, multiple_results=True)(ctx, *arrays)
