@@ -100,7 +100,7 @@ def gptq(
     ``QuantSpec("uint4", symmetric=False, calibration=observers.AbsMax())``). The group-aware order is that of
     GPTQModel.
     """
-    _check(damping, block_size, order, static_groups, clip)
+    _check(damping, block_size, order, clip)
     layer, w = Layer.of("gptq", w, spec, reduce_axes)
     layer, gram = gram_of("gptq", stats, layer)
     scattered = order == "descending" and not static_groups and layer.group < layer.length
@@ -115,7 +115,7 @@ def gptq(
     return _gptq(w, gram, layer=layer, options=_Options(float(damping), block_size, order, static_groups, clip))
 
 
-def _check(damping: float, block_size: int, order: str, static_groups: bool, clip: str) -> None:
+def _check(damping: float, block_size: int, order: str, clip: str) -> None:
     if order not in ("given", "group_aware", "descending"):
         raise quant_error("gptq", "unknown order", todo="Use 'given', 'group_aware' or 'descending'", order=order)
     if clip not in ("spec", "gram"):

@@ -94,14 +94,14 @@ def _inputs(item: Item, rows: Rows, columns: Callable[[], Rows] | None = None) -
     return Inputs(rows, rows if whole else None, columns if columns is not None else (lambda: rows) if whole else None)
 
 
-def _rows(interpreter: Interpreter, item: Item, x: jax.Array, axes: Axes) -> Rows:
+def _rows(interpreter: Interpreter, x: jax.Array, axes: Axes) -> Rows:
     """An activation in rows, with the rows that the mask counts."""
     if interpreter.mask is None:
         return Rows(axes.flatten(x))
-    return Rows(axes.flatten(x), axes.flatten(_counted(interpreter, item, x, axes.contract))[..., 0])
+    return Rows(axes.flatten(x), axes.flatten(_counted(interpreter, x, axes.contract))[..., 0])
 
 
-def _counted(interpreter: Interpreter, item: Item, x: jax.Array, contracted: tuple[int, ...]) -> jax.Array:
+def _counted(interpreter: Interpreter, x: jax.Array, contracted: tuple[int, ...]) -> jax.Array:
     """The mask along an activation, as an array of its shape."""
     assert interpreter.mask is not None
     mask = along(interpreter.mask, x.shape)
@@ -210,7 +210,7 @@ def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -
         operands[1 - side] = x = interpreter.entering(weight, x, tuple(channels))
     rows = Axes.of(len(shape_of(eqn.invars[1 - side])), tuple(batch[1 - side]), tuple(channels))
     operands[1 - side], act = _activation(
-        interpreter, weight, x, contract[1 - side], lambda item: _inputs(item, _rows(interpreter, item, x, rows))
+        interpreter, weight, x, contract[1 - side], lambda item: _inputs(item, _rows(interpreter, x, rows))
     )
     if not isinstance(operands[side], QTensor) and not act:
         return _as_it_stands(eqn, operands)
@@ -319,7 +319,7 @@ def _conv_inputs(interpreter: Interpreter, item: Item, weight: Weight, x: jax.Ar
     A window counts if the mask leaves out nothing of it; what pads the image counts.
     """
     numbers, groups = p["dimension_numbers"], p["feature_group_count"]
-    features = _rows(interpreter, item, x, Axes.of(x.ndim, (), (numbers.lhs_spec[1],)))
+    features = _rows(interpreter, x, Axes.of(x.ndim, (), (numbers.lhs_spec[1],)))
     within = tuple(numbers.rhs_spec[1:])
     window = tuple(weight.shape[i] for i in within)
     if math.prod(window) != _columns(item) or any(s.name == "rev" for s in weight.steps) or p["batch_group_count"] > 1:
@@ -341,7 +341,7 @@ def _conv_inputs(interpreter: Interpreter, item: Item, weight: Weight, x: jax.Ar
         patches = patches.reshape(groups, patches.shape[1] * patches.shape[2], math.prod(window))
         if interpreter.mask is None:
             return Rows(patches)
-        counted = jnp.transpose(_counted(interpreter, item, x, (numbers.lhs_spec[1],)), numbers.lhs_spec)[:, :1]
+        counted = jnp.transpose(_counted(interpreter, x, (numbers.lhs_spec[1],)), numbers.lhs_spec)[:, :1]
         ones = jnp.ones((1, 1, *window[1:]), jnp.float32)
         left_out = lax.conv_general_dilated((~counted).astype(jnp.float32), ones, *around)
         return Rows(patches, jnp.broadcast_to(left_out.reshape(1, left_out.size) == 0, patches.shape[:2]))
