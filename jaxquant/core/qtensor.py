@@ -439,8 +439,9 @@ class QTensor:
             return ()
         if self._are_bytes():
             return own[-1:]
-        small = self.type.packed and self.type.bits <= 4
-        return (-2,) if -2 in own and (small or self._group_axis() is not None) else ()
+        groups, small = self._group_axis(), self.type.packed and self.type.bits <= 4
+        last = groups == -1 or (groups is None and small and self.scale.shape[-1] == 1)
+        return (-2,) if last and self.ndim > 1 and self.scale.shape[-2] > 1 else ()
 
     def _joined_in(self, layout: Layout) -> int:
         """How many of the last axes a layout stores as one."""
@@ -456,12 +457,21 @@ class QTensor:
     def _shared_axes(self) -> tuple[int, ...]:
         """The axes along which elements share scales; the last but one if all elements share one."""
         found = tuple(i - self.ndim for i, (n, s) in enumerate(zip(self.shape, self.scale.shape, strict=True)) if s < n)
+        if len(found) == self.ndim and self.split is not None:  # blocks along all axes, of which one is summed over
+            return () if self.split == -1 else (self.split,)
         return found if 0 < len(found) < self.ndim else (-2,) if self.ndim > 1 else ()
 
     def _group_axis(self) -> int | None:
-        """The axis with groups, counted from the end; None unless exactly one axis has them."""
-        found = [i - self.ndim for i, (n, s) in enumerate(zip(self.shape, self.scale.shape, strict=True)) if 1 < s < n]
-        return found[0] if len(found) == 1 else None
+        """The axis with groups, counted from the end: the only one, or of several the one that products sum over.
+
+        That is the axis that is split, or else the one that is stored last.
+        """
+        sizes = zip(self.shape, self.scale.shape, strict=True)
+        found = [i - self.ndim for i, (n, s) in enumerate(sizes) if 1 < s < n]
+        if len(found) < 2:
+            return found[0] if found else None
+        last = self.split if self.split is not None else self.stored_order[-1] - self.ndim
+        return last if last in found else None
 
     def apart(self) -> QTensor:
         """The same values, with codes copied out if they are a `Layer` of a stack."""

@@ -21,9 +21,10 @@ from jax.typing import DTypeLike
 
 from jaxquant.core import views
 from jaxquant.core.arithmetic import promoted
+from jaxquant.core.blocks import spread
 from jaxquant.core.by_platform import Platform, Target
 from jaxquant.core.layout import inverse
-from jaxquant.core.qtensor import Operand, QTensor
+from jaxquant.core.qtensor import Operand, QTensor, flat, scale_values
 from jaxquant.core.sizes import number
 from jaxquant.ops.forms import Axes, Form, Matrix, Packed, canonical, form, matrix, pytree, split_up
 from jaxquant.ops.placed import Placed
@@ -141,6 +142,21 @@ class Product(Problem):
         first = _kind(lhs) > _kind(rhs)
         x, w = ((rhs, rhs_axes), (lhs, lhs_axes)) if first else ((lhs, lhs_axes), (rhs, rhs_axes))
         return cls(x[0], w[0], precision, result, x[1], w[1], first, placed)
+
+    def with_groups_on_one_axis(self) -> Product:
+        """The same product by a stored weight that has groups along one axis, where it has blocks along several.
+
+        The other axes have a scale for each element then, that of its block.
+        """
+        if is_in_training(self.w) or self.weight.split is None:
+            return self
+        w, split = self.weight, self.weight.ndim + self.weight.split
+        sizes = [w.shape[i] if s > 1 and i != split else s for i, s in enumerate(w.scale.shape)]
+        if sizes == list(w.scale.shape):
+            return self
+        blocks = {"scale": scale_values(w.scale), "zero_point": w.zero_point, "offset": flat(w.offset)}
+        rows = {name: None if v is None else spread(v, sizes) for name, v in blocks.items()}
+        return dataclasses.replace(self, w=w.replace(**rows))
 
     def in_stored_order(self) -> Product:
         """The same product by a weight whose axes are in the order in which its codes are stored."""

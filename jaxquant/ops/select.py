@@ -120,11 +120,13 @@ class _Kernels:
     def on(self, target: Target, *operands: PyTree) -> jax.Array:
         """The product of a problem, in the requested dtype."""
         (problem,) = operands
-        if target.platform != "tpu" or not isinstance(problem, Product):
+        if not isinstance(problem, Product) or target.platform == "cpu":
             return self._run(problem, target)
+        if target.platform != "tpu":
+            return self._run(problem.with_groups_on_one_axis(), target)
         if problem.placed is not None:
             return problem.on_each_device(lambda part: self.on(target, part))
-        matrices = as_matrices(problem)
+        matrices = as_matrices(problem.with_groups_on_one_axis())
         out = self._run(matrices, target)
         return split_up(as_it_is(out) if has_few_rows(matrices) else out, problem.result_shape)
 

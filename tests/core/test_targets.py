@@ -13,6 +13,7 @@ from narrowed import untyped
 
 import jaxquant as jq
 from jaxquant import QuantError, ops, recipes
+from jaxquant.core.qtensor import flat
 from jaxquant.core.views import by_layer, slice_along, transpose
 
 SPECS = {
@@ -145,6 +146,28 @@ def test_outputs_are_stored_after_inputs(name, lead):
     for axis in (-1, -2):
         rows = jnp.array([[5, 0], [23, 7]])
         np.testing.assert_array_equal(ops.take(there, rows, axis=axis), jnp.take(values, rows, axis=axis))
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("name", ["float8", "int8 g8", "mxfp8"])
+def test_blocks_along_two_axes(name, axis):
+    """As of DeepSeek's fp8: the axis that products sum over is stored last, and so is known."""
+    spec = jq.QuantSpec(SPECS[name].qtype, granularity=jq.PerGroup(32)) if name != "mxfp8" else SPECS[name]
+    w = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
+    q = jq.quantize(w, spec, reduce_axes=(axis,))
+    scale = flat(q.scale)
+    q = q.replace(scale=scale[::32] if axis == -1 else scale[:, ::32])
+    values, there = np.asarray(q.dequantize()), q.laid_out("native")
+    assert there.lies("native")
+    assert there.split == axis
+    assert there.kept.shape == ((3, 32, 64) if axis == -1 else (2, 32, 96))
+    same(there.laid_out("packed"), q)
+    assert there.laid_out("elements").split == axis
+    np.testing.assert_array_equal(there.dequantize(), values)
+    x = np.random.default_rng(1).standard_normal((3, 96 if axis == -1 else 64)).astype(np.float32)
+    found = ops.dot_general(x, there, (((1,), (axis + 2,)), ((), ())))
+    np.testing.assert_allclose(found, np.tensordot(x, values, (1, axis)), rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.every

@@ -3,6 +3,7 @@
 How they compile for an H100, and what they write to memory there, is read in tests/programs.
 """
 
+import dataclasses
 import functools
 import inspect
 from typing import Any
@@ -23,6 +24,7 @@ import jaxquant as jq
 from jaxquant import recipes
 from jaxquant.core.affine import as_codes
 from jaxquant.core.by_platform import Target
+from jaxquant.core.qtensor import flat
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels.gpu.decoded import TritonDecoded, run
 from jaxquant.ops.kernels.gpu.quantizing import rows_at_once
@@ -96,6 +98,37 @@ def test_in_bfloat16(name):
     """Values are what they are, or rounded to bfloat16 once, and so are those of tables."""
     bound = 1e-6 if name in EXACT and name not in ("int4 g32", "fp4", "e5m2", "int4 g48") else 2**-8
     assert off(*problem_of(SPECS[name], 8, 192 if "g48" in name else 256, 32, dtype=jnp.bfloat16)) <= bound
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_float_zero_points(dtype):
+    """As HQQ has them: differences are rounded to their dtype, which is that of the values."""
+    q = jq.quantize(unequal(0, (256, 34)), SPECS["uint4 g64 zero"], reduce_axes=(-2,)).laid_out("elements")
+    zero = present(q.zero_point).astype(dtype) + jnp.asarray(0.3, dtype)
+    problem = Product.of(
+        unequal(1, (8, 256), dtype), q.replace(zero_point=zero, dtype=dtype), Axes.of(2, (), (1,)),
+        Axes.of(2, (), (0,)), None, jnp.float32,
+    )  # fmt: skip
+    kernel = select(problem, Target("cuda"))
+    assert isinstance(kernel, TritonDecoded)
+    numbers = (((1,), (0,)), ((), ()))
+    assert off(problem, kernel, numbers) <= (2**-8 if dtype == jnp.bfloat16 else 1e-6)
+    other = dataclasses.replace(problem, w=problem.weight.replace(zero_point=zero.astype(jnp.float16)))
+    assert not isinstance(select(other, Target("cuda")), TritonDecoded)
+
+
+@pytest.mark.parametrize("k_last", [False, True])
+def test_blocks_of_rows_and_columns(k_last):
+    """As of DeepSeek's fp8: each row gets the scales of its blocks."""
+    axis = -1 if k_last else -2
+    q = jq.quantize(unequal(0, (64, 256) if k_last else (256, 64)), SPECS["e5m2"], reduce_axes=(axis,))
+    scale = flat(q.scale)
+    q = jq.ops.lay_out(q.replace(scale=scale[::32] if k_last else scale[:, ::32]), "gpu")
+    axes = Axes.of(2, (), (1,)), Axes.of(2, (), (axis + 2,))
+    problem = Product.of(unequal(1, (8, 256)), q, *axes, None, jnp.float32).with_groups_on_one_axis()
+    kernel = select(problem, Target("cuda"))
+    assert isinstance(kernel, TritonDecoded)
+    assert off(problem, kernel, (((1,), (axis + 2,)), ((), ()))) <= 1e-6
 
 
 @pytest.mark.parametrize("name", slow_but(SPECS, "int4 g32", "uint4 zero", "int8 g64"))

@@ -18,6 +18,7 @@ import jaxquant as jq
 from jaxquant import ops, recipes
 from jaxquant.core.affine import as_codes
 from jaxquant.core.by_platform import Target
+from jaxquant.core.qtensor import flat
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels import integer
@@ -96,9 +97,10 @@ def problem_of(x: Any, w: Any, result: Any = jnp.float32) -> Product:
     return Product.of(x, w, Axes.of(2, (), (1,)), Axes.of(2, (), (0,)), None, result)
 
 
-def assert_close(got: Any, x: Any, w: jq.QTensor, *, exact: bool, rounded: bool) -> None:
+def assert_close(got: Any, x: Any, w: Any, *, exact: bool, rounded: bool) -> None:
     """Values in bfloat16 are off by 2**-8 of themselves; digits by 1 / 508 of 1 / 127 of a row's largest."""
-    x, real = np.asarray(x, np.float64), np.asarray(w.dequantize(jnp.float32), np.float64)
+    real = np.asarray(w.dequantize(jnp.float32) if isinstance(w, jq.QTensor) else w, np.float64)
+    x = np.asarray(x, np.float64)
     terms = np.abs(x) @ np.abs(real)
     digits = np.max(np.abs(x), axis=-1, keepdims=True) / (127 * 508) * np.sum(np.abs(real), axis=-2, keepdims=True)
     bound = 1e-6 * terms + (0 if exact else 2**-8 * terms if rounded else 1.01 * digits)
@@ -172,6 +174,32 @@ def test_weights_are_multiplied_as_matrices(name: str, heads: str, layer: bool, 
     expected = np.einsum(formula, np.asarray(x, np.float64), real)
     found = np.asarray(y, np.float64).reshape(problem.result_shape)
     assert np.linalg.norm(found - expected) < 5e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_blocks_of_rows_and_columns(transposed: bool, monkeypatch: pytest.MonkeyPatch):
+    """As of DeepSeek's fp8: each row gets the scales of its blocks."""
+    axis = -1 if transposed else -2
+    w = jq.quantize(normal(1, (128, 512) if transposed else (512, 128)), SPECS["float8_e5m2 128"], reduce_axes=(axis,))
+    scale = flat(w.scale)
+    w = jq.ops.lay_out(w.replace(scale=scale[::64] if transposed else scale[:, ::64]), "tpu")
+    x = normal(2, (8, 512))
+    problem = Product.of(x, w, Axes.of(2, (), (1,)), Axes.of(2, (), (axis + 2,)), None, jnp.float32)
+    kernel, y = interpreted(as_matrices(problem.with_groups_on_one_axis()), monkeypatch)
+    assert kernel == "grouped_sums"
+    real = w.dequantize(jnp.float32)
+    assert_close(y, x, real.T if transposed else real, exact=False, rounded=True)
+
+
+@pytest.mark.parametrize("name", ["int4 64 float16 scales", "uint4 64 zero", "mxfp4"])
+def test_activations_in_float16(name: str, monkeypatch: pytest.MonkeyPatch):
+    """A TPU has no registers of them: the kernel gets float32, in which they are exact."""
+    w, x = weight(SPECS[name], (512, 200), jnp.float16), normal(2, (8, 512), jnp.float16)
+    kernel, y = interpreted(problem_of(x, w, jnp.float16), monkeypatch)
+    assert kernel == "grouped_sums"
+    assert y.dtype == jnp.float16
+    expected = np.asarray(x, np.float64) @ np.asarray(w.dequantize(jnp.float32), np.float64)
+    assert np.linalg.norm(np.asarray(y, np.float64) - expected) < 1e-3 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class TritonDecoded(Kernel):
         XLA fuses one conversion into a product. So weights whose codes are numbers, with one scale per row and no zero
         point, are left to XLA, except int4 in a stack of layers, which XLA copies as a whole. The kernel does not
         support groups whose size is not a multiple of 16; contracted axes that are stored between others; float zero
-        points; float64; symbolic sizes; shardings that are part of types.
+        points of another dtype than the values; float64; symbolic sizes; shardings that are part of types.
         """
         portable = Decoded.takes(problem) if has_blocks(problem) else None
         if not isinstance(portable, Decoded) or portable.dtype == jnp.float64 or problem.w.size >= _LARGEST:
@@ -64,7 +64,9 @@ class TritonDecoded(Kernel):
         if plain and not (w.in_int4 and w.layer is not None):
             return None
         fits = place.groups == 1 or (place.length // place.groups) % _SHORTEST_GROUP == 0
-        whole = w.zero_point is None or jnp.issubdtype(w.zero_point.dtype, jnp.integer)
+        zero = None if w.zero_point is None else w.zero_point.dtype
+        # Differences from a float are rounded to its dtype, as its format has it, and here to that of the values.
+        whole = zero is None or jnp.issubdtype(zero, jnp.integer) or zero == portable.dtype
         return cls(portable.dtype) if fits and whole else None
 
     def run(self, problem: Product) -> jax.Array:

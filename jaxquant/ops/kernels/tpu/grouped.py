@@ -136,7 +136,7 @@ class Grouped(Kernel):
         if factors is not None:
             own = [factors.shape[i] if i in axes.contract else x.shape[i] for i in range(x.ndim)]
             arrays["rows"] = axes.flatten(jnp.broadcast_to(factors.astype(jnp.float32), own))
-        result = jnp.dtype(problem.result)
+        result = jnp.dtype(jnp.float32 if problem.result == jnp.float16 else problem.result)
         how = {"groups": self.groups, "body": self.body, "cores": self.cores, "interpret": self.interpret}
         out = grouped_product(**arrays, **how, result=result)
         return problem.restored(out)
@@ -343,9 +343,10 @@ def weight_arrays(w: QTensor) -> dict[str, jax.Array | None]:
 def _dtype_of(problem: Product) -> DTypeLike | None:
     """The dtype of the activation that the kernels get; None if they do not take it."""
     x, contract = problem.x, problem.x_axes.contract
-    if problem.dtype not in (jnp.bfloat16, jnp.float32):
+    if problem.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return None
+    dtype = jnp.float32 if problem.dtype == jnp.float16 else problem.dtype  # a TPU has no registers of float16
     if not isinstance(x, QTensor) or x.type.kind != "int":
-        return problem.dtype
+        return dtype
     alone = x.symmetric and all(x.scale.shape[i] == 1 for i in contract)
-    return jnp.int8 if alone and x.type.signed else problem.dtype
+    return jnp.int8 if alone and x.type.signed else dtype
