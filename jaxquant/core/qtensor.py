@@ -118,7 +118,7 @@ class QTensor:
       offset: real units added to each block (formats that store minima instead of zero points), a float array of the
         scale's shape, or a QTensor, or None. The product is rounded to its dtype before it is added.
       permutation: where columns were reordered to make groups consecutive (GPTQ's act-order): stored position j along
-        the last stored axis holds the logical element ``permutation[j]``. Of the logical rank, with size 1 on the other
+        the `permuted_axis` holds the logical element ``permutation[j]``. Of the logical rank, with size 1 on the other
         axes unless the tensor is stacked; or None.
       seal: False for each block along the axes without groups, where codes are in fp8 (`laid_out`); or None. fp8 keeps
         its dtype in arithmetic, and a bool does not.
@@ -263,6 +263,11 @@ class QTensor:
         """The logical axes in the order in which codes are stored."""
         return stored_order(self.ndim, self.minor)
 
+    @property
+    def permuted_axis(self) -> int:
+        """The axis of the permutation, if there is one: the one that is split, or else the last stored one."""
+        return self.stored_order[-1] if self.split is None else self.ndim + self.split
+
     def replace(self, **fields: Any) -> QTensor:
         """A QTensor with other fields than this one."""
         fields = {"codes": self.kept} | fields  # as they are kept: a layer stays in its stack
@@ -363,15 +368,18 @@ class QTensor:
             share scales, or keep theirs.
 
         Returns:
-          The `QTensor`. Where groups are scattered (GPTQ's act-order) it stays as it is.
+          The `QTensor`.
         """
         if self.lies(layout) and minor in (None, self.minor):
             return self
+        if self.permutation is not None and minor is not None:
+            return self.unpermuted().laid_out(layout, minor)
         rest: dict[str, Any] = {"qtype": self.qtype, "dtype": self.dtype}
         if layout == "packed":
             minor = self._shared_axes() if minor is None else tuple(minor)
             scale = self._scale_beside(layout)
-            return from_codes(self.logical_codes(), scale, self.zero_point, self.offset, **rest, minor=minor)
+            rest |= {"permutation": self.permutation, "minor": minor}
+            return from_codes(self.logical_codes(), scale, self.zero_point, self.offset, **rest)
         split, minor = self._group_axis(), self._minor_in(layout) if minor is None else tuple(minor)
         codes = self.logical_codes()
         seal = _seal(codes, self.scale) if layout == "native" and own_dtype(self.qtype) is not None else None
@@ -385,7 +393,7 @@ class QTensor:
         if joined := self._joined_in(layout):
             codes = codes.reshape(*codes.shape[:-joined], -1)
         scale, rest = self._scale_beside(layout), rest | {"minor": minor, "split": split, "joined": joined}
-        return QTensor(codes, scale, self.zero_point, self.offset, seal=seal, **rest)
+        return QTensor(codes, scale, self.zero_point, self.offset, self.permutation, seal, **rest)
 
     @property
     def layout(self) -> Layout:
@@ -397,7 +405,7 @@ class QTensor:
 
     def lies(self, layout: Layout) -> bool:
         """Whether codes have this layout already, or only one layout exists for them."""
-        if self.permutation is not None:
+        if self.permutation is not None and self._group_axis() != self.permuted_axis - self.ndim:
             return True
         narrow = self._narrow_scale
         if narrow is not None and narrow.layout != _beside(layout):
@@ -510,6 +518,8 @@ class QTensor:
         """The same with no axis split, and none joined."""
         if not self.is_reshaped:
             return self
+        if self.permutation is not None and self.permuted_axis != self.stored_order[-1]:
+            return self.unpermuted()  # without the split, the last stored axis would be the permuted one
         return self.replace(codes=self.stored.reshape(self._stored_shape), split=None, joined=0)
 
     def unjoined(self) -> QTensor:
@@ -523,7 +533,7 @@ class QTensor:
         permutation = self.permutation
         if permutation is None:
             return self
-        axis, n = self.stored_order[-1], self.shape[self.stored_order[-1]]
+        axis, n = self.permuted_axis, self.shape[self.permuted_axis]
 
         def move(x: jax.Array) -> jax.Array:
             return _unpermute(x, permutation, axis)
@@ -712,7 +722,7 @@ def _dequantized(q: QTensor, out: np.dtype) -> jax.Array:
     if q.offset is not None:
         values = _rounded(values, q.offset.dtype) + view.split_scale(scale_values(q.offset)).astype(compute)
     values = cast(view.join(values), out)
-    return values if q.permutation is None else _unpermute(values, q.permutation, q.stored_order[-1])
+    return values if q.permutation is None else _unpermute(values, q.permutation, q.permuted_axis)
 
 
 _dequantize = jitted(static_argnums=1)(_dequantized)

@@ -98,7 +98,7 @@ def slice_along(q: QTensor, axis: int, start: int | jax.Array, size: int) -> QTe
     if size == n:
         return q
     start = clamped(start, size, n)
-    if q.permutation is not None and (axis % q.ndim == q.stored_order[-1] or q.stored_order[-1] != q.ndim - 1):
+    if q.permutation is not None and (axis % q.ndim == q.permuted_axis or q.permuted_axis != q.ndim - 1):
         q = q.unpermuted()
 
     def blocks(value: jax.Array) -> jax.Array:

@@ -194,7 +194,7 @@ def _in_stored_order(lhs: Operand, rhs: Operand, lhs_axes: Axes, rhs_axes: Axes)
     for q, other, mine, its in ((rhs, lhs, rhs_axes, lhs_axes), (lhs, rhs, lhs_axes, rhs_axes)):
         if not isinstance(q, QTensor) or q.permutation is None:
             continue
-        axis = q.stored_order[-1]
+        axis = q.permuted_axis
         if axis in mine.contract and q.permutation.size == q.shape[axis] and not isinstance(other, QTensor):
             along = its.contract[mine.contract.index(axis)]
             other = jnp.take(other, q.permutation.reshape(-1), axis=along, mode="clip")

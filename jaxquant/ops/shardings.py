@@ -79,8 +79,8 @@ def leaf_specs(leaf: Operand | None, cut: Cut) -> PyTree:
         return None
     if not isinstance(leaf, QTensor):
         return cut.spec(range(len(leaf.shape)))
-    last = leaf.stored_order[-1] if leaf.ndim else None
-    whole = Cut(cut.entries, tuple(0 if i == last else n for i, n in enumerate(cut.parts)), cut.names)
+    permuted = leaf.permuted_axis if leaf.ndim else None
+    whole = Cut(cut.entries, tuple(0 if i == permuted else n for i, n in enumerate(cut.parts)), cut.names)
     stored: list[int | None] = list(leaf.stored_order)
     if leaf.joined:
         del stored[leaf.ndim - leaf.joined + 1 :]
@@ -112,7 +112,7 @@ def whole_blocks(q: QTensor, cut: Cut) -> QTensor:
     A block that straddles a boundary becomes several with one scale; packed rows whose parts are not whole bytes are
     unpacked, and a permuted axis that is cut is put in order.
     """
-    if q.permutation is not None and cut.parts[q.stored_order[-1]] > 1:
+    if q.permutation is not None and cut.parts[q.permuted_axis] > 1:
         q = q.unpermuted()
     if cut.parts_joined(q) > 1:
         q = q.unjoined()

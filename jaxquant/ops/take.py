@@ -144,9 +144,9 @@ def _gather(q: QTensor, rows: jax.Array, axis: int) -> QTensor:
         q = q.whole()
     if axis in q.stored_order[q.ndim - q.joined :]:
         q = q.unjoined()
-    stored = q.stored_order.index(axis)
-    if stored == q.ndim - 1:
+    if axis == q.permuted_axis:
         q = q.unpermuted()
+    stored = q.stored_order.index(axis)
     scale, zero_point, offset = map(of_rows, (q.scale, q.zero_point, q.offset))
     if q.length is not None and stored == q.ndim - 1:  # packed along the very axis
         codes = jnp.take(q.logical_codes(), rows, axis=axis, mode="clip")

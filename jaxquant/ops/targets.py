@@ -58,7 +58,7 @@ def lay_out(params: Params, target: Platform | None = None) -> Params:
       target: ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default the platform of each array.
 
     Returns:
-      The tree; QTensors whose columns are permuted (GPTQ's act-order) stay unchanged.
+      The tree.
 
     Raises:
       QuantError: if the target is unknown.

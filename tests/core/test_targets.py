@@ -149,6 +149,33 @@ def test_outputs_are_stored_after_inputs(name, lead):
 
 
 @pytest.mark.every
+@pytest.mark.parametrize("target", ["tpu", "gpu"])
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("name", ["int4 g8", "uint4 g8", "int8 g8"])
+def test_scattered_groups(name, axis, target):
+    """As of GPTQ's act-order: codes lie in groups, and the product permutes the activation."""
+    q = weight(name, (64, 64), (axis,))
+    order = np.random.default_rng(1).permutation(64).astype(np.int32)
+    q = q.replace(permutation=jnp.asarray(order).reshape((1, 64) if axis == -1 else (64, 1)))
+    values, there = np.asarray(q.dequantize()), jq.ops.lay_out(q, target)
+    assert there.layout == "elements"
+    assert there.split == axis
+    same(jq.ops.lay_out(there, "cpu"), q)
+    for equal in (there, there.whole(), there.unpermuted(), there.laid_out("packed", ()), there.laid_out("native")):
+        np.testing.assert_array_equal(equal.dequantize(), values)
+    np.testing.assert_array_equal(transpose(there, (1, 0)).dequantize(), values.T)
+    np.testing.assert_array_equal(slice_along(there, 0, 8, 16).dequantize(), values[8:24])
+    np.testing.assert_array_equal(slice_along(there, 1, 3, 7).dequantize(), values[:, 3:10])
+    for along in (0, 1):
+        rows = jnp.array([3, 0, 31])
+        np.testing.assert_array_equal(ops.take(there, rows, axis=along), jnp.take(values, rows, axis=along))
+    x = np.random.default_rng(2).standard_normal((3, 64)).astype(np.float32)
+    for other in (0, 1):
+        found = ops.dot_general(x, there, (((1,), (other,)), ((), ())))
+        np.testing.assert_allclose(found, np.tensordot(x, values, (1, other)), rtol=1e-3, atol=5e-3)
+
+
+@pytest.mark.every
 @pytest.mark.parametrize("axis", [-1, -2])
 @pytest.mark.parametrize("name", ["float8", "int8 g8", "mxfp8"])
 def test_blocks_along_two_axes(name, axis):

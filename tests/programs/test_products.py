@@ -215,6 +215,20 @@ def test_scales_of_two_bytes(dtype: str):
     assert found["w"].kernels == ("grouped_sums",)
 
 
+def test_scattered_groups_are_read_by_the_kernel():
+    """GPTQ's act-order: the activation is permuted, and no code is."""
+    spec, shape = SCHEMES["w4a16 g128"], jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
+
+    def stored(w: jax.Array) -> jq.QTensor:
+        q = jq.quantize(w, present(spec.weight), reduce_axes=(-2,))
+        return jq.ops.lay_out(q.store((-2,)).replace(permutation=jnp.arange(256)[:, None]), "tpu")
+
+    args = {"w": jax.eval_shape(stored, shape)}, jax.ShapeDtypeStruct((8, 256), jnp.bfloat16)
+    found: Any = jq.explain(product(spec), *args, target="tpu v5e")
+    assert found["w"].kernels == ("grouped_sums",)
+    assert found["w"].written == 0
+
+
 @pytest.mark.parametrize("name", ["w4a16 g128", "w8a16", "mxfp8"])
 def test_heads_in_a_stack_are_read_there(name: str):
     """As of Flax's attention: the axes of heads, input or output, are joined without a copy of codes."""
