@@ -154,6 +154,7 @@ class QTensor:
     minor: tuple[int, ...]
     length: int | None
     split: int | None
+    joined: int
 
     def __init__(
         self,

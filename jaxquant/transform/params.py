@@ -208,7 +208,7 @@ def _quantized(
         def one(w: jax.Array, known: PyTree) -> QTensor:
             q = method(w, spec, reduce_axes=layer.reduce_axes, stats=known)
             if layout != "packed":
-                return q.laid_out(layout)
+                return q.laid_out(layout, () if layer.lookup else None)  # rows are gathered as they are
             return q if layer.contraction_minor else q.store(())
 
         for _ in range(layer.stacked):

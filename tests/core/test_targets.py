@@ -230,6 +230,19 @@ def test_lookups(axis):
 
 
 @pytest.mark.every
+@pytest.mark.parametrize("name", ["int4 g8", "int8"])
+def test_tables_that_are_only_looked_up_keep_their_rows(name):
+    """Devices that share a lookup gather rows; columns would be copied."""
+    table, tokens = jnp.asarray(np.random.default_rng(0).standard_normal((24, 64)), jnp.float32), jnp.array([3, 0])
+    for fn, rows in ((lambda p, t: p["w"][t], True), (lambda p, t: p["w"][t] @ p["w"].T, name == "int8")):
+        plan = jq.make_plan(fn, {"w": table}, tokens, rules=[jq.Rule("w", jq.OpSpec(SPECS[name]))])
+        there = jq.quantize_params({"w": table}, plan, target="tpu")["w"]
+        assert (there.kept.shape[0] == 24) == rows
+        wanted = fn({"w": there.dequantize()}, tokens)
+        np.testing.assert_allclose(jq.quantized(fn, plan)({"w": there}, tokens), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.every
 @pytest.mark.parametrize("name", ["int4 g8", "int4", "nf4 g8", "int8", "float8", "mxfp8"])
 def test_quantize_params_lays_out_for_its_target(name):
     w = jax.device_put(np.asarray(np.random.default_rng(1).standard_normal((64, 16)), jnp.float32))
