@@ -48,7 +48,9 @@ def main(page: str, picture: str, scheme: str) -> None:
     found = []
     for width in (400, 1200):
         view = QWebEngineView()
-        view.settings().setAttribute(view.settings().WebAttribute.ShowScrollBars, False)
+        settings = view.settings()
+        assert settings is not None
+        settings.setAttribute(settings.WebAttribute.ShowScrollBars, False)
         view.resize(width, 800)
         view.loadFinished.connect(loop.quit)
         view.load(QUrl.fromLocalFile(page))
