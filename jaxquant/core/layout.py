@@ -28,7 +28,19 @@ __all__ = [
 ]
 
 Layout = Literal["packed", "elements", "native"]
-"""How codes lie in memory; see `QTensor.laid_out`."""
+"""How codes lie in memory; `jaxquant.core.relayout` stores them so.
+
+- ``"packed"``, for CPUs and files: codes of fewer than 8 bits are packed into bytes along the last of the axes that are
+  stored last.
+- ``"elements"``, for GPUs: one code per element, in the array's own order, and in int4 up to 4 bits. An axis with
+  groups is stored as two: blocks, and the elements of a block. A block is one group, or as many as make 128 elements.
+  Codes of 8 bits without groups stay as they are.
+- ``"native"``, for TPUs: as ``"elements"``, and codes of fp8 are in their own dtype, which a TPU's compiler converts
+  within a product; bytes keep it from that. A TPU joins leading axes without a copy, and last axes with one. So last
+  axes with scales of their own (heads) are stored as one; and 8-bit integers without groups, which otherwise stay, do
+  not have several axes last that share a scale. Codes of 4 bits or in groups, [outputs, inputs], are stored transposed,
+  since the kernels multiply [inputs, outputs]. Scales of fewer than 8 bits have a byte each, which kernels read.
+"""
 
 
 def block_rows(n: int, groups: int) -> int:

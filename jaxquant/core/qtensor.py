@@ -16,13 +16,12 @@ from jax.typing import DTypeLike
 
 from jaxquant.core.arithmetic import finfo
 from jaxquant.core.blocks import BlockView
-from jaxquant.core.codec import from_bits, from_int4, to_bits, to_int4, values_of
+from jaxquant.core.codec import from_bits, from_int4, to_bits, values_of
 from jaxquant.core.describe import granularity, granularity_by_axes
 from jaxquant.core.errors import quant_error
 from jaxquant.core.jitted import jitted
 from jaxquant.core.layout import (
     Layout,
-    block_rows,
     inverse,
     nbytes_of,
     own_dtype,
@@ -71,16 +70,6 @@ _Static = tuple[str, np.dtype, tuple[int, ...], int | None, int | None, int]
 """The fields of a QTensor that are no arrays, in their order."""
 
 
-def _seal(codes: jax.Array, scale: Scale) -> jax.Array:
-    """The seal of codes: of the scale's shape, but 1 along an axis with groups."""
-    return jnp.zeros([s if s == n else 1 for n, s in zip(codes.shape, scale.shape, strict=True)], bool)
-
-
-def _beside(layout: Layout) -> Layout:
-    """The layout of scales of fewer than 8 bits beside codes in a layout."""
-    return "elements" if layout == "native" else "packed"
-
-
 @functools.cache
 def _type(name: str) -> QType:
     return FACTOR if name == FACTOR.name else QTYPES[name]
@@ -108,8 +97,8 @@ class QTensor:
     Attributes:
       codes: uint8 bit patterns packed along the last axis for types below 8 bits, else int8, uint8 or fp8; stored with
         the ``minor`` axes last (contraction-minor). Or one code per element: in int8 or uint8, which views make; in
-        int4, of which a TPU has two in a byte (`laid_out`), as a signed code, the pattern of a 4-bit float, or 8 less
-        than any other code. Codes of fp8 are stored as bytes, or in their own dtype beside a seal.
+        int4, of which a TPU has two in a byte, as a signed code, the pattern of a 4-bit float, or 8 less than any other
+        code (`jaxquant.core.layout.Layout`). Codes of fp8 are stored as bytes, or in their own dtype beside a seal.
       scale: float array of the logical rank, one entry per block, positive unless imported otherwise; or a QTensor,
         where the scales are quantized themselves (nvfp4, double quantization), or the product of two factors that are
         multiplied one after the other, each product rounded (LLM.int8(); ``qtype="float32"``).
@@ -120,7 +109,7 @@ class QTensor:
       permutation: where columns were reordered to make groups consecutive (GPTQ's act-order): stored position j along
         the `permuted_axis` holds the logical element ``permutation[j]``. Of the logical rank, with size 1 on the other
         axes unless the tensor is stacked; or None.
-      seal: False for each block along the axes without groups, where codes are in fp8 (`laid_out`); or None. fp8 keeps
+      seal: False for each block along the axes without groups, where codes are in fp8; or None. fp8 keeps
         its dtype in arithmetic, and a bool does not.
       qtype: name of the number type.
       dtype: dtype of the dequantized array.
@@ -351,136 +340,13 @@ class QTensor:
         q = self.unpermuted()
         return from_codes(q.logical_codes(), q.scale, q.zero_point, q.offset, qtype=q.qtype, dtype=q.dtype, minor=minor)
 
-    def laid_out(self, layout: Layout, minor: tuple[int, ...] | None = None) -> QTensor:
-        """The same values, to the bit, with codes as a platform reads them fastest.
-
-        Args:
-          layout: ``"packed"``, for CPUs and files: codes of fewer than 8 bits are packed into bytes along the last of
-            the ``minor`` axes. ``"elements"``, for GPUs: there is one code per element, in the array's own order, and
-            in int4 up to 4 bits. An axis with groups is stored as two: blocks, and the elements of a block. A block is
-            one group, or as many as make 128 elements. Codes of 8 bits without groups stay as they are. ``"native"``,
-            for TPUs: likewise, and codes of fp8 are in their own dtype, which a TPU's compiler converts within a
-            product; bytes keep it from that. A TPU joins leading axes without a copy, and last axes with one. So
-            last axes with scales of their own (heads) are stored as one; and 8-bit integers without groups, which
-            otherwise stay, do not have several axes last that share a scale. Codes of 4 bits or in groups have the last
-            axis before the other if scales are shared along it, as the kernels multiply them. Scales of fewer than 8
-            bits have a byte each, which kernels read.
-          minor: the axes that are stored last; by default as the layout wants. Packed codes have the axes last that
-            share scales, or keep theirs.
-
-        Returns:
-          The `QTensor`.
-        """
-        if self.lies(layout) and minor in (None, self.minor):
-            return self
-        if self.permutation is not None and minor is not None:
-            return self.unpermuted().laid_out(layout, minor)
-        rest: dict[str, Any] = {"qtype": self.qtype, "dtype": self.dtype}
-        if layout == "packed":
-            minor = self._shared_axes() if minor is None else tuple(minor)
-            scale = self._scale_beside(layout)
-            rest |= {"permutation": self.permutation, "minor": minor}
-            return from_codes(self.logical_codes(), scale, self.zero_point, self.offset, **rest)
-        split, minor = self._group_axis(), self._minor_in(layout) if minor is None else tuple(minor)
-        codes = self.logical_codes()
-        seal = _seal(codes, self.scale) if layout == "native" and own_dtype(self.qtype) is not None else None
-        if self.type.packed and self.type.bits <= 4:
-            codes = to_int4(codes, self.type)
-        order = stored_order(self.ndim, minor)
-        codes = transpose(codes, order)
-        if split is not None:
-            at, rows = order.index(self.ndim + split), block_rows(self.shape[split], self.scale.shape[split])
-            codes = codes.reshape(*codes.shape[:at], -1, rows, *codes.shape[at + 1 :])
-        if joined := self._joined_in(layout):
-            codes = codes.reshape(*codes.shape[:-joined], -1)
-        scale, rest = self._scale_beside(layout), rest | {"minor": minor, "split": split, "joined": joined}
-        return QTensor(codes, scale, self.zero_point, self.offset, self.permutation, seal, **rest)
-
     @property
     def layout(self) -> Layout:
-        """The layout of the codes; see `laid_out`. Only fp8 has the native one."""
+        """The layout of the codes; see `jaxquant.core.layout.Layout`. Only fp8 has the native one."""
         if self.seal is not None:
             return "native"
         one_each = self.length is None and (self.type.packed or self.split is not None)
         return "elements" if one_each else "packed"
-
-    def lies(self, layout: Layout) -> bool:
-        """Whether codes have this layout already, or only one layout exists for them."""
-        if self.permutation is not None and self._group_axis() != self.permuted_axis - self.ndim:
-            return True
-        narrow = self._narrow_scale
-        if narrow is not None and narrow.layout != _beside(layout):
-            return False
-        own = own_dtype(self.qtype) is not None
-        if not self.type.packed and self._group_axis() is None and not (own and layout == "native"):
-            return self.seal is None and not (layout == "native" and self._shares_last_axes())
-        if self.layout != ("native" if own and layout == "native" else "packed" if layout == "packed" else "elements"):
-            return False
-        how = self._minor_in(layout), self._group_axis(), self._joined_in(layout)
-        return layout == "packed" or (self.minor, self.split, self.joined) == how
-
-    @property
-    def _narrow_scale(self) -> QTensor | None:
-        """The scales, if they are codes of fewer than 8 bits without groups of their own."""
-        q = self.scale
-        return q if isinstance(q, QTensor) and q.type.packed and q._group_axis() is None else None
-
-    def _scale_beside(self, layout: Layout) -> Scale:
-        """The scales as they lie beside codes in a layout."""
-        q = self._narrow_scale
-        if q is None or q.layout == _beside(layout):
-            return self.scale
-        make = QTensor if _beside(layout) == "elements" else from_codes
-        return make(q.logical_codes(), q.scale, q.zero_point, q.offset, qtype=q.qtype, dtype=q.dtype)
-
-    def _are_bytes(self) -> bool:
-        """Whether codes are 8-bit integers without groups."""
-        return not self.type.packed and own_dtype(self.qtype) is None and self._group_axis() is None
-
-    def _shares_last_axes(self) -> bool:
-        """Whether several axes are stored last, of which one at least shares scales with others before."""
-        return len(self.minor) > 1 and len(self._own_axes()) > 0
-
-    def _minor_in(self, layout: Layout) -> tuple[int, ...]:
-        """The axes that a layout of one code per element stores last."""
-        own = self._own_axes()
-        if layout != "native" or own[-1:] == (-1,):
-            return ()
-        if self._are_bytes():
-            return own[-1:]
-        groups, small = self._group_axis(), self.type.packed and self.type.bits <= 4
-        last = groups == -1 or (groups is None and small and self.scale.shape[-1] == 1)
-        return (-2,) if last and self.ndim > 1 and self.scale.shape[-2] > 1 else ()
-
-    def _joined_in(self, layout: Layout) -> int:
-        """How many of the last axes a layout stores as one."""
-        own = () if layout != "native" or self._are_bytes() else self._own_axes()
-        count = next((n for n in range(len(own)) if own[-n - 1] != -n - 1), len(own))
-        return count if 1 < count < self.ndim else 0
-
-    def _own_axes(self) -> tuple[int, ...]:
-        """The axes along which each element has a scale of its own."""
-        pairs = enumerate(zip(self.shape, self.scale.shape, strict=True))
-        return tuple(i - self.ndim for i, (n, s) in pairs if s == n > 1)
-
-    def _shared_axes(self) -> tuple[int, ...]:
-        """The axes along which elements share scales; the last but one if all elements share one."""
-        found = tuple(i - self.ndim for i, (n, s) in enumerate(zip(self.shape, self.scale.shape, strict=True)) if s < n)
-        if len(found) == self.ndim and self.split is not None:  # blocks along all axes, of which one is summed over
-            return () if self.split == -1 else (self.split,)
-        return found if 0 < len(found) < self.ndim else (-2,) if self.ndim > 1 else ()
-
-    def _group_axis(self) -> int | None:
-        """The axis with groups, counted from the end: the only one, or of several the one that products sum over.
-
-        That is the axis that is split, or else the one that is stored last.
-        """
-        sizes = zip(self.shape, self.scale.shape, strict=True)
-        found = [i - self.ndim for i, (n, s) in enumerate(sizes) if 1 < s < n]
-        if len(found) < 2:
-            return found[0] if found else None
-        last = self.split if self.split is not None else self.stored_order[-1] - self.ndim
-        return last if last in found else None
 
     def apart(self) -> QTensor:
         """The same values, with codes copied out if they are a `Layer` of a stack."""

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from jaxquant.core.indices import clamped
 from jaxquant.core.qtensor import QTensor, Scale, flat, scale_values
+from jaxquant.core.relayout import laid_out
 from jaxquant.core.stack import Layer
 
 __all__ = ["are_runs", "by_layer", "cast", "in_stored_order", "move", "reshape", "slice_along", "transpose"]
@@ -61,7 +62,7 @@ def in_stored_order(q: QTensor) -> QTensor:
 def _unpacked(q: QTensor, codes: jax.Array, *per_block: jax.Array | None) -> QTensor:
     """Codes one per element, with scale, zero point, offset and permutation."""
     found = QTensor(codes, *per_block, qtype=q.qtype, dtype=q.dtype)
-    return found if q.seal is None else found.laid_out("native")
+    return found if q.seal is None else laid_out(found, "native")
 
 
 def _per_block(q: QTensor, change: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array | None, ...]:

@@ -24,6 +24,7 @@ from jaxquant.core.packing import packed_length
 from jaxquant.core.paths import Params, key_of
 from jaxquant.core.qtensor import QTensor, Scale, scale_values
 from jaxquant.core.qtypes import FACTOR, QTYPES
+from jaxquant.core.relayout import laid_out
 from jaxquant.core.types import PyTree
 from jaxquant.io.arrays import to_host
 from jaxquant.io.patterns import NAMELESS, pattern_spec
@@ -198,7 +199,7 @@ class Encoder:
         self._check_depth(path, place)
         own = q.is_reshaped or q.seal is not None
         if getattr(q.codes, "dtype", None) == jnp.int4 or own:  # files have packed codes
-            q = q.checked().laid_out("packed")
+            q = laid_out(q.checked(), "packed")
         fields = {
             "codes": self.array(q.codes, f"{place}.codes"),
             "scale": self.per_block(q.scale, (*path, "scale"), f"{place}.scale"),

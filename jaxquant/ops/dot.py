@@ -189,7 +189,7 @@ def _check_dimensions(function: str, lhs: Operand, rhs: Operand, numbers: lax.Do
     return Axes.of(lhs.ndim, lb, tuple(lc[i] for i in order)), Axes.of(rhs.ndim, rb, tuple(rc[i] for i in order))
 
 
-def _in_stored_order(lhs: Operand, rhs: Operand, lhs_axes: Axes, rhs_axes: Axes) -> tuple[Operand, Operand]:
+def _with_groups_together(lhs: Operand, rhs: Operand, lhs_axes: Axes, rhs_axes: Axes) -> tuple[Operand, Operand]:
     """Permutes the contracted axes of both to the stored order of a permuted weight, so that groups stay contiguous."""
     for q, other, mine, its in ((rhs, lhs, rhs_axes, lhs_axes), (lhs, rhs, lhs_axes, rhs_axes)):
         if not isinstance(q, QTensor) or q.permutation is None:
@@ -234,7 +234,7 @@ def contract(
         todo = "Use jax.lax.with_sharding_constraint on the result"
         raise quant_error(function, "out_sharding is for float operands", todo=todo, out_sharding=str(out_sharding))
     axes = _check_dimensions(function, lhs, rhs, numbers)
-    lhs, rhs = _in_stored_order(lhs, rhs, *axes)
+    lhs, rhs = _with_groups_together(lhs, rhs, *axes)
     pair = dataclasses.replace(pair, lhs=lhs, rhs=rhs)
     dtype, precision = pair.result_dtype(preferred), precision_of(function, precision)
     if 0 in lhs.shape or 0 in rhs.shape:

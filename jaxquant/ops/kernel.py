@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxquant.core.abstract import abstract
 from jaxquant.core.by_platform import Platform, Target, target_of
 from jaxquant.core.layout import Layout
+from jaxquant.core.relayout import laid_out
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels.tpu.matrices import as_matrices
@@ -72,7 +73,7 @@ def kernel(
             return TrainedTensor(found, None)
         if on.platform == "cpu":
             return found
-        return jax.eval_shape(lambda q: q.laid_out(_LAYOUTS.get(on.platform, "elements")), found)
+        return jax.eval_shape(lambda q: laid_out(q, _LAYOUTS.get(on.platform, "elements")), found)
 
     most, own = _MANY if rows is None else rows, jnp.dtype(dtype)
     if op == "ragged_dot":

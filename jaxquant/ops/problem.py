@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, get_args
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -376,9 +376,12 @@ def wide_values(x: Operand) -> jax.Array:
     return x.dequantize(promoted(x.dtype, jnp.float32)) if isinstance(x, QTensor) else x
 
 
+P = TypeVar("P", bound=Problem, contravariant=True)
+
+
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One way to compute a product. Equal kernels run the same code, which is lowered once for several platforms."""
+class Kernel(Generic[P]):
+    """One way to compute a class of problems. Equal kernels run the same code, lowered once for several platforms."""
 
     title: ClassVar[str]
     """The name of kernels that all have the same; others override `name`."""
@@ -402,15 +405,15 @@ class Kernel:
         return target.platform in cls.platforms and (not cls.chips or target.chip in cls.chips)
 
     @classmethod
-    def takes(cls, problem: Any) -> Kernel | None:
+    def takes(cls, problem: P) -> Kernel[P] | None:
         """The kernel set up for a problem of its operation, on a target it runs on; None if it does not take it."""
         raise NotImplementedError
 
-    def on(self, target: Target) -> Kernel:
+    def on(self, target: Target) -> Kernel[P]:
         """The same kernel, set up for a chip; by default it is the same on all."""
         del target
         return self
 
-    def run(self, problem: Any) -> jax.Array:
+    def run(self, problem: P) -> jax.Array:
         """The product, in float32 or the dtype of the float product."""
         raise NotImplementedError

@@ -49,7 +49,7 @@ from jaxquant.ops.problem import Kernel, Problem, Product
 
 __all__ = ["TABLE", "run", "select"]
 
-TABLE: tuple[type[Kernel], ...] = (
+TABLE: tuple[type[Kernel[Any]], ...] = (
     # On the CPU.
     floats.ExactBfloat16,
     blocked.BlockedIntegers,
@@ -97,7 +97,7 @@ TABLE: tuple[type[Kernel], ...] = (
 """All kernels, in order of preference."""
 
 
-def select(problem: Problem, target: Target) -> Kernel:
+def select(problem: Problem, target: Target) -> Kernel[Any]:
     """The kernel for a problem on a target: the first of `TABLE` that takes it."""
     for kind in TABLE:
         if isinstance(problem, kind.operation) and kind.runs_on(target):
@@ -147,7 +147,7 @@ class _Kernels:
         return problem.float_operation
 
 
-def _as_stored(kernel: Kernel, problem: Problem, stored: Problem, target: Target) -> tuple[Kernel, Problem]:
+def _as_stored(kernel: Kernel[Any], problem: Problem, stored: Problem, target: Target) -> tuple[Kernel[Any], Problem]:
     """The kernel and the problem of the frozen model, unless the one in training is exact and so agrees with it."""
     found = select(stored, target)
     exact = found.exact and found == kernel and all(form.groups == 1 for form in stored.quantized)

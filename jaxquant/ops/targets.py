@@ -13,6 +13,7 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.layout import Layout
 from jaxquant.core.paths import Params
 from jaxquant.core.qtensor import LEAVES, QTensor
+from jaxquant.core.relayout import is_laid_out, laid_out
 from jaxquant.core.types import PyTree
 
 __all__ = ["Platform", "check_target", "lay_out", "layout_for", "platform_of"]
@@ -72,9 +73,9 @@ def lay_out(params: Params, target: Platform | None = None) -> Params:
     check_target("lay_out", target)
 
     def one(x: PyTree) -> PyTree:
-        if not isinstance(x, QTensor) or x.lies(layout := layout_for(target, x.stored)):
+        if not isinstance(x, QTensor) or is_laid_out(x, layout := layout_for(target, x.stored)):
             return x
-        like = jax.eval_shape(lambda q: q.laid_out(layout), x)
+        like = jax.eval_shape(lambda q: laid_out(q, layout), x)
         rest = _kept(x)
         if isinstance(x.scale, QTensor) and like.scale.layout != x.scale.layout:
             rest["scale"] = like.scale.replace(codes=_codes(x, layout, of_scales=True), **_kept(x.scale))
@@ -92,7 +93,7 @@ def _kept(q: QTensor) -> dict[str, Any]:
 @functools.partial(jax.jit, static_argnames=("layout", "of_scales"))
 def _codes(q: QTensor, layout: Layout, of_scales: bool = False) -> jax.Array:
     """Codes alone, or those of scales: on a CPU, JAX 0.6 corrupts memory if a program returns int4 beside others."""
-    q = q.laid_out(layout)
+    q = laid_out(q, layout)
     of = q.scale if of_scales else q
     assert isinstance(of, QTensor)
     return of.stored

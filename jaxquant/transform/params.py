@@ -20,6 +20,7 @@ from jaxquant.core.learned import learned_range
 from jaxquant.core.paths import Leaf, Params, is_qtensor, leaves_with_paths, nearest
 from jaxquant.core.qtensor import QTensor, dequantize
 from jaxquant.core.refusals import Refusals
+from jaxquant.core.relayout import laid_out
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.core.types import PyTree, State
 from jaxquant.ops.shardings import explicit_of, shardings
@@ -208,7 +209,7 @@ def _quantized(
         def one(w: jax.Array, known: PyTree) -> QTensor:
             q = method(w, spec, reduce_axes=layer.reduce_axes, stats=known)
             if layout != "packed":
-                return q.laid_out(layout, () if layer.lookup else None)  # rows are gathered as they are
+                return laid_out(q, layout, () if layer.lookup else None)  # rows are gathered as they are
             return q if layer.contraction_minor else q.store(())
 
         for _ in range(layer.stacked):
@@ -266,7 +267,7 @@ def quantize_params(
       state: learned steps of weights, from `qat.learned_steps`; those weights are rounded to nearest with them, as the
         function that was trained has done. Ranges of activations in it stay for `quantized`.
       target: the platform that the codes will be read on, ``"cpu"``, ``"tpu"`` or ``"gpu"``; by default the one where
-        the arrays are. It decides how codes lie in memory (`QTensor.laid_out`), and no value.
+        the arrays are. It decides how codes lie in memory (`jaxquant.ops.lay_out`), and no value.
       progress: called after each weight with how many are done, and of how many.
 
     Returns:

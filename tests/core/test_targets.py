@@ -14,6 +14,7 @@ from narrowed import untyped
 import jaxquant as jq
 from jaxquant import QuantError, ops, recipes
 from jaxquant.core.qtensor import flat
+from jaxquant.core.relayout import is_laid_out, laid_out
 from jaxquant.core.views import by_layer, slice_along, transpose
 
 SPECS = {
@@ -80,8 +81,8 @@ def test_any_shape(name, lead, heads, contracted):
 
     @jax.jit  # one program: each operation on its own would be compiled for every shape
     def values(q):
-        there = q.laid_out("native")
-        return q.dequantize(), there.dequantize(), there.laid_out("packed", axes).dequantize()
+        there = laid_out(q, "native")
+        return q.dequantize(), there.dequantize(), laid_out(there, "packed", axes).dequantize()
 
     wanted, there, back = values(q)
     np.testing.assert_array_equal(there, wanted)
@@ -97,9 +98,9 @@ def test_any_shape(name, lead, heads, contracted):
 ])  # fmt: skip
 def test_axes_that_share_scales_are_joined_without_a_copy(shape, axes, there):
     q = weight("int8", shape, axes)
-    native = q.laid_out("native")
+    native = laid_out(q, "native")
     assert native.kept.shape == there
-    assert native.lies("native")
+    assert is_laid_out(native, "native")
     np.testing.assert_array_equal(native.dequantize(), q.dequantize())
 
 
@@ -107,13 +108,13 @@ def test_axes_that_share_scales_are_joined_without_a_copy(shape, axes, there):
 @pytest.mark.parametrize("name", ["int4 g8", "int4", "mxfp8", "float8"])
 def test_last_axes_with_scales_are_stored_as_one(name):
     q = weight(name, (2, 64, 3, 16), (-3,))
-    there, values = q.laid_out("native"), np.asarray(q.dequantize())
+    there, values = laid_out(q, "native"), np.asarray(q.dequantize())
     assert there.kept.shape[-1] == 3 * 16
     assert (there.shape, there.ndim, there.joined) == (q.shape, q.ndim, 2)
-    assert there.lies("native")
-    assert not there.lies("packed")
+    assert is_laid_out(there, "native")
+    assert not is_laid_out(there, "packed")
     assert "one code per element" in repr(there) or "fp8" in repr(there)
-    for same in (there.unjoined(), there.whole(), there.laid_out("packed"), there.laid_out("elements")):
+    for same in (there.unjoined(), there.whole(), laid_out(there, "packed"), laid_out(there, "elements")):
         assert same.joined == 0
         np.testing.assert_array_equal(same.dequantize(), values)
     for axis, rows in ((1, jnp.array([5, 0])), (2, jnp.array([2, 1, 0])), (3, jnp.array([7]))):
@@ -128,9 +129,9 @@ def test_last_axes_with_scales_are_stored_as_one(name):
 def test_outputs_are_stored_after_inputs(name, lead):
     """[N, K] as of a table, or of a weight that is multiplied transposed: kernels read [K, N]."""
     q = weight(name, (*lead, 24, 64), (-1,))
-    there, values = q.laid_out("native"), np.asarray(q.dequantize())
+    there, values = laid_out(q, "native"), np.asarray(q.dequantize())
     assert (there.kept.shape[-1], there.shape) == (24, q.shape)
-    assert there.lies("native")
+    assert is_laid_out(there, "native")
     turned = transpose(there, (*range(len(lead)), len(lead) + 1, len(lead)))
     assert turned.minor == ()
     assert turned.split == (None if name == "int4" else -2)
@@ -138,9 +139,9 @@ def test_outputs_are_stored_after_inputs(name, lead):
     for same in (
         there,
         there.whole(),
-        there.laid_out("packed"),
-        there.laid_out("elements"),
-        there.laid_out("native", ()),
+        laid_out(there, "packed"),
+        laid_out(there, "elements"),
+        laid_out(there, "native", ()),
     ):
         np.testing.assert_array_equal(same.dequantize(), values)
     for axis in (-1, -2):
@@ -161,7 +162,7 @@ def test_scattered_groups(name, axis, target):
     assert there.layout == "elements"
     assert there.split == axis
     same(jq.ops.lay_out(there, "cpu"), q)
-    for equal in (there, there.whole(), there.unpermuted(), there.laid_out("packed", ()), there.laid_out("native")):
+    for equal in (there, there.whole(), there.unpermuted(), laid_out(there, "packed", ()), laid_out(there, "native")):
         np.testing.assert_array_equal(equal.dequantize(), values)
     np.testing.assert_array_equal(transpose(there, (1, 0)).dequantize(), values.T)
     np.testing.assert_array_equal(slice_along(there, 0, 8, 16).dequantize(), values[8:24])
@@ -185,12 +186,12 @@ def test_blocks_along_two_axes(name, axis):
     q = jq.quantize(w, spec, reduce_axes=(axis,))
     scale = flat(q.scale)
     q = q.replace(scale=scale[::32] if axis == -1 else scale[:, ::32])
-    values, there = np.asarray(q.dequantize()), q.laid_out("native")
-    assert there.lies("native")
+    values, there = np.asarray(q.dequantize()), laid_out(q, "native")
+    assert is_laid_out(there, "native")
     assert there.split == axis
     assert there.kept.shape == ((3, 32, 64) if axis == -1 else (2, 32, 96))
-    same(there.laid_out("packed"), q)
-    assert there.laid_out("elements").split == axis
+    same(laid_out(there, "packed"), q)
+    assert laid_out(there, "elements").split == axis
     np.testing.assert_array_equal(there.dequantize(), values)
     x = np.random.default_rng(1).standard_normal((3, 96 if axis == -1 else 64)).astype(np.float32)
     found = ops.dot_general(x, there, (((1,), (axis + 2,)), ((), ())))
@@ -208,7 +209,7 @@ def test_blocks_along_two_axes(name, axis):
 )
 def test_views(name, heads):
     q = weight(name, (3, 64, *heads), (-len(heads) - 1,))
-    there, values = q.laid_out("native"), np.asarray(q.dequantize())
+    there, values = laid_out(q, "native"), np.asarray(q.dequantize())
     turned = (0, *range(2, q.ndim), 1)
     np.testing.assert_array_equal(transpose(there, turned).dequantize(), values.transpose(turned))
     np.testing.assert_array_equal(slice_along(there, 1, 8, 16).dequantize(), values[:, 8:24])
@@ -224,7 +225,7 @@ def test_views(name, heads):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_lookups(axis):
     q = weight("int4 g8", (32, 64), (-1,))
-    there = q.laid_out("elements")
+    there = laid_out(q, "elements")
     rows = jnp.array([3, 0, 31])
     np.testing.assert_array_equal(ops.take(there, rows, axis=axis), jnp.take(q.dequantize(), rows, axis=axis))
 
@@ -294,12 +295,13 @@ def test_checkpoints_of_others(tmp_path):
 
 def test_shardings_cut_whole_groups():
     mesh = AbstractMesh((4, 2), ("data", "model"))
-    q = weight("int4 g8", (64, 24)).laid_out("elements")
+    q = laid_out(weight("int4 g8", (64, 24)), "elements")
     found = jq.ops.shardings({"w": q}, {"w": NamedSharding(mesh, P("data", "model"))})["w"]
     assert tuple(found.codes.spec) == ("data", None, "model")
     assert tuple(found.scale.spec) == ("data", "model")
+    uneven = laid_out(weight("int4 g8", (48, 24)), "elements")
     with pytest.raises(QuantError, match="6 blocks"):
-        jq.ops.shardings({"w": weight("int4 g8", (48, 24)).laid_out("elements")}, {"w": NamedSharding(mesh, P("data"))})
+        jq.ops.shardings({"w": uneven}, {"w": NamedSharding(mesh, P("data"))})
 
 
 def test_targets_that_are_none():
@@ -310,7 +312,7 @@ def test_targets_that_are_none():
 
 
 def test_arithmetic_on_int4_is_refused():
-    q = weight("int4 g8").laid_out("elements")
+    q = laid_out(weight("int4 g8"), "elements")
     with pytest.raises(QuantError, match="computed with them"):
         jax.tree.map(lambda v: v.astype(jnp.float32) * 0.5, q).dequantize()
 
@@ -319,7 +321,7 @@ def test_arithmetic_on_int4_is_refused():
 @pytest.mark.parametrize("name", ["float8", "mxfp8", "float8 e5m2 g8"])
 def test_arithmetic_on_fp8_is_refused(name):
     """fp8 keeps its dtype in ``a * 0.5``; the seal does not."""
-    q, x = weight(name).laid_out("native"), jnp.ones((2, 64))
+    q, x = laid_out(weight(name), "native"), jnp.ones((2, 64))
     assert q.stored.dtype == q.type.code_dtype
     for change in (lambda a: a * 0.5, lambda a: 0.9 * a + 0.1 * a, lambda a: jnp.sqrt(jnp.abs(a)), lambda a: a * 2):
         changed = jax.tree.map(change, q)
@@ -335,17 +337,17 @@ def test_arithmetic_on_fp8_is_refused(name):
 def test_fp8_in_its_own_dtype_is_a_leaf_like_others(name):
     """Stacks, slices of them, mapped axes and shardings have a seal that fits."""
     q = weight(name, (3, 64, 24))
-    there, values = q.laid_out("native"), np.asarray(q.dequantize())
+    there, values = laid_out(q, "native"), np.asarray(q.dequantize())
     np.testing.assert_array_equal(jax.tree.map(lambda a: a[1], there).dequantize(), values[1])
-    rows = weight(name, (24, 64), (-1,)).laid_out("native")
+    rows = laid_out(weight(name, (24, 64), (-1,)), "native")
     if name == "float8":
         np.testing.assert_array_equal(jax.vmap(lambda q: q.dequantize())(rows), rows.dequantize())
     mesh = AbstractMesh((4, 2), ("data", "model"))
-    flat = weight(name, (512, 24)).laid_out("native")  # mxfp8: pieces of 128
+    flat = laid_out(weight(name, (512, 24)), "native")  # mxfp8: pieces of 128
     found = jq.ops.shardings({"w": flat}, {"w": NamedSharding(mesh, P("data", "model"))})["w"]
     assert jax.tree.structure(found) == jax.tree.structure(flat)
     assert tuple(found.seal.spec) == (None, "model")
-    shapes = jax.eval_shape(lambda q: ops.lay_out(q, "tpu"), flat.laid_out("packed"))
+    shapes = jax.eval_shape(lambda q: ops.lay_out(q, "tpu"), laid_out(flat, "packed"))
     assert jax.tree.structure(shapes) == jax.tree.structure(flat)
     assert [leaf.dtype for leaf in jax.tree.leaves(shapes)] == [leaf.dtype for leaf in jax.tree.leaves(flat)]
 

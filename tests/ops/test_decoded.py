@@ -17,6 +17,7 @@ from narrowed import present
 import jaxquant as jq
 from jaxquant import ops, recipes
 from jaxquant.core.by_platform import Platform, Target
+from jaxquant.core.relayout import laid_out
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
@@ -57,7 +58,7 @@ def both(x, w, numbers, spec, act=None, platform: Platform = "other"):
 
     @jax.jit  # one program: each operation on its own would be compiled for every shape
     def products(x, w):
-        q = jq.quantize(w, spec, reduce_axes=tuple(i - w.ndim for i in wc)).laid_out("elements")
+        q = laid_out(jq.quantize(w, spec, reduce_axes=tuple(i - w.ndim for i in wc)), "elements")
         xq = x if act is None else jq.quantize(x, act, reduce_axes=tuple(i - x.ndim for i in xc))
         kernel, problem = decoded(xq, q, *axes, platform)
         return kernel.run(problem), [v.dequantize(jnp.float32) if isinstance(v, jq.QTensor) else v for v in (xq, q)]
@@ -147,7 +148,7 @@ def test_scales_along_what_is_contracted(qtype):
     """A cache with a scale per token, in any order of axes: the scales go into the activation."""
     w, x = array((3, 64, 24), 1) * jnp.linspace(1, 9, 64).reshape(1, 64, 1), array((64, 5, 3), 0)
     axes = Axes((2,), (1,), (0,)), Axes((0,), (2,), (1,))
-    q = jq.quantize(w, jq.QuantSpec(qtype), reduce_axes=(-1,)).laid_out("elements")
+    q = laid_out(jq.quantize(w, jq.QuantSpec(qtype), reduce_axes=(-1,)), "elements")
     problem = Product.of(x, q, *axes, None, jnp.float32)
     kernel = select(problem, Target("other"))
     assert type(kernel).__name__ == ("ScaledActivation" if q.type.bits == 8 else "Decoded")
@@ -158,7 +159,7 @@ def test_scales_along_what_is_contracted(qtype):
 def test_the_weight_on_the_left():
     spec = SPECS["int4"]
     w, x = array((24, 64), 1), array((3, 64), 0)
-    q = jq.quantize(w, spec, reduce_axes=(-1,)).laid_out("elements")
+    q = laid_out(jq.quantize(w, spec, reduce_axes=(-1,)), "elements")
     kernel, problem = decoded(q, x, Axes.of(2, (), (1,)), Axes.of(2, (), (1,)))
     assert problem.weight_first
     out = kernel.run(problem)
@@ -174,7 +175,7 @@ def test_the_same_on_a_cpu(name, spec):
     op = jq.OpSpec(SPECS[name], jq.QuantSpec("int8") if spec else None)
     product = lambda q, x: ops.einsum("bk,kn->bn", x, q, spec=op)  # noqa: E731
     wanted = product(q, x)
-    there = q.laid_out("elements")
+    there = laid_out(q, "elements")
     np.testing.assert_allclose(jax.jit(product)(there, x), wanted, rtol=2e-4, atol=2e-4)
     gradient = jax.grad(lambda x, q: product(q, x).sum())
     np.testing.assert_allclose(gradient(x, there), gradient(x, q), rtol=2e-4, atol=2e-4)
@@ -193,7 +194,7 @@ def lowered(fn, *args, platform):
 def test_what_is_lowered_for_other_platforms(platform, rows):
     """One dot of the codes as they lie: no loop, no gather, no array of the weight's shape. A barrier is behind it."""
     spec = recipes.w4a16(32)
-    w = jq.quantize(array((64, 24), 1, jnp.bfloat16), present(spec.weight), reduce_axes=(-2,)).laid_out("elements")
+    w = laid_out(jq.quantize(array((64, 24), 1, jnp.bfloat16), present(spec.weight), reduce_axes=(-2,)), "elements")
     fn = lambda q, x: ops.einsum("bk,kn->bn", x, q, spec=spec)  # noqa: E731
     x = array((rows, 64), 0, jnp.bfloat16)
     text = lowered(fn, w, x, platform=platform)

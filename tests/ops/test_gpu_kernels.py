@@ -25,6 +25,7 @@ from jaxquant import recipes
 from jaxquant.core.affine import as_codes
 from jaxquant.core.by_platform import Target
 from jaxquant.core.qtensor import flat
+from jaxquant.core.relayout import laid_out
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels.gpu.decoded import TritonDecoded, run
 from jaxquant.ops.kernels.gpu.quantizing import rows_at_once
@@ -64,7 +65,7 @@ def problem_of(spec, rows, k, n, *, lead=(), k_last=False, act=None, dtype=jnp.f
     """A product of `rows` rows with a quantized weight, as it is stored on a GPU, and the kernel for it."""
     axis = -1 if k_last else -2
     w = unequal(seed, (*lead, n, k) if k_last else (*lead, k, n))
-    q = jax.jit(lambda w: jq.quantize(w, spec, reduce_axes=(axis,)).laid_out("elements"))(w).replace(dtype=dtype)
+    q = jax.jit(lambda w: laid_out(jq.quantize(w, spec, reduce_axes=(axis,)), "elements"))(w).replace(dtype=dtype)
     x = unequal(seed + 1, (*lead, rows, k), dtype)
     x = x if act is None else jq.quantize(x, act, reduce_axes=(-1,))
     batch = tuple(range(len(lead)))
@@ -103,7 +104,7 @@ def test_in_bfloat16(name):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_float_zero_points(dtype):
     """As HQQ has them: differences are rounded to their dtype, which is that of the values."""
-    q = jq.quantize(unequal(0, (256, 34)), SPECS["uint4 g64 zero"], reduce_axes=(-2,)).laid_out("elements")
+    q = laid_out(jq.quantize(unequal(0, (256, 34)), SPECS["uint4 g64 zero"], reduce_axes=(-2,)), "elements")
     zero = present(q.zero_point).astype(dtype) + jnp.asarray(0.3, dtype)
     problem = Product.of(
         unequal(1, (8, 256), dtype), q.replace(zero_point=zero, dtype=dtype), Axes.of(2, (), (1,)),
@@ -183,7 +184,7 @@ def test_a_row_is_the_same_beside_others():
 
 def test_several_axes_and_transformations():
     """Heads are contracted with their features, under vmap, scan and remat."""
-    w = jq.quantize(unequal(0, (2, 4, 32, 24)), SPECS["int4 g32"], reduce_axes=(-2,)).laid_out("elements")
+    w = laid_out(jq.quantize(unequal(0, (2, 4, 32, 24)), SPECS["int4 g32"], reduce_axes=(-2,)), "elements")
     x = unequal(1, (3, 4, 32))
     axes = Axes.of(3, (), (1, 2)), Axes.of(3, (), (0, 1))
 
@@ -247,7 +248,7 @@ def test_rows_are_quantized_where_they_are():
 def kernel_of(spec, k=64, n=32, *, dtype=jnp.bfloat16, axes=None, act=None):
     """What is chosen for CUDA, from shapes."""
     q = jax.eval_shape(
-        lambda: jq.quantize(jnp.zeros((k, n)), spec, reduce_axes=(-2,)).laid_out("elements").replace(dtype=dtype)
+        lambda: laid_out(jq.quantize(jnp.zeros((k, n)), spec, reduce_axes=(-2,)), "elements").replace(dtype=dtype)
     )
     x: Any = jax.ShapeDtypeStruct((8, k), dtype)
     left, right = axes or (Axes((), (0,), (1,)), Axes((), (1,), (0,)))

@@ -18,7 +18,7 @@ __all__ = ["Int8Convolution", "convolved_codes", "fits_int32", "is_whole", "one_
 
 
 @dataclasses.dataclass(frozen=True)
-class Int8Convolution(Kernel):
+class Int8Convolution(Kernel[Convolution]):
     """An int8 convolution of integers with one scale per image and one per output feature."""
 
     operation = Convolution
@@ -27,7 +27,7 @@ class Int8Convolution(Kernel):
     title = "int8"
 
     @classmethod
-    def takes(cls, problem: Convolution) -> Kernel | None:
+    def takes(cls, problem: Convolution) -> Kernel[Convolution] | None:
         """As for `Kernel`: on TPUs.
 
         cuDNN has no convolution from int8 to int32, and XLA refuses to compile one for NVIDIA GPUs.

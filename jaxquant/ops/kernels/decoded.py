@@ -4,7 +4,7 @@
 
 Decoding is elementwise, so XLA fuses it into the product's operand and writes no float weight to memory, provided that
 the decoded values go straight into the product. A reshape of the codes, or of repeated scales, would be written to
-memory first. So an axis with groups is stored as two, blocks of rows and the rows of a block (`QTensor.laid_out`); the
+memory first. So an axis with groups is stored as two, blocks of rows and the rows of a block (`laid_out`); the
 activation's axis is split in the same way, and the product sums over both. Where a block holds several groups, its
 scales are selected by row. Scales are applied in float32, since the vector units of many TPUs have no bfloat16, and
 values are rounded to the activation's dtype as in `dequantized`.
@@ -38,7 +38,7 @@ __all__ = ["BatchedDecoded", "Decoded", "Dot", "product"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoded(Kernel):
+class Decoded(Kernel[Product]):
     """One dot of an activation's values or codes with the decoded codes of a stored weight.
 
     Attributes:
@@ -55,7 +55,7 @@ class Decoded(Kernel):
         return f"{jnp.dtype(self.dtype).name}, decoded"
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`: off the CPU a stored weight with one code per element, and groups along one axis at most."""
         if not is_stored_in_elements(problem.w):
             return None
@@ -78,7 +78,7 @@ class BatchedDecoded(Decoded):
         return f"{jnp.dtype(self.dtype).name}, batched"
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`: if values are exact in a narrow dtype and the results of all groups are few."""
         if Decoded.takes(problem) is None:
             return None

@@ -45,7 +45,7 @@ def value_dtype(problem: Product) -> np.dtype:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExactBfloat16(Kernel):
+class ExactBfloat16(Kernel[Product]):
     """A bfloat16 dot of fp8 or fp4 with one scale per row on either side, or powers of two (the MX formats).
 
     Those values are exact in bfloat16, and their products in float32.
@@ -56,7 +56,7 @@ class ExactBfloat16(Kernel):
     title = "bfloat16"
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`: off the CPU, which has faster kernels of its own."""
         if problem.wide:
             return None
@@ -69,7 +69,7 @@ class ExactBfloat16(Kernel):
 
 
 @dataclasses.dataclass(frozen=True)
-class Float(Kernel):
+class Float(Kernel[Problem]):
     """The float program's own operation, applied to real values.
 
     Attributes:
@@ -86,7 +86,7 @@ class Float(Kernel):
         return jnp.dtype(self.dtype).name
 
     @classmethod
-    def takes(cls, problem: Problem) -> Kernel | None:
+    def takes(cls, problem: Problem) -> Kernel[Problem] | None:
         """Takes every convolution and ragged product, and other products that gain nothing from the canonical form.
 
         These are products whose scales form no groups along the contraction, and products in training, where real
@@ -125,7 +125,7 @@ def _own_dtype(problem: Problem) -> np.dtype | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaledActivation(Kernel):
+class ScaledActivation(Kernel[Product]):
     """A float dot of codes with an activation that is multiplied by scales which all rows of the weight share.
 
         sum_k x[m, k] (s[k] c[n, k])  =  sum_k (x[m, k] s[k]) c[n, k]
@@ -147,7 +147,7 @@ class ScaledActivation(Kernel):
         return jnp.dtype(self.dtype).name
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`, except float16, in which the activation times scales could underflow."""
         x, w = problem.forms
         if not isinstance(x, jax.ShapeDtypeStruct) or not isinstance(w, Matrix | Packed) or problem.trained:
@@ -167,7 +167,7 @@ class ScaledActivation(Kernel):
 
 
 @dataclasses.dataclass(frozen=True)
-class Dequantized(Kernel):
+class Dequantized(Kernel[Product]):
     """A float dot of the dequantized operands.
 
     Attributes:
@@ -182,7 +182,7 @@ class Dequantized(Kernel):
         return jnp.dtype(self.dtype).name
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`: every product that has a canonical form."""
         return None if None in problem.forms else cls(value_dtype(problem))
 

@@ -35,7 +35,7 @@ Sums = Callable[[jax.Array, Matrix], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Int8(Kernel):
+class Int8(Kernel[Product]):
     """An int8 dot accumulated in int32, and scaled in float32.
 
     (One dot per group of the contraction, scaled and summed, would take many times as long as a float dot.)
@@ -46,7 +46,7 @@ class Int8(Kernel):
     title = "int8"
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`: off the CPU, which has faster kernels of its own."""
         return cls() if multiplies_integers(problem) else None
 

@@ -17,7 +17,7 @@ __all__ = ["Int8Ragged", "int8_ragged"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Int8Ragged(Kernel):
+class Int8Ragged(Kernel[RaggedProduct]):
     """An int8 ragged product of integers with one scale per row and one per output channel of each expert."""
 
     operation = RaggedProduct
@@ -25,7 +25,7 @@ class Int8Ragged(Kernel):
     title = "int8"
 
     @classmethod
-    def takes(cls, problem: RaggedProduct) -> Kernel | None:
+    def takes(cls, problem: RaggedProduct) -> Kernel[RaggedProduct] | None:
         """As for `Kernel`: on every platform."""
         x, experts = problem.forms
         if not (is_whole(x) and is_whole(experts)):

@@ -32,7 +32,7 @@ _LONG_DOT = 64  # rows from which a dot of codes in bfloat16 is faster than in i
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocked(Kernel):
+class Blocked(Kernel[Product]):
     """Blocked dequantization of a stored weight of any type.
 
     Attributes:
@@ -49,7 +49,7 @@ class Blocked(Kernel):
         return f"{jnp.dtype(self.dtype).name} blocks"
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`."""
         return None if None in problem.forms or problem.trained or problem.wide else cls(value_dtype(problem))
 
@@ -67,7 +67,7 @@ class Blocked(Kernel):
         return problem.restored(scaled(out, scale, None))
 
 
-class BlockedIntegers(Kernel):
+class BlockedIntegers(Kernel[Product]):
     """Blocked dequantization of integers that are exact in bfloat16, on one core without tiles, from 64 rows on.
 
     Products are exact too, with sums in float32. (Several cores share one int8 dot better than a loop.)
@@ -76,7 +76,7 @@ class BlockedIntegers(Kernel):
     platforms = ("cpu",)
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`."""
         if problem.rows < _LONG_DOT or problem.wide or machine.int8_dots() != "vectors" or machine.cores() > 1:
             return None

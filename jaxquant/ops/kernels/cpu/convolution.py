@@ -26,7 +26,7 @@ class Int8Convolution(convolution.Int8Convolution):
     platforms = ("cpu",)
 
     @classmethod
-    def takes(cls, problem: Convolution) -> Kernel | None:
+    def takes(cls, problem: Convolution) -> Kernel[Convolution] | None:
         """As for `Kernel`: if the library serves int8."""
         return None if machine.int8_dots() == "none" else super().takes(problem)
 
@@ -37,7 +37,7 @@ class Int8Convolution(convolution.Int8Convolution):
 
 
 @dataclasses.dataclass(frozen=True)
-class ResidualSplitConvolution(Kernel):
+class ResidualSplitConvolution(Kernel[Convolution]):
     """The residual split of a float activation: further images of one int8 convolution, weighted and summed.
 
     Attributes:
@@ -51,7 +51,7 @@ class ResidualSplitConvolution(Kernel):
     title = "int8 residual split"
 
     @classmethod
-    def takes(cls, problem: Convolution) -> Kernel | None:
+    def takes(cls, problem: Convolution) -> Kernel[Convolution] | None:
         """As for `Kernel`: if the library serves int8, and there is one feature group.
 
         Digits have one scale per image, which is too coarse for separate feature groups and no gain for small kernels.

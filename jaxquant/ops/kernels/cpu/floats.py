@@ -38,7 +38,7 @@ def value_dtype(problem: Product) -> np.dtype:
     return jnp.float32 if few and not (w.one_scale and w.integer) else dtype  # integers take one instruction to decode
 
 
-class ExactBfloat16(Kernel):
+class ExactBfloat16(Kernel[Product]):
     """`dequantized.ExactBfloat16` in training, on CPUs with bfloat16 instructions.
 
     A stored weight is faster decoded by blocks.
@@ -47,31 +47,31 @@ class ExactBfloat16(Kernel):
     platforms = ("cpu",)
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`."""
         if problem.wide or not problem.trained or not machine.bfloat16_dots():
             return None
         return dequantized.ExactBfloat16.takes(problem)
 
 
-class Float(Kernel):
+class Float(Kernel[Problem]):
     """`dequantized.Float` of convolutions and ragged products, in float32 at least."""
 
     operation = Problem
     platforms = ("cpu",)
 
     @classmethod
-    def takes(cls, problem: Problem) -> Kernel | None:
+    def takes(cls, problem: Problem) -> Kernel[Problem] | None:
         """As for `Kernel`."""
         return None if isinstance(problem, Product) else dequantized.Float(promoted(problem.dtype, jnp.float32))
 
 
-class Dequantized(Kernel):
+class Dequantized(Kernel[Product]):
     """`dequantized.Dequantized`: in training, and in float64."""
 
     platforms = ("cpu",)
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`."""
         return None if None in problem.forms else dequantized.Dequantized(value_dtype(problem))

@@ -45,7 +45,7 @@ _EXACT = 2.0**-24
 
 
 @dataclasses.dataclass(frozen=True)
-class Gemv(Kernel):
+class Gemv(Kernel[Product]):
     """One row times integers, fp8 or other 4-bit codes in groups, in a loop that decodes and multiplies."""
 
     platforms = ("cpu",)
@@ -53,7 +53,7 @@ class Gemv(Kernel):
     title = "float32 GEMV"
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`: a weight with codes (stored with K last) and groups that fit these loops.
 
         Table values that are not multiples of one unit are rounded to 16 bits, an error of 1e-5 of their norm for nf4.

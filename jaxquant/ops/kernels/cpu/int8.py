@@ -25,7 +25,7 @@ _FEW_ROWS = 48
 
 
 @dataclasses.dataclass(frozen=True)
-class Int8(Kernel):
+class Int8(Kernel[Product]):
     """int8 dots accumulated in int32; packed codes are unpacked a block of rows at a time.
 
     The multipliers of two-level scales are multiplied into the codes, so that one plain dot suffices.
@@ -37,7 +37,7 @@ class Int8(Kernel):
     exact = True
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`: integers in groups of 1024 or more, or one scale per row, if the library serves int8."""
         if machine.int8_dots() == "none" and not problem.wide:
             return None

@@ -19,7 +19,7 @@ __all__ = ["ResidualSplitRagged"]
 
 
 @dataclasses.dataclass(frozen=True)
-class ResidualSplitRagged(Kernel):
+class ResidualSplitRagged(Kernel[RaggedProduct]):
     """The residual split of a float activation: one int8 product for each digit.
 
     Attributes:
@@ -33,7 +33,7 @@ class ResidualSplitRagged(Kernel):
     title = "int8 residual split"
 
     @classmethod
-    def takes(cls, problem: RaggedProduct) -> Kernel | None:
+    def takes(cls, problem: RaggedProduct) -> Kernel[RaggedProduct] | None:
         """As for `Kernel`: integer experts with one scale per output channel."""
         x, experts = problem.forms
         if not isinstance(x, jax.ShapeDtypeStruct) or x.dtype == jnp.float64 or not is_whole(experts):

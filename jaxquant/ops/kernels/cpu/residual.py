@@ -57,7 +57,7 @@ def most_rows(int8: machine.Int8Dots, *, exact: bool, whole: bool = False) -> fl
 
 
 @dataclasses.dataclass(frozen=True)
-class ResidualSplit(Kernel):
+class ResidualSplit(Kernel[Product]):
     """The split of a float activation beside integers with one scale per row, or two-level scales.
 
     Attributes:
@@ -71,7 +71,7 @@ class ResidualSplit(Kernel):
     exact = True
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`: up to `most_rows`."""
         most, count = _most_rows(problem), digit_count(problem.precision)
         fits = count * problem.rows <= most and problem.quantized[0].groups == 1
@@ -85,7 +85,7 @@ class ResidualSplit(Kernel):
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaledResidualSplit(Kernel):
+class ScaledResidualSplit(Kernel[Product]):
     """The split of an activation that is multiplied by scales which all rows of the weight share.
 
         sum_k x[m, k] (s[k] (c[n, k] - z[k]))  =  sum_k (x[m, k] s[k]) (c[n, k] - z[k])
@@ -99,7 +99,7 @@ class ScaledResidualSplit(Kernel):
     title = "int8 residual split"
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`: up to `most_rows`, of a weight with a byte per code."""
         most = _most_rows(problem)
         if not digit_count(_SCALED) * problem.rows <= most:

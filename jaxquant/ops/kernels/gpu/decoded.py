@@ -29,7 +29,7 @@ _LARGEST = 2**31  # elements, whose places are int32
 
 
 @dataclasses.dataclass(frozen=True)
-class TritonDecoded(Kernel):
+class TritonDecoded(Kernel[Product]):
     """A stored weight of 4 bits or less, or with groups, by `jaxquant.ops.kernels.gpu.product`.
 
     Attributes:
@@ -46,7 +46,7 @@ class TritonDecoded(Kernel):
         return f"{jnp.dtype(self.dtype).name}, decoded by Triton"
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`: where XLA would write the weight's values to memory, and the kernel has blocks.
 
         XLA fuses one conversion into a product. So weights whose codes are numbers, with one scale per row and no zero

@@ -29,14 +29,14 @@ _FLOAT8 = re.compile(r"\b(H100|H200|H800|H20|GH200|B100|B200|B300|GB200|GB300|L4
 
 
 @dataclasses.dataclass(frozen=True)
-class TritonInt8(Kernel):
+class TritonInt8(Kernel[Product]):
     """int8 dots in `jaxquant.ops.kernels.gpu.product`, if there are enough rows that their sums are large."""
 
     title = "int8, scaled by Triton"
     platforms = ("cuda",)
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`: symmetric int8 with one scale for each row of x and each column of the weight."""
         fits = _fits(problem, in_int8) and problem.length <= overflow_limit(128, 128)
         return cls() if fits else None
@@ -47,7 +47,7 @@ class TritonInt8(Kernel):
 
 
 @dataclasses.dataclass(frozen=True)
-class TritonFloat8(Kernel):
+class TritonFloat8(Kernel[Product]):
     """e4m3 dots in the same kernel, on chips that have them: Triton does not compile them for others.
 
     Sums are float32; the tensor cores of a Hopper add the products of one step with fewer bits.
@@ -62,7 +62,7 @@ class TritonFloat8(Kernel):
         return target.platform in cls.platforms and _FLOAT8.search(target.chip or "") is not None
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`: symmetric e4m3 with one scale for each row of x and each column of the weight."""
         return cls() if _fits(problem, _in_e4m3) and is_default(problem.precision) else None
 

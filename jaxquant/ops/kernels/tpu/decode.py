@@ -128,7 +128,7 @@ class Decoder:
 
 
 def decoder(qtype: QType) -> Decoder:
-    """The decoder for codes of a type in the form that `QTensor.laid_out` stores."""
+    """The decoder for codes of a type in the form that `laid_out` stores."""
     if qtype.kind == "int":
         return Decoder("integers", shift=0 if qtype.signed or not qtype.packed else 8)
     if qtype.kind == "float" and qtype.packed:

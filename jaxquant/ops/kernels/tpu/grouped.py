@@ -43,11 +43,12 @@ __all__ = [
 
 
 _LARGE = 32 << 20
-"""Bytes of a table that XLA, which has no time to move it near before, reads while it multiplies."""
+"""Bytes of a weight that stands alone in a program, as a table does. XLA reads a larger one while it multiplies: no
+other work is long enough to hide the move to the chip's own memory."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Grouped(Kernel):
+class Grouped(Kernel[Product]):
     """A product by one of the two kernels.
 
     Attributes:
@@ -65,8 +66,8 @@ class Grouped(Kernel):
     cores: int = 1
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
-        """As for `Kernel`: where the weight has groups of rows, as `QTensor.laid_out` stores them."""
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
+        """As for `Kernel`: where the weight has groups of rows, as `laid_out` stores them."""
         if Decoded.takes(problem) is None or not is_default(problem.precision):
             return None
         w, axes, rows = problem.weight, problem.w_axes, problem.rows
@@ -175,8 +176,8 @@ class ColumnValues(_Columns, GroupedValues):
     """As `GroupedValues`."""
 
 
-class GathersBytes(Kernel):
-    """Reads tables and 4-bit floats by gathers of bytes, and 8-bit floats as bytes, on chips that can."""
+class GathersBytes:
+    """A kernel that reads tables and 4-bit floats by gathers of bytes, and 8-bit floats as bytes, on chips that can."""
 
     chips = GATHER_BYTES
 
@@ -225,7 +226,7 @@ class ByteValues(_Bytewise, GroupedValues):
     """As `GroupedValues`."""
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`; few rows of 4-bit floats in small groups take less time as `GroupedValues`."""
         kernel = super().takes(problem)
         if isinstance(kernel, Grouped) and problem.rows <= FEW and problem.weight.type.kind == "float":
@@ -332,10 +333,15 @@ def weight_arrays(w: QTensor) -> dict[str, jax.Array | None]:
     """The arrays of a weight, as `grouped_product` takes them."""
     scale, columns = _scale(w)
     offset = None if w.offset is None else flat(w.offset)
+
+    def stacked(value: jax.Array | None) -> jax.Array | None:
+        if value is None:
+            return None
+        whole = w.in_stack(value).reshape(-1, *value.shape[-2:])
+        return whole.astype(jnp.float32) if whole.dtype == jnp.float16 else whole  # a TPU has no registers of float16
+
     beside = {"scale": scale, "zero": w.zero_point, "offset": offset, "columns": columns}
-    arrays = {name: None if v is None else w.in_stack(v).reshape(-1, *v.shape[-2:]) for name, v in beside.items()}
-    if scale.dtype == jnp.float16:  # a TPU has no registers of these
-        arrays["scale"] = w.in_stack(scale).reshape(-1, *scale.shape[-2:]).astype(jnp.float32)
+    arrays = {name: stacked(value) for name, value in beside.items()}
     k, n = w.shape[-2:]
     return arrays | {"codes": w.in_stack(w.kept).reshape(-1, k // BLOCK, BLOCK, n), "layer": w.layer}
 

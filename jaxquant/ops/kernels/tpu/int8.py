@@ -49,7 +49,7 @@ _ROWS, _COLUMNS = (512, 256), (1024, 512)  # of a block; with 512 columns readin
 
 
 @dataclasses.dataclass(frozen=True)
-class Int8Blocks(Kernel):
+class Int8Blocks(Kernel[Product]):
     """A product of codes with sums in int32, as `Int8` computes it, to the bit.
 
     Attributes:
@@ -64,7 +64,7 @@ class Int8Blocks(Kernel):
     columns_last: bool
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`: many rows of signed int8 on both sides, with a weight that is stored as a matrix."""
         sizes = (*problem.x.shape, *problem.w.shape)
         if not all(isinstance(n, int) for n in sizes) or not multiplies_integers(problem) or not cls._is_for(problem):
@@ -75,7 +75,7 @@ class Int8Blocks(Kernel):
         return cls._of(problem, w, jnp.int8) if w.shape[2] <= overflow_limit(x.reach, w.reach) else None
 
     @classmethod
-    def _of(cls, problem: Product, w: Form, dtype: DTypeLike) -> Kernel | None:
+    def _of(cls, problem: Product, w: Form, dtype: DTypeLike) -> Kernel[Product] | None:
         """The kernel for an activation of a dtype, if it takes the weight."""
         if not isinstance(w, Matrix) or w.zero_point is not None or w.groups != 1:
             return None
@@ -135,7 +135,7 @@ class Bfloat16Layer(Int8Layer):
     title = "bfloat16_layer"
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`: as for `Int8Layer`, but with an activation in bfloat16."""
         if isinstance(problem.x, QTensor) or problem.dtype != jnp.bfloat16 or not cls._is_for(problem):
             return None
@@ -167,7 +167,7 @@ class DigitsLayer(Bfloat16Layer):
         return super().runs_on(target) and target.chip not in MULTIPLY_FLOATS_ONLY
 
     @classmethod
-    def takes(cls, problem: Product) -> Kernel | None:
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Bfloat16Layer`, and an activation in float32."""
         if isinstance(problem.x, QTensor) or problem.dtype not in (jnp.bfloat16, jnp.float32):
             return None

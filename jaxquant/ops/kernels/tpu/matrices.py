@@ -23,8 +23,8 @@ from jaxquant.ops.trained import TrainedTensor, is_stored_in_elements
 __all__ = ["as_matrices"]
 
 _TILE = 64
-"""Rows of a tile of 4-bit codes. A TPU fills up the last tile of the last two axes; if none is, axes before are joined
-to the last but one for free."""
+"""Rows of a tile of 4-bit codes. Arrays are stored in tiles of their last two axes. Where whole tiles cover the last
+but one, no tile is padded, and the axes before it are joined to it without a copy."""
 
 
 def as_matrices(problem: Product) -> Product:
@@ -73,11 +73,9 @@ def _matrix(w: QTensor, lead: int, first: int) -> QTensor:
         return (*shape[:lead], math.prod(shape[lead : lead + first]), math.prod(shape[lead + first :]))
 
     def of_blocks(value: Scale | None) -> Scale | None:
-        if value is None or value.shape == flat(value.shape):
-            return value
-        return (
-            views.reshape(value, flat(value.shape)) if isinstance(value, QTensor) else value.reshape(flat(value.shape))
-        )
+        if value is None or value.shape == (shape := flat(value.shape)):
+            return value  # the very object, which `QTensor.in_stack` looks for
+        return views.reshape(value, shape) if isinstance(value, QTensor) else value.reshape(shape)
 
     (*_, k, _), (*_, groups, _) = flat(w.shape), flat(w.scale.shape)
     split = -2 if 1 < groups < k else None

@@ -171,7 +171,7 @@ def grouped_product(
 
     Args:
       x: [B, M, K], int8, bfloat16 or float32; K is a multiple of 128.
-      codes: [L B, K / 128, 128, N], a stack of L layers of B weights in the form that `QTensor.laid_out` stores.
+      codes: [L B, K / 128, 128, N], a stack of L layers of B weights in the form that `laid_out` stores.
       scale, zero, offset: [L B, K / group size, N], or [B, K / group size, N] of the layer. The last two may be None.
       groups: the rest of the weight.
       body: the kernel, as `body_for` chooses it.

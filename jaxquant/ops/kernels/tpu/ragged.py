@@ -52,7 +52,7 @@ def _tile(rows: int, groups: Groups, result: DTypeLike) -> tuple[int, bool]:
 
 
 @dataclasses.dataclass(frozen=True)
-class RaggedExperts(Kernel):
+class RaggedExperts(Kernel[RaggedProduct]):
     """A ragged product of experts, with rows of bfloat16, or of int8 or fp8 with one scale per row.
 
     Attributes:
@@ -69,7 +69,7 @@ class RaggedExperts(Kernel):
     rows_last: bool
 
     @classmethod
-    def takes(cls, problem: RaggedProduct) -> Kernel | None:
+    def takes(cls, problem: RaggedProduct) -> Kernel[RaggedProduct] | None:
         """As for `Kernel`: stored experts in groups, or of signed integers or fp8 with one scale per channel.
 
         4-bit floats and tables are taken for as many rows as a tile has: for more, XLA decodes an expert once.
@@ -227,7 +227,7 @@ def ragged_product(
     Args:
       x: [M, K], int8 or bfloat16; K is a multiple of 128.
       sizes: [E], rows of each expert, in order.
-      codes: [L E, K / 128, 128, N], a stack of L layers in the form that `QTensor.laid_out` stores; without groups
+      codes: [L E, K / 128, 128, N], a stack of L layers in the form that `laid_out` stores; without groups
         [L E, K, N], or [L E, N, K].
       scale, zero: [L E, groups of K, N], or [E, groups of K, N] of the layer; zero may be None.
       groups: the rest of the experts.
