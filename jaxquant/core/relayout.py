@@ -107,8 +107,8 @@ def _minor_in(q: QTensor, layout: Layout) -> tuple[int, ...]:
         return ()
     if _are_bytes(q):
         return own[-1:]
-    groups, small = _group_axis(q), q.type.packed and q.type.bits <= 4
-    last = groups == -1 or (groups is None and small and q.scale.shape[-1] == 1)
+    groups, decoded = _group_axis(q), own_dtype(q.qtype) is not None or (q.type.packed and q.type.bits <= 4)
+    last = groups == -1 or (groups is None and decoded and q.scale.shape[-1] == 1)
     return (-2,) if last and q.ndim > 1 and q.scale.shape[-2] > 1 else ()
 
 

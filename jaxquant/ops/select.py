@@ -67,6 +67,7 @@ TABLE: tuple[type[Kernel[Any]], ...] = (
     gpu_scaled.TritonFloat8,
     tpu_ragged.ByteExperts,
     tpu_ragged.RaggedExperts,
+    tpu_decoded.Float8Decoded,
     grouped.ManyRows,
     grouped.ByteSums,
     grouped.ByteValues,

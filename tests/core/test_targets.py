@@ -339,7 +339,7 @@ def test_fp8_in_its_own_dtype_is_a_leaf_like_others(name):
     q = weight(name, (3, 64, 24))
     there, values = laid_out(q, "native"), np.asarray(q.dequantize())
     np.testing.assert_array_equal(jax.tree.map(lambda a: a[1], there).dequantize(), values[1])
-    rows = laid_out(weight(name, (24, 64), (-1,)), "native")
+    rows = laid_out(weight(name, (24, 64), (-1,)), "native", ())
     if name == "float8":
         np.testing.assert_array_equal(jax.vmap(lambda q: q.dequantize())(rows), rows.dequantize())
     mesh = AbstractMesh((4, 2), ("data", "model"))

@@ -181,7 +181,7 @@ def problems():
         w = abstract((256, 128), jnp.dtype(dtype), present(spec.weight), (-2,), stored=False)
         for weight in (stored(spec, dtype, "cpu"), stored(spec, dtype, "tpu"), TrainedTensor(w, None)):
             yield Product.of(codes, weight, *axes, None, dtype)
-    for spec in (recipes.w8a8(), recipes.w4a8(128)):
+    for spec in (recipes.w8a8(), recipes.w4a8(128), recipes.fp8()):
         x, w = (
             abstract((2000, 256), rows.dtype, present(spec.act), (-1,), stored=False),
             stored(spec, jnp.bfloat16, "tpu"),

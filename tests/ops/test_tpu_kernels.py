@@ -141,7 +141,7 @@ def test_one_scale_per_column(name: str, rows: int, chip: str | None, monkeypatc
     plain, tables = name == "int4" and chip is None, name in ("nf4", "fp4")
     many = rows == 300 and tables and chip != V6E
     assert ("grouped" not in kernel) == (plain or many)
-    assert_close(y, x, w, exact=False, rounded=kernel != "grouped_sums" or name == "nf4")
+    assert_close(y, x, w, exact=False, rounded=name == "nf4")
 
 
 HEADS = {  # the weight's shape and its reduced axes, that of x, and the contracted axes of x and of the weight
@@ -213,13 +213,23 @@ def test_columns_of_a_table(dtype: str, rows: int, count: int):
     np.testing.assert_array_equal(np.asarray(found.astype(jnp.float32)), codes[:, indices])
 
 
-def test_a_layer_of_columns(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("qtype", ["int4", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("rows", [8, 300])
+def test_a_layer_of_columns(rows: int, qtype: str, monkeypatch: pytest.MonkeyPatch):
     """XLA takes such a layer out of its stack slowly, so that the kernel multiplies all kinds on all chips."""
-    w, x = weight(COLUMNS["int4"], (256, 128)), normal(2, (8, 256))
+    w, x = weight(jq.QuantSpec(qtype), (256, 128)), normal(2, (rows, 256))
     stack = jax.tree.map(lambda v: jnp.stack([jnp.flip(v, -1), v]), w)
     kernel, y = interpreted(problem_of(x, w.layer_of(stack, jnp.int32(1))), monkeypatch)
-    assert kernel == "grouped_sums"
+    many = "grouped_values" if qtype == "int4" else "bfloat16, decoded"
+    assert kernel == ("grouped_sums" if rows == 8 else many)
     assert_close(y, x, w, exact=False, rounded=False)
+    both = jq.quantize(x, jq.QuantSpec("float8_e4m3fn"), reduce_axes=(-1,))
+    if rows > 128 and qtype != "int4":  # a v7x multiplies fp8 as such
+        names = {None: many, V6E: "grouped_values", "TPU7x": many}
+        of_stack = problem_of(both, w.layer_of(stack, jnp.int32(1)))
+        assert {chip: select(of_stack, Target("tpu", chip)).name for chip in names} == names
+    if qtype != "int4":  # alone, XLA's product takes as long as reading it
+        assert select(problem_of(x, w), Target("tpu")).name == "bfloat16, decoded"
 
 
 @pytest.mark.parametrize("rows", [3, 40, 300])

@@ -229,7 +229,7 @@ def test_scattered_groups_are_read_by_the_kernel():
     assert found["w"].written == 0
 
 
-@pytest.mark.parametrize("name", ["w4a16 g128", "w8a16", "mxfp8"])
+@pytest.mark.parametrize("name", ["w4a16 g128", "w8a16", "mxfp8", "fp8 weights"])
 def test_heads_in_a_stack_are_read_there(name: str):
     """As of Flax's attention: the axes of heads, input or output, are joined without a copy of codes."""
     d, heads, size, layers = 1024, 8, 128, 3

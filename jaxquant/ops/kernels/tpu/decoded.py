@@ -1,4 +1,4 @@
-"""Dots of decoded codes, one for each group, in the form that a TPU runs fast."""
+"""Dots of decoded codes in the form that a TPU runs fast."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxquant.core.qtensor import QTensor
 from jaxquant.ops.kernels import decoded
 from jaxquant.ops.kernels.decoded import Dot
-from jaxquant.ops.problem import Product
+from jaxquant.ops.kernels.tpu.chips import MULTIPLY_FLOATS_ONLY
+from jaxquant.ops.kernels.tpu.product import FEW
+from jaxquant.ops.problem import Kernel, Product
 
-__all__ = ["BatchedDecoded"]
+__all__ = ["BatchedDecoded", "Float8Decoded"]
 
 _ROWS, _GROUP = 16, 128  # most rows, and the smallest group
 
@@ -35,3 +38,19 @@ class BatchedDecoded(decoded.BatchedDecoded):
             return dot.batched()
         x = jnp.pad(dot.x, [(0, int(i == free[0])) for i in range(dot.x.ndim)])
         return lax.slice_in_dim(dataclasses.replace(dot, x=x).batched(), 0, 1, axis=batch)
+
+
+class Float8Decoded(decoded.Decoded):
+    """Many rows of fp8 by fp8, on chips that multiply fp8 as such. Kernels multiply bfloat16."""
+
+    platforms = ("tpu",)
+    chips = MULTIPLY_FLOATS_ONLY
+
+    @classmethod
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
+        """As for `Kernel`: with one scale per row and per column."""
+        x, w = problem.x, problem.w
+        if not isinstance(x, QTensor) or not isinstance(w, QTensor) or problem.rows <= FEW:
+            return None
+        columns = w.seal is not None and w.split is None
+        return super().takes(problem) if columns and x.type.kind == "float" else None

@@ -18,7 +18,7 @@ from jaxquant.core.sizes import number
 from jaxquant.ops.kernels.decoded import Decoded
 from jaxquant.ops.kernels.precision import is_default
 from jaxquant.ops.kernels.tpu.chips import GATHER_BYTES, MULTIPLY_FLOATS_ONLY, TWO_CORES, V6E
-from jaxquant.ops.kernels.tpu.decode import BLOCK, decoder
+from jaxquant.ops.kernels.tpu.decode import BLOCK, Decoder, decoder
 from jaxquant.ops.kernels.tpu.decoded import BatchedDecoded
 from jaxquant.ops.kernels.tpu.dots import is_read_in_product
 from jaxquant.ops.kernels.tpu.product import FEW, Groups, Sums, Values, ValuesInParts, body_for, grouped_product
@@ -82,8 +82,8 @@ class Grouped(Kernel[Product]):
             return None
         if not cls._is_for(rows, dtype, groups):
             return None
-        if cls.body is Values and groups.decoder.parts > 1 and rows > FEW and not groups.decoder.bytewise:
-            return None  # XLA decodes such codes in the order of rows, in a tenth less time
+        if cls.body is not Sums and rows > FEW and _is_faster_by_xla(problem, groups.decoder):
+            return None
         exact = groups.decoder.is_exact and cls.body is Sums
         if not exact and problem.dtype != jnp.bfloat16:
             return None
@@ -100,7 +100,7 @@ class Grouped(Kernel[Product]):
         with zero points, and 30 of int4 in a stack of layers; the kernel takes 20, 14, 10 and 12. A table of
         [4096, 32000] in int4 takes XLA 190 and the kernel 86.
         """
-        return w.split == -2 or (_is_matrix(w) and not (_is_plain(w) and not _is_large(w)))
+        return w.split == -2 or (_is_matrix(w) and (_is_large(w) or not _is_converted(w)))
 
     def on(self, target: Target) -> Grouped:
         """As for `Kernel`."""
@@ -165,7 +165,7 @@ class _Columns(Grouped):
     @classmethod
     def _lies(cls, w: QTensor) -> bool:
         """As for `Grouped`."""
-        return _is_matrix(w) and _is_plain(w)
+        return _is_matrix(w) and w.in_int4 and _is_plain(w)
 
 
 class ColumnSums(_Columns, GroupedSums):
@@ -276,13 +276,28 @@ def weight_groups(w: QTensor) -> Groups | None:
 
 
 def _is_matrix(w: QTensor) -> bool:
-    """Whether 4-bit codes of one scale per column, of known size, lie in the order of rows: every 128 are a block."""
-    return w.split is None and not w.minor and w.in_int4 and math.isfinite(number(w.size))
+    """Whether codes of 4 bits or fp8, of one scale per column and of known size, lie in the order of rows.
+
+    Every 128 of these are a block.
+    """
+    lies = w.split is None and not w.minor and (w.in_int4 or w.seal is not None)
+    return lies and math.isfinite(number(w.size))
+
+
+def _is_faster_by_xla(problem: Product, decoder: Decoder) -> bool:
+    """Whether XLA's product of many rows, which decodes codes in the order of rows, takes a tenth less time."""
+    columns = problem.weight.seal is not None and problem.weight.split is None
+    return (columns or decoder.parts > 1) and not decoder.bytewise
 
 
 def _is_large(w: QTensor) -> bool:
     """Whether XLA's product of 4-bit integers takes longer than reading them."""
     return is_read_in_product(w) or number(w.nbytes) > _LARGE
+
+
+def _is_converted(w: QTensor) -> bool:
+    """Whether XLA's product makes values of codes by converting their dtype."""
+    return w.seal is not None or _is_plain(w)
 
 
 def _is_plain(w: QTensor) -> bool:
