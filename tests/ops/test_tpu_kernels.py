@@ -64,6 +64,8 @@ SPECS = {
     "float8_e4m3fn 64": few("float8_e4m3fn", 64),
     "float8_e5m2 128": few("float8_e5m2", 128),
     "int8 64": few("int8", 64),
+    "uint8 64 zero": few("uint8", 64, symmetric=False),
+    "int8 32 zero": few("int8", 32, symmetric=False),
 }
 EXACT = ("mxfp4", "nvfp4", "mxfp8")
 V6E, V7X = "TPU v6 lite", "TPU7x"
@@ -200,6 +202,19 @@ def test_activations_in_float16(name: str, monkeypatch: pytest.MonkeyPatch):
     assert y.dtype == jnp.float16
     expected = np.asarray(x, np.float64) @ np.asarray(w.dequantize(jnp.float32), np.float64)
     assert np.linalg.norm(np.asarray(y, np.float64) - expected) < 1e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+@pytest.mark.parametrize("zero", ["bfloat16", "float16", "float32"])
+def test_float_zero_points(zero: str, rows: int, monkeypatch: pytest.MonkeyPatch):
+    """As HQQ has them: values are off by no more than where a product of this dtype rounds them."""
+    q, x = weight(few("uint4", 64, symmetric=False), (512, 200)), normal(2, (rows, 512))
+    w = q.replace(zero_point=present(q.zero_point).astype(zero) + jnp.asarray(0.3, zero))
+    kernel, y = interpreted(problem_of(x, w), monkeypatch)
+    assert kernel == ("grouped_sums" if rows == 3 else "grouped_values")
+    assert_close(y, x, w, exact=False, rounded=True)
+    wide = problem_of(x.astype(jnp.float32), w.replace(dtype=jnp.float32))
+    assert (select(wide, Target("tpu")).name == "grouped_sums") == (zero == "float32" and rows == 3)
 
 
 @pytest.mark.parametrize(

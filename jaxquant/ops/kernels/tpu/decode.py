@@ -47,7 +47,8 @@ class Decoder:
     """Decodes a block of codes to numbers: value = (number + shift) * factor.
 
     Attributes:
-      kind: integers, unchanged; 4-bit floats, by way of an 8-bit float; entries of a table of 16; 8-bit floats.
+      kind: integers, unchanged, or 128 less if they are bytes without a sign; 4-bit floats, by way of an 8-bit float;
+        entries of a table of 16; 8-bit floats.
       shift: added to a number.
       factor: multiplied by the sum.
       table: its entries.
@@ -93,9 +94,11 @@ class Decoder:
         """
         from jax.experimental.pallas import tpu as pltpu
 
-        if self.kind == "integers":
+        if self.kind == "integers" and codes.dtype != jnp.uint8:
             return codes.astype(dtype)
         words = pltpu.bitcast(codes, jnp.int32)
+        if self.kind == "integers":
+            return pltpu.bitcast(words ^ _word(0x80808080), jnp.int8).astype(dtype)
         if self.kind == "floats8":
             if self.element == _FNUZ:
                 words = _bytes_in_fnuz(codes) if self.bytewise else _in_fnuz(words)
@@ -130,7 +133,7 @@ class Decoder:
 def decoder(qtype: QType) -> Decoder:
     """The decoder for codes of a type in the form that `laid_out` stores."""
     if qtype.kind == "int":
-        return Decoder("integers", shift=0 if qtype.signed or not qtype.packed else 8)
+        return Decoder("integers", shift=0 if qtype.signed else 8 if qtype.packed else 128)
     if qtype.kind == "float" and qtype.packed:
         return Decoder("floats4", factor=_SUBNORMAL)
     if qtype.element == "float8_e4m3fn":

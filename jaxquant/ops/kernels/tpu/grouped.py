@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxquant.core.arithmetic import finfo
 from jaxquant.core.by_platform import Target
 from jaxquant.core.codec import values_of
 from jaxquant.core.qtensor import QTensor, Scale, flat, scale_values
@@ -77,7 +78,7 @@ class Grouped(Kernel[Product]):
             return None
         if not cls._lies(w):
             return None
-        groups, dtype = cls._groups(w), _dtype_of(problem)
+        groups, dtype = cls._groups(w, problem.dtype), _dtype_of(problem)
         if groups is None or dtype is None or not isinstance(rows, int) or rows == 0:
             return None
         if not cls._is_for(rows, dtype, groups):
@@ -107,9 +108,9 @@ class Grouped(Kernel[Product]):
         return dataclasses.replace(self, cores=2 if target.chip in TWO_CORES else 1)
 
     @classmethod
-    def _groups(cls, w: QTensor) -> Groups | None:
-        """The static properties of a weight; None if the kernel does not take it."""
-        return weight_groups(w)
+    def _groups(cls, w: QTensor, dtype: DTypeLike) -> Groups | None:
+        """The static properties of a weight in a product of a dtype; None if the kernel does not take it."""
+        return weight_groups(w, dtype)
 
     @classmethod
     def _is_for(cls, rows: int, dtype: DTypeLike, groups: Groups) -> bool:
@@ -182,8 +183,8 @@ class GathersBytes:
     chips = GATHER_BYTES
 
     @classmethod
-    def _groups(cls, w: QTensor) -> Groups | None:
-        groups = weight_groups(w)
+    def _groups(cls, w: QTensor, dtype: DTypeLike) -> Groups | None:
+        groups = weight_groups(w, dtype)
         return None if groups is None else groups.in_bytes()
 
 
@@ -202,16 +203,16 @@ class ManyRows(GathersBytes, GroupedValues):
         return rows > FEW and groups.decoder.parts == 1 and dtype != jnp.float32
 
     @classmethod
-    def _groups(cls, w: QTensor) -> Groups | None:
+    def _groups(cls, w: QTensor, dtype: DTypeLike) -> Groups | None:
         """As for `Grouped`; integers are decoded as they are."""
-        return super()._groups(w) or weight_groups(w)
+        return super()._groups(w, dtype) or weight_groups(w, dtype)
 
 
 class _Bytewise(GathersBytes, Grouped):
     @classmethod
-    def _groups(cls, w: QTensor) -> Groups | None:
+    def _groups(cls, w: QTensor, dtype: DTypeLike) -> Groups | None:
         """As for `Grouped`; no entry of a table is rounded both before it is scaled and after."""
-        groups = super()._groups(w)
+        groups = super()._groups(w, dtype)
         if groups is None:
             return None
         once = cls.body is Sums or groups.decoder.is_exact or (groups.scales_tables and w.offset is None)
@@ -242,9 +243,9 @@ class _InFloats(Grouped):
     chips = MULTIPLY_FLOATS_ONLY
 
     @classmethod
-    def _groups(cls, w: QTensor) -> Groups | None:
+    def _groups(cls, w: QTensor, dtype: DTypeLike) -> Groups | None:
         """As for `Grouped`, of integers."""
-        groups = super()._groups(w)
+        groups = super()._groups(w, dtype)
         whole = groups is not None and groups.decoder.kind == "integers"
         return dataclasses.replace(groups, integers=False) if groups is not None and whole else None
 
@@ -257,16 +258,14 @@ class FloatValues(_InFloats, GroupedValues):
     """As `GroupedValues`."""
 
 
-def weight_groups(w: QTensor) -> Groups | None:
-    """The static properties of a weight; None if the kernels do not take it."""
+def weight_groups(w: QTensor, dtype: DTypeLike) -> Groups | None:
+    """The static properties of a weight in a product of a dtype; None if the kernels do not take it."""
     k, (count, columns) = w.shape[-2], w.scale.shape[-2:]
     size = k // count
     blocked = w.kept.shape[-2] % BLOCK == 0 and (BLOCK % size == 0 if size < BLOCK else size % BLOCK == 0)
     if size < 8 or not blocked or columns != w.shape[-1] or (w.type.kind == "table" and not w.in_int4):
         return None
-    if w.type.kind == "int" and not w.in_int4 and not w.type.signed:
-        return None
-    if w.zero_point is not None and not _exact(w.zero_point.dtype):
+    if w.zero_point is not None and not _subtracts(w.zero_point.dtype, dtype):
         return None
     if w.offset is not None and w.offset.dtype != jnp.float32:
         return None
@@ -315,8 +314,12 @@ def _is_fast_by_xla(groups: Groups) -> bool:
     return groups.decoder.kind == "integers" and groups.in_block == 1
 
 
-def _exact(dtype: DTypeLike) -> bool:
-    return jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.float32
+def _subtracts(zero: DTypeLike, dtype: DTypeLike) -> bool:
+    """Whether zero points may be subtracted in float32: differences are rounded no coarser than values of a product.
+
+    Formats with float zero points round differences to their dtype (`jaxquant.dequantize`).
+    """
+    return jnp.issubdtype(zero, jnp.integer) or finfo(zero).nmant >= finfo(dtype).nmant
 
 
 def _two_level(scale: Scale) -> TypeGuard[QTensor]:

@@ -88,7 +88,7 @@ class RaggedExperts(Kernel[RaggedProduct]):
         if not all(isinstance(v, int) for v in (*x.shape, *w.shape)) or k % BLOCK or n < BLOCK:
             return None
         if w.split == -2:
-            groups, rows_last = cls._groups(w), False
+            groups, rows_last = cls._groups(w, problem.dtype), False
         else:
             groups, rows_last = _whole(w), w.minor == (-2,)
         if groups is None or (groups.decoder.parts > 1 and x.shape[0] > _ROWS):
@@ -96,9 +96,9 @@ class RaggedExperts(Kernel[RaggedProduct]):
         return cls(groups, rows_last) if _columns(k, n, groups) else None
 
     @classmethod
-    def _groups(cls, w: QTensor) -> Groups | None:
+    def _groups(cls, w: QTensor, dtype: DTypeLike) -> Groups | None:
         """The static properties of experts in groups; None if the kernel does not take them."""
-        return weight_groups(w)
+        return weight_groups(w, dtype)
 
     def run(self, problem: RaggedProduct) -> jax.Array:
         """As for `Kernel`; if XLA partitions the program over several devices, by a product that it partitions."""
