@@ -22,6 +22,7 @@ from ops_reference import dot_error, real, slow_but, unequal
 
 import jaxquant as jq
 from jaxquant import recipes
+from jaxquant.core import views
 from jaxquant.core.affine import as_codes
 from jaxquant.core.by_platform import Target
 from jaxquant.core.qtensor import flat
@@ -150,6 +151,18 @@ def test_rows_and_odd_sizes(rows, sizes):
 @pytest.mark.parametrize("sizes", [(192, 33)])
 def test_weights_whose_contracted_axis_is_stored_last(name, sizes):
     assert off(*problem_of(SPECS[name], 3, *((384, 33) if "g128" in name else sizes), k_last=True)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", slow_but(["uint4 g64 zero", "nvfp4", "two-level"], "uint4 g64 zero"))
+def test_weights_seen_through_a_transpose(name):
+    """A model's ``x @ w.T``: codes and scales stay in the order of [outputs, inputs]."""
+    problem, kernel, _ = problem_of(SPECS[name], 3, 192, 34, k_last=True)
+    w = views.transpose(problem.weight, (1, 0))
+    axes = problem.x_axes, Axes.of(2, (), (0,))
+    turned = Product.of(problem.x, w, *axes, None, jnp.float32)
+    assert select(turned, Target("cuda")) == kernel
+    np.testing.assert_array_equal(ran(turned, kernel.dtype), ran(problem, kernel.dtype))
+    assert off(turned, kernel, (((1,), (0,)), ((), ()))) <= 1e-6
 
 
 def test_a_batch_and_experts_of_odd_size():

@@ -123,6 +123,7 @@ def run(problem: Product, dtype: DTypeLike, *, interpret: bool = False) -> jax.A
     """
     from jaxquant.ops.kernels.gpu.product import batched  # Pallas takes long to load
 
+    problem = problem.in_stored_order()
     x, axes, rows = problem.x, problem.x_axes, None
     one_byte = jnp.dtype(dtype).itemsize == 1
     if isinstance(x, QTensor) and (in_int8(x) or one_byte) and all(x.scale.shape[i] == 1 for i in axes.contract):
