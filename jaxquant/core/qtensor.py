@@ -352,6 +352,11 @@ class QTensor:
         """The same values, with codes copied out if they are a `Layer` of a stack."""
         return self.replace(codes=self.codes) if isinstance(self.kept, Layer) else self
 
+    @property
+    def stays_in_stack(self) -> bool:
+        """Whether kernels find the layers of this stack in it: codes one per element, or those of experts."""
+        return self.length is None or self.ndim == 4
+
     def layer_of(self, stack: QTensor, index: jax.Array) -> QTensor:
         """This layer, with its codes given as a `Layer` of the stack, without a copy."""
         return self.replace(codes=Layer(stack, index))
@@ -360,7 +365,7 @@ class QTensor:
         """The array of the whole stack in place of ``kept``, or of a scale, zero point or offset: the very object.
 
         Any other value is unchanged. So are scales that are no slices of the stack's: those of a layer that was
-        transposed, or whose blocks were divided.
+        transposed, whose blocks were divided, or whose scales are no longer quantized.
         """
         if not isinstance(self.kept, Layer):
             return value
@@ -368,7 +373,7 @@ class QTensor:
         if value is self.kept:
             return stack.kept
         own, whole = (jax.tree.leaves((q.scale, q.zero_point, q.offset)) for q in (self, stack))
-        pairs = zip(own, whole, strict=True) if self.minor == stack.minor else ()
+        pairs = zip(own, whole, strict=True) if self.minor == stack.minor and len(own) == len(whole) else ()
         return next((v for leaf, v in pairs if leaf is value and leaf.shape == v.shape[1:]), value)
 
     @property

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxquant.core.abstract import abstract
 from jaxquant.core.by_platform import Platform, Target, target_of
 from jaxquant.core.layout import Layout
+from jaxquant.core.qtensor import QTensor
 from jaxquant.core.relayout import laid_out
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.ops.forms import Axes
@@ -38,6 +39,8 @@ def kernel(
     op: str = "dot_general",
     window: tuple[int, ...] = (),
     target: Target | None = None,
+    *,
+    in_stack: bool = False,
 ) -> str:
     """The name of the kernel for ``[rows, length] x [columns, length]``.
 
@@ -49,6 +52,7 @@ def kernel(
       op: ``"dot_general"``, ``"conv_general_dilated"`` or ``"ragged_dot"``.
       window: of a convolution, a `jaxquant.ops.problem.Window`.
       target: what the program is lowered for, with codes laid out for it; None: the default device.
+      in_stack: whether the weight is a layer of a stack that a scan goes through.
 
     Returns:
       ``"int8"``: a product of int8; ``"int8 residual split"``: one, with the float activation in int8 digits;
@@ -73,7 +77,8 @@ def kernel(
             return TrainedTensor(found, None)
         if on.platform == "cpu":
             return found
-        return jax.eval_shape(lambda q: laid_out(q, _LAYOUTS.get(on.platform, "elements")), found)
+        laid = jax.eval_shape(lambda q: laid_out(q, _LAYOUTS.get(on.platform, "elements")), found)
+        return jax.eval_shape(_first_layer, laid) if in_stack else laid
 
     most, own = _MANY if rows is None else rows, jnp.dtype(dtype)
     if op == "ragged_dot":
@@ -92,3 +97,9 @@ def kernel(
         problem = Product(x, w, None, own, Axes((), (0,), (1,)), Axes((), (0,), (1,)))
         problem = jax.eval_shape(as_matrices, problem) if on.platform == "tpu" else problem
     return select(problem, on).name
+
+
+def _first_layer(w: QTensor) -> QTensor:
+    """A weight as the only layer of a stack, as a scan hands it to a product."""
+    stack = jax.tree.map(lambda v: v[None], w)
+    return w.layer_of(stack, jnp.int32(0)) if stack.stays_in_stack else w

@@ -63,6 +63,7 @@ TABLE: tuple[type[Kernel[Any]], ...] = (
     cpu_ragged.ResidualSplitRagged,
     # Elsewhere codes are decoded within the product.
     gpu_decoded.TritonDecoded,
+    gpu_decoded.TritonLayer,
     gpu_scaled.TritonInt8,
     gpu_scaled.TritonFloat8,
     tpu_ragged.ByteExperts,

@@ -213,15 +213,12 @@ def _apart(value: Value) -> Value:
 
 
 def _without_stack(value: Value) -> Value:
-    """The arrays that a scan slices: all but codes that kernels find in a stack: blocks, experts, fp8, int8, int4.
+    """The arrays that a scan slices: all but codes that kernels find in a stack.
 
     Scales, which kernels find there too, are sliced as well: they may have a gradient. XLA drops a slice of no use.
     """
-    if not isinstance(value, Weight) or type(value.leaf) is not QTensor:
-        return value
-    q = value.leaf
-    if q.split is not None or q.ndim == 4 or q.seal is not None or q.kept.dtype in (jnp.int8, jnp.int4):
-        return dataclasses.replace(value, leaf=q.replace(codes=None))
+    if isinstance(value, Weight) and type(value.leaf) is QTensor and value.leaf.stays_in_stack:
+        return dataclasses.replace(value, leaf=value.leaf.replace(codes=None))
     return value
 
 

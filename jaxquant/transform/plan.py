@@ -87,7 +87,8 @@ class Item:
         length = math.prod(layer[axis] for axis in self.reduce_axes)
         sizes = self.rows if self.rows is None else max(self.rows, 1), math.prod(layer) // length, length
         products = [op for op in self.op.split(", ") if op != "take"]
-        names = [kernel(*sizes, self.spec, self.dtype, op, self.window) for op in products]
+        how = {"in_stack": self.stacked > 0}
+        names = [kernel(*sizes, self.spec, self.dtype, op, self.window, **how) for op in products]
         unknown = " (rows unknown)" if names and self.rows is None else ""
         return ", ".join(dict.fromkeys(names)) + unknown or "lookup"
 

@@ -13,7 +13,7 @@ import pytest
 from core import reference
 from core.cases import unequal
 from jax_settings import needs_jit
-from narrowed import untyped
+from narrowed import instance, untyped
 
 import jaxquant as jq
 from jaxquant import QTensor, QuantError, QuantSpec
@@ -343,3 +343,16 @@ def test_operators_say_what_to_do(use):
     q = jq.quantize(jnp.eye(4), jq.QuantSpec("int8"), reduce_axes=(-2,))
     with pytest.raises(jq.QuantError, match=r"operators take arrays, and this is none.*Run the function through"):
         use(q, jnp.ones((4, 4)))
+
+
+def test_arrays_of_a_layer_are_found_in_its_stack():
+    """The very arrays; scales that were computed from those of the layer are none of the stack's."""
+    spec = QuantSpec("int4", granularity=jq.PerGroup(16), two_level=True)
+    q = jq.quantize(jnp.asarray(unequal(np.random.default_rng(0), (64, 8))), spec, reduce_axes=(-2,))
+    stack = jax.tree.map(lambda v: jnp.stack([v, v]), q)
+    layer = q.layer_of(stack, jnp.int32(1))
+    assert layer.in_stack(layer.kept) is stack.kept
+    mine, whole = (instance(QTensor, v.scale) for v in (layer, stack))
+    assert layer.in_stack(mine.scale) is whole.scale
+    values = scale_values(layer.scale)
+    assert layer.replace(scale=values).in_stack(values) is values

@@ -27,8 +27,10 @@ from jaxquant.core.affine import as_codes
 from jaxquant.core.by_platform import Target
 from jaxquant.core.qtensor import flat
 from jaxquant.core.relayout import laid_out
+from jaxquant.ops import select as selection
 from jaxquant.ops.forms import Axes
-from jaxquant.ops.kernels.gpu.decoded import TritonDecoded, run
+from jaxquant.ops.kernel import kernel as predicted
+from jaxquant.ops.kernels.gpu.decoded import TritonDecoded, TritonLayer, run, weight_arrays
 from jaxquant.ops.kernels.gpu.quantizing import rows_at_once
 from jaxquant.ops.kernels.gpu.scaled import TritonFloat8, TritonInt8
 from jaxquant.ops.kernels.gpu.tiling import Decoding, blocks
@@ -59,7 +61,7 @@ SPECS = {
     "e5m2": jq.QuantSpec("float8_e5m2", group_size=32, **GROUPS),
 }
 EXACT = {name for name, spec in SPECS.items() if spec.type.kind != "table"} - {"int2 g16", "uint4 g16 zero"}
-INT8 = jq.QuantSpec("int8")
+INT8, E4M3 = jq.QuantSpec("int8"), jq.QuantSpec("float8_e4m3fn")
 
 
 def problem_of(spec, rows, k, n, *, lead=(), k_last=False, act=None, dtype=jnp.float32, seed=0):
@@ -214,6 +216,154 @@ def test_several_axes_and_transformations():
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
+LAYERS = 3
+
+
+def stack_of(spec, k, n, *, lead=(), k_last=False, dtype=jnp.float32, seed=0):
+    """Layers of weights, as they are stored on a GPU."""
+    axis = -1 if k_last else -2
+    w = unequal(seed, (LAYERS, *lead, n, k) if k_last else (LAYERS, *lead, k, n))
+    make = jax.vmap(lambda w: laid_out(jq.quantize(w, spec, reduce_axes=(axis,)), "elements").replace(dtype=dtype))
+    return jax.jit(make)(w)
+
+
+def layer_of(stack, index):
+    """A layer, with its codes in the stack, as a scan of `jq.quantized` hands it to a product."""
+    return jax.tree.map(lambda v: v[index], stack).layer_of(stack, index)
+
+
+def by_layer(x, w, *, contract=-2, dtype=jnp.float32):
+    """The product of rows by a weight with batch axes in front, or by a layer of a stack of such."""
+    batch = tuple(range(w.ndim - 2))
+    axes = Axes.of(x.ndim, batch, (x.ndim - 1,)), Axes.of(w.ndim, batch, (w.ndim + contract,))
+    return run(Product.of(x, w, *axes, None, jnp.float32), dtype, interpret=True)
+
+
+@pytest.mark.parametrize("name", slow_but(SPECS, "int4 g32", "uint4 zero", "two-level", "mxfp4", "nf4"))
+def test_a_layer_of_a_stack(name):
+    """As the layer alone, to the bit: of all types of numbers, zero points and scales."""
+    stack, x = stack_of(SPECS[name], 192 if "g48" in name else 256, 34), unequal(1, (3, 192 if "g48" in name else 256))
+    alone = jax.jit(by_layer)
+    layers = jax.jit(lambda x, stack, i: by_layer(x, layer_of(stack, i)))
+    for i in (0, LAYERS - 1):
+        one = jax.tree.map(lambda v: v[i], stack)  # noqa: B023
+        found = layers(x, stack, jnp.int32(i))
+        np.testing.assert_array_equal(found, alone(x, one))
+        assert dot_error(found, real(x), real(one), (((1,), (0,)), ((), ()))) <= 1e-6
+
+
+@pytest.mark.parametrize("k_last", [False, True])
+@pytest.mark.parametrize("name", slow_but(["int4 g32", "two-level", "nvfp4", "uint4 zero"], "uint4 zero"))
+def test_nothing_is_cut_out_of_a_stack(name, k_last):
+    """All arrays of the weight are those of the stack, in the order of its axes and of a transpose's."""
+    stack = stack_of(SPECS[name], 256, 34, k_last=k_last)
+    layer = layer_of(stack, 1)
+    turned = views.transpose(layer, (1, 0))
+    axis = 1 if k_last else 0
+    for w, axes in (layer, Axes.of(2, (), (axis,))), (views.in_stored_order(turned), Axes.of(2, (), (axis,))):
+        weight, how = weight_arrays(w, axes)
+        assert how.stacked == {name for name, v in weight._asdict().items() if v is not None and name != "table"}
+        assert all(v.shape[0] == LAYERS for name, v in weight._asdict().items() if name in how.stacked)
+
+
+@pytest.mark.parametrize("k_last", [False, True])
+@pytest.mark.parametrize("sizes", slow_but([(208, 33), (1040, 70)], (208, 33)))
+def test_odd_sizes_in_a_stack(sizes, k_last):
+    stack = stack_of(SPECS["uint4 g16 zero"], *sizes, k_last=k_last, dtype=jnp.bfloat16)
+    x, one = unequal(1, (5, sizes[0]), jnp.bfloat16), jax.tree.map(lambda v: v[2], stack)
+    product = functools.partial(by_layer, contract=-1 if k_last else -2, dtype=jnp.bfloat16)
+    found = jax.jit(lambda x, stack, i: product(x, layer_of(stack, i)))(x, stack, jnp.int32(2))
+    np.testing.assert_array_equal(found, jax.jit(product)(x, one))
+    assert dot_error(found, real(x), real(one), (((1,), (1 if k_last else 0,)), ((), ()))) <= 2**-8
+
+
+def test_parts_of_k_in_a_stack():
+    """Scales that are the same along k, those of the layer, are applied to the sums of all parts."""
+    stack, x = stack_of(SPECS["two-level"], 4096, 32), unequal(1, (1, 4096))
+    found = jax.jit(lambda x, stack, i: by_layer(x, layer_of(stack, i)))(x, stack, jnp.int32(1))
+    np.testing.assert_array_equal(found, jax.jit(by_layer)(x, jax.tree.map(lambda v: v[1], stack)))
+
+
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_a_layer_under_vmap(lead):
+    """Of activations, of layers of one stack, and of several stacks, twice: of matrices and of experts."""
+    spec, sizes = SPECS["uint4 g16 zero"], (64, 18)
+    stacks = jax.tree.map(lambda *v: jnp.stack(v), *(stack_of(spec, *sizes, lead=lead, seed=s) for s in range(4)))
+    x, places = unequal(9, (4, *lead, 3, 64)), jnp.array([2, 0, 1, 2], jnp.int32)
+    one = lambda x, stack, i: by_layer(x, layer_of(stack, i))  # noqa: E731
+
+    def wanted(j, s, i):
+        w = real(jax.tree.map(lambda v: v[s, i], stacks))
+        return np.asarray(real(x))[j] @ w
+
+    first, other = jax.tree.map(lambda v: v[0], stacks), jax.tree.map(lambda v: v[1], stacks)
+    found = {
+        "activations": (jax.vmap(one, (0, None, None))(x, other, jnp.int32(2)), [(j, 1, 2) for j in range(4)]),
+        "layers": (jax.vmap(one, (0, None, 0))(x, first, places), [(j, 0, int(places[j])) for j in range(4)]),
+        "stacks": (jax.vmap(one, (None, 0, None))(x[0], stacks, jnp.int32(1)), [(0, s, 1) for s in range(4)]),
+        "both": (jax.vmap(one)(x, stacks, places), [(j, j, int(places[j])) for j in range(4)]),
+    }
+    for name, (got, cases) in found.items():
+        want = np.stack([wanted(*case) for case in cases])
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max(), err_msg=name)
+    twice = jax.vmap(jax.vmap(one, (0, None, None)), (None, 0, None))(x[:2], stacks, jnp.int32(2))
+    want = np.stack([np.stack([wanted(j, s, 2) for j in range(2)]) for s in range(4)])
+    np.testing.assert_allclose(twice, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.fixture
+def layers_met(monkeypatch):
+    """Runs the kernels of a GPU on a CPU, and lists for each product whether its weight is a layer of a stack."""
+    found = []
+
+    def interpreted(kind):
+        class Interpreted(kind):
+            platforms = ("cpu",)
+
+            def run(self, problem):
+                found.append(problem.weight.layer is not None)
+                return run(problem, self.dtype, interpret=True)
+
+        return Interpreted
+
+    monkeypatch.setattr(selection, "TABLE", (*map(interpreted, (TritonDecoded, TritonLayer)), *selection.TABLE))
+    return found
+
+
+def model(layer: Any = lambda x, w: x @ w, **how: Any) -> Any:
+    """A scan over the layers of a stack."""
+    return lambda p, x: lax.scan(lambda x, w: (jnp.tanh(layer(x, w)), None), x, p["w"], **how)[0]
+
+
+MODELS: dict[str, Any] = {
+    "forward": model(),
+    "transposed and in reverse": model(lambda x, w: x @ w.T, reverse=True),
+    "remat": model(jax.checkpoint(lambda x, w: x @ w)),
+    "a scan of scans": lambda p, x: lax.scan(lambda x, w: (model()({"w": w}, x), None), x, p["w"])[0],
+}
+
+
+@pytest.mark.parametrize("name", slow_but(MODELS, "transposed and in reverse"))
+@pytest.mark.parametrize("scheme", slow_but(["w4a16:g32", "w8a16", "nf4"], "w4a16:g32"))
+def test_a_scan_finds_its_layers(name, scheme, layers_met):
+    """A model and its gradient, vmapped too, are those by the values of its weights."""
+    fn, x = MODELS[name], unequal(1, (2, 3, 64))
+    params = {"w": unequal(0, (2, 2, 64, 64) if name == "a scan of scans" else (3, 64, 64), decades=0.5) / 8}
+    plan = jq.make_plan(fn, params, x[0], rules=[jq.Rule(".*", scheme)])
+    stored = jq.quantize_params(params, plan, target="gpu")
+    quantized = jq.quantized(fn, plan)
+
+    def both(fn, p):
+        one = jax.value_and_grad(lambda x: jnp.sum(fn(p, x)))
+        return jax.jit(jax.vmap(one))(x)
+
+    (got, slopes), (want, exact) = both(quantized, stored), both(fn, jq.dequantize_params(stored))
+    assert layers_met
+    assert all(layers_met)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(slopes, exact, rtol=1e-5, atol=1e-5 * np.abs(exact).max())
+
+
 def on_devices(value, mesh, spec):
     return jax.device_put(value, NamedSharding(mesh, spec))
 
@@ -243,6 +393,40 @@ def test_weights_stay_where_they_are(cut):
     assert ("all-reduce" in text) == (cut == "contracted")
     whole = jax.jit(fn)(problem.w, problem.x)
     np.testing.assert_allclose(jax.jit(fn)(w, x), whole, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(
+    "factor_sizes" not in inspect.signature(custom_partitioning.def_partition).parameters,
+    reason="the partitioner of an older JAX cannot be told which axes go together",
+)
+@pytest.mark.parametrize("cut", slow_but(["columns", "contracted", "experts"], "contracted"))
+def test_stacks_stay_where_they_are(cut):
+    """Each device reads its part of a layer in its part of the stack."""
+    mesh, lead = Mesh(np.asarray(jax.devices()[:2]), ("t",)), (2,) if cut == "experts" else ()
+    k, n, b = {"columns": (None, "t", ()), "contracted": ("t", None, ()), "experts": (None, None, ("t",))}[cut]
+    stack, x = stack_of(SPECS["uint4 g64 zero"], 256, 32, lead=lead), unequal(1, (*lead, 3, 256))
+    placed = jax.tree.map(lambda v: on_devices(v, mesh, P(None, *b, k, *(None,) * (v.ndim - 3 - len(b)), n)), stack)
+    rows = on_devices(x, mesh, P(*b, None, k))
+
+    def fn(x, stack):
+        return lax.scan(lambda i, _: (i + 1, by_layer(x, layer_of(stack, i))), jnp.int32(0), length=LAYERS)[1]
+
+    text = present(jax.jit(fn).lower(rows, placed).compile().as_text())
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+    assert ("all-reduce" in text) == (cut == "contracted")
+    np.testing.assert_allclose(jax.jit(fn)(rows, placed), jax.jit(fn)(x, stack), rtol=1e-5, atol=1e-4)
+
+
+def test_a_stack_in_a_shard_map():
+    """Rows differ between devices, the stack and the index do not."""
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ("t",))
+    stack, x = stack_of(SPECS["uint4 g64 zero"], 128, 32), unequal(1, (4, 128))
+    fn = lambda x, stack: by_layer(x, layer_of(stack, jnp.int32(1)))  # noqa: E731
+    whole = jax.jit(fn)(x, stack)
+    # Pallas' interpreter does not keep track of what varies.
+    each = jax.shard_map(fn, mesh=mesh, in_specs=(P("t"), P()), out_specs=P("t"), check_vma=False)
+    np.testing.assert_allclose(jax.jit(each)(x, stack), whole, rtol=1e-6, atol=1e-6 * np.abs(whole).max())
 
 
 def test_rows_are_quantized_where_they_are():
@@ -281,6 +465,43 @@ def test_what_is_left_to_xla():
     assert kernel_of(SPECS["int4 g32"], dtype=jnp.float32).name == "float32, decoded by Triton"
 
 
+def layer_kernel(spec, rows=8, act=None):
+    """What is chosen for CUDA, for a layer of a stack."""
+    stack = jax.eval_shape(lambda: stack_of(spec, 512, 32, dtype=jnp.bfloat16))
+    w = jax.eval_shape(layer_of, stack, jax.ShapeDtypeStruct((), jnp.int32))
+    x: Any = jax.ShapeDtypeStruct((rows, 512), jnp.bfloat16)
+    x = x if act is None else jax.eval_shape(lambda x: jq.quantize(x, act, reduce_axes=(-1,)), x)
+    return select(
+        Product.of(x, w, Axes((), (0,), (1,)), Axes((), (1,), (0,)), None, jnp.bfloat16), Target("cuda", "H100")
+    )
+
+
+def test_what_is_taken_of_a_stack():
+    """Few rows by 8-bit codes, which XLA multiplies where they are no layer; all rows by int4."""
+    for spec in (INT8, E4M3, jq.QuantSpec("uint8", symmetric=False), jq.QuantSpec("dynamic8")):
+        assert layer_kernel(spec).name == "bfloat16, decoded by Triton"
+        assert "Triton" not in layer_kernel(spec, 300).name
+    assert layer_kernel(jq.QuantSpec("int4"), 300).name == "bfloat16, decoded by Triton"
+    assert isinstance(layer_kernel(INT8, act=INT8), TritonInt8)
+    assert isinstance(layer_kernel(E4M3, act=E4M3), TritonFloat8)
+    for spec, where in ((recipes.w8a16(), True), (recipes.w4a16(None), True), (recipes.w8a16(), False)):
+        name = predicted(8, 512, 512, spec, "bfloat16", target=Target("cuda", "H100"), in_stack=where)
+        assert ("Triton" in name) == where
+
+
+@pytest.mark.parametrize(
+    "spec", slow_but([jq.QuantSpec("int8"), jq.QuantSpec("uint8", symmetric=False)], jq.QuantSpec("int8"))
+)
+@pytest.mark.parametrize("act", slow_but([None, jq.QuantSpec("int8")], None))
+def test_bytes_of_a_layer(spec, act):
+    """One scale per column, with zero points too, and int8 activations: exact sums."""
+    stack, x = stack_of(spec, 96, 40), unequal(1, (5, 96))
+    x = x if act is None else jq.quantize(x, act, reduce_axes=(-1,))
+    found = jax.jit(lambda x, stack, i: by_layer(x, layer_of(stack, i)))(x, stack, jnp.int32(2))
+    one = jax.tree.map(lambda v: v[2], stack)
+    assert dot_error(found, real(x), real(one), (((1,), (0,)), ((), ()))) <= 1e-6
+
+
 @pytest.mark.parametrize("minor", [(), (-2,)])
 def test_int8_on_both_sides(minor):
     """As codes are stored, along either axis: exact sums, scaled before they are written."""
@@ -293,9 +514,6 @@ def test_int8_on_both_sides(minor):
     row: Any = jax.ShapeDtypeStruct((1, 96), jnp.float32)
     few = Product.of(row, q, *axes, None, jnp.float32)
     assert not isinstance(select(few, Target("cuda")), TritonInt8)
-
-
-E4M3 = jq.QuantSpec("float8_e4m3fn")
 
 
 @pytest.mark.parametrize("minor", slow_but([(), (-2,)], (-2,)))

@@ -126,8 +126,120 @@ def test_experts_are_not_decoded_in_memory():
     assert found["w"].floor == pytest.approx(4 * 2 * 256 * K * N / 989e12)
 
 
-def test_layers_of_a_stack_are_not_decoded_in_memory():
-    """A layer is copied out of the stack, as it is: no kernel is handed a part of an array there."""
+LAYERS = 6
+STACKED: dict[str, Any] = SCHEMES | {
+    "w4a16 channel": recipes.w4a16(None),
+    "w8a16": recipes.w8a16(),
+    "w8a8": recipes.w8a8(),
+    "fp8": recipes.fp8(),
+    "uint8": jq.OpSpec(jq.QuantSpec("uint8", symmetric=False)),
+}
+
+
+def scanned(spec: Any, fn: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """A model with one weight, and its weights as a GPU has them."""
+    w = {"w": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
+    plan = jq.make_plan(fn, w, x(8, shape[-1]), rules=[jq.Rule(".*", spec)])
+    return jq.quantized(fn, plan), jax.eval_shape(lambda p: jq.quantize_params(p, plan, target="gpu"), w)
+
+
+def forward(p: Any, x: jax.Array) -> jax.Array:
+    return lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0]
+
+
+def backward(p: Any, x: jax.Array) -> jax.Array:
+    return lax.scan(lambda x, w: (x @ w.T, None), x, p["w"], reverse=True)[0]
+
+
+def copies(found: Any) -> float:
+    """Bytes of temporaries, in units of a layer in bfloat16."""
+    return found.temporaries / (2 * N * N)
+
+
+@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("fn", [forward, backward])
+def test_layers_are_read_in_their_stack(name: str, fn: Any):
+    """Nothing of the size of a layer is written, in any order of the weight's axes: what is are sums of parts of k."""
+    apply, params = scanned(STACKED[name], fn, (LAYERS, N, N))
+    found: Any = jq.explain(apply, params, x(8, N), target="h100")
+    assert found["w"].kernels == ("quantized_product",)
+    assert found["w"].written == 0
+    assert copies(found) < 0.03
+    assert traffic(found) <= 1.1
+
+
+def test_a_gradient_reads_layers_in_their_stack():
+    """In the forward product. Those by the transpose of a layer are XLA's, which decodes one layer at a time."""
+    fn = lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]  # noqa: E731
+    apply, params = scanned(STACKED["w4a16 g128"], fn, (LAYERS, N, N))
+
+    def slope(p: Any, x: jax.Array) -> jax.Array:
+        return jax.grad(lambda x: jnp.sum(apply(p, x).astype(jnp.float32)))(x)
+
+    found: Any = jq.explain(slope, params, x(8, N), target="h100")
+    assert "quantized_product" in found["w"].kernels
+    assert copies(found) < 1.5
+
+
+@pytest.mark.parametrize("layers, is_copied", [(16, False), (20, True), (40, False)])
+def test_stacks_beyond_the_numbers_of_int32(layers: int, is_copied: bool):
+    """Pallas counts bytes in 64 bits from 4 GiB on, and in 32 with a sign below."""
+    width = 16384
+    apply, params = scanned(STACKED["w4a16 g128"], forward, (layers, width, width))
+    found: Any = jq.explain(apply, params, x(8, width), target="h100")
+    assert (found.temporaries > width * width / 2) == is_copied
+    assert found["w"].kernels == ("quantized_product",)
+
+
+@pytest.mark.parametrize(
+    "k, n, m, moved",
+    [
+        (None, "t", None, set()),
+        ("t", None, None, {("reduce-scatter", "bf16")}),
+        ("t", None, "t", {("all-gather", "u8"), ("all-gather", "f32")}),
+    ],
+)
+def test_a_stack_on_several_devices(k: Any, n: Any, m: Any, moved: set[tuple[str, str]]):
+    """Each device reads its part of a layer in its part of the stack; what is gathered is one layer at a time."""
+    mesh = AbstractMesh((2,), ("t",))
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        put = lambda x: lax.with_sharding_constraint(x, NamedSharding(mesh, P(m, None if m else n)))  # noqa: E731
+        return lax.scan(lambda x, w: (put(x @ w), None), x, p["w"])[0]
+
+    def placed(v: Any, axes: P) -> Any:
+        return jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, axes))
+
+    apply, params = scanned(STACKED["w4a16 g128"], fn, (LAYERS, N, N))
+    params = jax.tree.map(lambda v: placed(v, P(None, k, *(None,) * (v.ndim - 3), n)), params)
+    found: Any = jq.explain(apply, params, placed(x(8, N), P(m)), target="h100")
+    kinds = {(c.kind, c.dtype) for c in found.collectives}
+    assert {kind for kind in kinds if kind != ("all-gather", "bf16")} == moved  # activations are gathered
+    assert found["w"].kernels == ("quantized_product",)
+    assert all(c.nbytes <= LAYERS * N * N / 2 for c in found.collectives)
+    assert copies(found) < (0.03 if m is None else 0.5)
+
+
+def test_a_stack_in_a_shard_map():
+    """Rows differ between devices, the stack and the index do not."""
+    mesh = AbstractMesh((2,), ("t",))
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        each = jax.shard_map(forward, mesh=mesh, in_specs=({"w": P()}, P("t")), out_specs=P("t"))
+        return each(p, x)
+
+    def placed(v: Any, axes: P) -> Any:
+        return jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, axes))
+
+    apply, params = scanned(STACKED["w4a16 g128"], fn, (LAYERS, N, N))
+    params = jax.tree.map(lambda v: placed(v, P()), params)
+    found: Any = jq.explain(apply, params, placed(x(8, N), P("t")), target="h100")
+    assert found["w"].written == 0
+    assert copies(found) < 0.03
+
+
+def test_layers_that_a_plain_scan_slices_are_not_decoded_in_memory():
+    """Without `jq.quantized` a layer is copied out of the stack, as it is: XLA hands no kernel a part of an array."""
     spec = SCHEMES["w4a16 g128"]
 
     def fn(p: Any, x: jax.Array) -> jax.Array:

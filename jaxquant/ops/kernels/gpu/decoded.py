@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxquant.core.qtensor import QTensor, flat, scale_values
+from jaxquant.core.qtensor import QTensor, Scale, flat, scale_values
+from jaxquant.core.stack import Layer
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels.decoded import Decoded
+from jaxquant.ops.kernels.dequantized import value_dtype
 from jaxquant.ops.problem import Kernel, Product
 
 if TYPE_CHECKING:
     from jaxquant.ops.kernels.gpu.product import Weight
     from jaxquant.ops.kernels.gpu.tiling import Decoding
 
-__all__ = ["Place", "TritonDecoded", "has_blocks", "in_int8", "run"]
+__all__ = ["Place", "TritonDecoded", "TritonLayer", "has_blocks", "in_int8", "run", "weight_arrays"]
 
 T = TypeVar("T")
 
 _SHORTEST_GROUP = 16  # along k, of one step of a tensor core
 _LARGEST = 2**31  # elements, whose places are int32
+
+_FEW = 256
+"""The most rows for which copying a byte takes an H100 longer than multiplying it: 0.6 ps, at 3,350 GB/s, and 0.5."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +60,43 @@ class TritonDecoded(Kernel[Product]):
         points of another dtype than the values; float64; symbolic sizes; shardings that are part of types.
         """
         portable = Decoded.takes(problem) if has_blocks(problem) else None
-        if not isinstance(portable, Decoded) or portable.dtype == jnp.float64 or problem.w.size >= _LARGEST:
+        if not isinstance(portable, Decoded):
             return None
         w, place = problem.weight, Place.of(problem.weight, problem.w_axes)
-        if place is None:
-            return None
-        plain = place.groups == 1 and w.symmetric and w.type.kind != "table"
-        if plain and not (w.in_int4 and w.layer is not None):
+        plain = place is not None and place.groups == 1 and w.symmetric and w.type.kind != "table"
+        return None if plain and not (w.in_int4 and w.layer is not None) else cls._of(problem, place, portable.dtype)
+
+    @classmethod
+    def _of(cls, problem: Product, place: Place | None, dtype: DTypeLike) -> Kernel[Product] | None:
+        """The kernel for values of a dtype, if it has blocks for the weight."""
+        if place is None or dtype == jnp.float64 or problem.w.size >= _LARGEST:
             return None
         fits = place.groups == 1 or (place.length // place.groups) % _SHORTEST_GROUP == 0
-        zero = None if w.zero_point is None else w.zero_point.dtype
+        zero = problem.weight.zero_point
         # Differences from a float are rounded to its dtype, as its format has it, and here to that of the values.
-        whole = zero is None or jnp.issubdtype(zero, jnp.integer) or zero == portable.dtype
-        return cls(portable.dtype) if fits and whole else None
+        whole = zero is None or jnp.issubdtype(zero.dtype, jnp.integer) or zero.dtype == dtype
+        return cls(dtype) if fits and whole else None
 
     def run(self, problem: Product) -> jax.Array:
         """As for `Kernel`."""
         return run(problem, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonLayer(TritonDecoded):
+    """Few rows by a layer of a stack whose codes have 8 bits, with one scale per row: XLA copies the layer first."""
+
+    @classmethod
+    def takes(cls, problem: Product) -> Kernel[Product] | None:
+        """As for `Kernel`: as for `TritonDecoded`, but float rows, and codes that are stored as they are."""
+        w = problem.w
+        if isinstance(problem.x, QTensor) or not isinstance(w, QTensor) or w.layer is None or w.is_reshaped:
+            return None
+        if w.length is not None or w.permutation is not None or not has_blocks(problem) or problem.rows > _FEW:
+            return None
+        place = Place.of(w, problem.w_axes)
+        fits = place is not None and place.groups == 1 and problem.forms[1] is not None
+        return cls._of(problem, place, value_dtype(problem)) if fits else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +158,15 @@ def run(problem: Product, dtype: DTypeLike, *, interpret: bool = False) -> jax.A
         rows = jnp.broadcast_to(axes.flatten(scale_values(x.scale).astype(jnp.float32))[:, :, 0], values.shape[:2])
     else:
         values = axes.flatten(x.dequantize(dtype) if isinstance(x, QTensor) else x.astype(dtype))
-    weight, how = _stored(problem.weight, problem.w_axes)
+    w = problem.weight
+    weight, how = weight_arrays(w.apart(), problem.w_axes)
     result = problem.result if jnp.dtype(problem.result).itemsize < 4 else jnp.float32
-    return problem.restored(batched(values, weight, how, result, dtype, rows=rows, interpret=interpret))
+    given: dict[str, Any] = {"rows": None if rows is None else rows[None], "interpret": interpret}
+    if w.layer is not None:
+        whole, of = weight_arrays(w, problem.w_axes)
+        stack = whole._make(v if name in of.stacked else None for name, v in whole._asdict().items())
+        given |= {"stack": stack, "layer": jnp.reshape(w.layer, 1).astype(jnp.int32)}
+    return problem.restored(batched(values[None], weight, how, result, dtype, **given)[0])
 
 
 def has_blocks(problem: Product) -> bool:
@@ -152,52 +183,71 @@ def in_int8(x: QTensor) -> bool:
     return x.symmetric and x.type.kind == "int" and x.type.bits == 8 and x.type.code_dtype == jnp.int8
 
 
-def _stored(w: QTensor, axes: Axes) -> tuple[Weight, Decoding]:
-    """The stored arrays of a weight, [B, K, N] or [B, N, K], and their decoding."""
+def weight_arrays(w: QTensor, axes: Axes) -> tuple[Weight, Decoding]:
+    """The stored arrays of a weight, as `batched` takes them, those of a whole stack where there is one, and how."""
     from jaxquant.ops.kernels.gpu.product import Weight
     from jaxquant.ops.kernels.gpu.tiling import Decoding
 
     place = Place.of(w, axes)
     assert place is not None
-    b, last = place.batch, place.ordered(place.length, place.columns)[1]
-    stored = w.stored if w.seal is None else lax.bitcast_convert_type(w.stored, jnp.uint8)  # fp8, as for a TPU
-    codes = stored.reshape(b, *place.ordered(place.length, place.columns))
-    how = "bytes"
-    if w.in_int4:
-        how = "int4" if last % 2 else "nibbles"
-    if how == "nibbles":
-        codes = lax.bitcast_convert_type(codes.reshape(*codes.shape[:2], -1, 2), jnp.uint8)
+    b, stacked = place.batch, set[str]()
 
-    def flattened(value: jax.Array, last: int | None = None) -> jax.Array:
-        """[B, G, N or 1], or [B, N or 1, G]; of bytes that hold several the last axis has another size."""
-        lead = math.prod(w.scale.shape[i] for i in axes.batch)
-        n = math.prod(w.scale.shape[i] for i in axes.rows)
-        shape = [*place.ordered(place.groups, n)]
-        if last is not None:
-            shape[1] = last
-        return jnp.broadcast_to(value.reshape(lead, *shape), (b, *shape))
+    def found(name: str, value: jax.Array | Layer, *shape: int, in_byte: int = 1) -> jax.Array:
+        """[1, B, *shape] of a weight; [layers, B, *shape] of a whole stack, if the array is a slice of one."""
+        whole, each = w.in_stack(value), b * math.prod(shape)
+        if whole is not value and math.prod(whole.shape[1:]) == each and _has_places(whole, in_byte):
+            stacked.add(name)
+            return whole.reshape(-1, b, *shape)
+        own = value.array() if isinstance(value, Layer) else value
+        return jnp.broadcast_to(own.reshape(1, -1, *shape), (1, b, *shape))
 
-    def unit(value: jax.Array) -> jax.Array:
-        """Scales that are the same for all k: [B, N or 1]."""
+    def by_group(name: str, value: jax.Array, last: int | None = None) -> jax.Array:
+        """[G, N or 1], or [N or 1, G]; of bytes that hold several the last axis has another size."""
+        first, size = place.ordered(place.groups, math.prod(value.shape[i] for i in axes.rows))
+        return found(name, value, first, size if last is None else last)
+
+    def by_column(value: Scale) -> jax.Array:
+        """Scales that are the same for all k: [N or 1]."""
         n = math.prod(value.shape[i] for i in axes.rows)
-        return jnp.broadcast_to(value.astype(jnp.float32).reshape(-1, n), (b, n))
+        if isinstance(value, QTensor) or value.dtype == jnp.float8_e8m0fnu:
+            value = scale_values(value)
+        return found("columns", value, n)
 
+    order, how = place.ordered(place.length, place.columns), "bytes"
+    if w.in_int4:
+        how = "int4" if order[1] % 2 else "nibbles"
+    codes = found("codes", w.kept, *order, in_byte=2 if how == "nibbles" else 1)
+    if w.seal is not None:  # fp8, as for a TPU
+        codes = lax.bitcast_convert_type(codes, jnp.uint8)
+    if how == "nibbles":
+        codes = lax.bitcast_convert_type(codes.reshape(*codes.shape[:-1], -1, 2), jnp.uint8)
     scale, columns, scales = w.scale, None, "float"
     if place.groups == 1 and w.offset is None:
-        scale, columns = None, unit(scale_values(scale))
+        scale, columns = None, by_column(scale)
     elif isinstance(scale, QTensor) and _is_two_level(scale, axes, place):
-        columns = unit(scale_values(scale.scale))
+        columns = by_column(scale.scale)
         scales = "nibbles" if scale.type.kind == "int" else "e4m3"
-        scale = flattened(scale.stored, scale.stored.shape[-1] if scales == "nibbles" else None)
-    elif not isinstance(scale, QTensor) and scale.dtype == jnp.float8_e8m0fnu:
-        scale, scales = flattened(lax.bitcast_convert_type(scale, jnp.uint8)), "e8m0"
+        scale = by_group("scale", scale.stored, scale.stored.shape[-1] if scales == "nibbles" else None)
+    elif isinstance(scale, QTensor):
+        scale = by_group("scale", scale_values(scale))
     else:
-        scale = flattened(scale_values(scale) if isinstance(scale, QTensor) else scale)
-    zero_point, offset = (None if v is None else flattened(flat(v)) for v in (w.zero_point, w.offset))
-    decoding = Decoding(w.type, how, place.k_last, place.length, place.columns, place.groups, scales)
+        scale = by_group("scale", scale)
+        if scale.dtype == jnp.float8_e8m0fnu:
+            scale, scales = lax.bitcast_convert_type(scale, jnp.uint8), "e8m0"
+    zero_point = None if w.zero_point is None else by_group("zero_point", w.zero_point)
+    offset = None if w.offset is None else by_group("offset", flat(w.offset))
+    decoding = Decoding(
+        w.type, how, place.k_last, place.length, place.columns, place.groups, scales, frozenset(stacked)
+    )
     table = jnp.asarray(w.type.table, jnp.float32) if w.type.kind == "table" else None
-    table = None if table is None else jnp.broadcast_to(table, (b, table.size))
+    table = None if table is None else jnp.broadcast_to(table, (1, b, table.size))
     return Weight(codes, scale, zero_point, offset, columns, table), decoding
+
+
+def _has_places(array: jax.Array, in_byte: int) -> bool:
+    """Whether Pallas finds every element: it counts in int32 up to 4 GiB, which are more elements if they are bytes."""
+    size = array.size // in_byte
+    return size <= _LARGEST or size * array.dtype.itemsize > 2**32
 
 
 def _is_two_level(scale: QTensor, axes: Axes, place: Place) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,26 +25,30 @@ _Axes = tuple[Sequence[str], tuple[int, ...]]
 
 
 def partitioned(
-    local: Callable[[Mapping[str, int]], Callable[..., PyTree]],
+    local: Callable[[Mapping[str, int], Collection[int]], Callable[..., PyTree]],
     arguments: Sequence[jax.Array],
     axes: tuple[Sequence[str], Sequence[str]],
     pieces: Mapping[str, int],
     summed: str = "",
+    unmoved: Collection[int] = (),
 ) -> PyTree:
     """A function of arrays, computed on the devices that hold its arguments.
 
     Where an axis of the mesh partitions several axes, results take precedence, then arguments in their order.
 
     Args:
-      local: maps the number of parts of each axis to the function of the parts.
+      local: maps the number of parts of each axis, and the places of arguments to do without, to the function of the
+        parts.
       arguments: the arguments of the function.
       axes: of the arguments and of the results: a letter for each axis. Axes with the same letter are partitioned
         alike, and ``_`` is not partitioned.
       pieces: for each letter, a number that the number of parts has to divide.
       summed: the letter of the summed axis: partial results are added, in their own dtype.
+      unmoved: places of arguments that are never moved between devices: the function does without those whose parts do
+        not lie as the other arguments' and the results'.
     """
     given, made = axes
-    whole = local({})
+    whole = local({}, ())
     results = jax.tree.leaves(jax.eval_shape(whole, *arguments))
 
     def cut(
@@ -63,24 +67,35 @@ def partitioned(
 
     def shardings(
         mesh: Mesh | AbstractMesh, found: Mapping[str, tuple[str, ...]], arrays: Sequence[str]
+    ) -> list[NamedSharding]:
+        return [NamedSharding(mesh, PartitionSpec(*map(found.get, letters))) for letters in arrays]
+
+    def of_results(
+        mesh: Mesh | AbstractMesh, found: Mapping[str, tuple[str, ...]]
     ) -> NamedSharding | tuple[NamedSharding, ...]:
-        all_of_them = [NamedSharding(mesh, PartitionSpec(*map(found.get, letters))) for letters in arrays]
-        return tuple(all_of_them) if arrays is given or len(arrays) > 1 else all_of_them[0]
+        each = shardings(mesh, found, made)
+        return tuple(each) if len(each) > 1 else each[0]
 
     def infer(mesh: Mesh | AbstractMesh, args: Sequence[jax.ShapeDtypeStruct], out: PyTree) -> PyTree:
         del out
-        return shardings(mesh, cut(mesh, list(zip(given, args, strict=True))), made)
+        return of_results(mesh, cut(mesh, list(zip(given, args, strict=True))))
 
     def partition(mesh: Mesh | AbstractMesh, args: Sequence[jax.ShapeDtypeStruct], out: PyTree) -> tuple[Any, ...]:
         arrays = [*zip(made, jax.tree.leaves(out), strict=True), *zip(given, args, strict=True)]
         found = cut(mesh, arrays)
-        one = local({letter: math.prod(mesh.shape[name] for name in names) for letter, names in found.items()})
+        needed: list[Any] = shardings(mesh, found, given)
+        lying: list[Any] = [argument.sharding for argument in args]
+        without = [i for i in unmoved if not lying[i].is_equivalent_to(needed[i], len(args[i].shape))]
+        for i in without:
+            needed[i] = lying[i]
+        cuts = {letter: math.prod(mesh.shape[name] for name in names) for letter, names in found.items()}
+        one = local(cuts, without)
 
         def lower(*parts: jax.Array) -> PyTree:
             out = one(*parts)
             return lax.psum(out, found[summed]) if summed in found else out
 
-        return mesh, lower, shardings(mesh, found, made), shardings(mesh, found, given)
+        return mesh, lower, of_results(mesh, found), tuple(needed)
 
     rule, sizes = _rule(
         [(g, v.shape) for g, v in zip(given, arguments, strict=True)],

@@ -16,14 +16,16 @@ factors are exact. Otherwise the scale multiplies the values, which are rounded 
 program. Scales that are constant along k multiply the result. With few columns, k is split into parts, whose sums are
 added in a second step, if these sums are small compared to the weight.
 
-Edges are masked: no operand is padded or copied. The kernel has not been timed; see `jaxquant.ops.kernels.gpu.tiling`.
+Edges are masked: no operand is padded or copied. The weight may be a layer of a stack, which is an operand as a whole:
+the kernel reads its index from memory and adds the layer to the places of all it loads. So nothing is sliced before it.
+
+The kernel has not been timed; see `jaxquant.ops.kernels.gpu.tiling`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -39,21 +41,41 @@ from jaxquant.ops.kernels.gpu.triton import alike, load, params, shaped, store, 
 
 __all__ = ["Weight", "batched", "product"]
 
-_Refs = Mapping[str, "jax.Ref"]
-"""The operands of a kernel after the codes, by name."""
-
 _SHALLOWEST_INT8 = 32  # along k, of one step of a tensor core
 
 
+class _Operand(NamedTuple):
+    """An array that a kernel reads: as it is, or one layer of it."""
+
+    ref: jax.Ref
+    layer: jax.Array | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the layer."""
+        return self.ref.shape if self.layer is None else self.ref.shape[1:]
+
+    def load(self, index: tuple[jax.Array, ...], mask: jax.Array | None) -> jax.Array:
+        """As `jaxquant.ops.kernels.gpu.triton.load`, from the layer."""
+        return load(self.ref, index if self.layer is None else (self.layer, *index), mask)
+
+
+_Operands = Mapping[str, _Operand]
+"""The operands of a kernel after x, by name."""
+
+
+_STACK = "stack of "  # before the name of an array
+
+
 class Weight(NamedTuple):
-    """A stored weight.
+    """A stored weight. The arrays that `Decoding.stacked` names have one axis more in front, for the layers of a stack.
 
     Attributes:
       codes: [K, N], or [N, K] if ``k_last``; uint8 of two codes along the last axis, or int8, uint8, or int4.
       scale: [G, N or 1], or [N or 1, G]; float, or uint8 patterns of float8_e8m0fnu or float8_e4m3fn, or two in a byte
         as unsigned integers; None if scales are constant along k.
       zero_point, offset: of the same shape, integer and float, or None.
-      columns: float32 [N or 1], scales that are constant along k, or None.
+      columns: float [N or 1], scales that are constant along k, or None.
       table: float32, the values of a type that is a table, or None.
     """
 
@@ -77,7 +99,7 @@ class _Kernel:
       b: the blocks.
       rows: M.
       dtype: of the factors: float32, bfloat16, float16, or that of the codes of both operands: int8 or float8.
-      names: of the operands after x and the codes.
+      names: of the operands after x.
       precision: of the product.
     """
 
@@ -114,9 +136,11 @@ class _Kernel:
         """Whether the codes of both operands are multiplied as float8, and are stored as patterns in uint8."""
         return self.dtype.itemsize == 1 and not self.integers
 
-    def __call__(self, x: jax.Ref, codes: jax.Ref, *rest: jax.Ref) -> None:
+    def __call__(self, x: jax.Ref, *rest: jax.Ref) -> None:
         *given, out = rest
         refs = dict(zip(self.names, given, strict=True))
+        layer = refs.pop("layer")[...] if self.w.stacked else None
+        w = {name: _Operand(ref, layer if name in self.w.stacked else None) for name, ref in refs.items()}
         column, row, part = (pl.program_id(axis) for axis in range(3))
         apart = self.steps * self.b.depth  # slices, along k
         sides = [
@@ -128,19 +152,19 @@ class _Kernel:
             k = part * (self.b.slices * apart) + i * self.b.depth
             at = [(n, k + apart * n_slice) for n, n_slice in sides]
             slices = k + apart * lax.iota(jnp.int32, self.b.slices)
-            products = self._products(refs, x, self._tiles(codes, column, slices), row, slices, at)
-            if self.scaled_sums and "scale" in refs:
-                scales = (self._scale(refs, n, k, self.b.depth) for n, k in at)
+            products = self._products(w, x, self._tiles(w["codes"], column, slices), row, slices, at)
+            if self.scaled_sums and "scale" in w:
+                scales = (self._scale(w, n, k, self.b.depth) for n, k in at)
                 products = [p.astype(jnp.float32) * s for p, s in zip(products, scales, strict=True)]
             return tuple(total + p for total, p in zip(sums, products, strict=True))
 
-        whole = self.integers and "scale" not in refs
+        whole = self.integers and "scale" not in w
         zero = jnp.zeros((sides[0][0].shape[0], self.b.slices * self.b.rows), jnp.int32 if whole else jnp.float32)
         sums = lax.fori_loop(0, self.steps, step, (zero,) * len(sides))
         for plane, total in enumerate(sums):
             n = column * self.b.columns + plane
             n = n + self._sides * lax.iota(jnp.int32, self.b.columns // self._sides)
-            self._write(out, refs, total.astype(jnp.float32), row, n, part)
+            self._write(out, w, total.astype(jnp.float32), row, n, part)
 
     @property
     def _sides(self) -> int:
@@ -156,7 +180,7 @@ class _Kernel:
 
     def _products(
         self,
-        refs: _Refs,
+        w: _Operands,
         x: jax.Ref,
         tiles: list[jax.Array],
         row: jax.Array,
@@ -166,13 +190,13 @@ class _Kernel:
         """The sums of a step, one for each side."""
         if self.w.k_last and self.planes == 2:
             rows = [self._rows_of(x, row, k, plane) for plane in range(2)]
-            even, odd = (self._multiplied(refs, t, r, *sides[0]) for t, r in zip(tiles, rows, strict=True))
+            even, odd = (self._multiplied(w, t, r, *sides[0]) for t, r in zip(tiles, rows, strict=True))
             return [even + odd]
         rows = self._rows_of(x, row, k, None)
-        return [self._multiplied(refs, tile, rows, *side) for tile, side in zip(tiles, sides, strict=True)]
+        return [self._multiplied(w, tile, rows, *side) for tile, side in zip(tiles, sides, strict=True)]
 
     def _write(
-        self, out: jax.Ref, refs: _Refs, total: jax.Array, row: jax.Array, n: jax.Array, part: jax.Array
+        self, out: jax.Ref, w: _Operands, total: jax.Array, row: jax.Array, n: jax.Array, part: jax.Array
     ) -> None:
         """Writes the sums of matching slices to the result."""
         m, slices = row * self.b.rows + lax.iota(jnp.int32, self.b.rows), self.b.slices
@@ -185,11 +209,12 @@ class _Kernel:
         if self.b.parts > 1:
             store(out, (part, *store_at), jnp.transpose(total), mask)
             return
-        if "columns" in refs:
-            one = refs["columns"].shape[0] == 1
-            total = total * load(refs["columns"], (n * 0 if one else n,), self._in_n(n))[:, None]
-        if "rows" in refs:
-            total = total * load(refs["rows"], (m,), self._in_m(m))[None, :]
+        if "columns" in w:
+            one = w["columns"].shape[0] == 1
+            scale = w["columns"].load((n * 0 if one else n,), self._in_n(n))
+            total = total * scale.astype(jnp.float32)[:, None]
+        if "rows" in w:
+            total = total * w["rows"].load((m,), self._in_m(m))[None, :]
         store(out, store_at, jnp.transpose(total).astype(out.dtype), mask)
 
     # -- masks: None where a size is whole blocks ----------------------------------------------------------------------
@@ -216,7 +241,7 @@ class _Kernel:
         tile = lax.bitcast_convert_type(tile, self.dtype) if self.patterns else tile.astype(self.dtype)
         return jnp.transpose(tile.reshape(-1, self.b.depth // stride))
 
-    def _tiles(self, codes: jax.Ref, column: jax.Array, k: jax.Array) -> list[jax.Array]:
+    def _tiles(self, codes: _Operand, column: jax.Array, k: jax.Array) -> list[jax.Array]:
         """The codes of a step: one tile, or its two planes. Codes narrower than a byte are unsigned patterns."""
         in_k, in_n = (self.planes, 1) if self.w.k_last else (1, self.planes)
         columns, depth, k = self.b.columns // in_n, self.b.depth // in_k, k // in_k
@@ -227,9 +252,9 @@ class _Kernel:
             n, at = n[None, None, :], lax.iota(jnp.int32, depth)[:, None, None] + k[None, :, None]
         mask = _both(self._in_n(n * in_n), self._in_k(at, self.w.length // in_k))
         if self.w.k_last:
-            tile = load(codes, (n, at), mask).reshape(-1, depth)
+            tile = codes.load((n, at), mask).reshape(-1, depth)
         else:
-            tile = jnp.transpose(load(codes, (at, n), mask).reshape(depth, -1))
+            tile = jnp.transpose(codes.load((at, n), mask).reshape(depth, -1))
         if self.w.stored == "int4":
             return [lax.bitcast_convert_type(tile.astype(jnp.int16), jnp.uint16) & 15]
         if self.planes == 1:
@@ -239,20 +264,20 @@ class _Kernel:
 
     # -- numbers -------------------------------------------------------------------------------------------------------
 
-    def _multiplied(self, refs: _Refs, tile: jax.Array, rows: jax.Array, n: jax.Array, k: jax.Array) -> jax.Array:
+    def _multiplied(self, w: _Operands, tile: jax.Array, rows: jax.Array, n: jax.Array, k: jax.Array) -> jax.Array:
         """The product of one plane of codes, of columns n from k on, and the rows of x."""
-        values, depth = self._values(refs, tile), tile.shape[1]
-        if "zero_point" in refs:
-            z = self._entry(refs["zero_point"], n, k, depth)
+        values, depth = self._values(w, tile), tile.shape[1]
+        if "zero_point" in w:
+            z = self._entry(w["zero_point"], n, k, depth)
             values = values - z.astype(jnp.int32 if self.integers else jnp.float32).astype(values.dtype)
-        if "scale" in refs and not self.scaled_sums:
-            values = values.astype(jnp.float32) * self._scale(refs, n, k, depth)
-            if "offset" in refs:
-                values = values + self._entry(refs["offset"], n, k, depth).astype(jnp.float32)
+        if "scale" in w and not self.scaled_sums:
+            values = values.astype(jnp.float32) * self._scale(w, n, k, depth)
+            if "offset" in w:
+                values = values + self._entry(w["offset"], n, k, depth).astype(jnp.float32)
         result, numbers = jnp.int32 if self.integers else jnp.float32, (((1,), (0,)), ((), ()))
         return lax.dot_general(values.astype(self.dtype), rows, numbers, self.precision, result)
 
-    def _values(self, refs: _Refs, tile: jax.Array) -> jax.Array:
+    def _values(self, w: _Operands, tile: jax.Array) -> jax.Array:
         """Grid values of codes, in the dtype that is multiplied."""
         qtype, small = self.w.qtype, self.w.stored != "bytes"
         if self.patterns:
@@ -265,29 +290,29 @@ class _Kernel:
             return values.astype(self.dtype)
         if qtype.kind == "table":
             index = (tile ^ 8) if small else tile
-            return load(refs["table"], (index.astype(jnp.int32),), None).astype(self.dtype)
+            return w["table"].load((index.astype(jnp.int32),), None).astype(self.dtype)
         if not small:
             return tile.astype(self.dtype)
         return _small_integers(tile, 8 if qtype.signed else 0, self.dtype)
 
-    def _entry(self, ref: jax.Ref, n: jax.Array, k: jax.Array, depth: int) -> jax.Array:
+    def _entry(self, entries: _Operand, n: jax.Array, k: jax.Array, depth: int) -> jax.Array:
         """The entries of columns n from k on: [columns, 1 or depth]; for a depth of 0 [columns, groups]."""
         n, group = n[:, None], self._groups(k)
-        one = ref.shape[0 if self.w.k_last else 1] == 1
+        one = entries.shape[0 if self.w.k_last else 1] == 1
         index = n * 0 if one else n, group
         mask = _both(self._in_n(n), self._in_k(group, self.w.groups))
-        return self._spread(load(ref, index if self.w.k_last else index[::-1], mask), depth)
+        return self._spread(entries.load(index if self.w.k_last else index[::-1], mask), depth)
 
-    def _scale(self, refs: _Refs, n: jax.Array, k: jax.Array, depth: int) -> jax.Array:
+    def _scale(self, w: _Operands, n: jax.Array, k: jax.Array, depth: int) -> jax.Array:
         """Scales in float32, shaped as by `_entry`."""
-        ref = refs["scale"]
+        scale = w["scale"]
         if self.w.scales == "nibbles":
             at, group = n[:, None], self._groups(k)
             index = (at, group // 2) if self.w.k_last else (group, at // 2)
             mask = _both(self._in_n(at), self._in_k(group, self.w.groups))
-            found = (load(ref, index, mask).astype(jnp.int32) >> (4 * ((group if self.w.k_last else at) & 1))) & 15
+            found = (scale.load(index, mask).astype(jnp.int32) >> (4 * ((group if self.w.k_last else at) & 1))) & 15
             return self._spread(found.astype(jnp.float32), depth)
-        found = self._entry(ref, n, k, 0)
+        found = self._entry(scale, n, k, 0)
         if self.w.scales == "e8m0":
             bits = found.astype(jnp.int32)
             power = jnp.where(bits == 0, 1 << 22, bits << 23)  # 2 ** -127 is subnormal
@@ -344,69 +369,91 @@ def batched(
     dtype: DTypeLike,
     *,
     rows: jax.Array | None = None,
+    stack: Weight | None = None,
+    layer: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`product` of stacks of matrices, all arrays with one axis more in front; under `jax.vmap` and shardings too.
+    """`product` for all matrices of two axes A and B, under `jax.vmap` and shardings too.
 
-    Partitions of columns, rows and stacks are kept. If k is partitioned, the partial sums of the devices are added.
+    B is the axis of experts, A that of `jax.vmap`, of size 1 without it. Partitions of all axes but that of layers are
+    kept. If k is partitioned, the partial sums of the devices are added. A stack is read where it is. If its parts do
+    not lie as the product needs them, the layer is read instead, whose parts XLA moves.
+
+    Args:
+      x: [A, B, M, K].
+      w: arrays with A and B in front.
+      how, result, dtype, interpret: as for `product`.
+      rows: [A, B, M], or None.
+      stack: the arrays of w that are layers of a stack: the whole stack, with layers and B in front.
+      layer: int32 [A], the indices of w in the stack.
+
+    Returns:
+      [A, B, M, N].
     """
-    optional = "rows", *Weight._fields[1:]
-    given = {name: v for name, v in zip(optional, (rows, *w[1:]), strict=True) if v is not None}
+    stacks = {} if stack is None else {_STACK + name: v for name, v in stack._asdict().items()}
+    given = {"x": x, "rows": rows, **w._asdict(), "layer": layer, **stacks}
+    given = {name: v for name, v in given.items() if v is not None}
     names = list(given)  # all that is closed over below: arrays would outlive their trace in the rules
+    stacked = [name for name in names if name.startswith(_STACK)]
 
-    def local(cuts: Mapping[str, int]) -> Callable[..., jax.Array]:
+    def local(cuts: Mapping[str, int], without: Collection[int]) -> Callable[..., jax.Array]:
         k = cuts.get("k", 1)
         groups = how.groups // k if how.groups > 1 else 1
         columns = how.columns // cuts.get("n", 1)
         mine = dataclasses.replace(how, length=how.length // k, columns=columns, groups=groups)
 
-        def run(x: jax.Array, codes: jax.Array, *others: jax.Array) -> jax.Array:
-            found = dict.fromkeys(optional) | dict(zip(names, others, strict=True))
-            rows = found.pop("rows")
-            return _stacked(x, Weight(codes, **found), mine, result, dtype, rows, interpret=interpret)
+        def run(*arrays: jax.Array) -> jax.Array:
+            of = dict(zip(names, arrays, strict=True))
+            whole = {name.removeprefix(_STACK): of[name] for name in stacked if names.index(name) not in without}
+            w = Weight._make((of | whole).get(name) for name in Weight._fields)
+            now = dataclasses.replace(mine, stacked=frozenset(whole))
+            return _each(of["x"], w, of.get("rows"), of.get("layer"), now, result, dtype, interpret=interpret)
 
         return run
 
     def mapped(size: int, is_mapped: list[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
-        """The batched function: stacks of weights form a longer stack; activations for one weight are more rows."""
-        activations = [i for i in range(len(arrays)) if i == 0 or (i > 1 and names[i - 2] == "rows")]
-        weights = [i for i in range(len(arrays)) if i not in activations]
-        if any(is_mapped[i] for i in weights):
-            each = [
-                v if m else jnp.broadcast_to(v[None], (size, *v.shape)) for v, m in zip(arrays, is_mapped, strict=True)
-            ]
-            out = call(*(v.reshape(-1, *v.shape[2:]) for v in each))
+        """The batched function: weights make A and the stack longer; activations for one weight are more rows."""
+        of, has = dict(zip(names, arrays, strict=True)), dict(zip(names, is_mapped, strict=True))
+
+        def every(name: str) -> jax.Array:
+            return of[name] if has[name] else jnp.broadcast_to(of[name][None], (size, *of[name].shape))
+
+        if any(has[name] for name in names if name not in ("x", "rows")):
+            longer = any(has[name] for name in stacked)
+            several = {name: every(name) for name in names if longer or name not in stacked}
+            if longer:
+                layers = several[stacked[0]].shape[1]
+                several["layer"] += layers * jnp.arange(size, dtype=jnp.int32)[:, None]
+            of |= {name: v.reshape(-1, *v.shape[2:]) for name, v in several.items()}
+            out = call(*of.values())
             return out.reshape(size, -1, *out.shape[1:]), True
-        several = list(arrays)
-        for i in activations:
-            v = arrays[i] if is_mapped[i] else jnp.broadcast_to(arrays[i][None], (size, *arrays[i].shape))
-            v = jnp.moveaxis(v, 0, 1)
-            several[i] = v.reshape(v.shape[0], -1, *v.shape[3:])
-        out = call(*several)
-        return jnp.moveaxis(out.reshape(out.shape[0], size, -1, out.shape[2]), 1, 0), True
+        for name in ("x", "rows"):
+            if name in of:
+                v = jnp.moveaxis(every(name), 0, 2)
+                of[name] = v.reshape(*v.shape[:2], -1, *v.shape[4:])
+        out = call(*of.values())
+        return jnp.moveaxis(out.reshape(*out.shape[:2], size, -1, out.shape[3]), 2, 0), True
 
     @jax.custom_batching.custom_vmap
     def call(*arrays: jax.Array) -> jax.Array:
-        return partitioned(local, arrays, _axes(how, names, arrays), _pieces(how, arrays[0]), "k")
+        unmoved = [names.index(name) for name in stacked]
+        return partitioned(local, arrays, _axes(how, names, arrays), _pieces(how, arrays[0]), "k", unmoved)
 
     call.def_vmap(mapped)
-    return call(x, w.codes, *given.values())
+    return call(*given.values())
 
 
 def _axes(how: Decoding, names: list[str], arrays: tuple[jax.Array, ...]) -> tuple[list[str], list[str]]:
     """Letters of the axes of operands and result, for `partitioned`."""
 
     def of(name: str, shape: tuple[int, ...]) -> str:
-        if name in ("rows", "table"):
-            return "bm" if name == "rows" else "b_"
-        if name == "columns":
-            return "bn" if shape[1] > 1 else "b_"
-        last = "bnk" if how.k_last else "bkn"
-        return "".join(letter if size > 1 else "_" for letter, size in zip(last, shape, strict=True))
+        if name in ("x", "rows", "layer"):
+            return {"x": "abmk", "rows": "abm", "layer": "a"}[name]
+        lead, name = "_b" if name.startswith(_STACK) else "ab", name.removeprefix(_STACK)
+        letters = lead + {"table": "_", "columns": "n"}.get(name, "nk" if how.k_last else "kn")
+        return letters if name == "codes" else "".join(c if n > 1 else "_" for c, n in zip(letters, shape, strict=True))
 
-    given = ["bmk", "bnk" if how.k_last else "bkn"]
-    given += [of(name, v.shape) for name, v in zip(names, arrays[2:], strict=True)]
-    return given, ["bmn"]
+    return [of(name, v.shape) for name, v in zip(names, arrays, strict=True)], ["abmn"]
 
 
 def _pieces(how: Decoding, x: jax.Array) -> dict[str, int]:
@@ -417,25 +464,30 @@ def _pieces(how: Decoding, x: jax.Array) -> dict[str, int]:
         k = k // 2 if k % 2 == 0 else 1
     halves = not how.k_last and how.columns % 2 == 0 and (small or how.scales == "nibbles")
     n = how.columns // 2 if halves else 1 if how.scales == "nibbles" and not how.k_last else how.columns
-    found = {"b": x.shape[0], "m": x.shape[1], "k": k, "n": n}
+    found = {"a": x.shape[0], "b": x.shape[1], "m": x.shape[2], "k": k, "n": n}
     return {letter: size for letter, size in found.items() if size > 1}
 
 
-def _stacked(
+def _each(
     x: jax.Array,
     w: Weight,
+    rows: jax.Array | None,
+    layer: jax.Array | None,
     how: Decoding,
     result: DTypeLike,
     dtype: DTypeLike,
-    rows: jax.Array | None,
     *,
     interpret: bool,
 ) -> jax.Array:
-    one = functools.partial(product, how=how, result=result, dtype=dtype, stacked=x.shape[0], interpret=interpret)
-    if x.shape[0] == 1:
-        first = jax.tree.map(lambda v: v[0], (x, w, rows))
-        return one(first[0], first[1], rows=first[2])[None]
-    return jax.vmap(lambda x, w, rows: one(x, w, rows=rows))(x, w, rows)
+    """`batched` on one device."""
+    many = x.shape[0] * x.shape[1]
+
+    def one(x: jax.Array, w: Weight, rows: jax.Array | None, layer: jax.Array | None) -> jax.Array:
+        return product(x, w, how, result, dtype, rows=rows, layer=layer, repeated=many, interpret=interpret)
+
+    stacked = [name in how.stacked for name in Weight._fields]
+    of_a, of_b = Weight._make(None if s else 0 for s in stacked), Weight._make(1 if s else 0 for s in stacked)
+    return jax.vmap(jax.vmap(one, (0, of_b, 0, None)), (0, of_a, 0, 0))(x, w, rows, layer)
 
 
 def product(
@@ -446,7 +498,8 @@ def product(
     dtype: DTypeLike,
     *,
     rows: jax.Array | None = None,
-    stacked: int = 1,
+    layer: jax.Array | None = None,
+    repeated: int = 1,
     interpret: bool = False,
 ) -> jax.Array:
     """The product of an activation and the values of a weight.
@@ -459,24 +512,25 @@ def product(
       dtype: bfloat16, float16 or float32, in which values are multiplied, or the float8 of the codes of both operands,
         on chips that multiply it. Codes of x stay int8 if the weight has integer codes in groups that are long enough.
       rows: float32 [M], scales of x, or None.
-      stacked: how many such products a `jax.vmap` makes one kernel of.
+      layer: an int32, which layer of the arrays of a stack; None without a stack.
+      repeated: how many such products a `jax.vmap` makes one kernel of.
       interpret: run in Pallas' interpreter, on any device.
 
     Returns:
       [M, N].
     """
-    x, w, rows = alike((x, w, rows))
+    x, w, rows, layer = alike((x, w, rows, layer))
     m = x.shape[0]
     integers = x.dtype == jnp.int8 and _multiplies_integers(w, how)
     multiplied = jnp.dtype(jnp.int8 if integers else dtype)
     b = blocks(m, how, codes=multiplied.itemsize == 1)
-    given = {"rows": rows, **{name: getattr(w, name) for name in Weight._fields[1:]}}
+    given = {**w._asdict(), "rows": rows, "layer": layer if how.stacked else None}
     if b.parts > 1:  # sums are scaled when they are complete
         given |= {"columns": None, "rows": None}
     operands = {name: value for name, value in given.items() if value is not None}
     wide = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     kernel = _Kernel(how, b, m, multiplied, tuple(operands), wide if multiplied == jnp.float32 else None)
-    operations = 2 * stacked * m * how.length * how.columns
+    operations = 2 * repeated * m * how.length * how.columns
     scheme = jnp.int8 if x.dtype == jnp.int8 and how.qtype.kind == "int" else dtype
     shape = (m, how.columns) if b.parts == 1 else (b.parts, m, how.columns)
     out = pl.pallas_call(
@@ -487,11 +541,13 @@ def product(
         compiler_params=params(b.warps, b.stages),
         name="quantized_product",
         **told(operations, scheme),
-    )(x, w.codes, *operands.values())
+    )(x, *operands.values())
     if b.parts == 1:
         return out
     out = jnp.sum(out, axis=0)
-    out = out if w.columns is None else out * w.columns[None, :]
+    if w.columns is not None:
+        columns = w.columns[layer] if "columns" in how.stacked else w.columns
+        out = out * columns.astype(jnp.float32)[None, :]
     return (out if rows is None else out * rows[:, None]).astype(result)
 
 

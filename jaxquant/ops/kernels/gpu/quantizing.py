@@ -70,7 +70,7 @@ def rows_at_once(x: jax.Array, spec: QuantSpec, axes: tuple[int, ...], *, interp
     @jax.custom_batching.custom_vmap
     def call(x: jax.Array) -> PyTree:
         one = functools.partial(_on_one_device, spec=spec, interpret=interpret)
-        return partitioned(lambda _: one, (x,), (["mk"], ["mk", "m"]), {"m": x.shape[0]})
+        return partitioned(lambda *_: one, (x,), (["mk"], ["mk", "m"]), {"m": x.shape[0]})
 
     call.def_vmap(mapped)
     codes, scale = call(x.reshape(math.prod(lead), -1))

@@ -2,6 +2,7 @@
 
 XLA fuses row scales into a product of codes only if they are arguments of the program. The scales of an activation that
 is quantized on the way are computed, so XLA writes the sums in int32 or float32, four bytes each, and reads them again.
+It also copies a layer of a stack before it multiplies it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _FLOAT8 = re.compile(r"\b(H100|H200|H800|H20|GH200|B100|B200|B300|GB200|GB300|L4
 
 @dataclasses.dataclass(frozen=True)
 class TritonInt8(Kernel[Product]):
-    """int8 dots in `jaxquant.ops.kernels.gpu.product`, if there are enough rows that their sums are large."""
+    """int8 dots in `jaxquant.ops.kernels.gpu.product`, of a layer of a stack or of so many rows that sums are large."""
 
     title = "int8, scaled by Triton"
     platforms = ("cuda",)
@@ -76,7 +77,7 @@ def _in_e4m3(x: QTensor) -> bool:
 
 
 def _fits(problem: Product, codes: Callable[[QTensor], bool]) -> bool:
-    """Whether both operands have such codes, one scale per row or column, and rows enough that sums are large."""
+    """Whether both have such codes, one scale per row or column, and XLA would write sums or copy a layer."""
     if not has_blocks(problem):
         return False
     both = (problem.x, problem.x_axes), (problem.w, problem.w_axes)
@@ -84,8 +85,8 @@ def _fits(problem: Product, codes: Callable[[QTensor], bool]) -> bool:
     if len(plain) < 2:
         return False
     one = all(v.scale.shape[i] == 1 for v, axes in plain for i in axes.contract)
-    many = problem.rows * _FEW >= problem.length and problem.w.size < 2**31
-    return one and many and Place.of(problem.weight, problem.w_axes) is not None
+    many = problem.rows * _FEW >= problem.length or problem.weight.layer is not None
+    return one and many and problem.w.size < 2**31 and Place.of(problem.weight, problem.w_axes) is not None
 
 
 def _is_plain(x: Operand) -> TypeGuard[QTensor]:

@@ -30,6 +30,7 @@ class Decoding:
       columns: N.
       groups: G, runs of equal scales along k.
       scales: the stored type of the scales.
+      stacked: names of the arrays that are of a whole stack of layers, of which the kernel reads one.
     """
 
     qtype: QType
@@ -39,6 +40,7 @@ class Decoding:
     columns: int
     groups: int = 1
     scales: Scales = "float"
+    stacked: frozenset[str] = frozenset()
 
     @property
     def group(self) -> int:
