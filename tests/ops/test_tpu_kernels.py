@@ -27,7 +27,7 @@ from jaxquant.ops.kernels.tpu import int8 as tpu_int8
 from jaxquant.ops.kernels.tpu import product as product_kernels
 from jaxquant.ops.kernels.tpu.blocks import rounded_blocks
 from jaxquant.ops.kernels.tpu.columns import columns as columns_of_table
-from jaxquant.ops.kernels.tpu.layout import transposed_codes
+from jaxquant.ops.kernels.tpu.layout import side_by_side, transposed_codes
 from jaxquant.ops.kernels.tpu.matrices import as_matrices
 from jaxquant.ops.kernels.tpu.quantize import quantized_columns, quantized_rows
 from jaxquant.ops.problem import Product
@@ -572,6 +572,23 @@ def test_codes_of_values_times_factors_in_one_pass(axis: int):
     want = jq.quantize(x.astype(jnp.float32) * times, jq.QuantSpec("int8"), reduce_axes=(axis,))
     np.testing.assert_array_equal(codes, want.logical_codes())
     np.testing.assert_array_equal(scale, want.scale)
+
+
+@pytest.mark.parametrize("shape", [(2, 512, 3, 128), (520, 2, 256), (512, 2, 2, 128), (2, 8, 4, 128), (512, 2, 64)])
+def test_heads_side_by_side(shape: tuple[int, ...]):
+    """Tiles of 8 rows and 128 elements move, where there are such; else the reshape is left to XLA."""
+    count = 3 if shape == (512, 2, 2, 128) else 2
+    x = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
+    np.testing.assert_array_equal(side_by_side(x, count), x.reshape(*shape[:-count], -1))
+
+
+def test_codes_of_heads_in_one_pass():
+    """To the bit what `quantize` finds over both axes, for as many rows as the kernel takes."""
+    x, spec = normal(3, (1, 512, 4, 128), jnp.bfloat16), jq.QuantSpec("int8")
+    want = jq.quantize(x, spec, reduce_axes=(-2, -1))
+    codes, scale = quantized_rows(side_by_side(x, 2)[0], qtype=spec.type, interpret=True)
+    np.testing.assert_array_equal(codes, want.logical_codes().reshape(512, 512))
+    np.testing.assert_array_equal(scale, np.asarray(want.scale).reshape(512, 1))
 
 
 @needs_jit  # where it is known, NaN raises

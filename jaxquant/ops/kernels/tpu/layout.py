@@ -1,5 +1,6 @@
-"""Transposes int8 codes, which this chip multiplies at half the speed where both operands have the summed axis first.
+"""Brings activations to the order in which products take them, where XLA takes longer.
 
+An int8 product runs at half the speed where both operands have the summed axis first, so codes are transposed.
 Estimate of the TPU compiler for the sum over 4,096 rows of [4096, 4096] on both sides, on a v5e: 1,089 thousand cycles,
 as in bfloat16; with the summed axis last on one side 545, and 45 for the transpose here.
 """
@@ -15,9 +16,11 @@ from jaxquant.core.sizes import number
 from jaxquant.ops.kernels.tpu.pallas import compiler_params, shape_like
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 
-__all__ = ["rows_last", "transposed_codes"]
+__all__ = ["rows_last", "side_by_side", "transposed_codes"]
 
 _LEAST, _BLOCK = 1 << 18, 1024  # fewest elements for which it pays; rows and columns of a block
+
+_ROWS, _TILE = 512, (8, 128)  # fewest rows whose heads are joined tile by tile; a tile, as arrays are stored
 
 
 def transposed_codes(x: jax.Array, *, interpret: bool = False) -> jax.Array:
@@ -54,3 +57,22 @@ def rows_last(x: jax.Array) -> jax.Array:
         return jnp.swapaxes(x, 1, 2)
 
     return if_undivided(kernel, divided, x) if fits and m % 128 == 0 and k % 128 == 0 else divided(x)
+
+
+def side_by_side(x: jax.Array, count: int) -> jax.Array:
+    """[..., rows, heads, width] with its last ``count`` axes joined.
+
+    Attention makes the heads before the rows. Reshaped alone, they are first moved between the rows, and joined in
+    another pass; here whole tiles move, in one pass. For [1, 32, 2048, 128], which a kernel made, XLA's estimates are
+    54 thousand cycles and not 225 on a v6e, and 84 and not 270 on a v5e.
+    """
+    *lead, rows = x.shape[:-count]
+    heads, width = x.shape[-count:-1], x.shape[-1]
+    joined = (*lead, rows, math.prod(heads) * width)
+    if count == 1 or not all(isinstance(n, int) for n in (rows, width)):
+        return x.reshape(joined)
+    if rows < _ROWS or rows % _TILE[0] or width % _TILE[1]:
+        return x.reshape(joined)
+    first = jnp.moveaxis(x.reshape(*lead, rows, -1, width), -2, -3)
+    tiles = first.reshape(*first.shape[:-2], rows // _TILE[0], _TILE[0], width)
+    return jnp.moveaxis(tiles, -4, -2).reshape(joined)

@@ -17,6 +17,7 @@ from jaxquant.core.qtensor import Operand, QTensor, Scale
 from jaxquant.core.sizes import number
 from jaxquant.core.stack import Layer
 from jaxquant.ops.forms import Axes
+from jaxquant.ops.kernels.tpu.layout import side_by_side
 from jaxquant.ops.problem import Product
 from jaxquant.ops.trained import TrainedTensor, is_stored_in_elements
 
@@ -95,4 +96,6 @@ def _joined(x: Operand, axes: tuple[int, ...]) -> Operand:
     shape = (*x.shape[: axes[0]], math.prod(x.shape[i] for i in axes), *x.shape[axes[-1] + 1 :])
     if isinstance(x, TrainedTensor):
         return TrainedTensor(views.reshape(x.frozen, shape), None)
-    return views.reshape(x, shape) if isinstance(x, QTensor) else x.reshape(shape)
+    if isinstance(x, QTensor):
+        return views.reshape(x, shape)
+    return side_by_side(x, len(axes)) if axes[0] and axes[-1] == x.ndim - 1 else x.reshape(shape)
