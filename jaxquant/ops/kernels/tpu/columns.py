@@ -61,8 +61,14 @@ def columns(codes: jax.Array, indices: jax.Array, *, interpret: bool = False) ->
         words = pltpu.bitcast(codes[...], jnp.int32)
         words = pltpu.roll(words, lax.rem(i - lax.rem(at[i], _LANES) + _LANES, _LANES), 1)
         mine = lax.broadcasted_iota(jnp.int32, words.shape, 1) == lax.rem(i, _LANES)
-        others = pltpu.bitcast(out[...], jnp.int32)  # written before, or later
-        out[...] = pltpu.bitcast(jnp.where(mine, words, others), out.dtype)
+
+        @pl.when(lax.rem(i, _LANES) == 0)
+        def _() -> None:
+            out[...] = pltpu.bitcast(words, out.dtype)
+
+        @pl.when(lax.rem(i, _LANES) != 0)
+        def _() -> None:
+            out[...] = pltpu.bitcast(jnp.where(mine, words, pltpu.bitcast(out[...], jnp.int32)), out.dtype)
 
     rows, count = codes.shape[0], indices.shape[0]
     moved = count * rows * (_LANES + 1) * _bits(codes) // 8
