@@ -38,8 +38,9 @@ Layout = Literal["packed", "elements", "native"]
 - ``"native"``, for TPUs: as ``"elements"``, and codes of fp8 are in their own dtype, which a TPU's compiler converts
   within a product; bytes keep it from that. A TPU joins leading axes without a copy, and last axes with one. So last
   axes with scales of their own (heads) are stored as one; and 8-bit integers without groups, which otherwise stay, do
-  not have several axes last that share a scale. Codes of 4 bits or in groups, [outputs, inputs], are stored transposed,
-  since the kernels multiply [inputs, outputs]. Scales of fewer than 8 bits have a byte each, which kernels read.
+  not have several axes last that share a scale. Codes of 4 bits, in fp8 or in groups, [outputs, inputs], are stored
+  transposed, since the kernels multiply [inputs, outputs]. Scales of fewer than 8 bits have a byte each, which kernels
+  read.
 """
 
 

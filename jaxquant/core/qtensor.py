@@ -109,8 +109,8 @@ class QTensor:
       permutation: where columns were reordered to make groups consecutive (GPTQ's act-order): stored position j along
         the `permuted_axis` holds the logical element ``permutation[j]``. Of the logical rank, with size 1 on the other
         axes unless the tensor is stacked; or None.
-      seal: False for each block along the axes without groups, where codes are in fp8; or None. fp8 keeps
-        its dtype in arithmetic, and a bool does not.
+      seal: False for each block along the axes without groups, where codes are in fp8; or None. fp8 keeps its dtype in
+        arithmetic, and a bool does not.
       qtype: name of the number type.
       dtype: dtype of the dequantized array.
       minor: the logical axes (negative) that are stored last, in this order.
