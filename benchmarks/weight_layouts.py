@@ -10,6 +10,7 @@ accelerators.py has weights [inputs, outputs]. Here 8 rows are multiplied by
 - a table of 32,000 rows, after rows of it are looked up: tied embeddings;
 - a stack of four layers of Flax's attention: an input projection [width, heads, size] and an output projection
   [heads, size, width];
+- a stack of four layers of eight experts, in a ragged product;
 - a weight [outputs, inputs] whose groups are scattered, as by GPTQ's act-order.
 
 Widths are 4,096. Nothing is run. Needs jaxquant[aot-tpu,aot-gpu].
@@ -32,7 +33,7 @@ from jaxquant.core.qtensor import flat
 from jaxquant.programs.compilers import compiled_for
 from jaxquant.programs.estimates import Estimate, estimate
 
-WIDTH, HEADS, LAYERS, TABLE, ROWS = 4096, 32, 4, 32000, 8
+WIDTH, HEADS, LAYERS, EXPERTS, TABLE, ROWS = 4096, 32, 4, 8, 32000, 8
 
 SPECS = {
     "bfloat16": None,
@@ -50,11 +51,11 @@ Params = dict[str, jax.Array]
 
 
 class Form(NamedTuple):
-    """A program, and the shapes of its weights and of its argument."""
+    """A program, and the shapes of its weights and of its other arguments."""
 
-    fn: Callable[[Params, jax.Array], jax.Array]
+    fn: Callable[..., jax.Array]
     shapes: dict[str, tuple[int, ...]]
-    argument: jax.ShapeDtypeStruct
+    arguments: tuple[jax.ShapeDtypeStruct, ...]
 
 
 def transposed(p: Params, x: jax.Array) -> jax.Array:
@@ -76,17 +77,23 @@ def attention(p: Params, x: jax.Array) -> jax.Array:
     return lax.scan(layer, x, p)[0]
 
 
+def experts(p: Params, x: jax.Array, sizes: jax.Array) -> jax.Array:
+    return lax.scan(lambda x, w: (lax.ragged_dot(x, w, sizes), None), x, p["w"])[0]
+
+
 X = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.bfloat16)
+SIZES = jax.ShapeDtypeStruct((EXPERTS,), jnp.int32)
 FORMS = {
-    "transposed": Form(transposed, {"w": (WIDTH, WIDTH)}, X),
-    "in a stack": Form(stack, {"w": (LAYERS, WIDTH, WIDTH)}, X),
-    "table": Form(table, {"w": (TABLE, WIDTH)}, jax.ShapeDtypeStruct((ROWS,), jnp.int32)),
+    "transposed": Form(transposed, {"w": (WIDTH, WIDTH)}, (X,)),
+    "in a stack": Form(stack, {"w": (LAYERS, WIDTH, WIDTH)}, (X,)),
+    "table": Form(table, {"w": (TABLE, WIDTH)}, (jax.ShapeDtypeStruct((ROWS,), jnp.int32),)),
     "attention": Form(
         attention,
         {"in": (LAYERS, WIDTH, HEADS, WIDTH // HEADS), "out": (LAYERS, HEADS, WIDTH // HEADS, WIDTH)},
-        X,
+        (X,),
     ),
-    "scattered": Form(transposed, {"w": (WIDTH, WIDTH)}, X),
+    "experts": Form(experts, {"w": (LAYERS, EXPERTS, WIDTH, WIDTH)}, (X, SIZES)),
+    "scattered": Form(transposed, {"w": (WIDTH, WIDTH)}, (X,)),
 }
 
 
@@ -99,8 +106,8 @@ def measured(chip: str, name: str, form: Form, scattered: bool) -> Estimate | No
         return None
     shapes = {key: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for key, shape in form.shapes.items()}
     if spec is None:
-        return estimate(compiled_for("benchmark", chip, form.fn, (shapes, form.argument)))
-    plan = jq.make_plan(form.fn, shapes, form.argument, rules=[jq.Rule(".*", spec)])
+        return estimate(compiled_for("benchmark", chip, form.fn, (shapes, *form.arguments)))
+    plan = jq.make_plan(form.fn, shapes, *form.arguments, rules=[jq.Rule(".*", spec)])
 
     def stored(w: jax.Array | jq.QTensor) -> jax.Array | jq.QTensor:
         if isinstance(w, jq.QTensor) and blocks:
@@ -114,8 +121,8 @@ def measured(chip: str, name: str, form: Form, scattered: bool) -> Estimate | No
 
     params = jax.eval_shape(quantized, shapes)
     if blocks:  # as a checkpoint has them; no spec of ours does
-        plan = jq.make_plan(form.fn, params, form.argument, rules=[])
-    return estimate(compiled_for("benchmark", chip, jq.quantized(form.fn, plan), (params, form.argument)))
+        plan = jq.make_plan(form.fn, params, *form.arguments, rules=[])
+    return estimate(compiled_for("benchmark", chip, jq.quantized(form.fn, plan), (params, *form.arguments)))
 
 
 def cell(found: Estimate | None) -> str:

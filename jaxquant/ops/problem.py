@@ -38,6 +38,7 @@ __all__ = [
     "Product",
     "RaggedProduct",
     "Window",
+    "in_stored_order",
     "wide_values",
 ]
 
@@ -160,11 +161,8 @@ class Product(Problem):
 
     def in_stored_order(self) -> Product:
         """The same product by a weight whose axes are in the order in which its codes are stored."""
-        if not self.weight.minor:
-            return self
-        place = inverse(self.weight.stored_order)
-        axes = Axes(*(tuple(place[i] for i in part) for part in dataclasses.astuple(self.w_axes)))
-        return dataclasses.replace(self, w=views.in_stored_order(self.weight), w_axes=axes)
+        w, axes = in_stored_order(self.weight, self.w_axes)
+        return dataclasses.replace(self, w=w, w_axes=axes)
 
     @functools.cached_property
     def forms(self) -> tuple[Form, Form]:
@@ -360,6 +358,12 @@ _ROWS, _EXPERTS = Axes.of(2, (), (1,)), Axes.of(3, (0,), (1,))
 def _whole(x: Operand, axes: Axes) -> Matrix | jax.Array | None:
     """An operand in canonical form, with one code per element."""
     return matrix(x, axes) if isinstance(x, QTensor) else axes.flatten(x)
+
+
+def in_stored_order(w: QTensor, axes: Axes) -> tuple[QTensor, Axes]:
+    """A weight whose axes are in the order in which its codes are stored, and these axes."""
+    place = inverse(w.stored_order)
+    return views.in_stored_order(w), Axes(*(tuple(place[i] for i in part) for part in dataclasses.astuple(axes)))
 
 
 def _kind(x: Operand) -> int:

@@ -38,6 +38,7 @@ from jaxquant.ops.kernels.cpu import blocked, floats, gemv, int8, residual
 from jaxquant.ops.kernels.cpu import convolution as cpu_convolution
 from jaxquant.ops.kernels.cpu import ragged as cpu_ragged
 from jaxquant.ops.kernels.gpu import decoded as gpu_decoded
+from jaxquant.ops.kernels.gpu import ragged as gpu_ragged
 from jaxquant.ops.kernels.gpu import scaled as gpu_scaled
 from jaxquant.ops.kernels.tpu import decoded as tpu_decoded
 from jaxquant.ops.kernels.tpu import grouped
@@ -66,6 +67,8 @@ TABLE: tuple[type[Kernel[Any]], ...] = (
     gpu_decoded.TritonLayer,
     gpu_scaled.TritonInt8,
     gpu_scaled.TritonFloat8,
+    gpu_ragged.TritonFloat8Experts,
+    gpu_ragged.TritonExperts,
     tpu_ragged.ByteExperts,
     tpu_ragged.RaggedExperts,
     tpu_decoded.Float8Decoded,

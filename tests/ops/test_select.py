@@ -209,8 +209,11 @@ def problems():
     tables = jax.eval_shape(
         lambda w: ops.lay_out(w, "tpu"), abstract((3, 128, 128), rows.dtype, jq.QuantSpec("mxfp4"), (-2,))
     )
-    for stored_experts in (experts, tables):
-        yield RaggedProduct(rows, stored_experts, None, jnp.bfloat16, shaped((3,), jnp.int32))
+    fp8 = present(recipes.fp8().act)
+    codes = abstract(rows.shape, rows.dtype, fp8, (-1,), stored=False)
+    patterns = abstract((3, 128, 128), rows.dtype, fp8, (-2,))
+    for x, stored_experts in ((rows, experts), (rows, tables), (codes, patterns)):
+        yield RaggedProduct(x, stored_experts, None, jnp.bfloat16, shaped((3,), jnp.int32))
 
 
 @pytest.mark.every

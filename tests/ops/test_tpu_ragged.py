@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ragged_reference import SIZES, by_expert
 
 import jaxquant as jq
 from jaxquant import ops
@@ -34,12 +35,6 @@ SPECS = {
     "iq4_nl": few("iq4_nl", 32),
 }
 TABLES = ("nf4", "iq4_nl", "mxfp4", "nvfp4")
-SIZES = {  # rows, and those of each expert: odd, none, one, and rows that no expert takes
-    "few": (10, (3, 0, 4, 1)),
-    "tiles": (300, (130, 0, 0, 150)),
-    "one": (257, (0, 1, 256, 0)),
-    "none": (5, (0, 0, 0, 0)),
-}
 K, N = 256, 200
 
 
@@ -62,17 +57,6 @@ def interpreted(problem: RaggedProduct, monkeypatch: pytest.MonkeyPatch, chip: s
     return np.asarray(kernel.run(problem), np.float64)
 
 
-def wanted(x: Any, w: Any, sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The product in float64, and the sums of magnitudes."""
-    x, w = (np.asarray(v.dequantize(jnp.float32) if isinstance(v, jq.QTensor) else v, np.float64) for v in (x, w))
-    out, terms, start = np.zeros((len(x), w.shape[2])), np.zeros((len(x), w.shape[2])), 0
-    for e, n in enumerate(sizes):
-        rows = slice(start, start + n)
-        out[rows], terms[rows] = x[rows] @ w[e], np.abs(x[rows]) @ np.abs(w[e])
-        start += n
-    return out, terms
-
-
 @pytest.mark.parametrize("rows", SIZES)
 @pytest.mark.parametrize("act", [None, "int8"])
 @pytest.mark.parametrize("name", SPECS)
@@ -83,7 +67,7 @@ def test_each_row_by_its_expert(name: str, act: str | None, rows: str, monkeypat
     if name in TABLES and m > 128:  # XLA decodes these, once for all rows
         return
     got = interpreted(RaggedProduct(x, w, None, jnp.float32, jnp.asarray(sizes)), monkeypatch)
-    want, terms = wanted(x, w, sizes)
+    want, terms = by_expert(x, w, sizes)
     assert np.all(np.abs(got - want) <= (2**-8 if name == "nf4" else 1e-6) * terms)
     assert not got[sum(sizes) :].any()
 
@@ -94,7 +78,7 @@ def test_chips_that_gather_bytes(name: str, monkeypatch: pytest.MonkeyPatch):
     x, w = normal(0, (m, K)), experts(name)
     problem = RaggedProduct(x, w, None, jnp.float32, jnp.asarray(sizes))
     got, older = (interpreted(problem, monkeypatch, chip) for chip in ("TPU v6 lite", None))
-    want, terms = wanted(x, w, sizes)
+    want, terms = by_expert(x, w, sizes)
     assert np.all(np.abs(got - want) <= (2**-8 if name == "nf4" else 1e-6) * terms)
     np.testing.assert_allclose(got, older, rtol=1e-5, atol=1e-5 * np.max(terms))
 
@@ -106,7 +90,7 @@ def test_activations_in_fp8(name: str, monkeypatch: pytest.MonkeyPatch):
     w, act = experts(name), SPECS["mxfp8" if name == "mxfp8" else "float8_e4m3fn"]
     x = jq.quantize(normal(0, (m, K)), act, reduce_axes=(-1,))
     got = interpreted(RaggedProduct(x, w, None, jnp.float32, jnp.asarray(sizes)), monkeypatch)
-    want, terms = wanted(x, w, sizes)
+    want, terms = by_expert(x, w, sizes)
     assert np.all(np.abs(got - want) <= 1e-6 * terms)
 
 
@@ -115,7 +99,7 @@ def test_many_rows_of_bfloat16_multiply_rounded_values(name: str, monkeypatch: p
     m, sizes = SIZES["tiles"]
     x, w = normal(0, (m, K)), experts(name)
     got = interpreted(RaggedProduct(x, w, None, jnp.bfloat16, jnp.asarray(sizes)), monkeypatch)
-    want, terms = wanted(x, w, sizes)
+    want, terms = by_expert(x, w, sizes)
     assert np.all(np.abs(got - want) <= 2**-8 * (terms + np.abs(want)))
 
 
@@ -126,7 +110,7 @@ def test_a_layer_of_a_stack(name: str, monkeypatch: pytest.MonkeyPatch):
     layer = jax.tree.map(lambda v: v[2], stack)
     inside = layer.layer_of(stack, jnp.int32(2))
     got = interpreted(RaggedProduct(x, inside, None, jnp.float32, jnp.asarray(sizes)), monkeypatch)
-    want, terms = wanted(x, layer, sizes)
+    want, terms = by_expert(x, layer, sizes)
     assert np.all(np.abs(got - want) <= 1e-6 * terms)
 
 

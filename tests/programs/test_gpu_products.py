@@ -126,6 +126,61 @@ def test_experts_are_not_decoded_in_memory():
     assert found["w"].floor == pytest.approx(4 * 2 * 256 * K * N / 989e12)
 
 
+RAGGED: dict[str, Any] = SCHEMES | {"w8a16": recipes.w8a16(), "w8a8": recipes.w8a8(), "fp8": recipes.fp8()}
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_rows_are_multiplied_by_their_own_expert(name: str):
+    """Experts are not decoded in memory, and no row is multiplied by all of them."""
+    spec, rows = RAGGED[name], 512
+
+    def fn(p: Any, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        return ops.ragged_dot(x, p["w"], sizes, spec=spec)
+
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+    found: Any = jq.explain(fn, {"w": weight(spec, 4)}, x(rows), sizes, target="h100")
+    assert found["w"].kernels == ("quantized_product",)
+    assert found["w"].written == 0
+    assert found.temporaries <= 2 * rows * K + 8 * rows  # an activation, quantized
+    peak = 989e12 if spec.act is None else 1979e12
+    assert found["w"].floor == pytest.approx(max(found["w"].nbytes / 3350e9, 2 * rows * K * N / peak))
+
+
+def test_experts_are_read_in_their_stack():
+    sizes = jnp.arange(4, dtype=jnp.int32)
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        return lax.scan(lambda x, w: (lax.ragged_dot(x, w, sizes), None), x, p["w"])[0]
+
+    apply, params = scanned(SCHEMES["w4a16 g128"], fn, (LAYERS, 4, K, K))
+    found: Any = jq.explain(apply, params, x(8), target="h100")
+    assert found["w"].kernels == ("quantized_product",)
+    assert found.temporaries <= 0.02 * 2 * 4 * K * K
+
+
+@pytest.mark.parametrize(("axis", "moved"), [(0, "all-reduce"), (1, "all-reduce"), (2, None)])
+def test_experts_on_several_devices(axis: int, moved: str | None):
+    """Experts, contracted channels or columns on each device; codes and scales stay where they are."""
+    mesh, spec = AbstractMesh((2,), ("t",)), SCHEMES["w4a16 g128"]
+
+    def placed(v: Any, *axes: str | None) -> Any:
+        return jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+    def of_weight(v: Any) -> Any:
+        e, k, n = ("t" if axis == i else None for i in range(3))
+        return placed(v, e, k, *(None,) * (v.ndim - 3), n)
+
+    def fn(p: Any, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        return ops.ragged_dot(x, p["w"], sizes, spec=spec)
+
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32, sharding=NamedSharding(mesh, P()))
+    rows = placed(x(8), None, "t" if axis == 1 else None)
+    found: Any = jq.explain(fn, {"w": jax.tree.map(of_weight, weight(spec, 4))}, rows, sizes, target="h100")
+    assert {c.kind for c in found.collectives} == ({moved} if moved else set())
+    assert found["w"].kernels == ("quantized_product",)
+    assert found.temporaries <= 0.02 * 2 * 4 * K * N
+
+
 LAYERS = 6
 STACKED: dict[str, Any] = SCHEMES | {
     "w4a16 channel": recipes.w4a16(None),

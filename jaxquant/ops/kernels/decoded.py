@@ -31,10 +31,10 @@ from jaxquant.core.qtensor import QTensor, flat, scale_values
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels.dots import dot
 from jaxquant.ops.kernels.precision import NARROW, is_highest
-from jaxquant.ops.problem import Kernel, Product
+from jaxquant.ops.problem import Kernel, Problem, Product
 from jaxquant.ops.trained import is_stored_in_elements
 
-__all__ = ["BatchedDecoded", "Decoded", "Dot", "product"]
+__all__ = ["BatchedDecoded", "Decoded", "Dot", "multiplied_dtype", "product"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Decoded(Kernel[Product]):
         """As for `Kernel`: off the CPU a stored weight with one code per element, and groups along one axis at most."""
         if not is_stored_in_elements(problem.w):
             return None
-        return cls(_value_dtype(problem))
+        return cls(multiplied_dtype(problem))
 
     def run(self, problem: Product) -> jax.Array:
         """As for `Kernel`."""
@@ -87,7 +87,7 @@ class BatchedDecoded(Decoded):
         apart = all(w.scale.shape[i] == 1 for i in axes.contract if i != at)  # scales change along that axis alone
         if at is None or at not in axes.contract or not apart or w.type.kind not in ("int", "float") or not w.symmetric:
             return None
-        return cls(_value_dtype(problem)) if cls.is_faster(problem, w.shape[at] // w.scale.shape[at]) else None
+        return cls(multiplied_dtype(problem)) if cls.is_faster(problem, w.shape[at] // w.scale.shape[at]) else None
 
     @staticmethod
     def dot(dot: Dot) -> jax.Array:
@@ -104,7 +104,8 @@ class BatchedDecoded(Decoded):
         return product(problem, self.dtype, self.dot)
 
 
-def _value_dtype(problem: Product) -> np.dtype:
+def multiplied_dtype(problem: Problem) -> np.dtype:
+    """The dtype of decoded values: that of the float product if it is narrow, unless precision is to be highest."""
     dtype = problem.dtype
     return dtype if dtype in NARROW and not is_highest(problem.precision) else promoted(dtype, jnp.float32)
 

@@ -11,18 +11,32 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxquant.core.qtensor import QTensor, Scale, flat, scale_values
+from jaxquant.core.qtensor import Operand, QTensor, Scale, flat, scale_values
 from jaxquant.core.stack import Layer
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels.decoded import Decoded
 from jaxquant.ops.kernels.dequantized import value_dtype
-from jaxquant.ops.problem import Kernel, Product
+from jaxquant.ops.problem import Kernel, Problem, Product
 
 if TYPE_CHECKING:
     from jaxquant.ops.kernels.gpu.product import Weight
-    from jaxquant.ops.kernels.gpu.tiling import Decoding
+    from jaxquant.ops.kernels.gpu.tiling import Decoding, Stored
 
-__all__ = ["Place", "TritonDecoded", "TritonLayer", "has_blocks", "in_int8", "run", "weight_arrays"]
+__all__ = [
+    "Place",
+    "TritonDecoded",
+    "TritonLayer",
+    "activation",
+    "decodes",
+    "has_blocks",
+    "has_places",
+    "in_int8",
+    "result_dtype",
+    "run",
+    "stored",
+    "weight_arrays",
+    "with_stack",
+]
 
 T = TypeVar("T")
 
@@ -68,14 +82,8 @@ class TritonDecoded(Kernel[Product]):
 
     @classmethod
     def _of(cls, problem: Product, place: Place | None, dtype: DTypeLike) -> Kernel[Product] | None:
-        """The kernel for values of a dtype, if it has blocks for the weight."""
-        if place is None or dtype == jnp.float64 or problem.w.size >= _LARGEST:
-            return None
-        fits = place.groups == 1 or (place.length // place.groups) % _SHORTEST_GROUP == 0
-        zero = problem.weight.zero_point
-        # Differences from a float are rounded to its dtype, as its format has it, and here to that of the values.
-        whole = zero is None or jnp.issubdtype(zero.dtype, jnp.integer) or zero.dtype == dtype
-        return cls(dtype) if fits and whole else None
+        """The kernel for values of a dtype, if it finds every code of the weight and decodes it."""
+        return cls(dtype) if problem.w.size < _LARGEST and decodes(problem.weight, place, dtype) else None
 
     def run(self, problem: Product) -> jax.Array:
         """As for `Kernel`."""
@@ -149,29 +157,55 @@ def run(problem: Product, dtype: DTypeLike, *, interpret: bool = False) -> jax.A
     from jaxquant.ops.kernels.gpu.product import batched  # Pallas takes long to load
 
     problem = problem.in_stored_order()
-    x, axes, rows = problem.x, problem.x_axes, None
+    values, rows = activation(problem.x, problem.x_axes, dtype)
+    weight, how, stack = with_stack(problem.weight, problem.w_axes)
+    given: dict[str, Any] = {"rows": None if rows is None else rows[None], **stack, "interpret": interpret}
+    return problem.restored(batched(values[None], weight, how, result_dtype(problem), dtype, **given)[0])
+
+
+def result_dtype(problem: Problem) -> DTypeLike:
+    """The dtype of the kernel's result: that of the problem if it is narrow, or float32."""
+    return problem.result if jnp.dtype(problem.result).itemsize < 4 else jnp.float32
+
+
+def with_stack(w: QTensor, axes: Axes) -> tuple[Weight, Decoding, dict[str, Any]]:
+    """The arrays of a weight, how they are stored, and the ``stack`` and ``layer`` that it is in, if it is in one."""
+    weight, how = weight_arrays(w.apart(), axes)
+    if w.layer is None:
+        return weight, how, {}
+    whole, of = weight_arrays(w, axes)
+    stack = whole._make(v if name in of.stacked else None for name, v in whole._asdict().items())
+    return weight, how, {"stack": stack, "layer": jnp.reshape(w.layer, 1).astype(jnp.int32)}
+
+
+def decodes(w: QTensor, place: Place | None, dtype: DTypeLike) -> bool:
+    """Whether the kernel decodes a weight's codes to values of a dtype."""
+    if place is None or dtype == jnp.float64:
+        return False
+    fits = place.groups == 1 or (place.length // place.groups) % _SHORTEST_GROUP == 0
+    zero = w.zero_point
+    # Differences from a float are rounded to its dtype, as its format has it, and here to that of the values.
+    return fits and (zero is None or jnp.issubdtype(zero.dtype, jnp.integer) or zero.dtype == dtype)
+
+
+def activation(x: Operand, axes: Axes, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
+    """The rows of an activation, [B, M, K]: codes, with scales [B, M] in float32, or values in a dtype, and None.
+
+    Codes are int8, or patterns of float8 in uint8 if that is the dtype.
+    """
     one_byte = jnp.dtype(dtype).itemsize == 1
     if isinstance(x, QTensor) and (in_int8(x) or one_byte) and all(x.scale.shape[i] == 1 for i in axes.contract):
         codes = x.logical_codes()
         patterns = jnp.issubdtype(codes.dtype, jnp.floating)
         values = axes.flatten(lax.bitcast_convert_type(codes, jnp.uint8) if patterns else codes)
-        rows = jnp.broadcast_to(axes.flatten(scale_values(x.scale).astype(jnp.float32))[:, :, 0], values.shape[:2])
-    else:
-        values = axes.flatten(x.dequantize(dtype) if isinstance(x, QTensor) else x.astype(dtype))
-    w = problem.weight
-    weight, how = weight_arrays(w.apart(), problem.w_axes)
-    result = problem.result if jnp.dtype(problem.result).itemsize < 4 else jnp.float32
-    given: dict[str, Any] = {"rows": None if rows is None else rows[None], "interpret": interpret}
-    if w.layer is not None:
-        whole, of = weight_arrays(w, problem.w_axes)
-        stack = whole._make(v if name in of.stacked else None for name, v in whole._asdict().items())
-        given |= {"stack": stack, "layer": jnp.reshape(w.layer, 1).astype(jnp.int32)}
-    return problem.restored(batched(values[None], weight, how, result, dtype, **given)[0])
+        scales = axes.flatten(scale_values(x.scale).astype(jnp.float32))[:, :, 0]
+        return values, jnp.broadcast_to(scales, values.shape[:2])
+    return axes.flatten(x.dequantize(dtype) if isinstance(x, QTensor) else x.astype(dtype)), None
 
 
-def has_blocks(problem: Product) -> bool:
-    """Whether a problem is a product of known sizes, on one device or on a mesh whose axes XLA partitions."""
-    if not isinstance(problem, Product) or not all(isinstance(n, int) for n in (*problem.x.shape, *problem.w.shape)):
+def has_blocks(problem: Problem) -> bool:
+    """Whether operands have known sizes, and are on one device or on a mesh whose axes XLA partitions."""
+    if not all(isinstance(n, int) for n in (*problem.x.shape, *problem.w.shape)):
         return False
     arrays = (v for v in jax.tree.leaves((problem.x, problem.w)) if isinstance(v, jax.Array))
     shardings = (getattr(jax.typeof(v), "sharding", None) for v in arrays)
@@ -195,7 +229,7 @@ def weight_arrays(w: QTensor, axes: Axes) -> tuple[Weight, Decoding]:
     def found(name: str, value: jax.Array | Layer, *shape: int, in_byte: int = 1) -> jax.Array:
         """[1, B, *shape] of a weight; [layers, B, *shape] of a whole stack, if the array is a slice of one."""
         whole, each = w.in_stack(value), b * math.prod(shape)
-        if whole is not value and math.prod(whole.shape[1:]) == each and _has_places(whole, in_byte):
+        if whole is not value and math.prod(whole.shape[1:]) == each and has_places(whole, in_byte):
             stacked.add(name)
             return whole.reshape(-1, b, *shape)
         own = value.array() if isinstance(value, Layer) else value
@@ -213,10 +247,8 @@ def weight_arrays(w: QTensor, axes: Axes) -> tuple[Weight, Decoding]:
             value = scale_values(value)
         return found("columns", value, n)
 
-    order, how = place.ordered(place.length, place.columns), "bytes"
-    if w.in_int4:
-        how = "int4" if order[1] % 2 else "nibbles"
-    codes = found("codes", w.kept, *order, in_byte=2 if how == "nibbles" else 1)
+    order, (how, in_byte) = place.ordered(place.length, place.columns), stored(w, place)
+    codes = found("codes", w.kept, *order, in_byte=in_byte)
     if w.seal is not None:  # fp8, as for a TPU
         codes = lax.bitcast_convert_type(codes, jnp.uint8)
     if how == "nibbles":
@@ -244,9 +276,16 @@ def weight_arrays(w: QTensor, axes: Axes) -> tuple[Weight, Decoding]:
     return Weight(codes, scale, zero_point, offset, columns, table), decoding
 
 
-def _has_places(array: jax.Array, in_byte: int) -> bool:
+def stored(w: QTensor, place: Place) -> tuple[Stored, int]:
+    """How a weight's codes are read, and how many of them are in a byte then."""
+    if not w.in_int4:
+        return "bytes", 1
+    return ("int4", 1) if place.ordered(place.length, place.columns)[1] % 2 else ("nibbles", 2)
+
+
+def has_places(array: jax.Array | Layer, in_byte: int) -> bool:
     """Whether Pallas finds every element: it counts in int32 up to 4 GiB, which are more elements if they are bytes."""
-    size = array.size // in_byte
+    size = math.prod(array.shape) // in_byte
     return size <= _LARGEST or size * array.dtype.itemsize > 2**32
 
 

@@ -43,7 +43,7 @@ def partitioned(
       axes: of the arguments and of the results: a letter for each axis. Axes with the same letter are partitioned
         alike, and ``_`` is not partitioned.
       pieces: for each letter, a number that the number of parts has to divide.
-      summed: the letter of the summed axis: partial results are added, in their own dtype.
+      summed: the letters of summed axes: partial results are added, in their own dtype.
       unmoved: places of arguments that are never moved between devices: the function does without those whose parts do
         not lie as the other arguments' and the results'.
     """
@@ -89,11 +89,11 @@ def partitioned(
         for i in without:
             needed[i] = lying[i]
         cuts = {letter: math.prod(mesh.shape[name] for name in names) for letter, names in found.items()}
-        one = local(cuts, without)
+        one, over = local(cuts, without), tuple(name for letter in summed for name in found.get(letter, ()))
 
         def lower(*parts: jax.Array) -> PyTree:
             out = one(*parts)
-            return lax.psum(out, found[summed]) if summed in found else out
+            return lax.psum(out, over) if over else out
 
         return mesh, lower, of_results(mesh, found), tuple(needed)
 

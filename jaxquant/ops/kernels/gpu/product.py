@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
 from jaxquant.ops.kernels.gpu.partition import partitioned
+from jaxquant.ops.kernels.gpu.segments import Segments, most_tiles
 from jaxquant.ops.kernels.gpu.tiling import Blocks, Decoding, blocks
 from jaxquant.ops.kernels.gpu.triton import alike, load, params, shaped, store, told
 
@@ -64,7 +65,15 @@ _Operands = Mapping[str, _Operand]
 """The operands of a kernel after x, by name."""
 
 
-_STACK = "stack of "  # before the name of an array
+class _Rows(NamedTuple):
+    """The rows of a program: from the first one on, and before the end; None if all are."""
+
+    first: jax.Array
+    end: jax.Array | int | None
+
+    def hold(self, m: jax.Array) -> jax.Array | None:
+        """A mask of the rows that are among them; None if all are."""
+        return None if self.end is None else m < self.end
 
 
 class Weight(NamedTuple):
@@ -85,6 +94,39 @@ class Weight(NamedTuple):
     offset: jax.Array | None
     columns: jax.Array | None
     table: jax.Array | None
+
+
+class Name(NamedTuple):
+    """Which argument of a product an array is.
+
+    Attributes:
+      of: the name of the argument.
+      stacked: whether it is that array of a weight for a whole stack of layers.
+    """
+
+    of: str
+    stacked: bool = False
+
+
+def named(given: Mapping[str, jax.Array | None], stack: Weight | None) -> dict[Name, jax.Array]:
+    """The arguments that there are, and the arrays of a stack."""
+    stacks = {} if stack is None else stack._asdict()
+    every = {Name(name): v for name, v in given.items()} | {Name(name, True): v for name, v in stacks.items()}
+    return {name: v for name, v in every.items() if v is not None}
+
+
+def weight_of(arrays: Mapping[Name, jax.Array], how: Decoding) -> tuple[Weight, Decoding]:
+    """The arrays of a weight, those of a stack if they are among the arguments, and how they are stored."""
+    stacked = frozenset(name.of for name in arrays if name.stacked)
+    w = Weight._make(arrays.get(Name(name, name in stacked)) for name in Weight._fields)
+    return w, dataclasses.replace(how, stacked=stacked)
+
+
+def part_of(how: Decoding, cuts: Mapping[str, int]) -> Decoding:
+    """How one of the parts of a weight is stored, by the number of parts of K and N."""
+    k = cuts.get("k", 1)
+    groups = how.groups // k if how.groups > 1 else 1
+    return dataclasses.replace(how, length=how.length // k, columns=how.columns // cuts.get("n", 1), groups=groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +180,8 @@ class _Kernel:
 
     def __call__(self, x: jax.Ref, *rest: jax.Ref) -> None:
         *given, out = rest
-        refs = dict(zip(self.names, given, strict=True))
-        layer = refs.pop("layer")[...] if self.w.stacked else None
-        w = {name: _Operand(ref, layer if name in self.w.stacked else None) for name, ref in refs.items()}
         column, row, part = (pl.program_id(axis) for axis in range(3))
+        w, rows = self._place(dict(zip(self.names, given, strict=True)), row)
         apart = self.steps * self.b.depth  # slices, along k
         sides = [
             self._flat(column * self.b.columns + plane, self.b.columns // self._sides, self._sides)
@@ -152,7 +192,7 @@ class _Kernel:
             k = part * (self.b.slices * apart) + i * self.b.depth
             at = [(n, k + apart * n_slice) for n, n_slice in sides]
             slices = k + apart * lax.iota(jnp.int32, self.b.slices)
-            products = self._products(w, x, self._tiles(w["codes"], column, slices), row, slices, at)
+            products = self._products(w, x, self._tiles(w["codes"], column, slices), rows, slices, at)
             if self.scaled_sums and "scale" in w:
                 scales = (self._scale(w, n, k, self.b.depth) for n, k in at)
                 products = [p.astype(jnp.float32) * s for p, s in zip(products, scales, strict=True)]
@@ -160,11 +200,29 @@ class _Kernel:
 
         whole = self.integers and "scale" not in w
         zero = jnp.zeros((sides[0][0].shape[0], self.b.slices * self.b.rows), jnp.int32 if whole else jnp.float32)
-        sums = lax.fori_loop(0, self.steps, step, (zero,) * len(sides))
+        sums = lax.fori_loop(*self._span(rows), step, (zero,) * len(sides))
         for plane, total in enumerate(sums):
             n = column * self.b.columns + plane
             n = n + self._sides * lax.iota(jnp.int32, self.b.columns // self._sides)
-            self._write(out, w, total.astype(jnp.float32), row, n, part)
+            self._write(out, w, total.astype(jnp.float32), rows, n, part)
+
+    def _span(self, rows: _Rows) -> tuple[Any, Any]:
+        """The first step along k and the end of the steps. A tile without rows has none."""
+        if "tiles" not in self.names or rows.end is None:
+            return 0, self.steps
+        return jnp.int32(0), jnp.asarray(rows.first < rows.end).astype(jnp.int32) * self.steps
+
+    def _place(self, refs: dict[str, jax.Ref], row: jax.Array) -> tuple[_Operands, _Rows]:
+        """The operands, of the layer or expert of a block of rows, and these rows."""
+        tiles, layer, expert = refs.pop("tiles", None), None, None
+        if tiles is not None:
+            expert, layer, first, end = (tiles[row, i] for i in range(4))
+            rows = _Rows(first, end)
+        else:
+            layer = refs.pop("layer")[...] if self.w.stacked else None
+            rows = _Rows(row * self.b.rows, None if self.rows % self.b.rows == 0 else self.rows)
+        of = {name: layer if name in self.w.stacked else expert for name in Weight._fields}
+        return {name: _Operand(ref, of.get(name)) for name, ref in refs.items()}, rows
 
     @property
     def _sides(self) -> int:
@@ -183,44 +241,37 @@ class _Kernel:
         w: _Operands,
         x: jax.Ref,
         tiles: list[jax.Array],
-        row: jax.Array,
+        rows: _Rows,
         k: jax.Array,
         sides: list[tuple[jax.Array, jax.Array]],
     ) -> list[jax.Array]:
         """The sums of a step, one for each side."""
         if self.w.k_last and self.planes == 2:
-            rows = [self._rows_of(x, row, k, plane) for plane in range(2)]
-            even, odd = (self._multiplied(w, t, r, *sides[0]) for t, r in zip(tiles, rows, strict=True))
+            planes = [self._rows_of(x, rows, k, plane) for plane in range(2)]
+            even, odd = (self._multiplied(w, t, p, *sides[0]) for t, p in zip(tiles, planes, strict=True))
             return [even + odd]
-        rows = self._rows_of(x, row, k, None)
-        return [self._multiplied(w, tile, rows, *side) for tile, side in zip(tiles, sides, strict=True)]
+        values = self._rows_of(x, rows, k, None)
+        return [self._multiplied(w, tile, values, *side) for tile, side in zip(tiles, sides, strict=True)]
 
-    def _write(
-        self, out: jax.Ref, w: _Operands, total: jax.Array, row: jax.Array, n: jax.Array, part: jax.Array
-    ) -> None:
+    def _write(self, out: jax.Ref, w: _Operands, total: jax.Array, rows: _Rows, n: jax.Array, part: jax.Array) -> None:
         """Writes the sums of matching slices to the result."""
-        m, slices = row * self.b.rows + lax.iota(jnp.int32, self.b.rows), self.b.slices
+        m, slices = rows.first + lax.iota(jnp.int32, self.b.rows), self.b.slices
         if slices > 1:
             total = total.reshape(slices, -1, slices, self.b.rows)
             left, right = (lax.broadcasted_iota(jnp.int32, total.shape, axis) for axis in (0, 2))
             total = jnp.sum(jnp.sum(jnp.where(left == right, total, 0.0), axis=2), axis=0)
         store_at = m[:, None], n[None, :]
-        mask = _both(self._in_m(store_at[0]), self._in_n(store_at[1]))
-        if self.b.parts > 1:
-            store(out, (part, *store_at), jnp.transpose(total), mask)
-            return
+        mask = _both(rows.hold(store_at[0]), self._in_n(store_at[1]))
         if "columns" in w:
             one = w["columns"].shape[0] == 1
             scale = w["columns"].load((n * 0 if one else n,), self._in_n(n))
             total = total * scale.astype(jnp.float32)[:, None]
         if "rows" in w:
-            total = total * w["rows"].load((m,), self._in_m(m))[None, :]
-        store(out, store_at, jnp.transpose(total).astype(out.dtype), mask)
+            total = total * w["rows"].load((m,), rows.hold(m))[None, :]
+        at = (part, *store_at) if self.b.parts > 1 else store_at
+        store(out, at, jnp.transpose(total).astype(out.dtype), mask)
 
     # -- masks: None where a size is whole blocks ----------------------------------------------------------------------
-
-    def _in_m(self, m: jax.Array) -> jax.Array | None:
-        return None if self.rows % self.b.rows == 0 else m < self.rows
 
     def _in_n(self, n: jax.Array) -> jax.Array | None:
         return None if self.w.columns % self.b.columns == 0 else n < self.w.columns
@@ -232,12 +283,12 @@ class _Kernel:
 
     # -- tiles ---------------------------------------------------------------------------------------------------------
 
-    def _rows_of(self, x: jax.Ref, row: jax.Array, k: jax.Array, plane: int | None) -> jax.Array:
+    def _rows_of(self, x: jax.Ref, rows: _Rows, k: jax.Array, plane: int | None) -> jax.Array:
         """A tile of the activation: all elements of a step, or the even or odd ones."""
         stride = 1 if plane is None else 2
-        m = (row * self.b.rows + lax.iota(jnp.int32, self.b.rows))[None, :, None]
+        m = (rows.first + lax.iota(jnp.int32, self.b.rows))[None, :, None]
         at = (plane or 0) + stride * lax.iota(jnp.int32, self.b.depth // stride)[None, None, :] + k[:, None, None]
-        tile = load(x, (m, at), _both(self._in_m(m), self._in_k(at, self.w.length)))
+        tile = load(x, (m, at), _both(rows.hold(m), self._in_k(at, self.w.length)))
         tile = lax.bitcast_convert_type(tile, self.dtype) if self.patterns else tile.astype(self.dtype)
         return jnp.transpose(tile.reshape(-1, self.b.depth // stride))
 
@@ -390,24 +441,19 @@ def batched(
     Returns:
       [A, B, M, N].
     """
-    stacks = {} if stack is None else {_STACK + name: v for name, v in stack._asdict().items()}
-    given = {"x": x, "rows": rows, **w._asdict(), "layer": layer, **stacks}
-    given = {name: v for name, v in given.items() if v is not None}
+    given = named({"x": x, "rows": rows, **w._asdict(), "layer": layer}, stack)
     names = list(given)  # all that is closed over below: arrays would outlive their trace in the rules
-    stacked = [name for name in names if name.startswith(_STACK)]
+    stacked = [name for name in names if name.stacked]
 
     def local(cuts: Mapping[str, int], without: Collection[int]) -> Callable[..., jax.Array]:
-        k = cuts.get("k", 1)
-        groups = how.groups // k if how.groups > 1 else 1
-        columns = how.columns // cuts.get("n", 1)
-        mine = dataclasses.replace(how, length=how.length // k, columns=columns, groups=groups)
+        part = part_of(how, cuts)
 
         def run(*arrays: jax.Array) -> jax.Array:
-            of = dict(zip(names, arrays, strict=True))
-            whole = {name.removeprefix(_STACK): of[name] for name in stacked if names.index(name) not in without}
-            w = Weight._make((of | whole).get(name) for name in Weight._fields)
-            now = dataclasses.replace(mine, stacked=frozenset(whole))
-            return _each(of["x"], w, of.get("rows"), of.get("layer"), now, result, dtype, interpret=interpret)
+            of = {name: v for i, (name, v) in enumerate(zip(names, arrays, strict=True)) if i not in without}
+            w, now = weight_of(of, part)
+            x, rows, layer = (of.get(Name(name)) for name in ("x", "rows", "layer"))
+            assert x is not None
+            return _each(x, w, rows, layer, now, result, dtype, interpret=interpret)
 
         return run
 
@@ -415,19 +461,19 @@ def batched(
         """The batched function: weights make A and the stack longer; activations for one weight are more rows."""
         of, has = dict(zip(names, arrays, strict=True)), dict(zip(names, is_mapped, strict=True))
 
-        def every(name: str) -> jax.Array:
+        def every(name: Name) -> jax.Array:
             return of[name] if has[name] else jnp.broadcast_to(of[name][None], (size, *of[name].shape))
 
-        if any(has[name] for name in names if name not in ("x", "rows")):
+        if any(has[name] for name in names if name.of not in ("x", "rows")):
             longer = any(has[name] for name in stacked)
-            several = {name: every(name) for name in names if longer or name not in stacked}
+            several = {name: every(name) for name in names if longer or not name.stacked}
             if longer:
                 layers = several[stacked[0]].shape[1]
-                several["layer"] += layers * jnp.arange(size, dtype=jnp.int32)[:, None]
+                several[Name("layer")] += layers * jnp.arange(size, dtype=jnp.int32)[:, None]
             of |= {name: v.reshape(-1, *v.shape[2:]) for name, v in several.items()}
             out = call(*of.values())
             return out.reshape(size, -1, *out.shape[1:]), True
-        for name in ("x", "rows"):
+        for name in (Name("x"), Name("rows")):
             if name in of:
                 v = jnp.moveaxis(every(name), 0, 2)
                 of[name] = v.reshape(*v.shape[:2], -1, *v.shape[4:])
@@ -443,29 +489,41 @@ def batched(
     return call(*given.values())
 
 
-def _axes(how: Decoding, names: list[str], arrays: tuple[jax.Array, ...]) -> tuple[list[str], list[str]]:
+def _axes(how: Decoding, names: list[Name], arrays: tuple[jax.Array, ...]) -> tuple[list[str], list[str]]:
     """Letters of the axes of operands and result, for `partitioned`."""
+    others = {"x": "abmk", "rows": "abm", "layer": "a"}
 
-    def of(name: str, shape: tuple[int, ...]) -> str:
-        if name in ("x", "rows", "layer"):
-            return {"x": "abmk", "rows": "abm", "layer": "a"}[name]
-        lead, name = "_b" if name.startswith(_STACK) else "ab", name.removeprefix(_STACK)
-        letters = lead + {"table": "_", "columns": "n"}.get(name, "nk" if how.k_last else "kn")
-        return letters if name == "codes" else "".join(c if n > 1 else "_" for c, n in zip(letters, shape, strict=True))
+    def of(name: Name, shape: tuple[int, ...]) -> str:
+        return others.get(name.of) or letters_of(name, "_b" if name.stacked else "ab", how, shape)
 
     return [of(name, v.shape) for name, v in zip(names, arrays, strict=True)], ["abmn"]
 
 
+def letters_of(name: Name, lead: str, how: Decoding, shape: tuple[int, ...]) -> str:
+    """Letters of the axes of one of the arrays of a weight, with those in front; axes of size 1 are not partitioned."""
+    letters = lead + {"table": "_", "columns": "n"}.get(name.of, "nk" if how.k_last else "kn")
+    return letters if name.of == "codes" else "".join(c if n > 1 else "_" for c, n in zip(letters, shape, strict=True))
+
+
 def _pieces(how: Decoding, x: jax.Array) -> dict[str, int]:
-    """The number of pieces that an axis can be partitioned into: whole groups and whole bytes."""
+    """The number of pieces that an axis can be partitioned into."""
+    return several(pieces_of(how) | {"a": x.shape[0], "b": x.shape[1], "m": x.shape[2]})
+
+
+def pieces_of(how: Decoding) -> dict[str, int]:
+    """The number of pieces that the axes of a weight can be partitioned into: whole groups and whole bytes."""
     small = how.stored == "nibbles"
     k = how.groups if how.groups > 1 else how.length // (2 if small and how.k_last else 1)
     if how.scales == "nibbles" and how.k_last:
         k = k // 2 if k % 2 == 0 else 1
     halves = not how.k_last and how.columns % 2 == 0 and (small or how.scales == "nibbles")
     n = how.columns // 2 if halves else 1 if how.scales == "nibbles" and not how.k_last else how.columns
-    found = {"a": x.shape[0], "b": x.shape[1], "m": x.shape[2], "k": k, "n": n}
-    return {letter: size for letter, size in found.items() if size > 1}
+    return {"k": k, "n": n}
+
+
+def several(pieces: Mapping[str, int]) -> dict[str, int]:
+    """The axes that can be partitioned."""
+    return {letter: size for letter, size in pieces.items() if size > 1}
 
 
 def _each(
@@ -499,10 +557,11 @@ def product(
     *,
     rows: jax.Array | None = None,
     layer: jax.Array | None = None,
+    segments: Segments | None = None,
     repeated: int = 1,
     interpret: bool = False,
 ) -> jax.Array:
-    """The product of an activation and the values of a weight.
+    """The product of an activation and the values of a weight, or of the experts of each segment of rows.
 
     Args:
       x: [M, K]: bfloat16, float16 or float32, or codes in int8 or patterns of float8 in uint8.
@@ -513,20 +572,24 @@ def product(
         on chips that multiply it. Codes of x stay int8 if the weight has integer codes in groups that are long enough.
       rows: float32 [M], scales of x, or None.
       layer: an int32, which layer of the arrays of a stack; None without a stack.
+      segments: for a ragged product; all arrays of the weight have an axis of experts in front then, also of a stack.
       repeated: how many such products a `jax.vmap` makes one kernel of.
       interpret: run in Pallas' interpreter, on any device.
 
     Returns:
-      [M, N].
+      [M, N]; rows without an expert are not written.
     """
-    x, w, rows, layer = alike((x, w, rows, layer))
-    m = x.shape[0]
+    x, w, rows, layer, segments = alike((x, w, rows, layer, segments))
+    m, count = x.shape[0], 1 if segments is None else segments.start.shape[0]
     integers = x.dtype == jnp.int8 and _multiplies_integers(w, how)
     multiplied = jnp.dtype(jnp.int8 if integers else dtype)
-    b = blocks(m, how, codes=multiplied.itemsize == 1)
+    b = blocks(m, how, segments=count, codes=multiplied.itemsize == 1)
     given = {**w._asdict(), "rows": rows, "layer": layer if how.stacked else None}
-    if b.parts > 1:  # sums are scaled when they are complete
+    scaled_last = b.parts > 1 and segments is None  # sums are scaled when they are complete
+    if scaled_last:
         given |= {"columns": None, "rows": None}
+    most = -(-m // b.rows) if segments is None else most_tiles(m, count, b.rows)
+    given["tiles"] = None if segments is None else segments.tiles(m, b.rows)
     operands = {name: value for name, value in given.items() if value is not None}
     wide = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     kernel = _Kernel(how, b, m, multiplied, tuple(operands), wide if multiplied == jnp.float32 else None)
@@ -536,7 +599,7 @@ def product(
     out = pl.pallas_call(
         kernel,
         out_shape=shaped(shape, result if b.parts == 1 else jnp.float32, x),
-        grid=(-(-how.columns // b.columns), -(-m // b.rows), b.parts),
+        grid=(-(-how.columns // b.columns), most, b.parts),
         interpret=interpret,
         compiler_params=params(b.warps, b.stages),
         name="quantized_product",
@@ -545,6 +608,8 @@ def product(
     if b.parts == 1:
         return out
     out = jnp.sum(out, axis=0)
+    if not scaled_last:
+        return out.astype(result)
     if w.columns is not None:
         columns = w.columns[layer] if "columns" in how.stacked else w.columns
         out = out * columns.astype(jnp.float32)[None, :]

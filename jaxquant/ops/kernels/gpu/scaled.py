@@ -22,7 +22,7 @@ from jaxquant.ops.kernels.integer import overflow_limit
 from jaxquant.ops.kernels.precision import is_default
 from jaxquant.ops.problem import Kernel, Product
 
-__all__ = ["TritonFloat8", "TritonInt8"]
+__all__ = ["TritonFloat8", "TritonInt8", "in_e4m3", "multiplies_float8"]
 
 _FEW = 64  # codes of a column per row of x, from which sums in four bytes are small compared to the weight
 _FLOAT8 = re.compile(r"\b(H100|H200|H800|H20|GH200|B100|B200|B300|GB200|GB300|L4|L40|L40S|RTX (40|50)\d\d)\b")
@@ -60,19 +60,25 @@ class TritonFloat8(Kernel[Product]):
     @classmethod
     def runs_on(cls, target: Target) -> bool:
         """As for `Kernel`: only on chips that are known to multiply float8."""
-        return target.platform in cls.platforms and _FLOAT8.search(target.chip or "") is not None
+        return multiplies_float8(target)
 
     @classmethod
     def takes(cls, problem: Product) -> Kernel[Product] | None:
         """As for `Kernel`: symmetric e4m3 with one scale for each row of x and each column of the weight."""
-        return cls() if _fits(problem, _in_e4m3) and is_default(problem.precision) else None
+        return cls() if _fits(problem, in_e4m3) and is_default(problem.precision) else None
 
     def run(self, problem: Product) -> jax.Array:
         """As for `Kernel`."""
         return run(problem, jnp.float8_e4m3fn)
 
 
-def _in_e4m3(x: QTensor) -> bool:
+def multiplies_float8(target: Target) -> bool:
+    """Whether a target is a chip that is known to multiply float8."""
+    return target.platform == "cuda" and _FLOAT8.search(target.chip or "") is not None
+
+
+def in_e4m3(x: QTensor) -> bool:
+    """Whether the values of an operand are e4m3 times a scale."""
     return x.symmetric and x.qtype == "float8_e4m3fn"
 
 

@@ -8,6 +8,7 @@ import math
 from typing import Literal
 
 from jaxquant.core.qtypes import QType
+from jaxquant.ops.kernels.gpu.segments import most_tiles
 
 __all__ = ["Blocks", "Decoding", "Scales", "Stored", "blocks"]
 
@@ -81,7 +82,7 @@ _NARROWEST = 32  # bytes of a row that are read at once
 _PART_COST = 1 / 16  # of the weight's bytes: the most that sums of parts may write and read
 
 
-def blocks(rows: int, w: Decoding, *, codes: bool = False) -> Blocks:
+def blocks(rows: int, w: Decoding, *, segments: int = 1, codes: bool = False) -> Blocks:
     """Blocks for a product of so many rows, by a small model of the processor.
 
     A warp holds 16 rows of the left operand of a tensor core, here columns of the weight. With few rows of x there are
@@ -91,14 +92,15 @@ def blocks(rows: int, w: Decoding, *, codes: bool = False) -> Blocks:
 
     Args:
       rows: M.
-      w: the weight.
+      w: the weight, or one expert.
+      segments: of the rows of a ragged product, each of which has an expert.
       codes: whether codes of 8 bits are multiplied, and not values.
     """
 
     def cycles(tile: tuple[int, int, int]) -> float:
         """Cycles for one k, of all programs."""
         m, slices, warps = tile
-        programs = math.ceil(rows / m) * math.ceil(w.columns / _columns(w, slices, warps))
+        programs = most_tiles(rows, segments, m) * math.ceil(w.columns / _columns(w, slices, warps))
         left, right, size = 16 * warps, m * slices, 1 if codes else 2
         products = left * right / _PRODUCTS / (2 if codes else 1)
         loads, decoding = (left + right * size) / _LOADS, left * (1 if plain else _DECODING) / _INSTRUCTIONS
@@ -112,8 +114,9 @@ def blocks(rows: int, w: Decoding, *, codes: bool = False) -> Blocks:
     depth = 128 if m * slices <= 64 and power >= 128 else 64
     if w.groups > 1 and (codes or depth % w.group):  # a sum of integers stays within a group
         depth = min(depth, power)
-    programs = math.ceil(rows / m) * math.ceil(w.columns / columns)
-    affordable = int(_PART_COST * w.nbytes / (8.0 * rows * w.columns))  # float32, written and read
+    programs = most_tiles(rows, segments, m) * math.ceil(w.columns / columns)
+    read = w.nbytes * min(segments, rows)
+    affordable = int(_PART_COST * read / (8.0 * rows * w.columns))  # float32, written and read
     parts = max(1, min(affordable, -(-2 * _PROCESSORS // programs), w.length // (4 * depth * slices)))
     return Blocks(m, columns, depth, slices, parts, warps, 4 if m * slices <= 64 else 3)
 
