@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,8 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxquant.core.abstract import abstract
-from jaxquant.core.by_platform import Platform, Target, target_of
-from jaxquant.core.layout import Layout
+from jaxquant.core.by_platform import Target, target_of
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.relayout import laid_out
 from jaxquant.core.specs import OpSpec, QuantSpec
@@ -20,11 +18,10 @@ from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels.tpu.matrices import as_matrices
 from jaxquant.ops.problem import Convolution, Geometry, Problem, Product, RaggedProduct, Window
 from jaxquant.ops.select import select
+from jaxquant.ops.targets import layout_for
 from jaxquant.ops.trained import TrainedTensor
 
 __all__ = ["kernel"]
-
-_LAYOUTS: Mapping[Platform, Layout] = {"tpu": "native"}  # of platforms other than the CPU, but for "elements"
 
 _MANY = 1 << 20  # rows: more than any choice depends on
 
@@ -77,7 +74,8 @@ def kernel(
             return TrainedTensor(found, None)
         if on.platform == "cpu":
             return found
-        laid = jax.eval_shape(lambda q: laid_out(q, _LAYOUTS.get(on.platform, "elements")), found)
+        layout = layout_for("tpu" if on.platform == "tpu" else "gpu", found)
+        laid = jax.eval_shape(lambda q: laid_out(q, layout), found)
         return jax.eval_shape(_first_layer, laid) if in_stack else laid
 
     most, own = _MANY if rows is None else rows, jnp.dtype(dtype)

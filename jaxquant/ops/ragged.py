@@ -72,7 +72,8 @@ def ragged_dot(
     Row i of ``lhs`` is multiplied by the matrix of the group it falls in; rows beyond the last group give 0. Integer
     types with one scale per output channel of each expert run as int8 products with int32 accumulation (weight-only:
     one for each digit of the activation, see `dot_general`); scales per group of channels, float number types and sums
-    that could overflow run as the float product of the dequantized operands.
+    that could overflow run as the float product of the dequantized operands. On TPUs and GPUs kernels decode stored
+    experts of these types too, and read only those that have rows.
 
     Args:
       lhs: [M, K], the activation: a float array or a QTensor.

@@ -17,8 +17,9 @@ A symbolic number of rows, in a program that is exported for every batch, counts
 of integers are float products.
 
 On TPUs and GPUs a weight with one code per element is decoded within the product (`jaxquant.ops.kernels.decoded`; on
-CUDA `jaxquant.ops.kernels.gpu.decoded`, where XLA would write its values to memory). Integers on both sides with one
-scale per row are an int8 product, and all others are products of dequantized values.
+CUDA `jaxquant.ops.kernels.gpu.decoded`, where XLA would write its values to memory; experts of a ragged product by
+`jaxquant.ops.kernels.gpu.ragged`). Integers on both sides with one scale per row are an int8 product, and all others
+are products of dequantized values.
 """
 
 from __future__ import annotations

@@ -94,11 +94,11 @@ class Decoder:
         """
         from jax.experimental.pallas import tpu as pltpu
 
-        if self.kind == "integers" and codes.dtype != jnp.uint8:
+        if self.kind == "integers" and codes.dtype == jnp.uint8:
+            return pltpu.bitcast(pltpu.bitcast(codes, jnp.int32) ^ _word(0x80808080), jnp.int8).astype(dtype)
+        if self.kind == "integers":
             return codes.astype(dtype)
         words = pltpu.bitcast(codes, jnp.int32)
-        if self.kind == "integers":
-            return pltpu.bitcast(words ^ _word(0x80808080), jnp.int8).astype(dtype)
         if self.kind == "floats8":
             if self.element == _FNUZ:
                 words = _bytes_in_fnuz(codes) if self.bytewise else _in_fnuz(words)

@@ -15,7 +15,7 @@ from jaxquant.ops.kernels.tpu.chips import MULTIPLY_FLOATS_ONLY
 from jaxquant.ops.kernels.tpu.product import FEW
 from jaxquant.ops.problem import Kernel, Product
 
-__all__ = ["BatchedDecoded", "Float8Decoded"]
+__all__ = ["BatchedDecoded", "Float8Decoded", "is_fp8_of_columns"]
 
 _ROWS, _GROUP = 16, 128  # most rows, and the smallest group
 
@@ -52,5 +52,9 @@ class Float8Decoded(decoded.Decoded):
         x, w = problem.x, problem.w
         if not isinstance(x, QTensor) or not isinstance(w, QTensor) or problem.rows <= FEW:
             return None
-        columns = w.seal is not None and w.split is None
-        return super().takes(problem) if columns and x.type.kind == "float" else None
+        return super().takes(problem) if is_fp8_of_columns(w) and x.type.kind == "float" else None
+
+
+def is_fp8_of_columns(w: QTensor) -> bool:
+    """Whether a weight is fp8 in its own dtype, with one scale per column."""
+    return w.seal is not None and w.split is None

@@ -467,9 +467,9 @@ class Values(_Body):
         part = pl.program_id(3)
         start = part * count if scales.shape[1] * group.size > x.shape[1] else 0  # the first block of the part of K
 
-        @pl.when((pl.program_id(2) == 0) & (part == 0))
-        def _() -> None:
-            in_blocks(of["scale"], group.scale_form, scales)
+        if not _is_of_columns(of):
+            first = (pl.program_id(2) == 0) & (part == 0)
+            pl.when(first)(functools.partial(in_blocks, of["scale"], group.scale_form, scales))
 
         run = BLOCK // decode.parts
         shared = run // group.in_block < 8  # several groups in a register
