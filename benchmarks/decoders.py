@@ -184,10 +184,11 @@ def plain(x: jax.Array, w: jax.Array) -> jax.Array:
     return x @ w
 
 
-def our_program(m: Decoder, spec: jq.OpSpec, fn: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Any:
+def our_program(spec: jq.OpSpec, target: str, fn: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Any:
     rules = [jq.Rule("norm|embed", None), jq.Rule(".*", spec)]
     plan = jq.make_plan(fn, params, *args, rules=rules)
-    quantized = jax.eval_shape(lambda p: jq.quantize_params(p, plan, target="tpu"), params)
+    platform = "tpu" if target.startswith("tpu") else "gpu"
+    quantized = jax.eval_shape(lambda p: jq.quantize_params(p, plan, target=platform), params)
     return jq.quantized(fn, plan), quantized
 
 
@@ -257,7 +258,7 @@ def measured(m: Decoder, target: str, devices: int, batch: int, scheme: str, by:
             place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
             args = (args[0], *(tuple(place(x, CACHE) for x in c) for c in args[1:]))
         if by == "jaxquant":
-            fn, params = our_program(m, RULES[scheme], fn, params, args)
+            fn, params = our_program(RULES[scheme], target, fn, params, args)
         elif by == "qwix":
             fn, params = qwix_program(m, scheme, params)
         if mesh is not None:
@@ -329,10 +330,12 @@ only the shapes of the weights are used. The command `python benchmarks/accelera
 A step is the decoding of one token for each sequence of a batch, with TOKENS tokens cached in bfloat16, or the
 prefill of TOKENS tokens. The estimate is the longer of the compiler's cycles, and of moving arguments, results and
 (twice) temporaries at the bandwidth of the memory; kernels that are written by hand count by the static schedules of
-their code. The floor is what reading arguments and writing results takes, or the multiplications at the peak of their
-number type: those of a kernel are the ones of the float product that it stands for.
+their code. The compiler for GPUs gives no cycles: there the estimate is what moving bytes takes, and how long a
+kernel decodes is not in it. The floor is what reading arguments and writing results takes, or the multiplications at
+the peak of their number type: those of a kernel are the ones of the float product that it stands for.
 Attention is the same in all programs: over a cache XLA's products, in a prefill JAX's own kernel for TPUs
-(`flash_attention`), of which estimate and floor count all blocks, also blocks that the mask makes zero.
+(`flash_attention`), of which estimate and floor count all blocks, also blocks that the mask makes zero. A GPU has no
+prefill here for that reason.
 `x` is the speed relative to the bfloat16 program; at batch 1 XLA's own program is far
 from its floor, so there the comparison with that floor says more. Cells were compiled at several commits;
 a dash was not compiled. GB are the arguments, results and
@@ -360,7 +363,7 @@ def page(found: list[Cell], packages: str) -> str:
         at = {(c.scheme, c.by, c.step): c for c in here}
         plain = {step: at.get(("bfloat16", "bfloat16", step)) for step in steps}
         chip = CHIPS[target.split(":")[0]]
-        where = target.replace("tpu", "TPU") + ("" if devices == 1 else f", {devices} devices")
+        where = target.replace("tpu", "TPU").replace("h100", "H100") + ("" if devices == 1 else f", {devices} devices")
         lines += [f"## {model} on {where}, {chip.memory / 1e9:.0f} GB each", "", *_choices(here, steps, plain), ""]
         lines += [f"| estimated ms (floor) | {' | '.join(steps)} |", "|---" * (len(steps) + 1) + "|"]
         for scheme, by in dict.fromkeys((c.scheme, c.by) for c in here):
@@ -381,7 +384,7 @@ def _choices(here: list[Cell], steps: list[str], plain: dict[str, Cell | None]) 
         ours = [c for c in here if c.step == step and c.by == "jaxquant" and c.ms and c.fits]
         other = plain[step]
         if ours:
-            best = min(ours, key=lambda c: c.ms or 0.0)
+            best = min(ours, key=lambda c: round(c.ms or 0.0, 1))  # as printed: of equals the first
             against = ""
             if other and other.ms and other.floor_ms and best.ms:
                 against = f", {other.ms / best.ms:.1f} times as fast as bfloat16"
@@ -407,4 +410,6 @@ CASES = (
     (LLAMA_8B, "tpu v6e:2x2", 4, (1, 8, 64, 0)),
     (LLAMA_70B, "tpu v5e:4x4", 16, (1, 8, 64, 0)),
     (MIXTRAL, "tpu v5e:2x2", 4, (1, 8)),
+    (LLAMA_8B, "h100", 1, (1, 8, 64)),
+    (MIXTRAL, "h100", 1, (1, 8)),
 )

@@ -73,7 +73,7 @@ def ragged_dot(
     types with one scale per output channel of each expert run as int8 products with int32 accumulation (weight-only:
     one for each digit of the activation, see `dot_general`); scales per group of channels, float number types and sums
     that could overflow run as the float product of the dequantized operands. On TPUs and GPUs kernels decode stored
-    experts of these types too, and read only those that have rows.
+    experts of these types too, and read only the experts that have rows.
 
     Args:
       lhs: [M, K], the activation: a float array or a QTensor.

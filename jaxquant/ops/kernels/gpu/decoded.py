@@ -154,7 +154,7 @@ def run(problem: Product, dtype: DTypeLike, *, interpret: bool = False) -> jax.A
       dtype: of the values, or the float8 of the codes of both operands.
       interpret: see `jaxquant.ops.kernels.gpu.product.product`.
     """
-    from jaxquant.ops.kernels.gpu.product import batched  # Pallas takes long to load
+    from jaxquant.ops.kernels.gpu.batched import batched  # Pallas takes long to load
 
     problem = problem.in_stored_order()
     values, rows = activation(problem.x, problem.x_axes, dtype)
@@ -218,7 +218,7 @@ def in_int8(x: QTensor) -> bool:
 
 
 def weight_arrays(w: QTensor, axes: Axes) -> tuple[Weight, Decoding]:
-    """The stored arrays of a weight, as `batched` takes them, those of a whole stack where there is one, and how."""
+    """The stored arrays of a weight, as the kernel takes them, those of a whole stack where there is one, and how."""
     from jaxquant.ops.kernels.gpu.product import Weight
     from jaxquant.ops.kernels.gpu.tiling import Decoding
 
