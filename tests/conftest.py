@@ -127,6 +127,12 @@ def _in_order(items, salt=""):
     return sorted(items, key=lambda item: (zlib.crc32(f"{salt}{item.nodeid}".encode()), item.nodeid))
 
 
+@pytest.fixture
+def quick_collections():
+    """A `gc.collect()` looks at what the test itself makes: at all that others have left it takes seconds."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_network():
     connect = socket.socket.connect

@@ -41,6 +41,14 @@ def weight(name, shape=(64, 24), axes=(-2,), seed=0):
     return jq.quantize(np.asarray(values, np.float32), SPECS[name], reduce_axes=axes).store(axes)
 
 
+def all_equal(function, q, wanted):
+    """Each array that a function makes of a weight is the one that is wanted. They are one program."""
+    found = jax.jit(function)(q)
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def same(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -114,13 +122,15 @@ def test_last_axes_with_scales_are_stored_as_one(name):
     assert is_laid_out(there, "native")
     assert not is_laid_out(there, "packed")
     assert "one code per element" in repr(there) or "fp8" in repr(there)
-    for same in (there.unjoined(), there.whole(), laid_out(there, "packed"), laid_out(there, "elements")):
-        assert same.joined == 0
-        np.testing.assert_array_equal(same.dequantize(), values)
-    for axis, rows in ((1, jnp.array([5, 0])), (2, jnp.array([2, 1, 0])), (3, jnp.array([7]))):
-        np.testing.assert_array_equal(ops.take(there, rows, axis=axis), jnp.take(values, rows, axis=axis))
-    _, layers = jax.lax.scan(lambda c, q: (c, q.dequantize()), 0, there)
-    np.testing.assert_array_equal(layers, values)
+    taken = ((1, np.array([5, 0])), (2, np.array([2, 1, 0])), (3, np.array([7])))
+
+    def others(there):
+        apart = (there.unjoined(), there.whole(), laid_out(there, "packed"), laid_out(there, "elements"))
+        assert [q.joined for q in apart] == [0] * 4
+        _, layers = jax.lax.scan(lambda c, q: (c, q.dequantize()), 0, there)
+        return [*(q.dequantize() for q in apart), layers, *(ops.take(there, rows, axis=axis) for axis, rows in taken)]
+
+    all_equal(others, there, [values] * 5 + [np.take(values, rows, axis=axis) for axis, rows in taken])
 
 
 @pytest.mark.every
@@ -135,18 +145,16 @@ def test_outputs_are_stored_after_inputs(name, lead):
     turned = transpose(there, (*range(len(lead)), len(lead) + 1, len(lead)))
     assert turned.minor == ()
     assert turned.split == (None if name == "int4" else -2)
-    np.testing.assert_array_equal(turned.dequantize(), np.swapaxes(values, -1, -2))
-    for same in (
-        there,
-        there.whole(),
-        laid_out(there, "packed"),
-        laid_out(there, "elements"),
-        laid_out(there, "native", ()),
-    ):
-        np.testing.assert_array_equal(same.dequantize(), values)
-    for axis in (-1, -2):
-        rows = jnp.array([[5, 0], [23, 7]])
-        np.testing.assert_array_equal(ops.take(there, rows, axis=axis), jnp.take(values, rows, axis=axis))
+    rows = np.array([[5, 0], [23, 7]])
+
+    def others(there):
+        kept = (laid_out(there, "packed"), laid_out(there, "elements"), laid_out(there, "native", ()))
+        turned = transpose(there, (*range(len(lead)), len(lead) + 1, len(lead)))
+        taken = [ops.take(there, rows, axis=axis) for axis in (-1, -2)]
+        return [*(q.dequantize() for q in (there, there.whole(), *kept, turned)), *taken]
+
+    taken = [np.take(values, rows, axis=axis) for axis in (-1, -2)]
+    all_equal(others, there, [values] * 5 + [np.swapaxes(values, -1, -2), *taken])
 
 
 @pytest.mark.every
@@ -162,17 +170,18 @@ def test_scattered_groups(name, axis, target):
     assert there.layout == "elements"
     assert there.split == axis
     same(jq.ops.lay_out(there, "cpu"), q)
-    for equal in (there, there.whole(), there.unpermuted(), laid_out(there, "packed", ()), laid_out(there, "native")):
-        np.testing.assert_array_equal(equal.dequantize(), values)
-    np.testing.assert_array_equal(transpose(there, (1, 0)).dequantize(), values.T)
-    np.testing.assert_array_equal(slice_along(there, 0, 8, 16).dequantize(), values[8:24])
-    np.testing.assert_array_equal(slice_along(there, 1, 3, 7).dequantize(), values[:, 3:10])
-    for along in (0, 1):
-        rows = jnp.array([3, 0, 31])
-        np.testing.assert_array_equal(ops.take(there, rows, axis=along), jnp.take(values, rows, axis=along))
+    rows = np.array([3, 0, 31])
+
+    def others(there):
+        kept = (there, there.whole(), there.unpermuted(), laid_out(there, "packed", ()), laid_out(there, "native"))
+        views = (transpose(there, (1, 0)), slice_along(there, 0, 8, 16), slice_along(there, 1, 3, 7))
+        return [*(q.dequantize() for q in (*kept, *views)), *(ops.take(there, rows, axis=along) for along in (0, 1))]
+
+    views = [values.T, values[8:24], values[:, 3:10], *(np.take(values, rows, axis=along) for along in (0, 1))]
+    all_equal(others, there, [values] * 5 + views)
     x = np.random.default_rng(2).standard_normal((3, 64)).astype(np.float32)
-    for other in (0, 1):
-        found = ops.dot_general(x, there, (((1,), (other,)), ((), ())))
+    products = jax.jit(lambda q: [ops.dot_general(x, q, (((1,), (other,)), ((), ()))) for other in (0, 1)])
+    for other, found in enumerate(products(there)):
         np.testing.assert_allclose(found, np.tensordot(x, values, (1, other)), rtol=1e-3, atol=5e-3)
 
 
@@ -211,14 +220,15 @@ def test_views(name, heads):
     q = weight(name, (3, 64, *heads), (-len(heads) - 1,))
     there, values = laid_out(q, "native"), np.asarray(q.dequantize())
     turned = (0, *range(2, q.ndim), 1)
-    np.testing.assert_array_equal(transpose(there, turned).dequantize(), values.transpose(turned))
-    np.testing.assert_array_equal(slice_along(there, 1, 8, 16).dequantize(), values[:, 8:24])
-    np.testing.assert_array_equal(slice_along(there, 1, 3, 7).dequantize(), values[:, 3:10])
-    np.testing.assert_array_equal(jax.tree.map(lambda v: v[1], by_layer(there)).dequantize(), values[1])
-    stacked = jax.tree.map(lambda *v: jnp.stack(v), there, there)
-    np.testing.assert_array_equal(jax.vmap(lambda q: q.dequantize())(stacked)[1], values)
-    _, layers = jax.lax.scan(lambda c, q: (c, q.dequantize()), 0, there)
-    np.testing.assert_array_equal(layers, values)
+
+    def others(there):
+        layer = jax.tree.map(lambda v: v[1], by_layer(there))
+        views = (transpose(there, turned), slice_along(there, 1, 8, 16), slice_along(there, 1, 3, 7), layer)
+        stacked = jax.tree.map(lambda *v: jnp.stack(v), there, there)
+        _, layers = jax.lax.scan(lambda c, q: (c, q.dequantize()), 0, there)
+        return [*(q.dequantize() for q in views), jax.vmap(lambda q: q.dequantize())(stacked)[1], layers]
+
+    all_equal(others, there, [values.transpose(turned), values[:, 8:24], values[:, 3:10], values[1], values, values])
 
 
 @pytest.mark.every

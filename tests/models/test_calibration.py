@@ -281,6 +281,7 @@ GRAMS = 4 * (6 * HIDDEN**2 + WIDE**2)
 LAYER = 4 * sum(out * size for out, size in SIDES.values())
 
 
+@pytest.mark.usefixtures("quick_collections")
 @pytest.mark.parametrize(
     "method", ["gptq", pytest.param("awq", marks=pytest.mark.slow), pytest.param("awq+gptq", marks=pytest.mark.slow)]
 )

@@ -158,6 +158,7 @@ def test_a_second_calibration_compiles_nothing():
     assert count(model.apply, other, params, [X]) > 0  # another plan
 
 
+@pytest.mark.usefixtures("quick_collections")
 def test_a_calibration_does_not_keep_a_function_alive_and_is_not_of_another():
     params = {"w": unequal((8, 20), 1, 0.3)}
     found = []
