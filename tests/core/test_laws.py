@@ -3,6 +3,8 @@
 Each case compiles one program; Hypothesis then varies the data. All laws are checked on each array, one function a law.
 """
 
+import itertools
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -253,13 +255,18 @@ def check(case: Case, max_examples: int) -> None:
     laws_hold()
 
 
+EVERYWHERE: dict[str, list[Case]] = {}
+for each in itertools.chain.from_iterable(map(all_cases, QTYPES)):
+    EVERYWHERE.setdefault(f"{each.spec.qtype} {each.spec.granularity.name}", []).append(each)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_laws(case):
     check(case, max_examples=8)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("qtype", QTYPES)
-def test_laws_everywhere(qtype):
-    for case in all_cases(qtype):
+@pytest.mark.parametrize("cases", EVERYWHERE.values(), ids=EVERYWHERE)
+def test_laws_everywhere(cases):
+    for case in cases:
         check(case, max_examples=15)

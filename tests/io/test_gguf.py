@@ -536,11 +536,19 @@ def test_products_lookups_and_checkpoints_of_loaded_weights(name, tmp_path):
     blocks = blocks.reshape(-1)[: 3 * per_row * BY_NAME[name].nbytes]
     write_blocks(tmp_path / "a.gguf", name, blocks, (3, per_row * BY_NAME[name].elements))
     q = jq.io.load_gguf(tmp_path / "a.gguf")[0]["w"]
-    w = q.dequantize()
-    x = jax.device_put(np.asarray(np.random.default_rng(0).normal(size=(2, w.shape[1])), jnp.float32))
-    got, expected = jq.ops.einsum("bk,nk->bn", x, q), jnp.einsum("bk,nk->bn", x, w, precision="highest")
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(x)) * jnp.sum(jnp.abs(w))))
-    np.testing.assert_array_equal(jq.ops.take(q, jnp.array([2, 0]), axis=0), w[jnp.array([2, 0])])
-    np.testing.assert_array_equal(q.store((-2,)).dequantize(), w)
+    x = np.random.default_rng(0).normal(size=(2, q.shape[1])).astype(np.float32)
+    rows = np.array([2, 0])
+
+    @jax.jit
+    def used(q):
+        return q.dequantize(), jq.ops.einsum("bk,nk->bn", x, q), jq.ops.take(q, rows, axis=0), q.store((-2,))
+
+    w, got, taken, stored = used(q)
+    w = np.asarray(w)
+    np.testing.assert_allclose(
+        got, np.einsum("bk,nk->bn", x, w.astype(np.float64)), rtol=1e-5, atol=1e-5 * np.abs(x).max() * np.abs(w).sum()
+    )
+    np.testing.assert_array_equal(taken, w[rows])
+    np.testing.assert_array_equal(stored.dequantize(), w)
     jq.io.save(tmp_path / "a.safetensors", {"w": q})
     assert_same(jq.io.load(tmp_path / "a.safetensors")["w"], q)

@@ -292,21 +292,22 @@ def test_a_layer_under_vmap(lead):
     x, places = unequal(9, (4, *lead, 3, 64)), jnp.array([2, 0, 1, 2], jnp.int32)
     one = lambda x, stack, i: by_layer(x, layer_of(stack, i))  # noqa: E731
 
+    on_host = jax.tree.map(np.asarray, stacks)
+
     def wanted(j, s, i):
-        w = real(jax.tree.map(lambda v: v[s, i], stacks))
-        return np.asarray(real(x))[j] @ w
+        return real(x)[j] @ real(jax.tree.map(lambda v: jnp.asarray(v[s, i]), on_host))
 
     first, other = jax.tree.map(lambda v: v[0], stacks), jax.tree.map(lambda v: v[1], stacks)
     found = {
-        "activations": (jax.vmap(one, (0, None, None))(x, other, jnp.int32(2)), [(j, 1, 2) for j in range(4)]),
-        "layers": (jax.vmap(one, (0, None, 0))(x, first, places), [(j, 0, int(places[j])) for j in range(4)]),
-        "stacks": (jax.vmap(one, (None, 0, None))(x[0], stacks, jnp.int32(1)), [(0, s, 1) for s in range(4)]),
-        "both": (jax.vmap(one)(x, stacks, places), [(j, j, int(places[j])) for j in range(4)]),
+        "activations": (jax.jit(jax.vmap(one, (0, None, None)))(x, other, jnp.int32(2)), [(j, 1, 2) for j in range(4)]),
+        "layers": (jax.jit(jax.vmap(one, (0, None, 0)))(x, first, places), [(j, 0, int(places[j])) for j in range(4)]),
+        "stacks": (jax.jit(jax.vmap(one, (None, 0, None)))(x[0], stacks, jnp.int32(1)), [(0, s, 1) for s in range(4)]),
+        "both": (jax.jit(jax.vmap(one))(x, stacks, places), [(j, j, int(places[j])) for j in range(4)]),
     }
     for name, (got, cases) in found.items():
         want = np.stack([wanted(*case) for case in cases])
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max(), err_msg=name)
-    twice = jax.vmap(jax.vmap(one, (0, None, None)), (None, 0, None))(x[:2], stacks, jnp.int32(2))
+    twice = jax.jit(jax.vmap(jax.vmap(one, (0, None, None)), (None, 0, None)))(x[:2], stacks, jnp.int32(2))
     want = np.stack([np.stack([wanted(j, s, 2) for j in range(2)]) for s in range(4)])
     np.testing.assert_allclose(twice, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 

@@ -116,9 +116,10 @@ def test_a_layer_of_a_stack(name: str, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_step_for_every_tile_of_every_expert():
     """Every row is in one step; steps are in the order of rows; those without an expert read no other one."""
+    steps_of = jax.jit(ragged.Steps.of, static_argnums=(1, 2))
     for m, sizes in SIZES.values():
         for tile in (16, 128):
-            steps = ragged.Steps.of(jnp.asarray(sizes), m, tile)
+            steps = steps_of(jnp.asarray(sizes), m, tile)
             expert, at, start, end = (np.asarray(v) for v in steps[:4])
             count = int(steps.number[0])
             assert np.all(np.diff(at) >= 0)
