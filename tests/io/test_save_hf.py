@@ -1,9 +1,11 @@
 """Checkpoints for other libraries: their own files written again byte for byte, and what does not fit refused."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -169,14 +171,13 @@ def test_what_we_quantize_is_read_to_the_same_values(qtype, fields, format, tmp_
 
 @pytest.mark.parametrize("shape", [(64, 2048), (67, 320)])
 def test_double_quantization_keeps_its_groups_or_is_refused(tmp_path, shape):
-    q = jq.ptq.double_quantized(weight(*shape), present(jq.recipes.nf4(64).weight), reduce_axes=(-1,))
+    twice = functools.partial(jq.ptq.double_quantized, spec=present(jq.recipes.nf4(64).weight), reduce_axes=(-1,))
+    q = jax.jit(twice)(weight(*shape))
     jq.io.save_hf(tmp_path / "out", {"a.weight": q}, format="bitsandbytes")
     found = jq.io.load_hf(tmp_path / "out")[0]["a.weight"]
     assert found.scale.qtype == "dynamic8"
     np.testing.assert_array_equal(found.dequantize(), q.dequantize())
-    other = jq.ptq.double_quantized(
-        weight(64, 2048), present(jq.recipes.nf4(64).weight), reduce_axes=(-1,), group_size=128
-    )
+    other = jax.jit(functools.partial(twice, group_size=128))(weight(64, 2048))
     with pytest.raises(QuantError, match="quantized scales have groups of 256"):
         jq.io.save_hf(tmp_path / "other", {"a.weight": other}, format="bitsandbytes")
 

@@ -109,7 +109,7 @@ def test_logits_with_quantized_activations(name):
     """Those of compressed-tensors, whose weights alone give others."""
     model = load(folder(name))
     ids, wanted = reference(name)[0], tensors_of(GOLDEN / "as_saved_logits.safetensors")[name]
-    found = jq.quantized(functools.partial(logits, model.config), model)(model.params, ids)
+    found = jax.jit(jq.quantized(functools.partial(logits, model.config), model))(model.params, ids)
     # Where both round alike the difference is that of float32 sums; a value within it of a tie may go to either side.
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     assert np.abs(reference(name)[1] - wanted).max() > 0.05

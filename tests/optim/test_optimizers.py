@@ -138,7 +138,8 @@ def test_bitsandbytes_goes_on_from_our_states(monkeypatch):
     rng = np.random.default_rng(0)
     w, grads = rng.normal(size=(64, 64)).astype(np.float32), rng.normal(size=(2, 64, 64)).astype(np.float32)
     tx, first = optim.adam8bit(0.01), {"w": jnp.asarray(w)}
-    updates, state = tx.update({"w": jnp.asarray(grads[0])}, tx.init(first))
+    update = jax.jit(tx.update)
+    updates, state = update({"w": jnp.asarray(grads[0])}, jax.jit(tx.init)(first))
     params: Any = optax.apply_updates(first, updates)
     p = torch.nn.Parameter(torch.tensor(np.asarray(params["w"])))
     optimizer = bnb.Adam8bit([p], lr=0.01)
@@ -147,7 +148,7 @@ def test_bitsandbytes_goes_on_from_our_states(monkeypatch):
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
     p.grad = torch.tensor(grads[1])
     optimizer.step()
-    updates, state = tx.update({"w": jnp.asarray(grads[1])}, state)
+    updates, state = update({"w": jnp.asarray(grads[1])}, state)
     got: Any = optax.apply_updates(params, updates)
     np.testing.assert_allclose(got["w"], p.detach().numpy(), rtol=1e-4, atol=1e-5)
     back = optim.from_bitsandbytes(optimizer.state_dict()["state"], state, params)
@@ -185,8 +186,14 @@ def test_moments_are_the_nearest_of_their_blocks(shape):
     x.reshape(-1)[:300] = 0
     for how, signed in itertools.product((optim.EIGHT_BITS, optim.FOUR_BITS), (True, False)):
         v = x if signed else x * x
-        zeros = how.zeros(jnp.asarray(v), "w", signed=signed)
-        q, again = jax.jit(lambda v, q: (storage.stored(v, q), storage.stored(v * 0, q)))(jnp.asarray(v), zeros)
+
+        @jax.jit
+        def run(v, how=how, signed=signed):
+            zeros = how.zeros(v, "w", signed=signed)
+            q = storage.stored(v, zeros)
+            return zeros, q, storage.stored(v * 0, zeros), storage.real(q, shape)
+
+        zeros, q, again, got = run(v)
         assert jax.tree.structure(q) == jax.tree.structure(zeros)
         assert jax.tree.all(jax.tree.map(np.array_equal, again, zeros))
         rows = np.pad(v.reshape(-1), (0, -v.size % how.block)).reshape(-1, how.block)
@@ -197,7 +204,6 @@ def test_moments_are_the_nearest_of_their_blocks(shape):
         else:
             table = np.asarray(QTYPES[q.qtype].table, np.float32)
             want = table[np.searchsorted(middles(q.qtype), unit, side="left")] * absmax
-        got = storage.real(q, shape)
         assert got.shape == shape
         np.testing.assert_allclose(got, want.reshape(-1)[: x.size].reshape(shape), rtol=1e-6, atol=1e-36)
         assert q.nbytes <= rows.size * (1 + 4 / 256 if how is optim.EIGHT_BITS else 0.5 + 5 / 128)
@@ -215,7 +221,8 @@ def test_states_are_a_quarter_and_less():
 def test_a_broken_moment_stays_visible():
     x = jnp.ones((16, 512)).at[2, 3].set(jnp.nan).at[5, 6].set(jnp.inf)
     for how in (optim.EIGHT_BITS, optim.FOUR_BITS):
-        y = np.asarray(instance(jq.QTensor, storage.stored(x, how.zeros(x, "w", signed=True))).dequantize())
+        run = jax.jit(lambda x, how=how: storage.stored(x, how.zeros(x, "w", signed=True)))
+        y = np.asarray(instance(jq.QTensor, run(x)).dequantize())
         assert not np.isfinite(y[2, 3])
         assert not np.isfinite(y[5, 6])
         np.testing.assert_array_equal(y[7], 1)
@@ -280,7 +287,7 @@ def test_saves_and_restores(tmp_path):
         "b": jnp.ones(8),
     }
     tx = optax.chain(optax.clip_by_global_norm(1.0), optim.adamw4bit(1e-3))
-    _, state = tx.update(params, tx.init(params), params)
+    _, state = jax.jit(lambda params: tx.update(params, tx.init(params), params))(params)
     jq.io.save(tmp_path / "state.safetensors", state)
     restored = jq.io.load(tmp_path / "state.safetensors", like=jax.eval_shape(tx.init, params))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
@@ -294,7 +301,7 @@ def test_restores_from_orbax(tmp_path):
         optim.scale_by_adam8bit(storage=optim.FOUR_BITS),
         {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 68)))},
     )
-    _, state = tx.update(params, tx.init(params), params)
+    _, state = jax.jit(lambda params: tx.update(params, tx.init(params), params))(params)
     jq.io.save_orbax(tmp_path / "state", state)
     back = optim.State(**jq.io.load_orbax(tmp_path / "state"))
     assert jax.tree.structure(back) == jax.tree.structure(state)

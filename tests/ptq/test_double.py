@@ -1,5 +1,7 @@
 """Double quantization: bitsandbytes' own codes and scales."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +16,17 @@ from jaxquant.ptq import double_quantized, rtn
 G16 = jq.QuantSpec("nf4", granularity="per_group", group_size=16)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def both(w, size):
+    """Quantized twice, and once."""
+    return double_quantized(w, G16, reduce_axes=(-2,), group_size=size), rtn(w, G16, reduce_axes=(-2,))
+
+
 @pytest.mark.parametrize("qtype", ["nf4", "fp4"])
 def test_codes_are_those_of_bitsandbytes(qtype):
     ref = golden(f"bnb_{qtype}_48x128_b64_dq_bfloat16")
     of = jq.QuantSpec(qtype, granularity="per_group", group_size=64)
-    q = double_quantized(jnp.asarray(ref["orig"]), of, reduce_axes=(-1,))
+    q = jax.jit(lambda w: double_quantized(w, of, reduce_axes=(-1,)))(ref["orig"])
     pair = ref["weight"].reshape(-1)
     codes = np.stack([pair >> 4, pair & 15], axis=-1).reshape(48, 128)
     grid = np.asarray(QTYPES[qtype].table)  # fp4 has two codes for 0
@@ -38,7 +46,7 @@ def test_codes_are_those_of_bitsandbytes(qtype):
 
 def test_scales_take_a_quarter_and_hardly_lose():
     w = weight(64, 32)
-    q, single = double_quantized(w, G16, reduce_axes=(-2,), group_size=32), rtn(w, G16, reduce_axes=(-2,))
+    q, single = both(w, 32)
     assert q.shape == single.shape
     assert q.nbytes < single.nbytes - 2 * single.scale.size
     found, want = instance(jq.QTensor, q.scale).dequantize(), instance(jax.Array, single.scale)
@@ -49,7 +57,7 @@ def test_scales_take_a_quarter_and_hardly_lose():
 def test_groups_over_all_scales_in_their_order(shape, size):
     """The last group is short, and groups end inside of rows."""
     w = weight(*shape)
-    q, single = double_quantized(w, G16, reduce_axes=(-2,), group_size=size), rtn(w, G16, reduce_axes=(-2,))
+    q, single = both(w, size)
     scale = np.asarray(single.scale, np.float32).T  # the reduced axis is stored last
     mean = scale.mean(dtype=np.float64)
     flat, table = scale.reshape(-1) - mean, np.asarray(QTYPES["dynamic8"].table, np.float64)
