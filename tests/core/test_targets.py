@@ -38,7 +38,7 @@ SPECS = {
 
 def weight(name, shape=(64, 24), axes=(-2,), seed=0):
     values = np.random.default_rng(seed).standard_normal(shape) * np.linspace(0.5, 2, shape[-1])
-    return jq.quantize(np.asarray(values, np.float32), SPECS[name], reduce_axes=axes).store(axes)
+    return jax.jit(lambda w: jq.quantize(w, SPECS[name], reduce_axes=axes).store(axes))(np.asarray(values, np.float32))
 
 
 def all_equal(function, q, wanted):
