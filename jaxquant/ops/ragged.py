@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxquant.core.arithmetic import promoted
 from jaxquant.core.errors import quant_error
 from jaxquant.core.indices import widened
 from jaxquant.core.qtensor import QTensor
+from jaxquant.core.sizes import number
 from jaxquant.core.specs import OpSpec
 from jaxquant.core.types import PyTree
 from jaxquant.ops.kernels.dequantized import in_own_dtype
@@ -20,6 +22,7 @@ from jaxquant.ops.operands import Call, Pair, Side, precision_of, refuse_product
 from jaxquant.ops.problem import RaggedProduct
 from jaxquant.ops.select import run
 from jaxquant.ops.tangents import straight_through
+from jaxquant.ops.trained import TrainedTensor, as_quantized
 
 __all__ = ["ragged_dot"]
 
@@ -36,7 +39,9 @@ class _Ragged(Call):
     def keep(self, *operands: PyTree) -> tuple[jax.Array, None]:
         lhs, rhs, lhs_static, rhs_static, sizes = operands
         x, experts = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
-        return run(RaggedProduct(x, experts, self.precision, self.dtype, sizes)), None
+        known = math.inf not in map(number, experts.shape)
+        stored = _as_stored if isinstance(experts, TrainedTensor) and known else None
+        return run(RaggedProduct(x, experts, self.precision, self.dtype, sizes), stored), None
 
     def reference(self, *operands: PyTree) -> jax.Array:
         lhs, rhs, lhs_static, rhs_static, sizes = operands
@@ -56,6 +61,12 @@ class _Ragged(Call):
         return jnp.sum(jnp.where(mine[..., None], products, 0), axis=1).astype(self.dtype)
 
 
+def _as_stored(problem: RaggedProduct) -> RaggedProduct:
+    """A product in training as the frozen model's, with the experts as `quantize` stores them."""
+    assert isinstance(problem.w, TrainedTensor)
+    return dataclasses.replace(problem, w=as_quantized(problem.w, (1,)))
+
+
 def ragged_dot(
     lhs: ArrayLike | QTensor,
     rhs: ArrayLike | QTensor,
@@ -69,11 +80,10 @@ def ragged_dot(
 ) -> jax.Array:
     """`jax.lax.ragged_dot` whose operands may be quantized, or are quantized on the way: mixtures of experts.
 
-    Row i of ``lhs`` is multiplied by the matrix of the group it falls in; rows beyond the last group give 0. Integer
-    types with one scale per output channel of each expert run as int8 products with int32 accumulation (weight-only:
-    one for each digit of the activation, see `dot_general`); scales per group of channels, float number types and sums
-    that could overflow run as the float product of the dequantized operands. On TPUs and GPUs kernels decode stored
-    experts of these types too, and read only the experts that have rows.
+    Row i of ``lhs`` is multiplied by the matrix of the group it falls in; rows beyond the last group give 0. Stored
+    experts are multiplied as `dot_general` multiplies one weight, and only the experts that have rows are read.
+    Products without such a kernel are products of all experts: int8 with int32 accumulation for integers with one scale
+    per output channel, else the float product of the dequantized operands.
 
     Args:
       lhs: [M, K], the activation: a float array or a QTensor.

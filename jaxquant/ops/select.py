@@ -12,6 +12,7 @@ for. The plan uses the same table. On the CPU:
 | anything else that is stored quantized | any | any | `blocked.Blocked` |
 | quantized on the way; float64 | | | `dequantized.Float`, `dequantized.Dequantized` |
 
+A ragged product by stored experts is a loop over tiles of rows, with one of these kernels for each tile and its expert.
 Where XLA does not serve int8 dots (`jaxquant.ops.kernels.cpu.machine`), the last three take the place of the first.
 A symbolic number of rows, in a program that is exported for every batch, counts as many. Where K is symbolic, products
 of integers are float products.
@@ -35,9 +36,10 @@ from jaxquant.core.by_platform import Target, by_platform
 from jaxquant.core.types import PyTree
 from jaxquant.ops.forms import split_up
 from jaxquant.ops.kernels import convolution, decoded, dequantized, integer, ragged
-from jaxquant.ops.kernels.cpu import blocked, floats, gemv, int8, residual
 from jaxquant.ops.kernels.cpu import convolution as cpu_convolution
-from jaxquant.ops.kernels.cpu import ragged as cpu_ragged
+from jaxquant.ops.kernels.cpu import floats
+from jaxquant.ops.kernels.cpu.experts import EachExpert
+from jaxquant.ops.kernels.cpu.products import PRODUCTS
 from jaxquant.ops.kernels.gpu import decoded as gpu_decoded
 from jaxquant.ops.kernels.gpu import ragged as gpu_ragged
 from jaxquant.ops.kernels.gpu import scaled as gpu_scaled
@@ -53,16 +55,10 @@ __all__ = ["TABLE", "run", "select"]
 
 TABLE: tuple[type[Kernel[Any]], ...] = (
     # On the CPU.
-    floats.ExactBfloat16,
-    blocked.BlockedIntegers,
-    int8.Int8,
-    residual.ResidualSplit,
-    residual.ScaledResidualSplit,
-    gemv.Gemv,
-    blocked.Blocked,
+    *PRODUCTS,
     cpu_convolution.Int8Convolution,
     cpu_convolution.ResidualSplitConvolution,
-    cpu_ragged.ResidualSplitRagged,
+    EachExpert,
     # Elsewhere codes are decoded within the product.
     gpu_decoded.TritonDecoded,
     gpu_decoded.TritonLayer,

@@ -25,7 +25,7 @@ from jaxquant.core.by_platform import Target
 from jaxquant.ops import select as selection
 from jaxquant.ops.kernel import kernel as predicted
 from jaxquant.ops.kernels.gpu.ragged import TritonExperts, TritonFloat8Experts, run
-from jaxquant.ops.kernels.gpu.segments import Segments, most_tiles
+from jaxquant.ops.kernels.segments import Segments, most_tiles
 from jaxquant.ops.problem import RaggedProduct
 from jaxquant.ops.select import select
 

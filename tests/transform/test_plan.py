@@ -14,6 +14,7 @@ from transform_cases import EVERYTHING, SPECS, unequal
 
 import jaxquant as jq
 from jaxquant import recipes
+from jaxquant.ops.kernel import kernel
 from jaxquant.ops.kernels.cpu.machine import int8_dots
 
 pytestmark = pytest.mark.every
@@ -92,9 +93,10 @@ def test_kernels_of_convolutions_and_experts():
         return [item.kernel for item in plan.items]
 
     integer, digits = ("float32", "float32") if int8_dots() == "none" else ("int8", "int8 residual split")
-    assert kernels(recipes.w8a8()) == [integer, integer, "int8"]
-    assert kernels(recipes.w8a16()) == [digits, "float32", "int8 residual split"]
-    assert kernels(recipes.fp8()) == ["float32"] * 3
+    one = lambda spec: kernel(16, 8, 16, spec, "float32")  # noqa: E731  (of one expert)
+    assert kernels(recipes.w8a8()) == [integer, integer, one(recipes.w8a8())]
+    assert kernels(recipes.w8a16()) == [digits, "float32", one(recipes.w8a16())]
+    assert kernels(recipes.fp8()) == ["float32", "float32", one(recipes.fp8())]
 
 
 def test_json_and_lookup():

@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 from jaxquant.ops.kernels.gpu.arguments import Name, letters_of, named, part_of, pieces_of, several, weight_of
 from jaxquant.ops.kernels.gpu.partition import partitioned
 from jaxquant.ops.kernels.gpu.product import Weight, product
-from jaxquant.ops.kernels.gpu.segments import Segments
 from jaxquant.ops.kernels.gpu.tiling import Decoding
+from jaxquant.ops.kernels.segments import Segments
 
 __all__ = ["experts_product"]
 

@@ -35,9 +35,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
-from jaxquant.ops.kernels.gpu.segments import Segments, most_tiles
 from jaxquant.ops.kernels.gpu.tiling import Blocks, Decoding, blocks
 from jaxquant.ops.kernels.gpu.triton import alike, load, params, shaped, store, told
+from jaxquant.ops.kernels.segments import Segments, most_tiles
 
 __all__ = ["Weight", "product"]
 

@@ -8,7 +8,7 @@ import math
 from typing import Literal
 
 from jaxquant.core.qtypes import QType
-from jaxquant.ops.kernels.gpu.segments import most_tiles
+from jaxquant.ops.kernels.segments import most_tiles
 
 __all__ = ["Blocks", "Decoding", "Scales", "Stored", "blocks"]
 

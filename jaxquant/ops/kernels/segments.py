@@ -41,14 +41,25 @@ class Segments(NamedTuple):
           int32 [T, 4], with T as `most_tiles` has it: for each tile its expert, its place, its first row and the end of
           its segment. Tiles that are not needed have no rows.
         """
-        count = self.start.shape[0]
-        upto = jnp.cumsum(-(-(self.end - self.start) // size))
-        tile = lax.iota(jnp.int32, most_tiles(rows, count, size))
-        segment = jnp.sum(upto[None, :] <= tile[:, None], axis=1)
+        number = lax.iota(jnp.int32, most_tiles(rows, self.start.shape[0], size))
+        tile = self.tile(number, size)
+        return jnp.stack([tile.expert, tile.place, tile.start, tile.end], axis=1).astype(jnp.int32)
+
+    def tile(self, number: jax.Array, size: int) -> Segments:
+        """Tiles by their number [...]: each starts at its own first row, and ends with its segment."""
+        count, upto = self.start.shape[0], jnp.cumsum(self._count(size))
+        segment = jnp.sum(upto.reshape((1,) * number.ndim + (count,)) <= number[..., None], axis=-1)
         own = jnp.minimum(segment, count - 1)
         before = jnp.where(own > 0, upto[own - 1], 0)
-        first = jnp.where(segment < count, self.start[own] + (tile - before) * size, self.end[own])
-        return jnp.stack([self.expert[own], self.place[own], first, self.end[own]], axis=1).astype(jnp.int32)
+        first = jnp.where(segment < count, self.start[own] + (number - before) * size, self.end[own])
+        return Segments(first, self.end[own], self.expert[own], self.place[own])
+
+    def number_of_tiles(self, size: int) -> jax.Array:
+        """How many tiles have rows."""
+        return jnp.sum(self._count(size))
+
+    def _count(self, size: int) -> jax.Array:
+        return -(-(self.end - self.start) // size)
 
     def cover(self, row: jax.Array) -> jax.Array:
         """Whether rows [M] have an expert: bool [M]."""

@@ -1,0 +1,90 @@
+"""Ragged products by stored experts on the CPU: tiles of rows, each by a kernel for one weight."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax_settings import makes_nan, needs_jit
+from narrowed import present
+from ops_reference import slow_but, unequal
+from ragged_reference import SIZES, by_expert
+
+import jaxquant as jq
+from jaxquant import ops, recipes
+from jaxquant.core.by_platform import Target
+from jaxquant.core.qtensor import flat
+from jaxquant.ops.kernels.cpu.experts import EachExpert
+from jaxquant.ops.problem import RaggedProduct
+from jaxquant.ops.select import select
+
+SPECS = {
+    "w8a8": recipes.w8a8(),
+    "w8a16": recipes.w8a16(),
+    "w4a16": recipes.w4a16(32),
+    "w4a16 zero": recipes.w4a16(32, symmetric=False),
+    "nf4": recipes.nf4(32),
+}
+K, N = 64, 24
+
+
+def experts(spec: jq.OpSpec, *lead: int, k: int = K, n: int = N) -> jq.QTensor:
+    make = lambda w: jq.quantize(w, present(spec.weight), reduce_axes=(-2,))  # noqa: E731
+    for _ in lead:
+        make = jax.vmap(make)
+    return jq.ops.lay_out(jax.jit(make)(unequal(0, (*lead, 4, k, n))), "cpu")
+
+
+@pytest.mark.parametrize("rows", slow_but(SIZES, "few", "tiles"))
+@pytest.mark.parametrize("name", slow_but(SPECS, "w8a8", "w4a16"))
+def test_each_row_by_its_expert(name: str, rows: str):
+    spec, (m, sizes) = SPECS[name], SIZES[rows]
+    x, w = unequal(1, (m, K)), experts(spec)
+    given = x if spec.act is None else jq.quantize(x, spec.act, reduce_axes=(-1,))
+    assert isinstance(select(RaggedProduct(given, w, None, x.dtype, jnp.asarray(sizes)), Target("cpu")), EachExpert)
+    got = np.asarray(jax.jit(ops.ragged_dot)(given, w, jnp.asarray(sizes)), np.float64)
+    want, terms = by_expert(given, w, sizes)
+    bound = (
+        1e-4 if spec.act is None else 1e-6
+    )  # an activation in two int8 digits, where a kernel for one weight has them
+    assert np.all(np.abs(got - want) <= bound * np.max(terms, axis=1, keepdims=True))
+    assert not got[sum(sizes) :].any()
+
+
+@makes_nan
+def test_an_expert_without_rows_is_not_read():
+    spec, (m, sizes) = SPECS["w4a16"], SIZES["few"]
+    x, w = unequal(1, (m, K)), experts(spec)
+    spoiled = w.replace(scale=jnp.where(jnp.asarray(sizes)[:, None, None] == 0, jnp.nan, flat(w.scale)))
+    product = jax.jit(ops.ragged_dot)
+    np.testing.assert_array_equal(product(x, spoiled, jnp.asarray(sizes)), product(x, w, jnp.asarray(sizes)))
+
+
+@needs_jit
+@pytest.mark.parametrize("name", ["w8a16", "w4a16"])
+def test_one_expert_at_a_time(name: str):
+    """Of a layer in a stack too: less is copied and decoded than the codes of a layer, 1 MiB in 4 bits."""
+    spec, sizes = SPECS[name], jnp.asarray([2, 0, 3, 1] + [0] * 28)
+
+    def fn(p: Any, x: jax.Array) -> jax.Array:
+        return lax.scan(lambda x, w: (jnp.tanh(lax.ragged_dot(x, w, sizes)), None), x, p["w"])[0]
+
+    params, x = {"w": unequal(0, (3, 32, 256, 256), decades=0.5) / 16}, unequal(1, (6, 256))
+    plan = jq.make_plan(fn, params, x, rules=[jq.Rule(".*", spec)])
+    stored = jq.quantize_params(params, plan, target="cpu")
+    program = jax.jit(jq.quantized(fn, plan)).lower(stored, x).compile()
+    assert present(program.memory_analysis()).temp_size_in_bytes <= 6 * 256 * 256  # an expert in float32, and rows
+    want = jax.jit(fn)(jq.dequantize_params(stored), x)
+    np.testing.assert_allclose(program(stored, x), want, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", slow_but(SPECS, "w4a16", "w8a8"))
+def test_the_frozen_model_computes_what_was_trained(name: str):
+    sizes = jnp.asarray([3, 0, 4, 1])
+    fn = lambda p, x: lax.ragged_dot(x, p["w"], sizes)  # noqa: E731
+    params, x = {"w": unequal(0, (4, K, N))}, unequal(1, (8, K))
+    plan = jq.make_plan(fn, params, x, rules=[jq.Rule(".*", SPECS[name])])
+    run = jax.jit(jq.quantized(fn, plan))
+    np.testing.assert_array_equal(run(params, x), run(jq.quantize_params(params, plan), x))
