@@ -131,6 +131,8 @@ def _in_order(items, salt=""):
 def quick_collections():
     """A `gc.collect()` looks at what the test itself makes: at all that others have left it takes seconds."""
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
