@@ -56,7 +56,7 @@ class Segments(NamedTuple):
 
     def number_of_tiles(self, size: int) -> jax.Array:
         """How many tiles have rows."""
-        return jnp.sum(self._count(size))
+        return jnp.sum(self._count(size), dtype=jnp.int32)
 
     def _count(self, size: int) -> jax.Array:
         return -(-(self.end - self.start) // size)
