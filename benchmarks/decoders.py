@@ -330,9 +330,10 @@ only the shapes of the weights are used. The command `python benchmarks/accelera
 A step is the decoding of one token for each sequence of a batch, with TOKENS tokens cached in bfloat16, or the
 prefill of TOKENS tokens. The estimate is the longer of the compiler's cycles, and of moving arguments, results and
 (twice) temporaries at the bandwidth of the memory; kernels that are written by hand count by the static schedules of
-their code. The compiler for GPUs gives no cycles: there the estimate is what moving bytes takes, and how long a
-kernel decodes is not in it. The floor is what reading arguments and writing results takes, or the multiplications at
-the peak of their number type: those of a kernel are the ones of the float product that it stands for.
+their code. The compiler for GPUs gives no cycles: there the estimate is what moving bytes takes, which is less than
+the floor where arithmetic is the bound, and how long a kernel decodes is not in it. The floor is what reading
+arguments and writing results takes, or the multiplications at the peak of their number type: those of a kernel are the
+ones of the float product that it stands for.
 Attention is the same in all programs: over a cache XLA's products, in a prefill JAX's own kernel for TPUs
 (`flash_attention`), of which estimate and floor count all blocks, also blocks that the mask makes zero. A GPU has no
 prefill here for that reason.
@@ -345,8 +346,8 @@ On several chips a step is a `jax.shard_map` over heads, hidden axis and vocabul
 meshes of explicit axes, and not under `jax.jit` with automatic axes. Estimates and floors leave out transfers between
 chips, for which the compiler gives none. All programs have the same: two sums in each layer, of as many bfloat16
 numbers as tokens times width. A mixture sorts its tokens by expert and multiplies them by ragged products. In bfloat16
-every expert multiplies every token: that is nearly four times as fast, because XLA copies a layer's experts for its
-ragged product. All experts count as read.
+every expert multiplies every token: on a TPU that is nearly four times as fast, because XLA copies a layer's experts
+for its ragged product. All experts count as read.
 
 - **W8A8**, **W8A16**: int8, one scale per output channel, with activations in int8 or left in bfloat16.
 - **W4A16**, **W4A8**: int4 in groups of 128.

@@ -38,6 +38,7 @@ def kernel(
     target: Target | None = None,
     *,
     in_stack: bool = False,
+    experts: int = 1,
 ) -> str:
     """The name of the kernel for ``[rows, length] x [columns, length]``.
 
@@ -49,6 +50,7 @@ def kernel(
       op: ``"dot_general"``, ``"conv_general_dilated"`` or ``"ragged_dot"``.
       window: of a convolution, a `jaxquant.ops.problem.Window`.
       target: what the program is lowered for, with codes laid out for it; None: the default device.
+      experts: how many of ``columns`` a ragged product has.
       in_stack: whether the weight is a layer of a stack that a scan goes through.
 
     Returns:
@@ -81,8 +83,8 @@ def kernel(
     most, own = _MANY if rows is None else rows, jnp.dtype(dtype)
     if op == "ragged_dot":
         x = operand((most, length), spec.act, (-1,), stored=False)
-        w = operand((1, length, columns), spec.weight, (-2,), stored=True)
-        sizes: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
+        w = operand((experts, length, columns), spec.weight, (-2,), stored=True)
+        sizes: Any = jax.ShapeDtypeStruct((experts,), jnp.int32)
         problem: Problem = RaggedProduct(x, w, None, own, sizes)
     elif op == "conv_general_dilated":
         geometry = Geometry((0, 1, 2), (0, 1, 2), (0, 1, 2), (1,), ((0, 0),), (1,), (1,), *window[:2] or (1, 1))

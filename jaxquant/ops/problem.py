@@ -31,6 +31,8 @@ from jaxquant.ops.placed import Placed
 from jaxquant.ops.trained import is_in_training
 
 __all__ = [
+    "EXPERTS",
+    "ROWS",
     "Convolution",
     "Geometry",
     "Kernel",
@@ -340,19 +342,20 @@ class RaggedProduct(Problem):
     @functools.cached_property
     def forms(self) -> tuple[Form, Form]:
         """[1, M, K] and [E, N, K], with one code per element; or None."""
-        return form(self.x, _ROWS, whole=True), form(self.w, _EXPERTS, whole=True)
+        return form(self.x, ROWS, whole=True), form(self.w, EXPERTS, whole=True)
 
     def matrices(self) -> tuple[Any, Any]:
-        """The same, of arrays; an array of floats is left [M, K]."""
-        x = matrix(self.x, _ROWS) if isinstance(self.x, QTensor) else self.x
-        return x, matrix(self.w, _EXPERTS) if isinstance(self.w, QTensor) else self.w
+        """The same, of arrays, both of which are quantized."""
+        assert isinstance(self.x, QTensor)
+        return matrix(self.x, ROWS), matrix(self.weight, EXPERTS)
 
     def in_float(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """As for `Problem`."""
         return lax.ragged_dot(x, w, self.sizes, precision=self.precision)
 
 
-_ROWS, _EXPERTS = Axes.of(2, (), (1,)), Axes.of(3, (0,), (1,))
+ROWS, EXPERTS = Axes.of(2, (), (1,)), Axes.of(3, (0,), (1,))
+"""The axes of the operands of a ragged product."""
 
 
 def _whole(x: Operand, axes: Axes) -> Matrix | jax.Array | None:

@@ -40,7 +40,7 @@ class _Ragged(Call):
         lhs, rhs, lhs_static, rhs_static, sizes = operands
         x, experts = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
         known = math.inf not in map(number, experts.shape)
-        stored = _as_stored if isinstance(experts, TrainedTensor) and known else None
+        stored = _with_stored_experts if isinstance(experts, TrainedTensor) and known else None
         return run(RaggedProduct(x, experts, self.precision, self.dtype, sizes), stored), None
 
     def reference(self, *operands: PyTree) -> jax.Array:
@@ -61,7 +61,7 @@ class _Ragged(Call):
         return jnp.sum(jnp.where(mine[..., None], products, 0), axis=1).astype(self.dtype)
 
 
-def _as_stored(problem: RaggedProduct) -> RaggedProduct:
+def _with_stored_experts(problem: RaggedProduct) -> RaggedProduct:
     """A product in training as the frozen model's, with the experts as `quantize` stores them."""
     assert isinstance(problem.w, TrainedTensor)
     return dataclasses.replace(problem, w=as_quantized(problem.w, (1,)))
@@ -81,9 +81,9 @@ def ragged_dot(
     """`jax.lax.ragged_dot` whose operands may be quantized, or are quantized on the way: mixtures of experts.
 
     Row i of ``lhs`` is multiplied by the matrix of the group it falls in; rows beyond the last group give 0. Stored
-    experts are multiplied as `dot_general` multiplies one weight, and only the experts that have rows are read.
-    Products without such a kernel are products of all experts: int8 with int32 accumulation for integers with one scale
-    per output channel, else the float product of the dequantized operands.
+    experts have kernels that multiply them as `dot_general` multiplies one weight, and read those with rows. Products
+    without such a kernel, which a plan and `jaxquant.explain` name, are products of all experts: int8 with int32
+    accumulation for integers with one scale per output channel, else the float product of the dequantized operands.
 
     Args:
       lhs: [M, K], the activation: a float array or a QTensor.

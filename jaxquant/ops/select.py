@@ -12,7 +12,8 @@ for. The plan uses the same table. On the CPU:
 | anything else that is stored quantized | any | any | `blocked.Blocked` |
 | quantized on the way; float64 | | | `dequantized.Float`, `dequantized.Dequantized` |
 
-A ragged product by stored experts is a loop over tiles of rows, with one of these kernels for each tile and its expert.
+A ragged product by stored experts is a loop over tiles of rows, each with one of these kernels and its own expert. A
+tile has twice as many rows as an expert has on average, 64 at most; that number chooses the kernel.
 Where XLA does not serve int8 dots (`jaxquant.ops.kernels.cpu.machine`), the last three take the place of the first.
 A symbolic number of rows, in a program that is exported for every batch, counts as many. Where K is symbolic, products
 of integers are float products.

@@ -85,10 +85,14 @@ class Item:
         """The kernel on the default device; `jaxquant.explain` reads the compiled program."""
         layer = self.shape[self.stacked :]
         length = math.prod(layer[axis] for axis in self.reduce_axes)
-        sizes = self.rows if self.rows is None else max(self.rows, 1), math.prod(layer) // length, length
-        products = [op for op in self.op.split(", ") if op != "take"]
-        how = {"in_stack": self.stacked > 0}
-        names = [kernel(*sizes, self.spec, self.dtype, op, self.window, **how) for op in products]
+        rows, columns = self.rows if self.rows is None else max(self.rows, 1), math.prod(layer) // length
+
+        def named(op: str) -> str:
+            experts = layer[0] if op == "ragged_dot" else 1
+            how = {"in_stack": self.stacked > 0, "experts": experts}
+            return kernel(rows, columns // experts, length, self.spec, self.dtype, op, self.window, **how)
+
+        names = [named(op) for op in self.op.split(", ") if op != "take"]
         unknown = " (rows unknown)" if names and self.rows is None else ""
         return ", ".join(dict.fromkeys(names)) + unknown or "lookup"
 

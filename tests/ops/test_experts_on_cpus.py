@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jax_settings import makes_nan, needs_jit
 from narrowed import present
 from ops_reference import slow_but, unequal
@@ -16,6 +18,7 @@ import jaxquant as jq
 from jaxquant import ops, recipes
 from jaxquant.core.by_platform import Target
 from jaxquant.core.qtensor import flat
+from jaxquant.ops.kernel import kernel
 from jaxquant.ops.kernels.cpu.experts import EachExpert
 from jaxquant.ops.problem import RaggedProduct
 from jaxquant.ops.select import select
@@ -60,6 +63,43 @@ def test_an_expert_without_rows_is_not_read():
     spoiled = w.replace(scale=jnp.where(jnp.asarray(sizes)[:, None, None] == 0, jnp.nan, flat(w.scale)))
     product = jax.jit(ops.ragged_dot)
     np.testing.assert_array_equal(product(x, spoiled, jnp.asarray(sizes)), product(x, w, jnp.asarray(sizes)))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_permuted_channels(count: int):
+    """As GPTQ's act-order has them, an order for each expert."""
+    spec, (m, sizes) = SPECS["w4a16"], ((8, (3, 0, 4, 1)) if count == 4 else (8, (8,)))
+    values = np.asarray(unequal(0, (count, K, N)))
+    orders = np.stack([np.random.default_rng(i).permutation(K) for i in range(count)]).astype(np.int32)
+    sorted_by = np.take_along_axis(values, orders[:, :, None], axis=1)
+    q = jax.jit(jax.vmap(lambda w: jq.quantize(w, present(spec.weight), reduce_axes=(-2,))))(sorted_by)
+    w = q.replace(permutation=jnp.asarray(orders)[:, :, None])
+    want = np.empty_like(values)
+    np.put_along_axis(want, orders[:, :, None], np.asarray(q.dequantize()), axis=1)
+    x = unequal(1, (m, K))
+    got = np.asarray(jax.jit(ops.ragged_dot)(x, w, jnp.asarray(sizes)), np.float64)
+    out, terms = by_expert(x, want, sizes)
+    assert np.all(np.abs(got - out) <= 1e-4 * np.max(terms, axis=1, keepdims=True))
+
+
+def test_a_shard_map():
+    """Rows and sizes differ between devices, experts do not; the types of values say which vary."""
+    mesh, w = Mesh(np.asarray(jax.devices()[:2]), ("t",)), experts(SPECS["w4a16"])
+    x, sizes = unequal(1, (8, K)), jnp.asarray([3, 0, 1, 0, 0, 2, 1, 1])
+    each = jax.shard_map(ops.ragged_dot, mesh=mesh, in_specs=(P("t"), P(), P("t")), out_specs=P("t"))
+    got = np.asarray(jax.jit(each)(x, w, sizes), np.float64)
+    for i in range(2):
+        rows = slice(4 * i, 4 * i + 4)
+        want, terms = by_expert(x[rows], w, tuple(int(n) for n in sizes[rows]))
+        assert np.all(np.abs(got[rows] - want) <= 1e-4 * np.max(terms, axis=1, keepdims=True))
+
+
+def test_the_plan_counts_experts():
+    """Two rows of eight experts are one for each tile; a product by one weight has two."""
+    spec = recipes.w4a16(128)
+    asked = [kernel(2, 64, 1024, spec, "float32", "ragged_dot", experts=n) for n in (8, 1)]
+    assert asked == [kernel(rows, 64, 1024, spec, "float32") for rows in (1, 2)]
+    assert asked[0] != asked[1]
 
 
 @needs_jit

@@ -93,7 +93,7 @@ def test_kernels_of_convolutions_and_experts():
         return [item.kernel for item in plan.items]
 
     integer, digits = ("float32", "float32") if int8_dots() == "none" else ("int8", "int8 residual split")
-    one = lambda spec: kernel(16, 8, 16, spec, "float32")  # noqa: E731  (of one expert)
+    one = lambda spec: kernel(16, 8, 16, spec, "float32")  # noqa: E731  (a tile of 16 rows, and one expert)
     assert kernels(recipes.w8a8()) == [integer, integer, one(recipes.w8a8())]
     assert kernels(recipes.w8a16()) == [digits, "float32", one(recipes.w8a16())]
     assert kernels(recipes.fp8()) == ["float32", "float32", one(recipes.fp8())]

@@ -13,7 +13,7 @@ from jaxquant.ops.kernels.convolution import is_whole
 from jaxquant.ops.kernels.integer import overflow_limit
 from jaxquant.ops.problem import Kernel, RaggedProduct
 
-__all__ = ["Int8Ragged", "int8_ragged"]
+__all__ = ["Int8Ragged"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Int8Ragged(Kernel[RaggedProduct]):
 
     def run(self, problem: RaggedProduct) -> jax.Array:
         """As for `Kernel`."""
-        return int8_ragged(*problem.matrices(), problem.sizes)
+        return _int8_ragged(*problem.matrices(), problem.sizes)
 
 
-def int8_ragged(lhs: Matrix, rhs: Matrix, sizes: jax.Array) -> jax.Array:
+def _int8_ragged(lhs: Matrix, rhs: Matrix, sizes: jax.Array) -> jax.Array:
     """int8 products accumulated in int32, with exact zero-point corrections; lhs [1, M, K], rhs [E, N, K]."""
     x, experts, rows = lhs.codes[0], rhs.codes, lhs.codes.shape[1]
     out = lax.ragged_dot(x, jnp.swapaxes(experts, 1, 2), sizes, preferred_element_type=jnp.int32)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["Segments", "most_tiles"]
+__all__ = ["Segments", "most_tiles", "spans"]
 
 
 def most_tiles(rows: int, segments: int, size: int) -> int:
@@ -16,13 +16,24 @@ def most_tiles(rows: int, segments: int, size: int) -> int:
     return min(rows, (rows + segments * (size - 1)) // size)
 
 
+def spans(sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """The first row of each expert and the end of its rows, int32 [E], from the number of its rows.
+
+    Numbers may add up to more than there are rows: no span goes beyond the last row.
+    """
+    ends = jnp.cumsum(sizes.astype(jnp.int32))
+    return jnp.minimum(ends - sizes.astype(jnp.int32), rows), jnp.minimum(ends, rows)
+
+
 class Segments(NamedTuple):
-    """Runs of rows, each multiplied by one expert. They do not overlap; rows outside of all have no expert.
+    """Runs of rows, each multiplied by one expert. Rows outside of all have no expert.
+
+    Segments lie within the rows and do not overlap: `most_tiles` relies on it.
 
     Attributes:
       start, end: the rows of each, int32 [S].
-      expert: its expert in the arrays of one layer, int32 [S].
-      place: its expert in the arrays of a stack, all of whose experts are counted: int32 [S].
+      expert: its expert, int32 [S].
+      place: layer * E + expert, the index of the expert in a stack that is flattened to [layers * E, ...]; int32 [S].
     """
 
     start: jax.Array

@@ -1,7 +1,11 @@
 """Ragged products by stored experts on the CPU: the rows of each expert, in tiles, by a kernel for one weight.
 
 XLA:CPU multiplies all rows by every expert, and takes float experts or int8 ones. Here an expert that has no rows is
-not read, and codes stay as they are stored.
+not read, and codes stay as they are stored. There are two exceptions. Experts that share a scale, or whose channels are
+permuted, are brought to one code per element first. Under `jax.vmap` over the sizes each step copies the experts of all
+mapped products.
+
+The tile is chosen by the average number of rows of an expert, so that an expert with many more is read several times.
 """
 
 from __future__ import annotations
@@ -14,11 +18,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.core.qtensor import Operand, QTensor
-from jaxquant.core.types import Index
+from jaxquant.core.types import Index, PyTree
 from jaxquant.core.views import by_layer
 from jaxquant.ops.forms import Axes
+from jaxquant.ops.kernels.cpu.blocks import total
 from jaxquant.ops.kernels.cpu.products import PRODUCTS
-from jaxquant.ops.kernels.segments import Segments
+from jaxquant.ops.kernels.segments import Segments, spans
 from jaxquant.ops.problem import Kernel, Product, RaggedProduct
 from jaxquant.ops.trained import TrainedTensor, is_in_training
 
@@ -64,11 +69,8 @@ class EachExpert(Kernel[RaggedProduct]):
         """As for `Kernel`."""
         rows, size = problem.x.shape[0], self.tile
         parts = _Tiles.of(problem, size)
-        sizes = problem.sizes.astype(jnp.int32)
-        ends = jnp.cumsum(sizes)
-        start, end = (jnp.clip(v, 0, rows) for v in (ends - sizes, ends))
-        numbers = lax.iota(jnp.int32, sizes.shape[0])
-        segments = Segments(start, end, numbers, numbers)
+        numbers = lax.iota(jnp.int32, problem.sizes.shape[0])
+        segments = Segments(*spans(problem.sizes, rows), numbers, numbers)
 
         def step(i: jax.Array, out: jax.Array) -> jax.Array:
             tile = segments.tile(i, size)
@@ -77,8 +79,8 @@ class EachExpert(Kernel[RaggedProduct]):
             mine = tile.start + lax.iota(jnp.int32, size) < tile.end
             return lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None], y, before), tile.start, axis=0)
 
-        out = jnp.zeros((rows + size, problem.w.shape[2]), problem.result)
-        return lax.fori_loop(jnp.int32(0), segments.number_of_tiles(size), step, out)[:rows]
+        out = jnp.zeros((rows + size, problem.w.shape[2]), problem.result) + _zero((parts.x, parts.w, problem.sizes))
+        return lax.fori_loop(jnp.int32(0), segments.number_of_tiles(size), step, out)[:rows].astype(problem.result)
 
 
 def _rows_of_tile(rows: Any, experts: int) -> int:
@@ -109,7 +111,7 @@ class _Tiles:
         x, w = problem.x, problem.weight
         x = by_layer(x.frozen if isinstance(x, TrainedTensor) else x) if isinstance(x, QTensor) else x
         longer = jax.tree.map(lambda v: jnp.pad(v, [(0, size)] + [(0, 0)] * (v.ndim - 1)), x)
-        return cls(longer, w if _has_experts_first(w) else by_layer(w.apart()), problem, size)
+        return cls(longer, _with_experts_first(w), problem, size)
 
     def product(self, first: Index, expert: Index) -> Product:
         """The product of the rows from ``first`` on and an expert."""
@@ -118,10 +120,19 @@ class _Tiles:
         return Product(x, w, self.problem.precision, self.problem.result, Axes.of(2, (), (1,)), Axes.of(2, (), (0,)))
 
 
-def _has_experts_first(w: QTensor) -> bool:
-    """Whether an expert can be cut out of every array, also where the codes are in a stack of layers."""
+def _zero(operands: PyTree) -> jax.Array:
+    """A zero that varies over the devices of a `jax.shard_map` as any of the operands does."""
+    values = (v[(0,) * v.ndim].astype(jnp.float32) for v in jax.tree.leaves(operands))
+    return total(jnp.where(v > 0, jnp.float32(0), jnp.float32(0)) for v in values)
+
+
+def _with_experts_first(w: QTensor) -> QTensor:
+    """The same values, with experts first in every array; of codes in a stack of layers, in those of a layer."""
     arrays = (w.kept, *jax.tree.leaves((w.scale, w.zero_point, w.offset)))
-    return w.stored_order[0] == 0 and w.permutation is None and all(v.shape[0] == w.shape[0] for v in arrays)
+    if w.stored_order[0] == 0 and w.permutation is None and all(v.shape[0] == w.shape[0] for v in arrays):
+        return w
+    w = by_layer(w.apart())
+    return w if w.permutation is None else jax.vmap(lambda one: one.unpermuted())(w)
 
 
 def _expert(w: QTensor, index: Index) -> QTensor:

@@ -29,7 +29,6 @@ __all__ = [
     "ScaledResidualSplit",
     "digit_count",
     "digit_matrix",
-    "digits_of",
     "most_rows",
 ]
 

@@ -18,6 +18,7 @@ added in a second step, if these sums are small compared to the weight.
 
 Edges are masked: no operand is padded or copied. The weight may be a layer of a stack, which is an operand as a whole:
 the kernel reads its index from memory and adds the layer to the places of all it loads. So nothing is sliced before it.
+In a ragged product a program reads from a table which rows are its own, and which expert it multiplies them by.
 
 The kernel has not been timed; see `jaxquant.ops.kernels.gpu.tiling`.
 """
@@ -77,6 +78,8 @@ class _Rows(NamedTuple):
 
 class Weight(NamedTuple):
     """A stored weight. The arrays that `Decoding.stacked` names have one axis more in front, for the layers of a stack.
+
+    In a ragged product all have one axis more, for experts, and for the experts of all layers where it is a stack's.
 
     Attributes:
       codes: [K, N], or [N, K] if ``k_last``; uint8 of two codes along the last axis, or int8, uint8, or int4.

@@ -17,7 +17,6 @@ from jax.typing import DTypeLike
 
 from jaxquant.core.by_platform import Target
 from jaxquant.core.qtensor import QTensor
-from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels.decoded import multiplied_dtype
 from jaxquant.ops.kernels.gpu.decoded import (
     Place,
@@ -33,12 +32,11 @@ from jaxquant.ops.kernels.gpu.decoded import (
 from jaxquant.ops.kernels.gpu.scaled import in_e4m3, multiplies_float8
 from jaxquant.ops.kernels.integer import overflow_limit
 from jaxquant.ops.kernels.precision import is_default
-from jaxquant.ops.problem import Kernel, RaggedProduct, in_stored_order
+from jaxquant.ops.kernels.segments import spans
+from jaxquant.ops.problem import EXPERTS, ROWS, Kernel, RaggedProduct, in_stored_order
 from jaxquant.ops.trained import is_in_training
 
 __all__ = ["TritonExperts", "TritonFloat8Experts", "run"]
-
-_ROWS, _EXPERTS = Axes.of(2, (), (1,)), Axes.of(3, (0,), (1,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +61,16 @@ class TritonExperts(Kernel[RaggedProduct]):
 
     @classmethod
     def takes(cls, problem: RaggedProduct) -> Kernel[RaggedProduct] | None:
-        """As for `Kernel`: stored experts of one code per element, with the limits of `decoded.TritonDecoded`."""
+        """As for `Kernel`: stored experts of one code per element, with the limits of `decoded.TritonDecoded`.
+
+        Codes of a layer in bytes that take 2 to 4 GiB have places that Pallas cannot count.
+        """
         x, w = problem.x, problem.w
         if not isinstance(w, QTensor) or is_in_training(w) or w.length is not None or w.permutation is not None:
             return None
-        if not has_blocks(problem):
+        if not has_blocks(problem) or (isinstance(x, QTensor) and x.permutation is not None):
             return None
-        place = Place.of(w, _EXPERTS)
+        place = Place.of(w, EXPERTS)
         dtype = multiplied_dtype(problem)
         if place is None or not decodes(w, place, dtype) or not has_places(w.kept, stored(w, place)[1]):
             return None
@@ -77,7 +78,7 @@ class TritonExperts(Kernel[RaggedProduct]):
         whole = rows and place.groups == 1 and w.type.kind == "int"
         if whole and place.length > overflow_limit(128, 128):
             return None
-        return cls(dtype, whole and w.symmetric and w.type.bits == 8)
+        return cls(dtype, whole and w.symmetric and w.type.signed and w.type.bits == 8)
 
     def run(self, problem: RaggedProduct) -> jax.Array:
         """As for `Kernel`."""
@@ -112,10 +113,9 @@ def run(problem: RaggedProduct, dtype: DTypeLike, *, interpret: bool = False) ->
     """The product of a problem that `TritonExperts` takes; the arguments are those of `decoded.run`."""
     from jaxquant.ops.kernels.gpu.experts import experts_product  # Pallas takes long to load
 
-    w, axes = in_stored_order(problem.weight, _EXPERTS)
-    values, rows = activation(problem.x, _ROWS, dtype)
+    w, axes = in_stored_order(problem.weight, EXPERTS)
+    values, rows = activation(problem.x, ROWS, dtype)
     weight, how, stack = with_stack(w, axes)
-    sizes = problem.sizes.astype(jnp.int32)
-    ends = jnp.cumsum(sizes)
+    segments = spans(problem.sizes, values.shape[1])
     given: dict[str, Any] = {"rows": None if rows is None else rows[0], **stack, "interpret": interpret}
-    return experts_product(values[0], (ends - sizes, ends), weight, how, result_dtype(problem), dtype, **given)
+    return experts_product(values[0], segments, weight, how, result_dtype(problem), dtype, **given)
