@@ -7,6 +7,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import pytest
+from double_precision import double_precision
 from jax import lax
 from narrowed import present
 
@@ -43,11 +44,11 @@ SCHEMES = {
 PLATFORMS = {"tpu": "tpu", "cuda": "gpu"}
 
 
-def stored(spec, dtype, target):
-    """A weight [256, 128], without values, as codes lie for a platform."""
+def stored(spec, dtype, target, *lead):
+    """A weight [256, 128], or experts, without values, as codes lie for a platform."""
 
     def make():
-        return jq.ops.lay_out(jq.quantize(jnp.zeros((256, 128), dtype), spec.weight, reduce_axes=(-2,)), target)
+        return jq.ops.lay_out(jq.quantize(jnp.zeros((*lead, 256, 128), dtype), spec.weight, reduce_axes=(-2,)), target)
 
     return jax.eval_shape(make)
 
@@ -88,6 +89,22 @@ def test_nothing_made_for_a_cpu_is_lowered_elsewhere(scheme, platform):
         assert dots == 1 or (dots == 0 and any(kernel in text for kernel in KERNELS))
         if dots:
             assert text.count("stablehlo.pad") == (rows == 1 and platform == "tpu")
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w4a16", "fp8"])
+def test_kernels_where_jax_has_64_bits(scheme, platform):
+    """Of products, activations and experts, whose rows are counted in int64 then."""
+    spec = SCHEMES[scheme]
+    product = lambda w, x: ops.dot_general(x, w, MATMUL, spec=spec)  # noqa: E731
+    with double_precision():
+        w, experts = (stored(spec, jnp.bfloat16, PLATFORMS[platform], *lead) for lead in ((), (3,)))
+        x = jax.ShapeDtypeStruct((2048, 256), jnp.bfloat16)
+        text = lowered(product, w, x, platform=platform)
+        assert scheme in ("w8a16", "fp8") or any(kernel in text for kernel in KERNELS)
+        ragged = lambda w, x, sizes: ops.ragged_dot(x, w, sizes, spec=spec)  # noqa: E731
+        text = lowered(ragged, experts, x, jax.ShapeDtypeStruct((3,), jnp.int64), platform=platform)
+    assert any(kernel in text for kernel in KERNELS)
 
 
 @pytest.mark.every

@@ -7,11 +7,13 @@ weight.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.experimental
 from jax import lax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
@@ -100,7 +102,13 @@ def _lower(ctx: mlir.LoweringRuleContext, *arrays: Any, kernel: Function, divide
     where: Any = ctx.module_context.axis_context
     manual = getattr(where, "manual_axes", frozenset())
     alone = where.num_devices == 1 if hasattr(where, "num_devices") else set(manual) == set(where.mesh.axis_names)
-    return mlir.lower_fun(kernel if alone else divided, multiple_results=True)(ctx, *arrays)
+    with _in_32_bits() if alone else contextlib.nullcontext():
+        return mlir.lower_fun(kernel if alone else divided, multiple_results=True)(ctx, *arrays)
+
+
+def _in_32_bits() -> contextlib.AbstractContextManager[None]:
+    """Where JAX has 64 bits, Pallas' indices have them for a TPU too, which its compiler refuses."""
+    return jax.enable_x64(False) if hasattr(jax, "enable_x64") else getattr(jax.experimental, "disable_x64")()  # noqa: B009
 
 
 batching.primitive_batchers[_choice_p] = _batch
