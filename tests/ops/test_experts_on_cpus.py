@@ -10,17 +10,18 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax_settings import makes_nan, needs_jit
-from narrowed import present
+from narrowed import instance, present
 from ops_reference import slow_but, unequal
 from ragged_reference import SIZES, by_expert
 
 import jaxquant as jq
 from jaxquant import ops, recipes
+from jaxquant.core import views
 from jaxquant.core.by_platform import Target
 from jaxquant.core.qtensor import flat
 from jaxquant.ops.kernel import kernel
 from jaxquant.ops.kernels.cpu.experts import EachExpert
-from jaxquant.ops.problem import RaggedProduct
+from jaxquant.ops.problem import Kernel, Product, RaggedProduct
 from jaxquant.ops.select import select
 
 SPECS = {
@@ -92,6 +93,25 @@ def test_a_shard_map():
         rows = slice(4 * i, 4 * i + 4)
         want, terms = by_expert(x[rows], w, tuple(int(n) for n in sizes[rows]))
         assert np.all(np.abs(got[rows] - want) <= 1e-4 * np.max(terms, axis=1, keepdims=True))
+
+
+class Turning(Kernel[Product]):
+    """A product that transposes its weight first, every array of it."""
+
+    def run(self, problem: Product) -> jax.Array:
+        w = views.transpose(problem.weight, (1, 0))
+        return lax.dot_general(instance(jax.Array, problem.x), w.dequantize(), (((1,), (1,)), ((), ())))
+
+
+def test_an_expert_is_a_whole_weight():
+    """fp8 as TPUs have it, beside a seal: a kernel for one weight may read each of its arrays."""
+    (m, sizes), x = SIZES["few"], unequal(1, (10, K))
+    w = jq.ops.lay_out(experts(recipes.fp8()), "tpu")
+    assert w.seal is not None
+    problem = RaggedProduct(x, w, None, x.dtype, jnp.asarray(sizes))
+    got = np.asarray(jax.jit(EachExpert(Turning(), m).run)(problem), np.float64)
+    want, terms = by_expert(x, w, sizes)
+    assert np.all(np.abs(got - want) <= 1e-6 * terms)
 
 
 def test_the_plan_counts_experts():

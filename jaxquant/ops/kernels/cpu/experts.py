@@ -144,5 +144,5 @@ def _expert(w: QTensor, index: Index) -> QTensor:
             return lax.dynamic_index_in_dim(value, index, keepdims=False)
         return whole[w.layer, index]
 
-    blocks = {name: jax.tree.map(one, getattr(w, name)) for name in ("scale", "zero_point", "offset")}
-    return w.replace(codes=one(w.kept), **blocks)
+    others = {name: jax.tree.map(one, getattr(w, name)) for name in ("scale", "zero_point", "offset", "seal")}
+    return w.replace(codes=one(w.kept), **others)
