@@ -14,7 +14,6 @@ from transform_cases import EVERYTHING, SPECS, unequal
 
 import jaxquant as jq
 from jaxquant import recipes
-from jaxquant.ops.kernel import kernel
 from jaxquant.ops.kernels.cpu.machine import int8_dots
 
 pytestmark = pytest.mark.every
@@ -73,7 +72,7 @@ def test_the_table_fits_80_columns():
 
 
 def test_kernels_of_convolutions_and_experts():
-    """What `ops.conv` and `ops.ragged` choose, by what both know."""
+    """What `ops.conv` and `ops.ragged` choose, by what both know: float dots where the machine has none of int8."""
     params = {
         "conv": jnp.ones((3, 3, 8, 16), jnp.float32),
         "depthwise": jnp.ones((3, 3, 1, 16), jnp.float32),
@@ -92,11 +91,13 @@ def test_kernels_of_convolutions_and_experts():
         assert plan["depthwise"].window == (16, 1, 9)
         return [item.kernel for item in plan.items]
 
-    integer, digits = ("float32", "float32") if int8_dots() == "none" else ("int8", "int8 residual split")
-    one = lambda spec: kernel(16, 8, 16, spec, "float32")  # noqa: E731  (a tile of 16 rows, and one expert)
-    assert kernels(recipes.w8a8()) == [integer, integer, one(recipes.w8a8())]
-    assert kernels(recipes.w8a16()) == [digits, "float32", one(recipes.w8a16())]
-    assert kernels(recipes.fp8()) == ["float32", "float32", one(recipes.fp8())]
+    if int8_dots() == "none":
+        integer = digits = ["float32", "float32", "float32 blocks"]
+    else:
+        integer, digits = ["int8"] * 3, ["int8 residual split", "float32", "int8 residual split"]
+    assert kernels(recipes.w8a8()) == integer
+    assert kernels(recipes.w8a16()) == digits
+    assert kernels(recipes.fp8()) == ["float32", "float32", "float32 blocks"]
 
 
 def test_json_and_lookup():
