@@ -418,7 +418,9 @@ def product(
     multiplied = jnp.dtype(jnp.int8 if integers else dtype)
     b = blocks(m, how, segments=count, codes=multiplied.itemsize == 1)
     given = {**w._asdict(), "rows": rows, "layer": layer if how.stacked else None}
-    scaled_last = b.parts > 1 and segments is None  # sums are scaled when they are complete
+    # Where k is in parts, the sums of one weight are scaled once, after the parts are added. In a ragged product a
+    # column has other scales in other rows, those of their expert: the kernel, which knows it, scales each part before.
+    scaled_last = b.parts > 1 and segments is None
     if scaled_last:
         given |= {"columns": None, "rows": None}
     most = -(-m // b.rows) if segments is None else most_tiles(m, count, b.rows)
