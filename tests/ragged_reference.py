@@ -1,4 +1,4 @@
-"""What tests of ragged products share: rows of experts, and the product of each row and its expert in float64."""
+"""What tests of ragged products share: rows of experts, specs, and each row times its expert in float64."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 
 import jaxquant as jq
 
-__all__ = ["SIZES", "by_expert"]
+__all__ = ["SIZES", "by_expert", "grouped"]
 
 SIZES = {  # rows, and those of each expert: odd, none, one, and rows that no expert takes
     "few": (10, (3, 0, 4, 1)),
@@ -15,6 +15,11 @@ SIZES = {  # rows, and those of each expert: odd, none, one, and rows that no ex
     "one": (257, (0, 1, 256, 0)),
     "none": (5, (0, 0, 0, 0)),
 }
+
+
+def grouped(qtype: str, size: int, **more: Any) -> jq.QuantSpec:
+    """A type with a scale for each group of so many codes."""
+    return jq.QuantSpec(qtype, granularity="per_group", group_size=size, **more)
 
 
 def by_expert(x: Any, w: Any, sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

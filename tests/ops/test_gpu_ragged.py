@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from narrowed import present
 from ops_reference import slow_but, unequal
-from ragged_reference import SIZES, by_expert
+from ragged_reference import SIZES, by_expert, grouped
 
 import jaxquant as jq
 from jaxquant import recipes
@@ -30,23 +30,18 @@ from jaxquant.ops.kernels.segments import Segments, most_tiles
 from jaxquant.ops.problem import RaggedProduct
 from jaxquant.ops.select import select
 
-
-def few(qtype: str, group: int, **more: Any) -> jq.QuantSpec:
-    return jq.QuantSpec(qtype, granularity="per_group", group_size=group, **more)
-
-
 SPECS = {
     "int8": jq.QuantSpec("int8"),
     "int4": jq.QuantSpec("int4"),
-    "int4 g64": few("int4", 64),
-    "uint4 g16 zero": few("uint4", 16, symmetric=False),
+    "int4 g64": grouped("int4", 64),
+    "uint4 g16 zero": grouped("uint4", 16, symmetric=False),
     "uint8 zero": jq.QuantSpec("uint8", symmetric=False),
     "two-level": recipes.w4a16(64, two_level=True).weight,
     "float8_e4m3fn": jq.QuantSpec("float8_e4m3fn"),
     "mxfp8": jq.QuantSpec("mxfp8"),
     "mxfp4": jq.QuantSpec("mxfp4"),
     "nvfp4": jq.QuantSpec("nvfp4"),
-    "nf4": few("nf4", 64),
+    "nf4": grouped("nf4", 64),
 }
 E4M3 = jq.QuantSpec("float8_e4m3fn")
 K, N, LAYERS = 128, 34, 3
@@ -278,7 +273,7 @@ def test_what_is_taken():
     packed = jq.quantize(jnp.ones((4, K, N)), SPECS["int4 g64"], reduce_axes=(-2,))
     assert "Triton" not in name(x, packed)
     assert "Triton" not in name(x, jnp.ones((4, K, N)))
-    group = jq.ops.lay_out(jq.quantize(jnp.ones((4, 120, N)), few("int4", 24), reduce_axes=(-2,)), "gpu")
+    group = jq.ops.lay_out(jq.quantize(jnp.ones((4, 120, N)), grouped("int4", 24), reduce_axes=(-2,)), "gpu")
     assert "Triton" not in name(jnp.ones((6, 120)), group)
     assert predicted(8, 64, 128, recipes.w4a16(64), "bfloat16", "ragged_dot", target=CUDA) == (
         "bfloat16, decoded by Triton"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ragged_reference import SIZES, by_expert
+from ragged_reference import SIZES, by_expert, grouped
 
 import jaxquant as jq
 from jaxquant import ops
@@ -15,24 +15,19 @@ from jaxquant.ops.kernels.tpu import ragged
 from jaxquant.ops.problem import RaggedProduct
 from jaxquant.ops.select import select
 
-
-def few(qtype: str, group: int, **more: Any) -> jq.QuantSpec:
-    return jq.QuantSpec(qtype, granularity="per_group", group_size=group, **more)
-
-
 SPECS = {
     "int8": jq.QuantSpec("int8"),
     "int4": jq.QuantSpec("int4"),
-    "int4 128": few("int4", 128),
-    "int4 256": few("int4", 256),
-    "int4 32": few("int4", 32),
-    "uint4 64 zero": few("uint4", 64, symmetric=False),
+    "int4 128": grouped("int4", 128),
+    "int4 256": grouped("int4", 256),
+    "int4 32": grouped("int4", 32),
+    "uint4 64 zero": grouped("uint4", 64, symmetric=False),
     "float8_e4m3fn": jq.QuantSpec("float8_e4m3fn"),
     "mxfp8": jq.QuantSpec("mxfp8"),
     "mxfp4": jq.QuantSpec("mxfp4"),
     "nvfp4": jq.QuantSpec("nvfp4"),
-    "nf4": few("nf4", 64),
-    "iq4_nl": few("iq4_nl", 32),
+    "nf4": grouped("nf4", 64),
+    "iq4_nl": grouped("iq4_nl", 32),
 }
 TABLES = ("nf4", "iq4_nl", "mxfp4", "nvfp4")
 K, N = 256, 200
