@@ -1,4 +1,4 @@
-"""CONTRIBUTING says where things go: each path that it gives exists, and each name is defined in the package."""
+"""CONTRIBUTING says where things go: each path that it gives exists; each name is one of the package or a fixture."""
 
 import ast
 import builtins
@@ -18,9 +18,9 @@ FOLDERS = ("", "jaxquant", "jaxquant/ops/kernels", "jaxquant/transform", "tests/
 
 
 def defined() -> set[str]:
-    """Names of classes, functions and constants in the package, and the names that Python has built in."""
+    """Names of classes, functions and constants in the package, of shared fixtures, and those that Python has."""
     names = set(dir(builtins))
-    for file in (ROOT / "jaxquant").rglob("*.py"):
+    for file in (*(ROOT / "jaxquant").rglob("*.py"), ROOT / "tests/conftest.py"):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef):
                 names.add(node.name)

@@ -50,7 +50,7 @@ def kernel(
       op: ``"dot_general"``, ``"conv_general_dilated"`` or ``"ragged_dot"``.
       window: of a convolution, a `jaxquant.ops.problem.Window`.
       target: what the program is lowered for, with codes laid out for it; None: the default device.
-      experts: how many of ``columns`` a ragged product has.
+      experts: the number of experts of a ragged product, each with ``columns``.
       in_stack: whether the weight is a layer of a stack that a scan goes through.
 
     Returns:
