@@ -261,9 +261,10 @@ def test_nothing_is_cut_out_of_a_stack(name, k_last):
     turned = views.transpose(layer, (1, 0))
     axis = 1 if k_last else 0
     for w, axes in (layer, Axes.of(2, (), (axis,))), (views.in_stored_order(turned), Axes.of(2, (), (axis,))):
-        weight, how = weight_arrays(w, axes)
-        assert how.stacked == {name for name, v in weight._asdict().items() if v is not None and name != "table"}
-        assert all(v.shape[0] == LAYERS for name, v in weight._asdict().items() if name in how.stacked)
+        weight, _, of = weight_arrays(w, axes)
+        mine, whole = ({k: v for k, v in arrays._asdict().items() if v is not None} for arrays in (weight, of["stack"]))
+        assert whole.keys() == mine.keys() - {"table"}
+        assert all(v.shape == (LAYERS, *mine[name].shape[1:]) for name, v in whole.items())
 
 
 @pytest.mark.parametrize("k_last", [False, True])

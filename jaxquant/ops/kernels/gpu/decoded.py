@@ -35,7 +35,6 @@ __all__ = [
     "run",
     "stored",
     "weight_arrays",
-    "with_stack",
 ]
 
 T = TypeVar("T")
@@ -158,7 +157,7 @@ def run(problem: Product, dtype: DTypeLike, *, interpret: bool = False) -> jax.A
 
     problem = problem.in_stored_order()
     values, rows = activation(problem.x, problem.x_axes, dtype)
-    weight, how, stack = with_stack(problem.weight, problem.w_axes)
+    weight, how, stack = weight_arrays(problem.weight, problem.w_axes)
     given: dict[str, Any] = {"rows": None if rows is None else rows[None], **stack, "interpret": interpret}
     return problem.restored(batched(values[None], weight, how, result_dtype(problem), dtype, **given)[0])
 
@@ -166,16 +165,6 @@ def run(problem: Product, dtype: DTypeLike, *, interpret: bool = False) -> jax.A
 def result_dtype(problem: Problem) -> DTypeLike:
     """The dtype of the kernel's result: that of the problem if it is narrow, or float32."""
     return problem.result if jnp.dtype(problem.result).itemsize < 4 else jnp.float32
-
-
-def with_stack(w: QTensor, axes: Axes) -> tuple[Weight, Decoding, dict[str, Any]]:
-    """The arrays of a weight, how they are stored, and the ``stack`` and ``layer`` that it is in, if it is in one."""
-    weight, how = weight_arrays(w.apart(), axes)
-    if w.layer is None:
-        return weight, how, {}
-    whole, of = weight_arrays(w, axes)
-    stack = whole._make(v if name in of.stacked else None for name, v in whole._asdict().items())
-    return weight, how, {"stack": stack, "layer": jnp.reshape(w.layer, 1).astype(jnp.int32)}
 
 
 def decodes(w: QTensor, place: Place | None, dtype: DTypeLike) -> bool:
@@ -217,23 +206,35 @@ def in_int8(x: QTensor) -> bool:
     return x.symmetric and x.type.kind == "int" and x.type.bits == 8 and x.type.code_dtype == jnp.int8
 
 
-def weight_arrays(w: QTensor, axes: Axes) -> tuple[Weight, Decoding]:
-    """The stored arrays of a weight, as the kernel takes them, those of a whole stack where there is one, and how."""
+def weight_arrays(w: QTensor, axes: Axes) -> tuple[Weight, Decoding, dict[str, Any]]:
+    """The stored arrays of a weight, as the kernel takes them, and how they are stored.
+
+    Also the ``stack`` and ``layer`` that it is in, if it is in one: the stack's arrays, None where a layer's array is
+    no slice of one.
+    """
     from jaxquant.ops.kernels.gpu.product import Weight
     from jaxquant.ops.kernels.gpu.tiling import Decoding
 
     place = Place.of(w, axes)
     assert place is not None
-    b, stacked = place.batch, set[str]()
+    b, whole = place.batch, dict[str, jax.Array]()
+    order, (how, in_byte) = place.ordered(place.length, place.columns), stored(w, place)
+
+    def in_bytes(name: str, value: jax.Array) -> jax.Array:
+        """Patterns, of codes in fp8 (as TPUs have them), of two codes in a byte, and of powers of two."""
+        codes = name == "codes"
+        if value.dtype == jnp.float8_e8m0fnu or (codes and w.seal is not None):
+            value = lax.bitcast_convert_type(value, jnp.uint8)
+        pairs = codes and how == "nibbles"
+        return lax.bitcast_convert_type(value.reshape(*value.shape[:-1], -1, 2), jnp.uint8) if pairs else value
 
     def found(name: str, value: jax.Array | Layer, *shape: int, in_byte: int = 1) -> jax.Array:
-        """[1, B, *shape] of a weight; [layers, B, *shape] of a whole stack, if the array is a slice of one."""
-        whole, each = w.in_stack(value), b * math.prod(shape)
-        if whole is not value and math.prod(whole.shape[1:]) == each and has_places(whole, in_byte):
-            stacked.add(name)
-            return whole.reshape(-1, b, *shape)
+        """[1, B, *shape]; of a whole stack, if the array is a slice of one, [layers, B, *shape]."""
+        of_stack, each = w.in_stack(value), b * math.prod(shape)
+        if of_stack is not value and math.prod(of_stack.shape[1:]) == each and has_places(of_stack, in_byte):
+            whole[name] = in_bytes(name, of_stack.reshape(-1, b, *shape))
         own = value.array() if isinstance(value, Layer) else value
-        return jnp.broadcast_to(own.reshape(1, -1, *shape), (1, b, *shape))
+        return in_bytes(name, jnp.broadcast_to(own.reshape(1, -1, *shape), (1, b, *shape)))
 
     def by_group(name: str, value: jax.Array, last: int | None = None) -> jax.Array:
         """[G, N or 1], or [N or 1, G]; of bytes that hold several the last axis has another size."""
@@ -247,12 +248,7 @@ def weight_arrays(w: QTensor, axes: Axes) -> tuple[Weight, Decoding]:
             value = scale_values(value)
         return found("columns", value, n)
 
-    order, (how, in_byte) = place.ordered(place.length, place.columns), stored(w, place)
     codes = found("codes", w.kept, *order, in_byte=in_byte)
-    if w.seal is not None:  # fp8, as for a TPU
-        codes = lax.bitcast_convert_type(codes, jnp.uint8)
-    if how == "nibbles":
-        codes = lax.bitcast_convert_type(codes.reshape(*codes.shape[:-1], -1, 2), jnp.uint8)
     scale, columns, scales = w.scale, None, "float"
     if place.groups == 1 and w.offset is None:
         scale, columns = None, by_column(scale)
@@ -263,17 +259,18 @@ def weight_arrays(w: QTensor, axes: Axes) -> tuple[Weight, Decoding]:
     elif isinstance(scale, QTensor):
         scale = by_group("scale", scale_values(scale))
     else:
+        scales = "e8m0" if scale.dtype == jnp.float8_e8m0fnu else "float"
         scale = by_group("scale", scale)
-        if scale.dtype == jnp.float8_e8m0fnu:
-            scale, scales = lax.bitcast_convert_type(scale, jnp.uint8), "e8m0"
     zero_point = None if w.zero_point is None else by_group("zero_point", w.zero_point)
     offset = None if w.offset is None else by_group("offset", flat(w.offset))
-    decoding = Decoding(
-        w.type, how, place.k_last, place.length, place.columns, place.groups, scales, frozenset(stacked)
-    )
+    decoding = Decoding(w.type, how, place.k_last, place.length, place.columns, place.groups, scales)
     table = jnp.asarray(w.type.table, jnp.float32) if w.type.kind == "table" else None
     table = None if table is None else jnp.broadcast_to(table, (1, b, table.size))
-    return Weight(codes, scale, zero_point, offset, columns, table), decoding
+    weight, stack = Weight(codes, scale, zero_point, offset, columns, table), {}
+    if w.layer is not None:
+        stack["stack"] = Weight._make(whole.get(name) for name in Weight._fields)
+        stack["layer"] = jnp.reshape(w.layer, 1).astype(jnp.int32)
+    return weight, decoding, stack
 
 
 def stored(w: QTensor, place: Place) -> tuple[Stored, int]:

@@ -27,7 +27,7 @@ from jaxquant.ops.kernels.gpu.decoded import (
     in_int8,
     result_dtype,
     stored,
-    with_stack,
+    weight_arrays,
 )
 from jaxquant.ops.kernels.gpu.scaled import in_e4m3, multiplies_float8
 from jaxquant.ops.kernels.integer import overflow_limit
@@ -115,7 +115,7 @@ def run(problem: RaggedProduct, dtype: DTypeLike, *, interpret: bool = False) ->
 
     w, axes = in_stored_order(problem.weight, EXPERTS)
     values, rows = activation(problem.x, ROWS, dtype)
-    weight, how, stack = with_stack(w, axes)
+    weight, how, stack = weight_arrays(w, axes)
     segments = spans(problem.sizes, values.shape[1])
     given: dict[str, Any] = {"rows": None if rows is None else rows[0], **stack, "interpret": interpret}
     return experts_product(values[0], segments, weight, how, result_dtype(problem), dtype, **given)
