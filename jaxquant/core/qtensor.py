@@ -337,8 +337,7 @@ class QTensor:
         """The same values with other axes stored last; ``()`` is the float array's own order."""
         if tuple(minor) == self.minor:
             return self
-        q = self.unpermuted()
-        return from_codes(q.logical_codes(), q.scale, q.zero_point, q.offset, qtype=q.qtype, dtype=q.dtype, minor=minor)
+        return (_stored if self.unpermuting_adds else _store)(self, tuple(minor))
 
     @property
     def layout(self) -> Layout:
@@ -347,6 +346,12 @@ class QTensor:
             return "native"
         one_each = self.length is None and (self.type.packed or self.split is not None)
         return "elements" if one_each else "packed"
+
+    @property
+    def unpermuting_adds(self) -> bool:
+        """Whether `unpermuted` computes values that are sums, which a program of more than it could round otherwise."""
+        quantized = (v for v in (self.scale, self.offset) if isinstance(v, QTensor))
+        return self.permutation is not None and any(_adds(v) for v in quantized)
 
     def apart(self) -> QTensor:
         """The same values, with codes copied out if they are a `Layer` of a stack."""
@@ -483,6 +488,14 @@ def from_codes(
     # XLA fuses packing with no other operation, so a plain transpose of the bytes is fast.
     stored = transpose(stored, order) if info.packed else written_transposed(stored, order=tuple(order))
     return QTensor(stored, scale, zero_point, offset, permutation, qtype=qtype, dtype=dtype, minor=minor, length=length)
+
+
+def _stored(q: QTensor, minor: tuple[int, ...]) -> QTensor:
+    q = q.unpermuted()
+    return from_codes(q.logical_codes(), q.scale, q.zero_point, q.offset, qtype=q.qtype, dtype=q.dtype, minor=minor)
+
+
+_store = jitted(static_argnums=1)(_stored)  # one program, also in eager use
 
 
 def _unpermute(x: jax.Array, permutation: jax.Array, axis: int) -> jax.Array:

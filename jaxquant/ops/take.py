@@ -15,6 +15,7 @@ from jaxquant.core.blocks import block_shape, negative_axes
 from jaxquant.core.errors import quant_error
 from jaxquant.core.fake_quant import fake_quant
 from jaxquant.core.indices import widened
+from jaxquant.core.jitted import jitted
 from jaxquant.core.qtensor import QTensor, dequantize, from_codes
 from jaxquant.core.replaceable import Replaceable
 from jaxquant.core.specs import OpSpec, QuantSpec
@@ -83,19 +84,36 @@ def take(
         raise quant_error("take", "there is nothing to index", todo=todo, axis=axis, shape=table.shape)
     if 0 in shape:
         return jnp.zeros(shape, table.dtype)
-    rows, inside = _resolved(places.reshape(-1), table.shape[along], mode)
+    # Few programs, also in eager use; values have their own, see `dequantize`.
     if isinstance(table, QTensor):
-        out = dequantize(_gather(table, rows, along))
+        found, inside = (_looked_up if table.unpermuting_adds else _look_up)(table, places, along, mode)
+        out = dequantize(found)
     else:
         assert weight is not None
-        out = _fake_quantized(table, rows, along, weight, reduce_axes)
-    if mode in (None, "fill"):
-        inside = inside.reshape([-1 if i == along else 1 for i in range(table.ndim)])
-        fill = np.nan if fill_value is None else fill_value
-        if isinstance(fill, jax.Array) or not np.isnan(fill):
-            out = jnp.where(inside, out, jnp.asarray(fill, out.dtype))
-        else:
-            out = nan_where(~inside, out)
+        rows, inside = _resolved(places, table.shape[along], mode)
+        out = _fake_quantized(table, rows.reshape(-1), along, weight, reduce_axes)
+    if mode not in (None, "fill"):
+        return out.reshape(shape)
+    fill = np.nan if fill_value is None else fill_value
+    is_nan = not isinstance(fill, jax.Array) and np.isnan(fill)
+    return _filled(out, inside, None if is_nan else jnp.asarray(fill, out.dtype), along)
+
+
+def _looked_up(q: QTensor, indices: jax.Array, axis: int, mode: str | None) -> tuple[QTensor, jax.Array]:
+    """The QTensor of the rows at indices, and whether each index was in bounds."""
+    rows, inside = _resolved(indices, q.shape[axis], mode)
+    return _gather(q, rows.reshape(-1), axis), inside
+
+
+_look_up = jitted(static_argnums=(2, 3))(_looked_up)
+
+
+@jitted(static_argnums=3)
+def _filled(out: jax.Array, inside: jax.Array, fill: jax.Array | None, axis: int) -> jax.Array:
+    """The result, of rows, and of ``fill``, or NaN, where an index was out of bounds."""
+    shape = out.shape[:axis] + inside.shape + out.shape[axis + 1 :]
+    inside = inside.reshape([-1 if i == axis else 1 for i in range(out.ndim)])
+    out = nan_where(~inside, out) if fill is None else jnp.where(inside, out, fill)
     return out.reshape(shape)
 
 

@@ -135,6 +135,19 @@ def test_a_second_call_outside_of_jit_compiles_nothing(made):
 
 
 @needs_jit
+def test_calls_outside_of_jit_are_few_programs():
+    """An operation of JAX by itself is a program; packing codes takes a dozen."""
+    q = jq.quantize(unequal((12, 24), 1), jq.QuantSpec("int4", granularity=jq.PerGroup(8)), reduce_axes=(-1,))
+    with compilations() as found:
+        jax.block_until_ready(q.store((-2,)))
+    assert len(found) <= 1
+    rows = jax.device_put(np.asarray([3, -1, 2], np.int32))
+    with compilations() as found:
+        jax.block_until_ready(ops.take(q, rows, 0))
+    assert len(found) <= 3
+
+
+@needs_jit
 def test_a_second_calibration_compiles_nothing():
     model = Scaled(2.0)
     params = {"w": unequal((8, 20), 1, 0.3)}
