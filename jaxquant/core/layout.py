@@ -19,6 +19,7 @@ __all__ = [
     "Layout",
     "block_rows",
     "inverse",
+    "minor_of",
     "nbytes_of",
     "own_dtype",
     "stored_order",
@@ -85,6 +86,13 @@ def stored_order(ndim: int, minor: tuple[int, ...]) -> tuple[int, ...]:
     """Axes of the logical array in the order in which codes are stored: the others, then ``minor``."""
     last = tuple(axis + ndim for axis in minor)
     return tuple(axis for axis in range(ndim) if axis not in last) + last
+
+
+@functools.cache
+def minor_of(order: tuple[int, ...]) -> tuple[int, ...]:
+    """The ``minor`` with which axes are stored in this order: the fewest, so that one order has one name."""
+    minors = (tuple(axis - len(order) for axis in order[i:]) for i in reversed(range(len(order) + 1)))
+    return next(minor for minor in minors if stored_order(len(order), minor) == order)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxquant.core.indices import clamped
+from jaxquant.core.layout import minor_of
 from jaxquant.core.qtensor import QTensor, Scale, flat, scale_values
 from jaxquant.core.relayout import laid_out
 from jaxquant.core.stack import Layer
@@ -31,8 +32,6 @@ def cast(q: QTensor, dtype: DTypeLike) -> QTensor:
 def transpose(q: QTensor, permutation: tuple[int, ...]) -> QTensor:
     """Permutes axes; codes do not move in memory, and a `Layer` stays in its stack."""
     place = {axis: i for i, axis in enumerate(permutation)}
-    minor = tuple(place[axis] - q.ndim for axis in q.stored_order)
-    minor = () if minor == tuple(range(-q.ndim, 0)) else minor
 
     def per_block(value: Scale | None) -> Scale | None:
         if isinstance(value, QTensor):
@@ -49,7 +48,7 @@ def transpose(q: QTensor, permutation: tuple[int, ...]) -> QTensor:
         offset=per_block(q.offset),
         permutation=per_block(q.permutation),
         seal=per_block(q.seal),
-        minor=minor,
+        minor=minor_of(tuple(place[axis] for axis in q.stored_order)),
         split=None if q.split is None else place[q.ndim + q.split] - q.ndim,
     )
 

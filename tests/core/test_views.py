@@ -1,6 +1,7 @@
 """Views of a QTensor: transposed, reshaped, sliced, moved and cast as the float array is, value for value."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 import jaxquant as jq
 from jaxquant import QuantSpec
 from jaxquant.core import views
+from jaxquant.core.layout import stored_order
 
 SPECS = {
     "channel": QuantSpec("int8"),
@@ -106,6 +108,9 @@ def test_transpose(case, random):
     back = views.transpose(view, tuple(int(i) for i in np.argsort(permutation)))
     same_values(back, np.asarray(values(q)))
     assert back.stored_order == q.stored_order
+    assert views.transpose(view, tuple(range(q.ndim))).minor == view.minor
+    others = [minor for n in range(len(view.minor)) for minor in itertools.permutations(range(-q.ndim, 0), n)]
+    assert all(stored_order(q.ndim, minor) != view.stored_order for minor in others)  # kernels compare the shortest
 
 
 @given(cases(), st.data())

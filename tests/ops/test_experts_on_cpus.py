@@ -57,6 +57,31 @@ def test_each_row_by_its_expert(name: str, rows: str):
     assert not got[sum(sizes) :].any()
 
 
+@pytest.mark.parametrize("layout", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("name", slow_but(SPECS, "w8a8", "w4a16"))
+def test_experts_as_checkpoints_have_them(name: str, layout: str):
+    """[experts, outputs, inputs], transposed in the function; alone and in a scan over layers."""
+    spec, (m, sizes) = SPECS[name], SIZES["few"]
+    given, x = {"w": unequal(0, (2, 4, K, K), decades=0.5)}, unequal(1, (m, K))
+
+    def one(x: jax.Array, w: jax.Array) -> jax.Array:
+        return lax.ragged_dot(x, jnp.swapaxes(w, 1, 2), jnp.asarray(sizes))
+
+    def layers(p: Any, x: jax.Array) -> jax.Array:
+        return lax.scan(lambda x, w: (x, one(x, w)), x, p["w"])[1]
+
+    plan = jq.make_plan(layers, given, x, rules=[jq.Rule("w", spec)])
+    params = jq.quantize_params(given, plan, target=layout)
+    alone = jq.make_plan(lambda p, x: one(x, p["w"]), {"w": given["w"][1]}, x, rules=[jq.Rule("w", spec)])
+    layer = jq.quantize_params({"w": given["w"][1]}, alone, target=layout)
+    got = jax.jit(jq.quantized(layers, plan))(params, x)
+    last = jax.jit(jq.quantized(lambda p, x: one(x, p["w"]), alone))(layer, x)
+    rows = x if spec.act is None else jq.quantize(x, spec.act, reduce_axes=(-1,))
+    for y, w in zip([*got, last], [*params["w"].dequantize(), layer["w"].dequantize()], strict=True):
+        want, terms = by_expert(rows, jnp.swapaxes(w, 1, 2), sizes)
+        assert np.all(np.abs(np.asarray(y, np.float64) - want) <= 1e-4 * np.max(terms, axis=1, keepdims=True))
+
+
 @makes_nan
 def test_an_expert_without_rows_is_not_read():
     spec, (m, sizes) = SPECS["w4a16"], SIZES["few"]

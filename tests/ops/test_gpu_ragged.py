@@ -79,6 +79,16 @@ def test_each_row_by_its_expert(name: str, act: str | None, rows: str):
     assert not got[sum(sizes) :].any()
 
 
+@pytest.mark.parametrize("name", slow_but(SPECS, "int8", "int4 g64"))
+def test_experts_as_checkpoints_have_them(name: str):
+    """[experts, outputs, inputs], seen as [experts, inputs, outputs]."""
+    m, sizes = SIZES["few"]
+    q = jq.ops.lay_out(jq.quantize(unequal(0, (4, N, K)), SPECS[name], reduce_axes=(-1,)), "gpu")
+    x, w = unequal(1, (m, K)), views.transpose(q, (0, 2, 1))
+    got, (want, terms) = ran(x, w, sizes), by_expert(x, w, sizes)
+    assert np.all(np.abs(got - want) <= 1e-6 * terms)
+
+
 @pytest.mark.parametrize("name", slow_but(SPECS, "int4 g64"))
 def test_in_bfloat16(name: str):
     m, sizes = SIZES["few"]

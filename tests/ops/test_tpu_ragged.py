@@ -10,6 +10,7 @@ from ragged_reference import SIZES, by_expert, grouped
 
 import jaxquant as jq
 from jaxquant import ops
+from jaxquant.core import views
 from jaxquant.core.by_platform import Target
 from jaxquant.ops.kernels.tpu import ragged
 from jaxquant.ops.problem import RaggedProduct
@@ -65,6 +66,17 @@ def test_each_row_by_its_expert(name: str, act: str | None, rows: str, monkeypat
     want, terms = by_expert(x, w, sizes)
     assert np.all(np.abs(got - want) <= (2**-8 if name == "nf4" else 1e-6) * terms)
     assert not got[sum(sizes) :].any()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_experts_as_checkpoints_have_them(name: str, monkeypatch: pytest.MonkeyPatch):
+    """[experts, outputs, inputs], seen as [experts, inputs, outputs]."""
+    m, sizes = SIZES["few"]
+    q = jq.ops.lay_out(jq.quantize(normal(1, (4, N, K)), SPECS[name], reduce_axes=(-1,)), "tpu")
+    x, w = normal(0, (m, K)), views.transpose(q, (0, 2, 1))
+    got = interpreted(RaggedProduct(x, w, None, jnp.float32, jnp.asarray(sizes)), monkeypatch)
+    want, terms = by_expert(x, w, sizes)
+    assert np.all(np.abs(got - want) <= (2**-8 if name == "nf4" else 1e-6) * terms)
 
 
 @pytest.mark.parametrize("name", TABLES)
