@@ -29,6 +29,10 @@ class Mixture:
       shared: hidden features of the expert that all tokens go through; 0 if there is none.
       normalized: whether the weights of the chosen ones are made to sum to 1.
       fused: whether the gates and what they gate are one weight, ``gate_up_proj``.
+      sorted: whether tokens are sorted by their experts, whose weights `jax.lax.ragged_dot` multiplies: faster for
+        quantized experts. Otherwise each expert that a token has chosen multiplies all tokens: faster for float
+        experts, all of which XLA reads or copies for a ragged product; and it takes masks in calibration, and static
+        ranges for each expert.
     """
 
     experts: int
@@ -37,6 +41,7 @@ class Mixture:
     shared: int
     normalized: bool
     fused: bool = False
+    sorted: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +102,21 @@ class Config:
     context: int | None
     layers: tuple[Layer, ...]
     cache: str | None = None
+
+    def with_mixtures(self, **fields: bool) -> Config:
+        """The same with other fields in the mixtures of all layers.
+
+        Example:
+          >>> import jaxquant as jq
+          >>> config = jq.models.config_of({"model_type": "mixtral", "num_hidden_layers": 1})
+          >>> config.with_mixtures(sorted=True).layers[0].mixture.sorted
+          True
+        """
+
+        def layer(x: Layer) -> Layer:
+            return x if x.mixture is None else dataclasses.replace(x, mixture=dataclasses.replace(x.mixture, **fields))
+
+        return dataclasses.replace(self, layers=tuple(map(layer, self.layers)))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The parameters by name and their shapes; linear weights are [out, in], stacked experts [expert, out, in].

@@ -276,10 +276,23 @@ def _mlp(config: Config, linear: Callable[[str, jax.Array], jax.Array], x: jax.A
 
 
 def _mixed(config: Config, mixture: Mixture, p: _Part, x: jax.Array) -> jax.Array:
-    """Experts one after another; one that no token has chosen is not computed."""
     weights, chosen = lax.top_k(jax.nn.softmax(p.linear("mlp.gate", x).astype(jnp.float32)), mixture.chosen)
     if mixture.normalized:
         weights = weights / weights.sum(-1, keepdims=True)
+    names = ("gate_up_proj", "down_proj") if mixture.fused else ("gate_proj", "up_proj", "down_proj")
+    experts = {name: p[f"mlp.experts.{name}.weight"] for name in names}
+    through = _sorted if mixture.sorted else _one_by_one
+    y = through(config, mixture, experts, x, weights, chosen)
+    if mixture.shared:
+        every = _mlp(config, lambda name, x: p.linear(f"mlp.shared_expert.{name}", x), x)
+        y = y + jax.nn.sigmoid(p.linear("mlp.shared_expert_gate", x)) * every
+    return y
+
+
+def _one_by_one(
+    config: Config, mixture: Mixture, experts: Params, x: jax.Array, weights: jax.Array, chosen: jax.Array
+) -> jax.Array:
+    """Experts one after another, each with all tokens; one that no token has chosen is not computed."""
     shares = (jax.nn.one_hot(chosen, mixture.experts) * weights[..., None]).sum(-2).astype(x.dtype)
 
     def add(total: jax.Array, expert: tuple[jax.Array, dict[str, PyTree]]) -> tuple[jax.Array, None]:
@@ -287,21 +300,32 @@ def _mixed(config: Config, mixture: Mixture, p: _Part, x: jax.Array) -> jax.Arra
 
         def compute(x: jax.Array) -> jax.Array:
             mine = share[..., None]
-            return _expert(config, w, jnp.where(mine == 0, 0, x)) * mine  # ranges and statistics: of its own tokens
+            own = jnp.where(mine == 0, 0, x)  # ranges and statistics: of its own tokens
+            return _expert(config, mixture, lambda name, x: _product(x, w[name]), own) * mine
 
         return total + lax.cond(jnp.any(share != 0), compute, jnp.zeros_like, x), None
 
-    names = ("gate_up_proj", "down_proj") if mixture.fused else ("gate_proj", "up_proj", "down_proj")
-    experts = {name: p[f"mlp.experts.{name}.weight"] for name in names}
-    y, _ = lax.scan(add, jnp.zeros_like(x), (jnp.moveaxis(shares, -1, 0), experts))
-    if mixture.shared:
-        every = _mlp(config, lambda name, x: p.linear(f"mlp.shared_expert.{name}", x), x)
-        y = y + jax.nn.sigmoid(p.linear("mlp.shared_expert_gate", x)) * every
-    return y
+    return lax.scan(add, jnp.zeros_like(x), (jnp.moveaxis(shares, -1, 0), dict(experts)))[0]
 
 
-def _expert(config: Config, w: dict[str, PyTree], x: jax.Array) -> jax.Array:
-    if "gate_up_proj" not in w:
-        return _mlp(config, lambda name, x: _product(x, w[name]), x)
-    gate, up = jnp.split(_product(x, w["gate_up_proj"]), 2, axis=-1)
-    return _product(_ACTIVATIONS[config.activation](gate) * up, w["down_proj"])
+def _sorted(
+    config: Config, mixture: Mixture, experts: Params, x: jax.Array, weights: jax.Array, chosen: jax.Array
+) -> jax.Array:
+    """Each token once for every expert that it has chosen, sorted by experts, in a product of all of them."""
+    tokens, chosen = x.reshape(-1, x.shape[-1]), chosen.reshape(-1)
+    order = jnp.argsort(chosen)
+    sizes = jnp.bincount(chosen, length=mixture.experts)
+
+    def linear(name: str, x: jax.Array) -> jax.Array:
+        return lax.ragged_dot(x, jnp.swapaxes(experts[name].astype(x.dtype), 1, 2), sizes)
+
+    y = _expert(config, mixture, linear, jnp.take(tokens, order // mixture.chosen, axis=0))
+    y = jnp.take(y, jnp.argsort(order), axis=0).reshape(*weights.shape, -1)
+    return jnp.sum(y * weights[..., None].astype(x.dtype), axis=-2).astype(x.dtype)
+
+
+def _expert(config: Config, mixture: Mixture, linear: Callable[[str, jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    if not mixture.fused:
+        return _mlp(config, linear, x)
+    gate, up = jnp.split(linear("gate_up_proj", x), 2, axis=-1)
+    return linear("down_proj", _ACTIVATIONS[config.activation](gate) * up)

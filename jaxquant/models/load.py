@@ -149,7 +149,16 @@ def load(
         model = _from_directory(place, np.dtype(dtype), ignore, activations, cache)
     else:
         model = _from_gguf(place, np.dtype(dtype), ignore)
+    model = dataclasses.replace(model, config=model.config.with_mixtures(sorted=_have_kernels(model)))
     return model if tokenizer is None else dataclasses.replace(model, vocabulary=os.fspath(tokenizer))
+
+
+def _have_kernels(model: Model) -> bool:
+    """Whether all experts are such as kernels multiply in a ragged product; it has no range for each expert."""
+    experts = {name: leaf for name, leaf in model.params.items() if ".mlp.experts." in name}
+    stored = [leaf for leaf in experts.values() if isinstance(leaf, QTensor)]
+    one_range = all(v.size == 1 for v in jax.tree.leaves([(model.state or {}).get(name) for name in experts]))
+    return one_range and len(stored) == len(experts) and all(q.permutation is q.offset is None for q in stored)
 
 
 def place_of(path: str | os.PathLike[str]) -> Path:
@@ -313,12 +322,7 @@ def fitted(config: Config, params: dict[str, PyTree], path: str) -> tuple[Config
     if config.tied and "lm_head.weight" in params:  # what is in the file counts
         config = dataclasses.replace(config, tied=False)
     if any(name.endswith(".mlp.experts.gate_up_proj.weight") for name in params):
-        layers = (
-            layer if layer.mixture is None
-            else dataclasses.replace(layer, mixture=dataclasses.replace(layer.mixture, fused=True))
-            for layer in config.layers
-        )  # fmt: skip
-        config = dataclasses.replace(config, layers=tuple(layers))
+        config = config.with_mixtures(fused=True)
     shapes, found = config.shapes(), {}
     wrong = [f"{name} is missing" for name in shapes if name not in params]
     for name, leaf in params.items():

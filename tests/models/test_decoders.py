@@ -18,6 +18,7 @@ from jaxquant.core.qtensor import QTensor
 from jaxquant.models import load, logits
 from jaxquant.models.config import config_of
 from jaxquant.models.decoder import empty_cache, head, hidden
+from jaxquant.models.load import _have_kernels
 from jaxquant.models.to_gguf import _Grouped, described
 
 SPEC = jq.OpSpec(jq.QuantSpec("int4", granularity="per_group", group_size=8))
@@ -108,7 +109,7 @@ def test_quantized_weights(name, tmp_path):
     """Codes in a file, experts too, give what the float model gives on their values."""
     jq.io.quantize_hf(GOLDEN / name, tmp_path / "q", RULES)
     one, ref = load(tmp_path / "q"), reference(name)
-    assert one.config == model(name).config
+    assert one.config == model(name).config.with_mixtures(sorted=True)
     count = sum(isinstance(leaf, QTensor) for leaf in one.params.values())
     assert count == sum("_proj.weight" in key for key in one.config.shapes())
     found = forward(one.config)(one.params, ref["ids"], ref["mask"])
@@ -198,7 +199,27 @@ def test_experts_in_one_tensor(tmp_path):
     one = load(rewritten("mixtral", tmp_path, fuse))
     ref = reference("mixtral")
     assert one.params["model.layers.0.mlp.experts.gate_up_proj.weight"].shape == (4, 96, 32)
-    close(forward(one.config)(one.params, ref["ids"], ref["mask"]), ref["logits"], ref["mask"])
+    for config in (one.config, one.config.with_mixtures(sorted=True)):
+        close(forward(config)(one.params, ref["ids"], ref["mask"]), ref["logits"], ref["mask"])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_sorted_tokens_go_through_the_same_experts(name):
+    ref, one = reference(name), model(name)
+    assert not any(layer.mixture.sorted for layer in one.config.layers if layer.mixture)  # float experts
+    config = one.config.with_mixtures(sorted=True)
+    close(forward(config)(one.params, ref["ids"], ref["mask"]), ref["logits"], ref["mask"])
+
+
+def test_experts_that_no_kernel_takes_are_not_sorted(tmp_path):
+    """With a range of the activation for each, with scattered groups, or some in float."""
+    jq.io.quantize_hf(GOLDEN / "mixtral", tmp_path / "q", RULES)
+    one, name = load(tmp_path / "q"), "model.layers.0.mlp.experts.up_proj.weight"
+    order = jnp.broadcast_to(jnp.arange(32, dtype=jnp.int32), (4, 1, 32))
+    leaves = one.params[name].replace(permutation=order), one.params[name].dequantize()
+    others = [dataclasses.replace(one, params={**one.params, name: leaf}) for leaf in leaves]
+    others += [dataclasses.replace(one, state={name: {"scale": jnp.ones(n)}}) for n in (1, 4)]
+    assert list(map(_have_kernels, [one, *others])) == [True, False, False, True, False]
 
 
 @pytest.mark.every
