@@ -59,7 +59,7 @@ def test_each_row_by_its_expert(name: str, rows: str):
 
 @pytest.mark.parametrize("layout", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("name", slow_but(SPECS, "w8a8", "w4a16"))
-def test_experts_as_checkpoints_have_them(name: str, layout: str):
+def test_experts_as_checkpoints_have_them(name: str, layout: Any):
     """[experts, outputs, inputs], transposed in the function; alone and in a scan over layers."""
     spec, (m, sizes) = SPECS[name], SIZES["few"]
     given, x = {"w": unequal(0, (2, 4, K, K), decades=0.5)}, unequal(1, (m, K))
