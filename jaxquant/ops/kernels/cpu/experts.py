@@ -73,7 +73,7 @@ class EachExpert(Kernel[RaggedProduct]):
         segments = Segments(*spans(problem.sizes, rows), numbers, numbers)
 
         def step(i: jax.Array, out: jax.Array) -> jax.Array:
-            tile = segments.tile(i, size)
+            tile = segments.tile(jnp.asarray(i), size)  # without jit a loop counts by Python's integers
             y = self.kernel.run(parts.product(tile.start, tile.expert)).astype(out.dtype)
             before = lax.dynamic_slice_in_dim(out, tile.start, size)
             mine = tile.start + lax.iota(jnp.int32, size) < tile.end
