@@ -22,11 +22,12 @@ from jaxquant.core.qtensor import flat
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.ops.forms import Axes
 from jaxquant.ops.kernels import integer
-from jaxquant.ops.kernels.tpu import decode, grouped
+from jaxquant.ops.kernels.tpu import decode, grid, grouped, grouped_values
 from jaxquant.ops.kernels.tpu import int8 as tpu_int8
-from jaxquant.ops.kernels.tpu import product as product_kernels
 from jaxquant.ops.kernels.tpu.blocks import rounded_blocks
 from jaxquant.ops.kernels.tpu.columns import columns as columns_of_table
+from jaxquant.ops.kernels.tpu.grouped_sums import Sums
+from jaxquant.ops.kernels.tpu.groups import Groups
 from jaxquant.ops.kernels.tpu.layout import side_by_side, transposed_codes
 from jaxquant.ops.kernels.tpu.matrices import as_matrices
 from jaxquant.ops.kernels.tpu.quantize import quantized_columns, quantized_rows
@@ -351,8 +352,8 @@ def test_every_code_of_eight_bits(bytewise: bool):
 @pytest.mark.parametrize("n", [200, 1000, 1024, 3584, 8192, 151936])
 def test_blocks_of_sums_are_equal_and_two_at_least(n: int):
     """While the first is read nothing runs, and a part of a block takes as long as a whole one."""
-    groups = product_kernels.Groups(128, decode.Decoder("integers"))
-    body = product_kernels.Sums(groups, (jnp.dtype(jnp.bfloat16),), jnp.float32)
+    groups = Groups(128, decode.Decoder("integers"))
+    body = Sums(groups, (jnp.dtype(jnp.bfloat16),), jnp.float32)
     for m, k in ((8, 512), (8, 4096), (64, 14336), (512, 4096)):
         columns = body.blocks(m, k, n)[1]
         count = -(-n // columns)
@@ -432,8 +433,8 @@ def test_int8_activations(group: int, rows: int, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("act", [False, True])
 def test_many_rows_on_a_chip_that_sums_256_products(act: bool, monkeypatch: pytest.MonkeyPatch):
     """Values are multiplied beside int8 rows too. Where memory is short, K is cut into parts, which are added."""
-    monkeypatch.setattr(product_kernels, "MEMORY", 2 << 20)
-    monkeypatch.setattr(product_kernels, "_PART", 256)
+    monkeypatch.setattr(grid, "MEMORY", 2 << 20)
+    monkeypatch.setattr(grouped_values, "_PART", 256)
     spec = recipes.w4a8(128)
     assert spec.act is not None
     w, x = weight(spec.weight, (512, 256)), normal(2, (260, 512))

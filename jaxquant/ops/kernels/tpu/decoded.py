@@ -11,8 +11,8 @@ from jax import lax
 from jaxquant.core.qtensor import QTensor
 from jaxquant.ops.kernels import decoded
 from jaxquant.ops.kernels.decoded import Dot
+from jaxquant.ops.kernels.tpu.activation import FEW
 from jaxquant.ops.kernels.tpu.chips import MULTIPLY_FLOATS_ONLY
-from jaxquant.ops.kernels.tpu.product import FEW
 from jaxquant.ops.problem import Kernel, Product
 
 __all__ = ["BatchedDecoded", "Float8Decoded", "is_fp8_of_columns"]

@@ -1,4 +1,4 @@
-"""Chooses the products that the kernels of `product` compute: weights of a scale per group on a TPU."""
+"""Chooses the products that `grouped_product` computes: weights of a scale per group on a TPU."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from jaxquant.core.qtypes import FACTOR
 from jaxquant.core.sizes import number
 from jaxquant.ops.kernels.decoded import Decoded
 from jaxquant.ops.kernels.precision import is_default
+from jaxquant.ops.kernels.tpu.activation import FEW
 from jaxquant.ops.kernels.tpu.chips import GATHER_BYTES, MULTIPLY_FLOATS_ONLY, TWO_CORES, V6E
 from jaxquant.ops.kernels.tpu.decode import BLOCK, Decoder, decoder
 from jaxquant.ops.kernels.tpu.decoded import BatchedDecoded, is_fp8_of_columns
 from jaxquant.ops.kernels.tpu.dots import is_read_in_product
-from jaxquant.ops.kernels.tpu.product import FEW, Groups, Sums, Values, ValuesInParts, body_for, grouped_product
+from jaxquant.ops.kernels.tpu.grouped_sums import Sums
+from jaxquant.ops.kernels.tpu.grouped_values import Values, ValuesInParts
+from jaxquant.ops.kernels.tpu.groups import Groups
+from jaxquant.ops.kernels.tpu.product import body_for, grouped_product
 from jaxquant.ops.kernels.tpu.undivided import run_undivided
 from jaxquant.ops.problem import Kernel, Product
 

@@ -29,12 +29,13 @@ from jaxquant.ops.forms import Axes, Form, Matrix
 from jaxquant.ops.kernels.dequantized import Dequantized
 from jaxquant.ops.kernels.integer import Int8, multiplies_integers, overflow_limit
 from jaxquant.ops.kernels.precision import is_default
+from jaxquant.ops.kernels.tpu.activation import DIGIT, digits
 from jaxquant.ops.kernels.tpu.chips import MULTIPLY_FLOATS_ONLY, V6E
 from jaxquant.ops.kernels.tpu.cost import product_cost
 from jaxquant.ops.kernels.tpu.dots import is_read_in_product
 from jaxquant.ops.kernels.tpu.pallas import LIMIT, MEMORY, compiler_params, shape_like
-from jaxquant.ops.kernels.tpu.product import DIGIT, digits, equal_width, widest
 from jaxquant.ops.kernels.tpu.undivided import run_undivided
+from jaxquant.ops.kernels.tpu.widths import equal_width, widest
 from jaxquant.ops.problem import Kernel, Product
 
 __all__ = ["Bfloat16Layer", "DigitsLayer", "Int8Blocks", "Int8Layer", "int8_product"]

@@ -26,11 +26,14 @@ from jaxquant.core.types import Index
 from jaxquant.ops.kernels import dequantized
 from jaxquant.ops.kernels.precision import is_default
 from jaxquant.ops.kernels.ragged import Int8Ragged
+from jaxquant.ops.kernels.tpu.activation import repeated
 from jaxquant.ops.kernels.tpu.cost import product_cost
 from jaxquant.ops.kernels.tpu.decode import BLOCK, Decoder, decoder, scale_of
 from jaxquant.ops.kernels.tpu.grouped import GathersBytes, weight_arrays, weight_groups
+from jaxquant.ops.kernels.tpu.groups import Groups
+from jaxquant.ops.kernels.tpu.loops import dot, lanes, looped
 from jaxquant.ops.kernels.tpu.pallas import LIMIT, MEMORY, compiler_params, shape_like
-from jaxquant.ops.kernels.tpu.product import Groups, dot, in_blocks, lanes, looped, repeated, row_of_blocks
+from jaxquant.ops.kernels.tpu.scales import in_blocks, row_of_blocks
 from jaxquant.ops.kernels.tpu.undivided import run_undivided
 from jaxquant.ops.problem import Kernel, RaggedProduct
 from jaxquant.ops.trained import is_in_training
