@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxquant import OpSpec, QTensor, QuantSpec, fake_quant, ops, quantize
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.by_platform import Platform, Target
-from jaxquant.ops.forms import Axes
+from jaxquant.ops.axes import Axes
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
 

@@ -36,11 +36,12 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import flat
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
-from jaxquant.ops.forms import Axes, Matrix, split_up
+from jaxquant.ops.axes import Axes, split_up
 from jaxquant.ops.kernels.cpu.layout import transpose_by_tiles
 from jaxquant.ops.kernels.dots import float_dot
 from jaxquant.ops.kernels.integer import overflow_limit
 from jaxquant.ops.kernels.tpu.layout import rows_last
+from jaxquant.ops.matrices import Matrix
 
 __all__ = ["as_stored", "lhs_gradient", "restored", "rhs_gradient"]
 

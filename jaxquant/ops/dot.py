@@ -23,8 +23,10 @@ from jaxquant.core.sizes import number
 from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.core.types import PyTree
 from jaxquant.ops import outliers
+from jaxquant.ops.axes import Axes
 from jaxquant.ops.backward import as_stored, lhs_gradient, restored, rhs_gradient
-from jaxquant.ops.forms import Axes, Matrix, matrix
+from jaxquant.ops.forms import matrix
+from jaxquant.ops.matrices import Matrix
 from jaxquant.ops.operands import Call, Pair, Side, precision_of, random_key, refuse_range
 from jaxquant.ops.placed import Placed
 from jaxquant.ops.problem import Product

@@ -14,7 +14,7 @@ from jaxquant.core.by_platform import Target, target_of
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.relayout import laid_out
 from jaxquant.core.specs import OpSpec, QuantSpec
-from jaxquant.ops.forms import Axes
+from jaxquant.ops.axes import Axes
 from jaxquant.ops.kernels.tpu.matrices import as_matrices
 from jaxquant.ops.problem import Convolution, Geometry, Problem, Product, RaggedProduct, Window
 from jaxquant.ops.select import select

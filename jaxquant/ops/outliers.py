@@ -14,7 +14,7 @@ from jaxquant.core.codec import codes_of, round_to_grid
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.scale_zero_point import reach
 from jaxquant.core.specs import QuantSpec
-from jaxquant.ops.forms import Axes
+from jaxquant.ops.axes import Axes
 from jaxquant.ops.trained import TrainedTensor
 
 __all__ = ["split"]

@@ -35,7 +35,7 @@ from jax.extend.core import Primitive
 
 from jaxquant.core.by_platform import Target, by_platform
 from jaxquant.core.types import PyTree
-from jaxquant.ops.forms import split_up
+from jaxquant.ops.axes import split_up
 from jaxquant.ops.kernels import convolution, decoded, dequantized, integer, ragged
 from jaxquant.ops.kernels.cpu import convolution as cpu_convolution
 from jaxquant.ops.kernels.cpu import floats

@@ -19,8 +19,8 @@ from jaxquant.core.indices import widened
 from jaxquant.core.qtensor import Operand, QTensor
 from jaxquant.core.specs import OpSpec
 from jaxquant.core.types import PyTree
+from jaxquant.ops.axes import Axes
 from jaxquant.ops.dot import contract
-from jaxquant.ops.forms import Axes
 from jaxquant.ops.placed import Placed
 from jaxquant.ops.shardings import explicit_sharding
 from jaxquant.ops.trained import TrainedTensor

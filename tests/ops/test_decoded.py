@@ -18,7 +18,7 @@ import jaxquant as jq
 from jaxquant import ops, recipes
 from jaxquant.core.by_platform import Platform, Target
 from jaxquant.core.relayout import laid_out
-from jaxquant.ops.forms import Axes
+from jaxquant.ops.axes import Axes
 from jaxquant.ops.problem import Product
 from jaxquant.ops.select import select
 

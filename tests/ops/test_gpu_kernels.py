@@ -28,7 +28,7 @@ from jaxquant.core.by_platform import Target
 from jaxquant.core.qtensor import flat
 from jaxquant.core.relayout import laid_out
 from jaxquant.ops import select as selection
-from jaxquant.ops.forms import Axes
+from jaxquant.ops.axes import Axes
 from jaxquant.ops.kernel import kernel as predicted
 from jaxquant.ops.kernels.gpu.decoded import TritonDecoded, TritonLayer, run, weight_arrays
 from jaxquant.ops.kernels.gpu.quantizing import rows_at_once

@@ -10,7 +10,7 @@ from ptq_cases import golden, inputs, weight
 import jaxquant as jq
 from jaxquant import ops
 from jaxquant.core.qtensor import from_codes
-from jaxquant.ops.forms import Axes
+from jaxquant.ops.axes import Axes
 from jaxquant.ops.outliers import split
 
 INT8 = jq.QuantSpec("int8")

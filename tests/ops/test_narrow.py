@@ -10,7 +10,7 @@ import pytest
 from ops_reference import INTEGER, MATMUL, WEIGHT_ONLY, dot, dot_error, kernel_of, quantized, slow_but, spec_of, unequal
 
 from jaxquant import OpSpec, ops, recipes
-from jaxquant.ops.forms import Axes
+from jaxquant.ops.axes import Axes
 from jaxquant.ops.kernel import kernel
 from jaxquant.ops.kernels import dequantized
 from jaxquant.ops.kernels.cpu import floats

@@ -16,7 +16,7 @@ from jaxquant import recipes
 from jaxquant.core.affine import as_codes
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.stack import Layer
-from jaxquant.ops.forms import Axes
+from jaxquant.ops.axes import Axes
 from jaxquant.ops.kernels.tpu.quantize import in_parts
 from jaxquant.ops.placed import Placed
 from jaxquant.ops.problem import Product

@@ -15,7 +15,7 @@ import jaxquant as jq
 from jaxquant import ops, recipes
 from jaxquant.core.abstract import abstract
 from jaxquant.core.by_platform import Platform, Target
-from jaxquant.ops.forms import Axes
+from jaxquant.ops.axes import Axes
 from jaxquant.ops.kernel import kernel
 from jaxquant.ops.kernels.cpu import machine
 from jaxquant.ops.problem import Convolution, Geometry, Product, RaggedProduct

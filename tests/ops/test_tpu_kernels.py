@@ -20,7 +20,7 @@ from jaxquant.core.affine import as_codes
 from jaxquant.core.by_platform import Target
 from jaxquant.core.qtensor import flat
 from jaxquant.core.qtypes import QTYPES
-from jaxquant.ops.forms import Axes
+from jaxquant.ops.axes import Axes
 from jaxquant.ops.kernels import integer
 from jaxquant.ops.kernels.tpu import decode, grid, grouped, grouped_values
 from jaxquant.ops.kernels.tpu import int8 as tpu_int8

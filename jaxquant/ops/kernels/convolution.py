@@ -10,8 +10,9 @@ from typing import TypeGuard
 import jax
 import jax.numpy as jnp
 
-from jaxquant.ops.forms import Form, Matrix, Packed
+from jaxquant.ops.forms import Form
 from jaxquant.ops.kernels.integer import overflow_limit
+from jaxquant.ops.matrices import Matrix, Packed
 from jaxquant.ops.problem import Convolution, Geometry, Kernel, Window
 
 __all__ = ["Int8Convolution", "convolved_codes", "fits_int32", "is_whole", "one_image"]

@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.codec import values_of, values_of_int4
 from jaxquant.core.qtensor import QTensor, flat, scale_values
-from jaxquant.ops.forms import Axes
+from jaxquant.ops.axes import Axes
 from jaxquant.ops.kernels.dots import dot
 from jaxquant.ops.kernels.precision import NARROW, is_highest
 from jaxquant.ops.problem import Kernel, Problem, Product

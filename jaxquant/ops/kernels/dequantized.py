@@ -22,9 +22,9 @@ from jax.typing import DTypeLike
 
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.codec import values_of
-from jaxquant.ops.forms import Matrix, Packed
 from jaxquant.ops.kernels.dots import float_dot
 from jaxquant.ops.kernels.precision import NARROW, is_default, scaled
+from jaxquant.ops.matrices import Matrix, Packed
 from jaxquant.ops.problem import Kernel, Problem, Product
 
 __all__ = ["Dequantized", "ExactBfloat16", "Float", "ScaledActivation", "in_own_dtype", "value_dtype"]

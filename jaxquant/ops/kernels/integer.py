@@ -13,8 +13,8 @@ from jax import lax
 
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.types import Index
-from jaxquant.ops.forms import Matrix, Packed
 from jaxquant.ops.kernels.dots import dot
+from jaxquant.ops.matrices import Matrix, Packed
 from jaxquant.ops.problem import Kernel, Product
 
 __all__ = [

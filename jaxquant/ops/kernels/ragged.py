@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.ops.forms import Matrix
 from jaxquant.ops.kernels.convolution import is_whole
 from jaxquant.ops.kernels.integer import overflow_limit
+from jaxquant.ops.matrices import Matrix
 from jaxquant.ops.problem import Kernel, RaggedProduct
 
 __all__ = ["Int8Ragged"]

@@ -15,7 +15,6 @@ from jax.typing import DTypeLike
 
 from jaxquant.core.sizes import number
 from jaxquant.core.types import Index
-from jaxquant.ops.forms import Matrix, Packed
 from jaxquant.ops.kernels.cpu import machine
 from jaxquant.ops.kernels.cpu.blocks import LARGEST, by_blocks, in_branch, slice_of, total
 from jaxquant.ops.kernels.cpu.dots import float_dot
@@ -23,6 +22,7 @@ from jaxquant.ops.kernels.cpu.floats import value_dtype
 from jaxquant.ops.kernels.cpu.int8 import LONG_GROUP
 from jaxquant.ops.kernels.integer import multiplies_integers
 from jaxquant.ops.kernels.precision import scaled
+from jaxquant.ops.matrices import Matrix, Packed
 from jaxquant.ops.problem import Kernel, Product
 
 __all__ = ["Blocked", "BlockedIntegers"]

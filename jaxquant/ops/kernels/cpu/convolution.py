@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.ops.forms import Matrix
 from jaxquant.ops.kernels import convolution
 from jaxquant.ops.kernels.convolution import convolved_codes, fits_int32, is_whole, one_image
 from jaxquant.ops.kernels.cpu import machine
 from jaxquant.ops.kernels.cpu.blocks import sum_of_parts
 from jaxquant.ops.kernels.cpu.residual import digit_count, digit_matrix
+from jaxquant.ops.matrices import Matrix
 from jaxquant.ops.problem import Convolution, Kernel
 
 __all__ = ["Int8Convolution", "ResidualSplitConvolution"]

@@ -20,7 +20,7 @@ from jax import lax
 from jaxquant.core.qtensor import Operand, QTensor
 from jaxquant.core.types import Index, PyTree
 from jaxquant.core.views import by_layer
-from jaxquant.ops.forms import Axes
+from jaxquant.ops.axes import Axes
 from jaxquant.ops.kernels.cpu.blocks import total
 from jaxquant.ops.kernels.cpu.products import PRODUCTS
 from jaxquant.ops.kernels.segments import Segments, spans

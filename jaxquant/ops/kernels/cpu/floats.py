@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.core.arithmetic import promoted
-from jaxquant.ops.forms import Matrix, Packed
 from jaxquant.ops.kernels import dequantized
 from jaxquant.ops.kernels.cpu import machine
 from jaxquant.ops.kernels.cpu.dots import is_fast
+from jaxquant.ops.matrices import Matrix, Packed
 from jaxquant.ops.problem import Kernel, Problem, Product
 
 __all__ = ["Dequantized", "ExactBfloat16", "Float", "value_dtype"]

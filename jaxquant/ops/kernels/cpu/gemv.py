@@ -28,10 +28,10 @@ from jax import lax
 from jaxquant.core.codec import chosen
 from jaxquant.core.qtypes import QType
 from jaxquant.core.types import Index
-from jaxquant.ops.forms import Matrix, Packed
 from jaxquant.ops.kernels.cpu.blocks import by_blocks, in_branch, slice_of, total
 from jaxquant.ops.kernels.cpu.dots import row_dot
 from jaxquant.ops.kernels.precision import is_highest
+from jaxquant.ops.matrices import Matrix, Packed
 from jaxquant.ops.problem import Kernel, Product
 
 __all__ = ["LOOP", "Gemv"]

@@ -10,11 +10,11 @@ from jax import lax
 
 from jaxquant.core.sizes import number
 from jaxquant.core.types import Index
-from jaxquant.ops.forms import Matrix, Packed
 from jaxquant.ops.kernels.cpu import machine
 from jaxquant.ops.kernels.cpu.blocks import LARGEST, by_blocks, in_branch, rows_of, sum_of_parts
 from jaxquant.ops.kernels.cpu.dots import row_dot
 from jaxquant.ops.kernels.integer import int8_product, multiplies_integers, planes_product
+from jaxquant.ops.matrices import Matrix, Packed
 from jaxquant.ops.problem import Kernel, Product
 
 __all__ = ["LONG_GROUP", "Int8", "int8_blocks", "int8_sums"]

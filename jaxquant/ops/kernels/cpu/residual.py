@@ -18,10 +18,10 @@ from jax import lax
 
 from jaxquant.core.arithmetic import divide
 from jaxquant.core.qtypes import QTYPES
-from jaxquant.ops.forms import Matrix, Packed
 from jaxquant.ops.kernels.cpu import machine
 from jaxquant.ops.kernels.cpu.int8 import int8_blocks
 from jaxquant.ops.kernels.precision import is_highest
+from jaxquant.ops.matrices import Matrix, Packed
 from jaxquant.ops.problem import Kernel, Product
 
 __all__ = [

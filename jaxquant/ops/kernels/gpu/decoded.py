@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxquant.core.qtensor import Operand, QTensor, Scale, flat, scale_values
 from jaxquant.core.stack import Layer
-from jaxquant.ops.forms import Axes
+from jaxquant.ops.axes import Axes
 from jaxquant.ops.kernels.decoded import Decoded
 from jaxquant.ops.kernels.dequantized import value_dtype
 from jaxquant.ops.problem import Kernel, Problem, Product

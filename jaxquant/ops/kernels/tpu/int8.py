@@ -25,7 +25,8 @@ from jax.typing import DTypeLike
 from jaxquant.core.by_platform import Target
 from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.types import Index
-from jaxquant.ops.forms import Axes, Form, Matrix
+from jaxquant.ops.axes import Axes
+from jaxquant.ops.forms import Form
 from jaxquant.ops.kernels.dequantized import Dequantized
 from jaxquant.ops.kernels.integer import Int8, multiplies_integers, overflow_limit
 from jaxquant.ops.kernels.precision import is_default
@@ -36,6 +37,7 @@ from jaxquant.ops.kernels.tpu.dots import is_read_in_product
 from jaxquant.ops.kernels.tpu.pallas import LIMIT, MEMORY, compiler_params, shape_like
 from jaxquant.ops.kernels.tpu.undivided import run_undivided
 from jaxquant.ops.kernels.tpu.widths import equal_width, widest
+from jaxquant.ops.matrices import Matrix
 from jaxquant.ops.problem import Kernel, Product
 
 __all__ = ["Bfloat16Layer", "DigitsLayer", "Int8Blocks", "Int8Layer", "int8_product"]

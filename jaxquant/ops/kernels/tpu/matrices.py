@@ -16,7 +16,7 @@ from jaxquant.core.layout import block_rows
 from jaxquant.core.qtensor import Operand, QTensor, Scale
 from jaxquant.core.sizes import number
 from jaxquant.core.stack import Layer
-from jaxquant.ops.forms import Axes
+from jaxquant.ops.axes import Axes
 from jaxquant.ops.kernels.tpu.layout import side_by_side
 from jaxquant.ops.problem import Product
 from jaxquant.ops.trained import TrainedTensor, is_stored_in_elements
