@@ -23,6 +23,11 @@ __all__ = ["partitioned"]
 _Axes = tuple[Sequence[str], tuple[int, ...]]
 """The letters of the axes of an array, and its shape."""
 
+_Mesh = Mesh | AbstractMesh
+
+_Parts = Mapping[str, tuple[str, ...]]
+"""For each letter, the axes of the mesh that partition it."""
+
 
 def partitioned(
     local: Callable[[Mapping[str, int], Collection[int]], Callable[..., PyTree]],
@@ -51,39 +56,18 @@ def partitioned(
     whole = local({}, ())
     results = jax.tree.leaves(jax.eval_shape(whole, *arguments))
 
-    def cut(
-        mesh: Mesh | AbstractMesh, arrays: Sequence[tuple[str, jax.ShapeDtypeStruct]]
-    ) -> dict[str, tuple[str, ...]]:
-        """The axes of the mesh that partition each letter."""
-        found: dict[str, tuple[str, ...]] = {}
-        for letters, array in arrays:
-            for letter, names in zip(letters, getattr(array.sharding, "spec", ()), strict=False):
-                names = (names,) if isinstance(names, str) else tuple(names or ())
-                used = {name for others in found.values() for name in others}
-                parts = math.prod(mesh.shape[name] for name in names)
-                if letter not in found and not used & set(names) and parts > 1 and pieces.get(letter, 1) % parts == 0:
-                    found[letter] = names
-        return found
-
-    def shardings(
-        mesh: Mesh | AbstractMesh, found: Mapping[str, tuple[str, ...]], arrays: Sequence[str]
-    ) -> list[NamedSharding]:
-        return [NamedSharding(mesh, PartitionSpec(*map(found.get, letters))) for letters in arrays]
-
-    def of_results(
-        mesh: Mesh | AbstractMesh, found: Mapping[str, tuple[str, ...]]
-    ) -> NamedSharding | tuple[NamedSharding, ...]:
-        each = shardings(mesh, found, made)
+    def of_results(mesh: _Mesh, found: _Parts) -> NamedSharding | tuple[NamedSharding, ...]:
+        each = _shardings(mesh, found, made)
         return tuple(each) if len(each) > 1 else each[0]
 
-    def infer(mesh: Mesh | AbstractMesh, args: Sequence[jax.ShapeDtypeStruct], out: PyTree) -> PyTree:
+    def infer(mesh: _Mesh, args: Sequence[jax.ShapeDtypeStruct], out: PyTree) -> PyTree:
         del out
-        return of_results(mesh, cut(mesh, list(zip(given, args, strict=True))))
+        return of_results(mesh, _parts(mesh, list(zip(given, args, strict=True)), pieces))
 
-    def partition(mesh: Mesh | AbstractMesh, args: Sequence[jax.ShapeDtypeStruct], out: PyTree) -> tuple[Any, ...]:
+    def partition(mesh: _Mesh, args: Sequence[jax.ShapeDtypeStruct], out: PyTree) -> tuple[Any, ...]:
         arrays = [*zip(made, jax.tree.leaves(out), strict=True), *zip(given, args, strict=True)]
-        found = cut(mesh, arrays)
-        needed: list[Any] = shardings(mesh, found, given)
+        found = _parts(mesh, arrays, pieces)
+        needed: list[Any] = _shardings(mesh, found, given)
         lying: list[Any] = [argument.sharding for argument in args]
         without = [i for i in unmoved if not lying[i].is_equivalent_to(needed[i], len(args[i].shape))]
         for i in without:
@@ -108,6 +92,26 @@ def partitioned(
     by_rule: dict[str, Any] = {"sharding_rule": rule, **sizes} if takes_sizes else {}
     fn.def_partition(partition, infer_sharding_from_operands=infer, **by_rule)
     return fn(*arguments)
+
+
+def _parts(
+    mesh: _Mesh, arrays: Sequence[tuple[str, jax.ShapeDtypeStruct]], pieces: Mapping[str, int]
+) -> dict[str, tuple[str, ...]]:
+    """The axes of the mesh that partition each letter of arrays, of which the first take precedence."""
+    found: dict[str, tuple[str, ...]] = {}
+    for letters, array in arrays:
+        for letter, names in zip(letters, getattr(array.sharding, "spec", ()), strict=False):
+            names = (names,) if isinstance(names, str) else tuple(names or ())
+            used = {name for others in found.values() for name in others}
+            parts = math.prod(mesh.shape[name] for name in names)
+            if letter not in found and not used & set(names) and parts > 1 and pieces.get(letter, 1) % parts == 0:
+                found[letter] = names
+    return found
+
+
+def _shardings(mesh: _Mesh, found: _Parts, arrays: Sequence[str]) -> list[NamedSharding]:
+    """The shardings of arrays with these letters."""
+    return [NamedSharding(mesh, PartitionSpec(*map(found.get, letters))) for letters in arrays]
 
 
 def _rule(given: Sequence[_Axes], made: Sequence[_Axes], pieces: Mapping[str, int]) -> tuple[str, dict[str, Any]]:
