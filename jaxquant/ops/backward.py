@@ -41,7 +41,7 @@ from jaxquant.ops.kernels.cpu.layout import transpose_by_tiles
 from jaxquant.ops.kernels.dots import float_dot
 from jaxquant.ops.kernels.integer import overflow_limit
 from jaxquant.ops.kernels.tpu.layout import rows_last
-from jaxquant.ops.matrices import Matrix
+from jaxquant.ops.quantized_matrix import Matrix
 
 __all__ = ["as_stored", "lhs_gradient", "restored", "rhs_gradient"]
 

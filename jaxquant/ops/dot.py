@@ -26,10 +26,10 @@ from jaxquant.ops import outliers
 from jaxquant.ops.axes import Axes
 from jaxquant.ops.backward import as_stored, lhs_gradient, restored, rhs_gradient
 from jaxquant.ops.forms import matrix
-from jaxquant.ops.matrices import Matrix
 from jaxquant.ops.operands import Call, Pair, Side, precision_of, random_key, refuse_range
 from jaxquant.ops.placed import Placed
 from jaxquant.ops.problem import Product
+from jaxquant.ops.quantized_matrix import Matrix
 from jaxquant.ops.select import run
 from jaxquant.ops.shardings import explicit_of
 from jaxquant.ops.tangents import straight_through

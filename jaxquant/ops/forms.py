@@ -18,7 +18,7 @@ from jaxquant.core.qtensor import Operand, QTensor, Scale, flat, scale_values
 from jaxquant.core.qtypes import QType
 from jaxquant.core.types import TreeDef
 from jaxquant.ops.axes import Axes
-from jaxquant.ops.matrices import SHIFTED, TWO_LEVEL, Matrix, Packed, multiplied, planes_in_byte, shifted_by_128
+from jaxquant.ops.quantized_matrix import SHIFTED, TWO_LEVEL, Matrix, Packed, multiplied, planes_in_byte, shifted_by_128
 from jaxquant.ops.trained import TrainedTensor
 
 __all__ = ["Form", "canonical", "form", "matrix", "packed"]

@@ -28,9 +28,9 @@ from jaxquant.core.qtensor import Operand, QTensor, flat, scale_values
 from jaxquant.core.sizes import number
 from jaxquant.ops.axes import Axes, split_up
 from jaxquant.ops.forms import Form, canonical, form, matrix
-from jaxquant.ops.matrices import Matrix, Packed
 from jaxquant.ops.placed import Placed
 from jaxquant.ops.pytrees import pytree
+from jaxquant.ops.quantized_matrix import Matrix, Packed
 from jaxquant.ops.trained import is_in_training
 
 __all__ = [

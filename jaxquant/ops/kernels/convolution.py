@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from jaxquant.ops.forms import Form
 from jaxquant.ops.kernels.integer import overflow_limit
-from jaxquant.ops.matrices import Matrix, Packed
 from jaxquant.ops.problem import Convolution, Geometry, Kernel, Window
+from jaxquant.ops.quantized_matrix import Matrix, Packed
 
 __all__ = ["Int8Convolution", "convolved_codes", "fits_int32", "is_whole", "one_image"]
 

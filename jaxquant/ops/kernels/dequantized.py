@@ -24,8 +24,8 @@ from jaxquant.core.arithmetic import promoted
 from jaxquant.core.codec import values_of
 from jaxquant.ops.kernels.dots import float_dot
 from jaxquant.ops.kernels.precision import NARROW, is_default, scaled
-from jaxquant.ops.matrices import Matrix, Packed
 from jaxquant.ops.problem import Kernel, Problem, Product
+from jaxquant.ops.quantized_matrix import Matrix, Packed
 
 __all__ = ["Dequantized", "ExactBfloat16", "Float", "ScaledActivation", "in_own_dtype", "value_dtype"]
 

@@ -14,8 +14,8 @@ from jax import lax
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.types import Index
 from jaxquant.ops.kernels.dots import dot
-from jaxquant.ops.matrices import Matrix, Packed
 from jaxquant.ops.problem import Kernel, Product
+from jaxquant.ops.quantized_matrix import Matrix, Packed
 
 __all__ = [
     "Int8",

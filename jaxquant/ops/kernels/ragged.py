@@ -10,8 +10,8 @@ from jax import lax
 
 from jaxquant.ops.kernels.convolution import is_whole
 from jaxquant.ops.kernels.integer import overflow_limit
-from jaxquant.ops.matrices import Matrix
 from jaxquant.ops.problem import Kernel, RaggedProduct
+from jaxquant.ops.quantized_matrix import Matrix
 
 __all__ = ["Int8Ragged"]
 

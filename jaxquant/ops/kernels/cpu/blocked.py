@@ -22,8 +22,8 @@ from jaxquant.ops.kernels.cpu.floats import value_dtype
 from jaxquant.ops.kernels.cpu.int8 import LONG_GROUP
 from jaxquant.ops.kernels.integer import multiplies_integers
 from jaxquant.ops.kernels.precision import scaled
-from jaxquant.ops.matrices import Matrix, Packed
 from jaxquant.ops.problem import Kernel, Product
+from jaxquant.ops.quantized_matrix import Matrix, Packed
 
 __all__ = ["Blocked", "BlockedIntegers"]
 

@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxquant.core.sizes import number
 from jaxquant.core.types import Index
-from jaxquant.ops.matrices import Matrix, Packed
+from jaxquant.ops.quantized_matrix import Matrix, Packed
 
 __all__ = ["BLOCKS", "LARGEST", "SMALLEST", "by_blocks", "in_branch", "rows_of", "slice_of", "sum_of_parts", "total"]
 

@@ -14,8 +14,8 @@ from jaxquant.ops.kernels.convolution import convolved_codes, fits_int32, is_who
 from jaxquant.ops.kernels.cpu import machine
 from jaxquant.ops.kernels.cpu.blocks import sum_of_parts
 from jaxquant.ops.kernels.cpu.residual import digit_count, digit_matrix
-from jaxquant.ops.matrices import Matrix
 from jaxquant.ops.problem import Convolution, Kernel
+from jaxquant.ops.quantized_matrix import Matrix
 
 __all__ = ["Int8Convolution", "ResidualSplitConvolution"]
 

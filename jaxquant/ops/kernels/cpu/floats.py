@@ -13,8 +13,8 @@ from jaxquant.core.arithmetic import promoted
 from jaxquant.ops.kernels import dequantized
 from jaxquant.ops.kernels.cpu import machine
 from jaxquant.ops.kernels.cpu.dots import is_fast
-from jaxquant.ops.matrices import Matrix, Packed
 from jaxquant.ops.problem import Kernel, Problem, Product
+from jaxquant.ops.quantized_matrix import Matrix, Packed
 
 __all__ = ["Dequantized", "ExactBfloat16", "Float", "value_dtype"]
 

@@ -31,8 +31,8 @@ from jaxquant.core.types import Index
 from jaxquant.ops.kernels.cpu.blocks import by_blocks, in_branch, slice_of, total
 from jaxquant.ops.kernels.cpu.dots import row_dot
 from jaxquant.ops.kernels.precision import is_highest
-from jaxquant.ops.matrices import Matrix, Packed
 from jaxquant.ops.problem import Kernel, Product
+from jaxquant.ops.quantized_matrix import Matrix, Packed
 
 __all__ = ["LOOP", "Gemv"]
 

@@ -14,8 +14,8 @@ from jaxquant.ops.kernels.cpu import machine
 from jaxquant.ops.kernels.cpu.blocks import LARGEST, by_blocks, in_branch, rows_of, sum_of_parts
 from jaxquant.ops.kernels.cpu.dots import row_dot
 from jaxquant.ops.kernels.integer import int8_product, multiplies_integers, planes_product
-from jaxquant.ops.matrices import Matrix, Packed
 from jaxquant.ops.problem import Kernel, Product
+from jaxquant.ops.quantized_matrix import Matrix, Packed
 
 __all__ = ["LONG_GROUP", "Int8", "int8_blocks", "int8_sums"]
 

@@ -21,8 +21,8 @@ from jaxquant.core.qtypes import QTYPES
 from jaxquant.ops.kernels.cpu import machine
 from jaxquant.ops.kernels.cpu.int8 import int8_blocks
 from jaxquant.ops.kernels.precision import is_highest
-from jaxquant.ops.matrices import Matrix, Packed
 from jaxquant.ops.problem import Kernel, Product
+from jaxquant.ops.quantized_matrix import Matrix, Packed
 
 __all__ = [
     "ResidualSplit",

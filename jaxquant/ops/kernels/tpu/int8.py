@@ -37,8 +37,8 @@ from jaxquant.ops.kernels.tpu.dots import is_read_in_product
 from jaxquant.ops.kernels.tpu.pallas import LIMIT, MEMORY, compiler_params, shape_like
 from jaxquant.ops.kernels.tpu.undivided import run_undivided
 from jaxquant.ops.kernels.tpu.widths import equal_width, widest
-from jaxquant.ops.matrices import Matrix
 from jaxquant.ops.problem import Kernel, Product
+from jaxquant.ops.quantized_matrix import Matrix
 
 __all__ = ["Bfloat16Layer", "DigitsLayer", "Int8Blocks", "Int8Layer", "int8_product"]
 
