@@ -17,7 +17,7 @@ from jaxquant.core.granularity import PerGroup
 from jaxquant.core.learned import STEPS
 from jaxquant.core.observers import MSE, AbsMean, Observer
 from jaxquant.core.paths import Params, is_qtensor, leaves_with_paths, path_of
-from jaxquant.core.qtensor import scale_values
+from jaxquant.core.qtensor import QTensor, scale_values
 from jaxquant.core.qtypes import qtype_of
 from jaxquant.core.refusals import Refusals
 from jaxquant.core.scale_zero_point import scale_zero_point
@@ -26,6 +26,7 @@ from jaxquant.core.types import PyTree
 from jaxquant.qat.leaves import trainable
 from jaxquant.transform.calibrate import Calibration
 from jaxquant.transform.masks import Mask
+from jaxquant.transform.params import dequantize_params
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.quantized import check_plan
 from jaxquant.transform.statistics import Range, Statistic
@@ -105,14 +106,20 @@ def learned_steps(
     A range starts at the result of the spec's own ``calibration``: over each block of a weight, over all inputs of an
     activation. Without one, a symmetric range of up to three bits starts at LSQ's ``2 mean|x| / sqrt(qmax)`` (except
     for PACT), and all others at the least squared error. LSQ's start was better after training in three of four
-    measured cases.
+    measured cases. A weight that a method has quantized keeps that method's range, from which training goes further: at
+    two bits it starts closer to the float model, and ends closer.
+
+
+        model = jq.quantize_model(fn, params, x, recipe=rules, method="gptq", batches=batches)
+        state = qat.learned_steps(fn, model.plan, model.params, batches)
+        params = jq.dequantize_params(model.params)                        # trained with the state
 
     Args:
       fn: the function that was planned.
       plan: from `make_plan`. Every quantized operand gets learned steps: one per tensor, channel or group of a weight,
         as its spec says; one for an activation, for all tokens, or one for each group of channels. An activation may be
         static or not; with ``static=True`` running without the state is an error.
-      params: its float parameters.
+      params: its parameters, in float or as `quantize_params` returned them. Those that are trained are in float.
       batches: for each batch the tuple of fn's further arguments (a single array stands for a tuple of one), from which
         activations are calibrated. Ignored if only weights are quantized.
       method: ``"lsq"``: the step; ``"lsq+"``: the step, and the offset of asymmetric specs; ``"pact"``: the largest
@@ -127,8 +134,8 @@ def learned_steps(
 
     Raises:
       QuantError: naming each path, if a number type prescribes the form of its scales, a spec is asymmetric under PACT,
-        rounds stochastically or separates outliers, parameters are quantized already or do not fit the plan, there are
-        no batches, or no batch reaches a weight.
+        rounds stochastically or separates outliers, parameters do not fit the plan, a quantized weight has an order of
+        its own or offsets, there are no batches, or no batch reaches a weight.
 
     Gradient: with respect to the ranges, through `quantized`: that of the papers, with LSQ's ``1 / sqrt(n qmax)``, n
       the number of weights that share the step, or of features of one row of an activation. `jaxquant.core.learned` has
@@ -170,18 +177,21 @@ def learned_steps(
             if spec is not None:
                 with refusals.gather():
                     _check_spec(function, item, operand, spec, method)
-        if is_qtensor(leaves[item.path]):
+        leaf = leaves[item.path]
+        if is_qtensor(leaf) and (leaf.offset is not None or leaf.permutation is not None):
             with refusals.gather():
-                todo = "Pass the float parameters"
-                raise quant_error(function, "the weight is quantized already", todo=todo, path=item.path)
+                rule, todo = (
+                    "the weight has a permutation or offsets",
+                    "Use a method that keeps the order, and zero points",
+                )
+                raise quant_error(function, rule, todo=todo, path=item.path, weight=repr(leaf))
     refusals.close()
     state: dict[str, LearnedSteps] = {}
-    ranges = _act_ranges(fn, plan, params, batches, mask, method)
+    ranges = _act_ranges(fn, plan, dequantize_params(params), batches, mask, method)
     for item in plan.items:
         entry = {}
         if item.spec.weight is not None:
-            found = item.stack(lambda w, item=item: _weight_range(w, item, method))(jnp.asarray(leaves[item.path]))
-            entry["weight"] = _entry(found, item.spec.weight, method)
+            entry["weight"] = _entry(_weight_range(leaves[item.path], item, method), item.spec.weight, method)
         if item.spec.act is not None:
             if item.path not in ranges:
                 todo = "Pass batches that reach every branch"
@@ -212,7 +222,14 @@ def _check_spec(function: str, item: Item, operand: str, spec: QuantSpec, method
         raise quant_error(function, "steps per group are for dot_general", todo=todo, path=item.path, op=item.op)
 
 
-def _weight_range(w: jax.Array, item: Item, method: Method) -> _Range:
+def _weight_range(w: jax.Array | QTensor, item: Item, method: Method) -> _Range:
+    """The range of a weight, of all layers of its stack: its own if it is quantized."""
+    if is_qtensor(w):
+        return scale_values(w.scale), w.zero_point
+    return item.stack(lambda w: _float_range(w, item, method))(jnp.asarray(w))
+
+
+def _float_range(w: jax.Array, item: Item, method: Method) -> _Range:
     spec = item.spec.weight
     assert spec is not None
     if _starts_at_mean(spec, method):

@@ -360,6 +360,26 @@ def test_few_bits_start_where_lsq_has_them(qtype, qmax):
     np.testing.assert_allclose(entry["act"]["scale"], 2 * np.abs(np.asarray(X)).mean() / np.sqrt(7), rtol=1e-6)
 
 
+@pytest.mark.parametrize("qtype", ["int2", "quaternary", "uint4"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_method_that_has_quantized_the_weight_is_where_training_starts(qtype, stacked):
+    fn = (lambda p, x: lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0]) if stacked else product
+    params = {"w": unequal((3, 16, 16), 2, 0.3)} if stacked else PARAMS
+    spec = QuantSpec(qtype, granularity="per_group", group_size=4, symmetric=not qtype.startswith("u"))
+    rules = [Rule("w", OpSpec(spec, QuantSpec("int8", granularity="per_tensor")))]
+    model = jq.quantize_model(fn, params, X, recipe=rules, method="gptq", batches=[X])
+    weights = jq.dequantize_params(model.params)
+    state = qat.learned_steps(fn, model.plan, model.params, [X])
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(
+        jnp.shape, qat.learned_steps(fn, model.plan, params, [X])
+    )  # as from float weights
+    frozen = jq.dequantize_params(jq.quantize_params(weights, model.plan, state=state))
+    np.testing.assert_allclose(frozen["w"], weights["w"], rtol=1e-6)
+    assert not np.allclose(frozen["w"], jq.dequantize_params(jq.quantize_params(params, model.plan))["w"])
+    run = lambda s: jnp.sum(jq.quantized(fn, model.plan, s)(weights, X) ** 2)  # noqa: E731
+    assert all(bool(jnp.any(g)) for g in jax.tree.leaves(jax.jit(jax.grad(run))(state)["w"]["weight"]["scale"]))
+
+
 def test_groups_of_channels_are_calibrated_apart():
     x = jnp.concatenate([X[:, :8], 10 * X[:, 8:]], axis=1)
     spec = QuantSpec("int8", granularity="per_group", group_size=8, calibration=jq.observers.AbsMax())
@@ -406,6 +426,14 @@ def test_labels_and_positive_steps():
 
 A8 = QuantSpec("int8", granularity="per_tensor", static=True)
 STATE = {"w": {"weight": {"scale": jnp.ones((1, 5))}}}
+
+
+def reordered(plan):
+    """The quantized weight, with an order of its own."""
+    q = jq.quantize_params(PARAMS, plan)["w"]
+    return {"w": q.replace(permutation=jnp.arange(16, dtype=jnp.int32)[:, None])}
+
+
 REFUSED = {
     "a missing state": (
         lambda: jq.quantized(product, planned(None, A8))(PARAMS, X),
@@ -419,11 +447,15 @@ REFUSED = {
         lambda: qat.learned_steps(product, planned(None, A8), PARAMS, []),
         "^learned_steps: there are no batches",
     ),
-    "quantized weights": (
+    "a weight in another order": (
+        lambda: qat.learned_steps(product, plan := planned(QuantSpec("int4")), reordered(plan), []),
+        "^learned_steps at w: the weight has a permutation or offsets",
+    ),
+    "a quantized weight of another type": (
         lambda: qat.learned_steps(
-            product, planned(QuantSpec("int4")), jq.quantize_params(PARAMS, planned(QuantSpec("int4"))), []
+            product, planned(QuantSpec("int4")), jq.quantize_params(PARAMS, planned(QuantSpec("int2"))), []
         ),
-        "^learned_steps at w: the weight is quantized already",
+        "^learned_steps: params and plan do not agree: w is",
     ),
     "scales that are powers of two": (
         lambda: qat.learned_steps(
