@@ -119,7 +119,7 @@ def learned_steps(
       plan: from `make_plan`. Every quantized operand gets learned steps: one per tensor, channel or group of a weight,
         as its spec says; one for an activation, for all tokens, or one for each group of channels. An activation may be
         static or not; with ``static=True`` running without the state is an error.
-      params: its parameters, in float or as `quantize_params` returned them. Those that are trained are in float.
+      params: its parameters, in float or as `quantize_params` returned them.
       batches: for each batch the tuple of fn's further arguments (a single array stands for a tuple of one), from which
         activations are calibrated. Ignored if only weights are quantized.
       method: ``"lsq"``: the step; ``"lsq+"``: the step, and the offset of asymmetric specs; ``"pact"``: the largest
@@ -127,8 +127,8 @@ def learned_steps(
       mask: which rows of the batches count, as for `calibrate`.
 
     Returns:
-      path -> ``{"weight": range, "act": range}``, with an entry for each quantized operand. A range is a dict of
-      float32 arrays:
+      path -> ``{"weight": range, "act": range}``, with an entry for each quantized operand. Without its entry a dynamic
+      activation keeps a range for each token, which is better for int8. A range is a dict of float32 arrays:
       ``scale``; ``scale`` and ``offset`` (of LSQ+, in real units); ``clip`` (of PACT); or for LSQ of an asymmetric spec
       ``scale`` and a constant ``zero_point``. Leading axes are those of stacked layers.
 
