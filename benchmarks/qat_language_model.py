@@ -313,7 +313,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.tune or args.rates) and args.output == measure.RESULTS:
         parser.error("--tune and --rates are not for the committed results: name another --output")
-    chosen = dict.fromkeys(RATES, args.rates) if args.rates else RATES
+    given: tuple[float, float] | None = args.rates and tuple(args.rates)
+    chosen = {bits: given or rates for bits, rates in RATES.items()}
     data = text(args.tune)
     if args.float is not None and args.float.exists():
         params = jq.io.load(args.float)
