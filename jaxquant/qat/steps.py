@@ -107,12 +107,11 @@ def learned_steps(
     activation. Without one, a symmetric range of up to three bits starts at LSQ's ``2 mean|x| / sqrt(qmax)`` (except
     for PACT), and all others at the least squared error. LSQ's start was better after training in three of four
     measured cases. A weight that a method has quantized keeps that method's range, from which training goes further: at
-    two bits it starts closer to the float model, and ends closer.
-
+    two bits it starts closer to the float model, and ends closer. The weights that are trained are then its values.
 
         model = jq.quantize_model(fn, params, x, recipe=rules, method="gptq", batches=batches)
         state = qat.learned_steps(fn, model.plan, model.params, batches)
-        params = jq.dequantize_params(model.params)                        # trained with the state
+        params = jq.dequantize_params(model.params)                        # trained beside the state
 
     Args:
       fn: the function that was planned.
@@ -180,14 +179,12 @@ def learned_steps(
         leaf = leaves[item.path]
         if is_qtensor(leaf) and (leaf.offset is not None or leaf.permutation is not None):
             with refusals.gather():
-                rule, todo = (
-                    "the weight has a permutation or offsets",
-                    "Use a method that keeps the order, and zero points",
-                )
+                rule = "the weight has a permutation or offsets"
+                todo = "Use a method that keeps the order, and zero points"
                 raise quant_error(function, rule, todo=todo, path=item.path, weight=repr(leaf))
     refusals.close()
     state: dict[str, LearnedSteps] = {}
-    ranges = _act_ranges(fn, plan, dequantize_params(params), batches, mask, method)
+    ranges = _act_ranges(fn, plan, params, batches, mask, method)
     for item in plan.items:
         entry = {}
         if item.spec.weight is not None:
@@ -251,7 +248,7 @@ def _act_ranges(
     for item in plan.items:
         spec = acts.get(item.path)
         calibration.wanted[item.path] = {} if spec is None else {"steps": _statistic(item, spec)}
-    return calibration(params, batches, mask)
+    return calibration(dequantize_params(params), batches, mask)
 
 
 def _statistic(item: Item, spec: QuantSpec) -> Statistic:
