@@ -321,7 +321,7 @@ def _sorted(
 
     y = _expert(config, mixture, linear, jnp.take(tokens, order // mixture.chosen, axis=0))
     y = jnp.take(y, jnp.argsort(order), axis=0).reshape(*weights.shape, -1)
-    return jnp.sum(y * weights[..., None].astype(x.dtype), axis=-2).astype(x.dtype)
+    return jnp.sum(y * weights[..., None].astype(x.dtype), axis=-2)
 
 
 def _expert(config: Config, mixture: Mixture, linear: Callable[[str, jax.Array], jax.Array], x: jax.Array) -> jax.Array:

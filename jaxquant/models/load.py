@@ -154,7 +154,10 @@ def load(
 
 
 def _have_kernels(model: Model) -> bool:
-    """Whether all experts are such as kernels multiply in a ragged product; it has no range for each expert."""
+    """Whether kernels multiply all experts in a ragged product.
+
+    They take stored codes without a permutation and without offsets, and one range of the activation for all experts.
+    """
     experts = {name: leaf for name, leaf in model.params.items() if ".mlp.experts." in name}
     stored = [leaf for leaf in experts.values() if isinstance(leaf, QTensor)]
     one_range = all(v.size == 1 for v in jax.tree.leaves([(model.state or {}).get(name) for name in experts]))
