@@ -19,11 +19,12 @@ from jax.typing import DTypeLike
 from jaxquant import ops
 from jaxquant.core.affine import quantize
 from jaxquant.core.granularity import PerTensor
-from jaxquant.core.qtensor import QTensor, flat
+from jaxquant.core.qtensor import Operand, QTensor, scale_values
 from jaxquant.core.specs import QuantSpec
 from jaxquant.core.types import PyTree
 from jaxquant.models.config import Config, Layer, Mixture
 from jaxquant.models.rope import rotated
+from jaxquant.ops.attention import Scores, attention
 
 __all__ = ["Cache", "block", "embedded", "empty_cache", "head", "hidden", "logits", "normed"]
 
@@ -88,13 +89,11 @@ def hidden(
     Returns:
       [batch, token, feature], and the cache; an empty list without one.
     """
-    places = start + jnp.arange(tokens.shape[1])
     counts = jnp.cumsum(valid.astype(jnp.int32), axis=-1) - 1
     positions = jnp.maximum(lax.dynamic_slice_in_dim(counts, start, tokens.shape[1], 1), 0)
     x, new = embedded(config, params, tokens), []
-    for i, layer in enumerate(config.layers):
-        mask = _mask(places, valid, layer.window)
-        x, stored = block(config, i, params, x, positions, mask, None if cache is None else cache[i], start)
+    for i in range(len(config.layers)):
+        x, stored = block(config, i, params, x, positions, valid, None if cache is None else cache[i], start)
         new.append(stored)
     return normed(config, params, x), [] if cache is None else new
 
@@ -116,18 +115,17 @@ def block(
     params: Params,
     x: jax.Array,
     positions: jax.Array | None = None,
-    mask: jax.Array | None = None,
+    valid: jax.Array | None = None,
     cache: dict[str, jax.Array] | None = None,
     start: jax.Array | int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """One layer: [batch, token, feature] to the same, and its cache. Without positions and mask all are tokens."""
+    """One layer: [batch, token, feature] to the same, and its cache. Without positions and ``valid`` all are tokens."""
     layer, p = config.layers[i], _Part(params, f"model.layers.{i}.")
-    if positions is None or mask is None:
+    if positions is None or valid is None:
         valid = jnp.ones(x.shape[:2], bool)
         positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        mask = _mask(jnp.arange(x.shape[1]), valid, layer.window)
     y = _norm(config, p, "input_layernorm", x)
-    y, stored = _attention(config, layer, p, y, positions, mask, cache, start)
+    y, stored = _attention(config, layer, p, y, positions, valid, cache, start)
     if config.post_norms:
         x = x + _norm(config, p, "post_attention_layernorm", y)
         y = _feedforward(config, layer, p, _norm(config, p, "pre_feedforward_layernorm", x))
@@ -147,9 +145,10 @@ def head(config: Config, params: Params, x: jax.Array) -> jax.Array:
 def empty_cache(config: Config, batch: int, length: int, dtype: DTypeLike) -> list[dict[str, jax.Array]]:
     """Room for ``length`` keys and values in every layer; with ``dtype`` int8 also for their scales."""
     kv, size = config.num_key_value_heads, config.head_dim
+    dtype = jnp.uint8 if str(config.cache).startswith("float8") else dtype
     layer = {"k": jnp.zeros((batch, kv, length, size), dtype), "v": jnp.zeros((batch, kv, size, length), dtype)}
     if config.cache is None and jnp.dtype(dtype) == jnp.int8:
-        layer |= {f"{x}_scale": jnp.ones((batch, kv, length, 1), jnp.float32) for x in "kv"}
+        layer |= {f"{x}_scale": jnp.ones((batch, kv, length), jnp.float32) for x in "kv"}
     return [dict(layer) for _ in config.layers]
 
 
@@ -186,22 +185,13 @@ def _capped(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else jnp.tanh(x / cap) * cap
 
 
-def _mask(places: jax.Array, valid: jax.Array, window: int | None) -> jax.Array:
-    """[batch, token, place]: which places a token attends to; padding, to itself, so that no row is empty."""
-    stored, own = jnp.arange(valid.shape[1])[None, :], places[:, None]
-    seen = stored <= own
-    if window is not None:
-        seen &= stored > own - window
-    return (seen[None] & valid[:, None, :]) | (stored == own)[None]
-
-
 def _attention(
     config: Config,
     layer: Layer,
     p: _Part,
     x: jax.Array,
     positions: jax.Array,
-    mask: jax.Array,
+    valid: jax.Array,
     cache: dict[str, jax.Array] | None,
     start: jax.Array | int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -217,29 +207,41 @@ def _attention(
         return rotated(layer.rope, y, positions)
 
     q, k, v = map(project, "qkv")
-    q = q.reshape(batch, count, kv, -1, size).transpose(0, 2, 3, 1, 4)
+    q = jnp.swapaxes(q, 1, 2)
     stored = {"k": jnp.swapaxes(k, 1, 2), "v": v.transpose(0, 2, 3, 1)}
-    scales = {f"{x}_scale": p[f"self_attn.{x}_scale"].reshape(1, 1, 1, 1) for x in "kv"} if config.cache else {}
+    scales = {f"{x}_scale": p[f"self_attn.{x}_scale"].reshape(1, 1, 1) for x in "kv"} if config.cache else {}
     stored = {name: _coded(config, x, scales.get(f"{name}_scale")) for name, x in stored.items()}
     if cache is not None:
         stored = _extended(cache, stored, start)
-    y = _attended(config, q, stored | scales, mask[:, None, None])
-    return p.linear("self_attn.o_proj", y.transpose(0, 3, 1, 2, 4).reshape(batch, count, -1)), stored
+    k, v = _operands(config, stored | scales, q.dtype)
+    if cache is not None:
+        how = {"scale": config.query_scale, "cap": config.score_cap, "window": layer.window}
+        y = ops.cached_attention(q, k, v, valid, start, **how)
+    else:
+        scores = Scores(config.query_scale, config.score_cap, layer.window)
+        y = attention(q.reshape(batch, kv, -1, count, size), k, v, valid, 0, scores=scores).reshape(q.shape)
+    return p.linear("self_attn.o_proj", jnp.swapaxes(y, 1, 2).reshape(batch, count, -1)), stored
 
 
 def _coded(config: Config, x: jax.Array, scale: jax.Array | None) -> jax.Array:
-    """Keys or values as they are stored: the codes by the scale of the checkpoint, or themselves."""
+    """Keys or values as they are stored: the codes by the scale of the checkpoint, or themselves.
+
+    Codes of fp8 are patterns in uint8: only these does a TPU read without a conversion of the whole cache.
+    """
     if config.cache is None or scale is None:
         return x
     spec = QuantSpec(config.cache, granularity=PerTensor(), narrow_range=False if config.cache == "int8" else None)
-    return quantize(x, spec, reduce_axes=(-4, -3, -2, -1), scale=scale).codes
+    kept = quantize(x, spec, reduce_axes=(-4, -3, -2, -1), scale=scale[..., None]).kept
+    assert isinstance(kept, jax.Array)
+    return kept
 
 
 def _extended(cache: dict[str, jax.Array], new: dict[str, jax.Array], start: jax.Array | int) -> dict[str, jax.Array]:
     """The cache with new keys and values from the place ``start`` on."""
     if "k_scale" in cache:
         k, v = (quantize(x, _INT8, reduce_axes=(-1,)) for x in (new["k"], jnp.swapaxes(new["v"], 2, 3)))
-        new = {"k": k.codes, "v": jnp.swapaxes(v.codes, 2, 3), "k_scale": flat(k.scale), "v_scale": flat(v.scale)}
+        scales = {f"{name}_scale": scale_values(x.scale)[..., 0] for name, x in (("k", k), ("v", v))}
+        new = {"k": k.codes, "v": jnp.swapaxes(v.codes, 2, 3), **scales}
 
     def put(name: str, x: jax.Array) -> jax.Array:
         x = x.astype(cache[name].dtype)
@@ -248,21 +250,14 @@ def _extended(cache: dict[str, jax.Array], new: dict[str, jax.Array], start: jax
     return {name: put(name, x) for name, x in new.items()}
 
 
-def _attended(config: Config, q: jax.Array, stored: dict[str, jax.Array], mask: jax.Array) -> jax.Array:
-    """Attention of queries on the stored keys and values: [batch, head, group, token, feature].
-
-    The scales of the values are multiplied into the attention weights.
-    """
-    k, v, coded = stored["k"], stored["v"], "k_scale" in stored
-    if coded:
-        one, qtype = jnp.ones((1, 1, 1, 1), jnp.float32), config.cache or "int8"
-        k, v = (QTensor(x, s, None, qtype=qtype, dtype=q.dtype) for x, s in ((k, stored["k_scale"]), (v, one)))
-    scores = ops.einsum("bkgtd,bksd->bkgts", q, k) * jnp.asarray(config.query_scale, q.dtype)
-    scores = jnp.where(mask, _capped(scores, config.score_cap).astype(jnp.float32), -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if coded:
-        weights = weights * jnp.swapaxes(stored["v_scale"], 2, 3)[:, :, None]
-    return ops.einsum("bkgts,bkds->bkgtd", weights.astype(q.dtype), v)
+def _operands(config: Config, stored: dict[str, jax.Array], dtype: DTypeLike) -> tuple[Operand, Operand]:
+    """The stored keys and values as operands of attention. Scales are [batch, head, token], or one for all heads."""
+    k, v = stored["k"], stored["v"]
+    if "k_scale" not in stored:
+        return k, v
+    how = {"qtype": config.cache or "int8", "dtype": dtype}
+    scales = stored["k_scale"][..., None], stored["v_scale"][:, :, None]
+    return QTensor(k, scales[0], None, **how), QTensor(v, scales[1], None, **how)
 
 
 def _feedforward(config: Config, layer: Layer, p: _Part, x: jax.Array) -> jax.Array:

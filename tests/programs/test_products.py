@@ -428,3 +428,25 @@ def test_a_training_step_writes_codes_and_results_alone():
     kernels = sorted(i.kernel for i in steps if i.is_kernel)
     assert kernels == ["quantized_columns", "quantized_columns", "quantized_rows", "quantized_rows", "transposed_codes"]
     assert not [i for i in steps if any(a.dtype == "f32" and a.size >= 512 * 1024 for a in i.arrays)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_attention_reads_a_cache_as_it_is_stored(dtype):
+    """A layer of a stack in a scan: no copy of it, and no score in memory."""
+    layers, (b, h, g, s, d) = 4, (8, 32, 8, 2048, 128)
+    shape: Any = jax.ShapeDtypeStruct
+    k, v = shape((layers, b, g, s, d), dtype), shape((layers, b, g, d, s), dtype)
+    if dtype == "int8":
+        scales = shape((layers, b, g, s, 1), jnp.float32), shape((layers, b, g, 1, s), jnp.float32)
+        k, v = (jq.QTensor(x, y, None, qtype="int8", dtype=jnp.bfloat16) for x, y in zip((k, v), scales, strict=True))
+
+    def run(q: Any, k: Any, v: Any, valid: Any, start: Any) -> Any:
+        def layer(q: Any, i: Any) -> Any:
+            return ops.cached_attention(q, k, v, valid, start, i), None
+
+        return lax.scan(layer, q, jnp.arange(layers))[0]
+
+    q, valid = shape((b, h, 1, d), jnp.bfloat16), shape((b, s), jnp.bool_)
+    compiled = compiled_for("attention", "tpu v5e", run, (q, k, v, valid, shape((), jnp.int32)))
+    assert "cached_attention" in compiled.executable.as_text()
+    assert estimate(compiled).temporaries < 0.01 * estimate(compiled).arguments
