@@ -251,7 +251,7 @@ def _extended(cache: dict[str, jax.Array], new: dict[str, jax.Array], start: jax
 
 
 def _operands(config: Config, stored: dict[str, jax.Array], dtype: DTypeLike) -> tuple[Operand, Operand]:
-    """The stored keys and values as operands of attention. Scales are [batch, head, token], or one for all heads."""
+    """The stored keys and values as operands of attention. Scales are [batch, head, token], or a single one."""
     k, v = stored["k"], stored["v"]
     if "k_scale" not in stored:
         return k, v

@@ -120,7 +120,7 @@ def cached_attention(
 
     Args:
       q: floats [B, H, T, D].
-      k: keys [B, G, S, D]: floats, or a QTensor with one scale per head and place, or one for all heads.
+      k: keys [B, G, S, D]: floats, or a QTensor with one scale per head and place, or a single scale.
       v: values [B, G, D, S], likewise. The features are before the places, so that both products sum over the last
         axis, and a TPU pads no head to its 128 lanes.
       valid: bool [B, S], False for padding.
@@ -146,7 +146,7 @@ def cached_attention(
       >>> import jax.numpy as jnp
       >>> from jaxquant import QuantSpec, ops, quantize
       >>> k = quantize(jnp.ones((1, 1, 4, 8)), QuantSpec("int8"), reduce_axes=(-1,))
-      >>> v = quantize(jnp.arange(4.0) * jnp.ones((1, 1, 8, 4)), QuantSpec("int8"), reduce_axes=(-2,))
+      >>> v = quantize(jnp.broadcast_to(jnp.arange(4.0), (1, 1, 8, 4)), QuantSpec("int8"), reduce_axes=(-2,))
       >>> ops.cached_attention(jnp.ones((1, 2, 1, 8)), k, v, jnp.ones((1, 4), bool), 2)[0, :, 0, 0]
       Array([1., 1.], dtype=float32)
     """
