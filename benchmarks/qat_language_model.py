@@ -14,16 +14,21 @@ which are the last layer's weights too, stay in float. All rows start from one f
 - learned steps that start from the float weights, trained towards the float model's predictions (KL); activations have
   a range for each token, or a learned step too, which is one for all tokens;
 - learned steps that start from the best of these methods: weights and steps;
-- the same for more steps, and half on labels;
-- the float model, trained further on labels: a control, since a model that learns from labels may gain what
-  quantization has no part in.
+- the same for more steps, and in part on labels;
+- the float model, trained further by the same loss: the control of a row with labels, since a model that learns from
+  labels may gain what quantization has no part in. Towards its own predictions alone it stays as it is, so that the
+  other rows' control is the float model.
+
+W4A16 and W8A8 say what weights and activations cost. "With zero points" means those of activations, whose range then
+need not be symmetric: half of the codes would stand for values below 0 that GELU hardly has.
 
 Rates of weights and of steps rise for a twentieth of the steps and fall along a cosine. They were chosen by the scores
 on 1,024 rows of the training text that were left out of the training in low precision (``--tune``), with one seed.
 
-Prints bits per byte of held-out text, relative to the float model's, and the divergence from its predictions; means and
-standard deviations over seeds, which choose the batches. Writes them as text and as JSON. Rows that the file has with
-the same settings are kept, so that an interrupted run goes on, and processes can share the schemes.
+Prints bits per byte of held-out text, relative to the float model's and to the control's, and the divergence from the
+float model's predictions; means and standard deviations over seeds, which choose the batches. Writes them as text and
+as JSON. Rows that the file has with the same settings are kept, so that an interrupted run goes on, and processes can
+share the schemes.
 """
 
 from __future__ import annotations
@@ -63,11 +68,14 @@ def grouped(qtype: str, group_size: int, **kwargs: Any) -> QuantSpec:
 SCHEMES = {
     "float": OpSpec(),
     "W4A8, groups of 64": OpSpec(grouped("int4", 64), QuantSpec("int8")),
+    "W4A8 with zero points, groups of 64": OpSpec(grouped("int4", 64), QuantSpec("int8", symmetric=False)),
+    "W4A16, groups of 64": OpSpec(grouped("int4", 64)),
+    "W8A8": OpSpec(QuantSpec("int8"), QuantSpec("int8")),
     "W2, groups of 64": OpSpec(grouped("int2", 64)),
     "W2 without 0, groups of 64": recipes.w2a16(64),
 }
 RATES = {4: (5e-4, 5e-5), 2: (1.5e-3, 2e-4)}
-"""Bits of a weight: learning rates of weights and of steps, at their peak."""
+"""Bits of a weight, 4 for 4 and more: learning rates of weights and of steps, at their peak."""
 
 
 def init(key: jax.Array) -> Any:
@@ -239,14 +247,27 @@ def after_training(spec: OpSpec, method: Any, params: Any, data: Text) -> tuple[
 GPTQ = "GPTQ, descended"
 METHODS = {"to nearest": "rtn", GPTQ: functools.partial(jq.ptq.descend, start=jq.ptq.gptq)}
 TRAININGS = {
-    "labels": Way(labels=1),
     "learned steps, KL": Way(),
     "learned steps, of activations too, KL": Way(acts=True),
     "learned steps from GPTQ, KL": Way(gptq=True),
     "learned steps from GPTQ, KL, 4 x the steps": Way(gptq=True, longer=4),
     "learned steps from GPTQ, KL, 8 x the steps": Way(gptq=True, longer=8),
+    "learned steps from GPTQ, KL and a twentieth on labels": Way(gptq=True, labels=0.05),
     "learned steps from GPTQ, KL and labels": Way(gptq=True, labels=0.5),
 }
+CONTROLS = {
+    "KL and a twentieth on labels": Way(labels=0.05),
+    "KL and labels": Way(labels=0.5),
+    "labels": Way(labels=1),
+}
+"""Ways to train the float model further."""
+WAYS = [*METHODS, *TRAININGS, *CONTROLS]
+
+
+def control(way: str) -> str:
+    """The float model's row that has the loss and the steps of a way to train."""
+    float_way = dataclasses.replace(TRAININGS[way], gptq=False, acts=False)
+    return f"float: {next(name for name, other in CONTROLS.items() if other == float_way)}"
 
 
 class Rows:
@@ -278,19 +299,28 @@ class Rows:
 def table(results: dict[str, Any]) -> str:
     """As it is printed, in the order of schemes and ways."""
     found, lines = results["rows"], []
-    base = found["float"]["bits"][0]
-    for name in [f"{scheme}: {way}" if way else scheme for scheme in SCHEMES for way in ("", *METHODS, *TRAININGS)]:
-        if name in found:
-            relative = [100 * (bits / base - 1) for bits in found[name]["bits"]]
-            cells = [f"{statistics.fmean(relative):+.3f} %", f"{statistics.fmean(found[name]['kl']):.5f}"]
-            spread = f"{statistics.stdev(relative):.3f}" if len(relative) > 1 else ""
-            bits = f"{statistics.fmean(found[name]['bits']):.4f}"
-            lines.append([name, str(len(relative)), bits, cells[0], spread, cells[1]])
+    for scheme in SCHEMES:
+        for way in ("", *WAYS):
+            name = f"{scheme}: {way}" if way else scheme
+            if name in found:
+                bits = found[name]["bits"]
+                relative = [100 * (one / found["float"]["bits"][0] - 1) for one in bits]
+                spread = f"{statistics.stdev(relative):.3f}" if len(bits) > 1 else ""
+                beside = found.get(control(way)) if way in TRAININGS and TRAININGS[way].labels else None
+                cells = [
+                    f"{statistics.fmean(bits):.4f}",
+                    f"{statistics.fmean(relative):+.3f} %",
+                    spread,
+                    f"{100 * (statistics.fmean(bits) / statistics.fmean(beside['bits']) - 1):+.3f} %" if beside else "",
+                    f"{statistics.fmean(found[name]['kl']):.5f}",
+                ]
+                lines.append([name, str(len(bits)), *cells])
+    columns = ("scheme: way", "seeds", "bits per byte", "of float's", "spread", "of its control's", "KL")
     return "\n\n".join(
         [
             measure.header(results["machine"]),
             measure.header({name: str(value) for name, value in results["settings"].items()}),
-            measure.table(("scheme: way", "seeds", "bits per byte", "of float's", "spread", "KL"), lines),
+            measure.table(columns, lines),
         ]
     )
 
@@ -304,9 +334,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, metavar="N", help="steps of each training (default: 300)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds of each training (default: 3)")
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES), choices=list(SCHEMES), metavar="SCHEME")
-    parser.add_argument(
-        "--ways", nargs="*", default=[*METHODS, *TRAININGS], choices=[*METHODS, *TRAININGS], metavar="WAY"
-    )
+    parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS, metavar="WAY")
     parser.add_argument("--tune", action="store_true", help="score on training text that is left out")
     parser.add_argument("--rates", nargs=2, type=float, metavar="RATE", help="of weights and steps, instead of ours")
     parser.add_argument("--output", type=Path, default=measure.RESULTS, help="where results are written")
@@ -337,8 +365,8 @@ def main() -> None:
         rows.add("float", "", seed, score(optimizers.logits, params, params, data))
     for scheme in args.schemes:
         spec = SCHEMES[scheme]
-        bits = 4 if spec.weight is None else spec.weight.type.bits
-        for way in args.ways if spec.weight is not None else ["labels"]:
+        bits = 4 if spec.weight is None else min(spec.weight.type.bits, 4)
+        for way in [way for way in args.ways if (way in CONTROLS) == (spec.weight is None)]:
             if way in METHODS:
                 for seed in rows.seeds(scheme, way, 1):
                     qparams, state, plan = after_training(spec, METHODS[way], params, data)
@@ -346,7 +374,7 @@ def main() -> None:
                         scheme, way, seed, score(jq.quantized(optimizers.logits, plan, state), qparams, params, data)
                     )
             elif missing := rows.seeds(scheme, way, args.seeds):
-                training = Training(spec, TRAININGS[way], params, data, args.steps)
+                training = Training(spec, {**TRAININGS, **CONTROLS}[way], params, data, args.steps)
                 for seed in missing:
                     qparams, state, plan = training(chosen[bits], seed + 1)
                     rows.add(

@@ -1,6 +1,8 @@
 """The pages under docs/: their Python blocks run, in order and in one namespace; each module has a page."""
 
+import json
 import re
+import statistics
 import traceback
 
 import jax
@@ -82,6 +84,43 @@ def test_digits_are_those_of_the_benchmark():
         network, scheme = case.split(", ")
         found = {line[:30].strip(): line[30:].split()[0] for line in networks[network].splitlines()[1:]}
         assert cells == [found.get(f"{scheme}, {way}", "-") for way in ways]
+
+
+def test_the_language_model_is_that_of_the_benchmark():
+    """Each cell of both tables on a small language model is in the results of benchmarks/qat_language_model.py."""
+    results = (snippets.ROOT / "benchmarks/results/qat_language_model.json").read_text(encoding="utf-8")
+    rows = {name: {k: statistics.fmean(v) for k, v in row.items()} for name, row in json.loads(results)["rows"].items()}
+
+    def increase(row: str, base: str = "float") -> str:
+        return f"{100 * (rows[row]['bits'] / rows[base]['bits'] - 1):+.2f} %"
+
+    def table(head: str) -> list[list[str]]:
+        lines = (DOCS / "qat.md").read_text(encoding="utf-8").split(head)[1].split("\n\n")[0].splitlines()[2:]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    heads = ("W4A8", "W4A8 with zero points", "W4A16", "W2 without 0", "W2")
+    schemes = [f"{head}, groups of 64" for head in heads]
+    start = "learned steps from GPTQ, KL"
+    ways = {
+        "to nearest": "to nearest",
+        "GPTQ, then coordinate descent": "GPTQ, descended",
+        "learned steps": "learned steps, KL",
+        "learned steps, of activations too": "learned steps, of activations too, KL",
+        "learned steps from GPTQ": start,
+        "the same, 1,200 steps": f"{start}, 4 x the steps",
+        "the same, 2,400 steps": f"{start}, 8 x the steps",
+    }
+    found = table("| way | W4A8 |")
+    assert [way for way, *_ in found] == list(ways)
+    for way, *cells in found:
+        names = [f"{scheme}: {ways[way]}" for scheme in schemes]
+        assert cells == [f"{increase(n)} ({rows[n]['kl']:.4f})" if n in rows else "-" for n in names]
+
+    found = table("| part on labels |")
+    assert [part for part, *_ in found] == ["1/20", "1/2"]
+    for (_, *cells), labels in zip(found, ("a twentieth on labels", "labels"), strict=True):
+        ours, control = f"{schemes[0]}: {start} and {labels}", f"float: KL and {labels}"
+        assert cells == [increase(ours), increase(control), increase(ours, control)]
 
 
 def test_quoted_source_is_the_source():
