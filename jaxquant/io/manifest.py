@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxquant.core import finite
 from jaxquant.core.errors import QuantError, quant_error
+from jaxquant.core.layout import minor_of
 from jaxquant.core.packing import packed_length
 from jaxquant.core.paths import Params, key_of
 from jaxquant.core.qtensor import QTensor, Scale, scale_values
@@ -368,7 +369,7 @@ class _Decoder:
             length=content["length"],
         )
         check_qtensor(q, lambda rule, **got: self.error(rule, path, **got))
-        return q
+        return q.replace(minor=minor_of(q.stored_order))  # earlier versions wrote some orders by all axes
 
     def per_block(self, node: Json, path: tuple[str, ...]) -> QTensor | SavedArray:
         inner = node.get("qtensor") if isinstance(node, dict) else None

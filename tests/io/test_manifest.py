@@ -214,6 +214,19 @@ def test_fields_of_later_versions_are_ignored(path):
     assert_same(expected, load(path))
 
 
+def test_an_order_of_axes_has_one_name(path):
+    """Kernels compare names; earlier versions wrote the order of a transposed weight by all of its axes."""
+    header, manifest, data = saved(path)
+    expected = load(path)
+    content = node(manifest, "w")[1]["qtensor"]
+    named = content["minor"]
+    content["minor"] = [axis for axis in (-2, -1) if axis not in named] + named
+    assert content["minor"] != named
+    write(path, header, manifest, data)
+    assert load(path)["w"].minor == expected["w"].minor == tuple(named)
+    assert_same(expected, load(path))
+
+
 def test_the_bare_arrays_of_a_file_with_a_bad_manifest(path):
     """What the message advises."""
     header, _, data = saved(path)
