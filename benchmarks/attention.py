@@ -5,12 +5,15 @@ are one block: then the compiler's schedule counts every step, also those above 
 blocks the kernel passes over some, and the schedule counts such a branch by a share that is not its own. (For that
 reason it is not splash attention: of that the schedule counts less than its products take.)
 
-In training, attention is plain products. Of the kernels for gradients there is no estimate: with blocks of 128 by 2,048
-the compiler takes more than 300 s for the schedule of one, and ends at the other.
+Its gradients are kernels too, with blocks of 512 by 512. For two sequences of 2,048 tokens, 32 heads and 8 of keys and
+values, the schedules for a v5e have 1,550 thousand cycles forwards, 1,740 for the gradient of queries and 2,505 for
+those of keys and values; without a mask 1,394, 2,064 and 2,802. The kernels pass over 6 of 16 blocks, which lie above
+the diagonal, and their schedules count a part of these, the same in all programs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
 
 BLOCK = 512
+GRADIENTS = [field.name for field in dataclasses.fields(BlockSizes) if field.name.endswith(("dkv", "dq"))]
 
 
 def heads(x: jax.Array, count: int) -> jax.Array:
@@ -35,7 +39,7 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """q [B, H, S, W] over the keys and values [B, G, S, W] of the same tokens."""
     batch, count, s, w = q.shape
     n = min(BLOCK, s)
-    sizes = BlockSizes(block_b=1, block_q=n, block_k_major=s, block_k=n)
+    sizes = BlockSizes(block_b=1, block_q=n, block_k_major=s, block_k=n, **dict.fromkeys(GRADIENTS, n))
 
     def one(q: jax.Array) -> jax.Array:
         return flash_attention(q, k, v, causal=True, sm_scale=w**-0.5, block_sizes=sizes)
@@ -46,21 +50,10 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 def cached(q: jax.Array, k: jax.Array, v: jax.Array, cache: tuple[jax.Array, jax.Array]) -> jax.Array:
     """q [B, H, 1, W] of one token over its own key and value [B, G, 1, W] and the cached ones, [B, G, S, W]."""
-    return _over(q, [cache, (k, v)])
-
-
-def causal_products(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`causal`, by plain products."""
-    return _over(q, [(k, v)])
-
-
-def _over(q: jax.Array, parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """Over keys and values in parts, the last of which are those of the same tokens."""
     b, _, s, w = q.shape
-    grouped = q.reshape(b, parts[0][0].shape[1], -1, s, w) * jnp.asarray(w**-0.5, q.dtype)
+    parts = [cache, (k, v)]
+    grouped = q.reshape(b, k.shape[1], -1, s, w) * jnp.asarray(w**-0.5, q.dtype)
     scores = [jnp.einsum("bgrsw,bgtw->bgrst", grouped, k, preferred_element_type=jnp.float32) for k, _ in parts]
-    if s > 1:
-        scores[-1] = jnp.where(jnp.tri(s, dtype=bool).reshape(1, 1, 1, s, s), scores[-1], -1e30)
     top = jnp.stack([x.max(axis=-1, keepdims=True) for x in scores]).max(axis=0)
     weights = [jnp.exp(x - top) for x in scores]
     total = sum(x.sum(axis=-1, keepdims=True) for x in weights)

@@ -1,8 +1,8 @@
 """A step of quantization-aware training from abstract weights: what it costs on a TPU, as its compiler estimates it.
 
 `python benchmarks/accelerators.py --training` runs this. Two decoder layers of the shapes of Llama 3 8B, two sequences
-of 2,048 tokens: the loss, the gradients of all weights in bfloat16, and a step of SGD. Attention is the same plain
-products in all programs, and not quantized (`attention.py` says why). Nothing is run.
+of 2,048 tokens: the loss, the gradients of all weights in bfloat16, and a step of SGD. Attention is JAX's kernels in
+all programs, forwards and backwards (`attention.py`). Nothing is run.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def loss(x: jax.Array, weight: Callable[[int, str], jax.Array], dot: Callable[..
     for i in range(LAYERS):
         h = decoders.norm(x, weight(i, "norm_attention"))
         q, k, v = (attention.heads(dot(h, i, n), c) for n, c in (("q", m.heads), ("k", m.cached), ("v", m.cached)))
-        x = x + dot(attention.joined(attention.causal_products(q, k, v)), i, "o")
+        x = x + dot(attention.joined(attention.causal(q, k, v)), i, "o")
         h = decoders.norm(x, weight(i, "norm_mlp"))
         x = x + dot(jax.nn.silu(dot(h, i, "gate")) * dot(h, i, "up"), i, "down")
     return jnp.mean(x.astype(jnp.float32) ** 2)

@@ -22,6 +22,7 @@ which share a key, get different noise.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any, overload
@@ -32,14 +33,17 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxquant.core.affine import as_codes, scaled_codes
+from jaxquant.core.by_platform import Target, by_platform
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import flat
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
+from jaxquant.core.types import PyTree
 from jaxquant.ops.axes import Axes, split_up
 from jaxquant.ops.kernels.cpu.layout import transpose_by_tiles
 from jaxquant.ops.kernels.dots import float_dot
 from jaxquant.ops.kernels.integer import overflow_limit
+from jaxquant.ops.kernels.tpu.dots import decodes_in_products
 from jaxquant.ops.kernels.tpu.layout import rows_last
 from jaxquant.ops.quantized_matrix import Matrix
 
@@ -81,9 +85,10 @@ def lhs_gradient(
             out = _codes_product(u, w, w.codes, along, 0, zero) * t
             return restored(out.astype(g.dtype), axes.order, shape)
         assert zero is None
-        g, w = (g.astype(scale.dtype) * scale).astype(g.dtype), w.codes.astype(g.dtype)
-    assert not isinstance(how, QuantSpec)
-    out = float_dot(g, w, along, how)
+        out = by_platform(_ProductOfCodes(along, how), g, w.codes, scale)
+    else:
+        assert not isinstance(how, QuantSpec)
+        out = float_dot(g, w, along, how)
     return restored(out, axes.order, shape)
 
 
@@ -113,6 +118,39 @@ def rhs_gradient(
         x = x.values(x.scale.dtype).astype(g.dtype) if isinstance(x, Matrix) else x
         out = float_dot(_with_rows_last(g), x, (2, 1), how)
     return restored(out, axes.batch + axes.contract + axes.rows if transposed else axes.order, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ProductOfCodes:
+    """The float product of g with codes times scales along the summed axis; either factor can be multiplied by these.
+
+    Attributes:
+      along: the summed axis of g and of the codes.
+      precision: of the product.
+    """
+
+    along: tuple[int, int]
+    precision: lax.PrecisionLike
+
+    def on(self, target: Target, *operands: PyTree) -> jax.Array:
+        """The product: of g with real values that it makes of codes as it reads them, or of g times scales."""
+        g, codes, scale = operands
+        if decodes_in_products(target, g.shape[1]):
+            scale = scale if self.along[0] == self.along[1] else jnp.swapaxes(scale, 1, 2)
+            return self._dot(g, codes.astype(scale.dtype) * scale)
+        return self._dot((g.astype(scale.dtype) * scale).astype(g.dtype), codes)
+
+    def like(self, *operands: PyTree) -> jax.Array:
+        """As for `Ways`."""
+        g, codes, _ = operands
+        return self._dot(g, codes)
+
+    def stands_for(self, *operands: PyTree) -> None:
+        """As for `Ways`: the backward pass keeps nothing."""
+        del operands
+
+    def _dot(self, g: jax.Array, values: jax.Array) -> jax.Array:
+        return float_dot(g, values.astype(g.dtype), self.along, self.precision)
 
 
 def _rows_last(axes: Axes) -> bool:

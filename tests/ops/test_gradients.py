@@ -11,6 +11,9 @@ from narrowed import present
 from ops_reference import INTEGER, MATMUL, error, quantized, spec_of, unequal
 
 from jaxquant import OpSpec, QTensor, QuantSpec, fake_quant, observers, ops, recipes
+from jaxquant.core.by_platform import Target
+from jaxquant.ops.backward import _ProductOfCodes
+from jaxquant.ops.kernels.tpu.chips import V5E, V6E
 
 BATCHED = (((3, 1), (2, 1)), ((0,), (0,)))  # two contracted axes, a batch axis
 SPECS = {
@@ -231,3 +234,18 @@ def test_what_a_compiled_step_holds():
     )
     assert "s8[" in present(program.lower(w, x, recipes.w8a8()).compile().as_text())
     assert held <= plain
+
+
+@pytest.mark.parametrize("along", [(2, 1), (2, 2)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_codes_with_scales_along_the_summed_axis(along, dtype):
+    """A chip that decodes in its product, and one that scales the other operand, compute the same sums."""
+    rng, k = np.random.default_rng(0), 48
+    g = jnp.asarray(rng.normal(size=(2, 128, k)) * np.logspace(-1, 1, k), dtype)
+    codes = jnp.asarray(rng.integers(-127, 128, (2, k, 24)), jnp.int8)
+    scale = jnp.asarray(rng.uniform(0.1, 3, (2, 1, k)), jnp.float32)
+    want = np.einsum("bmk,bk,bkn->bmn", np.asarray(g, np.float64), np.asarray(scale[:, 0], np.float64), codes)
+    product = _ProductOfCodes(along, None)
+    for target in (Target("tpu", V5E), Target("tpu", V6E), Target("cpu")):
+        got = product.on(target, g, codes if along[1] == 1 else jnp.swapaxes(codes, 1, 2), scale)
+        assert error(np.asarray(got, np.float64), want) <= (1e-6 if dtype == jnp.float32 else 2**-8)

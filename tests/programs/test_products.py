@@ -414,9 +414,19 @@ def test_the_gradient_of_an_activation_decodes_within_its_product(name: str, flo
 
 
 @pytest.mark.slow
-def test_a_training_step_writes_codes_and_results_alone():
-    """Scales and factors are part of kernels and products: no wide array stands between them, also not of many axes."""
-    spec, rows, size = recipes.w8a8g8(), (2, 256), 1024
+@pytest.mark.parametrize(
+    ("spec", "kernels"),
+    [
+        (recipes.w8a8(), ["quantized_columns", "quantized_rows", "transposed_codes"]),
+        (recipes.w8a8g8(), [*["quantized_columns"] * 2, *["quantized_rows"] * 2, "transposed_codes"]),
+    ],
+)
+def test_a_training_step_writes_codes_and_results_alone(spec: jq.OpSpec, kernels: list[str]):
+    """Scales and factors are part of kernels and products: no wide array stands between them, also not of many axes.
+
+    Nor does a scaled gradient, or the real values of an operand, where the backward products are in float.
+    """
+    rows, size = (2, 256), 1024
     args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((*rows, size), (size, size), (*rows, size))]
 
     def step(x: jax.Array, w: jax.Array, g: jax.Array) -> Any:
@@ -425,9 +435,21 @@ def test_a_training_step_writes_codes_and_results_alone():
 
     program = Program(compiled_for("test", "tpu v5e", step, tuple(args)).executable.as_text())
     steps = [i for name, body in program.computations.items() if name not in program.fused for i in body.values()]
-    kernels = sorted(i.kernel for i in steps if i.is_kernel)
-    assert kernels == ["quantized_columns", "quantized_columns", "quantized_rows", "quantized_rows", "transposed_codes"]
-    assert not [i for i in steps if any(a.dtype == "f32" and a.size >= 512 * 1024 for a in i.arrays)]
+    assert sorted(i.kernel for i in steps if i.is_kernel) == kernels
+    wide = [i for i in steps if any(a.dtype in ("bf16", "f32") and a.size >= 512 * size for a in i.arrays)]
+    assert len([i for i in wide if i.opcode == "fusion"]) == 3
+    assert not [i for i in wide if any(a.dtype == "f32" and a.size >= 512 * size for a in i.arrays)]
+
+
+@pytest.mark.slow
+def test_a_long_column_is_quantized_in_one_pass():
+    """The weight of a feed-forward network's second product, in training."""
+    w = jax.ShapeDtypeStruct((28672, 256), jnp.bfloat16)
+    spec = jq.QuantSpec("int8")
+    found = compiled_for("test", "tpu v5e", lambda w: jq.quantize(w, spec, reduce_axes=(-2,)), (w,))
+    program = Program(found.executable.as_text())
+    kernels = [i.kernel for body in program.computations.values() for i in body.values() if i.is_kernel]
+    assert "quantized_columns" in kernels
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["GATHER_BYTES", "MULTIPLY_FLOATS_ONLY", "TWO_CORES", "V6E"]
+__all__ = ["GATHER_BYTES", "MULTIPLY_FLOATS_ONLY", "TWO_CORES", "V5E", "V6E"]
 
+V5E = "TPU v5 lite"
 V6E = "TPU v6 lite"
 _V7X = "TPU7x"
 

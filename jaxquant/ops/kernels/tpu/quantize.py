@@ -6,6 +6,8 @@ reading alone 61. To fp8, rows of [512, 4096] take 19 thousand on a v5e and 16 o
 that an array is multiplied by first, as gradients are by scales, cost 4 thousand for rows and 44 for columns; XLA
 writes that product in float32, for 570.
 
+For 4,096 columns of 14,336 they take 309 thousand, and XLA 1,762: two of its blocks take 11 MiB.
+
 The norm or SiLU that an activation comes from stays a program of its own. XLA can compute it within the kernel, where
 Pallas allows that (``allow_input_fusion``) and blocks are smaller than 1 MiB; by the schedules of libtpu 0.0.42.1 for
 [2048, 4096] on a v5e that takes longer: 51 thousand cycles for a norm without its sum of squares, 38 apart; 72 for
@@ -35,7 +37,7 @@ from jaxquant.core.qtypes import QType
 from jaxquant.core.sizes import number
 from jaxquant.core.specs import QuantSpec
 from jaxquant.ops.kernels.tpu.layout import side_by_side
-from jaxquant.ops.kernels.tpu.pallas import compiler_params, shape_like
+from jaxquant.ops.kernels.tpu.pallas import LIMIT, compiler_params, shape_like
 from jaxquant.ops.kernels.tpu.rounding import rounded_float
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 from jaxquant.ops.placed import Parts, on_each_device, quantized_parts
@@ -49,7 +51,7 @@ _LONGEST = 1 << 15  # elements of a row, at most
 
 _BLOCK = 1 << 20  # elements of a block of rows, at most
 
-_COLUMN = 1 << 15  # bytes of a column of codes and their numbers, at most: 128 of them are held twice
+_COLUMN = 1 << 17  # bytes of a column of codes and their numbers, at most: 128 of them are held twice
 
 _STRIP = 32  # rows that are quantized together
 
@@ -149,7 +151,7 @@ def quantized_columns(
         scales[...] = scale = _scale(most, nan, qtype)
         lax.fori_loop(0, m // part, write, scale)
 
-    whole = pl.BlockSpec((m, columns), lambda i: (0, i))
+    whole, limit = pl.BlockSpec((m, columns), lambda i: (0, i)), LIMIT if m * columns > _BLOCK else None
     return pl.pallas_call(
         kernel,
         out_shape=(shape_like(x, (m, k), jnp.int8), shape_like(x, (1, k), jnp.float32)),
@@ -158,7 +160,7 @@ def quantized_columns(
             : _count(times)
         ],
         out_specs=(whole, pl.BlockSpec((1, columns), lambda i: (0, i))),
-        compiler_params=compiler_params(order=("parallel",), interpret=interpret),
+        compiler_params=compiler_params(limit, order=("parallel",), interpret=interpret),
         interpret=interpret,
         name="quantized_columns",
     )(x, *(() if times is None else (times,)))
