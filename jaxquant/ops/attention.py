@@ -41,7 +41,8 @@ def attention(
     x = x if scores.cap is None else jnp.tanh(x / scores.cap) * scores.cap
     seen = _seen(valid, start, q.shape[3], scores.window)[:, None, None]
     weights = jax.nn.softmax(jnp.where(seen, x.astype(jnp.float32), -jnp.inf), axis=-1)
-    if isinstance(v, QTensor) and v.symmetric and v.scale.shape[2] == 1:  # a scale of a place is one of its weight
+    if isinstance(v, QTensor) and v.symmetric and v.scale.shape[2] == 1 and v.scale.shape[3] in (1, v.shape[3]):
+        # A scale of a place is one of its weight.
         weights = weights * scale_values(v.scale)[:, :, None]
         v = v.replace(scale=jnp.ones((1, 1, 1, 1), jnp.float32))
     return einsum("bgrts,bgds->bgrtd", weights.astype(q.dtype), v).astype(q.dtype)

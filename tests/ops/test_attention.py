@@ -88,6 +88,17 @@ def test_zero_points(asymmetric):
     np.testing.assert_allclose(found, by_definition(q, k, v, valid, 9), rtol=0, atol=3e-4)
 
 
+@pytest.mark.parametrize("shared", ["features of several places", "several places of a feature"])
+def test_scales_that_places_share(shared):
+    q, k, v, valid = operands()
+    spec = jq.QuantSpec("int8", granularity=jq.PerGroup(4))
+    k, v = (jq.quantize(x, spec, reduce_axes=(axis,)) for x, axis in ((k, -2), (v, -1)))
+    if shared == "features of several places":
+        k, v = (x.replace(scale=jnp.max(x.scale, axis, keepdims=True)) for x, axis in ((k, -1), (v, -2)))
+    found = ops.cached_attention(q, k, v, valid, 9)
+    np.testing.assert_allclose(found, by_definition(q, k, v, valid, 9), rtol=0, atol=3e-4)
+
+
 @pytest.mark.parametrize("form", ["float", "int8"])
 def test_transformations(form):
     """A layer of a stack, `vmap`, `scan` over tokens, and the gradient of the two products."""
@@ -219,6 +230,13 @@ NOT_TAKEN = {
         v,
     ),
     "scales of features": lambda q, k, v: (q, jq.quantize(k, INT8, reduce_axes=(-2,)), v),
+    "scales of several places": lambda q, k, v: (
+        q,
+        k,
+        (x := jq.quantize(v, jq.QuantSpec("int8", granularity=jq.PerGroup(4)), reduce_axes=(-1,))).replace(
+            scale=x.scale[:, :, :1]
+        ),
+    ),
     "four bits": lambda q, k, v: (q, jq.quantize(k, jq.QuantSpec("int4"), reduce_axes=(-1,)), v),
     "groups of features": lambda q, k, v: (
         q,

@@ -70,7 +70,8 @@ def _read_as_stored(x: Operand, axis: int) -> bool:
         return x.dtype == jnp.bfloat16
     plain = x.symmetric and x.offset is None and x.permutation is None and x.split is None and x.layer is None
     stored = x.qtype == "int8" or x.type.element in ("float8_e4m3fn", "float8_e5m2")
-    return plain and stored and x.minor in ((), (axis,)) and x.scale.shape[axis] == 1
+    places = x.scale.shape[-3 - axis] in (1, x.shape[-3 - axis])
+    return plain and stored and x.minor in ((), (axis,)) and x.scale.shape[axis] == 1 and places
 
 
 def run(
@@ -227,8 +228,7 @@ def _span(start: Index, i: Index, bt: int, bs: int, s: int, window: int | None) 
 
 def _kernel(
     scores: Scores, numbers: tuple[_Numbers, _Numbers], bt: int, s: int, turned: bool, scaled_keys: bool,
-    scaled_values: bool, at: jax.Ref, q: jax.Ref,
-    k: jax.Ref, v: jax.Ref, valid: jax.Ref, *refs: Any,
+    scaled_values: bool, at: jax.Ref, q: jax.Ref, k: jax.Ref, v: jax.Ref, valid: jax.Ref, *refs: Any,
 ) -> None:  # fmt: skip
     from jax.experimental import pallas as pl
 
