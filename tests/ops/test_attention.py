@@ -94,7 +94,7 @@ def test_scales_that_places_share(shared):
     spec = jq.QuantSpec("int8", granularity=jq.PerGroup(4))
     k, v = (jq.quantize(x, spec, reduce_axes=(axis,)) for x, axis in ((k, -2), (v, -1)))
     if shared == "features of several places":
-        k, v = (x.replace(scale=jnp.max(x.scale, axis, keepdims=True)) for x, axis in ((k, -1), (v, -2)))
+        k, v = (x.replace(scale=jnp.max(jnp.asarray(x.scale), axis, keepdims=True)) for x, axis in ((k, -1), (v, -2)))
     found = ops.cached_attention(q, k, v, valid, 9)
     np.testing.assert_allclose(found, by_definition(q, k, v, valid, 9), rtol=0, atol=3e-4)
 
@@ -221,6 +221,12 @@ def test_kernel_reads_a_layer_of_a_stack(stored, each):
         np.testing.assert_array_equal(found, interpreted(q, layer[0], layer[1], valid, 100))
 
 
+def of_several_places(v: jax.Array) -> QTensor:
+    """Values in int8 with one scale for the features of four places."""
+    q = jq.quantize(v, jq.QuantSpec("int8", granularity=jq.PerGroup(4)), reduce_axes=(-1,))
+    return q.replace(scale=jnp.asarray(q.scale)[:, :, :1])
+
+
 NOT_TAKEN = {
     "float32 queries": lambda q, k, v: (q.astype(jnp.float32), k, v),
     "float32 keys": lambda q, k, v: (q, k.astype(jnp.float32), v),
@@ -230,13 +236,7 @@ NOT_TAKEN = {
         v,
     ),
     "scales of features": lambda q, k, v: (q, jq.quantize(k, INT8, reduce_axes=(-2,)), v),
-    "scales of several places": lambda q, k, v: (
-        q,
-        k,
-        (x := jq.quantize(v, jq.QuantSpec("int8", granularity=jq.PerGroup(4)), reduce_axes=(-1,))).replace(
-            scale=x.scale[:, :, :1]
-        ),
-    ),
+    "scales of several places": lambda q, k, v: (q, k, of_several_places(v)),
     "four bits": lambda q, k, v: (q, jq.quantize(k, jq.QuantSpec("int4"), reduce_axes=(-1,)), v),
     "groups of features": lambda q, k, v: (
         q,
