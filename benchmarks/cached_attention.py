@@ -1,6 +1,6 @@
 """Attention of one token over a cache, as the TPU compiler estimates it: `ops.cached_attention`, and XLA's products.
 
-    python benchmarks/cached_attention.py                  # a v5e and a v6e, three minutes on a core
+    python benchmarks/cached_attention.py                  # a v5e and a v6e, seven minutes on a core
     python benchmarks/cached_attention.py --chips "tpu v5e"
 
 Prints microseconds: the kernel's, of XLA's program for the same function, and of reading keys, values and scales once.
@@ -10,7 +10,6 @@ XLA's program is what `cached_attention` computes where its kernel does not run.
 from __future__ import annotations
 
 import argparse
-import functools
 from typing import Any
 
 import jax
@@ -52,7 +51,6 @@ def products(q: jax.Array, k: Any, v: Any, valid: jax.Array, start: jax.Array) -
     return attention(q.reshape(b, g, -1, t, d), k, v, valid, start, scores=Scores(d**-0.5)).reshape(q.shape)
 
 
-@functools.cache
 def cells(chip: str, name: str, dtype: str) -> tuple[float, float, float]:
     """Seconds of the kernel, of XLA's products, and of reading."""
     args = operands(CASES[name], dtype)
