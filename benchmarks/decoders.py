@@ -1,10 +1,11 @@
 """Whole decoders from abstract weights: what a step costs on a chip, as its compiler estimates it.
 
 `python benchmarks/accelerators.py --models` runs this. Shapes are those of Llama 3 (8B, 70B) and Mixtral 8x7B; there
-are no values, and nothing is run. A step is the decoding of one token per sequence with 2,048 tokens cached, or the
-prefill of 2,048 tokens. Layers are stacked, and a `jax.lax.scan` goes through them; keys and values of the new tokens
-are results. Attention is the same in all programs (`attention.py`). Tokens of a mixture are sorted by their experts,
-which a ragged product multiplies; in bfloat16 every expert multiplies every token instead.
+are no values, and nothing is run. A step is the decoding of one token per sequence with 2,048 tokens cached, this one
+too, or the prefill of 2,048 tokens. Layers are stacked, and a `jax.lax.scan` goes through them. A cache is donated:
+decoding writes one key and value per head into it. Keys and values of a prefill are results. Attention is the same in
+all programs (`attention.py`). Tokens of a mixture are sorted by their experts, which a ragged product multiplies; in
+bfloat16 every expert multiplies every token instead.
 """
 
 from __future__ import annotations
@@ -95,9 +96,10 @@ class Decoder:
         return AbstractMesh((heads, devices // heads), ALL) if devices > 1 else None
 
     def cache(self, batch: int) -> tuple[Any, Any]:
-        """Abstract keys and values, [layers, batch, heads, tokens, width of a head]."""
-        shape = (self.layers, batch, self.cached, TOKENS, self.head)
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        """Abstract keys and values, [layers, batch, heads, tokens, width of a head] and with the last two swapped."""
+        shape = self.layers, batch, self.cached
+        keys = jax.ShapeDtypeStruct((*shape, TOKENS, self.head), jnp.bfloat16)
+        return keys, jax.ShapeDtypeStruct((*shape, self.head, TOKENS), jnp.bfloat16)
 
 
 LLAMA_8B = Decoder("Llama 3 8B", 32, 4096, 32, 8, 128, 14336, 128256)
@@ -145,7 +147,7 @@ def chosen_experts(x: jax.Array, p: dict[str, Any]) -> jax.Array:
 
 
 def step(m: Decoder, dot: Dot, mesh: AbstractMesh | None = None, *, ragged: bool = True) -> Callable[..., Any]:
-    """``(params, tokens, cache) -> logits of the last token, its keys and values``; a prefill has no cache.
+    """``(params, tokens, cache, place) -> logits of the last token, the cache``; a prefill has no cache, and makes it.
 
     Over a mesh each device computes its heads, its part of the hidden axis and its logits, in a `jax.shard_map`: XLA
     divides no kernel by itself. Partial sums of the two products that end a layer's halves are added in their dtype.
@@ -153,29 +155,38 @@ def step(m: Decoder, dot: Dot, mesh: AbstractMesh | None = None, *, ragged: bool
     mixture = chosen_experts if ragged else every_expert
     summed = (lambda x: x) if mesh is None else functools.partial(lax.psum, axis_name=ALL)
 
-    def layer(x: jax.Array, p: dict[str, Any], cache: Any) -> tuple[jax.Array, Any]:
+    def layer(x: jax.Array, p: dict[str, Any], attend: Callable[..., Any]) -> tuple[jax.Array, Any]:
         h = norm(x, p["norm_attention"])
         q, k, v = (dot(h, p[name]) for name in "qkv")
-        q, k, v = (attention.heads(y, y.shape[-1] // m.head) for y in (q, k, v))
-        mixed = attention.causal(q, k, v) if cache is None else attention.cached(q, k, v, cache)
+        mixed, cache = attend(*(attention.heads(y, y.shape[-1] // m.head) for y in (q, k, v)))
         x = x + summed(dot(attention.joined(mixed), p["o"]))
         h = norm(x, p["norm_mlp"])
-        return x + summed(mixture(h, p) if m.experts else mlp(h, p, dot)), (k, v)
+        return x + summed(mixture(h, p) if m.experts else mlp(h, p, dot)), cache
 
-    def run(params: dict[str, Any], tokens: jax.Array, cache: Any = None) -> Any:
+    def prefill(x: jax.Array, p: dict[str, Any]) -> Any:
+        return layer(x, p, lambda q, k, v: (attention.causal(q, k, v), (k, v)))
+
+    def decode(x: jax.Array, layers: dict[str, Any], cache: Any, place: jax.Array) -> Any:
+        def body(carry: Any, at: Any) -> Any:
+            (x, cache), (i, p) = carry, at
+            return layer(x, p, lambda q, k, v: attention.cached(q, k, v, cache, place, i)), None
+
+        return lax.scan(body, (x, cache), (jnp.arange(m.layers), layers))[0]
+
+    def run(params: dict[str, Any], tokens: jax.Array, cache: Any = None, place: Any = None) -> Any:
         x = jnp.take(params["embed"], tokens, axis=0)
         x = x if mesh is None else lax.all_gather(x, ALL, axis=2, tiled=True)
-        body = lambda x, c: layer(x, c[0], c[1])  # noqa: E731
-        x, cache = lax.scan(body, x, (params["layers"], cache))
+        layers = params["layers"]
+        x, cache = lax.scan(prefill, x, layers) if cache is None else decode(x, layers, cache, place)
         return dot(norm(x[:, -1:], params["norm"]), params["head"]), cache
 
     if mesh is None:
         return run
 
-    def over_devices(params: dict[str, Any], tokens: jax.Array, *cache: Any) -> Any:
-        specs = (m.specs(), P(), *((CACHE,) * 2 for _ in cache))
+    def over_devices(params: dict[str, Any], tokens: jax.Array, *cached: Any) -> Any:
+        specs = (m.specs(), P(), *((CACHE,) * 2, P())[: len(cached)])
         made = P(None, None, ALL), (CACHE,) * 2
-        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=made, check_vma=False)(params, tokens, *cache)
+        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=made, check_vma=False)(params, tokens, *cached)
 
     return over_devices
 
@@ -251,12 +262,12 @@ def measured(m: Decoder, target: str, devices: int, batch: int, scheme: str, by:
     params, mesh = m.params(), m.mesh(devices)
     fn = step(m, plain, mesh, ragged=by != "bfloat16")
     tokens = jax.ShapeDtypeStruct((1, TOKENS) if prefill else (batch, 1), jnp.int32)
-    args = (tokens,) if prefill else (tokens, m.cache(batch))
+    args = (tokens,) if prefill else (tokens, m.cache(batch), jax.ShapeDtypeStruct((), jnp.int32))
     blank = Cell(m.name, target, devices, scheme, by, name, None, None, None, None)
     try:
         if mesh is not None:
             place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
-            args = (args[0], *(tuple(place(x, CACHE) for x in c) for c in args[1:]))
+            args = args if prefill else (args[0], tuple(place(x, CACHE) for x in args[1]), args[2])
         if by == "jaxquant":
             fn, params = our_program(RULES[scheme], target, fn, params, args)
         elif by == "qwix":
@@ -265,7 +276,7 @@ def measured(m: Decoder, target: str, devices: int, batch: int, scheme: str, by:
             where = jax.tree.map(lambda s: NamedSharding(mesh, s), m.specs(), is_leaf=lambda s: isinstance(s, P))
             where = jq.ops.shardings(params, where)
             params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, where)
-        found = estimate(compiled_for("accelerators", target, fn, (params, *args)))
+        found = estimate(compiled_for("accelerators", target, fn, (params, *args), donated=() if prefill else (2,)))
     except Exception as e:
         if "RESOURCE_EXHAUSTED" in str(e) and m.layers % 4 == 0:
             return _extrapolated(m, target, devices, batch, scheme, by)
@@ -327,16 +338,19 @@ Time and memory of one step of a decoder, as the compilers of the chips estimate
 only the shapes of the weights are used. The command `python benchmarks/accelerators.py --models --json FILE --keep
 --page docs/which-scheme.md` writes this page (PACKAGES); all figures are in `benchmarks/results/decoders.json`.
 
-A step is the decoding of one token for each sequence of a batch, with TOKENS tokens cached in bfloat16, or the
-prefill of TOKENS tokens. The estimate is the longer of the compiler's cycles, and of moving arguments, results and
-(twice) temporaries at the bandwidth of the memory; kernels that are written by hand count by the static schedules of
-their code. The compiler for GPUs gives no cycles: there the estimate is what moving bytes takes, which is less than
-the floor where arithmetic is the bound, and how long a kernel decodes is not in it. The floor is what reading
-arguments and writing results takes, or the multiplications at the peak of their number type: those of a kernel are the
-ones of the float product that it stands for.
-Attention is the same in all programs: over a cache XLA's products, in a prefill JAX's own kernel for TPUs
-(`flash_attention`), of which estimate and floor count all blocks, also blocks that the mask makes zero. A GPU has no
-prefill here for that reason.
+A step is the decoding of one token for each sequence of a batch, with TOKENS tokens cached in bfloat16, this one too,
+or the prefill of TOKENS tokens. The cache is donated: a step writes one token into it. The estimate is the longer of
+the compiler's cycles, and of moving arguments, results and (twice) temporaries at the bandwidth of the memory; kernels
+that are written by hand count by the static schedules of their code. The compiler for GPUs gives no cycles: there the
+estimate is what moving bytes takes, which is less than the floor where arithmetic is the bound, and how long a kernel
+decodes is not in it. The floor is what reading arguments and writing results takes, or the multiplications at the peak
+of their number type: those of a kernel are the ones of the float product that it stands for.
+
+Attention is the same in all programs, in those of bfloat16 and of qwix too: over a cache `jq.ops.cached_attention`,
+which is one kernel on a TPU and XLA's products on a GPU; in a prefill JAX's own kernel for TPUs (`flash_attention`), of
+which estimate and floor count all blocks, also blocks that the mask makes zero. A GPU has no prefill here for that
+reason.
+
 `x` is the speed relative to the bfloat16 program; at batch 1 XLA's own program is far
 from its floor, so there the comparison with that floor says more. Cells were compiled at several commits;
 a dash was not compiled. GB are the arguments, results and

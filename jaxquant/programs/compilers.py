@@ -40,13 +40,19 @@ class Compiled(NamedTuple):
     args: tuple[Any, ...]
 
 
-def compiled(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def compiled(fn: Callable[..., Any], args: tuple[Any, ...], donated: tuple[int, ...] = ()) -> Any:
     """``fn(*args)``, compiled for the devices at hand; every argument is one of the program."""
-    return lowered(jax.jit(fn, keep_unused=True), *args).compile()
+    return lowered(jax.jit(fn, keep_unused=True, donate_argnums=donated), *args).compile()
 
 
 def compiled_for(
-    function: str, target: str, fn: Callable[..., Any], args: tuple[Any, ...], *, last_minor: bool = False
+    function: str,
+    target: str,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    *,
+    donated: tuple[int, ...] = (),
+    last_minor: bool = False,
 ) -> Compiled:
     """``fn(*args)``, compiled for a target.
 
@@ -57,6 +63,7 @@ def compiled_for(
       function: the public function, for errors.
       target: see `slice_of_chips`.
       fn, args: as in `compiled`.
+      donated: the numbers of arguments whose memory results may take, as `jax.jit` has them.
       last_minor: whether the last axis of each argument is stored last; otherwise the compiler chooses.
     """
     meshes = {_axes(sharding.mesh) for sharding in map(_sharding, jax.tree.leaves(args)) if sharding is not None}
@@ -80,7 +87,7 @@ def compiled_for(
 
     args = jax.tree.map(placed, args)
     with _set(mesh):
-        return Compiled(compiled(fn, args), where, count, args)
+        return Compiled(compiled(fn, args, donated), where, count, args)
 
 
 def _last_minor(sharding: Sharding, ndim: int) -> Any:

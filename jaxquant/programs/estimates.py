@@ -19,7 +19,8 @@ class Estimate:
     """Bytes and seconds on one device.
 
     Attributes:
-      arguments, results, temporaries: bytes.
+      arguments, results, temporaries: bytes. Results that take the place of a donated argument are not counted again:
+        a program may change a few of their elements, as those of a cache.
       cycles: what the TPU compiler estimates for all steps; None of another, or where it does not for one. Of a step
         that it never estimates, because it only brings an array to another layout, what reading and writing takes.
       seconds: the longer of these cycles, and of reading arguments and writing results once and temporaries twice.
@@ -45,7 +46,7 @@ def estimate(compiled: Compiled, program: Program | None = None) -> Estimate:
     chip = compiled.where.chip
     program = scheduled(compiled) if program is None else program
     memory = compiled.executable.memory_analysis()
-    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries = memory.temp_size_in_bytes
     total, missing = _cycles(program, chip)
     moved = (arguments + results + 2 * temporaries) / chip.bandwidth

@@ -19,6 +19,8 @@ import jaxquant as jq
 from jaxquant import QuantError, ops, recipes
 from jaxquant.programs import compilers
 from jaxquant.programs.chips import CHIPS, slice_of_chips
+from jaxquant.programs.compilers import compiled_for
+from jaxquant.programs.estimates import estimate
 
 pytestmark = pytest.mark.every
 
@@ -240,3 +242,22 @@ def test_all_products_of_fp8_training_read_fp8(target, multiplied):
         ("f8e4m3fn", "f8e5m2"),
     ]
     assert {kind for _, kinds in products for kind in kinds} == multiplied
+
+
+@needs_tpu
+def test_a_donated_cache_is_not_a_result_again():
+    cache, token = jax.ShapeDtypeStruct((8, 1024, 128), jnp.bfloat16), jax.ShapeDtypeStruct((8, 1, 128), jnp.bfloat16)
+
+    def step(cache: jax.Array, token: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(cache, token, (0, 3, 0))
+
+    size = 8 * 1024 * 128 * 2
+    copied, kept = (
+        estimate(compiled_for("test", "tpu v5e", step, (cache, token), donated=donated)) for donated in ((), (0,))
+    )
+    assert copied.results == size
+    assert kept.results == 0
+    assert kept.arguments == copied.arguments >= size
+    assert kept.seconds is not None
+    assert copied.seconds is not None
+    assert kept.seconds < copied.seconds
