@@ -262,7 +262,7 @@ def measured(m: Decoder, target: str, devices: int, batch: int, scheme: str, by:
     params, mesh = m.params(), m.mesh(devices)
     fn = step(m, plain, mesh, ragged=by != "bfloat16")
     tokens = jax.ShapeDtypeStruct((1, TOKENS) if prefill else (batch, 1), jnp.int32)
-    args = (tokens,) if prefill else (tokens, m.cache(batch), jax.ShapeDtypeStruct((), jnp.int32))
+    args: tuple[Any, ...] = (tokens,) if prefill else (tokens, m.cache(batch), jax.ShapeDtypeStruct((), jnp.int32))
     blank = Cell(m.name, target, devices, scheme, by, name, None, None, None, None)
     try:
         if mesh is not None:

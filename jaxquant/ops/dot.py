@@ -30,6 +30,7 @@ from jaxquant.ops.operands import Call, Pair, Side, precision_of, random_key, re
 from jaxquant.ops.placed import Placed
 from jaxquant.ops.problem import Product
 from jaxquant.ops.quantized_matrix import Matrix
+from jaxquant.ops.rowwise import Produced
 from jaxquant.ops.select import run
 from jaxquant.ops.shardings import explicit_of
 from jaxquant.ops.tangents import straight_through
@@ -62,8 +63,8 @@ class _Contraction(Call):
 
     def keep(self, *operands: PyTree) -> tuple[jax.Array, PyTree]:
         """The product, and the codes of operands quantized on the way whose gradient needs only these."""
-        lhs, rhs, lhs_static, rhs_static, _ = operands
-        left, right = self.lhs.quantized(lhs, lhs_static), self.rhs.quantized(rhs, rhs_static)
+        lhs, rhs, lhs_static, rhs_static, _, produced = operands
+        left, right = self.lhs.quantized(lhs, lhs_static, produced), self.rhs.quantized(rhs, rhs_static)
         out = run(self.product(left, right), self._stored(left, right))
         return out, (self.lhs.kept(left, lhs, lhs_static), self.rhs.kept(right, rhs, rhs_static))
 
@@ -220,8 +221,16 @@ def contract(
     out_sharding: NamedSharding | PartitionSpec | None = None,
     key: jax.Array | None = None,
     placed: Placed | None = None,
+    produced: Produced | None = None,
 ) -> jax.Array:
-    """`dot_general` for a public function, which errors name; ``placed`` where types do not say it."""
+    """`dot_general` for a public function, which errors name.
+
+    Args:
+      function: the public function.
+      lhs, rhs, numbers, precision, preferred, spec, act_scale, act_zero_point, out_sharding, key: as for it.
+      placed: how operands and result lie over devices, where types do not say it.
+      produced: what makes the left operand, if it is known.
+    """
     if isinstance(spec, OpSpec) and spec.outliers is not None:
         refuse_range(function, act_scale, act_zero_point)
         return _beside_outliers(function, lhs, rhs, numbers, precision, preferred, spec)
@@ -248,7 +257,7 @@ def contract(
     sides = pair.sides(left.contract, right.contract, placed)
     static = pair.static(sides, act_scale, act_zero_point)
     how = _Contraction(*sides, *axes, precision=precision, dtype=dtype, grad=pair.spec.grad, impl=impl, placed=placed)
-    return straight_through(how, lhs, rhs, *static, key)
+    return straight_through(how, lhs, rhs, *static, key, beside=(produced,))
 
 
 def _key(function: str, key: jax.Array | None, grad: QuantSpec | None) -> tuple[jax.Array | None, Any]:

@@ -23,6 +23,7 @@ from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.core.types import PyTree
 from jaxquant.ops.placed import Parts, Placed, quantized_parts
 from jaxquant.ops.problem import wide_values
+from jaxquant.ops.rowwise import Produced, produced_codes
 from jaxquant.ops.trained import TrainedTensor
 
 __all__ = [
@@ -171,17 +172,25 @@ class Side:
             s = self.spec
             scale_shape(x.shape, block_shape(x.shape, s.granularity, self.axes, function=function))
 
-    def quantized(self, x: Operand, static: Static) -> Operand:
-        """The operand of the forward pass: a `TrainedTensor` if it is quantized on the way."""
+    def quantized(self, x: Operand, static: Static, produced: Produced | None = None) -> Operand:
+        """The operand of the forward pass: a `TrainedTensor` if it is quantized on the way.
+
+        Args:
+          x, static: the operand and its range.
+          produced: what makes x, if it is known.
+        """
         if isinstance(x, TrainedTensor):
             return TrainedTensor(x, None)
         if isinstance(x, QTensor) or self.spec is None:
             return x
+        exact = static is None and self.spec.type.scale_format == "e8m0"
         if static is None and self.parts is not None and self.parts.holds_whole(self.axes):
             q = quantized_parts(x, spec=self.spec, axes=self.axes, parts=self.parts)
+        elif static is None and self.parts is None and produced is not None and not exact:
+            how: dict[str, Any] = {"spec": self.spec, "axes": self.axes}
+            q = produced_codes(x, produced.inputs, function=produced.function, **how)
         else:
             q = as_codes(x, self.spec, self.axes, *(static or (None, None)))
-        exact = static is None and self.spec.type.scale_format == "e8m0"
         return TrainedTensor(q, block_values(x, q, spec=self.spec, axes=self.axes) if exact else None)
 
     def passes(self, x: Operand, static: Static) -> bool:

@@ -40,7 +40,10 @@ class Rule(Protocol):
     """A function of operands (pytrees) with the derivatives of a reference function. Hashable."""
 
     def keep(self, *operands: PyTree) -> tuple[jax.Array, PyTree]:
-        """The result, and the residuals that the backward pass needs beside the operands: a pytree of arrays."""
+        """The result, and the residuals that the backward pass needs beside the operands: a pytree of arrays.
+
+        It is given what is ``beside`` the operands too, after them.
+        """
         ...
 
     def reference(self, *operands: PyTree) -> jax.Array:
@@ -301,9 +304,9 @@ mlir.register_lowering(_result_p, mlir.lower_fun(lambda value, *args, of, sizes:
 # -- functions ---------------------------------------------------------------------------------------------------------
 
 
-def _keep(rule: Rule, *operands: PyTree) -> jax.Array:
+def _keep(rule: Rule, operands: tuple[PyTree, ...], beside: tuple[PyTree, ...]) -> jax.Array:
     leaves, tree = jax.tree.flatten(operands)
-    out, kept = rule.keep(*lax.stop_gradient(operands))
+    out, kept = rule.keep(*lax.stop_gradient((*operands, *beside)))
     arrays, kept_tree = jax.tree.flatten(kept)
     sizes = len(arrays), len(leaves)
     return _result_p.bind(lax.stop_gradient(out), *arrays, *leaves, of=_Tangent(rule, kept_tree, tree, ()), sizes=sizes)
@@ -312,6 +315,12 @@ def _keep(rule: Rule, *operands: PyTree) -> jax.Array:
 _jit = jitted(static_argnums=0)(_keep)
 
 
-def straight_through(rule: Rule, *operands: PyTree) -> jax.Array:
-    """The result of a `Rule`'s ``keep``, with the derivatives of its ``reference``, of every order, in both modes."""
-    return _jit(rule, *operands)
+def straight_through(rule: Rule, *operands: PyTree, beside: tuple[PyTree, ...] = ()) -> jax.Array:
+    """The result of a `Rule`'s ``keep``, with the derivatives of its ``reference``, of every order, in both modes.
+
+    Args:
+      rule: the rule.
+      operands: of its functions.
+      beside: what its ``keep`` alone is given too: arrays that lead to the same result, and have no derivative here.
+    """
+    return _jit(rule, operands, beside)

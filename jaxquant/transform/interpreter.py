@@ -36,6 +36,8 @@ from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import Operand, QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.core.types import PyTree
+from jaxquant.ops.rowwise import Produced
+from jaxquant.transform.analysis.rows import Made, made_by_rows
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.primitives import USES, inlined, used_by
 from jaxquant.transform.products import Products, scoped
@@ -158,6 +160,7 @@ class Interpreter:
       observing: whether operations are quantized while statistics are collected; calibration runs in float.
       entering: ``(weight, x, channel axes of x) -> x``, applied to the input of each product with a planned weight.
       rounding_key: for stochastic rounding, or None.
+      produced: what makes the left operand of the product that runs; None where it is not known.
       scope: the name stack of the jaxpr that runs.
       uses: while planning, of every parameter.
       own_derivatives: paths that enter a function with a derivative rule of its own.
@@ -176,6 +179,7 @@ class Interpreter:
     products: Products | None = None
     entering: Callable[[Weight, jax.Array, tuple[int, ...]], jax.Array] | None = None
     rounding_key: jax.Array | None = None
+    produced: Produced | None = None
     scope: str = ""
     uses: list[Use] = dataclasses.field(default_factory=list)
     own_derivatives: set[str] = dataclasses.field(default_factory=set)
@@ -222,7 +226,8 @@ class Interpreter:
         env.update(zip(jaxpr.invars, args, strict=True))
         if not self.planning and self.products is None and not any(isinstance(a, Weight | Joined) for a in args):
             return list(jaxpr_as_fun(closed)(*args))
-        last_use = {} if self.planning else _last_uses(jaxpr)
+        made = self._made_by_rows(jaxpr)
+        last_use = {} if self.planning else _last_uses(jaxpr, made)
         pending: list[int] = []
 
         def read(v: Var | Literal) -> Value:
@@ -247,10 +252,19 @@ class Interpreter:
             if handler not in _take_joined and any(isinstance(v, Joined) for v in values):
                 handler = handler_of(Joined)
             with self._entered(eqn) as inside:
+                if i in made:
+                    inside = dataclasses.replace(inside, produced=_produced(made[i], [read(v) for v in made[i].inputs]))
                 results = handler(inside, eqn, values)
             env.update(zip(eqn.outvars, results, strict=True))
         flush()
         return [read(v) for v in jaxpr.outvars]
+
+    def _made_by_rows(self, jaxpr: Jaxpr) -> dict[int, Made]:
+        """Of products whose activations may be quantized on the way, what makes these."""
+        if self.planning or self.calibrating:
+            return {}
+        acts = (item.spec.act for item in self.items.values())
+        return made_by_rows(jaxpr) if any(act is not None and not act.static for act in acts) else {}
 
     @contextlib.contextmanager
     def _entered(self, eqn: JaxprEqn) -> Iterator[Interpreter]:
@@ -410,10 +424,17 @@ def _evaluate(eqns: list[JaxprEqn], env: dict[Var, Value], last_use: dict[Var, i
     env.update(zip(kept, values, strict=True))
 
 
-def _last_uses(jaxpr: Jaxpr) -> dict[Var, int]:
-    """The last equation that reads each variable; past the end for outputs."""
+def _produced(made: Made, inputs: list[Value]) -> Produced | None:
+    """What makes an operand, unless it is made of a weight that the plan quantizes."""
+    arrays = tuple(v for v in inputs if isinstance(v, jax.Array))
+    return Produced(arrays, made.function) if len(arrays) == len(inputs) else None
+
+
+def _last_uses(jaxpr: Jaxpr, made: Mapping[int, Made]) -> dict[Var, int]:
+    """The last equation that reads each variable, or what its operand is made of; past the end for outputs."""
     last: dict[Var, int] = {}
     for i, eqn in enumerate(jaxpr.eqns):
         last.update((v, i) for v in eqn.invars if not isinstance(v, Literal))
+        last.update((v, i) for v in (made[i].inputs if i in made else ()))
     last.update((v, len(jaxpr.eqns)) for v in jaxpr.outvars if not isinstance(v, Literal))
     return last

@@ -22,6 +22,7 @@ from jaxquant.core.types import PyTree
 from jaxquant.ops.axes import Axes
 from jaxquant.ops.dot import contract
 from jaxquant.ops.placed import Placed
+from jaxquant.ops.rowwise import Produced
 from jaxquant.ops.shardings import explicit_sharding
 from jaxquant.ops.trained import TrainedTensor
 from jaxquant.transform.calls import arrays_of, inside
@@ -136,7 +137,7 @@ def _partitioned(handler: Handler) -> Handler:
             arrays: list[PyTree], mask: jax.Array | None, key: jax.Array | None
         ) -> tuple[list[Value], dict[str, Tally]]:
             inner = interpreter.child()
-            inner.mask, inner.rounding_key = mask, key
+            inner.mask, inner.rounding_key, inner.produced = mask, key, None
             results = handler(inner, eqn, [inside(v, a) for v, a in zip(values, arrays, strict=True)])
             return results, inner.stats
 
@@ -216,7 +217,8 @@ def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -
         return _as_it_stands(eqn, operands)
     if side == 0 and act:  # an op takes the right operand for the weight
         return [_swapped(eqn, interpreter, operands, act)]
-    return [_multiplied(interpreter, eqn, operands, p["dimension_numbers"], **act)]
+    produced = interpreter.produced if side == 1 and operands[0] is values[0] else None
+    return [_multiplied(interpreter, eqn, operands, p["dimension_numbers"], **act, produced=produced)]
 
 
 def _product(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
@@ -242,6 +244,7 @@ def _multiplied(
     act_zero_point: jax.Array | None = None,
     key: jax.Array | None = None,
     swapped: bool = False,
+    produced: Produced | None = None,
 ) -> jax.Array:
     """`jaxquant.ops.dot_general` of the operands of an equation, or of these ``swapped``, placed as its types say."""
     left, right = ((explicit_sharding(v.aval), len(shape_of(v))) for v in eqn.invars[:2])
@@ -251,7 +254,7 @@ def _multiplied(
     precision = _precision(interpreter, eqn.params["precision"])
     return contract(
         "dot_general", lhs, rhs, numbers, precision, dtype_of(eqn.outvars[0]),
-        spec, act_scale, act_zero_point, key=key, placed=placed,
+        spec, act_scale, act_zero_point, key=key, placed=placed, produced=produced,
     )  # fmt: skip
 
 

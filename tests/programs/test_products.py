@@ -472,3 +472,40 @@ def test_attention_reads_a_cache_as_it_is_stored(dtype):
     compiled = compiled_for("attention", "tpu v5e", run, (q, k, v, valid, shape((), jnp.int32)))
     assert "cached_attention" in compiled.executable.as_text()
     assert estimate(compiled).temporaries < 0.01 * estimate(compiled).arguments
+
+
+def _mlp(p: Any, x: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)
+    y = wide.astype(x.dtype) * p["norm"][None]
+    return (jax.nn.silu(y @ p["gate"]) * (y @ p["up"])) @ p["down"]
+
+
+@pytest.mark.parametrize("how", ["one chip", "shard_map", "divided by XLA", "gradient"])
+def test_a_norm_and_a_gate_are_computed_where_they_are_quantized(how: str):
+    """By one kernel each: of floats with the size of an activation, only three products write any.
+
+    XLA divides no kernel, so that it computes and quantizes activations itself in a program that it divides.
+    """
+    square, vector = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((SIZE, SIZE), (SIZE,)))
+    params: Any = {"norm": vector, **dict.fromkeys(("gate", "up", "down"), square)}
+    plan = jq.make_plan(_mlp, params, x(512), rules=[jq.Rule("norm", None), jq.Rule(".*", recipes.w8a8())])
+    fn, rows, target, mesh = jq.quantized(_mlp, plan), x(512), "tpu v5e", AbstractMesh((4,), ("x",))
+    if how == "gradient":
+        fn = jax.grad(lambda p, x, fn=fn: jnp.sum(fn(p, x).astype(jnp.float32)))
+    else:
+        params = jax.eval_shape(lambda p: jq.quantize_params(p, plan, target="tpu"), params)
+    if how in ("shard_map", "divided by XLA"):
+        target = "tpu v5e:2x2"
+        rows = jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=NamedSharding(mesh, P("x")))
+    if how == "shard_map":
+        fn = jax.shard_map(fn, mesh=mesh, in_specs=(P(), P("x")), out_specs=P("x"), check_vma=False)
+    program = Program(compiled_for("test", target, fn, (params, rows)).executable.as_text())
+    steps = [i for name, body in program.computations.items() if name not in program.fused for i in body.values()]
+    kernels = [i.kernel for i in steps if i.is_kernel]
+    assert kernels.count("produced_rows") == (0 if how == "divided by XLA" else 2)
+    if how in ("one chip", "shard_map"):
+        assert "quantized_rows" not in kernels
+        size = SIZE * (512 if how == "one chip" else 128)
+        made = [i for i in steps if i.opcode in ("fusion", "custom-call", "convolution", "copy")]
+        assert sum(a.dtype in ("bf16", "f32") and a.size >= size for i in made for a in i.arrays) == 3

@@ -6,5 +6,6 @@ flow       which axes of its operands an operation keeps, and where
 equations  unknowns on the axes of parameters, and the rules that are the same whatever is unknown
 scales     `scale_pairs`: positive scales that can move from one parameter to another
 rotations  `rotation_groups`: orthogonal matrices that can turn several parameters together
+rows       activations that are computed a row at a time before a product
 biases     `biases`: the parameter that is added to a weight's product
 """

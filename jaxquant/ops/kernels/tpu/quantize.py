@@ -8,11 +8,6 @@ writes that product in float32, for 570.
 
 For [14336, 4096], quantized by columns, the kernel takes 309 thousand cycles, and XLA 1,762.
 
-The norm or SiLU that an activation comes from stays a program of its own. XLA can compute it within the kernel, where
-Pallas allows that (``allow_input_fusion``) and blocks are smaller than 1 MiB; by the schedules of libtpu 0.0.42.1 for
-[2048, 4096] on a v5e that takes longer: 51 thousand cycles for a norm without its sum of squares, 38 apart; 72 for
-SiLU times a gate, 64 apart. Smaller blocks cost the kernel more than the passes through the chip's own memory.
-
 A row may have two axes, the heads of attention and their width. XLA alone quantizes these with the rows last, and its
 int8 product takes as long as in bfloat16 then: for [1, 2048, 32, 128] by [32, 128, 4096] on a v5e both take 892
 thousand cycles by its own estimate, 441 with the kernel.
@@ -43,7 +38,17 @@ from jaxquant.ops.kernels.tpu.undivided import if_undivided
 from jaxquant.ops.placed import Parts, on_each_device, quantized_parts
 from jaxquant.ops.shardings import leaf_specs
 
-__all__ = ["in_one_pass", "quantized_columns", "quantized_rows", "scaled_in_one_pass"]
+__all__ = [
+    "as_qtensor",
+    "in_one_pass",
+    "quantize_block",
+    "quantized_columns",
+    "quantized_rows",
+    "rows_of_blocks",
+    "scaled_in_one_pass",
+    "strips_and_pieces",
+    "takes_rows",
+]
 
 _QTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
 
@@ -78,34 +83,11 @@ def quantized_rows(
     from jax.experimental import pallas as pl
 
     m, k = x.shape
-    rows = min(m, max(min(_BLOCK, x.size // _STEPS) // k // 32 * 32, 32))
-
-    columns = next((n for n in (512, 256, 128) if k % n == 0), k)  # a piece stays in registers
+    rows = rows_of_blocks(m, k)
 
     def kernel(x: jax.Ref, *refs: jax.Ref) -> None:
         *factor, codes, scales = refs
-
-        def values(*at: slice) -> jax.Array:
-            v = x[at].astype(jnp.float32)
-            return v * factor[0][:, at[1]] if factor else v
-
-        pieces, odd = [slice(j, j + columns) for j in range(0, k, columns)], jnp.float32(0)
-        for i in range(0, rows, _STRIP):
-            strip = slice(i, min(i + _STRIP, rows))
-            most = least = jnp.zeros((strip.stop - i, columns), jnp.float32)
-            for piece in pieces:
-                magnitude = jnp.abs(values(strip, piece))
-                finite = jnp.where(magnitude < jnp.inf, magnitude, -1.0)
-                most, least = jnp.maximum(most, finite), jnp.minimum(least, finite)
-            most, odd = jnp.max(most, axis=1, keepdims=True), jnp.minimum(odd, jnp.min(least))
-            scales[strip, :] = scale = _scale(most, jnp.zeros_like(most), qtype)
-            for piece in pieces:
-                codes[strip, piece] = _codes(values(strip, piece), scale, qtype, interpret)
-
-        @pl.when(odd < 0)
-        def _() -> None:  # an infinity, or a NaN
-            nan = _reach(values(slice(0, rows), slice(0, k)), 1)[1]
-            scales[...] = jnp.where(nan > 0, jnp.nan, scales[...])
+        quantize_block(x, codes, scales, *factor, qtype=qtype, interpret=interpret)
 
     return pl.pallas_call(
         kernel,
@@ -117,6 +99,48 @@ def quantized_rows(
         interpret=interpret,
         name="quantized_rows",
     )(x, *(() if times is None else (times,)))
+
+
+def rows_of_blocks(m: int, k: int) -> int:
+    """How many rows of [M, K] are quantized at a time."""
+    return min(m, max(min(_BLOCK, m * k // _STEPS) // k // 32 * 32, 32))
+
+
+def strips_and_pieces(rows: int, k: int) -> tuple[list[slice], list[slice]]:
+    """The rows and the columns of the parts of a block that stay in registers."""
+    columns = next((n for n in (512, 256, 128) if k % n == 0), k)
+    strips = [slice(i, min(i + _STRIP, rows)) for i in range(0, rows, _STRIP)]
+    return strips, [slice(j, j + columns) for j in range(0, k, columns)]
+
+
+def quantize_block(
+    x: jax.Ref, codes: jax.Ref, scales: jax.Ref, factor: jax.Ref | None = None, *, qtype: QType, interpret: bool
+) -> None:
+    """Writes what `quantized_rows` returns for the rows of a block, x [rows, K], times a factor [1, K]."""
+    from jax.experimental import pallas as pl
+
+    strips, pieces = strips_and_pieces(*x.shape)
+
+    def values(*at: slice) -> jax.Array:
+        v = x[at].astype(jnp.float32)
+        return v if factor is None else v * factor[:, at[1]]
+
+    odd = jnp.float32(0)
+    for strip in strips:
+        most = least = jnp.zeros((strip.stop - strip.start, pieces[0].stop), jnp.float32)
+        for piece in pieces:
+            magnitude = jnp.abs(values(strip, piece))
+            finite = jnp.where(magnitude < jnp.inf, magnitude, -1.0)
+            most, least = jnp.maximum(most, finite), jnp.minimum(least, finite)
+        most, odd = jnp.max(most, axis=1, keepdims=True), jnp.minimum(odd, jnp.min(least))
+        scales[strip, :] = scale = _scale(most, jnp.zeros_like(most), qtype)
+        for piece in pieces:
+            codes[strip, piece] = _codes(values(strip, piece), scale, qtype, interpret)
+
+    @pl.when(odd < 0)
+    def _() -> None:  # an infinity, or a NaN
+        nan = _reach(values(slice(0, x.shape[0]), slice(0, x.shape[1])), 1)[1]
+        scales[...] = jnp.where(nan > 0, jnp.nan, scales[...])
 
 
 def quantized_columns(
@@ -234,10 +258,22 @@ def _quantized(x: jax.Array, times: jax.Array | None, spec: QuantSpec, axes: tup
     factor = None if times is None else times.reshape((1, -1) if kernel is quantized_rows else (-1, 1))
     matrix = side_by_side(x, len(axes)) if kernel is quantized_rows else x
     codes, scale = kernel(matrix.reshape(-1, matrix.shape[-1]), factor, qtype=spec.type)
-    codes = codes if spec.type.kind == "int" else lax.bitcast_convert_type(codes, jnp.uint8)
-    shape = tuple(1 if i - x.ndim in axes else n for i, n in enumerate(x.shape))
     dtype = x.dtype if times is None else times.dtype
-    return QTensor(codes.reshape(x.shape), scale.reshape(shape), None, qtype=spec.qtype, dtype=dtype)
+    return as_qtensor(codes, scale, jax.ShapeDtypeStruct(x.shape, dtype), spec, axes)
+
+
+def as_qtensor(
+    codes: jax.Array, scale: jax.Array, like: jax.ShapeDtypeStruct, spec: QuantSpec, axes: tuple[int, ...]
+) -> QTensor:
+    """What a kernel has found of an array, as a QTensor of its shape and dtype."""
+    codes = codes if spec.type.kind == "int" else lax.bitcast_convert_type(codes, jnp.uint8)
+    shape = tuple(1 if i - len(like.shape) in axes else n for i, n in enumerate(like.shape))
+    return QTensor(codes.reshape(like.shape), scale.reshape(shape), None, qtype=spec.qtype, dtype=like.dtype)
+
+
+def takes_rows(x: jax.Array, spec: QuantSpec, axes: tuple[int, ...]) -> bool:
+    """Whether `quantized_rows` quantizes an activation along its last axis."""
+    return axes == (-1,) and _kernel_of(x, spec, axes) is quantized_rows
 
 
 def _fits(x: jax.Array, *, spec: QuantSpec, axes: tuple[int, ...], apart: bool) -> bool:
