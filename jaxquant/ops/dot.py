@@ -229,7 +229,7 @@ def contract(
       function: the public function.
       lhs, rhs, numbers, precision, preferred, spec, act_scale, act_zero_point, out_sharding, key: as for it.
       placed: how operands and result lie over devices, where types do not say it.
-      produced: what makes the left operand, if it is known.
+      produced: a function of rows that makes the left operand, or None.
     """
     if isinstance(spec, OpSpec) and spec.outliers is not None:
         refuse_range(function, act_scale, act_zero_point)

@@ -177,7 +177,7 @@ class Side:
 
         Args:
           x, static: the operand and its range.
-          produced: what makes x, if it is known.
+          produced: a function of rows that makes x, or None.
         """
         if isinstance(x, TrainedTensor):
             return TrainedTensor(x, None)

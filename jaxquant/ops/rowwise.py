@@ -24,7 +24,7 @@ from jaxquant.core.specs import QuantSpec
 __all__ = ["ELEMENTWISE", "REDUCTIONS", "Form", "Produced", "RowFunction", "Step", "produced_codes"]
 
 Form = Literal["rows", "row", "column", "scalar"]
-"""What a value has in a matrix [M, K]: all numbers, one of each row, one of each column, or one."""
+"""How many numbers a value has beside a matrix [M, K]: as many, one for each row, one for each column, or one."""
 
 ELEMENTWISE: dict[Primitive, Callable[..., jax.Array]] = {
     primitives.add_p: jnp.add,
@@ -117,7 +117,7 @@ class RowFunction:
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Produced:
-    """What an activation is made of.
+    """The inputs and the function that make an activation.
 
     Attributes:
       inputs: arrays of a program. Those in the form of rows have the activation's last axis, and as many rows.

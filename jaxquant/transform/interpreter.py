@@ -160,7 +160,7 @@ class Interpreter:
       observing: whether operations are quantized while statistics are collected; calibration runs in float.
       entering: ``(weight, x, channel axes of x) -> x``, applied to the input of each product with a planned weight.
       rounding_key: for stochastic rounding, or None.
-      produced: what makes the left operand of the product that runs; None where it is not known.
+      produced: the function of rows that makes the left operand of the product that runs, or None.
       scope: the name stack of the jaxpr that runs.
       uses: while planning, of every parameter.
       own_derivatives: paths that enter a function with a derivative rule of its own.
@@ -260,7 +260,7 @@ class Interpreter:
         return [read(v) for v in jaxpr.outvars]
 
     def _made_by_rows(self, jaxpr: Jaxpr) -> dict[int, Made]:
-        """Of products whose activations may be quantized on the way, what makes these."""
+        """The functions of rows that make activations of products, if any may be quantized on the way."""
         if self.planning or self.calibrating:
             return {}
         acts = (item.spec.act for item in self.items.values())
@@ -425,7 +425,7 @@ def _evaluate(eqns: list[JaxprEqn], env: dict[Var, Value], last_use: dict[Var, i
 
 
 def _produced(made: Made, inputs: list[Value]) -> Produced | None:
-    """What makes an operand, unless it is made of a weight that the plan quantizes."""
+    """The function of rows that makes an operand; None if an input is a weight that the plan quantizes."""
     arrays = tuple(v for v in inputs if isinstance(v, jax.Array))
     return Produced(arrays, made.function) if len(arrays) == len(inputs) else None
 

@@ -135,6 +135,12 @@ def _and_itself(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return y @ W, y
 
 
+def _many(x: jax.Array) -> jax.Array:
+    for _ in range(60):
+        x = jnp.tanh(x)
+    return x @ W
+
+
 def _four(*x: jax.Array) -> jax.Array:
     return (x[0] * x[1] + x[2] * x[3]) @ W
 
@@ -143,6 +149,7 @@ NONE: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "an argument": (lambda x: x @ W, [(M, K)]),
     "few rows": (lambda x: jnp.tanh(x) @ W, [(8, K)]),
     "a result too": (_and_itself, [(M, K)]),
+    "many operations": (_many, [(M, K)]),
     "four arrays": (_four, [(M, K)] * 4),
     "a sum over rows": (lambda x: (x / jnp.sum(x, axis=0, keepdims=True)).T @ jnp.zeros((M, 8)), [(M, K)]),
     "the first axis is contracted": (lambda x: lax.dot_general(jnp.tanh(x), W, (((0,), (0,)), ((), ()))), [(K, M)]),

@@ -23,6 +23,7 @@ __all__ = ["Made", "made_by_rows"]
 _FEWEST = 32  # rows: XLA keeps fewer on the chip
 _FLOATS = jnp.dtype("bfloat16"), jnp.dtype("float32")  # with one range
 _MOST = 3  # inputs with as many numbers as the result: a kernel has blocks of all in memory
+_STEPS = 48  # a kernel has them for each of its pieces
 _RESHAPES = primitives.reshape_p, primitives.squeeze_p
 _KEEPING = *_RESHAPES, primitives.convert_element_type_p, primitives.broadcast_in_dim_p  # the values stay what they are
 
@@ -89,6 +90,7 @@ def _flatten(jaxpr: Jaxpr, names: dict[Var, _Name], nodes: list[_Node], within: 
 
 
 def _number(v: Literal) -> float:
+    """A number of an operation, or NaN where no operation takes it."""
     return float(v.val) if jnp.ndim(v.val) == 0 and jnp.issubdtype(dtype_of(v), jnp.floating) else math.nan
 
 
@@ -108,7 +110,7 @@ def _is_operation(eqn: JaxprEqn) -> bool:
     if eqn.primitive not in (*ELEMENTWISE, *REDUCTIONS, *_KEEPING):
         return False
     every = [*eqn.invars, *eqn.outvars]
-    sized = all(isinstance(n, int) for v in every for n in shape_of(v))
+    sized = all(isinstance(n, int) and (n == 1 or isinstance(v, Var)) for v in every for n in shape_of(v))
     return sized and all(dtype_of(v) in _FLOATS for v in every)
 
 
@@ -175,7 +177,8 @@ class _Graph:
             steps.append(Step(node.eqn.primitive, operands, node.eqn.params.get("y")))
         variables = [self.variables.get(name, name) for name in inputs]
         own = all(isinstance(v, Var) for v in variables)
-        if not steps or not own or sum(forms[name] == "rows" for name in inputs) not in range(1, _MOST + 1):
+        whole = sum(forms[name] == "rows" for name in inputs)
+        if not own or not 1 <= len(steps) <= _STEPS or not 1 <= whole <= _MOST:
             return None
         found = tuple(v for v in variables if isinstance(v, Var))
         return Made(RowFunction(tuple(forms[name] for name in inputs), tuple(steps)), found)

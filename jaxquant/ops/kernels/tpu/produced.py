@@ -38,7 +38,7 @@ __all__ = ["in_one_pass", "produced_rows"]
 def produced_rows(
     inputs: tuple[jax.Array, ...], like: jax.ShapeDtypeStruct, *, function: RowFunction, qtype: QType, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """`quantized_rows` of what a function makes.
+    """`quantized_rows` of the values of a function.
 
     Args:
       inputs: matrices [M, K], [M, 1], [1, K] or [1, 1], by the forms of the function's inputs; bfloat16 or float32.

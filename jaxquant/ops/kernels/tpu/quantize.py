@@ -265,7 +265,7 @@ def _quantized(x: jax.Array, times: jax.Array | None, spec: QuantSpec, axes: tup
 def as_qtensor(
     codes: jax.Array, scale: jax.Array, like: jax.ShapeDtypeStruct, spec: QuantSpec, axes: tuple[int, ...]
 ) -> QTensor:
-    """What a kernel has found of an array, as a QTensor of its shape and dtype."""
+    """Codes and scales that a kernel has found, as the QTensor of an array of this shape and dtype."""
     codes = codes if spec.type.kind == "int" else lax.bitcast_convert_type(codes, jnp.uint8)
     shape = tuple(1 if i - len(like.shape) in axes else n for i, n in enumerate(like.shape))
     return QTensor(codes.reshape(like.shape), scale.reshape(shape), None, qtype=spec.qtype, dtype=like.dtype)
