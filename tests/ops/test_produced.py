@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.extend.core import primitives as p
-from jax_settings import makes_nan, promotes
+from jax_settings import makes_nan, needs_jit, promotes
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant.core.affine import as_codes
 from jaxquant.core.qtensor import flat
 from jaxquant.core.qtypes import QTYPES
+from jaxquant.ops.kernels.tpu import produced
 from jaxquant.ops.kernels.tpu.produced import produced_rows
 from jaxquant.ops.rowwise import Produced, RowFunction, Step, produced_codes
 
@@ -138,6 +140,23 @@ def test_other_platforms_and_other_ranges_quantize_the_activation_itself(granula
     want = as_codes(fn(*args), spec, axes)
     np.testing.assert_array_equal(got.kept, want.kept)
     np.testing.assert_array_equal(flat(got.scale), flat(want.scale))
+
+
+@needs_jit  # a choice by devices is made where a program is lowered
+def test_arrays_of_a_program_are_given_as_matrices(monkeypatch: pytest.MonkeyPatch):
+    """A batch of sequences, a vector for all columns, and a scalar."""
+    monkeypatch.setattr(
+        produced, "produced_rows", lambda *args, **how: produced_rows(*args, **{**how, "interpret": True})
+    )
+    _, function = FUNCTIONS["norm"]
+    rng = np.random.default_rng(1)
+    x, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 40, K), (K,)))
+    made = norm(x.reshape(-1, K), w[None]).reshape(x.shape)
+    on = functools.partial(produced_codes.on_platform, "tpu", function=function, spec=SPEC, axes=(-1,))
+    got, want = jax.jit(on)(jnp.zeros_like(x), (x, w)), as_codes(made, SPEC, (-1,))
+    assert got.shape == want.shape
+    assert float(jnp.mean(got.kept != want.kept)) < 1e-3
+    np.testing.assert_allclose(present(flat(got.scale)), present(flat(want.scale)), rtol=1e-6)
 
 
 def test_equal_functions_are_one_key():
