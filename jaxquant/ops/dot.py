@@ -246,6 +246,7 @@ def contract(
         raise quant_error(function, "out_sharding is for float operands", todo=todo, out_sharding=str(out_sharding))
     axes = _check_dimensions(function, lhs, rhs, numbers)
     lhs, rhs = _with_groups_together(lhs, rhs, *axes)
+    produced = produced if lhs is pair.lhs else None  # which makes the columns in their own order
     pair = dataclasses.replace(pair, lhs=lhs, rhs=rhs)
     dtype, precision = pair.result_dtype(preferred), precision_of(function, precision)
     if 0 in lhs.shape or 0 in rhs.shape:

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
+from narrowed import present
 
 import jaxquant as jq
 from jaxquant.core.qtensor import from_codes
+from jaxquant.ops import operands
+from jaxquant.ops.rowwise import produced_codes
 
 RNG = np.random.default_rng(0)
 ROWS, COLUMNS, GROUP = 32, 64, 16
@@ -69,3 +72,23 @@ def test_gradient_to_the_scales():
     found = jax.grad(loss)(w.scale, jq.quantized(FUNCTIONS["product"]))
     wanted = jax.grad(loss)(w.scale, lambda q, x: x @ q.dequantize().T)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("permuted", [True, False])
+def test_a_permuted_activation_is_none_that_a_kernel_makes(permuted, monkeypatch):
+    """A function of rows makes columns in their own order, which is not that of the codes."""
+    made = []
+
+    def recorded(x, inputs, **how):
+        made.append(how)
+        return produced_codes(x, inputs, **how)
+
+    monkeypatch.setattr(operands, "produced_codes", recorded)
+    x = jnp.concatenate([X] * 8)
+    spec = jq.OpSpec(
+        jq.QuantSpec("int4", granularity="per_group", group_size=GROUP), jq.QuantSpec("int8", granularity="per_channel")
+    )
+    w = weight() if permuted else jq.quantize(weight().dequantize(), present(spec.weight), reduce_axes=(-1,))
+    plan = jq.make_plan(FUNCTIONS["product"], weight().dequantize(), x, rules=[jq.Rule(".*", spec)])
+    jax.make_jaxpr(jq.quantized(lambda w, x: jnp.tanh(x) @ w.T, plan))(w, x)
+    assert len(made) == (0 if permuted else 1)
