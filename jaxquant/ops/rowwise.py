@@ -57,12 +57,13 @@ class Step(NamedTuple):
 
     Attributes:
       primitive: of `ELEMENTWISE`, or of `REDUCTIONS` along the last axis.
-      operands: numbers, or the places of inputs and of results of earlier steps, inputs first.
+      operands: the places of inputs and of results of earlier steps, inputs first; or numbers, as `float.hex` writes
+        them, since 1.0 is equal to the place 1, and 0.0 to -0.0.
       power: the exponent of ``integer_pow``.
     """
 
     primitive: Primitive
-    operands: tuple[int | float, ...]
+    operands: tuple[int | str, ...]
     power: int | None = None
 
 
@@ -90,10 +91,10 @@ class RowFunction:
         """
         reduced: dict[int, jax.Array] = {}
 
-        def value(at: int | float, piece: slice, known: dict[int, jax.Array]) -> jax.Array | float:
+        def value(at: int | str, piece: slice, known: dict[int, jax.Array]) -> jax.Array | float:
             """An input or a result in a piece, in which each is computed once."""
-            if isinstance(at, float):
-                return at
+            if isinstance(at, str):
+                return float.fromhex(at)
             if at in reduced:
                 return reduced[at]
             if at not in known:
@@ -105,10 +106,15 @@ class RowFunction:
             values = [value(at, piece, known) for at in step.operands]
             return ELEMENTWISE[step.primitive](*values, *(() if step.power is None else (step.power,)))
 
+        def in_all_columns(at: int | str, piece: slice) -> jax.Array:
+            """A value in each column of a piece, also if it is the same in all."""
+            v = jnp.asarray(value(at, piece, {}))
+            return jnp.broadcast_to(v, (v.shape[0] if v.ndim else 1, piece.stop - piece.start))
+
         for place, step in enumerate(self.steps, len(self.inputs)):
             if step.primitive in REDUCTIONS:
                 join, reduce = REDUCTIONS[step.primitive]
-                parts = (value(step.operands[0], piece, {}) for piece in pieces)
+                parts = (in_all_columns(step.operands[0], piece) for piece in pieces)
                 reduced[place] = reduce(functools.reduce(join, parts), axis=1, keepdims=True)
         for piece in pieces:
             write(piece, jnp.asarray(value(len(self.inputs) + len(self.steps) - 1, piece, {})))

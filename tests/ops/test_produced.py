@@ -43,8 +43,8 @@ FUNCTIONS = {
             (
                 Step(p.mul_p, (0, 0)),
                 Step(p.reduce_sum_p, (2,)),
-                Step(p.div_p, (3, float(K))),
-                Step(p.add_p, (4, 1e-5)),
+                Step(p.div_p, (3, float(K).hex())),
+                Step(p.add_p, (4, (1e-5).hex())),
                 Step(p.rsqrt_p, (5,)),
                 Step(p.mul_p, (0, 6)),
                 Step(p.mul_p, (7, 1)),

@@ -44,6 +44,14 @@ def shifted(x: jax.Array, row: jax.Array, one: jax.Array) -> jax.Array:
     return x * row + one
 
 
+def over_a_sum_of_rows(x: jax.Array, row: jax.Array) -> jax.Array:
+    return x / (1.0 + jnp.sum(jnp.abs(jnp.broadcast_to(row, x.shape)), axis=-1, keepdims=True))
+
+
+def over_a_count(x: jax.Array) -> jax.Array:
+    return x / jnp.sum(jnp.ones_like(x), axis=-1, keepdims=True)
+
+
 FUNCTIONS: dict[str, tuple[Callable[..., jax.Array], list[tuple[int, ...]], set[str]]] = {
     "norm": (rms, [(M, K), (K,)], {"rows", "column"}),
     "norm of three axes": (rms, [(2, M // 2, K), (K,)], {"rows", "column"}),
@@ -54,6 +62,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., jax.Array], list[tuple[int, ...]], set[
     "relu": (jax.nn.relu, [(M, K)], {"rows"}),
     "softmax": (softmax, [(M, K)], {"rows"}),
     "a factor for each row": (shifted, [(M, K), (M, 1), ()], {"rows", "row", "scalar"}),
+    "a sum of what is the same in all columns": (over_a_sum_of_rows, [(M, K), (M, 1)], {"rows", "row"}),
+    "a sum of numbers": (over_a_count, [(M, K)], {"rows"}),
 }
 
 
@@ -128,6 +138,24 @@ def test_products_of_one_activation_share_a_function():
     made, _ = found(both, *arrays([(M, K), (K,)]))
     assert len(made) == 2
     assert made[0].function is made[1].function
+
+
+def test_a_number_is_no_place():
+    """As places, 1 is the hyperbolic tangent here; functions that are equal would be one in a program."""
+
+    def more(x: jax.Array) -> jax.Array:
+        return jnp.tanh(x) + 1.0
+
+    def twice(x: jax.Array) -> jax.Array:
+        y = jnp.tanh(x)
+        return y + y
+
+    (x,) = arrays([(M, K)])
+    (one,), _ = found(times_weight(more), x)
+    (other,), _ = found(times_weight(twice), x)
+    assert one.function != other.function
+    signs = [found(times_weight(lambda x, zero=zero: jnp.tanh(x) / zero), x)[0][0].function for zero in (0.0, -0.0)]
+    assert signs[0] != signs[1]
 
 
 def _and_itself(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -166,10 +166,10 @@ class _Graph:
 
     def _function(self, chosen: list[int], inputs: list[_Name], forms: dict[_Name, Form]) -> Made | None:
         """The function that these nodes are."""
-        places: dict[_Name | float, int | float] = {name: i for i, name in enumerate(inputs)}
+        places: dict[_Name, int | str] = {name: i for i, name in enumerate(inputs)}
         steps: list[Step] = []
         for node in map(self.nodes.__getitem__, chosen):
-            operands = tuple(name if isinstance(name, float) else places[name] for name in node.operands)
+            operands = tuple(name.hex() if isinstance(name, float) else places[name] for name in node.operands)
             if node.eqn.primitive in _KEEPING:
                 places[node.result] = operands[0]
                 continue
