@@ -13,6 +13,7 @@ from jax import lax
 
 import jaxquant as jq
 from jaxquant.ops.rowwise import RowFunction
+from jaxquant.transform.analysis import rows
 from jaxquant.transform.analysis.rows import Made, made_by_rows
 
 M, K = 64, 128
@@ -167,6 +168,20 @@ def _many(x: jax.Array) -> jax.Array:
     for _ in range(60):
         x = jnp.tanh(x)
     return x @ W
+
+
+def test_a_long_chain_is_not_followed_to_its_end(monkeypatch: pytest.MonkeyPatch):
+    seen: list[int] = []
+    needed = rows._needed
+    monkeypatch.setattr(rows, "_needed", lambda *args: seen.append(1) or needed(*args))
+
+    def chain(x: jax.Array) -> jax.Array:
+        for _ in range(500):
+            x = jnp.tanh(x)
+        return x @ W
+
+    assert found(chain, *arrays([(M, K)])) == ([], [])
+    assert len(seen) < 100
 
 
 def _four(*x: jax.Array) -> jax.Array:

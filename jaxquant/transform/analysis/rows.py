@@ -142,17 +142,21 @@ class _Graph:
         if m < _FEWEST or k < 2 or root not in self.maker or not alone:
             return None
         forms: dict[_Name, Form] = {root: "rows"}
-        chosen: list[int] = []
+        chosen: dict[int, _Node] = {}
+        steps = 0
         inputs: list[_Name] = []
         queue = [-self.maker[root]]  # the last first: all users of a value have been looked at before it
         while queue:
             place = -heapq.heappop(queue)
             node = self.nodes[place]
             needed = _needed(node.eqn, forms[node.result], m, k)
-            if needed is None or (node.result != root and not set(self.users[node.result]) <= set(chosen)):
+            if needed is None or (node.result != root and not all(i in chosen for i in self.users[node.result])):
                 inputs.append(node.result)
                 continue
-            chosen.append(place)
+            chosen[place] = node
+            steps += node.eqn.primitive not in _KEEPING
+            if steps > _STEPS:
+                return None
             for name, form in zip(node.operands, needed, strict=True):
                 if isinstance(name, float):
                     continue
@@ -162,13 +166,13 @@ class _Graph:
                     inputs.append(name)
                 if forms.setdefault(name, form) != form:
                     return None
-        return self._function(chosen[::-1], inputs, forms)
+        return self._function(list(chosen.values())[::-1], inputs, forms)
 
-    def _function(self, chosen: list[int], inputs: list[_Name], forms: dict[_Name, Form]) -> Made | None:
+    def _function(self, chosen: list[_Node], inputs: list[_Name], forms: dict[_Name, Form]) -> Made | None:
         """The function that these nodes are."""
         places: dict[_Name, int | str] = {name: i for i, name in enumerate(inputs)}
         steps: list[Step] = []
-        for node in map(self.nodes.__getitem__, chosen):
+        for node in chosen:
             operands = tuple(name.hex() if isinstance(name, float) else places[name] for name in node.operands)
             if node.eqn.primitive in _KEEPING:
                 places[node.result] = operands[0]
@@ -178,7 +182,7 @@ class _Graph:
         variables = [self.variables.get(name, name) for name in inputs]
         own = all(isinstance(v, Var) for v in variables)
         whole = sum(forms[name] == "rows" for name in inputs)
-        if not own or not 1 <= len(steps) <= _STEPS or not 1 <= whole <= _MOST:
+        if not own or not steps or not 1 <= whole <= _MOST:
             return None
         found = tuple(v for v in variables if isinstance(v, Var))
         return Made(RowFunction(tuple(forms[name] for name in inputs), tuple(steps)), found)
