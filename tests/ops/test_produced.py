@@ -1,7 +1,7 @@
 """The kernel that computes an activation and quantizes it, in Pallas' interpreter."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from jaxquant.core.qtensor import flat
 from jaxquant.core.qtypes import QTYPES
 from jaxquant.ops.kernels.tpu import produced
 from jaxquant.ops.kernels.tpu.produced import produced_rows
-from jaxquant.ops.rowwise import Produced, RowFunction, Step, produced_codes
+from jaxquant.ops.kernels.tpu.quantize import rows_of_blocks
+from jaxquant.ops.rowwise import Form, Produced, RowFunction, Step, produced_codes
 
 K = 256
 
@@ -140,6 +141,30 @@ def test_other_platforms_and_other_ranges_quantize_the_activation_itself(granula
     want = as_codes(fn(*args), spec, axes)
     np.testing.assert_array_equal(got.kept, want.kept)
     np.testing.assert_array_equal(flat(got.scale), flat(want.scale))
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("many", ["row", "column"])
+def test_more_inputs_than_memory_holds(many: Form):
+    """A number of each row takes the 128 lanes of a TPU: fewer rows are computed at a time, or none."""
+    m, k = (65536, 128) if many == "row" else (64, 32768)
+    sizes = {"rows": (m, k), "row": (m, 1), "column": (1, k)}
+    how: dict[str, Any] = {"spec": SPEC, "axes": (-1,)}
+
+    def rows(count: int) -> int:
+        forms: list[Form] = [many] * count
+        function = RowFunction(("rows", *forms), (Step(p.tanh_p, (0,)),))
+        args = tuple(jax.ShapeDtypeStruct(sizes[form], jnp.float32) for form in function.inputs)
+        on_tpu = functools.partial(produced_codes.on_platform, "tpu", function=function, **how)
+        found = produced._rows(args[0], cast(Any, args), function)
+        assert ("if_undivided" in str(jax.make_jaxpr(on_tpu)(args[0], args))) == (found > 0)
+        return found
+
+    assert rows(0) == rows_of_blocks(m, k)
+    if many == "row":
+        assert 32 <= rows(40) < rows(10) < rows(0)
+    else:
+        assert rows(40) == 0
 
 
 @needs_jit  # a choice by devices is made where a program is lowered

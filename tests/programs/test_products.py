@@ -509,3 +509,18 @@ def test_a_norm_and_a_gate_are_computed_where_they_are_quantized(how: str):
         size = SIZE * (512 if how == "one chip" else 128)
         made = [i for i in steps if i.opcode in ("fusion", "custom-call", "convolution", "copy")]
         assert sum(a.dtype in ("bf16", "f32") and a.size >= size for i in made for a in i.arrays) == 3
+
+
+@pytest.mark.slow
+def test_a_function_of_many_columns_fits_in_memory():
+    """Ten factors of each row, which take 128 lanes each."""
+    params = {"w": jax.ShapeDtypeStruct((128, 128), jnp.float32)}
+    given = [jax.ShapeDtypeStruct((65536, n), jnp.float32) for n in (128, *[1] * 10)]
+
+    def fn(p: Any, x: jax.Array, *factors: jax.Array) -> jax.Array:
+        for factor in factors:
+            x = jnp.tanh(x * factor)
+        return x @ p["w"]
+
+    run = jq.quantized(fn, jq.make_plan(fn, params, *given, rules=[jq.Rule("w", recipes.w8a8())]))
+    assert "produced_rows" in compiled_for("test", "tpu v5e", run, (params, *given)).executable.as_text()

@@ -13,6 +13,8 @@ needs blocks smaller than 1 MiB and took longer than two programs.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -21,7 +23,7 @@ from jaxquant.core.affine import as_codes
 from jaxquant.core.qtensor import QTensor
 from jaxquant.core.qtypes import QType
 from jaxquant.core.specs import QuantSpec
-from jaxquant.ops.kernels.tpu.pallas import LIMIT, compiler_params, shape_like
+from jaxquant.ops.kernels.tpu.pallas import LIMIT, MEMORY, compiler_params, shape_like
 from jaxquant.ops.kernels.tpu.quantize import (
     as_qtensor,
     quantize_block,
@@ -33,6 +35,12 @@ from jaxquant.ops.kernels.tpu.undivided import if_undivided
 from jaxquant.ops.rowwise import Form, RowFunction, produced_codes
 
 __all__ = ["in_one_pass", "produced_rows"]
+
+_LANES = 128
+"""Numbers of a row in memory, at least."""
+
+_TILE = 16
+"""Rows of an array in memory, at most, where it has one."""
 
 
 def produced_rows(
@@ -54,7 +62,7 @@ def produced_rows(
     from jax.experimental.pallas import tpu as pltpu
 
     m, k = like.shape
-    rows = rows_of_blocks(m, k)
+    rows = _rows(like, inputs, function)
     strips, pieces = strips_and_pieces(rows, k)
 
     def kernel(*refs: jax.Ref) -> None:
@@ -91,6 +99,17 @@ def produced_rows(
     )(*inputs)
 
 
+def _rows(like: jax.ShapeDtypeStruct, inputs: tuple[jax.Array, ...], function: RowFunction) -> int:
+    """How many rows of [M, K] are computed at a time: as many as are quantized, or as fit in memory; 0 if none do."""
+    m, k = like.shape
+    of_a_row, of_all = k * (like.dtype.itemsize + 2) + 2 * 4 * _LANES, 0  # x once; codes and scales twice
+    for x, form in zip(inputs, function.inputs, strict=True):
+        by_row, by_column = _varies(form)
+        width = 2 * x.dtype.itemsize * (k if by_column else _LANES)
+        of_a_row, of_all = of_a_row + by_row * width, of_all + (not by_row) * _TILE * width
+    return min(rows_of_blocks(m, k), max(MEMORY - of_all, 0) // of_a_row // 32 * 32)
+
+
 def _varies(form: Form) -> tuple[bool, bool]:
     """Whether values of a form are others in each row, and in each column."""
     return form in ("rows", "row"), form in ("rows", "column")
@@ -99,8 +118,10 @@ def _varies(form: Form) -> tuple[bool, bool]:
 def _fits(
     x: jax.Array, inputs: tuple[jax.Array, ...], *, function: RowFunction, spec: QuantSpec, axes: tuple[int, ...]
 ) -> bool:
-    del inputs, function
-    return takes_rows(x, spec, axes)
+    if not takes_rows(x, spec, axes):
+        return False
+    like = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
+    return _rows(like, inputs, function) > 0
 
 
 @produced_codes.on("tpu", when=_fits)
