@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxquant.core.by_platform import Target, by_platform
 from jaxquant.core.errors import quant_error
 from jaxquant.core.qtensor import Operand, QTensor, scale_values
+from jaxquant.core.sizes import number
 from jaxquant.core.types import PyTree
 from jaxquant.ops.einsum import einsum
 from jaxquant.ops.kernels.tpu import attention as tpu
@@ -41,8 +43,8 @@ def attention(
     x = x if scores.cap is None else jnp.tanh(x / scores.cap) * scores.cap
     seen = _seen(valid, start, q.shape[3], scores.window)[:, None, None]
     weights = jax.nn.softmax(jnp.where(seen, x.astype(jnp.float32), -jnp.inf), axis=-1)
-    if isinstance(v, QTensor) and v.symmetric and v.scale.shape[2] == 1 and v.scale.shape[3] in (1, v.shape[3]):
-        # A scale of a place is one of its weight.
+    if q.dtype != jnp.float16 and isinstance(v, QTensor) and v.symmetric and tpu.has_one_scale(v, -2):
+        # A scale of a place is one of its weight, if the product of both is not too small for the dtype.
         weights = weights * scale_values(v.scale)[:, :, None]
         v = v.replace(scale=jnp.ones((1, 1, 1, 1), jnp.float32))
     return einsum("bgrts,bgds->bgrtd", weights.astype(q.dtype), v).astype(q.dtype)
@@ -120,7 +122,7 @@ def cached_attention(
     a mesh. Elsewhere attention is two products, as `einsum` computes them, and a softmax.
 
     Args:
-      q: floats [B, H, T, D].
+      q: floats [B, H, T, D], where T is at most S.
       k: keys [B, G, S, D]: floats, or a QTensor with one scale per head and place, or a single scale.
       v: values [B, G, D, S], likewise. The features are before the places, so that both products sum over the last
         axis, and a TPU pads no head to its 128 lanes.
@@ -177,6 +179,7 @@ def _fit(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], valid: tupl
     """Whether shapes fit each other."""
     if (len(q), len(k), len(v), len(valid)) != (4, 4 + stacked, 4 + stacked, 2) or k[:stacked] != v[:stacked]:
         return False
-    (b, h, _, d), (g, s, width) = q, (k[-3], k[-2], v[-2])
+    (b, h, t, d), (g, s, width) = q, (k[-3], k[-2], v[-2])
     same = (k[stacked:], v[stacked:], valid) == ((b, g, s, d), (b, g, width, s), (b, s))
-    return same and min(g, s, d) > 0 and h % g == 0
+    room = math.isinf(number(t)) or number(t) <= number(s)  # where both are known
+    return same and 0 not in (g, s, d) and h % g == 0 and room

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax_settings import needs_jit, promotes
 
 import jaxquant as jq
@@ -150,9 +151,43 @@ def test_gradients_of_scales():
     assert jnp.all(found[0][:, :, 9 + T :] == 0)  # of places that no token sees
 
 
+def test_scales_that_heads_share():
+    q, *_, valid = operands(h=8, g=4)
+    k, v = coded(normal(1, B, 4, S, D), normal(2, B, 4, D, S), "int8")
+    k, v = (x.replace(scale=jnp.asarray(x.scale)[:, ::2]) for x in (k, v))
+    assert not tpu.takes(q.astype(jnp.bfloat16).reshape(B, 4, 2, T, D), k, v)
+    found = ops.cached_attention(q, k, v, valid, 9)
+    np.testing.assert_allclose(found, by_definition(q, k, v, valid, 9), rtol=0, atol=3e-4)
+
+
+def test_a_long_cache_in_float16():
+    """Each weight is 2**-15 here. Times the scale of a place it would be 1.6 of float16's smallest numbers."""
+    places = 1 << 15
+    q, valid = jnp.zeros((1, 1, 1, 4), jnp.float16), jnp.ones((1, places), bool)
+    k, v = coded(jnp.ones((1, 1, places, 4), jnp.float16), jnp.full((1, 1, 4, places), 0.37, jnp.float16), "int8")
+    np.testing.assert_allclose(ops.cached_attention(q, k, v, valid, places - 1), 0.37, rtol=2e-3)
+
+
+@needs_jit
+@pytest.mark.parametrize("sizes", ["s", "b, s, t"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_symbolic_sizes(sizes, dtype):
+    symbols = dict(zip(sizes.split(", "), export.symbolic_shape(sizes), strict=True))
+    b, s, t = (symbols.get(name, size) for name, size in (("b", B), ("s", S), ("t", T)))
+    shapes = (b, H, t, D), (b, G, s, D), (b, G, D, s)
+    args = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    args += [jax.ShapeDtypeStruct((b, s), jnp.bool_), jax.ShapeDtypeStruct((), jnp.int32)]
+    exported = export.export(jax.jit(ops.cached_attention), platforms=["cpu", "cuda", "tpu"])(*args)
+    q, k, v, valid = operands(dtype)
+    wanted = ops.cached_attention(q, k, v, valid, 9).astype(jnp.float32)
+    found = exported.call(q, k, v, valid, jnp.int32(9)).astype(jnp.float32)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 if dtype == jnp.float32 else 2**-6)
+
+
 BAD = {
     "heads": ({"q": jnp.ones((2, 5, 3, 16))}, "the operands do not fit each other"),
     "places": ({"valid": jnp.ones((2, 19), bool)}, "the operands do not fit each other"),
+    "more tokens than places": ({"q": jnp.ones((2, 6, 21, 16))}, "the operands do not fit each other"),
     "values as keys": ({"v": jnp.ones((2, 2, 20, 16))}, "the operands do not fit each other"),
     "a mask of integers": ({"valid": jnp.ones((2, 20), int)}, "the operands do not fit each other"),
     "a float start": ({"start": 1.0}, "the operands do not fit each other"),
@@ -219,6 +254,14 @@ def test_kernel_reads_a_layer_of_a_stack(stored, each):
     for i, layer in enumerate(layers):
         found = interpreted(q, k, v, valid, 100, jnp.int32(i))
         np.testing.assert_array_equal(found, interpreted(q, layer[0], layer[1], valid, 100))
+
+
+@pytest.mark.parametrize("layer", [jnp.int8(99), jnp.uint8(99), jnp.int32(-1), jnp.int32(1000)], ids=str)
+def test_kernel_finds_a_layer_as_an_index_does(layer):
+    """Of 100 layers of two sequences the last begins at 198, which int8 does not hold."""
+    q, k, v, valid = operands(jnp.bfloat16, 2, 2, 1, 1, 40, 64)
+    keys, values = (jnp.zeros((100, *x.shape), x.dtype).at[99].set(x) for x in (k, v))
+    np.testing.assert_array_equal(interpreted(q, keys, values, valid, 30, layer), interpreted(q, k, v, valid, 30))
 
 
 def of_several_places(v: jax.Array) -> QTensor:

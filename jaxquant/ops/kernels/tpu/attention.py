@@ -20,11 +20,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from jaxquant.core.indices import clamped, widened
 from jaxquant.core.qtensor import Operand, QTensor, scale_values
 from jaxquant.core.types import Index
 from jaxquant.ops.kernels.tpu.pallas import LIMIT, MEMORY, compiler_params, shape_like
 
-__all__ = ["Scores", "attended", "run", "takes"]
+__all__ = ["Scores", "attended", "has_one_scale", "run", "takes"]
 
 _PLACES = 1024
 """Places of a block, at most."""
@@ -70,8 +71,12 @@ def _read_as_stored(x: Operand, axis: int) -> bool:
         return x.dtype == jnp.bfloat16
     plain = x.symmetric and x.offset is None and x.permutation is None and x.split is None and x.layer is None
     stored = x.qtype == "int8" or x.type.element in ("float8_e4m3fn", "float8_e5m2")
-    places = x.scale.shape[-3 - axis] in (1, x.shape[-3 - axis])
-    return plain and stored and x.minor in ((), (axis,)) and x.scale.shape[axis] == 1 and places
+    return plain and stored and x.minor in ((), (axis,)) and has_one_scale(x, axis)
+
+
+def has_one_scale(x: QTensor, axis: int) -> bool:
+    """Whether the features along an axis share a scale, in each head and place or in all of some axes."""
+    return x.scale.shape[axis] == 1 and all(n in (1, m) for n, m in zip(x.scale.shape, x.shape, strict=True))
 
 
 def run(
@@ -98,10 +103,16 @@ def run(
         assert isinstance(stored, jax.Array)
         arrays.append(stored.reshape(-1, *stored.shape[-3:]))
     elements = [x.type.element if isinstance(x, QTensor) else None for x in (k, v)]
-    first = 0 if layer is None else layer * valid.shape[0]
+    first = 0 if layer is None else _index(layer, k.shape[0]) * valid.shape[0]
     turned = isinstance(v, QTensor) and v.minor != ()
     how: dict[str, Any] = {"scores": scores, "elements": tuple(elements), "turned": turned, "interpret": interpret}
     return attended(q, *arrays, valid, start, first, *scales, **how)
+
+
+def _index(layer: jax.Array, layers: int) -> ArrayLike:
+    """A layer as `jax.lax.dynamic_index_in_dim` finds it: from the end if it is negative, and never outside."""
+    layer = widened(layer)
+    return clamped(jnp.where(layer < 0, layer + layers, layer), 1, layers)
 
 
 @functools.partial(jax.jit, static_argnames=("scores", "elements", "turned", "interpret"))
@@ -167,6 +178,7 @@ def attended(
     of_keys, of_values = (functools.partial(_numbers, element, interpret=interpret) for element in elements)
     values = pl.BlockSpec((None, heads, bs, d), rows_of) if turned else pl.BlockSpec((None, heads, d, bs), columns_of)
     per_place = pl.BlockSpec((None, heads, bs), lambda e, h, i, j, at: (at[1] + e, h, block(i, j, at)))
+    begins = jnp.stack([jnp.asarray(x, jnp.int32) for x in (start, first)])
     moved = 2 * q.nbytes + sum(x.nbytes for x in (k, v, *scales)) * b // k.shape[0]
     out = pl.pallas_call(
         functools.partial(
@@ -190,7 +202,7 @@ def attended(
         compiler_params=compiler_params(LIMIT, interpret=interpret),
         cost_estimate=pl.CostEstimate(flops=4 * q.size * s, bytes_accessed=moved, transcendentals=q.size // d * s),
         name="cached_attention",
-    )(jnp.stack([start, first]).astype(jnp.int32), tiled, k, v, valid[:, None].astype(jnp.int32), *scales)
+    )(begins, tiled, k, v, valid[:, None].astype(jnp.int32), *scales)
     out = jnp.moveaxis(out.reshape(b, g, tiles, r, bt, d), 2, 3)
     return out.reshape(b, g, r, tiles * bt, d)[:, :, :, :t]
 
