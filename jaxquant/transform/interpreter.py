@@ -426,8 +426,9 @@ def _evaluate(eqns: list[JaxprEqn], env: dict[Var, Value], last_use: dict[Var, i
 
 def _produced(made: Made, inputs: list[Value]) -> Produced | None:
     """The function of rows that makes an operand; None if an input is a weight that the plan quantizes."""
-    arrays = tuple(v for v in inputs if isinstance(v, jax.Array))
-    return Produced(arrays, made.function) if len(arrays) == len(inputs) else None
+    if any(isinstance(v, Weight | Joined) for v in inputs):
+        return None
+    return Produced(tuple(jnp.asarray(as_array(v)) for v in inputs), made.function)
 
 
 def _last_uses(jaxpr: Jaxpr, made: Mapping[int, Made]) -> dict[Var, int]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from jax import lax
+from jax_settings import needs_jit
 
 import jaxquant as jq
 from jaxquant.ops.rowwise import RowFunction
@@ -271,3 +272,17 @@ def test_a_quantized_function_computes_what_it_did():
 
     got, want = of(run), of(by_hand)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
+@needs_jit
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_constants_are_inputs_too(kind: Callable[..., Any]):
+    """A kernel computes a norm whose weight the program holds, as an array of NumPy or of JAX."""
+    x, w, p = arrays([(M, K), (K,), (K, 128)])
+    constant = kind(w)
+
+    def fn(p: jax.Array, x: jax.Array) -> jax.Array:
+        return rms(x, constant) @ p
+
+    run = jax.jit(jq.quantized(fn, jq.make_plan(fn, p, x, rules=[jq.Rule(".*", jq.recipes.w8a8())])))
+    assert "produced_rows" in run.trace(p, x).lower(lowering_platforms=("tpu",)).as_text()
