@@ -50,7 +50,8 @@ def produced_rows(
 
     Args:
       inputs: matrices [M, K], [M, 1], [1, K] or [1, 1], by the forms of the function's inputs; bfloat16 or float32.
-      like: the shape [M, K] and the dtype of the activation. It is computed in float32 and rounded to this.
+      like: the shape [M, K] and the dtype of the activation. It is computed in float32 and rounded to this, once: casts
+        before the last value round nothing.
       function: makes the activation.
       qtype: int8, or an 8-bit float.
       interpret: run in Pallas' interpreter.
