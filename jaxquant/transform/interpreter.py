@@ -37,6 +37,7 @@ from jaxquant.core.qtensor import Operand, QTensor
 from jaxquant.core.specs import QuantSpec
 from jaxquant.core.types import PyTree
 from jaxquant.ops.rowwise import Produced
+from jaxquant.transform.analysis.rematerialized import Rematerialized, rematerialized
 from jaxquant.transform.analysis.rows import Made, made_by_rows
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.primitives import USES, inlined, used_by
@@ -227,6 +228,8 @@ class Interpreter:
         if not self.planning and self.products is None and not any(isinstance(a, Weight | Joined) for a in args):
             return list(jaxpr_as_fun(closed)(*args))
         made = self._made_by_rows(jaxpr)
+        again = {how.equations[-1]: how for how in rematerialized(jaxpr, made)}
+        parts = {i for how in again.values() for i in how.equations}
         last_use = {} if self.planning else _last_uses(jaxpr, made)
         pending: list[int] = []
 
@@ -239,6 +242,11 @@ class Interpreter:
                 pending.clear()
 
         for i, eqn in enumerate(jaxpr.eqns):
+            if i in again:
+                flush()
+                env[again[i].result] = self._rematerialized(jaxpr, again[i], [read(v) for v in again[i].inputs])
+            if i in parts:
+                continue
             touched = any(isinstance(env.get(v), Weight | Joined) for v in eqn.invars if not isinstance(v, Literal))
             if not touched and (self.products is None or not self.products.in_equation(eqn, self.scope)):
                 if self.planning:
@@ -252,7 +260,7 @@ class Interpreter:
             if handler not in _take_joined and any(isinstance(v, Joined) for v in values):
                 handler = handler_of(Joined)
             with self._entered(eqn) as inside:
-                if i in made:
+                if i in made and self._quantizes_by_range:
                     inside = dataclasses.replace(inside, produced=_produced(made[i], [read(v) for v in made[i].inputs]))
                 results = handler(inside, eqn, values)
             env.update(zip(eqn.outvars, results, strict=True))
@@ -260,11 +268,25 @@ class Interpreter:
         return [read(v) for v in jaxpr.outvars]
 
     def _made_by_rows(self, jaxpr: Jaxpr) -> dict[int, Made]:
-        """The functions of rows that make activations of products, if any may be quantized on the way."""
-        if self.planning or self.calibrating:
-            return {}
+        """The functions of rows that make activations of products, if anything is quantized."""
+        return {} if self.planning or self.calibrating or not self.items else made_by_rows(jaxpr)
+
+    @property
+    def _quantizes_by_range(self) -> bool:
+        """Whether some activation is quantized by a range of its own, which a kernel takes as it makes the values."""
         acts = (item.spec.act for item in self.items.values())
-        return made_by_rows(jaxpr) if any(act is not None and not act.static for act in acts) else {}
+        return any(act is not None and not act.static for act in acts)
+
+    def _rematerialized(self, jaxpr: Jaxpr, how: Rematerialized, inputs: list[Value]) -> Value:
+        """The result of equations, of which only the inputs are kept for the backward pass.
+
+        Within one program the compiler may keep more: it sees the same equations in both passes, and chooses.
+        """
+        closed = _jaxpr([jaxpr.eqns[i] for i in how.equations], list(how.inputs), [how.result])
+        arrays = [v for v in inputs if isinstance(v, jax.Array)]
+        if len(arrays) < len(inputs):  # a weight that the plan quantizes
+            return self.run_in_place(closed, inputs)[0]
+        return jax.checkpoint(inlined(closed), prevent_cse=False)(*arrays)[0]
 
     @contextlib.contextmanager
     def _entered(self, eqn: JaxprEqn) -> Iterator[Interpreter]:
