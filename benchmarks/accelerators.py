@@ -319,7 +319,9 @@ def main() -> None:
         import training_step
 
         print(f"Estimates of the compilers ({packages()}); nothing was run.\n")
-        print(training_step.table(list(training_step.cells(args.chips or ("tpu v5e",)))))
+        chips = args.chips or ("tpu v5e",)
+        print(training_step.table(list(training_step.cells(chips))))
+        print(training_step.scanned(chips))
         return
     if args.models:
         args.chips = args.chips or tuple(case[1] for case in decoders.CASES)

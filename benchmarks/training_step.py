@@ -2,12 +2,13 @@
 
 `python benchmarks/accelerators.py --training` runs this. Two decoder layers of the shapes of Llama 3 8B, two sequences
 of 2,048 tokens: the loss, the gradients of all weights in bfloat16, and a step of SGD. Attention is JAX's kernels in
-all programs, forwards and backwards (`attention.py`). Nothing is run.
+all programs, forwards and backwards (`attention.py`). Also the memory of a step whose layers are scanned. Nothing is run.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,7 @@ from jaxquant.programs.hlo import Program
 RULES = {"W8A8": recipes.w8a8(), "W8A8, int8 gradients": recipes.w8a8g8()}
 PEER = {"W8A8": None, "W8A8, int8 gradients": "int8"}  # number type of gradients
 LAYERS, BATCH, TOKENS = 2, 2, 2048
+STACK = 4  # layers of the scan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +44,34 @@ class Cell:
     missing: str = ""
 
 
-def loss(x: jax.Array, weight: Callable[[int, str], jax.Array], dot: Callable[..., jax.Array]) -> jax.Array:
-    """The mean square of what the layers make of x, [batch, tokens, width].
+def one_layer(
+    x: jax.Array, weight: Callable[[str], jax.Array], dot: Callable[[jax.Array, str], jax.Array]
+) -> jax.Array:
+    """A decoder layer of x, [batch, tokens, width].
 
     Args:
       x: the activation.
-      weight: a weight by its layer and name.
-      dot: an activation times a weight, by its layer and name.
+      weight: a weight by its name.
+      dot: an activation times a weight, by its name.
     """
     m = decoders.LLAMA_8B
-    for i in range(LAYERS):
-        h = decoders.norm(x, weight(i, "norm_attention"))
-        q, k, v = (attention.heads(dot(h, i, n), c) for n, c in (("q", m.heads), ("k", m.cached), ("v", m.cached)))
-        x = x + dot(attention.joined(attention.causal(q, k, v)), i, "o")
-        h = decoders.norm(x, weight(i, "norm_mlp"))
-        x = x + dot(jax.nn.silu(dot(h, i, "gate")) * dot(h, i, "up"), i, "down")
+    h = decoders.norm(x, weight("norm_attention"))
+    q, k, v = (attention.heads(dot(h, n), c) for n, c in (("q", m.heads), ("k", m.cached), ("v", m.cached)))
+    x = x + dot(attention.joined(attention.causal(q, k, v)), "o")
+    h = decoders.norm(x, weight("norm_mlp"))
+    return x + dot(jax.nn.silu(dot(h, "gate")) * dot(h, "up"), "down")
+
+
+def mean_square(x: jax.Array) -> jax.Array:
+    """The loss of an activation."""
     return jnp.mean(x.astype(jnp.float32) ** 2)
+
+
+def loss(x: jax.Array, weight: Callable[[int, str], jax.Array], dot: Callable[..., jax.Array]) -> jax.Array:
+    """The mean square of what the layers make of x; ``weight`` and ``dot`` take the number of a layer first."""
+    for i in range(LAYERS):
+        x = one_layer(x, functools.partial(weight, i), lambda x, name, i=i: dot(x, i, name))
+    return mean_square(x)
 
 
 def plain_loss(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
@@ -105,6 +119,16 @@ def qwix_program(gradient: str | None) -> tuple[Callable[..., jax.Array], Any]:
     return model.apply, jax.eval_shape(model.init, jax.random.key(0), x)
 
 
+def stepped(fn: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """A step of SGD on a loss: its value, and new parameters."""
+
+    def step(params: Any, x: Any) -> Any:
+        value, grads = jax.value_and_grad(fn)(params, x)
+        return value, jax.tree.map(lambda p, g: p - jnp.asarray(1e-3, p.dtype) * g, params, grads)
+
+    return step
+
+
 def measured(chip: str, scheme: str, by: str) -> Cell:
     """Compiles one step and reads it."""
     _, x = arguments()
@@ -113,11 +137,7 @@ def measured(chip: str, scheme: str, by: str) -> Cell:
     else:
         fn, params = our_program(RULES[scheme]) if by == "jaxquant" else qwix_program(PEER[scheme])
 
-    def step(params: Any, x: Any) -> Any:
-        value, grads = jax.value_and_grad(fn)(params, x)
-        return value, jax.tree.map(lambda p, g: p - jnp.asarray(1e-3, p.dtype) * g, params, grads)
-
-    found = estimate(compiled_for("accelerators", chip, step, (params, x)))
+    found = estimate(compiled_for("accelerators", chip, stepped(fn), (params, x)))
     ms = None if found.seconds is None else found.seconds * 1e3
     return Cell(chip, scheme, by, ms, found.floor * 1e3, found.temporaries, handed(chip, fn, params, x), found.missing)
 
@@ -157,6 +177,32 @@ def cells(chips: tuple[str, ...]) -> Iterator[Cell]:
                     yield Cell(chip, scheme, by, missing=(str(e).splitlines() or [type(e).__name__])[0][:200])
 
 
+def scanned(chips: tuple[str, ...]) -> str:
+    """Temporaries of steps whose layers are scanned."""
+    lines = [f"\n{f'{STACK} layers in a scan':44}{'temporaries, GB':>18}"]
+    for chip in chips:
+        for name, spec in {"bfloat16": None, **RULES}.items():
+            lines.append(f"{f'{chip}, {name}':44}{scanned_temporaries(chip, spec) / 1e9:>18.2f}")
+    return "\n".join(lines)
+
+
+def scanned_temporaries(chip: str, spec: jq.OpSpec | None) -> int:
+    """Bytes of temporaries of the same step where a scan runs over four layers, gradients included."""
+    params, x = arguments()
+    stack = jax.tree.map(lambda w: jax.ShapeDtypeStruct((STACK, *w.shape), w.dtype), params[0])
+
+    def whole(stack: Any, x: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
+            return one_layer(x, params.__getitem__, lambda x, name: x @ params[name]), None
+
+        return mean_square(jax.lax.scan(layer, x, stack)[0])
+
+    fn: Callable[..., jax.Array] = whole
+    if spec is not None:
+        fn = jq.quantized(whole, jq.make_plan(whole, stack, x, rules=[jq.Rule("norm", None), jq.Rule(".*", spec)]))
+    return compiled_for("accelerators", chip, stepped(fn), (stack, x)).executable.memory_analysis().temp_size_in_bytes
+
+
 def table(found: list[Cell]) -> str:
     """Estimates, and what they are of the bfloat16 step's."""
     whole = {c.chip: c for c in found if c.by == "bfloat16"}
@@ -168,5 +214,6 @@ def table(found: list[Cell]) -> str:
             continue
         base = whole[c.chip].ms
         share = f"{c.ms / base:.2f}" if base is not None else "-"
-        lines.append(f"{name:44}{f'{c.ms:.1f} ({c.floor_ms:.1f})':>20}{share:>14}{c.temporaries / 1e9:>18.2f}{c.handed / 1e9:>16.2f}")
+        memory = f"{c.temporaries / 1e9:>18.2f}{c.handed / 1e9:>16.2f}"
+        lines.append(f"{name:44}{f'{c.ms:.1f} ({c.floor_ms:.1f})':>20}{share:>14}{memory}")
     return "\n".join(lines)

@@ -25,6 +25,7 @@ from typing import Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -33,7 +34,10 @@ from jaxquant.core.by_platform import unmapped
 from jaxquant.core.jitted import jitted
 from jaxquant.core.types import PyTree, TreeDef
 
-__all__ = ["Rule", "straight_through"]
+__all__ = ["KEPT", "Rule", "straight_through"]
+
+KEPT = "kept by a quantized product"
+"""The name of what a `Rule` keeps, for policies of `jax.checkpoint`."""
 
 
 class Rule(Protocol):
@@ -307,7 +311,7 @@ mlir.register_lowering(_result_p, mlir.lower_fun(lambda value, *args, of, sizes:
 def _keep(rule: Rule, operands: tuple[PyTree, ...], beside: tuple[PyTree, ...]) -> jax.Array:
     leaves, tree = jax.tree.flatten(operands)
     out, kept = rule.keep(*lax.stop_gradient((*operands, *beside)))
-    arrays, kept_tree = jax.tree.flatten(kept)
+    arrays, kept_tree = jax.tree.flatten(checkpoint_name(kept, KEPT))
     sizes = len(arrays), len(leaves)
     return _result_p.bind(lax.stop_gradient(out), *arrays, *leaves, of=_Tangent(rule, kept_tree, tree, ()), sizes=sizes)
 

@@ -39,6 +39,7 @@ from jaxquant.core.types import PyTree
 from jaxquant.ops.rowwise import Produced
 from jaxquant.transform.analysis.rematerialized import Rematerialized, rematerialized
 from jaxquant.transform.analysis.rows import Made, made_by_rows
+from jaxquant.transform.backward_pass import handing_inputs
 from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.primitives import USES, inlined, used_by
 from jaxquant.transform.products import Products, scoped
@@ -227,8 +228,9 @@ class Interpreter:
         env.update(zip(jaxpr.invars, args, strict=True))
         if not self.planning and self.products is None and not any(isinstance(a, Weight | Joined) for a in args):
             return list(jaxpr_as_fun(closed)(*args))
-        made = self._made_by_rows(jaxpr)
-        again = {how.equations[-1]: how for how in rematerialized(jaxpr, made)}
+        trains = any(map(_trains, args))
+        made = self._made_by_rows(jaxpr, trains)
+        again = {how.equations[-1]: how for how in rematerialized(jaxpr, made)} if trains else {}
         parts = {i for how in again.values() for i in how.equations}
         last_use = {} if self.planning else _last_uses(jaxpr, made)
         pending: list[int] = []
@@ -260,33 +262,32 @@ class Interpreter:
             if handler not in _take_joined and any(isinstance(v, Joined) for v in values):
                 handler = handler_of(Joined)
             with self._entered(eqn) as inside:
-                if i in made and self._quantizes_by_range:
+                if i in made and self._takes_ranges:
                     inside = dataclasses.replace(inside, produced=_produced(made[i], [read(v) for v in made[i].inputs]))
                 results = handler(inside, eqn, values)
             env.update(zip(eqn.outvars, results, strict=True))
         flush()
         return [read(v) for v in jaxpr.outvars]
 
-    def _made_by_rows(self, jaxpr: Jaxpr) -> dict[int, Made]:
-        """The functions of rows that make activations of products, if anything is quantized."""
-        return {} if self.planning or self.calibrating or not self.items else made_by_rows(jaxpr)
+    def _made_by_rows(self, jaxpr: Jaxpr, trains: bool) -> dict[int, Made]:
+        """The functions of rows that make activations of products, for kernels or for the backward pass."""
+        if self.planning or self.calibrating or not (trains or self._takes_ranges):
+            return {}
+        return made_by_rows(jaxpr)
 
     @property
-    def _quantizes_by_range(self) -> bool:
-        """Whether some activation is quantized by a range of its own, which a kernel takes as it makes the values."""
+    def _takes_ranges(self) -> bool:
+        """Whether activations are quantized by ranges of their own, which a kernel takes as it makes the values."""
         acts = (item.spec.act for item in self.items.values())
         return any(act is not None and not act.static for act in acts)
 
     def _rematerialized(self, jaxpr: Jaxpr, how: Rematerialized, inputs: list[Value]) -> Value:
-        """The result of equations, of which only the inputs are kept for the backward pass.
-
-        Within one program the compiler may keep more: it sees the same equations in both passes, and chooses.
-        """
+        """The result of equations that the backward pass evaluates again."""
         closed = _jaxpr([jaxpr.eqns[i] for i in how.equations], list(how.inputs), [how.result])
         arrays = [v for v in inputs if isinstance(v, jax.Array)]
         if len(arrays) < len(inputs):  # a weight that the plan quantizes
             return self.run_in_place(closed, inputs)[0]
-        return jax.checkpoint(inlined(closed), prevent_cse=False)(*arrays)[0]
+        return handing_inputs(closed)(*arrays)[0]
 
     @contextlib.contextmanager
     def _entered(self, eqn: JaxprEqn) -> Iterator[Interpreter]:
@@ -444,6 +445,12 @@ def _evaluate(eqns: list[JaxprEqn], env: dict[Var, Value], last_use: dict[Var, i
     kept = [v for eqn in eqns for v in eqn.outvars if last_use.get(v, -1) > end]
     values = inlined(_jaxpr(eqns, needed, kept))(*(env[v] for v in needed))
     env.update(zip(kept, values, strict=True))
+
+
+def _trains(value: Value) -> bool:
+    """Whether a value is a weight, or several, of which one is in floats."""
+    parts = value.parts if isinstance(value, Joined) else (value,)
+    return any(isinstance(v, Weight) and not isinstance(v.leaf, QTensor) for v in parts)
 
 
 def _produced(made: Made, inputs: list[Value]) -> Produced | None:

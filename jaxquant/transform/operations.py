@@ -25,6 +25,7 @@ from jaxquant.ops.placed import Placed
 from jaxquant.ops.rowwise import Produced
 from jaxquant.ops.shardings import explicit_sharding
 from jaxquant.ops.trained import TrainedTensor
+from jaxquant.transform.backward_pass import handing_kept
 from jaxquant.transform.calls import arrays_of, inside
 from jaxquant.transform.interpreter import Handler, Interpreter, Misfit, Tally, handles, key_of, unsupported
 from jaxquant.transform.masks import along
@@ -154,6 +155,19 @@ def _as_it_stands(eqn: JaxprEqn, values: Sequence[Operand]) -> list[Value]:
     return [eqn.primitive.bind(*values, **eqn.params)]
 
 
+def _handing_kept(handler: Handler) -> Handler:
+    """A handler of products that quantizes weights in training again in the backward pass."""
+
+    @functools.wraps(handler)
+    def run(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
+        trains = any(isinstance(v, Weight) and not isinstance(v.leaf, QTensor) for v in values)
+        if interpreter.planning or interpreter.collect is not None or not trains:
+            return handler(interpreter, eqn, values)
+        return handing_kept(lambda: handler(interpreter, eqn, values))
+
+    return run
+
+
 def _of_reals(handler: Handler) -> Handler:
     """A handler of products that are real: `lax` multiplies weights by complex numbers too.
 
@@ -185,6 +199,7 @@ def _real(value: Value, other: Var | Literal) -> Value:
 @handles(primitives.dot_general_p)
 @_partitioned
 @_of_reals
+@_handing_kept
 def _dot_general(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     weights = [side for side, v in enumerate(values) if isinstance(v, Weight)]
     if len(weights) == 2:
@@ -282,6 +297,7 @@ def _swapped(eqn: JaxprEqn, interpreter: Interpreter, operands: list[Operand], a
 @handles(primitives.conv_general_dilated_p)
 @_partitioned
 @_of_reals
+@_handing_kept
 def _conv(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     weight = values[1]
     if not isinstance(weight, Weight) or isinstance(values[0], Weight):
@@ -431,6 +447,7 @@ def _gather(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> lis
 @handles(lax.ragged_dot)
 @_partitioned
 @_of_reals
+@_handing_kept
 def _ragged_dot(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
     weight = values[1]
     p = eqn.params.get("ragged_dot_dimension_numbers")

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.extend.core import Var
+from jax_settings import needs_jit
 
 import jaxquant as jq
 from jaxquant import recipes
 from jaxquant.transform.analysis.rematerialized import rematerialized
 from jaxquant.transform.analysis.rows import made_by_rows
-from tests.jax_settings import needs_jit
+
 
 M, K, N = 64, 32, 48
 SCHEMES = {
@@ -53,7 +54,9 @@ FEED_FORWARD = arrays({"norm": (K,), "gate": (K, N), "up": (K, N), "down": (N, K
 X = arrays({"x": (M, K)})["x"] * 4
 
 
-def quantized(fn: Callable[..., jax.Array], p: dict[str, jax.Array], x: jax.Array, spec: jq.OpSpec) -> Callable[..., Any]:
+def quantized(
+    fn: Callable[..., jax.Array], p: dict[str, jax.Array], x: jax.Array, spec: jq.OpSpec
+) -> Callable[..., Any]:
     rules = [jq.Rule("norm", None), jq.Rule(".*", spec)]
     plan = jq.make_plan(fn, p, x, rules=rules)
     if spec.act is None or not spec.act.static:
@@ -89,8 +92,9 @@ def handed(fn: Callable[..., jax.Array], *args: Any) -> list[tuple[str, tuple[in
 def test_norms_and_gates_hand_over_their_inputs_alone(name: str):
     """The gate and its factor, as the products return them; of the norm x, which is an argument here."""
     run = quantized(feed_forward, FEED_FORWARD, X, SCHEMES[name])
-    floats = [shape for dtype, shape in handed(run, FEED_FORWARD, X) if dtype == "float32" and 1 not in shape]
-    activations = [shape for shape in floats if shape[0] == M]
+    every = handed(run, FEED_FORWARD, X)
+    activations = [shape for dtype, shape in every if dtype == "float32" and shape[0] == M]
+    assert not [shape for dtype, shape in every if dtype == "int8" and shape[0] != M]  # codes of weights
     kept = {"W8A8": 0, "a static range": 1, "weights alone": 1}[name]  # where the product needs its activation in float
     assert activations.count((M, N)) == 2 + kept
     assert activations.count((M, K)) == kept * 1
