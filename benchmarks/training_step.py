@@ -2,7 +2,7 @@
 
 `python benchmarks/accelerators.py --training` runs this. Two decoder layers of the shapes of Llama 3 8B, two sequences
 of 2,048 tokens: the loss, the gradients of all weights in bfloat16, and a step of SGD. Attention is JAX's kernels in
-all programs, forwards and backwards (`attention.py`). Also the memory of a step whose layers are scanned. Nothing is run.
+all programs, forwards and backwards (`attention.py`). Also the memory of a step that scans its layers. Nothing is run.
 """
 
 from __future__ import annotations

@@ -311,9 +311,10 @@ mlir.register_lowering(_result_p, mlir.lower_fun(lambda value, *args, of, sizes:
 def _keep(rule: Rule, operands: tuple[PyTree, ...], beside: tuple[PyTree, ...]) -> jax.Array:
     leaves, tree = jax.tree.flatten(operands)
     out, kept = rule.keep(*lax.stop_gradient((*operands, *beside)))
-    arrays, kept_tree = jax.tree.flatten(checkpoint_name(kept, KEPT))
+    arrays, kept_tree = jax.tree.flatten(kept)
+    named = [checkpoint_name(array, KEPT) for array in arrays]
     sizes = len(arrays), len(leaves)
-    return _result_p.bind(lax.stop_gradient(out), *arrays, *leaves, of=_Tangent(rule, kept_tree, tree, ()), sizes=sizes)
+    return _result_p.bind(lax.stop_gradient(out), *named, *leaves, of=_Tangent(rule, kept_tree, tree, ()), sizes=sizes)
 
 
 _jit = jitted(static_argnums=0)(_keep)

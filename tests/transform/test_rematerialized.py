@@ -17,7 +17,6 @@ from jaxquant import recipes
 from jaxquant.transform.analysis.rematerialized import rematerialized
 from jaxquant.transform.analysis.rows import made_by_rows
 
-
 M, K, N = 64, 32, 48
 SCHEMES = {
     "W8A8": recipes.w8a8(),
