@@ -441,6 +441,39 @@ def test_a_training_step_writes_codes_and_results_alone(spec: jq.OpSpec, kernels
     assert not [i for i in wide if any(a.dtype == "f32" and a.size >= 512 * size for a in i.arrays)]
 
 
+def feed_forward(x: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    y = (wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)).astype(x.dtype)
+    return x + (jax.nn.silu(y @ p["gate"]) * (y @ p["up"])) @ p["down"]
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_the_backward_pass_is_handed_inputs_and_codes_of_activations(scanned: bool):
+    """A scan stacks nothing else; one program quantizes each weight once."""
+    layers, rows, width, wide = 3, 512, 1024, 2048
+    sizes = {"gate": (width, wide), "up": (width, wide), "down": (wide, width)}
+    shape: Any = jax.ShapeDtypeStruct
+    lead = (layers,) * scanned
+    params = {name: shape((*lead, *size), jnp.bfloat16) for name, size in sizes.items()}
+
+    def fn(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        x = lax.scan(lambda x, p: (feed_forward(x, p), None), x, p)[0] if scanned else feed_forward(x, p)
+        return jnp.mean(x.astype(jnp.float32) ** 2)
+
+    args = params, shape((rows, width), jnp.bfloat16)
+    run = jq.quantized(fn, jq.make_plan(fn, *args, rules=[jq.Rule(".*", recipes.w8a8())]))
+    program = Program(compiled_for("test", "tpu v5e", jax.grad(run), args).executable.as_text())
+    every = [i for body in program.computations.values() for i in body.values()]
+    assert sum(i.is_kernel and i.kernel == "quantized_columns" for i in every) == 3 * (1 + scanned)
+    loops = [i for i in every if i.opcode == "while"]
+    stacked = [(a.dtype, a.shape[1:]) for i in loops[:1] for a in i.arrays if a.shape[:1] == (layers,) and a.size > 1e5]
+    made = [a for a in stacked if a[1] not in sizes.values() or a[0] != "bf16"]  # beside weights and their gradients
+    assert sorted(set(made)) == scanned * [
+        ("bf16", (rows, width)), ("bf16", (rows, wide)), ("s8", (rows, width)), ("s8", (rows, wide)),
+    ]  # fmt: skip
+    assert made.count(("bf16", (rows, wide))) == 2 * scanned
+
+
 @pytest.mark.slow
 def test_a_long_column_is_quantized_in_one_pass():
     """The weight of a feed-forward network's second product, in training."""

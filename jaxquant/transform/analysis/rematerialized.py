@@ -22,7 +22,6 @@ _SUMS = primitives.add_p, primitives.sub_p
 _BY_RESULT = primitives.exp_p, primitives.tanh_p, primitives.logistic_p, primitives.rsqrt_p, primitives.sqrt_p
 _BY_OPERANDS = primitives.mul_p, primitives.div_p
 _BY_OPERAND = primitives.square_p, primitives.integer_pow_p
-_BY_MASK = primitives.max_p, primitives.min_p, primitives.abs_p, primitives.reduce_max_p
 
 
 class Rematerialized(NamedTuple):
@@ -52,11 +51,16 @@ def rematerialized(jaxpr: Jaxpr, made: Mapping[int, Made]) -> list[Rematerialize
     graph = _Graph(jaxpr)
     found = {v: graph.rematerialized(v, how.inputs) for v, how in roots.items()}
 
-    def is_less(how: Rematerialized) -> bool:
-        whole = math.prod(shape_of(how.result))
-        return sum(math.prod(shape_of(v)) == whole for v in how.inputs) < _kept(roots[how.result].function)
+    return [how for v, how in found.items() if how is not None and _keeps_more(roots[v].function, how)]
 
-    return [how for how in found.values() if how is not None and is_less(how)]
+
+def _keeps_more(function: RowFunction, how: Rematerialized) -> bool:
+    """Whether the derivative of a function reads as many arrays as are its inputs, often in wider floats, or more."""
+    read = _read_by_derivative(function)
+    whole = math.prod(shape_of(how.result))
+    inputs = sum(math.prod(shape_of(v)) == whole for v in how.inputs)
+    result = len(function.inputs) + len(function.steps) - 1
+    return inputs < len(read) or (inputs == len(read) and result not in read)
 
 
 class _Graph:
@@ -97,10 +101,10 @@ class _Graph:
         return eqn.primitive in _SUMS and alone and _bytes(eqn.outvars) < _bytes(operands)
 
 
-def _kept(function: RowFunction) -> float:
-    """How many matrices of the activation's size the derivative of a function reads; a mask counts half."""
+def _read_by_derivative(function: RowFunction) -> set[int]:
+    """The places of the matrices of the activation's size that the derivative of a function reads; not of masks."""
     whole = {i for i, form in enumerate(function.inputs) if form == "rows"}
-    read, masks = set[int](), 0
+    read = set[int]()
     for place, step in enumerate(function.steps, len(function.inputs)):
         values = [at for at in step.operands if isinstance(at, int)]
         matrices = whole.intersection(values)
@@ -110,9 +114,7 @@ def _kept(function: RowFunction) -> float:
             read |= {place} & whole
         elif step.primitive in _BY_OPERAND or (step.primitive in _BY_OPERANDS and len(values) > 1):
             read |= matrices
-        elif step.primitive in _BY_MASK:
-            masks += bool(matrices)
-    return len(read) + masks / 2
+    return read
 
 
 def _read(eqn: JaxprEqn) -> list[Var]:
