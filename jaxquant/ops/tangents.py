@@ -37,7 +37,7 @@ from jaxquant.core.types import PyTree, TreeDef
 __all__ = ["KEPT", "Rule", "straight_through"]
 
 KEPT = "kept by a quantized product"
-"""The name of what a `Rule` keeps, for policies of `jax.checkpoint`."""
+"""The name of the arrays that a `Rule` keeps, for policies of `jax.checkpoint`."""
 
 
 class Rule(Protocol):

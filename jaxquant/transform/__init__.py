@@ -4,7 +4,7 @@ trace, interpreter       a function as a jaxpr, evaluated with weights in it; pr
 weight_views, operations, calls, joined, shard_map   the handlers of primitives that a weight reaches
 make_plan, plan          rules and a trace -> Plan; misfits: groups that do not divide; stated: plans of checkpoints
 params                   quantize_params: float leaves -> QTensors; dequantize_params
-quantized                fn -> fn in low precision
+quantized                fn -> fn in low precision; backward_pass: what it hands to its derivative
 quantize_model           all of these in one call
 calibrate, statistics    statistics of the inputs of planned weights; act_state: static ranges; sequential: in turns
 explain                  the compiled program, weight by weight

@@ -1,4 +1,4 @@
-"""What a function in training hands to its backward pass: inputs of functions of rows, and codes of activations.
+"""Arrays that a function in training hands to its backward pass: inputs of norms and gates, codes of activations.
 
 The backward pass computes again what else derivatives need, as `jax.checkpoint` has it: what lies between the input of
 a norm and its result, and the codes of weights. Where both passes are one program, XLA sees the same computation in

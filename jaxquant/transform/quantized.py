@@ -105,6 +105,9 @@ def quantized(
     values agree. Everything else runs unchanged. Composes with jit, grad, vmap, scan, remat and shard_map,
     outside and inside; wrap it in `jax.jit`; otherwise each call traces again.
 
+    In training the backward pass evaluates norms and activation functions before quantized products again, and
+    quantizes weights again (`jax.checkpoint`). Layers that are scanned need less memory for it.
+
     Args:
       fn: any JAX function whose argument 0 is a pytree of parameters.
       plan: from `make_plan`, or a model that holds its plan and state, from `jaxquant.io.load_model`. A
