@@ -232,7 +232,7 @@ class Interpreter:
         made = self._made_by_rows(jaxpr, trains)
         again = {how.equations[-1]: how for how in rematerialized(jaxpr, made)} if trains else {}
         parts = {i for how in again.values() for i in how.equations}
-        last_use = {} if self.planning else _last_uses(jaxpr, made)
+        last_use = {} if self.planning else _last_uses(jaxpr, made, again)
         pending: list[int] = []
 
         def read(v: Var | Literal) -> Value:
@@ -284,10 +284,9 @@ class Interpreter:
     def _rematerialized(self, jaxpr: Jaxpr, how: Rematerialized, inputs: list[Value]) -> Value:
         """The result of equations that the backward pass evaluates again."""
         closed = _jaxpr([jaxpr.eqns[i] for i in how.equations], list(how.inputs), [how.result])
-        arrays = [v for v in inputs if isinstance(v, jax.Array)]
-        if len(arrays) < len(inputs):  # a weight that the plan quantizes
+        if any(isinstance(v, Weight | Joined) for v in inputs):
             return self.run_in_place(closed, inputs)[0]
-        return handing_inputs(closed)(*arrays)[0]
+        return handing_inputs(closed)(*map(as_array, inputs))[0]
 
     @contextlib.contextmanager
     def _entered(self, eqn: JaxprEqn) -> Iterator[Interpreter]:
@@ -460,11 +459,11 @@ def _produced(made: Made, inputs: list[Value]) -> Produced | None:
     return Produced(tuple(jnp.asarray(as_array(v)) for v in inputs), made.function)
 
 
-def _last_uses(jaxpr: Jaxpr, made: Mapping[int, Made]) -> dict[Var, int]:
+def _last_uses(jaxpr: Jaxpr, made: Mapping[int, Made], again: Mapping[int, Rematerialized]) -> dict[Var, int]:
     """The last equation that reads each variable, or what its operand is made of; past the end for outputs."""
     last: dict[Var, int] = {}
     for i, eqn in enumerate(jaxpr.eqns):
         last.update((v, i) for v in eqn.invars if not isinstance(v, Literal))
-        last.update((v, i) for v in (made[i].inputs if i in made else ()))
+        last.update((v, i) for how in (made.get(i), again.get(i)) if how is not None for v in how.inputs)
     last.update((v, len(jaxpr.eqns)) for v in jaxpr.outvars if not isinstance(v, Literal))
     return last

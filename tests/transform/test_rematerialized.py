@@ -187,3 +187,36 @@ def test_a_quantized_weight_in_a_norm():
     np.testing.assert_allclose(run(p, x), frozen, rtol=1e-6, atol=1e-6)
     grads = jax.grad(lambda p: jnp.sum(run(p, x)))(p)
     assert bool(jnp.any(grads["gate"][:, 0] != 0))
+
+
+def _summed_early(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """The sum is made, and half of the norm, before values that are not of the norm."""
+    total = x + x @ p["first"]
+    wide = jnp.square(total)
+    other = jnp.cos(x)
+    norm = total * lax.rsqrt(jnp.mean(wide, axis=-1, keepdims=True) + 1e-5) * p["norm"][None]
+    return norm @ p["second"] + jnp.sum(other)
+
+
+def _unread(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """A call has an argument that it does not read, which a product makes, and one that is an argument here."""
+
+    @jax.jit
+    def norm(x: jax.Array, w: jax.Array, unread: jax.Array, second: jax.Array) -> jax.Array:
+        return rms(x, w)
+
+    return norm(x, p["norm"], x @ p["first"], p["second"]) @ p["second"]
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("fn", [_summed_early, _unread])
+def test_equations_between(fn: Callable[..., jax.Array], monkeypatch: pytest.MonkeyPatch):
+    p = arrays({"first": (K, K), "norm": (K,), "second": (K, N)})
+
+    def derivative() -> Any:
+        run = quantized(fn, p, X, recipes.w8a8())
+        return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(run(p, X)))))(p)
+
+    got = derivative()
+    monkeypatch.setattr("jaxquant.transform.interpreter.rematerialized", lambda jaxpr, made: [])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, derivative())

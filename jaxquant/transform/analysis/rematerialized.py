@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, primitives
 
 from jaxquant.ops.rowwise import REDUCTIONS, RowFunction
-from jaxquant.transform.analysis.rows import Made
+from jaxquant.transform.analysis.rows import Made, is_operation
 from jaxquant.transform.primitives import dtype_of, shape_of
 
 __all__ = ["Rematerialized", "rematerialized"]
@@ -79,9 +79,12 @@ class _Graph:
         known, places, needed = set(inputs), set[int](), [result]
         while needed:
             v = needed.pop()
-            if v not in known and self.maker[v] not in places:
-                places.add(self.maker[v])
-                needed += _read(self.equations[self.maker[v]])
+            place = self.maker.get(v)
+            if v in known or place is None or not is_operation(self.equations[place]):
+                known.add(v)
+            elif place not in places:
+                places.add(place)
+                needed += _read(self.equations[place])
         for place in sorted(places):  # in which a sum takes the place of its operands
             if self._is_sum_of(known, place, places):
                 places.remove(place)

@@ -18,7 +18,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, primitives
 from jaxquant.ops.rowwise import ELEMENTWISE, REDUCTIONS, Form, RowFunction, Step
 from jaxquant.transform.primitives import body_of, dtype_of, is_call, shape_of
 
-__all__ = ["Made", "made_by_rows"]
+__all__ = ["Made", "is_operation", "made_by_rows"]
 
 _FEWEST = 32  # rows: XLA keeps fewer on the chip
 _FLOATS = jnp.dtype("bfloat16"), jnp.dtype("float32")  # with one range
@@ -100,10 +100,10 @@ def _is_call_of_operations(eqn: JaxprEqn) -> bool:
     body = body_of(eqn)
     own = all(isinstance(v, Var) and v not in body.jaxpr.invars for v in body.jaxpr.outvars)
     numbers = all(isinstance(v, Var) or shape_of(v) == () for v in eqn.invars)
-    return own and numbers and not body.consts and all(map(_is_operation, body.jaxpr.eqns))
+    return own and numbers and not body.consts and all(map(is_operation, body.jaxpr.eqns))
 
 
-def _is_operation(eqn: JaxprEqn) -> bool:
+def is_operation(eqn: JaxprEqn) -> bool:
     """Whether a kernel may compute an equation: one result and operands in floats, of known sizes."""
     if _is_call_of_operations(eqn):
         return True
@@ -126,7 +126,7 @@ class _Graph:
 
     def __init__(self, nodes: list[_Node], variables: dict[_Name, Var], results: Sequence[_Name]):
         self.nodes, self.variables = nodes, variables
-        self.maker = {node.result: i for i, node in enumerate(nodes) if _is_operation(node.eqn)}
+        self.maker = {node.result: i for i, node in enumerate(nodes) if is_operation(node.eqn)}
         self.users: dict[_Name, list[int]] = {name: [-1] for name in results}
         for i, node in enumerate(nodes):
             for name in node.operands:
