@@ -44,7 +44,7 @@ from jaxquant.transform.plan import Item, Plan
 from jaxquant.transform.primitives import USES, inlined, used_by
 from jaxquant.transform.products import Products, scoped
 from jaxquant.transform.statistics import Inputs
-from jaxquant.transform.weights import ABSENT, Absent, Joined, Value, Weight, as_array
+from jaxquant.transform.weights import ABSENT, Absent, Joined, Value, Weight, as_array, trains
 
 __all__ = ["Handler", "Interpreter", "Misfit", "Tally", "Use", "handler_of", "handles"]
 
@@ -228,9 +228,10 @@ class Interpreter:
         env.update(zip(jaxpr.invars, args, strict=True))
         if not self.planning and self.products is None and not any(isinstance(a, Weight | Joined) for a in args):
             return list(jaxpr_as_fun(closed)(*args))
-        trains = any(map(_trains, args))
-        made = self._made_by_rows(jaxpr, trains)
-        again = {how.equations[-1]: how for how in rematerialized(jaxpr, made)} if trains else {}
+        training = any(map(trains, args))
+        made = self._made_by_rows(jaxpr, training)
+        again = {how.equations[-1]: how for how in rematerialized(jaxpr, made)} if training else {}
+        made = made if self._takes_ranges else {}
         parts = {i for how in again.values() for i in how.equations}
         last_use = {} if self.planning else _last_uses(jaxpr, made, again)
         pending: list[int] = []
@@ -262,16 +263,16 @@ class Interpreter:
             if handler not in _take_joined and any(isinstance(v, Joined) for v in values):
                 handler = handler_of(Joined)
             with self._entered(eqn) as inside:
-                if i in made and self._takes_ranges:
+                if i in made:
                     inside = dataclasses.replace(inside, produced=_produced(made[i], [read(v) for v in made[i].inputs]))
                 results = handler(inside, eqn, values)
             env.update(zip(eqn.outvars, results, strict=True))
         flush()
         return [read(v) for v in jaxpr.outvars]
 
-    def _made_by_rows(self, jaxpr: Jaxpr, trains: bool) -> dict[int, Made]:
+    def _made_by_rows(self, jaxpr: Jaxpr, training: bool) -> dict[int, Made]:
         """The functions of rows that make activations of products, for kernels or for the backward pass."""
-        if self.planning or self.calibrating or not (trains or self._takes_ranges):
+        if self.planning or self.calibrating or not (training or self._takes_ranges):
             return {}
         return made_by_rows(jaxpr)
 
@@ -444,12 +445,6 @@ def _evaluate(eqns: list[JaxprEqn], env: dict[Var, Value], last_use: dict[Var, i
     kept = [v for eqn in eqns for v in eqn.outvars if last_use.get(v, -1) > end]
     values = inlined(_jaxpr(eqns, needed, kept))(*(env[v] for v in needed))
     env.update(zip(kept, values, strict=True))
-
-
-def _trains(value: Value) -> bool:
-    """Whether a value is a weight, or several, of which one is in floats."""
-    parts = value.parts if isinstance(value, Joined) else (value,)
-    return any(isinstance(v, Weight) and not isinstance(v.leaf, QTensor) for v in parts)
 
 
 def _produced(made: Made, inputs: list[Value]) -> Produced | None:

@@ -41,6 +41,7 @@ from jaxquant.transform.weights import (
     as_weight,
     rounded_activation,
     trained_activation,
+    trains,
 )
 
 __all__: list[str] = []
@@ -160,8 +161,7 @@ def _handing_kept(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     def run(interpreter: Interpreter, eqn: JaxprEqn, values: list[Value]) -> list[Value]:
-        trains = any(isinstance(v, Weight) and not isinstance(v.leaf, QTensor) for v in values)
-        if interpreter.planning or interpreter.collect is not None or not trains:
+        if interpreter.planning or interpreter.collect is not None or not any(map(trains, values)):
             return handler(interpreter, eqn, values)
         return handing_kept(lambda: handler(interpreter, eqn, values))
 

@@ -51,6 +51,7 @@ __all__ = [
     "from_matrix",
     "reshape_dims",
     "trained_activation",
+    "trains",
 ]
 
 _ids = itertools.count()
@@ -304,6 +305,12 @@ def as_array(value: Value) -> jax.Array:
     """A value that is known to be an array: one of an equation that is computed, and no weight."""
     assert not isinstance(value, Weight | Joined | Absent)
     return value
+
+
+def trains(value: Value) -> bool:
+    """Whether a value is a weight, or several, of which one is in floats."""
+    parts = value.parts if isinstance(value, Joined) else (value,)
+    return any(isinstance(v, Weight) and not isinstance(v.leaf, QTensor) for v in parts)
 
 
 def as_matrix(w: jax.Array, axes: tuple[int, ...]) -> jax.Array:
