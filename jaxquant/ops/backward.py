@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, overload
 
 import jax
@@ -47,7 +48,10 @@ from jaxquant.ops.kernels.tpu.dots import decodes_in_products
 from jaxquant.ops.kernels.tpu.layout import rows_last
 from jaxquant.ops.quantized_matrix import Matrix
 
-__all__ = ["as_stored", "lhs_gradient", "restored", "rhs_gradient"]
+__all__ = ["as_stored", "lhs_gradient", "rhs_gradient"]
+
+Place = Callable[[jax.Array], jax.Array]
+"""Gives [B or 1, M or 1, N or 1] the axes of an operand."""
 
 
 def as_stored(axes: Axes) -> Axes:
@@ -76,20 +80,21 @@ def lhs_gradient(
       how: what quantizes g, or the precision of the float product.
       key: for stochastic rounding.
     """
+    place = functools.partial(_restored, axes=axes, shape=shape)
     turned = _rows_last(rhs)
     along = (2, 2 if turned else 1)
     if isinstance(w, Matrix):
         scale, zero = (w.scale, w.zero_point) if turned else (_turned(w.scale), _turned(w.zero_point))
         if isinstance(how, QuantSpec):
             u, t = _quantized(g, scale, how, 2, key)
-            out = _codes_product(u, w, w.codes, along, 0, zero) * t
-            return restored(out.astype(g.dtype), axes.order, shape)
+            out = _codes_product(u, w, w.codes, along, 0, zero, place)
+            return (out * place(t)).astype(g.dtype)
         assert zero is None
         out = by_platform(_ProductOfCodes(along, how), g, w.codes, scale)
     else:
         assert not isinstance(how, QuantSpec)
         out = float_dot(g, w, along, how)
-    return restored(out, axes.order, shape)
+    return place(out)
 
 
 def rhs_gradient(
@@ -105,19 +110,22 @@ def rhs_gradient(
     Where ``how`` is a precision, an x of integers is converted to its real values.
     """
     transposed = _rows_last(axes)  # the result is [b, k, n]
+    place = functools.partial(_restored, axes=as_stored(axes), shape=shape)
     if isinstance(how, QuantSpec):
         assert isinstance(x, Matrix)
         u, t = _quantized(g, x.scale, how, 1, key)
         if transposed:
-            out = _codes_product(u, x, _with_rows_last(x.codes), (2, 1), 1, x.zero_point) * t
+            out = _codes_product(u, x, _with_rows_last(x.codes), (2, 1), 1, x.zero_point, place)
         else:
-            out = _codes_product(_with_rows_last(u), x, x.codes, (2, 1), 0, _turned(x.zero_point)) * _turned(t)
-    elif transposed:
+            out = _codes_product(_with_rows_last(u), x, x.codes, (2, 1), 0, _turned(x.zero_point), place)
+            t = _turned(t)
+        return out * place(t)
+    if transposed:
         out = float_dot(_values_with_rows_last(x, g.dtype), g, (2, 1), how)
     else:
         x = x.values(x.scale.dtype).astype(g.dtype) if isinstance(x, Matrix) else x
         out = float_dot(_with_rows_last(g), x, (2, 1), how)
-    return restored(out, axes.batch + axes.contract + axes.rows if transposed else axes.order, shape)
+    return place(out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,10 +197,10 @@ def _turned(x: jax.Array | None) -> jax.Array | None:
     return None if x is None else jnp.swapaxes(x, 1, 2)
 
 
-def restored(x: jax.Array, order: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
-    """Permutes and reshapes matrices [b, rows, k] to the shape of the operand, whose axes were taken in ``order``."""
-    whole = split_up(x, [shape[i] for i in order])
-    return jnp.transpose(whole, [order.index(i) for i in range(len(shape))])
+def _restored(x: jax.Array, axes: Axes, shape: tuple[int, ...]) -> jax.Array:
+    """[B or 1, rows or 1, K or 1] by these axes, in the order of the axes of an operand of that shape."""
+    split = split_up(x, [[shape[i] for i in part] for part in (axes.batch, axes.rows, axes.contract)])
+    return jnp.transpose(split, [axes.order.index(i) for i in range(len(shape))])
 
 
 def _dot(left: jax.Array, right: jax.Array, along: tuple[int, int], **how: Any) -> jax.Array:
@@ -217,7 +225,7 @@ def _quantized(
 
 
 def _codes_product(
-    u: jax.Array, of: Matrix, codes: jax.Array, along: tuple[int, int], own: int, zero: jax.Array | None
+    u: jax.Array, of: Matrix, codes: jax.Array, along: tuple[int, int], own: int, zero: jax.Array | None, place: Place
 ) -> jax.Array:
     """The product of u, the codes of a gradient, with the codes of an operand, on either side, in float32.
 
@@ -228,15 +236,22 @@ def _codes_product(
       along: the summed axis of the left and of the right factor.
       own: which factor is u, 0 (left) or 1 (right).
       zero: the operand's zero points, one for each index of that axis of u; or None.
+      place: gives sums the axes of the result.
     """
     left, right = (u, codes) if own == 0 else (codes, u)
     if of.qtype.kind == "int":
-        return _integer(left, right, along, own, zero, of.reach)
-    return float_dot(left.astype(jnp.bfloat16), right.astype(jnp.bfloat16), along)
+        return _integer(left, right, along, own, zero, of.reach, place)
+    return place(float_dot(left.astype(jnp.bfloat16), right.astype(jnp.bfloat16), along))
 
 
 def _integer(
-    left: jax.Array, right: jax.Array, along: tuple[int, int], own: int, zero: jax.Array | None, reach: int
+    left: jax.Array,
+    right: jax.Array,
+    along: tuple[int, int],
+    own: int,
+    zero: jax.Array | None,
+    reach: int,
+    place: Place,
 ) -> jax.Array:
     """``sum u (c - z)``, exact in int32, as float32; sums of symbolic length, which could overflow, are all in float32.
 
@@ -246,12 +261,13 @@ def _integer(
       own: which of them is u, 0 or 1.
       zero: z, one for each index of that axis of u; or None.
       reach: the largest magnitude of c - z.
+      place: gives sums the axes of the result; on a TPU before they are scaled, as in `Product.split`.
     """
     operands, length, sums = (left, right), left.shape[along[0]], []
     if number(length) == math.inf:
         u, c = (operands[i].astype(jnp.float32) for i in (own, 1 - own))
         out = _dot(*((u, c) if own == 0 else (c, u)), along)
-        return out if zero is None else out - jnp.sum(u * zero.astype(u.dtype), axis=along[own], keepdims=True)
+        return place(out if zero is None else out - jnp.sum(u * zero.astype(u.dtype), axis=along[own], keepdims=True))
     limit = overflow_limit(127, reach)
     for start in range(0, length, limit):
         stop = min(start + limit, length)
@@ -260,5 +276,5 @@ def _integer(
         if zero is not None:
             z = lax.slice_in_dim(zero, start, stop, axis=along[own])
             out = out - jnp.sum(u * z, axis=along[own], keepdims=True, dtype=jnp.int32)
-        sums.append(out.astype(jnp.float32))
+        sums.append(place(out).astype(jnp.float32))
     return functools.reduce(jnp.add, sums)

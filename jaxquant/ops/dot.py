@@ -24,7 +24,7 @@ from jaxquant.core.specs import OpSpec, QuantSpec
 from jaxquant.core.types import PyTree
 from jaxquant.ops import outliers
 from jaxquant.ops.axes import Axes
-from jaxquant.ops.backward import as_stored, lhs_gradient, restored, rhs_gradient
+from jaxquant.ops.backward import as_stored, lhs_gradient, rhs_gradient
 from jaxquant.ops.forms import matrix
 from jaxquant.ops.operands import Call, Pair, Side, precision_of, random_key, refuse_range
 from jaxquant.ops.placed import Placed
@@ -106,7 +106,7 @@ class _Contraction(Call):
             how, x = self.precision, lhs.dequantize() if isinstance(lhs, QTensor) else lhs
             x = left.flatten(x.astype(dtype)) if codes is None else codes
             if is_stored_in_elements(rhs):  # decoded within the product, as in the forward pass
-                return self._by_stored(whole, rhs, lhs.shape), rhs_gradient(g, x, right, rhs.shape, how)
+                return self._by_stored(whole, rhs), rhs_gradient(g, x, right, rhs.shape, how)
             w = _codes(rhs, right, "int", as_stored(right))
             if w is None or w.zero_point is not None or dtype == jnp.float16:  # too narrow for g times scales
                 w = as_stored(right).flatten((rhs.dequantize() if isinstance(rhs, QTensor) else rhs).astype(dtype))
@@ -119,13 +119,14 @@ class _Contraction(Call):
                 raise quant_error("dot_general", rule, todo=todo, lhs=lhs, rhs=rhs)
         return lhs_gradient(g, w, left, lhs.shape, right, how, key), rhs_gradient(g, x, right, rhs.shape, how, key)
 
-    def _by_stored(self, g: jax.Array, w: QTensor, shape: tuple[int, ...]) -> jax.Array:
-        """The gradient with respect to the left operand, in ``shape``: g times the weight, summed over its rows."""
+    def _by_stored(self, g: jax.Array, w: QTensor) -> jax.Array:
+        """The gradient with respect to the left operand: g times the weight, summed over its rows."""
         left, right = self.lhs_axes, self.rhs_axes
         batch, rows = len(left.batch), len(left.batch) + len(left.rows)
         axes = Axes.of(g.ndim, tuple(range(batch)), tuple(range(rows, g.ndim)))
         turned = Axes(right.batch, right.contract, right.rows)
-        return restored(run(Product.of(g, w, axes, turned, self.precision, g.dtype)), left.order, shape)
+        out = run(Product.of(g, w, axes, turned, self.precision, g.dtype))
+        return jnp.transpose(out, [left.order.index(i) for i in range(out.ndim)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -225,11 +225,31 @@ class Product(Problem):
         w_rows = [self.w.shape[i] for i in self.w_axes.rows]
         return (*batch, *w_rows, *x_rows) if self.weight_first else (*batch, *x_rows, *w_rows)
 
-    def restored(self, out: jax.Array) -> jax.Array:
-        """[B, M, N] in the axes of the result."""
+    def split(self, value: jax.Array) -> jax.Array:
+        """[B or 1, M or 1, N or 1] in the axes of the result, which are 1 where it has 1.
+
+        A TPU's compiler scales sums within the product where they are split before that, and writes the result in
+        the order of axes that its users want: for two sequences of tokens to heads, one pass follows the product,
+        and two where the scaled result is split.
+        """
+        x, w = self.x, self.w
+        batch = [x.shape[i] for i in self.x_axes.batch]
+        rows, columns = [x.shape[i] for i in self.x_axes.rows], [w.shape[i] for i in self.w_axes.rows]
         if self.weight_first:
-            return jnp.swapaxes(out, 1, 2).reshape(self.result_shape)
-        return split_up(out.astype(self.result), self.result_shape)
+            value, rows, columns = jnp.swapaxes(value, 1, 2), columns, rows
+        return split_up(value, (batch, rows, columns))
+
+    def restored(self, sums: jax.Array, rows: jax.Array | None = None, columns: jax.Array | None = None) -> jax.Array:
+        """Sums [B, M, N] in the axes and the dtype of the result.
+
+        They are multiplied by scales [B or 1, M or 1, 1] of the activation and [B or 1, N or 1, 1] of the weight.
+        """
+        out = self.split(sums)
+        if rows is not None:
+            out = out * self.split(rows)
+        if columns is not None:
+            out = out * self.split(jnp.swapaxes(columns, 1, 2))
+        return out.astype(self.result)
 
     def in_float(self, x: jax.Array, w: jax.Array) -> jax.Array:
         """As for `Problem`."""

@@ -35,7 +35,6 @@ from jax.extend.core import Primitive
 
 from jaxquant.core.by_platform import Target, by_platform
 from jaxquant.core.types import PyTree
-from jaxquant.ops.axes import split_up
 from jaxquant.ops.kernels import convolution, decoded, dequantized, integer, ragged
 from jaxquant.ops.kernels.cpu import convolution as cpu_convolution
 from jaxquant.ops.kernels.cpu import floats
@@ -131,7 +130,7 @@ class _Kernels:
             return problem.on_each_device(lambda part: self.on(target, part))
         matrices = as_matrices(problem.with_groups_on_one_axis())
         out = self._run(matrices, target)
-        return split_up(as_it_is(out) if has_few_rows(matrices) else out, problem.result_shape)
+        return (as_it_is(out) if has_few_rows(matrices) else out).reshape(problem.result_shape)
 
     def _run(self, problem: Problem, target: Target) -> jax.Array:
         kernel = select(problem, target)

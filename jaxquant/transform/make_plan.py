@@ -40,10 +40,11 @@ def check_rules(function: str, rules: Iterable[Rule | OpRule]) -> tuple[Rule, ..
 
 def check_all_rules(function: str, rules: Iterable[Rule | OpRule]) -> tuple[Rule | OpRule, ...]:
     """Rules as a tuple; raises if they are not a sequence of `Rule` and `OpRule`."""
-    if isinstance(rules, Rule | OpRule | str) or not all(isinstance(rule, Rule | OpRule) for rule in rules):
+    listed = tuple(rules) if isinstance(rules, Iterable) and not isinstance(rules, str) else None
+    if listed is None or not all(isinstance(rule, Rule | OpRule) for rule in listed):
         todo = "Pass a list: [Rule(pattern, spec), ...]"
         raise quant_error(function, "rules must be a sequence of Rule", todo=todo, rules=repr(rules))
-    return tuple(rules)
+    return listed
 
 
 def make_plan(

@@ -267,6 +267,10 @@ def other_params():
     return {"dense": {"kernel": jnp.ones((32, 4), jnp.float32), "bias": 3}}
 
 
+def test_rules_may_come_from_a_generator():
+    assert str(plan_of(rule for rule in RULES)) == str(a_plan())
+
+
 INT8 = recipes.w8a16()
 STATIC_TOKENS = jq.OpSpec(jq.QuantSpec("int8"), jq.QuantSpec("int8", static=True))
 
@@ -288,6 +292,7 @@ BAD = {
         lambda: plan_of(jq.Rule(".", INT8)),
         r"^make_plan: rules must be a sequence of Rule; got rules=",
     ),
+    "a spec": (lambda: plan_of(INT8), r"^make_plan: rules must be a sequence of Rule; got rules=.*Pass a list"),
     "rules of strings": (lambda: plan_of(["dense"]), r"^make_plan: rules must be a sequence of Rule; .*Pass a list"),
     "a group that does not divide": (
         lambda: plan_of([jq.Rule("dense", recipes.w4a16(24))]),

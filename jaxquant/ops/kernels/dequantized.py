@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxquant.core.arithmetic import promoted
 from jaxquant.core.codec import values_of
 from jaxquant.ops.kernels.dots import float_dot
-from jaxquant.ops.kernels.precision import NARROW, is_default, scaled
+from jaxquant.ops.kernels.precision import NARROW, is_default
 from jaxquant.ops.problem import Kernel, Problem, Product
 from jaxquant.ops.quantized_matrix import Matrix, Packed
 
@@ -65,7 +65,7 @@ class ExactBfloat16(Kernel[Product]):
     def run(self, problem: Product) -> jax.Array:
         """As for `Kernel`."""
         ((left,), rows), ((right,), columns) = (m.numbers(jnp.bfloat16) for m in problem.matrices())
-        return problem.restored(scaled(float_dot(left, right), rows, columns))
+        return problem.restored(float_dot(left, right), rows, columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Dequantized(Kernel[Product]):
         x, w = problem.matrices()
         if self.dtype in NARROW and w.exact_in(self.dtype):
             (values,), scale = w.numbers(self.dtype)
-            return problem.restored(scaled(float_dot(x.astype(self.dtype), values), None, scale))
+            return problem.restored(float_dot(x.astype(self.dtype), values), columns=scale)
         wide = promoted(self.dtype, jnp.float32)
         x, w = (v.values(wide) if isinstance(v, Matrix) else v for v in (x, w))
         return problem.restored(float_dot(x.astype(self.dtype), w.astype(self.dtype), precision=problem.precision))

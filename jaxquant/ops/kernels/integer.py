@@ -52,7 +52,7 @@ class Int8(Kernel[Product]):
 
     def run(self, problem: Product) -> jax.Array:
         """As for `Kernel`."""
-        return problem.restored(int8_product(*problem.matrices(), int8_sums))
+        return int8_product(*problem.matrices(), int8_sums, split=problem.split)
 
 
 def multiplies_integers(problem: Product, shortest: float = math.inf) -> bool:
@@ -114,13 +114,22 @@ def planes_product(
     return combine(out * left.scale * jnp.swapaxes(right.scale, 1, 2))
 
 
+def _as_it_is(out: jax.Array) -> jax.Array:
+    return out
+
+
 def int8_product(
-    lhs: Matrix, rhs: Matrix, sums: Sums, combine: Callable[[jax.Array], jax.Array] = lambda out: out
+    lhs: Matrix,
+    rhs: Matrix,
+    sums: Sums,
+    combine: Callable[[jax.Array], jax.Array] = _as_it_is,
+    split: Callable[[jax.Array], jax.Array] = _as_it_is,
 ) -> jax.Array:
     """Integer dots, each exact in int32, scaled, combined and summed in float32.
 
     The contraction is split where a scale or a zero point changes, and where a longer sum could overflow. ``combine``
-    is linear and may shrink the result, so it is applied before the result is written to memory.
+    is linear and may shrink the result, so it is applied before the result is written to memory. ``split`` gives sums
+    and scales, [B or 1, M or 1, N or 1], the axes of the result.
     """
     k, group = lhs.codes.shape[2], common_group(lhs, rhs)
     limit = overflow_limit(lhs.reach, rhs.reach)
@@ -141,8 +150,9 @@ def int8_product(
             for x in (lhs, rhs)
         )
         lz, rz = (None if x.zero_point is None else at(x.zero_point) for x in (lhs, rhs))
-        out = _corrected(left.codes, right, lz, rz, sums).astype(jnp.float32).astype(real)
-        return combine(out * at(lhs.scale).astype(real) * jnp.swapaxes(at(rhs.scale), 1, 2).astype(real))
+        out = split(_corrected(left.codes, right, lz, rz, sums)).astype(jnp.float32).astype(real)
+        rows, columns = at(lhs.scale).astype(real), jnp.swapaxes(at(rhs.scale), 1, 2).astype(real)
+        return combine(out * split(rows) * split(columns))
 
     if group > limit:  # few, long cuts of unequal length
         cuts = [part(c + s, min(limit, group - s)) for c in range(0, k, group) for s in range(0, group, limit)]
@@ -151,5 +161,5 @@ def int8_product(
         return part(0, k)
     # Zeros that vary over devices as the codes do; zeros_like does so in newer JAX only.
     left, right = ((x.codes[:, :, :1] * 0).astype(dtype) for x in (lhs, rhs))
-    start = combine(left + jnp.swapaxes(right, 1, 2))
+    start = combine(split(left) + split(jnp.swapaxes(right, 1, 2)))
     return lax.fori_loop(0, k // group, lambda i, total: total + part(i * group, group), start)

@@ -1,4 +1,4 @@
-"""The requested precision of a product, and the scaling of its sums."""
+"""The requested precision of a product."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["NARROW", "is_default", "is_highest", "scaled"]
+__all__ = ["NARROW", "is_default", "is_highest"]
 
 NARROW = (jnp.bfloat16, jnp.float16)
 """Dtypes whose products are exact in float32."""
@@ -23,9 +23,3 @@ def is_highest(precision: lax.PrecisionLike) -> bool:
 def is_default(precision: lax.PrecisionLike) -> bool:
     """Whether the precision of the operands' dtype suffices: no other precision or algorithm is requested."""
     return not is_highest(precision) and not isinstance(precision, lax.DotAlgorithm | lax.DotAlgorithmPreset)
-
-
-def scaled(out: jax.Array, rows: jax.Array | None, columns: jax.Array | None) -> jax.Array:
-    """Sums [B, M, N] times the scales [., M or 1, 1] of the activation and [., N or 1, 1] of the weight; None is 1."""
-    out = out if rows is None else out * rows
-    return out if columns is None else out * jnp.swapaxes(columns, 1, 2)

@@ -21,7 +21,6 @@ from jaxquant.ops.kernels.cpu.dots import float_dot
 from jaxquant.ops.kernels.cpu.floats import value_dtype
 from jaxquant.ops.kernels.cpu.int8 import LONG_GROUP
 from jaxquant.ops.kernels.integer import multiplies_integers
-from jaxquant.ops.kernels.precision import scaled
 from jaxquant.ops.problem import Kernel, Product
 from jaxquant.ops.quantized_matrix import Matrix, Packed
 
@@ -64,7 +63,7 @@ class Blocked(Kernel[Product]):
         elif isinstance(x, Matrix):
             x = x.values(jnp.float32)
         out = float_blocks(x.astype(self.dtype), w, problem.precision)
-        return problem.restored(scaled(out, scale, None))
+        return problem.restored(out, scale)
 
 
 class BlockedIntegers(Kernel[Product]):
@@ -106,7 +105,7 @@ def float_blocks(x: jax.Array, w: Matrix | Packed, precision: lax.PrecisionLike)
             out = total(float_dot(plane, x, precision=precision) for x, plane in pairs)
             out = jnp.swapaxes(lax.optimization_barrier(out), 1, 2)
         out = out[:, :rows, :columns]
-        return scaled(out, None, scale)
+        return out if scale is None else out * jnp.swapaxes(scale, 1, 2)
 
     return by_blocks(x, w, multiply, LARGEST if many else 2 * LARGEST)
 
