@@ -26,6 +26,7 @@ from jaxquant.ops.kernels.tpu.dots import is_read_in_product
 from jaxquant.ops.kernels.tpu.grouped_sums import Sums
 from jaxquant.ops.kernels.tpu.grouped_values import Values, ValuesInParts
 from jaxquant.ops.kernels.tpu.groups import Groups
+from jaxquant.ops.kernels.tpu.layout import in_tiles
 from jaxquant.ops.kernels.tpu.product import body_for, grouped_product
 from jaxquant.ops.kernels.tpu.undivided import run_undivided
 from jaxquant.ops.problem import Kernel, Product
@@ -146,7 +147,7 @@ class Grouped(Kernel[Product]):
         result = jnp.dtype(jnp.float32 if problem.result == jnp.float16 else problem.result)
         how = {"groups": self.groups, "body": self.body, "cores": self.cores, "interpret": self.interpret}
         out = grouped_product(**arrays, **how, result=result)
-        return problem.restored(out)
+        return in_tiles(problem.restored(out))
 
 
 class GroupedSums(Grouped):

@@ -34,6 +34,7 @@ from jaxquant.ops.kernels.tpu.activation import DIGIT, digits
 from jaxquant.ops.kernels.tpu.chips import MULTIPLY_FLOATS_ONLY, V6E
 from jaxquant.ops.kernels.tpu.cost import product_cost
 from jaxquant.ops.kernels.tpu.dots import is_read_in_product
+from jaxquant.ops.kernels.tpu.layout import in_tiles
 from jaxquant.ops.kernels.tpu.pallas import LIMIT, MEMORY, compiler_params, shape_like
 from jaxquant.ops.kernels.tpu.undivided import run_undivided
 from jaxquant.ops.kernels.tpu.widths import equal_width, widest
@@ -109,7 +110,8 @@ class Int8Blocks(Kernel[Product]):
         if columns is None:
             columns = jnp.broadcast_to(jnp.swapaxes(w.scale, 1, 2).astype(jnp.float32), (b, 1, n))
         how = {"columns_last": self.columns_last, "result": jnp.dtype(problem.result), "interpret": self.interpret}
-        return problem.restored(int8_product(x, codes, rows, columns, problem.weight.layer, name=self.name, **how))
+        out = int8_product(x, codes, rows, columns, problem.weight.layer, name=self.name, **how)
+        return in_tiles(problem.restored(out))
 
 
 class Int8Layer(Int8Blocks):

@@ -11,16 +11,17 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxquant.core.sizes import number
 from jaxquant.ops.kernels.tpu.pallas import compiler_params, shape_like
 from jaxquant.ops.kernels.tpu.undivided import if_undivided
 
-__all__ = ["rows_last", "side_by_side", "transposed_codes"]
+__all__ = ["in_tiles", "rows_last", "side_by_side", "transposed_codes"]
 
 _LEAST, _BLOCK = 1 << 18, 1024  # fewest elements for which it pays; rows and columns of a block
 
-_ROWS, _TILE = 512, (8, 128)  # fewest rows whose heads are joined tile by tile; a tile, as arrays are stored
+_ROWS, _TILE = 512, (8, 128)  # fewest rows that are moved tile by tile; a tile, as arrays are stored
 
 
 def transposed_codes(x: jax.Array, *, interpret: bool = False) -> jax.Array:
@@ -76,3 +77,17 @@ def side_by_side(x: jax.Array, count: int) -> jax.Array:
     first = jnp.moveaxis(x.reshape(*lead, rows, -1, width), -2, -3)
     tiles = first.reshape(*first.shape[:-2], rows // _TILE[0], _TILE[0], width)
     return jnp.moveaxis(tiles, -4, -2).reshape(joined)
+
+
+def in_tiles(result: jax.Array) -> jax.Array:
+    """A kernel's result [..., rows, columns], whose tiles move as a whole where it is split into heads.
+
+    XLA would move the heads between the rows first, and put them in order in another pass. For [4096, 4096] as
+    [2, 32, 2048, 128] its estimates are 167 and 537 thousand cycles on a v5e. Whatever else reads the result reads it
+    where the kernel has written it.
+    """
+    *lead, rows, columns = (1, *result.shape)
+    if result.ndim < 2 or not isinstance(rows, int) or rows < _ROWS or rows % _TILE[0] or columns % _TILE[1]:
+        return result
+    tiles = result.reshape(*lead, rows // _TILE[0], _TILE[0], columns // _TILE[1], _TILE[1])
+    return jnp.swapaxes(lax.optimization_barrier(jnp.swapaxes(tiles, -3, -2)), -3, -2).reshape(result.shape)
