@@ -334,9 +334,16 @@ class QTensor:
         return transpose(self.unpacked(), inverse(self.stored_order))
 
     def store(self, minor: tuple[int, ...]) -> QTensor:
-        """The same values with other axes stored last; ``()`` is the float array's own order."""
+        """The same values with other axes stored last, counted from the end; ``()`` is the float array's own order.
+
+        Raises:
+          QuantError: if an axis is not one from ``-ndim`` to -1, or is named twice.
+        """
         if tuple(minor) == self.minor:
             return self
+        if len(set(minor)) != len(minor) or not set(minor) <= set(range(-self.ndim, 0)):
+            todo = f"Name axes from {-self.ndim} to -1, each once"
+            raise quant_error("store", "minor must be axes counted from the end", todo=todo, minor=minor, tensor=self)
         return (_stored if self.unpermuting_adds else _store)(self, tuple(minor))
 
     @property

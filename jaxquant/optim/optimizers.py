@@ -90,6 +90,7 @@ def adam8bit(
     storage: Storage = EIGHT_BITS,
 ) -> optax.GradientTransformation:
     """`adamw8bit` without weight decay."""
+    checked("adam8bit", storage, learning_rate=learning_rate, b1=b1, b2=b2, eps=eps)
     return adamw8bit(learning_rate, b1, b2, eps, weight_decay=0.0, storage=storage)
 
 
@@ -109,6 +110,7 @@ def adamw4bit(
     Source: Li et al. 2023 (arXiv:2309.01507), section 4; second moments have one scale per block, as its ``B128``,
       rather than one per row and column.
     """
+    checked("adamw4bit", storage, learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return adamw8bit(learning_rate, b1, b2, eps, weight_decay, storage=storage)
 
 
@@ -121,6 +123,7 @@ def adam4bit(
     storage: Storage = FOUR_BITS,
 ) -> optax.GradientTransformation:
     """`adamw4bit` without weight decay."""
+    checked("adam4bit", storage, learning_rate=learning_rate, b1=b1, b2=b2, eps=eps)
     return adamw8bit(learning_rate, b1, b2, eps, weight_decay=0.0, storage=storage)
 
 

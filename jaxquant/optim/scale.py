@@ -65,9 +65,11 @@ def checked(function: str, storage: Storage | None = None, **values: Any) -> Non
             continue
         got: dict[str, Any] = {name: value}
         try:
-            number = float(value)
+            number = None if isinstance(value, str) else float(value)
         except (TypeError, ValueError):
-            raise quant_error(function, f"{name} must be a number", todo="Use the default", **got) from None
+            number = None
+        if number is None:
+            raise quant_error(function, f"{name} must be a number", todo="Use the default", **got)
         if name.startswith("b") or name == "momentum":
             if not 0 <= number < 1:
                 raise quant_error(function, f"{name} must be in [0, 1)", todo="Use for example 0.9", **got)

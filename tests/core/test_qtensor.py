@@ -321,6 +321,9 @@ def test_sub_byte_codes_are_uint8():
         (lambda: untyped.dequantize(jnp.ones(3)), "the operand must be a QTensor"),
         (lambda: jq.quantize(data(), SPECS[0], reduce_axes=0).dequantize(jnp.int8), "dtype must be a float dtype"),
         (lambda: jq.quantize(data(), SPECS[0], reduce_axes=0).dequantize("nonsense"), "dtype must be a float dtype"),
+        (lambda: jq.quantize(data(), SPECS[0], reduce_axes=0).store((0,)), "store: minor must be axes counted from"),
+        (lambda: jq.quantize(data(), SPECS[0], reduce_axes=0).store((-1, -1)), "store: minor must be axes counted"),
+        (lambda: jq.quantize(data(), SPECS[0], reduce_axes=0).store((-9,)), "store: minor must be axes counted from"),
     ],
 )
 def test_refusals(call, rule):
