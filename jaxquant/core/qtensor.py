@@ -70,6 +70,11 @@ _Static = tuple[str, np.dtype, tuple[int, ...], int | None, int | None, int]
 """The fields of a QTensor that are no arrays, in their order."""
 
 
+def _is_array(leaf: object) -> bool:
+    """Whether a leaf has the attributes of an array, as tracers, shapes and layers of a stack do."""
+    return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+
+
 @functools.cache
 def _type(name: str) -> QType:
     return FACTOR if name == FACTOR.name else QTYPES[name]
@@ -290,30 +295,46 @@ class QTensor:
         __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _no_operator
         __matmul__ = __rmatmul__ = __pow__ = __neg__ = __abs__ = __getitem__ = _no_operator
 
-    def checked(self) -> QTensor:
-        """Returns itself; raises if arithmetic has changed the dtypes of its leaves.
+    def checked(self, path: str | None = None) -> QTensor:
+        """Returns itself; raises if its leaves are no codes and scales, and names the parameter's path if given.
 
         Asked where values are made of codes, since JAX builds trees of anything: shapes, shardings, gradients, flags.
         """
-        codes, scale = self.kept, self.scale
-        if self.qtype == FACTOR.name:
-            dtype = np.dtype(np.float32)
-        else:
-            own = self.seal is not None or (self.type.kind == "int" and self.length is None)
-            dtype = self.type.code_dtype if own else np.dtype(np.uint8)
-        fits = (codes.dtype == dtype or self.in_int4) and self.ndim == len(scale.shape)
-        fits = fits and (self.seal is None or self.seal.dtype == bool)
-        fits = fits and (self.length is None or codes.shape[-1:] == (packed_length(self.length, self.type.bits),))
-        if not fits or not all(n % s == 0 for n, s in zip(self.shape, scale.shape, strict=True)):
+        if not self._fits():
+            codes, scale = (leaf if _is_array(leaf) else type(leaf).__name__ for leaf in (self.kept, self.scale))
             raise quant_error(
                 "QTensor",
                 f"its leaves are no {self.qtype} codes and scales: something has computed with them",
+                path=path,
                 todo="Dequantize, compute, and quantize again; let jax.tree.map treat it as a leaf with "
                 "is_leaf=lambda x: isinstance(x, QTensor)",
                 codes=codes,
                 scale=scale,
             )
         return self
+
+    def _fits(self) -> bool:
+        """Whether codes have the dtype and the axes that the static fields say, and scales a place for each block."""
+        codes, scale = self.kept, self.scale
+        if not _is_array(codes) or not (isinstance(scale, QTensor) or _is_array(scale)):
+            return False
+        if isinstance(scale, QTensor) and not scale._fits():
+            return False
+        if self.qtype == FACTOR.name:
+            dtype = np.dtype(np.float32)
+        else:
+            own = self.seal is not None or (self.type.kind == "int" and self.length is None)
+            dtype = self.type.code_dtype if own else np.dtype(np.uint8)
+        if codes.dtype != dtype and not self.in_int4:
+            return False
+        named = (*self.minor, *(() if self.split is None else (self.split,)))
+        if self.ndim != len(scale.shape) or any(axis < -self.ndim for axis in named):
+            return False
+        if self.seal is not None and (not _is_array(self.seal) or self.seal.dtype != bool):
+            return False
+        if self.length is not None and codes.shape[-1:] != (packed_length(self.length, self.type.bits),):
+            return False
+        return all(n % s == 0 for n, s in zip(self.shape, scale.shape, strict=True))
 
     @property
     def in_int4(self) -> bool:

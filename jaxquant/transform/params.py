@@ -17,7 +17,7 @@ from jaxquant.core.errors import QuantError, quant_error
 from jaxquant.core.finite import has_nan, not_finite
 from jaxquant.core.layout import Layout
 from jaxquant.core.learned import learned_range
-from jaxquant.core.paths import Leaf, Params, is_qtensor, leaves_with_paths, nearest
+from jaxquant.core.paths import Leaf, Params, is_qtensor, leaves_with_paths, nearest, path_of
 from jaxquant.core.qtensor import QTensor, dequantize
 from jaxquant.core.refusals import Refusals
 from jaxquant.core.relayout import laid_out
@@ -339,10 +339,10 @@ def dequantize_params(params: Params) -> Params:
              [0., 1.]], dtype=float32)
     """
 
-    def in_float(x: PyTree) -> PyTree:
+    def in_float(keys: tuple[object, ...], x: PyTree) -> PyTree:
         if not is_qtensor(x):
             return x
-        placed = explicit_of(x)
+        placed = explicit_of(x.checked(path_of(keys)))
         return dequantize(x) if placed is None else automatic(dequantize, placed)(x)
 
-    return jax.tree.map(in_float, params, is_leaf=is_qtensor)
+    return jax.tree_util.tree_map_with_path(in_float, params, is_leaf=is_qtensor)

@@ -38,6 +38,8 @@ def check_plan(function: str, plan: Plan, params: Mapping[str, Leaf]) -> None:
     wrong = []
     for item in plan.items:
         leaf = params.get(item.path)
+        if isinstance(leaf, QTensor):
+            leaf.checked(item.path)
         if leaf is None:
             wrong.append(f"{item.path} is missing (nearest: {nearest(item.path, params)})")
         elif not hasattr(leaf, "shape") or tuple(leaf.shape) != item.shape:

@@ -40,10 +40,11 @@ def is_array(x: object) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
-def _abstract(leaf: Leaf) -> Leaf:
+def _abstract(path: str, leaf: Leaf) -> Leaf:
     """The float array that a QTensor stands for, on a mesh of explicit axes where its codes are; any other leaf."""
     if not is_qtensor(leaf):
         return leaf
+    leaf.checked(path)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=explicit_of(leaf))
 
 
@@ -102,7 +103,7 @@ def trace(
 
     arrays = [flat[i] for i in where]
     with jax.disable_jit(False):  # else scans are unrolled: a plan, and its state by layer, are of scans in any setting
-        jaxpr = jax.make_jaxpr(flat_fn)([_abstract(leaves[p]) for p in known], arrays)
+        jaxpr = jax.make_jaxpr(flat_fn)([_abstract(p, leaves[p]) for p in known], arrays)
 
     def rebuild(outs: Sequence[Operand]) -> PyTree:
         arrays = iter(outs)

@@ -70,6 +70,43 @@ def test_what_jax_makes_of_trees(qtype):
         assert isinstance(jax.tree.map(nothing, q), jq.QTensor)
 
 
+def flattened(a):
+    return a.reshape(-1)
+
+
+def first(a):
+    return a[0]
+
+
+def numbers(a):
+    return np.asarray(a).tolist()
+
+
+def nothing(a):
+    return None
+
+
+@pytest.mark.parametrize("qtype", QTYPES)
+@pytest.mark.parametrize("change", [flattened, first, numbers, nothing, jnp.sum])
+def test_leaves_without_their_axes_are_refused_at_their_path(qtype, change):
+    """As of a tree that was taken off its devices twice, or written as lists: every use says so, with the path."""
+    fn, params, x = lambda p, x: x @ p["layer"]["w"], {"layer": {"w": quantized(qtype)}}, jnp.ones((2, 32))
+    floats = {"layer": {"w": jnp.ones((32, 8))}}
+    plan = jq.make_plan(fn, floats, x, rules=[jq.Rule("w", jq.OpSpec(QuantSpec(qtype)))])
+    changed = jax.tree.map(change, params)
+    with pytest.raises(QuantError, match="something has computed with them"):
+        changed["layer"]["w"].dequantize()
+    for use in (
+        lambda: jq.quantized(fn)(changed, x),
+        lambda: jq.quantized(fn, plan)(changed, x),
+        lambda: jq.make_plan(fn, changed, x, rules=[jq.Rule("w", "w8a8")]),
+        lambda: jq.quantize_params(changed, plan),
+        lambda: jq.dequantize_params(changed),
+    ):
+        with pytest.raises(QuantError, match=r"at layer/w: its leaves are no .* something has computed with them"):
+            use()
+
+
 def test_leaves_that_do_not_fit_each_other():
     q = quantized("int4")
     assert q.checked() is q
