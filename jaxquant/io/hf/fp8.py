@@ -37,6 +37,11 @@ def _refuse(config: dict[str, Json], error: Callable[..., QuantError]) -> None:
     if "fnuz" in str(config.get("fmt", "")):
         todo = "Convert it to e4m3fn (half the values, twice the scales)"
         raise error("the fp8 variant of AMD's older GPUs is not read", todo=todo, fmt=config["fmt"])
+    blocks = config.get("weight_block_size")
+    pair = isinstance(blocks, list) and len(blocks) == 2 and all(type(n) is int and n > 0 for n in blocks)
+    if blocks is not None and not pair:
+        rule = "weight_block_size must be the rows and the columns of a block, two positive integers"
+        raise error(rule, todo="Correct the configuration", weight_block_size=blocks)
 
 
 def read(m: Module) -> QTensor:
@@ -56,13 +61,12 @@ def read(m: Module) -> QTensor:
         scale = _of_outputs(m, scale, weight.shape)
     blocks = m.config.get("weight_block_size")
     values = aligned(scale, weight.shape, out_first=not m.is_parameter)
-    found, stated = None, False
-    if isinstance(blocks, list) and len(blocks) == 2 and all(type(n) is int and n > 0 for n in blocks):
-        stated = True
-        found = None if values is None else in_blocks(values, weight.shape, [(blocks[0], blocks[1])])
+    found = None
+    if isinstance(blocks, list) and values is not None:
+        found = in_blocks(values, weight.shape, [(blocks[0], blocks[1])])
     if found is None and values is not None:
         found = in_unstated_blocks(values, weight.shape, (128, 32) if powers else (128,))
-        if found is not None and stated:
+        if found is not None and blocks is not None:
             m.by_shapes(f"scales {list(scale.shape)} of equal blocks", f"weight_block_size={blocks}")
     if found is None:
         got = {"shape": scale.shape, "weight": weight.shape, "weight_block_size": blocks}

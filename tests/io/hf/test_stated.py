@@ -220,6 +220,9 @@ def test_fp8_blocks(tmp_path):
     parts["m.weight_scale_inv"] = rng.random((3, 1)).astype(np.float32)
     _, info = load(tmp_path / "c", parts, "fp8", weight_block_size=[128, 128])
     assert "weight_block_size=[128, 128]" in info.problems[0]
+    for blocks in ([0, 128], [-128, 128], [128], [1, 128, 128], [128.0, 128.0], [True, True], 128, "128", [], {}):
+        with pytest.raises(jq.QuantError, match="weight_block_size must be the rows and the columns of a block"):
+            load(tmp_path / "d", parts, "fp8", weight_block_size=blocks)
 
 
 def test_modelopt_layers(tmp_path):
