@@ -78,6 +78,10 @@ def first(a):
     return a[0]
 
 
+def one(a):
+    return a.reshape(-1)[0]
+
+
 def numbers(a):
     return np.asarray(a).tolist()
 
@@ -87,7 +91,7 @@ def nothing(a):
 
 
 @pytest.mark.parametrize("qtype", QTYPES)
-@pytest.mark.parametrize("change", [flattened, first, numbers, nothing, jnp.sum])
+@pytest.mark.parametrize("change", [flattened, first, numbers, nothing, one])
 def test_leaves_without_their_axes_are_refused_at_their_path(qtype, change):
     """As of a tree that was taken off its devices twice, or written as lists: every use says so, with the path."""
     fn, params, x = lambda p, x: x @ p["layer"]["w"], {"layer": {"w": quantized(qtype)}}, jnp.ones((2, 32))
