@@ -39,6 +39,14 @@ def _decay(weight_decay: float) -> list[optax.GradientTransformation]:
     return [] if none else [optax.add_decayed_weights(weight_decay)]
 
 
+def _adam(
+    function: str, learning_rate: Rate, b1: float, b2: float, eps: float, weight_decay: float, storage: Storage
+) -> optax.GradientTransformation:
+    """`adamw8bit`; errors name ``function``."""
+    checked(function, storage, learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return _decoupled(scale.scale_by_adam8bit(b1, b2, eps, storage=storage), learning_rate, weight_decay)
+
+
 def adamw8bit(
     learning_rate: Rate,
     b1: float = 0.9,
@@ -77,8 +85,7 @@ def adamw8bit(
 
     Source: Dettmers et al. 2022 (arXiv:2110.02861); bitsandbytes' AdamW8bit.
     """
-    checked("adamw8bit", storage, learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return _decoupled(scale.scale_by_adam8bit(b1, b2, eps, storage=storage), learning_rate, weight_decay)
+    return _adam("adamw8bit", learning_rate, b1, b2, eps, weight_decay, storage)
 
 
 def adam8bit(
@@ -90,8 +97,7 @@ def adam8bit(
     storage: Storage = EIGHT_BITS,
 ) -> optax.GradientTransformation:
     """`adamw8bit` without weight decay."""
-    checked("adam8bit", storage, learning_rate=learning_rate, b1=b1, b2=b2, eps=eps)
-    return adamw8bit(learning_rate, b1, b2, eps, weight_decay=0.0, storage=storage)
+    return _adam("adam8bit", learning_rate, b1, b2, eps, 0.0, storage)
 
 
 def adamw4bit(
@@ -110,8 +116,7 @@ def adamw4bit(
     Source: Li et al. 2023 (arXiv:2309.01507), section 4; second moments have one scale per block, as its ``B128``,
       rather than one per row and column.
     """
-    checked("adamw4bit", storage, learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return adamw8bit(learning_rate, b1, b2, eps, weight_decay, storage=storage)
+    return _adam("adamw4bit", learning_rate, b1, b2, eps, weight_decay, storage)
 
 
 def adam4bit(
@@ -123,8 +128,7 @@ def adam4bit(
     storage: Storage = FOUR_BITS,
 ) -> optax.GradientTransformation:
     """`adamw4bit` without weight decay."""
-    checked("adam4bit", storage, learning_rate=learning_rate, b1=b1, b2=b2, eps=eps)
-    return adamw8bit(learning_rate, b1, b2, eps, weight_decay=0.0, storage=storage)
+    return _adam("adam4bit", learning_rate, b1, b2, eps, 0.0, storage)
 
 
 def lion8bit(

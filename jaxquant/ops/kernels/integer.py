@@ -114,7 +114,7 @@ def planes_product(
     return combine(out * left.scale * jnp.swapaxes(right.scale, 1, 2))
 
 
-def _as_it_is(out: jax.Array) -> jax.Array:
+def _unchanged(out: jax.Array) -> jax.Array:
     return out
 
 
@@ -122,8 +122,8 @@ def int8_product(
     lhs: Matrix,
     rhs: Matrix,
     sums: Sums,
-    combine: Callable[[jax.Array], jax.Array] = _as_it_is,
-    split: Callable[[jax.Array], jax.Array] = _as_it_is,
+    combine: Callable[[jax.Array], jax.Array] = _unchanged,
+    split: Callable[[jax.Array], jax.Array] = _unchanged,
 ) -> jax.Array:
     """Integer dots, each exact in int32, scaled, combined and summed in float32.
 
